@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_predict, cross_val_score
-from sklearn.utils.estimator_checks import parametrize_with_checks
+from sklearn.utils.estimator_checks import check_estimator
 from sklearn.utils.validation import validate_data
 
 import medgemma_trainer as trainer
@@ -40,12 +40,11 @@ class OfArrays(TrajectoryClassifier):
         return super().predict_proba(X)
 
 
-CHECKED = OfArrays(trajectory_epochs=4, encoder_lr=2e-2, allow_duplicates=True)
-
-
-@parametrize_with_checks([CHECKED])
-def test_scikit_learns_checks(estimator, check):
-    check(estimator)
+def test_scikit_learns_checks_pass_but_for_those_that_it_skips():
+    estimator = OfArrays(trajectory_epochs=4, encoder_lr=2e-2, allow_duplicates=True)
+    results = check_estimator(estimator, on_skip=None, on_fail=None)
+    assert len(results) > 40
+    assert [x["check_name"] for x in results if x["status"] not in ("passed", "skipped")] == []
 
 
 @pytest.fixture(scope="module")
