@@ -21,7 +21,7 @@ from medgemma_clinical.evaluation.tables import model_table
 from medgemma_clinical.evaluation.verdicts import counts_text
 from medgemma_clinical.files import InputError, move_aside, read_json, write_json
 from medgemma_clinical.models.language_model import BUILT_IN
-from medgemma_clinical.models.model_card import BUILT_IN_UNREAD, built_in_sentence
+from medgemma_clinical.models.model_card import built_in_sentence
 from medgemma_clinical.provenance import describe_program
 
 logger = logging.getLogger(__name__)
@@ -179,12 +179,10 @@ def log_comparison(metrics: Metrics, cost: dict[str, dict[str, float | None]]) -
 
 def built_in_models_notice(runs: Mapping[str, Mapping[str, Any]]) -> str:
     """Return what a page says first of runs, given by their arguments, with a built-in model."""
-    models = {name: run.get("model_name") for name, run in runs.items()}
     readers = [name for name, run in runs.items() if not run.get("trajectory_only")]
     said = []
     for model in BUILT_IN:
-        own = [name for name in readers if models[name] == model]
+        own = [name for name in readers if runs[name].get("model_name") == model]
         of = "" if len(own) == len(readers) else f" of {' and '.join(own)}"
         said += [built_in_sentence(model, of)] if own else []
-    unread = not readers and all(model in BUILT_IN for model in models.values())
-    return BUILT_IN_UNREAD if unread else " ".join(said)
+    return " ".join(said)

@@ -274,6 +274,6 @@ def report_content(
         history=None if few else state.progress.history or None,
         reports=config["metrics"].get("reports"),
         stage1_page=stage1_page,
-        notice=built_in_notice(config, run["arguments"]["model_name"]),
+        notice=built_in_notice(config),
         first=list(filter(None, [weight_0_sentence(config)])),
     )

@@ -23,10 +23,6 @@ LIMITS = (
     "hospital or another time. If treatment shapes the label, the model predicts treatment as well "
     "as disease. Metrics of a small test part vary by chance: read the interval, not the value."
 )
-BUILT_IN_UNREAD = (
-    "Demonstration run: the page shows the path from data to report. Stage 1 reads no language "
-    "model: its metrics are its own."
-)
 
 Config = dict[str, Any]
 
@@ -147,15 +143,10 @@ def built_in_sentence(model: str, of: str = "") -> str:
     return f"The language model{of} {BUILT_IN[model]}. Its metrics say nothing about MedGemma."
 
 
-def built_in_notice(config: Config, model_name: str = "") -> str:
-    """Return what a page says first of a run with a built-in language model; else nothing.
-
-    ``config`` is that of a checkpoint; ``model_name`` that of the run, which stage 1 does not read.
-    """
+def built_in_notice(config: Config) -> str:
+    """Return what a page says first of a built-in language model; nothing of another."""
     base = config.get("base_model")
-    if base in BUILT_IN and config["base_sha256"] is None:
-        return built_in_sentence(base)
-    return BUILT_IN_UNREAD if base is None and model_name in BUILT_IN else ""
+    return built_in_sentence(base) if base in BUILT_IN and config["base_sha256"] is None else ""
 
 
 # ------------------------------------------------------------------ Markdown

@@ -18,7 +18,6 @@ from medgemma_clinical import __version__
 from medgemma_clinical.models.checkpoints import describe_data
 from medgemma_clinical.models.language_model import BUILT_IN
 from medgemma_clinical.models.model_card import (
-    BUILT_IN_UNREAD,
     built_in_notice,
     built_in_sentence,
     code,
@@ -134,8 +133,7 @@ def test_a_run_with_a_built_in_model_has_a_notice(model, finished):
     own = {**finished, "base_model": model}
     assert built_in_notice(own) == built_in_sentence(model)
     assert built_in_notice({**own, **FOLDER}) == "", "a folder of this name"
-    assert built_in_notice(finished, model) == ""
-    assert built_in_notice({"stage": "trajectory"}, model) == BUILT_IN_UNREAD
+    assert built_in_notice(finished) == ""
     assert built_in_notice({"stage": "trajectory"}) == ""
 
 
