@@ -81,6 +81,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             are left out. None reads all.
         label_column: the column of 0 and 1 to learn; None is ``label_escalation``.
         allow_duplicates: accept a split that has equal rows in two parts.
+        site: column that names the hospital or unit of each row, for results by site.
         series_name, unit, outcome: main series and label 1, where no description says them.
         findings: of a table of which this is a chunk to score: its split is not read, a wrong label
             is unknown, and an unreadable row is noted and left out, unless they are strict.
@@ -93,7 +94,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
     name = "dka"
     kind = "DKA format"
     source_flag = "data_path"
-    options = ("series", "max_len", "label_column", "allow_duplicates", *dka.NAMING)
+    options = ("series", "max_len", "label_column", "allow_duplicates", "site", *dka.NAMING)
     row_columns = (*TrajectoryDataset.row_columns, "numbers")
     time_scale = 72.0  # hours; resolution of ketoacidosis takes one to three days
 
@@ -107,6 +108,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         series: Sequence[str] | None = None,
         label_column: str | None = None,
         allow_duplicates: bool | None = None,
+        site: str | None = None,
         series_name: str | None = None,
         unit: str | None = None,
         outcome: str | None = None,
@@ -138,7 +140,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self.read_options = {"max_len": max_len, "label_column": label}
         self.allow_duplicates, self.numbers = allow_duplicates, table.index.to_numpy()
         if is_whole:
-            dka.note_columns(table, label, about, findings)
+            dka.note_columns(table, label, about, findings, site)
+        self.sites = None if site is None else dka.sites_of(table, site, self.source)
         self._read_rows(table, findings, required=require_labels, is_whole=is_whole)
         self._read_series(table, findings, may_lack=is_whole and bool(series), is_whole=is_whole)
         if is_whole:
@@ -243,13 +246,15 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             if k == 0:
                 description = dka.as_trained(table, description, config, findings)
             static = {name for name in map(str, table) if name.startswith(dka.STATIC)}
+            site = config["read_options"].get("site")
             dataset = cls(
-                table.drop(columns=static - {*inputs["static"], *AGE, *SEX}),
+                table.drop(columns=static - {*inputs["static"], *AGE, *SEX, site}),
                 config["read_options"]["max_len"],
                 description=description,
                 require_labels=False,
                 series=config["features"],
                 label_column=config["read_options"].get("label_column", LABEL),
+                site=site,
                 findings=findings,
             )
             if not inputs["prediction_time"]:  # checked above, so that no later value is scored

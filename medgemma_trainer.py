@@ -153,6 +153,7 @@ def build_parser() -> Parser:
     add("--allow_duplicates", action="store_true", help="DKA: allow equal rows across the split")
     for name, text in NAMING.items():
         add(f"--{name}", help=text)
+    add("--site", metavar="COLUMN", help="DKA: column of sites; results of each, and pooled")
     add("--series", type=names, metavar="NAME,NAME", help="DKA: read these series only")
     add("--max_len", type=POSITIVE, help="latest observations kept; 20, several series 64, SRTR 50")
     add("--series_text", choices=SERIES_TEXT, default="all", help="series in the prompt")
@@ -728,8 +729,7 @@ def run(args: Namespace, given: set[str]) -> int:
     distributed.check_launch()
     with SIGNALS.installed(), distributed.exact_kernels(deterministic=args.deterministic):
         if args.compare:
-            place = args.output_dir if "--output_dir" in given else None
-            return compare.run_compare(args, place)
+            return compare.run_compare(args, args.output_dir if "--output_dir" in given else None)
         if not args.demo:
             distributed.check_gpu()
         if args.seeds:

@@ -400,6 +400,20 @@ def test_equal_ids_are_numbered_in_whatever_chunks_they_are_read(max_rows, tmp_p
     assert (whole.ids.tolist(), {*whole.groups}) == (names, {"p"})
 
 
+@pytest.mark.parametrize("max_rows", [1, 2, 9])
+def test_each_row_keeps_its_site_in_whatever_chunks_it_is_read(max_rows, tmp_path):
+    wards = ["A", "", " B", "1"]
+    source = write_table(table_of(["1 (0h)", "", *["2 (1h)"] * 2], ward=wards), tmp_path / "a.csv")
+    options = {**CONFIG["read_options"], "site": "ward"}
+    chunks, _ = scored(source, max_rows, inputs=NOTHING, read_options=options)
+    assert np.concatenate([each.dataset.sites for each in chunks]).tolist() == ["A", "B", "1"]
+    table = table_of(["1 (0h)"] * 4, ward=wards)
+    whole, plain = (MIMICtrajectoryDataset(table, site=site) for site in ("ward", None))
+    assert whole.subset(np.array([3, 1])).sites.tolist() == ["1", "not known"]
+    assert (plain.sites, plain.read_options) == (None, whole.read_options)
+    assert plain.fingerprint() == whole.fingerprint()
+
+
 @pytest.mark.parametrize("reads", [True, False])
 def test_a_file_without_the_contexts_that_a_model_reads_brings_a_warning(reads):
     prompts, table = {"context": reads}, table_of(["1 (0h)"])

@@ -34,8 +34,8 @@ ALLOWED_FLAGS = {
     "--demo": "--output_dir --seed --log_file --open",
     "--export": "--checkpoint --export_dir --model_name --show_values",
     "--predict": "--checkpoint --predictions --strict --explain --patients --data_path --data_dir "
-    "--dataset --organ --model_name --quantization --precision --attention --batch_size --seed "
-    "--min_cell --show_values",
+    "--dataset --organ --site --model_name --quantization --precision --attention --batch_size "
+    "--seed --min_cell --show_values",
 }
 """All that these ways read."""
 

@@ -83,7 +83,10 @@ def predict(args: Namespace, given: set[str]) -> int:
     source = find_source(request, config, datasets)
     check_output(request.predictions, source)
     findings = Findings(str(source), strict=bool(request.strict))
-    chunks = scoring_rows(source, config, datasets, findings, MEMORY_ROWS[config["stage"]])
+    reading = {**config, "read_options": {**config["read_options"]}}
+    if request.site is not None:
+        reading["read_options"]["site"] = request.site
+    chunks = scoring_rows(source, reading, datasets, findings, MEMORY_ROWS[config["stage"]])
     first = next(chunks)  # faults of the input show before a language model is loaded
     names = ("batch_size", "model_name", "quantization", "precision", "attention")
     options = {name: getattr(request, name) for name in names}
@@ -110,7 +113,8 @@ def find_source(
     dataset = datasets[config["dataset"]]
     for name in ("dataset", *(option for each in datasets.values() for option in each.options)):
         value = getattr(request, name, None)
-        if value not in (None, trained.get(name)):
+        own = name == "site" and name in dataset.options  # says nothing of how rows are read
+        if value not in (None, trained.get(name)) and not own:
             made = trained.get(name, f"--dataset {config['dataset']}")
             raise InputError(f"--{name} {value}: the checkpoint was trained on {made}")
     sources = {each.source_flag for each in datasets.values()}

@@ -42,7 +42,7 @@ RESULTS = (
 IMMATERIAL = {
     *("output_dir", "data_path", "data_dir", "ode_checkpoint", "log_file", "report_to"),
     *("report_patients", "min_cell", "show_values", "seeds", "ablation", "resume", "save_every"),
-    *("allow_duplicates", "arms", "reference", "explain", "patients", "open"),
+    *("allow_duplicates", "site", "arms", "reference", "explain", "patients", "open"),
     *("batch_size", "gradient_accumulation", "gradient_checkpointing"),
 }
 """Flags that do not change a result; files are known by their content, batches by their product."""

@@ -23,7 +23,7 @@ from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.roles import from_long_command
 from medgemma_clinical.data.scoring import Findings
 from medgemma_clinical.data.texts import NUMBER, Reference
-from medgemma_clinical.data.trajectories import FLOW_COLUMNS
+from medgemma_clinical.data.trajectories import FLOW_COLUMNS, UNKNOWN
 from medgemma_clinical.files import InputError, file_hash, one_line, read_json
 
 MAIN_COLUMN, LABEL, HOURS = "clinical_trajectory", "label_escalation", "prediction_hours"
@@ -361,6 +361,14 @@ def patients_of(table: pd.DataFrame, findings: Findings) -> tuple[pd.Series, NDA
     return patients, names.to_numpy(dtype=np.str_)
 
 
+def sites_of(table: pd.DataFrame, name: str, source: str) -> NDArray[np.str_]:
+    """Return the site of each row as the column ``name`` says it, ``not known`` where empty."""
+    if name not in table:
+        columns = join_names(list(map(str, table)))
+        raise InputError(f"{source}, column {name}: no such column of sites among {columns}")
+    return text_of(table, name).replace("", UNKNOWN).to_numpy(dtype=np.str_)
+
+
 def number_equal(ids: NDArray[np.str_], findings: Findings) -> NDArray[np.str_]:
     """Number the ids that repeat one of an earlier row of the source: 7, 7 (2)."""
     seen, numbered = findings.ids, []
@@ -417,7 +425,11 @@ def check_header(table: pd.DataFrame, source: str, label: str, *, labelled: bool
 
 
 def note_columns(
-    table: pd.DataFrame, label: str, description: Description, findings: Findings
+    table: pd.DataFrame,
+    label: str,
+    description: Description,
+    findings: Findings,
+    site: str | None = None,
 ) -> None:
     """Warn of keys without a column, and of columns that seem to belong among those to be read."""
     columns, series = [*map(str, table)], find_features(table, description, None, "")
@@ -430,7 +442,7 @@ def note_columns(
     warnings = [f"key {key} of the JSON file: no such column" for key in keys]
     if not set(PATIENTS) & set(columns):
         warnings.append("no column subject_id: each row is a patient of its own")
-    read = {*COLUMNS, label, *(feature.keys[0] for feature in series)}
+    read = {*COLUMNS, label, site, *(feature.keys[0] for feature in series)}
     unread = [name for name in columns if name not in read and not name.startswith((*MADE, STATIC))]
     if unread:
         findings.notes[f"columns not read: {join_names(unread, 10)}"] = None

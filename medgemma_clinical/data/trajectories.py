@@ -46,6 +46,9 @@ FAR_OUT = 10.0
 FLOW_COLUMNS = ("rule", "removed", "left")
 """Columns of ``flow``: a rule, the rows that it removed, the rows left after it."""
 
+UNKNOWN = "not known"
+"""Stands for an empty cell among the names of sites, and for an age or sex that is unknown."""
+
 Rows = NDArray[np.int64] | slice
 
 
@@ -90,6 +93,7 @@ class TrajectoryDataset:
         prediction_hours: (N,) float64, when the question is asked, on the clock of ``times``; NaN
             where unknown, None where the data do not say it.
         parts: (N,) str of train, val, test where the data bring their own split, else None.
+        sites: (N,) str, the hospital or unit of each row where it was asked for, else None.
         tested: whether a split that is drawn keeps a test part; else its rows train.
         features: F names.
         units: F units, empty where a feature has none.
@@ -122,7 +126,7 @@ class TrajectoryDataset:
 
     row_columns: ClassVar[tuple[str, ...]] = (
         *("labels", "ids", "groups", "contexts", "parts", "static", "prediction_hours"),
-        "_summaries",
+        *("sites", "_summaries"),
     )
     """Attributes with one entry a row; a subclass that has more names them too."""
 
@@ -136,6 +140,7 @@ class TrajectoryDataset:
     static: NDArray[np.float64]
     prediction_hours: NDArray[np.float64] | None = None
     parts: NDArray[np.str_] | None = None
+    sites: NDArray[np.str_] | None = None
     tested: bool = True
     _summaries: NDArray[np.float64] | None = None
 

@@ -11,13 +11,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.features import AGE, SEX
-from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.data.trajectories import UNKNOWN, TrajectoryDataset
 
 AGE_EDGES = (18, 40, 60, 75)
 OBSERVATION_EDGES = (2, 3, 5, 10, 20)
 """Lowest age, and number of observations, of each subgroup of a report but the first."""
 
-UNKNOWN = "not known"
 SEXES = {1.0: "man", 0.0: "woman"}
 
 
