@@ -18,6 +18,7 @@ import mutants
 import nafld
 import pandas as pd
 import phrasings
+import physionet2012
 import pytest
 import reading
 import risk_over_time
@@ -90,6 +91,47 @@ def test_nafld_reads_nothing_after_the_prediction_time(tmp_path, monkeypatch):
     assert dataset.labels.tolist() == [0, 1]
     assert dataset.times.tolist() == [0, 2400, 0, 216]
     assert dataset.contexts[0] == "57-year-old woman, BMI 22.7, hypertension"
+
+
+STAY = """Time,Parameter,Value
+00:00,RecordID,{0}
+00:00,Age,70
+00:00,Gender,-1
+00:00,ICUType,3
+00:00,Weight,-1
+"""
+
+
+def test_physionet2012(tmp_path, capsys):
+    (tmp_path / "set-b").mkdir()
+    values = "01:05,HCO3,2{1}\n01:07,HCO3,2{2}\n01:59,,-1\n02:00,Weight,70.25\n07:00,pH,-1\n"
+    for stay in range(60):
+        text = STAY + values * (stay > 0)
+        (tmp_path / f"set-b/{stay}.txt").write_text(text.format(stay, stay % 2, stay % 7))
+    died = pd.Series({stay: stay % 2 for stay in range(60)}, name="In-hospital_death")
+    died.rename_axis("RecordID").to_csv(tmp_path / "Outcomes-b.txt")
+    table = physionet2012.dka_table(*physionet2012.read_sets(tmp_path))
+    assert table.index.tolist() == list(range(1, 60))  # stay 0 has no value
+    row = table.loc[6]
+    assert row["clinical_trajectory"] == "26 (1h)"
+    assert row["trajectory_weight"] == "70.25 (2h)"
+    assert row.filter(like="static_").fillna("").tolist() == [70, "", "", 0, 0, 1, 0]
+
+    path = tmp_path / "folds.json"
+    parts = {"train": range(24), "val": range(24, 40), "test": range(40, 999)}
+    given, sizes = {"train": 23, "val": 16, "test": 20}, {"train": 35, "val": 4, "test": 20}
+    named = {f"{name}_ids": list(ids) for name, ids in parts.items()}
+    forms = [[list(parts["test"])], sizes], [{"1": parts}, given], [{"folds": [named]}, given]
+    for content, counts in forms:
+        path.write_text(json.dumps(content, default=list))
+        fold = physionet2012.with_parts(table, physionet2012.read_folds(path)[0], 0)
+        assert fold["split"].value_counts().to_dict() == counts
+    physionet2012.main(["--folder", str(tmp_path), "--folds", str(path)])
+    out = capsys.readouterr().out
+    assert "60 stays, 1 without any value; 30 deaths" in out
+    assert "940 of 999 listed stays are not there" in out
+    for model in ("gradient boosting", "ensemble with stage 1, 5 members"):
+        assert out.count(model) == 2
 
 
 def test_phrasings_do_not_depend_on_the_label(tmp_path, capsys):

@@ -4,6 +4,7 @@ A measured process starts with these imports, so this module imports nothing lar
 """
 
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -85,6 +86,26 @@ def train_stage1(data, seed, output, *flags):
     train(*words, "--log_file", "none", *flags)
     folder = Path(output) / "trajectory"
     return json.loads((folder / "metrics.json").read_text()) | cost_of(folder)
+
+
+def join_members(folders):
+    """Return one table of the test predictions of stage 1 by its number of members.
+
+    The runs have the same baselines, columns that all tables hold.
+    """
+    import pandas as pd
+
+    from medgemma_clinical.commands.compare import read_predictions
+    from medgemma_clinical.evaluation.baselines import ENSEMBLE
+
+    tables = []
+    for members, folder in folders.items():
+        name = f"stage 1, {members} member{'s' * (members > 1)}"
+        table = read_predictions(folder, name)
+        tables.append(table.rename(columns={ENSEMBLE: f"{ENSEMBLE} with {name}"}))
+    joined = functools.reduce(pd.merge, tables)
+    assert len(joined) == len(tables[0])
+    return joined
 
 
 def stage_maker(*words):
