@@ -10,7 +10,9 @@ from scipy.special import expit
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, blend
 from medgemma_clinical.evaluation.metrics_table import evaluate
 from medgemma_clinical.evaluation.report import ReportContent, write_report
+from medgemma_clinical.evaluation.table_one import table_one
 from medgemma_clinical.evaluation.tables import split_table
+from trajectories import dataset_of
 
 OUTCOME = "Death <b>& $x$ decay"
 """What a user writes stays text."""
@@ -39,6 +41,13 @@ def make_bands(n):
     return pd.DataFrame({"size": pd.Categorical(size, ["few", "many", "none"], ordered=True)})
 
 
+def described(split):
+    """Table 1 of 200 patients, of whom the last has no age."""
+    columns = {"static_age [years]": [*range(20, 219), np.nan], "static_sex_male": [0, 1] * 100}
+    series = ["20 (0h)", "21 (0h) -> 25 (6h)"] * 100
+    return table_one(dataset_of(series, label_escalation=[0, 0, 0, 1] * 50, **columns), split)
+
+
 def make_content(n=400, **more):
     """The content of a report on n rows with every section."""
     history = [
@@ -60,6 +69,7 @@ def make_content(n=400, **more):
         "bands": make_bands(n),
         "flow": pd.DataFrame({"rule": ["no label"], "removed": [3], "left": [200]}),
         "split": split_table(labels, groups, split),
+        "table_one": described(split),
         "history": history,
         "reports": {"reports": 80, "numbers_stated": 400, "invented": 2}
         | dict.fromkeys(shares, share),

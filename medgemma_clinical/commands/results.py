@@ -30,6 +30,7 @@ from medgemma_clinical.evaluation.decision import (
 )
 from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
 from medgemma_clinical.evaluation.report import ReportContent, write_report
+from medgemma_clinical.evaluation.table_one import table_one
 from medgemma_clinical.evaluation.tables import model_table, split_table, written_sentence
 from medgemma_clinical.evaluation.verdicts import sentences, value_text
 from medgemma_clinical.evaluation.written_reports import score_reports
@@ -271,6 +272,7 @@ def report_content(
         noun=dataset.noun,
         flow=dataset.flow,
         split=split_table(dataset.labels, dataset.groups, data.split),
+        table_one=table_one(dataset, data.split),
         history=None if few else state.progress.history or None,
         reports=config["metrics"].get("reports"),
         stage1_page=stage1_page,

@@ -24,7 +24,9 @@ from medgemma_clinical.evaluation.suppress import (
     suppress_case_mix,
     suppress_reports,
     suppress_table,
+    suppress_table_one,
 )
+from medgemma_clinical.evaluation.table_one import table_one_cells
 from medgemma_clinical.evaluation.verdicts import best_baseline, counts_text, percent, sentences
 from medgemma_clinical.evaluation.written_reports import compare_words
 from medgemma_clinical.files import atomic, write_text
@@ -42,6 +44,7 @@ INTERVALS = (
     "for shares of 0 and 1 at the threshold"
 )
 PAGES.globals.update(tables=tables, percent=percent, compare=compare_words, INTERVALS=INTERVALS)
+PAGES.globals.update(table_one_cells=table_one_cells)
 
 MAX_ERRORS = 10
 
@@ -64,6 +67,7 @@ class ReportContent:
     noun: str = "patients"  # what the rows are
     flow: pd.DataFrame | None = None  # columns rule, removed, left
     split: pd.DataFrame | None = None  # a ``split_table``
+    table_one: pd.DataFrame | None = None  # a ``table_one``
     history: Sequence[Mapping[str, Any]] | None = None  # as in history.jsonl
     reports: Mapping[str, Any] | None = None  # metrics of ``score_reports``
     example: Mapping[str, Any] | None = None  # prompt, text, target of a row
@@ -157,9 +161,12 @@ def _data_tables(content: ReportContent, min_cell: int, *, hide_events: bool) ->
     """Return tables of the data, small counts hidden."""
     known = {}
     if (split := content.split) is not None:
+        hide_events = hide_events or bool((split["minority_patients"] < min_cell).any())
         known["split"] = suppress_table(split, min_cell).drop(columns="minority_patients")
     if content.flow is not None:
         known["flow"] = suppress_table(content.flow[["rule", "removed", "left"]], min_cell)
+    if (table := content.table_one) is not None:
+        known["table_one"] = suppress_table_one(table, min_cell, hide_events=hide_events)
     if content.case_mix is not None:
         mixes = [suppress_case_mix(m, min_cell, hide_events=hide_events) for m in content.case_mix]
         known["case_mix"] = tables.case_mix_cells(*mixes)

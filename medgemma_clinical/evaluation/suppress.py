@@ -13,6 +13,7 @@ import pandas as pd
 from pandas.api.types import is_float_dtype
 
 from medgemma_clinical.data.small_cells import count_text
+from medgemma_clinical.evaluation.table_one import ALL, OUTCOMES, QUARTILES
 
 COUNTS = ("n", "rows", "patients", "events", "minority_patients", "left", "removed")
 AT_THRESHOLD = ("sensitivity", "specificity", "ppv", "npv", "positives", "accuracy")
@@ -141,4 +142,35 @@ def suppress_table(table: pd.DataFrame, min_cell: int, by: str | None = None) ->
             shown.loc[hidden, "prevalence"] = np.nan
         if name == "removed" and hidden.any():  # two neighbours tell what was removed
             shown.loc[shown.index[:-1], "left"] = NOT_SHOWN
+    return shown
+
+
+def suppress_table_one(table: pd.DataFrame, min_cell: int, *, hide_events: bool) -> pd.DataFrame:
+    """Hide small counts of a ``table_one``, and what tells them; drop the sizes of its groups.
+
+    Counts of the outcomes, or of the parts, add up to that of all, and so do those of categories,
+    whose names begin alike: one that is small, or whose rest is, hides those beside it.
+    ``hide_events``: a part of the split hides its events, so no count by outcome may tell their
+    number. Quartiles need ``min_cell`` patients beyond each.
+    """
+    sizes = table[["rows", "patients"]]
+    table = table.drop(columns=list(sizes))
+    if min_cell == 0:
+        return table
+    known, a_row = sizes["rows"] - table["missing"], sizes["patients"] / sizes["rows"]
+    counts = [table["missing"], known, table["count"], known - table["count"]]
+    head = table["share"].isna() & table["count"].notna()
+    counts[3] = counts[3].mask(head, 0)
+    small = pd.concat([(n > 0) & (n * a_row < min_cell) for n in counts], axis=1)
+    sides = table["group"].map(dict.fromkeys(OUTCOMES, "outcome") | {ALL: ALL}).fillna("part")
+    category = table["variable"].str.split("[_ ]", regex=True).str[0]  # unit_medical, unit_surgical
+    category = table["variable"].where(table["count"].isna(), category)
+    hidden = small.any(axis=1).groupby([category, sides]).transform("any")
+    hidden |= hide_events & (sides == "outcome")
+    shown = table.astype({"missing": object, "count": object})
+    shown.loc[known * a_row < 4 * min_cell, QUARTILES] = np.nan
+    shown.loc[hidden, ["share"]] = np.nan
+    for k, name in ((0, "missing"), (2, "count")):
+        shown.loc[hidden & table[name].notna(), name] = NOT_SHOWN
+        shown.loc[hidden & small.iloc[:, k], name] = count_text(1, min_cell)
     return shown

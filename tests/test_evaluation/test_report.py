@@ -16,7 +16,7 @@ from pages import MODEL, OUTCOME, THRESHOLD, Page, make_content, make_rows, writ
 
 DRAWS = 200
 SECTIONS = ["Written reports", "Discrimination", "Calibration", "Decision curve", "Baselines"]
-SECTIONS += ["Subgroups", "Case mix", "Methods"]
+SECTIONS += ["Subgroups", "Case mix", "Table 1", "Methods"]
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +89,12 @@ def test_page_and_console_show_the_same_verdicts(tmp_path):
 
 def test_sections_stand_in_order_and_those_without_content_are_left_out(page, tmp_path):
     assert sections(page) == SECTIONS
-    nothing = dict.fromkeys(("flow", "split", "history", "reports", "case_mix"))
+    nothing = dict.fromkeys(("flow", "split", "table_one", "history", "reports", "case_mix"))
     rows = make_rows(60, baselines=False)
     alone = write_page(tmp_path, rows, make_content(60, **nothing))
     assert sections(alone) == [*SECTIONS[1:6], "Methods"]
     assert len(Page(alone).images()) == 5
-    assert alone.count("<table>") == page.count("<table>") - 5
+    assert alone.count("<table>") == page.count("<table>") - 6
 
 
 def test_where_the_results_are_stage_1s_the_page_links_there_and_folds_them(page, tmp_path):
@@ -187,7 +187,7 @@ def test_a_part_with_few_events_shows_no_metric_and_no_curve(tmp_path):
     assert "AUROC 0" not in Page(source).text
     names = {path.name for path in (tmp_path / "figures").iterdir()}
     assert names == {"learning_curve.pdf", "learning_curve.svg", "split.csv", "flow.csv"} | {
-        "case_mix.csv"
+        *("case_mix.csv", "table_one.csv")
     }
 
 
@@ -207,7 +207,7 @@ def test_each_figure_and_each_table_is_also_a_file(figures, tmp_path):
     assert all(path.with_suffix(".pdf").read_bytes()[:4] == b"%PDF" for path in drawn)
     assert {path.stem for path in folder.glob("*.csv")} == {
         *("metrics", "models", "subgroups", "calibration", "decision_curve", "split", "flow"),
-        "case_mix",
+        *("case_mix", "table_one"),
     }
     metrics = evaluate(rows, 0, THRESHOLD)
     table = pd.read_csv(folder / "metrics.csv", index_col=["model", "metric"])

@@ -1,0 +1,85 @@
+"""Table 1: who the patients are, overall, by outcome and by part of the split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from medgemma_clinical.data.dka import STATIC
+from medgemma_clinical.data.small_cells import count_text
+from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.evaluation.tables import PARTS
+from medgemma_clinical.evaluation.verdicts import NO_VALUE, percent
+
+ALL, OUTCOMES = "all", ("with the event", "without the event")
+QUARTILES = ["q1", "median", "q3"]
+
+
+def table_one(dataset: TrajectoryDataset, split: Mapping[str, NDArray[np.int64]]) -> pd.DataFrame:
+    """Return a line for each variable and group of rows, as numbers.
+
+    Variables are the rows themselves, static features, and of each series the last value and the
+    observations a row; groups are all rows, the outcomes and the parts of the ``split``.
+
+    Returns:
+        ``variable``, ``group``, ``rows`` and ``patients`` of the group; ``missing`` rows, which of
+        a last value never measured it; ``count`` and ``share`` of the known where values are 0 and
+        1; else ``q1``, ``median``, ``q3``.
+    """
+    table = _variables(dataset)
+    binary = table.isin([0.0, 1.0]).where(table.notna(), True).all() & table.notna().any()
+    binary.iloc[len(dataset.static_names) :] = False  # series are numbers
+    groups = {ALL: np.arange(len(dataset))}
+    groups |= {name: np.flatnonzero(dataset.labels == 1 - k) for k, name in enumerate(OUTCOMES)}
+    groups |= {PARTS.get(part, part): rows for part, rows in split.items()}
+    found = []
+    for group, rows in groups.items():
+        own, patients = table.iloc[rows], len(np.unique(dataset.groups[rows]))
+        size: dict[str, Any] = {"group": group, "rows": len(rows), "patients": patients}
+        lines = own.quantile([0.25, 0.5, 0.75]).T.set_axis(QUARTILES, axis=1)
+        lines[binary] = np.nan
+        known = own.notna().sum()
+        count = own.sum().where(binary)
+        lines = lines.assign(missing=len(rows) - known, count=count, share=count / known, **size)
+        heads = {dataset.noun.capitalize(): len(rows), "Patients": patients}
+        head = pd.DataFrame({"count": heads, "missing": 0}).assign(**size)
+        found.append(pd.concat([head, lines]))
+    columns = ["group", "rows", "patients", "missing", "count", "share", *QUARTILES]
+    return pd.concat(found)[columns].rename_axis("variable").reset_index()
+
+
+def _variables(dataset: TrajectoryDataset) -> pd.DataFrame:
+    """Return the described variables of each row, N rows, NaN where missing."""
+    names = [name.removeprefix(STATIC) for name in dataset.static_names]
+    columns: list[Any] = [dataset.static]
+    summaries = pd.DataFrame(dataset.summaries(), columns=dataset.summary_names())
+    for name, unit in zip(dataset.features, dataset.units, strict=True):
+        names += [f"{name}, last value{f' [{unit}]' if unit else ''}"]
+        names += [f"{name}, observations of a row"]
+        columns += [summaries[[f"{name} last"]], summaries[[f"{name} count"]].fillna(0)]
+    return pd.DataFrame(np.column_stack(columns), columns=names)
+
+
+def table_one_cells(table: pd.DataFrame) -> pd.DataFrame:
+    """Return ``table_one``, which may be suppressed, as text: a column for each group."""
+    groups = {str(name): own for name, own in table.groupby("group", sort=False)}
+    cells = {"Variable": groups[ALL]["variable"].tolist()}
+    for name, own in groups.items():
+        cells[name.capitalize()] = [_cell(line) for line in own.to_dict("records")]
+    cells["Missing"] = ["" if n == 0 else count_text(n) for n in groups[ALL]["missing"]]
+    return pd.DataFrame(cells)
+
+
+def _cell(line: dict[Any, Any]) -> str:
+    """Return a count with its share, or a median with its quartiles, as text."""
+    if isinstance(line["count"], str) or not np.isnan(line["count"]):
+        share = "" if np.isnan(line["share"]) else f" ({percent(line['share'])})"
+        return f"{count_text(line['count'])}{share}"
+    low, middle, high = (
+        f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}" for x in (line[name] for name in QUARTILES)
+    )
+    return NO_VALUE if middle == "nan" else f"{middle} ({low} to {high})"
