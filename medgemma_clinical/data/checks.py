@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from medgemma_clinical.data.features import patients_behind
 from medgemma_clinical.data.leaks import describe_leaks
+from medgemma_clinical.data.sample_size import describe_sample_size
 from medgemma_clinical.data.small_cells import MIN_CELL, count_patients, minority_patients
 from medgemma_clinical.data.texts import with_space
 from medgemma_clinical.files import InputError
@@ -27,6 +28,9 @@ SEED = 0
 MIN_PATIENTS, MIN_TEST_EVENTS = 100, 10
 """Patients, and patients of the test part with and without the event, below which a check warns:
 with fewer, hardly any difference between models is larger than its interval."""
+
+TEST_EVENTS = 200
+"""Events of a test part below which folds are suggested. Source: Collins 2016, Stat Med 35:214."""
 
 MAX_SPANS = 10
 """Median span in time scales beyond which a time scale that nobody chose does not fit."""
@@ -93,7 +97,10 @@ def log_warnings(warnings: Iterable[str], source: str = "") -> None:
 
 
 def _check_parts(dataset: TrajectoryDataset, split: dict[str, NDArray[np.int64]]) -> list[str]:
-    """Warn of a test part of few events, and of inputs that the training part makes suspect."""
+    """Warn of a test part of few events, and of inputs that the training part makes suspect.
+
+    Logs the sample size, and suggests folds where the test part that was drawn has few events.
+    """
     train, test, warnings = split["train"], split["test"], []
     if minority_patients(dataset.labels[test], dataset.groups[test]) < MIN_TEST_EVENTS:
         few = f"fewer than {MIN_TEST_EVENTS} patients of the test part have, or lack, the event"
@@ -101,6 +108,10 @@ def _check_parts(dataset: TrajectoryDataset, split: dict[str, NDArray[np.int64]]
     known, unusable = dataset.prediction_hours is not None, dataset.unusable_static(train)
     names = [name for name in dataset.static_names if name not in unusable]
     read = dataset.with_inputs(names, prediction_time=known)
+    logger.info("sample size: %s", describe_sample_size(read, names, train))
+    if dataset.parts is None and dataset.labels[test].sum() < TEST_EVENTS:
+        few = f"fewer than {TEST_EVENTS} events in the test part"
+        logger.info("%s: --folds 5 tests the model on each patient once", few)
     warnings += describe_few_patients(patients_behind_inputs(read, train))
     return [*warnings, *describe_unusable(unusable), *describe_leaks(dataset, train)]
 
