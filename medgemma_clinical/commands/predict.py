@@ -180,6 +180,7 @@ class PredictionTally:
                 risk=lines["probability"].to_numpy(float)[rows.positions[labelled]],
                 patient=patient_hashes(dataset, labelled),
                 rows=list(both_hashes(dataset, labelled)),
+                site=None if dataset.sites is None else dataset.sites[labelled],
             )
         )
 
@@ -291,6 +292,7 @@ def report_labelled(
         noun=noun,
         flow=pd.DataFrame(flow, columns=list(FLOW_COLUMNS)),
         case_mix=(config["case_mix"], here),
+        sites=None if dataset.sites is None else new["site"].to_numpy(str),
         notice=built_in_notice(config),
         first=[each for each in (said(request.min_cell), weight_0_sentence(shared)) if each],
     )

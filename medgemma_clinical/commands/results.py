@@ -276,6 +276,7 @@ def report_content(
         history=None if few else state.progress.history or None,
         reports=config["metrics"].get("reports"),
         stage1_page=stage1_page,
+        sites=None if dataset.sites is None else dataset.sites[predictions.rows],
         notice=built_in_notice(config),
         first=list(filter(None, [weight_0_sentence(config)])),
     )

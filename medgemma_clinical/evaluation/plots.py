@@ -229,3 +229,27 @@ def plot_forest(metrics: Metrics) -> Plot:
     axes.grid(visible=False, axis="y")  # it would hide the ends of the intervals
     alt = f"Forest plot: AUROC of each model minus that of {reference}, with intervals."
     return _with_legend(figure) if names else figure, alt
+
+
+def plot_sites(table: pd.DataFrame, pooled: Mapping[str, float]) -> Plot:
+    """Plot the AUROC of each site of a ``site_table`` that has one, and what ``pool`` returns."""
+    known = table[table["auroc"].notna()]
+    value, low, high = (known[name].to_numpy(float) for name in ("auroc", "low", "high"))
+    names, below = known["site"].tolist(), len(known)
+    figure, (axes,) = new_figure(size=(5.5, 0.28 * below + 1.8))
+    look: dict[str, Any] = {"color": MODEL, "label": "a site [95 %]", "markersize": 5}
+    axes.errorbar(value, range(below), xerr=[value - low, high - value], fmt="s", **look)
+    if not np.isnan(pooled["value"]):
+        names.append("pooled")
+        mean, *ends = (pooled[name] for name in ("value", "low", "high"))
+        axes.axvline(mean, **DOTTED)
+        look = {"color": OTHER, "label": "pooled [95 %]", "markersize": 7}
+        axes.errorbar(mean, below, xerr=[[mean - ends[0]], [ends[1] - mean]], fmt="D", **look)
+    if not np.isnan(pooled["prediction_low"]):
+        names.append("further sites")
+        further = [pooled["prediction_low"], pooled["prediction_high"]]
+        axes.plot(further, [below + 1] * 2, "|-", color=INK, label="95 % of further sites")
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="AUROC", ylim=(len(names) - 0.5, -0.5))
+    axes.grid(visible=False, axis="y")
+    return _with_legend(figure), "Forest plot: AUROC of each site, pooled, and of further sites."

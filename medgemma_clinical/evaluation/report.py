@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from numpy.typing import NDArray
 
 from medgemma_clinical.evaluation import plots, tables
 from medgemma_clinical.evaluation.baselines import MEANINGS
@@ -19,6 +20,7 @@ from medgemma_clinical.evaluation.metrics_table import (
     decision_curve,
     subgroup_table,
 )
+from medgemma_clinical.evaluation.sites import pool, pooled_sentence, site_table
 from medgemma_clinical.evaluation.suppress import (
     suppress,
     suppress_case_mix,
@@ -44,7 +46,7 @@ INTERVALS = (
     "for shares of 0 and 1 at the threshold"
 )
 PAGES.globals.update(tables=tables, percent=percent, compare=compare_words, INTERVALS=INTERVALS)
-PAGES.globals.update(table_one_cells=table_one_cells)
+PAGES.globals.update(table_one_cells=table_one_cells, pooled_sentence=pooled_sentence)
 
 MAX_ERRORS = 10
 
@@ -73,6 +75,7 @@ class ReportContent:
     example: Mapping[str, Any] | None = None  # prompt, text, target of a row
     stage1_page: str | None = None  # where the results are stage 1's: its page, empty if unknown
     case_mix: tuple[dict[str, float], dict[str, float]] | None = None  # of training, of these rows
+    sites: NDArray[Any] | None = None  # hospital or unit of each row
     notice: str = ""  # a banner
     first: Sequence[str] = ()  # sentences that the result begins with
 
@@ -154,6 +157,12 @@ def _model_parts(
         "risk_distribution": plots.plot_risks(labels, risks[0]),
         "decision_curve": plots.plot_decision_curve(curve, names),
     }
+    if content.sites is not None:
+        sites = suppress_table(site_table(rows, names[0], content.sites, seed), min_cell)
+        pooled = pool(sites)
+        numbers |= {"sites": sites, "sites_pooled": pd.DataFrame([pooled])}
+        if sites["auroc"].notna().any():
+            drawn["sites"] = plots.plot_sites(sites, pooled)
     return numbers, drawn
 
 

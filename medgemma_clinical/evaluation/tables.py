@@ -112,6 +112,18 @@ def subgroup_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
     return pd.DataFrame(cells).iloc[:, : None if table["auroc"].notna().any() else -1]
 
 
+def site_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
+    """Return a ``site_table`` as text."""
+    auroc = table[["auroc", "low", "high"]].itertuples(index=False)
+    cells = {
+        "Site": table["site"],
+        noun.capitalize(): table["n"].map(count_text),
+        "Events": table["events"].map(count_text),
+        "AUROC [95 %]": [interval_text(*each) for each in auroc],
+    }
+    return pd.DataFrame(cells)
+
+
 def count_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
     """Return a table of counts, which may be suppressed, as text; its rows are called ``noun``."""
     named = table.map(count_text).rename(columns={"rows": noun}).rename(columns=str.capitalize)

@@ -182,6 +182,18 @@ def test_metrics_of_many_chunks_are_those_of_one(runs, strangers, tmp_path, monk
     pd.testing.assert_frame_equal(*judged, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [7, 10_000])
+def test_sites_of_the_labelled_rows_are_counted(size, runs, strangers, tmp_path, monkeypatch):
+    monkeypatch.setitem(MEMORY_ROWS, "trajectory", size)
+    rows = strangers.assign(ward=["", "A", "A", "B"] * 25)
+    rows.loc[1, SERIES], rows.loc[2, LABEL] = "oops", ""
+    out = tmp_path / "out.csv"
+    predicted(runs / "trajectory", write_data(rows, tmp_path / "a.csv"), out, "--site", "ward")
+    source = out.with_suffix(".report.html").read_text()
+    counts = dict(re.findall(r'<th scope="row">([^<]+)</th>\s*<td>(\d+)</td>', source))
+    assert {"not known": "25", "A": "48", "B": "25"}.items() <= counts.items()
+
+
 def test_an_interrupted_report_leaves_the_predictions(runs, table, tmp_path, monkeypatch):
     data, out = write_data(table, tmp_path / "new.csv"), tmp_path / "out.csv"
 

@@ -1,0 +1,107 @@
+"""Results by site, a hospital or a unit, and what they have in common: a meta-analysis."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from scipy.special import expit, logit
+from scipy.stats import norm, t
+
+from medgemma_clinical.evaluation.metrics import Array
+from medgemma_clinical.evaluation.metrics_table import MINORITY_PATIENTS, subgroup_table
+from medgemma_clinical.evaluation.verdicts import interval_text, percent
+
+MIN_POOLED, MIN_PREDICTED = 2, 3
+"""Sites that a pooled value, and a prediction interval, need."""
+
+
+def site_table(rows: pd.DataFrame, model: str, sites: NDArray[np.str_], seed: int) -> pd.DataFrame:
+    """Return counts, AUROC with interval, its logit and standard error of each site.
+
+    ``sites`` (n,) are those of the rows. One with few patients with, or without, the event has no
+    AUROC.
+
+    Source: Debray et al. 2017, BMJ 356:i6460, for the error by the ends of the interval.
+    """
+    bands = pd.DataFrame({"site": pd.Categorical(sites)})
+    table = subgroup_table(rows, model, bands, seed).drop(columns=["group", "risk"])
+    names = {"level": "site", "auroc_low": "low", "auroc_high": "high"}
+    table = table.rename(columns=names)
+    # An AUROC of 0 or 1 has no logit: half a pair of patients is ranked otherwise.
+    half = 0.5 / (table["events"] * (table["n"] - table["events"]))
+    ends = table[["auroc", "low", "high"]].clip(half, 1 - half, axis=0)
+    table["logit"] = logit(ends["auroc"])
+    width = logit(ends["high"]) - logit(ends["low"])
+    table["se"] = (width / (2 * norm.ppf(0.975))).where(width > 0)
+    return table
+
+
+def pool(table: pd.DataFrame) -> dict[str, float]:
+    """Return the AUROC that the sites of a ``site_table`` share, and how far they differ.
+
+    Returns:
+        ``sites`` that are pooled; ``value``, ``low``, ``high`` of the AUROC; ``i2``; ``tau2`` of
+        its logit; ``prediction_low``, ``prediction_high``: 95 % of further sites. NaN with few.
+    """
+    known = table.dropna(subset=["logit", "se"])
+    found = random_effects(known["logit"].to_numpy(float), known["se"].to_numpy(float) ** 2)
+    scale = {name: float(expit(x)) for name, x in found.items() if name not in ("i2", "tau2")}
+    return {"sites": len(known), **found, **scale}
+
+
+def random_effects(effects: Array, variances: Array) -> dict[str, float]:
+    """Pool k effects with their variances by a random-effects meta-analysis.
+
+    Returns:
+        As ``pool``, on the scale of the effects.
+
+    Source: Viechtbauer 2005 for the REML estimate of tau2; Hartung and Knapp 2001, IntHout et al.
+    2014 for the interval; Higgins and Thompson 2002 for I2; Riley et al. 2011 for the prediction
+    interval.
+    """
+    k, nan = len(effects), float("nan")
+    ends = ("low", "high", "prediction_low", "prediction_high")
+    if k < MIN_POOLED:
+        return dict.fromkeys(("value", "i2", "tau2", *ends), nan)
+
+    def pooled(tau2: float) -> tuple[Array, float, float]:
+        weights = 1 / (variances + tau2)
+        mean = float(weights @ effects / weights.sum())
+        return weights, mean, float(weights @ (effects - mean) ** 2)
+
+    def loss(tau2: float) -> float:
+        weights, _, squares = pooled(tau2)
+        return float(np.log(weights.sum()) - np.log(weights).sum() + squares)
+
+    top = 10 * effects.var(ddof=1) + 1e-9
+    found = minimize_scalar(loss, bounds=(0, top), method="bounded", options={"xatol": 1e-9})
+    tau2 = float(found.x) if found.fun < loss(0) else 0.0
+    weights, mean, squares = pooled(tau2)
+    error = np.sqrt(squares / ((k - 1) * weights.sum()))
+    fixed = 1 / variances
+    typical = (k - 1) * fixed.sum() / (fixed.sum() ** 2 - (fixed**2).sum())
+    reach = t.ppf(0.975, k - 1) * error
+    beyond = nan
+    if k >= MIN_PREDICTED:
+        beyond = t.ppf(0.975, k - 2) * np.sqrt(tau2 + error**2)
+    intervals = (mean - reach, mean + reach, mean - beyond, mean + beyond)
+    own = {"value": mean, "i2": tau2 / (tau2 + typical), "tau2": tau2}
+    return own | dict(zip(ends, map(float, intervals), strict=True))
+
+
+def pooled_sentence(pooled: dict[str, float], sites: int) -> str:
+    """Return the result of ``pool`` in words; ``sites``: how many there are."""
+    if pooled["sites"] < MIN_POOLED:
+        need = f"{MINORITY_PATIENTS} patients with, and {MINORITY_PATIENTS} without, the event"
+        return f"Nothing is pooled: fewer than {MIN_POOLED} sites have {need}."
+    auroc = interval_text(pooled["value"], pooled["low"], pooled["high"])
+    ends = [pooled["prediction_low"], pooled["prediction_high"]]
+    further = (
+        "" if np.isnan(ends[0]) else f"; 95 % of further sites: {ends[0]:.3f} to {ends[1]:.3f}"
+    )
+    return (
+        f"Pooled over {pooled['sites']:.0f} of {sites} sites: AUROC {auroc}, I\N{SUPERSCRIPT TWO} "
+        f"{percent(pooled['i2'])}{further}."
+    )
