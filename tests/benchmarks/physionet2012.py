@@ -40,7 +40,6 @@ DESCRIPTION = {
     "source": "PhysioNet/CinC Challenge 2012",
     "licence": "Open Data Commons Attribution 1.0",
 }
-SHOWN = ("auroc", "auprc")
 
 
 def read_sets(folder):
@@ -103,7 +102,7 @@ def with_parts(table, fold, seed):
     return table.join(split.rename("split"), how="inner")
 
 
-def test_metrics(table, seed, flags):
+def fold_metrics(table, seed, flags):
     """Train stage 1 with one and five members on a fold; return the test metrics by model."""
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "data.csv")
@@ -115,7 +114,7 @@ def test_metrics(table, seed, flags):
         rows = join_members({n: run / "trajectory" for n, run in runs.items()})
     labels, everyone = rows["label"].to_numpy(float), np.ones((1, len(rows)))
     found = {m: metrics(labels, rows[m].to_numpy(), everyone) for m in rows.columns.drop(TESTED)}
-    return {(name, model): x[name].item() for name in SHOWN for model, x in found.items()}
+    return pd.DataFrame(found).loc[["auroc", "auprc"]].map(np.ndarray.item).stack()
 
 
 def main(argv=None):
@@ -139,7 +138,8 @@ def main(argv=None):
             f"fold {number}: {own['split'].value_counts().to_dict()}; "
             f"{(~np.isin(listed, own.index)).sum():,} of {len(listed):,} listed stays are not there"
         )
-        results[number] = test_metrics(own, seed, flags)
+        results[number] = fold_metrics(own, seed, flags)
+        write(results[number].unstack(0).round(4).to_string())
     shown = pd.DataFrame(results)
     shown = shown.assign(mean=shown.mean(axis=1), sd=shown.std(axis=1))
     write(f"{machine('torch', 'scikit-learn', threads=arguments.threads)}, seed {seed}")
