@@ -63,6 +63,7 @@ from medgemma_clinical.commands import (
     command_line,
     compare,
     flags,
+    folds,
     python,
     results,
     run_folder,
@@ -131,6 +132,7 @@ def build_parser() -> Parser:
     add("--reference", default="stage 1", metavar="NAME", help="--ablation: reference model")
     add("--compare", type=Path, nargs="+", metavar="RUN", help="compare stage folders, paired")
     add("--seeds", type=POSITIVE, metavar="N", help="repeat with N seeds and pool the results")
+    add("--folds", type=number(int, 2, 20), metavar="K", help="judge every patient, by K models")
     add("--predict", action="store_true", help="score new rows with a trained model")
     add("--export", choices=("merged",), help="write stage 2 or 3 with LoRA merged")
     add("--export_dir", type=Path, help="with --export: folder to write")
@@ -734,6 +736,8 @@ def run(args: Namespace, given: set[str]) -> int:
             distributed.check_gpu()
         if args.seeds:
             return several.run_seeds(args, read_dataset, train)
+        if args.folds:
+            return folds.run_folds(args, read_dataset(args), train)
         if args.ablation:
             return several.run_ablation(args, read_dataset(args), train)
         if args.predict:
@@ -765,7 +769,7 @@ def program() -> int:
 
 
 TrajectoryModel.program = Program(
-    DATASETS, BUILDERS, partial(python.fit, build_parser, read_dataset, train_stage)
+    DATASETS, BUILDERS, partial(python.fit, build_parser, read_dataset, train_stage), train
 )
 python.set_signatures(build_parser())
 # Whoever unpickles these, as joblib's processes do, imports this file, and with it the program.

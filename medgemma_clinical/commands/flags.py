@@ -26,7 +26,7 @@ LANGUAGE_MODEL_FLAGS = (
 """Flags that a checkpoint of stages 2 and 3 holds as they are."""
 
 ALONE = ("--predict", "--export", "--compare", "--demo", "--dry_run")
-TOGETHER = ("--ablation", "--seeds", "--resume")
+TOGETHER = ("--ablation", "--seeds", "--folds", "--leave_out", "--resume")
 """Flags that say what to do."""
 
 ALLOWED_FLAGS = {
@@ -44,6 +44,7 @@ NEEDED_FLAGS = {
     "--export": "--checkpoint, --export_dir",
     **dict.fromkeys(("--predictions", "--strict", "--explain"), "--predict"),
     **dict.fromkeys(("--arms", "--reference"), "--ablation"),
+    "--final": "--folds or --leave_out",
     "--patients": "--explain",
     "--open": "--demo",
     "--export_dir": "--export",
@@ -62,6 +63,9 @@ UNREAD_FLAGS = {
     # those that its variants set
     "--ablation": "--trajectory_only --mode --ode_checkpoint --soft_prompt --freeze_ode --dynamics "
     "--facts --stage1_logit --base_weights",
+    # those of other ways to train several models
+    "--folds": "--seeds --ablation --arms --reference",
+    "--leave_out": "--folds --seeds --ablation --arms --reference",
     # those of stage 1
     TEXT_ONLY: "--freeze_ode --encoder_lr --stage1_logit --time_scale --solver --dynamics "
     "--members --facts --prediction_time",

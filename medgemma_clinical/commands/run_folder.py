@@ -41,7 +41,16 @@ RESULTS = (
 
 IMMATERIAL = {
     *("output_dir", "data_path", "data_dir", "ode_checkpoint", "log_file", "report_to"),
-    *("report_patients", "min_cell", "show_values", "seeds", "ablation", "resume", "save_every"),
+    *(
+        "report_patients",
+        "min_cell",
+        "show_values",
+        "seeds",
+        "folds",
+        "ablation",
+        "resume",
+        "save_every",
+    ),
     *("allow_duplicates", "site", "arms", "reference", "explain", "patients", "open"),
     *("batch_size", "gradient_accumulation", "gradient_checkpointing"),
 }

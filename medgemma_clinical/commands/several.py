@@ -100,10 +100,7 @@ def run_or_continue(title: str, args: Namespace, dataset: TrajectoryDataset, tra
     folder, code = stage_folder(args), EXIT_DONE
     try:
         with quiet_console():
-            stage1 = given_stage1(args)
-            data = run_data(args, dataset, PromptOptions(), stage1)  # prompts are flags
-            done = progress_of(folder, run_record(args, data, stage1))
-            if done != "all":
+            if (done := progress(args, dataset)) != "all":
                 reset_peak_memory()
                 code = train(Namespace(**{**vars(args), "resume": done == "part"}), dataset)
     except InputError as error:
@@ -114,6 +111,13 @@ def run_or_continue(title: str, args: Namespace, dataset: TrajectoryDataset, tra
         how = {"all": "already there, ", "part": "continued, ", "none": ""}[done]
         logger.info("%s: %stest AUROC %s: %s", title, how, auroc_of(folder, "test"), folder)
     return code
+
+
+def progress(args: Namespace, dataset: TrajectoryDataset) -> str:
+    """Return how much of a run has been done; see ``progress_of``."""
+    stage1 = given_stage1(args)
+    data = run_data(args, dataset, PromptOptions(), stage1)  # prompts are flags
+    return progress_of(stage_folder(args), run_record(args, data, stage1))
 
 
 def auroc_of(folder: Path, part: str) -> str:
@@ -230,13 +234,17 @@ def run_seeds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], t
 
 def seed_arguments(seed: int, args: Namespace) -> Namespace:
     """Return the arguments of one seed's run: its number, its folder, ``{seed}`` filled in."""
-    filled = {
-        name: type(value)(str(value).replace(SEED, str(seed)))
+    own = {"seed": seed, "seeds": None, "output_dir": args.output_dir / f"seed_{seed}"}
+    return Namespace(**{**vars(args), **filled(args, SEED, seed), **own})
+
+
+def filled(args: Namespace, mark: str, number: int) -> dict[str, Any]:
+    """Return the texts and paths among the arguments, a number in place of a mark."""
+    return {
+        name: type(value)(str(value).replace(mark, str(number)))
         for name, value in vars(args).items()
         if isinstance(value, (str, Path))
     }
-    own = {"seed": seed, "seeds": None, "output_dir": args.output_dir / f"seed_{seed}"}
-    return Namespace(**{**vars(args), **filled, **own})
 
 
 def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:

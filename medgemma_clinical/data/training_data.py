@@ -51,7 +51,7 @@ def draw_split(
 
     ``groups`` (n,) are patients, ``labels`` (n,) 0 or 1; errors name the ``source``.
     """
-    owner, event = _patient_events(groups, labels)
+    owner, event = patient_events(groups, labels)
     rng = np.random.default_rng(seed)
     part = np.zeros(len(event), dtype=np.int64)
     for outcome, name in ((True, "with"), (False, "without")):
@@ -72,7 +72,7 @@ def given_split(
 ) -> Split:
     """Return the split that the data bring in ``parts`` (n,); see ``draw_split``."""
     split = {name: np.flatnonzero(parts == name) for name in PARTS}
-    owner, event = _patient_events(groups, labels)
+    owner, event = patient_events(groups, labels)
     for name, rows in split.items():
         if len(np.unique(event[owner[rows]])) < 2:
             raise InputError(
@@ -82,7 +82,7 @@ def given_split(
     return split
 
 
-def _patient_events(
+def patient_events(
     groups: NDArray[np.str_], labels: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Return the patient of each row as a number, (n,), and whether each patient has an event."""

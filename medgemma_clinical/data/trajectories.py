@@ -93,8 +93,12 @@ class TrajectoryDataset:
         prediction_hours: (N,) float64, when the question is asked, on the clock of ``times``; NaN
             where unknown, None where the data do not say it.
         parts: (N,) str of train, val, test where the data bring their own split, else None.
+<<<<<<< HEAD
         sites: (N,) str, the hospital or unit of each row where it was asked for, else None.
         tested: whether a split that is drawn keeps a test part; else its rows train.
+=======
+        held_out: parts that a split that is drawn holds out; the rows of the others train.
+>>>>>>> 5d8b494 (Folds: patients are dealt out once, each part tested by what the others teach)
         features: F names.
         units: F units, empty where a feature has none.
         static_names: names of all static features, ``static_NAME [unit]``.
@@ -141,7 +145,7 @@ class TrajectoryDataset:
     prediction_hours: NDArray[np.float64] | None = None
     parts: NDArray[np.str_] | None = None
     sites: NDArray[np.str_] | None = None
-    tested: bool = True
+    held_out: tuple[str, ...] = ("val", "test")
     _summaries: NDArray[np.float64] | None = None
 
     features: tuple[str, ...]
@@ -369,9 +373,9 @@ class TrajectoryDataset:
         if self.parts is not None:
             return given_split(self.groups, self.labels, self.parts, self.source)
         split = draw_split(self.groups, self.labels, seed, self.source)
-        if not self.tested:
-            split["train"] = np.sort(np.concatenate([split["train"], split["test"]]))
-            split["test"] = split["test"][:0]
+        for part in {"val", "test"} - {*self.held_out}:
+            split["train"] = np.sort(np.concatenate([split["train"], split[part]]))
+            split[part] = split[part][:0]
         return split
 
     # ------------------------------------------------------------------ inputs beside the series

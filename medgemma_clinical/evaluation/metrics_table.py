@@ -147,16 +147,16 @@ def with_interval(
 def evaluate(
     rows: pd.DataFrame,
     seed: int,
-    threshold: float | None = None,
+    threshold: float | Array | None = None,
     reference: str | None = None,
     split: NDArray[np.generic] | None = None,
 ) -> Metrics:
     """Compute the metrics of all models, each with interval and paired difference.
 
     ``rows`` has the columns ``TESTED``, then the risk of each model; the first one is the reference
-    where none is named. With the ``threshold`` of its decision rule it also gets calibration and
-    shares. With a ``split`` (n,) of the rows each metric is the mean over the splits, and patients
-    are drawn once for all.
+    where none is named. With the ``threshold`` of its decision rule, or (n,) of several rules, it
+    also gets calibration and shares, of all rows. With a ``split`` (n,) of the rows each other
+    metric is the mean over the splits, and patients are drawn once for all.
     """
     risks = {str(name): rows[name].to_numpy(float) for name in rows.columns.drop(TESTED)}
     first = reference or next(iter(risks))

@@ -63,7 +63,7 @@ class ReportContent:
     question: Mapping[str, str]  # what is predicted, when, from what
     data: Mapping[str, str]
     card: Mapping[str, str]  # about the model; hashes and versions stand last
-    threshold: float  # chosen on the validation part
+    threshold: float | None  # chosen on the validation part; None: by each fold of the rows
     seed: int  # of the bootstrap
     bands: pd.DataFrame  # subgroups of the judged rows: ordered categories, a column a grouping
     noun: str = "patients"  # what the rows are

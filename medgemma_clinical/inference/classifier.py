@@ -91,7 +91,7 @@ class TrajectoryClassifier(ClassifierMixin, BaseEstimator):
         flags: dict[str, Any] = {"max_samples": 0, **self.get_params(deep=False)}
         kind, seed = TrajectoryModel.program.datasets["dka"], flags.pop("random_state")
         dataset = kind(rows, **{name: flags.pop(name, None) for name in kind.options})
-        dataset.tested = False
+        dataset.held_out = ("val",)
         drawn = not isinstance(seed, (int, np.integer))
         flags["seed"] = check_random_state(seed).randint(2**31) if drawn else seed
         fit = TrajectoryModel.program.fit

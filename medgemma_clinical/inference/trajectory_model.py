@@ -52,6 +52,7 @@ class Program(NamedTuple):
     datasets: Mapping[str, Any]  # class of each kind of data by name
     builders: Builders
     fit: Callable[..., TrajectoryModel]  # of flags of a stage, rows, encoder, keywords
+    train: Callable[..., int]  # of arguments and data; returns an exit code
 
 
 class TrajectoryModel:

@@ -41,7 +41,7 @@ def test_a_split_gives_each_class_80_10_10_of_its_patients_and_loses_no_row(seed
 def test_without_a_test_part_its_rows_train():
     dataset = MIMICtrajectoryDataset(cohort())
     before = dataset.split(0)
-    dataset.tested = False
+    dataset.held_out = ("val",)
     after = {part: rows.tolist() for part, rows in dataset.split(0).items()}
     train = sorted([*before["train"], *before["test"]])
     assert after == {"train": train, "val": before["val"].tolist(), "test": []}

@@ -1,0 +1,104 @@
+"""Folds: each patient is held out once, by a model that learns from the other folds' patients."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medgemma_clinical.data.checks import labelled_rows
+from medgemma_clinical.data.training_data import draw_split, patient_events
+from medgemma_clinical.files import InputError
+
+if TYPE_CHECKING:
+    from medgemma_clinical.data.trajectories import TrajectoryDataset
+
+logger = logging.getLogger(__name__)
+
+MIN_OUTCOMES = 5
+"""Patients with, and without, the event that a centre needs to be a fold: with fewer its metrics
+mean nothing, and hardly any bootstrap draw has both in each of many centres."""
+
+MIN_PATIENTS = 6
+"""The same of all data: without one of two folds three are left, of which one validates."""
+
+Dataset = TypeVar("Dataset", bound="TrajectoryDataset")
+
+
+def foldable(dataset: Dataset, max_samples: int, seed: int) -> Dataset:
+    """Return the rows that are dealt out: labelled ones, of at most ``max_samples`` patients."""
+    rows = labelled_rows(dataset).sample_patients(max_samples, seed)
+    if rows.parts is not None:
+        logger.info("%s: the column split is not read: folds replace it", rows.source)
+        rows = copy.copy(rows)
+        rows.parts = None
+    return rows
+
+
+def draw_folds(
+    groups: NDArray[np.str_], labels: NDArray[np.float64], folds: int, seed: int, source: str = ""
+) -> NDArray[np.int64]:
+    """Deal the patients out to ``folds`` parts, stratified by event; return each row's part, (N,).
+
+    ``groups`` (N,) are patients, ``labels`` (N,) 0 or 1; errors name the ``source``.
+    """
+    owner, event = patient_events(groups, labels)
+    rng, needed = np.random.default_rng(seed), max(folds, MIN_PATIENTS)
+    strata = [rng.permutation(np.flatnonzero(event == outcome)) for outcome in (True, False)]
+    for patients, name in zip(strata, ("with", "without"), strict=True):
+        if len(patients) < needed:
+            raise InputError(
+                f"{source}: {len(patients)} patients {name} an event, {folds} folds need {needed}: "
+                "use fewer folds, or add such patients"
+            )
+    fold = np.empty(len(event), dtype=np.int64)
+    fold[np.concatenate(strata)] = np.arange(len(event)) % folds
+    return fold[owner]
+
+
+def site_folds(dataset: TrajectoryDataset) -> tuple[NDArray[np.int64], list[str]]:
+    """Make each centre a fold; return each row's fold, (N,), and the centres' names by fold.
+
+    A patient is of the centre of the first row. Centres with few events, or few patients without
+    one, are no fold, -1: they only train.
+    """
+    if dataset.sites is None:
+        raise InputError(f"{dataset.source}: these data name no centres: use --folds")
+    first, owner = np.unique(dataset.groups, return_index=True, return_inverse=True)[1:]
+    site, event = dataset.sites[first], patient_events(dataset.groups, dataset.labels)[1]
+    names, number = np.unique(site, return_inverse=True)
+    counts = np.stack(
+        [np.bincount(number[event == x], minlength=len(names)) for x in (True, False)]
+    )
+    large = (counts.min(axis=0) >= MIN_OUTCOMES) & (names != "")
+    if large.sum() < 2:
+        raise InputError(
+            f"{dataset.source}: fewer than two centres have {MIN_OUTCOMES} patients with, and "
+            "without, the event: use --folds"
+        )
+    if moved := int((dataset.sites != site[owner]).sum()):
+        logger.info("%d rows count for another centre: that of their patient's first row", moved)
+    if small := len(names) - int(large.sum()):
+        logger.info(
+            "%d centres only train: fewer than %d patients have, or lack, the event",
+            small,
+            MIN_OUTCOMES,
+        )
+    fold = np.where(large, np.cumsum(large) - 1, -1)
+    return fold[number][owner], names[large].tolist()
+
+
+def fold_dataset(dataset: Dataset, fold: NDArray[np.int64], k: int, seed: int) -> Dataset:
+    """Return the data of one fold's run: the rows of ``k`` test, a tenth of the others validates.
+
+    ``fold`` (N,) are those of the rows.
+    """
+    rest = np.flatnonzero(fold != k)
+    drawn = draw_split(dataset.groups[rest], dataset.labels[rest], seed, dataset.source)
+    own = copy.copy(dataset)
+    own.parts = np.where(fold == k, "test", "train").astype("U5")
+    own.parts[rest[drawn["val"]]] = "val"
+    return own

@@ -1,0 +1,68 @@
+"""Folds: who is dealt where, and what a fold's run may see."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dataset_format import MIMICtrajectoryDataset
+from medgemma_clinical.data.folds import draw_folds, fold_dataset, foldable
+from medgemma_clinical.files import InputError
+from visits import cohort
+
+
+def folds_of(dataset, folds=5, seed=0):
+    return draw_folds(dataset.groups, dataset.labels, folds, seed)
+
+
+@pytest.mark.parametrize("folds", [2, 3, 7])
+def test_patients_are_dealt_out_evenly_and_whole(folds):
+    dataset = MIMICtrajectoryDataset(cohort(77))
+    table = pd.DataFrame({"fold": folds_of(dataset, folds), "patient": dataset.groups})
+    assert set(table["fold"]) == set(range(folds))
+    assert (table.groupby("patient")["fold"].nunique() == 1).all()
+    events = set(dataset.groups[dataset.labels == 1])
+    for own in (table["patient"].isin(events), ~table["patient"].isin(events)):
+        sizes = table[own].groupby("fold")["patient"].nunique()
+        assert len(sizes) == folds
+        assert sizes.max() - sizes.min() <= 1
+
+
+def test_folds_depend_on_their_seed_and_not_on_the_order_of_rows():
+    table = cohort()
+    first = MIMICtrajectoryDataset(table)
+    again = MIMICtrajectoryDataset(table.sample(frac=1, random_state=0))
+    dealt = [dict(zip(x.groups, folds_of(x), strict=True)) for x in (first, again)]
+    assert dealt[0] == dealt[1] != dict(zip(first.groups, folds_of(first, seed=1), strict=True))
+
+
+def test_a_folds_run_tests_it_validates_on_a_tenth_of_the_others_and_ignores_a_given_split():
+    table = cohort()
+    table["split"] = ["val" if "7" in name else "train" for name in table["subject_id"]]
+    dataset = foldable(MIMICtrajectoryDataset(table), 0, 0)
+    fold = folds_of(dataset)
+    for k in range(5):
+        split = fold_dataset(dataset, fold, k, 0).split(0)
+        assert np.array_equal(split["test"], np.flatnonzero(fold == k))
+        patients = {part: set(dataset.groups[rows]) for part, rows in split.items()}
+        assert sum(map(len, patients.values())) == dataset.n_patients
+        assert len(patients["val"]) == pytest.approx(0.1 * (dataset.n_patients * 4 / 5), abs=1)
+    assert dataset.parts is None
+
+
+def test_only_labelled_rows_of_the_drawn_patients_are_dealt_out():
+    dataset = MIMICtrajectoryDataset(cohort())
+    dataset.labels[:3] = np.nan
+    rows = foldable(dataset, 50, 0)
+    assert rows.n_patients == 50
+    assert not np.isnan(rows.labels).any()
+    again = fold_dataset(rows, folds_of(rows), 0, 0).sample_patients(50, 0)
+    assert len(again) == len(rows), "a run draws no others"
+
+
+@pytest.mark.parametrize(("events", "folds"), [(5, 2), (6, 7)])
+def test_too_few_patients_for_the_folds_are_refused(events, folds):
+    groups, labels = np.arange(60).astype(str), (np.arange(60) < events).astype(float)
+    for each, name in ((labels, " with "), (1 - labels, " without ")):
+        with pytest.raises(InputError, match=f"data.csv: {events} patients{name}"):
+            draw_folds(groups, each, folds, 0, "data.csv")
+    draw_folds(groups, (np.arange(60) < max(folds, 6)).astype(float), folds, 0)
