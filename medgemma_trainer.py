@@ -4,9 +4,7 @@
 
     python medgemma_trainer.py --trajectory_only --dataset dka --data_path FILE.csv
     python medgemma_trainer.py --mode classification --dataset dka --data_path FILE.csv \\
-        --ode_checkpoint ./checkpoints_medgemma_dka/medgemma_trajectory_best.pt
-    python medgemma_trainer.py --mode generative --dataset dka --data_path FILE.csv \\
-        --ode_checkpoint ./checkpoints_medgemma_dka/medgemma_trajectory_best.pt
+        --ode_checkpoint ./checkpoints_medgemma_dka/medgemma_trajectory_best.pt  # or generative
     python medgemma_trainer.py --predict --checkpoint ./checkpoints_medgemma_dka/classification \\
         --data_path NEW.csv --predictions OUT.csv
 
@@ -761,10 +759,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def program() -> int:
     """Run ``main``; several processes leave together, so that none finds the others gone."""
-    code = main()
-    if distributed.processes().num_processes > 1 and code == command_line.EXIT_DONE:
-        distributed.processes().wait_for_everyone()
-        distributed.processes().destroy_process_group()
+    if not (code := main()):
+        distributed.leave_together()
     return code
 
 

@@ -75,6 +75,13 @@ def check_gpu() -> None:
         )
 
 
+def leave_together() -> None:
+    """Wait for the other processes of the run, and part from them."""
+    if processes().num_processes > 1:
+        processes().wait_for_everyone()
+        processes().destroy_process_group()
+
+
 def check_launch() -> None:
     """Refuse a launch that asks to cut the model into parts: each process trains the whole one."""
     for variable, way in SHARDING.items():

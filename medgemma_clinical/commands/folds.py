@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
-import signal
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -48,6 +46,7 @@ from medgemma_clinical.inference.trajectory_model import TrajectoryModel
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.model_card import LIMITS, built_in_notice, page_card
 from medgemma_clinical.models.trained_model import read_trained_config
+from medgemma_clinical.training.signals import begin_process
 
 logger = logging.getLogger(__name__)
 
@@ -106,14 +105,12 @@ def train_folds(tasks: Sequence[Task], train: Train) -> int:
     if jobs == 1 or torch.cuda.is_available() or processes().num_processes > 1:
         with one_thread():
             return first_code(run_or_continue(*task, train) for task in tasks)
-    program = TrajectoryModel.__module__
-    # A terminal sends Ctrl-C to all of them: the one that waits ends the others.
-    ignore = partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
+    begin = partial(begin_process, TrajectoryModel.__module__)
     try:
-        with joblib.parallel_config("loky", inner_max_num_threads=1, initializer=ignore):
+        with joblib.parallel_config("loky", inner_max_num_threads=1, initializer=begin):
             # No array goes through a file: they hold patients.
             parallel = joblib.Parallel(jobs, batch_size=1, max_nbytes=None)
-            return first_code(parallel(joblib.delayed(run_apart)(program, *each) for each in tasks))
+            return first_code(parallel(joblib.delayed(run_apart)(*each) for each in tasks))
     except BrokenProcessPool as error:
         raise RunFault(
             "the process of a fold was ended, perhaps for want of memory: the same command goes "
@@ -141,9 +138,8 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def run_apart(program: str, title: str, args: Namespace, dataset: TrajectoryDataset) -> int:
-    """Train a fold in a process of its own, where the script, a module's name, is not loaded."""
-    importlib.import_module(program)
+def run_apart(title: str, args: Namespace, dataset: TrajectoryDataset) -> int:
+    """Train a fold in a process of its own; see ``run_or_continue``."""
     set_environment()
     kernels = exact_kernels(deterministic=args.deterministic)
     with one_thread(), owner_only(), kernels, command_logging():
@@ -165,6 +161,7 @@ def write_results(
     tables = shared_models([read_predictions(each, name) for each in folders])
     order = np.argsort(np.concatenate([np.flatnonzero(fold == k) for k in range(len(folders))]))
     table = pd.concat(tables, ignore_index=True).iloc[order].reset_index(drop=True)
+    table["label"] = table["label"].astype(int)
     positions = np.flatnonzero(fold >= 0)
     own = fold[positions]
     thresholds = np.array([each["threshold"] for each in known])
@@ -172,7 +169,7 @@ def write_results(
     content = {
         "stage": stage_folder(args).name,
         "selected_epoch": round(np.median([each["selected_epoch"] for each in known])),
-        "threshold": youden_threshold(table["label"], table[name]),
+        "threshold": youden_threshold(table["label"].to_numpy(), table[name].to_numpy()),
         "folds": metrics.to_json(),
     }
     with_folds = table.copy()

@@ -29,7 +29,8 @@ from medgemma_clinical.training.signals import SIGNALS
 
 NOT_KEYWORDS = {
     *("trajectory_only", "mode", "demo", "ablation", "arms", "reference", "compare", "seeds"),
-    *("predict", "checkpoint", "predictions", "strict", "data_path", "data_dir", "dry_run"),
+    *("folds", "predict", "checkpoint", "predictions", "strict", "data_path", "data_dir"),
+    *("dry_run",),
     *("show_values", "export", "export_dir", "explain", "patients", "open", "ode_checkpoint"),
 }
 """Flags that choose another work, or what an argument of ``fit_trajectory`` says."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +25,8 @@ mean nothing, and hardly any bootstrap draw has both in each of many centres."""
 MIN_PATIENTS = 6
 """The same of all data: without one of two folds three are left, of which one validates."""
 
-Dataset = TypeVar("Dataset", bound="TrajectoryDataset")
 
-
-def foldable(dataset: Dataset, max_samples: int, seed: int) -> Dataset:
+def foldable(dataset: TrajectoryDataset, max_samples: int, seed: int) -> TrajectoryDataset:
     """Return the rows that are dealt out: labelled ones, of at most ``max_samples`` patients."""
     rows = labelled_rows(dataset).sample_patients(max_samples, seed)
     if rows.parts is not None:
@@ -91,7 +89,9 @@ def site_folds(dataset: TrajectoryDataset) -> tuple[NDArray[np.int64], list[str]
     return fold[number][owner], names[large].tolist()
 
 
-def fold_dataset(dataset: Dataset, fold: NDArray[np.int64], k: int, seed: int) -> Dataset:
+def fold_dataset(
+    dataset: TrajectoryDataset, fold: NDArray[np.int64], k: int, seed: int
+) -> TrajectoryDataset:
     """Return the data of one fold's run: the rows of ``k`` test, a tenth of the others validates.
 
     ``fold`` (N,) are those of the rows.

@@ -93,12 +93,8 @@ class TrajectoryDataset:
         prediction_hours: (N,) float64, when the question is asked, on the clock of ``times``; NaN
             where unknown, None where the data do not say it.
         parts: (N,) str of train, val, test where the data bring their own split, else None.
-<<<<<<< HEAD
         sites: (N,) str, the hospital or unit of each row where it was asked for, else None.
-        tested: whether a split that is drawn keeps a test part; else its rows train.
-=======
         held_out: parts that a split that is drawn holds out; the rows of the others train.
->>>>>>> 5d8b494 (Folds: patients are dealt out once, each part tested by what the others teach)
         features: F names.
         units: F units, empty where a feature has none.
         static_names: names of all static features, ``static_NAME [unit]``.

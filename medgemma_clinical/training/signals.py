@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 import threading
@@ -19,6 +20,15 @@ class Stopped(KeyboardInterrupt):
         """Remember which signal came."""
         super().__init__(signal.Signals(number).name)
         self.code = 128 + number
+
+
+def begin_process(program: str) -> None:
+    """Load the script, a module's name, in a process that another one ends.
+
+    A terminal sends Ctrl-C to all of them: the one that waits ends the others.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    importlib.import_module(program)
 
 
 class SignalHandler:
