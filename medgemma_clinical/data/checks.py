@@ -87,7 +87,7 @@ def labelled_rows(dataset: TrajectoryDataset) -> TrajectoryDataset:
     if known.all():
         return dataset
     logger.info("%s: %d rows without a label are not used", dataset.source, int((~known).sum()))
-    return dataset.subset(np.flatnonzero(known))
+    return dataset.keep_rows(known, "without a label")
 
 
 def log_warnings(warnings: Iterable[str], source: str = "") -> None:

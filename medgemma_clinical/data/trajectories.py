@@ -353,12 +353,15 @@ class TrajectoryDataset:
         if max_patients == 0 or len(patients) <= max_patients:
             return self
         drawn = np.random.default_rng(seed).choice(patients, size=max_patients, replace=False)
-        sample = self.subset(np.flatnonzero(np.isin(self.groups, drawn)))
         rule = f"not among {max_patients:,} of {len(patients):,} patients drawn (--max_samples)"
-        line = (rule, len(self) - len(sample), len(sample))
-        drawing = pd.DataFrame([line], columns=list(FLOW_COLUMNS))
-        sample.flow = drawing if self.flow is None else pd.concat([self.flow, drawing])
-        return sample
+        return self.keep_rows(np.isin(self.groups, drawn), rule)
+
+    def keep_rows(self, kept: NDArray[np.bool_], rule: str) -> Self:
+        """Return the rows that a mask marks; ``flow`` says that a rule removed the others."""
+        rows = self.subset(np.flatnonzero(kept))
+        line = pd.DataFrame([(rule, len(self) - len(rows), len(rows))], columns=list(FLOW_COLUMNS))
+        rows.flow = line if self.flow is None else pd.concat([self.flow, line])
+        return rows
 
     def split(self, seed: int) -> dict[str, NDArray[np.int64]]:
         """Divide the rows 80/10/10 by patient, stratified by event; ``parts`` overrides.

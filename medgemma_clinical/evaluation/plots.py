@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import logging
+import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -14,9 +15,12 @@ import pandas as pd
 from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.text import TextPath
 from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import PrecisionRecallDisplay, RocCurveDisplay
 
+from medgemma_clinical.data.small_cells import count_text
 from medgemma_clinical.evaluation import verdicts
 from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.metrics_table import DIFFERENCE, Metrics
@@ -26,6 +30,7 @@ for chatty in ("matplotlib", "fontTools"):  # they log each font
 
 INK, GRID, MODEL, OTHER = "#1d2430", "#d5dae2", "#0b6fa4", "#b4531f"
 
+FONT_SIZE = 9
 STYLE = {
     "axes.axisbelow": True,
     "axes.edgecolor": INK,
@@ -33,7 +38,7 @@ STYLE = {
     "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "font.size": 9,
+    "font.size": FONT_SIZE,
     "grid.color": GRID,
     "grid.linewidth": 0.6,
     "legend.frameon": False,
@@ -60,6 +65,9 @@ MARKS = {
 
 MIN_DIFFERENCE = 0.05
 """A forest plot reaches at least so far to both sides, so that noise looks small."""
+
+FLOW_WIDTH, LINE, GAP = 5.4, 0.17, 0.16
+"""Inches: width of a flow diagram, height of a line of text, space between boxes."""
 
 Plot = tuple[Figure, str]
 """A figure and its text alternative."""
@@ -253,3 +261,65 @@ def plot_sites(table: pd.DataFrame, pooled: Mapping[str, float]) -> Plot:
     axes.set(xlabel="AUROC", ylim=(len(names) - 0.5, -0.5))
     axes.grid(visible=False, axis="y")
     return _with_legend(figure), "Forest plot: AUROC of each site, pooled, and of further sites."
+
+
+def plot_flow(flow: pd.DataFrame | None, split: pd.DataFrame, noun: str) -> Plot:
+    """Plot the way from the source, over each rule that removed rows, to the parts.
+
+    ``flow`` (rule, removed, left) and ``split`` (part, rows, patients, events) have numbers, or
+    texts where they are suppressed; rows are called ``noun``.
+    """
+    figure, (axes,) = new_figure()
+    column, middle = 0.36 * FLOW_WIDTH, 0.18 * FLOW_WIDTH
+    known = [] if flow is None else flow.to_dict("records")
+    rules = [rule for rule in known if count_text(rule["removed"]) != "0"]
+    total = _total([rules[0]["removed"], rules[0]["left"]] if rules else split["rows"])
+    bottom = top = _draw_box(axes, 0, 0, column, f"{noun}: {total}")
+    for rule in rules:
+        top = bottom - GAP
+        text = f"removed: {count_text(rule['removed'])}\n{rule['rule']}"
+        aside = _draw_box(axes, column + GAP, top, FLOW_WIDTH - column - GAP, text)
+        _draw_arrow(axes, (middle, (top + aside) / 2), (column + GAP, (top + aside) / 2))
+        _draw_arrow(axes, (middle, bottom), (middle, aside - GAP))
+        bottom = _draw_box(axes, 0, aside - GAP, column, f"left: {count_text(rule['left'])}")
+    lowest, width = bottom, (FLOW_WIDTH - 2 * GAP) / 3
+    for k, part in enumerate(split.to_dict("records")):
+        top = top if k % 3 else lowest - 2 * GAP
+        counts = {noun: part["rows"], "patients": part["patients"], "events": part["events"]}
+        text = "\n".join(f"{name}: {count_text(n)}" for name, n in counts.items())
+        x = (k % 3) * (width + GAP)
+        lowest = min(lowest, _draw_box(axes, x, top, width, f"{part['part']}\n{text}"))
+        if k < 3:
+            _draw_arrow(axes, (middle, bottom), (x + width / 2, top))
+    axes.set(xlim=(0, FLOW_WIDTH), ylim=(lowest, 0))
+    axes.axis("off")
+    figure.set_size_inches(FLOW_WIDTH + 0.1, 0.1 - lowest)
+    return figure, f"Flow diagram: {noun} of the source, those removed, and the parts of the split."
+
+
+def _total(counts: Sequence[float | str] | pd.Series) -> str:
+    """Return the sum of counts as text, ``not shown`` where one is hidden."""
+    numbers = pd.Series(counts).map(count_text).str.replace(",", "")
+    known = pd.to_numeric(numbers, errors="coerce")
+    return "not shown" if known.isna().any() else count_text(known.sum())
+
+
+def _draw_box(axes: Axes, x: float, top: float, width: float, text: str) -> float:
+    """Draw a box around wrapped lines of text; return its lower edge."""
+    lines = []
+    for line in text.split("\n"):
+        inches = TextPath((0, 0), line, FONT_SIZE).get_extents().width / 72
+        letters = int(0.85 * width / inches * len(line))  # other fonts may be wider
+        lines += textwrap.wrap(line, letters)
+    height = LINE * (len(lines) + 0.8)
+    axes.add_patch(
+        Rectangle((x, top - height), width, height, facecolor="white", edgecolor=INK, clip_on=False)
+    )
+    centre = x + width / 2, top - height / 2
+    axes.text(*centre, "\n".join(lines), ha="center", va="center", in_layout=False)
+    return top - height
+
+
+def _draw_arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+    look = {"arrowstyle": "-|>", "color": INK, "shrinkA": 0, "shrinkB": 0}
+    axes.annotate("", end, start, arrowprops=look)

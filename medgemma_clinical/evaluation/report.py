@@ -106,8 +106,10 @@ def write_report(
         numbers, drawn = ({}, {}) if few else _model_parts(rows, shown, content, min_cell)
         if content.history and len(content.history) > 1:
             drawn["learning_curve"] = plots.plot_learning(content.history)
+        numbers |= (known := _data_tables(content, min_cell, hide_events=few))
+        if "split" in known:
+            drawn["flow"] = plots.plot_flow(known.get("flow"), known["split"], content.noun)
         images = {name: plots.to_image(*plot) for name, plot in drawn.items()}
-        numbers |= _data_tables(content, min_cell, hide_events=few)
         if folder is not None:
             _write_files(folder / "figures", drawn, images, numbers)
     notices = [content.notice, PATIENTS_NOTICE if list_patients else ""]

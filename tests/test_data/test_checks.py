@@ -14,6 +14,7 @@ from medgemma_clinical.data.checks import (
     describe_cut,
     describe_long_spans,
     flow_lines,
+    labelled_rows,
     summarize,
 )
 from medgemma_clinical.data.dka import Description
@@ -97,7 +98,9 @@ def test_without_labels_a_file_is_ready_to_predict_on_and_rows_without_one_are_c
     assert messages[-1].startswith("ready to predict on, ")
     assert not any(line.startswith("split") for line in messages)
     some = np.where(np.arange(200) < 12, NAN, np.arange(200) % 2)
-    messages, _ = checked(dataset_of(SOUND, label_escalation=some))
+    rows = dataset_of(SOUND, label_escalation=some)
+    messages, _ = checked(rows)
+    assert labelled_rows(rows).flow.to_numpy().tolist() == [["without a label", 12, 188]]
     assert any("12 rows without a label" in line for line in messages)
     assert any(line.startswith("split") and "train 152 rows" in line for line in messages)
     assert messages[-1] == "ready, with warnings"  # of few patients in the test part

@@ -14,6 +14,7 @@ from medgemma_clinical.evaluation.metrics_table import (
     decision_curve,
     evaluate,
 )
+from medgemma_clinical.evaluation.suppress import suppress_table
 from medgemma_clinical.evaluation.verdicts import BETTER, UNDECIDED, WORSE
 from pages import MODEL, THRESHOLD, make_rows
 
@@ -151,3 +152,42 @@ def test_a_figure_has_the_same_bytes_each_time_and_leaves_users_words_alone():
     assert axes.xaxis.label.get_parse_math() is False
     assert same_color(figure.get_facecolor(), "white")
     assert Figure().subplots().spines["top"].get_visible() is not False, "nothing leaks"
+
+
+LONG = "not an admission of an adult with a first measurement within 24 h of the arrival " * 3
+
+
+@pytest.mark.parametrize("min_cell", [0, 11])
+@pytest.mark.parametrize("removed", [None, [12_000, 0, 5]])
+@pytest.mark.parametrize("parts", [3, 5])
+def test_the_flow_leads_from_the_source_to_the_parts_and_texts_fit_their_boxes(
+    min_cell, removed, parts
+):
+    flow = removed and pd.DataFrame(
+        {"rule": [LONG, "no rule", "WITHOUT A LABEL"], "removed": removed, "left": [905, 905, 900]}
+    )
+    events = [90, 90, 4, 90, 90][:parts]
+    split = {"part": [f"part {k}" for k in range(parts)], "rows": 180, "patients": 170}
+    split = pd.DataFrame(split | {"events": events, "minority_patients": events})
+    shown = [None if each is None else suppress_table(each, min_cell) for each in (flow, split)]
+    with plots.plot_style():
+        figure, _ = plots.plot_flow(*shown, "registrations")
+        figure.draw_without_rendering()
+    (axes,) = figure.axes
+    texts = [each for each in axes.texts if each.get_text()]
+    words = " ".join(" ".join(each.get_text().split()) for each in texts)
+    boxes = [each.get_window_extent() for each in axes.patches]
+    assert len(texts) == len(boxes) == parts + (1 if removed is None else 5)
+    for text, box in zip(texts, boxes, strict=True):
+        inside = text.get_window_extent()
+        assert (box.min < inside.min).all()
+        assert (inside.max < box.max).all()
+    assert not any(one.overlaps(box) for k, one in enumerate(boxes) for box in boxes[:k])
+    total = 180 * parts if removed is None else 12_905
+    hidden = removed is not None and min_cell > 0
+    assert words.startswith(f"registrations: {'not shown' if hidden else f'{total:,}'}")
+    assert ("events: 4" in words) == (min_cell == 0)
+    assert "no rule" not in words
+    if removed is not None:
+        assert ("removed: 5 WITHOUT A LABEL" in words, "left: 905" in words) == 2 * (not hidden,)
+        assert "left: 900" in words
