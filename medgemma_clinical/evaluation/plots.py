@@ -323,3 +323,16 @@ def _draw_box(axes: Axes, x: float, top: float, width: float, text: str) -> floa
 def _draw_arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> None:
     look = {"arrowstyle": "-|>", "color": INK, "shrinkA": 0, "shrinkB": 0}
     axes.annotate("", end, start, arrowprops=look)
+
+
+def plot_updates(curves: Mapping[str, pd.DataFrame]) -> Plot:
+    """Plot a ``calibration_table`` of the model as it is, then of each update."""
+    figure, (axes,) = new_figure()
+    ends = pd.concat(list(curves.values()))[["predicted", "observed"]].max()
+    axes.plot([0, 100 * ends.max()], [0, 100 * ends.max()], label="ideal", **DOTTED)
+    lines = zip(curves.items(), ("o-.", "s--", "D-"), (INK, OTHER, MODEL), strict=True)
+    for (name, table), form, colour in lines:
+        x, y = 100 * table["predicted"], 100 * table["observed"]
+        axes.plot(x, y, form, color=colour, linewidth=1, label=name)
+    axes.set(xlabel="predicted risk, %", ylabel="observed, %")
+    return _with_legend(figure), "Calibration curves of the model as it is and after each update."

@@ -15,6 +15,8 @@ from medgemma_clinical.evaluation import plots, tables
 from medgemma_clinical.evaluation.baselines import MEANINGS
 from medgemma_clinical.evaluation.metrics import REPLICATES
 from medgemma_clinical.evaluation.metrics_table import (
+    MINORITY_PATIENTS,
+    TESTED,
     Metrics,
     calibration_table,
     decision_curve,
@@ -29,6 +31,7 @@ from medgemma_clinical.evaluation.suppress import (
     suppress_table_one,
 )
 from medgemma_clinical.evaluation.table_one import table_one_cells
+from medgemma_clinical.evaluation.updating import update_table
 from medgemma_clinical.evaluation.verdicts import best_baseline, counts_text, percent, sentences
 from medgemma_clinical.evaluation.written_reports import compare_words
 from medgemma_clinical.files import atomic, write_text
@@ -47,6 +50,7 @@ INTERVALS = (
 )
 PAGES.globals.update(tables=tables, percent=percent, compare=compare_words, INTERVALS=INTERVALS)
 PAGES.globals.update(table_one_cells=table_one_cells, pooled_sentence=pooled_sentence)
+PAGES.globals.update(MINORITY_PATIENTS=MINORITY_PATIENTS)
 
 MAX_ERRORS = 10
 
@@ -76,6 +80,7 @@ class ReportContent:
     stage1_page: str | None = None  # where the results are stage 1's: its page, empty if unknown
     case_mix: tuple[dict[str, float], dict[str, float]] | None = None  # of training, of these rows
     sites: NDArray[Any] | None = None  # hospital or unit of each row
+    updates: pd.DataFrame | None = None  # risks of ``judge_updates``, a column a method
     notice: str = ""  # a banner
     first: Sequence[str] = ()  # sentences that the result begins with
 
@@ -165,6 +170,12 @@ def _model_parts(
         numbers |= {"sites": sites, "sites_pooled": pd.DataFrame([pooled])}
         if sites["auroc"].notna().any():
             drawn["sites"] = plots.plot_sites(sites, pooled)
+    if content.updates is not None and len(content.updates):
+        table = update_table(rows, content.updates, seed)
+        judged = rows[TESTED].join(content.updates)
+        curves = {name: calibration_table(judged, name, seed) for name in content.updates}
+        numbers["updates"] = table.reset_index()
+        drawn["updates"] = plots.plot_updates(curves)
     return numbers, drawn
 
 

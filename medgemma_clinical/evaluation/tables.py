@@ -124,6 +124,15 @@ def site_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
     return pd.DataFrame(cells)
 
 
+def update_cells(table: pd.DataFrame) -> pd.DataFrame:
+    """Return an ``update_table`` without index as text, a line a method."""
+    lines: dict[str, dict[str, str]] = {}
+    for row in table.itertuples():
+        title, form, _ = METRICS[str(row.metric)]
+        lines.setdefault(str(row.method), {})[f"{title} [95 %]"] = value_text(row, form)
+    return pd.DataFrame.from_dict(lines, orient="index").rename_axis("Update").reset_index()
+
+
 def count_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
     """Return a table of counts, which may be suppressed, as text; its rows are called ``noun``."""
     named = table.map(count_text).rename(columns={"rows": noun}).rename(columns=str.capitalize)
