@@ -156,6 +156,7 @@ class Stay:
         since = round(between(self.begins, time) * 10) / 10
         found = {
             "id": self.name,
+            "care_unit": there[-1] if there else None,
             "prediction_hours": round(window, 2),
             "static_age [years]": min(self.age, 90),
             "static_sex_male": self.sex,
@@ -289,6 +290,6 @@ def compare_with(stays, result, outcome, **request):
     removed = {RULES[rule].format(words["fewest"]): count for rule, count in removed.items()}
     assert result.removed() == removed
     kept = {hadm: each for hadm, each in judged.items() if isinstance(each, dict)}
-    rows = result.rows.drop(columns="subject_id")
+    rows = result.rows.drop(columns=["subject_id", "hospital"], errors="ignore")
     assert known_cells(rows) == known_cells(pd.DataFrame.from_dict(kept, "index"))
     return rows

@@ -332,8 +332,9 @@ def make_rows(
     rows = database.frame("FROM row_columns ORDER BY stay").set_index("stay")
     labels = [name for name in map(str, rows) if name.startswith("label_")]
     static = make_static_features(database, request, features, rows)
-    keys, unused = ["subject_id", "hadm_id", "id"], ["unit", "hours_since_admission"]
-    others = rows.drop(columns=[*keys, *unused, *labels])
+    rows = rows.rename(columns={"unit": "care_unit"}).drop(columns="hours_since_admission")
+    keys = ["subject_id", "hadm_id", "id", "care_unit"]
+    others = rows.drop(columns=[*keys, *labels])
     rows = pd.concat([rows[keys], cells, others, static, rows[labels]], axis="columns")
     flags = [*labels, "static_sex_male"]
     return rows.reset_index(drop=True).astype(dict.fromkeys(flags, "Int8"))

@@ -32,7 +32,7 @@ PATIENTS = ("subject_id", "id")
 COLUMNS = (MAIN_COLUMN, *PATIENTS, "clinical_context", HOURS, "split")
 """Columns that are read, beside the label, further series and static features."""
 
-MADE = ("hadm_id", "prediction_time", "label_")
+MADE = ("hadm_id", "prediction_time", "label_", "hospital", "care_unit")
 """Beginnings of the names of columns that our commands write for people."""
 
 SERIES_COLUMN = re.compile(r"trajectory_([^\[\]]*[^\[\]\s])\s*(?:\[([^\[\]]+)\]\s*)?")

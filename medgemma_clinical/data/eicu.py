@@ -35,6 +35,7 @@ COLUMNS = {
         "uniquepid": WORD,
         "gender": WORD_OR_EMPTY,
         "age": WORD_OR_EMPTY,
+        "hospitalid": KEY,
         "hospitaladmitoffset": KEY,
         "hospitaldischargeoffset": KEY,
         "hospitaldischargestatus": WORD_OR_EMPTY,
@@ -103,4 +104,8 @@ def make_eicu(request: EicuRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Make rows of the DKA format from eICU, and their description."""
     with open_database(request.out, request.memory_limit, request.threads) as database:
         tables = EicuTables(database, "--eicu_dir", request.eicu_dir)
-        return make_cohort(database, request, tables)
+        rows, description = make_cohort(database, request, tables)
+        hospitals = "SELECT hadm_id, min(hospitalid) AS hospital FROM unit_stays GROUP BY hadm_id"
+        named = database.frame(hospitals).set_index("hadm_id")["hospital"]
+        rows.insert(3, "hospital", rows["hadm_id"].map(named))
+        return rows, description

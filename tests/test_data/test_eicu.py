@@ -113,7 +113,11 @@ def random_eicu(rng):
     tables, people = {name: [] for name in NAMES}, rng.integers(0, 100, 160)
     for hospital, person in enumerate(people, 1000):
         about = {"patienthealthsystemstayid": hospital, "uniquepid": f"001-{person}"}
-        about |= {"age": rng.choice(AGES), "gender": ("Male", "Female")[person % 2]}
+        about |= {
+            "hospitalid": 400 + hospital % 3,
+            "age": rng.choice(AGES),
+            "gender": ("Male", "Female")[person % 2],
+        }
         about["hospitaldischargestatus"] = rng.choice(["Alive", "Alive", "Alive", "Expired", ""])
         begin = first = int(rng.choice([0, 60, 2 * DAY]))
         leaves, begins = begin + int(rng.choice([700, 3 * DAY, 9 * DAY])), {}
@@ -157,6 +161,8 @@ def test_random_tables_are_read_as_slowly_read(outcome, request_, tmp_path):
     stays, _, _ = read_slowly(as_mimic(tables))
     result = made(write_tables(tmp_path, tables), outcome, **request_)
     assert len(compare_with(stays, result, outcome, **request_)) > 5
+    hospitals = [400 + int(hadm) % 3 for hadm in result.rows.index]
+    assert result.rows["hospital"].tolist() == hospitals
 
 
 @pytest.mark.parametrize(
