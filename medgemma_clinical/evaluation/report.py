@@ -173,7 +173,7 @@ def _model_parts(
     if content.updates is not None and len(content.updates):
         table = update_table(rows, content.updates, seed)
         judged = rows[TESTED].join(content.updates)
-        curves = {name: calibration_table(judged, name, seed) for name in content.updates}
+        curves = {name: calibration_table(judged, name, seed) for name in map(str, content.updates)}
         numbers["updates"] = table.reset_index()
         drawn["updates"] = plots.plot_updates(curves)
     return numbers, drawn

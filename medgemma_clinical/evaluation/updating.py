@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -67,8 +69,8 @@ def update_table(rows: pd.DataFrame, judged: pd.DataFrame, seed: int) -> pd.Data
     labels, patients = rows["label"].to_numpy(float), rows["patient"].to_numpy(str)
     risks = {str(method): column.to_numpy(float) for method, column in judged.items()}
 
-    def statistic(weights: Array) -> dict[tuple[str, str], Array]:
-        values = {}
+    def statistic(weights: Array) -> dict[Any, Array]:
+        values: dict[Any, Array] = {}
         for method, risk in risks.items():
             found = calibration(labels, risk, weights) | metrics(labels, risk, weights)
             values |= {(method, name): found[name] for name in MEASURES}
