@@ -60,12 +60,13 @@ def test_stage1_rivals_risk_over_time_srtr(tmp_path, monkeypatch, capsys):
     data = str(tmp_path / "split_0.csv")
     parts = pd.read_csv(data)["split"].value_counts().to_dict()
     assert parts == {"train": 75, "test": 53, "val": 22}
-    stage1.main(["--data", data, "--seeds", "1"])
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
+    stage1.main(["--data", data, "--folds", "2"])
     rivals.main(["--data", data, "--seeds", "1", "--models", "stage 1", "--epochs", "1"])
     risk_over_time.main(["--data", data])
     srtr.main(["--rows", "300"])
     out = capsys.readouterr().out
-    for word in ("blend with statics", "seconds per epoch", "calibration_slope", "last MELD"):
+    for word in ("with stage 1, 5", "seconds per epoch", "calibration_slope", "last MELD"):
         assert word in out
 
     # PyPOTS goes on in silence when training fails, here after the first epoch.
@@ -104,14 +105,14 @@ STAY = """Time,Parameter,Value
 
 def test_physionet2012(tmp_path, capsys):
     (tmp_path / "set-b").mkdir()
-    values = "01:05,HCO3,2{1}\n01:07,HCO3,2{2}\n01:59,,-1\n02:00,Weight,70.25\n07:00,pH,-1\n"
+    values = "01:05,HCO3,2{1}\n01:07,HCO3,2{2}\n01:59,,1\n07:00,pH,-1\n"
     for stay in range(60):
-        text = STAY + values * (stay > 0)
+        text = STAY + "02:00,Weight,70.25\n" + values * (stay > 0)
         (tmp_path / f"set-b/{stay}.txt").write_text(text.format(stay, stay % 2, stay % 7))
     died = pd.Series({stay: stay % 2 for stay in range(60)}, name="In-hospital_death")
     died.rename_axis("RecordID").to_csv(tmp_path / "Outcomes-b.txt")
     table = physionet2012.dka_table(*physionet2012.read_sets(tmp_path))
-    assert table.index.tolist() == list(range(1, 60))  # stay 0 has no value
+    assert table.index.tolist() == list(range(1, 60))  # stay 0 has a weight only
     row = table.loc[6]
     assert row["clinical_trajectory"] == "26 (1h)"
     assert row["trajectory_weight"] == "70.25 (2h)"

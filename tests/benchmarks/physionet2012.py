@@ -57,9 +57,7 @@ def dka_table(rows, died):
     general = rows[rows["Time"] == "00:00"].drop_duplicates(["subject_id", "Parameter"])
     general = general.pivot(index="subject_id", columns="Parameter", values="Value")
     general = general.where(general >= 0).reindex(columns=[*GENERAL, WEIGHT])
-    # Some lines of sets b and c have no parameter.
-    known = rows[(rows["Value"] >= 0) & rows["Parameter"].notna()]
-    known = known[~known["Parameter"].isin(GENERAL)]
+    known = rows[(rows["Value"] >= 0) & ~rows["Parameter"].isin(GENERAL)]
     hour = known["Time"].str.partition(":")[0].astype(int).rename("hour")
     last = known.groupby(["subject_id", "Parameter", hour])["Value"].last().reset_index()
     last["piece"] = last["Value"].map("{:g}".format) + " (" + last["hour"].astype(str) + "h)"
