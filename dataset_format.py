@@ -242,13 +242,15 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
                 cannot be read.
         """
         description, inputs = read_description(source, findings), config["inputs"]
+        others = config.get("baseline_inputs", inputs)  # that the baselines read
+        kept = {*inputs["static"], *others["static"], *AGE, *SEX}
         for k, (table, read) in enumerate(dka.read_tables(source, max_rows)):
             if k == 0:
                 description = dka.as_trained(table, description, config, findings)
             static = {name for name in map(str, table) if name.startswith(dka.STATIC)}
             site = config["read_options"].get("site")
             dataset = cls(
-                table.drop(columns=static - {*inputs["static"], *AGE, *SEX, site}),
+                table.drop(columns=static - {*kept, site}),
                 config["read_options"]["max_len"],
                 description=description,
                 require_labels=False,
@@ -257,7 +259,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
                 site=site,
                 findings=findings,
             )
-            if not inputs["prediction_time"]:  # checked above, so that no later value is scored
+            # Checked above, so that no later value is scored.
+            if not inputs["prediction_time"] and not others["prediction_time"]:
                 dataset.prediction_hours = None
             dataset.question, dataset.outcome = config["question"], config["outcome"]
             dataset.features = tuple(config["features"])  # spelled as the model knows them

@@ -136,6 +136,7 @@ def build_parser() -> Parser:
     add("--export_dir", type=Path, help="with --export: folder to write")
     add("--checkpoint", type=Path, help="model to use: a stage folder, or stage 1's .pt")
     add("--predictions", type=Path, help="with --predict: CSV to write")
+    add("--use", default="stage", metavar="NAME", help=command_line.USE)
     add("--strict", action="store_true", help="with --predict: refuse rows it cannot score")
     add("--explain", action="store_true", help="with --predict: page of single patients")
     add("--patients", type=names, metavar="ID,ID", help="with --explain: only these rows")
@@ -701,13 +702,12 @@ def train_stage(
         return None
     with run_folder.opened(args, folder, run_record) as track:
         state = fit(stage, args.seed, folder, track, resume=args.resume, save_every=args.save_every)
-        config = results.write_results(stage, data, folder, state, run_record, args)
+        config, others = results.write_results(stage, data, folder, state, run_record, args)
         track(results.metrics_for_tracker(config), state.progress.steps)
-        run_folder.finish_run(folder, stage.tokens)
+        run_folder.finish_run(folder, stage.tokens, config.get("best_model"))
     model: Any = stage.model.eval()
-    tokenizer = stage.text and stage.text.tokenizer
-    trained = trained_model.TrainedModel(model, config, tokenizer, stage.train_patients)
-    return TrajectoryModel(trained)
+    tokenizer, patients = stage.text and stage.text.tokenizer, stage.train_patients
+    return TrajectoryModel(trained_model.TrainedModel(model, config, tokenizer, patients, others))
 
 
 def dry_run(stage: Stage, seed: int) -> None:

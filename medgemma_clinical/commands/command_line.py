@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 EXIT_DONE, EXIT_INPUT, EXIT_FAULT, EXIT_INTERRUPTED = 0, 2, 3, 130
 
 SHOW_VALUES = "errors show the cell, stage 3's report a patient"
+USE = "--predict: stage, best or a baseline gives `probability`"
 MIN_CELL = "hide smaller counts in report.html (0 = show all)"
 VERSION = f"medgemma-clinical {__version__}"
 

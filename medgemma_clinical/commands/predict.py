@@ -34,7 +34,6 @@ from medgemma_clinical.data.texts import is_formula
 from medgemma_clinical.data.training_data import patient_hashes
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, TrajectoryDataset
 from medgemma_clinical.distributed import peak_memory, processes
-from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.case_mix import case_mix, demographics, subgroups
 from medgemma_clinical.evaluation.metrics_table import evaluate
 from medgemma_clinical.evaluation.report import ReportContent, write_report
@@ -70,7 +69,8 @@ def predict(args: Namespace, given: set[str]) -> int:
         raise InputError("--predict runs in one process: start it by python, not accelerate")
     # What was not typed is the checkpoint's to decide, whatever the default of the training.
     typed = {name: x if f"--{name}" in given else None for name, x in vars(args).items()}
-    own = {name: getattr(args, name) for name in ("seed", "min_cell", "attention", "explain")}
+    always = ("seed", "min_cell", "attention", "explain", "use")
+    own = {name: getattr(args, name) for name in always}
     request = Namespace(**{**typed, **own})
     config = read_trained_config(request.checkpoint)
     datasets = TrajectoryModel.program.datasets
@@ -91,6 +91,9 @@ def predict(args: Namespace, given: set[str]) -> int:
     names = ("batch_size", "model_name", "quantization", "precision", "attention")
     options = {name: getattr(request, name) for name in names}
     model = TrajectoryModel.from_pretrained(request.checkpoint, **options)
+    used = model.trained.model_named(request.use)
+    if request.explain and used != model.trained.name:
+        raise InputError(f"--explain shows the risk of the stage itself: leave --use {used} out")
     chunks = show_progress(itertools.chain([first], chunks), source)
     tally = write_predictions(request, chunks, model, findings)
     findings.log()
@@ -156,6 +159,8 @@ def show_progress(chunks: Iterable[ScoringRows], source: Path) -> Iterator[Scori
 class PredictionTally:
     """Counts of scored rows; nothing is kept of rows without a label, the chosen ones apart."""
 
+    models: dict[str, str]  # name: column; the used one first
+    threshold: float  # of the used one
     rows: int = 0
     scored: int = 0
     positive: int = 0
@@ -164,9 +169,10 @@ class PredictionTally:
     chosen: list[ChosenRow] = field(default_factory=list)  # of the page of patients
 
     def add(self, lines: pd.DataFrame, rows: ScoringRows) -> None:
-        """Count lines of the output, and keep of labelled rows who they are and their risk.
+        """Count lines of the output, and keep of labelled rows who they are and their risks.
 
-        Patient and row are hashes, as training patients are known by.
+        Risks are columns by the names of the models. Patient and row are hashes, as training
+        patients are known by.
         """
         dataset = rows.dataset
         self.rows += len(lines)
@@ -175,9 +181,10 @@ class PredictionTally:
         self.formulas += sum(map(is_formula, lines["id"]))
         labelled = np.flatnonzero(~np.isnan(dataset.labels))
         table = demographics(dataset).iloc[labelled].reset_index(drop=True)
+        of_models = lines[[*self.models.values()]].set_axis([*self.models], axis=1)
+        risks = of_models.iloc[rows.positions[labelled]].reset_index(drop=True).astype(float)
         self.labelled.append(
-            table.assign(
-                risk=lines["probability"].to_numpy(float)[rows.positions[labelled]],
+            table.join(risks).assign(
                 patient=patient_hashes(dataset, labelled),
                 rows=list(both_hashes(dataset, labelled)),
                 site=None if dataset.sites is None else dataset.sites[labelled],
@@ -188,13 +195,13 @@ class PredictionTally:
         """Log the counts, and what a user should know of the output."""
         if "decision" not in model.config:
             text = "the checkpoint has no threshold, since its run was not finished: %g is used"
-            logger.warning(text, model.threshold)
+            logger.warning(text, self.threshold)
         if self.formulas:
             text = "%d ids begin like a formula, which a spreadsheet would run: import them as text"
             logger.warning(text, self.formulas)
         logger.info(
             f"{self.rows:,} rows: {self.scored:,} scored, {self.positive:,} of them at or above "
-            f"the threshold {model.threshold:g}; {self.rows - self.scored:,} without a score"
+            f"the threshold {self.threshold:g}; {self.rows - self.scored:,} without a score"
         )
 
 
@@ -205,11 +212,15 @@ def write_predictions(
 
     Earlier predictions, and the pages beside them, are moved aside.
     """
-    tally, path = PredictionTally(), request.predictions
+    trained, path = model.trained, request.predictions
+    used = trained.model_named(request.use)
+    others = {name: trained.column(name) for name in trained.rules if name != used}
+    tally = PredictionTally({used: "probability", **others}, trained.rules[used].threshold)
     with locked(path), atomic(path) as temporary:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             for rows in chunks:
-                lines, scored = prediction_table(rows, model.trained, findings, model.batch_size)
+                options = trained, findings, model.batch_size, used
+                lines, scored = prediction_table(rows, *options)
                 count_implausible(scored.dataset, findings)
                 lines.to_csv(file, index=False, header=tally.rows == 0)
                 tally.add(lines, scored)
@@ -258,11 +269,11 @@ def report_labelled(
         )
         logger.info("%s No metrics: %s.", said(0), left)
         return
-    name, source = STAGE_NAMES[config["stage"]], Path(dataset.source).name
+    name, source = next(iter(tally.models)), Path(dataset.source).name
     patients = new["patient"].astype(str)
-    table = {"id": patients, "label": new["label"], "patient": patients, name: new["risk"]}
+    table = {"id": patients, "label": new["label"], "patient": patients, name: new[name]}
     rows = pd.DataFrame(table)
-    metrics = evaluate(rows, request.seed, model.threshold)
+    metrics = evaluate(rows, request.seed, tally.threshold)
     flow = [
         ("without a score", tally.rows - tally.scored, tally.scored),
         ("without a label", tally.scored - len(people), len(people)),
@@ -286,7 +297,7 @@ def report_labelled(
                 "Seed": f"{request.seed}, of the intervals",
             },
         ),
-        threshold=model.threshold,
+        threshold=tally.threshold,
         seed=request.seed,
         bands=subgroups(new),
         noun=noun,

@@ -32,6 +32,7 @@ NOT_KEYWORDS = {
     *("folds", "predict", "checkpoint", "predictions", "strict", "data_path", "data_dir"),
     *("dry_run",),
     *("show_values", "export", "export_dir", "explain", "patients", "open", "ode_checkpoint"),
+    "use",
 }
 """Flags that choose another work, or what an argument of ``fit_trajectory`` says."""
 

@@ -16,14 +16,15 @@ from accelerate.utils import gather_object
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import peak_memory, processes, show_progress
 from medgemma_clinical.evaluation.baselines import (
-    ENSEMBLE,
     STAGE_NAMES,
-    best_blend,
-    blend,
+    Baselines,
     fit_baselines,
+    fit_rules,
+    model_risks,
 )
 from medgemma_clinical.evaluation.case_mix import demographics, subgroups
 from medgemma_clinical.evaluation.decision import (
+    DecisionRule,
     Predictions,
     fit_decision_rule,
     fit_residual_weight,
@@ -36,6 +37,7 @@ from medgemma_clinical.evaluation.verdicts import sentences, value_text
 from medgemma_clinical.evaluation.written_reports import score_reports
 from medgemma_clinical.files import write_json, write_text
 from medgemma_clinical.inference.scoring import write_in_batches
+from medgemma_clinical.models.checkpoints import BASELINES
 from medgemma_clinical.models.model_card import (
     LIMITS,
     built_in_notice,
@@ -62,22 +64,25 @@ def write_results(
     state: TrainState,
     run: dict[str, Any],
     args: Namespace,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Baselines | None]:
     """Score validation and, once, test with the best model; write and log all results.
 
     Each process must call; the first one writes. Without a folder nothing is written. Returns the
-    checkpoint's configuration with the decision rule and, in the first process, the metrics.
+    checkpoint's configuration with the decision rule and, in the first process, the metrics; there
+    the baselines too.
     """
     predictions, decided = score_parts(stage, data, args.calibrate)
     config = {**stage.config, **decided}
     if "test" not in predictions:  # the caller tests, as scikit-learn's tools do
-        return config
+        return config, None
     texts = None
     if isinstance(stage.model, LLMWriter):
         texts = generate_reports(stage, predictions["test"])
     if not processes().is_main_process:
-        return config
-    tables, decision = prediction_tables(stage, data, predictions), config["decision"]
+        return config, None
+    baselines = fit_baselines(data.dataset, data.split["train"], data.usable_static)
+    tables, rules = prediction_tables(stage, data, predictions, baselines, args.calibrate)
+    decision = config["decision"]
     threshold: float = decision["threshold"]
     metrics = {part: evaluate(table, args.seed, threshold) for part, table in tables.items()}
     calibration = {"method": args.calibrate}
@@ -102,8 +107,14 @@ def write_results(
             prompt = dataset.prompt(int(judged.rows[first]), stage.text.options)
             example = {**lines[first], "prompt": prompt}
     config["metrics"] = content
+    config["models"] = {name: asdict(rule) for name, rule in rules.items()}
+    auroc = metrics["val"].metric("auroc")["value"]
+    config["best_model"] = auroc[[STAGE_NAMES[stage.name], *rules]].idxmax()  # of equal ones: first
+    config["baseline_inputs"] = baselines.inputs
     log_results(metrics, content.get("reports"), data.dataset.noun)
     if folder:
+        config["baselines_sha256"] = baselines.sha256
+        write_text(folder / BASELINES, baselines.to_json())
         stage.save(folder, config)
         write_json(folder / "metrics.json", content)
         for part, table in tables.items():
@@ -122,7 +133,7 @@ def write_results(
             folder=folder,
         )
         logger.info("report: %s; %s", folder / "report.html", peak_memory())
-    return config
+    return config, baselines
 
 
 def score_parts(
@@ -158,26 +169,29 @@ def score_parts(
 
 
 def prediction_tables(
-    stage: Stage, data: Data, predictions: dict[str, Predictions]
-) -> dict[str, pd.DataFrame]:
+    stage: Stage,
+    data: Data,
+    predictions: dict[str, Predictions],
+    baselines: Baselines,
+    calibrate: str,
+) -> tuple[dict[str, pd.DataFrame], dict[str, DecisionRule]]:
     """Return the predictions of each part: id, label, patient, then the risk of each model.
 
-    The model comes first; stage 1 below it, the baselines and the ensemble follow.
+    The model comes first; stage 1 below it, the baselines and the ensemble follow. Beside the
+    tables there are the decision rules of the models other than the stages, fitted on validation.
     """
-    name = STAGE_NAMES[stage.name]
-    baselines = fit_baselines(data.dataset, data.split, data.usable_static)
+    name, dataset, val = STAGE_NAMES[stage.name], data.dataset, predictions["val"]
+    known = {part: baselines.risks(dataset, each.rows) for part, each in predictions.items()}
+    rules = fit_rules(val.labels, name, val.probability, known["val"], calibrate)
     tables = {}
     for part, each in predictions.items():
-        risks = {name: each.probability}
+        risks = model_risks(name, each.probability, known[part], rules)
+        table = {"id": dataset.ids[each.rows], "label": each.labels.astype(int)}
+        table |= {"patient": dataset.groups[each.rows], name: risks.pop(name)}
         if stage.stage1_risks is not None:
-            risks[STAGE_NAMES["trajectory"]] = stage.stage1_risks[each.rows]
-        risks |= {baseline: known[part] for baseline, known in baselines.items()}
-        if best := best_blend(risks):
-            risks[ENSEMBLE] = blend(risks[name], risks[best])
-        ids, patients = data.dataset.ids[each.rows], data.dataset.groups[each.rows]
-        known = {"id": ids, "label": each.labels.astype(int), "patient": patients}
-        tables[part] = pd.DataFrame(known | risks)
-    return tables
+            table[STAGE_NAMES["trajectory"]] = stage.stage1_risks[each.rows]
+        tables[part] = pd.DataFrame(table | risks)
+    return tables, rules
 
 
 def predictions_csv(table: pd.DataFrame) -> str:

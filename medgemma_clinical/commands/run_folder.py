@@ -35,23 +35,15 @@ RUN_FORMAT = 5
 
 RESULTS = (
     *("metrics.json", "history.jsonl", "report.html", "generations_test.jsonl"),
-    *("predictions_val.csv", "predictions_test.csv"),
+    *("predictions_val.csv", "predictions_test.csv", "baselines.json"),
 )
 """What a finished run leaves in its folder beside the best weights."""
 
 IMMATERIAL = {
     *("output_dir", "data_path", "data_dir", "ode_checkpoint", "log_file", "report_to"),
-    *(
-        "report_patients",
-        "min_cell",
-        "show_values",
-        "seeds",
-        "folds",
-        "ablation",
-        "resume",
-        "save_every",
-    ),
-    *("allow_duplicates", "site", "arms", "reference", "explain", "patients", "open"),
+    *("report_patients", "min_cell", "show_values", "seeds", "folds", "ablation", "resume"),
+    *("save_every", "allow_duplicates", "site", "arms", "reference", "explain", "patients"),
+    *("open", "use"),
     *("batch_size", "gradient_accumulation", "gradient_checkpointing"),
 }
 """Flags that do not change a result; files are known by their content, batches by their product."""
@@ -286,8 +278,11 @@ def progress_of(folder: Path, run: dict[str, Any]) -> str:
     return "part"
 
 
-def finish_run(folder: Path | None, tokens: float) -> None:
-    """Add cost and hashes of all results to ``run.json``, and remove the training states."""
+def finish_run(folder: Path | None, tokens: float, best_model: str | None = None) -> None:
+    """Add cost and hashes of all results to ``run.json``, and remove the training states.
+
+    ``best_model``: that of the highest validation AUROC, where baselines stand beside the stage.
+    """
     if folder is None or not processes().is_main_process:
         return
     paths = [*(folder / name for name in RESULTS), *(folder / "best").rglob("*")]
@@ -295,7 +290,8 @@ def finish_run(folder: Path | None, tokens: float) -> None:
     hashes = {p.relative_to(folder.parent).as_posix(): files.file_hash(p) for p in paths}
     hashes = {name: digest for name, digest in hashes.items() if digest}  # those that are there
     cost = {"tokens": tokens, "memory_mib": peak_mib()}
-    run = {**(read_run(folder) or {}), "cost": cost, "results_sha256": hashes}
+    run = {**(read_run(folder) or {}), "best_model": best_model, "cost": cost}
+    run["results_sha256"] = hashes
     files.write_json(folder / "run.json", run)
     files.remove(state_store(folder).folder)
 

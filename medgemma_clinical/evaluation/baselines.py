@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import pandas as pd
+from lightgbm import LGBMClassifier
 from numpy.typing import NDArray
 from scipy.special import expit
-from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
@@ -18,10 +22,19 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from medgemma_clinical.data.small_cells import minority_patients
+from medgemma_clinical.evaluation.decision import DecisionRule, fit_decision_rule
 from medgemma_clinical.evaluation.metrics import Array, log_odds
+from medgemma_clinical.evaluation.simple_models import (
+    WORD,
+    Regression,
+    Trees,
+    Words,
+    read_names,
+    word_table,
+)
 
 if TYPE_CHECKING:
-    from medgemma_clinical.data.trajectories import TrajectoryDataset
+    from medgemma_clinical.data.trajectories import Rows, TrajectoryDataset
 
 STAGE_NAMES = {
     "trajectory": "stage 1 (trajectory alone)",
@@ -69,39 +82,111 @@ Folds = list[tuple[NDArray[np.int64], NDArray[np.int64]]]
 """Positions within the training part: to fit on, to score."""
 
 
-def fit_baselines(
-    dataset: TrajectoryDataset, split: dict[str, NDArray[np.int64]], static: Sequence[str]
-) -> dict[str, dict[str, Array]]:
-    """Fit the baselines on the training part; return probabilities (n,) of ``val`` and ``test``.
+@dataclass(frozen=True)
+class Baselines:
+    """Fitted baselines, which give the risks of any rows.
 
-    ``static``: names of the static features that the training part can teach.
+    Attributes:
+        models: those on numbers, by name.
+        words: that on words of the context; None where there is none.
+        inputs: what they read beside the series, as in ``Data.description``.
     """
-    train, inputs = split["train"], dict(dataset.baseline_inputs())
-    folds = draw_folds(dataset.labels[train], dataset.groups[train])
+
+    models: dict[str, Regression | Trees]
+    words: Words | None
+    inputs: dict[str, Any]
+
+    @property
+    def pairs(self) -> dict[str, tuple[str, str]]:
+        """The two models of each blend."""
+        names = {BLEND + end: (LOGISTIC + end, BOOSTING + end) for end in ("", WITH_STATICS)}
+        return {name: pair for name, pair in names.items() if {*pair} <= self.models.keys()}
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all baselines and blends, as ``risks`` gives them."""
+        return [*self.models, *([WORDS] if self.words else []), *self.pairs]
+
+    def risks(self, dataset: TrajectoryDataset, rows: Rows = slice(None)) -> dict[str, Array]:
+        """Return the probability (n,) of some rows by each baseline, then by each blend.
+
+        NaN of a baseline whose columns the data set does not have.
+        """
+        table, risks = self._table(dataset).iloc[rows], {}
+        for name, model in self.models.items():
+            known = {*model.columns} <= {*table.columns}
+            risks[name] = model.risks(table) if known else np.full(len(table), np.nan)
+        if self.words:
+            risks[WORDS] = self.words.risks(dataset.contexts[rows])
+        return risks | {name: blend(risks[a], risks[b]) for name, (a, b) in self.pairs.items()}
+
+    def _table(self, dataset: TrajectoryDataset) -> pd.DataFrame:
+        """Return all columns that baselines may read, N rows, whatever the stage reads."""
+        known = self.inputs["prediction_time"] and dataset.prediction_hours is not None
+        own = dataset.with_inputs((), prediction_time=known)
+        static = [name for name in self.inputs["static"] if name in own.static_names]
+        table = pd.concat([*own.baseline_inputs().values(), own.static_table(static)], axis=1)
+        return table.loc[:, ~table.columns.duplicated()]
+
+    def to_json(self) -> str:
+        """Return the text of the file, in which each number is exact."""
+        models = {name: model.to_json() for name, model in self.models.items()}
+        words = self.words and self.words.to_json()
+        return json.dumps({**vars(self), "models": models, "words": words}) + "\n"
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the file."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Check and return; see ``simple_models``."""
+        content = json.loads(text)
+        models: dict[str, Regression | Trees] = {
+            name: (Trees if "text" in each else Regression).from_json(each)
+            for name, each in content["models"].items()
+        }
+        words = content["words"] and Words.from_json(content["words"])
+        static, time = read_names(content["inputs"]["static"]), content["inputs"]["prediction_time"]
+        return cls(models, words, {"static": static, "prediction_time": bool(time)})
+
+
+def fit_baselines(
+    dataset: TrajectoryDataset, train: NDArray[np.int64], static: Sequence[str]
+) -> Baselines:
+    """Fit the baselines on some rows.
+
+    ``static``: names of the static features that these rows can teach.
+    """
+    labels, inputs = dataset.labels[train], dict(dataset.baseline_inputs())
+    folds = draw_folds(labels, dataset.groups[train])
     endings, statics = [""], dataset.static_table(static)
     if static:
         endings.append(WITH_STATICS)
         inputs[STATICS_ALONE] = statics
         inputs[LOGISTIC + WITH_STATICS] = inputs[LOGISTIC].join(statics)
-    models = {name: (tuned_regression(folds), table) for name, table in inputs.items()}
+    models: dict[str, Regression | Trees] = {}
+    for name, table in inputs.items():
+        fitted = _fit(tuned_regression(folds), table.to_numpy()[train], labels)
+        models[name] = Regression.of(fitted, [*table.columns])
     for ending in endings:
-        models[BOOSTING + ending] = tuned_trees(folds, len(train)), inputs[LOGISTIC + ending]
-    fitted_on = [train, *(train[rows] for rows, _ in folds)]
-    result = {}
-    for name, (model, table) in models.items():
-        if name.startswith(BOOSTING):  # trees cannot bin a column without any value
-            known = np.all([table.iloc[rows].notna().any() for rows in fitted_on], axis=0)
-            table = table[table.columns[known]]
-        values = table.to_numpy()
-        model.fit(values[train], dataset.labels[train])
-        result[name] = {p: model.predict_proba(values[split[p]])[:, 1] for p in ("val", "test")}
-    if (words := context_words(dataset.contexts, train)) is not None:
-        model = tuned_words(folds).fit(words[train], dataset.labels[train])
-        result[WORDS] = {p: model.predict_proba(words[split[p]])[:, 1] for p in ("val", "test")}
-    for ending in endings:
-        pair = result[LOGISTIC + ending], result[BOOSTING + ending]
-        result[BLEND + ending] = {p: blend(*(each[p] for each in pair)) for p in pair[0]}
-    return result
+        table = inputs[LOGISTIC + ending]
+        fitted = _fit(tuned_trees(folds, len(train)), table.to_numpy()[train], labels)
+        models[BOOSTING + ending] = Trees.of(fitted.booster_, [*table.columns])
+    words = None
+    if vocabulary := frequent_words(dataset.contexts[train]):
+        seen = word_table(vocabulary, dataset.contexts[train])
+        scaler, model = (x for _, x in _fit(tuned_words(folds), seen, labels).steps)
+        words = Words(vocabulary, scaler.scale_, model.coef_[0], model.intercept_)
+    read = {"static": [*static], "prediction_time": dataset.hours_read is not None}
+    return Baselines(models, words, read)
+
+
+def _fit(model: Any, values: Any, labels: Array) -> Any:
+    """Return the fitted model, of a search the best."""
+    model.fit(values, labels)
+    return getattr(model, "best_estimator_", model)
 
 
 def draw_folds(labels: Array, groups: NDArray[Any]) -> Folds:
@@ -119,21 +204,18 @@ def tuned_regression(folds: Folds) -> Any:
     return _tuned(model, PENALTIES, folds)
 
 
-def context_words(contexts: NDArray[np.object_], train: NDArray[np.int64]) -> Any:
-    """Return which frequent words of the training contexts each context holds, a sparse (N, words).
-
-    None where the training part has no such word.
-    """
+def frequent_words(contexts: NDArray[np.object_]) -> list[str]:
+    """Return the words that are frequent in the training contexts, at most ``MAX_WORDS``."""
     counter = CountVectorizer(
         binary=True,
         min_df=MIN_WORD_SHARE,
         max_df=1 - MIN_WORD_SHARE,
         max_features=MAX_WORDS,
-        token_pattern=r"[^\W\d_]{2,}",
+        token_pattern=WORD,
     )
     with contextlib.suppress(ValueError):  # no word, or none that is frequent
-        return counter.fit(contexts[train]).transform(contexts).tocsr()
-    return None
+        return counter.fit(contexts).get_feature_names_out().tolist()
+    return []
 
 
 def tuned_words(folds: Folds) -> Any:
@@ -144,15 +226,20 @@ def tuned_words(folds: Folds) -> Any:
 
 def tuned_trees(folds: Folds, rows: int) -> Any:
     """Return boosted trees that choose their size in the folds; without, of 8 leaves."""
-    model = HistGradientBoostingClassifier(
+    model = LGBMClassifier(
+        n_estimators=200,
         learning_rate=0.03 if rows <= SMALL_DATA else 0.1,
-        max_iter=200,
-        max_leaf_nodes=8,
-        l2_regularization=1.0,
-        early_stopping=False,  # the library would hold out rows, not patients
+        num_leaves=8,
+        min_child_samples=20,
+        min_child_weight=1e-3,
+        reg_lambda=1.0,
+        deterministic=True,
+        force_row_wise=True,
+        n_jobs=1,
         random_state=0,
+        verbose=-1,
     )
-    return _tuned(model, {"max_leaf_nodes": [3, 8]}, folds)
+    return _tuned(model, {"num_leaves": [3, 8]}, folds)
 
 
 def _tuned(model: Any, settings: dict[str, list[Any]], folds: Folds) -> Any:
@@ -163,6 +250,33 @@ def blend(*risks: Array) -> Array:
     """Return the probabilities (n,) whose log-odds are the mean of those of several, (n,) each."""
     blended: Array = expit(np.mean([log_odds(risk) for risk in risks], axis=0))
     return blended
+
+
+def model_risks(
+    stage: str, risk: Array, baselines: Mapping[str, Array], rules: Mapping[str, DecisionRule]
+) -> dict[str, Array]:
+    """Return the probability (n,) of each model: the stage, the baselines, their ensemble.
+
+    ``risk`` is the stage's; ``rules`` recalibrate the others.
+    """
+    risks = {stage: risk}
+    for name, each in baselines.items():
+        risks[name] = rules[name].probability(log_odds(each))
+    if best := best_blend(baselines):
+        risks[ENSEMBLE] = rules[ENSEMBLE].probability(log_odds(blend(risk, risks[best])))
+    return risks
+
+
+def fit_rules(
+    labels: Array, stage: str, risk: Array, baselines: Mapping[str, Array], calibrate: str
+) -> dict[str, DecisionRule]:
+    """Fit the decision rule of each model beside the stage, on the validation part."""
+    rules = {
+        name: fit_decision_rule(labels, log_odds(each), calibrate)
+        for name, each in baselines.items()
+    }
+    risks = model_risks(stage, risk, baselines, {**rules, ENSEMBLE: DecisionRule()})
+    return {**rules, ENSEMBLE: fit_decision_rule(labels, log_odds(risks[ENSEMBLE]), calibrate)}
 
 
 def best_blend(names: Collection[str]) -> str | None:

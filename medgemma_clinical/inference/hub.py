@@ -11,16 +11,17 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 from huggingface_hub import HfApi, snapshot_download
 
 from medgemma_clinical.data.small_cells import MIN_CELL
+from medgemma_clinical.evaluation.baselines import ENSEMBLE
 from medgemma_clinical.files import InputError, atomic, owner_only, write_text
 from medgemma_clinical.models import checkpoints
-from medgemma_clinical.models.checkpoints import CARD, TRAJECTORY_FILE
+from medgemma_clinical.models.checkpoints import BASELINES, CARD, TRAJECTORY_FILE
 from medgemma_clinical.models.model_card import model_card, shareable
 from medgemma_clinical.models.trained_model import TrainedModel
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
@@ -48,8 +49,15 @@ def save_model(trained: TrainedModel, folder: Path, card: str | None = None) -> 
     if checkpoints.is_merged(config):
         raise InputError("an export, which holds a whole language model: copy its folder instead")
     files = files_of(folder) if folder.is_dir() else {""}
-    if os.path.lexists(folder) and (files - {*SHARED_FILES} or (files and CARD not in files)):
+    own = {*SHARED_FILES, BASELINES}
+    if os.path.lexists(folder) and (files - own or (files and CARD not in files)):
         raise InputError(f"{folder}: exists and holds other files: name a new folder")
+    config, baselines = checkpoints.without_baselines(config), trained.baselines
+    if baselines is not None:
+        baselines = replace(baselines, words=None)  # a word may be a name
+        models = {name: asdict(trained.rules[name]) for name in (*baselines.names, ENSEMBLE)}
+        config |= {"baselines_sha256": baselines.sha256, "models": models}
+        config["baseline_inputs"] = baselines.inputs
     folder.parent.mkdir(parents=True, exist_ok=True)
     with owner_only(), atomic(folder) as temporary:
         if isinstance(model, TrajectoryLLM):
@@ -60,6 +68,8 @@ def save_model(trained: TrainedModel, folder: Path, card: str | None = None) -> 
             path = temporary / TRAJECTORY_FILE
             checkpoints.save_trajectory(path, model.state_dict(), config, trained.train_patients)
         write_text(temporary / CARD, card or model_card(config))
+        if baselines is not None:
+            write_text(temporary / BASELINES, baselines.to_json())
 
 
 def shared_copy(
@@ -67,7 +77,8 @@ def shared_copy(
 ) -> None:
     """Write what others may get of a model: no hashes of patients, and no small counts."""
     config = shareable(trained.config, min_cell)
-    shared = replace(trained, config=config, train_patients=np.empty(0, np.int64))
+    no_patients = np.empty(0, np.int64)
+    shared = replace(trained, config=config, train_patients=no_patients, baselines=None)
     save_model(shared, folder, model_card(config, repo_id, min_cell))
 
 

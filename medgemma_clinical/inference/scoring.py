@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -87,16 +88,45 @@ class Scores:
     """M rows with a score."""
 
     rows: ScoringRows
-    probability: NDArray[np.float64]  # (M,) of the event
-    positive: NDArray[np.bool_]  # (M,) whether the decision rule predicts it
+    stage_risk: NDArray[np.float64]  # (M,) probability by the stage itself
     text: TextCollator | None  # of the prompts; None for stage 1 and without rows
     positions: NDArray[np.int64]  # (M,) of the rows in ``text``
+    trained: TrainedModel
+    used: str  # name of the model whose risk is the probability
+
+    @cached_property
+    def risks(self) -> dict[str, NDArray[np.float64]]:
+        """Probability (M,) of each model: the stage, the baselines, the ensemble."""
+        return self.trained.risks(self.rows.dataset, self.stage_risk)
+
+    @property
+    def probability(self) -> NDArray[np.float64]:
+        """Probability (M,) of the event."""
+        if self.used == self.trained.name:
+            return self.stage_risk
+        if np.isnan(self.risks[self.used]).any():
+            source = self.rows.dataset.source
+            raise InputError(f"{source}: lacks columns that {self.used} reads: add them")
+        return self.risks[self.used]
+
+    @property
+    def positive(self) -> NDArray[np.bool_]:
+        """Whether the decision rule predicts the event, (M,)."""
+        return self.probability >= self.trained.rules[self.used].threshold
 
 
 def score_rows(
-    rows: ScoringRows, trained: TrainedModel, findings: Findings, batch_size: int
+    rows: ScoringRows,
+    trained: TrainedModel,
+    findings: Findings,
+    batch_size: int,
+    use: str = "stage",
 ) -> Scores:
-    """Score rows; the findings get the problem of each row without a score, or refuse it."""
+    """Score rows; the findings get the problem of each row without a score, or refuse it.
+
+    ``use``: see ``TrainedModel.model_named``.
+    """
+    used = trained.model_named(use)
     rows = replace(rows, dataset=rows.dataset.with_inputs(**trained.config["inputs"]))
     count_unknown_static(rows.dataset, findings)
     model = trained.model
@@ -118,9 +148,8 @@ def score_rows(
         logit[batch["index"].numpy()] = output.logit.double().numpy(force=True)
     finite = np.isfinite(logit)
     rows = rows.without(~finite, "no finite score: its values are too extreme", findings)
-    probability = trained.rule.probability(logit[finite])
-    positive = probability >= trained.rule.threshold
-    return Scores(rows, probability, positive, text, np.flatnonzero(finite))
+    risk = trained.rule.probability(logit[finite])
+    return Scores(rows, risk, text, np.flatnonzero(finite), trained, used)
 
 
 def text_collator(dataset: TrajectoryDataset, trained: TrainedModel) -> TextCollator | None:
@@ -163,14 +192,19 @@ def write_in_batches(
 
 
 def prediction_table(
-    rows: ScoringRows, trained: TrainedModel, findings: Findings, batch_size: int
+    rows: ScoringRows,
+    trained: TrainedModel,
+    findings: Findings,
+    batch_size: int,
+    use: str = "stage",
 ) -> tuple[pd.DataFrame, ScoringRows]:
     """Return the rows of the prediction file for some input rows, and the rows with a score.
 
+    Baselines and ensemble have columns of their own, and the stage too where ``use`` is another.
     Stage 3 adds a column of reports; a row whose report does not have the expected form keeps its
     score, and has a problem. Problems leave the findings.
     """
-    scores = score_rows(rows, trained, findings, batch_size)
+    scores = score_rows(rows, trained, findings, batch_size, use)
     scored = scores.rows
     columns: dict[str, Any] = {
         "probability": scores.probability,
@@ -187,4 +221,7 @@ def prediction_table(
         parses = [review_report(scored.dataset, i, text).parses for i, text in texts]
         table.loc[scored.positions[~np.array(parses, dtype=bool)], "problem"] = NO_FORM
         findings.counts[f"have a score, but {NO_FORM}"] += len(parses) - sum(parses)
-    return table, scored
+    others = {trained.column(name): risk for name, risk in scores.risks.items()}
+    if scores.used == trained.name:
+        del others[trained.column(trained.name)]
+    return table.join(pd.DataFrame(others, index=scored.positions)), scored

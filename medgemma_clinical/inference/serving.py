@@ -34,6 +34,7 @@ from medgemma_clinical.models.checkpoints import (
     NOTICE,
     is_merged,
     read_config,
+    without_baselines,
     write_config,
 )
 from medgemma_clinical.models.language_model import base_record, quiet_libraries
@@ -190,5 +191,6 @@ def write_merged(folder: Path, best: Path, trained: TrainedModel) -> None:
     own_keys = ("base_model", "base_sha256", "base_revision", "quantization", "precision")
     origin = {"merged_from": {key: config[key] for key in own_keys}}
     own = {"quantization": "none", "precision": "fp32" if merged.dtype == torch.float32 else "bf16"}
-    write_config(folder, config | base_record(str(folder / MERGED_MODEL)) | own | origin)
+    base = base_record(str(folder / MERGED_MODEL))
+    write_config(folder, without_baselines(config) | base | own | origin)
     write_text(folder / CARD, model_card(config | origin))

@@ -197,25 +197,35 @@ class TrajectoryModel:
         )
 
     @exact_kernels()
-    def predict_proba(self, rows: Rows) -> NDArray[np.float64]:
-        """Return the probabilities (N, 2) float64 of no event and of the event."""
-        events = np.concatenate([scores.probability for scores in self._scores(rows)])
+    def predict_proba(self, rows: Rows, model: str = "stage") -> NDArray[np.float64]:
+        """Return the probabilities (N, 2) float64 of no event and of the event.
+
+        ``model``: "stage"; "best", that of the highest validation AUROC; "ensemble" or a baseline,
+        by its name in ``results`` or the end of its column in ``predictions``.
+        """
+        events = np.concatenate([scores.probability for scores in self._scores(rows, model)])
         return np.stack([1 - events, events], axis=1)
 
     @exact_kernels()
-    def predict(self, rows: Rows) -> NDArray[np.int64]:
-        """Return the predictions (N,) int64 of 0 and 1 by the threshold kept with the weights."""
-        return np.concatenate([scores.positive for scores in self._scores(rows)]).astype(np.int64)
+    def predict(self, rows: Rows, model: str = "stage") -> NDArray[np.int64]:
+        """Return the predictions (N,) int64 of 0 and 1 by the threshold kept with the weights.
+
+        ``model``: as for ``predict_proba``, with its own threshold.
+        """
+        positive = [scores.positive for scores in self._scores(rows, model)]
+        return np.concatenate(positive).astype(np.int64)
 
     @exact_kernels()
-    def predictions(self, rows: Rows) -> pd.DataFrame:
+    def predictions(self, rows: Rows, model: str = "stage") -> pd.DataFrame:
         """Return the table of ``--predict``: N rows, with or without a score.
 
-        Columns id, probability, prediction, of stage 3 report, and problem, which is empty for a
-        row with a score and, in stage 3, a report of the expected form.
+        Columns id, probability, prediction, of stage 3 report, problem, which is empty for a row
+        with a score and, in stage 3, a report of the expected form, and probability_NAME of each
+        other model. ``model``: as for ``predict_proba``.
         """
         chunks, findings = self._read(rows, strict=False)
-        tables = [prediction_table(x, self.trained, findings, self.batch_size)[0] for x in chunks]
+        options = self.trained, findings, self.batch_size, model
+        tables = [prediction_table(chunk, *options)[0] for chunk in chunks]
         return pd.concat(tables, ignore_index=True)
 
     @exact_kernels()
@@ -276,10 +286,10 @@ class TrajectoryModel:
         embeds = [prompt_embeds(x, self.trained, self.batch_size) for x in self._scores(rows)]
         return [vectors for each in embeds for vectors in each]
 
-    def _scores(self, rows: Rows) -> Iterator[Scores]:
+    def _scores(self, rows: Rows, model: str = "stage") -> Iterator[Scores]:
         chunks, findings = self._read(rows, strict=True)
         for chunk in chunks:
-            yield score_rows(chunk, self.trained, findings, self.batch_size)
+            yield score_rows(chunk, self.trained, findings, self.batch_size, model)
 
     def _read(self, rows: Rows, *, strict: bool) -> tuple[Iterator[ScoringRows], Findings]:
         check_kind(rows)

@@ -8,7 +8,9 @@ language model in adapter's place.
 
 from __future__ import annotations
 
+import hashlib
 import io
+import logging
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,9 @@ from torch import Tensor, nn
 
 from medgemma_clinical import __version__
 from medgemma_clinical.data.training_data import Data
+from medgemma_clinical.evaluation.baselines import ENSEMBLE, Baselines
 from medgemma_clinical.evaluation.case_mix import case_mix, demographics
+from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.files import (
     InputError,
     atomic,
@@ -41,6 +45,8 @@ from medgemma_clinical.models.terms import terms_of
 from medgemma_clinical.models.trajectory import Stage1
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 
+logger = logging.getLogger(__name__)
+
 TRAJECTORY_FILE = "medgemma_trajectory_best.pt"
 CHECKPOINT_FORMAT = 12
 """Rises when the program and its older checkpoints no longer fit each other."""
@@ -50,6 +56,9 @@ ADAPTER_CONFIG = "adapter/adapter_config.json"
 ADAPTER_WEIGHTS = "adapter/adapter_model.safetensors"
 MODULE_WEIGHTS = "modules.safetensors"
 NOTICE, CARD = "NOTICE", "README.md"
+BASELINES, MAX_BASELINES = "baselines.json", 2**26
+"""File of a stage's baselines, never shared, and its largest size in bytes."""
+
 LLM_STAGES = ("classification", "generative")
 HASHED_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODULE_WEIGHTS)
 """Files that decide a prediction; other files beside them do not matter."""
@@ -57,6 +66,11 @@ HASHED_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODULE_WEIGHTS)
 MERGED_MODEL = "language_model"
 """Folder of the language model in which an adapter is merged, beside the modules."""
 
+
+READING_ERRORS = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError),
+)
+"""What reading a damaged JSON file can raise."""
 
 MEMBERS, PREFIX_TOKENS, LORA_RANK = (1, 32), (1, 4096), (1, 1024)
 """Bounds of ``--members``, ``--num_prefix_tokens`` and ``--lora_rank``."""
@@ -137,6 +151,49 @@ def _load(module: nn.Module, weights: dict[str, Tensor]) -> None:
     if not all(tensor.is_floating_point() for tensor in weights.values()):
         raise ValueError("weights that are no floating-point numbers")
     module.load_state_dict(weights)
+
+
+# ------------------------------------------------------------------ baselines
+
+
+def read_baselines(path: Path, config: dict[str, Any]) -> Baselines | None:
+    """Return the baselines of a checkpoint, checked; None where this copy has none.
+
+    They lie in the folder of the run's stage, or in that of ``save_pretrained``.
+    """
+    if "baselines_sha256" not in config:
+        return None
+    own = path
+    if path.is_file():  # moved aside, medgemma_trajectory_best.1.pt belongs to trajectory.1
+        own = path.with_name(path.stem.replace(Path(TRAJECTORY_FILE).stem, "trajectory"))
+    places = (folder / BASELINES for folder in (own, path.parent))
+    file = next((each for each in places if each.is_file()), None)
+    if file is None:
+        logger.info("%s: without %s: neither baselines nor ensemble", path, BASELINES)
+        return None
+    try:
+        if file.stat().st_size > MAX_BASELINES:
+            raise ValueError("too large")
+        content = file.read_bytes()
+        if hashlib.sha256(content).hexdigest() != config["baselines_sha256"]:
+            raise ValueError("another content")
+        baselines = Baselines.from_json(content.decode())
+        rules = {
+            name: DecisionRule.from_config({"decision": x}) for name, x in config["models"].items()
+        }
+        if {*rules} != {*baselines.names, ENSEMBLE}:
+            raise ValueError("other models")
+    except READING_ERRORS as error:
+        raise InputError(
+            f"{file}: damaged, or not as it was written: restore it, or remove it to go without"
+        ) from error
+    return baselines
+
+
+def without_baselines(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of a copy that holds no baselines."""
+    keys = ("baselines_sha256", "baseline_inputs", "models")
+    return {name: x for name, x in config.items() if name not in keys}
 
 
 # ------------------------------------------------------------------ stage 1

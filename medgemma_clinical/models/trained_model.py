@@ -6,8 +6,10 @@ import contextlib
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +20,9 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from medgemma_clinical.data.training_data import Data
-from medgemma_clinical.data.trajectories import PromptOptions
+from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
 from medgemma_clinical.distributed import default_device
+from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, Baselines, model_risks
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.files import InputError, read_json
 from medgemma_clinical.models.checkpoints import (
@@ -31,6 +34,7 @@ from medgemma_clinical.models.checkpoints import (
     is_merged,
     load_modules,
     load_trajectory,
+    read_baselines,
     read_config,
     read_trajectory,
 )
@@ -61,12 +65,14 @@ class TrainedModel:
         config: its checkpoint's.
         tokenizer: None for stage 1.
         train_patients: of stage 1, see ``TrajectoryCheckpoint``; None for the others.
+        baselines: of its run; None where this copy has none.
     """
 
     model: Stage1 | TrajectoryLLM
     config: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase | None = None
     train_patients: NDArray[np.int64] | None = None
+    baselines: Baselines | None = None
 
     @property
     def device(self) -> torch.device:
@@ -88,6 +94,39 @@ class TrainedModel:
     def rule(self) -> DecisionRule:
         """How a logit becomes a probability and a prediction."""
         return DecisionRule.from_config(self.config)
+
+    @property
+    def name(self) -> str:
+        """The stage among other models."""
+        return STAGE_NAMES[self.config["stage"]]
+
+    @cached_property
+    def rules(self) -> dict[str, DecisionRule]:
+        """The decision rule of each model that gives a risk: the stage, baselines, ensemble."""
+        names = [*self.baselines.names, ENSEMBLE] if self.baselines else []
+        stored = self.config.get("models", {})
+        others = {name: DecisionRule.from_config({"decision": stored[name]}) for name in names}
+        return {self.name: self.rule, **others}
+
+    def column(self, name: str) -> str:
+        """Return the column of a model's risk in predictions."""
+        own = name == self.name
+        return "probability_" + ("stage" if own else re.sub(r"\W+", "_", name))
+
+    def model_named(self, use: str) -> str:
+        """Return the model that ``stage``, ``best``, a name or the end of its column means."""
+        wanted = self.config.get("best_model", use) if use == "best" else use
+        for name in self.rules:
+            if self.column(name) == self.column(wanted):
+                return name
+        ends = [self.column(name).removeprefix("probability_") for name in self.rules]
+        problem = "no such model" if self.baselines else "this copy of the model has no baselines"
+        raise InputError(f"--use {use}: {problem}: choose from {', '.join(['best', *ends])}")
+
+    def risks(self, dataset: TrajectoryDataset, risk: NDArray[np.float64]) -> dict[str, Any]:
+        """Return the probability (n,) of each model; ``risk`` (n,) is the stage's own."""
+        others = self.baselines.risks(dataset) if self.baselines else {}
+        return model_risks(self.name, risk, others, self.rules)
 
     @property
     def prompts(self) -> PromptOptions:
@@ -157,11 +196,12 @@ def load_trained_model(
         if best.is_file():
             checkpoint = read_trajectory(best)
             stage1, patients = rebuild_stage1(checkpoint, builders), checkpoint.train_patients
-            return TrainedModel(
-                stage1.to(device).eval(), checkpoint.config, train_patients=patients
-            )
+            baselines = read_baselines(best, checkpoint.config)
+            stage1 = stage1.to(device).eval()
+            return TrainedModel(stage1, checkpoint.config, None, patients, baselines)
         stored = read_config(best)
         check_no_control(path, stored)
+        baselines = read_baselines(best, stored)
         own = {"quantization": quantization, "precision": precision}
         config = {**stored, **{name: x for name, x in own.items() if x is not None}}
         name = model_name or base_folder(best, stored)
@@ -176,7 +216,7 @@ def load_trained_model(
             attention=attention,
         )
         load_modules(model, best)
-    return TrainedModel(model.to(device).eval(), stored, tokenizer)
+    return TrainedModel(model.to(device).eval(), stored, tokenizer, None, baselines)
 
 
 @contextlib.contextmanager

@@ -1,14 +1,25 @@
 """Simple models: fitted on the training part alone, on the data set's tables."""
 
+import json
+import re
 from unittest import mock
 
+import lightgbm
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.special import logit
 from scipy.stats import rankdata
 
 from medgemma_clinical.evaluation import baselines
-from medgemma_clinical.evaluation.baselines import BOOSTING, ENSEMBLE, LOGISTIC, fit_baselines
+from medgemma_clinical.evaluation.baselines import (
+    BOOSTING,
+    ENSEMBLE,
+    LOGISTIC,
+    Baselines,
+    fit_baselines,
+)
+from medgemma_clinical.evaluation.simple_models import Regression, Trees, word_table
 from trajectories import dataset_of
 
 WITHOUT_STATICS = ["last value", "number of observations", LOGISTIC, BOOSTING, "blend"]
@@ -40,9 +51,21 @@ def visits(statics=True):
     return {**table, "static_age": age, "clinical_context": texts} if statics else table
 
 
+def risks_of(dataset, static):
+    """Fit on the training part; return the risks of the other parts."""
+    fitted = fit_baselines(dataset, SPLIT["train"], static)
+    parts = {part: fitted.risks(dataset, SPLIT[part]) for part in ("val", "test")}
+    return {name: {part: parts[part][name] for part in parts} for name in fitted.names}
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    return fit_baselines(dataset_of(**visits()), SPLIT["train"], ["static_age"])
+
+
 @pytest.fixture(scope="module")
 def risks():
-    return fit_baselines(dataset_of(**visits()), SPLIT, ["static_age"])
+    return risks_of(dataset_of(**visits()), ["static_age"])
 
 
 def test_no_row_outside_of_the_training_part_changes_another_rows_risk(risks):
@@ -53,7 +76,7 @@ def test_no_row_outside_of_the_training_part_changes_another_rows_risk(risks):
         rows["label_escalation"][k] = 1 - rows["label_escalation"][k]
         rows["static_age"][k] = 700
         rows["clinical_context"][k] = "alien with trauma and without sepsis"
-    after = fit_baselines(dataset_of(**rows), SPLIT, ["static_age"])
+    after = risks_of(dataset_of(**rows), ["static_age"])
     assert set(after) == set(risks) == set(WITH_STATICS) == set(baselines.MEANINGS) - {ENSEMBLE}
     for name, each in risks.items():
         for part in ("val", "test"):
@@ -87,12 +110,13 @@ def test_words_are_those_that_one_in_a_hundred_training_contexts_holds():
     contexts = np.array(
         ["Fever", "fever, 40 C", "x", "", *["rare"] * 1, *["cough"] * 145, "new"], object
     )
-    table = baselines.context_words(contexts, np.arange(150))
-    assert table[[0, 1, 2, 3, 4, 5, 150]].toarray().tolist() == [
+    words = baselines.frequent_words(contexts[:150])
+    assert words == ["cough", "fever"]
+    assert word_table(words, contexts[[0, 1, 2, 3, 4, 5, 150]]).toarray().tolist() == [
         *[[0, 1], [0, 1], [0, 0], [0, 0], [0, 0], [1, 0], [0, 0]]
     ]
     for nothing in (["", "7"] * 75, [f"only{'x' * k}" for k in range(150)]):
-        assert baselines.context_words(np.array(nothing, object), np.arange(150)) is None
+        assert baselines.frequent_words(np.array(nothing, object)) == []
 
 
 def test_a_blend_of_certain_risks_is_finite():
@@ -132,7 +156,7 @@ def test_noise_gets_a_stronger_penalty_and_fewer_leaves_than_a_signal():
     crossed = np.where(labels[:, None] == 1, 1, -1) * np.sign(noise[:, :1] * noise[:, 1:2])
     signal = np.hstack([noise[:, :2], crossed + 0.5 * noise[:, 2:3]])
     plain = 3 * labels[:, None] + noise[:, :1]
-    trees = baselines.tuned_trees(folds, 400).set_params(estimator__max_iter=30)
+    trees = baselines.tuned_trees(folds, 400).set_params(estimator__n_estimators=30)
     for model, inputs in ((baselines.tuned_regression(folds), plain), (trees, signal)):
         chosen = [list(model.fit(x, labels).best_params_.values()) for x in (noise, inputs)]
         assert chosen[0] < chosen[1], model
@@ -146,10 +170,8 @@ def test_a_regression_learns_from_what_is_missing():
 
 
 @pytest.mark.parametrize("rows", [100, 10_000, 100_000])
-def test_trees_hold_out_no_rows_of_patients_that_they_learn_from(rows):
-    trees = baselines.tuned_trees([], rows)
-    assert trees.early_stopping is False
-    assert trees.learning_rate == (0.03 if rows <= 10_000 else 0.1)
+def test_trees_learn_few_rows_slowly(rows):
+    assert baselines.tuned_trees([], rows).learning_rate == (0.03 if rows <= 10_000 else 0.1)
 
 
 @pytest.mark.filterwarnings("error")
@@ -165,7 +187,143 @@ def test_a_series_that_the_training_part_or_a_fold_lacks_is_fitted_around(
     inputs[LOGISTIC] = inputs[LOGISTIC].assign(rare=rare)
     dataset.baseline_inputs = lambda: inputs
     with mock.patch.object(baselines, "draw_folds", wraps=baselines.draw_folds) as drawn:
-        found = fit_baselines(dataset, SPLIT, [])
+        found = risks_of(dataset, [])
     assert np.array_equal(drawn.call_args.args[1], dataset.groups[:100]), "folds of patients"
     assert set(found) == set(WITHOUT_STATICS)
     assert all(np.isfinite(each["test"]).all() for each in found.values())
+
+
+# ------------------------------------------------------------------ kept
+
+
+def holes(rows, columns, share=0.3, seed=0):
+    """Draw a table with unknown values, none in the last column, none but those in the first."""
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=(rows, columns))
+    values[rng.random(values.shape) < share] = np.nan
+    values[:, 0], values[:, -1] = np.nan, np.round(rng.normal(size=rows), 1)
+    return pd.DataFrame(values, columns=[f"{k}: {{}}[]" for k in range(columns)])
+
+
+def as_kept(model):
+    return type(model).from_json(json.loads(json.dumps(model.to_json())))
+
+
+@pytest.mark.parametrize("kind", ["regression", "trees", "one leaf"])
+def test_a_kept_model_computes_what_its_library_does(kind):
+    table, other = holes(300, 5), holes(200, 5, share=0.6, seed=1)
+    other.iloc[:50, -1] = np.nan  # never unknown in training
+    other.iloc[50:100] = 0.0
+    labels = (table.iloc[:, -1] + np.random.default_rng(2).normal(size=300) > 0).astype(float)
+    if kind == "regression":
+        model = baselines.tuned_regression([]).fit(table.to_numpy(), labels)
+        kept = as_kept(Regression.of(model, [*table]))
+    else:
+        rows = 10 if kind == "one leaf" else 300
+        model = baselines.tuned_trees([], 300).fit(table.to_numpy()[:rows], labels[:rows])
+        kept = as_kept(Trees.of(model.booster_, [*table]))
+        again = lightgbm.Booster(model_str=kept.text).predict(other.to_numpy())
+        assert np.array_equal(again, model.predict_proba(other.to_numpy())[:, 1])
+        assert (len(kept.trees[0].leaf) == 1) == (kind == "one leaf")
+    expected = model.predict_proba(other.to_numpy())[:, 1]
+    assert np.ptp(expected) > 0.5 or kind == "one leaf"
+    np.testing.assert_allclose(kept.risks(other), expected, rtol=0, atol=1e-12)
+
+
+def test_kept_baselines_give_the_same_risks_and_hold_no_extreme_value(fitted):
+    dataset = dataset_of(**visits())
+    text = fitted.to_json()
+    kept, bounds = Baselines.from_json(text), re.findall(r"feature_infos=(.*?)\\n", text)
+    assert {*" ".join(bounds).split()} == {"none"}
+    assert kept.names == fitted.names == [*WITH_STATICS[:3], *kept.names[3:]]
+    for name, risk in kept.risks(dataset).items():
+        assert np.array_equal(risk, fitted.risks(dataset)[name]), name
+
+
+def test_a_baseline_whose_columns_the_rows_lack_has_no_risk(fitted):
+    rows = visits()
+    del rows["static_age"]
+    found = fitted.risks(dataset_of(**rows))
+    lacking = {name for name, risk in found.items() if np.isnan(risk).all()}
+    assert lacking == {name for name in fitted.names if "statics" in name}
+    assert all(np.isfinite(risk).all() for name, risk in found.items() if name not in lacking)
+
+
+TREE = {
+    "split_feature": "0 1",
+    "threshold": "0.5 0.5",
+    "decision_type": "2 8",
+    "left_child": "1 -1",
+    "right_child": "-3 -2",
+    "leaf_value": "0.1 0.2 0.3",
+    "num_cat": "0",
+    "is_linear": "0",
+}
+
+
+def trees_text(**changed):
+    lines = [f"{name}={text}" for name, text in {**TREE, **changed}.items()]
+    return "\n".join(["tree", "", "Tree=0", *lines]) + "\n\nend of trees\n"
+
+
+HOSTILE_TREES = [
+    {"left_child": "1 0"},  # a loop
+    {"left_child": "0 -1"},  # itself
+    {"left_child": "2 -1"},
+    {"right_child": "-4 -2"},
+    {"split_feature": "0 2"},
+    {"split_feature": "-1 1"},
+    {"split_feature": "0 99999999999999999999"},
+    {"split_feature": "0"},
+    {"decision_type": "2 1"},  # of categories
+    {"decision_type": "2 4"},  # zeros as missing
+    {"left_child": "1"},
+    {"threshold": "0.5 nan"},
+    {"threshold": "0.5"},
+    {"leaf_value": "0.1 inf 0.3"},
+    {"leaf_value": "0.1 0.2"},
+    {"leaf_value": ""},
+    {"num_cat": "1"},
+    {"is_linear": "1"},
+]
+
+
+@pytest.mark.parametrize("changed", HOSTILE_TREES, ids=lambda each: " ".join(*each.items()))
+def test_hostile_trees_are_refused(changed):
+    def content(text):
+        return {"columns": ["a", "b"], "text": text}
+
+    assert Trees.from_json(content(trees_text())).risks(pd.DataFrame({"a": [0], "b": [1]})).size
+    with pytest.raises((ValueError, OverflowError)):
+        Trees.from_json(content(trees_text(**changed)))
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (["models", "last value", "scale", 0], 0.0),
+        (["models", "last value", "means", 0], float("nan")),
+        (["models", "last value", "means"], [1.0, 2.0]),
+        (["models", "last value", "coefficients"], []),
+        (["models", "last value", "columns"], "a"),
+        (["models", LOGISTIC, "columns"], ["x"] * 8),
+        (["models", LOGISTIC, "marked"], ["another"]),
+        (["models", LOGISTIC, "intercept"], None),
+        (["models", BOOSTING, "text"], 7),
+        (["models", BOOSTING, "text"], ""),
+        (["models", BOOSTING, "columns"], []),
+        (["words", "vocabulary"], []),
+        (["words", "vocabulary", 0], ["trauma"]),
+        (["words", "scale", 0], -1),
+        (["inputs", "static"], "age"),
+    ],
+)
+def test_altered_baselines_are_refused(keys, value, fitted):
+    content = json.loads(fitted.to_json())
+    inner = content
+    for key in keys[:-1]:
+        inner = inner[key]
+    assert inner[keys[-1]] != value
+    inner[keys[-1]] = value
+    with pytest.raises((ValueError, KeyError, TypeError, AttributeError)):
+        Baselines.from_json(json.dumps(content))

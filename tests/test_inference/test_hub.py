@@ -14,9 +14,15 @@ from huggingface_hub import constants
 
 import medgemma_trainer as trainer
 from hub_server import hub_on_this_machine
+from medgemma_clinical.evaluation.baselines import WORDS
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.hub import find_checkpoint, push_model, save_model, shared_copy
-from medgemma_clinical.models.checkpoints import LLM_STAGES, TRAJECTORY_FILE, read_trajectory
+from medgemma_clinical.models.checkpoints import (
+    BASELINES,
+    LLM_STAGES,
+    TRAJECTORY_FILE,
+    read_trajectory,
+)
 from medgemma_clinical.models.trained_model import load_trained_model
 from medgemma_trainer import TrajectoryModel, fit_classification
 from predicting import MARKER, VALUES
@@ -87,6 +93,7 @@ def test_exactly_the_files_of_a_checkpoint_are_sent_and_nothing_of_a_patient(
     config = load(tmp_path / "sent").config
     sent = hub.received_bytes() + json.dumps(config).encode()
     assert b"AUROC" in sent, "the card is there, so the search can find something"
+    assert not {"baselines_sha256", "baseline_inputs", "models"} & config.keys()
     places = str(runs), runs.name, "train.csv", tempfile.gettempdir()
     for mark in (MARKER, *VALUES, *places):
         assert mark.encode() not in sent, mark
@@ -146,13 +153,16 @@ def test_a_shared_folder_and_a_saved_one_hold_the_model_of_the_run(stage, models
     for name, write in (("shared", shared_copy), ("saved", save_model)):
         for _ in range(2):  # its own earlier files are replaced
             write(models[stage], tmp_path / "new" / name)
-        assert files_in(tmp_path / "new" / name) == STAGES[stage]
+        own = {BASELINES} if name == "saved" else set()
+        assert files_in(tmp_path / "new" / name) == STAGES[stage] | own
     saved, shared = load(tmp_path / "new" / "saved"), load(tmp_path / "new" / "shared")
     assert same_weights(saved, models[stage])
     assert same_weights(shared, models[stage])
-    assert {k: x for k, x in saved.config.items() if "sha256" not in k} == {
-        k: x for k, x in models[stage].config.items() if "sha256" not in k
-    }
+    known = {k: x for k, x in models[stage].config.items() if "sha256" not in k}
+    known["models"] = {k: x for k, x in known["models"].items() if k != WORDS}
+    assert {k: x for k, x in saved.config.items() if "sha256" not in k} == known
+    assert shared.baselines is None
+    assert saved.baselines.to_json() == replace(models[stage].baselines, words=None).to_json()
     if stage == "trajectory":
         np.testing.assert_array_equal(saved.train_patients, models[stage].train_patients)
         assert len(shared.train_patients) == 0

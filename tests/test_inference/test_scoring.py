@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -11,10 +12,13 @@ import medgemma_trainer as trainer
 from conftest import SAMPLE
 from dataset_format import MIMICtrajectoryDataset, read_description
 from medgemma_clinical.data.scoring import Findings
+from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference import scoring
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS
 from predicting import MARKER, SERIES, STAGES, command, predicted, refused, spoil, write_data
+
+STAGE_1 = STAGE_NAMES["trajectory"]
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +52,18 @@ def test_predictions_are_those_of_the_run(stage, runs, rows, scored):
     out = scored[stage]
     assert out["id"].tolist() == rows["id"].tolist()  # the input's order
     report = ["report"] if stage == "generative" else []
-    assert list(out) == ["id", "probability", "prediction", *report, "problem"]
-    known = out.set_index("id")["probability"]
-    assert known.std() > 1e-4  # equal constants would prove nothing
+    others = [name for name in out if name.startswith("probability_")]
+    assert list(out) == ["id", "probability", "prediction", *report, "problem", *others]
+    known = out.set_index("id")
+    assert known["probability"].std() > 1e-4  # equal constants would prove nothing
     for part in ("val", "test"):
         own = pd.read_csv(runs / stage / f"predictions_{part}.csv").set_index("id")
-        assert np.abs(known[own.index] - own["probability"]).max() < 1e-6
+        assert np.abs(known["probability"] - own["probability"]).max() < 1e-6
+        own = own.drop(columns=["label", "probability", "patient", STAGE_1], errors="ignore")
+        assert others == ["probability_" + re.sub(r"\W+", "_", name) for name in own]
+        for name, column in zip(own, others, strict=True):
+            limit = 1e-6 if name == ENSEMBLE else 1e-9  # with the stage, which rounds to float32
+            assert np.abs(known[column] - own[name]).max() < limit, name
     threshold = json.loads((runs / stage / "metrics.json").read_text())["threshold"]
     clear = (out["probability"] - threshold).abs() > 1e-6  # at the very threshold sums may round
     assert (out["prediction"] == (out["probability"] >= threshold))[clear].all()
@@ -109,7 +119,8 @@ def test_bad_rows_are_kept_with_their_problem(
         assert problem.partition(":")[0] in out["problem"][row]
     fine = out["problem"] == ""
     assert out["probability"].notna().equals(fine)
-    assert out["prediction"].notna().equals(fine)
+    for column in out.filter(regex="^(prediction|probability_)"):
+        assert out[column].notna().equals(fine), column
     alone = write_data(bad[fine.to_numpy()], tmp_path / "good.csv")
     same(
         out[fine].reset_index(drop=True), predicted(runs / stage, alone, tmp_path / "good_out.csv")

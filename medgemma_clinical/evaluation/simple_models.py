@@ -1,0 +1,219 @@
+"""Fitted simple models as plain numbers: kept as JSON, computed here, by no library's reader.
+
+Each has ``risks``, ``to_json`` and ``from_json``, which raises an error for what is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.special import expit
+from sklearn.feature_extraction.text import CountVectorizer
+
+from medgemma_clinical.evaluation.metrics import Array
+
+WORD = r"[^\W\d_]{2,}"
+"""Pattern of a word; numbers are none."""
+
+END_OF_TREES = "\n\nend of trees\n"
+
+LEFT, NAN = 2, 8
+"""Bits of LightGBM's decision type: missing values go left; a branch of their own knows them."""
+
+
+def _array(values: Any, size: int) -> Array:
+    """Return ``size`` finite numbers."""
+    array = np.array(values, np.float64)
+    if array.shape != (size,) or not np.isfinite(array).all():
+        raise ValueError(f"not {size} finite numbers")
+    return array
+
+
+def read_names(values: Any) -> list[str]:
+    """Return different names."""
+    if not isinstance(values, list) or not all(isinstance(each, str) for each in values):
+        raise TypeError("not a list of names")
+    if len({*values}) < len(values):
+        raise ValueError("the same name twice")
+    return values
+
+
+@dataclass(frozen=True)
+class Regression:
+    """A logistic regression on K columns, unknown values filled in by means and marked."""
+
+    columns: list[str]
+    means: Array  # (K,)
+    marked: list[str]  # the M columns whose lack is a further column
+    center: Array  # (K + M,)
+    scale: Array  # (K + M,)
+    coefficients: Array  # (K + M,)
+    intercept: Array  # (1,)
+
+    @classmethod
+    def of(cls, pipeline: Any, columns: Sequence[str]) -> Self:
+        """Return a fitted pipeline of SimpleImputer, StandardScaler and LogisticRegression."""
+        imputer, scaler, model = (step for _, step in pipeline.steps)
+        marked = [columns[k] for k in imputer.indicator_.features_]
+        means, weights = imputer.statistics_, model.coef_[0]
+        return cls(
+            [*columns], means, marked, scaler.mean_, scaler.scale_, weights, model.intercept_
+        )
+
+    def risks(self, table: pd.DataFrame) -> Array:
+        """Return the probability (N,) of each row of a table that has the columns."""
+        values = table[self.columns].to_numpy(np.float64)
+        unknown = table[self.marked].isna().to_numpy(np.float64)
+        filled = np.hstack([np.where(np.isnan(values), self.means, values), unknown])
+        odds = (filled - self.center) / self.scale @ self.coefficients + self.intercept
+        risks: Array = expit(odds)
+        return risks
+
+    def to_json(self) -> dict[str, Any]:
+        """Return lists of numbers and names."""
+        arrays = (name for name in vars(self) if name not in ("columns", "marked"))
+        lists = {name: getattr(self, name).tolist() for name in arrays}
+        return {"columns": self.columns, "marked": self.marked, **lists}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Check and return; see the module."""
+        columns, marked = read_names(content["columns"]), read_names(content["marked"])
+        inner = [content[name] for name in ("center", "scale", "coefficients")]
+        center, scale, weights = (_array(x, len(columns) + len(marked)) for x in inner)
+        if not {*marked} <= {*columns} or not (scale > 0).all():
+            raise ValueError("an unknown marked column, or a scale that is not above 0")
+        means, intercept = _array(content["means"], len(columns)), _array(content["intercept"], 1)
+        return cls(columns, means, marked, center, scale, weights, intercept)
+
+
+@dataclass(frozen=True)
+class Words:
+    """A logistic regression on which words a text holds."""
+
+    vocabulary: list[str]  # W words
+    scale: Array  # (W,)
+    coefficients: Array  # (W,)
+    intercept: Array  # (1,)
+
+    def risks(self, texts: NDArray[np.object_]) -> Array:
+        """Return the probability (N,) of each text."""
+        table = word_table(self.vocabulary, texts)
+        risks: Array = expit(table @ (self.coefficients / self.scale) + self.intercept)
+        return risks
+
+    def to_json(self) -> dict[str, Any]:
+        """Return lists of numbers and words."""
+        return {name: x if isinstance(x, list) else x.tolist() for name, x in vars(self).items()}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Check and return; see the module."""
+        words = read_names(content["vocabulary"])
+        scale, weights = (_array(content[name], len(words)) for name in ("scale", "coefficients"))
+        if not words or not (scale > 0).all():
+            raise ValueError("no word, or a scale that is not above 0")
+        return cls(words, scale, weights, _array(content["intercept"], 1))
+
+
+def word_table(vocabulary: Sequence[str], texts: NDArray[np.object_]) -> Any:
+    """Return which words each text holds, a sparse (N, W) of 0 and 1."""
+    return CountVectorizer(vocabulary=vocabulary, binary=True, token_pattern=WORD).transform(texts)
+
+
+class Tree(NamedTuple):
+    """A binary tree of S splits: each child is a later split, or ~leaf."""
+
+    feature: NDArray[np.int64]  # (S,)
+    threshold: Array  # (S,) values up to it go left
+    missing_left: NDArray[np.bool_]  # (S,)
+    left: NDArray[np.int64]  # (S,)
+    right: NDArray[np.int64]  # (S,)
+    leaf: Array  # (S + 1,) log-odds
+
+    def odds(self, values: Array) -> Array:
+        """Return the leaf's log-odds (N,) of each row of values (N, K)."""
+        at = np.full(len(values), 0 if len(self.feature) else ~0)
+        for k, feature in enumerate(self.feature):  # children come later
+            here = np.flatnonzero(at == k)
+            value = values[here, feature]
+            left = np.where(np.isnan(value), self.missing_left[k], value <= self.threshold[k])
+            at[here] = np.where(left, self.left[k], self.right[k])
+        return self.leaf[~at]
+
+
+@dataclass(frozen=True)
+class Trees:
+    """Boosted trees on K columns, in LightGBM's text form.
+
+    They are computed here: LightGBM's own reader, in C++, never sees a file.
+    """
+
+    columns: list[str]
+    text: str
+
+    @classmethod
+    def of(cls, booster: Any, columns: Sequence[str]) -> Self:
+        """Return a fitted LightGBM, without the extreme values of the training rows."""
+        text = booster.model_to_string().partition(END_OF_TREES)[0] + END_OF_TREES
+        lines = text.split("\n")
+        known = next(k for k, line in enumerate(lines) if line.startswith("feature_infos="))
+        lines[known] = "feature_infos=" + " ".join(["none"] * len(columns))
+        return cls([*columns], "\n".join(lines))
+
+    @cached_property
+    def trees(self) -> list[Tree]:
+        """The trees, checked."""
+        blocks = self.text.removesuffix(END_OF_TREES).split("\nTree=")[1:]
+        return [_read_tree(block, len(self.columns)) for block in blocks]
+
+    def risks(self, table: pd.DataFrame) -> Array:
+        """Return the probability (N,) of each row of a table that has the columns."""
+        values = table[self.columns].to_numpy(np.float64)
+        total = np.zeros(len(values))
+        for tree in self.trees:
+            total += tree.odds(values)
+        risks: Array = expit(total)
+        return risks
+
+    def to_json(self) -> dict[str, Any]:
+        """Return columns and text."""
+        return {"columns": self.columns, "text": self.text}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Check and return; see the module."""
+        model = cls(read_names(content["columns"]), content["text"])
+        if not model.trees:
+            raise ValueError("no trees")
+        return model
+
+
+def _read_tree(block: str, columns: int) -> Tree:
+    """Return a tree of LightGBM's text: no loop, no categories, nothing out of range."""
+    fields = dict(line.split("=", 1) for line in block.split("\n")[1:] if line)
+    words = {name: text.split() for name, text in fields.items()}
+    leaf = _array(words["leaf_value"], len(words["leaf_value"]))
+    splits = len(leaf) - 1
+    names = ("split_feature", "decision_type", "left_child", "right_child")
+    feature, kind, left, right = (np.array(words[name], np.int64) for name in names)
+    threshold = _array(words["threshold"], splits)
+    own, children = np.arange(splits), np.stack([left, right])
+    allowed = (
+        splits >= 0 and fields["num_cat"] == fields["is_linear"] == "0",
+        feature.shape == kind.shape == left.shape == (splits,),
+        ((feature >= 0) & (feature < columns) & np.isin(kind, [0, LEFT, NAN, NAN | LEFT])).all(),
+        ((children >= -splits - 1) & (children < splits)).all(),
+        ((children < 0) | (children > own)).all(),
+    )
+    if not all(allowed):
+        raise ValueError("a tree out of range")
+    # Without the bit, no training row lacked the value, and LightGBM reads 0 in its place.
+    missing = np.where(kind & NAN, (kind & LEFT) > 0, threshold >= 0)
+    return Tree(feature, threshold, missing, left, right, leaf)
