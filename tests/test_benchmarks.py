@@ -11,7 +11,6 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import encoder
-import epoch
 import gpu
 import memory
 import mutants
@@ -180,9 +179,8 @@ def test_reading(what, capsys):
     assert "MiB" in capsys.readouterr().out
 
 
-def test_encoder_epoch_startup_memory(monkeypatch, capsys):
+def test_encoder_startup_memory(monkeypatch, capsys):
     encoder.main(["--batch_sizes", "3", "--repeats", "1"])  # checks that all ways agree
-    epoch.main(["--patients", "40", "--repeats", "1"])
     monkeypatch.setattr(startup, "ways", lambda _: {"empty": ["-c", ""]})
     startup.main(["--repeats", "1"])
     small = {**memory.SHAPES["4B"], "hidden_size": 64, "intermediate_size": 128}
