@@ -73,6 +73,7 @@ def make_content(n=400, **more):
         "history": history,
         "reports": {"reports": 80, "numbers_stated": 400, "invented": 2}
         | dict.fromkeys(shares, share),
+        "methods": {"split": "By patient.", "sample_size": "5 patients", "training": "10 epochs."},
         "case_mix": (mix, {**mix, "rows": 80.0, "patients": 80.0}),
     }
     return ReportContent("A model", **{**parts, **more})

@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 from accelerate.utils import gather_object
 
+from medgemma_clinical.data.sample_size import describe_sample_size
+from medgemma_clinical.data.texts import code
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import peak_memory, processes, show_progress
 from medgemma_clinical.evaluation.baselines import (
@@ -291,6 +293,33 @@ def report_content(
         reports=config["metrics"].get("reports"),
         stage1_page=stage1_page,
         sites=None if dataset.sites is None else dataset.sites[predictions.rows],
+        methods=training_methods(stage, data, run["arguments"]),
         notice=built_in_notice(config),
         first=list(filter(None, [weight_0_sentence(config)])),
     )
+
+
+def training_methods(stage: Stage, data: Data, arguments: dict[str, Any]) -> dict[str, str]:
+    """Return what ``tripod.md`` says of data and training, in sentences."""
+    dataset, rates = data.dataset, stage.learning_rates
+    drawn = f"drawn by seed {arguments['seed']}, 80/10/10, stratified by event"
+    how = drawn if dataset.parts is None else "as the data give them"
+    platt = "Platt's method on the validation part; all results are those after it."
+    size = describe_sample_size(dataset, data.usable_static, data.split["train"])
+    named = ("members", "dynamics", "solver", "lora_rank", "lora_alpha", "num_prefix_tokens")
+    own = [f"{name} {arguments[name]}" for name in named[: 3 if stage.text is None else None]]
+    return {
+        "split": f"Patients are in one of three parts, {how}: the training part fits the weights, "
+        "the validation part chooses epoch and threshold, the test part was scored once.",
+        "preparation": f"The latest {dataset.read_options['max_len']} observations of a row are "
+        "kept.",
+        "unusable": "; ".join(f"{code(k)} ({why})" for k, why in data.unusable_static.items()),
+        "training": f"At most {stage.epochs} epochs, stopped after {stage.patience} without a "
+        f"better one; batches of {arguments['batch_size']}; AdamW with learning rates "
+        f"{', '.join(f'{rate:g} ({part})' for part, rate in rates.items())}; {', '.join(own)}. "
+        "The program tunes none of these; run.json has every setting. Baselines are tuned in "
+        "five folds of the training part.",
+        "recalibration": platt if arguments["calibrate"] == "platt" else "None.",
+        # It tells the number of events.
+        **({} if arguments["min_cell"] else {"sample_size": size}),
+    }

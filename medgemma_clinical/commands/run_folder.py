@@ -34,8 +34,8 @@ RUN_FORMAT = 5
 """Of ``run.json``; rises when runs of older versions can no longer be resumed."""
 
 RESULTS = (
-    *("metrics.json", "history.jsonl", "report.html", "generations_test.jsonl"),
-    *("predictions_val.csv", "predictions_test.csv", "baselines.json"),
+    *("metrics.json", "history.jsonl", "report.html", "tripod.md", "baselines.json"),
+    *("predictions_val.csv", "predictions_test.csv", "generations_test.jsonl"),
 )
 """What a finished run leaves in its folder beside the best weights."""
 

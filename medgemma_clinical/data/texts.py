@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from medgemma_clinical.files import one_line
+
 NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 """A decimal number, as regular expression without groups."""
 
@@ -154,3 +156,8 @@ def plain(number: float) -> str:
 def with_space(unit: str) -> str:
     """Return a unit as it follows a number, empty where there is none."""
     return f" {unit}" if unit else ""
+
+
+def code(text: str) -> str:
+    """Return words of data or configuration as Markdown code, in which nothing is markup."""
+    return f"`{one_line(text).replace('`', chr(39)).replace('|', chr(0xA6)) or ' '}`"

@@ -31,6 +31,7 @@ from medgemma_clinical.evaluation.suppress import (
     suppress_table_one,
 )
 from medgemma_clinical.evaluation.table_one import table_one_cells
+from medgemma_clinical.evaluation.tripod import tripod
 from medgemma_clinical.evaluation.updating import update_table
 from medgemma_clinical.evaluation.verdicts import best_baseline, counts_text, percent, sentences
 from medgemma_clinical.evaluation.written_reports import compare_words
@@ -81,6 +82,7 @@ class ReportContent:
     case_mix: tuple[dict[str, float], dict[str, float]] | None = None  # of training, of these rows
     sites: NDArray[Any] | None = None  # hospital or unit of each row
     updates: pd.DataFrame | None = None  # risks of ``judge_updates``, a column a method
+    methods: Mapping[str, str] | None = None  # what ``tripod.md`` says of the training
     notice: str = ""  # a banner
     first: Sequence[str] = ()  # sentences that the result begins with
 
@@ -100,7 +102,7 @@ def write_report(
     list_patients: bool = False,
     folder: Path | None = None,
 ) -> None:
-    """Write a report, and with a ``folder`` each figure and each table as a file.
+    """Write a report, and with a ``folder`` each figure, each table and ``tripod.md`` as files.
 
     Counts below ``min_cell`` are hidden; ``list_patients`` names the rows with the largest errors.
     """
@@ -117,6 +119,7 @@ def write_report(
         images = {name: plots.to_image(*plot) for name, plot in drawn.items()}
         if folder is not None:
             _write_files(folder / "figures", drawn, images, numbers)
+            write_text(folder / "tripod.md", tripod(PAGES, content, shown, numbers))
     notices = [content.notice, PATIENTS_NOTICE if list_patients else ""]
     first = [*content.first, tables.written_sentence(reports)]
     page = render(

@@ -10,10 +10,10 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from medgemma_clinical.data.small_cells import MIN_CELL, count_text
+from medgemma_clinical.data.texts import code
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.suppress import suppress, suppress_case_mix, suppress_reports
 from medgemma_clinical.evaluation.verdicts import json_text
-from medgemma_clinical.files import one_line
 from medgemma_clinical.models.language_model import BUILT_IN
 from medgemma_clinical.models.terms import NOT_A_DEVICE, licence, terms_of
 from medgemma_clinical.provenance import describe_program
@@ -150,11 +150,6 @@ def built_in_notice(config: Config) -> str:
 
 
 # ------------------------------------------------------------------ Markdown
-
-
-def code(text: str) -> str:
-    """Return words of data or configuration as Markdown code, in which nothing is markup."""
-    return f"`{one_line(text).replace('`', chr(39)).replace('|', chr(0xA6)) or ' '}`"
 
 
 def names(words: list[str]) -> str:

@@ -50,6 +50,10 @@ def test_every_output_is_one_table_of_the_predictions(stage, runs):
     labels, risk = val["label"].to_numpy(), val[STAGE_NAMES[stage]].to_numpy()
     assert known["threshold"] == pytest.approx(youden_threshold(labels, risk))
     assert read_trained_config(folder)["metrics"] == known
+    lines = (folder / "tripod.md").read_text().splitlines()
+    (performance,) = (line for line in lines if line.startswith("| 23a |"))
+    assert f"AUROC {known['test']['auroc']['value']:.3f} [" in performance
+    assert any("drawn by seed 0" in line for line in lines)
     own = trainer.TrajectoryModel.from_pretrained(folder).results().loc[STAGE_NAMES[stage]]
     tracked = results.metrics_for_tracker({"metrics": known})
     assert own["auroc"] == tracked["test_auroc"] == known["test"]["auroc"]["value"]
@@ -74,7 +78,7 @@ def test_no_file_of_a_run_holds_a_context_a_value_or_beside_predictions_a_name(r
         assert not [each for each in VALUES if each.encode() in content.replace(b",", b"")], path
         if not path.name.startswith("predictions_"):
             assert MARKER.encode() not in content, path
-        if path.name == "report.html":
+        if path.name in ("report.html", "tripod.md"):
             assert str(runs).encode() not in content
 
 

@@ -214,4 +214,4 @@ def test_each_figure_and_each_table_is_also_a_file(figures, tmp_path):
     pd.testing.assert_frame_equal(table, metrics.table)
     models = pd.read_csv(folder / "models.csv", keep_default_na=False, dtype=str)
     assert models.equals(model_table(metrics))
-    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "figures"}
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "figures", "tripod.md"}

@@ -1,0 +1,54 @@
+"""tripod.md: each item of the guideline once, filled from what the report shows."""
+
+import re
+
+import pandas as pd
+import pytest
+
+from pages import OUTCOME, make_content, make_rows, write_page
+
+LETTERS = {3: "abc", 5: "ab", 6: "abc", 8: "abc", 9: "abc", 12: "abcdefg", 18: "abcdef"}
+LETTERS |= {20: "abc", 23: "ab", 27: "abc"}
+ITEMS = [f"{n}{letter}" for n in range(1, 28) for letter in LETTERS.get(n, [""])]
+
+
+@pytest.fixture
+def filled(tmp_path):
+    def fill(rows=None, content=None, **options):
+        write_page(tmp_path, rows, content, folder=tmp_path, **options)
+        text = (tmp_path / "tripod.md").read_text(encoding="utf-8")
+        cells = re.findall(r"^\| (\d+[a-g]?) \| ([^|]+) \| ([^|]+) \|$", text, re.MULTILINE)
+        assert [number for number, _, _ in cells] == ITEMS
+        return text, {number: answer for number, _, answer in cells}
+
+    return fill
+
+
+def test_each_item_stands_once_and_what_the_run_does_not_know_is_marked(filled, assert_approved):
+    question = {"Outcome (label 1)": f"{OUTCOME} | `7`\n| 9", "Horizon": "30 days"}
+    rule = pd.DataFrame({"rule": ["no | label"], "removed": [3], "left": [200]})
+    text, answers = filled(content=make_content(question=question, flow=rule))
+    assert_approved("tripod", text)
+    assert "30 days" in answers["8a"]
+    assert answers["17"] == "**for the author**"
+    assert not [words for words in ("None", "nan", "Undefined", "MARKER") if words in text]
+
+
+def test_a_part_that_does_not_exist_is_left_out(filled):
+    nothing = dict.fromkeys(("flow", "split", "table_one", "methods", "threshold"))
+    _, answers = filled(make_rows(60, baselines=False), make_content(60, **nothing))
+    assert answers["12a"] == answers["20c"] == "**for the author**"
+    assert "no other model" in answers["12e"]
+
+
+def test_small_counts_are_hidden(filled):
+    rows = make_rows(300)
+    rows.loc[rows.index[rows["label"] == 1][10:], "label"] = 0
+    _, shown = filled(rows)
+    _, hidden = filled(rows, min_cell=11)
+    assert "AUROC 0." in shown["23a"]
+    assert "AUROC 0." not in hidden["23a"]
+    for number in ("20a", "21"):
+        assert "validation 20 patients, with the event: 5" in shown[number]
+        assert "validation 20 patients, with the event: fewer than 11" in hidden[number]
+    assert ("(3)" in shown["6b"], "(fewer than 11)" in hidden["6b"]) == (True, True)
