@@ -19,7 +19,7 @@ from medgemma_clinical.models.model_card import built_in_sentence
 from predicting import STAGES, predicted, write_data
 from stages import arguments, data_for, make_stage
 
-FILES = {"run.json", "history.jsonl", "metrics.json", "report.html"}
+FILES = {"run.json", "history.jsonl", "metrics.json", "report.html", "baselines.json"}
 FILES |= {"predictions_val.csv", "predictions_test.csv", "figures", "tripod.md"}
 BEST = {"adapter", "modules.safetensors", "config.json", "README.md", "NOTICE"}
 EXTRA = {"classification": {"best"}, "generative": {"best", "generations_test.jsonl"}}
