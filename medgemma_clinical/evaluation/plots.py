@@ -66,7 +66,7 @@ MARKS = {
 MIN_DIFFERENCE = 0.05
 """A forest plot reaches at least so far to both sides, so that noise looks small."""
 
-FLOW_WIDTH, LINE, GAP = 5.4, 0.17, 0.16
+FLOW_WIDTH, LINE, GAP = 4.4, 0.17, 0.16
 """Inches: width of a flow diagram, height of a line of text, space between boxes."""
 
 Plot = tuple[Figure, str]

@@ -1,7 +1,8 @@
-"""report.html, and the page of a comparison: files that need neither network nor script."""
+"""report.html, tripod.md and the page of a comparison: they need neither network nor script."""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from numpy.typing import NDArray
 
+from medgemma_clinical.data.small_cells import count_text
+from medgemma_clinical.data.texts import code
 from medgemma_clinical.evaluation import plots, tables
 from medgemma_clinical.evaluation.baselines import MEANINGS
 from medgemma_clinical.evaluation.metrics import REPLICATES
@@ -31,9 +34,14 @@ from medgemma_clinical.evaluation.suppress import (
     suppress_table_one,
 )
 from medgemma_clinical.evaluation.table_one import table_one_cells
-from medgemma_clinical.evaluation.tripod import tripod
 from medgemma_clinical.evaluation.updating import update_table
-from medgemma_clinical.evaluation.verdicts import best_baseline, counts_text, percent, sentences
+from medgemma_clinical.evaluation.verdicts import (
+    best_baseline,
+    counts_text,
+    interval_text,
+    percent,
+    sentences,
+)
 from medgemma_clinical.evaluation.written_reports import compare_words
 from medgemma_clinical.files import atomic, write_text
 
@@ -52,6 +60,12 @@ INTERVALS = (
 PAGES.globals.update(tables=tables, percent=percent, compare=compare_words, INTERVALS=INTERVALS)
 PAGES.globals.update(table_one_cells=table_one_cells, pooled_sentence=pooled_sentence)
 PAGES.globals.update(MINORITY_PATIENTS=MINORITY_PATIENTS)
+
+TRIPOD = (
+    *("auroc", "auprc", "brier", "calibration_slope", "calibration_in_the_large", "e_average"),
+    *("sensitivity", "specificity", "ppv", "npv"),
+)
+"""Metrics in ``tripod.md``."""
 
 MAX_ERRORS = 10
 
@@ -119,7 +133,7 @@ def write_report(
         images = {name: plots.to_image(*plot) for name, plot in drawn.items()}
         if folder is not None:
             _write_files(folder / "figures", drawn, images, numbers)
-            write_text(folder / "tripod.md", tripod(PAGES, content, shown, numbers))
+            write_text(folder / "tripod.md", tripod(content, shown, numbers))
     notices = [content.notice, PATIENTS_NOTICE if list_patients else ""]
     first = [*content.first, tables.written_sentence(reports)]
     page = render(
@@ -140,6 +154,27 @@ def write_report(
         models={name: MEANINGS[name] for name in metrics.models if name in MEANINGS},
     )
     write_text(path, page)
+
+
+def tripod(content: ReportContent, metrics: Metrics, numbers: Tables) -> str:
+    """Return the items of the guideline TRIPOD+AI as Markdown, filled in as far as a report knows.
+
+    Metrics, and the tables ``numbers``, are suppressed where small counts are hidden.
+    """
+    known = {name: table.to_dict("records") for name, table in numbers.items()}
+    filled = (
+        PAGES.overlay(autoescape=False)
+        .get_template("tripod.md.j2")
+        .render(
+            content=content,
+            performance=tables.metric_table(metrics, TRIPOD).to_dict("records"),
+            others=", ".join(map(code, metrics.models[1:])),
+            lines=defaultdict(list, known),
+            facts=defaultdict(str, content.methods or {}),
+            **{"code": code, "number": count_text, "interval": interval_text},
+        )
+    )
+    return f"{filled}\n"
 
 
 def _model_parts(

@@ -158,9 +158,8 @@ def suppress_table_one(table: pd.DataFrame, min_cell: int, *, hide_events: bool)
     if min_cell == 0:
         return table
     known, a_row = sizes["rows"] - table["missing"], sizes["patients"] / sizes["rows"]
-    counts = [table["missing"], known, table["count"], known - table["count"]]
-    head = table["share"].isna() & table["count"].notna()
-    counts[3] = counts[3].mask(head, 0)
+    rest = ((1 - table["share"]) * known).round(6)
+    counts = [table["missing"], known, table["count"], rest]
     small = pd.concat([(n > 0) & (n * a_row < min_cell) for n in counts], axis=1)
     sides = table["group"].map(dict.fromkeys(OUTCOMES, "outcome") | {ALL: ALL}).fillna("part")
     category = table["variable"].str.split("[_ ]", regex=True).str[0]  # unit_medical, unit_surgical

@@ -59,7 +59,7 @@ def _variables(dataset: TrajectoryDataset) -> pd.DataFrame:
     summaries = pd.DataFrame(dataset.summaries(), columns=dataset.summary_names())
     for name, unit in zip(dataset.features, dataset.units, strict=True):
         names += [f"{name}, last value{f' [{unit}]' if unit else ''}"]
-        names += [f"{name}, observations of a row"]
+        names += [f"{name}, observations"]
         columns += [summaries[[f"{name} last"]], summaries[[f"{name} count"]].fillna(0)]
     return pd.DataFrame(np.column_stack(columns), columns=names)
 

@@ -25,7 +25,7 @@ SPLIT = {"train": np.arange(60), "val": np.arange(60, 90), "test": np.arange(90,
 GROUPS = {"all": np.arange(N), "with the event": np.flatnonzero(LABELS)}
 GROUPS |= {"without the event": np.flatnonzero(~LABELS)}
 GROUPS |= {"training": SPLIT["train"], "validation": SPLIT["val"], "test": SPLIT["test"]}
-LAST, OFTEN = ", last value", ", observations of a row"
+LAST, OFTEN = ", last value", ", observations"
 
 
 def dataset(patients=N):
