@@ -203,7 +203,8 @@ def _read_tree(block: str, columns: int) -> Tree:
     splits = len(leaf) - 1
     names = ("split_feature", "decision_type", "left_child", "right_child")
     feature, kind, left, right = (np.array(words[name], np.int64) for name in names)
-    threshold = _array(words["threshold"], splits)
+    # Known or not is a split of its own, at infinity.
+    threshold = _array(np.nan_to_num(np.array(words["threshold"], np.float64), nan=np.nan), splits)
     own, children = np.arange(splits), np.stack([left, right])
     allowed = (
         splits >= 0 and fields["num_cat"] == fields["is_linear"] == "0",

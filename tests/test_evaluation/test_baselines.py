@@ -214,7 +214,9 @@ def test_a_kept_model_computes_what_its_library_does(kind):
     table, other = holes(300, 5), holes(200, 5, share=0.6, seed=1)
     other.iloc[:50, -1] = np.nan  # never unknown in training
     other.iloc[50:100] = 0.0
-    labels = (table.iloc[:, -1] + np.random.default_rng(2).normal(size=300) > 0).astype(float)
+    table.iloc[:, 1] *= 0  # known or not is all it says: LightGBM splits it at infinity
+    signal = table.iloc[:, -1] + 2 * table.iloc[:, 1].isna()
+    labels = (signal + np.random.default_rng(2).normal(size=300) > 0.5).astype(float)
     if kind == "regression":
         model = baselines.tuned_regression([]).fit(table.to_numpy(), labels)
         kept = as_kept(Regression.of(model, [*table]))
