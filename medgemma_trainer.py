@@ -53,7 +53,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from transformers import BitsAndBytesConfig, get_cosine_schedule_with_warmup
 
-from dataset_format import MIMICtrajectoryDataset
+from dataset_format import HOURS, MIMICtrajectoryDataset
 from dte_encoder import DYNAMICS, SOLVERS, ClinicalODERNN
 from medgemma_clinical import distributed
 from medgemma_clinical.commands import (
@@ -137,6 +137,7 @@ def build_parser() -> Parser:
     add("--checkpoint", type=Path, help="model to use: a stage folder, or stage 1's .pt")
     add("--predictions", type=Path, help="with --predict: CSV to write")
     add("--use", default="stage", metavar="NAME", help=command_line.USE)
+    add("--update", type=Path, metavar="DIR", help="with --predict: write a recalibrated model")
     add("--strict", action="store_true", help="with --predict: refuse rows it cannot score")
     add("--explain", action="store_true", help="with --predict: page of single patients")
     add("--patients", type=names, metavar="ID,ID", help="with --explain: only these rows")
@@ -178,8 +179,7 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("ODE-RNN").add_argument
     add("--ode_checkpoint", type=Path, help="pretrained ODE-RNN .pt (auto-freezes ODE-RNN)")
     add("--freeze_ode", action="store_true", help="freeze ODE-RNN without loading checkpoint")
-    hours = number(float, 0, open_low=True)
-    add("--time_scale", type=hours, help="hours; JSON or 72 (DKA), 8760 (kidney), 2160 (liver)")
+    add("--time_scale", type=HOURS, help="hours; JSON or 72 (DKA), 8760 (kidney), 2160 (liver)")
     add("--solver", choices=SOLVERS, default="rk4", help="rk4, or adaptive")
     add("--dynamics", choices=DYNAMICS, default="ode", help="state between observations")
     add("--members", type=number(int, *checkpoints.MEMBERS), default=1, help="averaged encoders")

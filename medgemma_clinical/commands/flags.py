@@ -33,16 +33,16 @@ ALLOWED_FLAGS = {
     "--compare": "--seed --output_dir",
     "--demo": "--output_dir --seed --log_file --open",
     "--export": "--checkpoint --export_dir --model_name --show_values",
-    "--predict": "--checkpoint --predictions --use --strict --explain --patients --data_path "
-    "--data_dir --dataset --organ --site --model_name --quantization --precision --attention "
-    "--batch_size --seed --min_cell --show_values",
+    "--predict": "--checkpoint --predictions --use --update --strict --explain --patients "
+    "--data_path --data_dir --dataset --organ --site --model_name --quantization --precision "
+    "--attention --batch_size --seed --min_cell --show_values",
 }
 """All that these ways read."""
 
 NEEDED_FLAGS = {
     "--predict": "--checkpoint, --predictions, --data_path or --data_dir",
     "--export": "--checkpoint, --export_dir",
-    **dict.fromkeys(("--predictions", "--use", "--strict", "--explain"), "--predict"),
+    **dict.fromkeys(("--predictions", "--use", "--update", "--strict", "--explain"), "--predict"),
     **dict.fromkeys(("--arms", "--reference"), "--ablation"),
     "--final": "--folds or --leave_out",
     "--patients": "--explain",

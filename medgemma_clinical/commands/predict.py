@@ -27,6 +27,7 @@ from medgemma_clinical.commands.patients import (
     rows_in_training,
 )
 from medgemma_clinical.commands.run_folder import read_run
+from medgemma_clinical.commands.update import write_update
 from medgemma_clinical.data.checks import flow_lines
 from medgemma_clinical.data.scoring import Findings, ScoringRows
 from medgemma_clinical.data.small_cells import count_text
@@ -37,8 +38,10 @@ from medgemma_clinical.distributed import peak_memory, processes
 from medgemma_clinical.evaluation.case_mix import case_mix, demographics, subgroups
 from medgemma_clinical.evaluation.metrics_table import evaluate
 from medgemma_clinical.evaluation.report import ReportContent, write_report
+from medgemma_clinical.evaluation.updating import judge_updates
 from medgemma_clinical.evaluation.verdicts import sentences
 from medgemma_clinical.files import InputError, atomic, file_hash, locked, move_aside
+from medgemma_clinical.inference.hub import check_folder
 from medgemma_clinical.inference.scoring import count_implausible, prediction_table, scoring_rows
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS, TrajectoryModel
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
@@ -59,7 +62,7 @@ logger = logging.getLogger(__name__)
 
 LIMITS = (
     "The model was not changed for these rows: threshold and recalibration are those of its own "
-    "validation part."
+    "validation part"
 )
 
 
@@ -82,6 +85,8 @@ def predict(args: Namespace, given: set[str]) -> int:
     check_no_control(request.checkpoint, config)
     source = find_source(request, config, datasets)
     check_output(request.predictions, source)
+    if request.update:
+        check_folder(request.update, config)
     findings = Findings(str(source), strict=bool(request.strict))
     reading = {**config, "read_options": {**config["read_options"]}}
     if request.site is not None:
@@ -102,9 +107,11 @@ def predict(args: Namespace, given: set[str]) -> int:
     tally.log(model)
     logger.info("predictions: %s; %s", request.predictions, peak_memory())
     trained, has_ids = training_patients(model.trained, request.checkpoint)
-    report_labelled(tally, model, first.dataset, request, trained, has_ids=has_ids)
+    judged = report_labelled(tally, model, first.dataset, request, trained, has_ids=has_ids)
     if request.explain:
         explain_rows(tally.chosen, model, request, trained, has_ids=has_ids)
+    if request.update:
+        write_update(request.update, model.trained, used, *judged, file_hash(source))
     return EXIT_DONE
 
 
@@ -239,21 +246,23 @@ def report_labelled(
     known: NDArray[np.int64],
     *,
     has_ids: bool,
-) -> None:
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Write and print how good the predictions are, where labels of both classes are known.
 
-    Rows of the training data, whose hashes are ``known``, are left out.
+    Rows of the training data, whose hashes are ``known``, are left out. Returns the others, and
+    their risks by ``judge_updates``.
     """
     people, config = pd.concat(tally.labelled, ignore_index=True), model.config
     if people.empty:
-        return
+        return people, people
     noun = "patients" if people["patient"].is_unique else dataset.row_noun
     hashes = people["patient"].to_numpy(), np.stack(people["rows"].tolist())
     in_training = rows_in_training(*hashes, known, has_ids=has_ids and dataset.has_patient_ids)
     new = people[~in_training].reset_index(drop=True)
+    updated = config.get("updated", {})
 
     def said(min_cell: int) -> str:
-        if not len(known):
+        if not len(known) or not updated.get("complete", True):
             return (
                 f"The checkpoint does not hold its training data: if these {noun} are in them, "
                 "the metrics are optimistic."
@@ -268,11 +277,12 @@ def report_labelled(
             "of those that are left all have, or all lack, the event" if len(new) else "none left"
         )
         logger.info("%s No metrics: %s.", said(0), left)
-        return
+        return new, new.head(0)
     name, source = next(iter(tally.models)), Path(dataset.source).name
     patients = new["patient"].astype(str)
-    table = {"id": patients, "label": new["label"], "patient": patients, name: new[name]}
-    rows = pd.DataFrame(table)
+    risks = new[[*tally.models]].dropna(axis=1)  # NaN of a baseline that lacks a column
+    rows = pd.DataFrame({"id": patients, "label": new["label"], "patient": patients}).join(risks)
+    judged = judge_updates(rows, name, request.seed)
     metrics = evaluate(rows, request.seed, tally.threshold)
     flow = [
         ("without a score", tally.rows - tally.scored, tally.scored),
@@ -292,7 +302,7 @@ def report_labelled(
         card=page_card(
             shared,
             {
-                "Limits": LIMITS,
+                "Limits": LIMITS + (", moved by its update." if updated else "."),
                 "Checkpoint": request.checkpoint.absolute().name,  # a page is shared: no path
                 "Seed": f"{request.seed}, of the intervals",
             },
@@ -304,6 +314,7 @@ def report_labelled(
         flow=pd.DataFrame(flow, columns=list(FLOW_COLUMNS)),
         case_mix=(config["case_mix"], here),
         sites=None if dataset.sites is None else new["site"].to_numpy(str),
+        updates=judged,
         notice=built_in_notice(config),
         first=[each for each in (said(request.min_cell), weight_0_sentence(shared)) if each],
     )
@@ -311,6 +322,7 @@ def report_labelled(
     write_report(path, rows, metrics, content, min_cell=request.min_cell)
     lines = "\n".join(map(str, sentences(metrics, noun)))
     logger.info("\n%s\n%s\nreport: %s", said(0), lines, path)
+    return new, judged
 
 
 def training_patients(trained: TrainedModel, checkpoint: Path) -> tuple[NDArray[np.int64], bool]:

@@ -29,7 +29,7 @@ from medgemma_clinical.training.signals import SIGNALS
 
 NOT_KEYWORDS = {
     *("trajectory_only", "mode", "demo", "ablation", "arms", "reference", "compare", "seeds"),
-    *("folds", "predict", "checkpoint", "predictions", "strict", "data_path", "data_dir"),
+    *("folds", "predict", "checkpoint", "predictions", "update", "strict", "data_path", "data_dir"),
     *("dry_run",),
     *("show_values", "export", "export_dir", "explain", "patients", "open", "ode_checkpoint"),
     "use",

@@ -43,7 +43,7 @@ IMMATERIAL = {
     *("output_dir", "data_path", "data_dir", "ode_checkpoint", "log_file", "report_to"),
     *("report_patients", "min_cell", "show_values", "seeds", "folds", "ablation", "resume"),
     *("save_every", "allow_duplicates", "site", "arms", "reference", "explain", "patients"),
-    *("open", "use"),
+    *("open", "use", "update"),
     *("batch_size", "gradient_accumulation", "gradient_checkpointing"),
 }
 """Flags that do not change a result; files are known by their content, batches by their product."""

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from huggingface_hub import HfApi, snapshot_download
@@ -43,15 +44,20 @@ def find_checkpoint(checkpoint: str | os.PathLike[str], revision: str | None) ->
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=SHARED_FILES))
 
 
-def save_model(trained: TrainedModel, folder: Path, card: str | None = None) -> None:
-    """Write a model as a folder that loads again, new or in place of an earlier model."""
-    config, model = trained.config, trained.model
+def check_folder(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse a folder that ``save_model`` would not write, or a model that it does not write."""
     if checkpoints.is_merged(config):
         raise InputError("an export, which holds a whole language model: copy its folder instead")
     files = files_of(folder) if folder.is_dir() else {""}
     own = {*SHARED_FILES, BASELINES}
     if os.path.lexists(folder) and (files - own or (files and CARD not in files)):
         raise InputError(f"{folder}: exists and holds other files: name a new folder")
+
+
+def save_model(trained: TrainedModel, folder: Path, card: str | None = None) -> None:
+    """Write a model as a folder that loads again, new or in place of an earlier model."""
+    config, model = trained.config, trained.model
+    check_folder(folder, config)
     config, baselines = checkpoints.without_baselines(config), trained.baselines
     if baselines is not None:
         baselines = replace(baselines, words=None)  # a word may be a name

@@ -37,7 +37,12 @@ def shareable(config: Config, min_cell: int) -> Config:
     if "reports" in metrics:
         parts["reports"] = suppress_reports(metrics["reports"], min_cell)
     parts["calibration"] = _plain(metrics.get("calibration", {}))
+    updated = {
+        name: count_text(x, min_cell) if name in ("rows", "patients", "events") else x
+        for name, x in config.get("updated", {}).items()
+    }
     hidden = {
+        "updated": updated,
         "case_mix": suppress_case_mix(config["case_mix"], min_cell, hide_events=few),
         "patients": {"series": {}, "static": {}},
         "metrics": {**_plain(metrics), **parts},
@@ -110,6 +115,10 @@ def describe_model(config: Config) -> dict[str, str]:
         dynamics = config["encoder"].get("dynamics")
         how = f", dynamics {dynamics}" if dynamics else ""
         lines["Stage 1"] = f"encoder ClinicalODERNN{how}, members {config['members']}"
+    if updated := config.get("updated"):
+        counts = f"{count_text(updated['patients'])} patients, {count_text(updated['events'])} with"
+        how = f"{updated['model']}, by its {updated['method']}, on {counts} the event"
+        lines["Updated after its test"] = how
     if version := config.get("version"):
         lines["Trained with"] = f"medgemma-clinical {version}"
     return lines

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
+from scipy.special import expit
 from transformers import PreTrainedTokenizerBase
 
 from medgemma_clinical.data.training_data import Data
@@ -24,6 +25,7 @@ from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
 from medgemma_clinical.distributed import default_device
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, Baselines, model_risks
 from medgemma_clinical.evaluation.decision import DecisionRule
+from medgemma_clinical.evaluation.metrics import log_odds
 from medgemma_clinical.files import InputError, read_json
 from medgemma_clinical.models.checkpoints import (
     LLM_STAGES,
@@ -126,7 +128,9 @@ class TrainedModel:
     def risks(self, dataset: TrajectoryDataset, risk: NDArray[np.float64]) -> dict[str, Any]:
         """Return the probability (n,) of each model; ``risk`` (n,) is the stage's own."""
         others = self.baselines.risks(dataset) if self.baselines else {}
-        return model_risks(self.name, risk, others, self.rules)
+        slope, intercept = self.config.get("updated", {}).get("stage", (1.0, 0.0))
+        before = expit((log_odds(risk) - intercept) / slope)  # the ensemble is as it was
+        return model_risks(self.name, before, others, self.rules) | {self.name: risk}
 
     @property
     def prompts(self) -> PromptOptions:
@@ -313,7 +317,8 @@ def check_held_out(checkpoint: TrajectoryCheckpoint, data: Data) -> None:
     """
     has_ids, path = bool(checkpoint.config["has_patient_ids"]), checkpoint.path
     same_rows = checkpoint.config["rows_sha256"] == data.rows_sha256
-    if not len(checkpoint.train_patients):
+    complete = checkpoint.config.get("updated", {}).get("complete", True)
+    if not (complete and len(checkpoint.train_patients)):
         if same_rows:
             raise InputError(
                 f"{path}: a shared copy, trained on these very data, does not know which patients "

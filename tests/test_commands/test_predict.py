@@ -98,6 +98,7 @@ def test_metrics_are_those_of_the_labelled_rows(runs, strangers, tmp_path, capsy
     for text in (page, capsys.readouterr().out.replace("\xa0", " ")):
         assert f"AUROC {score:.3f} [" in text
         assert f"{known.sum()} patients" in text
+        assert "the ensemble of both has AUROC" in text
     assert not any(f">{i}<" in page for i in mixed["id"]), "no id of a patient"
     assert "--min_cell" in page
     few = write_data(strangers.head(9).assign(**{LABEL: "0"}), tmp_path / "few.csv")

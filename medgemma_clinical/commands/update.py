@@ -1,0 +1,95 @@
+"""Write a model whose decision rule is updated on labelled rows: ``--predict --update``."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from medgemma_clinical.evaluation.metrics_table import MINORITY_PATIENTS
+from medgemma_clinical.evaluation.updating import (
+    AS_IT_IS,
+    BOTH,
+    INTERCEPT,
+    best_update,
+    fit_update,
+    updated_rule,
+)
+from medgemma_clinical.files import InputError
+from medgemma_clinical.inference.hub import save_model
+from medgemma_clinical.models.trained_model import TrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+def write_update(
+    folder: Path,
+    trained: TrainedModel,
+    used: str,
+    rows: pd.DataFrame,
+    judged: pd.DataFrame,
+    data_sha256: str | None,
+) -> None:
+    """Update the decision rule of the model ``used`` on all rows, and write the model as a folder.
+
+    Args:
+        folder: as ``save_pretrained`` takes it.
+        trained: the model that predicted the rows.
+        used: name of the one whose risk is the probability.
+        rows: labelled rows that were not in the training data: ``label``, risk of ``used``, hashes
+            ``patient`` and ``rows`` (with either label).
+        judged: of ``judge_updates``.
+        data_sha256: of the file.
+    """
+    if judged.empty:
+        need = f"{2 * MINORITY_PATIENTS} new patients with the event and as many without it"
+        raise InputError(f"--update {folder}: not written: it takes {need}; the predictions are")
+    labels, risk = rows["label"].to_numpy(float), rows[used].to_numpy(float)
+    method, losses = best_update(labels, judged)
+    slope, intercept = fit_update(labels, risk, method)
+    method = INTERCEPT if slope == 1 else BOTH
+    found = (losses[method], losses[AS_IT_IS])
+    text = "update of %s by its %s: log loss %.4f in halves that it has not seen, as it is %.4f"
+    logger.info(text, used, method, *found)
+    if found[0] >= found[1]:
+        logger.warning("the model as it is has the lower log loss: an update does not help here")
+    about = {
+        "model": used,
+        "method": method,
+        "rows": len(rows),
+        "patients": int(rows["patient"].nunique()),
+        "events": int(labels.sum()),
+        "data_sha256": data_sha256,
+    }
+    known = trained.train_patients
+    if known is not None:
+        own = np.stack(rows["rows"].tolist())[np.arange(len(rows)), labels.astype(int)]
+        known = np.union1d(known, np.concatenate([own[own != 0], rows["patient"]]))
+    config = updated_config(trained, used, slope, intercept, about)
+    save_model(replace(trained, config=config, train_patients=known), folder)
+    logger.info("updated model: %s", folder)
+
+
+def updated_config(
+    trained: TrainedModel, used: str, slope: float, intercept: float, about: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the configuration with the updated rule of a model, and what updated it.
+
+    ``stage`` is how far all updates have moved the stage, so that its ensemble stays as it was;
+    ``complete``: whether the hashes of training patients are those of all.
+    """
+    config, earlier = trained.config, trained.config.get("updated", {})
+    rule = asdict(updated_rule(trained.rules[used], slope, intercept))
+    moved = earlier.get("stage", [1.0, 0.0])
+    if used == trained.name:
+        config = {**config, "decision": rule}
+        moved = [slope * moved[0], intercept + slope * moved[1]]
+    else:
+        config = {**config, "models": {**config["models"], used: rule}}
+    known = trained.train_patients is not None and len(trained.train_patients) > 0
+    complete = known and earlier.get("complete", True)
+    return {**config, "updated": {**about, "stage": moved, "complete": complete}}

@@ -1,0 +1,108 @@
+"""``--predict --update``: a model that a hospital has moved to its own rows."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.special import logit
+
+from conftest import SAMPLE
+from medgemma_clinical.evaluation.updating import AS_IT_IS
+from medgemma_clinical.inference.hub import shared_copy
+from medgemma_clinical.models.trained_model import read_trained_config
+from medgemma_trainer import TrajectoryModel
+from predicting import STAGES, command, predicted, refused, write_data
+
+LABEL = "label_escalation"
+
+
+@pytest.fixture(scope="module")
+def strangers():
+    """500 further stays, none of which trained a model of ``runs``."""
+    return pd.read_csv(SAMPLE, dtype=str).iloc[200:700].reset_index(drop=True)
+
+
+def spread(before, after):
+    """Return how far the log-odds of two predictions are from a line."""
+    x, y = logit(before["probability"]), logit(after["probability"])
+    slope, intercept = np.polyfit(x, y, 1)
+    assert slope > 0
+    return np.abs(intercept + slope * x - y).max()
+
+
+@pytest.mark.parametrize(
+    ("stage", "use"), [*((stage, "stage") for stage in STAGES[:2]), ("trajectory", "ensemble")]
+)
+def test_the_updated_model_loads_and_predicts_the_event_for_the_same_rows(
+    stage, use, runs, table, strangers, tmp_path, capsys
+):
+    """Rows of the training data do not update it, and those that did are known to it."""
+    rows = pd.concat([table.iloc[:40], strangers])
+    data, new = write_data(rows, tmp_path / "rows.csv"), tmp_path / "hospitals" / "new"
+    flags = ["--use", use]
+    before = predicted(runs / stage, data, tmp_path / "1.csv", *flags, "--update", str(new))
+    assert f"updated model: {new}" in capsys.readouterr().out
+    after = predicted(new, data, tmp_path / "2.csv", *flags)
+    assert spread(before, after) < 1e-5
+    assert np.abs(before["probability"] - after["probability"]).max() > 1e-3
+    pd.testing.assert_series_equal(before["prediction"], after["prediction"])
+    others = before.filter(regex=f"^probability_(?!words|{use})")  # no copy holds words
+    pd.testing.assert_frame_equal(after[others.columns], others, rtol=0, atol=1e-6)
+    told, updated = capsys.readouterr().out, read_trained_config(new)["updated"]
+    trained = (runs / stage).parent / "trajectory"
+    held_out = pd.concat(pd.read_csv(trained / f"predictions_{x}.csv") for x in ("val", "test"))
+    held_out = rows["subject_id"].isin(held_out["patient"].astype(str)).iloc[:40].sum()
+    assert (updated["rows"], updated["patients"]) == (len(strangers) + held_out,) * 2
+    assert updated["events"] >= (strangers[LABEL] == "1").sum()
+    if stage == "trajectory":
+        assert f"{len(rows)} patients are in the training data" in told
+        assert "No metrics" in told
+    else:
+        assert "does not hold its training data" in told
+    assert "Updated after its test" in (new / "README.md").read_text()
+
+
+def test_a_shared_copy_is_updated_twice_and_knows_the_rows_but_not_its_training(
+    runs, strangers, tmp_path, capsys
+):
+    model = TrajectoryModel.from_pretrained(runs / "trajectory")
+    shared_copy(model.trained, tmp_path / "shared")
+    parts, source = (strangers.iloc[:300], strangers.iloc[150:]), tmp_path / "shared"
+    for k, rows in enumerate(parts):
+        data, new = write_data(rows, tmp_path / f"{k}.csv"), tmp_path / f"new_{k}"
+        predicted(source, data, tmp_path / "out.csv", "--update", str(new))
+        assert "does not hold its training data" in capsys.readouterr().out
+        config = read_trained_config(new)["updated"]
+        assert config["rows"] == (300, 200)[k]
+        source = new
+
+
+def test_an_update_that_does_not_help_is_written_with_a_warning(
+    runs, strangers, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(
+        "medgemma_clinical.commands.update.best_update",
+        lambda *_: ("intercept", {"intercept": 0.4, AS_IT_IS: 0.3}),
+    )
+    data, new = write_data(strangers, tmp_path / "rows.csv"), tmp_path / "new"
+    predicted(runs / "trajectory", data, tmp_path / "out.csv", "--update", str(new))
+    assert "does not help" in capsys.readouterr().out
+    assert read_trained_config(new)["updated"]["method"] == "intercept"
+
+
+@pytest.mark.parametrize("case", ["few", "one class", "no labels", "occupied"])
+def test_no_model_is_written_in_place_of_others_or_from_few_patients(
+    case, runs, strangers, tmp_path, capsys
+):
+    rows = strangers.head(60)
+    rows = rows.drop(columns=LABEL) if case == "no labels" else rows
+    rows = rows.assign(**{LABEL: "0"}) if case == "one class" else rows
+    data, new = write_data(rows, tmp_path / "rows.csv"), tmp_path / "new"
+    if case == "occupied":
+        new.mkdir()
+        (new / "mine.txt").write_text("mine")
+    out = tmp_path / "out.csv"
+    words = command(runs / "trajectory", data, out, "--update", str(new))
+    assert refused(capsys, words, "--update" if case != "occupied" else str(new))
+    assert out.exists() == (case != "occupied"), "the predictions do not need the update"
+    assert new.exists() == (case == "occupied")
+    assert not list(tmp_path.glob("*.partial"))
