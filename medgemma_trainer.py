@@ -155,7 +155,7 @@ def build_parser() -> Parser:
     add("--allow_duplicates", action="store_true", help="DKA: allow equal rows across the split")
     for name, text in NAMING.items():
         add(f"--{name}", help=text)
-    add("--site", metavar="COLUMN", help="DKA: column of sites; results of each, and pooled")
+    add("--site", metavar="COLUMN", help="DKA: column of hospitals or units")
     add("--series", type=names, metavar="NAME,NAME", help="DKA: read these series only")
     add("--max_len", type=POSITIVE, help="latest observations kept; 20, several series 64, SRTR 50")
     add("--series_text", choices=SERIES_TEXT, default="all", help="series in the prompt")
