@@ -32,7 +32,8 @@ from medgemma_clinical.evaluation.case_mix import demographics, subgroups
 from medgemma_clinical.evaluation.decision import youden_threshold
 from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
 from medgemma_clinical.evaluation.report import ReportContent, write_report
-from medgemma_clinical.evaluation.tables import model_table
+from medgemma_clinical.evaluation.table_one import table_one
+from medgemma_clinical.evaluation.tables import model_table, split_table
 from medgemma_clinical.evaluation.verdicts import sentences
 from medgemma_clinical.files import (
     InputError,
@@ -227,6 +228,9 @@ def report_content(
         bands=subgroups(demographics(rows)).iloc[positions],
         noun=rows.noun,
         flow=rows.flow,
+        split=split_table(rows.labels, rows.groups, {"tested once": positions}),
+        table_one=table_one(rows, {}),
+        methods={"split": first},
         notice=built_in_notice(config),
         first=[first],
     )

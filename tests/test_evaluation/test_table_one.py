@@ -17,6 +17,7 @@ COLUMNS = {
     "trajectory_potassium": POTASSIUM,
     "static_age [years]": np.where(np.arange(N) % 10 == 0, NAN, 30.0 + np.arange(N)),
     "static_sex_male": [NAN, *(np.arange(1, N) % 2)],
+    "static_smoker": (np.arange(N) >= 5).astype(int),
     "static_unit_a": (np.arange(N) < 50).astype(int),
     "static_unit_b": ((np.arange(N) >= 50) & (np.arange(N) < 100)).astype(int),
     "static_unit_c": (np.arange(N) >= 100).astype(int),
@@ -80,7 +81,7 @@ def test_no_difference_of_shown_counts_tells_a_small_one(min_cell):
     assert not {"rows", "patients"} & {*shown}, "they would tell the sizes of groups"
     exact = table_one(dataset(), SPLIT)
     outcomes, parts = [*GROUPS][1:3], [*GROUPS][3:]
-    for name in ("Patients", "sex_male", "unit_a", "unit_b", "unit_c"):
+    for name in ("Patients", "sex_male", "smoker", "unit_a", "unit_b", "unit_c"):
         known, whole = numbers(shown, name), numbers(exact, name)
         for sides in (outcomes, parts):
             hidden = [side for side in sides if known[side] is None]
