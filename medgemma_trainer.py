@@ -74,13 +74,18 @@ from medgemma_clinical.commands.logs import RUN_LOG, command_logging
 from medgemma_clinical.commands.predict import predict
 from medgemma_clinical.data.dka import LABEL, NAMING
 from medgemma_clinical.data.features import summary_names
-from medgemma_clinical.data.texts import SERIES_TEXT, PromptOptions
+from medgemma_clinical.data.texts import SERIES_TEXT
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.decision import Predictions
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.classifier import TrajectoryClassifier
-from medgemma_clinical.inference.fitting import fit_classification, fit_generative, fit_trajectory
+from medgemma_clinical.inference.fitting import (
+    cross_validate,
+    fit_classification,
+    fit_generative,
+    fit_trajectory,
+)
 from medgemma_clinical.inference.trajectory_model import Program, TrajectoryModel
 from medgemma_clinical.models import checkpoints, language_model, text_batches, trained_model
 from medgemma_clinical.models.checkpoints import TrajectoryCheckpoint, describe_data
@@ -97,7 +102,7 @@ from medgemma_clinical.training.trackers import TRACKERS, Track
 from srtr_dataset import ORGANS, SRTRTrajectoryDataset
 
 __all__ = ["TrajectoryClassifier", "TrajectoryModel", "main"]
-__all__ += ["fit_classification", "fit_generative", "fit_trajectory"]
+__all__ += ["cross_validate", "fit_classification", "fit_generative", "fit_trajectory"]
 
 logger = logging.getLogger("medgemma_trainer")
 
@@ -131,6 +136,8 @@ def build_parser() -> Parser:
     add("--compare", type=Path, nargs="+", metavar="RUN", help="compare stage folders, paired")
     add("--seeds", type=POSITIVE, metavar="N", help="repeat with N seeds and pool the results")
     add("--folds", type=number(int, 2, 20), metavar="K", help="judge every patient, by K models")
+    add("--leave_out", metavar="COLUMN", help="DKA: hold out each site of a column in turn")
+    add("--final", action="store_true", help="after the folds: train on all patients")
     add("--predict", action="store_true", help="score new rows with a trained model")
     add("--export", choices=("merged",), help="write stage 2 or 3 with LoRA merged")
     add("--export_dir", type=Path, help="with --export: folder to write")
@@ -228,12 +235,6 @@ def read_dataset(args: Namespace, source: Path | pd.DataFrame | None = None) -> 
         raise InputError(f"{problem}: give the data by --{kind.source_flag}")
     rows: TrajectoryDataset = kind(source, **flags.dataset_options(args, DATASETS, build_parser()))
     return rows
-
-
-def prompt_options(args: Namespace) -> PromptOptions:
-    """Return what prompts hold; a model that writes reports also reads what they compute."""
-    writes = args.mode == "generative" and not args.trajectory_only
-    return PromptOptions(args.series_text, context=args.text_context == "full", computed=writes)
 
 
 # --------------------------------------------------------------------------- the models
@@ -349,11 +350,6 @@ def make_stage1(args: Namespace, data: Data, checkpoint: TrajectoryCheckpoint | 
     return model
 
 
-def stage1_config(model: Stage1) -> dict[str, Any]:
-    """Return the keys of a checkpoint by which ``build_stage1`` rebuilds a stage 1."""
-    return {"encoder": model.encoder.config, "members": len(model.members)}
-
-
 def trajectory_stage(args: Namespace, data: Data, model: Stage1) -> Stage:
     """Stage 1: encoder and head learn, no language model."""
     patients = data.training_patients()
@@ -373,7 +369,7 @@ def trajectory_stage(args: Namespace, data: Data, model: Stage1) -> Stage:
         epochs=args.trajectory_epochs,
         patience=args.patience,
         monitor="val_auroc",
-        config={"stage": "trajectory", **stage1_config(model), **describe_data(data)},
+        config={"stage": "trajectory", **checkpoints.stage1_config(model), **describe_data(data)},
         save=save,
         train_patients=patients,
     )
@@ -399,7 +395,7 @@ def llm_stage(
         "residual_weight": 1.0,
         "prompts": asdict(data.prompts),
         **describe_data(data),
-        **(unread if stage1 is None else stage1_config(stage1)),
+        **(unread if stage1 is None else checkpoints.stage1_config(stage1)),
         **({} if checkpoint is None else {"patients": checkpoint.config["patients"]}),
     }
     donors = risks = None
@@ -500,7 +496,7 @@ def fit(
         with SIGNALS.deferred():
             train_epoch(stage, state, seed, after_step)
             save()
-        predictions = validate(stage, state)
+        predictions = validate(stage, state) if len(stage.batches["val"].rows) else None
         state.lap()
         end_epoch(stage, state, folder, predictions, track)
     if not ended_before:
@@ -592,7 +588,7 @@ def validate(stage: Stage, state: TrainState) -> Predictions:
 
 
 def end_epoch(
-    stage: Stage, state: TrainState, folder: Path | None, predictions: Predictions, track: Track
+    stage: Stage, state: TrainState, folder: Path | None, found: Predictions | None, track: Track
 ) -> None:
     """Keep the epoch's weights if they are the best so far, write its metrics, begin the next."""
     progress, epoch = state.progress, state.progress.epoch + 1
@@ -600,8 +596,8 @@ def end_epoch(
         "epoch": epoch,
         "step": progress.steps,
         "train_loss": progress.mean_loss if progress.terms else None,
-        "val_loss": predictions.loss,
-        "val_auroc": predictions.auroc(),
+        "val_loss": found and found.loss,
+        "val_auroc": found and found.auroc(),
         "skipped_steps": progress.skipped,
         "seconds": round(progress.seconds, 3),
     }
@@ -618,7 +614,7 @@ def end_epoch(
     run_folder.write_history(folder, progress.history)
     track({name: x for name, x in metrics.items() if x is not None}, progress.steps)
     announce.log_epoch(stage, metrics, progress.best_epoch, exhausted=exhausted)
-    progress.over = exhausted or epoch == stage.epochs
+    progress.over = exhausted or epoch == (stage.last_epoch or stage.epochs)
     progress.next_epoch()
 
 
@@ -689,12 +685,13 @@ def train_stage(
     args: Namespace, dataset: TrajectoryDataset, checkpoint: TrajectoryCheckpoint | None
 ) -> TrajectoryModel | None:
     """Train one stage in its folder, or in memory; None after a dry run or a finished one."""
-    data = run_folder.run_data(args, dataset, prompt_options(args), checkpoint)
+    data = run_folder.run_data(args, dataset, checkpoint)
     run_record = run_folder.run_record(args, data, checkpoint)
     folder = run_folder.stage_folder(args)
     if args.resume and run_folder.is_finished(folder, run_record):
         return None
-    stage = make_stage(args, data, checkpoint)
+    stage = folds.last_epoch_set(make_stage(args, data, checkpoint), args)
+    write = folds.write_final if args.final else results.write_results
     announce.log_run_summary(stage, data, args)
     memory.check_memory(stage, distributed.default_device())
     if args.dry_run:
@@ -702,7 +699,7 @@ def train_stage(
         return None
     with run_folder.opened(args, folder, run_record) as track:
         state = fit(stage, args.seed, folder, track, resume=args.resume, save_every=args.save_every)
-        config, others = results.write_results(stage, data, folder, state, run_record, args)
+        config, others = write(stage, data, folder, state, run_record, args)
         track(results.metrics_for_tracker(config), state.progress.steps)
         run_folder.finish_run(folder, stage.tokens, config.get("best_model"))
     model: Any = stage.model.eval()
@@ -734,8 +731,8 @@ def run(args: Namespace, given: set[str]) -> int:
             distributed.check_gpu()
         if args.seeds:
             return several.run_seeds(args, read_dataset, train)
-        if args.folds:
-            return folds.run_folds(args, read_dataset(args), train)
+        if args.folds or args.leave_out:
+            return folds.run_folds(args, read_dataset, train)
         if args.ablation:
             return several.run_ablation(args, read_dataset(args), train)
         if args.predict:
@@ -764,9 +761,9 @@ def program() -> int:
     return code
 
 
-TrajectoryModel.program = Program(
-    DATASETS, BUILDERS, partial(python.fit, build_parser, read_dataset, train_stage), train
-)
+fit_stage = partial(python.fit, build_parser, read_dataset, train_stage)
+fit_folds = partial(python.cross_validate, build_parser, read_dataset, train)
+TrajectoryModel.program = Program(DATASETS, BUILDERS, train, fit_stage, fit_folds)
 python.set_signatures(build_parser())
 # Whoever unpickles these, as joblib's processes do, imports this file, and with it the program.
 TrajectoryModel.__module__ = TrajectoryClassifier.__module__ = "medgemma_trainer"

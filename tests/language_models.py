@@ -26,7 +26,7 @@ from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.data.training_data import Data, prepare_data
 from medgemma_clinical.data.trajectories import PromptOptions
 from medgemma_clinical.files import file_hash, json_hash
-from medgemma_clinical.models.checkpoints import CONFIG, HASHED_FILES, describe_data
+from medgemma_clinical.models.checkpoints import CONFIG, HASHED_FILES, describe_data, stage1_config
 from medgemma_clinical.models.language_model import base_record, tiny_language_model
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory_llm import LLMWriter
@@ -89,7 +89,7 @@ def build_config(stage1, stage, data, *, base="tiny", **more):
     """What a checkpoint of stage 2 or 3 says of its model."""
     return {
         "stage": stage,
-        **trainer.stage1_config(stage1),
+        **stage1_config(stage1),
         **{"num_prefix_tokens": PREFIX, "shuffled": False, "stage1_logit": True},
         **{"residual_weight": 1.0, "max_text_tokens": None, "report_tokens": 60},
         **{"base_weights": "pretrained", "quantization": "none", "precision": "fp32"},

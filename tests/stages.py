@@ -17,7 +17,7 @@ def arguments(*flags):
 def data_for(args, dataset=None):
     """Prepare a data set, or what the flags name, as a run does."""
     read = trainer.read_dataset(args) if dataset is None else dataset
-    return run_data(args, read, trainer.prompt_options(args), given_stage1(args))
+    return run_data(args, read, given_stage1(args))
 
 
 def make_stage(args, data):

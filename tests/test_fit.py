@@ -78,7 +78,7 @@ def test_fit__takes_the_flags_with_their_defaults(rows, monkeypatch):
         raise InterruptedError
 
     fit = partial(python.fit, trainer.build_parser, trainer.read_dataset, train)
-    program = Program(trainer.DATASETS, trainer.BUILDERS, fit, None)
+    program = Program(trainer.DATASETS, trainer.BUILDERS, None, fit, None)
     monkeypatch.setattr(TrajectoryModel, "program", program)
     for keywords in ({}, {"facts": False, "series": None, "members": 3, "deterministic": False}):
         with pytest.raises(InterruptedError):

@@ -80,4 +80,4 @@ def test_the_flags_reach_the_data_set_and_the_prompt(data):
     dataset = trainer.read_dataset(args)
     assert dataset.features == ("lactate", "Anion gap")
     assert dataset.lengths.max() == 2
-    assert dataset.prompt(0, trainer.prompt_options(args)).startswith("Last values: ")
+    assert dataset.prompt(0, trainer.run_folder.prompt_options(args)).startswith("Last values: ")

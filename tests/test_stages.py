@@ -189,7 +189,7 @@ def test_a_control_reads_the_states_of_other_patients_and_says_so(way, shuffled,
     ],
 )
 def test_a_stage_that_writes_reads_answers_and_what_it_would_have_to_compute(flags, options):
-    assert trainer.prompt_options(arguments(*flags.split())) == options
+    assert trainer.run_folder.prompt_options(arguments(*flags.split())) == options
     stage, writes = stage_of(flags), options.computed
     assert stage.monitor == ("val_loss" if writes else "val_auroc")
     assert stage.higher_is_better != writes

@@ -111,10 +111,12 @@ def log_epoch(stage: Stage, metrics: dict[str, Any], best: int, *, exhausted: bo
     epoch, skipped, train_loss = (metrics[k] for k in ("epoch", "skipped_steps", "train_loss"))
     shown = exhausted or epoch == stage.epochs or epoch % math.ceil(stage.epochs / MAX_SHOWN) == 0
     loss = "none" if train_loss is None else f"{train_loss:.4f}"  # no step was finite
+    val = "no validation part"
+    if metrics["val_loss"] is not None:
+        val = f"val loss {metrics['val_loss']:.4f}, val AUROC {metrics['val_auroc']:.4f}"
     logger.log(
         logging.INFO if shown else logging.DEBUG,
-        f"epoch {epoch}/{stage.epochs}: train loss {loss}, val loss {metrics['val_loss']:.4f}, "
-        f"val AUROC {metrics['val_auroc']:.4f}, {metrics['seconds']:.1f} s"
+        f"epoch {epoch}/{stage.epochs}: train loss {loss}, {val}, {metrics['seconds']:.1f} s"
         f", {'best so far' if best == epoch else f'best epoch {best}'}",
         extra={"progress": (epoch, stage.epochs, f"{stage.monitor} {metrics[stage.monitor]:.3f}")},
     )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import joblib
 import numpy as np
@@ -22,14 +25,16 @@ from medgemma_clinical.commands.compare import read_predictions
 from medgemma_clinical.commands.flags import set_environment
 from medgemma_clinical.commands.logs import command_logging
 from medgemma_clinical.commands.results import predictions_csv
-from medgemma_clinical.commands.run_folder import stage_folder
+from medgemma_clinical.commands.run_folder import METRICS, folds_folder, stage_folder
 from medgemma_clinical.commands.several import Train, filled, run_or_continue, shared_models
-from medgemma_clinical.data.folds import draw_folds, fold_dataset, foldable
+from medgemma_clinical.data.folds import draw_folds, fold_dataset, foldable, site_folds
+from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import exact_kernels, processes
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.case_mix import demographics, subgroups
-from medgemma_clinical.evaluation.decision import youden_threshold
+from medgemma_clinical.evaluation.decision import DecisionRule, fit_decision_rule
+from medgemma_clinical.evaluation.metrics import log_odds
 from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
 from medgemma_clinical.evaluation.report import ReportContent, write_report
 from medgemma_clinical.evaluation.table_one import table_one
@@ -47,48 +52,59 @@ from medgemma_clinical.inference.trajectory_model import TrajectoryModel
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.model_card import LIMITS, built_in_notice, page_card
 from medgemma_clinical.models.trained_model import read_trained_config
+from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 from medgemma_clinical.training.signals import begin_process
+from medgemma_clinical.training.stage import Stage
+from medgemma_clinical.training.state import TrainState
 
 logger = logging.getLogger(__name__)
 
+PREDICTIONS = "predictions_folds.csv"
 FOLD = "{fold}"
 """Stands in a flag's value for the number of the fold."""
 
+Json = dict[str, Any]
 Task = tuple[str, Namespace, TrajectoryDataset]
 """A fold's name, arguments and data."""
 
 
-def folds_folder(args: Namespace) -> Path:
-    """Return the folder of the folds' runs and of their common results."""
-    return args.output_dir / f"folds_{stage_folder(args).name}"
-
-
-def run_folds(args: Namespace, dataset: TrajectoryDataset, train: Train) -> int:
+def run_folds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], train: Train) -> int:
     """Train the stage once a fold, and judge each patient by the model that did not see it.
 
-    A fold that was made before by the same arguments and data is not made again.
+    Folds that were made before by the same arguments and data are not made again. With ``--final``
+    a model of all patients follows.
     """
+    folder = folds_folder(args)
     if args.ode_checkpoint and FOLD not in str(args.ode_checkpoint):
         raise InputError(
             "--folds: each fold has a stage 1 of its own: write {fold} for its number, as in "
-            f"--ode_checkpoint {args.output_dir}/folds_trajectory/fold_{{fold}}/{TRAJECTORY_FILE}"
+            f"--ode_checkpoint {folder.parent}/folds_trajectory/fold_{{fold}}/{TRAJECTORY_FILE}"
         )
-    rows = foldable(dataset, args.max_samples, args.seed)
-    fold = draw_folds(rows.groups, rows.labels, args.folds, args.seed, rows.source)
-    runs = [fold_arguments(k, args) for k in range(args.folds)]
+    args = Namespace(**{**vars(args), "site": args.leave_out or args.site})
+    rows = foldable(read(args), args.max_samples, args.seed)
+    names: list[str] = []
+    if args.leave_out:
+        fold, names = site_folds(rows)
+    else:
+        fold = draw_folds(rows.groups, rows.labels, args.folds, args.seed, rows.source)
+    runs = [fold_arguments(k, args) for k in range(len(names) or args.folds)]
     tasks = [
-        (f"fold {k}", own, fold_dataset(rows, fold, k, args.seed)) for k, own in enumerate(runs)
+        (f"fold {k}{f', site {names[k]}' if names else ''}", own, dataset)
+        for k, own in enumerate(runs)
+        for dataset in [fold_dataset(rows, fold, k, args.seed)]
     ]
     if code := train_folds(tasks, train):
         return code
     if processes().is_main_process:
         write_results(args, rows, fold, [stage_folder(own) for own in runs])
-    return EXIT_DONE
+    processes().wait_for_everyone()
+    return train_final(args, rows, train) if args.final else EXIT_DONE
 
 
 def fold_arguments(k: int, args: Namespace) -> Namespace:
     """Return the arguments of one fold's run: its folder, ``{fold}`` filled in."""
-    own = {"folds": None, "output_dir": folds_folder(args) / f"fold_{k}"}
+    own: Json = {"output_dir": folds_folder(args) / f"fold_{k}"}
+    own |= {"folds": None, "leave_out": None, "final": False}
     return Namespace(**{**vars(args), **filled(args, FOLD, k), **own})
 
 
@@ -111,7 +127,8 @@ def train_folds(tasks: Sequence[Task], train: Train) -> int:
         with joblib.parallel_config("loky", inner_max_num_threads=1, initializer=begin):
             # No array goes through a file: they hold patients.
             parallel = joblib.Parallel(jobs, batch_size=1, max_nbytes=None)
-            return first_code(parallel(joblib.delayed(run_apart)(*each) for each in tasks))
+            shown = any(each.get_name() == "console" for each in logging.root.handlers)
+            return first_code(parallel(joblib.delayed(run_apart)(*each, shown) for each in tasks))
     except BrokenProcessPool as error:
         raise RunFault(
             "the process of a fold was ended, perhaps for want of memory: the same command goes "
@@ -139,11 +156,11 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def run_apart(title: str, args: Namespace, dataset: TrajectoryDataset) -> int:
-    """Train a fold in a process of its own; see ``run_or_continue``."""
+def run_apart(title: str, args: Namespace, dataset: TrajectoryDataset, shown: bool) -> int:
+    """Train a fold in a process of its own; see ``run_or_continue``; ``shown``: on the console."""
     set_environment()
     kernels = exact_kernels(deterministic=args.deterministic)
-    with one_thread(), owner_only(), kernels, command_logging():
+    with one_thread(), owner_only(), kernels, command_logging(first=shown):
         return run_or_continue(title, args, dataset, TrajectoryModel.program.train)
 
 
@@ -157,26 +174,27 @@ def write_results(
 
     ``fold`` (N,) is that of each row of the data.
     """
-    folder, name = folds_folder(args), STAGE_NAMES[stage_folder(args).name]
-    known = [read_json(each / "metrics.json") for each in folders]
+    folder, stage = folds_folder(args), stage_folder(args).name
+    name = STAGE_NAMES[stage]
+    known = [read_json(each / METRICS) for each in folders]
     tables = shared_models([read_predictions(each, name) for each in folders])
     order = np.argsort(np.concatenate([np.flatnonzero(fold == k) for k in range(len(folders))]))
     table = pd.concat(tables, ignore_index=True).iloc[order].reset_index(drop=True)
     table["label"] = table["label"].astype(int)
     positions = np.flatnonzero(fold >= 0)
     own = fold[positions]
-    thresholds = np.array([each["threshold"] for each in known])
-    metrics = evaluate(table, args.seed, thresholds[own], split=own)
+    thresholds = np.array([each["threshold"] for each in known])[own]
+    metrics = evaluate(table, args.seed, thresholds, split=own)
     content = {
-        "stage": stage_folder(args).name,
+        "stage": stage,
         "selected_epoch": round(np.median([each["selected_epoch"] for each in known])),
-        "threshold": youden_threshold(table["label"].to_numpy(), table[name].to_numpy()),
+        **decide(table, known, own, args.calibrate),
         "folds": metrics.to_json(),
     }
     with_folds = table.copy()
     with_folds.insert(4, "fold", own)  # behind the model's own column
-    write_text(folder / "predictions_folds.csv", predictions_csv(with_folds))
-    write_json(folder / "metrics.json", content)
+    write_text(folder / PREDICTIONS, predictions_csv(with_folds))
+    write_json(folder / METRICS, content)
     first = folds_sentence(metrics, len(folders))
     write_report(
         folder / "report.html",
@@ -191,6 +209,30 @@ def write_results(
     for line in (*sentences(metrics, rows.noun), model_table(metrics).to_string(index=False)):
         logger.info("%s", line)
     logger.info("%s\nreport: %s", first, folder / "report.html")
+
+
+def decide(
+    table: pd.DataFrame, known: Sequence[Json], fold: NDArray[np.int64], calibrate: str
+) -> Json:
+    """Return the decision rule of a model of all patients, by the out-of-fold predictions.
+
+    ``known`` are the folds' metrics, ``fold`` (n,) is that of each row of ``table``.
+    """
+    logit, calibration = log_odds(table.iloc[:, 3].to_numpy()), [x["calibration"] for x in known]
+    slope, intercept = (
+        np.array([each.get(name, usual) for each in calibration])[fold]
+        for name, usual in (("slope", 1.0), ("intercept", 0.0))
+    )
+    labels = table["label"].to_numpy(float)
+    rule = fit_decision_rule(labels, (logit - intercept) / slope, calibrate)
+    decided = {
+        "threshold": rule.threshold,
+        "calibration": {"method": calibrate, "slope": rule.slope, "intercept": rule.intercept},
+    }
+    if all("residual_weight" in each for each in known):
+        weights = [each["residual_weight"] for each in known]
+        decided["residual_weight"] = float(np.median(weights))
+    return decided
 
 
 def folds_sentence(metrics: Metrics, folds: int) -> str:
@@ -213,8 +255,9 @@ def report_content(
     """Return what the page says beside its metrics; ``folder`` is that of a fold's stage."""
     config = {**read_trained_config(folder), "data_sha256": rows.fingerprint()}
     config.pop("residual_weight", None)  # each fold has its own
+    kind = "each site held out" if args.leave_out else "each patient held out"
     return ReportContent(
-        title=f"{STAGE_NAMES[config['stage']].capitalize()}, every patient judged: {rows.outcome}",
+        title=f"{STAGE_NAMES[config['stage']].capitalize()}, {kind}: {rows.outcome}",
         question=rows.task_description(),
         data={
             "Source": Path(rows.source).name,
@@ -231,6 +274,45 @@ def report_content(
         split=split_table(rows.labels, rows.groups, {"tested once": positions}),
         table_one=table_one(rows, {}),
         methods={"split": first},
+        sites=None if rows.sites is None else rows.sites[positions],
         notice=built_in_notice(config),
         first=[first],
     )
+
+
+# --------------------------------------------------------------------------- all patients
+
+
+def train_final(args: Namespace, rows: TrajectoryDataset, train: Train) -> int:
+    """Train one model on all patients, as long as the folds' median; nothing is held out."""
+    own: Json = {"folds": None}
+    if args.ode_checkpoint:  # of all patients, too: it lies beside the folder of its folds
+        own["ode_checkpoint"] = args.ode_checkpoint.parents[2] / TRAJECTORY_FILE
+    everyone = copy.copy(rows)
+    everyone.held_out = ()
+    return run_or_continue("all patients", Namespace(**{**vars(args), **own}), everyone, train)
+
+
+def last_epoch_set(stage: Stage, args: Namespace) -> Stage:
+    """Let a ``--final`` end after the folds' median epoch; the schedule stays that of a fold."""
+    if not args.final:
+        return stage
+    epochs = read_json(folds_folder(args) / METRICS)["selected_epoch"]
+    return replace(stage, monitor="epoch", last_epoch=epochs)
+
+
+def write_final(
+    stage: Stage, data: Data, folder: Path, state: TrainState, run: Json, args: Namespace
+) -> Json:
+    """Write the model of all patients, with the decision rule and the metrics of the folds."""
+    content = read_json(folds_folder(args) / METRICS)
+    content["selected_epoch"] = state.progress.best_epoch
+    calibration = content["calibration"]
+    rule = DecisionRule(calibration["slope"], calibration["intercept"], content["threshold"])
+    config = {**stage.config, "decision": asdict(rule), "metrics": content}
+    if isinstance(stage.model, TrajectoryLLM) and "residual_weight" in content:
+        stage.model.residual_weight = config["residual_weight"] = content["residual_weight"]
+    if processes().is_main_process:
+        stage.save(folder, config)
+        write_json(folder / METRICS, content)
+    return config

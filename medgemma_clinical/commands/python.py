@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
+import tempfile
 import threading
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from medgemma_clinical.commands import flags
 from medgemma_clinical.commands.announce import EpochBar, check_output
-from medgemma_clinical.commands.command_line import Parser
+from medgemma_clinical.commands.command_line import EXIT_DONE, Parser
+from medgemma_clinical.commands.folds import PREDICTIONS, run_folds
 from medgemma_clinical.commands.logs import recorded
-from medgemma_clinical.commands.run_folder import given_stage1, stage_folder
+from medgemma_clinical.commands.run_folder import METRICS, folds_folder, given_stage1, stage_folder
+from medgemma_clinical.commands.several import Train
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import check_gpu, check_launch, exact_kernels
-from medgemma_clinical.files import InputError, owner_only
-from medgemma_clinical.inference.fitting import fit_classification, fit_generative, fit_trajectory
+from medgemma_clinical.files import InputError, owner_only, read_json
+from medgemma_clinical.inference.fitting import (
+    CrossValidation,
+    fit_classification,
+    fit_generative,
+    fit_trajectory,
+)
 from medgemma_clinical.inference.hub import find_checkpoint
 from medgemma_clinical.inference.scoring import check_kind
 from medgemma_clinical.inference.trajectory_model import Rows, TrajectoryModel
@@ -29,8 +40,8 @@ from medgemma_clinical.training.signals import SIGNALS
 
 NOT_KEYWORDS = {
     *("trajectory_only", "mode", "demo", "ablation", "arms", "reference", "compare", "seeds"),
-    *("folds", "predict", "checkpoint", "predictions", "update", "strict", "data_path", "data_dir"),
-    *("dry_run",),
+    *("folds", "leave_out", "final", "predict", "checkpoint", "predictions", "update", "strict"),
+    *("data_path", "data_dir", "dry_run"),
     *("show_values", "export", "export_dir", "explain", "patients", "open", "ode_checkpoint"),
     "use",
 }
@@ -42,6 +53,8 @@ UNREAD = {
     STAGES_2_3: {"trajectory_epochs"},
 }
 """Keywords of the other stages alone."""
+
+NOT_OF_FOLDS = NOT_KEYWORDS - {"folds", "leave_out", "final", "ode_checkpoint"}
 
 OF_A_FOLDER = ("resume", "log_file", "report_to", "save_every", "report_patients")
 """Flags that have no use where nothing is written."""
@@ -65,7 +78,44 @@ def fit(
 
     ``build_parser``, ``read`` and ``train`` are the script's: flags, reader, training of a stage.
     """
-    if unknown := sorted(NOT_KEYWORDS & keywords.keys()):
+    given = {} if encoder is None else {"ode_checkpoint": "encoder"}
+    with fitting(build_parser, {**stage, **given}, keywords, NOT_KEYWORDS) as args:
+        dataset = read_rows(rows, args, keywords, read)
+        stage1 = given_stage1(args) if encoder is None else read_encoder(encoder)
+        model = train(args, dataset, stage1)
+    return model or TrajectoryModel.from_pretrained(stage_folder(args))
+
+
+def cross_validate(
+    build_parser: Callable[[], Parser],
+    read: Reader,
+    train: Train,
+    stage: dict[str, Any],
+    rows: Rows,
+    keywords: dict[str, Any],
+) -> CrossValidation:
+    """Judge a stage in folds; see ``fitting.cross_validate``; ``train`` is that of a command."""
+    with contextlib.ExitStack() as stack:
+        if keywords.get("output_dir") is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            keywords = {**keywords, "output_dir": folder, "log_file": "none"}
+        args = stack.enter_context(fitting(build_parser, stage, keywords, NOT_OF_FOLDS))
+        if run_folds(args, lambda own: read_rows(rows, own, keywords, read), train) == EXIT_DONE:
+            path, text = folds_folder(args) / PREDICTIONS, {"id": str, "patient": str}
+            table = pd.read_csv(path, dtype=text, keep_default_na=False)
+            return CrossValidation(table, read_json(folds_folder(args) / METRICS))
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def fitting(
+    build_parser: Callable[[], Parser],
+    stage: dict[str, Any],
+    keywords: dict[str, Any],
+    refused: set[str],
+) -> Iterator[Namespace]:
+    """Check the keywords of a training, and yield its arguments for the length of it."""
+    if unknown := sorted(refused & keywords.keys()):
         raise TypeError(f"unexpected keyword {unknown[0]!r}")
     own, other = STAGE_1, STAGES_2_3
     if "mode" in stage:
@@ -76,8 +126,7 @@ def fit(
     unused = [name for name in OF_A_FOLDER if keywords.get(name)]
     if keywords.get("output_dir") is None and unused:
         raise InputError(f"{', '.join(unused)}: give output_dir too, or leave it out")
-    given = {} if encoder is None else {"ode_checkpoint": "encoder"}
-    args, typed = build_parser().parse_keywords({**keywords, **stage, **given})
+    args, typed = build_parser().parse_keywords({**keywords, **stage})
     flags.check_flags(flags.complete(args), typed)
     check_launch()
     check_gpu()
@@ -87,16 +136,13 @@ def fit(
     try:
         kernels = exact_kernels(deterministic=args.deterministic)
         with SIGNALS.installed(kills=False), kernels, recorded(EpochBar()), owner_only():
-            dataset = read_rows(rows, args, keywords, read)
-            stage1 = given_stage1(args) if encoder is None else read_encoder(encoder)
-            model = train(args, dataset, stage1)
+            yield args
     except KeyboardInterrupt as stop:
         if args.output_dir:
             stop.add_note(f"resume=True continues the run in {args.output_dir}")
         raise
     finally:
         FITTING.release()
-    return model or TrajectoryModel.from_pretrained(stage_folder(args))
 
 
 def set_signatures(parser: Parser) -> None:

@@ -59,6 +59,10 @@ SCORED = {"val": "validation", "test": "test"}
 """Parts of the split that are scored, and their names in ``metrics.json``."""
 
 
+MIN_EVENTS = 30
+"""Events of a test part below which a run names ``--folds``."""
+
+
 def write_results(
     stage: Stage,
     data: Data,
@@ -226,6 +230,8 @@ def log_results(metrics: dict[str, Metrics], written: dict[str, Any] | None, nou
         logger.info("%s", line)
     if sentence := written_sentence(written):
         logger.info("%s", sentence)
+    if (events := test.counts["events"]) < MIN_EVENTS:
+        logger.info("%d events in the test part: --folds 5 judges every patient", events)
 
 
 def metrics_for_tracker(config: dict[str, Any]) -> dict[str, float]:

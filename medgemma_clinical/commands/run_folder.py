@@ -30,20 +30,22 @@ from medgemma_clinical.training.trackers import Track, tracking
 
 logger = logging.getLogger(__name__)
 
-RUN_FORMAT = 5
+RUN_FORMAT = 6
 """Of ``run.json``; rises when runs of older versions can no longer be resumed."""
 
+METRICS = "metrics.json"
+
 RESULTS = (
-    *("metrics.json", "history.jsonl", "report.html", "tripod.md", "baselines.json"),
+    *(METRICS, "history.jsonl", "report.html", "tripod.md", "baselines.json"),
     *("predictions_val.csv", "predictions_test.csv", "generations_test.jsonl"),
 )
 """What a finished run leaves in its folder beside the best weights."""
 
 IMMATERIAL = {
     *("output_dir", "data_path", "data_dir", "ode_checkpoint", "log_file", "report_to"),
-    *("report_patients", "min_cell", "show_values", "seeds", "folds", "ablation", "resume"),
-    *("save_every", "allow_duplicates", "site", "arms", "reference", "explain", "patients"),
-    *("open", "use", "update"),
+    *("report_patients", "min_cell", "show_values", "seeds", "folds", "leave_out", "ablation"),
+    *("resume", "save_every", "allow_duplicates", "site", "arms", "reference", "explain"),
+    *("patients", "open", "use", "update"),
     *("batch_size", "gradient_accumulation", "gradient_checkpointing"),
 }
 """Flags that do not change a result; files are known by their content, batches by their product."""
@@ -52,6 +54,7 @@ MATERIAL = {
     "data": "the data are other ones",
     "time_scale": "the time scale is another one",
     "stage_1_sha256": "--ode_checkpoint is another file",
+    "folds_sha256": "the folds have other results",
     "base_revision": "--model_name is of another revision",
     "base_sha256": "--model_name is another model",
     "rows_a_step": "--batch_size times --gradient_accumulation is another number",
@@ -67,6 +70,12 @@ def stage_folder(args: Namespace) -> Any:
     """Return the folder of the stage that the flags choose; None where nothing is written."""
     name = "trajectory" if args.trajectory_only else args.mode
     return args.output_dir and args.output_dir / name
+
+
+def folds_folder(args: Namespace) -> Path:
+    """Return the folder of the runs of ``--folds`` or ``--leave_out``, and of their results."""
+    kind = "leave_out" if args.leave_out else "folds"
+    return Path(args.output_dir, f"{kind}_{stage_folder(args).name}")
 
 
 def tracker_folder(folder: Path) -> Path:
@@ -107,18 +116,21 @@ def given_stage1(args: Namespace) -> TrajectoryCheckpoint | None:
     return checkpoints.read_trajectory(args.ode_checkpoint) if args.ode_checkpoint else None
 
 
+def prompt_options(args: Namespace) -> PromptOptions:
+    """Return what prompts hold; a model that writes reports also reads what they compute."""
+    writes = args.mode == "generative" and not args.trajectory_only
+    return PromptOptions(args.series_text, context=args.text_context == "full", computed=writes)
+
+
 def run_data(
-    args: Namespace,
-    dataset: TrajectoryDataset,
-    prompts: PromptOptions,
-    stage1: TrajectoryCheckpoint | None,
+    args: Namespace, dataset: TrajectoryDataset, stage1: TrajectoryCheckpoint | None
 ) -> Data:
     """Prepare the data of a run; the stage 1 below a language model decides the inputs."""
     return prepare_data(
         dataset,
         max_samples=args.max_samples,
         seed=args.seed,
-        prompts=prompts,
+        prompts=prompt_options(args),
         inputs=stage1.config["inputs"] if stage1 else None,
         static=args.facts == "on",
         prediction_time=args.prediction_time == "on",
@@ -145,6 +157,7 @@ def run_record(args: Namespace, data: Data, stage1: TrajectoryCheckpoint | None)
         "rows_a_step": args.batch_size * accumulate,
         "seed": args.seed,
         "stage_1_sha256": stage1.sha256 if stage1 else None,
+        "folds_sha256": files.file_hash(folds_folder(args) / METRICS) if args.final else None,
         "base_revision": base.get("base_revision"),
         "base_sha256": base.get("base_sha256"),
         "device": str(default_device()),

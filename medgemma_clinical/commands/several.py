@@ -29,7 +29,6 @@ from medgemma_clinical.commands.run_folder import (
     run_record,
     stage_folder,
 )
-from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes, reset_peak_memory
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, MEANINGS, STAGE_NAMES, best_blend
@@ -109,14 +108,15 @@ def run_or_continue(title: str, args: Namespace, dataset: TrajectoryDataset, tra
         RUN_LOG.begin()  # the lines below belong to no run
     if code == EXIT_DONE:
         how = {"all": "already there, ", "part": "continued, ", "none": ""}[done]
-        logger.info("%s: %stest AUROC %s: %s", title, how, auroc_of(folder, "test"), folder)
+        part = "folds" if args.final else "test"
+        logger.info("%s: %s%s AUROC %s: %s", title, how, part, auroc_of(folder, part), folder)
     return code
 
 
 def progress(args: Namespace, dataset: TrajectoryDataset) -> str:
     """Return how much of a run has been done; see ``progress_of``."""
     stage1 = given_stage1(args)
-    data = run_data(args, dataset, PromptOptions(), stage1)  # prompts are flags
+    data = run_data(args, dataset, stage1)
     return progress_of(stage_folder(args), run_record(args, data, stage1))
 
 

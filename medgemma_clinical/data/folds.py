@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.checks import labelled_rows
 from medgemma_clinical.data.training_data import draw_split, patient_events
+from medgemma_clinical.data.trajectories import UNKNOWN, TrajectoryDataset
 from medgemma_clinical.files import InputError
-
-if TYPE_CHECKING:
-    from medgemma_clinical.data.trajectories import TrajectoryDataset
 
 logger = logging.getLogger(__name__)
 
-MIN_OUTCOMES = 5
-"""Patients with, and without, the event that a centre needs to be a fold: with fewer its metrics
-mean nothing, and hardly any bootstrap draw has both in each of many centres."""
+MIN_OUTCOMES = 10
+"""Patients with, and without, an event that a site needs to be held out: its AUROC is shown."""
 
 MIN_PATIENTS = 6
-"""The same of all data: without one of two folds three are left, of which one validates."""
+"""The same for any folds: without one of two, three are left, of which one validates."""
 
 
 def foldable(dataset: TrajectoryDataset, max_samples: int, seed: int) -> TrajectoryDataset:
@@ -58,35 +54,32 @@ def draw_folds(
 
 
 def site_folds(dataset: TrajectoryDataset) -> tuple[NDArray[np.int64], list[str]]:
-    """Make each centre a fold; return each row's fold, (N,), and the centres' names by fold.
+    """Make each site a fold; return each row's fold, (N,), and the names of the folds.
 
-    A patient is of the centre of the first row. Centres with few events, or few patients without
-    one, are no fold, -1: they only train.
+    A patient belongs to the site of the first row. Rows of sites with few events, or few patients
+    without one, have the fold -1: they only train.
     """
-    if dataset.sites is None:
-        raise InputError(f"{dataset.source}: these data name no centres: use --folds")
+    assert dataset.sites is not None
     first, owner = np.unique(dataset.groups, return_index=True, return_inverse=True)[1:]
-    site, event = dataset.sites[first], patient_events(dataset.groups, dataset.labels)[1]
-    names, number = np.unique(site, return_inverse=True)
-    counts = np.stack(
-        [np.bincount(number[event == x], minlength=len(names)) for x in (True, False)]
-    )
-    large = (counts.min(axis=0) >= MIN_OUTCOMES) & (names != "")
+    event = patient_events(dataset.groups, dataset.labels)[1]
+    names, site = np.unique(dataset.sites[first], return_inverse=True)
+    counts = [np.bincount(site[event == x], minlength=len(names)) for x in (True, False)]
+    large = (np.minimum(*counts) >= MIN_OUTCOMES) & (names != UNKNOWN)
     if large.sum() < 2:
         raise InputError(
-            f"{dataset.source}: fewer than two centres have {MIN_OUTCOMES} patients with, and "
-            "without, the event: use --folds"
+            f"{dataset.source}: fewer than two sites have {MIN_OUTCOMES} patients with, and "
+            f"{MIN_OUTCOMES} without, an event: use --folds"
         )
-    if moved := int((dataset.sites != site[owner]).sum()):
-        logger.info("%d rows count for another centre: that of their patient's first row", moved)
-    if small := len(names) - int(large.sum()):
-        logger.info(
-            "%d centres only train: fewer than %d patients have, or lack, the event",
-            small,
-            MIN_OUTCOMES,
-        )
+    logger.info(
+        "%d sites are held out in turn, %d only train: they have fewer than %d patients with, or "
+        "without, an event; %d rows count for the site of their patient's first row",
+        large.sum(),
+        (~large).sum(),
+        MIN_OUTCOMES,
+        (dataset.sites != dataset.sites[first][owner]).sum(),
+    )
     fold = np.where(large, np.cumsum(large) - 1, -1)
-    return fold[number][owner], names[large].tolist()
+    return fold[site][owner], names[large].tolist()
 
 
 def fold_dataset(

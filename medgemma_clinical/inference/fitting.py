@@ -2,10 +2,70 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medgemma_clinical.inference.trajectory_model import Rows, TrajectoryModel
+import pandas as pd
+
+from medgemma_clinical.inference.trajectory_model import Rows, TrajectoryModel, results_table
+
+
+@dataclass(frozen=True)
+class CrossValidation:
+    """What ``cross_validate`` found.
+
+    Attributes:
+        predictions: a row a patient's row, of the model that did not learn from the patient: id,
+            label, probability, patient, fold, then the risks of baselines and ensemble.
+        metrics: the content of ``metrics.json``; its part "folds" has the metrics.
+    """
+
+    predictions: pd.DataFrame
+    metrics: dict[str, Any]
+
+    def results(self) -> pd.DataFrame:
+        """Return a row a model, as ``TrajectoryModel.results``."""
+        return results_table(self.metrics["folds"])
+
+
+def cross_validate(
+    rows: Rows,
+    folds: int = 5,
+    stage: str = "trajectory",
+    encoder: str | os.PathLike[str] | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    **flags: Any,
+) -> CrossValidation:
+    """Judge every patient by a model that learned from the others, in folds of patients.
+
+    Metrics that compare risks are means over the folds, each with the interval of a bootstrap of
+    the patients; baselines are fitted on the same folds.
+
+    Args:
+        rows: a DataFrame or a file in the DKA format, or a data set; a column ``split`` is not
+            read.
+        folds: number of parts into which the patients are dealt out, stratified by the event.
+        stage: "trajectory", "classification" or "generative".
+        encoder: of the other stages: path of each fold's trained stage 1, ``{fold}`` in place of
+            the fold's number.
+        output_dir: run folder; the same call goes on there after a stop. None keeps nothing.
+        **flags: those of the command line without dashes, as for ``fit_trajectory``;
+            ``leave_out="COLUMN"`` holds out each site of a column in place of folds, and
+            ``final=True`` with an ``output_dir`` also trains a model on all patients there.
+
+    Returns:
+        Predictions, metrics, and ``results()``.
+
+    Raises:
+        TypeError: there is no such flag.
+        InputError: a flag or the data are wrong, or there are too few patients for the folds.
+    """
+    chosen = {"trajectory_only": True} if stage == "trajectory" else {"mode": stage}
+    keywords = {**flags, "folds": None if flags.get("leave_out") else folds}
+    keywords |= {"output_dir": output_dir} | ({"ode_checkpoint": encoder} if encoder else {})
+    return TrajectoryModel.program.cross_validate(chosen, rows, keywords)
 
 
 def fit_trajectory(rows: Rows, **flags: Any) -> TrajectoryModel:

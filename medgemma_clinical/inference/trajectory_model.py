@@ -51,8 +51,20 @@ class Program(NamedTuple):
 
     datasets: Mapping[str, Any]  # class of each kind of data by name
     builders: Builders
-    fit: Callable[..., TrajectoryModel]  # of flags of a stage, rows, encoder, keywords
     train: Callable[..., int]  # of arguments and data; returns an exit code
+    fit: Callable[..., TrajectoryModel]  # of flags of a stage, rows, encoder, keywords
+    cross_validate: Callable[..., Any]  # of flags of a stage, rows, keywords
+
+
+def results_table(part: Mapping[str, Any]) -> pd.DataFrame:
+    """Return a part of ``metrics.json`` as ``TrajectoryModel.results`` describes it."""
+    metrics = Metrics.from_json(part)
+    table = metrics.metric("auroc")[DIFFERENCE]
+    for name in ("brier", "auprc", "auroc"):
+        own = metrics.metric(name)[VALUE]
+        own.columns = [name, f"{name}_low", f"{name}_high"]
+        table = own.join(table)
+    return table.loc[metrics.models].rename_axis(None)
 
 
 class TrajectoryModel:
@@ -151,8 +163,12 @@ class TrajectoryModel:
         """The content of ``metrics.json``; None where the model was not tested."""
         return self.config.get("metrics")
 
-    def results(self, part: str = "test") -> pd.DataFrame:
-        """Return the metrics of the model and of each baseline on a part, "test" or "validation".
+    def results(self, part: str | None = None) -> pd.DataFrame:
+        """Return the metrics of the model and of each baseline on a part.
+
+        Args:
+            part: "test", "validation", or "folds" of a model of ``--final``; None takes "test" or
+                "folds", whichever there is.
 
         Returns:
             A row a model, the model itself first. Columns auroc, auprc, brier with the ends of
@@ -165,15 +181,10 @@ class TrajectoryModel:
         """
         if self.metrics is None:
             raise ValueError("no metrics: this model was not tested")
-        if part not in ("test", "validation"):
-            raise ValueError(f"part {part!r}: choose test or validation")
-        metrics = Metrics.from_json(self.metrics[part])
-        table = metrics.metric("auroc")[DIFFERENCE]
-        for name in ("brier", "auprc", "auroc"):
-            own = metrics.metric(name)[VALUE]
-            own.columns = [name, f"{name}_low", f"{name}_high"]
-            table = own.join(table)
-        return table.loc[metrics.models].rename_axis(None)
+        known = [name for name in ("test", "folds", "validation") if name in self.metrics]
+        if part not in (None, *known):
+            raise ValueError(f"part {part!r}: choose from {', '.join(known)}")
+        return results_table(self.metrics[part or known[0]])
 
     @property
     def classes_(self) -> NDArray[np.int64]:

@@ -113,6 +113,11 @@ def describe_data(data: Data) -> dict[str, Any]:
     return {"version": __version__, **data.description(), "case_mix": case_mix(training)}
 
 
+def stage1_config(model: Stage1) -> dict[str, Any]:
+    """Return the keys of a checkpoint by which the script rebuilds a stage 1."""
+    return {"encoder": model.encoder.config, "members": len(model.members)}
+
+
 def check_config(path: Path, config: Any, stages: tuple[str, ...]) -> None:
     """Check what a configuration makes the program allocate, and that it names no path."""
     try:

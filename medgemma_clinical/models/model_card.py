@@ -24,6 +24,9 @@ LIMITS = (
     "as disease. Metrics of a small test part vary by chance: read the interval, not the value."
 )
 
+METRICS_OF = ("validation", "test", "folds")
+"""Parts of ``metrics.json``; a model of all patients has the folds' in place of the others."""
+
 Config = dict[str, Any]
 
 
@@ -32,7 +35,7 @@ def shareable(config: Config, min_cell: int) -> Config:
     if min_cell == 0:
         return config
     metrics = config.get("metrics", {})
-    parts = {k: suppress(metrics[k], min_cell) for k in ("validation", "test") if k in metrics}
+    parts = {k: suppress(metrics[k], min_cell) for k in METRICS_OF if k in metrics}
     few = any(isinstance(part["minority_patients"], str) for part in parts.values())
     if "reports" in metrics:
         parts["reports"] = suppress_reports(metrics["reports"], min_cell)
@@ -134,9 +137,11 @@ def describe_weight(config: Config) -> str:
     """Return the weight of the language model of stage 2 or 3 beside stage 1's logit, in words."""
     if not config["stage1_logit"]:
         return "stage 1's logit is not added"
+    if "folds" in (metrics := config.get("metrics", {})):
+        return f"{config['residual_weight']:g}, the folds' median"
     if config["residual_weight"] > 0:
         return f"{config['residual_weight']:g}, chosen on the validation part"
-    patients = config.get("metrics", {}).get("validation", {}).get("patients")
+    patients = metrics.get("validation", {}).get("patients")
     count = "" if patients is None else f"{count_text(patients)} "
     return f"0, not shown to add on {count}validation patients"
 

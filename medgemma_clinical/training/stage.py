@@ -38,6 +38,7 @@ class Stage:
         stage1_risks: (N,) probability of each row by the stage 1 below a language model, or None.
         train_patients: hashes of the patients that train, of stage 1; None for the others.
         max_tokens: rows times tokens of the longest that fit the memory in one pass, once known.
+        last_epoch: after which training stops, where no validation part says when.
         recomputes: whether layers are computed again in the backward pass.
     """
 
@@ -57,6 +58,7 @@ class Stage:
     stage1_risks: NDArray[np.float64] | None = None
     train_patients: NDArray[np.int64] | None = None
     max_tokens: int | None = None
+    last_epoch: int | None = None
     recomputes: bool = False
 
     @property

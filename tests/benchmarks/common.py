@@ -119,6 +119,6 @@ def stage_maker(*words):
         medgemma_trainer.read_dataset(args),
         max_samples=args.max_samples,
         seed=args.seed,
-        prompts=medgemma_trainer.prompt_options(args),
+        prompts=medgemma_trainer.run_folder.prompt_options(args),
     )
     return args, data, lambda: medgemma_trainer.make_stage(args, data, None)

@@ -21,7 +21,7 @@ import medgemma_trainer as trainer
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.files import InputError, write_json
 from medgemma_clinical.models import checkpoints, language_model
-from medgemma_clinical.models.checkpoints import read_config, read_trajectory
+from medgemma_clinical.models.checkpoints import read_config, read_trajectory, stage1_config
 from medgemma_clinical.models.trained_model import Builders, checkpoint_path, load_trained_model
 
 STAGES = ("trajectory", "classification", "generative")
@@ -43,7 +43,7 @@ def saved(tmp_path_factory):
     stage1, batch = parts.classifier.stage1, parts.collate(range(6))
     models = dict(zip(STAGES, (stage1, parts.classifier, parts.writer), strict=True))
     outputs = {stage: model(batch) for stage, model in models.items()}
-    rule, own = {"decision": asdict(RULE)}, trainer.stage1_config(stage1)
+    rule, own = {"decision": asdict(RULE)}, stage1_config(stage1)
     config = {"stage": "trajectory", **own, **data.description(), **rule}
     parts = stage1.state_dict(), config, data.training_patients()
     checkpoints.save_trajectory(run / STAGE_1, *parts)

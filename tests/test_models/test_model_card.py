@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import medgemma_trainer as trainer
 from language_models import classifier_and_writer, data_of, llm_config, patients, stage1_for
 from medgemma_clinical import __version__
+from medgemma_clinical.models import checkpoints
 from medgemma_clinical.models.checkpoints import describe_data
 from medgemma_clinical.models.language_model import BUILT_IN
 from medgemma_clinical.models.model_card import (
@@ -50,7 +51,12 @@ HOSTILE = (
 
 def stage1_config(**more):
     model = stage1_for(data().dataset, members=2)
-    return {"stage": "trajectory", **trainer.stage1_config(model), **describe_data(data()), **more}
+    return {
+        "stage": "trajectory",
+        **checkpoints.stage1_config(model),
+        **describe_data(data()),
+        **more,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +124,10 @@ def test_cards_are_approved(finished, assert_approved):
         own = model_card({**finished, **changes}).splitlines()
         lines = difflib.ndiff(card.splitlines(), own)
         text += [f"==== {changes}", *(line for line in lines if line[0] in "+-")]
+    parts = {k: x for k, x in finished["metrics"].items() if k not in ("validation", "test")}
+    everyone = {**finished, "metrics": {**parts, "folds": finished["metrics"]["test"]}}
+    lines = difflib.ndiff(card.splitlines(), model_card(everyone).splitlines())
+    text += ["==== of all patients", *(line for line in lines if line[0] in "+-")]
     text += ["==== stage 1, unfinished", model_card(stage1_config(data_sha256="0" * 64))]
     assert_approved("model_card", "\n".join(text).replace(__version__, "VERSION"))
 
