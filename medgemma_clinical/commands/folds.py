@@ -200,7 +200,7 @@ def write_results(
         folder / "report.html",
         table,
         metrics,
-        report_content(args, rows, positions, folders[0], first),
+        report_content(args, rows, positions, folders[0], content, first),
         min_cell=args.min_cell,
         list_patients=args.report_patients,
         folder=folder,
@@ -250,11 +250,12 @@ def report_content(
     rows: TrajectoryDataset,
     positions: NDArray[np.int64],
     folder: Path,
+    content: Json,
     first: str,
 ) -> ReportContent:
-    """Return what the page says beside its metrics; ``folder`` is that of a fold's stage."""
-    config = {**read_trained_config(folder), "data_sha256": rows.fingerprint()}
-    config.pop("residual_weight", None)  # each fold has its own
+    """Return what the page says beside its metrics; ``folder`` is a fold's, ``content`` of all."""
+    config = {**read_trained_config(folder), "data_sha256": rows.fingerprint(), "metrics": content}
+    config["residual_weight"] = content.get("residual_weight")
     kind = "each site held out" if args.leave_out else "each patient held out"
     return ReportContent(
         title=f"{STAGE_NAMES[config['stage']].capitalize()}, {kind}: {rows.outcome}",

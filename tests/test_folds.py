@@ -1,0 +1,316 @@
+"""--folds, --leave_out and --final: every patient is judged once, by a model of the others."""
+
+import copy
+import json
+import shutil
+import signal
+import tempfile
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import recall_score, roc_auc_score
+
+import medgemma_trainer as trainer
+from dataset_format import MIMICtrajectoryDataset
+from medgemma_clinical.commands import folds
+from medgemma_clinical.commands.run_folder import stage_folder
+from medgemma_clinical.data.folds import draw_folds, fold_dataset, foldable
+from medgemma_clinical.data.training_data import patient_hashes
+from medgemma_clinical.evaluation.baselines import STAGE_NAMES
+from medgemma_clinical.evaluation.decision import youden_threshold
+from medgemma_clinical.inference.fitting import cross_validate
+from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
+from medgemma_trainer import TrajectoryModel
+from visits import LABEL, cohort
+
+STAGE_1, K = STAGE_NAMES["trajectory"], 3
+FLAGS = {"trajectory_epochs": 3, "encoder_lr": 0.05, "series_name": "Urea", "outcome": "Death"}
+WORDS = [f"--{name}={value}" for name, value in FLAGS.items()]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A file of 60 patients with one to three rows each, of two sites, with a column ``split``."""
+    table = cohort(60)
+    table["static_age [years]"] = np.random.default_rng(0).integers(20, 90, len(table))
+    patient = table["subject_id"].str[1:].astype(int)
+    table["ward"] = np.where(patient % 2, "east", np.where(patient < 50, "north", "west"))
+    path = tmp_path_factory.mktemp("data") / "data.csv"
+    table.assign(split="train").to_csv(path, index=False)
+    return path
+
+
+def command(data, folder, *words):
+    words = words or (f"--folds={K}",)
+    place = [f"--data_path={data}", f"--output_dir={folder}", "--log_file=none"]
+    return ["--trajectory_only", *place, *WORDS, *words]
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch):
+    """Train the folds in this process."""
+    monkeypatch.setattr(folds.joblib, "cpu_count", lambda: 1)
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """The folder of a command with three folds and a model of all patients."""
+    folder = tmp_path_factory.mktemp("folds")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(folds.joblib, "cpu_count", lambda: 1)
+        assert trainer.main(command(data, folder, f"--folds={K}", "--final")) == 0
+    return folder
+
+
+def fold_folder(run, k):
+    return run / "folds_trajectory" / f"fold_{k}" / "trajectory"
+
+
+def predictions(path):
+    return pd.read_csv(path, dtype={"id": str, "patient": str})
+
+
+def content(path):
+    return json.loads(path.read_text())
+
+
+def rows_and_folds(data, seed=0):
+    """Return the rows that are dealt out, and the fold of each."""
+    rows = foldable(MIMICtrajectoryDataset(data, series_name="Urea", outcome="Death"), 0, seed)
+    return rows, draw_folds(rows.groups, rows.labels, K, seed)
+
+
+def state(folder):
+    """Return what a run learned: weights, and the risks of its models on the validation part."""
+    weights = read_trajectory(folder.parent / TRAJECTORY_FILE).weights
+    return weights, (folder / "predictions_val.csv").read_bytes()
+
+
+def assert_equal(first, second):
+    assert first[1] == second[1]
+    assert first[0].keys() == second[0].keys()
+    assert all(torch.equal(tensor, second[0][name]) for name, tensor in first[0].items())
+
+
+# --------------------------------------------------------------------------- who is judged by whom
+
+
+def test_every_row_is_predicted_once_by_the_model_of_its_fold(run, data):
+    rows, fold = rows_and_folds(data)
+    table = predictions(run / "folds_trajectory" / "predictions_folds.csv")
+    assert list(table)[:5] == ["id", "label", "probability", "patient", "fold"]
+    assert table["id"].tolist() == rows.ids.tolist()
+    assert table["label"].tolist() == rows.labels.tolist()
+    assert table["patient"].tolist() == rows.groups.tolist()
+    assert table["fold"].tolist() == fold.tolist()
+    for k in range(K):
+        own = predictions(fold_folder(run, k) / "predictions_test.csv")
+        same = table[table["fold"] == k].drop(columns="fold").reset_index(drop=True)
+        pd.testing.assert_frame_equal(same, own[list(same)])
+        learned = read_trajectory(fold_folder(run, k).parent / TRAJECTORY_FILE).train_patients
+        assert not np.isin(patient_hashes(rows, np.flatnonzero(fold == k)), learned).any()
+
+
+def test_metrics_that_compare_risks_are_means_over_the_folds_and_shares_are_of_all_rows(run):
+    table = predictions(run / "folds_trajectory" / "predictions_folds.csv")
+    metrics = content(run / "folds_trajectory" / "metrics.json")["folds"]
+    thresholds = [content(fold_folder(run, k) / "metrics.json")["threshold"] for k in range(K)]
+    for name in ("probability", "last value", "ensemble"):
+        each = [roc_auc_score(own["label"], own[name]) for _, own in table.groupby("fold")]
+        known = metrics if name == "probability" else metrics["models"][name]
+        assert known["auroc"]["value"] == pytest.approx(np.mean(each))
+    difference = metrics["models"]["last value"]["auroc"]["value"] - metrics["auroc"]["value"]
+    assert metrics["models"]["last value"]["auroc"]["difference"] == pytest.approx(difference)
+    positive = table["probability"] >= table["fold"].map(dict(enumerate(thresholds)))
+    assert metrics["sensitivity"]["value"] == pytest.approx(recall_score(table["label"], positive))
+    assert len(set(thresholds)) == K
+    page = (run / "folds_trajectory" / "report.html").read_text()
+    assert f"one of {K} models that did not learn from them" in page
+    assert "s own, chosen on the validation part" in page
+
+
+def test_a_fold_that_is_held_out_changes_nothing_that_the_others_teach(run, data, tmp_path):
+    rows, fold = rows_and_folds(data)
+    changed, held_out = copy.copy(rows), fold == 1
+    event = np.isin(rows.groups, rows.groups[rows.labels == 1])
+    changed.labels = np.where(held_out, ~event, rows.labels)
+    changed.values = np.where(held_out[rows.owner][:, None], 900.0, rows.values)
+    changed.static = np.where(held_out[:, None], 900.0, rows.static)
+    words = command(data, tmp_path)
+    args = folds.fold_arguments(1, trainer.flags.complete(trainer.build_parser().parse_args(words)))
+    assert trainer.train(args, fold_dataset(changed, fold, 1, 0)) == 0
+    assert_equal(state(stage_folder(args)), state(fold_folder(run, 1)))
+
+
+# --------------------------------------------------------------------------- processes, stops
+
+
+@pytest.mark.slow
+def test_two_processes_find_to_the_bit_what_one_does(run, data, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(folds.joblib, "cpu_count", lambda: 2)
+    assert trainer.main(command(data, tmp_path)) == 0
+    shown = [line for line in capfd.readouterr().out.splitlines() if line.startswith("fold ")]
+    assert sorted(line.split(":")[0] for line in shown) == [f"fold {k}" for k in range(K)]
+    for k in range(K):
+        assert_equal(state(fold_folder(tmp_path, k)), state(fold_folder(run, k)))
+    name = "folds_trajectory/predictions_folds.csv"
+    assert (tmp_path / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_the_same_command_goes_on_with_the_fold_that_was_stopped(
+    run, data, tmp_path, monkeypatch, capsys
+):
+    steps, step = [], trainer.step
+
+    def stopped(*values):
+        steps.append(1)
+        if len(steps) == 24:
+            signal.raise_signal(signal.SIGTERM)
+        return step(*values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "step", stopped)
+        assert trainer.main(command(data, tmp_path)) == 143
+    first = fold_folder(tmp_path, 0) / "predictions_test.csv"
+    made = first.stat().st_mtime_ns
+    assert not (tmp_path / "folds_trajectory" / "metrics.json").exists()
+    capsys.readouterr()
+    assert trainer.main(command(data, tmp_path)) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fold ")]
+    how = ["already there, ", "continued, ", ""]
+    assert [line.split(": ")[1].partition("test")[0] for line in lines] == how
+    assert first.stat().st_mtime_ns == made
+    name = "folds_trajectory/predictions_folds.csv"
+    assert (tmp_path / name).read_bytes() == (run / name).read_bytes()
+
+
+# --------------------------------------------------------------------------- all patients
+
+
+def test_a_final_model_learns_from_all_patients_for_the_folds_median_of_epochs(run, data):
+    best = [content(fold_folder(run, k) / "metrics.json")["selected_epoch"] for k in range(K)]
+    epochs = round(np.median(best))
+    history = (run / "trajectory" / "history.jsonl").read_text().splitlines()
+    assert len(history) == epochs
+    rows, _ = rows_and_folds(data)
+    checkpoint = read_trajectory(run / TRAJECTORY_FILE)
+    assert np.isin(patient_hashes(rows, np.arange(len(rows))), checkpoint.train_patients).all()
+    # A plain loop, with the schedule of all epochs.
+    rows.held_out = ()
+    args = trainer.flags.complete(trainer.build_parser().parse_args(command(data, run)))
+    stage = trainer.make_stage(args, trainer.run_folder.run_data(args, rows, None), None)
+    assert len(stage.batches["train"].rows) == len(rows)
+    own = trainer.set_up(stage)
+    for _ in range(epochs):
+        trainer.train_epoch(stage, own, args.seed)
+        own.progress.next_epoch()
+    for name, weight in zip(stage.trainable_parameters(), own.average.weights, strict=True):
+        assert torch.equal(checkpoint.weights[name], weight), name
+
+
+def test_a_final_model_has_the_rule_and_the_metrics_of_the_folds(run, data, tmp_path):
+    model = TrajectoryModel.from_pretrained(run / "trajectory")
+    table = predictions(run / "folds_trajectory" / "predictions_folds.csv")
+    labels, risk = table["label"].to_numpy(), table["probability"].to_numpy()
+    assert model.threshold == pytest.approx(youden_threshold(labels, risk))
+    folds_metrics = content(run / "folds_trajectory" / "metrics.json")["folds"]
+    assert model.metrics["folds"] == folds_metrics
+    assert model.results().loc[STAGE_1, "auroc"] == folds_metrics["auroc"]["value"]
+    with pytest.raises(ValueError, match="folds"):
+        model.results("test")
+    model.save_pretrained(tmp_path / "copy")
+    assert f"{folds_metrics['auroc']['value']:.3f}" in (tmp_path / "copy/README.md").read_text()
+    words = ["--predict", "--checkpoint", str(run / "trajectory"), "--data_path", str(data)]
+    assert trainer.main([*words, "--predictions", str(tmp_path / "new.csv")]) == 0
+    assert len(pd.read_csv(tmp_path / "new.csv")) == len(table)
+
+
+def test_a_final_model_is_made_again_where_the_folds_are_other_ones(run, data, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    words = command(data, tmp_path / "run", f"--folds={K}", "--final")
+    made = (tmp_path / "run" / TRAJECTORY_FILE).stat().st_mtime_ns
+    assert trainer.main(words) == 0
+    assert "all patients: already there, " in capsys.readouterr().out
+    assert (tmp_path / "run" / TRAJECTORY_FILE).stat().st_mtime_ns == made
+    assert trainer.main([*words, "--folds=2"]) == 0
+    assert "all patients: folds AUROC" in capsys.readouterr().out
+    assert (tmp_path / "run" / "trajectory.1").is_dir()
+
+
+def test_recalibration_of_a_final_model_undoes_that_of_the_folds():
+    rng = np.random.default_rng(0)
+    labels, fold = rng.integers(0, 2, 400), np.repeat([0, 1], 200)
+    odds = labels + rng.normal(size=400)
+    slopes, intercepts = np.array([0.5, 2.0])[fold], np.array([1.0, -1.0])[fold]
+    table = pd.DataFrame({"id": "", "label": labels, "patient": ""})
+    table["model"] = 1 / (1 + np.exp(-(intercepts + slopes * odds)))
+    known = [{"calibration": {"slope": s, "intercept": i}} for s, i in ((0.5, 1.0), (2.0, -1.0))]
+    expected = folds.fit_decision_rule(labels.astype(float), odds, "platt")
+    found = folds.decide(table, known, fold, "platt")
+    assert found["calibration"]["slope"] == pytest.approx(expected.slope)
+    assert found["calibration"]["intercept"] == pytest.approx(expected.intercept)
+    assert found["threshold"] == pytest.approx(expected.threshold)
+    assert "residual_weight" not in found
+
+
+# --------------------------------------------------------------------------- sites
+
+
+def test_each_site_is_held_out_in_turn(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("medgemma_clinical.data.folds.MIN_OUTCOMES", 5)
+    assert trainer.main(command(data, tmp_path, "--leave_out=ward")) == 0
+    table = predictions(tmp_path / "leave_out_trajectory" / "predictions_folds.csv")
+    given = pd.read_csv(data, dtype=str)
+    site = table["patient"].map(given.groupby("subject_id")["ward"].first())
+    assert dict(zip(table["fold"], site, strict=True)) == {0: "east", 1: "north"}
+    assert "2 sites are held out in turn, 1 only train" in capsys.readouterr().out
+    learned = read_trajectory(tmp_path / "leave_out_trajectory" / "fold_0" / TRAJECTORY_FILE)
+    rows = MIMICtrajectoryDataset(data)
+    west = given["ward"].to_numpy() == "west"
+    assert np.isin(patient_hashes(rows, np.flatnonzero(west)), learned.train_patients).any()
+    assert "east" in (tmp_path / "leave_out_trajectory" / "report.html").read_text()
+
+
+# --------------------------------------------------------------------------- stages 2 and 3
+
+
+@pytest.mark.slow
+def test_the_folds_of_stage_2_read_the_stage_1_of_each(run, data, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    where = tmp_path / "run" / "folds_trajectory"
+    words = f"--model_name tiny --epochs 1 --folds {K} --final --log_file none --data_path {data}"
+    words += f" --output_dir {tmp_path / 'run'} --series_name Urea --outcome Death"
+    fold_0 = [*words.split(), f"--ode_checkpoint={where}/fold_0/{TRAJECTORY_FILE}"]
+    assert trainer.main(fold_0) == 2
+    assert "{fold}" in capsys.readouterr().err
+    other = f"--ode_checkpoint={where}/fold_{{fold}}/{TRAJECTORY_FILE}"
+    assert trainer.main([*words.split(), other, "--seed=1"]) == 2
+    assert "fold 0: " in capsys.readouterr().err, "patients that its stage 1 has seen"
+    assert trainer.main([*words.split(), other]) == 0
+    model = TrajectoryModel.from_pretrained(tmp_path / "run" / "classification")
+    place = tmp_path / "run" / "folds_classification"
+    each = [content(place / f"fold_{k}/classification/metrics.json") for k in range(K)]
+    weight = float(np.median([x["residual_weight"] for x in each]))
+    assert model.config["residual_weight"] == weight
+    assert STAGE_1 in model.results().index
+
+
+# --------------------------------------------------------------------------- from Python
+
+
+def test_cross_validate__finds_what_the_command_does_and_leaves_no_file(
+    run, data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    table = pd.read_csv(data, dtype={"subject_id": str})
+    found = cross_validate(table, folds=K, **FLAGS)
+    assert not list(tmp_path.iterdir())
+    expected = predictions(run / "folds_trajectory" / "predictions_folds.csv")
+    pd.testing.assert_frame_equal(found.predictions, expected)
+    model = TrajectoryModel.from_pretrained(run / "trajectory")
+    pd.testing.assert_frame_equal(found.results(), model.results())
+    assert LABEL not in found.predictions
+    with pytest.raises(TypeError, match="seeds"):
+        cross_validate(table, seeds=2)
