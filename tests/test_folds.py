@@ -5,11 +5,13 @@ import json
 import shutil
 import signal
 import tempfile
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.special import expit
 from sklearn.metrics import recall_score, roc_auc_score
 
 import medgemma_trainer as trainer
@@ -19,7 +21,7 @@ from medgemma_clinical.commands.run_folder import stage_folder
 from medgemma_clinical.data.folds import draw_folds, fold_dataset, foldable
 from medgemma_clinical.data.training_data import patient_hashes
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
-from medgemma_clinical.evaluation.decision import youden_threshold
+from medgemma_clinical.evaluation.decision import fit_decision_rule, youden_threshold
 from medgemma_clinical.inference.fitting import cross_validate
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from medgemma_trainer import TrajectoryModel
@@ -224,7 +226,12 @@ def test_a_final_model_has_the_rule_and_the_metrics_of_the_folds(run, data, tmp_
     assert f"{folds_metrics['auroc']['value']:.3f}" in (tmp_path / "copy/README.md").read_text()
     words = ["--predict", "--checkpoint", str(run / "trajectory"), "--data_path", str(data)]
     assert trainer.main([*words, "--predictions", str(tmp_path / "new.csv")]) == 0
-    assert len(pd.read_csv(tmp_path / "new.csv")) == len(table)
+    new = pd.read_csv(tmp_path / "new.csv")
+    assert len(new) == len(table)
+    assert new["probability_ensemble"].between(0, 1).all()
+    best = [STAGE_1, *folds_metrics["models"]]
+    auroc = [x["auroc"]["value"] for x in (folds_metrics, *folds_metrics["models"].values())]
+    assert model.config["best_model"] == best[np.argmax(auroc)]
 
 
 def test_a_final_model_is_made_again_where_the_folds_are_other_ones(run, data, tmp_path, capsys):
@@ -239,20 +246,22 @@ def test_a_final_model_is_made_again_where_the_folds_are_other_ones(run, data, t
     assert (tmp_path / "run" / "trajectory.1").is_dir()
 
 
-def test_recalibration_of_a_final_model_undoes_that_of_the_folds():
+def test_the_rules_of_a_final_model_undo_the_recalibration_of_the_folds():
     rng = np.random.default_rng(0)
     labels, fold = rng.integers(0, 2, 400), np.repeat([0, 1], 200)
-    odds = labels + rng.normal(size=400)
-    slopes, intercepts = np.array([0.5, 2.0])[fold], np.array([1.0, -1.0])[fold]
+    odds = {name: labels + rng.normal(size=400) for name in (STAGE_1, "blend")}
+    rules = [{}, {}]
     table = pd.DataFrame({"id": "", "label": labels, "patient": ""})
-    table["model"] = 1 / (1 + np.exp(-(intercepts + slopes * odds)))
-    known = [{"calibration": {"slope": s, "intercept": i}} for s, i in ((0.5, 1.0), (2.0, -1.0))]
-    expected = folds.fit_decision_rule(labels.astype(float), odds, "platt")
-    found = folds.decide(table, known, fold, "platt")
-    assert found["calibration"]["slope"] == pytest.approx(expected.slope)
-    assert found["calibration"]["intercept"] == pytest.approx(expected.intercept)
-    assert found["threshold"] == pytest.approx(expected.threshold)
-    assert "residual_weight" not in found
+    for name in odds:
+        slope, intercept = rng.uniform(0.5, 2, 2), rng.normal(size=2)
+        table[name] = expit(intercept[fold] + slope[fold] * odds[name])
+        for k, rule in enumerate(rules):
+            rule[name] = {"slope": slope[k], "intercept": intercept[k]}
+    table["ensemble"], found = 0.5, folds.decide(table, rules, fold, "platt")
+    for name, rule in ((STAGE_1, found["decision"]), ("blend", found["models"]["blend"])):
+        expected = asdict(fit_decision_rule(labels.astype(float), odds[name], "platt"))
+        assert rule == pytest.approx(expected)
+    assert found["models"].keys() == {"blend", "ensemble"}
 
 
 # --------------------------------------------------------------------------- sites

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from scipy.special import expit
 from threadpoolctl import threadpool_limits
 
 from medgemma_clinical.commands.command_line import EXIT_DONE, EXIT_INTERRUPTED
@@ -31,9 +32,16 @@ from medgemma_clinical.data.folds import draw_folds, fold_dataset, foldable, sit
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import exact_kernels, processes
-from medgemma_clinical.evaluation.baselines import STAGE_NAMES
+from medgemma_clinical.evaluation.baselines import (
+    ENSEMBLE,
+    STAGE_NAMES,
+    WORDS,
+    Baselines,
+    fit_baselines,
+    fit_rules,
+)
 from medgemma_clinical.evaluation.case_mix import demographics, subgroups
-from medgemma_clinical.evaluation.decision import DecisionRule, fit_decision_rule
+from medgemma_clinical.evaluation.decision import fit_decision_rule
 from medgemma_clinical.evaluation.metrics import log_odds
 from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
 from medgemma_clinical.evaluation.report import ReportContent, write_report
@@ -49,7 +57,7 @@ from medgemma_clinical.files import (
     write_text,
 )
 from medgemma_clinical.inference.trajectory_model import TrajectoryModel
-from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
+from medgemma_clinical.models.checkpoints import BASELINES, TRAJECTORY_FILE
 from medgemma_clinical.models.model_card import LIMITS, built_in_notice, page_card
 from medgemma_clinical.models.trained_model import read_trained_config
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
@@ -185,11 +193,20 @@ def write_results(
     own = fold[positions]
     thresholds = np.array([each["threshold"] for each in known])[own]
     metrics = evaluate(table, args.seed, thresholds, split=own)
+    configs = [read_trained_config(each) for each in folders]
+    rules = [{name: each["decision"], **each["models"]} for each in configs]
+    decided = decide(table, rules, own, args.calibrate)
+    auroc = metrics.metric("auroc")["value"]
+    decided["best_model"] = auroc[[name, *auroc.index.intersection([*decided["models"]])]].idxmax()
+    if all("residual_weight" in each for each in known):
+        decided["residual_weight"] = float(np.median([each["residual_weight"] for each in known]))
     content = {
         "stage": stage,
         "selected_epoch": round(np.median([each["selected_epoch"] for each in known])),
-        **decide(table, known, own, args.calibrate),
+        "threshold": decided["decision"]["threshold"],
+        "calibration": {"method": args.calibrate, **decided["decision"]},
         "folds": metrics.to_json(),
+        "decided": decided,
     }
     with_folds = table.copy()
     with_folds.insert(4, "fold", own)  # behind the model's own column
@@ -200,7 +217,7 @@ def write_results(
         folder / "report.html",
         table,
         metrics,
-        report_content(args, rows, positions, folders[0], content, first),
+        report_content(args, rows, positions, {**configs[0], **decided, "metrics": content}, first),
         min_cell=args.min_cell,
         list_patients=args.report_patients,
         folder=folder,
@@ -212,27 +229,28 @@ def write_results(
 
 
 def decide(
-    table: pd.DataFrame, known: Sequence[Json], fold: NDArray[np.int64], calibrate: str
+    table: pd.DataFrame,
+    rules: Sequence[Mapping[str, Json]],
+    fold: NDArray[np.int64],
+    calibrate: str,
 ) -> Json:
-    """Return the decision rule of a model of all patients, by the out-of-fold predictions.
+    """Fit the decision rules of a model of all patients to the out-of-fold predictions.
 
-    ``known`` are the folds' metrics, ``fold`` (n,) is that of each row of ``table``.
+    ``rules`` are those of each fold by model, ``fold`` (n,) is that of each row of ``table``.
+    Returns the keys of a configuration that ``results.write_results`` fits to the validation part.
     """
-    logit, calibration = log_odds(table.iloc[:, 3].to_numpy()), [x["calibration"] for x in known]
-    slope, intercept = (
-        np.array([each.get(name, usual) for each in calibration])[fold]
-        for name, usual in (("slope", 1.0), ("intercept", 0.0))
-    )
-    labels = table["label"].to_numpy(float)
-    rule = fit_decision_rule(labels, (logit - intercept) / slope, calibrate)
-    decided = {
-        "threshold": rule.threshold,
-        "calibration": {"method": calibrate, "slope": rule.slope, "intercept": rule.intercept},
-    }
-    if all("residual_weight" in each for each in known):
-        weights = [each["residual_weight"] for each in known]
-        decided["residual_weight"] = float(np.median(weights))
-    return decided
+    labels, name = table["label"].to_numpy(float), str(table.columns[3])
+    raw = {}  # log-odds before each fold's recalibration
+    for model in table.columns.intersection([*rules[0]]):
+        slope, intercept = (
+            np.array([each[model][key] for each in rules])[fold] for key in ("slope", "intercept")
+        )
+        raw[model] = (log_odds(table[model].to_numpy()) - intercept) / slope
+    rule = fit_decision_rule(labels, raw[name], calibrate)
+    risks = {model: expit(raw[model]) for model in raw if model not in (name, ENSEMBLE)}
+    others = fit_rules(labels, name, rule.probability(raw[name]), risks, calibrate)
+    models = {model: asdict(each) for model, each in others.items()}
+    return {"decision": asdict(rule), "models": models}
 
 
 def folds_sentence(metrics: Metrics, folds: int) -> str:
@@ -249,13 +267,11 @@ def report_content(
     args: Namespace,
     rows: TrajectoryDataset,
     positions: NDArray[np.int64],
-    folder: Path,
-    content: Json,
+    config: Json,
     first: str,
 ) -> ReportContent:
-    """Return what the page says beside its metrics; ``folder`` is a fold's, ``content`` of all."""
-    config = {**read_trained_config(folder), "data_sha256": rows.fingerprint(), "metrics": content}
-    config["residual_weight"] = content.get("residual_weight")
+    """Return what the page says beside its metrics; ``config`` is a fold's, decided by all."""
+    config = {**config, "data_sha256": rows.fingerprint()}
     kind = "each site held out" if args.leave_out else "each patient held out"
     return ReportContent(
         title=f"{STAGE_NAMES[config['stage']].capitalize()}, {kind}: {rows.outcome}",
@@ -304,16 +320,25 @@ def last_epoch_set(stage: Stage, args: Namespace) -> Stage:
 
 def write_final(
     stage: Stage, data: Data, folder: Path, state: TrainState, run: Json, args: Namespace
-) -> Json:
-    """Write the model of all patients, with the decision rule and the metrics of the folds."""
+) -> tuple[Json, Baselines | None]:
+    """Write the model of all patients, with the decision rules and the metrics of the folds.
+
+    Arguments and result are those of ``results.write_results``.
+    """
     content = read_json(folds_folder(args) / METRICS)
-    content["selected_epoch"] = state.progress.best_epoch
-    calibration = content["calibration"]
-    rule = DecisionRule(calibration["slope"], calibration["intercept"], content["threshold"])
-    config = {**stage.config, "decision": asdict(rule), "metrics": content}
-    if isinstance(stage.model, TrajectoryLLM) and "residual_weight" in content:
-        stage.model.residual_weight = config["residual_weight"] = content["residual_weight"]
-    if processes().is_main_process:
-        stage.save(folder, config)
-        write_json(folder / METRICS, content)
-    return config
+    decided = content.pop("decided")
+    config = {**stage.config, **decided, "metrics": content}
+    if isinstance(stage.model, TrajectoryLLM) and "residual_weight" in decided:
+        stage.model.residual_weight = decided["residual_weight"]
+    if not processes().is_main_process:
+        return config, None
+    fitted = fit_baselines(data.dataset, data.split["train"], data.usable_static)
+    known = {name: each for name, each in fitted.models.items() if name in config["models"]}
+    words = fitted.words if WORDS in config["models"] else None
+    baselines = replace(fitted, models=known, words=words)  # those of all folds
+    config["models"] = {name: decided["models"][name] for name in [*baselines.names, ENSEMBLE]}
+    config |= {"baseline_inputs": baselines.inputs, "baselines_sha256": baselines.sha256}
+    write_text(folder / BASELINES, baselines.to_json())
+    stage.save(folder, config)
+    write_json(folder / METRICS, content)
+    return config, baselines
