@@ -2,9 +2,13 @@
 
 import copy
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
+import time
 from dataclasses import asdict
 
 import numpy as np
@@ -24,6 +28,8 @@ from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.decision import fit_decision_rule, youden_threshold
 from medgemma_clinical.inference.fitting import cross_validate
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
+from medgemma_clinical.provenance import ROOT
+from medgemma_clinical.training.state import StateStore
 from medgemma_trainer import TrajectoryModel
 from visits import LABEL, cohort
 
@@ -159,6 +165,26 @@ def test_two_processes_find_to_the_bit_what_one_does(run, data, tmp_path, monkey
         assert_equal(state(fold_folder(tmp_path, k)), state(fold_folder(run, k)))
     name = "folds_trajectory/predictions_folds.csv"
     assert (tmp_path / name).read_bytes() == (run / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_processes_of_the_folds_which_keep_their_states(data, tmp_path):
+    words = [*command(data, tmp_path), "--trajectory_epochs=10000", "--patience=10000"]
+    program = [sys.executable, str(ROOT / "medgemma_trainer.py"), *words]
+    environment, pipe = {**os.environ, "LOKY_MAX_CPU_COUNT": "2"}, subprocess.PIPE
+    with subprocess.Popen(program, env=environment, stdout=pipe, stderr=pipe, text=True) as running:
+        place, began = tmp_path / "folds_trajectory", time.monotonic()
+        while len([*place.glob("fold_*/trajectory/history.jsonl")]) < 2:
+            assert running.poll() is None, running.stderr.read()
+            assert time.monotonic() < began + 300
+            time.sleep(0.1)
+        running.terminate()
+        _, error = running.communicate(timeout=60)  # its pipes are open while a process lives
+    assert running.returncode == 143
+    assert error.startswith("error: interrupted: ")
+    assert len(error.splitlines()) == 1
+    for k in (0, 1):
+        assert StateStore(fold_folder(tmp_path, k) / "last").newest()
 
 
 def test_the_same_command_goes_on_with_the_fold_that_was_stopped(

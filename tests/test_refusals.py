@@ -20,7 +20,7 @@ import srtr_dataset
 from conftest import SAMPLE
 from dataset_format import MIMICtrajectoryDataset
 from language_models import rehash
-from medgemma_clinical.commands import demo, predict
+from medgemma_clinical.commands import demo, folds, predict
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_trainer import TrajectoryModel
 from mimic_files import Mini
@@ -306,6 +306,11 @@ CONTRADICTIONS = [
     ("--ablation --seeds 2 --freeze_ode", "--ablation --freeze_ode"),
     ("--ablation --series_text none", "--ablation --series_text"),
     ("--seeds 2 --ode_checkpoint stage1.pt", "{seed}"),
+    ("--folds 3 --demo", "--demo --folds"),
+    ("--folds 3 --seeds 2", "--folds --seeds"),
+    ("--leave_out ward --folds 3", "--leave_out --folds"),
+    ("--final", "--final --folds --leave_out"),
+    ("--folds 3 --ode_checkpoint stage1.pt", "{fold}"),
     *((f"--trajectory_only {flag}", flag.split()[0]) for flag in LANGUAGE_MODEL),
     ("--soft_prompt off --members 2", "--ode_checkpoint --members"),
     ("--stage1_logit off", "--stage1_logit --ode_checkpoint"),
@@ -324,7 +329,7 @@ VALUES = [
     *("--epochs 0", "--batch_size 1.5", "--time_scale 0", "--time_scale inf", "--encoder_lr 0"),
     *("--lora_dropout 1", "--seed 5000000000", "--epochs " + "9" * 400, "--dataset mimic"),
     *("--solver euler", "--precision fp16", "--export gguf", "--quantization int8"),
-    *("--traj", "--no_such_flag"),  # abbreviations are not accepted
+    *("--folds 1", "--traj", "--no_such_flag"),  # abbreviations are not accepted
 ]
 OF_MIMIC = [
     *("--item 5", "--window_hours 0", "--window_hours nan", "--horizon_hours -1"),
@@ -413,8 +418,10 @@ CASES = [
     (KIND.format("--data_path new.csv --data_dir srtr"), "--data_path"),
     (KIND.format("--data_dir srtr"), "--data_path"),
     (KIND.format("--data_path new.csv --site ward"), "new.csv ward"),
-    (f"{TRAIN} --site ward", "data.csv ward"),
     (KIND.format("--data_path data.csv --update broken"), "broken"),
+    *((f"{TRAIN} {flag} ward", "data.csv ward") for flag in ("--site", "--leave_out")),
+    (f"{TRAIN} --folds 20", "data.csv --folds"),
+    ("trainer --trajectory_only --dataset srtr --data_dir srtr --leave_out ward", "--leave_out"),
     (LIVER.format("--data_dir srtr --site ward"), "--site ward"),
     *((EXPORT.format(each, "made"), each) for each in ("missing", "broken", "checkpoints/cut")),
     *((EXPORT.format(each, "made"), each) for each in (ENCODER, "run/trajectory")),
@@ -525,6 +532,7 @@ def test_random_command_lines_give_one_line_and_no_traceback(made, tmp_path, mon
     for module, name in ((trainer, "validate"), (trainer, "train_epoch")):
         monkeypatch.setattr(module, name, start)
     monkeypatch.setattr(predict, "write_predictions", start)
+    monkeypatch.setattr(folds.joblib, "cpu_count", lambda: 1)  # in this process
     monkeypatch.setattr(demo, "SETTINGS", {**demo.SETTINGS, "data_path": made / "data.csv"})
     monkeypatch.chdir(tmp_path)
     restore()

@@ -78,6 +78,8 @@ def set_environment() -> None:
     # On a GPU: batches of many lengths leave no fragments. Read when CUDA starts.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # Python tells of the semaphores that it clears up after processes which a signal has ended.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
 
 
@@ -112,7 +114,8 @@ def dataset_options(
     kind = kinds[args.dataset]
     others = {o for each in kinds.values() for o in (*each.options, each.source_flag)}
     if wrong := sorted(changed(args, parser, others - {*kind.options, kind.source_flag})):
-        raise InputError(f"--{wrong[0]}: not for --dataset {args.dataset}: leave it out")
+        name = "leave_out" if wrong[0] == "site" and args.leave_out else wrong[0]
+        raise InputError(f"--{name}: not for --dataset {args.dataset}: leave it out")
     given = {option: getattr(args, option) for option in kind.options}
     return {name: value for name, value in given.items() if value is not None}
 

@@ -45,8 +45,8 @@ def draw_folds(
     for patients, name in zip(strata, ("with", "without"), strict=True):
         if len(patients) < needed:
             raise InputError(
-                f"{source}: {len(patients)} patients {name} an event, {folds} folds need {needed}: "
-                "use fewer folds, or add such patients"
+                f"{source}: {len(patients)} patients {name} an event, --folds {folds} needs "
+                f"{needed}: choose fewer, or add such patients"
             )
     fold = np.empty(len(event), dtype=np.int64)
     fold[np.concatenate(strata)] = np.arange(len(event)) % folds
@@ -59,7 +59,8 @@ def site_folds(dataset: TrajectoryDataset) -> tuple[NDArray[np.int64], list[str]
     A patient belongs to the site of the first row. Rows of sites with few events, or few patients
     without one, have the fold -1: they only train.
     """
-    assert dataset.sites is not None
+    if dataset.sites is None:
+        raise InputError(f"{dataset.source}: read without its sites: give site to the data set too")
     first, owner = np.unique(dataset.groups, return_index=True, return_inverse=True)[1:]
     event = patient_events(dataset.groups, dataset.labels)[1]
     names, site = np.unique(dataset.sites[first], return_inverse=True)
