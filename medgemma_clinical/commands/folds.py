@@ -51,6 +51,7 @@ from medgemma_clinical.evaluation.verdicts import sentences
 from medgemma_clinical.files import (
     InputError,
     RunFault,
+    file_hash,
     owner_only,
     read_json,
     write_json,
@@ -303,7 +304,8 @@ def report_content(
 
 def train_final(args: Namespace, rows: TrajectoryDataset, train: Train) -> int:
     """Train one model on all patients, as long as the folds' median; nothing is held out."""
-    own: Json = {"folds": None}
+    # Other results of the folds, known by their hash, make another run.
+    own: Json = {"final": file_hash(folds_folder(args) / METRICS)}
     if args.ode_checkpoint:  # of all patients, too: it lies beside the folder of its folds
         own["ode_checkpoint"] = args.ode_checkpoint.parents[2] / TRAJECTORY_FILE
     everyone = copy.copy(rows)

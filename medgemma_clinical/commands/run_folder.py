@@ -30,7 +30,7 @@ from medgemma_clinical.training.trackers import Track, tracking
 
 logger = logging.getLogger(__name__)
 
-RUN_FORMAT = 6
+RUN_FORMAT = 5
 """Of ``run.json``; rises when runs of older versions can no longer be resumed."""
 
 METRICS = "metrics.json"
@@ -54,7 +54,6 @@ MATERIAL = {
     "data": "the data are other ones",
     "time_scale": "the time scale is another one",
     "stage_1_sha256": "--ode_checkpoint is another file",
-    "folds_sha256": "the folds have other results",
     "base_revision": "--model_name is of another revision",
     "base_sha256": "--model_name is another model",
     "rows_a_step": "--batch_size times --gradient_accumulation is another number",
@@ -157,7 +156,6 @@ def run_record(args: Namespace, data: Data, stage1: TrajectoryCheckpoint | None)
         "rows_a_step": args.batch_size * accumulate,
         "seed": args.seed,
         "stage_1_sha256": stage1.sha256 if stage1 else None,
-        "folds_sha256": files.file_hash(folds_folder(args) / METRICS) if args.final else None,
         "base_revision": base.get("base_revision"),
         "base_sha256": base.get("base_sha256"),
         "device": str(default_device()),
