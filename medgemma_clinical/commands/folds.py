@@ -293,7 +293,6 @@ def report_content(
         table_one=table_one(rows, {}),
         methods={"split": first},
         sites=None if rows.sites is None else rows.sites[positions],
-        methods={"split": first},
         notice=built_in_notice(config),
         first=[first],
     )
