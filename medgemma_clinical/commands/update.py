@@ -47,7 +47,7 @@ def write_update(
     """
     if judged.empty:
         need = f"{2 * MINORITY_PATIENTS} new patients with the event and as many without it"
-        raise InputError(f"--update {folder}: not written: it takes {need}; the predictions are")
+        raise InputError(f"--update {folder}: takes {need}: only the predictions were written")
     labels, risk = rows["label"].to_numpy(float), rows[used].to_numpy(float)
     method, losses = best_update(labels, judged)
     slope, intercept = fit_update(labels, risk, method)

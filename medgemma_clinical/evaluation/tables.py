@@ -113,7 +113,7 @@ def subgroup_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
 
 
 def site_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
-    """Return a ``site_table`` as text."""
+    """Return a ``site_table`` as text, with AUROC if any is known."""
     auroc = table[["auroc", "low", "high"]].itertuples(index=False)
     cells = {
         "Site": table["site"],
@@ -121,7 +121,7 @@ def site_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
         "Events": table["events"].map(count_text),
         "AUROC [95 %]": [interval_text(*each) for each in auroc],
     }
-    return pd.DataFrame(cells)
+    return pd.DataFrame(cells).iloc[:, : None if table["auroc"].notna().any() else -1]
 
 
 def update_cells(table: pd.DataFrame) -> pd.DataFrame:
