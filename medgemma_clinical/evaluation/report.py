@@ -35,13 +35,7 @@ from medgemma_clinical.evaluation.suppress import (
 )
 from medgemma_clinical.evaluation.table_one import table_one_cells
 from medgemma_clinical.evaluation.updating import update_table
-from medgemma_clinical.evaluation.verdicts import (
-    best_baseline,
-    counts_text,
-    interval_text,
-    percent,
-    sentences,
-)
+from medgemma_clinical.evaluation.verdicts import best_baseline, counts_text, percent, sentences
 from medgemma_clinical.evaluation.written_reports import compare_words
 from medgemma_clinical.files import atomic, write_text
 
@@ -60,12 +54,6 @@ INTERVALS = (
 PAGES.globals.update(tables=tables, percent=percent, compare=compare_words, INTERVALS=INTERVALS)
 PAGES.globals.update(table_one_cells=table_one_cells, pooled_sentence=pooled_sentence)
 PAGES.globals.update(MINORITY_PATIENTS=MINORITY_PATIENTS)
-
-TRIPOD = (
-    *("auroc", "auprc", "brier", "calibration_slope", "calibration_in_the_large", "e_average"),
-    *("sensitivity", "specificity", "ppv", "npv"),
-)
-"""Metrics in ``tripod.md``."""
 
 MAX_ERRORS = 10
 
@@ -167,11 +155,11 @@ def tripod(content: ReportContent, metrics: Metrics, numbers: Tables) -> str:
         .get_template("tripod.md.j2")
         .render(
             content=content,
-            performance=tables.metric_table(metrics, TRIPOD).to_dict("records"),
+            performance=tables.metric_table(metrics, [*tables.METRICS]).to_dict("records"),
             others=", ".join(map(code, metrics.models[1:])),
             lines=defaultdict(list, known),
             facts=defaultdict(str, content.methods or {}),
-            **{"code": code, "number": count_text, "interval": interval_text},
+            **{"numbers": numbers, "code": code, "number": count_text},
         )
     )
     return f"{filled}\n"
