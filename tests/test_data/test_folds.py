@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 
 from dataset_format import MIMICtrajectoryDataset
-from medgemma_clinical.data.folds import draw_folds, fold_dataset, foldable
+from medgemma_clinical.data.folds import draw_folds, fold_dataset, foldable, site_folds
+from medgemma_clinical.data.trajectories import UNKNOWN
 from medgemma_clinical.files import InputError
 from visits import cohort
 
@@ -66,3 +67,23 @@ def test_too_few_patients_for_the_folds_are_refused(events, folds):
         with pytest.raises(InputError, match=f"data.csv: {events} patients{name}"):
             draw_folds(groups, each, folds, 0, "data.csv")
     draw_folds(groups, (np.arange(60) < max(folds, 6)).astype(float), folds, 0)
+
+
+def test_a_site_is_a_fold_where_it_has_enough_patients_and_a_patient_is_of_the_first_rows_site():
+    dataset = MIMICtrajectoryDataset(cohort())
+    patient = np.array([int(name[1:]) for name in dataset.groups])
+    dataset.sites = np.array(["c", "a", "b", UNKNOWN], dtype=object)[patient % 4].astype(str)
+    dataset.sites[patient >= 196] = "small"
+    first = np.unique(dataset.groups, return_index=True)[1]
+    later = np.setdiff1d(np.arange(len(dataset)), first)
+    dataset.sites[later[:40]] = "a"  # of whomever
+    fold, names = site_folds(dataset)
+    assert names == ["a", "b", "c"]
+    assert (pd.Series(fold).groupby(dataset.groups).nunique() == 1).all()
+    own = np.array([*names, "none"])[fold[first]]
+    assert np.array_equal(own != "none", np.isin(dataset.sites[first], names))
+    assert np.array_equal(own[own != "none"], dataset.sites[first][own != "none"])
+    for sites, place in ((np.full(len(dataset), "a"), "--folds"), (None, "site")):
+        dataset.sites = sites
+        with pytest.raises(InputError, match=place):
+            site_folds(dataset)
