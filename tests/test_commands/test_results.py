@@ -207,3 +207,14 @@ def test_stage_3_shows_the_first_test_patient_with_the_event_where_values_may_be
     last = [series[each].split(" ")[-2] for each in test["id"]]
     shown = [f"{value} (6h)" in page for value in last]
     assert shown == [k == test["label"].argmax() for k in range(len(test))]
+
+
+def test_a_test_part_of_few_events_names_the_folds(caplog):
+    for events, named in ((29, True), (30, False)):
+        caplog.clear()
+        labels = (np.arange(90) < events).astype(int)
+        tested = {"id": "", "label": labels, "patient": np.arange(90).astype(str)}
+        table = pd.DataFrame({**tested, "model": np.linspace(0, 1, 90)})
+        with caplog.at_level("INFO"):
+            results.log_results({"val": evaluate(table, 0), "test": evaluate(table, 0)}, None, "x")
+        assert ("--folds" in caplog.text) == named
