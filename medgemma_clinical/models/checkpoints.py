@@ -190,7 +190,7 @@ def read_baselines(path: Path, config: dict[str, Any]) -> Baselines | None:
             raise ValueError("other models")
     except READING_ERRORS as error:
         raise InputError(
-            f"{file}: damaged, or not as it was written: restore it, or remove it to go without"
+            f"{file}: damaged, or not of {path}: restore it, or copy the model elsewhere without it"
         ) from error
     return baselines
 

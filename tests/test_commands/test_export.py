@@ -11,6 +11,7 @@ import pytest
 import medgemma_trainer as trainer
 from medgemma_clinical.commands import export as export_command
 from medgemma_clinical.inference import serving
+from medgemma_clinical.models.trained_model import read_trained_config
 from merged_models import save_base, save_stage
 from predicting import MARKER, predicted, refused, write_data
 
@@ -34,6 +35,7 @@ def test_an_export_predicts_as_the_run_does_and_holds_no_patient(stage, runs, ta
     assert expected["probability"].std() > 1e-4
     own = expected[[name for name in expected if not name.startswith("probability_")]]
     assert len(own.columns) < len(expected.columns), "an export holds no baselines"
+    assert "baselines_sha256" not in read_trained_config(tmp_path / "out")
     pd.testing.assert_frame_equal(found, own, rtol=0, atol=1e-6)
 
 

@@ -220,6 +220,10 @@ def test_a_kept_model_computes_what_its_library_does(kind):
     if kind == "regression":
         model = baselines.tuned_regression([]).fit(table.to_numpy(), labels)
         kept = as_kept(Regression.of(model, [*table]))
+        content = kept.to_json()
+        assert len(content["marked"]) == 4
+        with pytest.raises(ValueError, match="marked"):
+            Regression.from_json({**content, "marked": [*"abcd"]})
     else:
         rows = 10 if kind == "one leaf" else 300
         model = baselines.tuned_trees([], 300).fit(table.to_numpy()[:rows], labels[:rows])

@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 import medgemma_trainer as trainer
 from conftest import SAMPLE
 from language_models import rehash
+from medgemma_clinical.data.features import SINCE_LAST
 from medgemma_clinical.evaluation.baselines import BOOSTING, ENSEMBLE, LOGISTIC, STAGE_NAMES
 from medgemma_clinical.evaluation.decision import youden_threshold
 from medgemma_clinical.files import InputError, file_hash
@@ -201,14 +202,14 @@ def test_a_model_in_memory_keeps_its_baselines_recalibrated_as_it_is(tmp_path):
 
 
 def test_baselines_read_what_their_stage_does_not(tmp_path, capsys):
-    """Statics and prediction time of a stage 1 without them; rows without them have no risk."""
+    """A language model of text alone; rows without the columns have no risk."""
     rows = pd.read_csv(SAMPLE, nrows=80, dtype=str)
     rows["prediction_hours"] = np.arange(80) % 7 + 100
     data, out = write_data(rows, tmp_path / "data.csv"), tmp_path / "out.csv"
-    flags = ["--facts", "off", "--prediction_time", "off", "--trajectory_epochs", "1"]
-    words = ["--trajectory_only", "--data_path", str(data), "--output_dir", str(tmp_path), *flags]
-    assert trainer.main(words) == 0
-    folder = tmp_path / "trajectory"
+    words = ["--model_name", "tiny", "--soft_prompt", "off", "--epochs", "1"]
+    assert trainer.main([*words, "--data_path", str(data), "--output_dir", str(tmp_path)]) == 0
+    folder = tmp_path / "classification"
+    assert SINCE_LAST in read(folder / BASELINES)["models"][LOGISTIC]["columns"]
     found, own = predicted(folder, data, out), pd.read_csv(folder / "predictions_test.csv")
     found = found.set_index(found["id"].astype(own["id"].dtype)).loc[own["id"]]
     for name in (STATICS, LOGISTIC, BOOSTING, "last value", "blend with statics"):
