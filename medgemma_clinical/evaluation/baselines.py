@@ -29,6 +29,7 @@ from medgemma_clinical.evaluation.simple_models import (
     Regression,
     Trees,
     Words,
+    plain,
     read_names,
     word_table,
 )
@@ -130,8 +131,8 @@ class Baselines:
 
     def to_json(self) -> str:
         """Return the text of the file, in which each number is exact."""
-        models = {name: model.to_json() for name, model in self.models.items()}
-        words = self.words and self.words.to_json()
+        models = {name: plain(model) for name, model in self.models.items()}
+        words = self.words and plain(self.words)
         return json.dumps({**vars(self), "models": models, "words": words}) + "\n"
 
     @property

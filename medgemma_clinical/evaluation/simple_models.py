@@ -1,12 +1,12 @@
 """Fitted simple models as plain numbers: kept as JSON, computed here, by no library's reader.
 
-Each has ``risks``, ``to_json`` and ``from_json``, which raises an error for what is none.
+Each has ``risks``, and ``from_json``, which reads what ``plain`` gives and refuses all else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple, Self
 
@@ -44,6 +44,12 @@ def read_names(values: Any) -> list[str]:
     return values
 
 
+def plain(model: Any) -> dict[str, Any]:
+    """Return a model as lists of numbers, names and text."""
+    values = {field.name: getattr(model, field.name) for field in fields(model)}
+    return {name: x.tolist() if isinstance(x, np.ndarray) else x for name, x in values.items()}
+
+
 @dataclass(frozen=True)
 class Regression:
     """A logistic regression on K columns, unknown values filled in by means and marked."""
@@ -75,12 +81,6 @@ class Regression:
         risks: Array = expit(odds)
         return risks
 
-    def to_json(self) -> dict[str, Any]:
-        """Return lists of numbers and names."""
-        arrays = (name for name in vars(self) if name not in ("columns", "marked"))
-        lists = {name: getattr(self, name).tolist() for name in arrays}
-        return {"columns": self.columns, "marked": self.marked, **lists}
-
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
         """Check and return; see the module."""
@@ -107,10 +107,6 @@ class Words:
         table = word_table(self.vocabulary, texts)
         risks: Array = expit(table @ (self.coefficients / self.scale) + self.intercept)
         return risks
-
-    def to_json(self) -> dict[str, Any]:
-        """Return lists of numbers and words."""
-        return {name: x if isinstance(x, list) else x.tolist() for name, x in vars(self).items()}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
@@ -181,10 +177,6 @@ class Trees:
             total += tree.odds(values)
         risks: Array = expit(total)
         return risks
-
-    def to_json(self) -> dict[str, Any]:
-        """Return columns and text."""
-        return {"columns": self.columns, "text": self.text}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
