@@ -12,7 +12,9 @@ from pathlib import Path
 
 from medgemma_clinical import __version__
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "torchdiffeq", "scikit-learn")
+PACKAGES = (
+    *("torch", "transformers", "peft", "bitsandbytes", "torchdiffeq", "scikit-learn", "lightgbm"),
+)
 PACKAGE = Path(__file__).parent
 ROOT = PACKAGE.parent
 """The folder of the program: the four top-level files and this package."""

@@ -305,7 +305,12 @@ def test_each_site_is_held_out_in_turn(data, tmp_path, capsys, monkeypatch):
     rows = MIMICtrajectoryDataset(data)
     west = given["ward"].to_numpy() == "west"
     assert np.isin(patient_hashes(rows, np.flatnonzero(west)), learned.train_patients).any()
-    assert "east" in (tmp_path / "leave_out_trajectory" / "report.html").read_text()
+    folder = tmp_path / "leave_out_trajectory"
+    assert "east" in (folder / "report.html").read_text()
+    # The page counts who was judged: a total beside the sites would tell a hidden site's counts.
+    assert pd.read_csv(folder / "figures" / "split.csv")["rows"].tolist() == [len(table)]
+    assert pd.read_csv(folder / "figures" / "flow.csv")["left"].iloc[-1] == len(table)
+    assert pd.read_csv(folder / "figures" / "table_one.csv")["count"].iloc[0] == len(table)
 
 
 # --------------------------------------------------------------------------- stages 2 and 3

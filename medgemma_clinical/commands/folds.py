@@ -274,25 +274,28 @@ def report_content(
     """Return what the page says beside its metrics; ``config`` is a fold's, decided by all."""
     config = {**config, "data_sha256": rows.fingerprint()}
     kind = "each site held out" if args.leave_out else "each patient held out"
+    judged = np.isin(np.arange(len(rows)), positions)
+    if not judged.all():
+        rows = rows.keep_rows(judged, "of sites that only train")
     return ReportContent(
         title=f"{STAGE_NAMES[config['stage']].capitalize()}, {kind}: {rows.outcome}",
         question=rows.task_description(),
         data={
             "Source": Path(rows.source).name,
             "Kind": rows.kind,
-            "Used": f"{len(rows):,} {rows.noun}",
+            "Judged": f"{len(rows):,} {rows.noun}",
             "Static features": ", ".join(config["inputs"]["static"]) or "none are read",
         },
         card=page_card(config, {"Limits": LIMITS, "Seed": str(args.seed)}),
         threshold=None,
         seed=args.seed,
-        bands=subgroups(demographics(rows)).iloc[positions],
+        bands=subgroups(demographics(rows)),
         noun=rows.noun,
         flow=rows.flow,
-        split=split_table(rows.labels, rows.groups, {"tested once": positions}),
+        split=split_table(rows.labels, rows.groups, {"all folds": np.arange(len(rows))}),
         table_one=table_one(rows, {}),
         methods={"split": first},
-        sites=None if rows.sites is None else rows.sites[positions],
+        sites=rows.sites,
         notice=built_in_notice(config),
         first=[first],
     )

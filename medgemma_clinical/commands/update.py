@@ -19,7 +19,7 @@ from medgemma_clinical.evaluation.updating import (
     fit_update,
     updated_rule,
 )
-from medgemma_clinical.files import InputError
+from medgemma_clinical.files import InputError, move_aside
 from medgemma_clinical.inference.hub import save_model
 from medgemma_clinical.models.trained_model import TrainedModel
 
@@ -70,6 +70,8 @@ def write_update(
         own = np.stack(rows["rows"].tolist())[np.arange(len(rows)), labels.astype(int)]
         known = np.union1d(known, np.concatenate([own[own != 0], rows["patient"]]))
     config = updated_config(trained, used, slope, intercept, about)
+    for aside in move_aside([folder]):
+        logger.info("an earlier model was moved to %s", aside)
     save_model(replace(trained, config=config, train_patients=known), folder)
     logger.info("updated model: %s", folder)
 

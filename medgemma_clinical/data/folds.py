@@ -26,7 +26,10 @@ def foldable(dataset: TrajectoryDataset, max_samples: int, seed: int) -> Traject
     """Return the rows that are dealt out: labelled ones, of at most ``max_samples`` patients."""
     rows = labelled_rows(dataset).sample_patients(max_samples, seed)
     if rows.parts is not None:
-        logger.info("%s: the column split is not read: folds replace it", rows.source)
+        logger.warning(
+            "%s: the column split is not read: folds replace it, and its test part trains too",
+            rows.source,
+        )
         rows = copy.copy(rows)
         rows.parts = None
     return rows

@@ -137,7 +137,7 @@ def sentences(metrics: Metrics, noun: str = "predictions") -> list[Finding]:
             f"E-average {value_text(own.loc['e_average'])} (0 is ideal)."
         )
         found.append(Finding(None, text))
-    if ENSEMBLE in metrics.models:
+    if ENSEMBLE in metrics.models[1:]:
         row = metrics.row(ENSEMBLE, "auroc")
         level = difference_verdict(row, minority)
         adds = {BETTER: "adds", UNDECIDED: "is not shown to add", WORSE: "takes away"}

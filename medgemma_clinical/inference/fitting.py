@@ -12,7 +12,7 @@ import pandas as pd
 from medgemma_clinical.inference.trajectory_model import Rows, TrajectoryModel, results_table
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CrossValidation:
     """What ``cross_validate`` found.
 
@@ -28,6 +28,10 @@ class CrossValidation:
     def results(self) -> pd.DataFrame:
         """Return a row a model, as ``TrajectoryModel.results``."""
         return results_table(self.metrics["folds"])
+
+    def __repr__(self) -> str:
+        """Return the results, not the patients."""
+        return f"{type(self).__name__}:\n{self.results()}"
 
 
 def cross_validate(

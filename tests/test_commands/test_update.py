@@ -59,6 +59,10 @@ def test_the_updated_model_loads_and_predicts_the_event_for_the_same_rows(
     else:
         assert "does not hold its training data" in told
     assert "Updated after its test" in (new / "README.md").read_text()
+    if use == "ensemble":
+        updates = ["--update", str(new)]
+        predicted(runs / stage, data, tmp_path / "3.csv", *flags, *updates)
+        assert (new.parent / "new.1").is_dir(), "an earlier model is moved aside"
 
 
 def test_a_shared_copy_is_updated_twice_and_knows_the_rows_but_not_its_training(

@@ -1,5 +1,7 @@
 """Verdicts and sentences: only an interval that excludes a limit decides; what is left out."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -56,6 +58,12 @@ def test_a_sentence_is_left_out_where_its_rows_are_missing():
     assert len(sentences(result((0.6, 0.8), calibrated=False))) == 1
     assert len(sentences(result((0.6, 0.8), stages))) == 2
     assert len(sentences(result((0.6, 0.8), {**stages, "last value": (0.6, (-0.2, -0.1))}))) == 3
+
+
+def test_an_ensemble_is_not_compared_with_itself():
+    metrics = result((0.6, 0.8))
+    metrics = replace(metrics, table=metrics.table.rename({metrics.models[0]: ENSEMBLE}))
+    assert len(sentences(metrics)) == 2
 
 
 def test_the_best_baseline_is_neither_a_stage_nor_the_ensemble_nor_undefined():
