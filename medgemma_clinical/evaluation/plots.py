@@ -112,6 +112,7 @@ def to_image(figure: Figure, alt: str) -> Image:
     """Turn a figure into an SVG image."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.set_layout_engine("none")  # found once; a file of another format keeps it
     return Image(buffer.getvalue(), alt)
 
 
