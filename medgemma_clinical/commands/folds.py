@@ -25,7 +25,7 @@ from medgemma_clinical.commands.command_line import EXIT_DONE, EXIT_INTERRUPTED
 from medgemma_clinical.commands.compare import read_predictions
 from medgemma_clinical.commands.flags import set_environment
 from medgemma_clinical.commands.logs import command_logging
-from medgemma_clinical.commands.results import predictions_csv
+from medgemma_clinical.commands.results import describe_source, predictions_csv
 from medgemma_clinical.commands.run_folder import METRICS, folds_folder, stage_folder
 from medgemma_clinical.commands.several import Train, filled, run_or_continue, shared_models
 from medgemma_clinical.data.folds import draw_folds, fold_dataset, foldable, site_folds
@@ -133,7 +133,7 @@ def train_folds(tasks: Sequence[Task], train: Train) -> int:
             return first_code(run_or_continue(*task, train) for task in tasks)
     begin = partial(begin_process, TrajectoryModel.__module__)
     try:
-        with joblib.parallel_config("loky", inner_max_num_threads=1, initializer=begin):
+        with joblib.parallel_config("loky", initializer=begin):
             # No array goes through a file: they hold patients.
             parallel = joblib.Parallel(jobs, batch_size=1, max_nbytes=None)
             shown = any(each.get_name() == "console" for each in logging.root.handlers)
@@ -280,12 +280,7 @@ def report_content(
     return ReportContent(
         title=f"{STAGE_NAMES[config['stage']].capitalize()}, {kind}: {rows.outcome}",
         question=rows.task_description(),
-        data={
-            "Source": Path(rows.source).name,
-            "Kind": rows.kind,
-            "Judged": f"{len(rows):,} {rows.noun}",
-            "Static features": ", ".join(config["inputs"]["static"]) or "none are read",
-        },
+        data=describe_source(rows, config["inputs"]["static"]),
         card=page_card(config, {"Limits": LIMITS, "Seed": str(args.seed)}),
         threshold=None,
         seed=args.seed,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from argparse import Namespace
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from accelerate.utils import gather_object
 from medgemma_clinical.data.sample_size import describe_sample_size
 from medgemma_clinical.data.texts import code
 from medgemma_clinical.data.training_data import Data
+from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import peak_memory, processes, show_progress
 from medgemma_clinical.evaluation.baselines import (
     STAGE_NAMES,
@@ -270,13 +272,7 @@ def report_content(
     return ReportContent(
         title=f"{STAGE_NAMES[stage.name].capitalize()}: {dataset.outcome}",
         question=dataset.task_description(),
-        data={
-            "Source": Path(dataset.source).name,
-            "Kind": dataset.kind,
-            "Used": f"{len(dataset):,} {dataset.noun}",
-            "Missing values": "masked, never filled in",
-            "Static features": ", ".join(dataset.static_inputs) or "none are read",
-        },
+        data=describe_source(dataset, dataset.static_inputs),
         card=page_card(
             config,
             {
@@ -303,6 +299,17 @@ def report_content(
         notice=built_in_notice(config),
         first=list(filter(None, [weight_0_sentence(config)])),
     )
+
+
+def describe_source(dataset: TrajectoryDataset, static: Iterable[str]) -> dict[str, str]:
+    """Return what a page says of its data; ``static`` features are those that the model reads."""
+    return {
+        "Source": Path(dataset.source).name,
+        "Kind": dataset.kind,
+        "Used": f"{len(dataset):,} {dataset.noun}",
+        "Missing values": "masked, never filled in",
+        "Static features": ", ".join(static) or "none are read",
+    }
 
 
 def training_methods(stage: Stage, data: Data, arguments: dict[str, Any]) -> dict[str, str]:
