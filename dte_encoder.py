@@ -130,6 +130,8 @@ class ClinicalODERNN(nn.Module):
             ``time_scale``; a new ``VectorField`` if None. Not part of ``config``.
         dynamics: ``ode`` follows the field; ``decay`` is a ``Decay`` in closed form; ``none`` holds
             the state. The last two need no solver.
+        dropout: share of the update's inputs, and of the states that are returned, that training
+            sets to zero.
 
     Attributes:
         fused: whether rk4 may use the fast path where field and update are the stock modules. It
@@ -151,6 +153,7 @@ class ClinicalODERNN(nn.Module):
         atol: float = 1e-4,
         field: nn.Module | None = None,
         dynamics: str = "ode",
+        dropout: float = 0.0,
     ) -> None:
         """Make the layers; weights come from torch's global generator."""
         super().__init__()
@@ -158,13 +161,15 @@ class ClinicalODERNN(nn.Module):
         for name, size in {**sizes, "rtol": rtol, "atol": atol}.items():
             if not 0 < size < math.inf:
                 raise ValueError(f"{name} must be a positive number, got {size}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
         if dynamics not in DYNAMICS or (field is not None and dynamics != "ode"):
             raise ValueError(f"dynamics {dynamics!r}: one of {', '.join(DYNAMICS)}; a field is ode")
         if solver not in SOLVERS:
             raise ValueError(f"unknown solver {solver!r}: one of {', '.join(SOLVERS)}")
         self.input_dim, self.hidden_dim = input_dim, hidden_dim
         self.time_scale, self.rtol, self.atol = float(time_scale), float(rtol), float(atol)
-        self.solver, self.dynamics, self.fused = solver, dynamics, True
+        self.solver, self.dynamics, self.dropout, self.fused = solver, dynamics, dropout, True
         if field is None:
             stock = {"ode": VectorField, "decay": Decay}.get(dynamics)
             field = nn.Identity() if stock is None else stock(hidden_dim)
@@ -178,7 +183,7 @@ class ClinicalODERNN(nn.Module):
     def config(self) -> dict[str, Any]:
         """The keywords that rebuild this encoder, but for a ``field`` of the caller's own."""
         names = ("input_dim", "hidden_dim", "time_scale", "solver", "rtol", "atol", "dynamics")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, "dropout")}
 
     @property
     def longest_gap_hours(self) -> float:
@@ -241,23 +246,27 @@ class ClinicalODERNN(nn.Module):
             time_scale=self.time_scale,
             longest_step=MAX_SCALED_STEP if steps else math.inf,
             longest_gap=MAX_SCALED_GAP,
-            dtype=self.scaler.mean.dtype,
+            dtype=self.scaler.std.dtype,
         )
         return build_plan(times, values, observed, config, until)
 
     def run(self, plan: Plan) -> Tensor:
         """Encode a batch that this encoder, or one like it, has planned; as ``forward`` does."""
-        device = self.scaler.mean.device
+        device = self.scaler.std.device
         plan = plan.to(device)
-        read = functional.relu(self.read(self.inputs(plan)))  # (P, R)
+        read = self.drop(functional.relu(self.read(self.inputs(plan))))  # (P, R)
         with full_precision(device):
             # Under autocast the layer's output is narrower than the weights.
-            raw, final = self._run_steps(read.to(self.scaler.mean.dtype), plan)  # (P, H), (B, H)
+            raw, final = self._run_steps(read.to(self.scaler.std.dtype), plan)  # (P, H), (B, H)
             states = self.norm(raw)
             ends = None if plan.ends is None else self.norm(final.index_select(0, plan.ends))
         result = states.new_zeros(plan.shape[0] * plan.shape[1], self.hidden_dim)
         result = result.index_copy(0, plan.observation_index, states).view(*plan.shape, -1)
-        return result if ends is None else torch.cat([result, ends.unsqueeze(1)], dim=1)
+        return self.drop(result if ends is None else torch.cat([result, ends.unsqueeze(1)], dim=1))
+
+    def drop(self, tensor: Tensor) -> Tensor:
+        """Apply dropout in training."""
+        return functional.dropout(tensor, self.dropout, self.training)
 
     def inputs(self, plan: Plan) -> Tensor:
         """Return what the input layer reads of each observation, (P, 4F + 3).

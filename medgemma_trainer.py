@@ -90,7 +90,13 @@ from medgemma_clinical.inference.trajectory_model import Program, TrajectoryMode
 from medgemma_clinical.models import checkpoints, language_model, text_batches, trained_model
 from medgemma_clinical.models.checkpoints import TrajectoryCheckpoint, describe_data
 from medgemma_clinical.models.text_batches import TextCollator
-from medgemma_clinical.models.trajectory import Stage1, TrajectoryHead, TrajectoryMember, log_odds
+from medgemma_clinical.models.trajectory import (
+    Stage1,
+    TrajectoryCollator,
+    TrajectoryHead,
+    TrajectoryMember,
+    log_odds,
+)
 from medgemma_clinical.models.trajectory_llm import LLMClassifier, LLMWriter, SoftPrompt
 from medgemma_clinical.training import memory
 from medgemma_clinical.training.evaluate import evaluate
@@ -190,6 +196,7 @@ def build_parser() -> Parser:
     add("--solver", choices=SOLVERS, default="rk4", help="rk4, or adaptive")
     add("--dynamics", choices=DYNAMICS, default="ode", help="state between observations")
     add("--members", type=number(int, *checkpoints.MEMBERS), default=1, help="averaged encoders")
+    add("--dropout", type=number(float, 0, 0.49), default=0.3, help="of stage 1 in training")
     add("--facts", choices=switch, default="on", help="stage 1 reads static features")
     add("--prediction_time", choices=switch, default="on", help="carry the state to it")
 
@@ -248,7 +255,8 @@ def build_stage1(config: Mapping[str, Any], seed: int = 0) -> Stage1:
     for member in range(config["members"]):
         torch.manual_seed(distributed.derived_seed(seed, member))  # no two members start alike
         encoder = ClinicalODERNN(**config["encoder"])
-        members.append(TrajectoryMember(encoder, TrajectoryHead(encoder.hidden_dim, **sizes)))
+        head = TrajectoryHead(encoder.hidden_dim, **sizes, dropout=encoder.dropout)
+        members.append(TrajectoryMember(encoder, head))
     return Stage1(members)
 
 
@@ -340,7 +348,7 @@ def make_stage1(args: Namespace, data: Data, checkpoint: TrajectoryCheckpoint | 
         data.check_inputs()
         encoder: dict[str, Any] = {"input_dim": len(data.dataset.features), "hidden_dim": 64}
         encoder |= {"time_scale": data.time_scale(args.time_scale), "solver": args.solver}
-        encoder["dynamics"] = args.dynamics
+        encoder |= {"dynamics": args.dynamics, "dropout": args.dropout}
         config = {"encoder": encoder, "members": args.members, **data.description()}
         model = build_stage1(config, args.seed)
         model.fit_scales(data)
@@ -352,7 +360,7 @@ def make_stage1(args: Namespace, data: Data, checkpoint: TrajectoryCheckpoint | 
 
 def trajectory_stage(args: Namespace, data: Data, model: Stage1) -> Stage:
     """Stage 1: encoder and head learn, no language model."""
-    patients = data.training_patients()
+    patients, collate = data.training_patients(), TrajectoryCollator(model, data.dataset)
 
     def save(folder: Path, config: dict[str, Any]) -> None:
         path = folder.parent / checkpoints.TRAJECTORY_FILE
@@ -363,12 +371,12 @@ def trajectory_stage(args: Namespace, data: Data, model: Stage1) -> Stage:
         model=model,
         learning_rates={"members": args.encoder_lr},
         batches=part_batches(data.split, args.batch_size),
-        collate=model.collate(data.dataset),
+        collate=collate,
+        begin_epoch=collate.draw,
         batch_size=args.batch_size,
         lengths=data.dataset.lengths,
         epochs=args.trajectory_epochs,
         patience=args.patience,
-        monitor="val_auroc",
         config={"stage": "trajectory", **checkpoints.stage1_config(model), **describe_data(data)},
         save=save,
         train_patients=patients,
@@ -428,7 +436,6 @@ def llm_stage(
         lengths=1 + soft + words,
         epochs=args.epochs,
         patience=args.patience,
-        monitor="val_loss" if writes else "val_auroc",
         config=config,
         save=lambda folder, config: checkpoints.save_llm(folder / "best", model, config),
         text=text,
@@ -452,8 +459,8 @@ def set_up(stage: Stage) -> TrainState:
     total = stage.epochs * len(stage.batches["train"])
     warmup = max(1, min(WARMUP_STEPS, round(WARMUP_SHARE * total)))
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, total)
-    average = WeightAverage(parameters)
-    return TrainState(accelerator, model, parameters, optimizer, schedule, average)
+    average, members = WeightAverage(parameters), stage.members()
+    return TrainState(accelerator, model, parameters, members, optimizer, schedule, average)
 
 
 def fit(
@@ -512,6 +519,7 @@ def train_epoch(
     progress, batches = state.progress, stage.batches["train"]
     first, begun = progress.steps, 0.0
     batches.set_epoch(seed, progress.epoch + 1, progress.batches)
+    stage.begin_epoch(seed, progress.epoch + 1)
     stage.model.train()
     state.optimizer.zero_grad()
     title = f"{stage.name} {progress.epoch + 1}/{stage.epochs}"
@@ -534,8 +542,8 @@ def backward(stage: Stage, state: TrainState, rows: list[int]) -> tuple[Tensor, 
 
     def one_pass(part: list[int]) -> tuple[Tensor, int]:  # its frame holds all that must go
         output = state.model(send_to_device(stage.collate(part), accelerator.device))
-        output.loss.backward()
-        return output.loss.detach(), output.terms
+        output.loss.sum().backward()
+        return output.loss.detach().mean(), output.terms
 
     while True:
         parts, passes = [], stage.passes(rows)
@@ -564,7 +572,7 @@ def step(state: TrainState, loss: Tensor, terms: int) -> bool:
     for parameter in state.parameters:
         if parameter.grad is not None:  # to the mean over all terms, as of one large batch
             parameter.grad.mul_(state.accelerator.num_processes / total[1])
-    norm = clip_grad_norm_(state.parameters, LARGEST_NORM)
+    norm = torch.stack([clip_grad_norm_(own, LARGEST_NORM) for own in state.by_member()]).max()
     # The one time that a step waits for the device.
     all_loss, all_terms, stop, size = torch.cat([total, norm.double().view(1)]).tolist()
     if state.progress.count(all_loss, all_terms, size):
@@ -601,19 +609,19 @@ def end_epoch(
         "skipped_steps": progress.skipped,
         "seconds": round(progress.seconds, 3),
     }
-    score = metrics[stage.monitor]
-    better = score > progress.best if stage.higher_is_better else score < progress.best
-    improved = progress.best_epoch == 0 or better
-    if improved:
-        progress.best, progress.best_epoch = score, epoch
-        state.best = [weight.clone() for weight in state.average.weights]
-    exhausted = epoch - progress.best_epoch >= stage.patience
-    progress.history.append({**metrics, "improved": improved})
-    if improved:
+    # Without a validation part the weights of the last epoch are kept.
+    losses = [-epoch] * (1 + max(state.members)) if found is None else found.losses.tolist()
+    better = progress.judge(losses, stage.patience)
+    now = state.average.weights
+    kept = zip(state.members, state.best or now, now, strict=True)
+    state.best = [new.clone() if better[member] else old for member, old, new in kept]
+    exhausted = epoch - max(progress.best_epochs) >= stage.patience
+    progress.history.append({**metrics, "improved": any(better)})
+    if any(better):
         save_best(stage, state, folder)
     run_folder.write_history(folder, progress.history)
     track({name: x for name, x in metrics.items() if x is not None}, progress.steps)
-    announce.log_epoch(stage, metrics, progress.best_epoch, exhausted=exhausted)
+    announce.log_epoch(stage, metrics, progress, exhausted=exhausted)
     progress.over = exhausted or epoch == (stage.last_epoch or stage.epochs)
     progress.next_epoch()
 

@@ -106,19 +106,24 @@ def log_dry_run(stage: Stage, progress: Progress, rows: Sequence[int]) -> None:
     log_epoch_time(stage, progress.seconds, rows)
 
 
-def log_epoch(stage: Stage, metrics: dict[str, Any], best: int, *, exhausted: bool) -> None:
+def log_epoch(
+    stage: Stage, metrics: dict[str, Any], progress: Progress, *, exhausted: bool
+) -> None:
     """Log the metrics of an epoch, of most epochs to the log file alone."""
     epoch, skipped, train_loss = (metrics[k] for k in ("epoch", "skipped_steps", "train_loss"))
     shown = exhausted or epoch == stage.epochs or epoch % math.ceil(stage.epochs / MAX_SHOWN) == 0
     loss = "none" if train_loss is None else f"{train_loss:.4f}"  # no step was finite
-    val = "no validation part"
+    val, short = "no validation part", f"epoch {epoch}"
     if metrics["val_loss"] is not None:
         val = f"val loss {metrics['val_loss']:.4f}, val AUROC {metrics['val_auroc']:.4f}"
+        short = f"val loss {metrics['val_loss']:.3f}"
+    best = progress.best_epochs
+    names = ", ".join(map(str, best))
     logger.log(
         logging.INFO if shown else logging.DEBUG,
         f"epoch {epoch}/{stage.epochs}: train loss {loss}, {val}, {metrics['seconds']:.1f} s"
-        f", {'best so far' if best == epoch else f'best epoch {best}'}",
-        extra={"progress": (epoch, stage.epochs, f"{stage.monitor} {metrics[stage.monitor]:.3f}")},
+        f", {'best so far' if {*best} == {epoch} else f'best epoch {names}'}",
+        extra={"progress": (epoch, stage.epochs, short)},
     )
     if skipped:
         steps = len(stage.batches["train"])
@@ -126,7 +131,7 @@ def log_epoch(stage: Stage, metrics: dict[str, Any], best: int, *, exhausted: bo
         text = "epoch %d: %d of %d steps skipped, loss or gradient was not finite: %s"
         logger.log(level, text, epoch, skipped, steps, SKIPPED_ADVICE)
     if exhausted:
-        logger.info("no better %s for %d epochs: stopped", stage.monitor, stage.patience)
+        logger.info("no lower validation loss for %d epochs: stopped", stage.patience)
 
 
 def check_output(args: Namespace) -> None:

@@ -315,7 +315,7 @@ def last_epoch_set(stage: Stage, args: Namespace) -> Stage:
     if not args.final:
         return stage
     epochs = read_json(folds_folder(args) / METRICS)["selected_epoch"]
-    return replace(stage, monitor="epoch", last_epoch=epochs)
+    return replace(stage, last_epoch=epochs)
 
 
 def write_final(

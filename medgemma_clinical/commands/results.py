@@ -261,7 +261,7 @@ def report_content(
     auroc = value_text(validation.row(validation.models[0], "auroc"))
     dataset, best_epoch = data.dataset, state.progress.best_epoch
     parameters = list(stage.model.parameters())
-    best = f"{best_epoch}, by {stage.monitor} on the validation part"
+    best = f"{best_epoch}, by the loss on the validation part"
     if best_epoch == 1 < len(state.progress.history):
         best += "; training did not improve it after the first epoch"
     stage1_page, stage1 = None, run["arguments"]["ode_checkpoint"]

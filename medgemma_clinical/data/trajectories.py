@@ -60,7 +60,8 @@ class Batch(TypedDict):
     in padding rows; prediction_hours (B,) float32 on the clock of ``times``, of the last
     observation where unknown; summaries (B, S) and static (B, K) float32, NaN where unknown; labels
     (B,) float32, NaN where unknown; index (B,) int64 into the data set; plan: what an encoder that
-    plans computes ahead of these trajectories.
+    plans computes ahead of these trajectories; prefix_lengths (B,) int64: observations up to which
+    a row is read a second time in training; prefix_summaries (B, S): of these observations.
     """
 
     times: Tensor
@@ -72,6 +73,8 @@ class Batch(TypedDict):
     labels: Tensor
     index: Tensor
     plan: NotRequired[Any]
+    prefix_lengths: NotRequired[Tensor]
+    prefix_summaries: NotRequired[Tensor]
 
 
 class TrajectoryDataset:
@@ -343,6 +346,15 @@ class TrajectoryDataset:
         self.times, self.values = self.times[kept], self.values[kept]
         self.offsets = np.concatenate([[0], np.cumsum(sizes)])
         self._summaries = None
+
+    def up_to(self, lengths: NDArray[np.int64]) -> Self:
+        """Return each row up to one of its observations, (N,) of them, where it is predicted."""
+        beginning = copy.copy(self)
+        position = np.arange(len(self.times)) - np.repeat(self.offsets[:-1], self.lengths)
+        beginning.keep_observations(position < np.repeat(lengths, self.lengths))
+        if self.prediction_hours is not None:
+            beginning.prediction_hours = beginning.last_times
+        return beginning
 
     def sample_patients(self, max_patients: int, seed: int) -> Self:
         """Return all rows of at most so many patients, drawn by ``seed``; 0 means all.

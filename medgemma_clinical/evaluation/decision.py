@@ -56,12 +56,17 @@ class DecisionRule:
 class Predictions:
     """Log-odds of the rows of one part, in the order of the data set."""
 
-    loss: float  # mean over all terms
+    losses: Array  # (N,) mean over all terms, of each member
     labels: Array  # (n,) of 0 and 1
     logit: Array  # (n,) log-odds of the event as the model gives them
     rows: NDArray[np.int64]  # (n,) positions in the data set
     offset: Array  # (n,) the share of ``logit`` that stage 1 gives; zero where it gives none
     rule: DecisionRule = field(default_factory=DecisionRule)
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the members."""
+        return float(self.losses.mean())
 
     @property
     def probability(self) -> Array:

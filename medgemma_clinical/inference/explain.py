@@ -50,13 +50,11 @@ def prefixes(dataset: TrajectoryDataset) -> tuple[TrajectoryDataset, NDArray[np.
     owner = np.repeat(np.arange(len(dataset)), lengths + later)
     starts = np.cumsum(lengths + later) - (lengths + later)
     step = np.arange(len(owner)) - starts[owner]  # (M,) 0 for the first observation
-    cut = dataset.subset(owner)
-    position = np.arange(len(cut.times)) - np.repeat(cut.offsets[:-1], cut.lengths)
-    cut.keep_observations(position <= np.repeat(step, cut.lengths))
-    if cut.prediction_hours is not None:
-        keeps = (step == lengths[owner]) | np.isnan(cut.prediction_hours)
-        last = cut.times[cut.offsets[1:] - 1]
-        cut.prediction_hours = np.where(keeps, cut.prediction_hours, last)
+    whole = dataset.subset(owner)
+    cut = whole.up_to(step + 1)
+    if whole.prediction_hours is not None:
+        keeps = (step == lengths[owner]) | np.isnan(whole.prediction_hours)
+        cut.prediction_hours = np.where(keeps, whole.prediction_hours, cut.last_times)
     return cut, owner
 
 
@@ -114,7 +112,7 @@ def training_spreads(dataset: TrajectoryDataset, trained: TrainedModel) -> NDArr
     assert isinstance(member, TrajectoryMember)
     spreads = member.head.summary_scaler.std.double().numpy(force=True)
     last = spreads[[names.index(f"{name} last") for name in dataset.features]]
-    return np.where(np.isfinite(last) & (last != 1.0), last, np.nan)  # 1 stands for 0, see Scaler
+    return np.where(np.isfinite(last), last, np.nan)
 
 
 def risks_without_series(

@@ -48,7 +48,7 @@ from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 logger = logging.getLogger(__name__)
 
 TRAJECTORY_FILE = "medgemma_trajectory_best.pt"
-CHECKPOINT_FORMAT = 12
+CHECKPOINT_FORMAT = 13
 """Rises when the program and its older checkpoints no longer fit each other."""
 
 CONFIG = "config.json"

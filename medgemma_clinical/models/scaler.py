@@ -1,4 +1,4 @@
-"""Standardisation of columns with unknown entries, by the training part."""
+"""Columns of any distribution, with unknown entries, as scores of a normal distribution."""
 
 from __future__ import annotations
 
@@ -7,35 +7,80 @@ import math
 import torch
 from torch import Tensor, nn
 
-MAX_Z_SCORE = 8.0
-"""Standardised values are clipped here: one mistyped value must not decide a risk."""
+BINS = 24
+"""Bins into which the values of a column are cut, of equal size, to know its distribution."""
+
+MIN_BIN = 20
+"""Values in a bin: its mean, which is kept with the weights, tells no single one."""
+
+MAX_SCORE = 4.0
+"""Scores are clipped here: one mistyped value must not decide a risk."""
 
 
 class Scaler(nn.Module):
-    """Turn C columns into z-scores; its mean and standard deviation are buffers."""
+    """Turn C columns into normal scores, by the distribution of each in the training part.
 
-    mean: Tensor
+    A value has the score of a standard normal distribution at the same quantile, so that a column
+    with a long tail (lactate, bilirubin) teaches as much as a symmetric one. Between the means of
+    neighbouring bins scores are interpolated; beyond the outer ones they go on as z-scores.
+
+    Attributes:
+        knots: (bins, C) mean of each bin, ascending.
+        scores: (bins, C) mean normal score of each bin; of bins with an equal mean one score.
+        std: (C,) standard deviation, infinite where no entry is known.
+
+    Source: Conover 1999, "Practical Nonparametric Statistics", for normal scores.
+    """
+
+    knots: Tensor
+    scores: Tensor
     std: Tensor
 
     def __init__(self, columns: int) -> None:
-        """Leave the columns as they are until they are fitted."""
+        """Leave the columns as they are, but clipped, until they are fitted."""
         super().__init__()
-        self.register_buffer("mean", torch.zeros(columns))
+        same = torch.linspace(-MAX_SCORE, MAX_SCORE, BINS)[:, None].repeat(1, columns)
+        self.register_buffer("knots", same)
+        self.register_buffer("scores", same.clone())
         self.register_buffer("std", torch.ones(columns))
 
     @torch.no_grad()
     def fit(self, table: Tensor) -> None:
-        """Fit the scales to (n, C), NaN being unknown; a column without known entry reads as 0."""
-        table = table.double()
-        unknown = table.isnan().all(0)
-        mean = table.nanmean(0).nan_to_num(nan=0.0)
-        std = (table - mean).square().nanmean(0).sqrt()
-        # A constant column stays at zero; rounding alone leaves it a spread of 1e-16 of its mean.
-        std = torch.where(std > 1e-9 * mean.abs(), std, 1.0)
-        self.mean.copy_(mean)
-        self.std.copy_(std.masked_fill(unknown, math.inf))
+        """Fit to (n, C), NaN being unknown; a column without known entry, or constant, reads 0."""
+        self.knots.zero_(), self.scores.zero_(), self.std.fill_(math.inf)
+        for c, column in enumerate(table.double().T):
+            known = column[~column.isnan()].sort().values
+            # Rounding alone leaves a constant column a spread of 1e-16 of its mean.
+            if len(known) and (std := known.std(correction=0)) > 1e-9 * known.mean().abs():
+                self.std[c] = std
+                self.knots[:, c], self.scores[:, c] = bin_means(known)
 
     def forward(self, table: Tensor) -> Tensor:
-        """Return clipped z-scores for (..., C), zero where unknown."""
-        z = ((table - self.mean) / self.std).clamp(-MAX_Z_SCORE, MAX_Z_SCORE)
-        return z.nan_to_num(nan=0.0)
+        """Return clipped scores for (..., C), zero where unknown."""
+        knots, scores = self.knots.T.contiguous(), self.scores.T.contiguous()  # (C, bins)
+        x = table.reshape(-1, table.shape[-1]).T.contiguous()  # (C, n)
+        right = torch.searchsorted(knots, x).clamp(1, BINS - 1)
+        low, high = knots.gather(1, right - 1), knots.gather(1, right)
+        inside = x.clamp(knots[:, :1], knots[:, -1:])
+        share = torch.where(high > low, (inside - low) / (high - low), 1.0)
+        score = torch.lerp(scores.gather(1, right - 1), scores.gather(1, right), share)
+        score = (score + (x - inside) / self.std[:, None]).clamp(-MAX_SCORE, MAX_SCORE)
+        return score.nan_to_num(nan=0.0).T.reshape(table.shape)
+
+
+def bin_means(known: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean value and the mean normal score of each bin, (BINS,) each, of sorted values.
+
+    Few values make fewer bins; the last one fills the places that are left.
+    """
+    bins = max(1, min(BINS, len(known) // MIN_BIN))
+    quantiles = (torch.arange(len(known), dtype=torch.double) + 0.5) / len(known)
+    owner = (quantiles * bins).long()
+    sizes = torch.bincount(owner)
+    normal = math.sqrt(2) * torch.erfinv(2 * quantiles - 1)
+    knots, scores = (torch.bincount(owner, x) / sizes for x in (known, normal))
+    # A value that fills several bins has one score.
+    knots, same, counts = knots.unique_consecutive(return_inverse=True, return_counts=True)
+    scores = torch.bincount(same, scores) / counts
+    place = torch.arange(BINS).clamp(max=len(knots) - 1)
+    return knots[place], scores[place]

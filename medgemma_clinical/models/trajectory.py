@@ -7,9 +7,10 @@ C columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -21,15 +22,19 @@ from medgemma_clinical.data.trajectories import Batch, TrajectoryDataset
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.scaler import Scaler
 
-STATIC_WIDTH = 32
-"""Width of the network of the static features."""
+SUMMARY_WIDTH, STATIC_WIDTH = 64, 32
+"""Widths of the networks of summaries and of static features."""
+
+PREFIX_WEIGHT = 0.5
+"""Weight of the loss at an earlier observation beside that at the prediction time."""
 
 
 class Output(NamedTuple):
     """Loss and predictions of a stage's model for one batch.
 
-    loss: scalar float32, a sum over ``terms`` (patients, or answer tokens), so that no mean depends
-    on how rows fall into batches; terms: their number, weights included; logit (B,): log-odds of
+    loss: (N,) float32, of each member of stage 1, or of a language model alone; a sum over
+    ``terms`` (patients, or answer tokens), so that no mean depends on how rows fall into batches;
+    terms: their number, weights included; logit (B,): log-odds of
     the event, float32; offset (B,): the share of it that is stage 1's, None where there is none.
     """
 
@@ -48,50 +53,81 @@ class TrajectoryHead(nn.Module):
     """Add the terms of states, summaries and static features to one logit a patient.
 
     The states are read as their attention-weighted mean beside the state at the prediction time,
-    the summaries by a linear term that starts at zero, the static features by a small
-    network.
+    summaries and static features by a small network each.
     """
 
-    def __init__(self, hidden_dim: int, *, summaries: int, static: int) -> None:
+    def __init__(
+        self, hidden_dim: int, *, summaries: int, static: int, dropout: float = 0.0
+    ) -> None:
         """Make the terms of H states, S summaries and K static features, which may be 0."""
         super().__init__()
         self.attention = nn.Linear(hidden_dim, 1, bias=False)
         self.output = nn.Linear(2 * hidden_dim, 1)
+        self.dropout = nn.Dropout(dropout)
         self.summary_scaler = Scaler(summaries)
-        self.wide = nn.Linear(2 * summaries, 1, bias=False)
-        nn.init.zeros_(self.wide.weight)
+        self.summaries = network(2 * summaries, SUMMARY_WIDTH, dropout, 2 * dropout)
         self.static_scaler = Scaler(static)
-        self.static: nn.Module | None = None
-        if static:
-            inner, outer = (
-                nn.Linear(2 * static, STATIC_WIDTH),
-                nn.Linear(STATIC_WIDTH, 1, bias=False),
-            )
-            self.static = nn.Sequential(inner, nn.ReLU(), outer)
+        self.static = network(2 * static, STATIC_WIDTH) if static else None
 
     def forward(self, states: Tensor, batch: Batch) -> Tensor:
-        """Return logits (B,) float32.
+        """Return logits (B,) float32 at the prediction time.
 
         Args:
             states: (B, L + 1, H), after each observation and, last, at the prediction time.
             batch: of the same patients.
         """
         present = batch["observed"].any(dim=2)  # (B, L)
-        observed, last = states[:, :-1], states[:, -1]
-        scores = self.attention(observed).squeeze(2).masked_fill(~present, -math.inf)  # (B, L)
-        pooled = torch.einsum("bl,blh->bh", scores.softmax(dim=1), observed)
-        logit = self.output(torch.cat([pooled, last], dim=1))  # (B, 1)
-        logit = logit + self.wide(masked(self.summary_scaler, batch["summaries"]))
+        return self.read(states[:, :-1], states[:, -1], present, batch["summaries"], batch)
+
+    def forward_prefix(self, states: Tensor, batch: Batch) -> Tensor:
+        """Return logits (B,) at an earlier observation of each patient, by what is known then.
+
+        Arguments as in ``forward``; the batch says how many observations are read.
+        """
+        length = batch["prefix_lengths"]  # (B,) at least 1
+        present = torch.arange(states.shape[1] - 1, device=length.device) < length[:, None]
+        last = states[torch.arange(len(length), device=length.device), length - 1]  # (B, H)
+        return self.read(states[:, :-1], last, present, batch["prefix_summaries"], batch)
+
+    def read(
+        self, states: Tensor, last: Tensor, present: Tensor, summaries: Tensor, batch: Batch
+    ) -> Tensor:
+        """Return logits (B,) of states (B, L, H) where present (B, L), last (B, H), summaries."""
+        scores = self.attention(states).squeeze(2).masked_fill(~present, -math.inf)  # (B, L)
+        pooled = torch.einsum("bl,blh->bh", scores.softmax(dim=1), states)
+        logit = self.output(self.dropout(torch.cat([pooled, last], dim=1)))  # (B, 1)
+        logit = logit + self.summaries(masked(self.summary_scaler, summaries))
         if self.static is not None:
             logit = logit + self.static(masked(self.static_scaler, batch["static"]))
         result: Tensor = logit.squeeze(1)
         return result
 
 
+def network(
+    inputs: int, width: int, dropout: float = 0.0, hidden_dropout: float = 0.0
+) -> nn.Sequential:
+    """Return a network of one hidden layer from ``inputs`` columns to a number."""
+    return nn.Sequential(
+        nn.Dropout(dropout),
+        nn.Linear(inputs, width),
+        nn.ReLU(),
+        nn.Dropout(hidden_dropout),
+        nn.Linear(width, 1, bias=False),
+    )
+
+
 def masked(scaler: Scaler, table: Tensor) -> Tensor:
     """Return (B, 2C) for (B, C): z-scores, zero where unknown, and 1 where known."""
     z = scaler(table)
     return torch.cat([z, (~table.isnan()).to(z)], dim=1)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the binary cross-entropy of each member, (N,), a sum over B of logits (N, B)."""
+    each = functional.binary_cross_entropy_with_logits(
+        logits, labels.expand_as(logits), reduction="none"
+    )
+    return each.sum(dim=1)
 
 
 class TrajectoryMember(nn.Module):
@@ -131,25 +167,26 @@ class Stage1(nn.Module):
         plan = self.encoder.plan(batch["times"], batch["values"], batch["observed"], until)
         return {**batch, "plan": plan}
 
-    def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the first member's states (B, L + 1, H) and all members' logits (N, B)."""
+    def read(self, batch: Batch) -> tuple[list[Tensor], Tensor]:
+        """Return the states (B, L + 1, H) of each member, and all members' logits (N, B)."""
         batch = batch if "plan" in batch else self.plan(batch)
-        outputs = [member(batch) for member in self.members]
-        return outputs[0][0], torch.stack([logit for _, logit in outputs])
+        states, logits = zip(*(member(batch) for member in self.members), strict=True)
+        return list(states), torch.stack(logits)
 
     def forward(self, batch: Batch) -> Output:
-        """Return the members' mean binary cross-entropy (sum over B) and mean logit.
+        """Return each member's binary cross-entropy (sum over B) and the mean logit.
 
-        Each member learns from its own loss; the loss of the averaged prediction is lower.
+        Members learn from their own loss; the loss of the averaged logit is lower. In training the
+        risk at an earlier observation of each patient counts too, where the batch names one.
         """
-        logits = self.read(batch)[1]  # (N, B)
-        labels = batch["labels"].expand_as(logits)
-        loss = functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
-        return Output(loss / len(logits), len(labels[0]), logits.mean(dim=0))
-
-    def collate(self, dataset: TrajectoryDataset) -> Callable[[Sequence[int]], Batch]:
-        """Return the function that makes a batch, planned ahead, of positions in a data set."""
-        return lambda rows: self.plan(dataset.collate(rows))
+        states, logits = self.read(batch)  # of N members; (N, B)
+        loss = cross_entropy(logits, batch["labels"])
+        if self.training and "prefix_lengths" in batch:
+            members: Any = zip(self.members, states, strict=True)
+            early = torch.stack([member.head.forward_prefix(own, batch) for member, own in members])
+            early_loss = cross_entropy(early, batch["labels"])
+            loss = (loss + PREFIX_WEIGHT * early_loss) / (1 + PREFIX_WEIGHT)
+        return Output(loss, logits.shape[1], logits.mean(dim=0))
 
     def fit_scales(self, data: Data) -> None:
         """Fit scales and prevalence to the training part.
@@ -180,3 +217,33 @@ class Stage1(nn.Module):
         longest = dataset.longest_gaps().max()
         if longest > self.encoder.longest_gap_hours:
             raise InputError(f"a gap of {longest:g} h in the data needs a larger --time_scale")
+
+
+class TrajectoryCollator:
+    """Make batches of stage 1, planned ahead.
+
+    After ``draw`` they also say up to which earlier observation each row is read a second time, so
+    that risks early in a series are learned too, and what its summaries are then. The draw depends
+    on seed, epoch and row alone, not on the batches.
+    """
+
+    def __init__(self, model: Stage1, dataset: TrajectoryDataset) -> None:
+        """Keep both; no earlier observation is drawn yet."""
+        self.model, self.dataset = model, dataset
+        self.lengths = self.summaries = torch.empty(0)
+
+    def draw(self, seed: int, epoch: int) -> None:
+        """Draw an observation of each row for an epoch."""
+        share = np.random.default_rng([seed, epoch]).random(len(self.dataset))
+        lengths = 1 + (share * self.dataset.lengths).astype(np.int64)
+        self.lengths = torch.from_numpy(lengths)
+        self.summaries = torch.from_numpy(self.dataset.up_to(lengths).summaries()).float()
+
+    def __call__(self, rows: Sequence[int]) -> Batch:
+        """Return the batch of B positions."""
+        batch = self.model.plan(self.dataset.collate(rows))
+        if not len(self.lengths):
+            return batch
+        batch["prefix_lengths"] = self.lengths[batch["index"]]
+        batch["prefix_summaries"] = self.summaries[batch["index"]]
+        return batch

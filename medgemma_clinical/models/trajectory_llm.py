@@ -99,14 +99,15 @@ def latest_states(stage1: Stage1, batch: Batch, tokens: int) -> TrajectoryStates
     They are the states after the observations and, where the question is asked later than the last
     observation, the state at the prediction time.
     """
-    states, logits = stage1.read(batch)  # (B, L + 1, H), (N, B)
+    states, logits = stage1.read(batch)  # of N members, (N, B)
     length = batch["observed"].any(dim=2).sum(1)  # (B,)
-    row = torch.arange(len(states), device=states.device)
+    first = states[0]
+    row = torch.arange(len(first), device=first.device)
     later = batch["prediction_hours"] > batch["times"][row, length - 1]
-    place = (length + later)[:, None] - tokens + torch.arange(tokens, device=states.device)
+    place = (length + later)[:, None] - tokens + torch.arange(tokens, device=first.device)
     # The state at the prediction time stands in the last column, behind the padding.
-    column = torch.where(place == length[:, None], states.shape[1] - 1, place.clamp(min=0))
-    return TrajectoryStates(states[row[:, None], column], place >= 0, logits.mean(dim=0))
+    column = torch.where(place == length[:, None], first.shape[1] - 1, place.clamp(min=0))
+    return TrajectoryStates(first[row[:, None], column], place >= 0, logits.mean(dim=0))
 
 
 class TrajectoryLLM(nn.Module):
@@ -245,7 +246,7 @@ class LLMClassifier(TrajectoryLLM):
         residual = self.residual(at_verdict(hidden, text_start, batch))
         logit, labels = offset + self.residual_weight * residual, batch["labels"]  # (B,) each
         loss = functional.binary_cross_entropy_with_logits(logit, labels, reduction="sum")
-        return Output(loss, len(labels), logit, offset)
+        return Output(loss[None], len(labels), logit, offset)
 
 
 def answer_loss(
@@ -305,7 +306,7 @@ class LLMWriter(TrajectoryLLM):
         )
         residual = self.residual(at_verdict(hidden, text_start, batch))
         terms = len(row) + (VERDICT_WEIGHT - 1) * int(is_verdict.sum())
-        return Output(loss, terms, offset + self.residual_weight * residual, offset)
+        return Output(loss[None], terms, offset + self.residual_weight * residual, offset)
 
     @torch.no_grad()
     def write(self, batch: TextBatch, max_tokens: int, eos: list[int], pad: int) -> Tensor:

@@ -39,12 +39,13 @@ def evaluate(
         offset = torch.zeros_like(output.logit) if output.offset is None else output.offset
         columns = batch["index"], batch["labels"], output.logit, offset
         arrays = [column.double().numpy(force=True) for column in columns]
-        results.append((float(output.loss), int(output.terms), arrays))
+        loss = output.loss.double().numpy(force=True)
+        results.append((loss, int(output.terms), arrays))
     losses, terms, parts = zip(*gather_object(results), strict=True)
     rows, labels, logit, share = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.argsort(rows)
     return Predictions(
-        loss=sum(losses) / sum(terms),
+        losses=sum(losses) / sum(terms),
         labels=labels[order],
         logit=logit[order],
         rows=rows[order].astype(np.int64),

@@ -30,8 +30,7 @@ class Stage:
         batch_size: most rows of one forward and backward pass.
         lengths: (N,) tokens of each row, without text observations.
         epochs: most passes over the training part.
-        patience: epochs without a better score after which training stops.
-        monitor: key of the epoch's metrics that selects the best epoch; of a loss the lowest.
+        patience: epochs without a lower validation loss after which training stops.
         config: of the checkpoint, plain types; the decision rule joins it with the results.
         save: writes the model's weights and a config as the best, for the folder of the stage.
         text: the tokenised rows; None without language model.
@@ -39,6 +38,7 @@ class Stage:
         train_patients: hashes of the patients that train, of stage 1; None for the others.
         max_tokens: rows times tokens of the longest that fit the memory in one pass, once known.
         last_epoch: after which training stops, where no validation part says when.
+        begin_epoch: is told the seed and the number of each training epoch.
         recomputes: whether layers are computed again in the backward pass.
     """
 
@@ -51,7 +51,6 @@ class Stage:
     lengths: NDArray[np.int64]
     epochs: int
     patience: int
-    monitor: str
     config: dict[str, Any]
     save: Callable[[Path, dict[str, Any]], None]
     text: TextCollator | None = None
@@ -59,17 +58,13 @@ class Stage:
     train_patients: NDArray[np.int64] | None = None
     max_tokens: int | None = None
     last_epoch: int | None = None
+    begin_epoch: Callable[[int, int], None] = lambda seed, epoch: None
     recomputes: bool = False
 
     @property
     def tokens(self) -> float:
         """Tokens that a language model reads of a training patient, mean; 0 without one."""
         return 0.0 if self.text is None else float(self.lengths[self.batches["train"].rows].mean())
-
-    @property
-    def higher_is_better(self) -> bool:
-        """Direction of ``monitor``."""
-        return not self.monitor.endswith("loss")
 
     def passes(self, rows: Sequence[int]) -> list[list[int]]:
         """Cut the rows of a step into those of each forward and backward pass."""
@@ -96,3 +91,8 @@ class Stage:
         """Return the parameters that learn by their name in ``model``, in the groups' order."""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         return {names[p]: p for group in self.parameter_groups() for p in group["params"]}
+
+    def members(self) -> list[int]:
+        """Return the member of stage 1 that each trainable parameter belongs to, 0 elsewhere."""
+        own = [name.split(".") for name in self.trainable_parameters()]
+        return [int(name[1]) if name[0] == "members" else 0 for name in own]

@@ -8,6 +8,7 @@ import io
 import logging
 import math
 import re
+import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ SKIPPED_ADVICE = (
     "version, --precision fp32, or another --batch_size"
 )
 
-STATE_FORMAT = 7
+STATE_FORMAT = 8
 """Rises when older states can no longer be resumed."""
 
 KEPT = 2
@@ -85,8 +86,8 @@ class Progress:
         seconds: the epoch has taken, those before a stop included.
         skipped: steps of the epoch that were not taken, as loss or gradient was not finite.
         skipped_in_a_row: the latest of them without a step between.
-        best: score of the best epoch, NaN before the first.
-        best_epoch: its number, 0 before the first.
+        best: lowest validation loss of each member, none before the first epoch ends.
+        best_epochs: the epochs of these.
         history: objects of ``history.jsonl``.
         over: training has ended.
     """
@@ -99,8 +100,8 @@ class Progress:
     seconds: float = 0.0
     skipped: int = 0
     skipped_in_a_row: int = 0
-    best: float = math.nan
-    best_epoch: int = 0
+    best: list[float] = field(default_factory=list)
+    best_epochs: list[int] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     over: bool = False
 
@@ -125,6 +126,27 @@ class Progress:
             )
         return taken
 
+    @property
+    def best_epoch(self) -> int:
+        """The best epoch, of several members their median; 0 before the first ends."""
+        return round(statistics.median(self.best_epochs or [0]))
+
+    def judge(self, losses: Sequence[float], patience: int) -> list[bool]:
+        """Count the losses of an epoch; return for each member whether it is the best so far.
+
+        A member whose patience has ended stays as it was: it does not wait for the others.
+        """
+        epoch = self.epoch + 1
+        if not self.best:
+            self.best, self.best_epochs = [math.inf] * len(losses), [epoch] * len(losses)
+        better = []
+        for k, loss in enumerate(losses):
+            over = epoch - self.best_epochs[k] > patience
+            better.append(not over and loss < self.best[k])
+            if better[k]:
+                self.best[k], self.best_epochs[k] = loss, epoch
+        return better
+
     def next_epoch(self) -> None:
         """Count an epoch and begin the next."""
         self.epoch, self.batches, self.skipped = self.epoch + 1, 0, 0
@@ -141,21 +163,28 @@ class TrainState:
         parameters: those that learn, in the order of ``Stage.trainable_parameters``.
         optimizer: of these parameters.
         schedule: of the optimizer's learning rates.
+        members: the member of stage 1 that each of them belongs to.
         average: of these parameters.
         progress: how far training has come.
-        best: averaged weights of the best epoch, one tensor a parameter; empty before the first.
+        best: averaged weights of each member's best epoch, one tensor a parameter, or empty.
         watched: when ``lap`` was called last.
     """
 
     accelerator: Accelerator
     model: nn.Module
     parameters: list[nn.Parameter]
+    members: list[int]
     optimizer: AdamW
     schedule: LambdaLR
     average: WeightAverage
     progress: Progress = field(default_factory=Progress)
     best: list[Tensor] = field(default_factory=list)
     watched: float = field(default_factory=time.perf_counter)
+
+    def by_member(self) -> list[list[nn.Parameter]]:
+        """Return the parameters of each member."""
+        pairs = [*zip(self.members, self.parameters, strict=True)]
+        return [[p for member, p in pairs if member == k] for k in range(1 + max(self.members))]
 
     def lap(self) -> None:
         """Add the seconds since the last call to those of the epoch."""
