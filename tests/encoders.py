@@ -7,7 +7,7 @@ import torchdiffeq
 from torch.nn import functional
 
 from dte_encoder import MAX_SCALED_STEP, SOLVERS, ClinicalODERNN
-from medgemma_clinical.models.scaler import MAX_Z_SCORE
+from medgemma_clinical.models.scaler import MAX_SCORE
 
 ADAPTIVE = SOLVERS[1:]
 
@@ -23,10 +23,12 @@ def make_encoder(features=2, hidden_dim=6, *, gain=2.0, fused=True, **options):
             parameter.mul_(gain)
         else:
             parameter.normal_()
-    for tensor in (encoder.norm.bias, encoder.scaler.mean):
-        tensor.normal_()
-    for tensor in (encoder.norm.weight, encoder.scaler.std):
+    scaler = encoder.scaler
+    encoder.norm.bias.normal_()
+    for tensor in (encoder.norm.weight, scaler.std):
         tensor.uniform_(0.5, 2)
+    for tensor in (scaler.knots, scaler.scores):  # most values lie between them
+        tensor.copy_(tensor.uniform_(0.1, 0.3).cumsum(0) - 2.4)
     return encoder
 
 
@@ -93,28 +95,26 @@ def assert_same(found, expected, atol):
 
 def defined_states(encoder, times, values, observed, until=None):
     """The states as the encoder defines them, patient by patient and one step at a time."""
-    mean, std = encoder.scaler.mean, encoder.scaler.std
+    zero = encoder.scaler.std.new_zeros(())
     unit, features = math.log1p(encoder.time_scale), range(encoder.input_dim)
-    result = mean.new_zeros(*times.shape, encoder.hidden_dim)
+    result = zero.new_zeros(*times.shape, encoder.hidden_dim)
     final = []
     for b, length in enumerate(observed.any(dim=2).sum(1).tolist()):
-        state, hours = mean.new_zeros(1, encoder.hidden_dim), times[b].tolist()
+        state, hours = zero.new_zeros(1, encoder.hidden_dim), times[b].tolist()
         for i in range(length):
             gap = hours[i] - hours[i - 1] if i else 0.0
             state = flow(encoder, state, gap)
             seen = [[k for k in range(i + 1) if observed[b, k, f]] for f in features]
             earlier = [[k for k in seen[f] if k < i] for f in features]
             z = [
-                ((values[b, seen[f][-1], f] - mean[f]) / std[f]).clamp(-MAX_Z_SCORE, MAX_Z_SCORE)
-                if seen[f]
-                else mean.new_zeros(())
+                normal_score(encoder.scaler, f, values[b, seen[f][-1], f]) if seen[f] else zero
                 for f in features
             ]
             times_since = [hours[i] - hours[each[-1]] if each else 0.0 for each in earlier]
             clock = [*times_since, gap, hours[i] - hours[0]]
             known = [*observed[b, i].tolist(), *map(bool, earlier)]
             rest = [*known, *(math.log1p(t) / unit for t in clock), math.log(i + 1)]
-            inputs = torch.cat([torch.stack(z), mean.new_tensor(rest)]).unsqueeze(0)
+            inputs = torch.cat([torch.stack(z), zero.new_tensor(rest)]).unsqueeze(0)
             state = encoder.update(encoder.read(inputs).relu(), state)
             result[b, i] = normalised(encoder, state)
         if until is not None:
@@ -122,6 +122,19 @@ def defined_states(encoder, times, values, observed, until=None):
                 normalised(encoder, flow(encoder, state, float(until[b]) - hours[length - 1]))
             )
     return torch.cat([result, torch.stack(final).unsqueeze(1)], dim=1) if final else result
+
+
+def normal_score(scaler, column, value):
+    """The score of one value: a line from knot to knot, and z-scores beyond them, clipped."""
+    knots, scores, std = scaler.knots[:, column], scaler.scores[:, column], scaler.std[column]
+    if value <= knots[0] or value >= knots[-1]:
+        end = 0 if value <= knots[0] else -1
+        score = scores[end] + (value - knots[end]) / std
+    else:
+        k = int((knots < value).sum())
+        slope = (scores[k] - scores[k - 1]) / (knots[k] - knots[k - 1])
+        score = scores[k] + slope * (value - knots[k])
+    return score.clamp(-MAX_SCORE, MAX_SCORE)
 
 
 def normalised(encoder, state):

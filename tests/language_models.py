@@ -80,8 +80,6 @@ def stage1_for(dataset, members=1):
     encoder = {"input_dim": len(dataset.features)}
     model = trainer.build_stage1({"encoder": encoder, "members": members, **data.description()}, 3)
     model.fit_scales(data)
-    for member in model.members:
-        nn.init.normal_(member.head.wide.weight, std=0.1)  # a new one says nothing
     return model
 
 

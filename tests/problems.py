@@ -9,6 +9,8 @@ import math
 import torch
 from torch import nn
 
+from medgemma_clinical.models.scaler import Scaler
+
 LINEAR_GAIN = 1e-5
 """tanh(x) = x - x^3/3: inputs this small make the field linear up to a relative 1e-10."""
 
@@ -56,9 +58,9 @@ def install(encoder, problem):
     """
     width, update = encoder.hidden_dim, encoder.update
     eye = torch.eye(width)
-    for parameter in (*update.parameters(), *encoder.read.parameters(), encoder.scaler.mean):
+    for parameter in (*update.parameters(), *encoder.read.parameters()):
         parameter.zero_()
-    encoder.scaler.std.fill_(1.0)
+    encoder.scaler = Scaler(width).double()  # not fitted: values are read as they are
     encoder.read.weight[:width, :width] = eye
     encoder.read.weight[width : 2 * width, :width] = -eye
     encoder.read.weight[-1, -1] = 1.0

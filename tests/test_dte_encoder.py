@@ -133,17 +133,29 @@ def test_every_parameter_gets_a_gradient_where_no_time_passes(dynamics, ends):
 
 @pytest.mark.parametrize("options", [*({"dynamics": d} for d in DYNAMICS), {"solver": "bosh3"}])
 def test_config_and_weights_rebuild_the_encoder_to_the_bit(options):
-    encoder = make_encoder(**options, time_scale=24, rtol=1e-5, atol=1e-6)
+    options |= {"time_scale": 24.0, "rtol": 1e-5, "atol": 1e-6, "dropout": 0.2}
+    encoder = make_encoder(**options).eval()
     batch = make_batch(ends=True)
     encoder.fit_normalizer(batch[1] * 7 + 100, batch[2])
-    rebuilt = ClinicalODERNN(**encoder.config).double()
+    rebuilt = ClinicalODERNN(**encoder.config).double().eval()
     rebuilt.load_state_dict(encoder.state_dict())
     assert rebuilt.config == encoder.config
-    assert (
-        encoder.config.items()
-        >= {**options, "time_scale": 24.0, "rtol": 1e-5, "atol": 1e-6}.items()
-    )
+    assert encoder.config.items() >= options.items()
     assert torch.equal(rebuilt(*batch), encoder(*batch))
+
+
+def test_dropout_is_of_the_updates_inputs_and_of_states_and_in_training_alone():
+    batch, found = make_batch((9, 7, 8, 6), ends=True), []
+    for fused in (True, False):
+        encoder = make_encoder(hidden_dim=32, fused=fused, dropout=0.4)
+        torch.manual_seed(2)
+        found.append(gradients(encoder, batch))
+    assert_same(*found, 1e-12)
+    states, plain = found[0][0], make_encoder(hidden_dim=32, fused=False)(*batch)
+    assert torch.equal(encoder.eval()(*batch), plain)
+    kept = states != 0
+    assert 0.5 < kept[plain != 0].double().mean() < 0.7
+    assert not torch.isclose(states[kept] * 0.6, plain[kept]).all(), "the inputs are dropped, too"
 
 
 def test_the_normaliser_counts_observed_values_only():
@@ -151,7 +163,7 @@ def test_the_normaliser_counts_observed_values_only():
     values = torch.tensor([[[1.0, math.nan], [3.0, 10.0]], [[1e6, 20.0], [5.0, 60.0]]])
     observed = torch.tensor([[[True, False], [True, True]], [[False, True], [True, True]]])
     encoder.fit_normalizer(values, observed)
-    torch.testing.assert_close(encoder.scaler.mean, torch.tensor([3.0, 30.0]))
+    torch.testing.assert_close(encoder.scaler.knots[0], torch.tensor([3.0, 30.0]))
     torch.testing.assert_close(encoder.scaler.std, torch.tensor([8 / 3, 1400 / 3]).sqrt())
 
 
@@ -170,10 +182,10 @@ ONES, SEEN = torch.ones(3, 2), torch.ones(3, 2, dtype=torch.bool)
 )
 def test_a_normaliser_that_has_no_meaning_is_refused(values, observed, named):
     encoder = make_encoder()
-    before = encoder.scaler.mean.clone()
+    before = encoder.scaler.knots.clone()
     with pytest.raises(ValueError, match=named):
         encoder.fit_normalizer(values, observed)
-    assert torch.equal(encoder.scaler.mean, before)
+    assert torch.equal(encoder.scaler.knots, before)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +193,7 @@ def test_a_normaliser_that_has_no_meaning_is_refused(values, observed, named):
     [
         *((n, v) for n in ("time_scale", "rtol", "atol") for v in (0.0, -1.0, math.inf, math.nan)),
         *((name, 0) for name in ("input_dim", "hidden_dim")),
+        *(("dropout", share) for share in (-0.1, 1.0, math.nan)),
         *(("solver", solver) for solver in ("runge", "", "euler", "scipy_solver")),
         *(("dynamics", dynamics) for dynamics in ("odes", "", None)),
         *(("dynamics", dynamics) for dynamics in DYNAMICS[1:]),  # beside a field
