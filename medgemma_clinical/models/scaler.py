@@ -48,7 +48,8 @@ class Scaler(nn.Module):
     def fit(self, table: Tensor) -> None:
         """Fit to (n, C), NaN being unknown; a column without known entry, or constant, reads 0."""
         self.knots.zero_(), self.scores.zero_(), self.std.fill_(math.inf)
-        for c, column in enumerate(table.double().T):
+        # In double, sums of equal float32 values are exact: means of bins that share one are equal.
+        for c, column in enumerate(table.to(self.std.dtype).double().T):
             known = column[~column.isnan()].sort().values
             # Rounding alone leaves a constant column a spread of 1e-16 of its mean.
             if len(known) and (std := known.std(correction=0)) > 1e-9 * known.mean().abs():

@@ -1,50 +1,97 @@
-"""The scales of values, summaries and static features."""
+"""The normal scores of values, summaries and static features."""
 
 import math
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
+from scipy.stats import norm
 
-from medgemma_clinical.models.scaler import MAX_Z_SCORE, Scaler
-
-
-def test_scales_are_those_of_the_known_entries():
-    scaler = Scaler(2)
-    table = torch.tensor([[1.0, math.nan], [3.0, 10.0], [math.nan, 40.0], [8.0, 10.0]])
-    scaler.fit(table)
-    torch.testing.assert_close(scaler.mean, torch.tensor([4.0, 20.0]))
-    torch.testing.assert_close(scaler.std, torch.tensor([26 / 3, 200.0]).sqrt())
-    z = scaler(table)
-    assert torch.equal(z == 0, table.isnan()), "unknown reads as the mean"
-    torch.testing.assert_close(z.sum(0), torch.zeros(2))
-    torch.testing.assert_close(z.square().sum(0), torch.tensor([3.0, 3.0]))
+from medgemma_clinical.models.scaler import BINS, MAX_SCORE, MIN_BIN, Scaler
 
 
-def test_an_extreme_value_is_clipped_and_an_ordinary_one_is_not():
+def fitted(column):
+    """A scaler, fitted to one column (n,)."""
     scaler = Scaler(1)
-    scaler.fit(torch.tensor([[-1.0], [1.0]]))  # mean 0, standard deviation 1
-    z = scaler(torch.tensor([[3.0], [-7.5], [8.5], [-1e30], [math.inf]]))
-    assert z[:, 0].tolist() == [3.0, -7.5, MAX_Z_SCORE, -MAX_Z_SCORE, MAX_Z_SCORE]
+    scaler.fit(torch.as_tensor(column)[:, None])
+    return scaler
 
 
-@pytest.mark.parametrize("constant", [0.0, 0.1, -7 / 3, 1e6 / 3])
-def test_a_constant_column_is_centred_and_not_magnified(constant):
-    scaler = Scaler(1)
-    table = torch.full((21, 1), constant, dtype=torch.float64)
-    scaler.fit(table)
-    assert scaler.std.item() == 1.0
-    assert scaler(table.float()).abs().max() <= 1e-6 * max(1.0, abs(constant))
+def scores_of(scaler, values):
+    return scaler(torch.as_tensor(values).float()[:, None])[:, 0].numpy()
 
 
-def test_a_column_that_the_training_part_never_knew_reads_as_zero_ever_after():
-    scaler = Scaler(2)
-    scaler.fit(torch.tensor([[1.0, math.nan], [3.0, math.nan]]))
-    later = torch.tensor([[2.0, 7.0], [2.0, -1e30], [2.0, math.nan], [2.0, math.inf]])
-    assert not scaler(later).any()
+def columns():
+    """Columns of different distributions; ``tied`` and its sums are no binary fractions."""
+    rng, n = np.random.default_rng(0), 2997
+    skewed, half = rng.lognormal(size=n), rng.random(n) < 0.5
+    return {
+        "skewed": skewed,
+        "lower_tail": -1e4 * skewed,
+        "tied": np.where(half, 7.4, (6.4 + skewed).round(1)),
+        "far_from_zero": 1e5 + rng.integers(0, 3, size=n),
+        "binary": np.where(half, 0.0, 1.0),
+        "rare": np.where(rng.random(n) < 0.05, 1.0, 0.0),
+        "often_unknown": np.where(half, np.nan, skewed),
+    }
 
 
-def test_scales_keep_their_precision_for_float32_values_far_from_zero():
-    scaler = Scaler(1)
-    scaler.fit(torch.tensor([9999.0, 10000.0, 10001.0] * 50_000).reshape(-1, 1))
-    assert scaler.mean.item() == 10000.0
-    assert scaler.std.item() == pytest.approx(math.sqrt(2 / 3), rel=1e-6)
+def rank_scores(known):
+    """Return the mean normal score of the ranks that equal values share."""
+    ranks = pd.Series(known).rank(method="first")
+    return (
+        pd.Series(norm.ppf((ranks - 0.5) / len(known))).groupby(known).transform("mean").to_numpy()
+    )
+
+
+@pytest.mark.parametrize("name", columns())
+def test_scores_are_those_of_the_ranks_between_the_outer_bins_and_rise_beyond(name):
+    column = columns()[name]
+    scaler, known = fitted(column), column[~np.isnan(column)]
+    assert not scores_of(scaler, column)[np.isnan(column)].any()
+    low, high = scaler.knots[[0, -1], 0].numpy()
+    inside = (low <= known.astype(np.float32)) & (known.astype(np.float32) <= high)
+    errors = np.abs(scores_of(scaler, known) - rank_scores(known))[inside]
+    assert inside.mean() > 0.9
+    assert errors.max() < 0.15
+    assert errors.mean() < 0.07
+    tail = np.geomspace(1e-3, 1e30, 500)
+    rising = scores_of(scaler, np.sort(np.concatenate([known, tail, -tail, [-np.inf, np.inf]])))
+    assert (np.diff(rising) >= 0).all()
+    assert (rising[0], rising[-1]) == (-MAX_SCORE, MAX_SCORE)
+
+
+@pytest.mark.parametrize("column", [[], [3.0], *([x] * 50 for x in (0.0, 0.1, -7 / 3, 1e6 / 3))])
+def test_a_column_that_says_nothing_reads_as_zero_ever_after(column):
+    unknown = [math.nan] * 7
+    scaler = fitted(np.array([*unknown, *column]))
+    assert not scores_of(scaler, [*column, *unknown, 7.0, -1e30, math.inf]).any()
+
+
+def test_a_scaler_that_is_not_fitted_clips_alone():
+    values = [-math.inf, -5.0, -3.9, 0.0, 0.1, 4.0, 1e30, math.nan]
+    expected = np.float32([-MAX_SCORE, -MAX_SCORE, -3.9, 0.0, 0.1, MAX_SCORE, MAX_SCORE, 0.0])
+    np.testing.assert_allclose(scores_of(Scaler(1), values), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("change", [np.exp, np.cbrt, lambda x: 9 - 1e-3 / x**3], ids=str)
+def test_scores_at_the_knots_are_those_of_any_rising_function_of_the_values(change):
+    values = np.random.default_rng(1).lognormal(size=700).astype(np.float32)
+    plain, changed = fitted(values), fitted(change(values.astype(float)))
+    assert torch.equal(changed.scores, plain.scores)
+    for scaler in (plain, changed):
+        np.testing.assert_allclose(scaler(scaler.knots), scaler.scores, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [2, 2 * MIN_BIN - 1, 2 * MIN_BIN, BINS * MIN_BIN - 1, 1003])
+def test_each_value_moves_one_knot_by_a_small_share(n):
+    values, moves = np.random.default_rng(2).permutation(n).astype(float), []
+    knots = fitted(values).knots[:, 0].unique()
+    for k in range(n):
+        moved = fitted(values + 0.5 * (np.arange(n) == k)).knots[:, 0].unique()
+        moves.append((moved - knots).numpy())
+    assert np.shape(moves) == (n, max(1, min(BINS, n // MIN_BIN)))
+    assert (np.count_nonzero(moves, axis=1) == 1).all()
+    np.testing.assert_array_less(0.0, np.sum(moves, axis=1))
+    np.testing.assert_array_less(moves, 0.501 / min(n, MIN_BIN))
