@@ -139,7 +139,7 @@ class ClinicalODERNN(nn.Module):
 
     Raises:
         ValueError: a size, scale or tolerance that is not positive, an unknown solver or unknown
-            dynamics, or a field beside other dynamics than ``ode``.
+            dynamics, a field beside other dynamics than ``ode``, or a dropout outside [0, 1).
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class ClinicalODERNN(nn.Module):
         return MAX_SCALED_GAP * self.time_scale
 
     def fit_normalizer(self, values: Tensor, observed: Tensor) -> None:
-        """Fit mean and standard deviation of each feature to the training split.
+        """Fit the normal scores of each feature to the training split.
 
         Args:
             values: (..., F) in raw units.
@@ -271,7 +271,7 @@ class ClinicalODERNN(nn.Module):
     def inputs(self, plan: Plan) -> Tensor:
         """Return what the input layer reads of each observation, (P, 4F + 3).
 
-        For each feature its latest value as z-score, zero before the first; then the plan's time
+        For each feature its latest value as normal score, zero before the first; then the plan's time
         features.
         """
         return torch.cat([self.scaler(plan.last_value), plan.time_features], dim=1)

@@ -117,7 +117,7 @@ def network(
 
 
 def masked(scaler: Scaler, table: Tensor) -> Tensor:
-    """Return (B, 2C) for (B, C): z-scores, zero where unknown, and 1 where known."""
+    """Return (B, 2C) for (B, C): normal scores, zero where unknown, and 1 where known."""
     z = scaler(table)
     return torch.cat([z, (~table.isnan()).to(z)], dim=1)
 
