@@ -271,8 +271,8 @@ class ClinicalODERNN(nn.Module):
     def inputs(self, plan: Plan) -> Tensor:
         """Return what the input layer reads of each observation, (P, 4F + 3).
 
-        For each feature its latest value as normal score, zero before the first; then the plan's time
-        features.
+        For each feature its latest value as normal score, zero before the first; then the plan's
+        time features.
         """
         return torch.cat([self.scaler(plan.last_value), plan.time_features], dim=1)
 

@@ -7,13 +7,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from dte_encoder import ClinicalODERNN
 from language_models import data_of, patients, stage1_for
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.files import InputError
-from medgemma_clinical.models.trajectory import Stage1, TrajectoryHead
+from medgemma_clinical.models.trajectory import (
+    PREFIX_WEIGHT,
+    Stage1,
+    TrajectoryCollator,
+    TrajectoryHead,
+)
 from medgemma_trainer import build_stage1
 from trajectories import dataset_of
 
@@ -23,13 +27,11 @@ ROWS = [3, 0, 7, 12]
 
 
 def head_and_batch(static=STATIC):
-    """A head that has learned; states (3, 7, 8) of 5, 1 and 3 observations, padded with noise."""
+    """A head with scales; states (3, 7, 8) of 5, 1 and 3 observations, padded with noise."""
     torch.manual_seed(1)
-    head = TrajectoryHead(8, summaries=SUMMARIES, static=static)
-    assert not head.wide.weight.any()  # summaries say nothing at first
-    head.summary_scaler.fit(torch.randn(9, SUMMARIES) * 3 + 1)
-    head.static_scaler.fit(torch.randn(9, static) + 2)
-    nn.init.normal_(head.wide.weight)
+    head = TrajectoryHead(8, summaries=SUMMARIES, static=static, dropout=0.3)
+    head.summary_scaler.fit(torch.randn(99, SUMMARIES) * 3 + 1)
+    head.static_scaler.fit(torch.randn(99, static) + 2)
     present = torch.arange(6) < torch.tensor(LENGTHS)[:, None]
     tables = {"summaries": torch.randn(3, SUMMARIES), "static": torch.randn(3, static)}
     return head, torch.randn(3, 7, 8), {"observed": present.unsqueeze(2), **tables}
@@ -39,18 +41,19 @@ def head_and_batch(static=STATIC):
 def test_head__adds_up_states_summaries_and_facts_unknown_ones_masked(static):
     head, states, batch = head_and_batch(static)
     batch["summaries"][0, 1] = batch["static"][1:2, :1] = math.nan
-    logits = head(states, batch)
+    learning, logits = head(states, batch), head.eval()(states, batch)
+    assert not torch.isclose(learning, logits).any(), "dropout is of training alone"
     for row, length in enumerate(LENGTHS):
         alone, terms = states[row, :length], []
         shares = (alone @ head.attention.weight[0]).softmax(dim=0)
         read = torch.cat([shares @ alone, states[row, -1]])
-        for name, scaler in (("summaries", head.summary_scaler), ("static", head.static_scaler)):
-            known = ~batch[name][row].isnan()
-            z = torch.where(known, (batch[name][row] - scaler.mean) / scaler.std, 0.0)
-            terms.append(torch.cat([z, known.float()]))
-        expected = head.output(read) + head.wide(terms[0])
-        expected = expected + head.static(terms[1]) if static else expected
-        torch.testing.assert_close(logits[row : row + 1], expected)
+        parts = [("summaries", head.summary_scaler, head.summaries)]
+        parts += [("static", head.static_scaler, head.static)] if static else []
+        for name, scaler, network in parts:
+            table, (first, last) = batch[name][row], (network[1], network[-1])
+            inputs = torch.cat([scaler(table[None])[0], (~table.isnan()).float()])
+            terms.append(last.weight @ first(inputs).relu())
+        torch.testing.assert_close(logits[row : row + 1], head.output(read) + sum(terms))
     assert (head.static is None) == (not static)
 
 
@@ -68,9 +71,10 @@ def test_fit_scales__are_those_of_the_training_part():
             (member.head.summary_scaler, own.summaries()),
             (member.head.static_scaler, own.static_values()),
         ):
-            torch.testing.assert_close(scaler.mean, torch.tensor(np.nanmean(table, 0)).float())
+            mean = torch.tensor(np.nanmean(table, 0)).float()  # of a single bin
+            torch.testing.assert_close(scaler.knots[0], mean)
         assert member.head.output.bias.sigmoid().item() == pytest.approx(own.labels.mean())
-    assert len(model.members[0].head.summary_scaler.mean) == len(own.summary_names()) == 9
+    assert len(model.members[0].head.summary_scaler.std) == len(own.summary_names()) == 9
 
 
 def test_fit_scales__names_the_features_of_a_series_without_scale():
@@ -83,21 +87,22 @@ def test_fit_scales__names_the_features_of_a_series_without_scale():
 def test_fit_scales__summaries_of_few_patients_leave_nothing_in_the_weights():
     scalers = []
     for few in (5, 4):
-        dataset = dataset_of(["3 (0h) -> 8 (5h)"] * few + ["3 (0h)"] * (20 - few))
+        dataset = dataset_of([f"{3 + k % 2} (0h)" + " -> 8 (5h)" * (k < few) for k in range(20)])
         model = stage1_for(dataset)
         model.fit_scales(Data(dataset, {"train": np.arange(20)}, None, "", ""))
         scalers.append(model.members[0].head.summary_scaler)
     span, first = (dataset.summary_names().index(f"Anion gap {x}") for x in ("span", "first"))
-    assert scalers[0].mean[span] == 25 / 20
-    assert (scalers[1].mean[span], scalers[1].std[span], scalers[1].mean[first]) == (0, math.inf, 3)
+    assert scalers[0].knots[0, span] == 25 / 20
+    assert scalers[1].knots[0, first] == 3.5
+    assert (scalers[1].knots[0, span], scalers[1].std[span]) == (0, math.inf)
 
 
 @pytest.fixture(scope="module")
 def three():
     """Three members and a planned batch."""
     dataset = data_of(patients()).dataset
-    model = stage1_for(dataset, members=3)
-    return model, dataset, model.collate(dataset)(ROWS)
+    model = stage1_for(dataset, members=3).eval()
+    return model, dataset, TrajectoryCollator(model, dataset)(ROWS)
 
 
 def test_member__reads_the_state_at_the_prediction_time(three):
@@ -112,29 +117,106 @@ def test_member__reads_the_state_at_the_prediction_time(three):
     assert not torch.isclose(moved[1], logit).any()
 
 
-def test_classifier__averages_logits_and_losses_and_keeps_the_first_members_states(three):
+def test_classifier__averages_logits_and_keeps_each_members_states_and_loss(three):
     model, _, batch = three
     alone = [Stage1([member])(batch) for member in model.members]
     for one, other in itertools.combinations(alone, 2):
         assert not torch.isclose(one.logit, other.logit).any()
     output, (states, logits) = model(batch), model.read(batch)
     torch.testing.assert_close(output.logit, torch.stack([each.logit for each in alone]).mean(0))
-    torch.testing.assert_close(output.loss, torch.stack([each.loss for each in alone]).mean())
+    assert torch.equal(output.loss, torch.cat([each.loss for each in alone]))
     assert output.terms == alone[0].terms == len(ROWS)
-    assert torch.equal(states, model.members[0](batch)[0])
+    for own, member in zip(states, model.members, strict=True):
+        assert torch.equal(own, member(batch)[0])
     assert torch.equal(logits, torch.stack([each.logit for each in alone]))
-    risk = logits[0].double().sigmoid()
-    likelihood = torch.where(batch["labels"] == 1, risk, 1 - risk)
-    assert alone[0].loss.item() == pytest.approx(-likelihood.log().sum().item(), rel=1e-5)
+    torch.testing.assert_close(output.loss, summed_entropy(logits, batch["labels"]))
+
+
+def summed_entropy(logits, labels):
+    """The cross-entropy of each member, a sum over patients."""
+    risk = logits.double().sigmoid()
+    return -torch.where(labels == 1, risk, 1 - risk).log().sum(1).float()
+
+
+def drawn(model, dataset, rows=ROWS, seed=0, epoch=1):
+    collate = TrajectoryCollator(model, dataset)
+    collate.draw(seed, epoch)
+    return collate(rows)
 
 
 def test_classifier__each_member_learns_as_if_alone(three):
-    model, alone = copy.deepcopy(three[0]), copy.deepcopy(three[0])
-    model(three[2]).loss.backward()
+    model, batch = copy.deepcopy(three[0]).train(), drawn(*three[:2])
+    alone = copy.deepcopy(model)
+    model(batch).loss.sum().backward()
     for together, member in zip(model.members, alone.members, strict=True):
-        Stage1([member])(three[2]).loss.backward()
+        Stage1([member])(batch).loss.sum().backward()
         for found, own in zip(together.parameters(), member.parameters(), strict=True):
-            torch.testing.assert_close(3 * found.grad, own.grad)
+            torch.testing.assert_close(found.grad, own.grad)
+
+
+def test_classifier__an_earlier_observation_counts_in_training_alone(three):
+    model, batch = copy.deepcopy(three[0]), drawn(*three[:2])
+    states, logits = model.read(batch)
+    pairs = zip(model.members, states, strict=True)
+    early = torch.stack([member.head.forward_prefix(own, batch) for member, own in pairs])
+    end, early = (summed_entropy(each, batch["labels"]) for each in (logits, early))
+    expected = (end + PREFIX_WEIGHT * early) / (1 + PREFIX_WEIGHT)
+    for training, loss in ((False, end), (True, expected)):
+        output = model.train(training)(batch)
+        torch.testing.assert_close(output.loss, loss)
+        torch.testing.assert_close(output.logit, logits.mean(0))
+    assert not torch.isclose(end, expected).any()
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_forward_prefix__is_the_logit_of_the_series_up_to_there_and_sees_nothing_behind(timed):
+    dataset = data_of(patients()).dataset
+    dataset = dataset.with_inputs(dataset.static_inputs, prediction_time=timed)
+    model, rows = stage1_for(dataset).eval(), range(len(dataset))
+    for k in range(1, 10):
+        lengths = np.minimum(dataset.lengths, k)
+        cut, later = dataset.up_to(lengths), dataset.subset(np.array(rows))
+        _, (expected,) = model.read(cut.collate(rows))
+        prefix = {
+            "prefix_lengths": torch.from_numpy(lengths),
+            "prefix_summaries": torch.from_numpy(cut.summaries()).float(),
+        }
+        behind = ~np.isin(np.arange(len(dataset.times)), cut_rows(dataset, lengths))
+        later.values[behind] = 99 - later.values[behind]
+        later.times = later.times + 3.0 * behind
+        later.prediction_hours = dataset.prediction_hours + 20
+        for whole in (dataset, later):
+            states, _ = model.read(batch := {**whole.collate(rows), **prefix})
+            early = model.members[0].head.forward_prefix(states[0], batch)
+            torch.testing.assert_close(early, expected, rtol=0, atol=1e-5)
+    assert (lengths == dataset.lengths).all()
+
+
+def cut_rows(dataset, lengths):
+    """Positions of the observations that are kept."""
+    pairs = zip(dataset.offsets[:-1], lengths, strict=True)
+    return np.concatenate([start + np.arange(n) for start, n in pairs])
+
+
+def test_draw__depends_on_seed_epoch_and_row_alone_and_reaches_every_observation(three):
+    model, dataset, batch = three
+    assert not {"prefix_lengths", "prefix_summaries"} & {*batch}
+    first, rows = drawn(model, dataset, range(len(dataset))), [9, 3, 15]
+    again = drawn(model, dataset, rows)
+    lengths, summaries = first["prefix_lengths"], first["prefix_summaries"]
+    assert torch.equal(again["prefix_lengths"], lengths[rows])
+    cut = dataset.up_to(lengths.numpy()).collate(range(len(dataset)))["summaries"]
+    for found, expected in ((summaries, cut), (again["prefix_summaries"], cut[rows])):
+        torch.testing.assert_close(found, expected, equal_nan=True, rtol=0, atol=0)
+    for other in ({"epoch": 2}, {"seed": 1}):
+        redrawn = drawn(model, dataset, range(len(dataset)), **other)["prefix_lengths"]
+        assert not torch.equal(redrawn, lengths)
+    collate, seen = TrajectoryCollator(model, dataset), []
+    for epoch in range(200):
+        collate.draw(0, epoch)
+        seen.append(collate.lengths.numpy())
+    for row, length in zip(np.transpose(seen), dataset.lengths, strict=True):
+        assert {*row.tolist()} == {*range(1, length + 1)}
 
 
 def test_classifier__plan_and_company_change_no_logit_and_one_plan_serves_all(three, monkeypatch):
