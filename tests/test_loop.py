@@ -1,5 +1,6 @@
 """The one training loop of the script: what it computes, and what it does when numbers fail."""
 
+import copy
 import json
 import logging
 import math
@@ -12,19 +13,21 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 
 import medgemma_trainer as trainer
+from medgemma_clinical.models.trajectory import Stage1
 from medgemma_clinical.training.loaders import LengthBatches
+from medgemma_clinical.training.stage import WEIGHT_DECAY
 from medgemma_clinical.training.state import MAX_SKIPPED, NonFiniteLossError
 from stages import arguments, data_for, make_stage
 from toy_stage import toy_stage
 
 
-def stage_1(data, folder):
+def stage_1(data, folder, *flags):
     words = f"--trajectory_only --data_path {data} --output_dir {folder} --encoder_lr 0.05"
-    return f"{words} --log_file none --trajectory_epochs 3 --batch_size 20".split()
+    return [*f"{words} --log_file none --trajectory_epochs 3 --batch_size 20".split(), *flags]
 
 
-def make(data, folder):
-    args = arguments(*stage_1(data, folder))
+def make(data, folder, *flags):
+    args = arguments(*stage_1(data, folder, *flags))
     return make_stage(args, data := data_for(args)), data
 
 
@@ -33,22 +36,21 @@ def history_of(folder):
     return [json.loads(line, parse_constant=pytest.fail) for line in lines]
 
 
-def test_the_loop_is_clipped_adamw_on_the_schedule_with_averaged_weights(dka_file, tmp_path):
-    """Written out plainly, from the same weights, they give the same best weights."""
-    stage, _ = make(dka_file, tmp_path)
-    trainer.fit(stage, 7, tmp_path)
+EPOCHS, PATIENCE, STEPS = 9, 2, 7  # 128 of 160 rows train, 20 at a time
 
-    plain, data = make(dka_file, tmp_path)
-    model, val, train = plain.model, data.split["val"], data.split["train"]
-    parameters = list(model.parameters())
+
+def train_alone(model, stage, split):
+    """Train a member as one model, plainly; return each epoch's metrics, best weights and epoch."""
+    parameters, val, train = list(model.parameters()), split["val"], split["train"]
     matrices, others = ([p for p in parameters if (p.ndim > 1) == each] for each in (True, False))
-    groups = [{"params": matrices, "weight_decay": 0.01}, {"params": others}]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": others}]
     optimizer = torch.optim.AdamW(groups, lr=0.05, weight_decay=0)
-    average, best, best_score = [p.detach().clone() for p in parameters], None, -1.0
-    norms, history, step, total = [], [], 0, 3 * 7  # 128 of 160 rows train, 20 at a time
+    average, best, best_epoch, lowest = [p.detach().clone() for p in parameters], None, 0, math.inf
+    norms, metrics, step, total = [], [], 0, EPOCHS * STEPS
     warmup = max(1, min(100, round(0.1 * total)))
-    for epoch in (1, 2, 3):
+    for epoch in range(1, EPOCHS + 1):
         order = np.random.default_rng(np.random.SeedSequence([7, epoch])).permutation(train)
+        stage.collate.draw(7, epoch)
         model.train()
         losses = 0.0
         for rows in np.split(order, range(20, len(order), 20)):
@@ -56,7 +58,7 @@ def test_the_loop_is_clipped_adamw_on_the_schedule_with_averaged_weights(dka_fil
             for group in optimizer.param_groups:
                 group["lr"] = 0.05 * (step / warmup if step < warmup else cosine)
             optimizer.zero_grad()
-            output = model(plain.collate(rows.tolist()))
+            output = model(stage.collate(rows.tolist()))
             (output.loss / output.terms).backward()
             norms.append(float(nn.utils.clip_grad_norm_(parameters, 1.0)))
             optimizer.step()
@@ -66,18 +68,36 @@ def test_the_loop_is_clipped_adamw_on_the_schedule_with_averaged_weights(dka_fil
             average = [decay * mean + (1 - decay) * p.detach() for mean, p in pairs]
         kept = [p.detach().clone() for p in parameters]
         nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(average), parameters)
-        output = model.eval()(plain.collate(val.tolist()))
+        output = model.eval()(stage.collate(val.tolist()))
         nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(kept), parameters)
-        score = roc_auc_score(data.dataset.labels[val], output.logit.detach())
-        history.append([step, losses / len(train), output.loss.item() / len(val), score])
-        if score > best_score:
-            best_score, best = score, average
-    assert (step, warmup) == (total, 2)
+        loss = output.loss.item() / len(val)
+        metrics.append([losses / len(train), loss, output.logit.detach().numpy()])
+        if epoch - best_epoch <= PATIENCE and loss < lowest:
+            lowest, best, best_epoch = loss, average, epoch
     assert max(norms) > 1.0, "else clipping would not have been exercised"
-    found = [p.detach() for p in stage.model.parameters()]
-    torch.testing.assert_close(found, best, rtol=0, atol=2e-5)
-    found = [list(line.values())[1:5] for line in history_of(tmp_path)]
-    np.testing.assert_allclose(found, history, atol=1e-5)
+    return metrics, best, best_epoch
+
+
+def test_each_member_trains_and_stops_as_if_it_were_alone(dka_file, tmp_path):
+    """By clipped AdamW on the schedule, with averaged weights of its own best epoch."""
+    flags = f"--trajectory_epochs {EPOCHS} --patience {PATIENCE} --members 3 --dropout 0"
+    stage, data = make(dka_file, tmp_path, *flags.split())
+    members = [Stage1([member]) for member in copy.deepcopy(stage.model.members)]
+    state = trainer.fit(stage, 7, tmp_path)
+    alone = [train_alone(model, stage, data.split) for model in members]
+    metrics, best, best_epochs = zip(*alone, strict=True)
+    assert state.progress.best_epochs == list(best_epochs)
+    assert len(set(best_epochs)) > 1, "else stopping alone would not have been exercised"
+    for member, weights in zip(stage.model.members, best, strict=True):
+        found = [p.detach() for p in member.parameters()]
+        torch.testing.assert_close(found, weights, rtol=0, atol=2e-5)
+    history, labels = history_of(tmp_path), data.dataset.labels[data.split["val"]]
+    assert len(history) == min(EPOCHS, max(best_epochs) + PATIENCE)
+    for line, each in zip(history, zip(*metrics, strict=True), strict=False):
+        train_loss, val_loss, logits = zip(*each, strict=True)
+        expected = [line["epoch"] * STEPS, np.mean(train_loss), np.mean(val_loss)]
+        expected.append(roc_auc_score(labels, np.mean(logits, axis=0)))
+        np.testing.assert_allclose(list(line.values())[1:5], expected, atol=1e-5)
 
 
 def test_the_test_part_is_read_once_and_only_after_training(dka_file, tmp_path, monkeypatch):
@@ -106,25 +126,6 @@ def test_the_test_part_is_read_once_and_only_after_training(dka_file, tmp_path, 
     metrics = json.loads((tmp_path / "trajectory" / "metrics.json").read_text())
     assert final["test_auroc"] == metrics["test"]["auroc"]["value"]
     assert all(isinstance(value, (int, float)) for each in sent for value in each.values())
-
-
-@pytest.mark.parametrize("monitor", ["val_auroc", "val_loss"])
-def test_patience_ends_a_run_and_the_first_best_epoch_is_kept(monitor, tmp_path, monkeypatch):
-    sign, weights = -1 if monitor == "val_loss" else 1, []
-    scores = iter([0.6, 0.7, 0.5, 0.7, 0.6, 0.9])
-
-    def scored(stage, state):
-        weights.append([each.clone() for each in state.average.weights])
-        score = sign * next(scores)
-        return MagicMock(loss=score, auroc=lambda: score)
-
-    monkeypatch.setattr(trainer, "validate", scored)
-    stage = toy_stage(epochs=6)
-    stage.patience, stage.monitor = 3, monitor
-    state = trainer.fit(stage, 7, tmp_path)
-    lines = [(row["epoch"], row["improved"]) for row in history_of(tmp_path)]
-    assert lines == [(1, True), (2, True), (3, False), (4, False), (5, False)]
-    assert all(map(torch.equal, state.parameters, weights[1]))
 
 
 def test_a_step_waits_for_the_device_once(monkeypatch):

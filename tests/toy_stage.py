@@ -34,7 +34,7 @@ class ToyModel(nn.Module):
             self.faults -= 1
             slope = (self.head.bias.sum() * 0).sqrt()  # a number, whose gradient is none
             loss = loss * torch.nan if self.fault == "loss" else loss + slope
-        return Output(loss, len(logit), logit)
+        return Output(loss[None], len(logit), logit)
 
 
 def toy_stage(seed=0, *, epochs=3, size=8, accumulate=1, dropout=0.3, lengths=None):
@@ -52,6 +52,6 @@ def toy_stage(seed=0, *, epochs=3, size=8, accumulate=1, dropout=0.3, lengths=No
         torch.save(model.state_dict(), folder / "best.pt")
 
     rates, batches = {"encoder": 0.01, "head": 0.1}, part_batches(SPLIT, size, accumulate, lengths)
-    how_long = {"epochs": epochs, "patience": epochs, "monitor": "val_loss"}
+    how_long = {"epochs": epochs, "patience": epochs}
     options = {"batch_size": size, "lengths": LENGTHS, "config": {}, "save": save, **how_long}
     return Stage("toy", model, rates, batches, collate, **options)

@@ -80,7 +80,7 @@ def _fits(stage: Stage, rows: list[int], device: torch.device) -> bool:
             if device.type == "cuda":
                 size = int(MARGIN * torch.cuda.mem_get_info(device)[1])
                 kept.append(torch.empty(size, dtype=torch.uint8, device=device))
-            stage.model(send_to_device(stage.collate(rows), device)).loss.backward()
+            stage.model(send_to_device(stage.collate(rows), device)).loss.sum().backward()
             del kept
         except RuntimeError as error:
             if not is_out_of_memory(error):

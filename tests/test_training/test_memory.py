@@ -132,3 +132,9 @@ def test_a_process_that_has_room_follows_one_that_has_not(check_on_gpu, monkeypa
     stage = toy_stage(size=24)
     check_on_gpu(stage)
     assert stage.max_tokens == 6 * LENGTHS[:37].max()
+
+
+def test_a_trial_computes_the_gradients_of_all_members(check_on_gpu):
+    stage = stage_of_patients(STAGE_1, "--members", "2")
+    check_on_gpu(stage)
+    assert stage.max_tokens is None

@@ -5,6 +5,7 @@ import os
 import signal
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ import medgemma_trainer as trainer
 from medgemma_clinical.files import InputError
 from medgemma_clinical.training import state as module
 from medgemma_clinical.training.signals import SIGNALS, Stopped
-from medgemma_clinical.training.state import StateStore, WeightAverage
+from medgemma_clinical.training.state import Progress, StateStore, WeightAverage
 from toy_stage import toy_stage
 
 
@@ -161,6 +162,28 @@ def test_the_average_follows_the_weights_over_at_most_500_steps():
         decay = min((1 + step) / (10 + step), 0.998)
         expected = decay * expected + (1 - decay) * (step % 7)
     assert average.weights[0].item() == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("patience", [1, 2, 4])
+def test_each_member_keeps_its_first_best_epoch_and_waits_for_no_other(patience):
+    table, progress, kept = np.random.default_rng(0).integers(0, 40, (30, 9)), Progress(), []
+    for losses in table:
+        kept.append(progress.judge(losses.tolist(), patience))
+        progress.next_epoch()
+    expected = []
+    for losses in table.T:
+        best = 0
+        for k, loss in enumerate(losses):
+            if loss < losses[best]:
+                best = k
+            if k - best == patience:
+                break
+        expected.append(best + 1)
+    assert progress.best_epochs == expected
+    assert progress.best_epoch == np.median(expected)
+    assert progress.best == [table[k - 1, member] for member, k in enumerate(expected)]
+    assert [max(np.flatnonzero(own)) + 1 for own in zip(*kept, strict=True)] == expected
+    assert (table.min(axis=0) < progress.best).any(), "a lower loss came too late"
 
 
 def test_several_processes_drop_units_of_their_own(monkeypatch):
