@@ -348,12 +348,16 @@ class TrajectoryDataset:
         self._summaries = None
 
     def up_to(self, lengths: NDArray[np.int64]) -> Self:
-        """Return each row up to one of its observations, (N,) of them, where it is predicted."""
+        """Return each row up to one of its observations, (N,) of them, where it is predicted.
+
+        A prediction time that is unknown stays so.
+        """
         beginning = copy.copy(self)
         position = np.arange(len(self.times)) - np.repeat(self.offsets[:-1], self.lengths)
         beginning.keep_observations(position < np.repeat(lengths, self.lengths))
         if self.prediction_hours is not None:
-            beginning.prediction_hours = beginning.last_times
+            unknown = np.isnan(self.prediction_hours)
+            beginning.prediction_hours = np.where(unknown, np.nan, beginning.last_times)
         return beginning
 
     def sample_patients(self, max_patients: int, seed: int) -> Self:

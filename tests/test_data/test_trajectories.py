@@ -163,6 +163,18 @@ def test_rows_without_some_observations_are_those_that_never_had_them():
     np.testing.assert_array_equal(dataset.summaries(), fewer.summaries())
 
 
+def test_rows_up_to_an_observation_are_those_that_end_there_and_are_predicted_there():
+    dataset, shorter = known(8, NAN, 9.25), ["1 (2h)", "7 (-1h)", "4 (0h) -> 5 (1h)"]
+    dataset.summaries()  # computed of all observations
+    fewer = dataset_of(shorter, prediction_hours=[2, NAN, 1])
+    before, cut = dataset.fingerprint(), dataset.up_to(np.array([1, 1, 2]))
+    for name in ("times", "values", "offsets", "prediction_hours"):
+        np.testing.assert_array_equal(getattr(cut, name), getattr(fewer, name))
+    np.testing.assert_array_equal(cut.summaries(), fewer.summaries())
+    assert dataset.fingerprint() == before
+    assert dataset.up_to(np.array([9, 9, 9])).lengths.tolist() == dataset.lengths.tolist()
+
+
 # --------------------------------------------------------------------------- inputs
 
 

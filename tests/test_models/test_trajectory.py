@@ -181,7 +181,7 @@ def test_forward_prefix__is_the_logit_of_the_series_up_to_there_and_sees_nothing
             "prefix_lengths": torch.from_numpy(lengths),
             "prefix_summaries": torch.from_numpy(cut.summaries()).float(),
         }
-        behind = ~np.isin(np.arange(len(dataset.times)), cut_rows(dataset, lengths))
+        behind = np.concatenate([np.arange(n) >= k for n in dataset.lengths])
         later.values[behind] = 99 - later.values[behind]
         later.times = later.times + 3.0 * behind
         later.prediction_hours = dataset.prediction_hours + 20
@@ -190,12 +190,6 @@ def test_forward_prefix__is_the_logit_of_the_series_up_to_there_and_sees_nothing
             early = model.members[0].head.forward_prefix(states[0], batch)
             torch.testing.assert_close(early, expected, rtol=0, atol=1e-5)
     assert (lengths == dataset.lengths).all()
-
-
-def cut_rows(dataset, lengths):
-    """Positions of the observations that are kept."""
-    pairs = zip(dataset.offsets[:-1], lengths, strict=True)
-    return np.concatenate([start + np.arange(n) for start, n in pairs])
 
 
 def test_draw__depends_on_seed_epoch_and_row_alone_and_reaches_every_observation(three):
