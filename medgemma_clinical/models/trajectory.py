@@ -22,11 +22,11 @@ from medgemma_clinical.data.trajectories import Batch, TrajectoryDataset
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.scaler import Scaler
 
-SUMMARY_WIDTH, STATIC_WIDTH = 64, 32
+SUMMARY_WIDTH, STATIC_WIDTH = 128, 32
 """Widths of the networks of summaries and of static features."""
 
-PREFIX_WEIGHT = 0.5
-"""Weight of the loss at an earlier observation beside that at the prediction time."""
+SUMMARY_DROPOUT = 0.5
+"""Dropout of the hidden layer on summaries: with many series it is the widest."""
 
 
 class Output(NamedTuple):
@@ -50,27 +50,29 @@ def log_odds(prevalence: float) -> float:
 
 
 class TrajectoryHead(nn.Module):
-    """Add the terms of states, summaries and static features to one logit a patient.
+    """Two readings of a patient, whose logits are averaged.
 
-    The states are read as their attention-weighted mean beside the state at the prediction time,
-    summaries and static features by a small network each.
+    One reads the states, as their attention-weighted mean beside the state at the prediction time,
+    the other the summaries by a small network; both read the static features. Each learns from its
+    own loss: with many series the states alone would fit the training part before the summaries
+    have learned, with few they say more.
     """
 
     def __init__(
         self, hidden_dim: int, *, summaries: int, static: int, dropout: float = 0.0
     ) -> None:
-        """Make the terms of H states, S summaries and K static features, which may be 0."""
+        """Make the readings of H states, S summaries and K static features, which may be 0."""
         super().__init__()
         self.attention = nn.Linear(hidden_dim, 1, bias=False)
         self.output = nn.Linear(2 * hidden_dim, 1)
         self.dropout = nn.Dropout(dropout)
-        self.summary_scaler = Scaler(summaries)
-        self.summaries = network(2 * summaries, SUMMARY_WIDTH, dropout, 2 * dropout)
-        self.static_scaler = Scaler(static)
+        self.static_scaler, self.summary_scaler = Scaler(static), Scaler(summaries)
         self.static = network(2 * static, STATIC_WIDTH) if static else None
+        hidden = SUMMARY_DROPOUT if dropout else 0.0
+        self.summaries = network(2 * (summaries + static), SUMMARY_WIDTH, dropout, hidden)
 
     def forward(self, states: Tensor, batch: Batch) -> Tensor:
-        """Return logits (B,) float32 at the prediction time.
+        """Return the logits (B, 2) float32 of both readings at the prediction time.
 
         Args:
             states: (B, L + 1, H), after each observation and, last, at the prediction time.
@@ -80,7 +82,7 @@ class TrajectoryHead(nn.Module):
         return self.read(states[:, :-1], states[:, -1], present, batch["summaries"], batch)
 
     def forward_prefix(self, states: Tensor, batch: Batch) -> Tensor:
-        """Return logits (B,) at an earlier observation of each patient, by what is known then.
+        """Return the logits (B, 2) at an earlier observation of each patient, as known then.
 
         Arguments as in ``forward``; the batch says how many observations are read.
         """
@@ -92,15 +94,15 @@ class TrajectoryHead(nn.Module):
     def read(
         self, states: Tensor, last: Tensor, present: Tensor, summaries: Tensor, batch: Batch
     ) -> Tensor:
-        """Return logits (B,) of states (B, L, H) where present (B, L), last (B, H), summaries."""
+        """Return logits (B, 2) of states (B, L, H) where present (B, L), last (B, H), summaries."""
         scores = self.attention(states).squeeze(2).masked_fill(~present, -math.inf)  # (B, L)
         pooled = torch.einsum("bl,blh->bh", scores.softmax(dim=1), states)
-        logit = self.output(self.dropout(torch.cat([pooled, last], dim=1)))  # (B, 1)
-        logit = logit + self.summaries(masked(self.summary_scaler, summaries))
+        of_states = self.output(self.dropout(torch.cat([pooled, last], dim=1)))  # (B, 1)
+        static = masked(self.static_scaler, batch["static"])
         if self.static is not None:
-            logit = logit + self.static(masked(self.static_scaler, batch["static"]))
-        result: Tensor = logit.squeeze(1)
-        return result
+            of_states = of_states + self.static(static)
+        table = torch.cat([masked(self.summary_scaler, summaries), static], dim=1)
+        return torch.cat([of_states, self.summaries(table)], dim=1)
 
 
 def network(
@@ -112,7 +114,7 @@ def network(
         nn.Linear(inputs, width),
         nn.ReLU(),
         nn.Dropout(hidden_dropout),
-        nn.Linear(width, 1, bias=False),
+        nn.Linear(width, 1),
     )
 
 
@@ -123,11 +125,10 @@ def masked(scaler: Scaler, table: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the binary cross-entropy of each member, (N,), a sum over B of logits (N, B)."""
-    each = functional.binary_cross_entropy_with_logits(
-        logits, labels.expand_as(logits), reduction="none"
-    )
-    return each.sum(dim=1)
+    """Return the binary cross-entropy (N,) of logits (N, B, 2): a sum over B, a mean over 2."""
+    targets = labels[:, None].expand_as(logits)
+    each = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return each.mean(dim=2).sum(dim=1)
 
 
 class TrajectoryMember(nn.Module):
@@ -139,7 +140,7 @@ class TrajectoryMember(nn.Module):
         self.encoder, self.head = encoder, head
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the states (B, L + 1, H) and the logit (B,) of each patient."""
+        """Return the states (B, L + 1, H) and both readings' logits (B, 2) of each patient."""
         states: Tensor = self.encoder.run(batch["plan"])
         return states, self.head(states, batch)
 
@@ -168,7 +169,7 @@ class Stage1(nn.Module):
         return {**batch, "plan": plan}
 
     def read(self, batch: Batch) -> tuple[list[Tensor], Tensor]:
-        """Return the states (B, L + 1, H) of each member, and all members' logits (N, B)."""
+        """Return the states (B, L + 1, H) of each member, and all readings' logits (N, B, 2)."""
         batch = batch if "plan" in batch else self.plan(batch)
         states, logits = zip(*(member(batch) for member in self.members), strict=True)
         return list(states), torch.stack(logits)
@@ -176,17 +177,19 @@ class Stage1(nn.Module):
     def forward(self, batch: Batch) -> Output:
         """Return each member's binary cross-entropy (sum over B) and the mean logit.
 
-        Members learn from their own loss; the loss of the averaged logit is lower. In training the
-        risk at an earlier observation of each patient counts too, where the batch names one.
+        In training each reading has its own loss; the loss of an averaged logit is lower. The risk
+        at an earlier observation counts as much, where the batch names one.
         """
-        states, logits = self.read(batch)  # of N members; (N, B)
-        loss = cross_entropy(logits, batch["labels"])
-        if self.training and "prefix_lengths" in batch:
+        states, logits = self.read(batch)  # of N members; (N, B, 2)
+        if not self.training:
+            loss = cross_entropy(logits.mean(dim=2, keepdim=True), batch["labels"])
+        elif "prefix_lengths" not in batch:
+            loss = cross_entropy(logits, batch["labels"])
+        else:
             members: Any = zip(self.members, states, strict=True)
-            early = torch.stack([member.head.forward_prefix(own, batch) for member, own in members])
-            early_loss = cross_entropy(early, batch["labels"])
-            loss = (loss + PREFIX_WEIGHT * early_loss) / (1 + PREFIX_WEIGHT)
-        return Output(loss, logits.shape[1], logits.mean(dim=0))
+            early = torch.stack([each.head.forward_prefix(own, batch) for each, own in members])
+            loss = cross_entropy(torch.cat([logits, early], dim=2), batch["labels"])
+        return Output(loss, logits.shape[1], logits.mean(dim=(0, 2)))
 
     def fit_scales(self, data: Data) -> None:
         """Fit scales and prevalence to the training part.
@@ -210,7 +213,8 @@ class Stage1(nn.Module):
                 raise InputError(f"{error} (features: {names})") from error
             member.head.summary_scaler.fit(summaries)
             member.head.static_scaler.fit(static)
-            nn.init.constant_(member.head.output.bias, log_odds(data.prevalence()))
+            for reading in (member.head.output, member.head.summaries[-1]):
+                nn.init.constant_(reading.bias, log_odds(data.prevalence()))
 
     def check_gaps(self, dataset: TrajectoryDataset) -> None:
         """Raise an ``InputError`` where the encoder does not accept a data set's longest gap."""

@@ -99,7 +99,7 @@ def latest_states(stage1: Stage1, batch: Batch, tokens: int) -> TrajectoryStates
     They are the states after the observations and, where the question is asked later than the last
     observation, the state at the prediction time.
     """
-    states, logits = stage1.read(batch)  # of N members, (N, B)
+    states, logits = stage1.read(batch)  # of N members; (N, B, 2)
     length = batch["observed"].any(dim=2).sum(1)  # (B,)
     first = states[0]
     row = torch.arange(len(first), device=first.device)
@@ -107,7 +107,7 @@ def latest_states(stage1: Stage1, batch: Batch, tokens: int) -> TrajectoryStates
     place = (length + later)[:, None] - tokens + torch.arange(tokens, device=first.device)
     # The state at the prediction time stands in the last column, behind the padding.
     column = torch.where(place == length[:, None], first.shape[1] - 1, place.clamp(min=0))
-    return TrajectoryStates(first[row[:, None], column], place >= 0, logits.mean(dim=0))
+    return TrajectoryStates(first[row[:, None], column], place >= 0, logits.mean(dim=(0, 2)))
 
 
 class TrajectoryLLM(nn.Module):
