@@ -17,7 +17,9 @@ from medgemma_clinical.models.language_model import BUILT_IN, INT8_REFUSED
 
 logger = logging.getLogger(__name__)
 
-STAGE_1_FLAGS = ("time_scale", "solver", "dynamics", "members", "facts", "prediction_time")
+STAGE_1_FLAGS = (
+    *("time_scale", "solver", "dynamics", "members", "dropout", "facts", "prediction_time"),
+)
 """Flags that the file of a trained stage 1 decides."""
 
 LANGUAGE_MODEL_FLAGS = (
@@ -68,7 +70,7 @@ UNREAD_FLAGS = {
     "--leave_out": "--folds --seeds --ablation --arms --reference",
     # those of stage 1
     TEXT_ONLY: "--freeze_ode --encoder_lr --stage1_logit --time_scale --solver --dynamics "
-    "--members --facts --prediction_time",
+    "--members --dropout --facts --prediction_time",
 }
 """Flags that these ways of training do not read."""
 
