@@ -616,7 +616,7 @@ def end_epoch(
     kept = zip(state.members, state.best or now, now, strict=True)
     state.best = [new.clone() if better[member] else old for member, old, new in kept]
     exhausted = epoch - max(progress.best_epochs) >= stage.patience
-    progress.history.append({**metrics, "improved": any(better)})
+    progress.history.append({**metrics, "best_epochs": [*progress.best_epochs]})
     if any(better):
         save_best(stage, state, folder)
     run_folder.write_history(folder, progress.history)

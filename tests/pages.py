@@ -51,7 +51,13 @@ def described(split):
 def make_content(n=400, **more):
     """The content of a report on n rows with every section."""
     history = [
-        {"epoch": k, "train_loss": 1 / k, "val_loss": 1.1 / k, "val_auroc": 0.6, "improved": k < 3}
+        {
+            "epoch": k,
+            "train_loss": 1 / k,
+            "val_loss": 1.1 / k,
+            "val_auroc": 0.6,
+            "best_epochs": [min(k, 2)],
+        }
         for k in range(1, 6)
     ]
     labels, groups = np.tile([0.0, 0, 0, 1], 50), np.arange(200)

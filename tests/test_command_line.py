@@ -150,7 +150,7 @@ def test_the_console_shows_six_epochs_and_the_last_and_the_log_each_of_them(data
     words = words_for(data, log := tmp_path / "own.log")
     assert trainer.main([*words, "--trajectory_epochs", "13", "--patience", "13"]) == 0
     history = pd.read_json(tmp_path / "run" / "trajectory" / "history.jsonl", lines=True)
-    best = history["epoch"].where(history["improved"]).ffill().astype(int)
+    best = history["best_epochs"].str[0]
     console = capsys.readouterr().out
     for text, shown in ((console, range(3, 14, 3)), (log.read_text(), range(1, 14))):
         shown = [(k, best[k - 1]) for k in [*shown, *{13} - {*shown}]]

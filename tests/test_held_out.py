@@ -160,6 +160,7 @@ def test_check_stage1__refuses_other_data(key, tmp_path):
     [
         *(("members", "2", "3"), ("time_scale", "72", "24"), ("dynamics", "ode", "decay")),
         *(("solver", "rk4", "dopri5"), ("prediction_time", "on", "off"), ("facts", "on", "off")),
+        ("dropout", str(trainer.build_parser().get_default("dropout")), "0.01"),
     ],
 )
 def test_make_stage1__loads_the_saved_one_frozen_or_refuses_a_flag(flag, same, other, checkpoint):

@@ -54,9 +54,8 @@ def test_the_winner_of_the_history_scores_what_the_files_say(stage, runs, tmp_pa
     history = pd.read_json(runs / stage / "history.jsonl", lines=True)
     metrics = read(runs / stage / "metrics.json")
     assert history["epoch"].tolist() == [1, 2, 3][: 3 if stage == "trajectory" else 2]
-    monitor = -history["val_loss"] if stage == "generative" else history["val_auroc"]
-    assert metrics["selected_epoch"] == history["epoch"][monitor.idxmax()]
-    assert history["improved"][monitor.idxmax()]
+    best = history["epoch"][history["val_loss"].idxmin()]
+    assert [metrics["selected_epoch"]] == [best] == history["best_epochs"].iloc[-1]
     paths = [runs / stage / f"predictions_{part}.csv" for part in ("val", "test")]
     parts = [pd.read_csv(path, float_precision="round_trip") for path in paths]
     rows = pd.read_csv(runs / "train.csv", dtype=str)

@@ -259,10 +259,10 @@ def report_content(
     min_cell = run["arguments"]["min_cell"]
     few, config = validation.counts["minority_patients"] < min_cell, shareable(config, min_cell)
     auroc = value_text(validation.row(validation.models[0], "auroc"))
-    dataset, best_epoch = data.dataset, state.progress.best_epoch
+    dataset, best_epochs = data.dataset, state.progress.best_epochs
     parameters = list(stage.model.parameters())
-    best = f"{best_epoch}, by the loss on the validation part"
-    if best_epoch == 1 < len(state.progress.history):
+    best = f"{', '.join(map(str, best_epochs))}: lowest loss on the validation part"
+    if max(best_epochs) == 1 < len(state.progress.history):
         best += "; training did not improve it after the first epoch"
     stage1_page, stage1 = None, run["arguments"]["ode_checkpoint"]
     if stage1 and config.get("residual_weight") == 0:
@@ -319,15 +319,18 @@ def training_methods(stage: Stage, data: Data, arguments: dict[str, Any]) -> dic
     how = drawn if dataset.parts is None else "as the data give them"
     platt = "Platt's method on the validation part; all results are those after it."
     size = describe_sample_size(dataset, data.usable_static, data.split["train"])
-    named = ("members", "dynamics", "solver", "lora_rank", "lora_alpha", "num_prefix_tokens")
-    own = [f"{name} {arguments[name]}" for name in named[: 3 if stage.text is None else None]]
+    named = ("members", "dynamics", "solver", "dropout")
+    named += () if stage.text is None else ("lora_rank", "lora_alpha", "num_prefix_tokens")
+    encoder = stage.config["encoder"] or {}  # of a stage 1 that was trained before, too
+    known = {**arguments, "members": stage.config["members"], **encoder}
+    own = [f"{name} {known[name]}" for name in named]
     return {
         "split": f"Patients are in one of three parts, {how}: the training part fits the weights, "
         "the validation part chooses epoch and threshold, the test part was scored once.",
         "preparation": f"Rows keep their latest {dataset.read_options['max_len']} observations.",
         "unusable": "; ".join(f"{code(k)} ({why})" for k, why in data.unusable_static.items()),
         "training": f"At most {stage.epochs} epochs, stopped after {stage.patience} without a "
-        f"better one; batches of {arguments['batch_size']}; AdamW with learning rates "
+        f"lower validation loss; batches of {arguments['batch_size']}; AdamW with learning rates "
         f"{', '.join(f'{rate:g} ({part})' for part, rate in rates.items())}; {', '.join(own)}. "
         "The program tunes none of these; run.json has every setting. Baselines are tuned in "
         "five folds of the training part.",

@@ -196,20 +196,21 @@ def plot_learning(history: Sequence[Mapping[str, Any]]) -> Plot:
     """Plot losses and validation AUROC by epoch; a number of the history may be None."""
     figure, (upper, lower) = new_figure((1, 1))
     table = pd.DataFrame(history).set_index("epoch")
-    kept = table.index[table["improved"]][-1]
+    kept = sorted({*table["best_epochs"].iloc[-1]})  # of each member
     auroc = table["val_auroc"].astype(float)
     upper.plot(table["train_loss"].astype(float), "o--", color=OTHER, label="training")
     upper.plot(table["val_loss"].astype(float), "o-", color=MODEL, label="validation")
     lower.plot(auroc, "o-", color=MODEL)
     for axes in (upper, lower):
-        axes.axvline(kept, **DOTTED)
+        for epoch in kept:
+            axes.axvline(epoch, **DOTTED)
     # Whole axes: a change of a hundredth between epochs is noise and looks like it.
     upper.axhline(0, linewidth=0)
     upper.set(ylabel="loss", ylim=(0, None))
     lowest = np.fmin(0.5, np.floor(10 * auroc.min()) / 10)
-    lower.set(xlabel="epoch (dotted: the one kept)", ylabel="val. AUROC", ylim=(lowest, 1))
+    lower.set(xlabel="epoch (dotted: kept)", ylabel="val. AUROC", ylim=(lowest, 1))
     lower.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    alt = f"Learning curve of {len(table)} epochs; epoch {kept} was kept."
+    alt = f"Learning curve of {len(table)} epochs; kept: {', '.join(map(str, kept))}."
     return _with_legend(figure), alt
 
 

@@ -83,21 +83,21 @@ def test_the_decision_curve_is_that_of_model_baseline_and_treat_all(rows):
         assert lines[name][1] == pytest.approx(net_benefit(labels, each, at, one)[0])
 
 
-def epochs(*aurocs, kept=1):
+def epochs(*aurocs, kept=(1,)):
     numbers = {"train_loss": 0.40, "val_loss": 0.41}
     return [
-        {"epoch": k, **numbers, "val_auroc": auroc, "improved": k in (1, kept)}
+        {"epoch": k, **numbers, "val_auroc": auroc, "best_epochs": kept}
         for k, auroc in enumerate(aurocs, 1)
     ]
 
 
-def test_the_learning_curve_marks_the_epoch_that_was_kept_on_whole_axes():
-    figure, alt = plots.plot_learning(epochs(0.71, None, 0.72, 0.7, kept=3))
+def test_the_learning_curve_marks_the_epochs_that_were_kept_on_whole_axes():
+    figure, alt = plots.plot_learning(epochs(0.71, None, 0.72, 0.7, kept=[3, 1, 3]))
     upper, lower = figure.axes
-    auroc, kept = lower.lines
+    auroc, *kept = lower.lines
     assert np.isnan(np.array(auroc.get_ydata(), dtype=float)).tolist() == [0, 1, 0, 0]
-    assert kept.get_xdata() == [3, 3]
-    assert "3" in alt
+    assert [line.get_xdata() for line in kept] == [[1, 1], [3, 3]]
+    assert "1, 3" in alt
     assert upper.get_ylim()[0] == 0
     assert lower.get_ylim() == (0.5, 1)
     assert plots.plot_learning(epochs(0.37))[0].axes[1].get_ylim() == pytest.approx((0.3, 1))
