@@ -11,7 +11,7 @@
 The way of a batch: series -> ClinicalODERNN -> a state after each of L observations and one at the
 prediction time; then
 
-    stage 1  trajectory       attention-pooled head -> logit
+    stage 1  trajectory       readings of states and of summaries -> logit
     stage 2  classification   <bos> [soft tokens] [text] -> LLM -> last position -> head -> logit
     stage 3  generative       <bos> [soft tokens] [text] [report] -> LLM -> lm_head on the report
 
@@ -90,13 +90,7 @@ from medgemma_clinical.inference.trajectory_model import Program, TrajectoryMode
 from medgemma_clinical.models import checkpoints, language_model, text_batches, trained_model
 from medgemma_clinical.models.checkpoints import TrajectoryCheckpoint, describe_data
 from medgemma_clinical.models.text_batches import TextCollator
-from medgemma_clinical.models.trajectory import (
-    Stage1,
-    TrajectoryCollator,
-    TrajectoryHead,
-    TrajectoryMember,
-    log_odds,
-)
+from medgemma_clinical.models.trajectory import Stage1, TrajectoryCollator, TrajectoryHead, log_odds
 from medgemma_clinical.models.trajectory_llm import LLMClassifier, LLMWriter, SoftPrompt
 from medgemma_clinical.training import memory
 from medgemma_clinical.training.evaluate import evaluate
@@ -186,7 +180,7 @@ def build_parser() -> Parser:
     add("--patience", type=POSITIVE, default=10, help="early stopping patience in epochs")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of split, weights, bootstrap")
     add("--calibrate", choices=("none", "platt"), default="none", help="recalibrate on validation")
-    add("--encoder_lr", type=RATE, default=2e-3, help="learning rate of the ODE-RNN and its head")
+    add("--encoder_lr", type=RATE, default=1e-3, help="learning rate of the ODE-RNN and its head")
     add("--head_lr", type=RATE, default=1e-3, help="learning rate of stage 2's head")
 
     add = parser.add_argument_group("ODE-RNN").add_argument
@@ -196,7 +190,7 @@ def build_parser() -> Parser:
     add("--solver", choices=SOLVERS, default="rk4", help="rk4, or adaptive")
     add("--dynamics", choices=DYNAMICS, default="ode", help="state between observations")
     add("--members", type=number(int, *checkpoints.MEMBERS), default=1, help="averaged encoders")
-    add("--dropout", type=number(float, 0, 0.49), default=0.3, help="of stage 1 in training")
+    add("--dropout", type=number(float, 0, 0.99), default=0.5, help="of stage 1 in training")
     add("--facts", choices=switch, default="on", help="stage 1 reads static features")
     add("--prediction_time", choices=switch, default="on", help="carry the state to it")
 
@@ -256,7 +250,7 @@ def build_stage1(config: Mapping[str, Any], seed: int = 0) -> Stage1:
         torch.manual_seed(distributed.derived_seed(seed, member))  # no two members start alike
         encoder = ClinicalODERNN(**config["encoder"])
         head = TrajectoryHead(encoder.hidden_dim, **sizes, dropout=encoder.dropout)
-        members.append(TrajectoryMember(encoder, head))
+        members.append((encoder, head))
     return Stage1(members)
 
 

@@ -82,7 +82,9 @@ def test_each_member_trains_and_stops_as_if_it_were_alone(dka_file, tmp_path):
     """By clipped AdamW on the schedule, with averaged weights of its own best epoch."""
     flags = f"--trajectory_epochs {EPOCHS} --patience {PATIENCE} --members 3 --dropout 0"
     stage, data = make(dka_file, tmp_path, *flags.split())
-    members = [Stage1([member]) for member in copy.deepcopy(stage.model.members)]
+    members = [
+        Stage1([(member.encoder, member.head)]) for member in copy.deepcopy(stage.model.members)
+    ]
     state = trainer.fit(stage, 7, tmp_path)
     alone = [train_alone(model, stage, data.split) for model in members]
     metrics, best, best_epochs = zip(*alone, strict=True)

@@ -25,8 +25,8 @@ from medgemma_clinical.models.scaler import Scaler
 SUMMARY_WIDTH, STATIC_WIDTH = 128, 32
 """Widths of the networks of summaries and of static features."""
 
-SUMMARY_DROPOUT = 0.5
-"""Dropout of the hidden layer on summaries: with many series it is the widest."""
+SUMMARY_DROPOUT = 0.3, 0.5
+"""Dropout of the inputs and of the hidden layer of the network of summaries."""
 
 
 class Output(NamedTuple):
@@ -68,8 +68,8 @@ class TrajectoryHead(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.static_scaler, self.summary_scaler = Scaler(static), Scaler(summaries)
         self.static = network(2 * static, STATIC_WIDTH) if static else None
-        hidden = SUMMARY_DROPOUT if dropout else 0.0
-        self.summaries = network(2 * (summaries + static), SUMMARY_WIDTH, dropout, hidden)
+        rates = SUMMARY_DROPOUT if dropout else (0.0, 0.0)
+        self.summaries = network(2 * (summaries + static), SUMMARY_WIDTH, *rates)
 
     def forward(self, states: Tensor, batch: Batch) -> Tensor:
         """Return the logits (B, 2) float32 of both readings at the prediction time.
@@ -125,10 +125,21 @@ def masked(scaler: Scaler, table: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the binary cross-entropy (N,) of logits (N, B, 2): a sum over B, a mean over 2."""
-    targets = labels[:, None].expand_as(logits)
+    """Return the binary cross-entropy of each member, (N,), a sum over B of logits (N, B)."""
+    targets = labels.expand_as(logits)
     each = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    return each.mean(dim=2).sum(dim=1)
+    return each.sum(dim=1)
+
+
+def training_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss (N,) of both readings' logits (N, B, 2): of their mean, and of each alone.
+
+    A reading that leans on the other fits what the other has left of the training part.
+    """
+    both, first, second = (
+        cross_entropy(each, labels) for each in (logits.mean(dim=2), *logits.unbind(dim=2))
+    )
+    return both / 2 + (first + second) / 4
 
 
 class TrajectoryMember(nn.Module):
@@ -152,10 +163,10 @@ class Stage1(nn.Module):
     Ensembles".
     """
 
-    def __init__(self, members: Iterable[TrajectoryMember]) -> None:
-        """Join the members; they read the same series, so one plan serves all."""
+    def __init__(self, members: Iterable[tuple[Any, TrajectoryHead]]) -> None:
+        """Join encoder and head of each member; all read the same series, so one plan serves."""
         super().__init__()
-        self.members = nn.ModuleList(members)
+        self.members = nn.ModuleList(TrajectoryMember(*member) for member in members)
 
     @property
     def encoder(self) -> Any:
@@ -177,19 +188,20 @@ class Stage1(nn.Module):
     def forward(self, batch: Batch) -> Output:
         """Return each member's binary cross-entropy (sum over B) and the mean logit.
 
-        In training each reading has its own loss; the loss of an averaged logit is lower. The risk
-        at an earlier observation counts as much, where the batch names one.
+        In training each reading has a loss of its own too, and the risk at an earlier observation
+        counts as much as that at the prediction time, where the batch names one.
         """
         states, logits = self.read(batch)  # of N members; (N, B, 2)
+        labels = batch["labels"]
         if not self.training:
-            loss = cross_entropy(logits.mean(dim=2, keepdim=True), batch["labels"])
-        elif "prefix_lengths" not in batch:
-            loss = cross_entropy(logits, batch["labels"])
+            loss = cross_entropy(logits.mean(dim=2), labels)
         else:
+            loss = training_loss(logits, labels)
+        if self.training and "prefix_lengths" in batch:
             members: Any = zip(self.members, states, strict=True)
-            early = torch.stack([each.head.forward_prefix(own, batch) for each, own in members])
-            loss = cross_entropy(torch.cat([logits, early], dim=2), batch["labels"])
-        return Output(loss, logits.shape[1], logits.mean(dim=(0, 2)))
+            early = [each.head.forward_prefix(own, batch) for each, own in members]
+            loss = (loss + training_loss(torch.stack(early), labels)) / 2
+        return Output(loss, len(labels), logits.mean(dim=(0, 2)))
 
     def fit_scales(self, data: Data) -> None:
         """Fit scales and prevalence to the training part.

@@ -119,7 +119,7 @@ def test_member__reads_the_state_at_the_prediction_time(three):
 
 def test_classifier__averages_logits_and_keeps_each_members_states_and_loss(three):
     model, _, batch = three
-    alone = [Stage1([member])(batch) for member in model.members]
+    alone = [Stage1([(member.encoder, member.head)])(batch) for member in model.members]
     for one, other in itertools.combinations(alone, 2):
         assert not torch.isclose(one.logit, other.logit).any()
     output, (states, logits) = model(batch), model.read(batch)
@@ -149,7 +149,7 @@ def test_classifier__each_member_learns_as_if_alone(three):
     alone = copy.deepcopy(model)
     model(batch).loss.sum().backward()
     for together, member in zip(model.members, alone.members, strict=True):
-        Stage1([member])(batch).loss.sum().backward()
+        Stage1([(member.encoder, member.head)])(batch).loss.sum().backward()
         for found, own in zip(together.parameters(), member.parameters(), strict=True):
             torch.testing.assert_close(found.grad, own.grad)
 
