@@ -25,8 +25,8 @@ class Scaler(nn.Module):
     neighbouring bins scores are interpolated; beyond the outer ones they go on as z-scores.
 
     Attributes:
-        knots: (bins, C) mean of each bin, ascending.
-        scores: (bins, C) mean normal score of each bin; of bins with an equal mean one score.
+        knots: (C, bins) mean of each bin, ascending.
+        scores: (C, bins) mean normal score of each bin; of bins with an equal mean one score.
         std: (C,) standard deviation, infinite where no entry is known.
 
     Source: Conover 1999, "Practical Nonparametric Statistics", for normal scores.
@@ -39,7 +39,7 @@ class Scaler(nn.Module):
     def __init__(self, columns: int) -> None:
         """Leave the columns as they are, but clipped, until they are fitted."""
         super().__init__()
-        same = torch.linspace(-MAX_SCORE, MAX_SCORE, BINS)[:, None].repeat(1, columns)
+        same = torch.linspace(-MAX_SCORE, MAX_SCORE, BINS).repeat(columns, 1)
         self.register_buffer("knots", same)
         self.register_buffer("scores", same.clone())
         self.register_buffer("std", torch.ones(columns))
@@ -54,17 +54,19 @@ class Scaler(nn.Module):
             # Rounding alone leaves a constant column a spread of 1e-16 of its mean.
             if len(known) and (std := known.std(correction=0)) > 1e-9 * known.mean().abs():
                 self.std[c] = std
-                self.knots[:, c], self.scores[:, c] = bin_means(known)
+                self.knots[c], self.scores[c] = bin_means(known)
 
     def forward(self, table: Tensor) -> Tensor:
         """Return clipped scores for (..., C), zero where unknown."""
-        knots, scores = self.knots.T.contiguous(), self.scores.T.contiguous()  # (C, bins)
         x = table.reshape(-1, table.shape[-1]).T.contiguous()  # (C, n)
-        right = torch.searchsorted(knots, x).clamp(1, BINS - 1)
-        low, high = knots.gather(1, right - 1), knots.gather(1, right)
-        inside = x.clamp(knots[:, :1], knots[:, -1:])
-        share = torch.where(high > low, (inside - low) / (high - low), 1.0)
-        score = torch.lerp(scores.gather(1, right - 1), scores.gather(1, right), share)
+        inside = x.clamp(self.knots[:, :1], self.knots[:, -1:])
+        left = (torch.searchsorted(self.knots, inside) - 1).clamp(0, BINS - 2)
+        score = self.scores.gather(1, left)
+        slope = self.scores.diff(dim=1) / self.knots.diff(
+            dim=1
+        )  # (C, bins - 1), NaN between equals
+        slope = slope.nan_to_num(nan=0.0).gather(1, left)
+        score = score + slope * (inside - self.knots.gather(1, left))
         score = (score + (x - inside) / self.std[:, None]).clamp(-MAX_SCORE, MAX_SCORE)
         return score.nan_to_num(nan=0.0).T.reshape(table.shape)
 

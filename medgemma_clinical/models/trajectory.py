@@ -74,31 +74,26 @@ class TrajectoryHead(nn.Module):
     def forward(self, states: Tensor, batch: Batch) -> Tensor:
         """Return the logits (B, 2) float32 of both readings at the prediction time.
 
+        In training those at an earlier observation of each patient, as known then, follow: (2B, 2),
+        where the batch names one.
+
         Args:
             states: (B, L + 1, H), after each observation and, last, at the prediction time.
             batch: of the same patients.
         """
         present = batch["observed"].any(dim=2)  # (B, L)
-        return self.read(states[:, :-1], states[:, -1], present, batch["summaries"], batch)
-
-    def forward_prefix(self, states: Tensor, batch: Batch) -> Tensor:
-        """Return the logits (B, 2) at an earlier observation of each patient, as known then.
-
-        Arguments as in ``forward``; the batch says how many observations are read.
-        """
-        length = batch["prefix_lengths"]  # (B,) at least 1
-        present = torch.arange(states.shape[1] - 1, device=length.device) < length[:, None]
-        last = states[torch.arange(len(length), device=length.device), length - 1]  # (B, H)
-        return self.read(states[:, :-1], last, present, batch["prefix_summaries"], batch)
-
-    def read(
-        self, states: Tensor, last: Tensor, present: Tensor, summaries: Tensor, batch: Batch
-    ) -> Tensor:
-        """Return logits (B, 2) of states (B, L, H) where present (B, L), last (B, H), summaries."""
-        scores = self.attention(states).squeeze(2).masked_fill(~present, -math.inf)  # (B, L)
-        pooled = torch.einsum("bl,blh->bh", scores.softmax(dim=1), states)
-        of_states = self.output(self.dropout(torch.cat([pooled, last], dim=1)))  # (B, 1)
+        observed, last, summaries = states[:, :-1], states[:, -1], batch["summaries"]
         static = masked(self.static_scaler, batch["static"])
+        if self.training and "prefix_lengths" in batch:
+            length, row = batch["prefix_lengths"], torch.arange(len(states), device=states.device)
+            known = torch.arange(observed.shape[1], device=states.device) < length[:, None]
+            present, observed = torch.cat([present, known]), observed.repeat(2, 1, 1)
+            last = torch.cat([last, states[row, length - 1]])
+            summaries = torch.cat([summaries, batch["prefix_summaries"]])
+            static = static.repeat(2, 1)
+        scores = self.attention(observed).squeeze(2).masked_fill(~present, -math.inf)  # (B, L)
+        pooled = torch.einsum("bl,blh->bh", scores.softmax(dim=1), observed)
+        of_states = self.output(self.dropout(torch.cat([pooled, last], dim=1)))  # (B, 1)
         if self.static is not None:
             of_states = of_states + self.static(static)
         table = torch.cat([masked(self.summary_scaler, summaries), static], dim=1)
@@ -179,11 +174,11 @@ class Stage1(nn.Module):
         plan = self.encoder.plan(batch["times"], batch["values"], batch["observed"], until)
         return {**batch, "plan": plan}
 
-    def read(self, batch: Batch) -> tuple[list[Tensor], Tensor]:
-        """Return the states (B, L + 1, H) of each member, and all readings' logits (N, B, 2)."""
+    def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the first member's states (B, L + 1, H) and all members' logits (N, B, 2)."""
         batch = batch if "plan" in batch else self.plan(batch)
-        states, logits = zip(*(member(batch) for member in self.members), strict=True)
-        return list(states), torch.stack(logits)
+        outputs = [member(batch) for member in self.members]
+        return outputs[0][0], torch.stack([logit for _, logit in outputs])
 
     def forward(self, batch: Batch) -> Output:
         """Return each member's binary cross-entropy (sum over B) and the mean logit.
@@ -191,17 +186,13 @@ class Stage1(nn.Module):
         In training each reading has a loss of its own too, and the risk at an earlier observation
         counts as much as that at the prediction time, where the batch names one.
         """
-        states, logits = self.read(batch)  # of N members; (N, B, 2)
-        labels = batch["labels"]
-        if not self.training:
-            loss = cross_entropy(logits.mean(dim=2), labels)
+        logits, labels = self.read(batch)[1], batch["labels"]
+        moments = logits.shape[1] // len(labels)  # 2 with an earlier observation
+        if self.training:
+            loss = training_loss(logits, labels.repeat(moments)) / moments
         else:
-            loss = training_loss(logits, labels)
-        if self.training and "prefix_lengths" in batch:
-            members: Any = zip(self.members, states, strict=True)
-            early = [each.head.forward_prefix(own, batch) for each, own in members]
-            loss = (loss + training_loss(torch.stack(early), labels)) / 2
-        return Output(loss, len(labels), logits.mean(dim=(0, 2)))
+            loss = cross_entropy(logits.mean(dim=2), labels)
+        return Output(loss, len(labels), logits[:, : len(labels)].mean(dim=(0, 2)))
 
     def fit_scales(self, data: Data) -> None:
         """Fit scales and prevalence to the training part.

@@ -99,15 +99,14 @@ def latest_states(stage1: Stage1, batch: Batch, tokens: int) -> TrajectoryStates
     They are the states after the observations and, where the question is asked later than the last
     observation, the state at the prediction time.
     """
-    states, logits = stage1.read(batch)  # of N members; (N, B, 2)
+    states, logits = stage1.read(batch)  # (B, L + 1, H), (N, B, 2)
     length = batch["observed"].any(dim=2).sum(1)  # (B,)
-    first = states[0]
-    row = torch.arange(len(first), device=first.device)
+    row = torch.arange(len(states), device=states.device)
     later = batch["prediction_hours"] > batch["times"][row, length - 1]
-    place = (length + later)[:, None] - tokens + torch.arange(tokens, device=first.device)
+    place = (length + later)[:, None] - tokens + torch.arange(tokens, device=states.device)
     # The state at the prediction time stands in the last column, behind the padding.
-    column = torch.where(place == length[:, None], first.shape[1] - 1, place.clamp(min=0))
-    return TrajectoryStates(first[row[:, None], column], place >= 0, logits.mean(dim=(0, 2)))
+    column = torch.where(place == length[:, None], states.shape[1] - 1, place.clamp(min=0))
+    return TrajectoryStates(states[row[:, None], column], place >= 0, logits.mean(dim=(0, 2)))
 
 
 class TrajectoryLLM(nn.Module):
