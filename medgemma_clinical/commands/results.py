@@ -319,8 +319,8 @@ def training_methods(stage: Stage, data: Data, arguments: dict[str, Any]) -> dic
     how = drawn if dataset.parts is None else "as the data give them"
     platt = "Platt's method on the validation part; all results are those after it."
     size = describe_sample_size(dataset, data.usable_static, data.split["train"])
-    named = ("members", "dynamics", "solver", "dropout")
-    named += () if stage.text is None else ("lora_rank", "lora_alpha", "num_prefix_tokens")
+    named = ["members", "dynamics", "solver", "dropout"]
+    named += [] if stage.text is None else ["lora_rank", "lora_alpha", "num_prefix_tokens"]
     encoder = stage.config["encoder"] or {}  # of a stage 1 that was trained before, too
     known = {**arguments, "members": stage.config["members"], **encoder}
     own = [f"{name} {known[name]}" for name in named]
