@@ -86,8 +86,9 @@ def test_an_unsound_incomplete_or_reversed_rule_is_refused(name, number):
 
 def test_predictions_follow_their_rule():
     labels, logit = np.array([0.0, 1, 0, 1]), np.array([-2.0, -1, 0, 1])
-    own = Predictions(0.5, labels, logit, np.arange(4), np.zeros(4))
-    moved = Predictions(0.5, labels, logit, np.arange(4), np.zeros(4), DecisionRule(2, 1, expit(1)))
+    parts = np.array([0.25, 0.75]), labels, logit, np.arange(4), np.zeros(4)
+    own, moved = Predictions(*parts), Predictions(*parts, DecisionRule(2, 1, expit(1)))
+    assert own.loss == 0.5  # of two members
     assert own.probability == pytest.approx(expit(logit))
     with np.errstate(all="raise", under="ignore"):  # extreme log-odds give no warning
         assert DecisionRule(2, 1).probability(np.array([-1e5, 1e5])).tolist() == [0, 1]

@@ -16,7 +16,7 @@ def scored(dataset, texts=None, first=0):
     n = len(dataset)
     texts = texts or {i: dataset.report(i) for i in range(n)}
     rows = np.arange(first, n)[::-1]
-    predictions = Predictions(0.0, dataset.labels[rows], rows / 10 - 1, rows, 0.0 * rows)
+    predictions = Predictions(np.zeros(1), dataset.labels[rows], rows / 10 - 1, rows, 0.0 * rows)
     return score_reports(dataset, texts, predictions, seed=0)
 
 
