@@ -58,7 +58,7 @@ class Scaler(nn.Module):
 
     def forward(self, table: Tensor) -> Tensor:
         """Return clipped scores for (..., C), zero where unknown."""
-        x = table.reshape(-1, table.shape[-1]).T.contiguous()  # (C, n)
+        x = table.reshape(table.shape[:-1].numel(), table.shape[-1]).T.contiguous()  # (C, n)
         inside = x.clamp(self.knots[:, :1], self.knots[:, -1:])
         left = (torch.searchsorted(self.knots, inside) - 1).clamp(0, BINS - 2)
         score = self.scores.gather(1, left)
