@@ -28,7 +28,7 @@ def make_encoder(features=2, hidden_dim=6, *, gain=2.0, fused=True, **options):
     for tensor in (encoder.norm.weight, scaler.std):
         tensor.uniform_(0.5, 2)
     for tensor in (scaler.knots, scaler.scores):  # most values lie between them
-        tensor.copy_(tensor.uniform_(0.1, 0.3).cumsum(0) - 2.4)
+        tensor.copy_(tensor.uniform_(0.1, 0.3).cumsum(1) - 2.4)
     return encoder
 
 
@@ -126,7 +126,7 @@ def defined_states(encoder, times, values, observed, until=None):
 
 def normal_score(scaler, column, value):
     """The score of one value: a line from knot to knot, and z-scores beyond them, clipped."""
-    knots, scores, std = scaler.knots[:, column], scaler.scores[:, column], scaler.std[column]
+    knots, scores, std = scaler.knots[column], scaler.scores[column], scaler.std[column]
     if value <= knots[0] or value >= knots[-1]:
         end = 0 if value <= knots[0] else -1
         score = scores[end] + (value - knots[end]) / std

@@ -163,7 +163,7 @@ def test_the_normaliser_counts_observed_values_only():
     values = torch.tensor([[[1.0, math.nan], [3.0, 10.0]], [[1e6, 20.0], [5.0, 60.0]]])
     observed = torch.tensor([[[True, False], [True, True]], [[False, True], [True, True]]])
     encoder.fit_normalizer(values, observed)
-    torch.testing.assert_close(encoder.scaler.knots[0], torch.tensor([3.0, 30.0]))
+    torch.testing.assert_close(encoder.scaler.knots[:, 0], torch.tensor([3.0, 30.0]))
     torch.testing.assert_close(encoder.scaler.std, torch.tensor([8 / 3, 1400 / 3]).sqrt())
 
 

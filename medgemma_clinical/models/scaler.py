@@ -61,12 +61,10 @@ class Scaler(nn.Module):
         x = table.reshape(table.shape[:-1].numel(), table.shape[-1]).T.contiguous()  # (C, n)
         inside = x.clamp(self.knots[:, :1], self.knots[:, -1:])
         left = (torch.searchsorted(self.knots, inside) - 1).clamp(0, BINS - 2)
-        score = self.scores.gather(1, left)
-        slope = self.scores.diff(dim=1) / self.knots.diff(
-            dim=1
-        )  # (C, bins - 1), NaN between equals
-        slope = slope.nan_to_num(nan=0.0).gather(1, left)
-        score = score + slope * (inside - self.knots.gather(1, left))
+        # (C, bins - 1), NaN between equal knots.
+        slope = (self.scores.diff(dim=1) / self.knots.diff(dim=1)).nan_to_num(nan=0.0)
+        rise = slope.gather(1, left) * (inside - self.knots.gather(1, left))
+        score = self.scores.gather(1, left) + rise
         score = (score + (x - inside) / self.std[:, None]).clamp(-MAX_SCORE, MAX_SCORE)
         return score.nan_to_num(nan=0.0).T.reshape(table.shape)
 

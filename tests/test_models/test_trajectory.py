@@ -7,17 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from dte_encoder import ClinicalODERNN
 from language_models import data_of, patients, stage1_for
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.files import InputError
-from medgemma_clinical.models.trajectory import (
-    PREFIX_WEIGHT,
-    Stage1,
-    TrajectoryCollator,
-    TrajectoryHead,
-)
+from medgemma_clinical.models.trajectory import Stage1, TrajectoryCollator, TrajectoryHead
 from medgemma_trainer import build_stage1
 from trajectories import dataset_of
 
@@ -38,23 +34,27 @@ def head_and_batch(static=STATIC):
 
 
 @pytest.mark.parametrize("static", [STATIC, 0])
-def test_head__adds_up_states_summaries_and_facts_unknown_ones_masked(static):
+def test_head__reads_states_and_summaries_each_with_the_facts_unknown_ones_masked(static):
     head, states, batch = head_and_batch(static)
     batch["summaries"][0, 1] = batch["static"][1:2, :1] = math.nan
     learning, logits = head(states, batch), head.eval()(states, batch)
     assert not torch.isclose(learning, logits).any(), "dropout is of training alone"
     for row, length in enumerate(LENGTHS):
-        alone, terms = states[row, :length], []
-        shares = (alone @ head.attention.weight[0]).softmax(dim=0)
-        read = torch.cat([shares @ alone, states[row, -1]])
-        parts = [("summaries", head.summary_scaler, head.summaries)]
-        parts += [("static", head.static_scaler, head.static)] if static else []
-        for name, scaler, network in parts:
-            table, (first, last) = batch[name][row], (network[1], network[-1])
-            inputs = torch.cat([scaler(table[None])[0], (~table.isnan()).float()])
-            terms.append(last.weight @ first(inputs).relu())
-        torch.testing.assert_close(logits[row : row + 1], head.output(read) + sum(terms))
-    assert (head.static is None) == (not static)
+        observed, known = states[row, :length], {}
+        for name, scaler in (("summaries", head.summary_scaler), ("static", head.static_scaler)):
+            table = batch[name][row]
+            known[name] = torch.cat([scaler(table[None])[0], (~table.isnan()).float()])
+        shares = (observed @ head.attention.weight[0]).softmax(dim=0)
+        first = head.output(torch.cat([shares @ observed, states[row, -1]]))
+        first = first + (plain(head.static, known["static"]) if static else 0)
+        second = plain(head.summaries, torch.cat([known["summaries"], known["static"]]))
+        torch.testing.assert_close(logits[row], torch.cat([first, second]))
+
+
+def plain(network, inputs):
+    """The network of one hidden layer."""
+    first, last = (each for each in network if isinstance(each, nn.Linear))
+    return last(first(inputs).relu())
 
 
 def test_fit_scales__are_those_of_the_training_part():
@@ -72,7 +72,7 @@ def test_fit_scales__are_those_of_the_training_part():
             (member.head.static_scaler, own.static_values()),
         ):
             mean = torch.tensor(np.nanmean(table, 0)).float()  # of a single bin
-            torch.testing.assert_close(scaler.knots[0], mean)
+            torch.testing.assert_close(scaler.knots[:, 0], mean)
         assert member.head.output.bias.sigmoid().item() == pytest.approx(own.labels.mean())
     assert len(model.members[0].head.summary_scaler.std) == len(own.summary_names()) == 9
 
@@ -92,9 +92,9 @@ def test_fit_scales__summaries_of_few_patients_leave_nothing_in_the_weights():
         model.fit_scales(Data(dataset, {"train": np.arange(20)}, None, "", ""))
         scalers.append(model.members[0].head.summary_scaler)
     span, first = (dataset.summary_names().index(f"Anion gap {x}") for x in ("span", "first"))
-    assert scalers[0].knots[0, span] == 25 / 20
-    assert scalers[1].knots[0, first] == 3.5
-    assert (scalers[1].knots[0, span], scalers[1].std[span]) == (0, math.inf)
+    assert scalers[0].knots[span, 0] == 25 / 20
+    assert scalers[1].knots[first, 0] == 3.5
+    assert (scalers[1].knots[span, 0], scalers[1].std[span]) == (0, math.inf)
 
 
 @pytest.fixture(scope="module")
@@ -114,28 +114,32 @@ def test_member__reads_the_state_at_the_prediction_time(three):
     later = {**dataset.collate(ROWS), "prediction_hours": batch["prediction_hours"] + 20}
     moved = model.members[0](model.plan(later))
     torch.testing.assert_close(moved[0][:, :-1], states[:, :-1])
-    assert not torch.isclose(moved[1], logit).any()
+    assert not torch.isclose(moved[1], logit)[:, 0].any()
 
 
-def test_classifier__averages_logits_and_keeps_each_members_states_and_loss(three):
+def alone(model):
+    """Each member as a model of its own."""
+    return [Stage1([(member.encoder, member.head)]) for member in model.members]
+
+
+def entropy(logits, labels):
+    """The cross-entropy, a sum over patients in the last but one column."""
+    risk = logits.double().sigmoid()
+    return -torch.where(labels == 1, risk, 1 - risk).log().sum(-1).float()
+
+
+def test_classifier__averages_logits_and_keeps_the_first_members_states_and_each_loss(three):
     model, _, batch = three
-    alone = [Stage1([(member.encoder, member.head)])(batch) for member in model.members]
-    for one, other in itertools.combinations(alone, 2):
+    own = [member.eval()(batch) for member in alone(model)]
+    for one, other in itertools.combinations(own, 2):
         assert not torch.isclose(one.logit, other.logit).any()
     output, (states, logits) = model(batch), model.read(batch)
-    torch.testing.assert_close(output.logit, torch.stack([each.logit for each in alone]).mean(0))
-    assert torch.equal(output.loss, torch.cat([each.loss for each in alone]))
-    assert output.terms == alone[0].terms == len(ROWS)
-    for own, member in zip(states, model.members, strict=True):
-        assert torch.equal(own, member(batch)[0])
-    assert torch.equal(logits, torch.stack([each.logit for each in alone]))
-    torch.testing.assert_close(output.loss, summed_entropy(logits, batch["labels"]))
-
-
-def summed_entropy(logits, labels):
-    """The cross-entropy of each member, a sum over patients."""
-    risk = logits.double().sigmoid()
-    return -torch.where(labels == 1, risk, 1 - risk).log().sum(1).float()
+    torch.testing.assert_close(output.logit, torch.stack([each.logit for each in own]).mean(0))
+    torch.testing.assert_close(output.logit, logits.mean(dim=(0, 2)))
+    assert torch.equal(output.loss, torch.cat([each.loss for each in own]))
+    torch.testing.assert_close(output.loss, entropy(logits.mean(2), batch["labels"]))
+    assert output.terms == own[0].terms == len(ROWS)
+    assert torch.equal(states, model.members[0](batch)[0])
 
 
 def drawn(model, dataset, rows=ROWS, seed=0, epoch=1):
@@ -146,37 +150,38 @@ def drawn(model, dataset, rows=ROWS, seed=0, epoch=1):
 
 def test_classifier__each_member_learns_as_if_alone(three):
     model, batch = copy.deepcopy(three[0]).train(), drawn(*three[:2])
-    alone = copy.deepcopy(model)
     model(batch).loss.sum().backward()
-    for together, member in zip(model.members, alone.members, strict=True):
-        Stage1([(member.encoder, member.head)])(batch).loss.sum().backward()
+    for together, member in zip(model.members, alone(copy.deepcopy(model)), strict=True):
+        member.zero_grad()
+        member(batch).loss.sum().backward()
         for found, own in zip(together.parameters(), member.parameters(), strict=True):
             torch.testing.assert_close(found.grad, own.grad)
 
 
-def test_classifier__an_earlier_observation_counts_in_training_alone(three):
-    model, batch = copy.deepcopy(three[0]), drawn(*three[:2])
-    states, logits = model.read(batch)
-    pairs = zip(model.members, states, strict=True)
-    early = torch.stack([member.head.forward_prefix(own, batch) for member, own in pairs])
-    end, early = (summed_entropy(each, batch["labels"]) for each in (logits, early))
-    expected = (end + PREFIX_WEIGHT * early) / (1 + PREFIX_WEIGHT)
-    for training, loss in ((False, end), (True, expected)):
-        output = model.train(training)(batch)
-        torch.testing.assert_close(output.loss, loss)
-        torch.testing.assert_close(output.logit, logits.mean(0))
-    assert not torch.isclose(end, expected).any()
+def test_classifier__readings_and_an_earlier_observation_count_in_training_alone(three):
+    model, (end, batch) = copy.deepcopy(three[0]), (three[2], drawn(*three[:2]))
+    labels, expected = batch["labels"], model(end)
+    assert torch.equal(model(batch).loss, expected.loss)
+    model.train()
+    logits = model.read(batch)[1].unflatten(1, (2, len(ROWS)))  # (N, 2, B, 2)
+    torch.testing.assert_close(logits[:, 0], model.read(end)[1])
+    each = [entropy(logits[..., k], labels) for k in range(2)]  # (N, 2)
+    losses = entropy(logits.mean(3), labels) / 2 + sum(each) / 4
+    for found, loss in ((model(batch), losses.mean(1)), (model(end), losses[:, 0])):
+        torch.testing.assert_close(found.loss, loss)
+        torch.testing.assert_close(found.logit, expected.logit)
+        assert found.terms == len(ROWS)
 
 
 @pytest.mark.parametrize("timed", [True, False])
-def test_forward_prefix__is_the_logit_of_the_series_up_to_there_and_sees_nothing_behind(timed):
+def test_head__an_earlier_risk_is_that_of_the_series_up_to_there_and_sees_nothing_behind(timed):
     dataset = data_of(patients()).dataset
     dataset = dataset.with_inputs(dataset.static_inputs, prediction_time=timed)
-    model, rows = stage1_for(dataset).eval(), range(len(dataset))
+    model, rows = stage1_for(dataset), range(len(dataset))
     for k in range(1, 10):
         lengths = np.minimum(dataset.lengths, k)
         cut, later = dataset.up_to(lengths), dataset.subset(np.array(rows))
-        _, (expected,) = model.read(cut.collate(rows))
+        _, (expected,) = model.eval().read(cut.collate(rows))
         prefix = {
             "prefix_lengths": torch.from_numpy(lengths),
             "prefix_summaries": torch.from_numpy(cut.summaries()).float(),
@@ -186,9 +191,8 @@ def test_forward_prefix__is_the_logit_of_the_series_up_to_there_and_sees_nothing
         later.times = later.times + 3.0 * behind
         later.prediction_hours = dataset.prediction_hours + 20
         for whole in (dataset, later):
-            states, _ = model.read(batch := {**whole.collate(rows), **prefix})
-            early = model.members[0].head.forward_prefix(states[0], batch)
-            torch.testing.assert_close(early, expected, rtol=0, atol=1e-5)
+            _, (logits,) = model.train().read({**whole.collate(rows), **prefix})
+            torch.testing.assert_close(logits[len(rows) :], expected, rtol=0, atol=1e-5)
     assert (lengths == dataset.lengths).all()
 
 
