@@ -604,12 +604,12 @@ def end_epoch(
         "seconds": round(progress.seconds, 3),
     }
     # Without a validation part the weights of the last epoch are kept.
-    losses = [-epoch] * (1 + max(state.members)) if found is None else found.losses.tolist()
+    losses = [1 / epoch] * (1 + max(state.members)) if found is None else found.losses.tolist()
     better = progress.judge(losses, stage.patience)
     now = state.average.weights
     kept = zip(state.members, state.best or now, now, strict=True)
     state.best = [new.clone() if better[member] else old for member, old, new in kept]
-    exhausted = epoch - max(progress.best_epochs) >= stage.patience
+    exhausted = progress.exhausted(stage.patience)
     progress.history.append({**metrics, "best_epochs": [*progress.best_epochs]})
     if any(better):
         save_best(stage, state, folder)

@@ -261,7 +261,7 @@ def report_content(
     auroc = value_text(validation.row(validation.models[0], "auroc"))
     dataset, best_epochs = data.dataset, state.progress.best_epochs
     parameters = list(stage.model.parameters())
-    best = f"{', '.join(map(str, best_epochs))}: lowest loss on the validation part"
+    best = f"{', '.join(map(str, best_epochs))}, by the loss on the validation part"
     if max(best_epochs) == 1 < len(state.progress.history):
         best += "; training did not improve it after the first epoch"
     stage1_page, stage1 = None, run["arguments"]["ode_checkpoint"]

@@ -29,6 +29,10 @@ logger = logging.getLogger(__name__)
 AVERAGE_DECAY = 0.998
 """The weights that are evaluated and kept are an exponential average over about 500 steps."""
 
+TOLERANCE = 0.01
+"""A validation loss so little above the lowest is as good: in a part of fifty events the difference
+is noise, and a model that has learned longer is better where the loss stays level."""
+
 MAX_SKIPPED = 5
 """Steps in a row whose loss or gradient is not finite, after which training stops."""
 
@@ -86,8 +90,9 @@ class Progress:
         seconds: the epoch has taken, those before a stop included.
         skipped: steps of the epoch that were not taken, as loss or gradient was not finite.
         skipped_in_a_row: the latest of them without a step between.
-        best: lowest validation loss of each member, none before the first epoch ends.
-        best_epochs: the epochs of these.
+        lowest: lowest validation loss of each member, none before the first epoch ends.
+        lowest_epochs: the epochs of these.
+        best_epochs: those whose weights are kept.
         history: objects of ``history.jsonl``.
         over: training has ended.
     """
@@ -100,7 +105,8 @@ class Progress:
     seconds: float = 0.0
     skipped: int = 0
     skipped_in_a_row: int = 0
-    best: list[float] = field(default_factory=list)
+    lowest: list[float] = field(default_factory=list)
+    lowest_epochs: list[int] = field(default_factory=list)
     best_epochs: list[int] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     over: bool = False
@@ -134,18 +140,26 @@ class Progress:
     def judge(self, losses: Sequence[float], patience: int) -> list[bool]:
         """Count the losses of an epoch; return for each member whether it is the best so far.
 
-        A member whose patience has ended stays as it was: it does not wait for the others.
+        That is the latest epoch whose loss is hardly above the lowest. A member whose patience has
+        ended stays as it was: it does not wait for the others.
         """
         epoch = self.epoch + 1
-        if not self.best:
-            self.best, self.best_epochs = [math.inf] * len(losses), [epoch] * len(losses)
+        if not self.lowest:
+            self.lowest, self.lowest_epochs = [math.inf] * len(losses), [epoch] * len(losses)
+            self.best_epochs = [epoch] * len(losses)
         better = []
         for k, loss in enumerate(losses):
-            over = epoch - self.best_epochs[k] > patience
-            better.append(not over and loss < self.best[k])
+            learns = epoch - self.lowest_epochs[k] <= patience
+            if learns and loss < self.lowest[k]:
+                self.lowest[k], self.lowest_epochs[k] = loss, epoch
+            better.append(learns and loss <= self.lowest[k] * (1 + TOLERANCE))
             if better[k]:
-                self.best[k], self.best_epochs[k] = loss, epoch
+                self.best_epochs[k] = epoch
         return better
+
+    def exhausted(self, patience: int) -> bool:
+        """Return whether the patience of all members ends with this epoch."""
+        return self.epoch + 1 - max(self.lowest_epochs) >= patience
 
     def next_epoch(self) -> None:
         """Count an epoch and begin the next."""

@@ -165,25 +165,25 @@ def test_the_average_follows_the_weights_over_at_most_500_steps():
 
 
 @pytest.mark.parametrize("patience", [1, 2, 4])
-def test_each_member_keeps_its_first_best_epoch_and_waits_for_no_other(patience):
-    table, progress, kept = np.random.default_rng(0).integers(0, 40, (30, 9)), Progress(), []
+def test_each_member_keeps_its_latest_good_epoch_and_waits_for_no_other(patience):
+    table, progress, kept = np.random.default_rng(0).integers(300, 330, (30, 9)), Progress(), []
     for losses in table:
         kept.append(progress.judge(losses.tolist(), patience))
         progress.next_epoch()
-    expected = []
+    expected, own = [], []
     for losses in table.T:
-        best = 0
-        for k, loss in enumerate(losses):
-            if loss < losses[best]:
-                best = k
-            if k - best == patience:
-                break
-        expected.append(best + 1)
+        end = next(k for k in range(30) if k == 29 or k - losses[: k + 1].argmin() == patience)
+        seen = losses[: end + 1]
+        expected.append(np.flatnonzero(seen <= 1.01 * seen.min())[-1] + 1)
+        own.append(seen)
     assert progress.best_epochs == expected
     assert progress.best_epoch == np.median(expected)
-    assert progress.best == [table[k - 1, member] for member, k in enumerate(expected)]
-    assert [max(np.flatnonzero(own)) + 1 for own in zip(*kept, strict=True)] == expected
-    assert (table.min(axis=0) < progress.best).any(), "a lower loss came too late"
+    assert progress.lowest == [seen.min() for seen in own]
+    assert [max(np.flatnonzero(good)) + 1 for good in zip(*kept, strict=True)] == expected
+    assert (table.min(axis=0) < progress.lowest).any(), "a lower loss came too late"
+    assert any(
+        k < len(seen) and k != seen.argmin() + 1 for k, seen in zip(expected, own, strict=True)
+    )
 
 
 def test_several_processes_drop_units_of_their_own(monkeypatch):
