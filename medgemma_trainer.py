@@ -366,7 +366,7 @@ def trajectory_stage(args: Namespace, data: Data, model: Stage1) -> Stage:
         learning_rates={"members": args.encoder_lr},
         batches=part_batches(data.split, args.batch_size),
         collate=collate,
-        begin_epoch=collate.draw,
+        begin_epoch=collate.begin_epoch,
         batch_size=args.batch_size,
         lengths=data.dataset.lengths,
         epochs=args.trajectory_epochs,
@@ -513,7 +513,9 @@ def train_epoch(
     progress, batches = state.progress, stage.batches["train"]
     first, begun = progress.steps, 0.0
     batches.set_epoch(seed, progress.epoch + 1, progress.batches)
-    stage.begin_epoch(seed, progress.epoch + 1)
+    several = state.accelerator.num_processes > 1  # they wait for the gradients of all members
+    learn = [several or progress.learns(k, stage.patience) for k in {*state.members}]
+    stage.begin_epoch(seed, progress.epoch + 1, learn)
     stage.model.train()
     state.optimizer.zero_grad()
     title = f"{stage.name} {progress.epoch + 1}/{stage.epochs}"
@@ -603,11 +605,10 @@ def end_epoch(
         "skipped_steps": progress.skipped,
         "seconds": round(progress.seconds, 3),
     }
-    # Without a validation part the weights of the last epoch are kept.
-    losses = [1 / epoch] * (1 + max(state.members)) if found is None else found.losses.tolist()
+    # Without a validation part the last epoch is the best.
+    losses = [1 / epoch for _ in {*state.members}] if found is None else found.losses.tolist()
     better = progress.judge(losses, stage.patience)
-    now = state.average.weights
-    kept = zip(state.members, state.best or now, now, strict=True)
+    kept = zip(state.members, state.best or state.parameters, state.average.weights, strict=True)
     state.best = [new.clone() if better[member] else old for member, old, new in kept]
     exhausted = progress.exhausted(stage.patience)
     progress.history.append({**metrics, "best_epochs": [*progress.best_epochs]})

@@ -154,6 +154,9 @@ class TrajectoryMember(nn.Module):
 class Stage1(nn.Module):
     """Stage 1: one or more members of different seeds, whose logits are averaged.
 
+    Attributes:
+        learn: which of them learn; training leaves out the others.
+
     Source: Lakshminarayanan 2017, "Simple and Scalable Predictive Uncertainty Estimation using Deep
     Ensembles".
     """
@@ -162,6 +165,7 @@ class Stage1(nn.Module):
         """Join encoder and head of each member; all read the same series, so one plan serves."""
         super().__init__()
         self.members = nn.ModuleList(TrajectoryMember(*member) for member in members)
+        self.learn = [True] * len(self.members)
 
     @property
     def encoder(self) -> Any:
@@ -176,17 +180,25 @@ class Stage1(nn.Module):
 
     def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the first member's states (B, L + 1, H) and all members' logits (N, B, 2)."""
-        batch = batch if "plan" in batch else self.plan(batch)
-        outputs = [member(batch) for member in self.members]
+        outputs = self.outputs(batch, self.members)
         return outputs[0][0], torch.stack([logit for _, logit in outputs])
+
+    def outputs(self, batch: Batch, members: Iterable[nn.Module]) -> list[tuple[Tensor, Tensor]]:
+        """Return the output of each of some members."""
+        batch = batch if "plan" in batch else self.plan(batch)
+        return [member(batch) for member in members]
 
     def forward(self, batch: Batch) -> Output:
         """Return each member's binary cross-entropy (sum over B) and the mean logit.
 
         In training each reading has a loss of its own too, and the risk at an earlier observation
-        counts as much as that at the prediction time, where the batch names one.
+        counts as much as that at the prediction time, where the batch names one; members that no
+        longer learn are left out.
         """
-        logits, labels = self.read(batch)[1], batch["labels"]
+        pairs = zip(self.members, self.learn, strict=True)
+        members = [member for member, learns in pairs if learns or not self.training]
+        logits = torch.stack([logit for _, logit in self.outputs(batch, members)])
+        labels = batch["labels"]
         moments = logits.shape[1] // len(labels)  # 2 with an earlier observation
         if self.training:
             loss = training_loss(logits, labels.repeat(moments)) / moments
@@ -238,6 +250,11 @@ class TrajectoryCollator:
         """Keep both; no earlier observation is drawn yet."""
         self.model, self.dataset = model, dataset
         self.lengths = self.summaries = torch.empty(0)
+
+    def begin_epoch(self, seed: int, epoch: int, learn: list[bool]) -> None:
+        """Draw for an epoch of training, in which some of the members learn."""
+        self.draw(seed, epoch)
+        self.model.learn = learn
 
     def draw(self, seed: int, epoch: int) -> None:
         """Draw an observation of each row for an epoch."""

@@ -38,7 +38,8 @@ class Stage:
         train_patients: hashes of the patients that train, of stage 1; None for the others.
         max_tokens: rows times tokens of the longest that fit the memory in one pass, once known.
         last_epoch: after which training stops, where no validation part says when.
-        begin_epoch: is told the seed and the number of each training epoch.
+        begin_epoch: is told the seed and the number of each training epoch, and which members of
+            stage 1 still learn.
         recomputes: whether layers are computed again in the backward pass.
     """
 
@@ -58,7 +59,7 @@ class Stage:
     train_patients: NDArray[np.int64] | None = None
     max_tokens: int | None = None
     last_epoch: int | None = None
-    begin_epoch: Callable[[int, int], None] = lambda seed, epoch: None
+    begin_epoch: Callable[[int, int, list[bool]], None] = lambda seed, epoch, learn: None
     recomputes: bool = False
 
     @property

@@ -149,13 +149,17 @@ class Progress:
             self.best_epochs = [epoch] * len(losses)
         better = []
         for k, loss in enumerate(losses):
-            learns = epoch - self.lowest_epochs[k] <= patience
+            learns = self.learns(k, patience)
             if learns and loss < self.lowest[k]:
                 self.lowest[k], self.lowest_epochs[k] = loss, epoch
             better.append(learns and loss <= self.lowest[k] * (1 + TOLERANCE))
             if better[k]:
                 self.best_epochs[k] = epoch
         return better
+
+    def learns(self, member: int, patience: int) -> bool:
+        """Return whether a member's patience lasts in this epoch."""
+        return not self.lowest or self.epoch + 1 - self.lowest_epochs[member] <= patience
 
     def exhausted(self, patience: int) -> bool:
         """Return whether the patience of all members ends with this epoch."""
