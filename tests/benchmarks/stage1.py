@@ -3,21 +3,52 @@
     python tests/benchmarks/stage1.py [--data FILE.csv] [--folds 5] [flags of the trainer]
 
 Trains stage 1 with one and with five members on the same folds; the trainer fits the baselines on
-them. Prints AUROC with 95 % interval of each model, and its paired difference to the best baseline.
-Each metric is the mean over the folds; one bootstrap draw of patients serves all folds.
+them. Prints AUROC with 95 % interval of each model, and its paired difference to the best baseline;
+of stage 1 and the ensembles AUROC and log loss minus boosted trees and minus the blend, and the
+calibration slope of all rows. Each other metric is the mean over the folds; one bootstrap draw of
+patients serves all folds.
 """
 
 import argparse
+import itertools
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 from common import SAMPLE, join_members, machine, train, write
 
 from medgemma_clinical.commands.several import shared_models
-from medgemma_clinical.evaluation.metrics_table import TESTED, evaluate_splits
+from medgemma_clinical.evaluation.baselines import BOOSTING, best_blend
+from medgemma_clinical.evaluation.metrics_table import (
+    DIFFERENCE,
+    TESTED,
+    VALUE,
+    evaluate,
+    evaluate_splits,
+)
 from medgemma_clinical.evaluation.tables import model_table
+
+
+def compare(tables):
+    """Print what is asked of stage 1: its differences to trees and blend, and its calibration."""
+    names, blend = list(tables[0].columns.drop(TESTED)), best_blend(tables[0].columns)
+    trees = [name for name in names if name.startswith(BOOSTING)][-1]
+    own = [name for name in names if "stage 1" in name]
+    whole = pd.concat(tables)
+    folds = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+    found = {name: evaluate_splits(tables, 0, name) for name in (trees, blend)}
+    for name, metric in itertools.product(own, ("auroc", "log_loss")):
+        rows = {reference: each.row(name, metric) for reference, each in found.items()}
+        text = "{} {} {:.4f} [{:.4f}, {:.4f}]".format(name, metric, *rows[blend][VALUE])
+        for reference, row in rows.items():
+            text += "; minus {} {:+.4f} [{:+.4f}, {:+.4f}]".format(reference, *row[DIFFERENCE])
+        write(text)
+    for name in own:
+        slope = evaluate(whole, 0, 0.5, name, folds).row(name, "calibration_slope")
+        write("{} calibration slope {:.2f} [{:.2f}, {:.2f}]".format(name, *slope[VALUE]))
 
 
 def main(argv=None):
@@ -40,6 +71,7 @@ def main(argv=None):
     write(f"{arguments.data.name} {' '.join(flags)}; {machine('torch', 'scikit-learn')}")
     write(f"{model_table(metrics).to_string(index=False)}\n{metrics.counts}")
     write(f"reference: {best}, the best baseline on these same patients, which favours it")
+    compare(tables)
     write(f"{time.perf_counter() - began:.0f} s in all")
     return 0
 
