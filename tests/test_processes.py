@@ -26,6 +26,8 @@ from medgemma_clinical.provenance import ROOT
 SHARED = "--model_name tiny --epochs 2 --log_file none"
 DROPPED = f"{SHARED} --mode classification --batch_size 4 --lora_dropout 0.3 --save_every 1"
 WATCHED = f"{SHARED} --mode generative --lora_dropout 0 --gradient_accumulation 4 --members 2"
+WATCHED += " --dropout 0"
+STAGE_1 = "--trajectory_only --trajectory_epochs 2 --members 2 --dropout 0 --log_file none"
 
 
 def watch(folder, patch):
@@ -114,6 +116,17 @@ def words_for(place, name, flags):
     return f"{flags} --data_path {place}/data.csv --output_dir {place}/{name}".split()
 
 
+def assert_same_results(one, two, *more):
+    """Compare the results of two stages to rounding."""
+    for name in ("predictions_val.csv", "predictions_test.csv"):
+        tables = (pd.read_csv(folder / name) for folder in (two, one))
+        pd.testing.assert_frame_equal(*tables, rtol=1e-4, atol=2e-5)
+    for name in ("history.jsonl", *more):
+        tables = [pd.read_json(folder / name, lines=True) for folder in (two, one)]
+        tables = [each.drop(columns="seconds", errors="ignore") for each in tables]
+        pd.testing.assert_frame_equal(*tables, rtol=1e-4, atol=2e-5)
+
+
 def test_a_run_of_which_a_process_died_resumes_to_the_same_result(place):
     """Each process goes on with the random numbers of its own."""
     broken, whole = (words_for(place, name, DROPPED) for name in ("broken", "whole"))
@@ -136,14 +149,15 @@ def test_two_processes_equal_one(place, monkeypatch):
     torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5)
     one, two = (place / f"{k}" / "generative" for k in (1, 2))
     assert json.loads((two / "run.json").read_text())["processes"] == 2
-    for name in ("predictions_val.csv", "predictions_test.csv"):
-        tables = (pd.read_csv(folder / name) for folder in (two, one))
-        pd.testing.assert_frame_equal(*tables, rtol=1e-4, atol=2e-5)
-    for name in ("history.jsonl", "generations_test.jsonl"):
-        tables = [pd.read_json(folder / name, lines=True) for folder in (two, one)]
-        tables = [each.drop(columns="seconds", errors="ignore") for each in tables]
-        pd.testing.assert_frame_equal(*tables, rtol=1e-4, atol=2e-5)
-        assert "skipped_steps" not in tables[0] or tables[0]["skipped_steps"].sum() == 1
+    assert_same_results(one, two, "generations_test.jsonl")
+    assert pd.read_json(two / "history.jsonl", lines=True)["skipped_steps"].sum() == 1
+
+
+def test_two_processes_equal_one_in_stage_1_too(place):
+    """Each row is read up to the same earlier observation, whichever process reads it."""
+    assert fork(place, words_for(place, "pair", f"{STAGE_1} --batch_size 4"))[0] == [0, 0]
+    assert trainer.main(words_for(place, "single", f"{STAGE_1} --batch_size 8")) == 0
+    assert_same_results(*(place / name / "trajectory" for name in ("single", "pair")))
 
 
 if __name__ == "__main__":

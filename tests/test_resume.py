@@ -22,9 +22,10 @@ from medgemma_clinical.training.loaders import LengthBatches
 from medgemma_clinical.training.state import StateStore
 from predicting import refused
 
+NO_DROPOUT = "--dropout 0 --lora_dropout 0"
 STAGES = {
     "trajectory": "--trajectory_only --trajectory_epochs 3 --members 2 --batch_size 8",
-    "classification": "--epochs 2 --batch_size 4 --gradient_accumulation 2 --lora_dropout 0",
+    "classification": f"--epochs 2 --batch_size 4 --gradient_accumulation 2 {NO_DROPOUT}",
     "generative": "--mode generative --epochs 1 --batch_size 8 --lora_dropout 0.3",
 }
 EPOCH = 4  # steps: 32 rows train, 8 at a time
