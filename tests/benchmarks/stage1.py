@@ -1,6 +1,6 @@
 """Compare stage 1 with its baselines, every patient predicted out-of-fold.
 
-    python tests/benchmarks/stage1.py [--data FILE.csv] [--folds 5] [flags of the trainer]
+    python tests/benchmarks/stage1.py [--data FILE.csv] [--folds 5] [--members 1 5] [flags of the trainer]
 
 Trains stage 1 with one and with five members on the same folds; the trainer fits the baselines on
 them. Prints AUROC with 95 % interval of each model, and its paired difference to the best baseline;
@@ -55,10 +55,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--data", type=Path, default=SAMPLE)
     parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--members", type=int, nargs="+", default=[1, 5])
     arguments, flags = parser.parse_known_args(argv)
     began, words = time.perf_counter(), ["--data_path", arguments.data, "--folds", arguments.folds]
     with tempfile.TemporaryDirectory() as folder:
-        runs = {members: Path(folder, str(members)) for members in (1, 5)}
+        runs = {members: Path(folder, str(members)) for members in arguments.members}
         for members, run in runs.items():
             more = ["--members", members, "--output_dir", run, "--log_file", "none", *flags]
             train("--trajectory_only", *words, *more)
