@@ -1,6 +1,6 @@
 """Compare stage 1 with its baselines, every patient predicted out-of-fold.
 
-    python tests/benchmarks/stage1.py [--data FILE.csv] [--folds 5] [--members 1 5] [trainer's flags]
+    python tests/benchmarks/stage1.py [--data FILE.csv] [--folds 5] [--members 1 5] [trainer flags]
 
 Trains stage 1 with one and with five members on the same folds; the trainer fits the baselines on
 them. Prints AUROC with 95 % interval of each model, and its paired difference to the best baseline;
