@@ -38,7 +38,8 @@ class TrajectoryClassifier(ClassifierMixin, BaseEstimator):
         *,
         trajectory_epochs: int = 100,
         batch_size: int = 16,
-        encoder_lr: float = 2e-3,
+        encoder_lr: float = 1e-3,
+        dropout: float = 0.5,
         patience: int = 10,
         members: int = 1,
         time_scale: float | None = None,
@@ -55,6 +56,7 @@ class TrajectoryClassifier(ClassifierMixin, BaseEstimator):
         self.trajectory_epochs = trajectory_epochs
         self.batch_size = batch_size
         self.encoder_lr = encoder_lr
+        self.dropout = dropout
         self.patience = patience
         self.members = members
         self.time_scale = time_scale

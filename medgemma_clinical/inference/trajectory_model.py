@@ -251,8 +251,8 @@ class TrajectoryModel:
     def risk_over_time(self, rows: Rows) -> pd.DataFrame:
         """Return the risk after each observation, as if the prediction were made there.
 
-        Early risks can be miscalibrated, since the model was trained on whole rows only. Static
-        features and context are those of the whole row. A language model is called once an
+        Early risks rest on fewer values, and a language model has learned from whole rows only.
+        Static features and context are those of the whole row. A language model is called once an
         observation.
 
         Returns:
