@@ -126,6 +126,9 @@ def test_physionet2012(tmp_path, capsys):
         path.write_text(json.dumps(content, default=list))
         fold = physionet2012.with_parts(table, physionet2012.read_folds(path)[0], 0)
         assert fold["split"].value_counts().to_dict() == counts
+    physionet2012.main(["--folder", str(tmp_path), "--out", str(tmp_path / "all.csv")])
+    assert len(MIMICtrajectoryDataset(tmp_path / "all.csv")) == 59
+    capsys.readouterr()
     physionet2012.main(["--folder", str(tmp_path), "--folds", str(path)])
     out = capsys.readouterr().out
     assert "60 stays, 1 without any value; 30 deaths" in out

@@ -1,6 +1,7 @@
 """Compare stage 1 with its baselines on all signals of PhysioNet 2012, fold by fold.
 
     python tests/benchmarks/physionet2012.py --folder DIR [--folds FILE.json] [flags of the trainer]
+    python tests/benchmarks/physionet2012.py --folder DIR --out FILE.csv    # writes the table alone
 
 DIR holds the PhysioNet/CinC Challenge 2012 as it comes: ``set-a`` with one file a stay, and
 ``Outcomes-a.txt``; sets b and c where they are there. All 37 series are read, the last value of
@@ -100,12 +101,16 @@ def with_parts(table, fold, seed):
     return table.join(split.rename("split"), how="inner")
 
 
+def write_table(table, path):
+    """Write the table in the DKA format, and its description beside it."""
+    table.to_csv(path)
+    path.with_suffix(".json").write_text(json.dumps(DESCRIPTION))
+
+
 def fold_metrics(table, seed, flags):
     """Train stage 1 with one and five members on a fold; return the test metrics by model."""
     with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder, "data.csv")
-        table.to_csv(data)
-        data.with_suffix(".json").write_text(json.dumps(DESCRIPTION))
+        write_table(table, data := Path(folder, "data.csv"))
         runs = {members: Path(folder, str(members)) for members in (1, 5)}
         for members, run in runs.items():
             train_stage1(data, seed, run, "--members", members, *flags)
@@ -119,6 +124,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--folds", type=Path)
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     arguments, flags = parser.parse_known_args(argv)
@@ -128,6 +134,9 @@ def main(argv=None):
     table, stays = dka_table(rows, died), rows.index.nunique()
     labels = table["label_escalation"]
     write(f"{stays:,} stays, {stays - len(table)} without any value; {labels.sum():,.0f} deaths")
+    if arguments.out:
+        write_table(table, arguments.out)
+        return 0
     folds = read_folds(arguments.folds) if arguments.folds else draw_folds(labels, seed)
     results = {}
     for number, fold in enumerate(folds, 1):
