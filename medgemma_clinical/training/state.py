@@ -200,9 +200,12 @@ class TrainState:
     watched: float = field(default_factory=time.perf_counter)
 
     def by_member(self) -> list[list[nn.Parameter]]:
-        """Return the parameters of each member."""
-        pairs = [*zip(self.members, self.parameters, strict=True)]
-        return [[p for member, p in pairs if member == k] for k in range(1 + max(self.members))]
+        """Return the parameters of each member that have a gradient, of those that still learn."""
+        own: dict[int, list[nn.Parameter]] = {}
+        for member, parameter in zip(self.members, self.parameters, strict=True):
+            if parameter.grad is not None:
+                own.setdefault(member, []).append(parameter)
+        return list(own.values())
 
     def lap(self) -> None:
         """Add the seconds since the last call to those of the epoch."""
