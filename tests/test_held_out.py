@@ -65,7 +65,7 @@ def test_fit_scales__sees_the_training_part_alone():
     changed.loc[split["train"][0], "static_visit"] = 900
     touched = dict(built(changed, STAGE_1).named_buffers())
     moved = {name for name in before if not torch.equal(before[name], touched[name])}
-    for part in ("encoder.scaler.mean", "summary_scaler.mean", "static_scaler.mean"):
+    for part in ("encoder.scaler.knots", "summary_scaler.knots", "static_scaler.knots"):
         assert any(part in name for name in moved), part
 
 
