@@ -84,11 +84,9 @@ def test_each_member_trains_and_stops_as_if_it_were_alone(dka_file, tmp_path):
     """By clipped AdamW on the schedule, with averaged weights of its own best epoch."""
     flags = f"--trajectory_epochs {EPOCHS} --patience {PATIENCE} --members 3 --dropout 0"
     stage, data = make(dka_file, tmp_path, *flags.split())
-    members = [
-        Stage1([(member.encoder, member.head)]) for member in copy.deepcopy(stage.model.members)
-    ]
+    members = [(each.encoder, each.head) for each in copy.deepcopy(stage.model.members)]
     state = trainer.fit(stage, 7, tmp_path)
-    alone = [train_alone(model, stage, data.split) for model in members]
+    alone = [train_alone(Stage1([each]), stage, data.split) for each in members]
     metrics, best, best_epochs, lowest_epochs = zip(*alone, strict=True)
     assert state.progress.best_epochs == list(best_epochs)
     assert len(set(best_epochs)) > 1, "else stopping alone would not have been exercised"
@@ -97,6 +95,7 @@ def test_each_member_trains_and_stops_as_if_it_were_alone(dka_file, tmp_path):
         torch.testing.assert_close(found, weights, rtol=0, atol=2e-5)
     history, labels = history_of(tmp_path), data.dataset.labels[data.split["val"]]
     assert len(history) == min(EPOCHS, max(lowest_epochs) + PATIENCE)
+    assert stage.model.learn == [len(history) - epoch <= PATIENCE for epoch in lowest_epochs]
     together = history[: min(lowest_epochs) + PATIENCE]  # then a member learns no longer
     for line, each in zip(together, zip(*metrics, strict=True), strict=False):
         train_loss, val_loss, logits = zip(*each, strict=True)
