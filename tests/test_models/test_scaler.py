@@ -69,6 +69,13 @@ def test_a_column_that_says_nothing_reads_as_zero_ever_after(column):
     assert not scores_of(scaler, [*column, *unknown, 7.0, -1e30, math.inf]).any()
 
 
+@pytest.mark.parametrize("n", [2, 2 * MIN_BIN - 1])
+def test_few_values_give_z_scores(n):
+    values = np.random.default_rng(3).normal(9, 4, size=n)
+    expected = (values - values.mean()) / values.std()
+    np.testing.assert_allclose(scores_of(fitted(values), values), expected, rtol=0, atol=1e-5)
+
+
 def test_a_scaler_that_is_not_fitted_clips_alone():
     values = [-math.inf, -5.0, -3.9, 0.0, 0.1, 4.0, 1e30, math.nan]
     expected = np.float32([-MAX_SCORE, -MAX_SCORE, -3.9, 0.0, 0.1, MAX_SCORE, MAX_SCORE, 0.0])
