@@ -82,7 +82,9 @@ def test_a_scaler_that_is_not_fitted_clips_alone():
     np.testing.assert_allclose(scores_of(Scaler(1), values), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("change", [np.exp, np.cbrt, lambda x: 9 - 1e-3 / x**3], ids=str)
+@pytest.mark.parametrize(
+    "change", [np.exp, np.cbrt, lambda x: 9 - 1e-3 / x**3], ids=["exp", "cbrt", "power"]
+)
 def test_scores_at_the_knots_are_those_of_any_rising_function_of_the_values(change):
     values = np.random.default_rng(1).lognormal(size=700).astype(np.float32)
     plain, changed = fitted(values), fitted(change(values.astype(float)))
