@@ -13,7 +13,7 @@ SERIES = "clinical_trajectory"
 MARKER = "ZYXWMARKER"
 """Stands in cells that no message may show."""
 
-MARKED, VALUES = 7, ("44.41703", "149.31")
+MARKED, VALUES = 7, ("44.41703", "149.31907")
 """A row of the shared table, and its extreme value and hour, to be found where they turn up."""
 
 
