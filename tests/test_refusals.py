@@ -329,7 +329,7 @@ VALUES = [
     *("--epochs 0", "--batch_size 1.5", "--time_scale 0", "--time_scale inf", "--encoder_lr 0"),
     *("--lora_dropout 1", "--seed 5000000000", "--epochs " + "9" * 400, "--dataset mimic"),
     *("--solver euler", "--precision fp16", "--export gguf", "--quantization int8"),
-    *("--folds 1", "--traj", "--no_such_flag"),  # abbreviations are not accepted
+    *("--dropout 1", "--folds 1", "--traj", "--no_such_flag"),  # abbreviations are not accepted
 ]
 OF_MIMIC = [
     *("--item 5", "--window_hours 0", "--window_hours nan", "--horizon_hours -1"),
