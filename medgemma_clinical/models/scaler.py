@@ -27,7 +27,7 @@ class Scaler(nn.Module):
     Attributes:
         knots: (C, bins) mean of each bin, ascending.
         scores: (C, bins) mean normal score of each bin; of bins with an equal mean one score.
-        std: (C,) standard deviation, infinite where no entry is known.
+        std: (C,) standard deviation, infinite where no entry is known or all are equal.
 
     Source: Conover 1999, "Practical Nonparametric Statistics", for normal scores.
     """
@@ -47,7 +47,9 @@ class Scaler(nn.Module):
     @torch.no_grad()
     def fit(self, table: Tensor) -> None:
         """Fit to (n, C), NaN being unknown; a column without known entry, or constant, reads 0."""
-        self.knots.zero_(), self.scores.zero_(), self.std.fill_(math.inf)
+        self.knots.zero_()
+        self.scores.zero_()
+        self.std.fill_(math.inf)
         # In double, sums of equal float32 values are exact: means of bins that share one are equal.
         for c, column in enumerate(table.to(self.std.dtype).double().T):
             known = column[~column.isnan()].sort().values

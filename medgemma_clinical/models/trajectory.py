@@ -34,8 +34,8 @@ class Output(NamedTuple):
 
     loss: (N,) float32, of each member of stage 1, or of a language model alone; a sum over
     ``terms`` (patients, or answer tokens), so that no mean depends on how rows fall into batches;
-    terms: their number, weights included; logit (B,): log-odds of
-    the event, float32; offset (B,): the share of it that is stage 1's, None where there is none.
+    terms: their number, weights included; logit (B,): log-odds of the event, float32; offset (B,):
+    the share of the logit that is stage 1's, None where there is none.
     """
 
     loss: Tensor
@@ -179,26 +179,22 @@ class Stage1(nn.Module):
         return {**batch, "plan": plan}
 
     def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the first member's states (B, L + 1, H) and all members' logits (N, B, 2)."""
-        outputs = self.outputs(batch, self.members)
-        return outputs[0][0], torch.stack([logit for _, logit in outputs])
+        """Return the first member's states (B, L + 1, H) and all members' logits (N, B, 2).
 
-    def outputs(self, batch: Batch, members: Iterable[nn.Module]) -> list[tuple[Tensor, Tensor]]:
-        """Return the output of each of some members."""
+        In training members that no longer learn are left out.
+        """
         batch = batch if "plan" in batch else self.plan(batch)
-        return [member(batch) for member in members]
+        pairs = zip(self.members, self.learn, strict=True)
+        outputs = [member(batch) for member, learns in pairs if learns or not self.training]
+        return outputs[0][0], torch.stack([logits for _, logits in outputs])
 
     def forward(self, batch: Batch) -> Output:
         """Return each member's binary cross-entropy (sum over B) and the mean logit.
 
         In training each reading has a loss of its own too, and the risk at an earlier observation
-        counts as much as that at the prediction time, where the batch names one; members that no
-        longer learn are left out.
+        counts as much as that at the prediction time, where the batch names one.
         """
-        pairs = zip(self.members, self.learn, strict=True)
-        members = [member for member, learns in pairs if learns or not self.training]
-        logits = torch.stack([logit for _, logit in self.outputs(batch, members)])
-        labels = batch["labels"]
+        logits, labels = self.read(batch)[1], batch["labels"]
         moments = logits.shape[1] // len(labels)  # 2 with an earlier observation
         if self.training:
             loss = training_loss(logits, labels.repeat(moments)) / moments
