@@ -158,6 +158,17 @@ def test_classifier__each_member_learns_as_if_alone(three):
             torch.testing.assert_close(found.grad, own.grad)
 
 
+def test_classifier__training_leaves_out_members_that_no_longer_learn(three):
+    model, batch = copy.deepcopy(three[0]).train(), three[2]
+    model.learn = [False, True, True]
+    output = model(batch)
+    output.loss.sum().backward()
+    assert len(output.loss) == 2
+    learned = [any(p.grad is not None for p in each.parameters()) for each in model.members]
+    assert learned == model.learn
+    assert len(model.eval()(batch).loss) == 3
+
+
 def test_classifier__readings_and_an_earlier_observation_count_in_training_alone(three):
     model, (end, batch) = copy.deepcopy(three[0]), (three[2], drawn(*three[:2]))
     labels, expected = batch["labels"], model(end)
