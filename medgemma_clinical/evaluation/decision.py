@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,12 +13,21 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from medgemma_clinical.evaluation.metrics import Array, calibration
+from medgemma_clinical.evaluation.metrics import (
+    Array,
+    calibration,
+    clustered_error,
+    log_odds,
+    row_losses,
+)
 
 logger = logging.getLogger(__name__)
 
 RESIDUAL_WEIGHTS = np.linspace(0, 1, 11)
 """Weights of a language model's logit beside stage 1's that are tried on the validation part."""
+
+MIN_CHOOSING_EVENTS = 100
+"""Events of the rows from which on their losses choose the model that is recommended."""
 
 
 @dataclass(frozen=True)
@@ -117,17 +127,39 @@ def fit_residual_weight(
     Source: Breiman et al. 1984, "Classification and Regression Trees", for the standard error.
     """
     tried = offset + RESIDUAL_WEIGHTS[:, None] * (logit - offset)  # (weights, n)
-    losses = np.logaddexp(0, np.where(labels == 1, -tried, tried))
-    above = losses - losses[losses.mean(axis=1).argmin()]  # of the same rows
-    mean = above.mean(axis=1)
-    names, patient = np.unique(patients, return_inverse=True)
-    sums = np.zeros((len(above), len(names)))  # of each patient's rows
-    np.add.at(sums.T, patient, (above - mean[:, None]).T)
-    clusters = len(names) / max(len(names) - 1, 1)
-    error = np.sqrt(clusters * (sums**2).sum(axis=1)) / len(labels)
-    chosen = int(np.argmax(mean <= error))  # the first
+    chosen = int(np.argmax(_near_lowest(row_losses(labels, tried), patients)))  # the first
     improves = roc_auc_score(labels, tried[chosen]) > roc_auc_score(labels, offset)
     return float(RESIDUAL_WEIGHTS[chosen]) if improves else 0.0
+
+
+def recommended_model(
+    labels: Array, risks: Mapping[str, Array], patients: NDArray[Any], preferred: Sequence[str]
+) -> str:
+    """Choose the model to use: the first preferred one that has nearly the lowest log loss.
+
+    That is within a standard error of the paired difference. Where no preferred one is, the model
+    of the lowest loss. With few events, whose losses cannot tell models apart, the first preferred.
+
+    Args:
+        labels: (n,) of 0 and 1, of rows that did not train the models.
+        risks: (n,) probability of each model that may be chosen.
+        patients: (n,) patient of each row.
+        preferred: names, the simplest choice first; those without risks are left out.
+    """
+    preferred = [name for name in preferred if name in risks]
+    if preferred and labels.sum() < MIN_CHOOSING_EVENTS:
+        return preferred[0]
+    losses = row_losses(labels, log_odds(np.stack([*risks.values()])))  # (models, n)
+    near = dict(zip(risks, _near_lowest(losses, patients), strict=True))
+    lowest = [*risks][losses.mean(axis=1).argmin()]
+    return next((name for name in preferred if near[name]), lowest)
+
+
+def _near_lowest(losses: Array, patients: NDArray[Any]) -> NDArray[np.bool_]:
+    """Return whose mean of losses (K, n) is within a standard error of the lowest, (K,)."""
+    above = losses - losses[losses.mean(axis=1).argmin()]  # of the same rows
+    near: NDArray[np.bool_] = above.mean(axis=1) <= clustered_error(above, patients)
+    return near
 
 
 def youden_threshold(labels: NDArray[Any], probability: NDArray[Any]) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, logit
 
 Array = NDArray[np.float64]
@@ -19,6 +19,9 @@ CHUNK_CELLS = 2**20
 """Draws times rows that are held at a time: 8 MiB an array."""
 
 NEWTON_STEPS, PRECISION, MAX_STEP = 40, 1e-9, 1.0
+
+SPLINE_KNOTS = 0.05, 0.35, 0.65, 0.95
+"""Quantiles at which the calibration curve may bend. Source: Harrell 2015, table 2.3."""
 
 
 def metrics(labels: Array, risk: Array, weights: Array) -> dict[str, Array]:
@@ -31,7 +34,8 @@ def metrics(labels: Array, risk: Array, weights: Array) -> dict[str, Array]:
 
     Returns:
         (R,) values of auroc, auprc (average precision), accuracy at a risk of 0.5, brier, log_loss
-        and brier_skill (gain over the prevalence as everyone's risk); NaN without both classes.
+        and brier_skill (gain over the prevalence as everyone's risk). Not finite where undefined:
+        auroc and brier_skill without both classes, auprc without events, all without weight.
 
     Source: scikit-learn's definitions; Brier 1950; Murphy 1973 for the skill.
     """
@@ -47,8 +51,8 @@ def metrics(labels: Array, risk: Array, weights: Array) -> dict[str, Array]:
     likelihood = np.where(labels == 1, risk, 1 - risk)
     smallest = np.finfo(risk.dtype).eps  # as scikit-learn: no infinite loss
     losses = -np.log(likelihood.clip(smallest, 1 - smallest))
-    brier, prevalence = weights @ (risk - labels) ** 2 / total, weights @ labels / total
     with np.errstate(divide="ignore", invalid="ignore"):
+        brier, prevalence = weights @ (risk - labels) ** 2 / total, weights @ labels / total
         precision = true / np.maximum(true + false, 1e-300)
         return {
             "auroc": (others * (true - events / 2)).sum(axis=1) / (true[:, -1] * false[:, -1]),
@@ -87,11 +91,10 @@ def confusion_shares(
 
 
 def calibration(labels: Array, risk: Array, weights: Array) -> dict[str, Array]:
-    """Compute calibration slope, intercept, calibration in the large and E-average.
+    """Compute calibration slope, intercept and calibration in the large.
 
     Slope and intercept are those of a logistic fit of the label on the logit of the risk; in the
     large is the intercept with the slope held at 1: below 0 the risks are too high on average.
-    E-average is the mean distance of the risks from the logistic fit's.
 
     Args:
         labels: (n,) of 0 and 1.
@@ -101,28 +104,77 @@ def calibration(labels: Array, risk: Array, weights: Array) -> dict[str, Array]:
     Returns:
         (R,) values by name; NaN where no finite fit exists.
 
-    Source: Cox 1958; Steyerberg 2019, "Clinical Prediction Models", chapter 15; Harrell 2015,
-    "Regression Modeling Strategies", section 10.9, for the E-average.
+    Source: Cox 1958; Steyerberg 2019, "Clinical Prediction Models", chapter 15.
     """
     odds, everyone = log_odds(risk), np.ones((1, len(risk)))
-    mean, spread = float(odds.mean()), float(odds.std())
-    equal = spread <= PRECISION * (1 + abs(mean))  # the spread is rounding
-    scaled = np.zeros_like(odds) if equal else (odds - mean) / spread
+    scaled, mean, spread = _scaled(odds)
+    columns = np.stack([np.ones_like(odds), scaled])
     # Each fit starts where that of all rows ends.
-    start = (float(log_odds(labels.mean())), 0.0)
-    a, b = fit_logistic(labels, scaled, everyone, start, slope=True)[0]
-    fitted = fit_logistic(labels, scaled, weights, (a, b), slope=True)  # (R, 2)
-    a, b = fit_logistic(labels, scaled, everyone, (mean, spread), slope=False)[0]
-    level = fit_logistic(labels, scaled, weights, (a, b), slope=False)[:, 0]
-    error = np.abs(expit(fitted[:, :1] + fitted[:, 1:] * scaled) - risk)  # (R, n)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        slope = fitted[:, 1] / spread
+    start = fit_logistic(labels, columns, everyone, [float(log_odds(labels.mean())), 0.0])[0]
+    fitted = fit_logistic(labels, columns, weights, start)  # (R, 2)
+    start = fit_logistic(labels, columns[:1], everyone, [0.0], odds)[0]
+    level = fit_logistic(labels, columns[:1], weights, start, odds)[:, 0]
+    slope = fitted[:, 1] / spread
     return {
         "calibration_slope": slope,
         "calibration_intercept": fitted[:, 0] - slope * mean,
-        "calibration_in_the_large": level - mean,
-        "e_average": (weights * error).sum(axis=1) / weights.sum(axis=1),
+        "calibration_in_the_large": level,
     }
+
+
+def calibration_error(labels: Array, risk: Array) -> dict[str, float]:
+    """Compute how far the risks lie from a flexible calibration curve.
+
+    The curve is a logistic fit of the label on a restricted cubic spline of the logit of the risk,
+    with knots at its 5th, 35th, 65th and 95th percentile; a straight line where fewer than three
+    of these differ.
+
+    Args:
+        labels: (n,) of 0 and 1.
+        risk: (n,) probability of the event.
+
+    Returns:
+        ``ici``, ``e50``, ``e90``: mean, median and 90th percentile of the distances; NaN where no
+        finite fit exists.
+
+    Source: Austin and Steyerberg 2019, "The Integrated Calibration Index (ICI) and related metrics
+    for quantifying the calibration of logistic regression models", Statistics in Medicine 38:4051;
+    Harrell 2015, "Regression Modeling Strategies", section 2.4, for spline and knots.
+    """
+    scaled, _, spread = _scaled(log_odds(risk))
+    one = np.ones_like(risk)
+    columns = [one, scaled, *_spline_columns(scaled)] if np.isfinite(spread) else [one]
+    # Orthogonal columns span the same curves, and Newton's steps stay small.
+    basis = np.sqrt(len(risk)) * np.linalg.qr(np.stack(columns, axis=1))[0].T  # (p, n)
+    fitted = fit_logistic(labels, basis, one[None], np.zeros(len(basis)))[0]
+    distance = np.abs(expit(fitted @ basis) - risk)
+    values = distance.mean(), *np.quantile(distance, [0.5, 0.9])
+    return dict(zip(("ici", "e50", "e90"), map(float, values), strict=True))
+
+
+def _scaled(odds: Array) -> tuple[Array, float, float]:
+    """Return log-odds (n,) as z-scores, their mean and spread; infinite where rounding is all."""
+    mean, spread = float(odds.mean()), float(odds.std())
+    if spread <= PRECISION * (1 + abs(mean)):
+        return np.zeros_like(odds), mean, np.inf
+    return (odds - mean) / spread, mean, spread
+
+
+def _spline_columns(x: Array) -> list[Array]:
+    """Return the curved columns of Harrell's restricted cubic spline of x (n,), none without."""
+    *inner, last, top = knots = np.unique(np.quantile(x, SPLINE_KNOTS))
+    if len(knots) < 3:
+        return []
+
+    def cube(knot: float) -> Array:
+        cubes: Array = np.maximum(x - knot, 0) ** 3
+        return cubes
+
+    return [
+        (cube(k) - (cube(last) * (top - k) - cube(top) * (last - k)) / (top - last))
+        / (top - inner[0]) ** 2
+        for k in inner
+    ]
 
 
 def log_odds(risk: Array | float) -> Array:
@@ -132,32 +184,57 @@ def log_odds(risk: Array | float) -> Array:
     return odds
 
 
-def fit_logistic(
-    labels: Array, x: Array, weights: Array, start: tuple[float, float], *, slope: bool
-) -> Array:
-    """Fit log-odds = a + b * x, without ``slope`` a alone, by Newton's method.
+def row_losses(labels: Array, odds: Array) -> Array:
+    """Return the log loss (..., n) of each row, whose log-odds of the event are (..., n)."""
+    losses: Array = np.logaddexp(0, np.where(labels == 1, -odds, odds))
+    return losses
 
-    ``x`` (n,) is at about unit scale. Returns a and b (R, 2) under all weightings, NaN where no
-    finite fit exists, as where ``x`` separates the classes.
+
+def clustered_error(values: Array, patients: NDArray[np.generic]) -> Array:
+    """Return the standard error (...,) of the mean of rows (..., n), which counts patients (n,).
+
+    Source: Liang and Zeger 1986, "Longitudinal data analysis using generalized linear models".
     """
-    fitted = np.tile(start, (len(weights), 1))
+    sums = patient_sums(values - values.mean(axis=-1, keepdims=True), patients)
+    clusters = len(sums) / max(len(sums) - 1, 1)
+    error: Array = np.sqrt(clusters * (sums**2).sum(axis=0)) / len(patients)
+    return error
+
+
+def patient_sums(values: Array, patients: NDArray[np.generic]) -> Array:
+    """Return the sums of the rows (..., n) of each patient (n,), (patients, ...)."""
+    names, patient = np.unique(patients, return_inverse=True)
+    sums = np.zeros((len(names), *values.shape[:-1]))
+    np.add.at(sums, patient, np.moveaxis(values, -1, 0))
+    return sums
+
+
+def fit_logistic(
+    labels: Array, columns: Array, weights: Array, start: ArrayLike, offset: Array | float = 0.0
+) -> Array:
+    """Fit log-odds = offset + coefficients @ columns by Newton's method.
+
+    ``columns`` (p, n) are at about unit scale, ``offset`` is (n,). Returns the coefficients (R, p)
+    under all weightings (R, n), NaN where no finite fit exists, as where the classes are separated.
+    """
+    size = len(columns)
+    pairs = (columns[:, None] * columns).reshape(size**2, -1).T  # (n, p * p)
+    fitted = np.tile(np.asarray(start, dtype=np.float64), (len(weights), 1))
     steps = np.zeros_like(fitted)
     for _ in range(NEWTON_STEPS):
         # (R, n); expit by its tanh, which is faster in the bootstrap's inner loop
-        risk = 0.5 + 0.5 * np.tanh((fitted[:, :1] + fitted[:, 1:] * x) / 2)
-        residual, curvature = weights * (labels - risk), weights * risk * (1 - risk)
-        g0, h00 = residual.sum(axis=1), curvature.sum(axis=1)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            if slope:
-                g1, h01, h11 = residual @ x, curvature @ x, curvature @ x**2
-                steps = np.stack([h11 * g0 - h01 * g1, h00 * g1 - h01 * g0], axis=1)
-                steps /= (h00 * h11 - h01**2)[:, None]
-            else:
-                steps[:, 0] = g0 / h00
-        fitted = fitted + steps.clip(-MAX_STEP, MAX_STEP)
+        risk = 0.5 + 0.5 * np.tanh((fitted @ columns + offset) / 2)
+        score = (weights * (labels - risk)) @ columns.T  # (R, p)
+        curvature = ((weights * risk * (1 - risk)) @ pairs).reshape(-1, size, size)
+        with np.errstate(invalid="ignore"):
+            singular = ~(np.abs(np.linalg.det(curvature)) > 0)  # NaN too
+        curvature[singular] = np.eye(size)
+        steps = np.linalg.solve(curvature, score[:, :, None])[:, :, 0].astype(np.float64)
+        steps[singular] = np.nan
+        fitted += steps.clip(-MAX_STEP, MAX_STEP)
         if not (np.abs(steps) > PRECISION).any():  # NaN compares false and stays NaN
             break
-    fitted[(np.abs(steps) > PRECISION).any(axis=1)] = np.nan
+    fitted[~(np.abs(steps) <= PRECISION).all(axis=1)] = np.nan
     return fitted
 
 
@@ -185,22 +262,17 @@ def net_benefit(labels: Array, risk: Array, thresholds: Array, weights: Array) -
     return benefit / weights.sum(axis=1, keepdims=True)
 
 
-def bootstrap_weights(
-    labels: Array,
-    patients: NDArray[np.generic],
-    seed: int,
-    split: NDArray[np.generic] | None = None,
-) -> Iterator[Array]:
+def bootstrap_weights(labels: Array, patients: NDArray[np.generic], seed: int) -> Iterator[Array]:
     """Draw patients with replacement, all rows of a patient together.
 
-    Both classes are drawn together: fixed numbers of each would make the intervals of metrics that
-    depend on the prevalence too narrow. A draw that lacks a class is drawn again.
+    No draw depends on the labels: fixed numbers of each class would make the intervals of metrics
+    that depend on the prevalence too narrow, and leaving out draws that lack a class in some part
+    of the rows would draw too many of the rarer class.
 
     Args:
         labels: (n,) of 0 and 1.
         patients: (n,) patient of each row.
         seed: seed of the draws, which do not depend on how they are cut into chunks.
-        split: (n,) divides the rows; each part holds both classes in each draw.
 
     Yields:
         (r, n) how often each row counts in each of r draws, ``REPLICATES`` draws in all.
@@ -210,16 +282,12 @@ def bootstrap_weights(
 
     Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap".
     """
-    parts = np.zeros(len(labels)) if split is None else split
-    needed = [(parts == part) & (labels == label) for part in np.unique(parts) for label in (0, 1)]
-    if not all(rows.any() for rows in needed):
+    if not ((labels == 0).any() and (labels == 1).any()):
         raise ValueError("the rows need both labels 0 and 1: with one class no metric is defined")
     names, patient = np.unique(patients, return_inverse=True)
     chances = np.full(len(names), 1 / len(names))
     rng, left = np.random.default_rng(seed), REPLICATES
     while left:
         size = min(left, max(1, CHUNK_CELLS // len(labels)))
-        weights = rng.multinomial(len(names), chances, size=size).astype(np.float64)[:, patient]
-        weights = weights[np.all([weights[:, rows].any(axis=1) for rows in needed], axis=0)]
-        left -= len(weights)
-        yield weights
+        yield rng.multinomial(len(names), chances, size=size).astype(np.float64)[:, patient]
+        left -= size

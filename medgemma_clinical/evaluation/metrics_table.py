@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from medgemma_clinical.data.small_cells import count_patients, minority_patients
-from medgemma_clinical.evaluation.baselines import ENSEMBLE, best_blend
+from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, best_blend
 from medgemma_clinical.evaluation.metrics import (
     Array,
     bootstrap_weights,
     calibration,
+    calibration_error,
     confusion_shares,
     metrics,
     net_benefit,
@@ -53,12 +54,18 @@ class Metrics:
 
     The difference is this row minus the model ``reference``, paired. The first model is the
     reference of all but the ensemble, whose reference is the best blend.
+
+    Attributes:
+        counts: ``COUNTS``; minority: with the outcome that fewer patients have.
+        table: index (model, metric); columns ``VALUE``, ``DIFFERENCE``, reference, or ``SPREAD``.
+        primary: the baseline that the first model is compared with, whatever its result; or None.
+        planned: models whose comparison was chosen before the results; others get no verdict.
     """
 
-    counts: dict[str, int]  # COUNTS; minority: with the outcome that fewer patients have
-    table: (
-        pd.DataFrame
-    )  # index (model, metric); columns VALUE, DIFFERENCE, reference, or SPREAD too
+    counts: dict[str, int]
+    table: pd.DataFrame
+    primary: str | None
+    planned: list[str]
 
     @property
     def models(self) -> list[str]:
@@ -87,12 +94,13 @@ class Metrics:
             numbers = rows[VALUE + DIFFERENCE + spread].to_dict("index")
             models[model] = {"reference": rows["reference"].iloc[0], **numbers}
         own = first[VALUE + spread].to_dict("index")
-        return {**self.counts, "model": self.models[0], **own, "models": models}
+        plan = {"primary": self.primary, "planned": self.planned}
+        return {**self.counts, "model": self.models[0], **plan, **own, "models": models}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
         """Read a part of ``metrics.json``; KeyError, TypeError or AttributeError if it is none."""
-        others = (*COUNTS, "model", "models")
+        others = (*COUNTS, "model", "primary", "planned", "models")
         own = {name: metric for name, metric in content.items() if name not in others}
         models = {content["model"]: {"reference": content["model"], **own}, **content["models"]}
         lines = {
@@ -106,18 +114,15 @@ class Metrics:
         numbers = [*VALUE, *DIFFERENCE, *(name for name in SPREAD if name in table)]
         table = table.reindex(columns=[*numbers, "reference"])
         counts = {name: content[name] for name in COUNTS}
-        return cls(counts, table.astype(dict.fromkeys(numbers, float)))
+        table = table.astype(dict.fromkeys(numbers, float))
+        return cls(counts, table, content["primary"], content["planned"])
 
 
 def bootstrap(
-    labels: Array,
-    patients: NDArray[np.generic],
-    seed: int,
-    statistic: Statistic,
-    split: NDArray[np.generic] | None = None,
+    labels: Array, patients: NDArray[np.generic], seed: int, statistic: Statistic
 ) -> tuple[pd.Series[float], pd.DataFrame]:
     """Compute statistics on all rows (by key), and in each draw of patients (a column a key)."""
-    chunks = [pd.DataFrame(statistic(w)) for w in bootstrap_weights(labels, patients, seed, split)]
+    chunks = [pd.DataFrame(statistic(w)) for w in bootstrap_weights(labels, patients, seed)]
     value = pd.DataFrame(statistic(np.ones((1, len(labels))))).iloc[0]
     return value, pd.concat(chunks, ignore_index=True)
 
@@ -150,13 +155,17 @@ def evaluate(
     threshold: float | Array | None = None,
     reference: str | None = None,
     split: NDArray[np.generic] | None = None,
+    primary: str | None = None,
+    compared: Sequence[str] = (),
 ) -> Metrics:
     """Compute the metrics of all models, each with interval and paired difference.
 
     ``rows`` has the columns ``TESTED``, then the risk of each model; the first one is the reference
     where none is named. With the ``threshold`` of its decision rule, or (n,) of several rules, it
     also gets calibration and shares, of all rows. With a ``split`` (n,) of the rows each other
-    metric is the mean over the splits, and patients are drawn once for all.
+    metric is the mean over the splits that can give it, and patients are drawn once for all.
+    ``primary`` names the baseline of the planned comparison, by default the blend that reads most;
+    ``compared`` names further models whose comparison was planned, beside stages and ensemble.
     """
     risks = {str(name): rows[name].to_numpy(float) for name in rows.columns.drop(TESTED)}
     first = reference or next(iter(risks))
@@ -168,21 +177,19 @@ def evaluate(
 
     def statistic(weights: Array) -> dict[Any, Array]:
         each = [_metrics_of_all(labels, risks, weights, part) for part in parts]
-        known = {key: np.mean([one[key] for one in each], axis=0) for key in each[0]}
+        known = {key: _mean_of_defined([one[key] for one in each]) for key in each[0]}
         if threshold is not None:
             own = calibration(labels, risk, weights)
             own |= confusion_shares(labels, risk >= threshold, weights)
             known |= {(first, name): values for name, values in own.items()}
         return known
 
-    value, drawn = bootstrap(labels, patients, seed, statistic, split)
+    value, drawn = bootstrap(labels, patients, seed, statistic)
     if threshold is None:
         table = with_interval(value, drawn)
     else:
         behind = _patients_behind_shares(labels, risk >= threshold, patients)
         table = with_interval(value, drawn, {(first, name): n for name, n in behind.items()})
-        # A distance grows by the noise of the draws: they give no interval.
-        table.loc[(first, "e_average"), VALUE[1:]] = np.nan
     references = dict.fromkeys(risks, first)
     if ENSEMBLE in risks and first != ENSEMBLE:
         references[ENSEMBLE] = best_blend(risks) or first
@@ -193,10 +200,25 @@ def evaluate(
     table.loc[first, DIFFERENCE] = np.nan
     if split is not None:
         one = np.ones((1, len(rows)))
-        each = [pd.DataFrame(_metrics_of_all(labels, risks, one, part)) for part in parts]
-        table[SPREAD] = pd.concat(each).agg(["std", "min", "max"]).T
+        each = pd.concat(pd.DataFrame(_metrics_of_all(labels, risks, one, part)) for part in parts)
+        table[SPREAD] = each.where(np.isfinite(each)).agg(["std", "min", "max"]).T
+    if threshold is not None:  # A distance grows by the noise of the draws: they give no interval.
+        for name, distance in calibration_error(labels, risk).items():
+            table.loc[(first, name), "value"] = distance
     table["reference"] = [references[model] for model, _ in table.index]
-    return Metrics(count(labels, patients), table.rename_axis(["model", "metric"]).loc[list(risks)])
+    primary = primary if primary in risks else best_blend(risks)
+    plan = {primary, ENSEMBLE, *STAGE_NAMES.values(), *compared}
+    planned = [name for name in risks if name in plan and name != first]
+    table = table.rename_axis(["model", "metric"]).loc[list(risks)]
+    return Metrics(count(labels, patients), table, primary, planned)
+
+
+def _mean_of_defined(values: Sequence[Array]) -> Array:
+    """Return the mean (R,) of those of several arrays (R,) that are finite; NaN where none is."""
+    known = np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        mean: Array = np.where(known, values, 0).sum(axis=0) / known.sum(axis=0)
+    return mean
 
 
 def _arrays(rows: pd.DataFrame, model: str) -> tuple[Array, Array, NDArray[np.str_]]:
@@ -226,11 +248,11 @@ def _patients_behind_shares(
 
 
 def evaluate_splits(
-    tables: Sequence[pd.DataFrame], seed: int, reference: str | None = None
+    tables: Sequence[pd.DataFrame], seed: int, reference: str | None = None, **plan: Any
 ) -> Metrics:
     """Compute the metrics of the same models on the test parts of several splits."""
     split = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
-    return evaluate(pd.concat(tables), seed, reference=reference, split=split)
+    return evaluate(pd.concat(tables), seed, reference=reference, split=split, **plan)
 
 
 def count(labels: Array, patients: NDArray[np.generic]) -> dict[str, int]:
@@ -240,7 +262,12 @@ def count(labels: Array, patients: NDArray[np.generic]) -> dict[str, int]:
 
 
 def subgroup_table(rows: pd.DataFrame, model: str, bands: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Return counts, mean risk and AUROC of each subgroup; ``bands`` (n rows) has categories."""
+    """Return counts, AUROC and calibration of each subgroup; ``bands`` (n rows) has categories.
+
+    ``prevalence`` and ``risk`` are the shares of events that were observed and predicted. ``oe`` is
+    the first divided by the second; it, the calibration ``slope`` and the AUROC have intervals, and
+    need ``MINORITY_PATIENTS``.
+    """
     labels, risk, patients = _arrays(rows, model)
     lines: list[dict[str, Any]] = []
     judged = {}  # rows by line
@@ -251,17 +278,25 @@ def subgroup_table(rows: pd.DataFrame, model: str, bands: pd.DataFrame, seed: in
                 counts = count(labels[own], patients[own])
                 if counts["minority_patients"] >= MINORITY_PATIENTS:
                     judged[len(lines)] = own
-                mean = {"risk": risk[own].mean()}
+                mean = {"prevalence": labels[own].mean(), "risk": risk[own].mean()}
                 lines.append({"group": str(group), "level": str(level), **counts, **mean})
 
     def statistic(weights: Array) -> dict[Any, Array]:
-        each = {k: metrics(labels[own], risk[own], weights[:, own]) for k, own in judged.items()}
-        return {k: known["auroc"] for k, known in each.items()}
+        values: dict[Any, Array] = {}
+        for k, own in judged.items():
+            part = labels[own], risk[own], weights[:, own]
+            values[k, "auroc"] = metrics(*part)["auroc"]
+            values[k, "slope"] = calibration(*part)["calibration_slope"]
+            with np.errstate(invalid="ignore"):
+                values[k, "oe"] = part[2] @ part[0] / (part[2] @ part[1])
+        return values
 
-    auroc = pd.DataFrame(columns=VALUE, dtype=float)
-    if judged:
-        auroc = with_interval(*bootstrap(labels, patients, seed, statistic))
-    return pd.DataFrame(lines).join(auroc.set_axis(["auroc", "auroc_low", "auroc_high"], axis=1))
+    table = pd.DataFrame(lines)
+    known = with_interval(*bootstrap(labels, patients, seed, statistic)) if judged else None
+    for name in ("auroc", "oe", "slope"):
+        columns = [name, f"{name}_low", f"{name}_high"]
+        table[columns] = np.nan if known is None else known.xs(name, level=1).reindex(table.index)
+    return table
 
 
 def calibration_table(rows: pd.DataFrame, model: str, seed: int) -> pd.DataFrame:

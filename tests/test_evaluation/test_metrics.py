@@ -6,11 +6,20 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.special import expit, logit
 
-from cohorts import plain_calibration, plain_metrics, plain_shares, repeated, simulate
+from cohorts import (
+    plain_calibration,
+    plain_calibration_error,
+    plain_metrics,
+    plain_shares,
+    repeated,
+    simulate,
+)
 from medgemma_clinical.evaluation import metrics as metrics_module
 from medgemma_clinical.evaluation.metrics import (
     bootstrap_weights,
     calibration,
+    calibration_error,
+    clustered_error,
     confusion_shares,
     metrics,
     net_benefit,
@@ -79,7 +88,12 @@ def test_separated_classes_and_equal_risks_have_no_slope(case):
         noise = 1e-13 * np.random.default_rng(0).normal(size=50)
         risk = 0.137219873 + noise * (case == "rounded")
     found = calibration(labels, risk, ones(labels))
-    assert np.isnan([found["calibration_slope"], found["e_average"]]).all()
+    assert np.isnan(found["calibration_slope"]).all()
+    error = list(calibration_error(labels, risk).values())
+    if case in ("equal", "rounded"):  # the curve is the prevalence
+        assert error == pytest.approx([abs(0.4 - 0.137219873)] * 3)
+    else:
+        assert np.isnan(error).all()
     level = found["calibration_in_the_large"][0]  # moves the risks to sum to the events
     assert expit(logit(risk) + level).sum() == pytest.approx(labels.sum())
 
@@ -92,9 +106,38 @@ def test_calibration_of_a_population_of_known_risks(scale, shift):
     found = {name: each[0] for name, each in calibration(labels, risk, ones(labels)).items()}
     assert found["calibration_slope"] == pytest.approx(1 / scale, abs=1e-8)
     assert found["calibration_intercept"] == pytest.approx(-shift / scale, abs=1e-8)
-    assert found["e_average"] == pytest.approx(np.abs(risk - true).mean(), abs=1e-8)
+    distance = np.abs(risk - true)
+    expected = distance.mean(), *np.quantile(distance, [0.5, 0.9])
+    assert tuple(calibration_error(labels, risk).values()) == pytest.approx(expected, abs=1e-8)
     if scale == 1:
         assert found["calibration_in_the_large"] == pytest.approx(-shift, abs=1e-8)
+
+
+@pytest.mark.parametrize("slope", [0.5, 1.0, 3.0])
+def test_calibration_error_is_the_distance_from_a_spline_on_the_log_odds(slope):
+    labels, risk, _ = simulate(np.random.default_rng(4), 400, slope=slope)
+    found = calibration_error(labels, risk)
+    assert found == pytest.approx(plain_calibration_error(labels, risk), abs=1e-7)
+
+
+def test_calibration_error_sees_a_bent_curve_that_slope_and_level_miss():
+    odds = np.linspace(-3, 3, 4001)
+    labels = (np.random.default_rng(0).random(4001) < expit(0.5 * (odds**2 - 3))).astype(float)
+    fit = {name: each[0] for name, each in calibration(labels, expit(odds), ones(labels)).items()}
+    straight = expit(fit["calibration_intercept"] + fit["calibration_slope"] * odds)
+    after = {name: each[0] for name, each in calibration(labels, straight, ones(labels)).items()}
+    assert after["calibration_slope"] == pytest.approx(1)
+    assert after["calibration_in_the_large"] == pytest.approx(0, abs=1e-9)
+    assert calibration_error(labels, straight)["ici"] > 0.2
+
+
+def test_the_standard_error_of_a_mean_counts_patients():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(2, 500))
+    alone = clustered_error(values, np.arange(500))
+    assert alone == pytest.approx(values.std(axis=1, ddof=1) / np.sqrt(500))
+    copied = clustered_error(values.repeat(3, axis=1), np.arange(500).repeat(3))
+    assert copied == pytest.approx(alone)
 
 
 def test_certain_risks_have_a_finite_calibration():
@@ -135,13 +178,13 @@ def test_net_benefit_is_its_formula(rows):
 # ------------------------------------------------------------------ bootstrap
 
 
-def all_draws(labels, patients, seed=4, split=None):
-    return np.concatenate(list(bootstrap_weights(labels, patients, seed, split)))
+def all_draws(labels, patients, seed=4):
+    return np.concatenate(list(bootstrap_weights(labels, patients, seed)))
 
 
 @pytest.mark.parametrize("chunk", [1, 7])
 def test_draws_do_not_depend_on_their_chunks(monkeypatch, chunk):
-    labels, patients = np.repeat([1.0, 0.0], [2, 28]), np.arange(30).astype(str)  # some are redrawn
+    labels, patients = np.repeat([1.0, 0.0], [2, 28]), np.arange(30).astype(str)
     whole = all_draws(labels, patients)
     assert whole.shape == (metrics_module.REPLICATES, 30)
     monkeypatch.setattr(metrics_module, "CHUNK_CELLS", 30 * chunk)
@@ -163,23 +206,17 @@ def test_patients_are_drawn_with_all_their_rows():
     assert first.var() == pytest.approx(1 - 1 / 30, abs=0.05)
 
 
-def test_classes_are_not_drawn_apart_but_both_are_there_in_each_part():
+def test_no_draw_depends_on_the_labels():
+    """Draws without an event stay: without them events would be drawn too often."""
     labels = np.array([1.0, *[0] * 11])
-    patients = np.arange(12).astype(str)
-    draws = all_draws(labels, patients)
-    assert (draws @ labels).min() == 1
+    draws = all_draws(labels, np.arange(12).astype(str))
+    assert draws.mean(axis=0) == pytest.approx(np.ones(12), abs=0.15)
+    assert (draws @ labels).min() == 0
     assert (draws @ labels).max() > 2
-    assert (draws @ (1 - labels)).min() < 11
-    labels, split = np.array([1.0, *[0] * 5] * 2), np.repeat(["a", "b"], 6)
-    draws = all_draws(labels, patients, split=split)
-    cells = [(split == part) & (labels == label) for part in "ab" for label in (0, 1)]
-    assert all(draws[:, cell].any(axis=1).all() for cell in cells)
+    assert np.array_equal(draws, all_draws(1 - labels, np.arange(12).astype(str)))
 
 
-@pytest.mark.parametrize(
-    ("labels", "split"), [([0, 0, 0, 0], None), ([1, 1, 1, 1], None), ([0, 1, 1, 1], [0, 0, 1, 1])]
-)
-def test_a_missing_class_is_refused(labels, split):
-    split = None if split is None else np.array(split)
+@pytest.mark.parametrize("label", [0.0, 1.0])
+def test_a_missing_class_is_refused(label):
     with pytest.raises(ValueError, match="both labels"):
-        next(bootstrap_weights(np.array(labels, dtype=float), np.arange(4).astype(str), 0, split))
+        next(bootstrap_weights(np.full(4, label), np.arange(4).astype(str), 0))

@@ -8,10 +8,13 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import expit, logit
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from cohorts import blended, cohort, coverage, plain_metrics, plain_table, predictions, samples_of
 from medgemma_clinical.evaluation import metrics as metrics_module
+from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import (
     Metrics,
     calibration_table,
@@ -38,7 +41,7 @@ def test_the_table_equals_a_loop_over_the_draws(threshold, splits):
     assert found.models == list(rows.columns[3:])
     for key, line in found.table.iterrows():
         assert line["value"] == pytest.approx(value[key], abs=1e-6)
-        if key[1] == "e_average":
+        if key[1] in ("ici", "e50", "e90"):
             assert line[INTERVAL].isna().all(), "a distance grows by the noise of the draws"
         else:
             assert tuple(line[INTERVAL]) == pytest.approx(draws[key].quantile(ENDS), abs=1e-5)
@@ -85,6 +88,51 @@ def test_several_splits_have_mean_deviation_and_range():
         each = [plain_metrics(part["label"], part["blend"])[name] for part in parts]
         expected = np.mean(each), np.std(each, ddof=1), min(each), max(each)
         assert tuple(line[["value", "sd", "min", "max"]]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("events", "folds"), [(10, 10), (24, 12)])
+def test_metrics_of_folds_with_few_events_lie_within_their_intervals(events, folds, monkeypatch):
+    """Patients are drawn without condition, and a fold that lacks a class in a draw is left out."""
+    monkeypatch.setattr(metrics_module, "REPLICATES", 1000)
+    rng = np.random.default_rng(0)
+    odds = np.log(events / 300) + rng.normal(size=300)
+    labels, fold = np.zeros(300), np.arange(300) % folds
+    labels[rng.choice(300, events, replace=False, p=expit(odds) / expit(odds).sum())] = 1
+    fold[labels == 1] = np.arange(events) % folds
+    patients = np.arange(300).astype(str)
+    others = {"blend": expit(odds + rng.normal(size=300)), "noise": rng.random(300) / 5}
+    rows = predictions((labels, expit(odds), patients), **others)
+    table = evaluate(rows, 0, 0.05, split=fold).table
+    for ends in (VALUE, DIFFERENCE):
+        value, low, high = table[ends].dropna().to_numpy().T
+        assert len(value) >= 12
+        assert ((low <= value) & (value <= high)).all()
+    own, pooled = table.loc["model"], evaluate(rows, 0, 0.05).of("model")
+    for name in ("brier", "log_loss"):  # defined in each fold and draw, so that nothing is left out
+        assert tuple(own.loc[name, VALUE]) == pytest.approx(tuple(pooled.loc[name, VALUE]), rel=0.1)
+
+
+def test_a_fold_without_a_class_is_left_out_where_it_has_no_value():
+    rows = cohort(240)
+    split = np.arange(240) % 3
+    rows.loc[split == 2, "label"] = 0
+    found = evaluate(rows, 0, split=split).of("model")["value"]
+    each = [evaluate(rows[split == k], 0).of("model")["value"] for k in (0, 1)]
+    assert found["auroc"] == pytest.approx(np.mean([own["auroc"] for own in each]))
+    brier = [np.mean((own["label"] - own["model"]) ** 2) for _, own in rows.groupby(split)]
+    assert found["brier"] == pytest.approx(np.mean(brier))
+
+
+def test_the_planned_comparison_is_the_blend_that_reads_most_or_the_one_named():
+    rows = blended().assign(**{STAGE_NAMES["trajectory"]: 0.4})
+    stage1 = STAGE_NAMES["trajectory"]
+    found = evaluate(rows, 0)
+    assert found.primary == "blend with statics"
+    assert found.planned == ["blend with statics", "ensemble", stage1]
+    assert evaluate(rows, 0, primary="blend").planned == ["blend", "ensemble", stage1]
+    assert evaluate(rows, 0, primary="gone").primary == "blend with statics"
+    assert evaluate(rows, 0, compared=["last value"]).planned[0] == "last value"
+    assert evaluate(rows, 0, reference="ensemble").planned == ["blend with statics", stage1]
 
 
 # ------------------------------------------------------------------ invariances
@@ -161,12 +209,12 @@ def test_json_holds_counts_the_model_and_the_others_and_null_where_undefined():
     content = json.loads(json.dumps(found.to_json(), allow_nan=False))
     counts = {"n": 40, "patients": 20, "events": 20, "minority_patients": 10}
     assert found.counts == {name: content.pop(name) for name in counts} == counts
-    assert content.pop("model") == "model"
+    assert [content.pop(key) for key in ("model", "primary", "planned")] == ["model", None, []]
     other = content.pop("models").pop("other")
     assert other.pop("reference") == "model"
     assert set(other) == {"auroc", "auprc", "accuracy", "brier", "log_loss", "brier_skill"}
     assert set(content) - set(other) == {
-        *("sensitivity", "specificity", "ppv", "npv", "positives", "e_average"),
+        *("sensitivity", "specificity", "ppv", "npv", "positives", "ici", "e50", "e90"),
         *("calibration_slope", "calibration_intercept", "calibration_in_the_large"),
     }
     assert content["calibration_slope"] == {"value": None, "low": None, "high": None}
@@ -195,7 +243,12 @@ def test_one_class_alone_is_refused(label, compute):
 # ------------------------------------------------------------------ subgroups and curves
 
 
-def test_subgroups_have_counts_mean_risk_and_the_auroc_of_their_draws():
+def plain_slope(rows):
+    odds = logit(rows[["model"]])
+    return LogisticRegression(C=np.inf, tol=1e-10).fit(odds, rows["label"]).coef_.item()
+
+
+def test_subgroups_have_counts_auroc_and_calibration_of_their_draws():
     rows = cohort(240)
     size = pd.Categorical(np.where(np.arange(240) < 12, "few", "many"), ["few", "many", "none"])
     site = pd.Categorical(np.tile(["a", "b"], 120))
@@ -209,14 +262,20 @@ def test_subgroups_have_counts_mean_risk_and_the_auroc_of_their_draws():
         expected = len(part), part["patient"].nunique(), part["label"].sum(), minority
         assert tuple(line[["n", "patients", "events", "minority_patients"]]) == expected
         assert line.risk == pytest.approx(part["model"].mean())
+        assert line.prevalence == pytest.approx(part["label"].mean())
         if key == ("size", "few"):
             assert minority < 10
-            assert line[["auroc", "auroc_low", "auroc_high"]].isna().all()
+            assert line.loc["auroc":].isna().all()
             continue
-        samples = [rows.iloc[sample[inside[sample]]] for sample in samples_of(rows, 0)]
-        value, *draws = [roc_auc_score(own["label"], own["model"]) for own in samples]
+        parts = [rows.iloc[sample[inside[sample]]] for sample in samples_of(rows, 0)]
+        value, *draws = [roc_auc_score(own["label"], own["model"]) for own in parts]
         assert line.auroc == pytest.approx(value)
         assert (line.auroc_low, line.auroc_high) == pytest.approx(np.quantile(draws, ENDS))
+        value, *draws = [own["label"].mean() / own["model"].mean() for own in parts]
+        assert line.oe == pytest.approx(value)
+        assert (line.oe_low, line.oe_high) == pytest.approx(np.quantile(draws, ENDS))
+        assert line.slope == pytest.approx(plain_slope(part), rel=1e-3)
+        assert line.slope_low < line.slope < line.slope_high
 
 
 @pytest.mark.parametrize(("patients", "shown"), [(9, False), (10, True)])
