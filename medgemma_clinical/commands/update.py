@@ -11,14 +11,8 @@ import numpy as np
 import pandas as pd
 
 from medgemma_clinical.evaluation.metrics_table import MINORITY_PATIENTS
-from medgemma_clinical.evaluation.updating import (
-    AS_IT_IS,
-    BOTH,
-    INTERCEPT,
-    best_update,
-    fit_update,
-    updated_rule,
-)
+from medgemma_clinical.evaluation.updating import CHOSEN, NOT_UPDATED, Updates, updated_rule
+from medgemma_clinical.evaluation.verdicts import difference_text
 from medgemma_clinical.files import InputError, move_aside
 from medgemma_clinical.inference.hub import save_model
 from medgemma_clinical.models.trained_model import TrainedModel
@@ -31,7 +25,7 @@ def write_update(
     trained: TrainedModel,
     used: str,
     rows: pd.DataFrame,
-    judged: pd.DataFrame,
+    updates: Updates | None,
     data_sha256: str | None,
 ) -> None:
     """Update the decision rule of the model ``used`` on all rows, and write the model as a folder.
@@ -42,24 +36,23 @@ def write_update(
         used: name of the one whose risk is the probability.
         rows: labelled rows that were not in the training data: ``label``, risk of ``used``, hashes
             ``patient`` and ``rows`` (with either label).
-        judged: of ``judge_updates``.
+        updates: of these rows and ``used``; None where there are too few.
         data_sha256: of the file.
     """
-    if judged.empty:
+    if updates is None:
         need = f"{2 * MINORITY_PATIENTS} new patients with the event and as many without it"
         raise InputError(f"--update {folder}: takes {need}: only the predictions were written")
-    labels, risk = rows["label"].to_numpy(float), rows[used].to_numpy(float)
-    method, losses = best_update(labels, judged)
-    slope, intercept = fit_update(labels, risk, method)
-    method = INTERCEPT if slope == 1 else BOTH
-    found = (losses[method], losses[AS_IT_IS])
-    text = "update of %s by its %s: log loss %.4f in halves that it has not seen, as it is %.4f"
-    logger.info(text, used, method, *found)
-    if found[0] >= found[1]:
-        logger.warning("the model as it is has the lower log loss: an update does not help here")
+    labels = rows["label"].to_numpy(float)
+    gain = difference_text(updates.table.loc[(CHOSEN, "log_loss")], "+.4f")
+    logger.info("change of the log loss by an update, in halves that it has not seen: %s", gain)
+    if updates.method == NOT_UPDATED:
+        text = "--update %s: not written: tests show no need to update %s on these rows"
+        logger.warning(text, folder, used)
+        return
+    logger.info("update of %s by its %s", used, updates.method)
     about = {
         "model": used,
-        "method": method,
+        "method": updates.method,
         "rows": len(rows),
         "patients": int(rows["patient"].nunique()),
         "events": int(labels.sum()),
@@ -69,7 +62,7 @@ def write_update(
     if known is not None:
         own = np.stack(rows["rows"].tolist())[np.arange(len(rows)), labels.astype(int)]
         known = np.union1d(known, np.concatenate([own[own != 0], rows["patient"]]))
-    config = updated_config(trained, used, slope, intercept, about)
+    config = updated_config(trained, used, updates.slope, updates.intercept, about)
     for aside in move_aside([folder]):
         logger.info("an earlier model was moved to %s", aside)
     save_model(replace(trained, config=config, train_patients=known), folder)

@@ -13,12 +13,12 @@ from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.metrics_table import MINORITY_PATIENTS, subgroup_table
 from medgemma_clinical.evaluation.verdicts import interval_text, percent
 
-MIN_POOLED, MIN_PREDICTED = 2, 3
-"""Sites that a pooled value, and a prediction interval, need."""
+MIN_POOLED = 3
+"""Sites that a pooled value and a prediction interval need."""
 
 
 def site_table(rows: pd.DataFrame, model: str, sites: NDArray[np.str_], seed: int) -> pd.DataFrame:
-    """Return counts, AUROC with interval, its logit and standard error of each site.
+    """Return a ``subgroup_table`` of the sites, with the AUROC's logit and its standard error.
 
     ``sites`` (n,) are those of the rows. One with few patients with, or without, the event has no
     AUROC.
@@ -26,14 +26,13 @@ def site_table(rows: pd.DataFrame, model: str, sites: NDArray[np.str_], seed: in
     Source: Debray et al. 2017, BMJ 356:i6460, for the error by the ends of the interval.
     """
     bands = pd.DataFrame({"site": pd.Categorical(sites)})
-    table = subgroup_table(rows, model, bands, seed).drop(columns=["group", "risk"])
-    names = {"level": "site", "auroc_low": "low", "auroc_high": "high"}
-    table = table.rename(columns=names)
+    table = subgroup_table(rows, model, bands, seed).drop(columns="group")
+    table = table.rename(columns={"level": "site"})
     # An AUROC of 0 or 1 has no logit: half a pair of patients is ranked otherwise.
     half = 0.5 / (table["events"] * (table["n"] - table["events"]))
-    ends = table[["auroc", "low", "high"]].clip(half, 1 - half, axis=0)
+    ends = table[["auroc", "auroc_low", "auroc_high"]].clip(half, 1 - half, axis=0)
     table["logit"] = logit(ends["auroc"])
-    width = logit(ends["high"]) - logit(ends["low"])
+    width = logit(ends["auroc_high"]) - logit(ends["auroc_low"])
     table["se"] = (width / (2 * norm.ppf(0.975))).where(width > 0)
     return table
 
@@ -57,9 +56,12 @@ def random_effects(effects: Array, variances: Array) -> dict[str, float]:
     Returns:
         As ``pool``, on the scale of the effects.
 
-    Source: Viechtbauer 2005 for the REML estimate of tau2; Hartung and Knapp 2001, IntHout et al.
-    2014 for the interval; Higgins and Thompson 2002 for I2; Riley et al. 2011 for the prediction
-    interval.
+    The interval is never narrower than that of a common effect: where effects agree by chance,
+    the one of Hartung and Knapp would have no width.
+
+    Source: Viechtbauer 2005 for the REML estimate of tau2; Hartung and Knapp 2001 for the interval,
+    Röver et al. 2015 for its lower bound; Higgins and Thompson 2002 for I2; Riley et al. 2011 for
+    the prediction interval.
     """
     k, nan = len(effects), float("nan")
     ends = ("low", "high", "prediction_low", "prediction_high")
@@ -79,13 +81,11 @@ def random_effects(effects: Array, variances: Array) -> dict[str, float]:
     found = minimize_scalar(loss, bounds=(0, top), method="bounded", options={"xatol": 1e-9})
     tau2 = float(found.x) if found.fun < loss(0) else 0.0
     weights, mean, squares = pooled(tau2)
-    error = np.sqrt(squares / ((k - 1) * weights.sum()))
+    error = np.sqrt(max(1.0, squares / (k - 1)) / weights.sum())
     fixed = 1 / variances
     typical = (k - 1) * fixed.sum() / (fixed.sum() ** 2 - (fixed**2).sum())
     reach = t.ppf(0.975, k - 1) * error
-    beyond = nan
-    if k >= MIN_PREDICTED:
-        beyond = t.ppf(0.975, k - 2) * np.sqrt(tau2 + error**2)
+    beyond = t.ppf(0.975, k - 2) * np.sqrt(tau2 + error**2)
     intervals = (mean - reach, mean + reach, mean - beyond, mean + beyond)
     own = {"value": mean, "i2": tau2 / (tau2 + typical), "tau2": tau2}
     return own | dict(zip(ends, map(float, intervals), strict=True))
@@ -98,10 +98,8 @@ def pooled_sentence(pooled: dict[str, float], sites: int) -> str:
         return f"Nothing is pooled: fewer than {MIN_POOLED} sites have {need}."
     auroc = interval_text(pooled["value"], pooled["low"], pooled["high"])
     ends = [pooled["prediction_low"], pooled["prediction_high"]]
-    further = (
-        "" if np.isnan(ends[0]) else f"; 95 % of further sites: {ends[0]:.3f} to {ends[1]:.3f}"
-    )
     return (
         f"Pooled over {pooled['sites']:.0f} of {sites} sites: AUROC {auroc}, I\N{SUPERSCRIPT TWO} "
-        f"{percent(pooled['i2'])}{further}."
+        f"{percent(pooled['i2'])}; 95 % of further sites: {ends[0]:.3f} to {ends[1]:.3f}. "
+        "I\N{SUPERSCRIPT TWO} is the share of the spread between sites that is no chance."
     )

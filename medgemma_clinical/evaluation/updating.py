@@ -1,95 +1,219 @@
-"""Calibration of a model in a new cohort, as it is and after an update of its decision rule."""
+"""Update of a model's decision rule in a new cohort: which one tests choose, and what it brings."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import expit, logit
+from scipy.stats import chi2
 
 from medgemma_clinical.data.folds import draw_folds
 from medgemma_clinical.evaluation.decision import DecisionRule
-from medgemma_clinical.evaluation.metrics import Array, calibration, log_odds, metrics
+from medgemma_clinical.evaluation.metrics import (
+    Array,
+    calibration,
+    calibration_error,
+    log_odds,
+    patient_sums,
+    row_losses,
+)
 from medgemma_clinical.evaluation.metrics_table import (
+    DIFFERENCE,
     MINORITY_PATIENTS,
-    VALUE,
     bootstrap,
     with_interval,
 )
 
-AS_IT_IS, INTERCEPT, BOTH = "as it is", "intercept", "intercept and slope"
-METHODS = (AS_IT_IS, INTERCEPT, BOTH)
+NOT_UPDATED, INTERCEPT, BOTH = "not updated", "intercept", "intercept and slope"
+METHODS = (NOT_UPDATED, INTERCEPT, BOTH)
+CHOSEN = "as the tests choose"
+"""The method that tests choose anew on each half: what the whole procedure brings."""
 
-MEASURES = ("calibration_in_the_large", "calibration_slope", "e_average", "brier", "log_loss")
+MIN_SLOPE_EVENTS = 100
+"""Events from which on a slope is tried: with fewer it is too uncertain to improve the risks."""
+
+LEVEL = 0.05
+"""Significance level of the tests."""
+
+DIVISIONS = 20
+"""Divisions of the patients into two halves, over which figures are averaged."""
 
 
-def fit_update(labels: Array, risk: Array, method: str) -> tuple[float, float]:
-    """Return slope and intercept by which log-odds of a risk (n,) become those of the labels (n,).
+@dataclass(frozen=True)
+class Updates:
+    """What updates of a model bring in some rows.
 
-    Where events do not become more frequent with the risk the intercept alone is fitted.
+    Attributes:
+        method: of ``METHODS``, chosen on all rows.
+        slope: of the update that is chosen, by which log-odds are multiplied.
+        intercept: of the same update.
+        table: index (method, metric), columns ``VALUE`` and, of ``log_loss`` and ``brier``,
+            ``DIFFERENCE`` to the risks that are not updated; each row is predicted by updates that
+            were fitted without its half.
+        risks: (n rows) mean risk by each method over the divisions, of the figure.
+    """
+
+    method: str
+    slope: float
+    intercept: float
+    table: pd.DataFrame
+    risks: pd.DataFrame
+
+
+def fit_updates(labels: Array, risk: Array) -> dict[str, tuple[float, float]]:
+    """Return by method slope and intercept that turn log-odds of a risk into those of the labels.
+
+    ``BOTH`` is left out where events do not become more frequent with the risk, all (n,).
 
     Source: Steyerberg et al. 2004, "Validation and updating of predictive logistic regression
     models", Statistics in Medicine 23:2567.
     """
-    if method == AS_IT_IS:
-        return 1.0, 0.0
     fitted = calibration(labels, risk, np.ones((1, len(labels))))
-    fit = {name: values.item() for name, values in fitted.items()}
-    if method == BOTH and fit["calibration_slope"] > 0:
-        return fit["calibration_slope"], fit["calibration_intercept"]
-    return 1.0, fit["calibration_in_the_large"]
+    fit = {name.removeprefix("calibration_"): values.item() for name, values in fitted.items()}
+    updates = {NOT_UPDATED: (1.0, 0.0), INTERCEPT: (1.0, fit["in_the_large"])}
+    if fit["slope"] > 0:  # NaN is not
+        updates[BOTH] = fit["slope"], fit["intercept"]
+    return updates
 
 
-def crosswise(labels: Array, risk: Array, half: NDArray[np.int64]) -> pd.DataFrame:
+def choose_update(
+    labels: Array, risk: Array, patients: NDArray[np.generic], *, with_slope: bool
+) -> tuple[str, dict[str, tuple[float, float]]]:
+    """Return the method that likelihood-ratio tests choose, and ``fit_updates``.
+
+    A closed test: intercept and slope against no update, then against the intercept alone. Without
+    a slope the intercept against no update.
+
+    Source: Vergouwe et al. 2017, "A closed testing procedure to select an appropriate method for
+    updating prediction models", Statistics in Medicine 36:4529.
+    """
+    updates, odds, one = fit_updates(labels, risk), log_odds(risk), np.ones((1, len(labels)))
+    _, level = updates[INTERCEPT]
+    if with_slope and BOTH in updates:
+        model = labels, np.stack([one[0], odds]), np.zeros_like(odds), patients
+        fit = np.array(updates[BOTH][::-1])
+        p = clustered_p_value(*model, fit, np.array([0.0, 1.0]), [0, 1])
+        if not p < LEVEL:
+            return NOT_UPDATED, updates
+        p = clustered_p_value(*model, fit, np.array([level, 1.0]), [1])
+        return BOTH if p < LEVEL else INTERCEPT, updates
+    p = clustered_p_value(labels, one, odds, patients, np.array([level]), np.zeros(1), [0])
+    return INTERCEPT if p < LEVEL else NOT_UPDATED, updates
+
+
+def clustered_p_value(
+    labels: Array,
+    columns: Array,
+    offset: Array,
+    patients: NDArray[np.generic],
+    fit: Array,
+    null: Array,
+    tested: list[int],
+) -> float:
+    """Return the p value of a likelihood-ratio test between logistic models, which counts patients.
+
+    The ratio is scaled by that of the Wald statistics with and without errors clustered by patient.
+
+    Args:
+        labels: (n,) of 0 and 1.
+        columns: (p, n) of the larger model.
+        offset: (n,) log-odds that are added to those of the columns.
+        patients: (n,) patient of each row.
+        fit: (p,) coefficients of the larger model.
+        null: (p,) coefficients of the smaller one.
+        tested: positions of the coefficients that the smaller one fixes.
+
+    Source: Chandler and Bate 2007, "Inference for clustered data using the independence
+    loglikelihood", Biometrika 94:167, equation 17.
+    """
+    risk = expit(offset + fit @ columns)
+    bread = np.linalg.inv((risk * (1 - risk) * columns) @ columns.T)
+    sums = patient_sums((labels - risk) * columns, patients)  # (patients, p)
+    clustered = bread @ (sums.T @ sums) @ bread * len(sums) / (len(sums) - 1)
+    distance, chosen = (fit - null)[tested], np.ix_(tested, tested)
+    wald = [distance @ np.linalg.solve(v[chosen], distance) for v in (clustered, bread)]
+    losses = row_losses(labels, offset + np.stack([null, fit]) @ columns).sum(axis=1)
+    with np.errstate(invalid="ignore"):
+        ratio = 2 * (losses[0] - losses[1]) * wald[0] / wald[1]
+    return float(chi2.sf(ratio, len(tested)))
+
+
+def crosswise(
+    labels: Array,
+    risk: Array,
+    patients: NDArray[np.generic],
+    half: NDArray[np.int64],
+    *,
+    with_slope: bool,
+) -> pd.DataFrame:
     """Return the risks (n,) by each method, those of a half (0 or 1) fitted on the other one."""
-    judged = pd.DataFrame(dict.fromkeys(METHODS, risk))
+    updated = pd.DataFrame(dict.fromkeys((*METHODS, CHOSEN), risk))
     for k in (0, 1):
-        for method in METHODS:
-            slope, intercept = fit_update(labels[half != k], risk[half != k], method)
-            judged.loc[half == k, method] = expit(intercept + slope * log_odds(risk[half == k]))
-    return judged
+        other, odds = half != k, log_odds(risk[half == k])
+        known = labels[other], risk[other]
+        chosen, updates = choose_update(*known, patients[other], with_slope=with_slope)
+        for name in updated:
+            method = chosen if name == CHOSEN else str(name)
+            slope, intercept = updates.get(method, updates[INTERCEPT])
+            updated.loc[half == k, name] = expit(intercept + slope * odds)
+    return updated
 
 
-def judge_updates(rows: pd.DataFrame, model: str, seed: int) -> pd.DataFrame:
-    """Return risks as ``crosswise`` of labelled rows, their patients drawn into two halves.
+def evaluate_updates(rows: pd.DataFrame, model: str, seed: int) -> Updates | None:
+    """Choose an update of a model on labelled rows, and estimate what it brings in new ones.
 
-    No rows where a half has too few patients with, or without, the event.
+    Each row is predicted by updates of the half of the patients that it is not in, over
+    ``DIVISIONS``. Slope and calibration error are those of each half by itself, averaged: pooled,
+    one half's error would cancel the other's. None where a half has too few patients with, or
+    without, the event.
     """
     event = rows.groupby("patient")["label"].max()
     if min(event.sum(), len(event) - event.sum()) < 2 * MINORITY_PATIENTS:
-        return pd.DataFrame(columns=list(METHODS))
+        return None
     labels, risk = rows["label"].to_numpy(float), rows[model].to_numpy(float)
-    return crosswise(labels, risk, draw_folds(rows["patient"].to_numpy(str), labels, 2, seed))
-
-
-def update_table(rows: pd.DataFrame, judged: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Return ``MEASURES`` with intervals of the risks ``judged``: index method, metric."""
-    labels, patients = rows["label"].to_numpy(float), rows["patient"].to_numpy(str)
-    risks = {str(method): column.to_numpy(float) for method, column in judged.items()}
+    patients, with_slope = rows["patient"].to_numpy(str), labels.sum() >= MIN_SLOPE_EVENTS
+    names = (*METHODS, CHOSEN)
+    halves: dict[Any, list[float]] = {}
+    risks, errors, losses = (np.zeros((len(names), len(rows))) for _ in range(3))  # means
+    for division in np.random.default_rng(seed).integers(2**32, size=DIVISIONS).tolist():
+        half = draw_folds(patients, labels, 2, division)
+        updated = crosswise(labels, risk, patients, half, with_slope=with_slope)
+        values = updated.to_numpy().T  # (methods, n)
+        risks += values / DIVISIONS
+        errors += (values - labels) ** 2 / DIVISIONS
+        losses += row_losses(labels, log_odds(values)) / DIVISIONS
+        for k in (0, 1):
+            own = half == k
+            for name, each in zip(names, values[:, own], strict=True):
+                slope = calibration(labels[own], each, np.ones((1, own.sum())))["calibration_slope"]
+                error = calibration_error(labels[own], each)["ici"]
+                for metric, figure in (("calibration_slope", slope.item()), ("ici", error)):
+                    halves.setdefault((name, metric), []).append(figure)
 
     def statistic(weights: Array) -> dict[Any, Array]:
-        values: dict[Any, Array] = {}
-        for method, risk in risks.items():
-            found = calibration(labels, risk, weights) | metrics(labels, risk, weights)
-            values |= {(method, name): found[name] for name in MEASURES}
-        return values
+        means = {"brier": errors, "log_loss": losses}
+        total = weights.sum(axis=1)
+        return {
+            (name, metric): weights @ of_rows / total
+            for metric, values in means.items()
+            for name, of_rows in zip(names, values, strict=True)
+        }
 
-    table = with_interval(*bootstrap(labels, patients, seed, statistic))
-    # A distance grows by the noise of the draws: they give no interval.
-    table.loc[(slice(None), "e_average"), VALUE[1:]] = np.nan
-    return table.rename_axis(["method", "metric"])
-
-
-def best_update(labels: Array, judged: pd.DataFrame) -> tuple[str, dict[str, float]]:
-    """Return the update with the lower crosswise log loss, and the log loss of each method."""
-    one = np.ones((1, len(labels)))
-    losses = {
-        method: metrics(labels, judged[method].to_numpy(float), one)["log_loss"].item()
-        for method in METHODS
-    }
-    return min(METHODS[1:], key=losses.__getitem__), losses
+    value, drawn = bootstrap(labels, patients, seed, statistic)
+    table = with_interval(value, drawn)
+    none = [(NOT_UPDATED, metric) for _, metric in value.index]
+    beside = value.index.get_indexer(pd.MultiIndex.from_tuples(none))
+    minus = with_interval(value - value.to_numpy()[beside], drawn - drawn.to_numpy()[:, beside])
+    table[DIFFERENCE] = minus
+    for key, figures in halves.items():
+        table.loc[key, "value"] = np.mean([x for x in figures if np.isfinite(x)] or [np.nan])
+    method, updates = choose_update(labels, risk, patients, with_slope=with_slope)
+    by_method = pd.DataFrame(risks.T, columns=list(names), index=rows.index)
+    return Updates(method, *updates[method], table.rename_axis(["method", "metric"]), by_method)
 
 
 def updated_rule(rule: DecisionRule, slope: float, intercept: float) -> DecisionRule:

@@ -46,11 +46,24 @@ def test_published_trials_are_pooled_as_metafor_pools_them():
 
 
 def test_few_or_equal_sites_have_the_intervals_that_they_can_have():
-    for k, missing in ((0, 7), (1, 7), (2, 2), (3, 0)):
+    for k, missing in ((0, 7), (2, 7), (3, 0)):
         found = random_effects(*(each[:k] for each in bcg()))
         assert sum(map(np.isnan, found.values())) == missing
     equal = random_effects(np.full(4, 0.8), np.array([0.1, 0.2, 0.1, 0.3]))
     assert (equal["value"], equal["tau2"], equal["i2"]) == (pytest.approx(0.8), 0, 0)
+
+
+@pytest.mark.parametrize("k", [3, 5, 8])
+def test_the_interval_is_never_narrower_than_that_of_a_common_effect(k):
+    """Sites that agree by chance: without a bound the interval would have no width."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        variances = rng.uniform(0.02, 0.2, k)
+        found = random_effects(rng.normal(size=k) * np.sqrt(variances), variances)
+        common = 2 * 1.96 / np.sqrt((1 / variances).sum())
+        assert found["high"] - found["low"] >= common
+    alike = random_effects(np.array([1.0, 1.001, 1.002]), np.full(3, 0.03))
+    assert alike["high"] - alike["low"] == pytest.approx(2 * 4.3027 * 0.1, rel=1e-4)
 
 
 def delong(labels, risk):
@@ -68,8 +81,10 @@ def test_a_site_has_its_own_auroc_and_few_patients_have_none():
         own = rows[sites == name]
         assert (line["n"], line["events"]) == (len(own), own["label"].sum())
         if name == "few":
-            assert np.isnan(line[["auroc", "low", "high", "se"]].astype(float)).all()
+            assert np.isnan(line.loc["auroc":].astype(float)).all()
             continue
+        assert line["oe"] == pytest.approx(own["label"].sum() / own[MODEL].sum())
+        assert line["slope_low"] < line["slope"] < line["slope_high"]
         auroc = roc_auc_score(own["label"], own[MODEL])
         assert (line["auroc"], expit(line["logit"])) == (pytest.approx(auroc),) * 2
         error = delong(own["label"].to_numpy(), own[MODEL].to_numpy()) / (auroc * (1 - auroc))
@@ -89,13 +104,14 @@ def test_the_page_shows_each_site_and_hides_small_counts(min_cell, tmp_path):
     cells = dict(re.findall(r'<th scope="row">([^<]+)</th>\s*<td>([^<]*)</td>', source))
     assert cells["north"] == "300"
     assert cells["hamlet"] == ("fewer than 40" if min_cell else "15")
-    pooled = 2 if min_cell else 3  # the west has fewer than 40 events
+    known = 2 if min_cell else 3  # the west has fewer than 40 events
     text = Page(source).text
-    assert f"Pooled over {pooled} of 4 sites: AUROC 0." in text
+    assert ("Pooled over 3 of 4 sites: AUROC 0." in text) == (known == 3)
     assert "Forest plot: AUROC of each site" in source
     assert "<i>south" not in source
     written = pd.read_csv(tmp_path / "figures" / "sites.csv").set_index("site")
-    assert written["auroc"].notna().sum() == pooled
+    for name in ("auroc", "risk", "oe", "slope"):
+        assert written[name].notna().sum() == known + (name == "risk" and not min_cell), name
     assert (tmp_path / "figures" / "sites.svg").exists()
     alone = make_content(700, sites=np.arange(700).astype(str))
     assert "Nothing is pooled" in Page(write_page(tmp_path, rows, alone)).text
