@@ -138,6 +138,7 @@ def build_parser() -> Parser:
     add("--folds", type=number(int, 2, 20), metavar="K", help="judge every patient, by K models")
     add("--leave_out", metavar="COLUMN", help="DKA: hold out each site of a column in turn")
     add("--final", action="store_true", help="after the folds: train on all patients")
+    add("--primary", metavar="NAME", help="baseline to compare with; the blend that reads most")
     add("--predict", action="store_true", help="score new rows with a trained model")
     add("--export", choices=("merged",), help="write stage 2 or 3 with LoRA merged")
     add("--export_dir", type=Path, help="with --export: folder to write")
@@ -689,6 +690,7 @@ def train_stage(
 ) -> TrajectoryModel | None:
     """Train one stage in its folder, or in memory; None after a dry run or a finished one."""
     data = run_folder.run_data(args, dataset, checkpoint)
+    results.check_primary(args.primary, data)
     run_record = run_folder.run_record(args, data, checkpoint)
     folder = run_folder.stage_folder(args)
     if args.resume and run_folder.is_finished(folder, run_record):

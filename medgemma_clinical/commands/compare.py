@@ -36,7 +36,10 @@ def run_compare(args: Namespace, output_dir: Path | None) -> int:
     if len(runs) < 2 or len({run.resolve() for run in runs}) < len(runs):
         raise InputError("--compare: name at least two different folders of stages")
     folders = dict(zip(model_names(runs), runs, strict=True))
-    metrics = evaluate(join_predictions(folders), args.seed)
+    table = join_predictions(folders)
+    if args.primary and args.primary not in table.columns.drop([*TESTED, next(iter(folders))]):
+        raise InputError(f"--primary {args.primary}: no model in the folders of --compare")
+    metrics = evaluate(table, args.seed, primary=args.primary, compared=[*folders])
     cost = {name: cost_of(folder) for name, folder in folders.items()}
     if output_dir is None:
         log_comparison(metrics, cost)

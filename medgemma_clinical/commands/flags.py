@@ -32,12 +32,12 @@ TOGETHER = ("--ablation", "--seeds", "--folds", "--leave_out", "--resume")
 """Flags that say what to do."""
 
 ALLOWED_FLAGS = {
-    "--compare": "--seed --output_dir",
+    "--compare": "--seed --output_dir --primary",
     "--demo": "--output_dir --seed --log_file --open",
     "--export": "--checkpoint --export_dir --model_name --show_values",
-    "--predict": "--checkpoint --predictions --use --update --strict --explain --patients "
-    "--data_path --data_dir --dataset --organ --site --model_name --quantization --precision "
-    "--attention --batch_size --seed --min_cell --show_values",
+    "--predict": "--checkpoint --predictions --use --primary --update --strict --explain "
+    "--patients --data_path --data_dir --dataset --organ --site --model_name --quantization "
+    "--precision --attention --batch_size --seed --min_cell --show_values",
 }
 """All that these ways read."""
 

@@ -25,7 +25,11 @@ from medgemma_clinical.commands.command_line import EXIT_DONE, EXIT_INTERRUPTED
 from medgemma_clinical.commands.compare import read_predictions
 from medgemma_clinical.commands.flags import set_environment
 from medgemma_clinical.commands.logs import command_logging
-from medgemma_clinical.commands.results import describe_source, predictions_csv
+from medgemma_clinical.commands.results import (
+    describe_source,
+    predictions_csv,
+    recommend,
+)
 from medgemma_clinical.commands.run_folder import METRICS, folds_folder, stage_folder
 from medgemma_clinical.commands.several import Train, filled, run_or_continue, shared_models
 from medgemma_clinical.data.folds import draw_folds, fold_dataset, foldable, site_folds
@@ -59,7 +63,12 @@ from medgemma_clinical.files import (
 )
 from medgemma_clinical.inference.trajectory_model import TrajectoryModel
 from medgemma_clinical.models.checkpoints import BASELINES, TRAJECTORY_FILE
-from medgemma_clinical.models.model_card import LIMITS, built_in_notice, page_card
+from medgemma_clinical.models.model_card import (
+    LIMITS,
+    built_in_notice,
+    describe_recommended,
+    page_card,
+)
 from medgemma_clinical.models.trained_model import read_trained_config
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 from medgemma_clinical.training.signals import begin_process
@@ -193,12 +202,11 @@ def write_results(
     positions = np.flatnonzero(fold >= 0)
     own = fold[positions]
     thresholds = np.array([each["threshold"] for each in known])[own]
-    metrics = evaluate(table, args.seed, thresholds, split=own)
+    metrics = evaluate(table, args.seed, thresholds, split=own, primary=args.primary)
     configs = [read_trained_config(each) for each in folders]
     rules = [{name: each["decision"], **each["models"]} for each in configs]
     decided = decide(table, rules, own, args.calibrate)
-    auroc = metrics.metric("auroc")["value"]
-    decided["best_model"] = auroc[[name, *auroc.index.intersection([*decided["models"]])]].idxmax()
+    decided["best_model"] = recommend(table, name, decided["models"])
     if all("residual_weight" in each for each in known):
         decided["residual_weight"] = float(np.median([each["residual_weight"] for each in known]))
     content = {
@@ -226,6 +234,9 @@ def write_results(
     logger.info("")
     for line in (*sentences(metrics, rows.noun), model_table(metrics).to_string(index=False)):
         logger.info("%s", line)
+    logger.info(
+        "recommended (--use best): %s", describe_recommended({**decided, "metrics": content})
+    )
     logger.info("%s\nreport: %s", first, folder / "report.html")
 
 

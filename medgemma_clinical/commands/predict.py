@@ -38,7 +38,7 @@ from medgemma_clinical.distributed import peak_memory, processes
 from medgemma_clinical.evaluation.case_mix import case_mix, demographics, subgroups
 from medgemma_clinical.evaluation.metrics_table import evaluate
 from medgemma_clinical.evaluation.report import ReportContent, write_report
-from medgemma_clinical.evaluation.updating import judge_updates
+from medgemma_clinical.evaluation.updating import Updates, evaluate_updates
 from medgemma_clinical.evaluation.verdicts import sentences
 from medgemma_clinical.files import InputError, atomic, file_hash, locked, move_aside
 from medgemma_clinical.inference.hub import check_folder
@@ -97,6 +97,9 @@ def predict(args: Namespace, given: set[str]) -> int:
     options = {name: getattr(request, name) for name in names}
     model = TrajectoryModel.from_pretrained(request.checkpoint, **options)
     used = model.trained.model_named(request.use)
+    if request.primary and request.primary not in model.trained.rules:
+        choices = ", ".join(model.trained.rules)
+        raise InputError(f"--primary {request.primary}: no such model: choose from {choices}")
     if request.explain and used != model.trained.name:
         raise InputError(f"--explain shows the risk of the stage itself: leave --use {used} out")
     chunks = show_progress(itertools.chain([first], chunks), source)
@@ -107,11 +110,11 @@ def predict(args: Namespace, given: set[str]) -> int:
     tally.log(model)
     logger.info("predictions: %s; %s", request.predictions, peak_memory())
     trained, has_ids = training_patients(model.trained, request.checkpoint)
-    judged = report_labelled(tally, model, first.dataset, request, trained, has_ids=has_ids)
+    labelled = report_labelled(tally, model, first.dataset, request, trained, has_ids=has_ids)
     if request.explain:
         explain_rows(tally.chosen, model, request, trained, has_ids=has_ids)
     if request.update:
-        write_update(request.update, model.trained, used, *judged, file_hash(source))
+        write_update(request.update, model.trained, used, *labelled, file_hash(source))
     return EXIT_DONE
 
 
@@ -246,15 +249,15 @@ def report_labelled(
     known: NDArray[np.int64],
     *,
     has_ids: bool,
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+) -> tuple[pd.DataFrame, Updates | None]:
     """Write and print how good the predictions are, where labels of both classes are known.
 
     Rows of the training data, whose hashes are ``known``, are left out. Returns the others, and
-    their risks by ``judge_updates``.
+    what updates of the model bring in them.
     """
     people, config = pd.concat(tally.labelled, ignore_index=True), model.config
     if people.empty:
-        return people, people
+        return people, None
     noun = "patients" if people["patient"].is_unique else dataset.row_noun
     hashes = people["patient"].to_numpy(), np.stack(people["rows"].tolist())
     in_training = rows_in_training(*hashes, known, has_ids=has_ids and dataset.has_patient_ids)
@@ -277,13 +280,14 @@ def report_labelled(
             "of those that are left all have, or all lack, the event" if len(new) else "none left"
         )
         logger.info("%s No metrics: %s.", said(0), left)
-        return new, new.head(0)
+        return new, None
     name, source = next(iter(tally.models)), Path(dataset.source).name
     patients = new["patient"].astype(str)
     risks = new[[*tally.models]].dropna(axis=1)  # NaN of a baseline that lacks a column
     rows = pd.DataFrame({"id": patients, "label": new["label"], "patient": patients}).join(risks)
-    judged = judge_updates(rows, name, request.seed)
-    metrics = evaluate(rows, request.seed, tally.threshold)
+    updates = evaluate_updates(rows, name, request.seed)
+    primary = request.primary or stored_primary(config)
+    metrics = evaluate(rows, request.seed, tally.threshold, primary=primary)
     flow = [
         ("without a score", tally.rows - tally.scored, tally.scored),
         ("without a label", tally.scored - len(people), len(people)),
@@ -314,7 +318,8 @@ def report_labelled(
         flow=pd.DataFrame(flow, columns=list(FLOW_COLUMNS)),
         case_mix=(config["case_mix"], here),
         sites=None if dataset.sites is None else new["site"].to_numpy(str),
-        updates=judged,
+        updates=updates,
+        tries_updates=True,
         notice=built_in_notice(config),
         first=[each for each in (said(request.min_cell), weight_0_sentence(shared)) if each],
     )
@@ -322,7 +327,14 @@ def report_labelled(
     write_report(path, rows, metrics, content, min_cell=request.min_cell)
     lines = "\n".join(map(str, sentences(metrics, noun)))
     logger.info("\n%s\n%s\nreport: %s", said(0), lines, path)
-    return new, judged
+    return new, updates
+
+
+def stored_primary(config: dict[str, Any]) -> str | None:
+    """Return the baseline of the comparison that was planned in training; None where unknown."""
+    metrics = config.get("metrics", {})
+    part = metrics.get("test") or metrics.get("folds") or {}
+    return part.get("primary")
 
 
 def training_patients(trained: TrainedModel, checkpoint: Path) -> tuple[NDArray[np.int64], bool]:

@@ -20,8 +20,10 @@ from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import peak_memory, processes, show_progress
 from medgemma_clinical.evaluation.baselines import (
+    ENSEMBLE,
     STAGE_NAMES,
     Baselines,
+    baseline_names,
     fit_baselines,
     fit_rules,
     model_risks,
@@ -32,6 +34,7 @@ from medgemma_clinical.evaluation.decision import (
     Predictions,
     fit_decision_rule,
     fit_residual_weight,
+    recommended_model,
 )
 from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
 from medgemma_clinical.evaluation.report import ReportContent, write_report
@@ -39,12 +42,13 @@ from medgemma_clinical.evaluation.table_one import table_one
 from medgemma_clinical.evaluation.tables import model_table, split_table, written_sentence
 from medgemma_clinical.evaluation.verdicts import sentences, value_text
 from medgemma_clinical.evaluation.written_reports import score_reports
-from medgemma_clinical.files import write_json, write_text
+from medgemma_clinical.files import InputError, write_json, write_text
 from medgemma_clinical.inference.scoring import write_in_batches
 from medgemma_clinical.models.checkpoints import BASELINES
 from medgemma_clinical.models.model_card import (
     LIMITS,
     built_in_notice,
+    describe_recommended,
     page_card,
     shareable,
     weight_0_sentence,
@@ -92,7 +96,10 @@ def write_results(
     tables, rules = prediction_tables(stage, data, predictions, baselines, args.calibrate)
     decision = config["decision"]
     threshold: float = decision["threshold"]
-    metrics = {part: evaluate(table, args.seed, threshold) for part, table in tables.items()}
+    metrics = {
+        part: evaluate(table, args.seed, threshold, primary=args.primary)
+        for part, table in tables.items()
+    }
     calibration = {"method": args.calibrate}
     if (decision["slope"], decision["intercept"]) != (1.0, 0.0):
         calibration |= {"slope": decision["slope"], "intercept": decision["intercept"]}
@@ -116,10 +123,10 @@ def write_results(
             example = {**lines[first], "prompt": prompt}
     config["metrics"] = content
     config["models"] = {name: asdict(rule) for name, rule in rules.items()}
-    auroc = metrics["val"].metric("auroc")["value"]
-    config["best_model"] = auroc[[STAGE_NAMES[stage.name], *rules]].idxmax()  # of equal ones: first
+    config["best_model"] = recommend(tables["val"], STAGE_NAMES[stage.name], rules)
     config["baseline_inputs"] = baselines.inputs
     log_results(metrics, content.get("reports"), data.dataset.noun)
+    logger.info("recommended (--use best): %s", describe_recommended(config))
     if folder:
         config["baselines_sha256"] = baselines.sha256
         write_text(folder / BASELINES, baselines.to_json())
@@ -200,6 +207,24 @@ def prediction_tables(
             table[STAGE_NAMES["trajectory"]] = stage.stage1_risks[each.rows]
         tables[part] = pd.DataFrame(table | risks)
     return tables, rules
+
+
+def recommend(table: pd.DataFrame, stage: str, others: Iterable[str]) -> str:
+    """Return the model that ``--use best`` means, by a table of predictions of held-out rows.
+
+    ``others`` are the models beside the stage that have a decision rule.
+    """
+    names = table.columns.intersection([stage, *others])
+    risks = {name: table[name].to_numpy(float) for name in names}
+    labels, patients = table["label"].to_numpy(float), table["patient"].to_numpy(str)
+    return recommended_model(labels, risks, patients, [ENSEMBLE, stage])
+
+
+def check_primary(primary: str | None, data: Data) -> None:
+    """Refuse a ``--primary`` that is none of the baselines of these data, before the training."""
+    names = baseline_names(data.dataset, data.split["train"], data.usable_static)
+    if primary is not None and primary not in names:
+        raise InputError(f"--primary {primary}: choose from {', '.join(names)}")
 
 
 def predictions_csv(table: pd.DataFrame) -> str:

@@ -292,7 +292,7 @@ def progress_of(folder: Path, run: dict[str, Any]) -> str:
 def finish_run(folder: Path | None, tokens: float, best_model: str | None = None) -> None:
     """Add cost and hashes of all results to ``run.json``, and remove the training states.
 
-    ``best_model``: that of the highest validation AUROC, where baselines stand beside the stage.
+    ``best_model``: the recommended one, where baselines stand beside the stage.
     """
     if folder is None or not processes().is_main_process:
         return

@@ -190,7 +190,13 @@ def compare_variants(
     with quiet_console() if quiet else contextlib.nullcontext():
         write_results(
             folder / "ablation",
-            evaluate(table, args.seed, reference=args.reference),
+            evaluate(
+                table,
+                args.seed,
+                reference=args.reference,
+                primary=args.primary,
+                compared=[*VARIANTS],
+            ),
             {name: cost_of(each) for name, each in folders.items()},
             title=f"{ADDS}: {outcome}",
             card={"Seed": str(args.seed)},
@@ -260,7 +266,8 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
         title, splits = reference.capitalize(), split_table(folders)
         tables = [read_predictions(path, reference) for path in paths]
         costs = [{reference: cost_of(path)} for path in paths]
-    metrics = evaluate_splits(shared_models(tables), args.seed, reference)
+    plan = {"primary": args.primary, "compared": [*VARIANTS]}
+    metrics = evaluate_splits(shared_models(tables), args.seed, reference, **plan)
     auroc = metrics.row(reference, "auroc")
     write_results(
         args.output_dir / f"seeds_{kind}",

@@ -184,6 +184,16 @@ def fit_baselines(
     return Baselines(models, words, read)
 
 
+def baseline_names(
+    dataset: TrajectoryDataset, train: NDArray[np.int64], static: Sequence[str]
+) -> list[str]:
+    """Return the names of the baselines that ``fit_baselines`` fits, in no order."""
+    names = [*dataset.baseline_inputs(), BOOSTING, BLEND]
+    if static:
+        names += [STATICS_ALONE, *(name + WITH_STATICS for name in (LOGISTIC, BOOSTING, BLEND))]
+    return [*names, WORDS] if frequent_words(dataset.contexts[train]) else names
+
+
 def _fit(model: Any, values: Any, labels: Array) -> Any:
     """Return the fitted model, of a search the best."""
     model.fit(values, labels)

@@ -52,7 +52,7 @@ STYLE = {
 }
 LINES: tuple[dict[str, Any], ...] = (
     {"color": MODEL, "linewidth": 2, "label": "model"},
-    {"color": OTHER, "linewidth": 1.5, "linestyle": "--", "label": "best baseline"},
+    {"color": OTHER, "linewidth": 1.5, "linestyle": "--", "label": "baseline"},
 )
 DOTTED: dict[str, Any] = {"color": INK, "linestyle": ":", "linewidth": 1}
 MARKS = {
@@ -60,8 +60,10 @@ MARKS = {
     verdicts.UNDECIDED: ("D", "#855300"),
     verdicts.WORSE: ("v", "#a3211f"),
     verdicts.TOO_FEW: ("o", "#566070"),
+    None: (".", "#566070"),
 }
-"""Marker and colour of each verdict; the colours are those of pages on a light screen."""
+"""Marker and colour of each verdict, and of none; the colours are those of pages on a light screen.
+"""
 
 MIN_DIFFERENCE = 0.05
 """A forest plot reaches at least so far to both sides, so that noise looks small."""
@@ -126,7 +128,7 @@ def _with_legend(figure: Figure) -> Figure:
 
 
 def plot_roc(labels: Array, risks: Sequence[Array], point: tuple[float, float]) -> Plot:
-    """Plot the ROC curves of model and best baseline, and the threshold's point if it is known."""
+    """Plot the ROC curves of model and baseline, and the threshold's point if it is known."""
     figure, (axes,) = new_figure()
     for risk, line in zip(risks, LINES, strict=False):
         RocCurveDisplay.from_predictions(labels, risk, ax=axes).line_.set(**line)
@@ -138,7 +140,7 @@ def plot_roc(labels: Array, risks: Sequence[Array], point: tuple[float, float]) 
 
 
 def plot_precision_recall(labels: Array, risks: Sequence[Array]) -> Plot:
-    """Plot the precision-recall curves of the model and the best baseline."""
+    """Plot the precision-recall curves of the model and the baseline."""
     figure, (axes,) = new_figure()
     draw = PrecisionRecallDisplay.from_predictions
     for risk, line in zip(risks, LINES, strict=False):
@@ -179,7 +181,7 @@ def plot_risks(labels: Array, risk: Array) -> Plot:
 
 
 def plot_decision_curve(table: pd.DataFrame, models: Sequence[str]) -> Plot:
-    """Plot a ``decision_curve`` of the model and the best baseline."""
+    """Plot a ``decision_curve`` of the model and the baseline."""
     figure, (axes,) = new_figure()
     threshold = 100 * table.index.to_numpy()
     axes.fill_between(threshold, table["low"], table["high"], color=MODEL, alpha=0.18, linewidth=0)
@@ -219,7 +221,10 @@ def plot_forest(metrics: Metrics) -> Plot:
     reference, *names = metrics.models
     others = metrics.metric("auroc").loc[names]
     minority = metrics.counts["minority_patients"]
-    levels = [verdicts.difference_verdict(row, minority) for _, row in others.iterrows()]
+    levels = [
+        verdicts.difference_verdict(row, minority) if name in metrics.planned else None
+        for name, row in others.iterrows()
+    ]
     values, lows, highs = others[DIFFERENCE].to_numpy(float).T
     figure, (axes,) = new_figure(size=(5.5, 0.28 * len(metrics.models) + 1.5))
     axes.axvline(0, color=INK, linewidth=1)
@@ -228,7 +233,8 @@ def plot_forest(metrics: Metrics) -> Plot:
         own = [k for k, level in enumerate(levels) if level == verdict]
         if own:
             errors = [(values - lows)[own], (highs - values)[own]]
-            look: dict[str, Any] = {"color": colour, "label": verdict.words, "markersize": 6}
+            look: dict[str, Any] = {"color": colour, "markersize": 6}
+            look["label"] = verdict.words if verdict else "not planned"
             axes.errorbar(values[own], np.add(own, 1), xerr=errors, fmt=marker, **look)
     widest = np.nanmax([MIN_DIFFERENCE, *np.abs([*values, *lows, *highs])])
     besides = others["reference"]
@@ -244,7 +250,9 @@ def plot_forest(metrics: Metrics) -> Plot:
 def plot_sites(table: pd.DataFrame, pooled: Mapping[str, float]) -> Plot:
     """Plot the AUROC of each site of a ``site_table`` that has one, and what ``pool`` returns."""
     known = table[table["auroc"].notna()]
-    value, low, high = (known[name].to_numpy(float) for name in ("auroc", "low", "high"))
+    value, low, high = (
+        known[name].to_numpy(float) for name in ("auroc", "auroc_low", "auroc_high")
+    )
     names, below = known["site"].tolist(), len(known)
     figure, (axes,) = new_figure(size=(5.5, 0.28 * below + 1.8))
     look: dict[str, Any] = {"color": MODEL, "label": "a site [95 %]", "markersize": 5}
@@ -255,7 +263,6 @@ def plot_sites(table: pd.DataFrame, pooled: Mapping[str, float]) -> Plot:
         axes.axvline(mean, **DOTTED)
         look = {"color": OTHER, "label": "pooled [95 %]", "markersize": 7}
         axes.errorbar(mean, below, xerr=[[mean - ends[0]], [ends[1] - mean]], fmt="D", **look)
-    if not np.isnan(pooled["prediction_low"]):
         names.append("further sites")
         further = [pooled["prediction_low"], pooled["prediction_high"]]
         axes.plot(further, [below + 1] * 2, "|-", color=INK, label="95 % of further sites")
@@ -328,7 +335,7 @@ def _draw_arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]
 
 
 def plot_updates(curves: Mapping[str, pd.DataFrame]) -> Plot:
-    """Plot a ``calibration_table`` of the model as it is, then of each update."""
+    """Plot a ``calibration_table`` of the model not updated, then of each update."""
     figure, (axes,) = new_figure()
     ends = pd.concat(list(curves.values()))[["predicted", "observed"]].max()
     axes.plot([0, 100 * ends.max()], [0, 100 * ends.max()], label="ideal", **DOTTED)
@@ -337,4 +344,6 @@ def plot_updates(curves: Mapping[str, pd.DataFrame]) -> Plot:
         x, y = 100 * table["predicted"], 100 * table["observed"]
         axes.plot(x, y, form, color=colour, linewidth=1, label=name)
     axes.set(xlabel="predicted risk, %", ylabel="observed, %")
-    return _with_legend(figure), "Calibration curves of the model as it is and after each update."
+    return _with_legend(
+        figure
+    ), "Calibration curves of the model not updated and after each update."

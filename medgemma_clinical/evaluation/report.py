@@ -34,8 +34,20 @@ from medgemma_clinical.evaluation.suppress import (
     suppress_table_one,
 )
 from medgemma_clinical.evaluation.table_one import table_one_cells
-from medgemma_clinical.evaluation.updating import update_table
-from medgemma_clinical.evaluation.verdicts import best_baseline, counts_text, percent, sentences
+from medgemma_clinical.evaluation.updating import (
+    CHOSEN,
+    DIVISIONS,
+    METHODS,
+    MIN_SLOPE_EVENTS,
+    Updates,
+)
+from medgemma_clinical.evaluation.verdicts import (
+    counts_text,
+    multiplicity_sentence,
+    percent,
+    primary_baseline,
+    sentences,
+)
 from medgemma_clinical.evaluation.written_reports import compare_words
 from medgemma_clinical.files import atomic, write_text
 
@@ -53,7 +65,12 @@ INTERVALS = (
 )
 PAGES.globals.update(tables=tables, percent=percent, compare=compare_words, INTERVALS=INTERVALS)
 PAGES.globals.update(table_one_cells=table_one_cells, pooled_sentence=pooled_sentence)
-PAGES.globals.update(MINORITY_PATIENTS=MINORITY_PATIENTS)
+PAGES.globals.update(
+    MINORITY_PATIENTS=MINORITY_PATIENTS,
+    MIN_SLOPE_EVENTS=MIN_SLOPE_EVENTS,
+    DIVISIONS=DIVISIONS,
+    CHOSEN=CHOSEN,
+)
 
 MAX_ERRORS = 10
 
@@ -83,7 +100,8 @@ class ReportContent:
     stage1_page: str | None = None  # where the results are stage 1's: its page, empty if unknown
     case_mix: tuple[dict[str, float], dict[str, float]] | None = None  # of training, of these rows
     sites: NDArray[Any] | None = None  # hospital or unit of each row
-    updates: pd.DataFrame | None = None  # risks of ``judge_updates``, a column a method
+    updates: Updates | None = None  # of the decision rule in these rows
+    tries_updates: bool = False  # whether there is a section on updates, with or without any
     methods: Mapping[str, str] | None = None  # what ``tripod.md`` says of the training
     notice: str = ""  # a banner
     first: Sequence[str] = ()  # sentences that the result begins with
@@ -138,7 +156,8 @@ def write_report(
         images=images,
         written=tables.written_table(reports),
         errors=_largest_errors(rows, metrics.models[0]) if list_patients else None,
-        best=best_baseline(metrics),
+        baseline=primary_baseline(metrics),
+        multiplicity=multiplicity_sentence(metrics),
         models={name: MEANINGS[name] for name in metrics.models if name in MEANINGS},
     )
     write_text(path, page)
@@ -169,9 +188,8 @@ def _model_parts(
     rows: pd.DataFrame, shown: Metrics, content: ReportContent, min_cell: int
 ) -> tuple[Tables, Drawn]:
     """Return tables and figures of the model."""
-    names, seed = [shown.models[0], *filter(None, [best_baseline(shown)])], content.seed
+    names, seed = [shown.models[0], *filter(None, [primary_baseline(shown)])], content.seed
     groups = subgroup_table(rows, names[0], content.bands, seed)
-    groups["prevalence"] = groups["events"] / groups["n"]
     bins = calibration_table(rows, names[0], seed)
     curve = decision_curve(rows, names, seed)
     labels, risks = rows["label"].to_numpy(float), [rows[name].to_numpy(float) for name in names]
@@ -196,11 +214,10 @@ def _model_parts(
         numbers |= {"sites": sites, "sites_pooled": pd.DataFrame([pooled])}
         if sites["auroc"].notna().any():
             drawn["sites"] = plots.plot_sites(sites, pooled)
-    if content.updates is not None and len(content.updates):
-        table = update_table(rows, content.updates, seed)
-        judged = rows[TESTED].join(content.updates)
-        curves = {name: calibration_table(judged, name, seed) for name in map(str, content.updates)}
-        numbers["updates"] = table.reset_index()
+    if content.updates is not None:
+        updated = rows[TESTED].join(content.updates.risks)
+        curves = {name: calibration_table(updated, name, seed) for name in METHODS}
+        numbers["updates"] = content.updates.table.reset_index()
         drawn["updates"] = plots.plot_updates(curves)
     return numbers, drawn
 
@@ -267,6 +284,7 @@ def write_comparison(
         counts=counts_text(metrics.counts),
         reference=metrics.models[0],
         table_of_models=tables.model_cells(metrics, cost),
+        multiplicity=multiplicity_sentence(metrics),
         splits=splits,
         image=image,
         models=models,

@@ -24,6 +24,9 @@ REPORT_COUNTS = {
 }
 """Counts of written reports, and the shares of each."""
 
+TELL_EVENTS = ["prevalence", "oe", "oe_low", "oe_high"]
+"""Columns that tell the number of events beside that of the rows and the mean risk."""
+
 NOT_SHOWN = "not shown"
 
 Json = dict[str, Any]
@@ -138,8 +141,8 @@ def suppress_table(table: pd.DataFrame, min_cell: int, by: str | None = None) ->
             hidden = hidden | (count.index == others.idxmin())
         texts = [count_text(n, min_cell) for n in count]
         shown[name] = pd.Series(texts, count.index, object).mask(hidden & ~small, NOT_SHOWN)
-        if name == "events" and "prevalence" in table:
-            shown.loc[hidden, "prevalence"] = np.nan
+        if name == "events":
+            shown.loc[hidden, shown.columns.intersection(TELL_EVENTS)] = np.nan
         if name == "removed" and hidden.any():  # two neighbours tell what was removed
             shown.loc[shown.index[:-1], "left"] = NOT_SHOWN
     return shown

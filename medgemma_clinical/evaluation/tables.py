@@ -27,9 +27,11 @@ METRICS = {
     "accuracy": ("Accuracy at 0.5", ".3f", "share on the right side of a risk of 50 %"),
     "calibration_slope": ("Slope", ".2f", "below 1 the risks are too extreme; 1 is ideal"),
     "calibration_in_the_large": ("In the large", "+.2f", "0 is ideal; below, risks are too high"),
-    "e_average": ("E-average", ".3f", "mean distance from calibrated risks; 0 is ideal"),
+    "ici": ("ICI", ".3f", "mean distance of the risks from the calibration curve; 0 is ideal"),
     "brier_skill": ("Brier skill", ".3f", "gain over the prevalence as everyone's risk"),
     "calibration_intercept": ("Intercept", "+.2f", "log-odds of the event at a risk of 50 %"),
+    "e50": ("E50", ".3f", "median of these distances"),
+    "e90": ("E90", ".3f", "90th percentile of these distances"),
     "brier": ("Brier score", ".4f", "mean squared distance of risk and outcome"),
     "log_loss": ("Log loss", ".4f", "mean of -ln(risk given to what happened)"),
     "sensitivity": ("Sensitivity (%)", ".1f", "of the events, those predicted positive"),
@@ -39,6 +41,9 @@ METRICS = {
     "positives": ("Positives (%)", ".1f", "of all, those predicted positive"),
 }
 """Name, format and meaning of each metric; the name of a share ends in (%)."""
+
+SUBGROUP_METRICS = {"auroc": ("AUROC", ".3f"), "oe": ("O/E", ".2f"), "slope": ("Slope", ".2f")}
+"""Name and format of the metrics of subgroups and sites."""
 
 COST = {
     "seconds_an_epoch": ("Seconds an epoch", ",.1f"),
@@ -66,7 +71,9 @@ def model_cells(metrics: Metrics, cost: pd.DataFrame | None = None) -> pd.DataFr
         if model != reference:
             beside = "" if row.reference == reference else f" to {row.reference}"
             line[MINUS] = difference_text(row) + beside
-            line["Verdict"] = difference_verdict(row, metrics.counts["minority_patients"])
+            line["Verdict"] = ""
+            if model in metrics.planned:
+                line["Verdict"] = difference_verdict(row, metrics.counts["minority_patients"])
         line["AUROC [95 %]"] = value_text(row)
         if "sd" in row:
             line["SD over splits"] = f"{row['sd']:.3f}"
@@ -99,38 +106,38 @@ def metric_table(metrics: Metrics, names: Sequence[str]) -> pd.DataFrame:
 
 
 def subgroup_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
-    """Return a ``subgroup_table`` with ``prevalence`` as text, with AUROC if any is known."""
-    auroc = table[["auroc", "auroc_low", "auroc_high"]].itertuples(index=False)
-    cells = {
-        "Subgroup": table["group"] + ": " + table["level"],
+    """Return a ``subgroup_table`` or a ``site_table`` as text, with the metrics that any has."""
+    first = {"Site": table["site"]} if "site" in table else {}
+    first = first or {"Subgroup": table["group"] + ": " + table["level"]}
+    cells: dict[str, Any] = {
+        **first,
         noun.capitalize(): table["n"].map(count_text),
         "Events": table["events"].map(count_text),
         "Observed": table["prevalence"].map(percent),
         "Mean risk": table["risk"].map(percent),
-        "AUROC [95 %]": [interval_text(*each) for each in auroc],
     }
-    return pd.DataFrame(cells).iloc[:, : None if table["auroc"].notna().any() else -1]
-
-
-def site_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
-    """Return a ``site_table`` as text, with AUROC if any is known."""
-    auroc = table[["auroc", "low", "high"]].itertuples(index=False)
-    cells = {
-        "Site": table["site"],
-        noun.capitalize(): table["n"].map(count_text),
-        "Events": table["events"].map(count_text),
-        "AUROC [95 %]": [interval_text(*each) for each in auroc],
-    }
-    return pd.DataFrame(cells).iloc[:, : None if table["auroc"].notna().any() else -1]
+    for name, (title, form) in SUBGROUP_METRICS.items():
+        if table[name].notna().any():
+            numbers = table[[name, f"{name}_low", f"{name}_high"]].to_numpy(float).tolist()
+            cells[f"{title} [95 %]"] = [interval_text(*ends[:3], form) for ends in numbers]
+    return pd.DataFrame(cells)
 
 
 def update_cells(table: pd.DataFrame) -> pd.DataFrame:
-    """Return an ``update_table`` without index as text, a line a method."""
+    """Return the table of ``Updates``, without index, as text, a line a method."""
     lines: dict[str, dict[str, str]] = {}
     for row in table.itertuples():
         title, form, _ = METRICS[str(row.metric)]
-        lines.setdefault(str(row.method), {})[f"{title} [95 %]"] = value_text(row, form)
-    return pd.DataFrame.from_dict(lines, orient="index").rename_axis("Update").reset_index()
+        line = lines.setdefault(str(row.method), {})
+        if row.metric in ("calibration_slope", "ici"):
+            line[title] = value_text(row, form)
+        else:
+            line[f"{title} [95 %]"] = value_text(row, form)
+            line[f"{title}, change [95 %]"] = difference_text(row, f"+{form}")
+    columns = ["Slope", "ICI", *[f"Log loss{end} [95 %]" for end in ("", ", change")]]
+    columns += [f"Brier score{end} [95 %]" for end in ("", ", change")]
+    cells = pd.DataFrame.from_dict(lines, orient="index")[columns]
+    return cells.rename_axis("Update").reset_index()
 
 
 def count_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:

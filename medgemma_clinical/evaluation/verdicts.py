@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES
+from medgemma_clinical.evaluation.baselines import ENSEMBLE
 from medgemma_clinical.evaluation.metrics_table import MINORITY_PATIENTS, Metrics
 
 NO_VALUE = "\N{EN DASH}"
@@ -90,11 +90,21 @@ def percent(value: float) -> str:
     return f"{number}\N{NO-BREAK SPACE}%"
 
 
-def best_baseline(metrics: Metrics) -> str | None:
-    """Return the baseline with the highest AUROC; stages and the ensemble are none."""
-    auroc = metrics.metric("auroc")["value"].drop(metrics.models[0])
-    auroc = auroc.drop([ENSEMBLE, *STAGE_NAMES.values()], errors="ignore").dropna()
-    return str(auroc.idxmax()) if len(auroc) else None
+def primary_baseline(metrics: Metrics) -> str | None:
+    """Return the baseline of the planned comparison; None where there is nothing to compare."""
+    known = metrics.primary in metrics.models[1:]
+    return metrics.primary if known else None
+
+
+def multiplicity_sentence(metrics: Metrics) -> str:
+    """Return how to read the differences that have no verdict; nothing where all have one."""
+    if len(metrics.models) - 1 == len(metrics.planned):
+        return ""
+    return (
+        "Only comparisons that were planned before the results have a verdict. Of the other "
+        "intervals about one in twenty excludes 0 by chance alone, and the best of several models "
+        "looks better than it is."
+    )
 
 
 def counts_text(counts: Mapping[str, int], noun: str = "predictions") -> str:
@@ -104,7 +114,7 @@ def counts_text(counts: Mapping[str, int], noun: str = "predictions") -> str:
 
 
 def sentences(metrics: Metrics, noun: str = "predictions") -> list[Finding]:
-    """Return the result in words: beside chance, the best baseline, calibration, the ensemble.
+    """Return the result in words: beside chance, the primary baseline, calibration, the ensemble.
 
     A model alone has no baseline. ``noun`` is what a clinician calls the rows.
     """
@@ -120,21 +130,22 @@ def sentences(metrics: Metrics, noun: str = "predictions") -> list[Finding]:
     if row.low == 1:
         text += " All are ranked correctly: the interval has no width."
     found = [Finding(level, text)]
-    if name := best_baseline(metrics):
+    if name := primary_baseline(metrics):
         row = metrics.row(name, "auroc")
         level = difference_verdict(row, minority)
-        beside = {BETTER: "it is better", WORSE: "it is worse"}
+        beside = {BETTER: "the baseline is better", WORSE: "this model is better"}
         text = (
-            f"The best baseline, {name}, has AUROC {value_text(row)}; its AUROC minus that of this "
-            f"model is {difference_text(row)}: {beside.get(level, level.words)}."
+            f"The baseline of the planned comparison, {name}, has AUROC {value_text(row)}; its "
+            f"AUROC minus that of this model is {difference_text(row)}: "
+            f"{beside.get(level, level.words)}."
         )
         found.append(Finding(None, text))  # a symbol would seem to praise this model
-    if "e_average" in own.index:
+    if "ici" in own.index:
         slope = value_text(own.loc["calibration_slope"], ".2f")
         large = value_text(own.loc["calibration_in_the_large"], "+.2f")
         text = (
             f"Calibration: slope {slope} (1 is ideal), in the large {large} (0 is ideal), "
-            f"E-average {value_text(own.loc['e_average'])} (0 is ideal)."
+            f"ICI {value_text(own.loc['ici'])} (0 is ideal)."
         )
         found.append(Finding(None, text))
     if ENSEMBLE in metrics.models[1:]:

@@ -12,7 +12,13 @@ from huggingface_hub import ModelCard, ModelCardData
 from medgemma_clinical.data.small_cells import MIN_CELL, count_text
 from medgemma_clinical.data.texts import code
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
-from medgemma_clinical.evaluation.suppress import suppress, suppress_case_mix, suppress_reports
+from medgemma_clinical.evaluation.decision import MIN_CHOOSING_EVENTS
+from medgemma_clinical.evaluation.suppress import (
+    NOT_SHOWN,
+    suppress,
+    suppress_case_mix,
+    suppress_reports,
+)
 from medgemma_clinical.evaluation.verdicts import json_text
 from medgemma_clinical.models.language_model import BUILT_IN
 from medgemma_clinical.models.terms import NOT_A_DEVICE, licence, terms_of
@@ -118,6 +124,8 @@ def describe_model(config: Config) -> dict[str, str]:
         dynamics = config["encoder"].get("dynamics")
         how = f", dynamics {dynamics}" if dynamics else ""
         lines["Stage 1"] = f"encoder ClinicalODERNN{how}, members {config['members']}"
+    if config.get("best_model"):
+        lines["Recommended (--use best)"] = describe_recommended(config)
     if updated := config.get("updated"):
         counts = f"{count_text(updated['patients'])} patients, {count_text(updated['events'])} with"
         how = f"{updated['model']}, by its {updated['method']}, on {counts} the event"
@@ -125,6 +133,20 @@ def describe_model(config: Config) -> dict[str, str]:
     if version := config.get("version"):
         lines["Trained with"] = f"medgemma-clinical {version}"
     return lines
+
+
+def describe_recommended(config: Config) -> str:
+    """Return the model that ``--use best`` means, which rows chose it, and how."""
+    metrics, name = config.get("metrics", {}), config["best_model"]
+    part = "folds" if "folds" in metrics else "validation"
+    rows = {"folds": "out-of-fold rows", "validation": "validation rows"}[part]
+    events = metrics.get(part, {}).get("events")
+    if events in (None, NOT_SHOWN):
+        return str(name)
+    if isinstance(events, int) and events >= MIN_CHOOSING_EVENTS:
+        return f"{name}, by the log loss on {rows} with {count_text(events)} events"
+    few = f"fewer than {MIN_CHOOSING_EVENTS} events in the {rows}"
+    return f"{name}, not chosen by its results: {few}"
 
 
 def page_card(config: Config, own: Mapping[str, str]) -> dict[str, str]:

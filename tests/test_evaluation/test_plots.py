@@ -43,7 +43,7 @@ def test_the_areas_of_the_curves_are_the_metrics_of_the_table(rows):
     point = 1 - value[MODEL, "specificity"], value[MODEL, "sensitivity"]
     roc = lines_of(plots.plot_roc(labels, risks, point)[0])
     recall = lines_of(plots.plot_precision_recall(labels, risks)[0])
-    for line, model in (("model", MODEL), ("best baseline", "blend")):
+    for line, model in (("model", MODEL), ("baseline", "blend")):
         x, y = roc[line]
         assert np.trapezoid(y, x) == pytest.approx(value[model, "auroc"], abs=1e-12)
         x, y = recall[line]
@@ -79,7 +79,7 @@ def test_the_decision_curve_is_that_of_model_baseline_and_treat_all(rows):
     lines = lines_of(plots.plot_decision_curve(table, [MODEL, "blend"])[0])
     at, one = lines["model"][0] / 100, np.ones((1, len(rows)))
     everyone = np.ones(len(rows))
-    for name, each in (("model", risk), ("best baseline", other), ("treat all", everyone)):
+    for name, each in (("model", risk), ("baseline", other), ("treat all", everyone)):
         assert lines[name][1] == pytest.approx(net_benefit(labels, each, at, one)[0])
 
 
@@ -112,7 +112,7 @@ def test_the_forest_plot_shows_each_difference_with_its_verdict():
     table["reference"] = ["stage 1", "stage 1", "stage 1", "b"]
     table.index = pd.MultiIndex.from_product([table.index, ["auroc"]], names=["model", "metric"])
     counts = {"n": 99, "patients": 99, "events": 40, "minority_patients": 40}
-    figure, _ = plots.plot_forest(Metrics(counts, table))
+    figure, _ = plots.plot_forest(Metrics(counts, table, "a", ["a", "b", "ensemble"]))
     (axes,) = figure.axes
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert names == ["stage 1, reference", "a", "b", "ensemble minus b"]
