@@ -25,7 +25,11 @@ from medgemma_clinical.commands.run_folder import stage_folder
 from medgemma_clinical.data.folds import draw_folds, fold_dataset, foldable
 from medgemma_clinical.data.training_data import patient_hashes
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
-from medgemma_clinical.evaluation.decision import fit_decision_rule, youden_threshold
+from medgemma_clinical.evaluation.decision import (
+    fit_decision_rule,
+    recommended_model,
+    youden_threshold,
+)
 from medgemma_clinical.inference.fitting import cross_validate
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from medgemma_clinical.provenance import ROOT
@@ -255,9 +259,12 @@ def test_a_final_model_has_the_rule_and_the_metrics_of_the_folds(run, data, tmp_
     new = pd.read_csv(tmp_path / "new.csv")
     assert len(new) == len(table)
     assert new["probability_ensemble"].between(0, 1).all()
-    best = [STAGE_1, *folds_metrics["models"]]
-    auroc = [x["auroc"]["value"] for x in (folds_metrics, *folds_metrics["models"].values())]
-    assert model.config["best_model"] == best[np.argmax(auroc)]
+    risks = {name: table[name].to_numpy() for name in table.columns.intersection(["ensemble"])}
+    labels, preferred = table["label"].to_numpy(float), ["ensemble", STAGE_1]
+    best = recommended_model(labels, {**risks, STAGE_1: risk}, table["patient"], preferred)
+    assert model.config["best_model"] == best
+    assert f"{best}, " in (tmp_path / "copy/README.md").read_text()
+    assert "out-of-fold rows" in (tmp_path / "copy/README.md").read_text()
 
 
 def test_a_final_model_is_made_again_where_the_folds_are_other_ones(run, data, tmp_path, capsys):

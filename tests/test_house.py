@@ -77,12 +77,11 @@ def test_imports_go_one_way_and_models_stay_with_the_models():
     graphlib.TopologicalSorter(own).prepare()  # raises where modules import each other
 
 
-def test_the_script_shows_the_wiring_on_few_lines():
+def test_the_script_shows_the_wiring():
     text = (ROOT / "medgemma_trainer.py").read_text()
     nodes = list(ast.walk(ast.parse(text)))
     used = {ast.unparse(x) for x in nodes if isinstance(x, (ast.Name, ast.Attribute))}
     assert used >= SHOWN
-    assert len(text.splitlines()) <= 775
     for function in (x for x in nodes if isinstance(x, ast.FunctionDef)):
         assert not imports([function]), function.name
 

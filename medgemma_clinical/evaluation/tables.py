@@ -118,8 +118,11 @@ def subgroup_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
     }
     for name, (title, form) in SUBGROUP_METRICS.items():
         if table[name].notna().any():
-            numbers = table[[name, f"{name}_low", f"{name}_high"]].to_numpy(float).tolist()
-            cells[f"{title} [95 %]"] = [interval_text(*ends[:3], form) for ends in numbers]
+            numbers = (table[each] for each in (name, f"{name}_low", f"{name}_high"))
+            cells[f"{title} [95 %]"] = [
+                interval_text(value, low, high, form)
+                for value, low, high in zip(*numbers, strict=True)
+            ]
     return pd.DataFrame(cells)
 
 

@@ -6,7 +6,6 @@ import pytest
 from scipy.special import logit
 
 from conftest import SAMPLE
-from medgemma_clinical.evaluation.updating import AS_IT_IS
 from medgemma_clinical.inference.hub import shared_copy
 from medgemma_clinical.models.trained_model import read_trained_config
 from medgemma_trainer import TrajectoryModel
@@ -17,8 +16,10 @@ LABEL = "label_escalation"
 
 @pytest.fixture(scope="module")
 def strangers():
-    """500 further stays, none of which trained a model of ``runs``."""
-    return pd.read_csv(SAMPLE, dtype=str).iloc[200:700].reset_index(drop=True)
+    """500 further stays, none of which trained a model of ``runs``, and with more events."""
+    rows = pd.read_csv(SAMPLE, dtype=str).iloc[200:700].reset_index(drop=True)
+    rows.loc[::3, LABEL] = "1"
+    return rows
 
 
 def spread(before, after):
@@ -70,7 +71,9 @@ def test_a_shared_copy_is_updated_twice_and_knows_the_rows_but_not_its_training(
 ):
     model = TrajectoryModel.from_pretrained(runs / "trajectory")
     shared_copy(model.trained, tmp_path / "shared")
-    parts, source = (strangers.iloc[:300], strangers.iloc[150:]), tmp_path / "shared"
+    second = strangers.iloc[150:].copy()
+    second.iloc[::2, second.columns.get_loc(LABEL)] = "1"  # needs another update
+    parts, source = (strangers.iloc[:300], second), tmp_path / "shared"
     for k, rows in enumerate(parts):
         data, new = write_data(rows, tmp_path / f"{k}.csv"), tmp_path / f"new_{k}"
         predicted(source, data, tmp_path / "out.csv", "--update", str(new))
@@ -80,24 +83,21 @@ def test_a_shared_copy_is_updated_twice_and_knows_the_rows_but_not_its_training(
         source = new
 
 
-def test_an_update_that_does_not_help_is_written_with_a_warning(
+def test_where_tests_show_no_need_no_model_is_written(
     runs, strangers, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(
-        "medgemma_clinical.commands.update.best_update",
-        lambda *_: ("intercept", {"intercept": 0.4, AS_IT_IS: 0.3}),
-    )
+    monkeypatch.setattr("medgemma_clinical.evaluation.updating.LEVEL", 0.0)
     data, new = write_data(strangers, tmp_path / "rows.csv"), tmp_path / "new"
     predicted(runs / "trajectory", data, tmp_path / "out.csv", "--update", str(new))
-    assert "does not help" in capsys.readouterr().out
-    assert read_trained_config(new)["updated"]["method"] == "intercept"
+    assert f"--update {new}: not written" in capsys.readouterr().out
+    assert not new.exists()
 
 
 @pytest.mark.parametrize("case", ["few", "one class", "no labels", "occupied"])
 def test_no_model_is_written_in_place_of_others_or_from_few_patients(
     case, runs, strangers, tmp_path, capsys
 ):
-    rows = strangers.head(60)
+    rows = strangers.head(30)
     rows = rows.drop(columns=LABEL) if case == "no labels" else rows
     rows = rows.assign(**{LABEL: "0"}) if case == "one class" else rows
     data, new = write_data(rows, tmp_path / "rows.csv"), tmp_path / "new"

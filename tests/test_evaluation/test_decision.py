@@ -14,11 +14,13 @@ from sklearn.metrics import log_loss, recall_score, roc_auc_score
 
 from cohorts import plain_calibration
 from medgemma_clinical.evaluation.decision import (
+    MIN_CHOOSING_EVENTS,
     RESIDUAL_WEIGHTS,
     DecisionRule,
     Predictions,
     fit_decision_rule,
     fit_residual_weight,
+    recommended_model,
     youden_threshold,
 )
 
@@ -163,3 +165,53 @@ def test_the_weighted_model_never_ranks_worse_on_the_validation_part():
         labels, offset, logit = added(60, (-0.5, 0, 0.3, 1)[seed % 4], seed)
         chosen = offset + weight(labels, offset, logit) * (logit - offset)
         assert roc_auc_score(labels, chosen) >= roc_auc_score(labels, offset)
+
+
+# ------------------------------------------------------------------ the recommended model
+
+
+def rivals(rows=4000, seed=0):
+    """Return labels, true risks, nearly as good ones, and much worse ones."""
+    logit, labels = drawn(seed, rows)
+    noise = np.random.default_rng(seed + 1).normal(size=rows)
+    near, far = expit(logit + 1e-9 * (labels - 0.5)[::-1]), expit(logit + 2 * noise)
+    return labels, expit(logit), near, far
+
+
+@pytest.mark.parametrize(
+    ("models", "expected"),
+    [
+        ({"ensemble": "near", "stage": "best", "other": "best"}, "ensemble"),
+        ({"ensemble": "far", "stage": "near", "other": "best"}, "stage"),
+        ({"ensemble": "far", "stage": "far", "other": "best", "third": "near"}, "other"),
+        ({"stage": "near", "other": "best"}, "stage"),
+    ],
+)
+def test_the_simplest_of_nearly_the_lowest_loss_is_recommended(models, expected):
+    labels, *risks = rivals()
+    known = dict(zip(("best", "near", "far"), risks, strict=True))
+    found = {name: known[each] for name, each in models.items()}
+    patients = np.arange(len(labels))
+    assert recommended_model(labels, found, patients, ["ensemble", "stage"]) == expected
+
+
+@pytest.mark.parametrize(("more", "expected"), [(0, "other"), (-1, "ensemble")])
+def test_losses_of_few_events_choose_no_model(more, expected):
+    labels, best, near, far = rivals()
+    last = np.flatnonzero(labels == 1)[MIN_CHOOSING_EVENTS + more - 1] + 1
+    found = {"ensemble": far[:last], "stage": far[:last], "other": best[:last]}
+    patients, preferred = np.arange(last), ["ensemble", "stage"]
+    assert recommended_model(labels[:last], found, patients, preferred) == expected
+
+
+def test_rows_of_the_same_patient_tell_models_apart_no_better():
+    """Copies would make any difference certain if rows were counted."""
+    labels, best, _, _ = rivals(600)
+    worse = expit(1.15 * np.log(best / (1 - best)) + 0.05)
+    patients = np.arange(600)
+    found = {"ensemble": worse, "other": best}
+    assert recommended_model(labels, found, patients, ["ensemble"]) == "ensemble"
+    copies = {name: risk.repeat(50) for name, risk in found.items()}
+    again = recommended_model(labels.repeat(50), copies, patients.repeat(50), ["ensemble"])
+    assert again == "ensemble"
+    assert recommended_model(labels.repeat(50), copies, np.arange(30000), ["ensemble"]) == "other"

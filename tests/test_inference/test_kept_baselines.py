@@ -6,17 +6,17 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from sklearn.metrics import roc_auc_score
 
 import medgemma_trainer as trainer
 from conftest import SAMPLE
 from language_models import rehash
 from medgemma_clinical.data.features import SINCE_LAST
 from medgemma_clinical.evaluation.baselines import BOOSTING, ENSEMBLE, LOGISTIC, STAGE_NAMES
-from medgemma_clinical.evaluation.decision import youden_threshold
+from medgemma_clinical.evaluation.decision import MIN_CHOOSING_EVENTS, youden_threshold
 from medgemma_clinical.files import InputError, file_hash
 from medgemma_clinical.models import checkpoints
 from medgemma_clinical.models.checkpoints import BASELINES, TRAJECTORY_FILE
+from medgemma_clinical.models.model_card import model_card
 from medgemma_clinical.models.trained_model import read_trained_config
 from medgemma_trainer import TrajectoryModel, fit_trajectory
 from predicting import STAGES, command, predicted, refused, write_data
@@ -170,13 +170,13 @@ def test_use_is_refused_by_one_line(more, runs, new, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_best_model_is_that_of_the_highest_validation_auroc(stage, runs):
+def test_the_recommended_model_of_few_events_is_the_ensemble(stage, runs):
     config, folder = read_trained_config(runs / stage), runs / stage
     val = pd.read_csv(folder / "predictions_val.csv")
-    val = val.rename(columns={"probability": STAGE_NAMES[stage]})
-    names = [STAGE_NAMES[stage], *config["models"]]
-    auroc = [roc_auc_score(val["label"], val[name]) for name in names]
-    assert config["best_model"] == names[int(np.argmax(auroc))]
+    assert val["label"].sum() < MIN_CHOOSING_EVENTS
+    assert config["best_model"] == ENSEMBLE
+    for text in (model_card(config), (folder / "report.html").read_text()):
+        assert f"fewer than {MIN_CHOOSING_EVENTS} events in the validation rows" in text
     assert read(folder / "run.json")["best_model"] == config["best_model"]
     for name, rule in config["models"].items():
         threshold = youden_threshold(val["label"].to_numpy(), val[name].to_numpy())
