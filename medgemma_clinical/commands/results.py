@@ -295,7 +295,7 @@ def report_content(
         reports=config["metrics"].get("reports"),
         stage1_page=stage1_page,
         sites=None if dataset.sites is None else dataset.sites[predictions.rows],
-        methods=training_methods(stage, data, run["arguments"]),
+        methods=training_methods(stage, data, run),
         notice=built_in_notice(config),
         first=list(filter(None, [weight_0_sentence(config)])),
     )
@@ -312,9 +312,10 @@ def describe_source(dataset: TrajectoryDataset, static: Iterable[str]) -> dict[s
     }
 
 
-def training_methods(stage: Stage, data: Data, arguments: dict[str, Any]) -> dict[str, str]:
+def training_methods(stage: Stage, data: Data, run: dict[str, Any]) -> dict[str, str]:
     """Return what ``tripod.md`` says of data and training, in sentences."""
-    dataset, rates = data.dataset, stage.learning_rates
+    dataset, arguments = data.dataset, run["arguments"]
+    rates = [f"{stage.learning_rates[part]:g} ({part})" for part in stage.learning_parts]
     drawn = f"drawn by seed {arguments['seed']}, 80/10/10, stratified by event"
     how = drawn if dataset.parts is None else "as the data give them"
     platt = "Platt's method on the validation part; all results are those after it."
@@ -330,8 +331,8 @@ def training_methods(stage: Stage, data: Data, arguments: dict[str, Any]) -> dic
         "preparation": f"Rows keep their latest {dataset.read_options['max_len']} observations.",
         "unusable": "; ".join(f"{code(k)} ({why})" for k, why in data.unusable_static.items()),
         "training": f"At most {stage.epochs} epochs, stopped after {stage.patience} without a "
-        f"lower validation loss; batches of {arguments['batch_size']}; AdamW with learning rates "
-        f"{', '.join(f'{rate:g} ({part})' for part, rate in rates.items())}; {', '.join(own)}. "
+        f"lower validation loss; steps of {run['rows_a_step'] * run['processes']} rows; AdamW with "
+        f"learning rates {', '.join(rates)}; {', '.join(own)}. "
         "The program tunes none of these; run.json has every setting. Baselines are tuned in "
         "five folds of the training part.",
         "recalibration": platt if arguments["calibrate"] == "platt" else "None.",

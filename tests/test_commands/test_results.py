@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import medgemma_trainer as trainer
-from medgemma_clinical.commands import results
+from medgemma_clinical.commands import results, run_folder
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES
 from medgemma_clinical.evaluation.decision import Predictions, youden_threshold
 from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
@@ -17,7 +17,7 @@ from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.trained_model import read_trained_config
 from pages import Page
 from predicting import MARKER, STAGES, VALUES, predicted
-from stages import arguments, data_for, patients, stage_of_patients
+from stages import arguments, data_for, make_stage, patients, stage_of_patients
 
 PARTS = {"val": "validation", "test": "test"}
 STAGE_1 = STAGE_NAMES["trajectory"]
@@ -57,6 +57,16 @@ def test_every_output_is_one_table_of_the_predictions(stage, runs):
     own = trainer.TrajectoryModel.from_pretrained(folder).results().loc[STAGE_NAMES[stage]]
     tracked = results.metrics_for_tracker({"metrics": known})
     assert own["auroc"] == tracked["test_auroc"] == known["test"]["auroc"]["value"]
+
+
+def test_the_methods_name_the_rates_of_what_learns_and_the_rows_of_a_step(runs):
+    words = f"--data_path {runs}/train.csv --ode_checkpoint {runs}/{TRAJECTORY_FILE}"
+    args = arguments(*f"{words} --model_name tiny --batch_size 3 --gradient_accumulation 7".split())
+    data, checkpoint = data_for(args), run_folder.given_stage1(args)
+    run = {**run_folder.run_record(args, data, checkpoint), "processes": 2}
+    methods = results.training_methods(make_stage(args, data), data, run)
+    assert {*re.findall(r"\((\w+)\)", methods["training"])} == {"projection", "llm", "head"}
+    assert re.search(r"\b42 rows", methods["training"])
 
 
 def test_stage_1_stands_beside_the_stage_that_builds_on_it_as_it_scores_itself(runs):
