@@ -23,7 +23,6 @@ from threadpoolctl import threadpool_limits
 
 from medgemma_clinical.commands.command_line import EXIT_DONE, EXIT_INTERRUPTED
 from medgemma_clinical.commands.compare import read_predictions
-from medgemma_clinical.commands.flags import set_environment
 from medgemma_clinical.commands.logs import command_logging
 from medgemma_clinical.commands.results import describe_source, predictions_csv
 from medgemma_clinical.commands.run_folder import METRICS, folds_folder, stage_folder
@@ -31,7 +30,7 @@ from medgemma_clinical.commands.several import Train, filled, run_or_continue, s
 from medgemma_clinical.data.folds import draw_folds, fold_dataset, foldable, site_folds
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.distributed import exact_kernels, processes
+from medgemma_clinical.distributed import exact_kernels, processes, set_environment
 from medgemma_clinical.evaluation.baselines import (
     ENSEMBLE,
     STAGE_NAMES,
