@@ -40,8 +40,8 @@ WORDS = [f"--{name}={value}" for name, value in FLAGS.items()]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A file of 60 patients with one to three rows each, of two sites, with a column ``split``."""
-    table = cohort(60)
+    """A file of 80 patients with one to three rows each, of two sites, with a column ``split``."""
+    table = cohort(80)
     table["static_age [years]"] = np.random.default_rng(0).integers(20, 90, len(table))
     patient = table["subject_id"].str[1:].astype(int)
     table["ward"] = np.where(patient % 2, "east", np.where(patient < 50, "north", "west"))

@@ -99,7 +99,7 @@ def run_folds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], t
     tasks = [
         (f"fold {k}{f', site {names[k]}' if names else ''}", own, dataset)
         for k, own in enumerate(runs)
-        for dataset in [fold_dataset(rows, fold, k, args.seed)]
+        for dataset in [fold_dataset(rows, fold, k, args.seed, names[k] if names else "")]
     ]
     if code := train_folds(tasks, train):
         return code

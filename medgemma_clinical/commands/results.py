@@ -316,8 +316,7 @@ def training_methods(stage: Stage, data: Data, run: dict[str, Any]) -> dict[str,
     """Return what ``tripod.md`` says of data and training, in sentences."""
     dataset, arguments = data.dataset, run["arguments"]
     rates = [f"{stage.learning_rates[part]:g} ({part})" for part in stage.learning_parts]
-    drawn = f"drawn by seed {arguments['seed']}, 80/10/10, stratified by event"
-    how = drawn if dataset.parts is None else "as the data give them"
+    origin = dataset.describe_origin(arguments["seed"])
     platt = "Platt's method on the validation part; all results are those after it."
     size = describe_sample_size(dataset, data.usable_static, data.split["train"])
     named = ["members", "dynamics", "solver", "dropout"]
@@ -326,8 +325,8 @@ def training_methods(stage: Stage, data: Data, run: dict[str, Any]) -> dict[str,
     known = {**arguments, "members": stage.config["members"], **encoder}
     own = [f"{name} {known[name]}" for name in named]
     return {
-        "split": f"Patients are in one of three parts, {how}: the training part fits the weights, "
-        "the validation part chooses epoch and threshold, the test part was scored once.",
+        "split": f"Each patient is in one of three parts ({origin}): the training part fits the "
+        "weights, the validation part chooses epoch and threshold, the test part was scored once.",
         "preparation": f"Rows keep their latest {dataset.read_options['max_len']} observations.",
         "unusable": "; ".join(f"{code(k)} ({why})" for k, why in data.unusable_static.items()),
         "training": f"At most {stage.epochs} epochs, stopped after {stage.patience} without a "
