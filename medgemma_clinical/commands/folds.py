@@ -57,7 +57,7 @@ from medgemma_clinical.files import (
     write_text,
 )
 from medgemma_clinical.inference.trajectory_model import TrajectoryModel
-from medgemma_clinical.models.checkpoints import BASELINES, TRAJECTORY_FILE
+from medgemma_clinical.models.checkpoints import BASELINES, TRAJECTORY_FILE, read_trajectory
 from medgemma_clinical.models.model_card import LIMITS, built_in_notice, page_card
 from medgemma_clinical.models.trained_model import read_trained_config
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
@@ -95,6 +95,7 @@ def run_folds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], t
         fold, names = site_folds(rows)
     else:
         fold = draw_folds(rows.groups, rows.labels, args.folds, args.seed, rows.source)
+    stage1 = stage1_of_all(args.ode_checkpoint) if args.final and args.ode_checkpoint else None
     runs = [fold_arguments(k, args) for k in range(len(names) or args.folds)]
     tasks = [
         (f"fold {k}{f', site {names[k]}' if names else ''}", own, dataset)
@@ -106,7 +107,22 @@ def run_folds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], t
     if processes().is_main_process:
         write_results(args, rows, fold, [stage_folder(own) for own in runs])
     processes().wait_for_everyone()
-    return train_final(args, rows, train) if args.final else EXIT_DONE
+    return train_final(args, rows, train, stage1) if args.final else EXIT_DONE
+
+
+def stage1_of_all(folds_stage1: Path) -> Path:
+    """Return the stage 1 of all patients beside the folder of its folds; refuse a missing one."""
+    path = folds_stage1.absolute()
+    if (path.parent.name, path.name) != (f"fold_{FOLD}", TRAJECTORY_FILE):
+        raise InputError(
+            f"--final: no stage 1 of all patients is known beside --ode_checkpoint {folds_stage1}: "
+            f"give RUN/folds_trajectory/fold_{FOLD}/{TRAJECTORY_FILE}, whose own --final wrote "
+            f"RUN/{TRAJECTORY_FILE}"
+        )
+    whole = path.parents[2] / TRAJECTORY_FILE
+    if "folds" not in read_trajectory(whole).config.get("metrics", {}):
+        raise InputError(f"{whole}: not of all patients: train stage 1 by --folds K --final first")
+    return whole
 
 
 def fold_arguments(k: int, args: Namespace) -> Namespace:
@@ -298,12 +314,15 @@ def report_content(
 # --------------------------------------------------------------------------- all patients
 
 
-def train_final(args: Namespace, rows: TrajectoryDataset, train: Train) -> int:
-    """Train one model on all patients, as long as the folds' median; nothing is held out."""
+def train_final(args: Namespace, rows: TrajectoryDataset, train: Train, stage1: Path | None) -> int:
+    """Train one model on all patients, as long as the folds' median; nothing is held out.
+
+    ``stage1`` is that of all patients where a language model reads one.
+    """
     # Other results of the folds, known by their hash, make another run.
     own: Json = {"final": file_hash(folds_folder(args) / METRICS)}
-    if args.ode_checkpoint:  # of all patients, too: it lies beside the folder of its folds
-        own["ode_checkpoint"] = args.ode_checkpoint.parents[2] / TRAJECTORY_FILE
+    if stage1:
+        own["ode_checkpoint"] = stage1
     everyone = copy.copy(rows)
     everyone.held_out = ()
     return run_or_continue("all patients", Namespace(**{**vars(args), **own}), everyone, train)
