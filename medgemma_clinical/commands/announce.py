@@ -79,9 +79,12 @@ def log_run_summary(stage: Stage, data: Data, args: Namespace) -> None:
         )
         if count := stage.text.shortened:
             logger.info(f"{count:,} prompts were too long and lost their oldest values")
+    epochs = f"at most {stage.epochs} epochs"
+    if stage.last_epoch is not None:
+        epochs = f"{stage.last_epoch} epochs, the median of the folds"
     logger.info(
-        f"batch size {args.batch_size}, {len(batches)} steps an epoch, at most {stage.epochs} "
-        f"epochs, on {default_device()}, processes: {processes().num_processes}",
+        f"batch size {args.batch_size}, {len(batches)} steps an epoch, {epochs}, on "
+        f"{default_device()}, processes: {processes().num_processes}",
         extra={"progress": (0, stage.epochs, "no epoch yet")},
     )
 

@@ -26,7 +26,13 @@ from medgemma_clinical.commands.compare import read_predictions
 from medgemma_clinical.commands.logs import command_logging
 from medgemma_clinical.commands.results import describe_source, predictions_csv
 from medgemma_clinical.commands.run_folder import METRICS, folds_folder, stage_folder
-from medgemma_clinical.commands.several import Train, filled, run_or_continue, shared_models
+from medgemma_clinical.commands.several import (
+    NOT_IN_INTERVALS,
+    Train,
+    filled,
+    run_or_continue,
+    shared_models,
+)
 from medgemma_clinical.data.folds import draw_folds, fold_dataset, foldable, site_folds
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
@@ -36,6 +42,7 @@ from medgemma_clinical.evaluation.baselines import (
     STAGE_NAMES,
     WORDS,
     Baselines,
+    describe_tuning,
     fit_baselines,
     fit_rules,
 )
@@ -63,7 +70,7 @@ from medgemma_clinical.models.trained_model import read_trained_config
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 from medgemma_clinical.training.signals import begin_process
 from medgemma_clinical.training.stage import Stage
-from medgemma_clinical.training.state import TrainState
+from medgemma_clinical.training.state import TrainState, describe_selection
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +95,7 @@ def run_folds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], t
             "--folds: each fold has a stage 1 of its own: write {fold} for its number, as in "
             f"--ode_checkpoint {folder.parent}/folds_trajectory/fold_{{fold}}/{TRAJECTORY_FILE}"
         )
+    stage1 = stage1_of_all(args.ode_checkpoint) if args.final and args.ode_checkpoint else None
     args = Namespace(**{**vars(args), "site": args.leave_out or args.site})
     rows = foldable(read(args), args.max_samples, args.seed)
     names: list[str] = []
@@ -95,7 +103,6 @@ def run_folds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], t
         fold, names = site_folds(rows)
     else:
         fold = draw_folds(rows.groups, rows.labels, args.folds, args.seed, rows.source)
-    stage1 = stage1_of_all(args.ode_checkpoint) if args.final and args.ode_checkpoint else None
     runs = [fold_arguments(k, args) for k in range(len(names) or args.folds)]
     tasks = [
         (f"fold {k}{f', site {names[k]}' if names else ''}", own, dataset)
@@ -229,11 +236,13 @@ def write_results(
     write_text(folder / PREDICTIONS, predictions_csv(with_folds))
     write_json(folder / METRICS, content)
     first = folds_sentence(metrics, len(folders))
+    config = {**configs[0], **decided, "metrics": content}
+    tuned = [read_json(each / BASELINES).get("tuned") for each in folders]
     write_report(
         folder / "report.html",
         table,
         metrics,
-        report_content(args, rows, positions, {**configs[0], **decided, "metrics": content}, first),
+        report_content(args, rows, positions, config, tuned, first),
         min_cell=args.min_cell,
         list_patients=args.report_patients,
         folder=folder,
@@ -284,11 +293,18 @@ def report_content(
     rows: TrajectoryDataset,
     positions: NDArray[np.int64],
     config: Json,
+    tuned: Sequence[bool | None],
     first: str,
 ) -> ReportContent:
-    """Return what the page says beside its metrics; ``config`` is a fold's, decided by all."""
+    """Return what the page says beside its metrics; ``config`` is a fold's, decided by all.
+
+    ``tuned``: whether the baselines of each fold were.
+    """
     config = {**config, "data_sha256": rows.fingerprint()}
     kind = "each site held out" if args.leave_out else "each patient held out"
+    epoch, final = config["metrics"]["selected_epoch"], "where a model of all patients ends"
+    kept = describe_selection(config["members"])
+    best_epoch = f"{epoch}, the median of the folds, {final}; kept in each of them: {kept}"
     judged = np.isin(np.arange(len(rows)), positions)
     if not judged.all():
         rows = rows.keep_rows(judged, "of sites that only train")
@@ -296,7 +312,16 @@ def report_content(
         title=f"{STAGE_NAMES[config['stage']].capitalize()}, {kind}: {rows.outcome}",
         question=rows.task_description(),
         data=describe_source(rows, config["inputs"]["static"]),
-        card=page_card(config, {"Limits": LIMITS, "Seed": str(args.seed)}),
+        card=page_card(
+            config,
+            {
+                "Limits": LIMITS,
+                **NOT_IN_INTERVALS,
+                "Best epoch": best_epoch,
+                "Baselines": describe_tuning(tuned),
+                "Seed": str(args.seed),
+            },
+        ),
         threshold=None,
         seed=args.seed,
         bands=subgroups(demographics(rows)),
@@ -308,6 +333,7 @@ def report_content(
         sites=rows.sites,
         notice=built_in_notice(config),
         first=[first],
+        folds=len(tuned),
     )
 
 

@@ -22,6 +22,7 @@ from medgemma_clinical.distributed import peak_memory, processes, show_progress
 from medgemma_clinical.evaluation.baselines import (
     STAGE_NAMES,
     Baselines,
+    describe_tuning,
     fit_baselines,
     fit_rules,
     model_risks,
@@ -53,7 +54,7 @@ from medgemma_clinical.models.terms import licence
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
 from medgemma_clinical.training.evaluate import evaluate as score
 from medgemma_clinical.training.stage import Stage
-from medgemma_clinical.training.state import TrainState
+from medgemma_clinical.training.state import TrainState, describe_selection
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,9 @@ def write_results(
         if texts is not None:
             generations = "".join(json.dumps(line) + "\n" for line in lines)
             write_text(folder / "generations_test.jsonl", generations)
-        page = report_content(stage, data, state, config, metrics["val"], run, predictions["test"])
+        page = report_content(
+            stage, data, state, config, metrics["val"], predictions["test"], run, baselines
+        )
         write_report(
             folder / "report.html",
             tables["test"],
@@ -252,8 +255,9 @@ def report_content(
     state: TrainState,
     config: dict[str, Any],
     validation: Metrics,
-    run: dict[str, Any],
     predictions: Predictions,
+    run: dict[str, Any],
+    baselines: Baselines,
 ) -> ReportContent:
     """Return what the page says beside its metrics."""
     min_cell = run["arguments"]["min_cell"]
@@ -261,7 +265,7 @@ def report_content(
     auroc = value_text(validation.row(validation.models[0], "auroc"))
     dataset, best_epochs = data.dataset, state.progress.best_epochs
     parameters = list(stage.model.parameters())
-    best = f"{', '.join(map(str, best_epochs))}, by the loss on the validation part"
+    best = f"{', '.join(map(str, best_epochs))}: {describe_selection(len(best_epochs))}"
     if max(best_epochs) == 1 < len(state.progress.history):
         best += "; training did not improve it after the first epoch"
     stage1_page, stage1 = None, run["arguments"]["ode_checkpoint"]
@@ -279,6 +283,7 @@ def report_content(
                 "Limits": LIMITS,
                 "Parameters": f"{learned:,} trained of {sum(p.numel() for p in parameters):,}",
                 "Best epoch": best,
+                "Baselines": describe_tuning([baselines.tuned]),
                 **({} if few else {"Validation AUROC": auroc}),
                 "Seed": str(run["seed"]),
                 "Licence": licence(config),
@@ -332,8 +337,7 @@ def training_methods(stage: Stage, data: Data, run: dict[str, Any]) -> dict[str,
         "training": f"At most {stage.epochs} epochs, stopped after {stage.patience} without a "
         f"lower validation loss; steps of {run['rows_a_step'] * run['processes']} rows; AdamW with "
         f"learning rates {', '.join(rates)}; {', '.join(own)}. "
-        "The program tunes none of these; run.json has every setting. Baselines are tuned in "
-        "five folds of the training part.",
+        "The program tunes none of these; run.json has every setting.",
         "recalibration": platt if arguments["calibrate"] == "platt" else "None.",
         # It tells the number of events.
         **({} if arguments["min_cell"] else {"sample_size": size}),
