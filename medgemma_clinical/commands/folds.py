@@ -302,9 +302,9 @@ def report_content(
     """
     config = {**config, "data_sha256": rows.fingerprint()}
     kind = "each site held out" if args.leave_out else "each patient held out"
-    epoch, final = config["metrics"]["selected_epoch"], "where a model of all patients ends"
-    kept = describe_selection(config["members"])
-    best_epoch = f"{epoch}, the median of the folds, {final}; kept in each of them: {kept}"
+    epoch, members = config["metrics"]["selected_epoch"], config["members"]
+    kept = describe_selection(members if config["stage"] == "trajectory" else 1)
+    best_epoch = f"{epoch}, the median of the folds, after which --final ends; each keeps {kept}"
     judged = np.isin(np.arange(len(rows)), positions)
     if not judged.all():
         rows = rows.keep_rows(judged, "of sites that only train")
