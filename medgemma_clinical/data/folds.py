@@ -100,7 +100,7 @@ def fold_dataset(
     own = copy.copy(dataset)
     own.parts = np.where(fold == k, "test", "train").astype("U5")
     own.parts[rest[drawn["val"]]] = "val"
-    tested = f"site {code(site)} tests" if site else f"fold {k} of 0 to {fold.max()} tests"
+    tested = f"site {code(site)} tests" if site else f"of folds 0 to {fold.max()}, fold {k} tests"
     validated = f"a tenth of the other patients, drawn by seed {seed}, validates"
     own.parts_origin = f"{tested}, {validated}"
     return own
