@@ -754,7 +754,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.output_dir is None:
         args.output_dir = Path(f"./checkpoints_medgemma_{'demo' if args.demo else args.dataset}")
     given = {word.split("=")[0] for word in words if word.startswith("--")}
-    flags.set_environment()
+    distributed.set_environment()
     with command_logging(first=distributed.processes().is_main_process):
         return command_line.run_command(lambda: run(args, given), show_values=args.show_values)
 

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+import huggingface_hub.constants
 import numpy as np
 import torch
 from accelerate import PartialState
@@ -32,6 +33,19 @@ SHARDING = {
 
 LONGEST_WAIT = timedelta(hours=2)
 """The other processes wait so long while the first one fits baselines and writes results."""
+
+
+def set_environment() -> None:
+    """Set what libraries read: memory on a GPU, and that the hub learns nothing of the user.
+
+    Whatever begins work calls it, from a command line or from Python; an import is no work.
+    """
+    # On a GPU: batches of many lengths leave no fragments. Read when CUDA starts.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # Python tells of the semaphores that it clears up after processes which a signal has ended.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
 
 
 @cache

@@ -3,12 +3,14 @@
 import inspect
 import json
 import logging
+import os
 import stat
 import sys
 import tempfile
 from functools import partial
 from unittest import mock
 
+import huggingface_hub.constants
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,7 +20,13 @@ from conftest import SAMPLE
 from medgemma_clinical.commands import flags, python, results
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.trajectory_model import Program
-from medgemma_trainer import TrajectoryModel, fit_classification, fit_generative, fit_trajectory
+from medgemma_trainer import (
+    TrajectoryModel,
+    cross_validate,
+    fit_classification,
+    fit_generative,
+    fit_trajectory,
+)
 from srtr_dataset import SRTRTrajectoryDataset
 from srtr_files import synthetic_tables, write_folder
 
@@ -106,6 +114,21 @@ def test_fit__takes_the_flags_with_their_defaults(rows, monkeypatch):
 def test_fit__names_a_wrong_argument(keywords, error, name, rows):
     with pytest.raises(error, match=name):
         fit_classification(**{"rows": rows, **keywords})
+
+
+@pytest.mark.parametrize(
+    "begin", [fit_trajectory, fit_classification, cross_validate, TrajectoryModel.from_pretrained]
+)
+def test_python_sets_the_environment_that_the_command_line_sets(begin, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_TELEMETRY", False)
+    names = ("HF_HUB_DISABLE_TELEMETRY", "PYTORCH_ALLOC_CONF")
+    with mock.patch.dict(os.environ):
+        for name in names:
+            os.environ.pop(name, None)
+        with pytest.raises(InputError):
+            begin(tmp_path / "missing.csv")
+        assert huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY
+        assert {*names} <= os.environ.keys()
 
 
 def test_fit__stage_1_refuses_the_keywords_of_other_stages_and_all_are_in_the_signature(rows):

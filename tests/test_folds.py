@@ -20,11 +20,11 @@ from sklearn.metrics import recall_score, roc_auc_score
 
 import medgemma_trainer as trainer
 from dataset_format import MIMICtrajectoryDataset
-from medgemma_clinical.commands import folds
+from medgemma_clinical.commands import folds, several
 from medgemma_clinical.commands.run_folder import stage_folder
 from medgemma_clinical.data.folds import draw_folds, fold_dataset, foldable
 from medgemma_clinical.data.training_data import patient_hashes
-from medgemma_clinical.evaluation.baselines import STAGE_NAMES
+from medgemma_clinical.evaluation.baselines import STAGE_NAMES, describe_tuning
 from medgemma_clinical.evaluation.decision import (
     fit_decision_rule,
     recommended_model,
@@ -33,8 +33,9 @@ from medgemma_clinical.evaluation.decision import (
 from medgemma_clinical.inference.fitting import cross_validate
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from medgemma_clinical.provenance import ROOT
-from medgemma_clinical.training.state import StateStore
+from medgemma_clinical.training.state import StateStore, describe_selection
 from medgemma_trainer import TrajectoryModel
+from pages import Page
 from visits import LABEL, cohort
 
 STAGE_1, K = STAGE_NAMES["trajectory"], 3
@@ -44,8 +45,8 @@ WORDS = [f"--{name}={value}" for name, value in FLAGS.items()]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A file of 60 patients with one to three rows each, of two sites, with a column ``split``."""
-    table = cohort(60)
+    """A file of 80 patients with one to three rows each, of two sites, with a column ``split``."""
+    table = cohort(80)
     table["static_age [years]"] = np.random.default_rng(0).integers(20, 90, len(table))
     patient = table["subject_id"].str[1:].astype(int)
     table["ward"] = np.where(patient % 2, "east", np.where(patient < 50, "north", "west"))
@@ -141,6 +142,25 @@ def test_metrics_that_compare_risks_are_means_over_the_folds_and_shares_are_of_a
     page = (run / "folds_trajectory" / "report.html").read_text()
     assert f"one of {K} models that did not learn from them" in page
     assert "s own, chosen on the validation part" in page
+
+
+def test_the_pages_of_the_folds_say_what_their_intervals_leave_out_and_how_the_data_were_divided(
+    run, data
+):
+    rows, fold = rows_and_folds(data)
+    folder = run / "folds_trajectory"
+    page = Page((folder / "report.html").read_text()).text
+    tuned = describe_tuning([False] * K)
+    for text in (
+        *several.NOT_IN_INTERVALS.values(),
+        tuned,
+        describe_selection(1),
+        f"of {K} models",
+    ):
+        assert text in page
+    for k in range(K):
+        tripod = (fold_folder(run, k) / "tripod.md").read_text()
+        assert fold_dataset(rows, fold, k, 0).describe_origin(0) in tripod
 
 
 def test_a_fold_that_is_held_out_changes_nothing_that_the_others_teach(run, data, tmp_path):

@@ -275,6 +275,8 @@ LIVER = "trainer --predict --checkpoint liver/trajectory --predictions out.csv {
 KIND = "trainer --predict --checkpoint run/trajectory --predictions out.csv {}"
 EXPORT = "trainer --export merged --checkpoint {} --export_dir {}"
 COMPARE = "trainer --compare run/trajectory {}"
+FINAL = "trainer --model_name tiny --data_path data.csv --folds 2 --final --ode_checkpoint {}/"
+FINAL += f"folds_trajectory/fold_{{{{fold}}}}/{TRAJECTORY_FILE}"
 MIMIC = "dataset from_mimic --mimic_dir mimic --cohort all --compute_gap reported --out made.csv {}"
 SRTR = "srtr check --data_dir srtr --organ liver {}"
 NEW = "--predict --checkpoint x --predictions y.csv --data_path z.csv"
@@ -311,6 +313,10 @@ CONTRADICTIONS = [
     ("--leave_out ward --folds 3", "--leave_out --folds"),
     ("--final", "--final --folds --leave_out"),
     ("--folds 3 --ode_checkpoint stage1.pt", "{fold}"),
+    *(
+        (f"--folds 3 --final --model_name tiny --ode_checkpoint {path}", f"--final {path}")
+        for path in ("enc_{fold}.pt", "runs/enc_{fold}.pt", "fold_{fold}/x.pt")
+    ),
     *((f"--trajectory_only {flag}", flag.split()[0]) for flag in LANGUAGE_MODEL),
     ("--soft_prompt off --members 2", "--ode_checkpoint --members"),
     ("--stage1_logit off", "--stage1_logit --ode_checkpoint"),
@@ -421,6 +427,8 @@ CASES = [
     (KIND.format("--data_path data.csv --update broken"), "broken"),
     *((f"{TRAIN} {flag} ward", "data.csv ward") for flag in ("--site", "--leave_out")),
     (f"{TRAIN} --folds 20", "data.csv --folds"),
+    (FINAL.format("run"), f"{ENCODER} --final"),  # of a part of the patients
+    (FINAL.format("missing"), f"missing/{TRAJECTORY_FILE}"),
     ("trainer --trajectory_only --dataset srtr --data_dir srtr --leave_out ward", "--leave_out"),
     (LIVER.format("--data_dir srtr --site ward"), "--site ward"),
     *((EXPORT.format(each, "made"), each) for each in ("missing", "broken", "checkpoints/cut")),

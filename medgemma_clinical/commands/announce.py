@@ -66,11 +66,10 @@ def log_run_summary(stage: Stage, data: Data, args: Namespace) -> None:
         until = "last observation" if dataset.hours_read is None else "prediction time"
         names = ", ".join(dataset.static_inputs) or "none"
         logger.info("stage 1 reads the series up to the %s, and static features: %s", until, names)
-    learns = []
-    for part, rate in stage.learning_rates.items():
-        weights = [p.numel() for p in getattr(stage.model, part).parameters() if p.requires_grad]
-        if weights:
-            learns.append(f"{part} {sum(weights):,} at rate {rate:g}")
+    learns = (
+        f"{part} {sum(p.numel() for p in parameters):,} at rate {stage.learning_rates[part]:g}"
+        for part, parameters in stage.learning_parts.items()
+    )
     logger.info("stage %s, trainable parameters: %s", stage.name, ", ".join(learns))
     if stage.text is not None:
         tokens, soft = stage.lengths[batches.rows], stage.config["num_prefix_tokens"]
@@ -80,9 +79,12 @@ def log_run_summary(stage: Stage, data: Data, args: Namespace) -> None:
         )
         if count := stage.text.shortened:
             logger.info(f"{count:,} prompts were too long and lost their oldest values")
+    epochs = f"at most {stage.epochs} epochs"
+    if stage.last_epoch is not None:
+        epochs = f"{stage.last_epoch} epochs, the median of the folds"
     logger.info(
-        f"batch size {args.batch_size}, {len(batches)} steps an epoch, at most {stage.epochs} "
-        f"epochs, on {default_device()}, processes: {processes().num_processes}",
+        f"batch size {args.batch_size}, {len(batches)} steps an epoch, {epochs}, on "
+        f"{default_device()}, processes: {processes().num_processes}",
         extra={"progress": (0, stage.epochs, "no epoch yet")},
     )
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import huggingface_hub.constants
 import torch
 
 from medgemma_clinical.data.trajectories import TrajectoryDataset
@@ -73,16 +71,6 @@ UNREAD_FLAGS = {
     "--members --dropout --facts --prediction_time",
 }
 """Flags that these ways of training do not read."""
-
-
-def set_environment() -> None:
-    """Set what libraries read: memory on a GPU, and that the hub learns nothing of the user."""
-    # On a GPU: batches of many lengths leave no fragments. Read when CUDA starts.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # Python tells of the semaphores that it clears up after processes which a signal has ended.
-    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
-    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
 
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:

@@ -23,7 +23,6 @@ from threadpoolctl import threadpool_limits
 
 from medgemma_clinical.commands.command_line import EXIT_DONE, EXIT_INTERRUPTED
 from medgemma_clinical.commands.compare import read_predictions
-from medgemma_clinical.commands.flags import set_environment
 from medgemma_clinical.commands.logs import command_logging
 from medgemma_clinical.commands.results import (
     describe_source,
@@ -31,16 +30,23 @@ from medgemma_clinical.commands.results import (
     recommend,
 )
 from medgemma_clinical.commands.run_folder import METRICS, folds_folder, stage_folder
-from medgemma_clinical.commands.several import Train, filled, run_or_continue, shared_models
+from medgemma_clinical.commands.several import (
+    NOT_IN_INTERVALS,
+    Train,
+    filled,
+    run_or_continue,
+    shared_models,
+)
 from medgemma_clinical.data.folds import draw_folds, fold_dataset, foldable, site_folds
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.distributed import exact_kernels, processes
+from medgemma_clinical.distributed import exact_kernels, processes, set_environment
 from medgemma_clinical.evaluation.baselines import (
     ENSEMBLE,
     STAGE_NAMES,
     WORDS,
     Baselines,
+    describe_tuning,
     fit_baselines,
     fit_rules,
 )
@@ -62,7 +68,7 @@ from medgemma_clinical.files import (
     write_text,
 )
 from medgemma_clinical.inference.trajectory_model import TrajectoryModel
-from medgemma_clinical.models.checkpoints import BASELINES, TRAJECTORY_FILE
+from medgemma_clinical.models.checkpoints import BASELINES, TRAJECTORY_FILE, read_trajectory
 from medgemma_clinical.models.model_card import (
     LIMITS,
     built_in_notice,
@@ -73,7 +79,7 @@ from medgemma_clinical.models.trained_model import read_trained_config
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 from medgemma_clinical.training.signals import begin_process
 from medgemma_clinical.training.stage import Stage
-from medgemma_clinical.training.state import TrainState
+from medgemma_clinical.training.state import TrainState, describe_selection
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +104,7 @@ def run_folds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], t
             "--folds: each fold has a stage 1 of its own: write {fold} for its number, as in "
             f"--ode_checkpoint {folder.parent}/folds_trajectory/fold_{{fold}}/{TRAJECTORY_FILE}"
         )
+    stage1 = stage1_of_all(args.ode_checkpoint) if args.final and args.ode_checkpoint else None
     args = Namespace(**{**vars(args), "site": args.leave_out or args.site})
     rows = foldable(read(args), args.max_samples, args.seed)
     names: list[str] = []
@@ -109,14 +116,29 @@ def run_folds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], t
     tasks = [
         (f"fold {k}{f', site {names[k]}' if names else ''}", own, dataset)
         for k, own in enumerate(runs)
-        for dataset in [fold_dataset(rows, fold, k, args.seed)]
+        for dataset in [fold_dataset(rows, fold, k, args.seed, names[k] if names else "")]
     ]
     if code := train_folds(tasks, train):
         return code
     if processes().is_main_process:
         write_results(args, rows, fold, [stage_folder(own) for own in runs])
     processes().wait_for_everyone()
-    return train_final(args, rows, train) if args.final else EXIT_DONE
+    return train_final(args, rows, train, stage1) if args.final else EXIT_DONE
+
+
+def stage1_of_all(folds_stage1: Path) -> Path:
+    """Return the stage 1 of all patients beside the folder of its folds; refuse a missing one."""
+    path = folds_stage1.absolute()
+    if (path.parent.name, path.name) != (f"fold_{FOLD}", TRAJECTORY_FILE):
+        raise InputError(
+            f"--final: no stage 1 of all patients is known beside --ode_checkpoint {folds_stage1}: "
+            f"give RUN/folds_trajectory/fold_{FOLD}/{TRAJECTORY_FILE}, whose own --final wrote "
+            f"RUN/{TRAJECTORY_FILE}"
+        )
+    whole = path.parents[2] / TRAJECTORY_FILE
+    if "folds" not in read_trajectory(whole).config.get("metrics", {}):
+        raise InputError(f"{whole}: not of all patients: train stage 1 by --folds K --final first")
+    return whole
 
 
 def fold_arguments(k: int, args: Namespace) -> Namespace:
@@ -222,11 +244,13 @@ def write_results(
     write_text(folder / PREDICTIONS, predictions_csv(with_folds))
     write_json(folder / METRICS, content)
     first = folds_sentence(metrics, len(folders))
+    config = {**configs[0], **decided, "metrics": content}
+    tuned = [read_json(each / BASELINES).get("tuned") for each in folders]
     write_report(
         folder / "report.html",
         table,
         metrics,
-        report_content(args, rows, positions, {**configs[0], **decided, "metrics": content}, first),
+        report_content(args, rows, positions, config, tuned, first),
         min_cell=args.min_cell,
         list_patients=args.report_patients,
         folder=folder,
@@ -280,11 +304,18 @@ def report_content(
     rows: TrajectoryDataset,
     positions: NDArray[np.int64],
     config: Json,
+    tuned: Sequence[bool | None],
     first: str,
 ) -> ReportContent:
-    """Return what the page says beside its metrics; ``config`` is a fold's, decided by all."""
+    """Return what the page says beside its metrics; ``config`` is a fold's, decided by all.
+
+    ``tuned``: whether the baselines of each fold were.
+    """
     config = {**config, "data_sha256": rows.fingerprint()}
     kind = "each site held out" if args.leave_out else "each patient held out"
+    epoch, members = config["metrics"]["selected_epoch"], config["members"]
+    kept = describe_selection(members if config["stage"] == "trajectory" else 1)
+    best_epoch = f"{epoch}, the median of the folds, after which --final ends; each keeps {kept}"
     judged = np.isin(np.arange(len(rows)), positions)
     if not judged.all():
         rows = rows.keep_rows(judged, "of sites that only train")
@@ -292,7 +323,16 @@ def report_content(
         title=f"{STAGE_NAMES[config['stage']].capitalize()}, {kind}: {rows.outcome}",
         question=rows.task_description(),
         data=describe_source(rows, config["inputs"]["static"]),
-        card=page_card(config, {"Limits": LIMITS, "Seed": str(args.seed)}),
+        card=page_card(
+            config,
+            {
+                "Limits": LIMITS,
+                **NOT_IN_INTERVALS,
+                "Best epoch": best_epoch,
+                "Baselines": describe_tuning(tuned),
+                "Seed": str(args.seed),
+            },
+        ),
         threshold=None,
         seed=args.seed,
         bands=subgroups(demographics(rows)),
@@ -304,18 +344,22 @@ def report_content(
         sites=rows.sites,
         notice=built_in_notice(config),
         first=[first],
+        folds=len(tuned),
     )
 
 
 # --------------------------------------------------------------------------- all patients
 
 
-def train_final(args: Namespace, rows: TrajectoryDataset, train: Train) -> int:
-    """Train one model on all patients, as long as the folds' median; nothing is held out."""
+def train_final(args: Namespace, rows: TrajectoryDataset, train: Train, stage1: Path | None) -> int:
+    """Train one model on all patients, as long as the folds' median; nothing is held out.
+
+    ``stage1`` is that of all patients where a language model reads one.
+    """
     # Other results of the folds, known by their hash, make another run.
     own: Json = {"final": file_hash(folds_folder(args) / METRICS)}
-    if args.ode_checkpoint:  # of all patients, too: it lies beside the folder of its folds
-        own["ode_checkpoint"] = args.ode_checkpoint.parents[2] / TRAJECTORY_FILE
+    if stage1:
+        own["ode_checkpoint"] = stage1
     everyone = copy.copy(rows)
     everyone.held_out = ()
     return run_or_continue("all patients", Namespace(**{**vars(args), **own}), everyone, train)

@@ -23,7 +23,12 @@ from medgemma_clinical.commands.logs import recorded
 from medgemma_clinical.commands.run_folder import METRICS, folds_folder, given_stage1, stage_folder
 from medgemma_clinical.commands.several import Train
 from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.distributed import check_gpu, check_launch, exact_kernels
+from medgemma_clinical.distributed import (
+    check_gpu,
+    check_launch,
+    exact_kernels,
+    set_environment,
+)
 from medgemma_clinical.files import InputError, owner_only, read_json
 from medgemma_clinical.inference.fitting import (
     CrossValidation,
@@ -126,6 +131,7 @@ def fitting(
     unused = [name for name in OF_A_FOLDER if keywords.get(name)]
     if keywords.get("output_dir") is None and unused:
         raise InputError(f"{', '.join(unused)}: give output_dir too, or leave it out")
+    set_environment()
     args, typed = build_parser().parse_keywords({**keywords, **stage})
     flags.check_flags(flags.complete(args), typed)
     check_launch()

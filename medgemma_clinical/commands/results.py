@@ -24,6 +24,7 @@ from medgemma_clinical.evaluation.baselines import (
     STAGE_NAMES,
     Baselines,
     baseline_names,
+    describe_tuning,
     fit_baselines,
     fit_rules,
     model_risks,
@@ -57,7 +58,7 @@ from medgemma_clinical.models.terms import licence
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
 from medgemma_clinical.training.evaluate import evaluate as score
 from medgemma_clinical.training.stage import Stage
-from medgemma_clinical.training.state import TrainState
+from medgemma_clinical.training.state import TrainState, describe_selection
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,9 @@ def write_results(
         if texts is not None:
             generations = "".join(json.dumps(line) + "\n" for line in lines)
             write_text(folder / "generations_test.jsonl", generations)
-        page = report_content(stage, data, state, config, metrics["val"], run, predictions["test"])
+        page = report_content(
+            stage, data, state, config, metrics["val"], predictions["test"], run, baselines
+        )
         write_report(
             folder / "report.html",
             tables["test"],
@@ -277,8 +280,9 @@ def report_content(
     state: TrainState,
     config: dict[str, Any],
     validation: Metrics,
-    run: dict[str, Any],
     predictions: Predictions,
+    run: dict[str, Any],
+    baselines: Baselines,
 ) -> ReportContent:
     """Return what the page says beside its metrics."""
     min_cell = run["arguments"]["min_cell"]
@@ -286,7 +290,7 @@ def report_content(
     auroc = value_text(validation.row(validation.models[0], "auroc"))
     dataset, best_epochs = data.dataset, state.progress.best_epochs
     parameters = list(stage.model.parameters())
-    best = f"{', '.join(map(str, best_epochs))}, by the loss on the validation part"
+    best = f"{', '.join(map(str, best_epochs))}: {describe_selection(len(best_epochs))}"
     if max(best_epochs) == 1 < len(state.progress.history):
         best += "; training did not improve it after the first epoch"
     stage1_page, stage1 = None, run["arguments"]["ode_checkpoint"]
@@ -304,6 +308,7 @@ def report_content(
                 "Limits": LIMITS,
                 "Parameters": f"{learned:,} trained of {sum(p.numel() for p in parameters):,}",
                 "Best epoch": best,
+                "Baselines": describe_tuning([baselines.tuned]),
                 **({} if few else {"Validation AUROC": auroc}),
                 "Seed": str(run["seed"]),
                 "Licence": licence(config),
@@ -320,7 +325,7 @@ def report_content(
         reports=config["metrics"].get("reports"),
         stage1_page=stage1_page,
         sites=None if dataset.sites is None else dataset.sites[predictions.rows],
-        methods=training_methods(stage, data, run["arguments"]),
+        methods=training_methods(stage, data, run),
         notice=built_in_notice(config),
         first=list(filter(None, [weight_0_sentence(config)])),
     )
@@ -337,11 +342,11 @@ def describe_source(dataset: TrajectoryDataset, static: Iterable[str]) -> dict[s
     }
 
 
-def training_methods(stage: Stage, data: Data, arguments: dict[str, Any]) -> dict[str, str]:
+def training_methods(stage: Stage, data: Data, run: dict[str, Any]) -> dict[str, str]:
     """Return what ``tripod.md`` says of data and training, in sentences."""
-    dataset, rates = data.dataset, stage.learning_rates
-    drawn = f"drawn by seed {arguments['seed']}, 80/10/10, stratified by event"
-    how = drawn if dataset.parts is None else "as the data give them"
+    dataset, arguments = data.dataset, run["arguments"]
+    rates = [f"{stage.learning_rates[part]:g} ({part})" for part in stage.learning_parts]
+    origin = dataset.describe_origin(arguments["seed"])
     platt = "Platt's method on the validation part; all results are those after it."
     size = describe_sample_size(dataset, data.usable_static, data.split["train"])
     named = ["members", "dynamics", "solver", "dropout"]
@@ -350,15 +355,14 @@ def training_methods(stage: Stage, data: Data, arguments: dict[str, Any]) -> dic
     known = {**arguments, "members": stage.config["members"], **encoder}
     own = [f"{name} {known[name]}" for name in named]
     return {
-        "split": f"Patients are in one of three parts, {how}: the training part fits the weights, "
-        "the validation part chooses epoch and threshold, the test part was scored once.",
+        "split": f"Each patient is in one of three parts ({origin}): the training part fits the "
+        "weights, the validation part chooses epoch and threshold, the test part was scored once.",
         "preparation": f"Rows keep their latest {dataset.read_options['max_len']} observations.",
         "unusable": "; ".join(f"{code(k)} ({why})" for k, why in data.unusable_static.items()),
         "training": f"At most {stage.epochs} epochs, stopped after {stage.patience} without a "
-        f"lower validation loss; batches of {arguments['batch_size']}; AdamW with learning rates "
-        f"{', '.join(f'{rate:g} ({part})' for part, rate in rates.items())}; {', '.join(own)}. "
-        "The program tunes none of these; run.json has every setting. Baselines are tuned in "
-        "five folds of the training part.",
+        f"lower validation loss; steps of {run['rows_a_step'] * run['processes']} rows; AdamW with "
+        f"learning rates {', '.join(rates)}; {', '.join(own)}. "
+        "The program tunes none of these; run.json has every setting.",
         "recalibration": platt if arguments["calibrate"] == "platt" else "None.",
         # It tells the number of events.
         **({} if arguments["min_cell"] else {"sample_size": size}),

@@ -45,6 +45,14 @@ Train = Callable[[Namespace, TrajectoryDataset], int]
 SEED = "{seed}"
 """Stands in a flag's value for the number of the seed."""
 
+NOT_IN_INTERVALS = {
+    "Not in the intervals": (
+        "the change with split and training, which the standard deviation over the splits (SD) "
+        "shows; the intervals treat the trained models as fixed"
+    )
+}
+"""Line of the page of several models of one method: seeds or folds."""
+
 ADDS = "What each part of the model adds"
 
 STAGE_1 = "stage 1"
@@ -280,10 +288,7 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
         ],
         card={
             "Seeds": f"{min(folders)} to {max(folders)}",
-            "Not in the intervals": (
-                "the change with split and training, which the standard deviation over the splits "
-                "(SD) shows; the intervals treat the trained models as fixed"
-            ),
+            **NOT_IN_INTERVALS,
         },
         meanings=MEANINGS | VARIANTS_ARE,
         notice=built_in_models_notice({"all": vars(args)}),

@@ -122,14 +122,13 @@ def _check_parts(dataset: TrajectoryDataset, split: dict[str, NDArray[np.int64]]
 def describe_split(
     dataset: TrajectoryDataset, split: dict[str, NDArray[np.int64]], seed: int
 ) -> str:
-    """Return rows, patients and events of each part."""
+    """Return how the parts came about, and rows, patients and events of each."""
     shown = []
     for part, rows in split.items():
         patients = count_patients(dataset.groups, rows)
         counts = {"row": len(rows), "patient": patients, "event": int(dataset.labels[rows].sum())}
         shown.append(f"{part} {', '.join(_plural(n, noun) for noun, n in counts.items())}")
-    how = f"drawn by --seed {seed}" if dataset.parts is None else "of the column split"
-    return f"split {how}: {'; '.join(shown)}"
+    return f"split, {dataset.describe_origin(seed)}: {'; '.join(shown)}"
 
 
 def _plural(count: int, noun: str) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.checks import labelled_rows
+from medgemma_clinical.data.texts import code
 from medgemma_clinical.data.training_data import draw_split, patient_events
 from medgemma_clinical.data.trajectories import UNKNOWN, TrajectoryDataset
 from medgemma_clinical.files import InputError
@@ -18,8 +19,9 @@ logger = logging.getLogger(__name__)
 MIN_OUTCOMES = 10
 """Patients with, and without, an event that a site needs to be held out: its AUROC is shown."""
 
-MIN_PATIENTS = 6
-"""The same for any folds: without one of two, three are left, of which one validates."""
+PATIENTS_A_FOLD = 5
+"""Patients with, and without, an event that each fold needs: with fewer, a bootstrap draw often
+lacks the events of some fold."""
 
 
 def foldable(dataset: TrajectoryDataset, max_samples: int, seed: int) -> TrajectoryDataset:
@@ -43,13 +45,13 @@ def draw_folds(
     ``groups`` (N,) are patients, ``labels`` (N,) 0 or 1; errors name the ``source``.
     """
     owner, event = patient_events(groups, labels)
-    rng, needed = np.random.default_rng(seed), max(folds, MIN_PATIENTS)
+    rng, needed = np.random.default_rng(seed), PATIENTS_A_FOLD * folds
     strata = [rng.permutation(np.flatnonzero(event == outcome)) for outcome in (True, False)]
     for patients, name in zip(strata, ("with", "without"), strict=True):
         if len(patients) < needed:
             raise InputError(
                 f"{source}: {len(patients)} patients {name} an event, --folds {folds} needs "
-                f"{needed}: choose fewer, or add such patients"
+                f"{needed}, {PATIENTS_A_FOLD} a fold: lower --folds"
             )
     fold = np.empty(len(event), dtype=np.int64)
     fold[np.concatenate(strata)] = np.arange(len(event)) % folds
@@ -87,15 +89,18 @@ def site_folds(dataset: TrajectoryDataset) -> tuple[NDArray[np.int64], list[str]
 
 
 def fold_dataset(
-    dataset: TrajectoryDataset, fold: NDArray[np.int64], k: int, seed: int
+    dataset: TrajectoryDataset, fold: NDArray[np.int64], k: int, seed: int, site: str = ""
 ) -> TrajectoryDataset:
     """Return the data of one fold's run: the rows of ``k`` test, a tenth of the others validates.
 
-    ``fold`` (N,) are those of the rows.
+    ``fold`` (N,) are those of the rows, ``site`` is the name of the fold where it is a site.
     """
     rest = np.flatnonzero(fold != k)
     drawn = draw_split(dataset.groups[rest], dataset.labels[rest], seed, dataset.source)
     own = copy.copy(dataset)
     own.parts = np.where(fold == k, "test", "train").astype("U5")
     own.parts[rest[drawn["val"]]] = "val"
+    tested = f"site {code(site)} tests" if site else f"of folds 0 to {fold.max()}, fold {k} tests"
+    validated = f"a tenth of the other patients, drawn by seed {seed}, validates"
+    own.parts_origin = f"{tested}, {validated}"
     return own

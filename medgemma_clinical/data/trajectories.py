@@ -96,6 +96,7 @@ class TrajectoryDataset:
         prediction_hours: (N,) float64, when the question is asked, on the clock of ``times``; NaN
             where unknown, None where the data do not say it.
         parts: (N,) str of train, val, test where the data bring their own split, else None.
+        parts_origin: how ``parts`` came about, in words.
         sites: (N,) str, the hospital or unit of each row where it was asked for, else None.
         held_out: parts that a split that is drawn holds out; the rows of the others train.
         features: F names.
@@ -143,6 +144,7 @@ class TrajectoryDataset:
     static: NDArray[np.float64]
     prediction_hours: NDArray[np.float64] | None = None
     parts: NDArray[np.str_] | None = None
+    parts_origin: str = "given by the column split"
     sites: NDArray[np.str_] | None = None
     held_out: tuple[str, ...] = ("val", "test")
     _summaries: NDArray[np.float64] | None = None
@@ -392,6 +394,16 @@ class TrajectoryDataset:
             split["train"] = np.sort(np.concatenate([split["train"], split[part]]))
             split[part] = split[part][:0]
         return split
+
+    def describe_origin(self, seed: int) -> str:
+        """Return how the parts of ``split`` come about, in words."""
+        if self.parts is not None:
+            return self.parts_origin
+        if not self.held_out:
+            return "all patients train, none is held out"
+        if "test" not in self.held_out:
+            return f"drawn by seed {seed}, a tenth validates, all others train"
+        return f"drawn by seed {seed}, 80/10/10, stratified by event"
 
     # ------------------------------------------------------------------ inputs beside the series
 

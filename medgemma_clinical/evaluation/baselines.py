@@ -91,11 +91,13 @@ class Baselines:
         models: those on numbers, by name.
         words: that on words of the context; None where there is none.
         inputs: what they read beside the series, as in ``Data.description``.
+        tuned: whether penalties and sizes were chosen in folds; None in files that do not say it.
     """
 
     models: dict[str, Regression | Trees]
     words: Words | None
     inputs: dict[str, Any]
+    tuned: bool | None = None
 
     @property
     def pairs(self) -> dict[str, tuple[str, str]]:
@@ -150,7 +152,9 @@ class Baselines:
         }
         words = content["words"] and Words.from_json(content["words"])
         static, time = read_names(content["inputs"]["static"]), content["inputs"]["prediction_time"]
-        return cls(models, words, {"static": static, "prediction_time": bool(time)})
+        if (tuned := content.get("tuned")) not in (None, True, False):
+            raise ValueError(f"tuned: {tuned!r}")
+        return cls(models, words, {"static": static, "prediction_time": bool(time)}, tuned)
 
 
 def fit_baselines(
@@ -181,7 +185,7 @@ def fit_baselines(
         scaler, model = (x for _, x in _fit(tuned_words(folds), seen, labels).steps)
         words = Words(vocabulary, scaler.scale_, model.coef_[0], model.intercept_)
     read = {"static": [*static], "prediction_time": dataset.hours_read is not None}
-    return Baselines(models, words, read)
+    return Baselines(models, words, read, bool(folds))
 
 
 def baseline_names(
@@ -206,6 +210,17 @@ def draw_folds(labels: Array, groups: NDArray[Any]) -> Folds:
         return []
     folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=0)
     return list(folds.split(labels, labels, groups))
+
+
+def describe_tuning(tuned: Sequence[bool | None]) -> str:
+    """Return whether the baselines of each of some models were tuned, in words."""
+    if all(tuned):
+        return f"tuned in {FOLDS} folds of the training part"
+    of = f" of {len(tuned) - sum(map(bool, tuned))} of {len(tuned)} models" if any(tuned) else ""
+    return (
+        f"not tuned: fewer than {MIN_TUNED} patients of the training part{of} have, or lack, the "
+        "event"
+    )
 
 
 def tuned_regression(folds: Folds) -> Any:

@@ -105,6 +105,7 @@ class ReportContent:
     methods: Mapping[str, str] | None = None  # what ``tripod.md`` says of the training
     notice: str = ""  # a banner
     first: Sequence[str] = ()  # sentences that the result begins with
+    folds: int = 0  # models whose risks of their own folds are judged together; 0: one model
 
 
 def render(name: str, **content: Any) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from medgemma_clinical.data.scoring import Findings, ScoringRows
 from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.distributed import exact_kernels, find_device
+from medgemma_clinical.distributed import exact_kernels, find_device, set_environment
 from medgemma_clinical.evaluation.metrics_table import DIFFERENCE, VALUE, Metrics
 from medgemma_clinical.evaluation.patients import plot_patient, plot_risks
 from medgemma_clinical.evaluation.plots import plot_style
@@ -125,6 +125,7 @@ class TrajectoryModel:
                 raise InputError(f"{name} {value!r}: choose from {', '.join(choices)}")
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size {batch_size}: at least 1")
+        set_environment()
         trained = load_trained_model(
             find_checkpoint(checkpoint, revision),
             cls.program.builders,

@@ -24,7 +24,7 @@ class Stage:
     Attributes:
         name: of the stage and of its folder.
         model: maps a batch to an ``Output`` (loss summed over terms, number of terms, logit).
-        learning_rates: of each trainable part, a direct child of ``model``, by its name.
+        learning_rates: of each part, a direct child of ``model``, by its name, frozen ones too.
         batches: rows of "train" by optimizer step, those of "val" and "test" by forward pass.
         collate: makes a batch of some rows.
         batch_size: most rows of one forward and backward pass.
@@ -71,6 +71,13 @@ class Stage:
         """Cut the rows of a step into those of each forward and backward pass."""
         return cut_rows(rows, self.batch_size, self.lengths, self.max_tokens)
 
+    @property
+    def learning_parts(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters that learn of each part that is not frozen, by its name."""
+        parts = {name: getattr(self.model, name).parameters() for name in self.learning_rates}
+        learn = {name: [p for p in part if p.requires_grad] for name, part in parts.items()}
+        return {name: parameters for name, parameters in learn.items() if parameters}
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the trainable parameters in groups of one part and one weight decay.
 
@@ -79,8 +86,8 @@ class Stage:
         Source: Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization, for the decay.
         """
         groups = []
-        for part, rate in self.learning_rates.items():
-            parameters = [p for p in getattr(self.model, part).parameters() if p.requires_grad]
+        for part, parameters in self.learning_parts.items():
+            rate = self.learning_rates[part]
             matrices = [p for p in parameters if p.ndim >= 2]
             others = [p for p in parameters if p.ndim < 2]
             for chosen, decay in ((matrices, WEIGHT_DECAY), (others, 0.0)):

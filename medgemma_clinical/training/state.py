@@ -171,6 +171,16 @@ class Progress:
         self.loss = self.terms = self.seconds = 0.0
 
 
+def describe_selection(members: int) -> str:
+    """Return which epoch's weights a training of one or several members keeps, in words."""
+    steps, within = round(1 / (1 - AVERAGE_DECAY)), f"{100 * TOLERANCE:g} %"
+    return (
+        f"the latest epoch{' of each member' if members > 1 else ''} whose validation loss is "
+        f"within {within} of the lowest; the weights are an exponential average over about {steps} "
+        "steps"
+    )
+
+
 @dataclass
 class TrainState:
     """All that training changes, and the model as the processes share it.

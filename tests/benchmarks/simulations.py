@@ -1,4 +1,4 @@
-"""Simulate what intervals, verdicts, updates and pooled values are worth, by the program and before.
+"""Simulate what intervals, verdicts, updates and pooled values are worth, now and before.
 
     python tests/benchmarks/simulations.py [--only verdicts] [--sets 200]
 

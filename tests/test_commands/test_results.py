@@ -9,15 +9,16 @@ import pytest
 import torch
 
 import medgemma_trainer as trainer
-from medgemma_clinical.commands import results
-from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES
+from medgemma_clinical.commands import results, run_folder
+from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, describe_tuning
 from medgemma_clinical.evaluation.decision import Predictions, youden_threshold
 from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.trained_model import read_trained_config
+from medgemma_clinical.training.state import describe_selection
 from pages import Page
 from predicting import MARKER, STAGES, VALUES, predicted
-from stages import arguments, data_for, patients, stage_of_patients
+from stages import arguments, data_for, make_stage, patients, stage_of_patients
 
 PARTS = {"val": "validation", "test": "test"}
 STAGE_1 = STAGE_NAMES["trajectory"]
@@ -57,6 +58,26 @@ def test_every_output_is_one_table_of_the_predictions(stage, runs):
     own = trainer.TrajectoryModel.from_pretrained(folder).results().loc[STAGE_NAMES[stage]]
     tracked = results.metrics_for_tracker({"metrics": known})
     assert own["auroc"] == tracked["test_auroc"] == known["test"]["auroc"]["value"]
+
+
+def test_the_methods_name_the_rates_of_what_learns_and_the_rows_of_a_step(runs):
+    words = f"--data_path {runs}/train.csv --ode_checkpoint {runs}/{TRAJECTORY_FILE}"
+    args = arguments(*f"{words} --model_name tiny --batch_size 3 --gradient_accumulation 7".split())
+    data, checkpoint = data_for(args), run_folder.given_stage1(args)
+    run = {**run_folder.run_record(args, data, checkpoint), "processes": 2}
+    methods = results.training_methods(make_stage(args, data), data, run)
+    assert {*re.findall(r"\((\w+)\)", methods["training"])} == {"projection", "llm", "head"}
+    assert re.search(r"\b42 rows", methods["training"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_page_and_tripod_say_how_the_epoch_was_kept_and_that_few_events_tune_nothing(stage, runs):
+    folder = runs / stage
+    assert json.loads((folder / "baselines.json").read_text())["tuned"] is False
+    page = Page((folder / "report.html").read_text()).text
+    for text in (page, (folder / "tripod.md").read_text()):
+        assert describe_tuning([False]) in text
+        assert describe_selection(1) in text
 
 
 def test_stage_1_stands_beside_the_stage_that_builds_on_it_as_it_scores_itself(runs):

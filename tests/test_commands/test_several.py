@@ -27,6 +27,7 @@ from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import Metrics
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.model_card import built_in_sentence
+from pages import Page
 
 DRAWS = 20
 DATASET = SimpleNamespace(outcome="Death")
@@ -96,6 +97,7 @@ def test_the_seeds_are_pooled(tmp_path, caplog):
     page = (tmp_path / "seeds_trajectory.html").read_text()
     for text in (page, caplog.text):
         assert f"{min(scores):.3f} to {max(scores):.3f}" in text
+    assert several.NOT_IN_INTERVALS["Not in the intervals"] in Page(page).text
     for folder in folders:
         known = results_of(folder / "metrics.json")
         assert f"{known['validation']['auroc']['value']:.3f}" in page

@@ -48,9 +48,9 @@ def checked(caplog):
 
 def test_a_sound_data_set_is_ready(checked):
     (*_, split, size, folds, verdict), warnings = checked(dataset_of(SOUND))
-    assert split == (
-        "split drawn by --seed 0: train 160 rows, 160 patients, 80 events; val 20 rows, 20 "
-        "patients, 10 events; test 20 rows, 20 patients, 10 events"
+    assert split.partition(": ")[2] == (
+        "train 160 rows, 160 patients, 80 events; val 20 rows, 20 patients, 10 events; test 20 "
+        "rows, 20 patients, 10 events"
     )
     assert "on 8 predictors needs 600 patients" in size
     assert "--folds 5" in folds

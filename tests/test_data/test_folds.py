@@ -1,10 +1,13 @@
 """Folds: who is dealt where, and what a fold's run may see."""
 
+import copy
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from dataset_format import MIMICtrajectoryDataset
+from medgemma_clinical.data.checks import describe_split
 from medgemma_clinical.data.folds import draw_folds, fold_dataset, foldable, site_folds
 from medgemma_clinical.data.trajectories import UNKNOWN
 from medgemma_clinical.files import InputError
@@ -17,7 +20,7 @@ def folds_of(dataset, folds=5, seed=0):
 
 @pytest.mark.parametrize("folds", [2, 3, 7])
 def test_patients_are_dealt_out_evenly_and_whole(folds):
-    dataset = MIMICtrajectoryDataset(cohort(77))
+    dataset = MIMICtrajectoryDataset(cohort(177))
     table = pd.DataFrame({"fold": folds_of(dataset, folds), "patient": dataset.groups})
     assert set(table["fold"]) == set(range(folds))
     assert (table.groupby("patient")["fold"].nunique() == 1).all()
@@ -50,23 +53,40 @@ def test_a_folds_run_tests_it_validates_on_a_tenth_of_the_others_and_ignores_a_g
     assert dataset.parts is None
 
 
+def test_the_data_of_a_run_say_how_their_parts_came_about():
+    dataset = MIMICtrajectoryDataset(cohort())
+    fold, own = folds_of(dataset), [copy.copy(dataset) for _ in range(3)]
+    own[0].parts, own[1].held_out, own[2].held_out = np.full(len(dataset), "train"), (), ("val",)
+    own += [dataset, *(fold_dataset(dataset, fold, k, 0) for k in range(5))]
+    own += [fold_dataset(dataset, fold, 0, 0, "east | 7")]
+    told = [each.describe_origin(7) for each in own]
+    assert len({*told}) == len(own)
+    assert [f"fold {k}" in text for k, text in enumerate(told[4:9])] == [True] * 5
+    assert "east" in told[9]
+    assert "|" not in told[9], "it would end a cell"
+    split = dataset.split(7)
+    assert all(text in describe_split(each, split, 7) for each, text in zip(own, told, strict=True))
+
+
 def test_only_labelled_rows_of_the_drawn_patients_are_dealt_out():
     dataset = MIMICtrajectoryDataset(cohort())
     dataset.labels[:3] = np.nan
-    rows = foldable(dataset, 50, 0)
-    assert rows.n_patients == 50
+    rows = foldable(dataset, 150, 0)
+    assert rows.n_patients == 150
     assert not np.isnan(rows.labels).any()
-    again = fold_dataset(rows, folds_of(rows), 0, 0).sample_patients(50, 0)
+    again = fold_dataset(rows, folds_of(rows), 0, 0).sample_patients(150, 0)
     assert len(again) == len(rows), "a run draws no others"
 
 
-@pytest.mark.parametrize(("events", "folds"), [(5, 2), (6, 7)])
+@pytest.mark.parametrize(("events", "folds"), [(9, 2), (24, 5)])
 def test_too_few_patients_for_the_folds_are_refused(events, folds):
     groups, labels = np.arange(60).astype(str), (np.arange(60) < events).astype(float)
     for each, name in ((labels, " with "), (1 - labels, " without ")):
-        with pytest.raises(InputError, match=f"data.csv: {events} patients{name}"):
+        with pytest.raises(InputError, match=f"data.csv: {events} patients{name}") as refused:
             draw_folds(groups, each, folds, 0, "data.csv")
-    draw_folds(groups, (np.arange(60) < max(folds, 6)).astype(float), folds, 0)
+        assert all(part in str(refused.value) for part in (f" {5 * folds}", "--folds"))
+    fold = draw_folds(groups, (np.arange(60) <= events).astype(float), folds, 0)
+    assert np.bincount(fold[: events + 1]).tolist() == [5] * folds
 
 
 def test_a_site_is_a_fold_where_it_has_enough_patients_and_a_patient_is_of_the_first_rows_site():

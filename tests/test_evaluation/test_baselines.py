@@ -246,6 +246,19 @@ def test_kept_baselines_give_the_same_risks_and_hold_no_extreme_value(fitted):
         assert np.array_equal(risk, fitted.risks(dataset)[name]), name
 
 
+@pytest.mark.parametrize(("needed", "tuned"), [(20, True), (80, False)])
+def test_baselines_keep_whether_their_settings_were_searched(needed, tuned, monkeypatch):
+    monkeypatch.setattr(baselines, "MIN_TUNED", needed)
+    fitted = fit_baselines(dataset_of(**visits(statics=False)), SPLIT["train"], [])
+    content = json.loads(fitted.to_json())
+    kept = Baselines.from_json(json.dumps(content))
+    assert (fitted.tuned, kept.tuned) == (tuned, tuned)
+    del content["tuned"]  # as in files of an earlier version
+    earlier = Baselines.from_json(json.dumps(content))
+    assert (earlier.tuned, earlier.names) == (None, fitted.names)
+    assert len({*map(baselines.describe_tuning, ([True], [False], [True, False]))}) == 3
+
+
 def test_a_baseline_whose_columns_the_rows_lack_has_no_risk(fitted):
     rows = visits()
     del rows["static_age"]
@@ -322,6 +335,7 @@ def test_hostile_trees_are_refused(changed):
         (["words", "vocabulary", 0], ["trauma"]),
         (["words", "scale", 0], -1),
         (["inputs", "static"], "age"),
+        (["tuned"], "yes"),
     ],
 )
 def test_altered_baselines_are_refused(keys, value, fitted):

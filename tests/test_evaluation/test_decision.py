@@ -197,7 +197,7 @@ def test_the_simplest_of_nearly_the_lowest_loss_is_recommended(models, expected)
 
 @pytest.mark.parametrize(("more", "expected"), [(0, "other"), (-1, "ensemble")])
 def test_losses_of_few_events_choose_no_model(more, expected):
-    labels, best, near, far = rivals()
+    labels, best, _, far = rivals()
     last = np.flatnonzero(labels == 1)[MIN_CHOOSING_EVENTS + more - 1] + 1
     found = {"ensemble": far[:last], "stage": far[:last], "other": best[:last]}
     patients, preferred = np.arange(last), ["ensemble", "stage"]

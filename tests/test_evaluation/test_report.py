@@ -145,6 +145,22 @@ def test_what_is_said_first_stands_first(tmp_path):
     assert positions == sorted(positions)
 
 
+def test_tables_of_folds_say_that_they_pool_the_risks_of_their_models(page, tmp_path):
+    sites = np.where(np.arange(400) % 2, "north", "south")
+    source = write_page(tmp_path, content=make_content(folds=7, sites=sites))
+    captions = re.findall('<p class="caption">(.*?)</p>', source)
+    assert len([caption for caption in captions if "of 7 models" in caption]) == 3
+    assert "models" not in " ".join(re.findall('<p class="caption">(.*?)</p>', page))
+
+
+def test_table_1_has_a_note_where_a_patient_may_count_in_both_outcomes(page, tmp_path):
+    source = write_page(tmp_path, content=make_content(noun="stays"))
+    notes = [
+        each.partition("<h2>Table 1</h2>")[2].count('<p class="soft">') for each in (page, source)
+    ]
+    assert notes[1] == notes[0] + 1
+
+
 def test_the_rows_with_the_largest_errors_are_named_only_if_patients_are_listed(tmp_path):
     rows = make_rows(60)
     source = write_page(tmp_path, rows, make_content(60), list_patients=True)

@@ -67,6 +67,10 @@ def test_the_numbers_are_those_of_plain_pandas():
 def test_rows_of_the_same_patients_are_called_stays():
     cells = table_one_cells(table_one(dataset(40), SPLIT)).set_index("Variable")
     assert cells["All"].iloc[:2].to_dict() == {"Stays": "120", "Patients": "40"}
+    for column, own in (("With the event", LABELS), ("Without the event", ~LABELS)):
+        patients = len({k % 40 for k in np.flatnonzero(own)})
+        expected = {"Stays": str(own.sum()), "Patients": str(patients)}
+        assert cells[column].iloc[:2].to_dict() == expected
 
 
 def numbers(shown, name, column="count"):

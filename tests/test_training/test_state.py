@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import signal
 from types import SimpleNamespace
 
@@ -182,6 +183,14 @@ def test_each_member_keeps_its_latest_good_epoch_and_waits_for_no_other(patience
     assert [max(np.flatnonzero(good)) + 1 for good in zip(*kept, strict=True)] == expected
     assert (table.min(axis=0) < progress.lowest).any(), "a lower loss came too late"
     assert any(k > seen.argmin() + 1 for k, seen in zip(expected, own, strict=True))
+
+
+def test_the_rule_that_keeps_an_epoch_is_described_by_its_numbers(monkeypatch):
+    monkeypatch.setattr(module, "TOLERANCE", 0.07)
+    monkeypatch.setattr(module, "AVERAGE_DECAY", 0.99)
+    one, several = module.describe_selection(1), module.describe_selection(3)
+    assert re.findall("[0-9]+", one) == re.findall("[0-9]+", several) == ["7", "100"]
+    assert one != several
 
 
 def test_several_processes_drop_units_of_their_own(monkeypatch):
