@@ -298,6 +298,7 @@ CONTRADICTIONS = [
     ("--open", "--demo --open"),
     ("--strict", "--predict --strict"),
     ("--use best", "--predict --use"),
+    ("--demo --primary blend", "--demo --primary"),
     ("--explain", "--predict --explain"),
     ("--update x", "--predict --update"),
     ("--checkpoint x", "--predict --export --checkpoint"),
@@ -427,6 +428,8 @@ CASES = [
     (KIND.format("--data_path data.csv --update broken"), "broken"),
     *((f"{TRAIN} {flag} ward", "data.csv ward") for flag in ("--site", "--leave_out")),
     (f"{TRAIN} --folds 20", "data.csv --folds"),
+    *((f"{TRAIN}{way} --primary best", "--primary best") for way in ("", " --folds 2")),
+    (f"{PREDICT.format('run/trajectory')} --primary best", "--primary best"),
     (FINAL.format("run"), f"{ENCODER} --final"),  # of a part of the patients
     (FINAL.format("missing"), f"missing/{TRAJECTORY_FILE}"),
     ("trainer --trajectory_only --dataset srtr --data_dir srtr --leave_out ward", "--leave_out"),

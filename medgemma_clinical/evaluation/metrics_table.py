@@ -115,7 +115,8 @@ class Metrics:
         table = table.reindex(columns=[*numbers, "reference"])
         counts = {name: content[name] for name in COUNTS}
         table = table.astype(dict.fromkeys(numbers, float))
-        return cls(counts, table, content["primary"], content["planned"])
+        # Runs of earlier versions did not name what was planned.
+        return cls(counts, table, content.get("primary"), content.get("planned", []))
 
 
 def bootstrap(

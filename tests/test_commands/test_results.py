@@ -53,11 +53,22 @@ def test_every_output_is_one_table_of_the_predictions(stage, runs):
     assert read_trained_config(folder)["metrics"] == known
     lines = (folder / "tripod.md").read_text().splitlines()
     (performance,) = (line for line in lines if line.startswith("| 23a |"))
-    assert f"AUROC {known['test']['auroc']['value']:.3f} [" in performance
+    assert f"AUROC {known['test']['auroc']['value']:.3f}" in performance
     assert any("drawn by seed 0" in line for line in lines)
     own = trainer.TrajectoryModel.from_pretrained(folder).results().loc[STAGE_NAMES[stage]]
     tracked = results.metrics_for_tracker({"metrics": known})
     assert own["auroc"] == tracked["test_auroc"] == known["test"]["auroc"]["value"]
+
+
+def test_the_primary_baseline_is_the_one_that_was_named(dka_file, tmp_path, capsys):
+    words = ["--trajectory_only", "--trajectory_epochs=1", "--log_file=none"]
+    words += ["--data_path", dka_file]
+    words += ["--output_dir", tmp_path / "run", "--primary", "last value"]
+    assert trainer.main([*map(str, words)]) == 0
+    assert "planned comparison, last value, has" in capsys.readouterr().out
+    known = read(tmp_path / "run" / "trajectory" / "metrics.json")["test"]
+    assert known["primary"] == "last value"
+    assert known["planned"] == ["last value", ENSEMBLE]
 
 
 def test_the_methods_name_the_rates_of_what_learns_and_the_rows_of_a_step(runs):

@@ -225,6 +225,9 @@ def test_finished_stages_of_one_folder_are_compared_by_their_names(tmp_path, cap
     content = results_of(tmp_path / "out" / "compare.json")
     assert content["model"] == STAGE_NAMES["classification"]
     assert list(content["models"]) == [STAGE_1]
+    assert (content["primary"], content["planned"]) == (None, [STAGE_1])
+    assert trainer.main(["--compare", *runs, "--primary", STAGE_1]) == 0
+    assert trainer.main(["--compare", *runs, "--primary", "blend"]) == 2
     table = join_predictions({"a": Path(runs[0]), "b": Path(runs[1])})
     gain = roc_auc_score(table["label"], table["b"]) - roc_auc_score(table["label"], table["a"])
     assert content["models"][STAGE_1]["auroc"]["difference"] == pytest.approx(gain)
