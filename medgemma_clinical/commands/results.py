@@ -328,7 +328,7 @@ def training_methods(stage: Stage, data: Data, arguments: dict[str, Any]) -> dic
         "split": f"Patients are in one of three parts, {how}: the training part fits the weights, "
         "the validation part chooses epoch and threshold, the test part was scored once.",
         "preparation": f"Rows keep their latest {dataset.read_options['max_len']} observations.",
-        "unusable": "; ".join(f"{code(k)} ({why})" for k, why in data.unusable_static.items()),
+        "unusable": "; ".join(f"{code(k)} ({why})" for k, why in data.unusable),
         "training": f"At most {stage.epochs} epochs, stopped after {stage.patience} without a "
         f"lower validation loss; batches of {arguments['batch_size']}; AdamW with learning rates "
         f"{', '.join(f'{rate:g} ({part})' for part, rate in rates.items())}; {', '.join(own)}. "
