@@ -14,6 +14,7 @@ from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.explain import explain, prefixes
 from medgemma_clinical.inference.scoring import prediction_table, scoring_rows
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
+from medgemma_clinical.models.model_card import model_card
 from medgemma_trainer import TrajectoryModel
 from predicting import SERIES, STAGES, write_data
 from stages import arguments, data_for, make_stage
@@ -91,10 +92,10 @@ def test_a_row_without_a_series_that_is_read_has_a_problem_and_no_score(unread):
             score(table.loc[[2]])
 
 
-def test_an_explanation_names_no_series_that_is_not_read(unread):
+def test_explanation_and_card_name_no_series_that_is_not_read(unread):
     path, table = unread
     model = TrajectoryModel.from_pretrained(path)
-    assert "rare" not in repr(model)
+    assert "rare" not in repr(model) + model_card(model.config)
     for row in explained(model, table.drop(index=2)):
         assert len(row.features) == len(row.units) == row.values.shape[1] == len(row.spreads) == 1
         assert row.without == {}
