@@ -289,13 +289,13 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
     def series_text(self, i: int, options: PromptOptions) -> str:
         """Return series with unit: value and hour of each observation, or of the last alone."""
         if options.series == "last":
-            last = [f"{name} not measured" for name in self.features]
+            last = {f: f"{self.features[f]} not measured" for f in self.series_read}
             for f, times, values in self.measured(i):
                 value = self.value_text(f, values[-1])
                 last[f] = f"{self.features[f]} {value} ({plain(times[-1])}h)"
-            return f"Last values: {', '.join(last)}. "
+            return f"Last values: {', '.join(last.values())}. "
         measured, sentences = {f: (t, v) for f, t, v in self.measured(i)}, []
-        for f in [self.main] if options.series == "main" else range(len(self.features)):
+        for f in [self.main] if options.series == "main" else self.series_read:
             unit = f" ({self.units[f]})" if self.units[f] else ""
             first = 0 if options.latest is None else -options.latest
             pairs = zip(*(column[first:] for column in measured.get(f, ())), strict=True)
@@ -310,12 +310,12 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         """Return the main series in full, of the others first, last and direction."""
         measured = {f: (times, values) for f, times, values in self.measured(i)}
         clauses: list[Clause] = []
-        for f, (name, unit) in enumerate(zip(self.features, self.units, strict=True)):
+        for f in self.series_read:
             clauses_of = texts.full_clauses if f == self.main else texts.short_clauses
             if f in measured:
-                clauses += clauses_of(name, unit, *measured[f])
+                clauses += clauses_of(self.features[f], self.units[f], *measured[f])
             else:
-                clauses.append(Clause(". ", name, ["not measured"]))
+                clauses.append(Clause(". ", self.features[f], ["not measured"]))
         return clauses
 
 

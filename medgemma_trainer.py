@@ -386,8 +386,8 @@ def llm_stage(
     tokens = 0 if args.soft_prompt == "off" else args.num_prefix_tokens
     shuffled = args.soft_prompt == "shuffled"
     soft = text_batches.soft_tokens(dataset, tokens)
-    unread = {"encoder": None, "members": 0, "inputs": {"static": [], "prediction_time": False}}
-    unread["patients"] = {"series": {}, "static": {}}
+    unread: Any = {"encoder": None, "members": 0, "patients": {"series": {}, "static": {}}}
+    unread["inputs"] = {**data.description()["inputs"], "static": [], "prediction_time": False}
     config = {
         "stage": args.mode,
         **{name: getattr(args, name) for name in flags.LANGUAGE_MODEL_FLAGS},

@@ -79,7 +79,6 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
     source_flag = "data_dir"
     options = ("organ", "landmark_days", "horizon_days", "transplant", "max_len")
     outcome = "Death or too sick for transplant"
-    fixed_features = True  # SRTR's own kidney history holds no laboratory value
     report_hours = HOURS_A_DAY
     row_noun = "registrations"
 

@@ -34,7 +34,7 @@ from medgemma_clinical.models.trajectory_llm import LLMWriter
 CPU = torch.device("cpu")
 LAYERS = 2
 PREFIX = 4
-LENGTHS = (1, 6, 2, 9, 3, 5, 4, 7, 1, 8, 2, 6, 3, 9, 5, 4)
+LENGTHS = (1, 6, 2, 9, 3, 5, 4, 7, 1, 8, 2, 6, 3, 9, 5, 4, 1, 6, 2, 9, 3, 5, 4, 7)
 """Observations of each patient: fewer than, as many as, and more than the soft tokens."""
 
 VISION = {
@@ -47,7 +47,7 @@ GENERATION = {"eos_token_id": [1, 106], "top_k": 64, "top_p": 0.95, "do_sample":
 
 
 def patients():
-    """Sixteen patients of different lengths, half with an event, with their own split.
+    """24 patients of different lengths, half with an event, with their own split.
 
     Two static features of each, some unknown, and the question is asked hours behind the last
     observation, or at an unknown time.
@@ -56,7 +56,7 @@ def patients():
     for k, length in enumerate(LENGTHS):
         times = np.cumsum(rng.integers(1, 9, size=length))
         series = " -> ".join(f"{rng.integers(8, 30)} ({t}h)" for t in times)
-        part = "train" if k < 8 else "val" if k < 12 else "test"
+        part = "train" if k < 16 else "val" if k < 20 else "test"
         rows.append((f"patient {k}", series, k % 2, "known diabetes " * (k % 3), part))
     columns = ["subject_id", "clinical_trajectory", "label_escalation", "clinical_context", "split"]
     dataset = MIMICtrajectoryDataset(pd.DataFrame(rows, columns=columns))

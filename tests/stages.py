@@ -31,6 +31,6 @@ def stage1_of(args, data):
 
 
 def stage_of_patients(*flags):
-    """Wire a stage of the tiny model, without dropout, over the sixteen patients."""
+    """Wire a stage of the tiny model, without dropout, over the 24 patients."""
     args = arguments(*TINY, *flags)
     return make_stage(args, data_for(args, patients()))

@@ -126,6 +126,27 @@ def test_every_row_is_predicted_once_by_the_model_of_its_fold(run, data):
         assert not np.isin(patient_hashes(rows, np.flatnonzero(fold == k)), learned).any()
 
 
+def test_each_fold_chooses_its_series_and_judges_the_rows_that_hold_one(data, tmp_path):
+    """The patients of fold 0 alone have a series, some rows nothing else."""
+    rows, fold = rows_and_folds(data)
+    table = pd.read_csv(data, dtype=str, keep_default_na=False)
+    table["trajectory_rare"] = np.where(fold == 0, "3 (1h)", "")
+    alone = np.flatnonzero(fold == 0)[:2]
+    table.loc[alone, "clinical_trajectory"] = ""
+    table.to_csv(tmp_path / "rare.csv", index=False)
+    words = command(tmp_path / "rare.csv", tmp_path, f"--folds={K}", "--final")
+    assert trainer.main([*words, "--trajectory_epochs=1"]) == 0
+    found = predictions(tmp_path / "folds_trajectory" / "predictions_folds.csv")
+    assert found["id"].tolist() == np.delete(rows.ids, alone).tolist()
+    assert found["fold"].tolist() == np.delete(fold, alone).tolist()
+    flow = pd.read_csv(tmp_path / "folds_trajectory" / "figures" / "flow.csv")
+    assert flow[["removed", "left"]].to_numpy().tolist() == [[2, len(found)]]
+    series = [["Urea"], *[["Urea", "rare"]] * K]
+    for k, place in enumerate([*(fold_folder(tmp_path, k) for k in range(K)), tmp_path / "x"]):
+        config = read_trajectory(place.parent / TRAJECTORY_FILE).config
+        assert config["inputs"]["series"] == series[k]
+
+
 def test_metrics_that_compare_risks_are_means_over_the_folds_and_shares_are_of_all_rows(run):
     table = predictions(run / "folds_trajectory" / "predictions_folds.csv")
     metrics = content(run / "folds_trajectory" / "metrics.json")["folds"]

@@ -1,6 +1,7 @@
 """Held-out patients stay unseen by scales and stage 1; no metric depends on the batches."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -8,6 +9,7 @@ import medgemma_trainer as trainer
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.data.training_data import prepare_data
 from medgemma_clinical.data.trajectories import PromptOptions
+from medgemma_clinical.evaluation.baselines import fit_baselines
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.hub import shared_copy
 from medgemma_clinical.models import language_model
@@ -19,6 +21,7 @@ from visits import cohort
 
 NAMED = {"subject_id": [f"patient {k}" for k in range(60)]}
 NOTES = {"clinical_context": [f"note {k}" for k in range(60)]}
+PARTS = {"split": ["train"] * 80 + ["val"] * 20 + ["test"] * 20}
 TABLE = cohort().assign(prediction_hours="9")
 TABLE["static_visit"] = TABLE["clinical_context"].str.split().str[-1].astype(int)
 
@@ -67,6 +70,40 @@ def test_fit_scales__sees_the_training_part_alone():
     moved = {name for name in before if not torch.equal(before[name], touched[name])}
     for part in ("encoder.scaler.knots", "summary_scaler.knots", "static_scaler.knots"):
         assert any(part in name for name in moved), part
+
+
+def known_to(few, value, fact):
+    """120 patients: ``few`` of the training and the test part, know a series and a fact."""
+    values = np.random.default_rng(5).uniform(8, 30, size=(120, 2)).round(3)
+    table = table_of([f"{a} (0h) -> {b} (3h)" for a, b in values], **PARTS)
+    table["subject_id"] = [f"patient {k}" for k in range(120)]
+    table["trajectory_rare"] = [f"{k} (2h)" for k in range(few)] + [""] * (100 - few) + [value] * 20
+    table["static_rare"] = [*range(few)] + [np.nan] * (100 - few) + [fact] * 20
+    return table
+
+
+def readings(few):
+    """Return all that the models of such patients say of the test part, by what it knows."""
+    args, found = arguments(STAGE_1), []
+    for known in (("", np.nan), ("6 (2h)", 6.0), ("60 (1h) -> 70 (3h)", 60.0)):
+        data = drawn(known_to(few, *known))
+        dataset, test = data.dataset, data.split["test"]
+        if not found:
+            model = stage1_of(args, data).eval()
+            baselines = fit_baselines(dataset, data.split["train"], data.usable_static)
+        with torch.no_grad():
+            states, logits = model.read(dataset.collate(test))
+        risks = pd.DataFrame(baselines.risks(dataset, test)).to_numpy()
+        prompts = [dataset.prompt(i) for i in test]
+        found.append((states[:, -1], logits[0, :, 0], logits[0, :, 1], risks, prompts))
+    return zip(*found, strict=True)
+
+
+@pytest.mark.parametrize("few", [10, 11])
+def test_what_few_training_patients_have_changes_nothing_in_any_row(few):
+    for without, *others in readings(few):
+        for given in others:
+            assert np.array_equal(without, given) == (few < 11)
 
 
 # --------------------------------------------------------------------------- stage 1's patients

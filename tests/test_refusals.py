@@ -163,8 +163,8 @@ def make_world(folder):
     write_data(table, folder / "unit.csv", unit="mg/dL")
     write_data(table.assign(trajectory_ph="7.4 (0h)"), folder / "second.csv")
     split = ["train"] * 28 + ["val"] * 6 + ["test"] * 6
-    ph = ["" if part == "train" else "7.4 (0h)" for part in split]
-    write_data(table.assign(split=split, trajectory_ph=ph), folder / "unmeasured.csv")
+    ph = ["" if 10 <= k < 28 else "7.4 (0h)" for k in range(40)]
+    write_data(table.assign(split=split, trajectory_ph=ph), folder / "few.csv")
     write_data(table.drop(columns=BMI), folder / "bare.csv")
     people = f"Patient,Admitted,Died,Ward\n{MARKER},2024-01-21,{MARKER},{MARKER}\n"
     (folder / "people.csv").write_text(people)
@@ -406,7 +406,7 @@ CASES = [
     (f"{STAGE_2} --data_path unit.csv", f"{ENCODER} units"),
     (f"{STAGE_2} --data_path second.csv", f"{ENCODER} features"),
     (f"{STAGE_2} --data_path data.csv --seed 3 --max_len 3", ENCODER),  # another split
-    ("trainer --trajectory_only --data_path unmeasured.csv", "ph --series"),
+    ("trainer --trajectory_only --data_path few.csv --series ph", "ph"),
     ("trainer --trajectory_only --dataset srtr --data_dir srtr --series GFR", "--series"),
     ("trainer --ablation --data_path data.csv --model_name tiny --arms nothing", "nothing"),
     *((PREDICT.format(f"checkpoints/{name}"), name) for name in ("cut", "shuffled", "random")),

@@ -26,6 +26,7 @@ from srtr_files import (
     write_folder,
     write_table,
 )
+from stages import arguments, data_for, make_stage
 
 ORGAN_NAMES = tuple(ORGANS)
 
@@ -160,6 +161,25 @@ def test_scoring_refuses_another_organ_and_other_features(tmp_path):
     for change, place in (({"features": ["MELD"]}, "features"), ({"read_options": other}, "kipa")):
         with pytest.raises(InputError, match=place):
             score(dataset, tmp_path, **change)
+
+
+@pytest.mark.parametrize("few", [0, 10, 11])
+def test_a_laboratory_value_that_few_training_candidates_have_is_blank(few, tmp_path):
+    cand, history = filler("kidney", 40)
+    write_folder(tmp_path, cand, history, "kidney")
+    split = (dataset := SRTRTrajectoryDataset(tmp_path, "kidney")).split(0)
+    known = {*dataset.ids[split["train"][:few]], *dataset.ids[split["test"]]}
+    history += [history_row(int(px), 5, "kidney", CANHX_GFR=9) for px in sorted(known)]
+    write_folder(tmp_path, cand, history, "kidney")
+    args = arguments("--trajectory_only", "--dataset", "srtr", "--data_dir", str(tmp_path))
+    data, place = data_for(args), dataset.features.index("GFR")
+    read = data.dataset.values[data.dataset.rows_of(data.split["test"]), place]
+    assert np.isnan(read).all() == ("GFR" in dict(data.unusable)) == (few < 11)
+    prompts = [data.dataset.prompt(i) for i in data.split["test"]]
+    assert {"GFR" in text for text in prompts} == {few > 10}
+    stage = make_stage(args, data)
+    assert stage.model.eval()(stage.collate(data.split["test"])).logit.isfinite().all()
+    assert 0 not in stage.config["patients"]["series"].values()
 
 
 def test_the_prompt_holds_as_much_of_the_history_as_was_chosen(synthetic):

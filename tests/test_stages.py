@@ -14,7 +14,8 @@ from medgemma_clinical.training.evaluate import evaluate, outputs
 from stages import arguments, stage_of_patients
 
 ONE, TWO, THREE = "--trajectory_only", "--mode classification", "--mode generative"
-TRAINED = 8  # rows; four validate, four test
+SERIES = {"series": ["Anion gap"]}
+TRAINED = 16  # rows; four validate, four test
 ROWS, FACTS = [3, 1, 9], ["static_bmi [kg/m2]", "static_admissions"]
 
 
@@ -115,7 +116,7 @@ def test_stage_1_decides_what_stage_2_reads(flags, facts, time, tmp_path):
         stage = stage_of(f"--ode_checkpoint {file} {more}")
         for key in ("inputs", "encoder"):
             assert stage.config[key] == one.config[key]
-    assert one.config["inputs"] == {"static": facts, "prediction_time": time}
+    assert one.config["inputs"] == {"static": facts, "prediction_time": time, **SERIES}
     assert one.config["encoder"]["solver"] == ("bosh3" if "bosh3" in flags else "rk4")
     batch = stage.collate([13, 15])
     assert batch["static"].shape == (2, len(facts))
@@ -154,7 +155,7 @@ def test_the_number_of_soft_tokens_changes_nothing_but_their_number():
         assert parts == {*stage.learning_rates} == {"llm", "head"} | read
         if not number:  # else a file that lacks facts would be refused for nothing
             assert stage.config["encoder"] is None
-            assert stage.config["inputs"] == {"static": [], "prediction_time": False}
+            assert stage.config["inputs"] == {"static": [], "prediction_time": False, **SERIES}
     most = stage_of("--num_prefix_tokens 4096")
     assert most.model.tokens == max(states_of(most, range(len(patients()))))
 

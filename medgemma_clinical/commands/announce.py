@@ -60,6 +60,7 @@ def log_run_summary(stage: Stage, data: Data, args: Namespace) -> None:
     for line in [*summarize(dataset), describe_split(dataset, data.split, args.seed)]:
         logger.info(line)
     log_warnings(describe_leaks(dataset, data.split["train"]), dataset.source)
+    log_warnings(describe_unusable(data.unusable_series), dataset.source)
     if "members" in stage.learning_rates or "stage1" in stage.learning_rates:
         if args.facts == "on":
             log_warnings(describe_unusable(data.unusable_static), dataset.source)

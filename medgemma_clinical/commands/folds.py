@@ -218,10 +218,12 @@ def write_results(
     name = STAGE_NAMES[stage]
     known = [read_json(each / METRICS) for each in folders]
     tables = shared_models([read_predictions(each, name) for each in folders])
-    order = np.argsort(np.concatenate([np.flatnonzero(fold == k) for k in range(len(folders))]))
-    table = pd.concat(tables, ignore_index=True).iloc[order].reset_index(drop=True)
+    table = pd.concat(tables, ignore_index=True)
+    # A row without a value of the series that its fold reads has no prediction.
+    positions = pd.Series(np.arange(len(rows)), rows.ids)[table["id"].tolist()].to_numpy()
+    table = table.iloc[np.argsort(positions)].reset_index(drop=True)
     table["label"] = table["label"].astype(int)
-    positions = np.flatnonzero(fold >= 0)
+    positions = np.sort(positions)
     own = fold[positions]
     thresholds = np.array([each["threshold"] for each in known])[own]
     metrics = evaluate(table, args.seed, thresholds, split=own, primary=args.primary)
@@ -318,7 +320,9 @@ def report_content(
     best_epoch = f"{epoch}, the median of the folds, after which --final ends; each keeps {kept}"
     judged = np.isin(np.arange(len(rows)), positions)
     if not judged.all():
-        rows = rows.keep_rows(judged, "of sites that only train")
+        rule = "without a value of a series that their fold reads"
+        rule = f"of sites that only train, or {rule}" if args.leave_out else rule
+        rows = rows.keep_rows(judged, rule)
     return ReportContent(
         title=f"{STAGE_NAMES[config['stage']].capitalize()}, {kind}: {rows.outcome}",
         question=rows.task_description(),

@@ -110,7 +110,8 @@ def predict(args: Namespace, given: set[str]) -> int:
     tally.log(model)
     logger.info("predictions: %s; %s", request.predictions, peak_memory())
     trained, has_ids = training_patients(model.trained, request.checkpoint)
-    labelled = report_labelled(tally, model, first.dataset, request, trained, has_ids=has_ids)
+    rows = first.dataset.with_inputs(**config["inputs"])
+    labelled = report_labelled(tally, model, rows, request, trained, has_ids=has_ids)
     if request.explain:
         explain_rows(tally.chosen, model, request, trained, has_ids=has_ids)
     if request.update:

@@ -358,7 +358,7 @@ def training_methods(stage: Stage, data: Data, run: dict[str, Any]) -> dict[str,
         "split": f"Each patient is in one of three parts ({origin}): the training part fits the "
         "weights, the validation part chooses epoch and threshold, the test part was scored once.",
         "preparation": f"Rows keep their latest {dataset.read_options['max_len']} observations.",
-        "unusable": "; ".join(f"{code(k)} ({why})" for k, why in data.unusable_static.items()),
+        "unusable": "; ".join(f"{code(k)} ({why})" for k, why in data.unusable),
         "training": f"At most {stage.epochs} epochs, stopped after {stage.patience} without a "
         f"lower validation loss; steps of {run['rows_a_step'] * run['processes']} rows; AdamW with "
         f"learning rates {', '.join(rates)}; {', '.join(own)}. "

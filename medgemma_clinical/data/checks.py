@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,10 +71,9 @@ def _log_check(dataset: TrajectoryDataset, min_events: int) -> None:
         obstacle = "no labels to train on"
     if not obstacle:
         dataset = labelled_rows(dataset)
-        split = dataset.split(SEED)
-        logger.info(describe_split(dataset, split, SEED))
-        check_measured(dataset, split["train"])
-        warnings += (found := _check_parts(dataset, split))
+        read, split, unread = rows_as_read(dataset, dataset.split(SEED))
+        logger.info(describe_split(read, split, SEED))
+        warnings += (found := [*describe_unusable(unread), *_check_parts(read, split)])
         log_warnings(found)
     ready = "ready to predict on" if obstacle else "ready"
     with_warnings = ", with warnings" if warnings or dataset.warnings else ""
@@ -88,6 +87,29 @@ def labelled_rows(dataset: TrajectoryDataset) -> TrajectoryDataset:
         return dataset
     logger.info("%s: %d rows without a label are not used", dataset.source, int((~known).sum()))
     return dataset.keep_rows(known, "without a label")
+
+
+def rows_as_read(
+    dataset: TrajectoryDataset,
+    split: dict[str, NDArray[np.int64]],
+    series: Sequence[str] | None = None,
+) -> tuple[TrajectoryDataset, dict[str, NDArray[np.int64]], dict[str, str]]:
+    """Return the rows with the series that are read alone, their split, and why others are not.
+
+    ``series`` are those of a stage 1; None chooses those that the training part can teach. Rows
+    without a value of them are left out; log how many.
+    """
+    if series is None:
+        unread = dataset.unusable_series(split["train"])
+        series = [name for name in dataset.features if name not in unread]
+    else:
+        others = [name for name in dataset.features if name not in series]
+        unread = dict.fromkeys(others, "stage 1 does not read it")
+    read, split = dataset.with_series(series).keep_measured(split)
+    if lost := len(dataset) - len(read):
+        text = "%s: %s rows hold no value of a series that is read, and are not used"
+        logger.info(text, dataset.source, f"{lost:,}")
+    return read, split, unread
 
 
 def log_warnings(warnings: Iterable[str], source: str = "") -> None:
@@ -112,7 +134,7 @@ def _check_parts(dataset: TrajectoryDataset, split: dict[str, NDArray[np.int64]]
     if dataset.parts is None and dataset.labels[test].sum() < TEST_EVENTS:
         few = f"fewer than {TEST_EVENTS} events in the test part"
         logger.info("%s: --folds 5 tests the model on each patient once", few)
-    warnings += describe_few_patients(patients_behind_inputs(read, train))
+    warnings += describe_prediction_times(read, train)
     return [*warnings, *describe_unusable(unusable), *describe_leaks(dataset, train)]
 
 
@@ -160,7 +182,8 @@ def summarize(dataset: TrajectoryDataset) -> list[str]:
         f"span in hours: {_percentiles(spans)}",
     ]
     owner, patients = dataset.owner, pd.factorize(dataset.groups)[0]
-    for name, unit, values in zip(dataset.features, dataset.units, dataset.values.T, strict=True):
+    for f in dataset.series_read:
+        name, unit, values = dataset.features[f], dataset.units[f], dataset.values[:, f]
         measured, text = ~np.isnan(values), "never measured"
         if measured.any():
             rows, counts = np.unique(owner[measured], return_counts=True)
@@ -183,27 +206,6 @@ def _percentiles(numbers: NDArray[Any]) -> str:
 # --------------------------------------------------------------------------- suspicions
 
 
-def check_measured(dataset: TrajectoryDataset, train: NDArray[np.int64]) -> None:
-    """Refuse a feature, or a prediction time, that no patient of the training part has.
-
-    Raises:
-        InputError: its name, and how to go on without it.
-    """
-    if dataset.hours_read is not None and np.isnan(dataset.hours_read[train]).all():
-        raise InputError(
-            f"{dataset.source}: no patient of the training part has a prediction time: fill the "
-            "column prediction_hours, or leave it unread by --prediction_time off"
-        )
-    unknown = np.isnan(dataset.values[dataset.rows_of(train)])
-    never = [name for name, column in zip(dataset.features, unknown.T, strict=True) if column.all()]
-    if never and not dataset.fixed_features:  # which nobody has chosen
-        rest = ",".join(name for name in dataset.features if name not in never)
-        raise InputError(
-            f"{dataset.source}: the training part never measures {', '.join(never)}: go on "
-            f'without it by --series "{rest}"'
-        )
-
-
 def patients_behind_inputs(
     dataset: TrajectoryDataset, train: NDArray[np.int64]
 ) -> dict[str, dict[str, int]]:
@@ -214,30 +216,36 @@ def patients_behind_inputs(
         ``prediction_hours`` where a model reads them.
     """
     patients = pd.factorize(dataset.groups[train])[0]  # numbers are counted faster
-    owners = np.repeat(patients, dataset.lengths[train])
-    measured = ~np.isnan(dataset.values[dataset.rows_of(train)])
-    series = [count_patients(owners, column) for column in measured.T]
     columns = zip(dataset.static_inputs, dataset.static_values(train).T, strict=True)
     static = {name: patients_behind(column, patients) for name, column in columns}
     if dataset.hours_read is not None:
         known = ~np.isnan(dataset.hours_read[train])
         static["prediction_hours"] = count_patients(patients, known)
-    return {"series": dict(zip(dataset.features, series, strict=True)), "static": static}
+    return {"series": dataset.series_patients(train), "static": static}
 
 
-def describe_few_patients(patients: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """Warn of ``patients_behind_inputs`` so few that a mean, which weights keep, is theirs."""
-    behind = {**patients["series"], **patients["static"]}
-    if not (few := [name for name, count in behind.items() if 0 < count < MIN_CELL]):
+def describe_prediction_times(dataset: TrajectoryDataset, train: NDArray[np.int64]) -> list[str]:
+    """Warn of prediction times so few that their mean, which weights keep, is that of a few.
+
+    Raises:
+        InputError: a model reads them, and no patient of the training part has one.
+    """
+    count = patients_behind_inputs(dataset, train)["static"].get("prediction_hours", MIN_CELL)
+    if not count:
+        raise InputError(
+            f"{dataset.source}: no patient of the training part has a prediction time: fill the "
+            "column prediction_hours, or leave it unread by --prediction_time off"
+        )
+    if count >= MIN_CELL:
         return []
     return [
-        f"fewer than {MIN_CELL} training patients have {', '.join(few)}: the weights keep "
-        f"{'its mean' if len(few) == 1 else 'their means'}, and push_to_hub refuses such a model"
+        f"fewer than {MIN_CELL} training patients have prediction_hours: the weights keep their "
+        "mean, and push_to_hub refuses such a model"
     ]
 
 
 def describe_unusable(unusable: Mapping[str, str]) -> list[str]:
-    """Warn of static features that no model reads, see ``TrajectoryDataset.unusable_static``."""
+    """Warn of series or static features that no model reads; ``unusable`` says why."""
     return [f"{name} is not read: {reason}" for name, reason in unusable.items()]
 
 

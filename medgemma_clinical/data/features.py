@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.small_cells import count_patients
+from medgemma_clinical.data.small_cells import MIN_CELL, count_patients
 
 STATISTICS = ("first", "last", "min", "max", "mean", "count", "span", "slope")
 """Of each feature: values and mean in raw units, span in hours, least-squares slope an hour."""
@@ -17,9 +17,6 @@ SINCE_LAST = "hours since the last observation"
 
 AGE, SEX = ("static_age [years]", "static_age"), ("static_sex_male",)
 """Names of the static features that hold age and sex, in every data set."""
-
-MIN_PATIENTS = 5
-"""Training patients that an input needs: with fewer, a weight would only fit noise."""
 
 
 def summary_names(features: Sequence[str], *, prediction_time: bool) -> list[str]:
@@ -94,9 +91,9 @@ def unusable_static(
     for name, column in zip(names, static.T, strict=True):
         if len(np.unique(column[~np.isnan(column)])) < 2:
             unusable[name] = "the training part holds no two different values of it"
-        elif patients_behind(column, groups) < MIN_PATIENTS:
+        elif patients_behind(column, groups) < MIN_CELL:
             unusable[name] = (
-                f"fewer than {MIN_PATIENTS} training patients have it, or another value than the "
-                "most frequent one"
+                f"fewer than {MIN_CELL} training patients have it, or another value than the most "
+                "frequent one"
             )
     return unusable

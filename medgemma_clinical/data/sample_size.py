@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from medgemma_clinical.data.features import STATISTICS
 from medgemma_clinical.data.small_cells import count_patients
 
 if TYPE_CHECKING:
@@ -47,7 +48,8 @@ def describe_sample_size(
 
     Its predictors are the columns of the baseline that reads both.
     """
-    predictors = len(dataset.summary_names()) + len(static)
+    unread = len(dataset.features) - len(dataset.series_read)
+    predictors = len(dataset.summary_names()) - unread * len(STATISTICS) + len(static)
     prevalence = float(dataset.labels[train].mean())
     needed, patients = sample_sizes(predictors, prevalence), count_patients(dataset.groups, train)
     return (

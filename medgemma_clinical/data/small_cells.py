@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 MIN_CELL = 11
-"""Patients of the smallest cell that is shared. Source: CMS cell size suppression policy, no cell
-of 1 to 10."""
+"""Patients of the smallest cell that is shared, and training patients that an input needs, since
+the weights are shared, too. Source: CMS cell size suppression policy, no cell of 1 to 10."""
 
 
 def count_patients(groups: NDArray[np.generic], rows: NDArray[np.generic]) -> int:

@@ -11,12 +11,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.checks import (
-    check_measured,
-    describe_few_patients,
     describe_long_spans,
+    describe_prediction_times,
     labelled_rows,
     log_warnings,
     patients_behind_inputs,
+    rows_as_read,
 )
 from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.files import InputError
@@ -72,14 +72,21 @@ def given_split(
 ) -> Split:
     """Return the split that the data bring in ``parts`` (n,); see ``draw_split``."""
     split = {name: np.flatnonzero(parts == name) for name in PARTS}
+    check_outcomes(split, groups, labels, f"{source}, column split")
+    return split
+
+
+def check_outcomes(
+    split: Split, groups: NDArray[np.str_], labels: NDArray[np.float64], where: str
+) -> None:
+    """Refuse a part that lacks patients with or without an event; errors begin by ``where``."""
     owner, event = patient_events(groups, labels)
     for name, rows in split.items():
         if len(np.unique(event[owner[rows]])) < 2:
             raise InputError(
-                f"{source}, column split: {name} lacks patients with or without an event: each of "
-                "train, val, test needs both"
+                f"{where}: {name} lacks patients with or without an event: each of train, val, "
+                "test needs both"
             )
-    return split
 
 
 def patient_events(
@@ -175,6 +182,7 @@ class Data:
         data_sha256: hash of all that was read, before ``--max_samples``.
         rows_sha256: hash of labels, ids, patients and given split.
         unusable_static: static features that no model can learn from, and why.
+        unusable_series: the same of series, which are blank.
     """
 
     dataset: TrajectoryDataset
@@ -183,11 +191,17 @@ class Data:
     data_sha256: str
     rows_sha256: str
     unusable_static: dict[str, str] = field(default_factory=dict)
+    unusable_series: dict[str, str] = field(default_factory=dict)
 
     @property
     def usable_static(self) -> list[str]:
         """Names of the static features that the training part can teach."""
         return [name for name in self.dataset.static_names if name not in self.unusable_static]
+
+    @property
+    def unusable(self) -> list[tuple[str, str]]:
+        """Series and static features that are not read, and why."""
+        return [*self.unusable_series.items(), *self.unusable_static.items()]
 
     def prevalence(self) -> float:
         """Return the share of events in the training part."""
@@ -204,11 +218,9 @@ class Data:
         return self.dataset.time_scale
 
     def check_inputs(self) -> None:
-        """Warn of inputs that few training patients have; refuse one that none has."""
-        dataset, train = self.dataset, self.split["train"]
-        check_measured(dataset, train)
-        behind = patients_behind_inputs(dataset, train)
-        log_warnings(describe_few_patients(behind), dataset.source)
+        """Warn of prediction times that few training patients have; refuse those that none has."""
+        warnings = describe_prediction_times(self.dataset, self.split["train"])
+        log_warnings(warnings, self.dataset.source)
 
     def description(self) -> dict[str, Any]:
         """Return what a checkpoint stores of its data, without any patient in it."""
@@ -221,6 +233,7 @@ class Data:
             "inputs": {
                 "static": list(dataset.static_inputs),
                 "prediction_time": dataset.hours_read is not None,
+                "series": [dataset.features[f] for f in dataset.series_read],
             },
             "outcome": dataset.outcome,
             "question": dataset.question,
@@ -270,13 +283,16 @@ def prepare_data(
 ) -> Data:
     """Take at most ``max_samples`` patients (0: all) of what was read, and split them.
 
-    ``inputs`` are those of a stage 1 beside the series, as in ``Data.description``; None chooses
-    them: static features that the training part can teach, and the prediction time, where asked.
+    ``inputs`` are those of a stage 1, as in ``Data.description``; None chooses them: series and
+    static features that the training part can teach, and the prediction time, where asked. Rows
+    without a value of a series that is read are left out.
     """
     dataset = labelled_rows(dataset)
     data_sha256, rows_sha256 = dataset.fingerprint(), dataset.row_fingerprint()
     sample = dataset.sample_patients(max_samples, seed)
     split = sample.split(seed)
+    series = None if inputs is None else inputs.get("series", sample.features)
+    sample, split, unread = rows_as_read(sample, split, series)
     unusable = sample.unusable_static(split["train"])
     if inputs is None:
         names = [name for name in sample.static_names if static and name not in unusable]
@@ -285,4 +301,4 @@ def prepare_data(
     sample = sample.with_inputs(**inputs)
     reads_context = prompts.context and bool((dataset.contexts != "").any())
     prompts = replace(prompts, context=reads_context)
-    return Data(sample, split, prompts, data_sha256, rows_sha256, unusable)
+    return Data(sample, split, prompts, data_sha256, rows_sha256, unusable, unread)

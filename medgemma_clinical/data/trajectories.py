@@ -24,6 +24,7 @@ from medgemma_clinical.data.features import (
     unusable_static,
 )
 from medgemma_clinical.data.scoring import Findings
+from medgemma_clinical.data.small_cells import MIN_CELL, count_patients
 from medgemma_clinical.data.texts import (
     WHOLE_PROMPT,
     Clause,
@@ -32,7 +33,7 @@ from medgemma_clinical.data.texts import (
     plain,
     with_space,
 )
-from medgemma_clinical.data.training_data import draw_split, given_split
+from medgemma_clinical.data.training_data import Split, check_outcomes, draw_split, given_split
 from medgemma_clinical.files import InputError
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class TrajectoryDataset:
         units: F units, empty where a feature has none.
         static_names: names of all static features, ``static_NAME [unit]``.
         static_inputs: K names of those that a model reads; none before they are chosen.
+        series_inputs: names of the features that a model reads; all before they are chosen.
         reads_prediction_time: whether a model reads ``prediction_hours``, where the data say them.
         question: the question about a trajectory, a sentence.
         outcome: the event in a few words; a report begins with it.
@@ -112,7 +114,6 @@ class TrajectoryDataset:
         read_options: the arguments that decide what a row is and which of its observations are
             kept; plain types. A checkpoint stores them to read other data in the same way.
         main: position of the feature that stands for the others in texts.
-        fixed_features: the features belong to the format: one that is never measured is no mistake.
         has_patient_ids: whether the data name their patients; else each row is a patient.
         flow: how the data came to their rows, ``FLOW_COLUMNS``; None where unknown.
         warnings: what seems to be a mistake in the source, as logged when it was read.
@@ -122,7 +123,6 @@ class TrajectoryDataset:
     kind: ClassVar[str]
     source_flag: ClassVar[str]
     options: ClassVar[tuple[str, ...]]
-    fixed_features: ClassVar[bool] = False
     row_noun: ClassVar[str] = "stays"
     """What a clinician calls the rows, where a patient may have several."""
     report_hours: ClassVar[float] = 1.0
@@ -153,6 +153,7 @@ class TrajectoryDataset:
     units: tuple[str, ...]
     static_names: tuple[str, ...] = ()
     static_inputs: tuple[str, ...] = ()
+    series_inputs: tuple[str, ...] | None = None
     reads_prediction_time: bool = True
     question: str
     outcome: str
@@ -343,7 +344,7 @@ class TrajectoryDataset:
         return chosen
 
     def keep_observations(self, kept: NDArray[np.bool_]) -> None:
-        """Keep the observations that a mask marks, at least one of each row."""
+        """Keep the observations that a mask marks."""
         sizes = np.bincount(self.owner[kept], minlength=len(self))
         self.times, self.values = self.times[kept], self.values[kept]
         self.offsets = np.concatenate([[0], np.cumsum(sizes)])
@@ -381,6 +382,18 @@ class TrajectoryDataset:
         rows.flow = line if self.flow is None else pd.concat([self.flow, line])
         return rows
 
+    def keep_measured(self, split: Split) -> tuple[Self, Split]:
+        """Return the rows that hold a value of a series that is read, and their split."""
+        kept, rule = self.lengths > 0, "without a value of a series that is read"
+        if kept.all():
+            return self, split
+        rows, position = self.keep_rows(kept, rule), np.cumsum(kept) - 1
+        left = {part: position[own[kept[own]]] for part, own in split.items()}
+        filled = {part: left[part] for part, own in split.items() if len(own)}
+        where = f"{self.source}, where rows {rule} are left out"
+        check_outcomes(filled, rows.groups, rows.labels, where)
+        return rows, left
+
     def split(self, seed: int) -> dict[str, NDArray[np.int64]]:
         """Divide the rows 80/10/10 by patient, stratified by event; ``parts`` overrides.
 
@@ -405,7 +418,36 @@ class TrajectoryDataset:
             return f"drawn by seed {seed}, a tenth validates, all others train"
         return f"drawn by seed {seed}, 80/10/10, stratified by event"
 
-    # ------------------------------------------------------------------ inputs beside the series
+    # ------------------------------------------------------------------ inputs
+
+    @property
+    def series_read(self) -> list[int]:
+        """Positions of the features that a model reads."""
+        names = self.features if self.series_inputs is None else self.series_inputs
+        return [f for f, name in enumerate(self.features) if name in names]
+
+    def series_patients(self, rows: NDArray[np.int64]) -> dict[str, int]:
+        """Count the patients of some rows that have a value of each feature that is read."""
+        patients = pd.factorize(self.groups[rows])[0]  # numbers are counted faster
+        owners = np.repeat(patients, self.lengths[rows])
+        measured = ~np.isnan(self.values[self.rows_of(rows)])
+        return {self.features[f]: count_patients(owners, measured[:, f]) for f in self.series_read}
+
+    def unusable_series(self, train: NDArray[np.int64]) -> dict[str, str]:
+        """Return the features that too few patients of the training part have, and why.
+
+        Raises:
+            InputError: that is all of them.
+        """
+        counts = self.series_patients(train)
+        few = f"fewer than {MIN_CELL} training patients have it"
+        unusable = {name: few for name, count in counts.items() if count < MIN_CELL}
+        if len(unusable) == len(counts):
+            raise InputError(
+                f"{self.source}: no series has values of {MIN_CELL} training patients "
+                f"({', '.join(unusable)}): train on more patients"
+            )
+        return unusable
 
     def static_table(self, names: Sequence[str]) -> pd.DataFrame:
         """Return static features by their names, N rows, NaN where unknown."""
@@ -420,19 +462,44 @@ class TrajectoryDataset:
         """Return the static features that no model can learn from on the training part, and why."""
         return unusable_static(self.static[train], self.static_names, self.groups[train])
 
-    def with_inputs(self, static: Sequence[str], *, prediction_time: bool) -> Self:
-        """Return the rows with the inputs of a model beside the series; refuse lacking ones."""
+    def with_inputs(
+        self, static: Sequence[str], *, prediction_time: bool, series: Sequence[str] | None = None
+    ) -> Self:
+        """Return the rows with the inputs of a model alone; refuse lacking ones.
+
+        ``series``: names of the features that it reads, see ``with_series``; None: as before.
+        """
         lacking = [name for name in static if name not in self.static_names]
         if prediction_time and self.prediction_hours is None:
             lacking.append("prediction_hours")
+        self._refuse(lacking)
+        chosen = copy.copy(self) if series is None else self.with_series(series)
+        chosen.static_inputs, chosen.reads_prediction_time = tuple(static), prediction_time
+        chosen._summaries = None
+        return chosen
+
+    def _refuse(self, lacking: Sequence[str]) -> None:
+        """Refuse data that lack inputs of a model."""
         if lacking:
             raise InputError(
                 f"{self.source}: the model reads {', '.join(lacking)}: add the columns, their "
                 "cells empty where unknown"
             )
+
+    def with_series(self, series: Sequence[str]) -> Self:
+        """Return the rows in which the features that ``series`` does not name are blank.
+
+        A row that has nothing else is left without an observation.
+        """
+        self._refuse([name for name in series if name not in self.features])
         chosen = copy.copy(self)
-        chosen.static_inputs, chosen.reads_prediction_time = tuple(static), prediction_time
-        chosen._summaries = None
+        chosen.series_inputs = tuple(series)
+        read = chosen.series_read
+        if self.series_read != read:
+            chosen.values = self.values.copy()
+            chosen.values[:, np.setdiff1d(np.arange(len(self.features)), read)] = np.nan
+            chosen.keep_observations(np.asarray(~np.isnan(chosen.values).all(axis=1)))
+            chosen.main = self.main if self.main in read else read[0]
         return chosen
 
     def baseline_inputs(self) -> dict[str, pd.DataFrame]:
@@ -482,7 +549,7 @@ class TrajectoryDataset:
         """Return in words what is predicted, when, and from what."""
         inputs = (
             f"{name} ({unit})" if unit else name
-            for name, unit in zip(self.features, self.units, strict=True)
+            for name, unit in ((self.features[f], self.units[f]) for f in self.series_read)
         )
         moment = "after the last observation of each row"
         if self.prediction_hours is not None:

@@ -57,7 +57,7 @@ def _variables(dataset: TrajectoryDataset) -> pd.DataFrame:
     names = [name.removeprefix(STATIC) for name in dataset.static_names]
     columns: list[Any] = [dataset.static]
     summaries = pd.DataFrame(dataset.summaries(), columns=dataset.summary_names())
-    for name, unit in zip(dataset.features, dataset.units, strict=True):
+    for name, unit in ((dataset.features[f], dataset.units[f]) for f in dataset.series_read):
         names += [f"{name}, last value{f' [{unit}]' if unit else ''}"]
         names += [f"{name}, observations"]
         columns += [summaries[[f"{name} last"]], summaries[[f"{name} count"]].fillna(0)]

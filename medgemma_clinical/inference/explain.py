@@ -15,7 +15,7 @@ from medgemma_clinical.data.scoring import Findings, ScoringRows
 from medgemma_clinical.data.texts import plain
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.patients import Explanation
-from medgemma_clinical.inference.scoring import score_rows, text_collator
+from medgemma_clinical.inference.scoring import rows_as_read, score_rows, text_collator
 from medgemma_clinical.models.trained_model import TrainedModel
 from medgemma_clinical.models.trajectory import TrajectoryMember
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
@@ -28,7 +28,7 @@ def risk_over_time(
     rows: ScoringRows, trained: TrainedModel, findings: Findings, batch_size: int
 ) -> Iterator[pd.DataFrame]:
     """Yield the risk of rows as known after each observation; columns id, hours, probability."""
-    dataset = rows.dataset.with_inputs(**trained.config["inputs"])
+    dataset = rows_as_read(rows, trained.config, findings).dataset
     for start in range(0, len(dataset), ROWS_AT_ONCE):
         part = dataset.subset(np.arange(start, min(start + ROWS_AT_ONCE, len(dataset))))
         cut, owner = prefixes(part)
@@ -65,15 +65,16 @@ def explain(
     first = np.zeros(1, dtype=np.int64)
     whole = ScoringRows(np.array([row["id"]]), first, dataset, first, 1)
     (curve,) = risk_over_time(whole, trained, Findings(dataset.source), batch_size)
+    series = dataset.series_read
     return Explanation(
         id=row["id"],
         probability=row["probability"],
-        features=dataset.features,
-        units=dataset.units,
+        features=tuple(dataset.features[f] for f in series),
+        units=tuple(dataset.units[f] for f in series),
         times=dataset.times,
-        values=dataset.values,
-        references=tuple(map(dataset.reference, range(len(dataset.features)))),
-        spreads=training_spreads(dataset, trained),
+        values=dataset.values[:, series],
+        references=tuple(map(dataset.reference, series)),
+        spreads=training_spreads(dataset, trained)[series],
         observations=tuple(map(dataset.observation_text, range(len(dataset.times)))),
         hours=curve["hours"].to_numpy(),
         risks=curve["probability"].to_numpy(),

@@ -108,7 +108,7 @@ def push_model(
     if not REPO_ID.fullmatch(repo_id):
         raise InputError(f"{repo_id}: not an id of the hub: give user/name")
     known = trained.config.get("patients", {})
-    few = [name for counts in known.values() for name, n in counts.items() if n < MIN_CELL]
+    few = [name for counts in known.values() for name, n in counts.items() if 0 < n < MIN_CELL]
     if few and not allow_small_cells:
         raise InputError(
             f"{repo_id}: fewer than {MIN_CELL} training patients stand behind {', '.join(few)}, "

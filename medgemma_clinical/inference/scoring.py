@@ -83,6 +83,13 @@ def count_implausible(dataset: TrajectoryDataset, findings: Findings) -> None:
             findings.counts[problem] += len(np.unique(owner[outside]))
 
 
+def rows_as_read(rows: ScoringRows, config: dict[str, Any], findings: Findings) -> ScoringRows:
+    """Return rows with the inputs of a model alone; one without a value of its series is noted."""
+    rows = replace(rows, dataset=rows.dataset.with_inputs(**config["inputs"]))
+    empty = rows.dataset.lengths == 0
+    return rows.without(empty, "holds no value of a series that the model reads", findings)
+
+
 @dataclass(frozen=True)
 class Scores:
     """M rows with a score."""
@@ -127,7 +134,7 @@ def score_rows(
     ``use``: see ``TrainedModel.model_named``.
     """
     used = trained.model_named(use)
-    rows = replace(rows, dataset=rows.dataset.with_inputs(**trained.config["inputs"]))
+    rows = rows_as_read(rows, trained.config, findings)
     count_unknown_static(rows.dataset, findings)
     model = trained.model
     stage1 = model if isinstance(model, Stage1) else model.stage1

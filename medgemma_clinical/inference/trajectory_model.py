@@ -28,6 +28,7 @@ from medgemma_clinical.inference.scoring import (
     check_kind,
     prediction_table,
     reports_of,
+    rows_as_read,
     score_rows,
     scoring_rows,
 )
@@ -141,7 +142,8 @@ class TrajectoryModel:
         """Return stage, series, base model and data."""
         config = self.config
         base = config.get("merged_from", config).get("base_model") or "no language model"
-        series, data = ", ".join(config["features"]), f"{config['dataset']} {config['data_sha256']}"
+        series = ", ".join(config["inputs"].get("series", config["features"]))
+        data = f"{config['dataset']} {config['data_sha256']}"
         return f"{type(self).__name__}({self.stage}; {config['outcome']}; {series}; {base}; {data})"
 
     @property
@@ -282,12 +284,15 @@ class TrajectoryModel:
         Raises:
             ValueError: no row has this id.
         """
-        for chunk in self._read(rows, strict=True)[0]:
+        chunks, findings = self._read(rows, strict=True)
+        for chunk in chunks:
             chosen = np.flatnonzero((chunk.ids == str(id)) | (id is None))[:1]
             if len(chosen):
-                dataset = chunk.dataset.subset(chosen).with_inputs(**self.config["inputs"])
-                row = {"id": chunk.ids[chosen[0]], "probability": np.nan, "problem": ""}
-                shown = explain(row, dataset, self.trained, self.batch_size)
+                ids, numbers = chunk.ids[chosen], chunk.numbers[chosen]
+                own = chunk.dataset.subset(chosen), np.zeros(1, dtype=np.int64), chunk.read
+                read = rows_as_read(ScoringRows(ids, numbers, *own), self.config, findings)
+                row = {"id": ids[0], "probability": np.nan, "problem": ""}
+                shown = explain(row, read.dataset, self.trained, self.batch_size)
                 with plot_style():
                     return plot_patient(shown, self.config["outcome"], self.threshold)[0]
         raise ValueError(f"no row has the id {id}")
@@ -333,8 +338,8 @@ class TrajectoryModel:
             revision: branch, made where there is none; None takes "main".
             commit_message: one line.
             token: of the hub; None takes that of the login.
-            allow_small_cells: upload exact counts, and a model that reads a series or a static
-                feature that fewer than 11 training patients have.
+            allow_small_cells: upload exact counts, and a model that reads prediction times which
+                fewer than 11 training patients have.
 
         Returns:
             Address of the commit.

@@ -123,12 +123,14 @@ def check_config(path: Path, config: Any, stages: tuple[str, ...]) -> None:
     try:
         encoder, base = config["encoder"], config.get("base_model", "tiny")
         counts = {name: config.get(name, 0) for name in BOUNDS}
+        series = config["inputs"].get("series", config["features"])
         allowed = {
             "stage": config["stage"] in stages,
             "encoder": encoder is None
             or (encoder["input_dim"] == len(config["features"]) and encoder["hidden_dim"] <= 1024),
             "features": 1 <= len(config["features"]) == len(config["units"]) <= 10_000,
             "static": len(config["inputs"]["static"]) <= 10_000,
+            "series": series and type(series) is list and {*series} <= {*config["features"]},
             "base_model": config.get("base_sha256") or HUB_ID.fullmatch(base),
             **{name: type(n) is int and 0 <= n <= BOUNDS[name] for name, n in counts.items()},
         }

@@ -69,14 +69,15 @@ def model_card(config: Config, repo_id: str | None = None, min_cell: int = MIN_C
 
     ``config`` has no ``metrics`` while a run lasts.
     """
-    units = zip(config["features"], config["units"], strict=True)
+    units = dict(zip(config["features"], config["units"], strict=True))
+    series = config["inputs"].get("series", config["features"])
     shared = shareable(config, min_cell)
     words: dict[str, Any] = {
         "config": shared,
         "model": describe_model(shared),
         "repo_id": repo_id,
         "place": json.dumps(repo_id or "FOLDER"),
-        "series": [f"{name} ({unit})" if unit else name for name, unit in units],
+        "series": [f"{name} ({units[name]})" if units[name] else name for name in series],
         "texts": {"limits": LIMITS, "not_a_device": NOT_A_DEVICE, "licence": licence(config)},
         **{"code": code, "names": names, "number": count_text, "interval": json_text},
     }

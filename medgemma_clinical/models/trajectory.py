@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medgemma_clinical.data.features import MIN_PATIENTS, patients_behind
+from medgemma_clinical.data.features import patients_behind
+from medgemma_clinical.data.small_cells import MIN_CELL
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import Batch, TrajectoryDataset
 from medgemma_clinical.files import InputError
@@ -212,7 +213,7 @@ class Stage1(nn.Module):
         summaries = torch.from_numpy(dataset.summaries()[train])
         groups = pd.factorize(dataset.groups[train])[0]
         for column in summaries.T:
-            if patients_behind(column.numpy(), groups) < MIN_PATIENTS:
+            if patients_behind(column.numpy(), groups) < MIN_CELL:
                 column.fill_(math.nan)
         static = torch.from_numpy(dataset.static_values(train))
         member: Any

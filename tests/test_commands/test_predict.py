@@ -258,7 +258,8 @@ def models(asked, tmp_path_factory):
 )
 def test_the_risks_are_those_of_the_run(stage, models, asked, tmp_path):
     config = read_trained_config(models / stage)
-    assert config["inputs"] == {"static": STATICS, "prediction_time": True}
+    series = config["features"]
+    assert config["inputs"] == {"static": STATICS, "prediction_time": True, "series": series}
     assert config["members"] == 2
     data = write_data(asked.drop(columns=LABEL), tmp_path / "rows.csv")
     out = predicted(models / stage, data, tmp_path / "out.csv").set_index("id")

@@ -74,7 +74,7 @@ RARE = {
         (["180 (0h) -> 21 (4h)"] * 200, {}, ["Anion gap: 200 of 400 values lie outside -5 to 60"]),
         (["20 (0h) -> 21 (9000h)"] * 200, {}, ["--time_scale 9000"]),
         (SOUND, {"static_same": 1}, ["static_same is not read"]),
-        (SOUND, RARE, ["lactate, static_rare, static_two, prediction_hours"]),
+        (SOUND, RARE, ["lactate", "prediction_hours", "static_rare", "static_two"]),
         (SOUND, {"context": "54 years"}, ["context"]),
     ],
 )
@@ -88,8 +88,8 @@ def test_what_looks_wrong_is_a_warning(series, columns, words, checked):
 
 
 def test_a_given_split_is_shown_as_such_with_its_counts(checked):
-    split = ["train", "train", "val", "val", "test", "test"]
-    (line,) = (m for m in checked(dataset_of(SOUND[:6], split=split))[0] if "column split" in m)
+    split = ["train"] * 12 + ["val", "val", "test", "test"]
+    (line,) = (m for m in checked(dataset_of(SOUND[:16], split=split))[0] if "column split" in m)
     assert line.endswith("test 2 rows, 2 patients, 1 event")
 
 

@@ -70,23 +70,23 @@ def test_the_baselines_see_the_last_value_the_count_or_everything():
 @pytest.mark.parametrize(
     ("values", "groups", "behind", "read"),
     [
-        ([1.0, 2, 3, 4, 5, NAN], None, 5, True),
-        ([1.0, 2, 3, 4, NAN, NAN], None, 4, False),
-        ([1.0, 2, 3, NAN], [0, 0, 1, 2], 2, False),
-        ([NAN] * 9, None, 0, False),
-        ([7.0] * 9, None, 9, False),
-        ([3.0] * 9 + [NAN], None, 9, False),
-        ([0.0] * 9 + [1.0] * 5, None, 5, True),
-        ([0.0] * 9 + [1.0] * 4, None, 4, False),
-        ([1.0] * 9 + [0.0] * 3, None, 3, False),
-        ([0.0] * 20 + [1.0] * 8, np.arange(28) // 2, 4, False),
+        ([*range(11), NAN], None, 11, True),
+        ([*range(10), NAN, NAN], None, 10, False),
+        ([*range(11), NAN], [0, *range(11)], 10, False),
+        ([NAN] * 19, None, 0, False),
+        ([7.0] * 19, None, 19, False),
+        ([3.0] * 19 + [NAN], None, 19, False),
+        ([0.0] * 19 + [1.0] * 11, None, 11, True),
+        ([0.0] * 19 + [1.0] * 10, None, 10, False),
+        ([1.0] * 19 + [0.0] * 9, None, 9, False),
+        ([0.0] * 40 + [1.0] * 20, np.arange(60) // 2, 10, False),
         # Where most rows share a value, mean and spread tell of the others.
-        ([0.0] * 9 + [5.0, 10, 20], None, 3, False),
+        ([0.0] * 19 + [5.0, 10, 20] * 3, None, 9, False),
         ([0.0] * 9 + [5.0, 10, 20], [*range(9), 20, 20, 21], 2, False),
-        ([0.0] * 3 + [5.0, 10, 20], None, 6, True),
+        ([0.0] * 6 + [5.0, 10, 20] * 2, None, 12, True),
     ],
 )
-def test_a_static_feature_is_read_with_two_values_and_five_patients_that_know_it_or_differ(
+def test_a_static_feature_is_read_with_two_values_and_eleven_patients_that_know_it_or_differ(
     values, groups, behind, read
 ):
     values = np.array(values)

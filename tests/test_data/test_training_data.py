@@ -274,28 +274,33 @@ def test_the_hashes_of_training_patients_are_sorted_unique_and_of_names_and_rows
 
 def test_the_description_of_data_is_plain_and_counts_the_patients_behind_each_input(caplog):
     table = patients(120).assign(split=["train"] * 80 + ["val"] * 20 + ["test"] * 20)
-    table["trajectory_lactate"] = ["2 (0h) -> 3 (1h)"] * 8 + [""] * 112
+    table["trajectory_lactate"] = ["2 (0h) -> 3 (1h)"] * 12 + [""] * 108
+    table["trajectory_rare"] = ["2 (0h)"] * 10 + [""] * 70 + ["2 (0h)"] * 40
     table["static_age"] = np.arange(120) % 60
-    table["static_two"] = [1] * 7 + [0] * 73 + [1] * 40
+    table["static_two"] = [1] * 17 + [0] * 63 + [1] * 40
     table["prediction_hours"] = [30] * 9 + [np.nan] * 111
     data = data_of(table, max_len=64)
     text = json.dumps(data.description())
     assert "P1-" not in text
     description = json.loads(text)
     assert description["read_options"] == {"max_len": 64, "label_column": LABEL}
-    assert description["features"] == ["Anion gap", "lactate"]
+    assert description["features"] == ["Anion gap", "lactate", "rare"]
+    read = {"static": ["static_age", "static_two"], "prediction_time": True}
+    assert description["inputs"] == {**read, "series": ["Anion gap", "lactate"]}
     assert (description["dataset"], description["has_patient_ids"]) == ("dka", True)
-    static = {"static_age": 80, "static_two": 7, "prediction_hours": 9}
-    expected = {"series": {"Anion gap": 80, "lactate": 8}, "static": static}
+    static = {"static_age": 80, "static_two": 17, "prediction_hours": 9}
+    expected = {"series": {"Anion gap": 80, "lactate": 12}, "static": static}
     assert description["patients"] == expected
     assert data.prevalence() == pytest.approx(0.2)
     caplog.clear()
     data_of(patients()).check_inputs()
     data.check_inputs()
     (line,) = caplog.messages
-    assert "fewer than 11 training patients have lactate, " in line
-    table.loc[:7, "subject_id"] = "one"  # with eight rows
-    assert data_of(table, max_len=64).description()["patients"]["series"]["lactate"] == 1
+    assert "prediction_hours" in line
+    table.loc[:1, "subject_id"] = "one"  # with two rows
+    assert data_of(table, max_len=64).description()["patients"]["series"]["lactate"] == 11
+    table.loc[:2, "subject_id"] = "one"
+    assert data_of(table, max_len=64).description()["inputs"]["series"] == ["Anion gap"]
 
 
 def test_rows_without_a_label_enter_nothing_that_is_learned_from():
@@ -313,6 +318,57 @@ def test_rows_without_a_label_enter_nothing_that_is_learned_from():
     assert data_of(table.assign(clinical_context="x")).prompts.context
     for part, rows in known.split.items():
         np.testing.assert_array_equal(mixed.split[part], rows)
+
+
+def with_rare(few, empty):
+    """120 patients, ``few`` of the training part with a rare series; ``empty`` rows hold no other.
+
+    The empty ones are the last; half of them have the event.
+    """
+    table = patients(120).assign(split=["train"] * 80 + ["val"] * 20 + ["test"] * 20)
+    table["trajectory_rare [U]"] = ["2 (1h)"] * few + [""] * (80 - few) + ["7 (1h)"] * 40
+    table.loc[120 - empty :, SERIES] = ""
+    return table
+
+
+@pytest.mark.parametrize("few", [10, 11])
+def test_rows_of_a_series_that_few_training_patients_have_leave_every_part(few):
+    data = data_of(with_rare(few, 8), max_len=64)
+    if few == 11:
+        assert (len(data.dataset), data.unusable) == (120, [])
+        return
+    assert [name for name, _ in data.unusable] == ["rare"]
+    assert data.dataset.flow[["removed", "left"]].to_numpy().tolist() == [[8, 112]]
+    names = {part: data.dataset.groups[rows].tolist() for part, rows in data.split.items()}
+    assert names["val"] == [f"P1-{k}" for k in range(80, 100)]
+    assert names["test"] == [f"P1-{k}" for k in range(100, 112)]
+    without = data_of(with_rare(few, 8).drop(columns="trajectory_rare [U]").head(112), max_len=64)
+    for part, rows in data.split.items():
+        np.testing.assert_array_equal(rows, without.split[part])
+
+
+@pytest.mark.parametrize(("few", "empty", "place"), [(10, 20, "test lacks"), (10, 0, "")])
+def test_a_part_that_the_rows_left_out_leave_without_both_outcomes_is_refused(few, empty, place):
+    table = with_rare(few, empty)
+    if place:
+        with pytest.raises(InputError, match=place):
+            data_of(table, max_len=64)
+    else:
+        data_of(table, max_len=64)
+    with pytest.raises(InputError, match="rare"):  # nothing would be left
+        data_of(table.drop(columns=SERIES), max_len=64)
+
+
+def test_the_series_of_a_given_stage_1_are_read_and_those_of_an_earlier_one_are_all():
+    table, options = with_rare(11, 0), {"max_samples": 0, "seed": 0, "prompts": PromptOptions()}
+    dataset = MIMICtrajectoryDataset(table, 64, description=GAP)
+    inputs = {"static": [], "prediction_time": False}
+    every = prepare_data(dataset, **options, inputs=inputs)
+    assert (every.description()["inputs"]["series"], every.unusable) == (["Anion gap", "rare"], [])
+    own = prepare_data(dataset, **options, inputs={**inputs, "series": ["rare"]})
+    assert [name for name, _ in own.unusable] == ["Anion gap"]
+    assert own.dataset.lengths.max() == 1
+    assert len(own.dataset) == 51
 
 
 def test_a_sample_is_drawn_before_the_split_and_hashes_are_of_all_that_was_read():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataset_format import MIMICtrajectoryDataset
-from medgemma_clinical.data.checks import check_measured
+from medgemma_clinical.data.checks import describe_prediction_times
 from medgemma_clinical.data.features import SINCE_LAST, STATISTICS
 from medgemma_clinical.files import InputError
 from trajectories import dataset_of
@@ -18,6 +18,7 @@ from visits import cohort
 
 CELLS = ["1 (2h) -> 3 (5h)", "7 (-1h)", "4 (0h) -> 5 (1h) -> 9 (9h)"]
 NAN = float("nan")
+NO_TIME = {"prediction_time": False}
 
 
 def known(*hours, static=("static_x",)):
@@ -178,23 +179,34 @@ def test_rows_up_to_an_observation_are_those_that_end_there_and_are_predicted_th
 # --------------------------------------------------------------------------- inputs
 
 
-@pytest.mark.parametrize("lacking", [{"static": ["static_z"]}, {"prediction_time": True}])
+@pytest.mark.parametrize(
+    "lacking", [{"static": ["static_z"]}, {"prediction_time": True}, {"series": ["z"]}]
+)
 def test_an_input_that_the_data_lack_is_refused(lacking):
-    with pytest.raises(InputError, match=r"static_z|prediction_hours"):
+    with pytest.raises(InputError, match=r"static_z|prediction_hours|reads z"):
         dataset_of(CELLS).with_inputs(**{"static": [], "prediction_time": False, **lacking})
 
 
-def test_an_input_that_no_training_patient_has_is_refused_unless_the_format_brings_it(monkeypatch):
-    hours, rare = [5.0] + [NAN] * 39, ["5 (0h)"] + [""] * 39
-    timed = dataset_of(["1 (0h)"] * 40, prediction_hours=hours)
-    series, train = dataset_of(["1 (0h)"] * 40, trajectory_rare=rare), np.arange(40)
-    for dataset, place in (
-        (timed, "column prediction_hours"),
-        (series, 'rare.*--series "Anion gap"'),
-    ):
-        check_measured(dataset, train)
-        with pytest.raises(InputError, match=place):
-            check_measured(dataset, train[1:])
-    check_measured(timed.with_inputs([], prediction_time=False), train[1:])
-    monkeypatch.setattr(MIMICtrajectoryDataset, "fixed_features", True)
-    check_measured(series, train[1:])
+def test_prediction_times_that_no_training_patient_has_are_refused():
+    dataset = dataset_of(["1 (0h)"] * 40, prediction_hours=[5.0] + [NAN] * 39)
+    train, unread = np.arange(40), dataset.with_inputs([], prediction_time=False)
+    assert len(describe_prediction_times(dataset, train)) == 1
+    with pytest.raises(InputError, match="column prediction_hours"):
+        describe_prediction_times(dataset, train[1:])
+    assert describe_prediction_times(unread, train[1:]) == []
+
+
+def test_nothing_is_left_of_a_series_that_is_not_read():
+    rare = ["5 (0h)", "6 (-1h) -> 7 (3h)", ""]
+    dataset, names = dataset_of(CELLS, trajectory_rare=rare), ["Anion gap"]
+    never, before = dataset_of(CELLS, trajectory_rare=""), dataset.fingerprint()
+    for read in (dataset.with_series(names), dataset.with_inputs([], **NO_TIME, series=names)):
+        assert read.fingerprint() == never.fingerprint()
+        np.testing.assert_array_equal(read.summaries(), never.summaries())
+        assert "rare" not in read.prompt(1) + read.report(1) + read.task_description()["Series"]
+        assert read.with_inputs([], **NO_TIME).series_read == [0], "as before"
+    other = dataset.with_series(["rare"])
+    assert (other.lengths.tolist(), other.main) == ([1, 2, 0], 1)
+    assert dataset.fingerprint() == before
+    with pytest.raises(InputError, match="lactate"):
+        dataset.with_series(["lactate"])

@@ -34,6 +34,13 @@ def dataset(patients=N):
     return dataset_of(SERIES, subject_id=names, **COLUMNS)
 
 
+def test_a_series_that_is_not_read_has_no_line():
+    read = table_one(dataset().with_series(["Anion gap"]), SPLIT)
+    without = table_one(dataset(), SPLIT)
+    without = without[~without["variable"].str.startswith("potassium")]
+    pd.testing.assert_frame_equal(read, without.reset_index(drop=True))
+
+
 def test_the_numbers_are_those_of_plain_pandas():
     found = table_one(dataset(), SPLIT).set_index(["variable", "group"])
     last = {"Anion gap": [k + k % 4 for k in range(N)]}

@@ -10,9 +10,11 @@ import medgemma_trainer as trainer
 from conftest import DATA
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.data.scoring import Findings
+from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.explain import explain, prefixes
 from medgemma_clinical.inference.scoring import prediction_table, scoring_rows
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
+from medgemma_clinical.models.model_card import model_card
 from medgemma_trainer import TrajectoryModel
 from predicting import SERIES, STAGES, write_data
 from stages import arguments, data_for, make_stage
@@ -56,6 +58,58 @@ def several(stays, tmp_path_factory):
     stage = make_stage(args, data_for(args))
     stage.save(place, stage.config)
     return TrajectoryModel.from_pretrained(place.parent / TRAJECTORY_FILE)
+
+
+@pytest.fixture(scope="module")
+def unread(stays, tmp_path_factory):
+    """A stage 1 that does not read one of its two series, whose rows include one of it alone."""
+    place = tmp_path_factory.mktemp("unread") / "trajectory"
+    rows = stays[[SERIES, "label_escalation"]].assign(trajectory_rare="", split="train")
+    rows.loc[:9, "trajectory_rare"] = "5 (1h)"
+    rows.loc[60:69, ["trajectory_rare", "split"]] = "5 (1h)", "val"
+    rows.loc[70:, ["trajectory_rare", "split"]] = "5 (1h)", "test"
+    args = arguments("--trajectory_only", "--data_path", str(write_data(rows, place.parent / "a")))
+    stage = make_stage(args, data_for(args))
+    stage.save(place, stage.config)
+    table = rows.head(4).drop(columns="split")
+    table.loc[2, SERIES] = ""
+    return place.parent / TRAJECTORY_FILE, table
+
+
+def test_a_row_without_a_series_that_is_read_has_a_problem_and_no_score(unread):
+    path, table = unread
+    model, never = TrajectoryModel.from_pretrained(path), table.assign(trajectory_rare="")
+    lines = model.predictions(table)
+    assert (lines["problem"] != "").tolist() == lines["probability"].isna().tolist()
+    assert lines["probability"].isna().tolist() == [False, False, True, False]
+    good = table.drop(index=2)
+    risks = model.predict_proba(good)
+    np.testing.assert_array_equal(risks, model.predict_proba(never.drop(index=2)))
+    curve = model.risk_over_time(good).groupby("id", sort=False)["probability"].last()
+    np.testing.assert_allclose(curve, risks[:, 1], atol=1e-6)
+    for score in (model.predict_proba, model.risk_over_time, model.plot_patient):
+        with pytest.raises(InputError, match="row 0"):
+            score(table.loc[[2]])
+
+
+def test_explanation_and_card_name_no_series_that_is_not_read(unread):
+    path, table = unread
+    model = TrajectoryModel.from_pretrained(path)
+    assert "rare" not in repr(model) + model_card(model.config)
+    for row in explained(model, table.drop(index=2)):
+        assert len(row.features) == len(row.units) == row.values.shape[1] == len(row.spreads) == 1
+        assert row.without == {}
+        assert "rare" not in str(row)
+
+
+def test_a_model_of_a_time_before_its_series_were_chosen_reads_all(unread, tmp_path):
+    path, table = unread
+    content = torch.load(path, weights_only=True)
+    del content["config"]["inputs"]["series"]
+    torch.save(content, tmp_path / TRAJECTORY_FILE)
+    model = TrajectoryModel.from_pretrained(tmp_path / TRAJECTORY_FILE)
+    assert model.predictions(table)["probability"].notna().all()
+    assert "rare" in repr(model)
 
 
 # --------------------------------------------------------------------------- risk over time

@@ -41,7 +41,8 @@ STAGES = {"trajectory": STAGE_1, "classification": STAGE_2}
 @pytest.fixture(scope="module")
 def models(runs):
     """The model of each stage, finished, with 7 events of 60 in its test part."""
-    few = {"metrics": run_metrics(events=7), "patients": {"series": {"x": 240}, "static": {}}}
+    behind = {"series": {"x": 240, "never measured": 0}, "static": {}}
+    few = {"metrics": run_metrics(events=7), "patients": behind}
     found = {stage: load_trained_model(runs / stage, trainer.BUILDERS) for stage in STAGES}
     for each in found.values():
         each.config.update(few)

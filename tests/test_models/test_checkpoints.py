@@ -247,6 +247,10 @@ def test_load_trained_model__runs_no_code(run, tmp_path):
         *(("encoder", ENCODER | {"input_dim": 2}), ("base_model", "../evil"), ("base_model", None)),
         *(("base_model", "/evil"), ("base_model", "a/b/c"), ("base_model", "\x1b[2Jevil")),
         ("inputs", {"static": ["fact"] * 10_001, "prediction_time": True}),
+        *(
+            ("inputs", {"static": [], "prediction_time": True, "series": series})
+            for series in ([], ["other"], "Anion gap", [["Anion gap"]], None)
+        ),
     ],
     ids=lambda value: repr(value)[:25],
 )

@@ -153,9 +153,9 @@ def test_encode__a_frozen_encoder_is_run_once_and_its_states_equal_fresh_ones(mo
 
 @pytest.mark.parametrize("tokens", [PREFIX, 64])
 def test_soft_tokens__are_those_that_reach_the_decoder(parts, tokens):
-    stage1, batch = parts.classifier.stage1, parts.collate(range(16))
+    stage1, batch = parts.classifier.stage1, parts.collate(range(24))
     mask = text_batches.latest_states(stage1, batch, tokens).mask
-    by_hand = np.minimum([len(plain_states(stage1, batch, row)) for row in range(16)], tokens)
+    by_hand = np.minimum([len(plain_states(stage1, batch, row)) for row in range(24)], tokens)
     counted = text_batches.soft_tokens(parts.collate.dataset, tokens)
     assert counted.tolist() == mask.sum(1).tolist() == by_hand.tolist()
 
