@@ -247,10 +247,11 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         for k, (table, read) in enumerate(dka.read_tables(source, max_rows)):
             if k == 0:
                 description = dka.as_trained(table, description, config, findings)
+                lacking = dka.lacking_series(table, description, config, findings.source)
             static = {name for name in map(str, table) if name.startswith(dka.STATIC)}
             site = config["read_options"].get("site")
             dataset = cls(
-                table.drop(columns=static - {*kept, site}),
+                table.drop(columns=static - {*kept, site}).assign(**dict.fromkeys(lacking, "")),
                 config["read_options"]["max_len"],
                 description=description,
                 require_labels=False,

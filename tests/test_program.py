@@ -77,7 +77,10 @@ def test_the_winner_of_the_history_scores_what_the_files_say(stage, runs, tmp_pa
         for metric, value in expected.items():
             found = metrics[name][metric]
             assert found["value"] == pytest.approx(value, abs=1e-9)
-            assert found["low"] <= found["value"] <= found["high"]
+            if metric in ("auroc", "auprc") and label.sum() < 3:  # too often without an event
+                assert (found["low"], found["high"]) == (None, None)
+            else:
+                assert found["low"] <= found["value"] <= found["high"]
     if stage != "trajectory":
         page = (runs / stage / "report.html").read_text()
         assert page.index(built_in_sentence("tiny")) < page.index("chance (0.5)")

@@ -574,6 +574,8 @@ def as_trained(
     found = {comparable(x.name): x for x in find_features(table, about, None, source)}
     for name, unit in measured:
         feature = found.get(comparable(name))
+        if feature is None and name not in config["inputs"].get("series", config["features"]):
+            continue
         if feature is None:
             column, known = Feature(name, unit).title, join_names([x.name for x in found.values()])
             where = f"{source}, column trajectory_{column}"
@@ -590,3 +592,13 @@ def as_trained(
     if label in table and outcome != expected:
         raise InputError(f"{source}, column {label}: is {outcome}, the model predicts {expected}")
     return about
+
+
+def lacking_series(
+    table: pd.DataFrame, about: Description, config: dict[str, Any], source: str
+) -> list[str]:
+    """Return the columns of a checkpoint's series that a table lacks; no model reads these."""
+    found = {comparable(x.name) for x in find_features(table, about, None, source)}
+    measured = zip(config["features"], config["units"], strict=True)
+    lacking = [Feature(*each).title for each in measured if comparable(each[0]) not in found]
+    return [f"trajectory_{title}" for title in lacking]

@@ -179,7 +179,9 @@ def test_metrics_of_many_chunks_are_those_of_one(runs, strangers, tmp_path, monk
     rows = strangers.assign(subject_id=[f"p{k % 17}" for k in range(len(strangers))])
     data, judged = write_data(rows, tmp_path / "rows.csv"), []
     evaluate = predict.evaluate
-    monkeypatch.setattr(predict, "evaluate", lambda t, *x: judged.append(t) or evaluate(t, *x))
+    monkeypatch.setattr(
+        predict, "evaluate", lambda t, *x, **y: judged.append(t) or evaluate(t, *x, **y)
+    )
     for name, size in (("one", 10_000), ("many", 7)):
         monkeypatch.setitem(MEMORY_ROWS, "trajectory", size)
         predicted(runs / "trajectory", data, tmp_path / f"{name}.csv")

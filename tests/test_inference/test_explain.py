@@ -85,6 +85,8 @@ def test_a_row_without_a_series_that_is_read_has_a_problem_and_no_score(unread):
     good = table.drop(index=2)
     risks = model.predict_proba(good)
     np.testing.assert_array_equal(risks, model.predict_proba(never.drop(index=2)))
+    without = good.drop(columns="trajectory_rare")
+    np.testing.assert_array_equal(risks, model.predict_proba(without))
     curve = model.risk_over_time(good).groupby("id", sort=False)["probability"].last()
     np.testing.assert_allclose(curve, risks[:, 1], atol=1e-6)
     for score in (model.predict_proba, model.risk_over_time, model.plot_patient):
