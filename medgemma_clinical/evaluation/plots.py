@@ -118,12 +118,12 @@ def to_image(figure: Figure, alt: str) -> Image:
     return Image(buffer.getvalue(), alt)
 
 
-def _with_legend(figure: Figure) -> Figure:
+def _with_legend(figure: Figure, columns: int = 3) -> Figure:
     """Put one legend above the panels, where it hides no curve."""
     for axes in figure.axes:
         if own := axes.get_legend():  # scikit-learn's
             own.remove()
-    figure.legend(loc="outside upper left", ncols=3)
+    figure.legend(loc="outside upper left", ncols=columns)
     return figure
 
 
@@ -344,6 +344,5 @@ def plot_updates(curves: Mapping[str, pd.DataFrame]) -> Plot:
         x, y = 100 * table["predicted"], 100 * table["observed"]
         axes.plot(x, y, form, color=colour, linewidth=1, label=name)
     axes.set(xlabel="predicted risk, %", ylabel="observed, %")
-    return _with_legend(
-        figure
-    ), "Calibration curves of the model not updated and after each update."
+    alt = "Calibration curves of the model not updated and after each update."
+    return _with_legend(figure, 2), alt

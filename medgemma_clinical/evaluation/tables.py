@@ -128,19 +128,20 @@ def subgroup_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
 
 def update_cells(table: pd.DataFrame) -> pd.DataFrame:
     """Return the table of ``Updates``, without index, as text, a line a method."""
-    lines: dict[str, dict[str, str]] = {}
-    for row in table.itertuples():
-        title, form, _ = METRICS[str(row.metric)]
-        line = lines.setdefault(str(row.method), {})
-        if row.metric in ("calibration_slope", "ici"):
-            line[title] = value_text(row, form)
-        else:
-            line[f"{title} [95 %]"] = value_text(row, form)
-            line[f"{title}, change [95 %]"] = difference_text(row, f"+{form}")
-    columns = ["Slope", "ICI", *[f"Log loss{end} [95 %]" for end in ("", ", change")]]
-    columns += [f"Brier score{end} [95 %]" for end in ("", ", change")]
-    cells = pd.DataFrame.from_dict(lines, orient="index")[columns]
-    return cells.rename_axis("Update").reset_index()
+    methods = table.set_index(["method", "metric"]).groupby(level=0, sort=False)
+    lines = [
+        {
+            "Update": method,
+            "Slope": value_text(row.loc["calibration_slope"], ".2f"),
+            "ICI": value_text(row.loc["ici"]),
+            "Log loss [95 %]": value_text(row.loc["log_loss"], ".4f"),
+            "Change [95 %]": difference_text(row.loc["log_loss"], "+.4f"),
+        }
+        for method, row in ((method, rows.droplevel(0)) for method, rows in methods)
+    ]
+    cells = pd.DataFrame(lines)
+    cells.loc[0, "Change [95 %]"] = ""  # not updated: the reference of the others
+    return cells
 
 
 def count_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
