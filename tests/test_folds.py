@@ -376,6 +376,11 @@ def test_the_folds_of_stage_2_read_the_stage_1_of_each(run, data, tmp_path, caps
     other = f"--ode_checkpoint={where}/fold_{{fold}}/{TRAJECTORY_FILE}"
     assert trainer.main([*words.split(), other, "--seed=1"]) == 2
     assert "fold 0: " in capsys.readouterr().err, "patients that its stage 1 has seen"
+    last = where / f"fold_{K - 1}" / TRAJECTORY_FILE
+    last.rename(where / "aside")
+    assert trainer.main([*words.split(), other]) == 2
+    assert not (tmp_path / "run" / "folds_classification").exists(), "no fold was trained"
+    (where / "aside").rename(last)
     assert trainer.main([*words.split(), other]) == 0
     model = TrajectoryModel.from_pretrained(tmp_path / "run" / "classification")
     place = tmp_path / "run" / "folds_classification"

@@ -429,7 +429,10 @@ CASES = [
     *((f"{TRAIN} {flag} ward", "data.csv ward") for flag in ("--site", "--leave_out")),
     (f"{TRAIN} --folds 20", "data.csv --folds"),
     (f"{TRAIN} --primary best", "--primary best"),
-    (f"{PREDICT.format('run/trajectory')} --primary best", "--primary best"),
+    *(
+        (f"{PREDICT.format('run/trajectory')} --primary {name}", f"--primary {name}")
+        for name in ("best", "ensemble")
+    ),
     (FINAL.format("run"), f"{ENCODER} --final"),  # of a part of the patients
     (FINAL.format("missing"), f"missing/{TRAJECTORY_FILE}"),
     ("trainer --trajectory_only --dataset srtr --data_dir srtr --leave_out ward", "--leave_out"),

@@ -14,7 +14,7 @@ import pandas as pd
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.run_folder import read_run
-from medgemma_clinical.evaluation.baselines import MEANINGS, STAGE_NAMES
+from medgemma_clinical.evaluation.baselines import ENSEMBLE, MEANINGS, STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import TESTED, Metrics, evaluate
 from medgemma_clinical.evaluation.report import write_comparison
 from medgemma_clinical.evaluation.tables import model_table
@@ -37,9 +37,11 @@ def run_compare(args: Namespace, output_dir: Path | None) -> int:
         raise InputError("--compare: name at least two different folders of stages")
     folders = dict(zip(model_names(runs), runs, strict=True))
     table = join_predictions(folders)
-    if args.primary and args.primary not in table.columns.drop([*TESTED, next(iter(folders))]):
-        raise InputError(f"--primary {args.primary}: no model in the folders of --compare")
-    metrics = evaluate(table, args.seed, primary=args.primary, compared=[*folders])
+    names = table.columns.drop([*TESTED, next(iter(folders)), ENSEMBLE], errors="ignore")
+    if args.primary and args.primary not in names:
+        raise InputError(f"--primary {args.primary}: choose from {', '.join(names)}")
+    primary = args.primary or primary_of(runs[0])
+    metrics = evaluate(table, args.seed, primary=primary, compared=[*folders])
     cost = {name: cost_of(folder) for name, folder in folders.items()}
     if output_dir is None:
         log_comparison(metrics, cost)
@@ -57,6 +59,13 @@ def run_compare(args: Namespace, output_dir: Path | None) -> int:
         notice=built_in_models_notice(arguments),
     )
     return EXIT_DONE
+
+
+def primary_of(folder: Path) -> str | None:
+    """Return the baseline that a finished stage was compared with; None where unknown."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        return str(read_json(folder / "metrics.json")["test"]["primary"])
+    return None
 
 
 def model_names(runs: Sequence[Path]) -> list[str]:

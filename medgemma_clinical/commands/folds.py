@@ -25,11 +25,17 @@ from medgemma_clinical.commands.command_line import EXIT_DONE, EXIT_INTERRUPTED
 from medgemma_clinical.commands.compare import read_predictions
 from medgemma_clinical.commands.logs import command_logging
 from medgemma_clinical.commands.results import (
+    describe_recalibration,
     describe_source,
     predictions_csv,
     recommend,
 )
-from medgemma_clinical.commands.run_folder import METRICS, folds_folder, stage_folder
+from medgemma_clinical.commands.run_folder import (
+    METRICS,
+    folds_folder,
+    given_stage1,
+    stage_folder,
+)
 from medgemma_clinical.commands.several import (
     NOT_IN_INTERVALS,
     Train,
@@ -118,6 +124,8 @@ def run_folds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], t
         for k, own in enumerate(runs)
         for dataset in [fold_dataset(rows, fold, k, args.seed, names[k] if names else "")]
     ]
+    for own in runs:  # a file that is missing shows before hours go into the others
+        given_stage1(own)
     if code := train_folds(tasks, train):
         return code
     if processes().is_main_process:
@@ -136,8 +144,10 @@ def stage1_of_all(folds_stage1: Path) -> Path:
             f"RUN/{TRAJECTORY_FILE}"
         )
     whole = path.parents[2] / TRAJECTORY_FILE
-    if "folds" not in read_trajectory(whole).config.get("metrics", {}):
-        raise InputError(f"{whole}: not of all patients: train stage 1 by --folds K --final first")
+    known = whole.is_file() and read_trajectory(whole).config.get("metrics", {})
+    if not (known and "folds" in known):
+        problem = "not of all patients" if known else "no stage 1 of all patients"
+        raise InputError(f"{whole}: {problem}: train stage 1 by --folds K --final first")
     return whole
 
 
@@ -296,8 +306,9 @@ def folds_sentence(metrics: Metrics, folds: int) -> str:
     auroc = metrics.row(metrics.models[0], "auroc")
     return (
         f"Each of these patients was judged once, by the one of {folds} models that did not learn "
-        "from them: AUROC, AUPRC, accuracy, Brier score and log loss are means over the "
-        f"{folds} folds (AUROC {auroc['min']:.3f} to {auroc['max']:.3f}), all else is of all rows."
+        "from them: AUROC, AUPRC, accuracy, Brier score, Brier skill and log loss are means over "
+        f"the {folds} folds (AUROC {auroc['min']:.3f} to {auroc['max']:.3f}), all else is of all "
+        "rows."
     )
 
 
@@ -344,7 +355,10 @@ def report_content(
         flow=rows.flow,
         split=split_table(rows.labels, rows.groups, {"all folds": np.arange(len(rows))}),
         table_one=table_one(rows, {}),
-        methods={"split": first},
+        methods={
+            "split": first,
+            "recalibration": describe_recalibration(args.calibrate, "validation part of each fold"),
+        },
         sites=rows.sites,
         notice=built_in_notice(config),
         first=[first],

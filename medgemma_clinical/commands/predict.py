@@ -60,10 +60,7 @@ from medgemma_clinical.models.trained_model import (
 
 logger = logging.getLogger(__name__)
 
-LIMITS = (
-    "The model was not changed for these rows: threshold and recalibration are those of its own "
-    "validation part"
-)
+LIMITS = "The model was not changed for these rows: threshold and recalibration were chosen on {}"
 
 
 def predict(args: Namespace, given: set[str]) -> int:
@@ -97,9 +94,10 @@ def predict(args: Namespace, given: set[str]) -> int:
     options = {name: getattr(request, name) for name in names}
     model = TrajectoryModel.from_pretrained(request.checkpoint, **options)
     used = model.trained.model_named(request.use)
-    if request.primary and request.primary not in model.trained.rules:
-        choices = ", ".join(model.trained.rules)
-        raise InputError(f"--primary {request.primary}: no such model: choose from {choices}")
+    baselines = model.trained.baselines.names if model.trained.baselines else []
+    if request.primary and request.primary not in baselines:
+        choices = ", ".join(baselines) or "none: this copy of the model has no baselines"
+        raise InputError(f"--primary {request.primary}: choose from {choices}")
     if request.explain and used != model.trained.name:
         raise InputError(f"--explain shows the risk of the stage itself: leave --use {used} out")
     chunks = show_progress(itertools.chain([first], chunks), source)
@@ -263,7 +261,8 @@ def report_labelled(
     hashes = people["patient"].to_numpy(), np.stack(people["rows"].tolist())
     in_training = rows_in_training(*hashes, known, has_ids=has_ids and dataset.has_patient_ids)
     new = people[~in_training].reset_index(drop=True)
-    updated = config.get("updated", {})
+    updated, of_folds = config.get("updated", {}), "folds" in config.get("metrics", {})
+    chosen_on = "the out-of-fold rows of its folds" if of_folds else "its own validation part"
 
     def said(min_cell: int) -> str:
         if not len(known) or not updated.get("complete", True):
@@ -274,7 +273,7 @@ def report_labelled(
         found = count_text(len(people) - len(new), min_cell).capitalize()
         text = f"{found} {noun} are in the training data and left out of the metrics."
         chose = "Others of these data may have chosen the epoch: the metrics may be optimistic."
-        return f"{text} {chose}" if len(new) < len(people) else text
+        return f"{text} {chose}" if len(new) < len(people) and not of_folds else text
 
     if new["label"].nunique() < 2:
         left = (
@@ -307,7 +306,7 @@ def report_labelled(
         card=page_card(
             shared,
             {
-                "Limits": LIMITS + (", moved by its update." if updated else "."),
+                "Limits": LIMITS.format(chosen_on) + (", moved by its update." if updated else "."),
                 "Checkpoint": request.checkpoint.absolute().name,  # a page is shared: no path
                 "Seed": f"{request.seed}, of the intervals",
             },
@@ -316,6 +315,7 @@ def report_labelled(
         seed=request.seed,
         bands=subgroups(new),
         noun=noun,
+        chosen_on=chosen_on,
         flow=pd.DataFrame(flow, columns=list(FLOW_COLUMNS)),
         case_mix=(config["case_mix"], here),
         sites=None if dataset.sites is None else new["site"].to_numpy(str),

@@ -342,12 +342,17 @@ def describe_source(dataset: TrajectoryDataset, static: Iterable[str]) -> dict[s
     }
 
 
+def describe_recalibration(calibrate: str, rows: str) -> str:
+    """Return how a model was recalibrated, on which rows."""
+    platt = f"Platt's method on the {rows}; all results are those after it."
+    return platt if calibrate == "platt" else "None."
+
+
 def training_methods(stage: Stage, data: Data, run: dict[str, Any]) -> dict[str, str]:
     """Return what ``tripod.md`` says of data and training, in sentences."""
     dataset, arguments = data.dataset, run["arguments"]
     rates = [f"{stage.learning_rates[part]:g} ({part})" for part in stage.learning_parts]
     origin = dataset.describe_origin(arguments["seed"])
-    platt = "Platt's method on the validation part; all results are those after it."
     size = describe_sample_size(dataset, data.usable_static, data.split["train"])
     named = ["members", "dynamics", "solver", "dropout"]
     named += [] if stage.text is None else ["lora_rank", "lora_alpha", "num_prefix_tokens"]
@@ -363,7 +368,7 @@ def training_methods(stage: Stage, data: Data, run: dict[str, Any]) -> dict[str,
         f"lower validation loss; steps of {run['rows_a_step'] * run['processes']} rows; AdamW with "
         f"learning rates {', '.join(rates)}; {', '.join(own)}. "
         "The program tunes none of these; run.json has every setting.",
-        "recalibration": platt if arguments["calibrate"] == "platt" else "None.",
+        "recalibration": describe_recalibration(arguments["calibrate"], "validation part"),
         # It tells the number of events.
         **({} if arguments["min_cell"] else {"sample_size": size}),
     }

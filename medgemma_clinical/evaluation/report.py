@@ -87,10 +87,11 @@ class ReportContent:
     question: Mapping[str, str]  # what is predicted, when, from what
     data: Mapping[str, str]
     card: Mapping[str, str]  # about the model; hashes and versions stand last
-    threshold: float | None  # chosen on the validation part; None: by each fold of the rows
+    threshold: float | None  # None: each fold's own
     seed: int  # of the bootstrap
     bands: pd.DataFrame  # subgroups of the judged rows: ordered categories, a column a grouping
     noun: str = "patients"  # what the rows are
+    chosen_on: str = "the validation part"  # rows that chose threshold and recalibration
     flow: pd.DataFrame | None = None  # columns rule, removed, left
     split: pd.DataFrame | None = None  # a ``split_table``
     table_one: pd.DataFrame | None = None  # a ``table_one``

@@ -24,9 +24,6 @@ REPORT_COUNTS = {
 }
 """Counts of written reports, and the shares of each."""
 
-TELL_EVENTS = ["prevalence", "oe", "oe_low", "oe_high"]
-"""Columns that tell the number of events beside that of the rows and the mean risk."""
-
 NOT_SHOWN = "not shown"
 
 Json = dict[str, Any]
@@ -119,7 +116,8 @@ def suppress_table(table: pd.DataFrame, min_cell: int, by: str | None = None) ->
     """Hide the small counts of a table, and the counts and numbers that would give them away.
 
     Counts add up within each value of the column ``by``: where one is hidden, so is the smallest of
-    the others. Floats are NaN in lines with few patients with, or without, the event.
+    the others. Floats are NaN in lines with few patients with, or without, the event, and where a
+    count is hidden.
     """
     if min_cell == 0 or table.empty:
         return table
@@ -141,8 +139,8 @@ def suppress_table(table: pd.DataFrame, min_cell: int, by: str | None = None) ->
             hidden = hidden | (count.index == others.idxmin())
         texts = [count_text(n, min_cell) for n in count]
         shown[name] = pd.Series(texts, count.index, object).mask(hidden & ~small, NOT_SHOWN)
-        if name == "events":
-            shown.loc[hidden, shown.columns.intersection(TELL_EVENTS)] = np.nan
+        if name not in ("left", "removed"):  # shares and metrics tell the count behind them
+            shown.loc[hidden, floats] = np.nan
         if name == "removed" and hidden.any():  # two neighbours tell what was removed
             shown.loc[shown.index[:-1], "left"] = NOT_SHOWN
     return shown

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from medgemma_clinical.evaluation.baselines import ENSEMBLE
+from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import MINORITY_PATIENTS, Metrics
 
 NO_VALUE = "\N{EN DASH}"
@@ -148,7 +148,8 @@ def sentences(metrics: Metrics, noun: str = "predictions") -> list[Finding]:
             f"ICI {value_text(own.loc['ici'])} (0 is ideal)."
         )
         found.append(Finding(None, text))
-    if ENSEMBLE in metrics.models[1:]:
+    # Another model that --use names is not in the ensemble.
+    if ENSEMBLE in metrics.models[1:] and metrics.models[0] in STAGE_NAMES.values():
         row = metrics.row(ENSEMBLE, "auroc")
         level = difference_verdict(row, minority)
         adds = {BETTER: "adds", UNDECIDED: "is not shown to add", WORSE: "takes away"}

@@ -226,7 +226,11 @@ def test_finished_stages_of_one_folder_are_compared_by_their_names(tmp_path, cap
     assert content["model"] == STAGE_NAMES["classification"]
     assert list(content["models"]) == [STAGE_1]
     assert (content["primary"], content["planned"]) == (None, [STAGE_1])
-    assert trainer.main(["--compare", *runs, "--primary", STAGE_1]) == 0
+    known = json.loads((tmp_path / "classification" / "metrics.json").read_text())
+    known["test"] = {**known.get("test", {}), "primary": STAGE_1}
+    (tmp_path / "classification" / "metrics.json").write_text(json.dumps(known))
+    assert trainer.main(["--compare", *runs, "--output_dir", str(tmp_path / "again")]) == 0
+    assert results_of(tmp_path / "again" / "compare.json")["primary"] == STAGE_1
     assert trainer.main(["--compare", *runs, "--primary", "blend"]) == 2
     table = join_predictions({"a": Path(runs[0]), "b": Path(runs[1])})
     gain = roc_auc_score(table["label"], table["b"]) - roc_auc_score(table["label"], table["a"])

@@ -112,6 +112,8 @@ def test_the_page_shows_each_site_and_hides_small_counts(min_cell, tmp_path):
     written = pd.read_csv(tmp_path / "figures" / "sites.csv").set_index("site")
     for name in ("auroc", "risk", "oe", "slope"):
         assert written[name].notna().sum() == known + (name == "risk" and not min_cell), name
+    hidden = written["n"].astype(str).str.contains("[a-z]")
+    assert written.loc[hidden, ["prevalence", "risk", "auroc", "oe"]].isna().all(axis=None)
     assert (tmp_path / "figures" / "sites.svg").exists()
     alone = make_content(700, sites=np.arange(700).astype(str))
     assert "Nothing is pooled" in Page(write_page(tmp_path, rows, alone)).text

@@ -19,6 +19,7 @@ EDGES = [
     ((0.0, 0.0), UNDECIDED),
     ((np.nan, np.nan), TOO_FEW),
 ]
+MODEL = STAGE_NAMES["trajectory"]
 CALIBRATION = {"calibration_slope": 0.873, "calibration_in_the_large": -0.117, "ici": 0.029}
 
 
@@ -34,11 +35,11 @@ def result(auroc, others=None, minority=50, calibrated=True):
     models = {}
     for name, (value, (low, high)) in (others or {}).items():
         ends = {"difference": (low + high) / 2, "difference_low": low, "difference_high": high}
-        reference = "blend" if name == ENSEMBLE else "model"
+        reference = "blend" if name == ENSEMBLE else MODEL
         models[name] = {"reference": reference, "auroc": around(value, **ends)}
     counts = {"n": 1234, "patients": 567, "events": 89, "minority_patients": minority}
     plan = {"primary": "blend", "planned": [x for x in ("blend", ENSEMBLE) if x in models]}
-    return Metrics.from_json({**counts, "model": "model", **plan, **own, "models": models})
+    return Metrics.from_json({**counts, "model": MODEL, **plan, **own, "models": models})
 
 
 @pytest.mark.parametrize(("ends", "level"), EDGES)
@@ -55,16 +56,20 @@ def test_only_an_interval_that_excludes_the_limit_decides(ends, level):
 
 
 def test_a_sentence_is_left_out_where_its_rows_are_missing():
-    stages = dict.fromkeys(STAGE_NAMES.values(), (0.9, (0.1, 0.2)))
+    names = [name for name in STAGE_NAMES.values() if name != MODEL]
+    stages = dict.fromkeys(names, (0.9, (0.1, 0.2)))
     assert len(sentences(result((0.6, 0.8), calibrated=False))) == 1
     assert len(sentences(result((0.6, 0.8), stages))) == 2
     assert len(sentences(result((0.6, 0.8), {**stages, "last value": (0.6, (-0.2, -0.1))}))) == 2
     assert len(sentences(result((0.6, 0.8), {**stages, "blend": (0.6, (-0.2, -0.1))}))) == 3
 
 
-def test_an_ensemble_is_not_compared_with_itself():
-    metrics = result((0.6, 0.8))
-    metrics = replace(metrics, table=metrics.table.rename({metrics.models[0]: ENSEMBLE}))
+@pytest.mark.parametrize("used", [ENSEMBLE, "last value"])
+def test_a_model_that_is_not_in_the_ensemble_has_no_sentence_on_it(used):
+    others = {} if used == ENSEMBLE else {ENSEMBLE: (0.75, (0.1, 0.2))}
+    metrics = result((0.6, 0.8), others)
+    assert len(sentences(metrics)) == 2 + len(others)
+    metrics = replace(metrics, table=metrics.table.rename({MODEL: used}))  # by --use
     assert len(sentences(metrics)) == 2
 
 
