@@ -48,10 +48,11 @@ from medgemma_clinical.data.analytes import GAP_ITEM
 from medgemma_clinical.data.cohort import COHORTS, DISCHARGED, ESCALATED, GAPS, OUTCOMES
 from medgemma_clinical.data.dka import LABEL, Description, read_description
 from medgemma_clinical.data.features import AGE, SEX
-from medgemma_clinical.data.scoring import Findings, ScoringRows
+from medgemma_clinical.data.findings import Findings
+from medgemma_clinical.data.split import PARTS
 from medgemma_clinical.data.texts import Clause, PromptOptions, plain
-from medgemma_clinical.data.training_data import PARTS, describe_copies
-from medgemma_clinical.data.trajectories import FLOW_COLUMNS, TrajectoryDataset
+from medgemma_clinical.data.training_data import describe_copies
+from medgemma_clinical.data.trajectories import FLOW_COLUMNS, ScoringRows, TrajectoryDataset
 from medgemma_clinical.files import InputError, one_line
 from medgemma_clinical.training.signals import SIGNALS
 

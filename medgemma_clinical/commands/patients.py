@@ -12,9 +12,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.scoring import ScoringRows
 from medgemma_clinical.data.training_data import patient_hashes, row_hashes
-from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
 from medgemma_clinical.evaluation.patients import write_patients
 from medgemma_clinical.inference.explain import explain
 from medgemma_clinical.inference.trajectory_model import TrajectoryModel

@@ -28,12 +28,11 @@ from medgemma_clinical.commands.patients import (
 )
 from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.commands.update import write_update
-from medgemma_clinical.data.checks import flow_lines
-from medgemma_clinical.data.scoring import Findings, ScoringRows
+from medgemma_clinical.data.findings import Findings, flow_lines
 from medgemma_clinical.data.small_cells import count_text
 from medgemma_clinical.data.texts import is_formula
 from medgemma_clinical.data.training_data import patient_hashes
-from medgemma_clinical.data.trajectories import FLOW_COLUMNS, TrajectoryDataset
+from medgemma_clinical.data.trajectories import FLOW_COLUMNS, ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import peak_memory, processes
 from medgemma_clinical.evaluation.case_mix import case_mix, demographics, subgroups
 from medgemma_clinical.evaluation.metrics_table import evaluate

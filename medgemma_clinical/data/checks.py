@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.features import patients_behind
+from medgemma_clinical.data.findings import flow_lines
 from medgemma_clinical.data.leaks import describe_leaks
 from medgemma_clinical.data.sample_size import describe_sample_size
 from medgemma_clinical.data.small_cells import MIN_CELL, count_patients, minority_patients
 from medgemma_clinical.data.texts import with_space
+from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.files import InputError
-
-if TYPE_CHECKING:
-    from medgemma_clinical.data.trajectories import TrajectoryDataset
 
 logger = logging.getLogger(__name__)
 
@@ -155,15 +154,6 @@ def describe_split(
 
 def _plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def flow_lines(flow: pd.DataFrame) -> list[str]:
-    """Return a flow (columns rule, removed, left), without the rules that remove nothing."""
-    return [
-        f"{removed:>15,} out, {left:>9,} left: {rule}"
-        for rule, removed, left in flow[["rule", "removed", "left"]].itertuples(index=False)
-        if removed
-    ]
 
 
 def summarize(dataset: TrajectoryDataset) -> list[str]:

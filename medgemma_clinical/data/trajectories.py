@@ -12,6 +12,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NotRequired, Self, TypedDict
 
 import numpy as np
@@ -23,8 +24,9 @@ from medgemma_clinical.data.features import (
     summary_names,
     unusable_static,
 )
-from medgemma_clinical.data.scoring import Findings
+from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.small_cells import MIN_CELL, count_patients
+from medgemma_clinical.data.split import Split, check_outcomes, draw_split, given_split
 from medgemma_clinical.data.texts import (
     WHOLE_PROMPT,
     Clause,
@@ -33,13 +35,10 @@ from medgemma_clinical.data.texts import (
     plain,
     with_space,
 )
-from medgemma_clinical.data.training_data import Split, check_outcomes, draw_split, given_split
 from medgemma_clinical.files import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from medgemma_clinical.data.scoring import ScoringRows
 
 FAR_OUT = 10.0
 """Without declared limits a value is implausible so many interquartile ranges outside."""
@@ -575,6 +574,37 @@ class TrajectoryDataset:
     def row_fingerprint(self) -> str:
         """Return a hash of who is in the data, whichever series and texts are read."""
         return hash_columns([self.labels], [self.ids, self.groups, self.parts])
+
+
+@dataclass(frozen=True)
+class ScoringRows:
+    """Some rows to be scored, in the input's order.
+
+    Attributes:
+        ids: (n,) the name of each row.
+        numbers: (n,) its number in the file.
+        dataset: the m of them that can be read.
+        positions: (m,) positions of those among the n.
+        read: bytes or rows of the input up to here.
+    """
+
+    ids: NDArray[Any]
+    numbers: NDArray[np.int64]
+    dataset: TrajectoryDataset
+    positions: NDArray[np.int64]
+    read: int
+
+    def without(self, bad: NDArray[np.bool_], problem: str, findings: Findings) -> ScoringRows:
+        """Return the rows without those of the data set that ``bad`` (m,) marks; note why.
+
+        Raises:
+            InputError: there are such rows, and the findings are strict.
+        """
+        if not bad.any():
+            return self
+        findings.reject(pd.Series(bad, self.numbers[self.positions]), "", problem)
+        good = np.flatnonzero(~bad)
+        return replace(self, dataset=self.dataset.subset(good), positions=self.positions[good])
 
 
 def hash_columns(numbers: Iterable[NDArray[Any]], texts: Iterable[NDArray[Any] | None]) -> str:

@@ -7,10 +7,11 @@ import pandas as pd
 import pytest
 
 from medgemma_clinical.data.features import STATISTICS, patients_behind, unusable_static
-from medgemma_clinical.data.scoring import Findings, count_unknown_static
+from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.small_cells import count_patients, count_text, minority_patients
 from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.data.training_data import prepare_data
+from medgemma_clinical.inference.scoring import count_unknown_static
 from trajectories import dataset_of, one_series
 
 NAN = float("nan")

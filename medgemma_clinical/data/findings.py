@@ -1,21 +1,14 @@
-"""Rows to be scored, and which of them can be."""
+"""What reading a source finds, and the flow of its rows, as they are logged."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
 
-import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from medgemma_clinical.files import InputError
-
-if TYPE_CHECKING:
-    from medgemma_clinical.data.trajectories import TrajectoryDataset
-
 
 logger = logging.getLogger(__name__)
 
@@ -74,39 +67,10 @@ class Findings:
                 logger.info("%s: %s rows %s", self.source, f"{rows:,}", text)
 
 
-@dataclass(frozen=True)
-class ScoringRows:
-    """Some rows to be scored, in the input's order.
-
-    Attributes:
-        ids: (n,) the name of each row.
-        numbers: (n,) its number in the file.
-        dataset: the m of them that can be read.
-        positions: (m,) positions of those among the n.
-        read: bytes or rows of the input up to here.
-    """
-
-    ids: NDArray[Any]
-    numbers: NDArray[np.int64]
-    dataset: TrajectoryDataset
-    positions: NDArray[np.int64]
-    read: int
-
-    def without(self, bad: NDArray[np.bool_], problem: str, findings: Findings) -> ScoringRows:
-        """Return the rows without those of the data set that ``bad`` (m,) marks; note why.
-
-        Raises:
-            InputError: there are such rows, and the findings are strict.
-        """
-        if not bad.any():
-            return self
-        findings.reject(pd.Series(bad, self.numbers[self.positions]), "", problem)
-        good = np.flatnonzero(~bad)
-        return replace(self, dataset=self.dataset.subset(good), positions=self.positions[good])
-
-
-def count_unknown_static(dataset: TrajectoryDataset, findings: Findings) -> None:
-    """Count the rows that lack a static feature which a model reads."""
-    for name, column in zip(dataset.static_inputs, dataset.static_values().T, strict=True):
-        lacking = f"lack the static feature {name}: taken as unknown"
-        findings.counts[lacking] += int(np.isnan(column).sum())
+def flow_lines(flow: pd.DataFrame) -> list[str]:
+    """Return a flow (columns rule, removed, left), without the rules that remove nothing."""
+    return [
+        f"{removed:>15,} out, {left:>9,} left: {rule}"
+        for rule, removed, left in flow[["rule", "removed", "left"]].itertuples(index=False)
+        if removed
+    ]
