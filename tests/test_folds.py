@@ -23,7 +23,7 @@ from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.commands import folds, several
 from medgemma_clinical.commands.run_folder import stage_folder
 from medgemma_clinical.data.folds import draw_folds, fold_dataset, foldable
-from medgemma_clinical.data.training_data import patient_hashes
+from medgemma_clinical.data.overlap import patient_hashes
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES, describe_tuning
 from medgemma_clinical.evaluation.decision import (
     fit_decision_rule,
