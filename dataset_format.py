@@ -47,12 +47,17 @@ from medgemma_clinical.data import checks, dka, duck, eicu, long_table, meds, mi
 from medgemma_clinical.data.analytes import GAP_ITEM
 from medgemma_clinical.data.cohort import COHORTS, DISCHARGED, ESCALATED, GAPS, OUTCOMES
 from medgemma_clinical.data.dka import LABEL, Description, read_description
-from medgemma_clinical.data.features import AGE, SEX
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.overlap import describe_copies
 from medgemma_clinical.data.split import PARTS
 from medgemma_clinical.data.texts import Clause, PromptOptions, plain
-from medgemma_clinical.data.trajectories import FLOW_COLUMNS, ScoringRows, TrajectoryDataset
+from medgemma_clinical.data.trajectories import (
+    AGE,
+    FLOW_COLUMNS,
+    SEX,
+    ScoringRows,
+    TrajectoryDataset,
+)
 from medgemma_clinical.files import InputError, one_line
 from medgemma_clinical.training.signals import SIGNALS
 

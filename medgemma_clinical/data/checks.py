@@ -10,11 +10,15 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.features import patients_behind
 from medgemma_clinical.data.findings import flow_lines
 from medgemma_clinical.data.leaks import describe_leaks
 from medgemma_clinical.data.sample_size import describe_sample_size
-from medgemma_clinical.data.small_cells import MIN_CELL, count_patients, minority_patients
+from medgemma_clinical.data.small_cells import (
+    MIN_CELL,
+    count_patients,
+    minority_patients,
+    patients_behind,
+)
 from medgemma_clinical.data.texts import with_space
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.files import InputError

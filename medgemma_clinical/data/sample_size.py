@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.features import STATISTICS
 from medgemma_clinical.data.small_cells import count_patients
+from medgemma_clinical.data.summaries import STATISTICS
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 
 SHRINKAGE, OPTIMISM, MARGIN = 0.9, 0.05, 0.05

@@ -19,14 +19,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.features import (
-    summary_features,
-    summary_names,
-    unusable_static,
-)
 from medgemma_clinical.data.findings import Findings
-from medgemma_clinical.data.small_cells import MIN_CELL, count_patients
+from medgemma_clinical.data.small_cells import MIN_CELL, count_patients, patients_behind
 from medgemma_clinical.data.split import Split, check_outcomes, draw_split, given_split
+from medgemma_clinical.data.summaries import summary_features, summary_names
 from medgemma_clinical.data.texts import (
     WHOLE_PROMPT,
     Clause,
@@ -48,6 +44,9 @@ FLOW_COLUMNS = ("rule", "removed", "left")
 
 UNKNOWN = "not known"
 """Stands for an empty cell among the names of sites, and for an age or sex that is unknown."""
+
+AGE, SEX = ("static_age [years]", "static_age"), ("static_sex_male",)
+"""Names of the static features that hold age and sex, in every data set."""
 
 Rows = NDArray[np.int64] | slice
 
@@ -459,7 +458,16 @@ class TrajectoryDataset:
 
     def unusable_static(self, train: NDArray[np.int64]) -> dict[str, str]:
         """Return the static features that no model can learn from on the training part, and why."""
-        return unusable_static(self.static[train], self.static_names, self.groups[train])
+        unusable = {}
+        for name, column in zip(self.static_names, self.static[train].T, strict=True):
+            if len(np.unique(column[~np.isnan(column)])) < 2:
+                unusable[name] = "the training part holds no two different values of it"
+            elif patients_behind(column, self.groups[train]) < MIN_CELL:
+                unusable[name] = (
+                    f"fewer than {MIN_CELL} training patients have it, or another value than the "
+                    "most frequent one"
+                )
+        return unusable
 
     def with_inputs(
         self, static: Sequence[str], *, prediction_time: bool, series: Sequence[str] | None = None

@@ -15,9 +15,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.findings import Findings
-from medgemma_clinical.data.report_review import review_report
 from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import show_progress
+from medgemma_clinical.evaluation.report_review import review_report
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.generation import rows_at_once, write_reports
 from medgemma_clinical.models.text_batches import TextCollator
