@@ -19,6 +19,7 @@ from medgemma_clinical.data.small_cells import (
     minority_patients,
     patients_behind,
 )
+from medgemma_clinical.data.split import Split
 from medgemma_clinical.data.texts import with_space
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.files import InputError
@@ -94,9 +95,9 @@ def labelled_rows(dataset: TrajectoryDataset) -> TrajectoryDataset:
 
 def rows_as_read(
     dataset: TrajectoryDataset,
-    split: dict[str, NDArray[np.int64]],
+    split: Split,
     series: Sequence[str] | None = None,
-) -> tuple[TrajectoryDataset, dict[str, NDArray[np.int64]], dict[str, str]]:
+) -> tuple[TrajectoryDataset, Split, dict[str, str]]:
     """Return the rows with the series that are read alone, their split, and why others are not.
 
     ``series`` are those of a stage 1; None chooses those that the training part can teach. Rows
@@ -121,7 +122,7 @@ def log_warnings(warnings: Iterable[str], source: str = "") -> None:
         logger.warning("warning: %s%s", f"{source}: " if source else "", line)
 
 
-def _check_parts(dataset: TrajectoryDataset, split: dict[str, NDArray[np.int64]]) -> list[str]:
+def _check_parts(dataset: TrajectoryDataset, split: Split) -> list[str]:
     """Warn of a test part of few events, and of inputs that the training part makes suspect.
 
     Logs the sample size, and suggests folds where the test part that was drawn has few events.
@@ -144,9 +145,7 @@ def _check_parts(dataset: TrajectoryDataset, split: dict[str, NDArray[np.int64]]
 # --------------------------------------------------------------------------- summary
 
 
-def describe_split(
-    dataset: TrajectoryDataset, split: dict[str, NDArray[np.int64]], seed: int
-) -> str:
+def describe_split(dataset: TrajectoryDataset, split: Split, seed: int) -> str:
     """Return how the parts came about, and rows, patients and events of each."""
     shown = []
     for part, rows in split.items():

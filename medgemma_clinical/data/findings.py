@@ -17,21 +17,14 @@ logger = logging.getLogger(__name__)
 class Findings:
     """What shows while a source is read, whole or in chunks, and is logged once at its end.
 
-    Attributes:
-        source: as errors name it.
-        strict: whether an unreadable row refuses the source.
-        problems: if not strict, the first problem of each unreadable row by the row's number;
-            names the column, never a cell's content.
-        counts: rows by what there is to say of them.
-        notes: what there is to say of the source; an ordered set.
-        warnings: what seems to be a mistake in it; an ordered set.
-        ids: rows by their name.
+    ``problems`` are, if not strict, the first of each unreadable row by the row's number; they name
+    the column, never a cell's content. ``notes`` and ``warnings`` are ordered sets.
     """
 
     source: str
-    strict: bool = True
+    strict: bool = True  # an unreadable row refuses the source
     problems: dict[int, str] = field(default_factory=dict)
-    counts: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)  # rows by what there is to say of them
     notes: dict[str, None] = field(default_factory=dict)
     warnings: dict[str, None] = field(default_factory=dict)
     ids: Counter[str] = field(default_factory=Counter)
@@ -39,13 +32,9 @@ class Findings:
     def reject(
         self, bad: pd.Series, column: str, problem: str, cells: pd.Series | None = None
     ) -> None:
-        """Refuse the source for its bad rows (by number) or, if not strict, note them.
+        """Refuse the source for its ``bad`` rows (by number) or, if not strict, note them.
 
-        Args:
-            bad: whether each row is bad.
-            column: of the bad cells; empty where a row is bad as a whole.
-            problem: of each of them.
-            cells: content of the column, shown on request alone.
+        ``column`` is empty where a row is bad as a whole; ``cells`` are shown on request alone.
         """
         rows = bad.index[bad.to_numpy(bool)].tolist()
         if rows and self.strict:

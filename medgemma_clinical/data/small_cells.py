@@ -27,8 +27,7 @@ def minority_patients(labels: NDArray[np.generic], groups: NDArray[np.generic]) 
 def patients_behind(column: NDArray[np.float64], groups: NDArray[np.generic]) -> int:
     """Count the patients whose values decide mean and spread of a column, which weights keep.
 
-    Returns:
-        Patients with a known value; where most rows share one of several, those with another.
+    Those with a known value; where most rows share one of several, those with another.
     """
     counted = ~np.isnan(column)
     values, counts = np.unique(column[counted], return_counts=True)

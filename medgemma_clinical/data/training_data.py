@@ -24,25 +24,15 @@ from medgemma_clinical.data.trajectories import TrajectoryDataset
 
 @dataclass(frozen=True)
 class Data:
-    """A data set, its split, and what a language model reads of it.
+    """A data set, its split, and what a language model reads of it."""
 
-    Attributes:
-        dataset: N rows, with the inputs of a model.
-        split: positions of the rows of each part.
-        prompts: what a prompt holds.
-        data_sha256: hash of all that was read, before ``--max_samples``.
-        rows_sha256: hash of labels, ids, patients and given split.
-        unusable_static: static features that no model can learn from, and why.
-        unusable_series: the same of series, which are blank.
-    """
-
-    dataset: TrajectoryDataset
+    dataset: TrajectoryDataset  # with the inputs of a model
     split: Split
     prompts: PromptOptions
-    data_sha256: str
-    rows_sha256: str
-    unusable_static: dict[str, str] = field(default_factory=dict)
-    unusable_series: dict[str, str] = field(default_factory=dict)
+    data_sha256: str  # of all that was read, before ``--max_samples``
+    rows_sha256: str  # of labels, ids, patients and given split
+    unusable_static: dict[str, str] = field(default_factory=dict)  # no model can learn; and why
+    unusable_series: dict[str, str] = field(default_factory=dict)  # blank; and why
 
     @property
     def usable_static(self) -> list[str]:

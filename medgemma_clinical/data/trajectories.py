@@ -392,12 +392,8 @@ class TrajectoryDataset:
         check_outcomes(filled, rows.groups, rows.labels, where)
         return rows, left
 
-    def split(self, seed: int) -> dict[str, NDArray[np.int64]]:
-        """Divide the rows 80/10/10 by patient, stratified by event; ``parts`` overrides.
-
-        Returns:
-            Ascending positions in the data set for each of ``train``, ``val``, ``test``.
-        """
+    def split(self, seed: int) -> Split:
+        """Divide the rows 80/10/10 by patient, stratified by event; ``parts`` overrides."""
         if self.parts is not None:
             return given_split(self.groups, self.labels, self.parts, self.source)
         split = draw_split(self.groups, self.labels, seed, self.source)
@@ -586,28 +582,16 @@ class TrajectoryDataset:
 
 @dataclass(frozen=True)
 class ScoringRows:
-    """Some rows to be scored, in the input's order.
+    """Some n rows to be scored, in the input's order, of which m can be read."""
 
-    Attributes:
-        ids: (n,) the name of each row.
-        numbers: (n,) its number in the file.
-        dataset: the m of them that can be read.
-        positions: (m,) positions of those among the n.
-        read: bytes or rows of the input up to here.
-    """
-
-    ids: NDArray[Any]
-    numbers: NDArray[np.int64]
-    dataset: TrajectoryDataset
-    positions: NDArray[np.int64]
-    read: int
+    ids: NDArray[Any]  # (n,)
+    numbers: NDArray[np.int64]  # (n,) of the rows in the file
+    dataset: TrajectoryDataset  # m rows
+    positions: NDArray[np.int64]  # (m,) of those among the n
+    read: int  # bytes or rows of the input up to here
 
     def without(self, bad: NDArray[np.bool_], problem: str, findings: Findings) -> ScoringRows:
-        """Return the rows without those of the data set that ``bad`` (m,) marks; note why.
-
-        Raises:
-            InputError: there are such rows, and the findings are strict.
-        """
+        """Return the rows without those of the data set that ``bad`` (m,) marks; note why."""
         if not bad.any():
             return self
         findings.reject(pd.Series(bad, self.numbers[self.positions]), "", problem)
