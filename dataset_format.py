@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from medgemma_clinical.commands.command_line import (
     POSITIVE,
@@ -47,11 +46,17 @@ from medgemma_clinical.data import checks, dka, duck, eicu, long_table, meds, mi
 from medgemma_clinical.data.analytes import GAP_ITEM
 from medgemma_clinical.data.cohort import COHORTS, DISCHARGED, ESCALATED, GAPS, OUTCOMES
 from medgemma_clinical.data.dka import LABEL, Description, read_description
-from medgemma_clinical.data.features import AGE, SEX
-from medgemma_clinical.data.scoring import Findings, ScoringRows
+from medgemma_clinical.data.findings import Findings
+from medgemma_clinical.data.overlap import describe_copies
+from medgemma_clinical.data.split import PARTS, Split
 from medgemma_clinical.data.texts import Clause, PromptOptions, plain
-from medgemma_clinical.data.training_data import PARTS, describe_copies
-from medgemma_clinical.data.trajectories import FLOW_COLUMNS, TrajectoryDataset
+from medgemma_clinical.data.trajectories import (
+    AGE,
+    FLOW_COLUMNS,
+    SEX,
+    ScoringRows,
+    TrajectoryDataset,
+)
 from medgemma_clinical.files import InputError, one_line
 from medgemma_clinical.training.signals import SIGNALS
 
@@ -216,7 +221,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             column = getattr(self, name)
             setattr(self, name, None if column is None else column[kept])
 
-    def split(self, seed: int) -> dict[str, NDArray[np.int64]]:
+    def split(self, seed: int) -> Split:
         """Divide the rows as every data set does, unless equal rows lie in two parts.
 
         Raises:

@@ -73,7 +73,7 @@ from medgemma_clinical.commands.export import export
 from medgemma_clinical.commands.logs import RUN_LOG, command_logging
 from medgemma_clinical.commands.predict import predict
 from medgemma_clinical.data.dka import LABEL, NAMING
-from medgemma_clinical.data.features import summary_names
+from medgemma_clinical.data.summaries import summary_names
 from medgemma_clinical.data.texts import SERIES_TEXT
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset

@@ -26,13 +26,13 @@ from medgemma_clinical.commands.command_line import SHOW_VALUES, VERSION, Parser
 from medgemma_clinical.commands.logs import command_logging
 from medgemma_clinical.data import checks, texts
 from medgemma_clinical.data.feature import Feature
-from medgemma_clinical.data.scoring import Findings, ScoringRows
+from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.srtr import cohort as waiting_list
 from medgemma_clinical.data.srtr.codes import ORGANS
 from medgemma_clinical.data.srtr.history import read_history
 from medgemma_clinical.data.srtr.saf import find_table
 from medgemma_clinical.data.texts import Clause, PromptOptions, plain
-from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
 from medgemma_clinical.files import InputError, one_line
 
 __all__ = ["ORGANS", "InputError", "SRTRTrajectoryDataset", "main"]

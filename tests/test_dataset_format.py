@@ -21,7 +21,7 @@ from medgemma_clinical.data.dka import (
     read_tables,
     text_of,
 )
-from medgemma_clinical.data.scoring import Findings
+from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.files import file_hash
 from trajectories import GAP, LABEL, SERIES, dataset_of, table_of

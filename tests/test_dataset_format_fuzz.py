@@ -13,7 +13,7 @@ import pytest
 
 from dataset_format import InputError, MIMICtrajectoryDataset
 from medgemma_clinical.data import dka
-from medgemma_clinical.data.scoring import Findings
+from medgemma_clinical.data.findings import Findings
 from slow_dka import HOURS, UNITS, observations, read_slowly, union
 from trajectories import LABEL, SERIES, dataset_of, one_series, table_of
 

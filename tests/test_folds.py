@@ -22,8 +22,8 @@ import medgemma_trainer as trainer
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.commands import folds, several
 from medgemma_clinical.commands.run_folder import stage_folder
-from medgemma_clinical.data.folds import draw_folds, fold_dataset, foldable
-from medgemma_clinical.data.training_data import patient_hashes
+from medgemma_clinical.data.fold_split import draw_folds, fold_dataset, foldable
+from medgemma_clinical.data.overlap import patient_hashes
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES, describe_tuning
 from medgemma_clinical.evaluation.decision import (
     fit_decision_rule,
@@ -342,7 +342,7 @@ def test_the_rules_of_a_final_model_undo_the_recalibration_of_the_folds():
 
 
 def test_each_site_is_held_out_in_turn(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("medgemma_clinical.data.folds.MIN_OUTCOMES", 5)
+    monkeypatch.setattr("medgemma_clinical.data.fold_split.MIN_OUTCOMES", 5)
     assert trainer.main(command(data, tmp_path, "--leave_out=ward")) == 0
     table = predictions(tmp_path / "leave_out_trajectory" / "predictions_folds.csv")
     given = pd.read_csv(data, dtype=str)

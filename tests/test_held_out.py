@@ -119,6 +119,7 @@ def test_what_few_training_patients_have_changes_nothing_in_any_row(few):
         (many(), many().head(50), {}),
         (many(), many().sample(frac=1, random_state=0, ignore_index=True), {}),
         (many(**NAMED), many(), {"seed": 1}),
+        (many(), many(**NAMED), {"seed": 1}),
     ],
 )
 def test_check_stage1__counts_held_out_patients_that_trained(trained, table, sample, tmp_path):

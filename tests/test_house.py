@@ -26,12 +26,10 @@ def name_of(path):
 
 
 def imports(nodes):
-    """Return the modules that code imports, but for types alone."""
+    """Return the modules that code imports, those for types alone included."""
     nodes, found = list(nodes), set()
     while nodes:
         node = nodes.pop()
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

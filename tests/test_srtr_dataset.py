@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 import srtr_dataset
-from medgemma_clinical.data.scoring import Findings
+from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.evaluation.case_mix import demographics
 from medgemma_clinical.files import InputError

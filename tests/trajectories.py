@@ -2,9 +2,12 @@
 
 import re
 
+import numpy as np
 import pandas as pd
 
 from dataset_format import Description, MIMICtrajectoryDataset
+from medgemma_clinical.data.texts import PromptOptions
+from medgemma_clinical.data.training_data import prepare_data
 
 SERIES, LABEL = "clinical_trajectory", "label_escalation"
 GAP = Description(series="Anion gap", unit="mEq/L", outcome="Escalation", plausible=(-5, 60))
@@ -18,6 +21,19 @@ def table_of(series, **columns):
 
 def dataset_of(series, max_len=20, **columns):
     return MIMICtrajectoryDataset(table_of(series, **columns), max_len, description=GAP)
+
+
+def patients(rows=100, seed=1, *, observations=6, has_ids=True):
+    """Make patients of one row each whose values no other seed's share."""
+    values = np.random.default_rng(seed).normal(20, 5, (rows, observations)).round(3)
+    series = [" -> ".join(f"{v} ({4 * k}h)" for k, v in enumerate(row)) for row in values]
+    table = table_of(series).assign(**{LABEL: (np.arange(rows) % 5 == 0).astype(int)})
+    return table.assign(subject_id=[f"P{seed}-{k}" for k in range(rows)]) if has_ids else table
+
+
+def data_of(table, seed=0, *, max_len=20, max_samples=0, description=GAP, **options):
+    dataset = MIMICtrajectoryDataset(table, max_len, description=description, **options)
+    return prepare_data(dataset, max_samples=max_samples, seed=seed, prompts=PromptOptions())
 
 
 def one_series(dataset, i):

@@ -43,7 +43,7 @@ from medgemma_clinical.commands.several import (
     run_or_continue,
     shared_models,
 )
-from medgemma_clinical.data.folds import draw_folds, fold_dataset, foldable, site_folds
+from medgemma_clinical.data.fold_split import draw_folds, fold_dataset, foldable, site_folds
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import exact_kernels, processes, set_environment

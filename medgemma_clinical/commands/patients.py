@@ -12,9 +12,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.scoring import ScoringRows
-from medgemma_clinical.data.training_data import patient_hashes, row_hashes
-from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.data.overlap import both_hashes, patient_hashes, rows_in_training
+from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
 from medgemma_clinical.evaluation.patients import write_patients
 from medgemma_clinical.inference.explain import explain
 from medgemma_clinical.inference.trajectory_model import TrajectoryModel
@@ -50,29 +49,6 @@ def choose_rows(
     if ids:
         return sorted(rows, key=lambda row: ids.index(row[0]["id"]))
     return sorted(rows, key=lambda row: -row[0]["probability"])[:MAX_ROWS]
-
-
-def both_hashes(dataset: TrajectoryDataset, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the hashes of n rows with label 0 and with label 1, (n, 2)."""
-    return np.stack([row_hashes(dataset, rows, label) for label in (0.0, 1.0)], axis=1)
-
-
-def rows_in_training(
-    patients: NDArray[np.int64],
-    rows: NDArray[np.int64],
-    trained: NDArray[np.int64],
-    *,
-    has_ids: bool,
-) -> NDArray[np.bool_]:
-    """Return which rows (n,) are in the training data, whose hashes of both kinds are ``trained``.
-
-    ``rows`` (n, 2) are hashed with either label: whether a row is left out must not depend on its
-    outcome. Where both data sets have identifiers, ``has_ids``, an equal one counts if some row of
-    such a patient is equal: two hospitals may number their patients alike.
-    """
-    same_row = (np.isin(rows, trained) & (rows != 0)).any(axis=1)
-    same_patient = np.isin(patients, trained) & has_ids
-    return same_row | (same_patient & (same_patient & same_row).any())
 
 
 def training_sentence(

@@ -20,20 +20,17 @@ from tqdm import tqdm
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.patients import (
     ChosenRow,
-    both_hashes,
     choose_rows,
     explain_rows,
     patients_path,
-    rows_in_training,
 )
 from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.commands.update import write_update
-from medgemma_clinical.data.checks import flow_lines
-from medgemma_clinical.data.scoring import Findings, ScoringRows
+from medgemma_clinical.data.findings import Findings, flow_lines
+from medgemma_clinical.data.overlap import both_hashes, patient_hashes, rows_in_training
 from medgemma_clinical.data.small_cells import count_text
 from medgemma_clinical.data.texts import is_formula
-from medgemma_clinical.data.training_data import patient_hashes
-from medgemma_clinical.data.trajectories import FLOW_COLUMNS, TrajectoryDataset
+from medgemma_clinical.data.trajectories import FLOW_COLUMNS, ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import peak_memory, processes
 from medgemma_clinical.evaluation.case_mix import case_mix, demographics, subgroups
 from medgemma_clinical.evaluation.metrics_table import evaluate

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from medgemma_clinical.data.overlap import add_training_rows
 from medgemma_clinical.evaluation.metrics_table import MINORITY_PATIENTS
 from medgemma_clinical.evaluation.updating import CHOSEN, NOT_UPDATED, Updates, updated_rule
 from medgemma_clinical.evaluation.verdicts import difference_text
@@ -60,8 +61,8 @@ def write_update(
     }
     known = trained.train_patients
     if known is not None:
-        own = np.stack(rows["rows"].tolist())[np.arange(len(rows)), labels.astype(int)]
-        known = np.union1d(known, np.concatenate([own[own != 0], rows["patient"]]))
+        hashes = rows["patient"].to_numpy(), np.stack(rows["rows"].tolist())
+        known = add_training_rows(known, *hashes, labels)
     config = updated_config(trained, used, updates.slope, updates.intercept, about)
     for aside in move_aside([folder]):
         logger.info("an earlier model was moved to %s", aside)

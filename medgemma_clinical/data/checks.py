@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.features import patients_behind
+from medgemma_clinical.data.findings import flow_lines
 from medgemma_clinical.data.leaks import describe_leaks
 from medgemma_clinical.data.sample_size import describe_sample_size
-from medgemma_clinical.data.small_cells import MIN_CELL, count_patients, minority_patients
+from medgemma_clinical.data.small_cells import (
+    MIN_CELL,
+    count_patients,
+    minority_patients,
+    patients_behind,
+)
+from medgemma_clinical.data.split import Split
 from medgemma_clinical.data.texts import with_space
+from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.files import InputError
-
-if TYPE_CHECKING:
-    from medgemma_clinical.data.trajectories import TrajectoryDataset
 
 logger = logging.getLogger(__name__)
 
@@ -91,9 +95,9 @@ def labelled_rows(dataset: TrajectoryDataset) -> TrajectoryDataset:
 
 def rows_as_read(
     dataset: TrajectoryDataset,
-    split: dict[str, NDArray[np.int64]],
+    split: Split,
     series: Sequence[str] | None = None,
-) -> tuple[TrajectoryDataset, dict[str, NDArray[np.int64]], dict[str, str]]:
+) -> tuple[TrajectoryDataset, Split, dict[str, str]]:
     """Return the rows with the series that are read alone, their split, and why others are not.
 
     ``series`` are those of a stage 1; None chooses those that the training part can teach. Rows
@@ -118,7 +122,7 @@ def log_warnings(warnings: Iterable[str], source: str = "") -> None:
         logger.warning("warning: %s%s", f"{source}: " if source else "", line)
 
 
-def _check_parts(dataset: TrajectoryDataset, split: dict[str, NDArray[np.int64]]) -> list[str]:
+def _check_parts(dataset: TrajectoryDataset, split: Split) -> list[str]:
     """Warn of a test part of few events, and of inputs that the training part makes suspect.
 
     Logs the sample size, and suggests folds where the test part that was drawn has few events.
@@ -141,9 +145,7 @@ def _check_parts(dataset: TrajectoryDataset, split: dict[str, NDArray[np.int64]]
 # --------------------------------------------------------------------------- summary
 
 
-def describe_split(
-    dataset: TrajectoryDataset, split: dict[str, NDArray[np.int64]], seed: int
-) -> str:
+def describe_split(dataset: TrajectoryDataset, split: Split, seed: int) -> str:
     """Return how the parts came about, and rows, patients and events of each."""
     shown = []
     for part, rows in split.items():
@@ -155,15 +157,6 @@ def describe_split(
 
 def _plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
-def flow_lines(flow: pd.DataFrame) -> list[str]:
-    """Return a flow (columns rule, removed, left), without the rules that remove nothing."""
-    return [
-        f"{removed:>15,} out, {left:>9,} left: {rule}"
-        for rule, removed, left in flow[["rule", "removed", "left"]].itertuples(index=False)
-        if removed
-    ]
 
 
 def summarize(dataset: TrajectoryDataset) -> list[str]:

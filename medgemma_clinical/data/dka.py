@@ -20,8 +20,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.feature import Feature
+from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.roles import from_long_command
-from medgemma_clinical.data.scoring import Findings
 from medgemma_clinical.data.texts import NUMBER, Reference
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, UNKNOWN
 from medgemma_clinical.files import InputError, file_hash, one_line, read_json

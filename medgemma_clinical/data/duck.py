@@ -25,7 +25,7 @@ import duckdb
 import pandas as pd
 from tqdm import tqdm
 
-from medgemma_clinical.data.checks import flow_lines
+from medgemma_clinical.data.findings import flow_lines
 from medgemma_clinical.files import (
     InputError,
     RunFault,

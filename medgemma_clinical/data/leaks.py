@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from medgemma_clinical.data.small_cells import minority_patients
-
-if TYPE_CHECKING:
-    from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.data.trajectories import TrajectoryDataset
 
 MIN_AUROC, MIN_PATIENTS = 0.95, 10
 """AUROC from which on a single input is suspected to know the outcome, and the patients with, and

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.features import STATISTICS
 from medgemma_clinical.data.small_cells import count_patients
-
-if TYPE_CHECKING:
-    from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.data.summaries import STATISTICS
+from medgemma_clinical.data.trajectories import TrajectoryDataset
 
 SHRINKAGE, OPTIMISM, MARGIN = 0.9, 0.05, 0.05
 """Least shrinkage factor, largest optimism in Nagelkerke's R2, half width of the interval of the

@@ -24,6 +24,18 @@ def minority_patients(labels: NDArray[np.generic], groups: NDArray[np.generic]) 
     return min(count_patients(groups, labels == label) for label in (0, 1))
 
 
+def patients_behind(column: NDArray[np.float64], groups: NDArray[np.generic]) -> int:
+    """Count the patients whose values decide mean and spread of a column, which weights keep.
+
+    Those with a known value; where most rows share one of several, those with another.
+    """
+    counted = ~np.isnan(column)
+    values, counts = np.unique(column[counted], return_counts=True)
+    if len(values) > 1 and 2 * counts.max() > counts.sum():
+        counted &= column != values[counts.argmax()]
+    return count_patients(groups, counted)
+
+
 def count_text(count: float | str, min_cell: int = 0) -> str:
     """Write a number of patients, or that it is below ``min_cell``; a text stays as it is."""
     if isinstance(count, str):

@@ -1,13 +1,11 @@
-"""What a run learns from: the rows, their split, and hashes by which leaks are found."""
+"""What a run learns from: the rows, their split and their inputs."""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.checks import (
@@ -18,180 +16,23 @@ from medgemma_clinical.data.checks import (
     patients_behind_inputs,
     rows_as_read,
 )
+from medgemma_clinical.data.overlap import training_hashes
+from medgemma_clinical.data.split import Split
 from medgemma_clinical.data.texts import PromptOptions
-from medgemma_clinical.files import InputError
-
-if TYPE_CHECKING:
-    from medgemma_clinical.data.trajectories import TrajectoryDataset
-
-logger = logging.getLogger(__name__)
-
-PARTS = ("train", "val", "test")
-
-HELD_OUT_SHARE = 0.1
-"""Share of the patients in each of val and test; the others train."""
-
-LATEST_OBSERVATIONS = 5
-"""Observations by which a row is known again; the latest, since ``--max_len`` cuts others off."""
-
-IDENTIFYING_VALUES = 3
-"""A row with fewer measured values does not identify its patient: other patients share them."""
-
-Split = dict[str, NDArray[np.int64]]
-"""Ascending positions of the rows of each of ``PARTS``."""
-
-
-# --------------------------------------------------------------------------- split
-
-
-def draw_split(
-    groups: NDArray[np.str_], labels: NDArray[np.float64], seed: int, source: str
-) -> Split:
-    """Divide the rows 80/10/10 by patient, stratified by event; the order of rows is immaterial.
-
-    ``groups`` (n,) are patients, ``labels`` (n,) 0 or 1; errors name the ``source``.
-    """
-    owner, event = patient_events(groups, labels)
-    rng = np.random.default_rng(seed)
-    part = np.zeros(len(event), dtype=np.int64)
-    for outcome, name in ((True, "with"), (False, "without")):
-        order = rng.permutation(np.flatnonzero(event == outcome))
-        if len(order) < len(PARTS):
-            raise InputError(
-                f"{source}: fewer than {len(PARTS)} patients {name} an event: train, val and test "
-                "need at least one each: add such patients"
-            )
-        held_out = max(1, round(HELD_OUT_SHARE * len(order)))
-        part[order[:held_out]] = PARTS.index("val")
-        part[order[held_out : 2 * held_out]] = PARTS.index("test")
-    return {name: np.flatnonzero(part[owner] == k) for k, name in enumerate(PARTS)}
-
-
-def given_split(
-    groups: NDArray[np.str_], labels: NDArray[np.float64], parts: NDArray[np.str_], source: str
-) -> Split:
-    """Return the split that the data bring in ``parts`` (n,); see ``draw_split``."""
-    split = {name: np.flatnonzero(parts == name) for name in PARTS}
-    check_outcomes(split, groups, labels, f"{source}, column split")
-    return split
-
-
-def check_outcomes(
-    split: Split, groups: NDArray[np.str_], labels: NDArray[np.float64], where: str
-) -> None:
-    """Refuse a part that lacks patients with or without an event; errors begin by ``where``."""
-    owner, event = patient_events(groups, labels)
-    for name, rows in split.items():
-        if len(np.unique(event[owner[rows]])) < 2:
-            raise InputError(
-                f"{where}: {name} lacks patients with or without an event: each of train, val, "
-                "test needs both"
-            )
-
-
-def patient_events(
-    groups: NDArray[np.str_], labels: NDArray[np.float64]
-) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Return the patient of each row as a number, (n,), and whether each patient has an event."""
-    patients, owner = np.unique(groups, return_inverse=True)
-    event = np.zeros(len(patients), dtype=bool)
-    np.logical_or.at(event, owner, labels == 1)
-    return owner, event
-
-
-# --------------------------------------------------------------------------- hashes
-
-
-def row_hashes(
-    dataset: TrajectoryDataset,
-    rows: NDArray[np.int64],
-    label: float | None = None,
-    latest: int | None = LATEST_OBSERVATIONS,
-) -> NDArray[np.int64]:
-    """Return a hash of the latest observations (None: of all) and the label of each of n rows.
-
-    It is 0 where a row holds too few values to identify a patient. ``label`` stands in for that of
-    the rows.
-    """
-    ends, lengths = dataset.offsets[rows + 1], dataset.lengths[rows]
-    lengths = lengths if latest is None else np.minimum(lengths, latest)
-    owner, starts = np.repeat(np.arange(len(rows)), lengths), np.cumsum(lengths) - lengths
-    step = np.arange(len(owner)) - (starts + lengths)[owner]  # -1 for the last observation
-    flat = ends[owner] + step
-    values = dataset.values[flat]
-    hours = np.round(dataset.times[flat] - dataset.times[ends - 1][owner], 6)
-    hashes = step.astype(np.uint64)
-    for column in (hours, *values.T):
-        hashes = _mixed(hashes, column)
-    if len(rows):
-        hashes = np.add.reduceat(hashes, starts)
-    measured = np.bincount(owner, (~np.isnan(values)).sum(axis=1), minlength=len(rows))
-    hashes = _mixed(hashes, dataset.labels[rows] if label is None else np.full(len(rows), label))
-    return np.where(measured < IDENTIFYING_VALUES, np.uint64(0), hashes).view(np.int64)
-
-
-def _mixed(hashes: NDArray[np.uint64], column: NDArray[np.float64]) -> NDArray[np.uint64]:
-    """Return hashes that depend on a column, too; -0 equals 0."""
-    return pd.util.hash_array(hashes + pd.util.hash_array(column + 0.0))
-
-
-def patient_hashes(dataset: TrajectoryDataset, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return a hash of the patient's name for each of n rows, (n,)."""
-    return pd.util.hash_array(dataset.groups[rows].astype(object)).view(np.int64)
-
-
-def describe_copies(dataset: TrajectoryDataset, split: Split, numbers: NDArray[np.int64]) -> str:
-    """Return what to do about copies of a row in two parts of a split; empty where there are none.
-
-    Copies are equal in all that is read of them: observations, static features, prediction time,
-    context and label. ``numbers`` (N,) are those of the rows in the file.
-    """
-    part = np.concatenate([np.full(len(rows), k) for k, rows in enumerate(split.values())])
-    rows = pd.DataFrame({"row": np.concatenate([*split.values()]), "part": part})
-    rows = rows.sort_values("row", ignore_index=True)
-    order = rows["row"].to_numpy()
-    read = pd.DataFrame(dataset.static[order])
-    read["series"] = row_hashes(dataset, order, latest=None)
-    read["last"], read["context"] = dataset.last_times[order], dataset.contexts[order]
-    read["hours"] = np.nan if dataset.prediction_hours is None else dataset.prediction_hours[order]
-    rows["key"] = pd.util.hash_pandas_object(read, index=False)
-    rows = rows[read["series"] != 0]
-    first = rows.groupby("key")[["row", "part"]].transform("first")
-    other = rows["part"] != first["part"]
-    if not other.any():
-        return ""
-    pair = sorted(numbers[[first["row"][other].iloc[0], rows["row"][other].iloc[0]]])
-    return (
-        f"rows {pair[0]} and {pair[1]} are equal in all that is read of them, and lie in two "
-        f"parts of the split ({other.sum():,} such pairs): remove the copies, or give the rows of "
-        "a patient one subject_id"
-    )
-
-
-# --------------------------------------------------------------------------- data of a run
+from medgemma_clinical.data.trajectories import TrajectoryDataset
 
 
 @dataclass(frozen=True)
 class Data:
-    """A data set, its split, and what a language model reads of it.
+    """A data set, its split, and what a language model reads of it."""
 
-    Attributes:
-        dataset: N rows, with the inputs of a model.
-        split: positions of the rows of each part.
-        prompts: what a prompt holds.
-        data_sha256: hash of all that was read, before ``--max_samples``.
-        rows_sha256: hash of labels, ids, patients and given split.
-        unusable_static: static features that no model can learn from, and why.
-        unusable_series: the same of series, which are blank.
-    """
-
-    dataset: TrajectoryDataset
+    dataset: TrajectoryDataset  # with the inputs of a model
     split: Split
     prompts: PromptOptions
-    data_sha256: str
-    rows_sha256: str
-    unusable_static: dict[str, str] = field(default_factory=dict)
-    unusable_series: dict[str, str] = field(default_factory=dict)
+    data_sha256: str  # of all that was read, before ``--max_samples``
+    rows_sha256: str  # of labels, ids, patients and given split
+    unusable_static: dict[str, str] = field(default_factory=dict)  # no model can learn; and why
+    unusable_series: dict[str, str] = field(default_factory=dict)  # blank; and why
 
     @property
     def usable_static(self) -> list[str]:
@@ -244,31 +85,8 @@ class Data:
         }
 
     def training_patients(self) -> NDArray[np.int64]:
-        """Return sorted unique hashes of the patients that train, by name and by their rows.
-
-        Texts and static features do not enter: a patient stays the same with other ones.
-        """
-        train = self.split["train"]
-        rows = row_hashes(self.dataset, train)
-        return np.unique(np.concatenate([rows[rows != 0], patient_hashes(self.dataset, train)]))
-
-    def count_overlap(
-        self, trained: NDArray[np.int64], other_has_ids: bool, *, same_rows: bool = False
-    ) -> int:
-        """Count the held-out patients (val and test) that are among ``trained``.
-
-        Patients are compared by name where both data sets name them, and by row number where both
-        are the same file (of equal ``rows_sha256``), however much of its series is read; otherwise
-        by their rows. Rows that this split's own training part holds as well identify nobody.
-        """
-        held_out = np.concatenate([self.split["val"], self.split["test"]])
-        if same_rows or (self.dataset.has_patient_ids and other_has_ids):
-            known = np.isin(patient_hashes(self.dataset, held_out), trained)
-        else:
-            rows = row_hashes(self.dataset, held_out)
-            shared = np.isin(rows, row_hashes(self.dataset, self.split["train"]))
-            known = np.isin(rows, trained) & ~shared & (rows != 0)
-        return len(np.unique(self.dataset.groups[held_out][known]))
+        """Return the hashes of the patients that train."""
+        return training_hashes(self.dataset, self.split["train"])
 
 
 def prepare_data(

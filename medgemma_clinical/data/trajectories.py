@@ -12,19 +12,17 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NotRequired, Self, TypedDict
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.features import (
-    summary_features,
-    summary_names,
-    unusable_static,
-)
-from medgemma_clinical.data.scoring import Findings
-from medgemma_clinical.data.small_cells import MIN_CELL, count_patients
+from medgemma_clinical.data.findings import Findings
+from medgemma_clinical.data.small_cells import MIN_CELL, count_patients, patients_behind
+from medgemma_clinical.data.split import Split, check_outcomes, draw_split, given_split
+from medgemma_clinical.data.summaries import summary_features, summary_names
 from medgemma_clinical.data.texts import (
     WHOLE_PROMPT,
     Clause,
@@ -33,13 +31,10 @@ from medgemma_clinical.data.texts import (
     plain,
     with_space,
 )
-from medgemma_clinical.data.training_data import Split, check_outcomes, draw_split, given_split
 from medgemma_clinical.files import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from medgemma_clinical.data.scoring import ScoringRows
 
 FAR_OUT = 10.0
 """Without declared limits a value is implausible so many interquartile ranges outside."""
@@ -49,6 +44,9 @@ FLOW_COLUMNS = ("rule", "removed", "left")
 
 UNKNOWN = "not known"
 """Stands for an empty cell among the names of sites, and for an age or sex that is unknown."""
+
+AGE, SEX = ("static_age [years]", "static_age"), ("static_sex_male",)
+"""Names of the static features that hold age and sex, in every data set."""
 
 Rows = NDArray[np.int64] | slice
 
@@ -394,12 +392,8 @@ class TrajectoryDataset:
         check_outcomes(filled, rows.groups, rows.labels, where)
         return rows, left
 
-    def split(self, seed: int) -> dict[str, NDArray[np.int64]]:
-        """Divide the rows 80/10/10 by patient, stratified by event; ``parts`` overrides.
-
-        Returns:
-            Ascending positions in the data set for each of ``train``, ``val``, ``test``.
-        """
+    def split(self, seed: int) -> Split:
+        """Divide the rows 80/10/10 by patient, stratified by event; ``parts`` overrides."""
         if self.parts is not None:
             return given_split(self.groups, self.labels, self.parts, self.source)
         split = draw_split(self.groups, self.labels, seed, self.source)
@@ -460,7 +454,16 @@ class TrajectoryDataset:
 
     def unusable_static(self, train: NDArray[np.int64]) -> dict[str, str]:
         """Return the static features that no model can learn from on the training part, and why."""
-        return unusable_static(self.static[train], self.static_names, self.groups[train])
+        unusable = {}
+        for name, column in zip(self.static_names, self.static[train].T, strict=True):
+            if len(np.unique(column[~np.isnan(column)])) < 2:
+                unusable[name] = "the training part holds no two different values of it"
+            elif patients_behind(column, self.groups[train]) < MIN_CELL:
+                unusable[name] = (
+                    f"fewer than {MIN_CELL} training patients have it, or another value than the "
+                    "most frequent one"
+                )
+        return unusable
 
     def with_inputs(
         self, static: Sequence[str], *, prediction_time: bool, series: Sequence[str] | None = None
@@ -575,6 +578,25 @@ class TrajectoryDataset:
     def row_fingerprint(self) -> str:
         """Return a hash of who is in the data, whichever series and texts are read."""
         return hash_columns([self.labels], [self.ids, self.groups, self.parts])
+
+
+@dataclass(frozen=True)
+class ScoringRows:
+    """Some n rows to be scored, in the input's order, of which m can be read."""
+
+    ids: NDArray[Any]  # (n,)
+    numbers: NDArray[np.int64]  # (n,) of the rows in the file
+    dataset: TrajectoryDataset  # m rows
+    positions: NDArray[np.int64]  # (m,) of those among the n
+    read: int  # bytes or rows of the input up to here
+
+    def without(self, bad: NDArray[np.bool_], problem: str, findings: Findings) -> ScoringRows:
+        """Return the rows without those of the data set that ``bad`` (m,) marks; note why."""
+        if not bad.any():
+            return self
+        findings.reject(pd.Series(bad, self.numbers[self.positions]), "", problem)
+        good = np.flatnonzero(~bad)
+        return replace(self, dataset=self.dataset.subset(good), positions=self.positions[good])
 
 
 def hash_columns(numbers: Iterable[NDArray[Any]], texts: Iterable[NDArray[Any] | None]) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from medgemma_clinical.data.small_cells import minority_patients
+from medgemma_clinical.data.trajectories import Rows, TrajectoryDataset
 from medgemma_clinical.evaluation.decision import DecisionRule, fit_decision_rule
 from medgemma_clinical.evaluation.metrics import Array, log_odds
 from medgemma_clinical.evaluation.simple_models import (
@@ -33,9 +34,6 @@ from medgemma_clinical.evaluation.simple_models import (
     read_names,
     word_table,
 )
-
-if TYPE_CHECKING:
-    from medgemma_clinical.data.trajectories import Rows, TrajectoryDataset
 
 STAGE_NAMES = {
     "trajectory": "stage 1 (trajectory alone)",

@@ -10,8 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.features import AGE, SEX
-from medgemma_clinical.data.trajectories import UNKNOWN, TrajectoryDataset
+from medgemma_clinical.data.trajectories import AGE, SEX, UNKNOWN, TrajectoryDataset
 
 AGE_EDGES = (18, 40, 60, 75)
 OBSERVATION_EDGES = (2, 3, 5, 10, 20)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.special import expit, logit
 from scipy.stats import chi2
 
-from medgemma_clinical.data.folds import draw_folds
+from medgemma_clinical.data.fold_split import draw_folds
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.evaluation.metrics import (
     Array,

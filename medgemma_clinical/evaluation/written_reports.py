@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.report_review import ReportReview, review_report
 from medgemma_clinical.data.small_cells import count_patients
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.decision import Predictions
 from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.metrics_table import bootstrap, with_interval
+from medgemma_clinical.evaluation.report_review import ReportReview, review_report
 
 WRITTEN = {
     "reports": ("Reports", "written for the test part"),

@@ -11,9 +11,9 @@ import torch
 from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.scoring import Findings, ScoringRows
+from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.texts import plain
-from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
 from medgemma_clinical.evaluation.patients import Explanation
 from medgemma_clinical.inference.scoring import rows_as_read, score_rows, text_collator
 from medgemma_clinical.models.trained_model import TrainedModel

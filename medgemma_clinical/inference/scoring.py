@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.report_review import review_report
-from medgemma_clinical.data.scoring import Findings, ScoringRows, count_unknown_static
-from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.data.findings import Findings
+from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import show_progress
+from medgemma_clinical.evaluation.report_review import review_report
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.generation import rows_at_once, write_reports
 from medgemma_clinical.models.text_batches import TextCollator
@@ -196,6 +196,13 @@ def write_in_batches(
     batches = LengthBatches(rows, size, lengths, shuffle=False, share=share)
     shown = show_progress(batches, "writing reports", len(batches))
     return write_reports(model, text, shown, verdicts, max_tokens)
+
+
+def count_unknown_static(dataset: TrajectoryDataset, findings: Findings) -> None:
+    """Count the rows that lack a static feature which a model reads."""
+    for name, column in zip(dataset.static_inputs, dataset.static_values().T, strict=True):
+        lacking = f"lack the static feature {name}: taken as unknown"
+        findings.counts[lacking] += int(np.isnan(column).sum())
 
 
 def prediction_table(

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from sklearn.utils import ClassifierTags, Tags, TargetTags
 from torch import Tensor
 
-from medgemma_clinical.data.scoring import Findings, ScoringRows
-from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.data.findings import Findings
+from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import exact_kernels, find_device, set_environment
 from medgemma_clinical.evaluation.metrics_table import DIFFERENCE, VALUE, Metrics
 from medgemma_clinical.evaluation.patients import plot_patient, plot_risks

@@ -214,8 +214,8 @@ def save_trajectory(
 ) -> None:
     """Write a stage 1 file; plain types and tensors only.
 
-    ``config`` rebuilds the model and says what it was trained on; for ``train_patients`` see
-    ``Data.training_patients``.
+    ``config`` rebuilds the model and says what it was trained on; ``train_patients`` are
+    ``training_hashes``.
     """
     content = {
         "format": CHECKPOINT_FORMAT,

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from medgemma_clinical.data.split import Split
 from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.trajectory import Stage1
@@ -209,9 +210,7 @@ def chat_turns(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]
     return before, behind, [end]
 
 
-def other_patients(
-    split: dict[str, NDArray[np.int64]], groups: NDArray[np.str_], seed: int
-) -> NDArray[np.int64]:
+def other_patients(split: Split, groups: NDArray[np.str_], seed: int) -> NDArray[np.int64]:
     """Draw for each row a row of another patient of the same part, whatever their lengths.
 
     Args:

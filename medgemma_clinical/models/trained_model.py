@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from scipy.special import expit
 from transformers import PreTrainedTokenizerBase
 
+from medgemma_clinical.data.overlap import check_held_out
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
 from medgemma_clinical.distributed import default_device
@@ -306,41 +307,12 @@ def check_stage1(checkpoint: TrajectoryCheckpoint, data: Data, flags: dict[str, 
     for name, given in flags.items():
         if given != stored[name]:
             raise InputError(f"{path}: its --{name} is {stored[name]}: leave the flag out")
-    check_held_out(checkpoint, data)
-
-
-def check_held_out(checkpoint: TrajectoryCheckpoint, data: Data) -> None:
-    """Refuse an encoder that has seen patients of this run's validation or test part.
-
-    A shared copy holds no hashes of its training patients. The copy is refused on its own training
-    data, whose split may differ here; on other data a warning says that leaks cannot be found.
-    """
-    has_ids, path = bool(checkpoint.config["has_patient_ids"]), checkpoint.path
-    same_rows = checkpoint.config["rows_sha256"] == data.rows_sha256
-    complete = checkpoint.config.get("updated", {}).get("complete", True)
-    if not (complete and len(checkpoint.train_patients)):
-        if same_rows:
-            raise InputError(
-                f"{path}: a shared copy, trained on these very data, does not know which patients "
-                "trained it: give the file of the run itself"
-            )
-        logger.warning(
-            "%s is a shared copy and does not know which patients trained it, so that a leak "
-            "cannot be found: make sure that none of them is held out here",
-            path,
-        )
-        return
-    trained = data.count_overlap(checkpoint.train_patients, has_ids, same_rows=same_rows)
-    if trained:
-        held_out = np.concatenate([data.split["val"], data.split["test"]])
-        count = len(np.unique(data.dataset.groups[held_out]))
-        raise InputError(
-            f"{path}: {trained} of {count} held-out patients were in this encoder's training data: "
-            "use the same --seed and --max_samples, and the data of stage 1"
-        )
-    if not same_rows and not (has_ids and data.dataset.has_patient_ids):
-        logger.warning(
-            "%s was trained on another data file, and patients without names are compared by their "
-            "series alone: make sure that none of its training patients is held out here",
-            path,
-        )
+    complete = len(checkpoint.train_patients) and config.get("updated", {}).get("complete", True)
+    check_held_out(
+        data.dataset,
+        data.split,
+        checkpoint.train_patients if complete else None,
+        path,
+        has_ids=bool(config["has_patient_ids"]),
+        same_rows=config["rows_sha256"] == data.rows_sha256,
+    )

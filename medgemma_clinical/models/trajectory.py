@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medgemma_clinical.data.features import patients_behind
-from medgemma_clinical.data.small_cells import MIN_CELL
+from medgemma_clinical.data.small_cells import MIN_CELL, patients_behind
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import Batch, TrajectoryDataset
 from medgemma_clinical.files import InputError

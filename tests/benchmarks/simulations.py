@@ -22,7 +22,7 @@ from common import write  # first: it sets the path
 from scipy.special import expit
 from scipy.stats import t
 
-from medgemma_clinical.data.folds import draw_folds
+from medgemma_clinical.data.fold_split import draw_folds
 from medgemma_clinical.evaluation import metrics as metrics_module
 from medgemma_clinical.evaluation import metrics_table, updating
 from medgemma_clinical.evaluation.metrics_table import DIFFERENCE, VALUE, evaluate

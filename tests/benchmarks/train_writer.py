@@ -31,8 +31,8 @@ from transformers import (
 )
 
 from dataset_format import Description, MIMICtrajectoryDataset
-from medgemma_clinical.data.report_review import review_report
 from medgemma_clinical.data.texts import PromptOptions
+from medgemma_clinical.evaluation.report_review import review_report
 from medgemma_clinical.models.generation import write_reports
 from medgemma_clinical.models.language_model import embedding_rms
 from medgemma_clinical.models.text_batches import TextCollator, verdict_words

@@ -2,12 +2,11 @@
 
 import re
 
-import numpy as np
 import pandas as pd
 import pytest
 
 from conftest import SAMPLE
-from medgemma_clinical.commands.patients import MAX_ROWS, patients_path, rows_in_training
+from medgemma_clinical.commands.patients import MAX_ROWS, patients_path
 from medgemma_clinical.evaluation.verdicts import percent
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS
 from medgemma_trainer import TrajectoryModel
@@ -113,19 +112,3 @@ def test_the_page_counts_its_rows_in_the_training_data(stage, runs, table, tmp_p
     TrajectoryModel.from_pretrained(runs / stage).save_pretrained(tmp_path / "saved")
     predicted(tmp_path / "saved", tmp_path / "rows.csv", out, "--explain")
     assert (count_in_training(out) is None) == (stage != "trajectory")  # apart from its stage 1
-
-
-@pytest.mark.parametrize(
-    ("patients", "rows", "named", "expected"),
-    [
-        ([1, 2, 9], [11, 19, 19], True, [True, True, False]),  # an equal row proves the names
-        ([1, 2, 9], [11, 19, 19], False, [True, False, False]),
-        ([1, 2, 9], [18, 19, 19], True, [False, False, False]),
-        ([8, 2, 9], [11, 19, 0], True, [True, False, False]),  # of another patient's name
-    ],
-)
-def test_a_row_is_in_the_training_data_by_its_hash_or_its_patients(patients, rows, named, expected):
-    trained = np.array([0, 1, 2, 11])
-    either = np.stack([np.array(rows), np.array([98, 0, 0])], axis=1)  # with each of the labels
-    found = rows_in_training(np.array(patients), either, trained, has_ids=named)
-    assert found.tolist() == expected

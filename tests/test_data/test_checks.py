@@ -13,11 +13,11 @@ from medgemma_clinical.data.checks import (
 from medgemma_clinical.data.checks import (
     describe_cut,
     describe_long_spans,
-    flow_lines,
     labelled_rows,
     summarize,
 )
 from medgemma_clinical.data.dka import Description
+from medgemma_clinical.data.findings import flow_lines
 from medgemma_clinical.data.leaks import describe_leaks
 from trajectories import GAP, table_of
 

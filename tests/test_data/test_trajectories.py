@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.data.checks import describe_prediction_times
-from medgemma_clinical.data.features import SINCE_LAST, STATISTICS
+from medgemma_clinical.data.summaries import SINCE_LAST, STATISTICS
 from medgemma_clinical.files import InputError
 from trajectories import dataset_of
 from visits import cohort

@@ -8,7 +8,7 @@ from scipy.stats import chi2
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss, log_loss
 
-from medgemma_clinical.data.folds import draw_folds
+from medgemma_clinical.data.fold_split import draw_folds
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.evaluation.metrics import calibration
 from medgemma_clinical.evaluation.updating import (

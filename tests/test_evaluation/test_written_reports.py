@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from medgemma_clinical.data.report_review import ReportReview
 from medgemma_clinical.evaluation.decision import Predictions
+from medgemma_clinical.evaluation.report_review import ReportReview
 from medgemma_clinical.evaluation.written_reports import report_metrics, score_reports
 from trajectories import dataset_of
 

@@ -9,7 +9,7 @@ import dte_encoder
 import medgemma_trainer as trainer
 from conftest import DATA
 from dataset_format import MIMICtrajectoryDataset
-from medgemma_clinical.data.scoring import Findings
+from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.explain import explain, prefixes
 from medgemma_clinical.inference.scoring import prediction_table, scoring_rows

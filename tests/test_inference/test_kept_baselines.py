@@ -10,7 +10,7 @@ import pytest
 import medgemma_trainer as trainer
 from conftest import SAMPLE
 from language_models import rehash
-from medgemma_clinical.data.features import SINCE_LAST
+from medgemma_clinical.data.summaries import SINCE_LAST
 from medgemma_clinical.evaluation.baselines import BOOSTING, ENSEMBLE, LOGISTIC, STAGE_NAMES
 from medgemma_clinical.evaluation.decision import MIN_CHOOSING_EVENTS, youden_threshold
 from medgemma_clinical.files import InputError, file_hash

@@ -11,7 +11,7 @@ import pytest
 import medgemma_trainer as trainer
 from conftest import SAMPLE
 from dataset_format import MIMICtrajectoryDataset, read_description
-from medgemma_clinical.data.scoring import Findings
+from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference import scoring

@@ -25,7 +25,8 @@ from language_models import (
     plain_sequence,
     save_multimodal_checkpoint,
 )
-from medgemma_clinical.data.scoring import Findings, ScoringRows
+from medgemma_clinical.data.findings import Findings
+from medgemma_clinical.data.trajectories import ScoringRows
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.files import InputError, RunFault
 from medgemma_clinical.inference import serving

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from language_models import body_inputs, classifier_and_writer, disturb_adapter, plain_sequence
-from medgemma_clinical.data.report_review import review_report
+from medgemma_clinical.evaluation.report_review import review_report
 from medgemma_clinical.files import RunFault
 from medgemma_clinical.models.generation import write_reports
 

@@ -1,4 +1,4 @@
-"""Inputs beside the observations: statistics, static features that are read; small counts."""
+"""Summaries of series, static features that are read, small counts."""
 
 import itertools
 
@@ -6,11 +6,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from medgemma_clinical.data.features import STATISTICS, patients_behind, unusable_static
-from medgemma_clinical.data.scoring import Findings, count_unknown_static
-from medgemma_clinical.data.small_cells import count_patients, count_text, minority_patients
+from medgemma_clinical.data.findings import Findings
+from medgemma_clinical.data.small_cells import (
+    count_patients,
+    count_text,
+    minority_patients,
+    patients_behind,
+)
+from medgemma_clinical.data.summaries import STATISTICS
 from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.data.training_data import prepare_data
+from medgemma_clinical.inference.scoring import count_unknown_static
 from trajectories import dataset_of, one_series
 
 NAN = float("nan")
@@ -92,7 +98,9 @@ def test_a_static_feature_is_read_with_two_values_and_eleven_patients_that_know_
     values = np.array(values)
     groups = np.arange(len(values)) if groups is None else np.array(groups)
     assert patients_behind(values, groups) == behind
-    assert ("x" not in unusable_static(values[:, None], ["x"], groups)) == read
+    columns = {"static_x": values, "subject_id": groups.astype(str)}
+    dataset = dataset_of(["1 (0h)"] * len(values), **columns)
+    assert ("static_x" not in dataset.unusable_static(np.arange(len(values)))) == read
 
 
 def test_the_training_part_alone_decides_which_static_features_are_read():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dataset_format import Description, MIMICtrajectoryDataset
-from medgemma_clinical.data.report_review import ReportReview, review_report
+from medgemma_clinical.evaluation.report_review import ReportReview, review_report
 from srtr_dataset import SRTRTrajectoryDataset
 from srtr_files import SYNTHETIC, filler, history_row, removed, write_folder
 from trajectories import dataset_of, random_text, table_of

@@ -8,7 +8,7 @@ import pytest
 
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.data.checks import describe_split
-from medgemma_clinical.data.folds import draw_folds, fold_dataset, foldable, site_folds
+from medgemma_clinical.data.fold_split import draw_folds, fold_dataset, foldable, site_folds
 from medgemma_clinical.data.trajectories import UNKNOWN
 from medgemma_clinical.files import InputError
 from visits import cohort

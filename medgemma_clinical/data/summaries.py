@@ -1,4 +1,4 @@
-"""What models read beside the observations: statistics of each series, and static features."""
+"""Summaries of trajectories: statistics of each series."""
 
 from __future__ import annotations
 
@@ -7,16 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.small_cells import MIN_CELL, count_patients
-
 STATISTICS = ("first", "last", "min", "max", "mean", "count", "span", "slope")
 """Of each feature: values and mean in raw units, span in hours, least-squares slope an hour."""
 
 SINCE_LAST = "hours since the last observation"
 """Name of the column of hours from the last observation to the prediction time."""
-
-AGE, SEX = ("static_age [years]", "static_age"), ("static_sex_male",)
-"""Names of the static features that hold age and sex, in every data set."""
 
 
 def summary_names(features: Sequence[str], *, prediction_time: bool) -> list[str]:
@@ -62,38 +57,3 @@ def _statistics(
     table = np.full((len(STATISTICS), rows), np.nan)
     table[:, some] = values[starts], values[ends], low, high, means[1], count, span, slope
     return table
-
-
-def patients_behind(column: NDArray[np.float64], groups: NDArray[np.generic]) -> int:
-    """Count the patients whose values decide mean and spread of a column, which weights keep.
-
-    Returns:
-        Patients with a known value; where most rows share one of several, those with another.
-    """
-    counted = ~np.isnan(column)
-    values, counts = np.unique(column[counted], return_counts=True)
-    if len(values) > 1 and 2 * counts.max() > counts.sum():
-        counted &= column != values[counts.argmax()]
-    return count_patients(groups, counted)
-
-
-def unusable_static(
-    static: NDArray[np.float64], names: Sequence[str], groups: NDArray[np.generic]
-) -> dict[str, str]:
-    """Return the static features (n, K) of the training part that no model can learn from, and why.
-
-    Args:
-        static: (n, K), NaN where unknown.
-        names: K names.
-        groups: (n,) the patient of each row.
-    """
-    unusable = {}
-    for name, column in zip(names, static.T, strict=True):
-        if len(np.unique(column[~np.isnan(column)])) < 2:
-            unusable[name] = "the training part holds no two different values of it"
-        elif patients_behind(column, groups) < MIN_CELL:
-            unusable[name] = (
-                f"fewer than {MIN_CELL} training patients have it, or another value than the most "
-                "frequent one"
-            )
-    return unusable

@@ -26,25 +26,15 @@ STATED = re.compile(rf"(?!(?<=\w)[+-]){NUMBER}")
 
 @dataclass(frozen=True)
 class ReportReview:
-    """What of a written report is right.
+    """What of a written report is right."""
 
-    Attributes:
-        verdict: 1 for yes, 0 for no, None where the report begins with neither.
-        parses: whether the report has the expected form from beginning to end.
-        stated: how many numbers it states.
-        true: how many of them are the patient's, in a statement of the true report.
-        trends: series of the true report with a direction over time.
-        right_trends: how many of them are written with the right direction.
-        invented: how many of the stated numbers are neither in the row nor in the true report.
-    """
-
-    verdict: int | None
-    parses: bool
-    stated: int
-    true: int
-    trends: int
-    right_trends: int
-    invented: int
+    verdict: int | None  # 1 for yes, 0 for no, None where the report begins with neither
+    parses: bool  # has the expected form from beginning to end
+    stated: int  # numbers
+    true: int  # numbers that are the patient's, in a statement of the true report
+    trends: int  # series of the true report with a direction over time
+    right_trends: int  # those written with the right direction
+    invented: int  # stated numbers neither in the row nor in the true report
 
 
 def review_report(dataset: TrajectoryDataset, i: int, text: str) -> ReportReview:

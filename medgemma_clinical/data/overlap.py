@@ -1,0 +1,207 @@
+"""Patients and rows that are known again: copies across a split, patients of an earlier training.
+
+Names and rows are compared by their hashes, which is what a checkpoint holds of its training part.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from medgemma_clinical.data.split import Split
+from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.files import InputError
+
+logger = logging.getLogger(__name__)
+
+LATEST_OBSERVATIONS = 5
+"""Observations by which a row is known again; the latest, since ``--max_len`` cuts others off."""
+
+IDENTIFYING_VALUES = 3
+"""A row with fewer measured values does not identify its patient: other patients share them."""
+
+
+# --------------------------------------------------------------------------- hashes
+
+
+def row_hashes(
+    dataset: TrajectoryDataset,
+    rows: NDArray[np.int64],
+    label: float | None = None,
+    latest: int | None = LATEST_OBSERVATIONS,
+) -> NDArray[np.int64]:
+    """Return a hash of the latest observations (None: of all) and the label of each of n rows.
+
+    It is 0 where a row holds too few values to identify a patient. ``label`` stands in for that of
+    the rows.
+    """
+    ends, lengths = dataset.offsets[rows + 1], dataset.lengths[rows]
+    lengths = lengths if latest is None else np.minimum(lengths, latest)
+    owner, starts = np.repeat(np.arange(len(rows)), lengths), np.cumsum(lengths) - lengths
+    step = np.arange(len(owner)) - (starts + lengths)[owner]  # -1 for the last observation
+    flat = ends[owner] + step
+    values = dataset.values[flat]
+    hours = np.round(dataset.times[flat] - dataset.times[ends - 1][owner], 6)
+    hashes = step.astype(np.uint64)
+    for column in (hours, *values.T):
+        hashes = _mixed(hashes, column)
+    if len(rows):
+        hashes = np.add.reduceat(hashes, starts)
+    measured = np.bincount(owner, (~np.isnan(values)).sum(axis=1), minlength=len(rows))
+    hashes = _mixed(hashes, dataset.labels[rows] if label is None else np.full(len(rows), label))
+    return np.where(measured < IDENTIFYING_VALUES, np.uint64(0), hashes).view(np.int64)
+
+
+def _mixed(hashes: NDArray[np.uint64], column: NDArray[np.float64]) -> NDArray[np.uint64]:
+    """Return hashes that depend on a column, too; -0 equals 0."""
+    return pd.util.hash_array(hashes + pd.util.hash_array(column + 0.0))
+
+
+def patient_hashes(dataset: TrajectoryDataset, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return a hash of the patient's name for each of n rows, (n,)."""
+    return pd.util.hash_array(dataset.groups[rows].astype(object)).view(np.int64)
+
+
+def both_hashes(dataset: TrajectoryDataset, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the hashes of n rows with label 0 and with label 1, (n, 2)."""
+    return np.stack([row_hashes(dataset, rows, label) for label in (0.0, 1.0)], axis=1)
+
+
+def training_hashes(dataset: TrajectoryDataset, train: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return sorted unique hashes of the patients of some rows, by name and by their rows.
+
+    Texts and static features do not enter: a patient stays the same with other ones.
+    """
+    rows = row_hashes(dataset, train)
+    return np.unique(np.concatenate([rows[rows != 0], patient_hashes(dataset, train)]))
+
+
+def add_training_rows(
+    trained: NDArray[np.int64],
+    patients: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    labels: NDArray[np.float64],
+) -> NDArray[np.int64]:
+    """Return ``trained`` with the hashes of n more rows; ``rows`` (n, 2) are ``both_hashes``."""
+    own = rows[np.arange(len(rows)), labels.astype(int)]
+    return np.union1d(trained, np.concatenate([own[own != 0], patients]))
+
+
+# --------------------------------------------------------------------------- comparisons
+
+
+def describe_copies(dataset: TrajectoryDataset, split: Split, numbers: NDArray[np.int64]) -> str:
+    """Return what to do about copies of a row in two parts of a split; empty where there are none.
+
+    Copies are equal in all that is read of them: observations, static features, prediction time,
+    context and label. ``numbers`` (N,) are those of the rows in the file.
+    """
+    part = np.concatenate([np.full(len(rows), k) for k, rows in enumerate(split.values())])
+    rows = pd.DataFrame({"row": np.concatenate([*split.values()]), "part": part})
+    rows = rows.sort_values("row", ignore_index=True)
+    order = rows["row"].to_numpy()
+    read = pd.DataFrame(dataset.static[order])
+    read["series"] = row_hashes(dataset, order, latest=None)
+    read["last"], read["context"] = dataset.last_times[order], dataset.contexts[order]
+    read["hours"] = np.nan if dataset.prediction_hours is None else dataset.prediction_hours[order]
+    rows["key"] = pd.util.hash_pandas_object(read, index=False)
+    rows = rows[read["series"] != 0]
+    first = rows.groupby("key")[["row", "part"]].transform("first")
+    other = rows["part"] != first["part"]
+    if not other.any():
+        return ""
+    pair = sorted(numbers[[first["row"][other].iloc[0], rows["row"][other].iloc[0]]])
+    return (
+        f"rows {pair[0]} and {pair[1]} are equal in all that is read of them, and lie in two "
+        f"parts of the split ({other.sum():,} such pairs): remove the copies, or give the rows of "
+        "a patient one subject_id"
+    )
+
+
+def count_overlap(
+    dataset: TrajectoryDataset,
+    split: Split,
+    trained: NDArray[np.int64],
+    *,
+    has_ids: bool,
+    same_rows: bool = False,
+) -> int:
+    """Count the held-out patients (val and test) that are among ``trained``.
+
+    Patients are compared by name where both data sets name them (``has_ids`` of the trained one),
+    and by row number where both are the same file (of equal ``rows_sha256``), however much of its
+    series is read; otherwise by their rows. Rows that the split's own training part holds as well
+    identify nobody.
+    """
+    held_out = np.concatenate([split["val"], split["test"]])
+    if same_rows or (dataset.has_patient_ids and has_ids):
+        known = np.isin(patient_hashes(dataset, held_out), trained)
+    else:
+        rows = row_hashes(dataset, held_out)
+        shared = np.isin(rows, row_hashes(dataset, split["train"]))
+        known = np.isin(rows, trained) & ~shared & (rows != 0)
+    return len(np.unique(dataset.groups[held_out][known]))
+
+
+def check_held_out(
+    dataset: TrajectoryDataset,
+    split: Split,
+    trained: NDArray[np.int64] | None,
+    path: Path,
+    *,
+    has_ids: bool,
+    same_rows: bool,
+) -> None:
+    """Refuse an encoder that has seen patients of a run's validation or test part.
+
+    ``trained`` is None for a copy at ``path`` that does not hold the hashes of all its training
+    patients. It is refused on its own training data, whose split may differ here; on other data a
+    warning says that leaks cannot be found. Flags as for ``count_overlap``.
+    """
+    if trained is None:
+        if same_rows:
+            raise InputError(
+                f"{path}: a shared copy, trained on these very data, does not know which patients "
+                "trained it: give the file of the run itself"
+            )
+        logger.warning(
+            "%s is a shared copy and does not know which patients trained it, so that a leak "
+            "cannot be found: make sure that none of them is held out here",
+            path,
+        )
+        return
+    if leaked := count_overlap(dataset, split, trained, has_ids=has_ids, same_rows=same_rows):
+        held_out = np.concatenate([split["val"], split["test"]])
+        count = len(np.unique(dataset.groups[held_out]))
+        raise InputError(
+            f"{path}: {leaked} of {count} held-out patients were in this encoder's training data: "
+            "use the same --seed and --max_samples, and the data of stage 1"
+        )
+    if not same_rows and not (has_ids and dataset.has_patient_ids):
+        logger.warning(
+            "%s was trained on another data file, and patients without names are compared by their "
+            "series alone: make sure that none of its training patients is held out here",
+            path,
+        )
+
+
+def rows_in_training(
+    patients: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    trained: NDArray[np.int64],
+    *,
+    has_ids: bool,
+) -> NDArray[np.bool_]:
+    """Return which rows (n,) are in the training data, whose hashes of both kinds are ``trained``.
+
+    ``rows`` (n, 2) are hashed with either label: whether a row is left out must not depend on its
+    outcome. Where both data sets have identifiers, ``has_ids``, an equal one counts if some row of
+    such a patient is equal: two hospitals may number their patients alike.
+    """
+    same_row = (np.isin(rows, trained) & (rows != 0)).any(axis=1)
+    same_patient = np.isin(patients, trained) & has_ids
+    return same_row | (same_patient & (same_patient & same_row).any())
