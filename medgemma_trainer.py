@@ -69,7 +69,6 @@ from medgemma_clinical.commands import (
 from medgemma_clinical.commands.classifier import TrajectoryClassifier
 from medgemma_clinical.commands.command_line import POSITIVE, RATE, WHOLE, Parser, names, number
 from medgemma_clinical.commands.demo import run_demo
-from medgemma_clinical.commands.export import export
 from medgemma_clinical.commands.logs import RUN_LOG, command_logging
 from medgemma_clinical.commands.predict import predict
 from medgemma_clinical.commands.python import (
@@ -85,6 +84,7 @@ from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.decision import Predictions
 from medgemma_clinical.files import InputError
+from medgemma_clinical.inference.serving import export_merged
 from medgemma_clinical.inference.trajectory_model import Program, TrajectoryModel
 from medgemma_clinical.models import checkpoints, language_model, text_batches, trained_model
 from medgemma_clinical.models.checkpoints import TrajectoryCheckpoint, describe_data
@@ -784,7 +784,9 @@ def run(args: Namespace, given: set[str]) -> int:
         if args.predict:
             return predict(args, given)
         if args.export:
-            return export(args, given, BUILDERS)
+            name = args.model_name if "--model_name" in given else None
+            export_merged(args.checkpoint, args.export_dir, BUILDERS, name)
+            return command_line.EXIT_DONE
         return run_demo(args, train) if args.demo else train(args)
 
 
