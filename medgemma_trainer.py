@@ -118,7 +118,7 @@ LARGEST_NORM = 1.0
 
 
 def build_parser() -> Parser:
-    """Return the parser; every default of the program is written here, and only here."""
+    """Return the parser: every flag, with its default and its tags (``flags.TAGS``), is here."""
     parser = Parser("medgemma_trainer.py", formatter_class=command_line.Help, allow_abbrev=False)
     parser.description = (__doc__ or "").partition("\n")[0]
     parser.add_argument("--version", action="version", version=command_line.VERSION)

@@ -28,9 +28,9 @@ TAGS = {
     **{way: f"``{flag}`` reads it" for way, flag in WAYS.items()},
     "llm": "stages 2 and 3 read it",
     "text": "stages 2 and 3 without stage 1 read it",
-    "free": "it may change at ``--resume``",
-    "keyword": "the functions of Python whose stage reads it take it",
-    "cross_validate": "the function of Python takes it",
+    "free": "it may change at ``--resume``: files are known by content, batches by their product",
+    "keyword": "the functions of Python that train a stage which reads it take it",
+    "cross_validate": "this function of Python takes it",
     "folder": "from Python it needs ``output_dir``",
     "stage1_file": "the file of a trained stage 1 decides it",
     "config": "a checkpoint of stages 2 and 3 holds it",
@@ -121,12 +121,8 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
     ways = {way: flag for way, flag in WAYS.items() if flag in given}
     if args.soft_prompt == "off" and not has_stage1:
         ways["text"] = "--soft_prompt off without --ode_checkpoint"
-    for name, flag in typed.items():
-        if not flag.needs and not flag.tags & {
-            "stage1",
-            "llm",
-            *ways,
-        }:  # no plain training reads it
+    for name, flag in typed.items():  # first those of ways that are not chosen
+        if not (flag.needs or flag.tags & {"stage1", "llm", *ways}):
             needed = " or ".join(WAYS[way] for way in WAYS if way in flag.tags)
             raise InputError(f"--{name} needs {needed}")
     for way, chosen in ways.items():

@@ -119,7 +119,7 @@ def cross_validate(
     output_dir: str | os.PathLike[str] | None = None,
     **flags: Any,
 ) -> CrossValidation:
-    """Judge every patient by a model that learned from the others, in folds of patients.
+    """Score every patient by a model that was trained on the others, in folds of patients.
 
     Metrics that compare risks are means over the folds, each with the interval of a bootstrap of
     the patients; baselines are fitted on the same folds.
@@ -127,7 +127,7 @@ def cross_validate(
     Args:
         rows: a DataFrame or a file in the DKA format, or a data set; a column ``split`` is not
             read.
-        folds: number of parts into which the patients are dealt out, stratified by the event.
+        folds: number of parts into which the patients are split, stratified by the event.
         stage: "trajectory", "classification" or "generative".
         encoder: of the other stages: path of each fold's trained stage 1, ``{fold}`` in place of
             the fold's number.
