@@ -36,7 +36,6 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +66,17 @@ from medgemma_clinical.commands import (
     run_folder,
     several,
 )
+from medgemma_clinical.commands.classifier import TrajectoryClassifier
 from medgemma_clinical.commands.command_line import POSITIVE, RATE, WHOLE, Parser, names, number
 from medgemma_clinical.commands.demo import run_demo
-from medgemma_clinical.commands.export import export
 from medgemma_clinical.commands.logs import RUN_LOG, command_logging
 from medgemma_clinical.commands.predict import predict
+from medgemma_clinical.commands.python import (
+    cross_validate,
+    fit_classification,
+    fit_generative,
+    fit_trajectory,
+)
 from medgemma_clinical.data.dka import LABEL, NAMING
 from medgemma_clinical.data.summaries import summary_names
 from medgemma_clinical.data.texts import SERIES_TEXT
@@ -79,13 +84,7 @@ from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.decision import Predictions
 from medgemma_clinical.files import InputError
-from medgemma_clinical.inference.classifier import TrajectoryClassifier
-from medgemma_clinical.inference.fitting import (
-    cross_validate,
-    fit_classification,
-    fit_generative,
-    fit_trajectory,
-)
+from medgemma_clinical.inference.serving import export_merged
 from medgemma_clinical.inference.trajectory_model import Program, TrajectoryModel
 from medgemma_clinical.models import checkpoints, language_model, text_batches, trained_model
 from medgemma_clinical.models.checkpoints import TrajectoryCheckpoint, describe_data
@@ -119,109 +118,151 @@ LARGEST_NORM = 1.0
 
 
 def build_parser() -> Parser:
-    """Return the parser; every default of the program is written here, and only here."""
+    """Return the parser: every flag, with its default and its tags (``flags.TAGS``), is here."""
     parser = Parser("medgemma_trainer.py", formatter_class=command_line.Help, allow_abbrev=False)
     parser.description = (__doc__ or "").partition("\n")[0]
     parser.add_argument("--version", action="version", version=command_line.VERSION)
-    switch, llm = ("on", "off"), language_model
+    on_off, llm = ("on", "off"), language_model
 
-    add = parser.add_argument_group("what to do").add_argument
-    add("--trajectory_only", action="store_true", help="stage 1: train ODE-RNN only, skip LLM")
-    add("--mode", choices=checkpoints.LLM_STAGES, default="classification", help="stage 2 or 3")
-    add("--demo", action="store_true", help="all three stages on sample data with a small model")
-    add("--open", action="store_true", help="with --demo: open the first report in a browser")
-    add("--ablation", action="store_true", help="train and compare variants that lack a part each")
-    add("--arms", type=names, metavar="NAME,NAME", help="with --ablation: these variants only")
-    add("--reference", default="stage 1", metavar="NAME", help="--ablation: reference model")
-    add("--compare", type=Path, nargs="+", metavar="RUN", help="compare stage folders, paired")
-    add("--seeds", type=POSITIVE, metavar="N", help="repeat with N seeds and pool the results")
-    add("--folds", type=number(int, 2, 20), metavar="K", help="judge every patient, by K models")
-    add("--leave_out", metavar="COLUMN", help="DKA: hold out each site of a column in turn")
-    add("--final", action="store_true", help="after the folds: train on all patients")
-    add("--primary", metavar="NAME", help="baseline to compare with; the blend that reads most")
-    add("--predict", action="store_true", help="score new rows with a trained model")
-    add("--export", choices=("merged",), help="write stage 2 or 3 with LoRA merged")
-    add("--export_dir", type=Path, help="with --export: folder to write")
-    add("--checkpoint", type=Path, help="model to use: a stage folder, or stage 1's .pt")
-    add("--predictions", type=Path, help="with --predict: CSV to write")
-    add("--use", default="stage", metavar="NAME", help=command_line.USE)
-    add("--update", type=Path, metavar="DIR", help="with --predict: write a recalibrated model")
-    add("--strict", action="store_true", help="with --predict: refuse rows it cannot score")
-    add("--explain", action="store_true", help="with --predict: page of single patients")
-    add("--patients", type=names, metavar="ID,ID", help="with --explain: only these rows")
+    group = parser.add_argument_group("what to do")
+    add, switch = flags.adders(group, "leave_out folds dry_run")
+    switch("--trajectory_only", "stage 1: train ODE-RNN only, skip LLM", "stage1")
+    options: dict[str, Any] = {"choices": checkpoints.LLM_STAGES, "default": "classification"}
+    add("--mode", "stage 2 or 3", "llm text", **options)
+    add, switch = flags.adders(group, "demo")
+    switch("--demo", "all three stages on sample data with a small model")
+    switch("--open", "with --demo: open the first report in a browser", "free")
+    add, switch = flags.adders(group, "ablation free")
+    switch("--ablation", "train and compare variants that lack a part each")
+    add("--arms", "with --ablation: these variants only", type=names, metavar="NAME,NAME")
+    add("--reference", "--ablation: reference model", default="stage 1", metavar="NAME")
+    add, switch = flags.adders(group, "compare")
+    add("--compare", "compare stage folders, paired", type=Path, nargs="+", metavar="RUN")
+    add, switch = flags.adders(group, "stage1 llm text free")
+    options = {"type": POSITIVE, "metavar": "N"}
+    add("--seeds", "repeat with N seeds and pool the results", "ablation", **options)
+    add, switch = flags.adders(group, "stage1 llm text cross_validate")
+    options = {"type": number(int, 2, 20), "metavar": "K"}
+    add("--folds", "judge every patient, by K models", "folds free", **options)
+    options = {"metavar": "COLUMN"}
+    add("--leave_out", "DKA: hold out each site of a column in turn", "leave_out free", **options)
+    needs = "--folds or --leave_out"
+    switch("--final", "after the folds: train on all patients", "leave_out folds", needs=needs)
+    add, switch = flags.adders(group, f"{flags.TRAINING} predict compare keyword")
+    add("--primary", "baseline to compare with; the blend that reads most", metavar="NAME")
+    add, switch = flags.adders(group, "predict")
+    needs = "--checkpoint, --predictions, --data_path or --data_dir"
+    switch("--predict", "score new rows with a trained model", needs=needs)
+    add, switch = flags.adders(group, "export")
+    needs = "--checkpoint, --export_dir"
+    add("--export", "write stage 2 or 3 with LoRA merged", choices=("merged",), needs=needs)
+    add("--export_dir", "with --export: folder to write", type=Path)
+    add, switch = flags.adders(group, "predict")
+    add("--checkpoint", "model to use: a stage folder, or stage 1's .pt", "export", type=Path)
+    add("--predictions", "with --predict: CSV to write", type=Path)
+    add("--use", command_line.USE, "free default", default="stage", metavar="NAME")
+    add("--update", "with --predict: write a recalibrated model", "free", type=Path, metavar="DIR")
+    switch("--strict", "with --predict: refuse rows it cannot score")
+    switch("--explain", "with --predict: page of single patients", "free")
+    options = {"type": names, "metavar": "ID,ID", "needs": "--explain"}
+    add("--patients", "with --explain: only these rows", "free", **options)
 
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=tuple(DATASETS), default="dka", help="kind of data")
-    add("--organ", choices=tuple(ORGANS), default="kidney", help="SRTR only")
-    add("--data_path", type=Path, default=Path("dka_training_data.csv"), help="path to DKA CSV")
-    add("--data_dir", type=Path, help="path to SRTR data directory")
-    add("--landmark_days", type=WHOLE, help="SRTR: prediction time after listing; 365, liver 90")
-    add("--horizon_days", type=POSITIVE, help="SRTR: days looked ahead; 365, liver 90")
+    group = parser.add_argument_group("data")
+    add, switch = flags.adders(group, f"{flags.TRAINING} keyword")
+    add("--dataset", "kind of data", "predict", choices=tuple(DATASETS), default="dka")
+    add("--organ", "SRTR only", "predict", choices=tuple(ORGANS), default="kidney")
+    path = Path("dka_training_data.csv")
+    add("--data_path", "path to DKA CSV", "predict free -keyword", type=Path, default=path)
+    add("--data_dir", "path to SRTR data directory", "predict free -keyword", type=Path)
+    add("--landmark_days", "SRTR: prediction time after listing; 365, liver 90", type=WHOLE)
+    add("--horizon_days", "SRTR: days looked ahead; 365, liver 90", type=POSITIVE)
     lost = ("negative", "exclude")
-    add("--transplant", choices=lost, default="negative", help="SRTR: label 0, or row left out")
-    add("--label_column", default=LABEL, metavar="NAME", help="DKA: outcome column, 0 or 1")
-    add("--allow_duplicates", action="store_true", help="DKA: allow equal rows across the split")
+    add("--transplant", "SRTR: label 0, or row left out", choices=lost, default="negative")
+    add("--label_column", "DKA: outcome column, 0 or 1", default=LABEL, metavar="NAME")
+    switch("--allow_duplicates", "DKA: allow equal rows across the split", "free")
     for name, text in NAMING.items():
-        add(f"--{name}", help=text)
-    add("--site", metavar="COLUMN", help="DKA: column of hospitals or units")
-    add("--series", type=names, metavar="NAME,NAME", help="DKA: read these series only")
-    add("--max_len", type=POSITIVE, help="latest observations kept; 20, several series 64, SRTR 50")
-    add("--series_text", choices=SERIES_TEXT, default="all", help="series in the prompt")
-    add("--text_context", choices=("full", "none"), default="full", help="context in the prompt")
-    add("--max_text_tokens", type=POSITIVE, help="longer prompts lose their oldest values")
-    add("--max_samples", type=WHOLE, default=10000, help="max patients (0 = all)")
-    add("--show_values", action="store_true", help=command_line.SHOW_VALUES)
+        add(f"--{name}", text)
+    add("--site", "DKA: column of hospitals or units", "predict free", metavar="COLUMN")
+    add("--series", "DKA: read these series only", type=names, metavar="NAME,NAME")
+    add("--max_len", "latest observations kept; 20, several series 64, SRTR 50", type=POSITIVE)
+    add("--series_text", "series in the prompt", "-stage1", choices=SERIES_TEXT, default="all")
+    context = ("full", "none")
+    add("--text_context", "context in the prompt", "-stage1", choices=context, default="full")
+    options = {"type": POSITIVE}
+    add("--max_text_tokens", "longer prompts lose their oldest values", "-stage1 config", **options)
+    add("--max_samples", "max patients (0 = all)", type=WHOLE, default=10000)
+    switch("--show_values", command_line.SHOW_VALUES, "predict export free -keyword")
 
-    add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=POSITIVE, default=10, help="training epochs of stages 2 and 3")
-    add("--trajectory_epochs", type=POSITIVE, default=100, help="training epochs of stage 1")
-    add("--batch_size", type=POSITIVE, default=16, help="patients in one forward pass")
-    add("--gradient_accumulation", type=POSITIVE, default=1, help="passes a step, stages 2 and 3")
-    add("--gradient_checkpointing", action="store_true", help="less memory, a third more time")
-    add("--patience", type=POSITIVE, default=10, help="early stopping patience in epochs")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of split, weights, bootstrap")
-    add("--calibrate", choices=("none", "platt"), default="none", help="recalibrate on validation")
-    add("--encoder_lr", type=RATE, default=1e-3, help="learning rate of the ODE-RNN and its head")
-    add("--head_lr", type=RATE, default=1e-3, help="learning rate of stage 2's head")
+    group = parser.add_argument_group("training")
+    add, switch = flags.adders(group, f"{flags.TRAINING} keyword")
+    add("--epochs", "training epochs of stages 2 and 3", "-stage1", type=POSITIVE, default=10)
+    add("--trajectory_epochs", "training epochs of stage 1", "-llm", type=POSITIVE, default=100)
+    add("--batch_size", "patients in one forward pass", "predict free", type=POSITIVE, default=16)
+    options = {"type": POSITIVE, "default": 1}
+    add("--gradient_accumulation", "passes a step, stages 2 and 3", "-stage1 free", **options)
+    switch("--gradient_checkpointing", "less memory, a third more time", "-stage1 free")
+    add("--patience", "early stopping patience in epochs", type=POSITIVE, default=10)
+    options = {"type": number(int, 0, 2**32 - 1), "default": 0}
+    add("--seed", "of split, weights, bootstrap", "predict compare demo default", **options)
+    add("--calibrate", "recalibrate on validation", choices=("none", "platt"), default="none")
+    options = {"type": RATE, "default": 1e-3}
+    add("--encoder_lr", "learning rate of the ODE-RNN and its head", "-text", **options)
+    add("--head_lr", "learning rate of stage 2's head", "-stage1", type=RATE, default=1e-3)
 
-    add = parser.add_argument_group("ODE-RNN").add_argument
-    add("--ode_checkpoint", type=Path, help="pretrained ODE-RNN .pt (auto-freezes ODE-RNN)")
-    add("--freeze_ode", action="store_true", help="freeze ODE-RNN without loading checkpoint")
-    add("--time_scale", type=HOURS, help="hours; JSON or 72 (DKA), 8760 (kidney), 2160 (liver)")
-    add("--solver", choices=SOLVERS, default="rk4", help="rk4, or adaptive")
-    add("--dynamics", choices=DYNAMICS, default="ode", help="state between observations")
-    add("--members", type=number(int, *checkpoints.MEMBERS), default=1, help="averaged encoders")
-    add("--dropout", type=number(float, 0, 0.99), default=0.5, help="of stage 1 in training")
-    add("--facts", choices=switch, default="on", help="stage 1 reads static features")
-    add("--prediction_time", choices=switch, default="on", help="carry the state to it")
+    group = parser.add_argument_group("ODE-RNN")
+    add, switch = flags.adders(group, f"{flags.TRAINING} -ablation")
+    tags = "-stage1 free cross_validate"
+    add("--ode_checkpoint", "pretrained ODE-RNN .pt (auto-freezes ODE-RNN)", tags, type=Path)
+    switch("--freeze_ode", "freeze ODE-RNN without loading checkpoint", "-text keyword")
+    add, switch = flags.adders(group, f"{flags.TRAINING} -text keyword stage1_file")
+    add("--time_scale", "hours; JSON or 72 (DKA), 8760 (kidney), 2160 (liver)", type=HOURS)
+    add("--solver", "rk4, or adaptive", choices=SOLVERS, default="rk4")
+    add("--dynamics", "state between observations", "-ablation", choices=DYNAMICS, default="ode")
+    members = number(int, *checkpoints.MEMBERS)
+    add("--members", "averaged encoders", type=members, default=1)
+    add("--dropout", "of stage 1 in training", type=number(float, 0, 0.99), default=0.5)
+    add("--facts", "stage 1 reads static features", "-ablation", choices=on_off, default="on")
+    add("--prediction_time", "carry the state to it", choices=on_off, default="on")
 
-    add = parser.add_argument_group("language model").add_argument
-    add("--model_name", default="google/medgemma-4b-pt", help="Gemma 3: hub id, folder, or demo")
-    kind = flags.check_quantization
-    add("--quantization", type=kind, choices=llm.QUANTIZATIONS, help="nf4 on CUDA, else none")
-    add("--precision", choices=("auto", *llm.DTYPES), default="auto", help="bf16 where native")
-    add("--attention", choices=llm.ATTENTIONS, default="sdpa", help="attention kernels")
-    add("--base_weights", choices=llm.BASE_WEIGHTS, default="pretrained", help="random: a control")
-    add("--soft_prompt", choices=(*switch, "shuffled"), default="on", help="shuffled: a control")
-    add("--stage1_logit", choices=switch, default="on", help="add stage 1's logit to it")
+    group = parser.add_argument_group("language model")
+    add, switch = flags.adders(group, f"{flags.TRAINING} -stage1 keyword")
+    base = "google/medgemma-4b-pt"
+    add("--model_name", "Gemma 3: hub id, folder, or demo", "predict export", default=base)
+    options = {"type": flags.check_quantization, "choices": llm.QUANTIZATIONS}
+    add("--quantization", "nf4 on CUDA, else none", "predict config", **options)
+    options = {"choices": ("auto", *llm.DTYPES), "default": "auto"}
+    add("--precision", "bf16 where native", "predict config", **options)
+    options = {"choices": llm.ATTENTIONS, "default": "sdpa"}
+    add("--attention", "attention kernels", "predict default", **options)
+    options = {"choices": llm.BASE_WEIGHTS, "default": "pretrained"}
+    add("--base_weights", "random: a control", "-ablation config", **options)
+    shuffled = (*on_off, "shuffled")
+    add("--soft_prompt", "shuffled: a control", "-ablation", choices=shuffled, default="on")
+    options = {"choices": on_off, "default": "on"}
+    add("--stage1_logit", "add stage 1's logit to it", "-ablation -text", **options)
     tokens = number(int, *checkpoints.PREFIX_TOKENS)
-    add("--num_prefix_tokens", type=tokens, default=8, help="number of soft tokens")
-    add("--projection_lr", type=RATE, default=1e-3, help="learning rate of the projection")
-    add("--adapter_lr", type=RATE, default=2e-4, help="learning rate of the LoRA adapter")
-    add("--lora_rank", type=number(int, *checkpoints.LORA_RANK), default=8, help="LoRA r")
-    add("--lora_alpha", type=POSITIVE, default=16, help="LoRA alpha")
-    add("--lora_dropout", type=number(float, 0, 0.99), default=0.05, help="LoRA dropout")
+    add("--num_prefix_tokens", "number of soft tokens", type=tokens, default=8)
+    add("--projection_lr", "learning rate of the projection", type=RATE, default=1e-3)
+    add("--adapter_lr", "learning rate of the LoRA adapter", type=RATE, default=2e-4)
+    add("--lora_rank", "LoRA r", "config", type=number(int, *checkpoints.LORA_RANK), default=8)
+    add("--lora_alpha", "LoRA alpha", "config", type=POSITIVE, default=16)
+    add("--lora_dropout", "LoRA dropout", type=number(float, 0, 0.99), default=0.05)
 
-    add = parser.add_argument_group("output").add_argument
-    add("--output_dir", type=Path, help="run folder; ./checkpoints_medgemma_{dataset}")
-    add("--report_patients", action="store_true", help="list the largest errors in report.html")
-    add("--min_cell", type=WHOLE, default=0, help=command_line.MIN_CELL)
-    add("--dry_run", action="store_true", help="two steps, time and memory, nothing written")
-    add("--log_file", default="auto", help="log path (auto = timestamped, none = disable)")
-    add("--report_to", choices=TRACKERS, default="none", help="tracker that receives the metrics")
-    add("--resume", action="store_true", help="continue the stopped run of the same command")
-    add("--deterministic", action="store_true", help="on a GPU: only repeatable kernels")
-    add("--save_every", type=WHOLE, default=0, metavar="STEPS", help="also keep the state so often")
+    group = parser.add_argument_group("output")
+    add, switch = flags.adders(group, f"{flags.TRAINING} keyword")
+    tags = "compare demo free"
+    add("--output_dir", "run folder; ./checkpoints_medgemma_{dataset}", tags, type=Path)
+    switch("--report_patients", "list the largest errors in report.html", "free folder")
+    add("--min_cell", command_line.MIN_CELL, "predict default free", type=WHOLE, default=0)
+    switch("--dry_run", "two steps, time and memory, nothing written", "-keyword")
+    tags = "demo free folder"
+    add("--log_file", "log path (auto = timestamped, none = disable)", tags, default="auto")
+    options = {"choices": TRACKERS, "default": "none"}
+    add("--report_to", "tracker that receives the metrics", "free folder", **options)
+    switch("--resume", "continue the stopped run of the same command", "-dry_run free folder")
+    switch("--deterministic", "on a GPU: only repeatable kernels")
+    options = {"type": WHOLE, "default": 0, "metavar": "STEPS"}
+    add("--save_every", "also keep the state so often", "free folder", **options)
     return parser
 
 
@@ -235,7 +276,7 @@ def read_dataset(args: Namespace, source: Path | pd.DataFrame | None = None) -> 
     if source is None or (isinstance(source, Path) and not os.path.exists(source)):
         problem = f"--dataset {args.dataset}" if source is None else f"{source}: no such file"
         raise InputError(f"{problem}: give the data by --{kind.source_flag}")
-    rows: TrajectoryDataset = kind(source, **flags.dataset_options(args, DATASETS, build_parser()))
+    rows: TrajectoryDataset = kind(source, **flags.dataset_options(args, DATASETS))
     return rows
 
 
@@ -334,7 +375,7 @@ def make_stage(args: Namespace, data: Data, checkpoint: TrajectoryCheckpoint | N
 def make_stage1(args: Namespace, data: Data, checkpoint: TrajectoryCheckpoint | None) -> Any:
     """Return the stage 1 that learns or is read; None where a language model reads text alone."""
     if checkpoint is not None:
-        given = flags.changed(args, build_parser(), flags.STAGE_1_FLAGS)
+        given = flags.changed(args, flags.tagged("stage1_file"))
         trained_model.check_stage1(checkpoint, data, given)
         model = trained_model.rebuild_stage1(checkpoint, BUILDERS).requires_grad_(False)
     elif args.soft_prompt == "off" and not args.trajectory_only:
@@ -390,7 +431,7 @@ def llm_stage(
     unread["inputs"] = {**data.description()["inputs"], "static": [], "prediction_time": False}
     config = {
         "stage": args.mode,
-        **{name: getattr(args, name) for name in flags.LANGUAGE_MODEL_FLAGS},
+        **{name: getattr(args, name) for name in flags.tagged("config")},
         **language_model.base_record(args.model_name),
         "num_prefix_tokens": int(soft.max()),
         "shuffled": shuffled,
@@ -743,7 +784,9 @@ def run(args: Namespace, given: set[str]) -> int:
         if args.predict:
             return predict(args, given)
         if args.export:
-            return export(args, given, BUILDERS)
+            name = args.model_name if "--model_name" in given else None
+            export_merged(args.checkpoint, args.export_dir, BUILDERS, name)
+            return command_line.EXIT_DONE
         return run_demo(args, train) if args.demo else train(args)
 
 
@@ -766,12 +809,7 @@ def program() -> int:
     return code
 
 
-fit_stage = partial(python.fit, build_parser, read_dataset, train_stage)
-fit_folds = partial(python.cross_validate, build_parser, read_dataset, train)
-TrajectoryModel.program = Program(DATASETS, BUILDERS, train, fit_stage, fit_folds)
-python.set_signatures(build_parser())
-# Whoever unpickles these, as joblib's processes do, imports this file, and with it the program.
-TrajectoryModel.__module__ = TrajectoryClassifier.__module__ = "medgemma_trainer"
+python.bind(Program(DATASETS, BUILDERS, build_parser(), read_dataset, train_stage, train))
 
 if __name__ == "__main__":
     sys.exit(program())

@@ -7,7 +7,6 @@ import os
 import stat
 import sys
 import tempfile
-from functools import partial
 from unittest import mock
 
 import huggingface_hub.constants
@@ -19,7 +18,6 @@ import medgemma_trainer as trainer
 from conftest import SAMPLE
 from medgemma_clinical.commands import flags, python, results
 from medgemma_clinical.files import InputError
-from medgemma_clinical.inference.trajectory_model import Program
 from medgemma_trainer import (
     TrajectoryModel,
     cross_validate,
@@ -85,8 +83,7 @@ def test_fit__takes_the_flags_with_their_defaults(rows, monkeypatch):
         seen.append(vars(args))
         raise InterruptedError
 
-    fit = partial(python.fit, trainer.build_parser, trainer.read_dataset, train)
-    program = Program(trainer.DATASETS, trainer.BUILDERS, None, fit, None)
+    program = TrajectoryModel.program._replace(train_stage=train)
     monkeypatch.setattr(TrajectoryModel, "program", program)
     for keywords in ({}, {"facts": False, "series": None, "members": 3, "deterministic": False}):
         with pytest.raises(InterruptedError):

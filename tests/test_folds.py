@@ -30,11 +30,10 @@ from medgemma_clinical.evaluation.decision import (
     recommended_model,
     youden_threshold,
 )
-from medgemma_clinical.inference.fitting import cross_validate
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from medgemma_clinical.provenance import ROOT
 from medgemma_clinical.training.state import StateStore, describe_selection
-from medgemma_trainer import TrajectoryModel
+from medgemma_trainer import TrajectoryModel, cross_validate
 from pages import Page
 from visits import LABEL, cohort
 

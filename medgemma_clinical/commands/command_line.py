@@ -53,8 +53,6 @@ class Parser(argparse.ArgumentParser):
     def parse_keywords(self, keywords: Mapping[str, Any]) -> tuple[argparse.Namespace, set[str]]:
         """Parse keywords named like flags, None for a flag left out; return also those given."""
         known = vars(super().parse_args([]))
-        if unknown := sorted(keywords.keys() - known.keys()):
-            raise TypeError(f"unexpected keyword {unknown[0]!r}")
         words = []
         for name, value in keywords.items():
             if known[name] is False:  # a flag that takes no value

@@ -1,11 +1,12 @@
-"""The trainer's flags: which go together, what they stand for on this machine."""
+"""The trainer's flags: their tags, which go together, what they stand for on this machine."""
 
 from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,62 +16,62 @@ from medgemma_clinical.models.language_model import BUILT_IN, INT8_REFUSED
 
 logger = logging.getLogger(__name__)
 
-STAGE_1_FLAGS = (
-    *("time_scale", "solver", "dynamics", "members", "dropout", "facts", "prediction_time"),
-)
-"""Flags that the file of a trained stage 1 decides."""
+WAYS = {name: f"--{name}" for name in ("predict", "export", "compare", "demo", "dry_run")}
+WAYS |= {name: f"--{name}" for name in ("leave_out", "folds", "ablation")}
+WAYS |= {"stage1": "--trajectory_only"}
+"""Ways of use, each with the flag that chooses it; as a tag, a way reads the flag."""
 
-LANGUAGE_MODEL_FLAGS = (
-    *("base_weights", "quantization", "precision", "lora_rank", "lora_alpha", "max_text_tokens"),
-)
-"""Flags that a checkpoint of stages 2 and 3 holds as they are."""
+TRAINING = "stage1 llm text ablation leave_out folds dry_run"
+"""Tags of a flag that every training reads."""
 
-ALONE = ("--predict", "--export", "--compare", "--demo", "--dry_run")
-TOGETHER = ("--ablation", "--seeds", "--folds", "--leave_out", "--resume")
-"""Flags that say what to do."""
-
-ALLOWED_FLAGS = {
-    "--compare": "--seed --output_dir --primary",
-    "--demo": "--output_dir --seed --log_file --open",
-    "--export": "--checkpoint --export_dir --model_name --show_values",
-    "--predict": "--checkpoint --predictions --use --primary --update --strict --explain "
-    "--patients --data_path --data_dir --dataset --organ --site --model_name --quantization "
-    "--precision --attention --batch_size --seed --min_cell --show_values",
+TAGS = {
+    **{way: f"``{flag}`` reads it" for way, flag in WAYS.items()},
+    "llm": "stages 2 and 3 read it",
+    "text": "stages 2 and 3 without stage 1 read it",
+    "free": "it may change at ``--resume``: files are known by content, batches by their product",
+    "keyword": "the functions of Python that train a stage which reads it take it",
+    "cross_validate": "this function of Python takes it",
+    "folder": "from Python it needs ``output_dir``",
+    "stage1_file": "the file of a trained stage 1 decides it",
+    "config": "a checkpoint of stages 2 and 3 holds it",
+    "default": "``--predict`` takes its default, not the checkpoint's value",
 }
-"""All that these ways read."""
+"""What a tag says of its flag; without tags a flag is refused, and fixed at ``--resume``."""
 
-NEEDED_FLAGS = {
-    "--predict": "--checkpoint, --predictions, --data_path or --data_dir",
-    "--export": "--checkpoint, --export_dir",
-    **dict.fromkeys(("--predictions", "--use", "--update", "--strict", "--explain"), "--predict"),
-    **dict.fromkeys(("--arms", "--reference"), "--ablation"),
-    "--final": "--folds or --leave_out",
-    "--patients": "--explain",
-    "--open": "--demo",
-    "--export_dir": "--export",
-    "--checkpoint": "--predict or --export",
-}
-"""What flags cannot do without."""
 
-TEXT_ONLY = "--soft_prompt off without --ode_checkpoint"
+class Flag(NamedTuple):
+    """A flag of the trainer, as ``build_parser`` declares it."""
 
-UNREAD_FLAGS = {
-    # those of the language model and its text
-    "--trajectory_only": "--mode --epochs --ode_checkpoint --model_name --quantization --precision "
-    "--attention --base_weights --soft_prompt --stage1_logit --num_prefix_tokens --projection_lr "
-    "--adapter_lr --head_lr --lora_rank --lora_alpha --lora_dropout --series_text --text_context "
-    "--max_text_tokens --gradient_accumulation --gradient_checkpointing",
-    # those that its variants set
-    "--ablation": "--trajectory_only --mode --ode_checkpoint --soft_prompt --freeze_ode --dynamics "
-    "--facts --stage1_logit --base_weights",
-    # those of other ways to train several models
-    "--folds": "--seeds --ablation --arms --reference",
-    "--leave_out": "--folds --seeds --ablation --arms --reference",
-    # those of stage 1
-    TEXT_ONLY: "--freeze_ode --encoder_lr --stage1_logit --time_scale --solver --dynamics "
-    "--members --dropout --facts --prediction_time",
-}
-"""Flags that these ways of training do not read."""
+    default: Any
+    tags: frozenset[str]
+    needs: str  # "--a, --b or --c": what cannot be left out beside it
+
+
+Add = Callable[..., None]
+FLAGS: dict[str, Flag] = {}
+"""The flags of the trainer by their names, in the order of ``--help``."""
+
+
+def adders(group: Any, tags: str) -> tuple[Add, Add]:
+    """Return functions that add a flag, or a switch, with these tags and its own to a group.
+
+    A tag with a minus is taken away.
+    """
+
+    def add(name: str, text: str, own_tags: str = "", *, needs: str = "", **options: Any) -> None:
+        words = {*tags.split(), *own_tags.split()}
+        removed = {word for word in words if word.startswith("-")}
+        kept = frozenset(word for word in words - removed if f"-{word}" not in removed)
+        assert kept <= TAGS.keys(), name
+        action = group.add_argument(name, help=text, **options)
+        FLAGS[action.dest] = Flag(action.default, kept, needs)
+
+    return add, partial(add, action="store_true")
+
+
+def tagged(tag: str) -> list[str]:
+    """Return the names of the flags that have a tag."""
+    return [name for name, flag in FLAGS.items() if tag in flag.tags]
 
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
@@ -87,23 +88,19 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def changed(
-    args: argparse.Namespace, parser: argparse.ArgumentParser, names: Iterable[str]
-) -> dict[str, Any]:
+def changed(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     """Return those flags that do not have their default, with their values."""
     values = {name: getattr(args, name) for name in names}
-    return {name: x for name, x in values.items() if x != parser.get_default(name)}
+    return {name: x for name, x in values.items() if x != FLAGS[name].default}
 
 
 def dataset_options(
-    args: argparse.Namespace,
-    kinds: Mapping[str, type[TrajectoryDataset]],
-    parser: argparse.ArgumentParser,
+    args: argparse.Namespace, kinds: Mapping[str, type[TrajectoryDataset]]
 ) -> dict[str, Any]:
     """Return the flags that the chosen kind of data takes as keywords; refuse those of others."""
     kind = kinds[args.dataset]
     others = {o for each in kinds.values() for o in (*each.options, each.source_flag)}
-    if wrong := sorted(changed(args, parser, others - {*kind.options, kind.source_flag})):
+    if wrong := sorted(changed(args, others - {*kind.options, kind.source_flag})):
         name = "leave_out" if wrong[0] == "site" and args.leave_out else wrong[0]
         raise InputError(f"--{name}: not for --dataset {args.dataset}: leave it out")
     given = {option: getattr(args, option) for option in kind.options}
@@ -119,22 +116,25 @@ def check_quantization(text: str) -> str:
 
 def check_flags(args: argparse.Namespace, given: set[str]) -> None:
     """Refuse flags that do not fit each other; ``given`` are those that the user typed."""
-    ways = [flag for flag in (*ALONE, *TOGETHER) if flag in given]
-    if len(ways) > 1 and ways[0] in ALONE:
-        raise InputError(f"{' and '.join(ways)} do not go together")
-    for flag, needed in NEEDED_FLAGS.items():
-        for each in needed.split(", ") if flag in given else ():
-            if not given.intersection(each.split(" or ")):
-                raise InputError(f"{flag} needs {each}")
-    off, given_stage1 = args.soft_prompt == "off", args.ode_checkpoint is not None
-    unread = {way: given - {way, *flags.split()} for way, flags in ALLOWED_FLAGS.items()}
-    unread |= {way: given.intersection(flags.split()) for way, flags in UNREAD_FLAGS.items()}
-    for way in (*sorted(given), *([TEXT_ONLY] if off and not given_stage1 else [])):
-        if flags := ", ".join(sorted(unread.get(way, ()))):
-            raise InputError(f"{way} has no use for {flags}: leave it out")
+    typed = {name: FLAGS[name] for name in FLAGS if f"--{name}" in given}
+    has_stage1 = args.ode_checkpoint is not None
+    ways = {way: flag for way, flag in WAYS.items() if flag in given}
+    if args.soft_prompt == "off" and not has_stage1:
+        ways["text"] = "--soft_prompt off without --ode_checkpoint"
+    for name, flag in typed.items():  # first those of ways that are not chosen
+        if not (flag.needs or flag.tags & {"stage1", "llm", *ways}):
+            needed = " or ".join(WAYS[way] for way in WAYS if way in flag.tags)
+            raise InputError(f"--{name} needs {needed}")
+    for way, chosen in ways.items():
+        if unread := [f"--{name}" for name, flag in typed.items() if way not in flag.tags]:
+            raise InputError(f"{chosen} has no use for {', '.join(unread)}: leave it out")
+    for name, flag in typed.items():
+        for needed in flag.needs.split(", ") if flag.needs else ():
+            if not given.intersection(needed.split(" or ")):
+                raise InputError(f"--{name} needs {needed}")
     if args.ablation and args.series_text == "none":
         raise InputError("--ablation: --series_text none leaves no text to compare with")
-    if off and given_stage1 and args.stage1_logit == "off":
+    if args.soft_prompt == "off" and has_stage1 and args.stage1_logit == "off":
         raise InputError("--soft_prompt off --stage1_logit off: leave --ode_checkpoint out")
-    if not given_stage1 and (args.soft_prompt == "shuffled" or args.stage1_logit == "off"):
+    if not has_stage1 and (args.soft_prompt == "shuffled" or args.stage1_logit == "off"):
         raise InputError("--soft_prompt shuffled, --stage1_logit off: need --ode_checkpoint")

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
+from medgemma_clinical.commands.flags import tagged
 from medgemma_clinical.commands.patients import (
     ChosenRow,
     choose_rows,
@@ -65,10 +66,8 @@ def predict(args: Namespace, given: set[str]) -> int:
     if processes().num_processes > 1:
         raise InputError("--predict runs in one process: start it by python, not accelerate")
     # What was not typed is the checkpoint's to decide, whatever the default of the training.
-    typed = {name: x if f"--{name}" in given else None for name, x in vars(args).items()}
-    always = ("seed", "min_cell", "attention", "explain", "use")
-    own = {name: getattr(args, name) for name in always}
-    request = Namespace(**{**typed, **own})
+    read = {name for name in vars(args) if f"--{name}" in given}.union(tagged("default"))
+    request = Namespace(**{name: x if name in read else None for name, x in vars(args).items()})
     config = read_trained_config(request.checkpoint)
     datasets = TrajectoryModel.program.datasets
     if config["dataset"] not in datasets:

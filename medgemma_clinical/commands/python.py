@@ -1,4 +1,4 @@
-"""Training from Python: keywords are flags of the command line, beside rows and an encoder."""
+"""Training from Python: one function a stage, and folds; keywords are flags of the command line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import os
 import tempfile
 import threading
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,122 +18,180 @@ import pandas as pd
 
 from medgemma_clinical.commands import flags
 from medgemma_clinical.commands.announce import EpochBar, check_output
-from medgemma_clinical.commands.command_line import EXIT_DONE, Parser
+from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.folds import PREDICTIONS, run_folds
 from medgemma_clinical.commands.logs import recorded
-from medgemma_clinical.commands.run_folder import METRICS, folds_folder, given_stage1, stage_folder
-from medgemma_clinical.commands.several import Train
+from medgemma_clinical.commands.run_folder import METRICS, folds_folder, stage_folder
 from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.distributed import (
-    check_gpu,
-    check_launch,
-    exact_kernels,
-    set_environment,
-)
+from medgemma_clinical.distributed import check_gpu, check_launch, exact_kernels, set_environment
 from medgemma_clinical.files import InputError, owner_only, read_json
-from medgemma_clinical.inference.fitting import (
-    CrossValidation,
-    fit_classification,
-    fit_generative,
-    fit_trajectory,
-)
 from medgemma_clinical.inference.hub import find_checkpoint
 from medgemma_clinical.inference.scoring import check_kind
-from medgemma_clinical.inference.trajectory_model import Rows, TrajectoryModel
+from medgemma_clinical.inference.trajectory_model import (
+    Program,
+    Rows,
+    TrajectoryModel,
+    results_table,
+)
 from medgemma_clinical.models.checkpoints import TrajectoryCheckpoint, read_trajectory
 from medgemma_clinical.models.trained_model import checkpoint_path
 from medgemma_clinical.training.signals import SIGNALS
 
-NOT_KEYWORDS = {
-    *("trajectory_only", "mode", "demo", "ablation", "arms", "reference", "compare", "seeds"),
-    *("folds", "leave_out", "final", "predict", "checkpoint", "predictions", "update", "strict"),
-    *("data_path", "data_dir", "dry_run"),
-    *("show_values", "export", "export_dir", "explain", "patients", "open", "ode_checkpoint"),
-    "use",
-}
-"""Flags that choose another work, or what an argument of ``fit_trajectory`` says."""
-
-STAGE_1, STAGES_2_3 = "stage 1", "stages 2 and 3"
-UNREAD = {
-    STAGE_1: {flag[2:] for flag in flags.UNREAD_FLAGS["--trajectory_only"].split()},
-    STAGES_2_3: {"trajectory_epochs"},
-}
-"""Keywords of the other stages alone."""
-
-NOT_OF_FOLDS = NOT_KEYWORDS - {"folds", "leave_out", "final", "ode_checkpoint"}
-
-OF_A_FOLDER = ("resume", "log_file", "report_to", "save_every", "report_patients")
-"""Flags that have no use where nothing is written."""
-
 FITTING = threading.Lock()
 """Held while a model is trained: random generators, signals and log belong to one run."""
 
-Reader = Callable[[Namespace, Any], TrajectoryDataset]
 
+@dataclass(frozen=True, repr=False)
+class CrossValidation:
+    """What ``cross_validate`` found.
 
-def fit(
-    build_parser: Callable[[], Parser],
-    read: Reader,
-    train: Callable[..., TrajectoryModel | None],
-    stage: dict[str, Any],
-    rows: Rows,
-    encoder: TrajectoryModel | str | Path | None,
-    keywords: dict[str, Any],
-) -> TrajectoryModel:
-    """Train the stage that ``stage``, its flags, chooses; see ``fit_classification``.
-
-    ``build_parser``, ``read`` and ``train`` are the script's: flags, reader, training of a stage.
+    Attributes:
+        predictions: a row a patient's row, of the model that did not learn from the patient: id,
+            label, probability, patient, fold, then the risks of baselines and ensemble.
+        metrics: the content of ``metrics.json``; its part "folds" has the metrics.
     """
-    given = {} if encoder is None else {"ode_checkpoint": "encoder"}
-    with fitting(build_parser, {**stage, **given}, keywords, NOT_KEYWORDS) as args:
-        dataset = read_rows(rows, args, keywords, read)
-        stage1 = given_stage1(args) if encoder is None else read_encoder(encoder)
-        model = train(args, dataset, stage1)
-    return model or TrajectoryModel.from_pretrained(stage_folder(args))
+
+    predictions: pd.DataFrame
+    metrics: dict[str, Any]
+
+    def results(self) -> pd.DataFrame:
+        """Return a row a model, as ``TrajectoryModel.results``."""
+        return results_table(self.metrics["folds"])
+
+    def __repr__(self) -> str:
+        """Return the results, not the patients."""
+        return f"{type(self).__name__}:\n{self.results()}"
+
+
+def fit_trajectory(rows: Rows, **flags: Any) -> TrajectoryModel:
+    """Train stage 1: encoder and head, no language model.
+
+    Args:
+        rows: a DataFrame or a file in the DKA format, or a data set.
+        **flags: those of the command line without dashes, with the same defaults, as in
+            ``trajectory_epochs=50``. Without ``output_dir`` nothing is written.
+
+    Returns:
+        The best model; ``results()`` gives its metrics.
+
+    Raises:
+        TypeError: there is no such flag.
+        InputError: a flag or the data are wrong; the text says where, and what to do.
+    """
+    return fit({"trajectory_only": True}, rows, None, flags)
+
+
+def fit_classification(
+    rows: Rows, encoder: TrajectoryModel | str | Path | None = None, **flags: Any
+) -> TrajectoryModel:
+    """Train stage 2: MedGemma reads soft prompt and text, a head gives a probability.
+
+    Args:
+        rows: as for ``fit_trajectory``.
+        encoder: a trained stage 1, or where it lies; stays frozen. None trains a new one with it.
+        **flags: as for ``fit_trajectory``, for example ``model_name``, ``epochs``, ``lora_rank``.
+
+    Returns:
+        The best model; ``results()`` gives its metrics.
+
+    Raises:
+        TypeError: there is no such flag.
+        InputError: a flag, the data, stage 1 or the language model are wrong.
+    """
+    return fit({"mode": "classification"}, rows, encoder, flags)
+
+
+def fit_generative(
+    rows: Rows, encoder: TrajectoryModel | str | Path | None = None, **flags: Any
+) -> TrajectoryModel:
+    """Train stage 3: MedGemma reads soft prompt and text, and writes a verdict with a report.
+
+    Arguments, result and errors are those of ``fit_classification``.
+    """
+    return fit({"mode": "generative"}, rows, encoder, flags)
 
 
 def cross_validate(
-    build_parser: Callable[[], Parser],
-    read: Reader,
-    train: Train,
-    stage: dict[str, Any],
     rows: Rows,
-    keywords: dict[str, Any],
+    folds: int = 5,
+    stage: str = "trajectory",
+    encoder: str | os.PathLike[str] | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    **flags: Any,
 ) -> CrossValidation:
-    """Judge a stage in folds; see ``fitting.cross_validate``; ``train`` is that of a command."""
+    """Score every patient by a model that was trained on the others, in folds of patients.
+
+    Metrics that compare risks are means over the folds, each with the interval of a bootstrap of
+    the patients; baselines are fitted on the same folds.
+
+    Args:
+        rows: a DataFrame or a file in the DKA format, or a data set; a column ``split`` is not
+            read.
+        folds: number of parts into which the patients are split, stratified by the event.
+        stage: "trajectory", "classification" or "generative".
+        encoder: of the other stages: path of each fold's trained stage 1, ``{fold}`` in place of
+            the fold's number.
+        output_dir: run folder; the same call goes on there after a stop. None keeps nothing.
+        **flags: those of the command line without dashes, as for ``fit_trajectory``;
+            ``leave_out="COLUMN"`` holds out each site of a column in place of folds, and
+            ``final=True`` with an ``output_dir`` also trains a model on all patients there.
+
+    Returns:
+        Predictions, metrics, and ``results()``.
+
+    Raises:
+        TypeError: there is no such flag.
+        InputError: a flag or the data are wrong, or there are too few patients for the folds.
+    """
+    chosen = {"trajectory_only": True} if stage == "trajectory" else {"mode": stage}
+    keywords = {**flags, "folds": None if flags.get("leave_out") else folds}
+    keywords |= {"output_dir": output_dir} | ({"ode_checkpoint": encoder} if encoder else {})
     with contextlib.ExitStack() as stack:
-        if keywords.get("output_dir") is None:
+        if output_dir is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
-            keywords = {**keywords, "output_dir": folder, "log_file": "none"}
-        args = stack.enter_context(fitting(build_parser, stage, keywords, NOT_OF_FOLDS))
-        if run_folds(args, lambda own: read_rows(rows, own, keywords, read), train) == EXIT_DONE:
+            keywords |= {"output_dir": folder, "log_file": "none"}
+        args = stack.enter_context(fitting(chosen, keywords, "cross_validate"))
+        train = TrajectoryModel.program.train
+        if run_folds(args, lambda own: read_rows(rows, own, keywords), train) == EXIT_DONE:
             path, text = folds_folder(args) / PREDICTIONS, {"id": str, "patient": str}
             table = pd.read_csv(path, dtype=text, keep_default_na=False)
             return CrossValidation(table, read_json(folds_folder(args) / METRICS))
     raise KeyboardInterrupt
 
 
+def fit(
+    stage: dict[str, Any],
+    rows: Rows,
+    encoder: TrajectoryModel | str | Path | None,
+    keywords: dict[str, Any],
+) -> TrajectoryModel:
+    """Train the stage that ``stage``, its flags, chooses; see ``fit_classification``."""
+    given = {} if encoder is None else {"ode_checkpoint": "encoder"}
+    with fitting({**stage, **given}, keywords) as args:
+        dataset = read_rows(rows, args, keywords)
+        stage1 = None if encoder is None else read_encoder(encoder)
+        model = TrajectoryModel.program.train_stage(args, dataset, stage1)
+    return model or TrajectoryModel.from_pretrained(stage_folder(args))
+
+
 @contextlib.contextmanager
 def fitting(
-    build_parser: Callable[[], Parser],
-    stage: dict[str, Any],
-    keywords: dict[str, Any],
-    refused: set[str],
+    stage: dict[str, Any], keywords: dict[str, Any], function: str = ""
 ) -> Iterator[Namespace]:
     """Check the keywords of a training, and yield its arguments for the length of it."""
-    if unknown := sorted(refused & keywords.keys()):
-        raise TypeError(f"unexpected keyword {unknown[0]!r}")
-    own, other = STAGE_1, STAGES_2_3
-    if "mode" in stage:
-        own, other = other, own
-    if wrong := sorted(UNREAD[own] & keywords.keys()):
-        epochs = {"epochs": ": stage 1 takes trajectory_epochs"}
-        raise TypeError(f"{wrong[0]} is for {other}{epochs.get(wrong[0], '')}")
-    unused = [name for name in OF_A_FOLDER if keywords.get(name)]
+    way, other = ("llm", "stage 1") if "mode" in stage else ("stage1", "stages 2 and 3")
+    for name in sorted(keywords):
+        tags = flags.FLAGS[name].tags if name in flags.FLAGS else frozenset()
+        if not tags & {"keyword", function}:
+            raise TypeError(f"unexpected keyword {name!r}")
+        if way not in tags:
+            hint = ": stage 1 takes trajectory_epochs" if name == "epochs" else ""
+            raise TypeError(f"{name} is for {other}{hint}")
+    unused = [name for name in flags.tagged("folder") if keywords.get(name)]
     if keywords.get("output_dir") is None and unused:
         raise InputError(f"{', '.join(unused)}: give output_dir too, or leave it out")
     set_environment()
-    args, typed = build_parser().parse_keywords({**keywords, **stage})
+    args, typed = TrajectoryModel.program.parser.parse_keywords({**keywords, **stage})
     flags.check_flags(flags.complete(args), typed)
     check_launch()
     check_gpu()
@@ -151,20 +210,6 @@ def fitting(
         FITTING.release()
 
 
-def set_signatures(parser: Parser) -> None:
-    """Let ``help`` and editors know the keywords of each stage's function, with their defaults."""
-    defaults = vars(parser.parse_args([]))
-    function: Any
-    for function in (fit_trajectory, fit_classification, fit_generative):
-        unread = NOT_KEYWORDS | UNREAD[STAGE_1 if function is fit_trajectory else STAGES_2_3]
-        signature = inspect.signature(function)
-        *arguments, flags_ = signature.parameters.values()
-        keyword = partial(flags_.replace, kind=flags_.KEYWORD_ONLY, annotation=flags_.empty)
-        names = [name for name in defaults if name not in unread]
-        arguments += [keyword(name=name, default=defaults[name]) for name in names]
-        function.__signature__ = signature.replace(parameters=arguments)
-
-
 def read_encoder(encoder: TrajectoryModel | str | Path) -> TrajectoryCheckpoint:
     """Return a trained stage 1 from a model, a path or a repository of the hub."""
     if isinstance(encoder, TrajectoryModel):
@@ -172,14 +217,27 @@ def read_encoder(encoder: TrajectoryModel | str | Path) -> TrajectoryCheckpoint:
     return read_trajectory(checkpoint_path(find_checkpoint(encoder, None)))
 
 
-def read_rows(
-    rows: Rows, args: Namespace, keywords: Mapping[str, Any], read: Reader
-) -> TrajectoryDataset:
+def read_rows(rows: Rows, args: Namespace, keywords: Mapping[str, Any]) -> TrajectoryDataset:
     """Read the rows of a training; return a data set as given."""
     check_kind(rows)
     if not isinstance(rows, TrajectoryDataset):
-        return read(args, Path(rows) if isinstance(rows, (str, os.PathLike)) else rows)
+        source = Path(rows) if isinstance(rows, (str, os.PathLike)) else rows
+        return TrajectoryModel.program.read(args, source)
     if late := sorted(set(rows.options) & keywords.keys()):
         raise InputError(f"the data set has been read: leave {', '.join(late)} out")
     args.dataset = rows.name
     return rows
+
+
+def bind(program: Program) -> None:
+    """Give the package what its script has; ``help`` shows the keywords of each function."""
+    TrajectoryModel.program = program
+    function: Any
+    for function in (fit_trajectory, fit_classification, fit_generative):
+        tags = {"keyword", "stage1" if function is fit_trajectory else "llm"}
+        signature = inspect.signature(function)
+        *arguments, rest = signature.parameters.values()
+        keyword = partial(rest.replace, kind=rest.KEYWORD_ONLY, annotation=rest.empty)
+        names = [name for name, flag in flags.FLAGS.items() if tags <= flag.tags]
+        arguments += [keyword(name=name, default=flags.FLAGS[name].default) for name in names]
+        function.__signature__ = signature.replace(parameters=arguments)

@@ -15,6 +15,7 @@ import torch
 
 from medgemma_clinical import files
 from medgemma_clinical.commands.command_line import EXIT_DONE, EXIT_INTERRUPTED
+from medgemma_clinical.commands.flags import tagged
 from medgemma_clinical.commands.logs import RUN_LOG, check_log_file
 from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.data.training_data import Data, prepare_data
@@ -40,15 +41,6 @@ RESULTS = (
     *("predictions_val.csv", "predictions_test.csv", "generations_test.jsonl"),
 )
 """What a finished run leaves in its folder beside the best weights."""
-
-IMMATERIAL = {
-    *("output_dir", "data_path", "data_dir", "ode_checkpoint", "log_file", "report_to"),
-    *("report_patients", "min_cell", "show_values", "seeds", "folds", "leave_out", "ablation"),
-    *("resume", "save_every", "allow_duplicates", "site", "arms", "reference", "explain"),
-    *("patients", "open", "use", "update"),
-    *("batch_size", "gradient_accumulation", "gradient_checkpointing"),
-}
-"""Flags that do not change a result; files are known by their content, batches by their product."""
 
 MATERIAL = {
     "data": "the data are other ones",
@@ -240,7 +232,7 @@ def check_run(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     then, now = known["arguments"], run["arguments"]
     other = [
         f"--{name} was {then.get(name)}, is {now.get(name)}"
-        for name in sorted({*then, *now} - IMMATERIAL)
+        for name in sorted({*then, *now}.difference(tagged("free")))
         if then.get(name) != now.get(name)
     ]
     other += [text for key, text in MATERIAL.items() if known[key] != run[key]]

@@ -9,9 +9,9 @@ The folder is a checkpoint like best/: the program loads it without the base mod
 
 from __future__ import annotations
 
+import logging
 import math
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any, cast
@@ -23,12 +23,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from medgemma_clinical.files import InputError, RunFault, atomic, locked, read_json, write_text
-from medgemma_clinical.inference.hub import files_of
+from medgemma_clinical.distributed import peak_memory, processes
+from medgemma_clinical.files import InputError, RunFault, atomic, locked, write_text
 from medgemma_clinical.inference.scoring import Scores
 from medgemma_clinical.models.checkpoints import (
     CARD,
-    CONFIG,
     MERGED_MODEL,
     MODULE_WEIGHTS,
     NOTICE,
@@ -50,16 +49,12 @@ from medgemma_clinical.models.trained_model import (
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
 from medgemma_clinical.training.loaders import LengthBatches
 
+logger = logging.getLogger(__name__)
+
 PROOF_ROWS, PROOF_TOKENS = 8, 32
 TOLERANCE = {torch.float32: 2.0**-10, torch.bfloat16: 24 * 2.0**-8}
 """Largest difference of a logit, in standard deviations of a row's logits, times the root of the
 number of layers: each adds a rounding error to the states, and such errors are independent."""
-
-EXPORTED_FILES = re.compile(
-    rf"{MODULE_WEIGHTS}|{CONFIG}|{CARD}|{NOTICE}|{MERGED_MODEL}/({NOTICE}|chat_template.jinja"
-    r"|model(-\d+-of-\d+)?.safetensors"
-    r"|(config|generation_config|tokenizer|tokenizer_config|model.safetensors.index).json)"
-)
 
 
 @torch.no_grad()
@@ -92,17 +87,19 @@ def prompt_embeds(scores: Scores, trained: TrainedModel, batch_size: int) -> lis
 def export_merged(
     checkpoint: Path, folder: Path, builders: Builders, model_name: str | None = None
 ) -> float:
-    """Merge the adapter of a trained stage 2 or 3 into its base model; write both as a folder.
+    """Merge the adapter of a trained stage 2 or 3 into its base model; write both as a new folder.
 
-    The folder, which replaces an earlier export, is read back before it appears, and must compute
-    the logits of the trained model. Returns their largest difference, in standard deviations.
+    The folder is read back before it appears, and must compute the logits of the trained model.
+    Returns their largest difference, in standard deviations.
     """
+    if processes().num_processes > 1:
+        raise InputError("--export runs in one process: start it by python, not accelerate")
     best = check_mergeable(checkpoint)
-    check_export_folder(folder)
+    if os.path.lexists(folder) or not folder.absolute().parent.is_dir():
+        raise InputError(f"--export_dir {folder}: give a new folder within one that exists")
     trained = load_trained_model(best, builders, model_name)
     before = proof_logits(trained)
-    target = folder.absolute()  # a path such as "." has no name
-    with locked(target), atomic(target) as temporary:
+    with locked(folder), atomic(folder) as temporary:
         write_merged(temporary, best, trained)
         del trained  # one model is in memory at a time
         merged = load_trained_model(temporary, builders)
@@ -116,6 +113,8 @@ def export_merged(
                 f"{difference:.2g} standard deviations apart (rounding explains {allowed:.2g}): "
                 "nothing was written: please report it"
             )
+    logger.info("largest difference of a logit after the merge: %.2g of their spread", difference)
+    logger.info("export: %s; %s; see medgemma_clinical/docs/sharing.md", folder, peak_memory())
     return difference
 
 
@@ -128,22 +127,6 @@ def check_mergeable(checkpoint: Path) -> Path:
             return best
         problem = "an export, whose adapter is merged already: copy the folder"
     raise InputError(f"--checkpoint {checkpoint}: {problem}")
-
-
-def check_export_folder(folder: Path) -> None:
-    """Check that an export makes a new folder, or replaces an earlier export and no other file."""
-    if not folder.absolute().parent.is_dir():
-        raise InputError(f"--export_dir {folder}: give a folder within one that exists")
-    if not os.path.lexists(folder):
-        return
-    try:
-        own = not folder.is_symlink() and is_merged(read_json(folder / CONFIG))
-    except (OSError, ValueError):
-        own = False
-    others = [name for name in files_of(folder) if own and not EXPORTED_FILES.fullmatch(name)]
-    if not own or others:
-        problem = f"holds {min(others)}" if others else "exists"
-        raise InputError(f"--export_dir {folder}: {problem}, not from an export: name a new folder")
 
 
 @torch.no_grad()

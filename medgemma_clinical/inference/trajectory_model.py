@@ -52,9 +52,10 @@ class Program(NamedTuple):
 
     datasets: Mapping[str, Any]  # class of each kind of data by name
     builders: Builders
+    parser: Any
+    read: Callable[..., TrajectoryDataset]  # of arguments and a source
+    train_stage: Callable[..., TrajectoryModel | None]  # of arguments, data and a stage 1
     train: Callable[..., int]  # of arguments and data; returns an exit code
-    fit: Callable[..., TrajectoryModel]  # of flags of a stage, rows, encoder, keywords
-    cross_validate: Callable[..., Any]  # of flags of a stage, rows, keywords
 
 
 def results_table(part: Mapping[str, Any]) -> pd.DataFrame:
@@ -81,6 +82,7 @@ class TrajectoryModel:
         batch_size: rows a batch.
     """
 
+    __module__ = "medgemma_trainer"  # so that unpickling imports the script, which sets ``program``
     program: ClassVar[Program]
 
     def __init__(self, trained: TrainedModel, batch_size: int | None = None) -> None:

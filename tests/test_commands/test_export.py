@@ -9,7 +9,6 @@ import pandas as pd
 import pytest
 
 import medgemma_trainer as trainer
-from medgemma_clinical.commands import export as export_command
 from medgemma_clinical.inference import serving
 from medgemma_clinical.models.trained_model import read_trained_config
 from merged_models import save_base, save_stage
@@ -51,7 +50,7 @@ def test_the_base_model_may_lie_elsewhere(tmp_path, capsys):
 
 
 def test_an_export_runs_in_one_process(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(export_command, "processes", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(serving, "processes", lambda: SimpleNamespace(num_processes=2))
     words = command(runs / "generative", tmp_path / "out")
     assert refused(capsys, words, "one process", out=tmp_path / "out")
 

@@ -13,6 +13,7 @@ from sklearn.utils import Tags, check_consistent_length, check_random_state, col
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import check_is_fitted
 
+from medgemma_clinical.commands.python import fit_trajectory
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.trajectory_model import TrajectoryModel
 
@@ -32,6 +33,8 @@ class TrajectoryClassifier(ClassifierMixin, BaseEstimator):
         classes_: the two labels; the second one is the event.
         model_: the ``TrajectoryModel``.
     """
+
+    __module__ = "medgemma_trainer"  # as of ``TrajectoryModel``
 
     def __init__(
         self,
@@ -96,8 +99,7 @@ class TrajectoryClassifier(ClassifierMixin, BaseEstimator):
         dataset.held_out = ("val",)
         drawn = not isinstance(seed, (int, np.integer))
         flags["seed"] = check_random_state(seed).randint(2**31) if drawn else seed
-        fit = TrajectoryModel.program.fit
-        self.model_: TrajectoryModel = fit({"trajectory_only": True}, dataset, None, flags)
+        self.model_: TrajectoryModel = fit_trajectory(dataset, **flags)
         self.classes_ = classes
         return self
 
