@@ -26,7 +26,6 @@ Letters: B patients, L observations, F features, H state, P soft tokens, D width
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import math
 import os
@@ -34,8 +33,8 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -97,7 +96,13 @@ from medgemma_clinical.training.evaluate import evaluate
 from medgemma_clinical.training.loaders import part_batches
 from medgemma_clinical.training.signals import SIGNALS, Stopped
 from medgemma_clinical.training.stage import Stage
-from medgemma_clinical.training.state import NonFiniteLossError, TrainState, WeightAverage
+from medgemma_clinical.training.state import (
+    TOLERANCE,
+    NonFiniteLossError,
+    StateStore,
+    TrainState,
+    WeightAverage,
+)
 from medgemma_clinical.training.trackers import TRACKERS, Track
 from srtr_dataset import ORGANS, SRTRTrajectoryDataset
 
@@ -462,7 +467,7 @@ def fit(
     stage: Stage,
     seed: int,
     folder: Path | None = None,
-    track: Track = lambda metrics, step: None,
+    track: Track | None = None,
     *,
     resume: bool = False,
     save_every: int = 0,
@@ -473,60 +478,50 @@ def fit(
     ``save_every`` steps and when a signal comes. Processes share each step; the first one writes.
     """
     state, store = set_up(stage), run_folder.state_store(folder) if folder else None
-    progress = state.progress
-
-    def save() -> None:
-        state.lap()
-        content = training_state(stage, state)  # each process has its share
-        if store and distributed.processes().is_main_process:
-            store.save(content)
-
-    def after_step(stop: bool) -> None:
-        if stop or (save_every and progress.steps % save_every == 0):
-            save()
-        if stop:
-            raise Stopped(SIGNALS.received or signal.SIGTERM)
-
+    progress, batches = state.progress, stage.batches["train"]
     if resume and store:
         load_training_state(stage, state, store.newest())
         save_best(stage, state, folder)
         run_folder.write_history(folder, progress.history)
     else:
-        save()
+        save_state(stage, state, store)
     ended_before = progress.over
     while not progress.over:
+        epoch = progress.epoch + 1
+        # Train: all of the epoch, or what a stopped run has left of it.
+        batches.set_epoch(seed, epoch, progress.batches)
+        stage.begin_epoch(seed, epoch, learning(state, stage.patience))
+        stage.model.train()
+        state.optimizer.zero_grad()
+        title = f"{stage.name} {epoch}/{stage.epochs}"
+        bar = distributed.show_progress(batches, title, len(batches), progress.batches)
         with SIGNALS.deferred():
-            train_epoch(stage, state, seed, after_step)
-            save()
-        predictions = validate(stage, state) if len(stage.batches["val"].rows) else None
+            for number, rows in enumerate(bar):
+                begun = time.perf_counter()
+                loss, terms = backward(stage, state, rows)
+                stop = step(state, loss, terms)
+                if (epoch, number) == (1, 1):  # the first step warms up
+                    announce.log_epoch_time(stage, time.perf_counter() - begun, rows)
+                if stop or (save_every and progress.steps % save_every == 0):
+                    save_state(stage, state, store)
+                if stop:
+                    raise Stopped(SIGNALS.received or signal.SIGTERM)
+            save_state(stage, state, store)
+        # Validate: the last epoch is the best where there is no validation part.
+        found = validate(stage, state) if len(stage.batches["val"].rows) else None
+        losses = [1 / epoch for _ in {*state.members}] if found is None else found.losses.tolist()
+        # Keep the best, and stop where no member has reached a lower loss for long.
+        if keep_best(state, losses, stage.patience):
+            save_best(stage, state, folder)
+        exhausted = epoch - max(progress.lowest_epochs) >= stage.patience
         state.lap()
-        end_epoch(stage, state, folder, predictions, track)
+        announce.record_epoch(stage, progress, found, folder, track, exhausted=exhausted)
+        progress.over = exhausted or epoch == (stage.last_epoch or stage.epochs)
+        progress.next_epoch()
     if not ended_before:
-        save()
+        save_state(stage, state, store)
     state.set_weights(state.best)
     return state
-
-
-def train_epoch(
-    stage: Stage, state: TrainState, seed: int, after_step: Callable[[bool], None] = lambda _: None
-) -> None:
-    """Pass over the training part, or over what is left of the epoch, a step at a time."""
-    progress, batches = state.progress, stage.batches["train"]
-    first, begun = progress.steps, 0.0
-    batches.set_epoch(seed, progress.epoch + 1, progress.batches)
-    several = state.accelerator.num_processes > 1  # they wait for the gradients of all members
-    learn = [several or progress.learns(k, stage.patience) for k in {*state.members}]
-    stage.begin_epoch(seed, progress.epoch + 1, learn)
-    stage.model.train()
-    state.optimizer.zero_grad()
-    title = f"{stage.name} {progress.epoch + 1}/{stage.epochs}"
-    for rows in distributed.show_progress(batches, title, len(batches), progress.batches):
-        loss, terms = backward(stage, state, rows)
-        stop = step(state, loss, terms)
-        if progress.steps == first + 2 and progress.epoch == 0:  # the first step warms up
-            announce.log_epoch_time(stage, time.perf_counter() - begun, rows)
-        begun = time.perf_counter()
-        after_step(stop)
 
 
 def backward(stage: Stage, state: TrainState, rows: list[int]) -> tuple[Tensor, int]:
@@ -592,34 +587,35 @@ def validate(stage: Stage, state: TrainState) -> Predictions:
     return predictions
 
 
-def end_epoch(
-    stage: Stage, state: TrainState, folder: Path | None, found: Predictions | None, track: Track
-) -> None:
-    """Keep the epoch's weights if they are the best so far, write its metrics, begin the next."""
+def learning(state: TrainState, patience: int) -> list[bool]:
+    """Return for each member of stage 1 whether its patience lasts in this epoch."""
+    progress = state.progress
+    if not progress.lowest or state.accelerator.num_processes > 1:  # they share all gradients
+        return [True for _ in {*state.members}]
+    return [progress.epoch + 1 - lowest <= patience for lowest in progress.lowest_epochs]
+
+
+def keep_best(state: TrainState, losses: Sequence[float], patience: int) -> bool:
+    """Early stopping: keep the averaged weights of each member for which this epoch is the best.
+
+    That is the latest epoch whose validation loss is within ``TOLERANCE`` of the member's lowest. A
+    member whose patience has ended stays as it was: it waits for no other. Return whether any kept.
+    """
     progress, epoch = state.progress, state.progress.epoch + 1
-    metrics: dict[str, Any] = {
-        "epoch": epoch,
-        "step": progress.steps,
-        "train_loss": progress.mean_loss if progress.terms else None,
-        "val_loss": found and found.loss,
-        "val_auroc": found and found.auroc(),
-        "skipped_steps": progress.skipped,
-        "seconds": round(progress.seconds, 3),
-    }
-    # Without a validation part the last epoch is the best.
-    losses = [1 / epoch for _ in {*state.members}] if found is None else found.losses.tolist()
-    better = progress.judge(losses, stage.patience)
+    if epoch == 1:
+        progress.lowest, progress.lowest_epochs = [math.inf for _ in losses], [1 for _ in losses]
+        progress.best_epochs = [1 for _ in losses]
+    for member, loss in enumerate(losses):
+        if epoch - progress.lowest_epochs[member] > patience:
+            continue
+        if loss < progress.lowest[member]:
+            progress.lowest[member], progress.lowest_epochs[member] = loss, epoch
+        if loss <= progress.lowest[member] * (1 + TOLERANCE):
+            progress.best_epochs[member] = epoch
     kept = zip(state.members, state.best or state.parameters, state.average.weights, strict=True)
-    state.best = [new.clone() if better[member] else old for member, old, new in kept]
-    exhausted = progress.exhausted(stage.patience)
-    progress.history.append({**metrics, "best_epochs": [*progress.best_epochs]})
-    if any(better):
-        save_best(stage, state, folder)
-    run_folder.write_history(folder, progress.history)
-    track({name: x for name, x in metrics.items() if x is not None}, progress.steps)
-    announce.log_epoch(stage, metrics, progress, exhausted=exhausted)
-    progress.over = exhausted or epoch == (stage.last_epoch or stage.epochs)
-    progress.next_epoch()
+    best = progress.best_epochs
+    state.best = [new.clone() if best[member] == epoch else old for member, old, new in kept]
+    return epoch in best
 
 
 # --------------------------------------------------------------------------- what is kept
@@ -630,6 +626,15 @@ def save_best(stage: Stage, state: TrainState, folder: Path | None) -> None:
     if folder and state.best and distributed.processes().is_main_process:
         with state.swapped_weights(state.best):
             stage.save(folder, stage.config)
+
+
+def save_state(stage: Stage, state: TrainState, store: StateStore | None) -> None:
+    """Keep the state of training; each process brings its share, the first one writes."""
+    if store is not None:
+        state.lap()
+        content = training_state(stage, state)
+        if distributed.processes().is_main_process:
+            store.save(content)
 
 
 def training_state(stage: Stage, state: TrainState) -> dict[str, Any]:
@@ -714,12 +719,15 @@ def train_stage(
 
 def dry_run(stage: Stage, seed: int) -> None:
     """Take two steps on the longest rows; measure, keep nothing."""
-    longest = copy.copy(stage.batches["train"])
-    longest.rows = memory.longest_rows(stage, 2 * longest.batch_size)
-    own = replace(stage, batches={**stage.batches, "train": longest}, text=None)  # says no time
-    train_epoch(own, state := set_up(own), seed)
+    state, batches = set_up(stage), stage.batches["train"]
+    longest = memory.longest_rows(stage, 2 * batches.batch_size)
+    stage.begin_epoch(seed, 1, learning(state, stage.patience))
+    stage.model.train()
+    for k in (0, 1):  # each process takes its share of them
+        rows = longest[k::2][batches.process :: batches.n_processes].tolist()
+        step(state, *backward(stage, state, rows))
     state.lap()
-    announce.log_dry_run(stage, state.progress, longest.rows.tolist())
+    announce.log_dry_run(stage, state.progress, longest.tolist())
 
 
 # --------------------------------------------------------------------------- main

@@ -31,7 +31,8 @@ AVERAGE_DECAY = 0.998
 
 TOLERANCE = 0.01
 """A validation loss so little above the lowest is as good: in a part of fifty events the difference
-is noise, and a model that has learned longer is better where the loss stays level."""
+is noise, and a model that has learned longer is better where the loss stays level. The rule is the
+script's ``keep_best``; ``describe_selection`` says it in words."""
 
 MAX_SKIPPED = 5
 """Steps in a row whose loss or gradient is not finite, after which training stops."""
@@ -136,34 +137,6 @@ class Progress:
     def best_epoch(self) -> int:
         """The best epoch, of several members their median; 0 before the first ends."""
         return round(statistics.median(self.best_epochs or [0]))
-
-    def judge(self, losses: Sequence[float], patience: int) -> list[bool]:
-        """Count the losses of an epoch; return for each member whether it is the best so far.
-
-        That is the latest epoch whose loss is hardly above the lowest. A member whose patience has
-        ended stays as it was: it does not wait for the others.
-        """
-        epoch = self.epoch + 1
-        if not self.lowest:
-            self.lowest, self.lowest_epochs = [math.inf] * len(losses), [epoch] * len(losses)
-            self.best_epochs = [epoch] * len(losses)
-        better = []
-        for k, loss in enumerate(losses):
-            learns = self.learns(k, patience)
-            if learns and loss < self.lowest[k]:
-                self.lowest[k], self.lowest_epochs[k] = loss, epoch
-            better.append(learns and loss <= self.lowest[k] * (1 + TOLERANCE))
-            if better[k]:
-                self.best_epochs[k] = epoch
-        return better
-
-    def learns(self, member: int, patience: int) -> bool:
-        """Return whether a member's patience lasts in this epoch."""
-        return not self.lowest or self.epoch + 1 - self.lowest_epochs[member] <= patience
-
-    def exhausted(self, patience: int) -> bool:
-        """Return whether the patience of all members ends with this epoch."""
-        return self.epoch + 1 - max(self.lowest_epochs) >= patience
 
     def next_epoch(self) -> None:
         """Count an epoch and begin the next."""
