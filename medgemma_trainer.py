@@ -527,31 +527,19 @@ def fit(
 def backward(stage: Stage, state: TrainState, rows: list[int]) -> tuple[Tensor, int]:
     """Add up gradients, loss and terms (patients, or answer tokens) of a step over its passes.
 
-    Losses are sums, so a step that does not fit the memory can be repeated in smaller passes; of
-    several processes the others would wait in vain: there ``check_memory`` decides beforehand.
+    Losses are sums, so a step may be cut into any passes; ``check_memory`` has found their size.
     """
-    accelerator = state.accelerator
-
-    def one_pass(part: list[int]) -> tuple[Tensor, int]:  # its frame holds all that must go
-        output = state.model(send_to_device(stage.collate(part), accelerator.device))
-        output.loss.sum().backward()
-        return output.loss.detach().mean(), output.terms
-
-    while True:
-        parts, passes = [], stage.passes(rows)
-        try:
-            for part in passes:
-                last = part is passes[-1]  # processes exchange gradients in the last one
-                with contextlib.nullcontext() if last else accelerator.no_sync(state.model):
-                    parts.append(one_pass(part))
-            losses, terms = zip(*parts, strict=True)
-            return torch.stack(losses).sum(), sum(terms)
-        except RuntimeError as error:
-            if accelerator.num_processes > 1 or not memory.is_out_of_memory(error):
-                raise
-            memory.save_memory(stage, part)
-        state.optimizer.zero_grad()
-        torch.cuda.empty_cache()
+    accelerator, losses, terms = state.accelerator, [], 0
+    passes = stage.passes(rows)
+    for part in passes:
+        last = part is passes[-1]  # processes exchange gradients in the last one
+        with contextlib.nullcontext() if last else accelerator.no_sync(state.model):
+            output = state.model(send_to_device(stage.collate(part), accelerator.device))
+            output.loss.sum().backward()
+        losses.append(output.loss.detach().mean())
+        terms += output.terms
+        del output  # and what its graph holds, before the next pass
+    return torch.stack(losses).sum(), terms
 
 
 def step(state: TrainState, loss: Tensor, terms: int) -> bool:
@@ -575,12 +563,18 @@ def step(state: TrainState, loss: Tensor, terms: int) -> bool:
     return bool(stop)
 
 
+def score(stage: Stage, part: str) -> Predictions:
+    """Return the predictions of a part by the model as it is."""
+    batches = stage.batches[part]
+    bar = distributed.show_progress(batches, f"{stage.name}: {results.SCORED[part]}", len(batches))
+    passes = (rows for batch in bar for rows in stage.passes(batch, len(batch)))
+    return evaluate(stage.model, passes, stage.collate)
+
+
 def validate(stage: Stage, state: TrainState) -> Predictions:
     """Score the validation part with the averaged weights."""
-    batches = stage.batches["val"]
-    shown = distributed.show_progress(batches, f"{stage.name}: validation", len(batches))
     with state.swapped_weights(state.average.weights):
-        predictions = evaluate(stage.model, shown, stage.collate)
+        predictions = score(stage, "val")
     if not math.isfinite(predictions.loss):
         epoch = state.progress.epoch + 1
         raise NonFiniteLossError(f"the validation loss is {predictions.loss} in epoch {epoch}")
@@ -720,14 +714,14 @@ def train_stage(
 def dry_run(stage: Stage, seed: int) -> None:
     """Take two steps on the longest rows; measure, keep nothing."""
     state, batches = set_up(stage), stage.batches["train"]
-    longest = memory.longest_rows(stage, 2 * batches.batch_size)
+    longest = memory.longest_rows(stage, "train", 2 * batches.batch_size)
     stage.begin_epoch(seed, 1, learning(state, stage.patience))
     stage.model.train()
     for k in (0, 1):  # each process takes its share of them
-        rows = longest[k::2][batches.process :: batches.n_processes].tolist()
+        rows = longest[k::2][batches.process :: batches.n_processes]
         step(state, *backward(stage, state, rows))
     state.lap()
-    announce.log_dry_run(stage, state.progress, longest.tolist())
+    announce.log_dry_run(stage, state.progress, longest)
 
 
 # --------------------------------------------------------------------------- main

@@ -67,9 +67,9 @@ class Stage:
         """Tokens that a language model reads of a training patient, mean; 0 without one."""
         return 0.0 if self.text is None else float(self.lengths[self.batches["train"].rows].mean())
 
-    def passes(self, rows: Sequence[int]) -> list[list[int]]:
-        """Cut the rows of a step into those of each forward and backward pass."""
-        return cut_rows(rows, self.batch_size, self.lengths, self.max_tokens)
+    def passes(self, rows: Sequence[int], size: int | None = None) -> list[list[int]]:
+        """Cut rows into those of each pass, of at most ``size`` or as many as a step's have."""
+        return cut_rows(rows, size or self.batch_size, self.lengths, self.max_tokens)
 
     @property
     def learning_parts(self) -> dict[str, list[nn.Parameter]]:
