@@ -695,7 +695,6 @@ def train_stage(
     if args.resume and run_folder.is_finished(folder, run_record):
         return None
     stage = folds.last_epoch_set(make_stage(args, data, checkpoint), args)
-    write = folds.write_final if args.final else results.write_results
     announce.log_run_summary(stage, data, args)
     memory.check_memory(stage, distributed.default_device())
     if args.dry_run:
@@ -703,7 +702,14 @@ def train_stage(
         return None
     with run_folder.opened(args, folder, run_record) as track:
         state = fit(stage, args.seed, folder, track, resume=args.resume, save_every=args.save_every)
-        config, others = write(stage, data, folder, state, run_record, args)
+        if args.final:  # trained on all patients: nothing is held out
+            config, others = folds.write_final(stage, data, folder, args)
+        else:  # the one time that the test part is read
+            parts = (part for part in ("val", "test") if len(data.split[part]))
+            scored = {part: score(stage, part) for part in parts}
+            config, others = results.write_results(
+                scored, stage, data, folder, state.progress, run_record, args
+            )
         track(results.metrics_for_tracker(config), state.progress.steps)
         run_folder.finish_run(folder, stage.tokens, config.get("best_model"))
     model: Any = stage.model.eval()

@@ -79,7 +79,7 @@ from medgemma_clinical.models.trained_model import read_trained_config
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 from medgemma_clinical.training.signals import begin_process
 from medgemma_clinical.training.stage import Stage
-from medgemma_clinical.training.state import TrainState, describe_selection
+from medgemma_clinical.training.state import describe_selection
 
 logger = logging.getLogger(__name__)
 
@@ -378,11 +378,11 @@ def last_epoch_set(stage: Stage, args: Namespace) -> Stage:
 
 
 def write_final(
-    stage: Stage, data: Data, folder: Path, state: TrainState, run: Json, args: Namespace
+    stage: Stage, data: Data, folder: Path, args: Namespace
 ) -> tuple[Json, Baselines | None]:
     """Write the model of all patients, with the decision rules and the metrics of the folds.
 
-    Arguments and result are those of ``results.write_results``.
+    The result is that of ``results.write_results``.
     """
     content = read_json(folds_folder(args) / METRICS)
     decided = content.pop("decided")
