@@ -33,7 +33,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -87,7 +87,7 @@ from medgemma_clinical.inference.fitting import (
 )
 from medgemma_clinical.inference.trajectory_model import Program, TrajectoryModel
 from medgemma_clinical.models import checkpoints, language_model, text_batches, trained_model
-from medgemma_clinical.models.checkpoints import TrajectoryCheckpoint, describe_data
+from medgemma_clinical.models.checkpoints import Config, TrajectoryCheckpoint, describe_data
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory import Stage1, TrajectoryCollator, TrajectoryHead, log_odds
 from medgemma_clinical.models.trajectory_llm import LLMClassifier, LLMWriter, SoftPrompt
@@ -247,7 +247,7 @@ def read_dataset(args: Namespace, source: Path | pd.DataFrame | None = None) -> 
 # --------------------------------------------------------------------------- the models
 
 
-def build_stage1(config: Mapping[str, Any], seed: int = 0) -> Stage1:
+def build_stage1(config: Config, seed: int = 0) -> Stage1:
     """Encoder and head of each member: series -> states (B, L + 1, 64) -> logit (B,)."""
     inputs, members = config["inputs"], []
     summaries = summary_names(config["features"], prediction_time=inputs["prediction_time"])
@@ -261,7 +261,7 @@ def build_stage1(config: Mapping[str, Any], seed: int = 0) -> Stage1:
 
 
 def build_llm(
-    config: Mapping[str, Any],
+    config: Config,
     stage1: Stage1 | None,
     base: str,
     *,
@@ -349,7 +349,7 @@ def make_stage1(args: Namespace, data: Data, checkpoint: TrajectoryCheckpoint | 
         encoder: dict[str, Any] = {"input_dim": len(data.dataset.features), "hidden_dim": 64}
         encoder |= {"time_scale": data.time_scale(args.time_scale), "solver": args.solver}
         encoder |= {"dynamics": args.dynamics, "dropout": args.dropout}
-        config = {"encoder": encoder, "members": args.members, **data.description()}
+        config: Config = {"encoder": encoder, "members": args.members, **describe_data(data)}
         model = build_stage1(config, args.seed)
         model.fit_scales(data)
         for member in model.members:
@@ -362,7 +362,7 @@ def trajectory_stage(args: Namespace, data: Data, model: Stage1) -> Stage:
     """Stage 1: encoder and head learn, no language model."""
     patients, collate = data.training_patients(), TrajectoryCollator(model, data.dataset)
 
-    def save(folder: Path, config: dict[str, Any]) -> None:
+    def save(folder: Path, config: Config) -> None:
         path = folder.parent / checkpoints.TRAJECTORY_FILE
         checkpoints.save_trajectory(path, model.state_dict(), config, patients)
 
@@ -391,12 +391,17 @@ def llm_stage(
     tokens = 0 if args.soft_prompt == "off" else args.num_prefix_tokens
     shuffled = args.soft_prompt == "shuffled"
     soft = text_batches.soft_tokens(dataset, tokens)
-    unread: Any = {"encoder": None, "members": 0, "patients": {"series": {}, "static": {}}}
+    unread: Config = {"encoder": None, "members": 0, "patients": {"series": {}, "static": {}}}
     unread["inputs"] = {**data.description()["inputs"], "static": [], "prediction_time": False}
-    config = {
+    config: Config = {
         "stage": args.mode,
-        **{name: getattr(args, name) for name in flags.LANGUAGE_MODEL_FLAGS},
-        **language_model.base_record(args.model_name),
+        "base_weights": args.base_weights,
+        "quantization": args.quantization,
+        "precision": args.precision,
+        "lora_rank": args.lora_rank,
+        "lora_alpha": args.lora_alpha,
+        "max_text_tokens": args.max_text_tokens,
+        **checkpoints.describe_base(args.model_name),
         "num_prefix_tokens": int(soft.max()),
         "shuffled": shuffled,
         "stage1_logit": args.stage1_logit == "on" and stage1 is not None,
@@ -404,8 +409,9 @@ def llm_stage(
         "prompts": asdict(data.prompts),
         **describe_data(data),
         **(unread if stage1 is None else checkpoints.stage1_config(stage1)),
-        **({} if checkpoint is None else {"patients": checkpoint.config["patients"]}),
     }
+    if checkpoint is not None:
+        config["patients"] = checkpoint.config["patients"]
     donors = risks = None
     if shuffled:
         donors = text_batches.other_patients(data.split, dataset.groups, args.seed)

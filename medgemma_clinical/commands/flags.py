@@ -20,11 +20,6 @@ STAGE_1_FLAGS = (
 )
 """Flags that the file of a trained stage 1 decides."""
 
-LANGUAGE_MODEL_FLAGS = (
-    *("base_weights", "quantization", "precision", "lora_rank", "lora_alpha", "max_text_tokens"),
-)
-"""Flags that a checkpoint of stages 2 and 3 holds as they are."""
-
 ALONE = ("--predict", "--export", "--compare", "--demo", "--dry_run")
 TOGETHER = ("--ablation", "--seeds", "--folds", "--leave_out", "--resume")
 """Flags that say what to do."""

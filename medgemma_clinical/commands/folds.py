@@ -68,7 +68,12 @@ from medgemma_clinical.files import (
     write_text,
 )
 from medgemma_clinical.inference.trajectory_model import TrajectoryModel
-from medgemma_clinical.models.checkpoints import BASELINES, TRAJECTORY_FILE, read_trajectory
+from medgemma_clinical.models.checkpoints import (
+    BASELINES,
+    TRAJECTORY_FILE,
+    Config,
+    read_trajectory,
+)
 from medgemma_clinical.models.model_card import (
     LIMITS,
     built_in_notice,
@@ -246,7 +251,7 @@ def write_results(
     write_text(folder / PREDICTIONS, predictions_csv(with_folds))
     write_json(folder / METRICS, content)
     first = folds_sentence(metrics, len(folders))
-    config = {**configs[0], **decided, "metrics": content}
+    config: Config = {**configs[0], **decided, "metrics": content}
     tuned = [read_json(each / BASELINES).get("tuned") for each in folders]
     write_report(
         folder / "report.html",
@@ -271,7 +276,7 @@ def decide(
     rules: Sequence[Mapping[str, Json]],
     fold: NDArray[np.int64],
     calibrate: str,
-) -> Json:
+) -> Config:
     """Fit the decision rules of a model of all patients to the out-of-fold predictions.
 
     ``rules`` are those of each fold by model, ``fold`` (n,) is that of each row of ``table``.
@@ -305,7 +310,7 @@ def report_content(
     args: Namespace,
     rows: TrajectoryDataset,
     positions: NDArray[np.int64],
-    config: Json,
+    config: Config,
     tuned: Sequence[bool | None],
     first: str,
 ) -> ReportContent:
@@ -379,14 +384,14 @@ def last_epoch_set(stage: Stage, args: Namespace) -> Stage:
 
 def write_final(
     stage: Stage, data: Data, folder: Path, args: Namespace
-) -> tuple[Json, Baselines | None]:
+) -> tuple[Config, Baselines | None]:
     """Write the model of all patients, with the decision rules and the metrics of the folds.
 
     The result is that of ``results.write_results``.
     """
     content = read_json(folds_folder(args) / METRICS)
     decided = content.pop("decided")
-    config = {**stage.config, **decided, "metrics": content}
+    config: Config = {**stage.config, **decided, "metrics": content}
     if isinstance(stage.model, TrajectoryLLM) and "residual_weight" in decided:
         stage.model.residual_weight = decided["residual_weight"]
     if not processes().is_main_process:

@@ -45,7 +45,7 @@ from medgemma_clinical.evaluation.verdicts import sentences, value_text
 from medgemma_clinical.evaluation.written_reports import score_reports
 from medgemma_clinical.files import InputError, write_json, write_text
 from medgemma_clinical.inference.scoring import write_in_batches
-from medgemma_clinical.models.checkpoints import BASELINES
+from medgemma_clinical.models.checkpoints import BASELINES, Config
 from medgemma_clinical.models.model_card import (
     LIMITS,
     built_in_notice,
@@ -77,7 +77,7 @@ def write_results(
     progress: Progress,
     run: dict[str, Any],
     args: Namespace,
-) -> tuple[dict[str, Any], Baselines | None]:
+) -> tuple[Config, Baselines | None]:
     """Write and log the results of the validation and test part, as the best model scored them.
 
     Each process must call; the first one writes. Without a folder nothing is written. Returns the
@@ -85,7 +85,7 @@ def write_results(
     the baselines too.
     """
     predictions, decided = apply_decisions(scored, stage, data, args.calibrate)
-    config = {**stage.config, **decided}
+    config: Config = {**stage.config, **decided}
     if "test" not in predictions:  # the caller tests, as scikit-learn's tools do
         return config, None
     texts = None
@@ -156,13 +156,13 @@ def write_results(
 
 def apply_decisions(
     scored: dict[str, Predictions], stage: Stage, data: Data, calibrate: str
-) -> tuple[dict[str, Predictions], dict[str, Any]]:
+) -> tuple[dict[str, Predictions], Config]:
     """Fit weight and decision rule to the validation part alone; apply them to all parts.
 
     Returns the predictions by part, and both as they stand in the configuration; the model takes
     the weight.
     """
-    decided: dict[str, Any] = {}
+    decided: Config = {}
     scored = {**scored}
     model, val = stage.model, scored["val"]
     if isinstance(model, TrajectoryLLM) and model.adds_stage1:
@@ -258,7 +258,7 @@ def log_results(metrics: dict[str, Metrics], written: dict[str, Any] | None, nou
         logger.info("%d events in the test part: --folds 5 judges every patient", events)
 
 
-def metrics_for_tracker(config: dict[str, Any]) -> dict[str, float]:
+def metrics_for_tracker(config: Config) -> dict[str, float]:
     """Return the model's known metrics of both parts; none in another process than the first."""
     return {
         f"{part}_{name}": each["value"]
@@ -272,7 +272,7 @@ def report_content(
     stage: Stage,
     data: Data,
     progress: Progress,
-    config: dict[str, Any],
+    config: Config,
     validation: Metrics,
     predictions: Predictions,
     run: dict[str, Any],

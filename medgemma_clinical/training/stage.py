@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from medgemma_clinical.models.checkpoints import Config
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.training.loaders import LengthBatches, cut_rows
 
@@ -52,8 +53,8 @@ class Stage:
     lengths: NDArray[np.int64]
     epochs: int
     patience: int
-    config: dict[str, Any]
-    save: Callable[[Path, dict[str, Any]], None]
+    config: Config
+    save: Callable[[Path, Config], None]
     text: TextCollator | None = None
     stage1_risks: NDArray[np.float64] | None = None
     train_patients: NDArray[np.int64] | None = None
