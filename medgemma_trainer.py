@@ -230,6 +230,9 @@ def build_parser() -> Parser:
     return parser
 
 
+DEFAULTS = vars(build_parser().parse_args([]))
+"""Values of the flags that a command leaves out; what differs was given."""
+
 # --------------------------------------------------------------------------- what is read
 
 
@@ -240,7 +243,7 @@ def read_dataset(args: Namespace, source: Path | pd.DataFrame | None = None) -> 
     if source is None or (isinstance(source, Path) and not os.path.exists(source)):
         problem = f"--dataset {args.dataset}" if source is None else f"{source}: no such file"
         raise InputError(f"{problem}: give the data by --{kind.source_flag}")
-    rows: TrajectoryDataset = kind(source, **flags.dataset_options(args, DATASETS, build_parser()))
+    rows: TrajectoryDataset = kind(source, **flags.dataset_options(args, DATASETS, DEFAULTS))
     return rows
 
 
@@ -339,7 +342,7 @@ def make_stage(args: Namespace, data: Data, checkpoint: TrajectoryCheckpoint | N
 def make_stage1(args: Namespace, data: Data, checkpoint: TrajectoryCheckpoint | None) -> Any:
     """Return the stage 1 that learns or is read; None where a language model reads text alone."""
     if checkpoint is not None:
-        given = flags.changed(args, build_parser(), flags.STAGE_1_FLAGS)
+        given = flags.changed(args, DEFAULTS, flags.STAGE_1_FLAGS)
         trained_model.check_stage1(checkpoint, data, given)
         model = trained_model.rebuild_stage1(checkpoint, BUILDERS).requires_grad_(False)
     elif args.soft_prompt == "off" and not args.trajectory_only:
@@ -783,7 +786,7 @@ def program() -> int:
 fit_stage = partial(python.fit, build_parser, read_dataset, train_stage)
 fit_folds = partial(python.cross_validate, build_parser, read_dataset, train)
 TrajectoryModel.program = Program(DATASETS, BUILDERS, train, fit_stage, fit_folds)
-python.set_signatures(build_parser())
+python.set_signatures(DEFAULTS)
 # Whoever unpickles these, as joblib's processes do, imports this file, and with it the program.
 TrajectoryModel.__module__ = TrajectoryClassifier.__module__ = "medgemma_trainer"
 

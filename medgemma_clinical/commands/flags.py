@@ -83,22 +83,22 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def changed(
-    args: argparse.Namespace, parser: argparse.ArgumentParser, names: Iterable[str]
+    args: argparse.Namespace, defaults: Mapping[str, Any], names: Iterable[str]
 ) -> dict[str, Any]:
     """Return those flags that do not have their default, with their values."""
     values = {name: getattr(args, name) for name in names}
-    return {name: x for name, x in values.items() if x != parser.get_default(name)}
+    return {name: x for name, x in values.items() if x != defaults[name]}
 
 
 def dataset_options(
     args: argparse.Namespace,
     kinds: Mapping[str, type[TrajectoryDataset]],
-    parser: argparse.ArgumentParser,
+    defaults: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the flags that the chosen kind of data takes as keywords; refuse those of others."""
     kind = kinds[args.dataset]
     others = {o for each in kinds.values() for o in (*each.options, each.source_flag)}
-    if wrong := sorted(changed(args, parser, others - {*kind.options, kind.source_flag})):
+    if wrong := sorted(changed(args, defaults, others - {*kind.options, kind.source_flag})):
         name = "leave_out" if wrong[0] == "site" and args.leave_out else wrong[0]
         raise InputError(f"--{name}: not for --dataset {args.dataset}: leave it out")
     given = {option: getattr(args, option) for option in kind.options}

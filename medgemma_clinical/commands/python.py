@@ -151,9 +151,8 @@ def fitting(
         FITTING.release()
 
 
-def set_signatures(parser: Parser) -> None:
+def set_signatures(defaults: Mapping[str, Any]) -> None:
     """Let ``help`` and editors know the keywords of each stage's function, with their defaults."""
-    defaults = vars(parser.parse_args([]))
     function: Any
     for function in (fit_trajectory, fit_classification, fit_generative):
         unread = NOT_KEYWORDS | UNREAD[STAGE_1 if function is fit_trajectory else STAGES_2_3]
