@@ -96,13 +96,7 @@ from medgemma_clinical.training.evaluate import evaluate
 from medgemma_clinical.training.loaders import part_batches
 from medgemma_clinical.training.signals import SIGNALS, Stopped
 from medgemma_clinical.training.stage import Stage
-from medgemma_clinical.training.state import (
-    TOLERANCE,
-    NonFiniteLossError,
-    StateStore,
-    TrainState,
-    WeightAverage,
-)
+from medgemma_clinical.training.state import TOLERANCE, TrainState, WeightAverage
 from medgemma_clinical.training.trackers import TRACKERS, Track
 from srtr_dataset import ORGANS, SRTRTrajectoryDataset
 
@@ -413,8 +407,6 @@ def llm_stage(
         **describe_data(data),
         **(unread if stage1 is None else checkpoints.stage1_config(stage1)),
     }
-    if checkpoint is not None:
-        config["patients"] = checkpoint.config["patients"]
     donors = risks = None
     if shuffled:
         donors = text_batches.other_patients(data.split, dataset.groups, args.seed)
@@ -423,6 +415,7 @@ def llm_stage(
     options = {"answers": writes, "max_tokens": args.max_text_tokens}
     text = TextCollator(dataset, tokenizer, data.prompts, **options)
     if checkpoint is not None:
+        config["patients"] = checkpoint.config["patients"]
         text.encode(stage1, model.tokens, device)  # frozen: once for the whole run
         risks = trained_model.stage1_risks(checkpoint, text)
     text.donors = donors
@@ -486,20 +479,20 @@ def fit(
     In a folder, the state is kept before the first step, before each validation, at the end, every
     ``save_every`` steps and when a signal comes. Processes share each step; the first one writes.
     """
-    state, store = set_up(stage), run_folder.state_store(folder) if folder else None
+    state = set_up(stage)
     progress, batches = state.progress, stage.batches["train"]
-    if resume and store:
-        load_training_state(stage, state, store.newest())
+    state.store = run_folder.state_store(folder) if folder else None
+    if resume and state.store:
+        load_training_state(stage, state, state.store.newest())
         save_best(stage, state, folder)
         run_folder.write_history(folder, progress.history)
     else:
-        save_state(stage, state, store)
-    ended_before = progress.over
+        save_state(stage, state)
     while not progress.over:
         epoch = progress.epoch + 1
         # Train: all of the epoch, or what a stopped run has left of it.
         batches.set_epoch(seed, epoch, progress.batches)
-        stage.begin_epoch(seed, epoch, learning(state, stage.patience))
+        stage.begin_epoch(seed, epoch, state.learning(stage.patience))
         stage.model.train()
         state.optimizer.zero_grad()
         title = f"{stage.name} {epoch}/{stage.epochs}"
@@ -512,10 +505,10 @@ def fit(
                 if (epoch, number) == (1, 1):  # the first step warms up
                     announce.log_epoch_time(stage, time.perf_counter() - begun, rows)
                 if stop or (save_every and progress.steps % save_every == 0):
-                    save_state(stage, state, store)
+                    save_state(stage, state)
                 if stop:
                     raise Stopped(SIGNALS.received or signal.SIGTERM)
-            save_state(stage, state, store)
+            save_state(stage, state)
         # Validate: the last epoch is the best where there is no validation part.
         found = validate(stage, state) if len(stage.batches["val"].rows) else None
         losses = [1 / epoch for _ in {*state.members}] if found is None else found.losses.tolist()
@@ -527,16 +520,17 @@ def fit(
         announce.record_epoch(stage, progress, found, folder, track, exhausted=exhausted)
         progress.over = exhausted or epoch == (stage.last_epoch or stage.epochs)
         progress.next_epoch()
-    if not ended_before:
-        save_state(stage, state, store)
+        if progress.over:
+            save_state(stage, state)
     state.set_weights(state.best)
     return state
 
 
 def backward(stage: Stage, state: TrainState, rows: list[int]) -> tuple[Tensor, int]:
-    """Add up gradients, loss and terms (patients, or answer tokens) of a step over its passes.
+    """Add up gradients, loss and terms of a step over its passes.
 
-    Losses are sums, so a step may be cut into any passes; ``check_memory`` has found their size.
+    The loss is a sum, so that any passes do: of cross-entropies, of the labels over patients in
+    stages 1 and 2, of the tokens of reports in stage 3. ``check_memory`` has sized the passes.
     """
     accelerator, losses, terms = state.accelerator, [], 0
     passes = stage.passes(rows)
@@ -584,18 +578,8 @@ def validate(stage: Stage, state: TrainState) -> Predictions:
     """Score the validation part with the averaged weights."""
     with state.swapped_weights(state.average.weights):
         predictions = score(stage, "val")
-    if not math.isfinite(predictions.loss):
-        epoch = state.progress.epoch + 1
-        raise NonFiniteLossError(f"the validation loss is {predictions.loss} in epoch {epoch}")
+    state.progress.check_validation(predictions.loss)
     return predictions
-
-
-def learning(state: TrainState, patience: int) -> list[bool]:
-    """Return for each member of stage 1 whether its patience lasts in this epoch."""
-    progress = state.progress
-    if not progress.lowest or state.accelerator.num_processes > 1:  # they share all gradients
-        return [True for _ in {*state.members}]
-    return [progress.epoch + 1 - lowest <= patience for lowest in progress.lowest_epochs]
 
 
 def keep_best(state: TrainState, losses: Sequence[float], patience: int) -> bool:
@@ -631,28 +615,25 @@ def save_best(stage: Stage, state: TrainState, folder: Path | None) -> None:
             stage.save(folder, stage.config)
 
 
-def save_state(stage: Stage, state: TrainState, store: StateStore | None) -> None:
+def save_state(stage: Stage, state: TrainState) -> None:
     """Keep the state of training; each process brings its share, the first one writes."""
-    if store is not None:
+    if state.store is not None:
         state.lap()
         content = training_state(stage, state)
         if distributed.processes().is_main_process:
-            store.save(content)
+            state.store.save(content)
 
 
 def training_state(stage: Stage, state: TrainState) -> dict[str, Any]:
     """Return all that training needs to go on to the bit; each process brings its generators."""
     random, device = {"cpu": torch.get_rng_state()}, distributed.default_device()
-    content: dict[str, Any] = {}
     if device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(device)
-    learns = list(stage.trainable_parameters())
-    groups: dict[str, Any] = {"weights": state.parameters, "average": state.average.weights}
-    groups["best"] = state.best
-    for name, tensors in groups.items():  # best: empty before the end of the first epoch
-        content[name] = dict(zip(learns, (each.detach() for each in tensors), strict=False))
+    names, weights = list(stage.trainable_parameters()), (p.detach() for p in state.parameters)
     return {
-        **content,
+        "weights": dict(zip(names, weights, strict=True)),
+        "average": dict(zip(names, state.average.weights, strict=True)),
+        "best": dict(zip(names, state.best, strict=False)),  # empty before the first epoch ends
         "optimizer": state.optimizer.state_dict(),
         "schedule": state.schedule.state_dict(),
         "progress": vars(state.progress),
@@ -714,8 +695,7 @@ def train_stage(
         if args.final:  # trained on all patients: nothing is held out
             config, others = folds.write_final(stage, data, folder, args)
         else:  # the one time that the test part is read
-            parts = (part for part in ("val", "test") if len(data.split[part]))
-            scored = {part: score(stage, part) for part in parts}
+            scored = {part: score(stage, part) for part in ("val", "test") if len(data.split[part])}
             config, others = results.write_results(
                 scored, stage, data, folder, state.progress, run_record, args
             )
@@ -730,7 +710,7 @@ def dry_run(stage: Stage, seed: int) -> None:
     """Take two steps on the longest rows; measure, keep nothing."""
     state, batches = set_up(stage), stage.batches["train"]
     longest = memory.longest_rows(stage, "train", 2 * batches.batch_size)
-    stage.begin_epoch(seed, 1, learning(state, stage.patience))
+    stage.begin_epoch(seed, 1, state.learning(stage.patience))
     stage.model.train()
     for k in (0, 1):  # each process takes its share of them
         rows = longest[k::2][batches.process :: batches.n_processes]

@@ -133,6 +133,11 @@ class Progress:
             )
         return taken
 
+    def check_validation(self, loss: float) -> None:
+        """Refuse a validation loss by which no epoch can be chosen."""
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(f"the validation loss is {loss} in epoch {self.epoch + 1}")
+
     @property
     def best_epoch(self) -> int:
         """The best epoch, of several members their median; 0 before the first ends."""
@@ -168,6 +173,7 @@ class TrainState:
         average: of these parameters.
         progress: how far training has come.
         best: averaged weights of each member's best epoch, one tensor a parameter, or empty.
+        store: where states are kept, or None.
         watched: when ``lap`` was called last.
     """
 
@@ -180,6 +186,7 @@ class TrainState:
     average: WeightAverage
     progress: Progress = field(default_factory=Progress)
     best: list[Tensor] = field(default_factory=list)
+    store: StateStore | None = None
     watched: float = field(default_factory=time.perf_counter)
 
     def by_member(self) -> list[list[nn.Parameter]]:
@@ -189,6 +196,16 @@ class TrainState:
             if parameter.grad is not None:
                 own.setdefault(member, []).append(parameter)
         return list(own.values())
+
+    def learning(self, patience: int) -> list[bool]:
+        """Return for each member of stage 1 whether its patience lasts in this epoch.
+
+        Several processes wait for the gradients of all members: there all learn on, in vain.
+        """
+        if not self.progress.lowest or self.accelerator.num_processes > 1:
+            return [True for _ in {*self.members}]
+        epoch = self.progress.epoch + 1
+        return [epoch - lowest <= patience for lowest in self.progress.lowest_epochs]
 
     def lap(self) -> None:
         """Add the seconds since the last call to those of the epoch."""
