@@ -101,8 +101,8 @@ class Config(TypedDict, total=False):
     outcome: str  # name of the label
     question: str  # that the prompt asks
     has_patient_ids: bool  # whether the data name patients, or each row counts as one
-    data_sha256: str  # of the data as read
-    rows_sha256: str  # of rows and split alone: the same file read otherwise has it too
+    data_sha256: str  # of all that was read, before ``--max_samples``
+    rows_sha256: str  # of labels, ids, patients and given split, whatever is read of the series
     patients: dict[str, dict[str, int]]  # training patients behind each series and static feature
     case_mix: dict[str, Any]  # counts, shares and quartiles of the training part
     encoder: Any  # arguments of ``ClinicalODERNN``; None where no stage 1 is read
@@ -123,7 +123,7 @@ class Config(TypedDict, total=False):
     residual_weight: float  # of the language model's own logit beside it
     prompts: dict[str, Any]  # ``PromptOptions``
     max_text_tokens: int | None  # of a longer prompt the oldest values are left out
-    report_tokens: int  # longest report of the training part, stage 3
+    report_tokens: int  # most tokens of a written report, stage 3
     merged_from: dict[str, Any]  # base model of an export, whose adapter is merged
 
     # Results, once training has ended.
@@ -131,7 +131,7 @@ class Config(TypedDict, total=False):
     models: dict[str, dict[str, float]]  # the same of each baseline and of the ensemble
     best_model: str  # recommended, ``--use best``
     metrics: dict[str, Any]  # content of ``metrics.json``
-    baseline_inputs: dict[str, Any]  # what the baselines read
+    baseline_inputs: dict[str, Any]  # what the baselines read, as ``inputs``
     baselines_sha256: str  # of ``baselines.json`` beside the checkpoint
     updated: dict[str, Any]  # rows and method of ``--update``
 
