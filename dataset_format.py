@@ -235,7 +235,11 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
 
     @classmethod
     def scoring_rows(
-        cls, source: Path | pd.DataFrame, config: dict[str, Any], findings: Findings, max_rows: int
+        cls,
+        source: Path | pd.DataFrame,
+        config: Mapping[str, Any],
+        findings: Findings,
+        max_rows: int,
     ) -> Iterator[ScoringRows]:
         """Read a file or DataFrame ``max_rows`` rows at a time, as a checkpoint's data were read.
 

@@ -26,7 +26,6 @@ Letters: B patients, L observations, F features, H state, P soft tokens, D width
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import math
 import os
@@ -34,8 +33,8 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +86,7 @@ from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.serving import export_merged
 from medgemma_clinical.inference.trajectory_model import Program, TrajectoryModel
 from medgemma_clinical.models import checkpoints, language_model, text_batches, trained_model
-from medgemma_clinical.models.checkpoints import TrajectoryCheckpoint, describe_data
+from medgemma_clinical.models.checkpoints import Config, TrajectoryCheckpoint, describe_data
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory import Stage1, TrajectoryCollator, TrajectoryHead, log_odds
 from medgemma_clinical.models.trajectory_llm import LLMClassifier, LLMWriter, SoftPrompt
@@ -96,7 +95,7 @@ from medgemma_clinical.training.evaluate import evaluate
 from medgemma_clinical.training.loaders import part_batches
 from medgemma_clinical.training.signals import SIGNALS, Stopped
 from medgemma_clinical.training.stage import Stage
-from medgemma_clinical.training.state import NonFiniteLossError, TrainState, WeightAverage
+from medgemma_clinical.training.state import TOLERANCE, TrainState, WeightAverage
 from medgemma_clinical.training.trackers import TRACKERS, Track
 from srtr_dataset import ORGANS, SRTRTrajectoryDataset
 
@@ -189,7 +188,7 @@ def build_parser() -> Parser:
     context = ("full", "none")
     add("--text_context", "context in the prompt", "-stage1", choices=context, default="full")
     options = {"type": POSITIVE}
-    add("--max_text_tokens", "longer prompts lose their oldest values", "-stage1 config", **options)
+    add("--max_text_tokens", "longer prompts lose their oldest values", "-stage1", **options)
     add("--max_samples", "max patients (0 = all)", type=WHOLE, default=10000)
     switch("--show_values", command_line.SHOW_VALUES, "predict export free -keyword")
 
@@ -229,13 +228,13 @@ def build_parser() -> Parser:
     base = "google/medgemma-4b-pt"
     add("--model_name", "Gemma 3: hub id, folder, or demo", "predict export", default=base)
     options = {"type": flags.check_quantization, "choices": llm.QUANTIZATIONS}
-    add("--quantization", "nf4 on CUDA, else none", "predict config", **options)
+    add("--quantization", "nf4 on CUDA, else none", "predict", **options)
     options = {"choices": ("auto", *llm.DTYPES), "default": "auto"}
-    add("--precision", "bf16 where native", "predict config", **options)
+    add("--precision", "bf16 where native", "predict", **options)
     options = {"choices": llm.ATTENTIONS, "default": "sdpa"}
     add("--attention", "attention kernels", "predict default", **options)
     options = {"choices": llm.BASE_WEIGHTS, "default": "pretrained"}
-    add("--base_weights", "random: a control", "-ablation config", **options)
+    add("--base_weights", "random: a control", "-ablation", **options)
     shuffled = (*on_off, "shuffled")
     add("--soft_prompt", "shuffled: a control", "-ablation", choices=shuffled, default="on")
     options = {"choices": on_off, "default": "on"}
@@ -244,8 +243,8 @@ def build_parser() -> Parser:
     add("--num_prefix_tokens", "number of soft tokens", type=tokens, default=8)
     add("--projection_lr", "learning rate of the projection", type=RATE, default=1e-3)
     add("--adapter_lr", "learning rate of the LoRA adapter", type=RATE, default=2e-4)
-    add("--lora_rank", "LoRA r", "config", type=number(int, *checkpoints.LORA_RANK), default=8)
-    add("--lora_alpha", "LoRA alpha", "config", type=POSITIVE, default=16)
+    add("--lora_rank", "LoRA r", type=number(int, *checkpoints.LORA_RANK), default=8)
+    add("--lora_alpha", "LoRA alpha", type=POSITIVE, default=16)
     add("--lora_dropout", "LoRA dropout", type=number(float, 0, 0.99), default=0.05)
 
     group = parser.add_argument_group("output")
@@ -283,7 +282,7 @@ def read_dataset(args: Namespace, source: Path | pd.DataFrame | None = None) -> 
 # --------------------------------------------------------------------------- the models
 
 
-def build_stage1(config: Mapping[str, Any], seed: int = 0) -> Stage1:
+def build_stage1(config: Config, seed: int = 0) -> Stage1:
     """Encoder and head of each member: series -> states (B, L + 1, 64) -> logit (B,)."""
     inputs, members = config["inputs"], []
     summaries = summary_names(config["features"], prediction_time=inputs["prediction_time"])
@@ -297,7 +296,7 @@ def build_stage1(config: Mapping[str, Any], seed: int = 0) -> Stage1:
 
 
 def build_llm(
-    config: Mapping[str, Any],
+    config: Config,
     stage1: Stage1 | None,
     base: str,
     *,
@@ -385,7 +384,7 @@ def make_stage1(args: Namespace, data: Data, checkpoint: TrajectoryCheckpoint | 
         encoder: dict[str, Any] = {"input_dim": len(data.dataset.features), "hidden_dim": 64}
         encoder |= {"time_scale": data.time_scale(args.time_scale), "solver": args.solver}
         encoder |= {"dynamics": args.dynamics, "dropout": args.dropout}
-        config = {"encoder": encoder, "members": args.members, **data.description()}
+        config: Config = {"encoder": encoder, "members": args.members, **describe_data(data)}
         model = build_stage1(config, args.seed)
         model.fit_scales(data)
         for member in model.members:
@@ -398,7 +397,7 @@ def trajectory_stage(args: Namespace, data: Data, model: Stage1) -> Stage:
     """Stage 1: encoder and head learn, no language model."""
     patients, collate = data.training_patients(), TrajectoryCollator(model, data.dataset)
 
-    def save(folder: Path, config: dict[str, Any]) -> None:
+    def save(folder: Path, config: Config) -> None:
         path = folder.parent / checkpoints.TRAJECTORY_FILE
         checkpoints.save_trajectory(path, model.state_dict(), config, patients)
 
@@ -427,12 +426,17 @@ def llm_stage(
     tokens = 0 if args.soft_prompt == "off" else args.num_prefix_tokens
     shuffled = args.soft_prompt == "shuffled"
     soft = text_batches.soft_tokens(dataset, tokens)
-    unread: Any = {"encoder": None, "members": 0, "patients": {"series": {}, "static": {}}}
+    unread: Config = {"encoder": None, "members": 0, "patients": {"series": {}, "static": {}}}
     unread["inputs"] = {**data.description()["inputs"], "static": [], "prediction_time": False}
-    config = {
+    config: Config = {
         "stage": args.mode,
-        **{name: getattr(args, name) for name in flags.tagged("config")},
-        **language_model.base_record(args.model_name),
+        "base_weights": args.base_weights,
+        "quantization": args.quantization,
+        "precision": args.precision,
+        "lora_rank": args.lora_rank,
+        "lora_alpha": args.lora_alpha,
+        "max_text_tokens": args.max_text_tokens,
+        **checkpoints.describe_base(args.model_name),
         "num_prefix_tokens": int(soft.max()),
         "shuffled": shuffled,
         "stage1_logit": args.stage1_logit == "on" and stage1 is not None,
@@ -440,7 +444,6 @@ def llm_stage(
         "prompts": asdict(data.prompts),
         **describe_data(data),
         **(unread if stage1 is None else checkpoints.stage1_config(stage1)),
-        **({} if checkpoint is None else {"patients": checkpoint.config["patients"]}),
     }
     donors = risks = None
     if shuffled:
@@ -450,6 +453,7 @@ def llm_stage(
     options = {"answers": writes, "max_tokens": args.max_text_tokens}
     text = TextCollator(dataset, tokenizer, data.prompts, **options)
     if checkpoint is not None:
+        config["patients"] = checkpoint.config["patients"]
         text.encode(stage1, model.tokens, device)  # frozen: once for the whole run
         risks = trained_model.stage1_risks(checkpoint, text)
     text.donors = donors
@@ -503,7 +507,7 @@ def fit(
     stage: Stage,
     seed: int,
     folder: Path | None = None,
-    track: Track = lambda metrics, step: None,
+    track: Track | None = None,
     *,
     resume: bool = False,
     save_every: int = 0,
@@ -513,91 +517,70 @@ def fit(
     In a folder, the state is kept before the first step, before each validation, at the end, every
     ``save_every`` steps and when a signal comes. Processes share each step; the first one writes.
     """
-    state, store = set_up(stage), run_folder.state_store(folder) if folder else None
-    progress = state.progress
-
-    def save() -> None:
-        state.lap()
-        content = training_state(stage, state)  # each process has its share
-        if store and distributed.processes().is_main_process:
-            store.save(content)
-
-    def after_step(stop: bool) -> None:
-        if stop or (save_every and progress.steps % save_every == 0):
-            save()
-        if stop:
-            raise Stopped(SIGNALS.received or signal.SIGTERM)
-
-    if resume and store:
-        load_training_state(stage, state, store.newest())
+    state = set_up(stage)
+    progress, batches = state.progress, stage.batches["train"]
+    state.store = run_folder.state_store(folder) if folder else None
+    if resume and state.store:
+        load_training_state(stage, state, state.store.newest())
         save_best(stage, state, folder)
         run_folder.write_history(folder, progress.history)
     else:
-        save()
-    ended_before = progress.over
+        save_state(stage, state)
     while not progress.over:
+        epoch = progress.epoch + 1
+        # Train: all of the epoch, or what a stopped run has left of it.
+        batches.set_epoch(seed, epoch, progress.batches)
+        stage.begin_epoch(seed, epoch, state.learning(stage.patience))
+        stage.model.train()
+        state.optimizer.zero_grad()
+        title = f"{stage.name} {epoch}/{stage.epochs}"
+        bar = distributed.show_progress(batches, title, len(batches), progress.batches)
         with SIGNALS.deferred():
-            train_epoch(stage, state, seed, after_step)
-            save()
-        predictions = validate(stage, state) if len(stage.batches["val"].rows) else None
+            for number, rows in enumerate(bar):
+                begun = time.perf_counter()
+                loss, terms = backward(stage, state, rows)
+                stop = step(state, loss, terms)
+                if (epoch, number) == (1, 1):  # the first step warms up
+                    announce.log_epoch_time(stage, time.perf_counter() - begun, rows)
+                if stop or (save_every and progress.steps % save_every == 0):
+                    save_state(stage, state)
+                if stop:
+                    raise Stopped(SIGNALS.received or signal.SIGTERM)
+            save_state(stage, state)
+        # Validate: the last epoch is the best where there is no validation part.
+        found = validate(stage, state) if len(stage.batches["val"].rows) else None
+        losses = [1 / epoch for _ in {*state.members}] if found is None else found.losses.tolist()
+        # Keep the best, and stop where no member has reached a lower loss for long.
+        if keep_best(state, losses, stage.patience):
+            save_best(stage, state, folder)
+        exhausted = epoch - max(progress.lowest_epochs) >= stage.patience
         state.lap()
-        end_epoch(stage, state, folder, predictions, track)
-    if not ended_before:
-        save()
+        announce.record_epoch(stage, progress, found, folder, track, exhausted=exhausted)
+        progress.over = exhausted or epoch == (stage.last_epoch or stage.epochs)
+        progress.next_epoch()
+        if progress.over:
+            save_state(stage, state)
     state.set_weights(state.best)
     return state
 
 
-def train_epoch(
-    stage: Stage, state: TrainState, seed: int, after_step: Callable[[bool], None] = lambda _: None
-) -> None:
-    """Pass over the training part, or over what is left of the epoch, a step at a time."""
-    progress, batches = state.progress, stage.batches["train"]
-    first, begun = progress.steps, 0.0
-    batches.set_epoch(seed, progress.epoch + 1, progress.batches)
-    several = state.accelerator.num_processes > 1  # they wait for the gradients of all members
-    learn = [several or progress.learns(k, stage.patience) for k in {*state.members}]
-    stage.begin_epoch(seed, progress.epoch + 1, learn)
-    stage.model.train()
-    state.optimizer.zero_grad()
-    title = f"{stage.name} {progress.epoch + 1}/{stage.epochs}"
-    for rows in distributed.show_progress(batches, title, len(batches), progress.batches):
-        loss, terms = backward(stage, state, rows)
-        stop = step(state, loss, terms)
-        if progress.steps == first + 2 and progress.epoch == 0:  # the first step warms up
-            announce.log_epoch_time(stage, time.perf_counter() - begun, rows)
-        begun = time.perf_counter()
-        after_step(stop)
-
-
 def backward(stage: Stage, state: TrainState, rows: list[int]) -> tuple[Tensor, int]:
-    """Add up gradients, loss and terms (patients, or answer tokens) of a step over its passes.
+    """Add up gradients, loss and terms of a step over its passes.
 
-    Losses are sums, so a step that does not fit the memory can be repeated in smaller passes; of
-    several processes the others would wait in vain: there ``check_memory`` decides beforehand.
+    The loss is a sum, so that any passes do: of cross-entropies, of the labels over patients in
+    stages 1 and 2, of the tokens of reports in stage 3. ``check_memory`` has sized the passes.
     """
-    accelerator = state.accelerator
-
-    def one_pass(part: list[int]) -> tuple[Tensor, int]:  # its frame holds all that must go
-        output = state.model(send_to_device(stage.collate(part), accelerator.device))
-        output.loss.sum().backward()
-        return output.loss.detach().mean(), output.terms
-
-    while True:
-        parts, passes = [], stage.passes(rows)
-        try:
-            for part in passes:
-                last = part is passes[-1]  # processes exchange gradients in the last one
-                with contextlib.nullcontext() if last else accelerator.no_sync(state.model):
-                    parts.append(one_pass(part))
-            losses, terms = zip(*parts, strict=True)
-            return torch.stack(losses).sum(), sum(terms)
-        except RuntimeError as error:
-            if accelerator.num_processes > 1 or not memory.is_out_of_memory(error):
-                raise
-            memory.save_memory(stage, part)
-        state.optimizer.zero_grad()
-        torch.cuda.empty_cache()
+    accelerator, losses, terms = state.accelerator, [], 0
+    passes = stage.passes(rows)
+    for part in passes:
+        last = part is passes[-1]  # processes exchange gradients in the last one
+        with contextlib.nullcontext() if last else accelerator.no_sync(state.model):
+            output = state.model(send_to_device(stage.collate(part), accelerator.device))
+            output.loss.sum().backward()
+        losses.append(output.loss.detach().mean())
+        terms += output.terms
+        del output  # and what its graph holds, before the next pass
+    return torch.stack(losses).sum(), terms
 
 
 def step(state: TrainState, loss: Tensor, terms: int) -> bool:
@@ -621,46 +604,43 @@ def step(state: TrainState, loss: Tensor, terms: int) -> bool:
     return bool(stop)
 
 
+def score(stage: Stage, part: str) -> Predictions:
+    """Return the predictions of a part by the model as it is."""
+    batches = stage.batches[part]
+    bar = distributed.show_progress(batches, f"{stage.name}: {results.SCORED[part]}", len(batches))
+    passes = (rows for batch in bar for rows in stage.passes(batch, len(batch)))
+    return evaluate(stage.model, passes, stage.collate)
+
+
 def validate(stage: Stage, state: TrainState) -> Predictions:
     """Score the validation part with the averaged weights."""
-    batches = stage.batches["val"]
-    shown = distributed.show_progress(batches, f"{stage.name}: validation", len(batches))
     with state.swapped_weights(state.average.weights):
-        predictions = evaluate(stage.model, shown, stage.collate)
-    if not math.isfinite(predictions.loss):
-        epoch = state.progress.epoch + 1
-        raise NonFiniteLossError(f"the validation loss is {predictions.loss} in epoch {epoch}")
+        predictions = score(stage, "val")
+    state.progress.check_validation(predictions.loss)
     return predictions
 
 
-def end_epoch(
-    stage: Stage, state: TrainState, folder: Path | None, found: Predictions | None, track: Track
-) -> None:
-    """Keep the epoch's weights if they are the best so far, write its metrics, begin the next."""
+def keep_best(state: TrainState, losses: Sequence[float], patience: int) -> bool:
+    """Early stopping: keep the averaged weights of each member for which this epoch is the best.
+
+    That is the latest epoch whose validation loss is within ``TOLERANCE`` of the member's lowest. A
+    member whose patience has ended stays as it was: it waits for no other. Return whether any kept.
+    """
     progress, epoch = state.progress, state.progress.epoch + 1
-    metrics: dict[str, Any] = {
-        "epoch": epoch,
-        "step": progress.steps,
-        "train_loss": progress.mean_loss if progress.terms else None,
-        "val_loss": found and found.loss,
-        "val_auroc": found and found.auroc(),
-        "skipped_steps": progress.skipped,
-        "seconds": round(progress.seconds, 3),
-    }
-    # Without a validation part the last epoch is the best.
-    losses = [1 / epoch for _ in {*state.members}] if found is None else found.losses.tolist()
-    better = progress.judge(losses, stage.patience)
+    if epoch == 1:
+        progress.lowest, progress.lowest_epochs = [math.inf for _ in losses], [1 for _ in losses]
+        progress.best_epochs = [1 for _ in losses]
+    for member, loss in enumerate(losses):
+        if epoch - progress.lowest_epochs[member] > patience:
+            continue
+        if loss < progress.lowest[member]:
+            progress.lowest[member], progress.lowest_epochs[member] = loss, epoch
+        if loss <= progress.lowest[member] * (1 + TOLERANCE):
+            progress.best_epochs[member] = epoch
     kept = zip(state.members, state.best or state.parameters, state.average.weights, strict=True)
-    state.best = [new.clone() if better[member] else old for member, old, new in kept]
-    exhausted = progress.exhausted(stage.patience)
-    progress.history.append({**metrics, "best_epochs": [*progress.best_epochs]})
-    if any(better):
-        save_best(stage, state, folder)
-    run_folder.write_history(folder, progress.history)
-    track({name: x for name, x in metrics.items() if x is not None}, progress.steps)
-    announce.log_epoch(stage, metrics, progress, exhausted=exhausted)
-    progress.over = exhausted or epoch == (stage.last_epoch or stage.epochs)
-    progress.next_epoch()
+    best = progress.best_epochs
+    state.best = [new.clone() if best[member] == epoch else old for member, old, new in kept]
+    return epoch in best
 
 
 # --------------------------------------------------------------------------- what is kept
@@ -673,19 +653,25 @@ def save_best(stage: Stage, state: TrainState, folder: Path | None) -> None:
             stage.save(folder, stage.config)
 
 
+def save_state(stage: Stage, state: TrainState) -> None:
+    """Keep the state of training; each process brings its share, the first one writes."""
+    if state.store is not None:
+        state.lap()
+        content = training_state(stage, state)
+        if distributed.processes().is_main_process:
+            state.store.save(content)
+
+
 def training_state(stage: Stage, state: TrainState) -> dict[str, Any]:
     """Return all that training needs to go on to the bit; each process brings its generators."""
     random, device = {"cpu": torch.get_rng_state()}, distributed.default_device()
-    content: dict[str, Any] = {}
     if device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(device)
-    learns = list(stage.trainable_parameters())
-    groups: dict[str, Any] = {"weights": state.parameters, "average": state.average.weights}
-    groups["best"] = state.best
-    for name, tensors in groups.items():  # best: empty before the end of the first epoch
-        content[name] = dict(zip(learns, (each.detach() for each in tensors), strict=False))
+    names, weights = list(stage.trainable_parameters()), (p.detach() for p in state.parameters)
     return {
-        **content,
+        "weights": dict(zip(names, weights, strict=True)),
+        "average": dict(zip(names, state.average.weights, strict=True)),
+        "best": dict(zip(names, state.best, strict=False)),  # empty before the first epoch ends
         "optimizer": state.optimizer.state_dict(),
         "schedule": state.schedule.state_dict(),
         "progress": vars(state.progress),
@@ -737,7 +723,6 @@ def train_stage(
     if args.resume and run_folder.is_finished(folder, run_record):
         return None
     stage = folds.last_epoch_set(make_stage(args, data, checkpoint), args)
-    write = folds.write_final if args.final else results.write_results
     announce.log_run_summary(stage, data, args)
     memory.check_memory(stage, distributed.default_device())
     if args.dry_run:
@@ -745,7 +730,13 @@ def train_stage(
         return None
     with run_folder.opened(args, folder, run_record) as track:
         state = fit(stage, args.seed, folder, track, resume=args.resume, save_every=args.save_every)
-        config, others = write(stage, data, folder, state, run_record, args)
+        if args.final:  # trained on all patients: nothing is held out
+            config, others = folds.write_final(stage, data, folder, args)
+        else:  # the one time that the test part is read
+            scored = {part: score(stage, part) for part in ("val", "test") if len(data.split[part])}
+            config, others = results.write_results(
+                scored, stage, data, folder, state.progress, run_record, args
+            )
         track(results.metrics_for_tracker(config), state.progress.steps)
         run_folder.finish_run(folder, stage.tokens, config.get("best_model"))
     model: Any = stage.model.eval()
@@ -755,12 +746,15 @@ def train_stage(
 
 def dry_run(stage: Stage, seed: int) -> None:
     """Take two steps on the longest rows; measure, keep nothing."""
-    longest = copy.copy(stage.batches["train"])
-    longest.rows = memory.longest_rows(stage, 2 * longest.batch_size)
-    own = replace(stage, batches={**stage.batches, "train": longest}, text=None)  # says no time
-    train_epoch(own, state := set_up(own), seed)
+    state, batches = set_up(stage), stage.batches["train"]
+    longest = memory.longest_rows(stage, "train", 2 * batches.batch_size)
+    stage.begin_epoch(seed, 1, state.learning(stage.patience))
+    stage.model.train()
+    for k in (0, 1):  # each process takes its share of them
+        rows = longest[k::2][batches.process :: batches.n_processes]
+        step(state, *backward(stage, state, rows))
     state.lap()
-    announce.log_dry_run(stage, state.progress, longest.rows.tolist())
+    announce.log_dry_run(stage, state.progress, longest)
 
 
 # --------------------------------------------------------------------------- main

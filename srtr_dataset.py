@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +179,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
 
     @classmethod
     def scoring_rows(
-        cls, source: Any, config: dict[str, Any], findings: Findings, most: int
+        cls, source: Any, config: Mapping[str, Any], findings: Findings, most: int
     ) -> Iterator[ScoringRows]:
         """Read a folder as the checkpoint's was, also registrations without a known outcome.
 

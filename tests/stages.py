@@ -25,6 +25,15 @@ def make_stage(args, data):
     return trainer.make_stage(args, data, given_stage1(args))
 
 
+def train_epoch(stage, state, seed, epoch=1):
+    """Take the steps of an epoch, and nothing else."""
+    stage.batches["train"].set_epoch(seed, epoch)
+    stage.begin_epoch(seed, epoch, [True for _ in {*state.members}])
+    stage.model.train()
+    for rows in stage.batches["train"]:
+        trainer.step(state, *trainer.backward(stage, state, rows))
+
+
 def stage1_of(args, data):
     """Return the stage 1 that a run would learn or read."""
     return trainer.make_stage1(args, data, given_stage1(args))

@@ -35,6 +35,7 @@ from medgemma_clinical.provenance import ROOT
 from medgemma_clinical.training.state import StateStore, describe_selection
 from medgemma_trainer import TrajectoryModel, cross_validate
 from pages import Page
+from stages import train_epoch
 from visits import LABEL, cohort
 
 STAGE_1, K = STAGE_NAMES["trajectory"], 3
@@ -275,9 +276,8 @@ def test_a_final_model_learns_from_all_patients_for_the_folds_median_of_epochs(r
     stage = trainer.make_stage(args, trainer.run_folder.run_data(args, rows, None), None)
     assert len(stage.batches["train"].rows) == len(rows)
     own = trainer.set_up(stage)
-    for _ in range(epochs):
-        trainer.train_epoch(stage, own, args.seed)
-        own.progress.next_epoch()
+    for epoch in range(1, epochs + 1):
+        train_epoch(stage, own, args.seed, epoch)
     for name, weight in zip(stage.trainable_parameters(), own.average.weights, strict=True):
         assert torch.equal(checkpoint.weights[name], weight), name
 

@@ -543,7 +543,7 @@ def test_random_command_lines_give_one_line_and_no_traceback(made, tmp_path, mon
         shutil.copytree(made, "here", ignore=shutil.ignore_patterns("pipe"))
         os.chdir("here")
 
-    for module, name in ((trainer, "validate"), (trainer, "train_epoch")):
+    for module, name in ((trainer, "validate"), (trainer, "backward")):
         monkeypatch.setattr(module, name, start)
     monkeypatch.setattr(predict, "write_predictions", start)
     monkeypatch.setattr(folds.joblib, "cpu_count", lambda: 1)  # in this process

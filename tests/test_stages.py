@@ -11,7 +11,7 @@ from language_models import body_inputs, patients, plain_states
 from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.training.evaluate import evaluate, outputs
-from stages import arguments, stage_of_patients
+from stages import arguments, stage_of_patients, train_epoch
 
 ONE, TWO, THREE = "--trajectory_only", "--mode classification", "--mode generative"
 SERIES = {"series": ["Anion gap"]}
@@ -221,7 +221,7 @@ def test_a_frozen_encoder_encodes_each_row_once_and_one_that_learns_each_batch_a
     rows.clear()
     for stage, expected in ((frozen, 0), (learns, TRAINED + 4)):
         state = trainer.set_up(stage)
-        trainer.train_epoch(stage, state, seed=0)
+        train_epoch(stage, state, seed=0)
         trainer.validate(stage, state)
         assert sum(rows) == expected
     after = learns.model.eval().trajectory(learns.collate([0, 1]))
@@ -235,7 +235,7 @@ def test_an_epoch_sends_no_position_through_the_layers_that_no_row_needs():
     soft = torch.tensor(states_of(stage, range(len(patients())))).clamp(max=stage.model.tokens)
     assert stage.lengths.tolist() == (1 + soft + text).tolist()
     with body_inputs(stage.model) as seen:
-        trainer.train_epoch(stage, trainer.set_up(stage), seed=3)
+        train_epoch(stage, trainer.set_up(stage), seed=3)
     stage.batches["train"].set_epoch(3, 1)
     expected = [(4, stage.lengths[rows].max()) for rows in stage.batches["train"]]
     assert [tuple(call["inputs_embeds"].shape[:2]) for call in seen] == expected

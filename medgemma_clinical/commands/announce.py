@@ -6,12 +6,13 @@ import logging
 import math
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from medgemma_clinical.commands.run_folder import log_path, stage_folder
+from medgemma_clinical.commands.run_folder import log_path, stage_folder, write_history
 from medgemma_clinical.data.checks import (
     describe_split,
     describe_unusable,
@@ -21,9 +22,10 @@ from medgemma_clinical.data.checks import (
 from medgemma_clinical.data.leaks import describe_leaks
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import default_device, peak_memory, processes, show_progress
+from medgemma_clinical.evaluation.decision import Predictions
 from medgemma_clinical.training.stage import Stage
 from medgemma_clinical.training.state import SKIPPED_ADVICE, Progress
-from medgemma_clinical.training.trackers import check_tracker
+from medgemma_clinical.training.trackers import Track, check_tracker
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +109,32 @@ def log_dry_run(stage: Stage, progress: Progress, rows: Sequence[int]) -> None:
         f"{peak_memory()}; nothing was written"
     )
     log_epoch_time(stage, progress.seconds, rows)
+
+
+def record_epoch(
+    stage: Stage,
+    progress: Progress,
+    predictions: Predictions | None,
+    folder: Path | None,
+    track: Track | None,
+    *,
+    exhausted: bool,
+) -> None:
+    """Add an epoch to the history, and log it; ``predictions`` are those of the validation part."""
+    metrics: dict[str, Any] = {
+        "epoch": progress.epoch + 1,
+        "step": progress.steps,
+        "train_loss": progress.mean_loss if progress.terms else None,
+        "val_loss": predictions and predictions.loss,
+        "val_auroc": predictions and predictions.auroc(),
+        "skipped_steps": progress.skipped,
+        "seconds": round(progress.seconds, 3),
+    }
+    progress.history.append({**metrics, "best_epochs": [*progress.best_epochs]})
+    write_history(folder, progress.history)
+    if track is not None:
+        track({name: x for name, x in metrics.items() if x is not None}, progress.steps)
+    log_epoch(stage, metrics, progress, exhausted=exhausted)
 
 
 def log_epoch(

@@ -33,7 +33,6 @@ TAGS = {
     "cross_validate": "this function of Python takes it",
     "folder": "from Python it needs ``output_dir``",
     "stage1_file": "the file of a trained stage 1 decides it",
-    "config": "a checkpoint of stages 2 and 3 holds it",
     "default": "``--predict`` takes its default, not the checkpoint's value",
 }
 """What a tag says of its flag; without tags a flag is refused, and fixed at ``--resume``."""

@@ -74,7 +74,12 @@ from medgemma_clinical.files import (
     write_text,
 )
 from medgemma_clinical.inference.trajectory_model import TrajectoryModel
-from medgemma_clinical.models.checkpoints import BASELINES, TRAJECTORY_FILE, read_trajectory
+from medgemma_clinical.models.checkpoints import (
+    BASELINES,
+    TRAJECTORY_FILE,
+    Config,
+    read_trajectory,
+)
 from medgemma_clinical.models.model_card import (
     LIMITS,
     built_in_notice,
@@ -85,7 +90,7 @@ from medgemma_clinical.models.trained_model import read_trained_config
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 from medgemma_clinical.training.signals import begin_process
 from medgemma_clinical.training.stage import Stage
-from medgemma_clinical.training.state import TrainState, describe_selection
+from medgemma_clinical.training.state import describe_selection
 
 logger = logging.getLogger(__name__)
 
@@ -256,7 +261,7 @@ def write_results(
     write_text(folder / PREDICTIONS, predictions_csv(with_folds))
     write_json(folder / METRICS, content)
     first = folds_sentence(metrics, len(folders))
-    config = {**configs[0], **decided, "metrics": content}
+    config: Config = {**configs[0], **decided, "metrics": content}
     tuned = [read_json(each / BASELINES).get("tuned") for each in folders]
     write_report(
         folder / "report.html",
@@ -281,7 +286,7 @@ def decide(
     rules: Sequence[Mapping[str, Json]],
     fold: NDArray[np.int64],
     calibrate: str,
-) -> Json:
+) -> Config:
     """Fit the decision rules of a model of all patients to the out-of-fold predictions.
 
     ``rules`` are those of each fold by model, ``fold`` (n,) is that of each row of ``table``.
@@ -316,7 +321,7 @@ def report_content(
     args: Namespace,
     rows: TrajectoryDataset,
     positions: NDArray[np.int64],
-    config: Json,
+    config: Config,
     tuned: Sequence[bool | None],
     first: str,
 ) -> ReportContent:
@@ -392,15 +397,15 @@ def last_epoch_set(stage: Stage, args: Namespace) -> Stage:
 
 
 def write_final(
-    stage: Stage, data: Data, folder: Path, state: TrainState, run: Json, args: Namespace
-) -> tuple[Json, Baselines | None]:
+    stage: Stage, data: Data, folder: Path, args: Namespace
+) -> tuple[Config, Baselines | None]:
     """Write the model of all patients, with the decision rules and the metrics of the folds.
 
-    Arguments and result are those of ``results.write_results``.
+    The result is that of ``results.write_results``.
     """
     content = read_json(folds_folder(args) / METRICS)
     decided = content.pop("decided")
-    config = {**stage.config, **decided, "metrics": content}
+    config: Config = {**stage.config, **decided, "metrics": content}
     if isinstance(stage.model, TrajectoryLLM) and "residual_weight" in decided:
         stage.model.residual_weight = decided["residual_weight"]
     if not processes().is_main_process:

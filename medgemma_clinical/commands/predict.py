@@ -10,7 +10,6 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -42,7 +41,7 @@ from medgemma_clinical.files import InputError, atomic, file_hash, locked, move_
 from medgemma_clinical.inference.hub import check_folder
 from medgemma_clinical.inference.scoring import count_implausible, prediction_table, scoring_rows
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS, TrajectoryModel
-from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
+from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, Config, read_trajectory
 from medgemma_clinical.models.model_card import (
     built_in_notice,
     page_card,
@@ -81,7 +80,7 @@ def predict(args: Namespace, given: set[str]) -> int:
     if request.update:
         check_folder(request.update, config)
     findings = Findings(str(source), strict=bool(request.strict))
-    reading = {**config, "read_options": {**config["read_options"]}}
+    reading: Config = {**config, "read_options": {**config["read_options"]}}
     if request.site is not None:
         reading["read_options"]["site"] = request.site
     chunks = scoring_rows(source, reading, datasets, findings, MEMORY_ROWS[config["stage"]])
@@ -114,7 +113,7 @@ def predict(args: Namespace, given: set[str]) -> int:
 
 
 def find_source(
-    request: Namespace, config: dict[str, Any], datasets: Mapping[str, type[TrajectoryDataset]]
+    request: Namespace, config: Config, datasets: Mapping[str, type[TrajectoryDataset]]
 ) -> Path:
     """Return the file or folder to read; refuse flags of another kind than the checkpoint's."""
     trained = {"dataset": config["dataset"], **config["read_options"]}
@@ -327,7 +326,7 @@ def report_labelled(
     return new, updates
 
 
-def stored_primary(config: dict[str, Any]) -> str | None:
+def stored_primary(config: Config) -> str | None:
     """Return the baseline of the comparison that was planned in training; None where unknown."""
     metrics = config.get("metrics", {})
     part = metrics.get("test") or metrics.get("folds") or {}

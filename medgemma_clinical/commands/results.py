@@ -1,4 +1,4 @@
-"""Score the best model of a stage once, and write what a finished run leaves."""
+"""Decide by the scored validation part, and write what a finished run leaves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from medgemma_clinical.data.sample_size import describe_sample_size
 from medgemma_clinical.data.texts import code
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.distributed import peak_memory, processes, show_progress
+from medgemma_clinical.distributed import peak_memory, processes
 from medgemma_clinical.evaluation.baselines import (
     ENSEMBLE,
     STAGE_NAMES,
@@ -45,7 +45,7 @@ from medgemma_clinical.evaluation.verdicts import sentences, value_text
 from medgemma_clinical.evaluation.written_reports import score_reports
 from medgemma_clinical.files import InputError, write_json, write_text
 from medgemma_clinical.inference.scoring import write_in_batches
-from medgemma_clinical.models.checkpoints import BASELINES
+from medgemma_clinical.models.checkpoints import BASELINES, Config
 from medgemma_clinical.models.model_card import (
     LIMITS,
     built_in_notice,
@@ -56,9 +56,8 @@ from medgemma_clinical.models.model_card import (
 )
 from medgemma_clinical.models.terms import licence
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
-from medgemma_clinical.training.evaluate import evaluate as score
 from medgemma_clinical.training.stage import Stage
-from medgemma_clinical.training.state import TrainState, describe_selection
+from medgemma_clinical.training.state import Progress, describe_selection
 
 logger = logging.getLogger(__name__)
 
@@ -71,21 +70,22 @@ MIN_EVENTS = 30
 
 
 def write_results(
+    scored: dict[str, Predictions],
     stage: Stage,
     data: Data,
     folder: Path | None,
-    state: TrainState,
+    progress: Progress,
     run: dict[str, Any],
     args: Namespace,
-) -> tuple[dict[str, Any], Baselines | None]:
-    """Score validation and, once, test with the best model; write and log all results.
+) -> tuple[Config, Baselines | None]:
+    """Write and log the results of the validation and test part, as the best model scored them.
 
     Each process must call; the first one writes. Without a folder nothing is written. Returns the
     checkpoint's configuration with the decision rule and, in the first process, the metrics; there
     the baselines too.
     """
-    predictions, decided = score_parts(stage, data, args.calibrate)
-    config = {**stage.config, **decided}
+    predictions, decided = apply_decisions(scored, stage, data, args.calibrate)
+    config: Config = {**stage.config, **decided}
     if "test" not in predictions:  # the caller tests, as scikit-learn's tools do
         return config, None
     texts = None
@@ -106,7 +106,7 @@ def write_results(
         calibration |= {"slope": decision["slope"], "intercept": decision["intercept"]}
     content: dict[str, Any] = {
         "stage": stage.name,
-        "selected_epoch": state.progress.best_epoch,
+        "selected_epoch": progress.best_epoch,
         "threshold": threshold,
         "calibration": calibration,
         **{SCORED[part]: each.to_json() for part, each in metrics.items()},
@@ -139,7 +139,7 @@ def write_results(
             generations = "".join(json.dumps(line) + "\n" for line in lines)
             write_text(folder / "generations_test.jsonl", generations)
         page = report_content(
-            stage, data, state, config, metrics["val"], predictions["test"], run, baselines
+            stage, data, progress, config, metrics["val"], predictions["test"], run, baselines
         )
         write_report(
             folder / "report.html",
@@ -154,22 +154,16 @@ def write_results(
     return config, baselines
 
 
-def score_parts(
-    stage: Stage, data: Data, calibrate: str
-) -> tuple[dict[str, Predictions], dict[str, Any]]:
-    """Score validation and test; weight and decision rule come from validation alone.
+def apply_decisions(
+    scored: dict[str, Predictions], stage: Stage, data: Data, calibrate: str
+) -> tuple[dict[str, Predictions], Config]:
+    """Fit weight and decision rule to the validation part alone; apply them to all parts.
 
     Returns the predictions by part, and both as they stand in the configuration; the model takes
     the weight.
     """
-    scored: dict[str, Predictions] = {}
-    for part, name in SCORED.items():
-        batches = stage.batches[part]
-        if not len(batches.rows):
-            continue
-        shown = show_progress(batches, f"{stage.name}: {name}", len(batches))
-        scored[part] = score(stage.model, shown, stage.collate)
-    decided: dict[str, Any] = {}
+    decided: Config = {}
+    scored = {**scored}
     model, val = stage.model, scored["val"]
     if isinstance(model, TrajectoryLLM) and model.adds_stage1:
         patients = data.dataset.groups[val.rows]
@@ -264,7 +258,7 @@ def log_results(metrics: dict[str, Metrics], written: dict[str, Any] | None, nou
         logger.info("%d events in the test part: --folds 5 judges every patient", events)
 
 
-def metrics_for_tracker(config: dict[str, Any]) -> dict[str, float]:
+def metrics_for_tracker(config: Config) -> dict[str, float]:
     """Return the model's known metrics of both parts; none in another process than the first."""
     return {
         f"{part}_{name}": each["value"]
@@ -277,8 +271,8 @@ def metrics_for_tracker(config: dict[str, Any]) -> dict[str, float]:
 def report_content(
     stage: Stage,
     data: Data,
-    state: TrainState,
-    config: dict[str, Any],
+    progress: Progress,
+    config: Config,
     validation: Metrics,
     predictions: Predictions,
     run: dict[str, Any],
@@ -288,10 +282,10 @@ def report_content(
     min_cell = run["arguments"]["min_cell"]
     few, config = validation.counts["minority_patients"] < min_cell, shareable(config, min_cell)
     auroc = value_text(validation.row(validation.models[0], "auroc"))
-    dataset, best_epochs = data.dataset, state.progress.best_epochs
+    dataset, best_epochs = data.dataset, progress.best_epochs
     parameters = list(stage.model.parameters())
     best = f"{', '.join(map(str, best_epochs))}: {describe_selection(len(best_epochs))}"
-    if max(best_epochs) == 1 < len(state.progress.history):
+    if max(best_epochs) == 1 < len(progress.history):
         best += "; training did not improve it after the first epoch"
     stage1_page, stage1 = None, run["arguments"]["ode_checkpoint"]
     if stage1 and config.get("residual_weight") == 0:
@@ -321,7 +315,7 @@ def report_content(
         flow=dataset.flow,
         split=split_table(dataset.labels, dataset.groups, data.split),
         table_one=table_one(dataset, data.split),
-        history=None if few else state.progress.history or None,
+        history=None if few else progress.history or None,
         reports=config["metrics"].get("reports"),
         stage1_page=stage1_page,
         sites=None if dataset.sites is None else dataset.sites[predictions.rows],

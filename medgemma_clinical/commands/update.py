@@ -16,6 +16,7 @@ from medgemma_clinical.evaluation.updating import CHOSEN, NOT_UPDATED, Updates, 
 from medgemma_clinical.evaluation.verdicts import difference_text
 from medgemma_clinical.files import InputError, move_aside
 from medgemma_clinical.inference.hub import save_model
+from medgemma_clinical.models.checkpoints import Config
 from medgemma_clinical.models.trained_model import TrainedModel
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def write_update(
 
 def updated_config(
     trained: TrainedModel, used: str, slope: float, intercept: float, about: dict[str, Any]
-) -> dict[str, Any]:
+) -> Config:
     """Return the configuration with the updated rule of a model, and what updated it.
 
     ``stage`` is how far all updates have moved the stage, so that its ensemble stays as it was;

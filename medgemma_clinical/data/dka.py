@@ -10,7 +10,7 @@ import itertools
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -553,7 +553,7 @@ def _changes(*columns: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def as_trained(
-    table: pd.DataFrame, about: Description, config: dict[str, Any], findings: Findings
+    table: pd.DataFrame, about: Description, config: Mapping[str, Any], findings: Findings
 ) -> Description:
     """Take what a description does not say to be what a checkpoint was trained on.
 
@@ -595,7 +595,7 @@ def as_trained(
 
 
 def lacking_series(
-    table: pd.DataFrame, about: Description, config: dict[str, Any], source: str
+    table: pd.DataFrame, about: Description, config: Mapping[str, Any], source: str
 ) -> list[str]:
     """Return the columns of a checkpoint's series that a table lacks; no model reads these."""
     found = {comparable(x.name) for x in find_features(table, about, None, source)}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NotRequired, Self, TypedDict
 
@@ -187,7 +187,7 @@ class TrajectoryDataset:
 
     @classmethod
     def scoring_rows(
-        cls, source: Any, config: dict[str, Any], findings: Findings, max_rows: int
+        cls, source: Any, config: Mapping[str, Any], findings: Findings, max_rows: int
     ) -> Iterator[ScoringRows]:
         """Read rows to be scored, as a checkpoint's data were read, ``max_rows`` at a time.
 

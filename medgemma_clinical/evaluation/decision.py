@@ -43,7 +43,7 @@ class DecisionRule:
     threshold: float = 0.5
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> DecisionRule:
+    def from_config(cls, config: Mapping[str, Any]) -> DecisionRule:
         """Read the rule of a checkpoint's config; without one the log-odds stay as they are."""
         if "decision" not in config:
             return cls()

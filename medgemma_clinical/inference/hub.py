@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from huggingface_hub import HfApi, snapshot_download
@@ -22,7 +21,7 @@ from medgemma_clinical.data.small_cells import MIN_CELL
 from medgemma_clinical.evaluation.baselines import ENSEMBLE
 from medgemma_clinical.files import InputError, atomic, owner_only, write_text
 from medgemma_clinical.models import checkpoints
-from medgemma_clinical.models.checkpoints import BASELINES, CARD, TRAJECTORY_FILE
+from medgemma_clinical.models.checkpoints import BASELINES, CARD, TRAJECTORY_FILE, Config
 from medgemma_clinical.models.model_card import model_card, shareable
 from medgemma_clinical.models.trained_model import TrainedModel
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
@@ -44,7 +43,7 @@ def find_checkpoint(checkpoint: str | os.PathLike[str], revision: str | None) ->
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=SHARED_FILES))
 
 
-def check_folder(folder: Path, config: dict[str, Any]) -> None:
+def check_folder(folder: Path, config: Config) -> None:
     """Refuse a folder that ``save_model`` would not write, or a model that it does not write."""
     if checkpoints.is_merged(config):
         raise InputError("an export, which holds a whole language model: copy its folder instead")

@@ -19,6 +19,7 @@ from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import show_progress
 from medgemma_clinical.evaluation.report_review import review_report
 from medgemma_clinical.files import InputError
+from medgemma_clinical.models.checkpoints import Config
 from medgemma_clinical.models.generation import rows_at_once, write_reports
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trained_model import TrainedModel
@@ -42,7 +43,7 @@ def check_kind(source: object) -> None:
 
 def scoring_rows(
     source: Path | pd.DataFrame | TrajectoryDataset,
-    config: dict[str, Any],
+    config: Config,
     datasets: Mapping[str, type[TrajectoryDataset]],
     findings: Findings,
     max_rows: int,
@@ -58,7 +59,7 @@ def scoring_rows(
     yield ScoringRows(source.ids, positions, dataset, positions, len(source))
 
 
-def check_dataset(dataset: TrajectoryDataset, config: dict[str, Any]) -> None:
+def check_dataset(dataset: TrajectoryDataset, config: Config) -> None:
     """Check that a data set was read as the data of a checkpoint were."""
     found = {**dataset.read_options, "outcome": dataset.outcome}
     found |= {"features": list(dataset.features), "units": list(dataset.units)}
@@ -83,7 +84,7 @@ def count_implausible(dataset: TrajectoryDataset, findings: Findings) -> None:
             findings.counts[problem] += len(np.unique(owner[outside]))
 
 
-def rows_as_read(rows: ScoringRows, config: dict[str, Any], findings: Findings) -> ScoringRows:
+def rows_as_read(rows: ScoringRows, config: Config, findings: Findings) -> ScoringRows:
     """Return rows with the inputs of a model alone; one without a value of its series is noted."""
     rows = replace(rows, dataset=rows.dataset.with_inputs(**config["inputs"]))
     empty = rows.dataset.lengths == 0
@@ -163,8 +164,14 @@ def text_collator(dataset: TrajectoryDataset, trained: TrainedModel) -> TextColl
     """Tokenise the texts of some rows; return None without rows or without language model."""
     if trained.tokenizer is None or not len(dataset):
         return None
-    limits = {"max_tokens": trained.config["max_text_tokens"], "refuse_long": False}
-    return TextCollator(dataset, trained.tokenizer, trained.prompts, answers=False, **limits)
+    return TextCollator(
+        dataset,
+        trained.tokenizer,
+        trained.prompts,
+        answers=False,
+        max_tokens=trained.config["max_text_tokens"],
+        refuse_long=False,
+    )
 
 
 def reports_of(scores: Scores, trained: TrainedModel, batch_size: int) -> list[str]:

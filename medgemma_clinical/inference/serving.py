@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +32,7 @@ from medgemma_clinical.models.checkpoints import (
     MERGED_MODEL,
     MODULE_WEIGHTS,
     NOTICE,
+    Config,
     is_merged,
     read_config,
     without_baselines,
@@ -172,8 +174,9 @@ def write_merged(folder: Path, best: Path, trained: TrainedModel) -> None:
     for each in (folder, folder / MERGED_MODEL):  # either may be passed on alone
         write_text(each / NOTICE, terms_of(config).notice)
     own_keys = ("base_model", "base_sha256", "base_revision", "quantization", "precision")
-    origin = {"merged_from": {key: config[key] for key in own_keys}}
+    stored: Mapping[str, Any] = config
+    origin = {"merged_from": {key: stored[key] for key in own_keys}}
     own = {"quantization": "none", "precision": "fp32" if merged.dtype == torch.float32 else "bf16"}
     base = base_record(str(folder / MERGED_MODEL))
-    write_config(folder, without_baselines(config) | base | own | origin)
+    write_config(folder, cast(Config, {**without_baselines(config), **base, **own, **origin}))
     write_text(folder / CARD, model_card(config | origin))

@@ -33,7 +33,7 @@ from medgemma_clinical.inference.scoring import (
     scoring_rows,
 )
 from medgemma_clinical.inference.serving import prompt_embeds
-from medgemma_clinical.models.checkpoints import TrajectoryCheckpoint
+from medgemma_clinical.models.checkpoints import Config, TrajectoryCheckpoint
 from medgemma_clinical.models.language_model import ATTENTIONS, DTYPES, QUANTIZATIONS
 from medgemma_clinical.models.trained_model import Builders, TrainedModel, load_trained_model
 
@@ -149,7 +149,7 @@ class TrajectoryModel:
         return f"{type(self).__name__}({self.stage}; {config['outcome']}; {series}; {base}; {data})"
 
     @property
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Config:
         """The checkpoint's configuration."""
         return self.trained.config
 

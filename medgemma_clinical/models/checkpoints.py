@@ -14,7 +14,7 @@ import logging
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from medgemma_clinical.files import (
     write_json,
     write_text,
 )
-from medgemma_clinical.models.language_model import HUB_ID
+from medgemma_clinical.models.language_model import HUB_ID, base_record
 from medgemma_clinical.models.model_card import model_card
 from medgemma_clinical.models.terms import terms_of
 from medgemma_clinical.models.trajectory import Stage1
@@ -84,12 +84,69 @@ BOUNDS = {
 """Largest counts in a configuration, which decide how much is allocated when it is loaded."""
 
 
+class Config(TypedDict, total=False):
+    """All that a checkpoint holds beside its weights: plain types, no row and no path.
+
+    Stage 1's lies in its file, that of stages 2 and 3 is ``config.json``.
+    """
+
+    # Any stage.
+    stage: str  # trajectory, classification or generative
+    version: str  # of this program
+    dataset: str  # kind of data, as ``--dataset``
+    read_options: dict[str, Any]  # flags that decide what a row is
+    features: list[str]  # series of a row
+    units: list[str]  # of the features
+    inputs: dict[str, Any]  # what stage 1 reads: ``static`` and ``series`` names, prediction_time
+    outcome: str  # name of the label
+    question: str  # that the prompt asks
+    has_patient_ids: bool  # whether the data name patients, or each row counts as one
+    data_sha256: str  # of all that was read, before ``--max_samples``
+    rows_sha256: str  # of labels, ids, patients and given split, whatever is read of the series
+    patients: dict[str, dict[str, int]]  # training patients behind each series and static feature
+    case_mix: dict[str, Any]  # counts, shares and quartiles of the training part
+    encoder: Any  # arguments of ``ClinicalODERNN``; None where no stage 1 is read
+    members: int  # encoders of stage 1, 0 where none is read
+
+    # Stages 2 and 3.
+    base_model: str  # hub id, name of a folder, or a built-in model
+    base_sha256: str | None  # of a base model in a folder
+    base_revision: str | None  # commit of a base model on the hub
+    base_weights: str  # pretrained, or random: a control
+    quantization: str  # of the base model
+    precision: str  # of the base model's arithmetic
+    lora_rank: int
+    lora_alpha: int
+    num_prefix_tokens: int  # most soft tokens of a row, 0 for none
+    shuffled: bool  # soft tokens of other patients: a control
+    stage1_logit: bool  # whether stage 1's logit is added
+    residual_weight: float  # of the language model's own logit beside it
+    prompts: dict[str, Any]  # ``PromptOptions``
+    max_text_tokens: int | None  # of a longer prompt the oldest values are left out
+    report_tokens: int  # most tokens of a written report, stage 3
+    merged_from: dict[str, Any]  # base model of an export, whose adapter is merged
+
+    # Results, once training has ended.
+    decision: dict[str, float]  # slope, intercept, threshold: ``DecisionRule`` of the stage
+    models: dict[str, dict[str, float]]  # the same of each baseline and of the ensemble
+    best_model: str  # recommended, ``--use best``
+    metrics: dict[str, Any]  # content of ``metrics.json``
+    baseline_inputs: dict[str, Any]  # what the baselines read, as ``inputs``
+    baselines_sha256: str  # of ``baselines.json`` beside the checkpoint
+    updated: dict[str, Any]  # rows and method of ``--update``
+
+    # config.json alone.
+    format: int  # CHECKPOINT_FORMAT
+    files_sha256: dict[str, str | None]  # of the files that decide a prediction
+    config_sha256: str  # of all these
+
+
 @dataclass(frozen=True)
 class TrajectoryCheckpoint:
     """A trained stage 1, as its file holds it.
 
     Attributes:
-        config: rebuilds the model and says what it was trained on.
+        config: rebuilds the model and says what it was trained on; see ``Config``.
         weights: state dict of a ``Stage1``.
         train_patients: (n,) int64, sorted hashes of the patients that trained; none in a copy that
             is shared.
@@ -97,7 +154,7 @@ class TrajectoryCheckpoint:
         sha256: of the file, or of the weights of a model in memory.
     """
 
-    config: dict[str, Any]
+    config: Config
     weights: dict[str, Tensor]
     train_patients: NDArray[np.int64]
     path: Path
@@ -107,13 +164,19 @@ class TrajectoryCheckpoint:
 # ------------------------------------------------------------------ configuration
 
 
-def describe_data(data: Data) -> dict[str, Any]:
+def describe_data(data: Data) -> Config:
     """Return what a checkpoint stores of its data, and the version of the program."""
     training = demographics(data.dataset).iloc[data.split["train"]]
-    return {"version": __version__, **data.description(), "case_mix": case_mix(training)}
+    description = cast(Config, data.description())
+    return {"version": __version__, **description, "case_mix": case_mix(training)}
 
 
-def stage1_config(model: Stage1) -> dict[str, Any]:
+def describe_base(name: str) -> Config:
+    """Return what a checkpoint stores of its base model."""
+    return cast(Config, base_record(name))
+
+
+def stage1_config(model: Stage1) -> Config:
     """Return the keys of a checkpoint by which the script rebuilds a stage 1."""
     return {"encoder": model.encoder.config, "members": len(model.members)}
 
@@ -163,7 +226,7 @@ def _load(module: nn.Module, weights: dict[str, Tensor]) -> None:
 # ------------------------------------------------------------------ baselines
 
 
-def read_baselines(path: Path, config: dict[str, Any]) -> Baselines | None:
+def read_baselines(path: Path, config: Config) -> Baselines | None:
     """Return the baselines of a checkpoint, checked; None where this copy has none.
 
     They lie in the folder of the run's stage, or in that of ``save_pretrained``.
@@ -197,10 +260,10 @@ def read_baselines(path: Path, config: dict[str, Any]) -> Baselines | None:
     return baselines
 
 
-def without_baselines(config: dict[str, Any]) -> dict[str, Any]:
+def without_baselines(config: Config) -> Config:
     """Return the configuration of a copy that holds no baselines."""
     keys = ("baselines_sha256", "baseline_inputs", "models")
-    return {name: x for name, x in config.items() if name not in keys}
+    return cast(Config, {name: x for name, x in config.items() if name not in keys})
 
 
 # ------------------------------------------------------------------ stage 1
@@ -209,7 +272,7 @@ def without_baselines(config: dict[str, Any]) -> dict[str, Any]:
 def save_trajectory(
     path: Path,
     weights: dict[str, Tensor],
-    config: dict[str, Any],
+    config: Config,
     train_patients: NDArray[np.int64],
 ) -> None:
     """Write a stage 1 file; plain types and tensors only.
@@ -260,7 +323,7 @@ def load_trajectory(model: Stage1, checkpoint: TrajectoryCheckpoint) -> None:
 # ------------------------------------------------------------------ stages 2 and 3
 
 
-def save_llm(folder: Path, model: TrajectoryLLM, config: dict[str, Any]) -> None:
+def save_llm(folder: Path, model: TrajectoryLLM, config: Config) -> None:
     """Write the best model of stage 2 or 3, all but its base weights, in place of ``folder``.
 
     Encoder, projection and heads lie beside the adapter: a head inside an adapter's
@@ -281,10 +344,10 @@ def save_llm(folder: Path, model: TrajectoryLLM, config: dict[str, Any]) -> None
         write_config(temporary, config)
 
 
-def write_config(folder: Path, config: dict[str, Any]) -> None:
+def write_config(folder: Path, config: Config) -> None:
     """Write the configuration of a stage 2 or 3 folder, with its hash and those of the files."""
     hashes = {name: file_hash(folder / name) for name in hashed_files(config)}
-    content = {"format": CHECKPOINT_FORMAT, **config, "files_sha256": hashes}
+    content: Config = {"format": CHECKPOINT_FORMAT, **config, "files_sha256": hashes}
     write_json(folder / CONFIG, {**content, "config_sha256": json_hash(content)})
 
 
@@ -293,7 +356,7 @@ def is_merged(config: Any) -> bool:
     return isinstance(config, dict) and "merged_from" in config
 
 
-def hashed_files(config: dict[str, Any]) -> tuple[str, ...]:
+def hashed_files(config: Config) -> tuple[str, ...]:
     """Return the files that decide a prediction, beside a language model with its own hash."""
     return (MODULE_WEIGHTS,) if is_merged(config) else HASHED_FILES
 
@@ -318,13 +381,13 @@ def load_modules(model: TrajectoryLLM, folder: Path) -> None:
         raise _unfit(folder) from error
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> Config:
     """Return the configuration of a stage 2 or 3 folder, its files compared with their hashes.
 
     Further files, and links to files, do not matter.
     """
     try:
-        config: dict[str, Any] = read_json(folder / CONFIG)
+        config: Config = read_json(folder / CONFIG)
         check_format(folder, config["format"])
         expected = {CONFIG: config.pop("config_sha256"), **config["files_sha256"]}
         files = {name: file_hash(folder / name) for name in hashed_files(config)}

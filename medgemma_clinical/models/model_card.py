@@ -33,10 +33,8 @@ LIMITS = (
 METRICS_OF = ("validation", "test", "folds")
 """Parts of ``metrics.json``; a model of all patients has the folds' in place of the others."""
 
-Config = dict[str, Any]
 
-
-def shareable(config: Config, min_cell: int) -> Config:
+def shareable(config: Mapping[str, Any], min_cell: int) -> Any:
     """Return a checkpoint's configuration as it may leave the machine: small counts are hidden."""
     if min_cell == 0:
         return config
@@ -59,12 +57,14 @@ def shareable(config: Config, min_cell: int) -> Config:
     return {**config, **{key: x for key, x in hidden.items() if key in config}}
 
 
-def _plain(content: Config) -> Config:
+def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries that are no tables: no other table leaves the machine unseen."""
     return {key: x for key, x in content.items() if not isinstance(x, dict)}
 
 
-def model_card(config: Config, repo_id: str | None = None, min_cell: int = MIN_CELL) -> str:
+def model_card(
+    config: Mapping[str, Any], repo_id: str | None = None, min_cell: int = MIN_CELL
+) -> str:
     """Return the card of a checkpoint, for a folder or a repository, without small counts.
 
     ``config`` has no ``metrics`` while a run lasts.
@@ -85,7 +85,7 @@ def model_card(config: Config, repo_id: str | None = None, min_cell: int = MIN_C
     return f"{ModelCard.from_template(ModelCardData(**_header(config)), path, **words)}\n"
 
 
-def _header(config: Config) -> Config:
+def _header(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of the card's header, by which the hub finds and shows a model."""
     tags = ["clinical", "time-series", "irregular-time-series", "risk-prediction"]
     keys = {"library_name": "pytorch", **terms_of(config).header}
@@ -107,7 +107,7 @@ def _header(config: Config) -> Config:
 # ------------------------------------------------------------------ a model in words
 
 
-def describe_model(config: Config) -> dict[str, str]:
+def describe_model(config: Mapping[str, Any]) -> dict[str, str]:
     """Return what a card or a page says of the parts of a model."""
     lines = {"Model": STAGE_NAMES[config["stage"]]}
     if (base := config.get("base_model")) is not None:
@@ -136,7 +136,7 @@ def describe_model(config: Config) -> dict[str, str]:
     return lines
 
 
-def describe_recommended(config: Config) -> str:
+def describe_recommended(config: Mapping[str, Any]) -> str:
     """Return the model that ``--use best`` means, which rows chose it, and how."""
     metrics, name = config.get("metrics", {}), config["best_model"]
     part = "folds" if "folds" in metrics else "validation"
@@ -150,13 +150,13 @@ def describe_recommended(config: Config) -> str:
     return f"{name}, not chosen by its results: {few}"
 
 
-def page_card(config: Config, own: Mapping[str, str]) -> dict[str, str]:
+def page_card(config: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, str]:
     """Return what a page says of its model, ``own`` lines first, hashes and versions last."""
     sha256 = {"SHA-256 of the training data": config["data_sha256"]}
     return {**own, **describe_model(config), **sha256, **describe_program()}
 
 
-def describe_weight(config: Config) -> str:
+def describe_weight(config: Mapping[str, Any]) -> str:
     """Return the weight of the language model of stage 2 or 3 beside stage 1's logit, in words."""
     if not config["stage1_logit"]:
         return "stage 1's logit is not added"
@@ -169,7 +169,7 @@ def describe_weight(config: Config) -> str:
     return f"0, not shown to add on {count}validation patients"
 
 
-def weight_0_sentence(config: Config) -> str:
+def weight_0_sentence(config: Mapping[str, Any]) -> str:
     """Return what a page says first where the language model has weight 0; else nothing."""
     unused = config.get("residual_weight") == 0
     return f"Weight of the language model: {describe_weight(config)}." if unused else ""
@@ -180,7 +180,7 @@ def built_in_sentence(model: str, of: str = "") -> str:
     return f"The language model{of} {BUILT_IN[model]}. Its metrics say nothing about MedGemma."
 
 
-def built_in_notice(config: Config) -> str:
+def built_in_notice(config: Mapping[str, Any]) -> str:
     """Return what a page says first of a built-in language model; nothing of another."""
     base = config.get("base_model")
     return built_in_sentence(base) if base in BUILT_IN and config["base_sha256"] is None else ""

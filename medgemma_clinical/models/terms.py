@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from medgemma_clinical.models.language_model import BUILT_IN
@@ -50,7 +51,7 @@ EITHER = Terms(
 )
 
 
-def terms_of(config: dict[str, Any]) -> Terms:
+def terms_of(config: Mapping[str, Any]) -> Terms:
     """Return the terms of a trained model; a base of unknown origin has the notices of both."""
     base, in_folder = config.get("base_model"), config.get("base_sha256") is not None
     if base is None or (base in BUILT_IN and not in_folder):
@@ -60,6 +61,6 @@ def terms_of(config: dict[str, Any]) -> Terms:
     return GEMMA if "gemma" in base.lower() and not in_folder else EITHER
 
 
-def licence(config: dict[str, Any]) -> str:
+def licence(config: Mapping[str, Any]) -> str:
     """Return the licence of a model's code and, where it has one, of its language model."""
     return f"The code: Apache License 2.0. {terms_of(config).sentence}"

@@ -33,6 +33,7 @@ from medgemma_clinical.models.checkpoints import (
     MERGED_MODEL,
     MODULE_WEIGHTS,
     TRAJECTORY_FILE,
+    Config,
     TrajectoryCheckpoint,
     is_merged,
     load_modules,
@@ -72,7 +73,7 @@ class TrainedModel:
     """
 
     model: Stage1 | TrajectoryLLM
-    config: dict[str, Any]
+    config: Config
     tokenizer: PreTrainedTokenizerBase | None = None
     train_patients: NDArray[np.int64] | None = None
     baselines: Baselines | None = None
@@ -160,13 +161,13 @@ def checkpoint_path(path: Path) -> Path:
     )
 
 
-def read_trained_config(path: Path) -> dict[str, Any]:
+def read_trained_config(path: Path) -> Config:
     """Return a checkpoint's configuration without loading a language model."""
     best = checkpoint_path(path)
     return read_trajectory(best).config if best.is_file() else read_config(best)
 
 
-def check_no_control(path: Path, config: dict[str, Any]) -> None:
+def check_no_control(path: Path, config: Config) -> None:
     """Refuse a control, which is trained to be compared with and never to be used."""
     if config.get("shuffled") or config.get("base_weights") == "random":
         raise InputError(
@@ -247,7 +248,7 @@ def rebuild_stage1(checkpoint: TrajectoryCheckpoint, builders: Builders) -> Stag
     return model
 
 
-def base_folder(best: Path, config: dict[str, Any]) -> str:
+def base_folder(best: Path, config: Config) -> str:
     """Return where the base model of a checkpoint lies: the hub's id, or a folder of this machine.
 
     A checkpoint holds no path; the ``run.json`` beside ``best`` does. A merged one holds the model.
@@ -264,7 +265,7 @@ def base_folder(best: Path, config: dict[str, Any]) -> str:
     return folder
 
 
-def check_base(best: Path, config: dict[str, Any], name: str) -> None:
+def check_base(best: Path, config: Config, name: str) -> None:
     """Refuse a base model of other content than the checkpoint's; warn where none is known."""
     base, stored = config["base_model"], config["base_sha256"]
     found = base_record(name)["base_sha256"] if os.path.isdir(name) else None

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 
 import numpy as np
 import torch
 from accelerate.utils import reduce, send_to_device
-from numpy.typing import NDArray
 
 from medgemma_clinical.files import RunFault
 from medgemma_clinical.models.language_model import set_checkpointing
@@ -17,9 +15,6 @@ from medgemma_clinical.training.evaluate import outputs
 from medgemma_clinical.training.stage import Stage
 
 logger = logging.getLogger(__name__)
-
-TRIAL_BATCHES = 2
-"""Batches of the validation part that are scored before a run begins."""
 
 KEPT_COPIES = 5
 """Of the weights that learn: two moments, the average, the best, what processes exchange."""
@@ -39,8 +34,8 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return full or isinstance(error, torch.OutOfMemoryError)
 
 
-def save_memory(stage: Stage, rows: list[int]) -> None:
-    """Let passes take less memory, after these rows did not fit in one; gradients stay the same."""
+def reduce_passes(stage: Stage, rows: list[int]) -> None:
+    """Make passes smaller, after these rows did not fit in one; gradients stay the same."""
     if len(rows) > 1:
         stage.max_tokens = -(-len(rows) // 2) * int(stage.lengths[rows].max())
         logger.info("memory: from here on at most %d tokens in one pass", stage.max_tokens)
@@ -53,20 +48,22 @@ def save_memory(stage: Stage, rows: list[int]) -> None:
 
 
 def check_memory(stage: Stage, device: torch.device) -> None:
-    """Score two batches and, on a GPU, find how many of the longest rows fit in one pass.
+    """Find, on a GPU, how many of the longest rows fit in one pass; score those of validation.
 
-    Weights, gradients and random generators are afterwards what they were.
+    No pass of an epoch is then larger than one that has fitted. Processes decide together here; in
+    the middle of a step they could not. Weights, gradients and random generators are afterwards
+    what they were.
     """
     model = stage.model.to(device)
-    for _ in itertools.islice(outputs(model, stage.batches["val"], stage.collate), TRIAL_BATCHES):
+    if device.type == "cuda":
+        longest = longest_rows(stage, "train", stage.batch_size)
+        while not _fits(stage, rows := stage.passes(longest)[0], device):
+            reduce_passes(stage, rows)
+    longest = longest_rows(stage, "val", stage.batches["val"].batch_size)
+    for _ in outputs(model, stage.passes(longest, len(longest)), stage.collate):
         pass
-    if device.type != "cuda":
-        return
-    rows = longest_rows(stage, stage.batch_size).tolist()
-    while not _fits(stage, rows, device):
-        save_memory(stage, rows)
-        rows = stage.passes(longest_rows(stage, stage.batch_size).tolist())[0]
-    torch.cuda.reset_peak_memory_stats()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
 
 
 def _fits(stage: Stage, rows: list[int], device: torch.device) -> bool:
@@ -91,7 +88,8 @@ def _fits(stage: Stage, rows: list[int], device: torch.device) -> bool:
     return not reduce(torch.tensor(failed, device=device), "sum")
 
 
-def longest_rows(stage: Stage, number: int) -> NDArray[np.int64]:
-    """Return the positions of the longest training rows, longest first."""
-    rows = stage.batches["train"].rows
-    return rows[np.argsort(-stage.lengths[rows], kind="stable")[:number]]
+def longest_rows(stage: Stage, part: str, number: int) -> list[int]:
+    """Return the positions of the longest rows of a part, longest first."""
+    rows = stage.batches[part].rows
+    positions: list[int] = rows[np.argsort(-stage.lengths[rows], kind="stable")[:number]].tolist()
+    return positions

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from medgemma_clinical.models.checkpoints import Config
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.training.loaders import LengthBatches, cut_rows
 
@@ -52,8 +53,8 @@ class Stage:
     lengths: NDArray[np.int64]
     epochs: int
     patience: int
-    config: dict[str, Any]
-    save: Callable[[Path, dict[str, Any]], None]
+    config: Config
+    save: Callable[[Path, Config], None]
     text: TextCollator | None = None
     stage1_risks: NDArray[np.float64] | None = None
     train_patients: NDArray[np.int64] | None = None
@@ -67,9 +68,9 @@ class Stage:
         """Tokens that a language model reads of a training patient, mean; 0 without one."""
         return 0.0 if self.text is None else float(self.lengths[self.batches["train"].rows].mean())
 
-    def passes(self, rows: Sequence[int]) -> list[list[int]]:
-        """Cut the rows of a step into those of each forward and backward pass."""
-        return cut_rows(rows, self.batch_size, self.lengths, self.max_tokens)
+    def passes(self, rows: Sequence[int], size: int | None = None) -> list[list[int]]:
+        """Cut rows into those of each pass, of at most ``size`` or as many as a step's have."""
+        return cut_rows(rows, size or self.batch_size, self.lengths, self.max_tokens)
 
     @property
     def learning_parts(self) -> dict[str, list[nn.Parameter]]:

@@ -31,7 +31,8 @@ AVERAGE_DECAY = 0.998
 
 TOLERANCE = 0.01
 """A validation loss so little above the lowest is as good: in a part of fifty events the difference
-is noise, and a model that has learned longer is better where the loss stays level."""
+is noise, and a model that has learned longer is better where the loss stays level. The rule is the
+script's ``keep_best``; ``describe_selection`` says it in words."""
 
 MAX_SKIPPED = 5
 """Steps in a row whose loss or gradient is not finite, after which training stops."""
@@ -132,38 +133,15 @@ class Progress:
             )
         return taken
 
+    def check_validation(self, loss: float) -> None:
+        """Refuse a validation loss by which no epoch can be chosen."""
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(f"the validation loss is {loss} in epoch {self.epoch + 1}")
+
     @property
     def best_epoch(self) -> int:
         """The best epoch, of several members their median; 0 before the first ends."""
         return round(statistics.median(self.best_epochs or [0]))
-
-    def judge(self, losses: Sequence[float], patience: int) -> list[bool]:
-        """Count the losses of an epoch; return for each member whether it is the best so far.
-
-        That is the latest epoch whose loss is hardly above the lowest. A member whose patience has
-        ended stays as it was: it does not wait for the others.
-        """
-        epoch = self.epoch + 1
-        if not self.lowest:
-            self.lowest, self.lowest_epochs = [math.inf] * len(losses), [epoch] * len(losses)
-            self.best_epochs = [epoch] * len(losses)
-        better = []
-        for k, loss in enumerate(losses):
-            learns = self.learns(k, patience)
-            if learns and loss < self.lowest[k]:
-                self.lowest[k], self.lowest_epochs[k] = loss, epoch
-            better.append(learns and loss <= self.lowest[k] * (1 + TOLERANCE))
-            if better[k]:
-                self.best_epochs[k] = epoch
-        return better
-
-    def learns(self, member: int, patience: int) -> bool:
-        """Return whether a member's patience lasts in this epoch."""
-        return not self.lowest or self.epoch + 1 - self.lowest_epochs[member] <= patience
-
-    def exhausted(self, patience: int) -> bool:
-        """Return whether the patience of all members ends with this epoch."""
-        return self.epoch + 1 - max(self.lowest_epochs) >= patience
 
     def next_epoch(self) -> None:
         """Count an epoch and begin the next."""
@@ -195,6 +173,7 @@ class TrainState:
         average: of these parameters.
         progress: how far training has come.
         best: averaged weights of each member's best epoch, one tensor a parameter, or empty.
+        store: where states are kept, or None.
         watched: when ``lap`` was called last.
     """
 
@@ -207,6 +186,7 @@ class TrainState:
     average: WeightAverage
     progress: Progress = field(default_factory=Progress)
     best: list[Tensor] = field(default_factory=list)
+    store: StateStore | None = None
     watched: float = field(default_factory=time.perf_counter)
 
     def by_member(self) -> list[list[nn.Parameter]]:
@@ -216,6 +196,16 @@ class TrainState:
             if parameter.grad is not None:
                 own.setdefault(member, []).append(parameter)
         return list(own.values())
+
+    def learning(self, patience: int) -> list[bool]:
+        """Return for each member of stage 1 whether its patience lasts in this epoch.
+
+        Several processes wait for the gradients of all members: there all learn on, in vain.
+        """
+        if not self.progress.lowest or self.accelerator.num_processes > 1:
+            return [True for _ in {*self.members}]
+        epoch = self.progress.epoch + 1
+        return [epoch - lowest <= patience for lowest in self.progress.lowest_epochs]
 
     def lap(self) -> None:
         """Add the seconds since the last call to those of the epoch."""

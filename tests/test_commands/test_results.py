@@ -208,15 +208,16 @@ def test_a_language_model_that_adds_nothing_leaves_stage_1_as_it_is(calibrated, 
     np.testing.assert_allclose(scored.loc[saved.index, "probability"], saved, atol=1e-6)
 
 
-def test_the_chosen_weight_is_kept_with_the_model_and_makes_its_predictions(monkeypatch):
+def test_the_chosen_weight_is_kept_with_the_model_and_makes_its_predictions():
     labels, offset = np.tile([0.0, 1, 0, 1, 0, 1], 100), np.zeros(600)
     logit = np.tile([-1.0, 3, -1, 3, 2, -2], 100)
     raw = Predictions(0.5, labels, logit, np.arange(600) % 16, offset)
-    monkeypatch.setattr(results, "score", lambda *_: raw)
     for flags, weighs in (("--freeze_ode",), True), (("--soft_prompt", "off"), False):
         stage = stage_of_patients(*flags)
         data = data_for(arguments("--model_name", "tiny", *flags), patients())
-        predictions, decided = results.score_parts(stage, data, "none")
+        predictions, decided = results.apply_decisions(
+            dict.fromkeys(PARTS, raw), stage, data, "none"
+        )
         weight = decided.get("residual_weight", 1.0)
         assert ("residual_weight" in decided) == weighs == (weight < 1)
         assert stage.model.residual_weight == weight

@@ -90,7 +90,7 @@ def whole():
 
 
 @pytest.mark.parametrize("save_every", [0, 2])
-@pytest.mark.parametrize("end", ["signal", "step", "validate", "end_epoch", "save_best"])
+@pytest.mark.parametrize("end", ["signal", "step", "validate", "keep_best", "save_best"])
 def test_a_stopped_run_resumes_to_the_last_bit(end, save_every, whole, tmp_path, monkeypatch):
     """With dropout; a signal is heard behind a step, another fault where it comes."""
     name = "step" if end == "signal" else end
@@ -167,9 +167,12 @@ def test_the_average_follows_the_weights_over_at_most_500_steps():
 
 @pytest.mark.parametrize("patience", [1, 2, 4])
 def test_each_member_keeps_its_latest_good_epoch_and_waits_for_no_other(patience):
-    table, progress, kept = np.random.default_rng(0).integers(300, 330, (30, 60)), Progress(), []
-    for losses in table:
-        kept.append(progress.judge(losses.tolist(), patience))
+    table, kept = np.random.default_rng(0).integers(300, 330, (30, 60)), []
+    state = SimpleNamespace(progress=(progress := Progress()), members=range(60), best=[])
+    for epoch, losses in enumerate(table, 1):
+        state.average = SimpleNamespace(weights=[torch.tensor(epoch)] * 60)
+        state.parameters = state.average.weights
+        kept.append(trainer.keep_best(state, losses.tolist(), patience))
         progress.next_epoch()
     expected, own = [], []
     for losses in table.T:
@@ -177,10 +180,10 @@ def test_each_member_keeps_its_latest_good_epoch_and_waits_for_no_other(patience
         seen = losses[: end + 1]
         expected.append(np.flatnonzero(seen <= 1.01 * seen.min())[-1] + 1)
         own.append(seen)
-    assert progress.best_epochs == expected
+    assert progress.best_epochs == [weight.item() for weight in state.best] == expected
     assert progress.best_epoch == np.median(expected)
     assert progress.lowest == [seen.min() for seen in own]
-    assert [max(np.flatnonzero(good)) + 1 for good in zip(*kept, strict=True)] == expected
+    assert np.flatnonzero(kept).max() + 1 == max(expected)
     assert (table.min(axis=0) < progress.lowest).any(), "a lower loss came too late"
     assert any(k > seen.argmin() + 1 for k, seen in zip(expected, own, strict=True))
 
