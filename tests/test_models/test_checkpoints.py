@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import language_models as small
 import medgemma_trainer as trainer
+from medgemma_clinical.distributed import set_environment
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.files import InputError, write_json
 from medgemma_clinical.models import checkpoints, language_model
@@ -316,6 +317,7 @@ def test_loading_and_predicting__leave_the_process_as_it_was(stage, saved):
         verbosity = transformers.logging.get_verbosity()
         return torch.get_rng_state().tolist(), *exact, verbosity, dict(os.environ)
 
+    set_environment()  # the one change that is meant
     _, precision, _, verbosity, _ = state()
     torch.set_float32_matmul_precision("high")
     transformers.logging.set_verbosity_info()
