@@ -84,10 +84,7 @@ def items_to_read(features: Sequence[Feature]) -> set[int]:
 
 
 def find_factors(units: pd.DataFrame, features: Sequence[Feature], path: str) -> pd.DataFrame:
-    """Add ``factor`` to ``item``, ``unit`` (as written, perhaps empty) and ``count`` of its values.
-
-    It is NaN where a unit is unknown, which values of ``features`` may not have.
-    """
+    """Add ``factor`` to items and units, NaN where unknown; refuse such units of ``features``."""
     factors = pd.Series(np.nan, index=units.index)
     for item in units["item"].unique().tolist():
         written = units.loc[units["item"] == item, "unit"]

@@ -44,13 +44,9 @@ MAX_IMPLAUSIBLE = 0.5
 
 
 def check(read: Callable[[], TrajectoryDataset], min_events: int = 0) -> int:
-    """Read a data set, labels not required, log what it holds, and return 0.
+    """Log what a data set holds, what looks wrong, and if it is ready; refuse unusable data.
 
-    Logs summary and split, what looks wrong, and whether the data are ready, of which fewer events
-    than ``min_events`` serve prediction alone.
-
-    Raises:
-        InputError: the data cannot be read, or are labelled and no model can be trained on them.
+    Data without labels, or with fewer events than ``min_events``, are ready to predict on alone.
     """
     try:
         _log_check(read(), min_events)
@@ -96,13 +92,9 @@ def labelled_rows(dataset: TrajectoryDataset) -> TrajectoryDataset:
 def rows_as_read(
     dataset: TrajectoryDataset,
     split: Split,
-    series: Sequence[str] | None = None,
+    series: Sequence[str] | None = None,  # of a stage 1; None: those that training can teach
 ) -> tuple[TrajectoryDataset, Split, dict[str, str]]:
-    """Return the rows with the series that are read alone, their split, and why others are not.
-
-    ``series`` are those of a stage 1; None chooses those that the training part can teach. Rows
-    without a value of them are left out; log how many.
-    """
+    """Return the rows with the series that are read alone, their split, and why others are not."""
     if series is None:
         unread = dataset.unusable_series(split["train"])
         series = [name for name in dataset.features if name not in unread]
@@ -123,10 +115,7 @@ def log_warnings(warnings: Iterable[str], source: str = "") -> None:
 
 
 def _check_parts(dataset: TrajectoryDataset, split: Split) -> list[str]:
-    """Warn of a test part of few events, and of inputs that the training part makes suspect.
-
-    Logs the sample size, and suggests folds where the test part that was drawn has few events.
-    """
+    """Log the sample size; warn of a test part of few events, and of suspect inputs."""
     train, test, warnings = split["train"], split["test"], []
     if minority_patients(dataset.labels[test], dataset.groups[test]) < MIN_TEST_EVENTS:
         few = f"fewer than {MIN_TEST_EVENTS} patients of the test part have, or lack, the event"
@@ -202,12 +191,7 @@ def _percentiles(numbers: NDArray[Any]) -> str:
 def patients_behind_inputs(
     dataset: TrajectoryDataset, train: NDArray[np.int64]
 ) -> dict[str, dict[str, int]]:
-    """Count the training patients behind each input whose mean a stage 1 keeps.
-
-    Returns:
-        ``series``: patients with a value; ``static``: see ``patients_behind``, with
-        ``prediction_hours`` where a model reads them.
-    """
+    """Count the training patients behind each series and static input whose mean stage 1 keeps."""
     patients = pd.factorize(dataset.groups[train])[0]  # numbers are counted faster
     columns = zip(dataset.static_inputs, dataset.static_values(train).T, strict=True)
     static = {name: patients_behind(column, patients) for name, column in columns}
@@ -218,11 +202,7 @@ def patients_behind_inputs(
 
 
 def describe_prediction_times(dataset: TrajectoryDataset, train: NDArray[np.int64]) -> list[str]:
-    """Warn of prediction times so few that their mean, which weights keep, is that of a few.
-
-    Raises:
-        InputError: a model reads them, and no patient of the training part has one.
-    """
+    """Warn if few training patients have a prediction time (weights keep the mean); refuse if 0."""
     count = patients_behind_inputs(dataset, train)["static"].get("prediction_hours", MIN_CELL)
     if not count:
         raise InputError(
@@ -258,10 +238,7 @@ def describe_long_spans(dataset: TrajectoryDataset) -> list[str]:
 
 
 def describe_cut(lengths: NDArray[Any], groups: NDArray[np.generic], max_len: int) -> str:
-    """Describe how many patients lose observations by ``--max_len``, and how to keep them.
-
-    ``lengths`` (N,) are those in the file; some row is longer than ``max_len``.
-    """
+    """Describe how many patients lose observations by ``--max_len``; ``lengths`` (N,) are uncut."""
     losing, everyone = count_patients(groups, lengths > max_len), len(np.unique(groups))
     better = int(np.quantile(lengths, 0.99, method="higher"))
     return (

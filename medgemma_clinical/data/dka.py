@@ -68,10 +68,7 @@ NAMING = {
 
 @dataclass(frozen=True)
 class Description:
-    """What the series and labels of a DKA file mean, as the JSON file beside it says.
-
-    A text is empty where it does not say it.
-    """
+    """What the JSON file beside a DKA file says of series and labels; empty where it is silent."""
 
     series: str = ""  # name of the main series
     unit: str = ""  # empty where it has none
@@ -212,14 +209,9 @@ def _range(pair: Any, fewest: int) -> tuple[float | None, ...]:
 def read_tables(
     source: Any, max_rows: int = BLOCK_ROWS, columns: Sequence[str] | None = None
 ) -> Iterator[tuple[pd.DataFrame, int]]:
-    """Read a CSV (also within gzip) or Parquet file, or a DataFrame, ``max_rows`` at a time.
+    """Yield rows of a CSV or Parquet file or a DataFrame, and the bytes (or rows) read so far.
 
-    ``columns`` are those to read (empty: all) of a table in which some bytes may be no UTF-8; None
-    reads all of a table in UTF-8.
-
-    Yields:
-        Rows, their index the numbers that a spreadsheet shows, the header of a CSV being 1; and
-        the bytes of the file (rows of a DataFrame) up to their end.
+    Rows are numbered as in a spreadsheet. With ``columns`` (empty: all) a CSV need not be UTF-8.
     """
     tables: Iterator[tuple[pd.DataFrame, int]]
     if isinstance(source, pd.DataFrame):
@@ -280,10 +272,7 @@ def _read_csv(
 
 
 def _csv_rows(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    """Yield the number and the cells of each row that is not blank, the header first.
-
-    A short row is refused as well: a copy that was cut within a number would be read with another.
-    """
+    """Yield the number and the cells of each row that is not blank, the header first."""
     csv.field_size_limit(MAX_CELL)
     number, width = 1, 0
     try:
@@ -292,6 +281,7 @@ def _csv_rows(lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
                 if width == 0 and len(row) == 1 and re.search("[;\t]", row[0]):
                     raise csv.Error("no commas")
                 width = width or len(row)
+                # A file that was cut within a number would be read with another number.
                 if len(row) != width:
                     raise csv.Error(f"{len(row)} cells, not {width}")
                 yield number, row
@@ -462,10 +452,7 @@ def note_columns(
 def find_features(
     table: pd.DataFrame, description: Description, chosen: Sequence[str] | None, source: str
 ) -> list[Feature]:
-    """Find the series of a table, each with its column as key: all, or those ``chosen`` by name.
-
-    The main one comes first: ``clinical_trajectory``, or else the first column.
-    """
+    """Find all series of a table, ``MAIN_COLUMN`` first, or those ``chosen`` by name."""
     about, limits, references = description, description.limits, description.references
     main = Feature(about.series, about.unit, (MAIN_COLUMN,), about.plausible, about.reference)
     found = {comparable(main.name): main} if MAIN_COLUMN in table else {}
@@ -498,11 +485,7 @@ Observations = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]
 
 
 def parse_series(table: pd.DataFrame, columns: Sequence[str], findings: Findings) -> Observations:
-    """Read F columns of series; observations are the union of their times.
-
-    Where a series has a time more than once, its k-th value there shares an observation with the
-    k-th of the others.
-    """
+    """Read F columns of series; observations are the union of their times."""
     starts = range(0, max(len(table), 1), BLOCK_ROWS)
     blocks = [_parse_block(table[k : k + BLOCK_ROWS], columns, findings, k) for k in starts]
     row, times, values = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
@@ -532,7 +515,7 @@ def _parse_block(
     row, times, feature, values = map(np.concatenate, zip(*series, strict=True))
     order = np.lexsort((feature, times, row))
     row, times, feature, values = row[order], times[order], feature[order], values[order]
-    # Number the values of a series at one time: 0, 1, ...
+    # Number the values of a series at one time, 0, 1, ...; k-th values share an observation.
     first = np.flatnonzero(_changes(row, times, feature))
     again = np.arange(len(row)) - np.repeat(first, np.diff(first, append=len(row)))
     order = np.lexsort((again, times, row))
@@ -555,11 +538,7 @@ def _changes(*columns: NDArray[Any]) -> NDArray[np.bool_]:
 def as_trained(
     table: pd.DataFrame, about: Description, config: Mapping[str, Any], findings: Findings
 ) -> Description:
-    """Take what a description does not say to be what a checkpoint was trained on.
-
-    Raises:
-        InputError: the table lacks an input of the checkpoint, or has another unit or outcome.
-    """
+    """Take from a checkpoint what a description lacks; refuse a table that it cannot read."""
     label, source = config["read_options"].get("label_column", LABEL), findings.source
     check_header(table, source, label, labelled=False)
     measured = [*zip(config["features"], config["units"], strict=True)]

@@ -65,10 +65,7 @@ class Database:
         self._thread = ThreadPoolExecutor(1)
 
     def run(self, sql: str, values: Mapping[str, Any] | None = None, *, title: str = "") -> Any:
-        """Run statements (one, if it has ``$name`` values); return DuckDB's result of the last one.
-
-        A progress bar with the title is shown on a terminal.
-        """
+        """Run statements, or one with ``$name`` values; return DuckDB's result of the last one."""
         query = self._thread.submit(self._connection.execute, sql, values)
         silent = not title or not sys.stderr.isatty()
         with tqdm(desc=title, total=100, leave=False, disable=silent) as bar:
@@ -184,12 +181,9 @@ UNREADABLE = {
 
 @dataclass(frozen=True)
 class Column:
-    """How a column is read, by its form.
+    """How a column is read, by its form, a key of ``UNREADABLE`` or ``value``, a number or text.
 
-    ``number``, ``whole`` number, ``value`` (a number, or the text in place of it), ``label`` (0 or
-    1), ``time`` (in full seconds), ``instant`` (with its fraction of a second), a unit of
-    ``MICROSECONDS`` (a time that is a number), ``word``, or ``id`` (a word; 10001.0 and 010001 are
-    read as 10001).
+    A ``time`` is cut to seconds, an ``instant`` is not; the ``id`` 10001.0 or 010001 is 10001.
     """
 
     form: str
@@ -286,10 +280,8 @@ class TableFile:
         return f'"{self.header.index(name)}"' if name in self.header else "NULL"
 
     def rows(self) -> str:
-        """Return SQL for the raw rows, their columns named by their position.
-
-        Hive partitioning is off: a folder named ``value=1000`` would replace the column ``value``.
-        """
+        """Return SQL for the raw rows, their columns named by their position."""
+        # Hive partitioning is off: a folder ``value=1000`` would replace the column ``value``.
         path = literal(glob.escape(str(self.path)))
         if self.is_parquet or not self.separator:
             names = ", ".join(f'"{k}"' for k in range(len(self.header)))
@@ -366,10 +358,7 @@ def read_sheet(path: Path) -> pd.DataFrame:
 def find_time(
     database: Database, file: TableFile, name: str, given: Sequence[str], known: Sequence[str]
 ) -> Column:
-    """Return how all times of a column are written: in ISO's order, as given, or in another order.
-
-    ``known`` is the first format of an earlier file, for a column where each day may be a month.
-    """
+    """Return how all times of a column are written: in ISO's order, as given, or in another one."""
     ways = [
         Column("instant", formats=each) for each in ((), *([tuple(given)] if given else ORDERS))
     ]
@@ -388,6 +377,7 @@ def find_time(
         )
         form = "--time_format '%d.%m.%Y %H:%M', or --time_unit of numbers"
         raise InputError(f"{where}: {problem}: name the form, as {form}")
+    # Where each day may be a month, the first format of an earlier file decides.
     fit = [way for way in fit if [*way.formats[:1]] == [*known]] or fit
     if len(fit) > 1:
         form = "--time_format '%d/%m/%Y' or '%m/%d/%Y', with %H:%M or %I:%M %p if they have a time"
@@ -419,15 +409,11 @@ def load_table(
     name: str,
     file: TableFile,
     columns: Mapping[str, Column],
-    keep: Sequence[str] = (),
+    keep: Sequence[str] = (),  # SQL conditions on raw cells and on columns of ``join``
     join: str = "",
-    keys: Sequence[str] = (),
+    keys: Sequence[str] = (),  # columns that are checked in rows that are not kept, too
 ) -> None:
-    """Make a table of some columns of a file; refuse wrong cells, counted by column.
-
-    ``keep`` are SQL conditions on raw cells and on the columns of ``join``; cells of other rows
-    are not checked, but for the columns ``keys``.
-    """
+    """Make a table of some columns of a file; refuse wrong cells, counted by column."""
     raw = {column: file.raw(column) for column in columns}
     wrong = {c: form.is_wrong(raw[c]) for c, form in columns.items() if c in file.header}
     # An OR a condition, not one around all: DuckDB then applies the cheap ones first.
@@ -480,10 +466,8 @@ def check_target(out: Path) -> None:
 
 
 def write_rows(rows: pd.DataFrame, description: dict[str, Any], out: Path) -> None:
-    """Write the CSV and the description beside it: both or none.
-
-    The description is renamed first: a table without it would be read as another series.
-    """
+    """Write the CSV and the description beside it: both or none."""
+    # The description is renamed first: a table without it would be read as another series.
     with atomic(out) as csv_file, atomic(out.with_suffix(".json")) as json_file:
         rows.to_csv(csv_file, index=False, lineterminator="\n")
         content = {**description, "csv_sha256": file_hash(csv_file)}
@@ -492,10 +476,7 @@ def write_rows(rows: pd.DataFrame, description: dict[str, Any], out: Path) -> No
 
 
 def apply_rules(candidates: pd.DataFrame, source: str) -> tuple[pd.Series, list[dict[str, Any]]]:
-    """Remove each candidate (row) by the first rule (column of bool) that applies; log the flow.
-
-    Returns (N,) bool of those left; ``rule``, ``removed`` and ``left`` of each rule.
-    """
+    """Remove rows by the first rule (column) that applies; return (N,) which are left, and flow."""
     left = pd.Series(True, index=candidates.index)
     flow = []
     for rule, applies in candidates.items():
@@ -512,11 +493,8 @@ def apply_rules(candidates: pd.DataFrame, source: str) -> tuple[pd.Series, list[
 
 
 def describe_origin(request: TableRequest, command: str, hashes: dict[str, str]) -> dict[str, Any]:
-    """Return what a description says of the command: flags, hashes of the tables, versions.
-
-    Paths are left out, and limits of the machine, which change no row.
-    """
-    limits = ("memory_limit", "threads")
+    """Return what a description says of the command: flags, hashes of the tables, versions."""
+    limits = ("memory_limit", "threads")  # of the machine: like paths they change no row
     kept = {k: v for k, v in vars(request).items() if not isinstance(v, Path | None)}
     return {
         "arguments": {k: v for k, v in kept.items() if k not in limits},

@@ -84,10 +84,7 @@ def parse_features(flag: str, texts: Iterable[str], *, code_needed: bool = True)
 
 
 def add_windows(database: Database, request: EventRequest, time_unit: int = 0) -> None:
-    """Make the tables of ``windows.sql`` from the table ``label``.
-
-    ``time_unit`` are the microseconds of a unit of times that are numbers.
-    """
+    """Make the tables of ``windows.sql`` from ``label``; ``time_unit`` is in microseconds."""
     labels, different = database.row(
         "SELECT count(*), count(DISTINCT (subject, prediction_time)) FROM label"
     )
@@ -108,18 +105,13 @@ def load_events(
     database: Database,
     request: EventRequest,
     files: Iterable[TableFile],
-    names: Mapping[str, str],
+    names: Mapping[str, str],  # columns of subject_id, item, time, value; perhaps unit, storetime
     columns: Mapping[str, Column],
-    codes: Sequence[Any],
-    always: Sequence[str] = (),
-    factors: Mapping[tuple[str, str], float] | None = None,
+    codes: Sequence[Any],  # read within the ``span`` of their subject; empty: all
+    always: Sequence[str] = (),  # codes that are read at any time
+    factors: Mapping[tuple[str, str], float] | None = None,  # of values, by item and unit
 ) -> None:
-    """Make the view ``record``: subject, code, time, known, value, unit, converted of each event.
-
-    ``names`` has the column of each role: subject_id, item, time, value; perhaps unit, storetime.
-    Of the ``codes``, or of all where there are none, those within the ``span`` of their subject are
-    read, those of ``always`` at any time; ``factors`` of values are by item and unit.
-    """
+    """Make the view ``record`` of events: subject, code, time, known, value, unit, converted."""
     keys = [names[role] for role in ("subject_id", "item", "time")]
     found = []
     for number, file in enumerate(files):
@@ -217,18 +209,13 @@ def make_rows(
     request: EventRequest,
     series: Sequence[Feature],
     trajectories: pd.DataFrame,
-    usable: str,
-    static: pd.DataFrame | None = None,
-    parts: pd.Series | None = None,
+    usable: str,  # says which events of a window are read
+    static: pd.DataFrame | None = None,  # context and static columns by number of the prediction
+    parts: pd.Series | None = None,  # of the split, by subject
     *,
-    keep_all: bool = False,
+    keep_all: bool = False,  # removed rows stay without values: no new patient is lost unseen
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Return the rows of the DKA format and their description, but for its origin.
-
-    ``usable`` says which events of a window are read; ``static`` holds context and static columns
-    by the number of the prediction, ``parts`` those of the split by subject. With ``keep_all`` a
-    row that a rule removes stays without values, so that no new patient is lost unseen.
-    """
+    """Return the rows of the DKA format and their description, but for its origin."""
     main, fewest = series[0], request.min_observations
     labels = database.frame(
         "SELECT *, person IN (SELECT person FROM event) AS measured FROM prediction ORDER BY number"

@@ -10,23 +10,14 @@ from medgemma_clinical.data.texts import Reference
 
 @dataclass(frozen=True)
 class Feature:
-    """A measured variable, in any format.
-
-    Attributes:
-        name: in texts.
-        unit: of its values, empty where it has none, None where the tables have to tell it.
-        keys: where its values stand: a column, codes of events, item numbers.
-        plausible: lowest and highest value of a living patient, None where unknown.
-        reference: lowest and highest value of a healthy adult, None where unknown.
-        words: for values, where the feature is a state or a grade.
-    """
+    """A measured variable, in any format."""
 
     name: str
-    unit: str | None = ""
-    keys: tuple[str | int, ...] = ()
-    plausible: tuple[float, float] | None = None
-    reference: Reference | None = None
-    words: Mapping[int, str] | None = None
+    unit: str | None = ""  # empty where it has none, None where the tables have to tell it
+    keys: tuple[str | int, ...] = ()  # where its values stand: a column, event codes, items
+    plausible: tuple[float, float] | None = None  # lowest and highest of a living patient
+    reference: Reference | None = None  # lowest and highest of a healthy adult
+    words: Mapping[int, str] | None = None  # for values, where it is a state or a grade
 
     @property
     def title(self) -> str:

@@ -15,32 +15,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Findings:
-    """What shows while a source is read, whole or in chunks, and is logged once at its end.
-
-    ``problems`` are, if not strict, the first of each unreadable row by the row's number; they name
-    the column, never a cell's content. ``notes`` and ``warnings`` are ordered sets.
-    """
+    """What shows while a source is read, whole or in chunks, and is logged once at its end."""
 
     source: str
     strict: bool = True  # an unreadable row refuses the source
+    # If not strict: the first problem of each unreadable row, by its number; no cell's content.
     problems: dict[int, str] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)  # rows by what there is to say of them
-    notes: dict[str, None] = field(default_factory=dict)
+    notes: dict[str, None] = field(default_factory=dict)  # an ordered set
     warnings: dict[str, None] = field(default_factory=dict)
     ids: Counter[str] = field(default_factory=Counter)
 
     def reject(
         self, bad: pd.Series, column: str, problem: str, cells: pd.Series | None = None
     ) -> None:
-        """Refuse the source for its ``bad`` rows (by number) or, if not strict, note them.
-
-        ``column`` is empty where a row is bad as a whole; ``cells`` are shown on request alone.
-        """
+        """Refuse the source for its ``bad`` rows (by number) or, if not strict, note them."""
         rows = bad.index[bad.to_numpy(bool)].tolist()
         if rows and self.strict:
             count = f" ({len(rows):,} cells, the last in row {rows[-1]})" if len(rows) > 1 else ""
             where = f"{self.source}, row {rows[0]}" + (f", column {column}" if column else "")
-            value = None if cells is None else cells[rows[0]]
+            value = None if cells is None else cells[rows[0]]  # shown on request alone
             raise InputError(f"{where}: {problem}{count}", value)
         for row in rows:
             self.problems.setdefault(row, f"column {column}: {problem}" if column else problem)

@@ -40,10 +40,7 @@ def foldable(dataset: TrajectoryDataset, max_samples: int, seed: int) -> Traject
 def draw_folds(
     groups: NDArray[np.str_], labels: NDArray[np.float64], folds: int, seed: int, source: str = ""
 ) -> NDArray[np.int64]:
-    """Deal the patients out to ``folds`` parts, stratified by event; return each row's part, (N,).
-
-    ``groups`` (N,) are patients, ``labels`` (N,) 0 or 1; errors name the ``source``.
-    """
+    """Deal patients out to folds, stratified by event; return the fold of each row, (N,)."""
     owner, event = patient_events(groups, labels)
     rng, needed = np.random.default_rng(seed), PATIENTS_A_FOLD * folds
     strata = [rng.permutation(np.flatnonzero(event == outcome)) for outcome in (True, False)]
@@ -59,11 +56,7 @@ def draw_folds(
 
 
 def site_folds(dataset: TrajectoryDataset) -> tuple[NDArray[np.int64], list[str]]:
-    """Make each site a fold; return each row's fold, (N,), and the names of the folds.
-
-    A patient belongs to the site of the first row. Rows of sites with few events, or few patients
-    without one, have the fold -1: they only train.
-    """
+    """Return each row's fold, (N,), -1 where its site only trains, and the names of the folds."""
     if dataset.sites is None:
         raise InputError(f"{dataset.source}: read without its sites: give site to the data set too")
     first, owner = np.unique(dataset.groups, return_index=True, return_inverse=True)[1:]
@@ -91,10 +84,7 @@ def site_folds(dataset: TrajectoryDataset) -> tuple[NDArray[np.int64], list[str]
 def fold_dataset(
     dataset: TrajectoryDataset, fold: NDArray[np.int64], k: int, seed: int, site: str = ""
 ) -> TrajectoryDataset:
-    """Return the data of one fold's run: the rows of ``k`` test, a tenth of the others validates.
-
-    ``fold`` (N,) are those of the rows, ``site`` is the name of the fold where it is a site.
-    """
+    """Return one run's data: rows whose ``fold`` (N,) is k test, a tenth of the rest validates."""
     rest = np.flatnonzero(fold != k)
     drawn = draw_split(dataset.groups[rest], dataset.labels[rest], seed, dataset.source)
     own = copy.copy(dataset)

@@ -45,12 +45,9 @@ def load_notes(
     max_words: int,
     keep: Sequence[str] = (),
 ) -> None:
-    """Add the notes of the subjects in ``target`` to ``note``: subject, written, stay, text, words.
-
-    ``names`` has the column of each role: subject, charted, text; perhaps stored, and stay, whose
-    own rows get no such note.
-    """
+    """Add notes of the subjects in ``target`` to ``note``: subject, written, stay, text, words."""
     time = Column("instant", may_be_empty=True)
+    # No row of a stay gets a note of that ``stay``, such as its discharge summary.
     forms = {"subject": subject, "charted": time, "stored": time, "stay": KEY_OR_EMPTY}
     columns = {names[role]: form for role, form in forms.items() if role in names}
     columns[names["text"]] = NoteText(max_words=max_words)

@@ -1,7 +1,4 @@
-"""Patients and rows that are known again: copies across a split, patients of an earlier training.
-
-Names and rows are compared by their hashes, which is what a checkpoint holds of its training part.
-"""
+"""Copies of rows across a split, and patients of an earlier training, by their hashes."""
 
 from __future__ import annotations
 
@@ -26,19 +23,16 @@ IDENTIFYING_VALUES = 3
 
 
 # --------------------------------------------------------------------------- hashes
+# A checkpoint holds hashes of its training part, so names and rows are compared by these.
 
 
 def row_hashes(
     dataset: TrajectoryDataset,
     rows: NDArray[np.int64],
-    label: float | None = None,
-    latest: int | None = LATEST_OBSERVATIONS,
+    label: float | None = None,  # in place of that of the rows
+    latest: int | None = LATEST_OBSERVATIONS,  # None: all
 ) -> NDArray[np.int64]:
-    """Return a hash of the latest observations (None: of all) and the label of each of n rows.
-
-    It is 0 where a row holds too few values to identify a patient. ``label`` stands in for that of
-    the rows.
-    """
+    """Hash the latest observations and the label of n rows, (n,), 0 where they identify nobody."""
     ends, lengths = dataset.offsets[rows + 1], dataset.lengths[rows]
     lengths = lengths if latest is None else np.minimum(lengths, latest)
     owner, starts = np.repeat(np.arange(len(rows)), lengths), np.cumsum(lengths) - lengths
@@ -72,10 +66,8 @@ def both_hashes(dataset: TrajectoryDataset, rows: NDArray[np.int64]) -> NDArray[
 
 
 def training_hashes(dataset: TrajectoryDataset, train: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return sorted unique hashes of the patients of some rows, by name and by their rows.
-
-    Texts and static features do not enter: a patient stays the same with other ones.
-    """
+    """Return sorted unique hashes of the patients of some rows, by name and by their rows."""
+    # Texts and static features do not enter: a patient stays the same with other ones.
     rows = row_hashes(dataset, train)
     return np.unique(np.concatenate([rows[rows != 0], patient_hashes(dataset, train)]))
 
@@ -95,16 +87,12 @@ def add_training_rows(
 
 
 def describe_copies(dataset: TrajectoryDataset, split: Split, numbers: NDArray[np.int64]) -> str:
-    """Return what to do about copies of a row in two parts of a split; empty where there are none.
-
-    Copies are equal in all that is read of them: observations, static features, prediction time,
-    context and label. ``numbers`` (N,) are those of the rows in the file.
-    """
+    """Describe copies of a row in two parts of a split, if any; ``numbers`` (N,) are the file's."""
     part = np.concatenate([np.full(len(rows), k) for k, rows in enumerate(split.values())])
     rows = pd.DataFrame({"row": np.concatenate([*split.values()]), "part": part})
     rows = rows.sort_values("row", ignore_index=True)
     order = rows["row"].to_numpy()
-    read = pd.DataFrame(dataset.static[order])
+    read = pd.DataFrame(dataset.static[order])  # copies are equal in all that is read of them
     read["series"] = row_hashes(dataset, order, latest=None)
     read["last"], read["context"] = dataset.last_times[order], dataset.contexts[order]
     read["hours"] = np.nan if dataset.prediction_hours is None else dataset.prediction_hours[order]
@@ -127,20 +115,16 @@ def count_overlap(
     split: Split,
     trained: NDArray[np.int64],
     *,
-    has_ids: bool,
-    same_rows: bool = False,
+    has_ids: bool,  # the data of ``trained`` name their patients
+    same_rows: bool = False,  # both are one file, of equal ``rows_sha256``
 ) -> int:
-    """Count the held-out patients (val and test) that are among ``trained``.
-
-    Patients are compared by name where both data sets name them (``has_ids`` of the trained one),
-    and by row number where both are the same file (of equal ``rows_sha256``), however much of its
-    series is read; otherwise by their rows. Rows that the split's own training part holds as well
-    identify nobody.
-    """
+    """Count the held-out patients (val and test) that are among ``trained``, by name or by rows."""
     held_out = np.concatenate([split["val"], split["test"]])
+    # Rows of one file have the same numbers, however much of its series is read.
     if same_rows or (dataset.has_patient_ids and has_ids):
         known = np.isin(patient_hashes(dataset, held_out), trained)
     else:
+        # Rows that the split's own training part holds as well identify nobody.
         rows = row_hashes(dataset, held_out)
         shared = np.isin(rows, row_hashes(dataset, split["train"]))
         known = np.isin(rows, trained) & ~shared & (rows != 0)
@@ -150,20 +134,15 @@ def count_overlap(
 def check_held_out(
     dataset: TrajectoryDataset,
     split: Split,
-    trained: NDArray[np.int64] | None,
+    trained: NDArray[np.int64] | None,  # None: a shared copy lacks them
     path: Path,
     *,
     has_ids: bool,
     same_rows: bool,
 ) -> None:
-    """Refuse an encoder that has seen patients of a run's validation or test part.
-
-    ``trained`` is None for a copy at ``path`` that does not hold the hashes of all its training
-    patients. It is refused on its own training data, whose split may differ here; on other data a
-    warning says that leaks cannot be found. Flags as for ``count_overlap``.
-    """
+    """Refuse an encoder that has seen patients of a run's validation or test part."""
     if trained is None:
-        if same_rows:
+        if same_rows:  # their split may differ here
             raise InputError(
                 f"{path}: a shared copy, trained on these very data, does not know which patients "
                 "trained it: give the file of the run itself"
@@ -196,12 +175,9 @@ def rows_in_training(
     *,
     has_ids: bool,
 ) -> NDArray[np.bool_]:
-    """Return which rows (n,) are in the training data, whose hashes of both kinds are ``trained``.
-
-    ``rows`` (n, 2) are hashed with either label: whether a row is left out must not depend on its
-    outcome. Where both data sets have identifiers, ``has_ids``, an equal one counts if some row of
-    such a patient is equal: two hospitals may number their patients alike.
-    """
+    """Return which of n rows are among ``trained``, (n,); ``rows`` (n, 2) are ``both_hashes``."""
+    # Either label: whether a row is left out must not depend on its outcome.
     same_row = (np.isin(rows, trained) & (rows != 0)).any(axis=1)
+    # Two hospitals may number patients alike: an id counts if some row of such a patient is equal.
     same_patient = np.isin(patients, trained) & has_ids
     return same_row | (same_patient & (same_patient & same_row).any())

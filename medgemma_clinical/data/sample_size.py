@@ -23,9 +23,7 @@ EXPLAINED = 0.15
 def sample_sizes(
     predictors: int, prevalence: float, r2: float | None = None
 ) -> tuple[int, int, int]:
-    """Return the patients that each of three criteria needs: shrinkage, optimism, overall risk.
-
-    ``r2``: Cox-Snell's, ``EXPLAINED`` of its maximum where it is not known.
+    """Return the patients that shrinkage, optimism and overall risk need; ``r2`` is Cox-Snell's.
 
     Source: Riley 2020, BMJ 368:m441; Riley 2019, Stat Med 38:1276.
     """
@@ -41,11 +39,9 @@ def sample_sizes(
 def describe_sample_size(
     dataset: TrajectoryDataset, static: Sequence[str], train: NDArray[np.int64]
 ) -> str:
-    """Return what a logistic regression on series and ``static`` features needs, and what is there.
-
-    Its predictors are the columns of the baseline that reads both.
-    """
+    """Describe the patients that a logistic regression on series and ``static`` needs and has."""
     unread = len(dataset.features) - len(dataset.series_read)
+    # Predictors are the columns of the baseline that reads both.
     predictors = len(dataset.summary_names()) - unread * len(STATISTICS) + len(static)
     prevalence = float(dataset.labels[train].mean())
     needed, patients = sample_sizes(predictors, prevalence), count_patients(dataset.groups, train)

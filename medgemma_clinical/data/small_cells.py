@@ -1,8 +1,4 @@
-"""Counts of patients, and how those of a few are written in what is given away.
-
-Everything on the owner's machine shows exact counts. Only a report under ``--min_cell N`` and the
-files of ``push_to_hub`` hide counts of 1 to N - 1.
-"""
+"""Counts of patients; only ``push_to_hub`` and a report under ``--min_cell`` hide small ones."""
 
 from __future__ import annotations
 
@@ -25,12 +21,10 @@ def minority_patients(labels: NDArray[np.generic], groups: NDArray[np.generic]) 
 
 
 def patients_behind(column: NDArray[np.float64], groups: NDArray[np.generic]) -> int:
-    """Count the patients whose values decide mean and spread of a column, which weights keep.
-
-    Those with a known value; where most rows share one of several, those with another.
-    """
+    """Count the patients whose values decide mean and spread of a column, which weights keep."""
     counted = ~np.isnan(column)
     values, counts = np.unique(column[counted], return_counts=True)
+    # Where most rows share a value, the patients with another one decide.
     if len(values) > 1 and 2 * counts.max() > counts.sum():
         counted &= column != values[counts.argmax()]
     return count_patients(groups, counted)

@@ -19,10 +19,7 @@ Split = dict[str, NDArray[np.int64]]
 def draw_split(
     groups: NDArray[np.str_], labels: NDArray[np.float64], seed: int, source: str
 ) -> Split:
-    """Divide the rows 80/10/10 by patient, stratified by event; the order of rows is immaterial.
-
-    ``groups`` (n,) are patients, ``labels`` (n,) 0 or 1; errors name the ``source``.
-    """
+    """Divide by patient 80/10/10, stratified by event; ``groups``, ``labels`` (n,) in any order."""
     owner, event = patient_events(groups, labels)
     rng = np.random.default_rng(seed)
     part = np.zeros(len(event), dtype=np.int64)

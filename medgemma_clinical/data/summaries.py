@@ -25,10 +25,7 @@ def summary_features(
 ) -> NDArray[np.float64]:
     """Return ``STATISTICS`` of each feature of N trajectories, (N, 8 F), NaN if never measured.
 
-    Args:
-        times: (all observations,) hours, not decreasing within a trajectory.
-        values: (all observations, F) raw units, NaN where not measured.
-        lengths: (N,) observations of each trajectory, in order.
+    ``times`` (M,) hours do not fall within a row; ``values`` (M, F), ``lengths`` (N,) of the rows.
     """
     owner = np.repeat(np.arange(len(lengths)), lengths)
     columns: list[NDArray[np.float64]] = []

@@ -29,20 +29,13 @@ SERIES_TEXT = ("all", "main", "last", "none")
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """What a prompt holds beside the question.
+    """What a prompt holds beside the question."""
 
-    Attributes:
-        series: how much of the series, one of ``SERIES_TEXT``.
-        context: whether the patient's context is included.
-        computed: whether series in full are followed by what a report computes from them;
-            language models copy numbers reliably and are poor at arithmetic.
-        latest: only so many of the latest observations of each series; None for all.
-    """
-
-    series: str = "all"
+    series: str = "all"  # one of ``SERIES_TEXT``
     context: bool = True
+    # What a report computes from full series: language models copy well and calculate poorly.
     computed: bool = False
-    latest: int | None = None
+    latest: int | None = None  # observations of each series; None: all
 
 
 WHOLE_PROMPT = PromptOptions()
@@ -71,16 +64,10 @@ Part = str | Number | Choice
 
 @dataclass(frozen=True)
 class Clause:
-    """One statement of a report.
+    """One statement of a report."""
 
-    Attributes:
-        joint: what separates it from the statement before: ``". "`` or ``", "``.
-        label: what it is about, a colon follows; empty for the label of the clause before.
-        parts: its words and numbers in their order.
-    """
-
-    joint: str
-    label: str
+    joint: str  # separates it from the statement before: ``". "`` or ``", "``
+    label: str  # what it is about, a colon follows; empty: the label of the clause before
     parts: Sequence[Part]
 
     @property

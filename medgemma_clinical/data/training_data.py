@@ -49,10 +49,7 @@ class Data:
         return float(self.dataset.labels[self.split["train"]].mean())
 
     def time_scale(self, given: float | None) -> float:
-        """Return hours that are a new encoder's unit of time; warn where they do not fit the data.
-
-        ``given``: the user's choice, None where the flag is left out.
-        """
+        """Return a new encoder's unit of time in hours; warn where the data's own does not fit."""
         if given is not None:
             return given
         log_warnings(describe_long_spans(self.dataset), self.dataset.source)
@@ -95,16 +92,11 @@ def prepare_data(
     max_samples: int,
     seed: int,
     prompts: PromptOptions,
-    inputs: dict[str, Any] | None = None,
+    inputs: dict[str, Any] | None = None,  # of a stage 1; None: those that training can teach
     static: bool = True,
     prediction_time: bool = True,
 ) -> Data:
-    """Take at most ``max_samples`` patients (0: all) of what was read, and split them.
-
-    ``inputs`` are those of a stage 1, as in ``Data.description``; None chooses them: series and
-    static features that the training part can teach, and the prediction time, where asked. Rows
-    without a value of a series that is read are left out.
-    """
+    """Take at most ``max_samples`` patients (0: all) of what was read, and split them."""
     dataset = labelled_rows(dataset)
     data_sha256, rows_sha256 = dataset.fingerprint(), dataset.row_fingerprint()
     sample = dataset.sample_patients(max_samples, seed)

@@ -1,9 +1,6 @@
 """The trajectory contract: irregular series with labels, patients and texts.
 
-N trajectories lie one behind another in ``times`` (hours) and ``values`` (raw units), cut by
-``offsets``. ``collate`` pads any choice of them to a batch; ``split`` keeps the rows of a patient
-in one part. Letters: N trajectories, B a batch of them, L observations, F features, S summaries,
-K static features.
+Shapes: N trajectories, B in a batch, L observations, F features, S summaries, K static features.
 """
 
 from __future__ import annotations
@@ -175,10 +172,7 @@ class TrajectoryDataset:
         return None
 
     def series_text(self, i: int, options: PromptOptions) -> str:
-        """Return trajectory ``i`` in words, ``options.series`` not being ``none``.
-
-        Ends with a space, unless it is empty.
-        """
+        """Return the series of row ``i`` in words, empty or with a space at the end."""
         raise NotImplementedError
 
     def report_clauses(self, i: int) -> list[Clause]:
@@ -189,16 +183,9 @@ class TrajectoryDataset:
     def scoring_rows(
         cls, source: Any, config: Mapping[str, Any], findings: Findings, max_rows: int
     ) -> Iterator[ScoringRows]:
-        """Read rows to be scored, as a checkpoint's data were read, ``max_rows`` at a time.
+        """Yield rows to be scored, read as a checkpoint's data were; refuse another kind of source.
 
-        Args:
-            source: file or folder, or what else a subclass reads.
-            config: of the checkpoint; ``Data.description`` is part of it.
-            findings: gets the problems of rows that cannot be read.
-            max_rows: rows at a time.
-
-        Raises:
-            InputError: the source is not what the checkpoint reads, or cannot be read.
+        ``config`` is the checkpoint's; ``findings`` gets the problems of rows that cannot be read.
         """
         raise NotImplementedError
 
@@ -268,11 +255,7 @@ class TrajectoryDataset:
         return summary_names(self.features, prediction_time=self.hours_read is not None)
 
     def summaries(self) -> NDArray[np.float64]:
-        """Return the statistics of each row (N, S), computed once.
-
-        Those of ``summary_features``, and the hours from the last observation to the prediction
-        time where it is known.
-        """
+        """Return the statistics of each row, (N, S), named by ``summary_names``; computed once."""
         if self._summaries is None:
             self._summaries = summary_features(self.times, self.values, self.lengths)
             if self.hours_read is not None:
@@ -349,23 +332,18 @@ class TrajectoryDataset:
         self._summaries = None
 
     def up_to(self, lengths: NDArray[np.int64]) -> Self:
-        """Return each row up to one of its observations, (N,) of them, where it is predicted.
-
-        A prediction time that is unknown stays so.
-        """
+        """Return the first ``lengths`` (N,) observations of each row, predicted at the last one."""
         beginning = copy.copy(self)
         position = np.arange(len(self.times)) - np.repeat(self.offsets[:-1], self.lengths)
         beginning.keep_observations(position < np.repeat(lengths, self.lengths))
         if self.prediction_hours is not None:
             unknown = np.isnan(self.prediction_hours)
+            # An unknown prediction time stays unknown.
             beginning.prediction_hours = np.where(unknown, np.nan, beginning.last_times)
         return beginning
 
     def sample_patients(self, max_patients: int, seed: int) -> Self:
-        """Return all rows of at most so many patients, drawn by ``seed``; 0 means all.
-
-        Rows that are not drawn appear in ``flow``.
-        """
+        """Return all rows of at most so many patients, drawn by ``seed``; 0 means all."""
         patients = np.unique(self.groups)
         if max_patients == 0 or len(patients) <= max_patients:
             return self
@@ -428,11 +406,7 @@ class TrajectoryDataset:
         return {self.features[f]: count_patients(owners, measured[:, f]) for f in self.series_read}
 
     def unusable_series(self, train: NDArray[np.int64]) -> dict[str, str]:
-        """Return the features that too few patients of the training part have, and why.
-
-        Raises:
-            InputError: that is all of them.
-        """
+        """Return the series that too few training patients have, and why; refuse if all are so."""
         counts = self.series_patients(train)
         few = f"fewer than {MIN_CELL} training patients have it"
         unusable = {name: few for name, count in counts.items() if count < MIN_CELL}
@@ -468,10 +442,7 @@ class TrajectoryDataset:
     def with_inputs(
         self, static: Sequence[str], *, prediction_time: bool, series: Sequence[str] | None = None
     ) -> Self:
-        """Return the rows with the inputs of a model alone; refuse lacking ones.
-
-        ``series``: names of the features that it reads, see ``with_series``; None: as before.
-        """
+        """Choose what a model reads, ``series`` None: as before; refuse data that lack an input."""
         lacking = [name for name in static if name not in self.static_names]
         if prediction_time and self.prediction_hours is None:
             lacking.append("prediction_hours")
@@ -490,10 +461,7 @@ class TrajectoryDataset:
             )
 
     def with_series(self, series: Sequence[str]) -> Self:
-        """Return the rows in which the features that ``series`` does not name are blank.
-
-        A row that has nothing else is left without an observation.
-        """
+        """Return the rows with all other series blank; a row may lose all its observations."""
         self._refuse([name for name in series if name not in self.features])
         chosen = copy.copy(self)
         chosen.series_inputs = tuple(series)
@@ -506,14 +474,11 @@ class TrajectoryDataset:
         return chosen
 
     def baseline_inputs(self) -> dict[str, pd.DataFrame]:
-        """Return what each simple model beside the encoder may see, N rows each.
-
-        The number of observations alone detects leaks: a good model of it shows that sampling
-        gives the outcome away.
-        """
+        """Return the columns that each simple model beside the encoder reads, N rows each."""
         table = pd.DataFrame(self.summaries(), columns=self.summary_names())
         return {
             "last value": table[[f"{name} last" for name in self.features]],
+            # A good model of it shows a leak: sampling gives the outcome away.
             "number of observations": pd.DataFrame({"count": self.lengths}),
             "logistic regression": table,
         }
@@ -537,11 +502,7 @@ class TrajectoryDataset:
         return f"{f'{context}. ' if context else ''}{series}{self.question}\n"
 
     def report(self, i: int) -> str:
-        """Return the text that an LLM learns to write: the verdict, then what the series show.
-
-        Raises:
-            ValueError: the label of row ``i`` is unknown.
-        """
+        """Return the text that an LLM learns to write: the verdict, then what the series show."""
         if np.isnan(self.labels[i]):
             raise ValueError(f"row {i} has no label, so there is no report to learn")
         verdict = "yes" if self.labels[i] == 1 else "no"

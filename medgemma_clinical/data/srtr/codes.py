@@ -86,21 +86,13 @@ LIVER = (
 
 @dataclass(frozen=True)
 class Organ:
-    """What differs between organs.
+    """What differs between organs."""
 
-    Attributes:
-        suffix: of the tables' names.
-        code: in WL_ORG.
-        days: default landmark and horizon, and the encoder's unit of time.
-        main: the feature that stands for the others in a short text.
-        features: all of them, each with its column of STATHIST as key.
-    """
-
-    suffix: str
-    code: str
-    days: int
-    main: str
-    features: tuple[Feature, ...]
+    suffix: str  # of the names of its tables
+    code: str  # in WL_ORG
+    days: int  # default landmark and horizon, and the encoder's unit of time
+    main: str  # name of the feature that stands for the others in a short text
+    features: tuple[Feature, ...]  # the key of each is its column of STATHIST
 
 
 ORGANS = {

@@ -46,23 +46,12 @@ DIALYSIS_YEARS = "static_years_of_dialysis [years]"
 
 @dataclass(frozen=True)
 class CohortDefinition:
-    """Who is asked what, and when.
+    """Who is asked what, and when; impossible values are refused."""
 
-    Attributes:
-        organ_name: one of ``ORGANS``.
-        landmark: days after listing at which the registration is asked about.
-        horizon: days that it looks ahead.
-        transplant: ``negative`` (a transplant within the horizon is label 0, a competing event) or
-            ``exclude`` (it leaves the cohort).
-
-    Raises:
-        InputError: an impossible value.
-    """
-
-    organ_name: str
-    landmark: int
-    horizon: int
-    transplant: str
+    organ_name: str  # one of ``ORGANS``
+    landmark: int  # days after listing at which the question is asked
+    horizon: int  # days that it looks ahead
+    transplant: str  # within the horizon: ``negative`` (label 0, a competing event) or ``exclude``
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -83,14 +72,9 @@ class CohortDefinition:
 
 
 def read_candidates(path: Path) -> pd.DataFrame:
-    """Read CAND, one row a registration, by ascending PX_ID, with its plausible age and BMI.
-
-    A column that the table lacks is empty, but for CAN_DIAL_DT, which is left out.
-
-    Raises:
-        InputError: as ``read_saf``, or a PX_ID with two different rows.
-    """
+    """Read CAND by ascending PX_ID, with plausible age and BMI; refuse differing rows of one."""
     cand = pd.concat(read_saf(path, CAND_COLUMNS), ignore_index=True)
+    # CAN_DIAL_DT is not filled in: its absence decides where dialysis is read.
     lacking = [name for name in CAND_COLUMNS if name not in cand and name != "CAN_DIAL_DT"]
     cand = cand.assign(**dict.fromkeys(lacking, np.nan))
     keyed = cand[["PX_ID", "PERS_ID"]].abs().lt(np.inf).all(axis=1)
@@ -114,15 +98,7 @@ def read_candidates(path: Path) -> pd.DataFrame:
 
 
 def apply_criteria(cand: pd.DataFrame, definition: CohortDefinition) -> pd.DataFrame:
-    """Decide for each registration why it is left out, or its label.
-
-    Args:
-        cand: from ``read_candidates``.
-        definition: organ, landmark, horizon and the meaning of a transplant.
-
-    Returns:
-        For each row ``reason``, the first that applies, "" where kept; and ``label``, NaN where
-        unknown, which is so of ``TRANSPLANTED`` and ``CENSORED`` alone.
+    """Return the first ``reason`` to leave a registration out, "" where kept, and its ``label``.
 
     Source: SRTR SAF data dictionary; landmarking, van Houwelingen 2007.
     """
@@ -150,11 +126,7 @@ def apply_criteria(cand: pd.DataFrame, definition: CohortDefinition) -> pd.DataF
 
 
 def _ends(cand: pd.DataFrame) -> pd.DataFrame:
-    """Find how each registration ends: removal (else last follow-up), transplant or death.
-
-    Returns:
-        ``day`` (NaN where unknown), ``competing`` (by transplant), ``adverse`` (death, too sick).
-    """
+    """Find how each registration ends: removal (else last follow-up), transplant or death."""
     code, followed = cand["CAN_REM_CD"], cand["CAN_ENDWLFU"]
     last_day = cand[["CAN_LISTING_DT", "CAN_REM_DT", "CAN_ENDWLFU"]].max(axis=None)
     followed = followed.where(followed.notna() | code.notna(), last_day)

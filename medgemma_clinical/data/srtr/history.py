@@ -34,25 +34,9 @@ MAX_VALUE = 1e6
 def read_history(
     path: Path, definition: CohortDefinition, cohort: pd.DataFrame, dialysis: str | None = None
 ) -> tuple[pd.DataFrame, str]:
-    """Read the history of a cohort up to the landmark, one row a day.
+    """Read a cohort's history up to the landmark, one row a day, and return where dialysis is read.
 
-    Rows of a day are joined, the later value counting; the last row before listing stands at day 0
-    where no row begins on that day. What CAND itself dates joins them: a date behind the landmark
-    reads exactly as a missing one, since both mean "not by then".
-
-    Args:
-        path: STATHIST of the organ.
-        definition: organ and landmark.
-        cohort: of CAND, by PX_ID; each registration ends after the landmark.
-        dialysis: ``FLAGS`` or another of these, as the training data were read; None decides by
-            the whole table, so that no registration's value depends on the others kept.
-
-    Returns:
-        ``PX_ID``, ``day`` since listing (0 at least), and a column for each feature, NaN where not
-        measured, by registration and day; and where dialysis is read.
-
-    Raises:
-        InputError: as ``read_saf``, or the table contradicts ``dialysis``.
+    ``dialysis`` is that place in the training data; None decides by all rows of the table.
     """
     features = definition.organ.features
     column_of = {feature.name: str(feature.keys[0]) for feature in features}
@@ -66,6 +50,7 @@ def read_history(
         day = table["CANHX_BEGIN_DT"] - table["PX_ID"].map(listed)
         kept.append(table.assign(day=day)[day <= definition.landmark])
     rows = pd.concat(kept, ignore_index=True).sort_values("CANHX_BEGIN_TM", kind="stable")
+    # The last row before listing stands at day 0 where no row begins on that day.
     start = rows["day"].where(rows["day"] <= 0).groupby(rows["PX_ID"]).transform("max")
     rows = rows[~(rows["day"] < start)]
     where = f"{path}, column {column_of[DIALYSIS.name]}"
@@ -91,7 +76,7 @@ def read_history(
 def _dialysis_source(
     where: str, cells: set[float], given: str | None, may_be_coded: bool, dated: bool
 ) -> str:
-    """Decide where dialysis is read, by all cells of the history's column."""
+    """Decide where dialysis is read by all cells, so that no value depends on who is kept."""
     coding = FLAGS if cells & ({0} if may_be_coded else {0, 1}) else None
     if may_be_coded and cells & CODES_ONLY:
         coding = CODES
@@ -118,6 +103,7 @@ def _one_row_a_day(
         dated[DIALYSIS.name] = (cohort["CAN_DIAL_DT"], pd.Series(1.0, index=cohort.index))
     for name, (date, value) in dated.items():
         day = (date - cohort["CAN_LISTING_DT"]).clip(lower=0)
+        # A date behind the landmark reads as a missing one: both mean "not by then".
         new = pd.DataFrame({"day": day, name: value})[day <= definition.landmark].dropna()
         rows = pd.concat([new.reset_index(), rows])  # the history's own value comes later
     rows = rows.groupby(["PX_ID", "day"], as_index=False)[features].last()

@@ -1,7 +1,4 @@
-"""SRTR's tables in any storage: found, read in chunks, cells decoded to days, codes and numbers.
-
-Days count from 1960-01-01, as in SAS.
-"""
+"""SRTR's tables in any storage: found, read in chunks, cells decoded to days, codes and numbers."""
 
 from __future__ import annotations
 
@@ -66,13 +63,7 @@ def find_table(folder: Path, name: str) -> Path:
 def read_saf(path: Path, columns: Mapping[str, str]) -> Iterator[pd.DataFrame]:
     """Yield chunks of the columns that a table has, as ``decode`` reads them, and ``BAD_DATE``.
 
-    Args:
-        path: from ``find_table``.
-        columns: what the absence of each costs, empty for required ones.
-
-    Raises:
-        InputError: the table cannot be read to its end, has no rows, lacks a required column, has
-            removals that are no codes, or dates that do not count from 1960.
+    ``columns`` has what the absence of each costs, empty if required; a broken table is refused.
     """
     first = next(read_chunks(path, None, 1), pd.DataFrame())
     if first.empty:
@@ -116,13 +107,11 @@ def _day(year: int) -> int:
 
 
 def decode(cells: pd.Series) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """Decode a column of any storage by way of its distinct cells, which are few.
+    """Decode a column of any storage: (n,) values, NaN if empty or unread; (n,) which are unread.
 
-    Returns:
-        (n,) dates in days since 1960-01-01, words in capitals, all else as numbers, Y and N as 1
-        and 0, NaN where a cell is empty or unread; and (n,) which cells hold something else.
+    Dates are days since 1960-01-01, words are in capitals, all else is a number (Y 1, N 0).
     """
-    position, distinct = pd.factorize(cells)
+    position, distinct = pd.factorize(cells)  # distinct cells are few
     known = pd.Series(distinct)
     if not pd.api.types.is_numeric_dtype(known):
         text = known.astype(str).str.strip().str.upper().str.replace(BEHIND, "", regex=True)
