@@ -83,19 +83,12 @@ Folds = list[tuple[NDArray[np.int64], NDArray[np.int64]]]
 
 @dataclass(frozen=True)
 class Baselines:
-    """Fitted baselines, which give the risks of any rows.
-
-    Attributes:
-        models: those on numbers, by name.
-        words: that on words of the context; None where there is none.
-        inputs: what they read beside the series, as in ``Data.description``.
-        tuned: whether penalties and sizes were chosen in folds; None in files that do not say it.
-    """
+    """Fitted baselines, which give the risks of any rows."""
 
     models: dict[str, Regression | Trees]
     words: Words | None
-    inputs: dict[str, Any]
-    tuned: bool | None = None
+    inputs: dict[str, Any]  # what they read beside the series, as in ``Data.description``
+    tuned: bool | None = None  # penalties and sizes, in folds; None in files that do not say it
 
     @property
     def pairs(self) -> dict[str, tuple[str, str]]:
@@ -109,10 +102,7 @@ class Baselines:
         return [*self.models, *([WORDS] if self.words else []), *self.pairs]
 
     def risks(self, dataset: TrajectoryDataset, rows: Rows = slice(None)) -> dict[str, Array]:
-        """Return the probability (n,) of some rows by each baseline, then by each blend.
-
-        NaN of a baseline whose columns the data set does not have.
-        """
+        """Return probabilities (n,) of baselines, then blends; NaN where the data lack columns."""
         table, risks = self._table(dataset).iloc[rows], {}
         for name, model in self.models.items():
             known = {*model.columns} <= {*table.columns}
@@ -158,10 +148,7 @@ class Baselines:
 def fit_baselines(
     dataset: TrajectoryDataset, train: NDArray[np.int64], static: Sequence[str]
 ) -> Baselines:
-    """Fit the baselines on some rows.
-
-    ``static``: names of the static features that these rows can teach.
-    """
+    """Fit the baselines on some rows; ``static`` names the features that these rows can teach."""
     labels, inputs = dataset.labels[train], dict(dataset.baseline_inputs())
     folds = draw_folds(labels, dataset.groups[train])
     endings, statics = [""], dataset.static_table(static)
@@ -279,10 +266,7 @@ def blend(*risks: Array) -> Array:
 def model_risks(
     stage: str, risk: Array, baselines: Mapping[str, Array], rules: Mapping[str, DecisionRule]
 ) -> dict[str, Array]:
-    """Return the probability (n,) of each model: the stage, the baselines, their ensemble.
-
-    ``risk`` is the stage's; ``rules`` recalibrate the others.
-    """
+    """Return the probability (n,) of each model; ``rules`` recalibrate all but the stage."""
     risks = {stage: risk}
     for name, each in baselines.items():
         risks[name] = rules[name].probability(log_odds(each))

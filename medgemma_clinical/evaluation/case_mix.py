@@ -20,11 +20,7 @@ SEXES = {1.0: "man", 0.0: "woman"}
 
 
 def demographics(dataset: TrajectoryDataset) -> pd.DataFrame:
-    """Return what reports distinguish rows by: N rows.
-
-    Columns: ``observations``, ``age`` in years (NaN where unknown), ``sex`` (category), ``label``
-    (NaN where unknown), ``patient``.
-    """
+    """Return observations, age (years), sex, label and patient of N rows; NaN where unknown."""
     sexes = pd.Series(_static(dataset, SEX)).map(SEXES).fillna(UNKNOWN)
     columns = {
         "observations": dataset.lengths,
@@ -45,12 +41,7 @@ def _static(dataset: TrajectoryDataset, names: Sequence[str]) -> NDArray[np.floa
 
 
 def subgroups(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the subgroup of each row of ``demographics``; no value of a patient is left.
-
-    Returns:
-        n rows; ordered categories ``observations`` and, where anything is known of them, ``age``
-        (years) and ``sex``.
-    """
+    """Return bands (n rows) of observations and, where known, age and sex: no patient's value."""
     table = pd.DataFrame(
         {
             "observations": banded(rows["observations"], OBSERVATION_EDGES, "1", "more"),
@@ -62,14 +53,7 @@ def subgroups(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def banded(values: Any, edges: Sequence[int], first: str, last: str) -> pd.Categorical:
-    """Return the band of each number, ``not known`` for NaN; ``first`` and ``last`` name its ends.
-
-    Args:
-        values: (n,) numbers.
-        edges: lowest number of each band but the first.
-        first: name of the first band.
-        last: "older" or "more", in the name of the last band.
-    """
+    """Return the band of each number (n,), by the lowest number of each band but the first."""
     inner = [
         str(low) if high - low == 1 else f"{low} to {high - 1}" for low, high in pairwise(edges)
     ]
@@ -79,18 +63,12 @@ def banded(values: Any, edges: Sequence[int], first: str, last: str) -> pd.Categ
 
 
 def case_mix(rows: pd.DataFrame) -> dict[str, float]:
-    """Describe some rows of ``demographics`` by counts, shares and quartiles.
-
-    Returns:
-        ``rows``, ``patients``, ``prevalence`` (share of known labels), ``women`` (share of known
-        sexes), ``observations`` and ``age`` (years), each as ``_q1``, ``_median``, ``_q3``. Unknown
-        ones are left out.
-    """
+    """Return counts, shares and quartiles of rows of ``demographics``; NaN is left out."""
     sexes = rows["sex"]
     mix = {
         "rows": len(rows),
         "patients": rows["patient"].nunique(),
-        "prevalence": rows["label"].mean(),
+        "prevalence": rows["label"].mean(),  # of known labels
         "women": (sexes[sexes != UNKNOWN] == "woman").mean(),
     }
     for name in ("observations", "age"):

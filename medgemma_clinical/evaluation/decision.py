@@ -32,15 +32,11 @@ MIN_CHOOSING_EVENTS = 100
 
 @dataclass(frozen=True)
 class DecisionRule:
-    """How log-odds become a probability and a prediction; kept with the model's weights.
-
-    The probability is sigmoid(intercept + slope * logit). Rows whose probability is at least the
-    threshold are predicted to have the event.
-    """
+    """How log-odds become a probability and a prediction; kept with the model's weights."""
 
     slope: float = 1.0
     intercept: float = 0.0
-    threshold: float = 0.5
+    threshold: float = 0.5  # the lowest probability that predicts the event
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> DecisionRule:
@@ -118,37 +114,26 @@ def fit_decision_rule(labels: Array, logit: Array, calibrate: str) -> DecisionRu
 def fit_residual_weight(
     labels: Array, offset: Array, logit: Array, patients: NDArray[Any]
 ) -> float:
-    """Choose the weight of a language model's logit beside stage 1's, on the validation part.
-
-    The weight is the smallest one whose loss is within a standard error of the lowest; the error
-    counts patients, not rows. Where its AUROC is not above that of stage 1 (``offset``) the weight
-    is 0, so that on this part a language model never harms.
+    """Choose the weight of a language model's logit beside stage 1's ``offset``, (n,) each.
 
     Source: Breiman et al. 1984, "Classification and Regression Trees", for the standard error.
     """
     tried = offset + RESIDUAL_WEIGHTS[:, None] * (logit - offset)  # (weights, n)
-    chosen = int(np.argmax(_near_lowest(row_losses(labels, tried), patients)))  # the first
+    # The smallest weight whose loss is within a standard error of the lowest.
+    chosen = int(np.argmax(_near_lowest(row_losses(labels, tried), patients)))
     improves = roc_auc_score(labels, tried[chosen]) > roc_auc_score(labels, offset)
+    # 0 where the AUROC does not improve: on this part a language model never harms.
     return float(RESIDUAL_WEIGHTS[chosen]) if improves else 0.0
 
 
 def recommended_model(
     labels: Array, risks: Mapping[str, Array], patients: NDArray[Any], preferred: Sequence[str]
 ) -> str:
-    """Choose the model to use: the first preferred one that has nearly the lowest log loss.
-
-    That is within a standard error of the paired difference. Where no preferred one is, the model
-    of the lowest loss. With few events, whose losses cannot tell models apart, the first preferred.
-
-    Args:
-        labels: (n,) of 0 and 1, of rows that did not train the models.
-        risks: (n,) probability of each model that may be chosen.
-        patients: (n,) patient of each row.
-        preferred: names, the simplest choice first; those without risks are left out.
-    """
+    """Return the first preferred model with nearly the lowest log loss, else the model with the
+    lowest; ``preferred`` begins with the simplest. The n rows must not have trained the models."""
     preferred = [name for name in preferred if name in risks]
     if preferred and labels.sum() < MIN_CHOOSING_EVENTS:
-        return preferred[0]
+        return preferred[0]  # losses of few events cannot tell models apart
     losses = row_losses(labels, log_odds(np.stack([*risks.values()])))  # (models, n)
     near = dict(zip(risks, _near_lowest(losses, patients), strict=True))
     lowest = [*risks][losses.mean(axis=1).argmin()]
@@ -158,12 +143,13 @@ def recommended_model(
 def _near_lowest(losses: Array, patients: NDArray[Any]) -> NDArray[np.bool_]:
     """Return whose mean of losses (K, n) is within a standard error of the lowest, (K,)."""
     above = losses - losses[losses.mean(axis=1).argmin()]  # of the same rows
+    # The error counts patients, not rows.
     near: NDArray[np.bool_] = above.mean(axis=1) <= clustered_error(above, patients)
     return near
 
 
 def youden_threshold(labels: NDArray[Any], probability: NDArray[Any]) -> float:
-    """Return the threshold with the largest sensitivity + specificity; of several the lowest.
+    """Return the lowest threshold with the largest sensitivity + specificity.
 
     Source: Youden 1950, "Index for rating diagnostic tests".
     """

@@ -1,7 +1,4 @@
-"""Every metric of several models on the same rows: one tidy table, from one bootstrap of patients.
-
-``metrics.json`` is its dump; console, report, card, comparison and tracker select from it.
-"""
+"""All metrics of several models on the same rows: one tidy table from one bootstrap of patients."""
 
 from __future__ import annotations
 
@@ -50,26 +47,18 @@ Statistic = Callable[[Array], dict[Any, Array]]
 
 @dataclass(frozen=True)
 class Metrics:
-    """Metrics of the models on one part of the data.
+    """Metrics of the models on one part of the data, as in ``metrics.json``."""
 
-    The difference is this row minus the model ``reference``, paired. The first model is the
-    reference of all but the ensemble, whose reference is the best blend.
-
-    Attributes:
-        counts: ``COUNTS``; minority: with the outcome that fewer patients have.
-        table: index (model, metric); columns ``VALUE``, ``DIFFERENCE``, reference, or ``SPREAD``.
-        primary: the baseline that the first model is compared with, whatever its result; or None.
-        planned: models whose comparison was chosen before the results; others get no verdict.
-    """
-
-    counts: dict[str, int]
+    counts: dict[str, int]  # ``COUNTS``; minority: with the outcome that fewer patients have
+    # Index (model, metric); columns ``VALUE``, ``DIFFERENCE``, reference, of splits ``SPREAD``.
+    # The difference is the model minus its reference, paired.
     table: pd.DataFrame
-    primary: str | None
-    planned: list[str]
+    primary: str | None  # the baseline that the first model is compared with, whatever its result
+    planned: list[str]  # compared by a choice before the results; other models get no verdict
 
     @property
     def models(self) -> list[str]:
-        """The models; the first one is the reference."""
+        """The models; the first one is the reference of all but the ensemble."""
         return list(dict.fromkeys(self.table.index.get_level_values("model")))
 
     def metric(self, name: str) -> Any:
@@ -133,15 +122,13 @@ def with_interval(
 ) -> pd.DataFrame:
     """Return value, low and high by key: the 95 % percentile interval of the draws.
 
-    A share of 0 or 1, whose draws do not vary, gets the exact interval of the patients ``behind``
-    it, by key.
-
     Source: Efron and Tibshirani 1993, percentile method; Clopper and Pearson 1934.
     """
     drawn = drawn.where(np.isfinite(drawn))
     ends = drawn.quantile([0.025, 0.975]).T
     ends.columns = pd.Index(VALUE[1:])
     ends[(drawn.isna().mean() > MAX_UNDEFINED) | ~np.isfinite(value)] = np.nan
+    # The draws of a share of 0 or 1 do not vary: it gets the exact interval of its patients.
     for key, patients in (behind or {}).items():
         if value[key] in (0, 1):
             exact = binomtest(int(value[key]) * patients, patients).proportion_ci()
@@ -151,23 +138,15 @@ def with_interval(
 
 
 def evaluate(
-    rows: pd.DataFrame,
+    rows: pd.DataFrame,  # ``TESTED``, then the risk of each model
     seed: int,
-    threshold: float | Array | None = None,
-    reference: str | None = None,
-    split: NDArray[np.generic] | None = None,
-    primary: str | None = None,
-    compared: Sequence[str] = (),
+    threshold: float | Array | None = None,  # (n,) of several rules; gives calibration and shares
+    reference: str | None = None,  # by default the first model
+    split: NDArray[np.generic] | None = None,  # (n,); metrics are means over the splits
+    primary: str | None = None,  # by default the blend that reads most
+    compared: Sequence[str] = (),  # planned comparisons beside stages and ensemble
 ) -> Metrics:
-    """Compute the metrics of all models, each with interval and paired difference.
-
-    ``rows`` has the columns ``TESTED``, then the risk of each model; the first one is the reference
-    where none is named. With the ``threshold`` of its decision rule, or (n,) of several rules, it
-    also gets calibration and shares, of all rows. With a ``split`` (n,) of the rows each other
-    metric is the mean over the splits that can give it, and patients are drawn once for all.
-    ``primary`` names the baseline of the planned comparison, by default the blend that reads most;
-    ``compared`` names further models whose comparison was planned, beside stages and ensemble.
-    """
+    """Compute the metrics of all models on n rows, with intervals and paired differences."""
     risks = {str(name): rows[name].to_numpy(float) for name in rows.columns.drop(TESTED)}
     first = reference or next(iter(risks))
     risks = {first: risks[first], **risks}
@@ -185,13 +164,14 @@ def evaluate(
             known |= {(first, name): values for name, values in own.items()}
         return known
 
+    # Patients are drawn once for all splits.
     value, drawn = bootstrap(labels, patients, seed, statistic)
     if threshold is None:
         table = with_interval(value, drawn)
     else:
         behind = _patients_behind_shares(labels, risk >= threshold, patients)
         table = with_interval(value, drawn, {(first, name): n for name, n in behind.items()})
-    references = dict.fromkeys(risks, first)
+    references = dict.fromkeys(risks, first)  # of the ensemble the best blend
     if ENSEMBLE in risks and first != ENSEMBLE:
         references[ENSEMBLE] = best_blend(risks) or first
     others = [(references[model], name) for model, name in value.index]
@@ -263,12 +243,7 @@ def count(labels: Array, patients: NDArray[np.generic]) -> dict[str, int]:
 
 
 def subgroup_table(rows: pd.DataFrame, model: str, bands: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Return counts, AUROC and calibration of each subgroup; ``bands`` (n rows) has categories.
-
-    ``prevalence`` and ``risk`` are the shares of events that were observed and predicted. ``oe`` is
-    the first divided by the second; it, the calibration ``slope`` and the AUROC have intervals, and
-    need ``MINORITY_PATIENTS``.
-    """
+    """Return counts, AUROC and calibration of each category in ``bands`` (n rows)."""
     labels, risk, patients = _arrays(rows, model)
     lines: list[dict[str, Any]] = []
     judged = {}  # rows by line
@@ -279,6 +254,7 @@ def subgroup_table(rows: pd.DataFrame, model: str, bands: pd.DataFrame, seed: in
                 counts = count(labels[own], patients[own])
                 if counts["minority_patients"] >= MINORITY_PATIENTS:
                     judged[len(lines)] = own
+                # The observed and the predicted share of events.
                 mean = {"prevalence": labels[own].mean(), "risk": risk[own].mean()}
                 lines.append({"group": str(group), "level": str(level), **counts, **mean})
 
@@ -288,7 +264,7 @@ def subgroup_table(rows: pd.DataFrame, model: str, bands: pd.DataFrame, seed: in
             part = labels[own], risk[own], weights[:, own]
             values[k, "auroc"] = metrics(*part)["auroc"]
             values[k, "slope"] = calibration(*part)["calibration_slope"]
-            with np.errstate(invalid="ignore"):
+            with np.errstate(invalid="ignore"):  # observed by expected events
                 values[k, "oe"] = part[2] @ part[0] / (part[2] @ part[1])
         return values
 

@@ -1,7 +1,6 @@
 """The page of single patients: each series and the risk over time, and what the risk rests on.
 
-Letters: L observations, F features, n points of the risk over time: L, and one more where the
-prediction time lies behind the last observation.
+Letters: L observations, F features, n risks: L, or L + 1 with a later prediction time.
 """
 
 from __future__ import annotations

@@ -273,11 +273,7 @@ def plot_sites(table: pd.DataFrame, pooled: Mapping[str, float]) -> Plot:
 
 
 def plot_flow(flow: pd.DataFrame | None, split: pd.DataFrame, noun: str) -> Plot:
-    """Plot the way from the source, over each rule that removed rows, to the parts.
-
-    ``flow`` (rule, removed, left) and ``split`` (part, rows, patients, events) have numbers, or
-    texts where they are suppressed; rows are called ``noun``.
-    """
+    """Plot how rules remove rows (``noun``), and the parts; suppressed counts are texts."""
     figure, (axes,) = new_figure()
     column, middle = 0.36 * FLOW_WIDTH, 0.18 * FLOW_WIDTH
     known = [] if flow is None else flow.to_dict("records")

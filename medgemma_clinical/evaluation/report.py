@@ -120,14 +120,11 @@ def write_report(
     metrics: Metrics,
     content: ReportContent,
     *,
-    min_cell: int = 0,
-    list_patients: bool = False,
+    min_cell: int = 0,  # smaller counts are hidden
+    list_patients: bool = False,  # names the rows with the largest errors
     folder: Path | None = None,
 ) -> None:
-    """Write a report, and with a ``folder`` each figure, each table and ``tripod.md`` as files.
-
-    Counts below ``min_cell`` are hidden; ``list_patients`` names the rows with the largest errors.
-    """
+    """Write a report, and with a ``folder`` each figure, each table and ``tripod.md`` as files."""
     few = metrics.counts["minority_patients"] < min_cell
     shown = Metrics.from_json(suppress(metrics.to_json(), min_cell))
     reports = suppress_reports(dict(content.reports or {}), min_cell)
@@ -166,10 +163,7 @@ def write_report(
 
 
 def tripod(content: ReportContent, metrics: Metrics, numbers: Tables) -> str:
-    """Return the items of the guideline TRIPOD+AI as Markdown, filled in as far as a report knows.
-
-    Metrics, and the tables ``numbers``, are suppressed where small counts are hidden.
-    """
+    """Return the items of TRIPOD+AI as Markdown, filled in; ``metrics`` may be suppressed."""
     known = {name: table.to_dict("records") for name, table in numbers.items()}
     filled = (
         PAGES.overlay(autoescape=False)

@@ -1,8 +1,7 @@
 """Compare a written report with its row: verdict, form, numbers, trends, invented numbers.
 
-A statement belongs to the label before it, the words that a colon ends: "last 4 mmol/L at 6 h" is
-potassium's behind "potassium:" and sodium's behind "sodium:". It stands in the sentence of its
-label. The net change is a sentence without a label: it belongs to the last label before it.
+A statement belongs to the label before it, the words that a colon ends, in the same sentence: "last
+4 mmol/L at 6 h" is potassium's behind "potassium:". The net change is a sentence without a label.
 """
 
 from __future__ import annotations

@@ -146,10 +146,7 @@ class Tree(NamedTuple):
 
 @dataclass(frozen=True)
 class Trees:
-    """Boosted trees on K columns, in LightGBM's text form.
-
-    They are computed here: LightGBM's own reader, in C++, never sees a file.
-    """
+    """Boosted trees on K columns, in LightGBM's text form; its C++ reader never sees a file."""
 
     columns: list[str]
     text: str

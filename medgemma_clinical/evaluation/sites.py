@@ -18,10 +18,7 @@ MIN_POOLED = 3
 
 
 def site_table(rows: pd.DataFrame, model: str, sites: NDArray[np.str_], seed: int) -> pd.DataFrame:
-    """Return a ``subgroup_table`` of the sites, with the AUROC's logit and its standard error.
-
-    ``sites`` (n,) are those of the rows. One with few patients with, or without, the event has no
-    AUROC.
+    """Return the ``subgroup_table`` of ``sites`` (n,), with the AUROC's logit and its error ``se``.
 
     Source: Debray et al. 2017, BMJ 356:i6460, for the error by the ends of the interval.
     """
@@ -38,12 +35,7 @@ def site_table(rows: pd.DataFrame, model: str, sites: NDArray[np.str_], seed: in
 
 
 def pool(table: pd.DataFrame) -> dict[str, float]:
-    """Return the AUROC that the sites of a ``site_table`` share, and how far they differ.
-
-    Returns:
-        ``sites`` that are pooled; ``value``, ``low``, ``high`` of the AUROC; ``i2``; ``tau2`` of
-        its logit; ``prediction_low``, ``prediction_high``: 95 % of further sites. NaN with few.
-    """
+    """Return the pooled AUROC, its intervals, ``i2``, ``tau2`` of its logit; NaN with few sites."""
     known = table.dropna(subset=["logit", "se"])
     found = random_effects(known["logit"].to_numpy(float), known["se"].to_numpy(float) ** 2)
     scale = {name: float(expit(x)) for name, x in found.items() if name not in ("i2", "tau2")}
@@ -51,13 +43,7 @@ def pool(table: pd.DataFrame) -> dict[str, float]:
 
 
 def random_effects(effects: Array, variances: Array) -> dict[str, float]:
-    """Pool k effects with their variances by a random-effects meta-analysis.
-
-    Returns:
-        As ``pool``, on the scale of the effects.
-
-    The interval is never narrower than that of a common effect: where effects agree by chance,
-    the one of Hartung and Knapp would have no width.
+    """Pool effects (k,) of known variances (k,) by a random-effects meta-analysis; NaN with few.
 
     Source: Viechtbauer 2005 for the REML estimate of tau2; Hartung and Knapp 2001 for the interval,
     Röver et al. 2015 for its lower bound; Higgins and Thompson 2002 for I2; Riley et al. 2011 for
@@ -81,11 +67,12 @@ def random_effects(effects: Array, variances: Array) -> dict[str, float]:
     found = minimize_scalar(loss, bounds=(0, top), method="bounded", options={"xatol": 1e-9})
     tau2 = float(found.x) if found.fun < loss(0) else 0.0
     weights, mean, squares = pooled(tau2)
+    # At least the error of a common effect: where effects agree by chance, it would be 0.
     error = np.sqrt(max(1.0, squares / (k - 1)) / weights.sum())
     fixed = 1 / variances
     typical = (k - 1) * fixed.sum() / (fixed.sum() ** 2 - (fixed**2).sum())
     reach = t.ppf(0.975, k - 1) * error
-    beyond = t.ppf(0.975, k - 2) * np.sqrt(tau2 + error**2)
+    beyond = t.ppf(0.975, k - 2) * np.sqrt(tau2 + error**2)  # 95 % of further sites
     intervals = (mean - reach, mean + reach, mean - beyond, mean + beyond)
     own = {"value": mean, "i2": tau2 / (tau2 + typical), "tau2": tau2}
     return own | dict(zip(ends, map(float, intervals), strict=True))

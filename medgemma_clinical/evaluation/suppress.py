@@ -30,11 +30,7 @@ Json = dict[str, Any]
 
 
 def suppress(part: Json, min_cell: int) -> Json:
-    """Hide what tells small counts of a part, given as ``Metrics.to_json`` returns it.
-
-    All metrics of a part with few patients with, or without, the event; those at the threshold
-    where one of the four cells is small; the accuracy of all models where one has few errors.
-    """
+    """Hide what tells small counts of a part, given as ``Metrics.to_json`` returns it."""
     counts = {name: part[name] for name in COUNTS if name in part}
     if min_cell == 0 or any(isinstance(count, str) for count in counts.values()):
         return part
@@ -96,29 +92,22 @@ def suppress_reports(reports: Json, min_cell: int) -> Json:
 
 
 def suppress_case_mix(mix: Json, min_cell: int, *, hide_events: bool) -> Json:
-    """Leave out small counts of a ``case_mix_of``, and what tells them.
-
-    ``hide_events``: a scored part hides its events, and a drawn part has about the same share. Of
-    how many patients sex and age are known is not kept: both are left out.
-    """
+    """Leave out small counts of a ``case_mix_of``, and what tells them."""
     if min_cell == 0:
         return mix
     patients, share = mix.get("patients", 0), mix.get("prevalence", 0)
     hidden = {name for name in ("rows", "patients") if 0 < mix.get(name, 0) < min_cell}
+    # A drawn part has about the prevalence of a scored part that hides its events.
     if hide_events or patients < min_cell or _splits_off_few(patients, share, min_cell):
         hidden.add("prevalence")
+    # Of how many patients age and sex are known is not kept: both are left out.
     quartiles = ("age", "observations") if patients < 4 * min_cell else ("age",)  # few beyond
     hidden |= {f"{name}_{end}" for name in quartiles for end in ("q1", "median", "q3")}
     return {name: x for name, x in mix.items() if name not in {"women", *hidden}}
 
 
 def suppress_table(table: pd.DataFrame, min_cell: int, by: str | None = None) -> pd.DataFrame:
-    """Hide the small counts of a table, and the counts and numbers that would give them away.
-
-    Counts add up within each value of the column ``by``: where one is hidden, so is the smallest of
-    the others. Floats are NaN in lines with few patients with, or without, the event, and where a
-    count is hidden.
-    """
+    """Hide small counts, and what tells them: counts add up within each value of ``by``."""
     if min_cell == 0 or table.empty:
         return table
     if by is not None:
@@ -135,6 +124,7 @@ def suppress_table(table: pd.DataFrame, min_cell: int, by: str | None = None) ->
         if name == "events":  # those without it may be few
             hidden = small | ((minority > 0) & (minority < min_cell))
         others = count[~hidden & (count > 0)]
+        # The total and the other counts tell a single hidden one.
         if hidden.sum() == 1 and len(others) and name != "left":
             hidden = hidden | (count.index == others.idxmin())
         texts = [count_text(n, min_cell) for n in count]
@@ -147,13 +137,7 @@ def suppress_table(table: pd.DataFrame, min_cell: int, by: str | None = None) ->
 
 
 def suppress_table_one(table: pd.DataFrame, min_cell: int, *, hide_events: bool) -> pd.DataFrame:
-    """Hide small counts of a ``table_one``, and what tells them; drop the sizes of its groups.
-
-    Counts of the outcomes, or of the parts, add up to that of all, and so do those of categories,
-    whose names begin alike: one that is small, or whose rest is, hides those beside it.
-    ``hide_events``: a part of the split hides its events, so no count by outcome may tell their
-    number. Quartiles need ``min_cell`` patients beyond each.
-    """
+    """Hide small counts of a ``table_one``, and what tells them; drop the sizes of its groups."""
     sizes = table[["rows", "patients"]]
     table = table.drop(columns=list(sizes))
     if min_cell == 0:
@@ -165,10 +149,11 @@ def suppress_table_one(table: pd.DataFrame, min_cell: int, *, hide_events: bool)
     sides = table["group"].map(dict.fromkeys(OUTCOMES, "outcome") | {ALL: ALL}).fillna("part")
     category = table["variable"].str.split("[_ ]", regex=True).str[0]  # unit_medical, unit_surgical
     category = table["variable"].where(table["count"].isna(), category)
+    # Counts of outcomes, parts and categories add up: a small one hides those beside it.
     hidden = small.any(axis=1).groupby([category, sides]).transform("any")
-    hidden |= hide_events & (sides == "outcome")
+    hidden |= hide_events & (sides == "outcome")  # these tell the number of events
     shown = table.astype({"missing": object, "count": object})
-    shown.loc[known * a_row < 4 * min_cell, QUARTILES] = np.nan
+    shown.loc[known * a_row < 4 * min_cell, QUARTILES] = np.nan  # few beyond a quartile
     shown.loc[hidden, ["share"]] = np.nan
     for k, name in ((0, "missing"), (2, "count")):
         shown.loc[hidden & table[name].notna(), name] = NOT_SHOWN

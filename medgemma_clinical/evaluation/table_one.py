@@ -20,16 +20,7 @@ QUARTILES = ["q1", "median", "q3"]
 
 
 def table_one(dataset: TrajectoryDataset, split: Mapping[str, NDArray[np.int64]]) -> pd.DataFrame:
-    """Return a line for each variable and group of rows, as numbers.
-
-    Variables are the rows themselves, static features, and of each series the last value and the
-    observations a row; groups are all rows, the outcomes and the parts of the ``split``.
-
-    Returns:
-        ``variable``, ``group``, ``rows`` and ``patients`` of the group; ``missing`` rows, which of
-        a last value never measured it; ``count`` and ``share`` of the known where values are 0 and
-        1; else ``q1``, ``median``, ``q3``.
-    """
+    """Return numbers by variable and group: ``missing`` rows, and count and share or quartiles."""
     table = _variables(dataset)
     binary = table.isin([0.0, 1.0]).where(table.notna(), True).all() & table.notna().any()
     binary.iloc[len(dataset.static_names) :] = False  # series are numbers

@@ -45,29 +45,19 @@ DIVISIONS = 20
 
 @dataclass(frozen=True)
 class Updates:
-    """What updates of a model bring in some rows.
+    """What updates of a model bring in n rows."""
 
-    Attributes:
-        method: of ``METHODS``, chosen on all rows.
-        slope: of the update that is chosen, by which log-odds are multiplied.
-        intercept: of the same update.
-        table: index (method, metric), columns ``VALUE`` and, of ``log_loss`` and ``brier``,
-            ``DIFFERENCE`` to the risks that are not updated; each row is predicted by updates that
-            were fitted without its half.
-        risks: (n rows) mean risk by each method over the divisions, of the figure.
-    """
-
-    method: str
-    slope: float
+    method: str  # of ``METHODS``, chosen on all rows
+    slope: float  # of this method: it multiplies log-odds
     intercept: float
+    # Index (method, metric); columns ``VALUE``, of log_loss and brier also ``DIFFERENCE`` to the
+    # risks that are not updated. Updates of the other half of the patients predict a row.
     table: pd.DataFrame
-    risks: pd.DataFrame
+    risks: pd.DataFrame  # (n, methods) mean over the divisions, for the figure
 
 
 def fit_updates(labels: Array, risk: Array) -> dict[str, tuple[float, float]]:
-    """Return by method slope and intercept that turn log-odds of a risk into those of the labels.
-
-    ``BOTH`` is left out where events do not become more frequent with the risk, all (n,).
+    """Return slope and intercept by method, from log-odds of a risk (n,) to those of labels (n,).
 
     Source: Steyerberg et al. 2004, "Validation and updating of predictive logistic regression
     models", Statistics in Medicine 23:2567.
@@ -75,7 +65,7 @@ def fit_updates(labels: Array, risk: Array) -> dict[str, tuple[float, float]]:
     fitted = calibration(labels, risk, np.ones((1, len(labels))))
     fit = {name.removeprefix("calibration_"): values.item() for name, values in fitted.items()}
     updates = {NOT_UPDATED: (1.0, 0.0), INTERCEPT: (1.0, fit["in_the_large"])}
-    if fit["slope"] > 0:  # NaN is not
+    if fit["slope"] > 0:  # events become more frequent with the risk; NaN is not above 0
         updates[BOTH] = fit["slope"], fit["intercept"]
     return updates
 
@@ -83,10 +73,7 @@ def fit_updates(labels: Array, risk: Array) -> dict[str, tuple[float, float]]:
 def choose_update(
     labels: Array, risk: Array, patients: NDArray[np.generic], *, with_slope: bool
 ) -> tuple[str, dict[str, tuple[float, float]]]:
-    """Return the method that likelihood-ratio tests choose, and ``fit_updates``.
-
-    A closed test: intercept and slope against no update, then against the intercept alone. Without
-    a slope the intercept against no update.
+    """Return the method that a closed test chooses, and ``fit_updates``; arrays are (n,).
 
     Source: Vergouwe et al. 2017, "A closed testing procedure to select an appropriate method for
     updating prediction models", Statistics in Medicine 36:4529.
@@ -96,36 +83,25 @@ def choose_update(
     if with_slope and BOTH in updates:
         model = labels, np.stack([one[0], odds]), np.zeros_like(odds), patients
         fit = np.array(updates[BOTH][::-1])
-        p = clustered_p_value(*model, fit, np.array([0.0, 1.0]), [0, 1])
+        p = clustered_p_value(*model, fit, np.array([0.0, 1.0]), [0, 1])  # against no update
         if not p < LEVEL:
             return NOT_UPDATED, updates
-        p = clustered_p_value(*model, fit, np.array([level, 1.0]), [1])
+        p = clustered_p_value(*model, fit, np.array([level, 1.0]), [1])  # against the intercept
         return BOTH if p < LEVEL else INTERCEPT, updates
     p = clustered_p_value(labels, one, odds, patients, np.array([level]), np.zeros(1), [0])
     return INTERCEPT if p < LEVEL else NOT_UPDATED, updates
 
 
 def clustered_p_value(
-    labels: Array,
-    columns: Array,
-    offset: Array,
-    patients: NDArray[np.generic],
-    fit: Array,
-    null: Array,
-    tested: list[int],
+    labels: Array,  # (n,)
+    columns: Array,  # (p, n) of the larger model
+    offset: Array,  # (n,) log-odds that are added to those of the columns
+    patients: NDArray[np.generic],  # (n,)
+    fit: Array,  # (p,) coefficients of the larger model
+    null: Array,  # (p,) of the smaller one
+    tested: list[int],  # positions of the coefficients that the smaller model fixes
 ) -> float:
-    """Return the p value of a likelihood-ratio test between logistic models, which counts patients.
-
-    The ratio is scaled by that of the Wald statistics with and without errors clustered by patient.
-
-    Args:
-        labels: (n,) of 0 and 1.
-        columns: (p, n) of the larger model.
-        offset: (n,) log-odds that are added to those of the columns.
-        patients: (n,) patient of each row.
-        fit: (p,) coefficients of the larger model.
-        null: (p,) coefficients of the smaller one.
-        tested: positions of the coefficients that the smaller one fixes.
+    """Return the p value of a likelihood-ratio test of logistic models, clustered by patient.
 
     Source: Chandler and Bate 2007, "Inference for clustered data using the independence
     loglikelihood", Biometrika 94:167, equation 17.
@@ -135,6 +111,7 @@ def clustered_p_value(
     sums = patient_sums((labels - risk) * columns, patients)  # (patients, p)
     clustered = bread @ (sums.T @ sums) @ bread * len(sums) / (len(sums) - 1)
     distance, chosen = (fit - null)[tested], np.ix_(tested, tested)
+    # Wald statistics with clustered and with usual errors scale the ratio.
     wald = [distance @ np.linalg.solve(v[chosen], distance) for v in (clustered, bread)]
     losses = row_losses(labels, offset + np.stack([null, fit]) @ columns).sum(axis=1)
     with np.errstate(invalid="ignore"):
@@ -164,13 +141,8 @@ def crosswise(
 
 
 def evaluate_updates(rows: pd.DataFrame, model: str, seed: int) -> Updates | None:
-    """Choose an update of a model on labelled rows, and estimate what it brings in new ones.
-
-    Each row is predicted by updates of the half of the patients that it is not in, over
-    ``DIVISIONS``. Slope and calibration error are those of each half by itself, averaged: pooled,
-    one half's error would cancel the other's. None where a half has too few patients with, or
-    without, the event.
-    """
+    """Choose an update on labelled rows and estimate its effect in new rows; None where a half
+    of the patients has too few with, or without, the event."""
     event = rows.groupby("patient")["label"].max()
     if min(event.sum(), len(event) - event.sum()) < 2 * MINORITY_PATIENTS:
         return None
@@ -186,7 +158,7 @@ def evaluate_updates(rows: pd.DataFrame, model: str, seed: int) -> Updates | Non
         risks += values / DIVISIONS
         errors += (values - labels) ** 2 / DIVISIONS
         losses += row_losses(labels, log_odds(values)) / DIVISIONS
-        for k in (0, 1):
+        for k in (0, 1):  # pooled, the error of one half would cancel that of the other
             own = half == k
             for name, each in zip(names, values[:, own], strict=True):
                 slope = calibration(labels[own], each, np.ones((1, own.sum())))["calibration_slope"]

@@ -114,10 +114,7 @@ def counts_text(counts: Mapping[str, int], noun: str = "predictions") -> str:
 
 
 def sentences(metrics: Metrics, noun: str = "predictions") -> list[Finding]:
-    """Return the result in words: beside chance, the primary baseline, calibration, the ensemble.
-
-    A model alone has no baseline. ``noun`` is what a clinician calls the rows.
-    """
+    """Return the result in words, without a baseline of a model alone; ``noun`` names the rows."""
     counts, own = metrics.counts, metrics.of(metrics.models[0])
     minority, row = counts["minority_patients"], own.loc["auroc"]
     level = verdict(row.low, row.high, CHANCE, minority)

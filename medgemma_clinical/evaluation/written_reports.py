@@ -32,10 +32,7 @@ WRITTEN = {
 def score_reports(
     dataset: TrajectoryDataset, texts: dict[int, str], predictions: Predictions, seed: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Compare reports, by position in the data set, with their rows.
-
-    Returns a line a report, as in ``generations_test.jsonl``, and ``report_metrics`` of all.
-    """
+    """Return the lines of ``generations_test.jsonl`` and the metrics; ``texts`` are by position."""
     lines, reviews = [], []
     for i, probability in zip(predictions.rows.tolist(), predictions.probability, strict=True):
         review = review_report(dataset, i, texts[i])
@@ -61,10 +58,7 @@ def compare_words(text: str, target: str) -> list[tuple[str, bool]]:
 def report_metrics(
     reviews: Sequence[ReportReview], labels: Array, groups: NDArray[Any], seed: int
 ) -> dict[str, Any]:
-    """Return counts of n reports, and shares with intervals by patient, as in ``metrics.json``.
-
-    A share of nothing is None; ``labels`` (n,) and ``groups`` (n,) serve the draws of patients.
-    """
+    """Return counts of n reports, and shares with intervals by patient, None where undefined."""
 
     def column(name: str) -> Array:
         return np.array([getattr(review, name) for review in reviews], dtype=np.float64)

@@ -29,11 +29,7 @@ def outputs(
 def evaluate(
     model: nn.Module, batches: Iterable[list[int]], collate: Callable[[list[int]], Any]
 ) -> Predictions:
-    """Return the predictions of each row, in the order of the data set.
-
-    Losses are sums over terms, so the result does not depend on the batches. Each process brings
-    its share of them, and must call; all get the whole.
-    """
+    """Return the predictions of all rows, in the order of the data set; all processes must call."""
     results = []
     for batch, output in outputs(model, batches, collate):
         offset = torch.zeros_like(output.logit) if output.offset is None else output.offset
@@ -41,11 +37,12 @@ def evaluate(
         arrays = [column.double().numpy(force=True) for column in columns]
         loss = output.loss.double().numpy(force=True)
         results.append((loss, int(output.terms), arrays))
+    # Each process has scored its share of the batches; all get the whole.
     losses, terms, parts = zip(*gather_object(results), strict=True)
     rows, labels, logit, share = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.argsort(rows)
     return Predictions(
-        losses=sum(losses) / sum(terms),
+        losses=sum(losses) / sum(terms),  # whatever the batches were
         labels=labels[order],
         logit=logit[order],
         rows=rows[order].astype(np.int64),

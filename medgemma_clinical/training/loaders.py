@@ -15,12 +15,7 @@ BUCKET = 25
 
 
 class LengthBatches:
-    """Positions in batches, the rows of a batch of about equal length where lengths are given.
-
-    Training: shuffled, then sorted by length within runs of ``BUCKET`` batches, a quarter of the
-    rows at most, then the batches shuffled. A batch that is not full holds rows drawn from all.
-    Otherwise sorted throughout: no result depends on the order.
-    """
+    """Positions in batches, the rows of a batch of about equal length where lengths are given."""
 
     def __init__(
         self,
@@ -29,13 +24,9 @@ class LengthBatches:
         lengths: NDArray[np.int64] | None = None,
         *,
         shuffle: bool,
-        share: tuple[int, int] = (0, 1),
+        share: tuple[int, int] = (0, 1),  # number of this process, and of all
     ) -> None:
-        """Keep rows (n,), their lengths by position (N,), and this process's share.
-
-        ``share`` is the number of this process and of all: each gets its share of every training
-        batch, or, for evaluation, every so many-th batch.
-        """
+        """Keep rows (n,), their lengths by position (N,), and this process's share."""
         self.rows, self.batch_size, self.lengths = rows, batch_size, lengths
         self.shuffle = shuffle
         self.process, self.n_processes = share
@@ -58,14 +49,14 @@ class LengthBatches:
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield batches of positions."""
-        if not self.shuffle:
+        if not self.shuffle:  # sorted throughout: no result depends on the order
             yield from self._cut(self.rows)[self.process :: self.n_processes]
             return
         generator = np.random.default_rng(np.random.SeedSequence([self.seed, self.epoch]))
         rows = generator.permutation(self.rows)
         full = len(rows) // self.batch_size
-        rows, rest = np.split(rows, [full * self.batch_size])
-        run = self.batch_size * max(1, min(BUCKET, full // 4))
+        rows, rest = np.split(rows, [full * self.batch_size])  # the rest has rows of any length
+        run = self.batch_size * max(1, min(BUCKET, full // 4))  # a quarter of the rows at most
         batches = [b for k in range(0, len(rows), run) for b in self._cut(rows[k : k + run])]
         batches += self._cut(rest)
         if self.lengths is not None:
@@ -89,10 +80,7 @@ def cut_rows(
     lengths: NDArray[np.int64] | None = None,
     max_tokens: int | None = None,
 ) -> list[list[int]]:
-    """Cut rows into pieces of ``size`` rows, and of ``max_tokens`` with their padding.
-
-    A single row may be longer.
-    """
+    """Cut rows into pieces of ``size`` rows and ``max_tokens`` at most; one row may be longer."""
     pieces = [np.asarray(rows[k : k + size]) for k in range(0, len(rows), size)]
     if lengths is not None and max_tokens is not None:
         most = [max(1, max_tokens // lengths[piece].max()) for piece in pieces]  # rows
@@ -110,13 +98,9 @@ def part_batches(
     accumulate: int = 1,
     lengths: NDArray[np.int64] | None = None,
 ) -> dict[str, LengthBatches]:
-    """Return the batches of each part, shared by the processes of the run.
-
-    Of "train" they are the rows of a step: ``accumulate`` passes of ``batch_size`` rows in each
-    process. The other parts, which need no gradients, take twice as many rows a pass.
-    """
+    """Return the batches of each part: of "train" the rows of a step, of others those of a pass."""
     share = processes().process_index, processes().num_processes
-    sizes = dict.fromkeys(split, 2 * batch_size)
+    sizes = dict.fromkeys(split, 2 * batch_size)  # a pass without gradients takes more rows
     sizes["train"] = batch_size * accumulate * share[1]
     return {
         part: LengthBatches(rows, sizes[part], lengths, shuffle=part == "train", share=share)

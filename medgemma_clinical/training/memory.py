@@ -48,14 +48,11 @@ def reduce_passes(stage: Stage, rows: list[int]) -> None:
 
 
 def check_memory(stage: Stage, device: torch.device) -> None:
-    """Find, on a GPU, how many of the longest rows fit in one pass; score those of validation.
-
-    No pass of an epoch is then larger than one that has fitted. Processes decide together here; in
-    the middle of a step they could not. Weights, gradients and random generators are afterwards
-    what they were.
-    """
+    """Find how many of the longest rows fit a GPU in one pass, and score those of validation.
+    Weights, gradients and random generators are afterwards what they were."""
     model = stage.model.to(device)
     if device.type == "cuda":
+        # Processes decide together here; in the middle of a step they could not.
         longest = longest_rows(stage, "train", stage.batch_size)
         while not _fits(stage, rows := stage.passes(longest)[0], device):
             reduce_passes(stage, rows)

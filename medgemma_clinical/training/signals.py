@@ -23,21 +23,14 @@ class Stopped(KeyboardInterrupt):
 
 
 def begin_process(program: str) -> None:
-    """Load the script, a module's name, in a process that another one ends.
-
-    A terminal sends Ctrl-C to all of them: the one that waits ends the others.
-    """
+    """Load the script, a module's name, in a process that its parent ends."""
+    # A terminal sends Ctrl-C to all processes: the one that waits ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     importlib.import_module(program)
 
 
 class SignalHandler:
-    """End the run on a signal of ``ENDING``.
-
-    Within ``deferred`` a signal only sets ``received``, which the loop reads after each step, so
-    that state and weights agree; elsewhere it raises at once. A second one ends the process, unless
-    a launcher runs it, which passes on what the scheduler has sent to each process already.
-    """
+    """End the run on a signal of ``ENDING``; within ``deferred`` only set ``received``."""
 
     def __init__(self) -> None:
         """Start without a signal."""
@@ -47,18 +40,12 @@ class SignalHandler:
 
     @contextlib.contextmanager
     def installed(self, *, kills: bool = True) -> Iterator[None]:
-        """Handle signals for the length of a block, in a main thread.
-
-        A signal that the parent has set to be ignored, as nohup does, stays ignored.
-
-        Args:
-            kills: whether a second signal ends the process; else it raises at once, as a notebook
-                needs, which keeps its other variables.
-        """
+        """Handle signals in a block of a main thread; if ``kills``, a second ends the process."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        self._kills = kills
+        self._kills = kills  # not in a notebook, which keeps its other variables
+        # A signal that the parent has set to be ignored, as nohup does, stays ignored.
         before = {n: signal.getsignal(n) for n in ENDING if signal.getsignal(n) != signal.SIG_IGN}
         for number in before:
             signal.signal(number, self._handle)
@@ -71,6 +58,7 @@ class SignalHandler:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         again, self.received = bool(self.received), number
+        # A launcher sends again what the scheduler has sent: there a second one does not kill.
         if again and self._kills and "LOCAL_RANK" not in os.environ:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -79,7 +67,7 @@ class SignalHandler:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Let signals wait for the end of a block."""
+        """Let signals wait for the end of a block, so that state and weights agree."""
         outer, self._deferred = self._deferred, True
         try:
             yield

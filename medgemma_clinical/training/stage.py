@@ -20,48 +20,27 @@ WEIGHT_DECAY = 0.01
 
 @dataclass
 class Stage:
-    """One stage; the training loop never asks which one.
+    """One stage; the training loop never asks which one."""
 
-    Attributes:
-        name: of the stage and of its folder.
-        model: maps a batch to an ``Output`` (loss summed over terms, number of terms, logit).
-        learning_rates: of each part, a direct child of ``model``, by its name, frozen ones too.
-        batches: rows of "train" by optimizer step, those of "val" and "test" by forward pass.
-        collate: makes a batch of some rows.
-        batch_size: most rows of one forward and backward pass.
-        lengths: (N,) tokens of each row, without text observations.
-        epochs: most passes over the training part.
-        patience: epochs without a lower validation loss after which training stops.
-        config: of the checkpoint, plain types; the decision rule joins it with the results.
-        save: writes the model's weights and a config as the best, for the folder of the stage.
-        text: the tokenised rows; None without language model.
-        stage1_risks: (N,) probability of each row by the stage 1 below a language model, or None.
-        train_patients: hashes of the patients that train, of stage 1; None for the others.
-        max_tokens: rows times tokens of the longest that fit the memory in one pass, once known.
-        last_epoch: after which training stops, where no validation part says when.
-        begin_epoch: is told the seed and the number of each training epoch, and which members of
-            stage 1 still learn.
-        recomputes: whether layers are computed again in the backward pass.
-    """
-
-    name: str
-    model: nn.Module
-    learning_rates: dict[str, float]
-    batches: dict[str, LengthBatches]
-    collate: Callable[[Sequence[int]], Any]
-    batch_size: int
-    lengths: NDArray[np.int64]
-    epochs: int
-    patience: int
-    config: Config
-    save: Callable[[Path, Config], None]
-    text: TextCollator | None = None
-    stage1_risks: NDArray[np.float64] | None = None
-    train_patients: NDArray[np.int64] | None = None
-    max_tokens: int | None = None
-    last_epoch: int | None = None
+    name: str  # of the stage and of its folder
+    model: nn.Module  # from a batch to an ``Output``: loss summed over terms, terms, logit
+    learning_rates: dict[str, float]  # by part, a direct child of ``model``; frozen ones too
+    batches: dict[str, LengthBatches]  # of "train" the rows of a step, of others those of a pass
+    collate: Callable[[Sequence[int]], Any]  # from rows to a batch
+    batch_size: int  # most rows of one forward and backward pass
+    lengths: NDArray[np.int64]  # (N,) tokens of each row, without text observations
+    epochs: int  # at most
+    patience: int  # epochs without a lower validation loss after which training stops
+    config: Config  # of the checkpoint; the decision rule joins it with the results
+    save: Callable[[Path, Config], None]  # writes the weights and a config as the best
+    text: TextCollator | None = None  # the tokenised rows; None without language model
+    stage1_risks: NDArray[np.float64] | None = None  # (N,) by the stage 1 below a language model
+    train_patients: NDArray[np.int64] | None = None  # hashes, of stage 1 only
+    max_tokens: int | None = None  # rows times tokens of the longest in one pass, once known
+    last_epoch: int | None = None  # training stops after it, where no validation part says when
+    # Receives the seed, the number of an epoch, and which members of stage 1 still learn.
     begin_epoch: Callable[[int, int, list[bool]], None] = lambda seed, epoch, learn: None
-    recomputes: bool = False
+    recomputes: bool = False  # the backward pass computes layers again
 
     @property
     def tokens(self) -> float:
@@ -82,13 +61,12 @@ class Stage:
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return the trainable parameters in groups of one part and one weight decay.
 
-        Only matrices decay: a decayed bias or norm scale shifts the model, it does not simplify it.
-
         Source: Loshchilov and Hutter 2019, Decoupled Weight Decay Regularization, for the decay.
         """
         groups = []
         for part, parameters in self.learning_parts.items():
             rate = self.learning_rates[part]
+            # A decayed bias or norm scale shifts the model, it does not simplify it.
             matrices = [p for p in parameters if p.ndim >= 2]
             others = [p for p in parameters if p.ndim < 2]
             for chosen, decay in ((matrices, WEIGHT_DECAY), (others, 0.0)):

@@ -58,18 +58,14 @@ class NonFiniteLossError(RunFault):
 class WeightAverage:
     """Exponential moving average of the parameters that learn.
 
-    ``torch.optim.swa_utils.AveragedModel`` would copy the frozen language model as well.
-
     Source: Polyak and Juditsky 1992; the warm-up of the decay as in TensorFlow's
     ``ExponentialMovingAverage``.
-
-    Attributes:
-        weights: the averages, one tensor a parameter.
     """
 
     def __init__(self, parameters: Sequence[Tensor], decay: float = AVERAGE_DECAY) -> None:
         """Start from the parameters as they are."""
         self.parameters, self.decay = list(parameters), decay
+        # torch's ``AveragedModel`` would copy the frozen language model as well.
         self.weights = copies(self.parameters)
 
     def update(self, step: int) -> None:
@@ -80,37 +76,21 @@ class WeightAverage:
 
 @dataclass
 class Progress:
-    """How far training has come; all plain types.
+    """How far training has come; all plain types."""
 
-    Attributes:
-        epoch: epochs that have ended.
-        batches: steps of the current epoch that are taken or skipped.
-        steps: the same of all epochs.
-        loss: sum of the epoch's losses over all terms of all processes.
-        terms: number of these terms.
-        seconds: the epoch has taken, those before a stop included.
-        skipped: steps of the epoch that were not taken, as loss or gradient was not finite.
-        skipped_in_a_row: the latest of them without a step between.
-        lowest: lowest validation loss of each member, none before the first epoch ends.
-        lowest_epochs: the epochs of these.
-        best_epochs: those whose weights are kept.
-        history: objects of ``history.jsonl``.
-        over: training has ended.
-    """
-
-    epoch: int = 0
-    batches: int = 0
-    steps: int = 0
-    loss: float = 0.0
+    epoch: int = 0  # epochs that have ended
+    batches: int = 0  # steps of the current epoch, taken or skipped
+    steps: int = 0  # of all epochs, taken or skipped
+    loss: float = 0.0  # sum over the epoch's terms of all processes
     terms: float = 0.0
-    seconds: float = 0.0
-    skipped: int = 0
+    seconds: float = 0.0  # of the epoch, those before a stop included
+    skipped: int = 0  # steps of the epoch whose loss or gradient was not finite
     skipped_in_a_row: int = 0
-    lowest: list[float] = field(default_factory=list)
+    lowest: list[float] = field(default_factory=list)  # validation loss of each member
     lowest_epochs: list[int] = field(default_factory=list)
-    best_epochs: list[int] = field(default_factory=list)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    over: bool = False
+    best_epochs: list[int] = field(default_factory=list)  # those whose weights are kept
+    history: list[dict[str, Any]] = field(default_factory=list)  # of ``history.jsonl``
+    over: bool = False  # training has ended
 
     @property
     def mean_loss(self) -> float:
@@ -161,33 +141,19 @@ def describe_selection(members: int) -> str:
 
 @dataclass
 class TrainState:
-    """All that training changes, and the model as the processes share it.
-
-    Attributes:
-        accelerator: of the processes.
-        model: the stage's model, of several processes within DistributedDataParallel.
-        parameters: those that learn, in the order of ``Stage.trainable_parameters``.
-        optimizer: of these parameters.
-        schedule: of the optimizer's learning rates.
-        members: the member of stage 1 that each of them belongs to.
-        average: of these parameters.
-        progress: how far training has come.
-        best: averaged weights of each member's best epoch, one tensor a parameter, or empty.
-        store: where states are kept, or None.
-        watched: when ``lap`` was called last.
-    """
+    """All that training changes, and the model as the processes share it."""
 
     accelerator: Accelerator
-    model: nn.Module
-    parameters: list[nn.Parameter]
-    members: list[int]
+    model: nn.Module  # of several processes within DistributedDataParallel
+    parameters: list[nn.Parameter]  # in the order of ``Stage.trainable_parameters``
+    members: list[int]  # of stage 1, by parameter
     optimizer: AdamW
-    schedule: LambdaLR
+    schedule: LambdaLR  # of the learning rates
     average: WeightAverage
     progress: Progress = field(default_factory=Progress)
-    best: list[Tensor] = field(default_factory=list)
+    best: list[Tensor] = field(default_factory=list)  # averages of each member's best epoch
     store: StateStore | None = None
-    watched: float = field(default_factory=time.perf_counter)
+    watched: float = field(default_factory=time.perf_counter)  # when ``lap`` was called last
 
     def by_member(self) -> list[list[nn.Parameter]]:
         """Return the parameters of each member that have a gradient, of those that still learn."""
@@ -198,10 +164,8 @@ class TrainState:
         return list(own.values())
 
     def learning(self, patience: int) -> list[bool]:
-        """Return for each member of stage 1 whether its patience lasts in this epoch.
-
-        Several processes wait for the gradients of all members: there all learn on, in vain.
-        """
+        """Return for each member of stage 1 whether its patience lasts in this epoch."""
+        # Several processes wait for the gradients of all members: there all learn on.
         if not self.progress.lowest or self.accelerator.num_processes > 1:
             return [True for _ in {*self.members}]
         epoch = self.progress.epoch + 1
@@ -242,11 +206,7 @@ def copy_into(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
 
 
 class StateStore:
-    """The two latest states of a stage, in files ``NUMBER-SHA256.pt`` known whole by their hash.
-
-    Args:
-        folder: where they lie; made by the first ``save``.
-    """
+    """The two latest states of a stage, in files ``NUMBER-SHA256.pt``; the hash shows damage."""
 
     def __init__(self, folder: Path) -> None:
         """Keep the path."""

@@ -58,11 +58,7 @@ def check_tracker(name: str) -> None:
 
 @contextlib.contextmanager
 def tracking(name: str, folder: Path, numbers: Mapping[str, float]) -> Iterator[Track]:
-    """Yield a function that sends metrics to a tracker; "none" yields one that does nothing.
-
-    ``folder`` is for the tracker's files, ``numbers`` are of the run's arguments. A tracker that
-    fails once it has started gets one warning, and training goes on without it.
-    """
+    """Yield a function that sends metrics to a tracker; "none" yields one that does nothing."""
     if name == "none":
         yield lambda metrics, step: None
         return
@@ -77,7 +73,7 @@ def tracking(name: str, folder: Path, numbers: Mapping[str, float]) -> Iterator[
     except Exception as error:  # each tracker has errors of its own
         problem = str(error).partition("\n")[0]
         raise InputError(f"--report_to {name}: cannot start: {problem}") from error
-    failures: list[Exception] = []
+    failures: list[Exception] = []  # after the first one training goes on without the tracker
 
     def send(metrics: Mapping[str, float], step: int) -> None:
         try:
