@@ -36,12 +36,10 @@ LONGEST_WAIT = timedelta(hours=2)
 
 
 def set_environment() -> None:
-    """Set what libraries read: memory on a GPU, and that the hub learns nothing of the user.
-
-    Whatever begins work calls it, from a command line or from Python; an import is no work.
-    """
+    """Set what libraries read; whatever begins work calls it, an import does not."""
     # On a GPU: batches of many lengths leave no fragments. Read when CUDA starts.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    # The hub learns nothing of the user.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Python tells of the semaphores that it clears up after processes which a signal has ended.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
@@ -109,20 +107,16 @@ def check_launch() -> None:
 
 @contextlib.contextmanager
 def exact_kernels(*, deterministic: bool = False) -> Iterator[None]:
-    """Compute with all bits of float32 for the length of a block, and without cuDNN's attention.
-
-    NVIDIA's containers ask for TF32, with ten bits; on Hopper cards cuDNN's attention has given
-    NaN gradients for masked batches.
-
-    Args:
-        deterministic: use only kernels that repeat to the last bit; those of the CPU all do.
+    """Compute float32 with all bits for a block; ``deterministic`` kernels repeat to the last bit.
 
     Source: PyTorch's notes on reproducibility.
     """
     precision, strict = torch.get_float32_matmul_precision(), cast(Any, torch.utils.deterministic)
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     before, filled = torch.are_deterministic_algorithms_enabled(), strict.fill_uninitialized_memory
+    # NVIDIA's containers ask for TF32, with ten bits.
     torch.set_float32_matmul_precision("highest")
+    # On Hopper cards it has given NaN gradients for masked batches.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts

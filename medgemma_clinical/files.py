@@ -19,17 +19,12 @@ PARTIAL, REPLACED = ".partial", ".old"
 
 
 class InputError(ValueError):
-    """A mistake in the user's input; the text is one line: what, where, what to do.
-
-    Args:
-        text: never shows the content of a patient's cell.
-        value: the content, shown only with ``--show_values``.
-    """
+    """A mistake in the user's input, in one line: what, where, what to do."""
 
     def __init__(self, text: str, value: object = None) -> None:
         """Keep text and value apart, and the text on one line."""
         super().__init__(one_line(text))
-        self.value = value
+        self.value = value  # a patient's cell, shown only with --show_values; never in the text
 
     def message(self, *, show_value: bool) -> str:
         """Return the text, with the cell's content where that is asked for, or how to ask."""
@@ -78,14 +73,12 @@ def partial_path(path: Path) -> Path:
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` whose content takes its place if the block succeeds.
-
-    The content reaches the disk before its name does, so that a loss of power leaves no half file.
-    """
+    """Yield a temporary path whose content replaces that of ``path`` if the block succeeds."""
     temporary, replaced = partial_path(path), path.with_name(f".{path.name}{REPLACED}")
     remove(temporary)
     try:
         yield temporary
+        # The content reaches the disk before its name: a loss of power leaves no half file.
         for each in [*temporary.rglob("*"), temporary]:
             _sync(each)
         if path.is_dir():  # a folder cannot be replaced in one step; see ``clean``
@@ -164,10 +157,7 @@ def move_aside(paths: Iterable[Path]) -> list[Path]:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keep another run from ``path``, a file or folder, by a hidden lock file beside it.
-
-    A run that dies frees its lock.
-    """
+    """Keep another run from ``path`` by a hidden lock file; a run that dies frees its lock."""
     lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0, mode=0o600)
     try:
         lock.acquire()

@@ -30,23 +30,19 @@ def versions() -> dict[str, str]:
 
 @cache
 def git_commit() -> str | None:
-    """Return the commit of the program's folder, None where it is not the top of a checkout.
-
-    An installed program may lie in an environment within the checkout of another one.
-    """
+    """Return the commit of the program's folder, None where it is not the top of a checkout."""
     if not shutil.which("git"):
         return None
     command = ["git", "-C", str(ROOT), "rev-parse", "--show-toplevel", "HEAD"]
     found = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    # An installed program may lie in an environment within another checkout.
     return found[1] if len(found) == 2 and Path(found[0]).samefile(ROOT) else None
 
 
 def code_files() -> list[Path]:
-    """Return the program's own modules, SQL and page templates.
-
-    An installed program lies beside the modules of other packages.
-    """
+    """Return the program's own modules, SQL and page templates."""
     own = [path for ending in ("py", "sql", "j2") for path in PACKAGE.rglob(f"*.{ending}")]
+    # An installed program lies beside the modules of other packages: name its own.
     return sorted([*(ROOT / name for name in TOP_LEVEL), *own])
 
 

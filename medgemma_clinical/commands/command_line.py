@@ -110,10 +110,7 @@ class Repeated(argparse.Action):
 
 
 def run_command(action: Callable[[], int], *, show_values: bool = False) -> int:
-    """Run one command; every error becomes one line and an exit code.
-
-    ``show_values`` shows the content of a cell that an error is about, and tracebacks of faults.
-    """
+    """Run one command; an error becomes an exit code and a line, with its cell if wanted."""
     try:
         with owner_only():
             return action()
@@ -131,10 +128,8 @@ def run_command(action: Callable[[], int], *, show_values: bool = False) -> int:
 
 
 def describe_fault(error: Exception) -> str:
-    """Return one line on an error that the user's input did not cause.
-
-    The text of an exception may hold a patient's cell: only its type and place are shown.
-    """
+    """Return one line on an error that the user's input did not cause."""
+    # The text of an exception may hold a patient's cell: only its type and place are shown.
     kind = type(error).__name__
     if isinstance(error, RunFault):
         return str(error)

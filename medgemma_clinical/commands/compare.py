@@ -28,10 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_compare(args: Namespace, output_dir: Path | None) -> int:
-    """Compare finished stages, the first with each other one, on the test patients that they share.
-
-    Without ``output_dir`` nothing is written.
-    """
+    """Compare the first finished stage with each other one on the test patients that they share."""
     runs = [Path(os.path.abspath(run)) for run in args.compare]  # "." has a name too
     if len(runs) < 2 or len({run.resolve() for run in runs}) < len(runs):
         raise InputError("--compare: name at least two different folders of stages")
@@ -78,10 +75,7 @@ def model_names(runs: Sequence[Path]) -> list[str]:
 
 
 def read_predictions(folder: Path, model: str = "probability") -> pd.DataFrame:
-    """Read the test predictions of a stage or an ablation: ``TESTED``, then the risk of each model.
-
-    ``model`` is the new name of the column ``probability``, which an ablation does not have.
-    """
+    """Read test predictions: ``TESTED``, then risks; ``probability`` is renamed ``model``."""
     path = folder / "predictions_test.csv"
     if not path.is_file():
         raise InputError(f"{path}: no such file: name the folder of a finished stage")
@@ -126,12 +120,7 @@ def join_predictions(folders: Mapping[str, Path]) -> pd.DataFrame:
 
 
 def cost_of(folder: Path) -> dict[str, float | None]:
-    """Return what a finished stage has cost; empty where its folder does not say.
-
-    Returns:
-        seconds_an_epoch (median, with validation), tokens (mean, of a training patient),
-        memory_mib (peak), residual_weight (of the language model).
-    """
+    """Return a stage's cost, empty where unknown: median of epochs, mean of patients, peak."""
     try:
         seconds = pd.read_json(folder / "history.jsonl", lines=True)["seconds"].median()
         known = (read_run(folder) or {})["cost"]
@@ -154,10 +143,7 @@ def write_results(
     sentences: Sequence[str] = (),
     splits: pd.DataFrame | None = None,
 ) -> None:
-    """Log a comparison, and write it as ``PATH.json`` and ``PATH.html``.
-
-    An earlier result that differs is moved aside first.
-    """
+    """Log a comparison; write ``PATH.json`` and ``PATH.html``; an earlier result is moved aside."""
     table, page = (path.with_name(f"{path.name}.{ending}") for ending in ("json", "html"))
     content, earlier = {**metrics.to_json(), "cost": cost}, None
     with contextlib.suppress(OSError, ValueError):

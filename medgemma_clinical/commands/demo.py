@@ -31,11 +31,7 @@ LANGUAGE_MODEL: dict[str, Any] = {"model_name": DEMO, "epochs": 2}
 
 
 def run_demo(args: Namespace, train: Callable[[Namespace], int]) -> int:
-    """Run the three training commands of the README, each shown as a user would type it.
-
-    What a run says is in its log file, the console has its result. The list of the pages to open
-    comes last; ``--open`` opens the first.
-    """
+    """Run the README's three training commands, print the pages; ``--open`` opens the first."""
     installed = Path(sys.argv[0]).stem == "medgemma-clinical"
     program = "medgemma-clinical" if installed else "python medgemma_trainer.py"
     shared = {name: getattr(args, name) for name in ("output_dir", "seed", "log_file")}

@@ -52,10 +52,7 @@ FLAGS: dict[str, Flag] = {}
 
 
 def adders(group: Any, tags: str) -> tuple[Add, Add]:
-    """Return functions that add a flag, or a switch, with these tags and its own to a group.
-
-    A tag with a minus is taken away.
-    """
+    """Return functions that add a flag or a switch with these tags; a minus removes a tag."""
 
     def add(name: str, text: str, own_tags: str = "", *, needs: str = "", **options: Any) -> None:
         words = {*tags.split(), *own_tags.split()}

@@ -104,11 +104,7 @@ Task = tuple[str, Namespace, TrajectoryDataset]
 
 
 def run_folds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], train: Train) -> int:
-    """Train the stage once a fold, and judge each patient by the model that did not see it.
-
-    Folds that were made before by the same arguments and data are not made again. With ``--final``
-    a model of all patients follows.
-    """
+    """Train the unfinished folds; evaluate each patient by the model that did not see it."""
     folder = folds_folder(args)
     if args.ode_checkpoint and FOLD not in str(args.ode_checkpoint):
         raise InputError(
@@ -167,13 +163,11 @@ def fold_arguments(k: int, args: Namespace) -> Namespace:
 
 
 def train_folds(tasks: Sequence[Task], train: Train) -> int:
-    """Train the folds one after the other; those of stage 1 on a CPU side by side, by the cores.
-
-    Stage 1 has one thread everywhere, so that no result depends on the number of processes.
-    """
+    """Train the folds one after the other; on a CPU train those of stage 1 in parallel."""
     jobs = min(len(tasks), joblib.cpu_count())
     if not tasks[0][1].trajectory_only:
         return first_code(run_or_continue(*task, train) for task in tasks)
+    # Stage 1 has one thread everywhere: no result depends on the number of processes.
     if jobs == 1 or torch.cuda.is_available() or processes().num_processes > 1:
         with one_thread():
             return first_code(run_or_continue(*task, train) for task in tasks)
@@ -225,10 +219,7 @@ def run_apart(title: str, args: Namespace, dataset: TrajectoryDataset, shown: bo
 def write_results(
     args: Namespace, rows: TrajectoryDataset, fold: NDArray[np.int64], folders: list[Path]
 ) -> None:
-    """Join the folds' test predictions, one a row, and write table, metrics and page.
-
-    ``fold`` (N,) is that of each row of the data.
-    """
+    """Join the test predictions of the folds, (N,) ``fold`` of each row; write the result files."""
     folder, stage = folds_folder(args), stage_folder(args).name
     name = STAGE_NAMES[stage]
     known = [read_json(each / METRICS) for each in folders]
@@ -287,10 +278,9 @@ def decide(
     fold: NDArray[np.int64],
     calibrate: str,
 ) -> Config:
-    """Fit the decision rules of a model of all patients to the out-of-fold predictions.
+    """Fit decision rules to out-of-fold predictions; ``rules`` are per fold, ``fold`` is (n,).
 
-    ``rules`` are those of each fold by model, ``fold`` (n,) is that of each row of ``table``.
-    Returns the keys of a configuration that ``results.write_results`` fits to the validation part.
+    Returns the keys that ``results.write_results`` fits to the validation part.
     """
     labels, name = table["label"].to_numpy(float), str(table.columns[3])
     raw = {}  # log-odds before each fold's recalibration
@@ -325,9 +315,9 @@ def report_content(
     tuned: Sequence[bool | None],
     first: str,
 ) -> ReportContent:
-    """Return what the page says beside its metrics; ``config`` is a fold's, decided by all.
+    """Return the page's content; ``config`` is a fold's with the joint decision rules.
 
-    ``tuned``: whether the baselines of each fold were.
+    ``tuned``: whether the baselines of each fold were tuned.
     """
     config = {**config, "data_sha256": rows.fingerprint()}
     kind = "each site held out" if args.leave_out else "each patient held out"
@@ -375,10 +365,7 @@ def report_content(
 
 
 def train_final(args: Namespace, rows: TrajectoryDataset, train: Train, stage1: Path | None) -> int:
-    """Train one model on all patients, as long as the folds' median; nothing is held out.
-
-    ``stage1`` is that of all patients where a language model reads one.
-    """
+    """Train one model on all patients for the folds' median of epochs; ``stage1`` is theirs."""
     # Other results of the folds, known by their hash, make another run.
     own: Json = {"final": file_hash(folds_folder(args) / METRICS)}
     if stage1:
@@ -399,10 +386,7 @@ def last_epoch_set(stage: Stage, args: Namespace) -> Stage:
 def write_final(
     stage: Stage, data: Data, folder: Path, args: Namespace
 ) -> tuple[Config, Baselines | None]:
-    """Write the model of all patients, with the decision rules and the metrics of the folds.
-
-    The result is that of ``results.write_results``.
-    """
+    """Write the model of all patients; return the same as ``results.write_results``."""
     content = read_json(folds_folder(args) / METRICS)
     decided = content.pop("decided")
     config: Config = {**stage.config, **decided, "metrics": content}

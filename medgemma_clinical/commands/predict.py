@@ -173,11 +173,7 @@ class PredictionTally:
     chosen: list[ChosenRow] = field(default_factory=list)  # of the page of patients
 
     def add(self, lines: pd.DataFrame, rows: ScoringRows) -> None:
-        """Count lines of the output, and keep of labelled rows who they are and their risks.
-
-        Risks are columns by the names of the models. Patient and row are hashes, as training
-        patients are known by.
-        """
+        """Count the output lines; keep risks by model and hashes of the labelled rows."""
         dataset = rows.dataset
         self.rows += len(lines)
         self.scored += len(rows.positions)
@@ -212,10 +208,7 @@ class PredictionTally:
 def write_predictions(
     request: Namespace, chunks: Iterable[ScoringRows], model: TrajectoryModel, findings: Findings
 ) -> PredictionTally:
-    """Score rows chunk by chunk; the file appears when the last one is written.
-
-    Earlier predictions, and the pages beside them, are moved aside.
-    """
+    """Score rows chunk by chunk; the file appears at the end, earlier ones move aside."""
     trained, path = model.trained, request.predictions
     used = trained.model_named(request.use)
     others = {name: trained.column(name) for name in trained.rules if name != used}
@@ -244,11 +237,7 @@ def report_labelled(
     *,
     has_ids: bool,
 ) -> tuple[pd.DataFrame, Updates | None]:
-    """Write and print how good the predictions are, where labels of both classes are known.
-
-    Rows of the training data, whose hashes are ``known``, are left out. Returns the others, and
-    what updates of the model bring in them.
-    """
+    """Evaluate labelled rows without the training data, whose hashes are ``known``; return them."""
     people, config = pd.concat(tally.labelled, ignore_index=True), model.config
     if people.empty:
         return people, None
@@ -334,13 +323,10 @@ def stored_primary(config: Config) -> str | None:
 
 
 def training_patients(trained: TrainedModel, checkpoint: Path) -> tuple[NDArray[np.int64], bool]:
-    """Return hashes of the patients that trained a model, and whether they have identifiers.
-
-    Stage 1 alone holds them. Stages 2 and 3 have the same training part where their rows are those
-    of the stage 1 in the folder of their run. No hashes: they are not known.
-    """
+    """Return hashes of a model's training patients (none: unknown), and whether they are of ids."""
     if trained.train_patients is not None:
         return trained.train_patients, bool(trained.config["has_patient_ids"])
+    # Stages 2 and 3 store none, but share the training part of the stage 1 in their run.
     folder = checkpoint_path(checkpoint).absolute().parent
     beside = folder.parent / TRAJECTORY_FILE
     with contextlib.suppress(InputError, OSError):  # neither hinders a report

@@ -78,11 +78,9 @@ def write_results(
     run: dict[str, Any],
     args: Namespace,
 ) -> tuple[Config, Baselines | None]:
-    """Write and log the results of the validation and test part, as the best model scored them.
+    """Write and log the results of validation and test part; each process must call.
 
-    Each process must call; the first one writes. Without a folder nothing is written. Returns the
-    checkpoint's configuration with the decision rule and, in the first process, the metrics; there
-    the baselines too.
+    The first process also gets the metrics, within the configuration, and the baselines.
     """
     predictions, decided = apply_decisions(scored, stage, data, args.calibrate)
     config: Config = {**stage.config, **decided}
@@ -157,11 +155,7 @@ def write_results(
 def apply_decisions(
     scored: dict[str, Predictions], stage: Stage, data: Data, calibrate: str
 ) -> tuple[dict[str, Predictions], Config]:
-    """Fit weight and decision rule to the validation part alone; apply them to all parts.
-
-    Returns the predictions by part, and both as they stand in the configuration; the model takes
-    the weight.
-    """
+    """Fit weight and decision rule to the validation part alone; apply both to all parts."""
     decided: Config = {}
     scored = {**scored}
     model, val = stage.model, scored["val"]
@@ -187,10 +181,9 @@ def prediction_tables(
     baselines: Baselines,
     calibrate: str,
 ) -> tuple[dict[str, pd.DataFrame], dict[str, DecisionRule]]:
-    """Return the predictions of each part: id, label, patient, then the risk of each model.
+    """Return a table for each part and the decision rules of the models beside the stages.
 
-    The model comes first; stage 1 below it, the baselines and the ensemble follow. Beside the
-    tables there are the decision rules of the models other than the stages, fitted on validation.
+    Columns: id, label, patient, then the risks of the model, stage 1, baselines and ensemble.
     """
     name, dataset, val = STAGE_NAMES[stage.name], data.dataset, predictions["val"]
     known = {part: baselines.risks(dataset, each.rows) for part, each in predictions.items()}
@@ -207,10 +200,7 @@ def prediction_tables(
 
 
 def recommend(table: pd.DataFrame, stage: str, others: Iterable[str]) -> str:
-    """Return the model that ``--use best`` means, by a table of predictions of held-out rows.
-
-    ``others`` are the models beside the stage that have a decision rule.
-    """
+    """Return the model of ``--use best``, by predictions of held-out rows."""
     names = table.columns.intersection([stage, *others])
     risks = {name: table[name].to_numpy(float) for name in names}
     labels, patients = table["label"].to_numpy(float), table["patient"].to_numpy(str)
@@ -232,10 +222,7 @@ def predictions_csv(table: pd.DataFrame) -> str:
 
 
 def generate_reports(stage: Stage, predictions: Predictions) -> dict[int, str]:
-    """Let stage 3's model write the reports of the predicted rows, by position in the data set.
-
-    Each process writes its share of the reports and must call.
-    """
+    """Write stage 3's reports, by position in the data set; each process must call."""
     model, text = stage.model, stage.text
     assert isinstance(model, LLMWriter)
     assert text is not None

@@ -132,10 +132,8 @@ def run_data(
 
 
 def run_record(args: Namespace, data: Data, stage1: TrajectoryCheckpoint | None) -> dict[str, Any]:
-    """Return what makes a run repeatable: flags, versions, commit, hashes of files, data, split.
-
-    A base model of the hub is downloaded here, so that its commit is known.
-    """
+    """Return what makes a run repeatable: flags, versions, hashes of files, data and split."""
+    # Downloads a base model of the hub, so that its commit is known.
     base = {} if args.trajectory_only else base_record(args.model_name)
     accumulate = 1 if args.trajectory_only else args.gradient_accumulation
     run = {
@@ -182,10 +180,9 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def opened(args: Namespace, folder: Path | None, run: dict[str, Any]) -> Iterator[Track]:
-    """Hold a stage's folder for the length of a run, begun or resumed; yield its tracker.
+    """Lock and prepare a stage's folder for a run; yield its tracker. Each process must call.
 
-    Call it when all else is known to work: an earlier result is moved aside here. Each process must
-    call; the first one acts. Without a folder nothing is written.
+    Call it when all else is known to work: an earlier result is moved aside here.
     """
     if folder is None:
         yield lambda metrics, step: None
@@ -262,10 +259,7 @@ def is_finished(folder: Path, run: dict[str, Any]) -> bool:
 
 
 def progress_of(folder: Path, run: dict[str, Any]) -> str:
-    """Return how much of a run has been done: "all", "part" or "none".
-
-    A run of other flags, data, code, versions or number of processes counts as none.
-    """
+    """Return "all", "part" or "none" of a run; with other flags, data or software, "none"."""
     if not (folder / "run.json").exists():
         return "none"
     try:
@@ -282,10 +276,7 @@ def progress_of(folder: Path, run: dict[str, Any]) -> str:
 
 
 def finish_run(folder: Path | None, tokens: float, best_model: str | None = None) -> None:
-    """Add cost and hashes of all results to ``run.json``, and remove the training states.
-
-    ``best_model``: the recommended one, where baselines stand beside the stage.
-    """
+    """Add cost, recommended model and result hashes to ``run.json``; remove the training states."""
     if folder is None or not processes().is_main_process:
         return
     paths = [*(folder / name for name in RESULTS), *(folder / "best").rglob("*")]

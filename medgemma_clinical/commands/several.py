@@ -100,10 +100,7 @@ VARIANTS_ARE = {
 
 
 def run_or_continue(title: str, args: Namespace, dataset: TrajectoryDataset, train: Train) -> int:
-    """Train one run, continue it where it was stopped, or leave it where it is finished.
-
-    The console gets one line; the lines of the run itself go to its log file.
-    """
+    """Train, continue or skip a run; the console gets one line, the rest goes to its log file."""
     folder, code = stage_folder(args), EXIT_DONE
     try:
         with quiet_console():
@@ -146,10 +143,9 @@ def auroc_of(folder: Path, part: str) -> str:
 def run_ablation(
     args: Namespace, dataset: TrajectoryDataset, train: Train, seed_title: str = ""
 ) -> int:
-    """Train the variants on one split and seed, and compare them; return the exit code.
+    """Train the unfinished variants on one split and compare them; return the exit code.
 
-    A variant that was made before by the same arguments and data is not made again. ``seed_title``
-    stands before each name, as one of several seeds, whose own table is then not printed.
+    ``seed_title``, of one of several seeds, begins each name and omits the table.
     """
     names, reference = args.arms, args.reference
     if unknown := sorted(set(names or ()) - set(VARIANTS)):
@@ -217,11 +213,7 @@ def compare_variants(
 
 
 def run_seeds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], train: Train) -> int:
-    """Run the same command with each seed, which has a split of its own, and pool the tests.
-
-    Seeds count from ``--seed`` on. The data are read once unless ``{seed}`` stands in their path. A
-    run that was made before by the same arguments and data is not made again.
-    """
+    """Run the unfinished seeds from ``--seed`` on, each on its own split; pool the test parts."""
     if args.ode_checkpoint and SEED not in str(args.ode_checkpoint):
         raise InputError(
             "--seeds: each seed has a split of its own, and so a stage 1: write {seed} for its "

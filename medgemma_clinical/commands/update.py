@@ -30,16 +30,9 @@ def write_update(
     updates: Updates | None,
     data_sha256: str | None,
 ) -> None:
-    """Update the decision rule of the model ``used`` on all rows, and write the model as a folder.
+    """Fit the rule of the model ``used`` to new labelled rows; write the model as a folder.
 
-    Args:
-        folder: as ``save_pretrained`` takes it.
-        trained: the model that predicted the rows.
-        used: name of the one whose risk is the probability.
-        rows: labelled rows that were not in the training data: ``label``, risk of ``used``, hashes
-            ``patient`` and ``rows`` (with either label).
-        updates: of these rows and ``used``; None where there are too few.
-        data_sha256: of the file.
+    ``rows``: ``label``, risk of ``used``, hashes ``patient`` and ``rows`` (with either label).
     """
     if updates is None:
         need = f"{2 * MINORITY_PATIENTS} new patients with the event and as many without it"
@@ -74,11 +67,7 @@ def write_update(
 def updated_config(
     trained: TrainedModel, used: str, slope: float, intercept: float, about: dict[str, Any]
 ) -> Config:
-    """Return the configuration with the updated rule of a model, and what updated it.
-
-    ``stage`` is how far all updates have moved the stage, so that its ensemble stays as it was;
-    ``complete``: whether the hashes of training patients are those of all.
-    """
+    """Return the configuration with the updated rule of a model, and what updated it."""
     config, earlier = trained.config, trained.config.get("updated", {})
     rule = asdict(updated_rule(trained.rules[used], slope, intercept))
     moved = earlier.get("stage", [1.0, 0.0])
@@ -89,4 +78,6 @@ def updated_config(
         config = {**config, "models": {**config["models"], used: rule}}
     known = trained.train_patients is not None and len(trained.train_patients) > 0
     complete = known and earlier.get("complete", True)
+    # ``stage``: how far all updates moved the stage, so that its ensemble stays as it was.
+    # ``complete``: whether the hashes of training patients are those of all.
     return {**config, "updated": {**about, "stage": moved, "complete": complete}}

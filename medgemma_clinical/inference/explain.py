@@ -40,10 +40,9 @@ def risk_over_time(
 
 
 def prefixes(dataset: TrajectoryDataset) -> tuple[TrajectoryDataset, NDArray[np.int64]]:
-    """Return each series up to each of its observations, and the (M,) series each comes from.
+    """Return each series up to each observation, predicted there, and the (M,) source rows.
 
-    A prefix is predicted at its last observation. The whole series follows where its own prediction
-    time is later.
+    The whole series follows where its own prediction time is later than its last observation.
     """
     lengths = dataset.lengths
     later = dataset.prediction_times() > dataset.times[dataset.offsets[1:] - 1]  # (N,)
@@ -136,10 +135,7 @@ def risks_without_series(
 
 @torch.no_grad()
 def risk_without_soft_prompt(dataset: TrajectoryDataset, trained: TrainedModel) -> float | None:
-    """Score the first row without its soft tokens; None where they do not exist or do not matter.
-
-    Its text and stage 1's log-odds stay.
-    """
+    """Score the first row without soft tokens; None where they have no effect."""
     model = trained.model
     if not isinstance(model, TrajectoryLLM) or model.projection is None:
         return None

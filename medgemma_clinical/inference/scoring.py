@@ -130,10 +130,7 @@ def score_rows(
     batch_size: int,
     use: str = "stage",
 ) -> Scores:
-    """Score rows; the findings get the problem of each row without a score, or refuse it.
-
-    ``use``: see ``TrainedModel.model_named``.
-    """
+    """Score rows by the model ``use``; ``findings`` get the problem of each row without a score."""
     used = trained.model_named(use)
     rows = rows_as_read(rows, trained.config, findings)
     count_unknown_static(rows.dataset, findings)
@@ -219,11 +216,9 @@ def prediction_table(
     batch_size: int,
     use: str = "stage",
 ) -> tuple[pd.DataFrame, ScoringRows]:
-    """Return the rows of the prediction file for some input rows, and the rows with a score.
+    """Return the rows of the prediction file, and the input rows with a score.
 
-    Baselines and ensemble have columns of their own, and the stage too where ``use`` is another.
-    Stage 3 adds a column of reports; a row whose report does not have the expected form keeps its
-    score, and has a problem. Problems leave the findings.
+    Takes the problems of these rows out of the findings.
     """
     scores = score_rows(rows, trained, findings, batch_size, use)
     scored = scores.rows

@@ -61,11 +61,9 @@ number of layers: each adds a rounding error to the states, and such errors are 
 
 @torch.no_grad()
 def prompt_embeds(scores: Scores, trained: TrainedModel, batch_size: int) -> list[Tensor]:
-    """Embed <bos> [soft tokens] [text] of each scored row: (S, D) on the CPU, without padding.
+    """Embed <bos> [soft tokens] [text] of each scored row: (S, D) on the CPU, scaled by sqrt(D).
 
-    Of stage 3 the text ends with the verdict that the decision rule takes, "Outcome: yes.": greedy
-    decoding alone would say yes from 0.5 on, whatever the threshold. The vectors are multiplied by
-    sqrt(D) already, as Gemma's ``inputs_embeds`` are.
+    In stage 3 the text ends with the verdict that the decision rule takes.
     """
     model, text = trained.model, scores.text
     if not isinstance(model, TrajectoryLLM):
@@ -78,6 +76,7 @@ def prompt_embeds(scores: Scores, trained: TrainedModel, batch_size: int) -> lis
     embedded: dict[int, Tensor] = {}
     for chosen in LengthBatches(scores.positions, batch_size, lengths, shuffle=False):
         writes = isinstance(model, LLMWriter)
+        # Greedy decoding alone would say yes from 0.5 on, whatever the threshold.
         batch = text.with_verdicts(chosen, verdicts[chosen]) if writes else text(chosen)
         batch = send_to_device(batch, trained.device)
         sequence = model.embed(batch, model.trajectory(batch))
@@ -89,10 +88,9 @@ def prompt_embeds(scores: Scores, trained: TrainedModel, batch_size: int) -> lis
 def export_merged(
     checkpoint: Path, folder: Path, builders: Builders, model_name: str | None = None
 ) -> float:
-    """Merge the adapter of a trained stage 2 or 3 into its base model; write both as a new folder.
+    """Write base model and merged adapter as a new folder, checked by its logits.
 
-    The folder is read back before it appears, and must compute the logits of the trained model.
-    Returns their largest difference, in standard deviations.
+    Returns the largest difference of a logit, in standard deviations.
     """
     if processes().num_processes > 1:
         raise InputError("--export runs in one process: start it by python, not accelerate")

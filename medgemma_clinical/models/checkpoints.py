@@ -143,22 +143,13 @@ class Config(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class TrajectoryCheckpoint:
-    """A trained stage 1, as its file holds it.
-
-    Attributes:
-        config: rebuilds the model and says what it was trained on; see ``Config``.
-        weights: state dict of a ``Stage1``.
-        train_patients: (n,) int64, sorted hashes of the patients that trained; none in a copy that
-            is shared.
-        path: the file, as errors name it.
-        sha256: of the file, or of the weights of a model in memory.
-    """
+    """A trained stage 1, as its file holds it."""
 
     config: Config
     weights: dict[str, Tensor]
-    train_patients: NDArray[np.int64]
+    train_patients: NDArray[np.int64]  # (n,) sorted hashes; empty in a shared copy
     path: Path
-    sha256: str | None
+    sha256: str | None  # of the file, or of weights in memory
 
 
 # ------------------------------------------------------------------ configuration
@@ -227,10 +218,7 @@ def _load(module: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def read_baselines(path: Path, config: Config) -> Baselines | None:
-    """Return the baselines of a checkpoint, checked; None where this copy has none.
-
-    They lie in the folder of the run's stage, or in that of ``save_pretrained``.
-    """
+    """Return the checked baselines beside a checkpoint; None where this copy has none."""
     if "baselines_sha256" not in config:
         return None
     own = path
@@ -275,11 +263,7 @@ def save_trajectory(
     config: Config,
     train_patients: NDArray[np.int64],
 ) -> None:
-    """Write a stage 1 file; plain types and tensors only.
-
-    ``config`` rebuilds the model and says what it was trained on; ``train_patients`` are
-    ``training_hashes``.
-    """
+    """Write a stage 1 file of plain types and tensors; patients are ``training_hashes``."""
     content = {
         "format": CHECKPOINT_FORMAT,
         "config": config,
@@ -324,11 +308,8 @@ def load_trajectory(model: Stage1, checkpoint: TrajectoryCheckpoint) -> None:
 
 
 def save_llm(folder: Path, model: TrajectoryLLM, config: Config) -> None:
-    """Write the best model of stage 2 or 3, all but its base weights, in place of ``folder``.
-
-    Encoder, projection and heads lie beside the adapter: a head inside an adapter's
-    ``modules_to_save`` is easily lost. The path of a base model in a folder is not written.
-    """
+    """Replace ``folder`` by a stage 2 or 3 model without its base weights."""
+    # Beside the adapter: a head inside an adapter's ``modules_to_save`` is easily lost.
     state = {name: tensor.contiguous() for name, tensor in _modules(model).state_dict().items()}
     with atomic(folder) as temporary:
         temporary.mkdir()
@@ -336,7 +317,7 @@ def save_llm(folder: Path, model: TrajectoryLLM, config: Config) -> None:
         remove(temporary / "adapter" / "README.md")  # an empty template
         adapter = read_json(temporary / ADAPTER_CONFIG)
         adapter["target_modules"].sort()  # a set, written in any order
-        adapter["base_model_name_or_path"] = config["base_model"]
+        adapter["base_model_name_or_path"] = config["base_model"]  # without the path of a folder
         write_json(temporary / ADAPTER_CONFIG, adapter)
         save_file(state, temporary / MODULE_WEIGHTS)
         write_text(temporary / NOTICE, terms_of(config).notice)
@@ -366,12 +347,10 @@ def _modules(model: TrajectoryLLM) -> nn.ModuleDict:
 
 
 def load_modules(model: TrajectoryLLM, folder: Path) -> None:
-    """Load the parts of stage 2 or 3 beside the language model into ``model``, every key.
-
-    Of the adapter's keys, which peft has loaded, it would only warn.
-    """
+    """Load the parts of stage 2 or 3 beside the language model into ``model``, every key."""
     try:
         _load(_modules(model), load_file(folder / MODULE_WEIGHTS))
+        # peft has loaded the adapter, and would only warn of missing keys.
         if isinstance(model.llm, PeftModel):
             expected = get_peft_model_state_dict(model.llm, save_embedding_layers=False)
             with safe_open(folder / ADAPTER_WEIGHTS, "pt") as adapter:
@@ -382,10 +361,7 @@ def load_modules(model: TrajectoryLLM, folder: Path) -> None:
 
 
 def read_config(folder: Path) -> Config:
-    """Return the configuration of a stage 2 or 3 folder, its files compared with their hashes.
-
-    Further files, and links to files, do not matter.
-    """
+    """Return the configuration of a stage 2 or 3 folder, its files checked by their hashes."""
     try:
         config: Config = read_json(folder / CONFIG)
         check_format(folder, config["format"])

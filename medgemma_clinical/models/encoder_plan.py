@@ -26,21 +26,13 @@ FEATURE_INPUTS, TIME_INPUTS = 3, 3
 
 @dataclass(frozen=True)
 class SolverConfig:
-    """What an encoder reads, and how it cuts time into solver steps.
+    """What an encoder reads, and how it cuts time into solver steps."""
 
-    Attributes:
-        n_features: F.
-        time_scale: hours that are one unit of the equation's time.
-        longest_step: in units of ``time_scale``; infinite where one call covers a whole gap.
-        longest_gap: in units of ``time_scale``; a longer gap is refused.
-        dtype: of the planned numbers, that of the encoder's weights.
-    """
-
-    n_features: int
-    time_scale: float
-    longest_step: float
-    longest_gap: float
-    dtype: torch.dtype
+    n_features: int  # F
+    time_scale: float  # hours in one unit of the equation's time
+    longest_step: float  # in units of time_scale; infinite where one call covers a gap
+    longest_gap: float  # in units of time_scale; a longer gap is refused
+    dtype: torch.dtype  # of the planned numbers and the encoder's weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,10 +83,7 @@ class Plan:
 def build_plan(
     times: Tensor, values: Tensor, observed: Tensor, config: SolverConfig, until: Tensor | None
 ) -> Plan:
-    """Check a batch and plan its steps, on the host except for the gathered values.
-
-    Arguments and errors are those of ``ClinicalODERNN.forward``, or a gap is too long.
-    """
+    """Check a batch (see ``ClinicalODERNN.forward``); plan its steps on the host."""
     check_shapes(times, values, observed, config.n_features, until)
     hours = times.double().numpy(force=True)
     seen = observed.numpy(force=True)
@@ -147,8 +136,7 @@ def cut_gaps(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return number and scaled length of the solver steps of gaps in hours, (B, L + 1) each.
 
-    ``stops`` (B, L + 1) says whether something is behind a gap, which takes a step then, however
-    short it is.
+    Where ``stops`` (B, L + 1), the gap takes a step, however short it is.
     """
     steps = np.maximum(np.ceil(gaps / (config.longest_step * config.time_scale)), 1) * stops
     return steps.astype(np.int64), gaps / (np.maximum(steps, 1) * config.time_scale)
@@ -161,18 +149,10 @@ def build_time_features(
     observed: NDArray[np.bool_],
     time_scale: float,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return ``Plan.time_features`` of some observations and where each latest value stands.
+    """Return ``Plan.time_features`` of P observations, and the index (P, F) of each latest value.
 
-    Args:
-        patient: (P,) whose observation.
-        number: (P,) which of the patient's observations.
-        hours: (B, L) of the observations.
-        observed: (B, L, F).
-        time_scale: hours; log hours are divided by its own logarithm.
-
-    Returns:
-        The time features (P, 3F + 3), and the index (P, F) of each feature's latest value in the
-        flattened (B * L * F), -1 before the first.
+    Observation ``number`` (P,) of ``patient`` (P,); ``hours`` (B, L) and ``observed`` (B, L, F).
+    The index is into (B * L * F), -1 before the first value.
     """
     size, length, n_features = observed.shape
     steps = np.arange(length)

@@ -52,15 +52,9 @@ from medgemma_clinical.models.encoder_plan import Plan
 def fused_states(
     plan: Plan, read: Tensor, field: tuple[Tensor, Tensor, Tensor], update: nn.GRUCell
 ) -> tuple[Tensor, Tensor]:
-    """Return the state (P, H) after each observation, and the last one in each row (B, H).
+    """Return the states (P, H) after observations and the last ones (B, H), once differentiable.
 
-    Both can be differentiated once.
-
-    Args:
-        plan: the steps, on the device of the weights.
-        read: (P, R) inputs of the update, of the weights' dtype.
-        field: W1 (H, H), b1 (H,) and W2 (H, H) of the right-hand side W2 tanh(W1 h + b1).
-        update: the cell, with biases.
+    ``read`` (P, R) are inputs of the update; ``field`` is W1 (H, H), b1 (H,) and W2 (H, H).
     """
     cell = update.weight_ih, update.bias_ih, update.weight_hh, update.bias_hh
     states: tuple[Tensor, Tensor] = _FusedPass.apply(
@@ -126,10 +120,8 @@ def _split(sizes: list[int], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
 
 
 def _widen(dt: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Return step lengths (M,) as wide as the states, (M, H), and -1/2 of them.
-
-    torch has no vector code for a product with a single column.
-    """
+    """Return step lengths (M,) as wide as the states, (M, H), and -1/2 of them."""
+    # torch has no vector code for a product with a single column.
     wide = dt.unsqueeze(1).expand(-1, width).contiguous()
     return wide, wide / -2
 
@@ -152,18 +144,13 @@ def _run_forward(
     weights: Sequence[Tensor],
     results: Sequence[Tensor],
 ) -> None:
-    """Run over the steps and fill ``results``.
+    """Run over the steps of ``_rk4_forward``'s ``buffers`` and fill ``results``, in place.
 
-    Args:
-        plan: the steps.
-        buffers: for each step but the first, those of ``_rk4_forward``.
-        gates: (P, 3H) the cell's products of its inputs.
-        weights: M, W1, W2 and W_hh, each transposed, then b1 and b_hh.
-        results: (P, 3H) for r, z and n of the cell; then (P, H) each: for the state in front of an
-            observation, for the cell's proposal, where twice its gates stand, and for the state
-            after the observation; (B, H) zeros, which become the last state in each row.
+    Shapes: gates (P, 3H), the cell's products of its inputs; results (P, 3H), 3 x (P, H), (B, H).
     """
+    # Transposed matrices M, W1, W2 and W_hh, then b1 and b_hh.
     mixing, inner, outer, recurrent, bias, recurrent_bias = weights
+    # r, z, n; before the update; twice the proposal's gates at first; after it; last, zeros.
     cells, entering, proposals, states, state = results
     width = len(bias)
     # Begins as the term that the cell's product is added to, ends as r, z and n.
@@ -248,12 +235,9 @@ def _run_backward(
 
 
 def _rk4_backward(g: Tensor, *arguments: Tensor) -> None:
-    """Carry g (n, H) in front of a step in place; leave d2 .. d4 and, as d1, the sum of all four.
-
-    ``behind`` takes g as it was behind the step.
-    """
+    """Carry g (n, H) in front of a step in place; leave d2 .. d4 and, as d1, the sum of all."""
     d1, d2, d3, d4, behind, mixing, outer, inner = arguments
-    behind.copy_(g)
+    behind.copy_(g)  # as it was behind the step
     e = torch.mm(g, outer)  # 2e, and the factors lack a 2
     d4.mul_(e)
     d3.mul_(torch.addmm(e, d4, mixing, beta=2, alpha=4))

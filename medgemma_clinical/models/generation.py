@@ -40,14 +40,7 @@ def write_reports(
     verdicts: NDArray[np.bool_],
     max_tokens: int,
 ) -> dict[int, str]:
-    """Let the model write reports behind verdicts that the decision rule has taken.
-
-    The verdict's word is part of the text that the model continues, so that a report and the
-    prediction beside it never disagree. A batch that does not fit the memory is written in halves.
-
-    ``verdicts`` (N,) say by position whether a report says yes. Returns the report of each position
-    in ``batches``.
-    """
+    """Write a report behind each verdict, (N,) by position; return reports by position."""
     device = next(model.parameters()).device
     texts: dict[int, str] = {}
     for batch in batches:
@@ -63,6 +56,7 @@ def write_reports(
                     raise
                 waiting += [rows[len(rows) // 2 :], rows[: len(rows) // 2]]
                 continue
+            # The model continues the verdict's word: report and prediction never disagree.
             heads = [collate.stem + collate.words[int(verdict)] for verdict in chosen]
             ids = [head + answer for head, answer in zip(heads, written, strict=True)]
             decoded = collate.tokenizer.batch_decode(ids, skip_special_tokens=True)

@@ -120,23 +120,15 @@ def load_language_model(
     weights: str = "pretrained",
     attention: str = "sdpa",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a Gemma 3 text model and its tokenizer, frozen; no code of a checkpoint ever runs.
+    """Load a frozen Gemma 3 text model, also out of a multimodal one, and its tokenizer.
 
-    Of a multimodal checkpoint (MedGemma-4B) only the language model is read.
-
-    Args:
-        name: hub id, folder, or one of ``BUILT_IN``.
-        nf4: settings of 4-bit weights; None leaves the weights whole.
-        dtype: of computation, and of whole weights.
-        device: of the weights.
-        revision: commit of a hub model; None takes the latest.
-        weights: ``pretrained``, or ``random`` for a control, which is not quantised.
-        attention: one of ``ATTENTIONS``.
+    ``nf4`` None leaves the weights whole; ``weights`` "random" draws them, for a control.
     """
     assert nf4 is None or weights == "pretrained", "packed weights cannot be drawn"
     if name == TINY:
         model, tokenizer = tiny_language_model(attention)
         return model.to(device=device, dtype=dtype).requires_grad_(False).eval(), tokenizer
+    # No code of a checkpoint ever runs.
     folder = find_model(name, revision)
     check_base_model(name, folder)
     try:
@@ -200,14 +192,10 @@ def check_base_model(name: str, folder: Path) -> None:
 
 @torch.no_grad()
 def draw_weights(model: PreTrainedModel) -> None:
-    """Replace the weights by random ones, always the same, as a Gemma 3 has before training.
-
-    Matrices are normal with the standard deviation of the model's configuration; norms, which
-    multiply by 1 + weight, are zero.
-    """
+    """Replace the weights by fixed random ones, as a Gemma 3 has before training."""
     generator = torch.Generator().manual_seed(0)
     for weights in model.parameters():
-        drawn = torch.zeros(weights.shape)
+        drawn = torch.zeros(weights.shape)  # norms multiply by 1 + weight
         if weights.ndim > 1:
             drawn.normal_(0, model.config.initializer_range, generator=generator)
         weights.copy_(drawn)
@@ -272,11 +260,9 @@ def tiny_language_model(
 
 
 def set_checkpointing(model: PreTrainedModel) -> None:
-    """Have layers computed again in the backward pass instead of kept.
-
-    The reentrant kind of checkpoint fails where embeddings come from outside of the model.
-    """
+    """Compute layers again in the backward pass, to save memory."""
     prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    # The reentrant kind fails where embeddings come from outside of the model.
     getattr(model, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
 
 

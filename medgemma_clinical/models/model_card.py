@@ -65,10 +65,7 @@ def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
 def model_card(
     config: Mapping[str, Any], repo_id: str | None = None, min_cell: int = MIN_CELL
 ) -> str:
-    """Return the card of a checkpoint, for a folder or a repository, without small counts.
-
-    ``config`` has no ``metrics`` while a run lasts.
-    """
+    """Return a checkpoint's card without small counts; a run that lasts has no ``metrics``."""
     units = dict(zip(config["features"], config["units"], strict=True))
     series = config["inputs"].get("series", config["features"])
     shared = shareable(config, min_cell)

@@ -20,21 +20,14 @@ MAX_SCORE = 4.0
 class Scaler(nn.Module):
     """Turn C columns into normal scores, by the distribution of each in the training part.
 
-    A value has the score of a standard normal distribution at the same quantile, so that a column
-    with a long tail (lactate, bilirubin) teaches as much as a symmetric one. Between the means of
-    neighbouring bins scores are interpolated; beyond the outer ones they go on as z-scores.
-
-    Attributes:
-        knots: (C, bins) mean of each bin, ascending.
-        scores: (C, bins) mean normal score of each bin; of bins with an equal mean one score.
-        std: (C,) standard deviation, infinite where no entry is known or all are equal.
+    A long tail (lactate, bilirubin) then teaches as much as a symmetric column.
 
     Source: Conover 1999, "Practical Nonparametric Statistics", for normal scores.
     """
 
-    knots: Tensor
-    scores: Tensor
-    std: Tensor
+    knots: Tensor  # (C, bins) mean of each bin, ascending
+    scores: Tensor  # (C, bins) mean normal score; equal means have one score
+    std: Tensor  # (C,) infinite where no entry is known or all are equal
 
     def __init__(self, columns: int) -> None:
         """Leave the columns as they are, but clipped, until they are fitted."""
@@ -72,10 +65,7 @@ class Scaler(nn.Module):
 
 
 def bin_means(known: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the mean value and the mean normal score of each bin, (BINS,) each, of sorted values.
-
-    Few values make fewer bins; the last one fills the places that are left.
-    """
+    """Return mean value and mean normal score of each bin, (BINS,) each, of sorted values."""
     bins = max(1, min(BINS, len(known) // MIN_BIN))
     quantiles = (torch.arange(len(known), dtype=torch.double) + 0.5) / len(known)
     owner = (quantiles * bins).long()
@@ -85,5 +75,6 @@ def bin_means(known: Tensor) -> tuple[Tensor, Tensor]:
     # A value that fills several bins has one score.
     knots, same, counts = knots.unique_consecutive(return_inverse=True, return_counts=True)
     scores = torch.bincount(same, scores) / counts
+    # Few values make fewer bins; the last one fills the places that are left.
     place = torch.arange(BINS).clamp(max=len(knots) - 1)
     return knots[place], scores[place]

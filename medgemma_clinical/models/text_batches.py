@@ -35,25 +35,7 @@ ENCODED_ROWS = 512
 
 
 class TextCollator:
-    """Make batches with text: every prompt and report is tokenised once, then padded by batch.
-
-    Prompt, the words before the verdict, the verdict and the rest are tokenised apart, so that the
-    verdict lies on the same token boundary whatever surrounds it. An instruction-tuned model gets
-    the prompt as a user's turn of a chat with Gemma.
-
-    Attributes:
-        prompt_ids: ids of each row's prompt, N lists.
-        answer_ids: ids of each report from its verdict on, N lists, empty without ``answers``.
-        stem: ids of the words before the verdict.
-        words: ids of the verdicts "no." and "yes." behind the stem.
-        before, behind: ids of the turns around a prompt.
-        eos: ids that end an answer.
-        tokenizer: of the language model.
-        states: ``TrajectoryStates`` of all N rows, from a frozen encoder; see ``encode``.
-        donors: (N,) the row whose soft tokens each row reads; None for its own.
-        shortened: number of prompts that lost their oldest observations to ``max_tokens``.
-        too_long: rows whose prompt is longer all the same, where that is no error.
-    """
+    """Make batches with text: every prompt and report is tokenised once, then padded by batch."""
 
     def __init__(
         self,
@@ -65,25 +47,25 @@ class TextCollator:
         max_tokens: int | None = None,
         refuse_long: bool = True,
     ) -> None:
-        """Tokenise prompts and, for stage 3, reports (``answers``), whose rows must have labels.
+        """Tokenise prompts and, if ``answers``, reports of labelled rows.
 
-        A prompt of more than ``max_tokens`` loses its oldest observations; where one observation a
-        series is still too long, that is an error or, without ``refuse_long``, noted.
+        A prompt above ``max_tokens`` loses its oldest observations, then is refused or noted.
         """
         self.dataset = dataset
         self.options = prompts
-        self.states: TrajectoryStates | None = None
-        self.donors: NDArray[np.int64] | None = None
-        self.shortened = 0
-        self.too_long: list[int] = []
+        self.states: TrajectoryStates | None = None  # of all N rows; see ``encode``
+        self.donors: NDArray[np.int64] | None = None  # (N,) whose soft tokens are read
+        self.shortened = 0  # prompts that lost their oldest observations
+        self.too_long: list[int] = []  # rows whose prompt is longer all the same
         self.tokenizer = tokenizer
         self.pad = int(tokenizer.pad_token_id)
-        self.before, self.behind, turn_end = chat_turns(tokenizer)
-        self.eos = [int(tokenizer.eos_token_id), *turn_end]
+        self.before, self.behind, turn_end = chat_turns(tokenizer)  # turns around a prompt
+        self.eos = [int(tokenizer.eos_token_id), *turn_end]  # ends of an answer
+        # Tokenised apart: the verdict lies on the same token boundary whatever surrounds it.
         shared, no, yes = verdict_words(tokenizer)
-        self.stem = self._ids([f"{dataset.outcome}:"])[0] + shared
+        self.stem = self._ids([f"{dataset.outcome}:"])[0] + shared  # words before the verdict
         stop = self._ids(["."])[0]
-        self.words = no + stop, yes + stop
+        self.words = no + stop, yes + stop  # ids of "no." and "yes."
         self.prompt_ids = self._read_prompts(max_tokens)
         if self.too_long and refuse_long:
             needed = max(len(self.prompt_ids[i]) for i in self.too_long)
@@ -192,16 +174,13 @@ def verdict_words(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[i
 
 
 def chat_turns(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]]:
-    """Return the ids in front of and behind a user's words, and those that end the answer.
-
-    The turns are Gemma's own, as they stand here: a tokenizer's chat template is a program, and is
-    not run. All are empty where the tokenizer has no chat template or not the tokens of the turns:
-    the model reads plain text.
+    """Return the ids around a user's words and at an answer's end; none for a model of plain text.
 
     Source: Gemma's formatting, https://ai.google.dev/gemma/docs/core/prompt-structure.
     """
     if not tokenizer.chat_template:
         return [], [], []
+    # Gemma's own turns: a tokenizer's chat template is a program, and is not run.
     turns = [f"{START}user\n", f"{END}\n{START}model\n"]
     before, behind = tokenizer(turns, add_special_tokens=False)["input_ids"]
     start, end = tokenizer.convert_tokens_to_ids([START, END])
@@ -211,16 +190,7 @@ def chat_turns(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]
 
 
 def other_patients(split: Split, groups: NDArray[np.str_], seed: int) -> NDArray[np.int64]:
-    """Draw for each row a row of another patient of the same part, whatever their lengths.
-
-    Args:
-        split: positions of each part.
-        groups: (N,) patient of each row.
-        seed: of the draw.
-
-    Returns:
-        (N,) positions; of each part a permutation.
-    """
+    """Draw a permutation of each part, (N,), in which no row gets a row of its own patient."""
     generator, donors = np.random.default_rng(seed), np.arange(len(groups))
     for part, rows in split.items():
         _, patient, count = np.unique(groups[rows], return_inverse=True, return_counts=True)

@@ -51,31 +51,20 @@ logger = logging.getLogger(__name__)
 
 
 class Builders(NamedTuple):
-    """The functions of the script that build a model from its configuration.
-
-    stage1: config -> ``Stage1``; llm: see ``medgemma_trainer.build_llm``.
-    """
+    """The functions of the script that build a model from its configuration."""
 
     stage1: Callable[..., Stage1]
-    llm: Callable[..., tuple[TrajectoryLLM, PreTrainedTokenizerBase]]
+    llm: Callable[..., tuple[TrajectoryLLM, PreTrainedTokenizerBase]]  # ``build_llm``
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained model ready to score.
-
-    Attributes:
-        model: in evaluation mode.
-        config: its checkpoint's.
-        tokenizer: None for stage 1.
-        train_patients: of stage 1, see ``TrajectoryCheckpoint``; None for the others.
-        baselines: of its run; None where this copy has none.
-    """
+    """A trained model ready to score, in evaluation mode."""
 
     model: Stage1 | TrajectoryLLM
     config: Config
-    tokenizer: PreTrainedTokenizerBase | None = None
-    train_patients: NDArray[np.int64] | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None  # None for stage 1
+    train_patients: NDArray[np.int64] | None = None  # of stage 1 alone
     baselines: Baselines | None = None
 
     @property
@@ -185,19 +174,12 @@ def load_trained_model(
     device: torch.device | None = None,
     attention: str = "sdpa",
 ) -> TrainedModel:
-    """Load a trained model, every key of it; torch's random generators stay as they are.
+    """Load a trained model, every key of it, from a stage's folder, ``best`` or stage 1's file.
 
-    Args:
-        path: a stage's folder, its ``best``, or stage 1's file.
-        builders: of the script.
-        model_name: where the base model lies now; None takes the hub's, or the folder that the
-            run's ``run.json`` knows.
-        quantization: of the base model; None takes the stored one.
-        precision: ``bf16`` or ``fp32``; None takes the stored one.
-        device: of the weights; None takes the GPU if there is one.
-        attention: of the language model; a checkpoint holds none.
+    ``None`` takes what is stored; of ``model_name`` the hub's id, or the folder in ``run.json``.
     """
     best, device = checkpoint_path(path), device or default_device()
+    # torch's random generators stay as they are.
     with torch.random.fork_rng([device] if device.type == "cuda" else []), whole(best):
         if best.is_file():
             checkpoint = read_trajectory(best)
@@ -249,15 +231,13 @@ def rebuild_stage1(checkpoint: TrajectoryCheckpoint, builders: Builders) -> Stag
 
 
 def base_folder(best: Path, config: Config) -> str:
-    """Return where the base model of a checkpoint lies: the hub's id, or a folder of this machine.
-
-    A checkpoint holds no path; the ``run.json`` beside ``best`` does. A merged one holds the model.
-    """
+    """Return where a checkpoint's base model lies: the hub's id, or a folder of this machine."""
     if is_merged(config):
         return str(best / MERGED_MODEL)
     base, folder = str(config["base_model"]), ""
     if config["base_sha256"] is None:
         return base
+    # A checkpoint holds no path; the ``run.json`` beside ``best`` does.
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         folder = str(read_json(best.parent / "run.json")["arguments"]["model_name"])
     if not os.path.isdir(folder):
@@ -285,13 +265,7 @@ def stage1_risks(checkpoint: TrajectoryCheckpoint, text: TextCollator) -> NDArra
 
 
 def check_stage1(checkpoint: TrajectoryCheckpoint, data: Data, flags: dict[str, Any]) -> None:
-    """Check that a trained stage 1 reads the data of a run, and saw none of its held-out patients.
-
-    Args:
-        checkpoint: the trained stage 1.
-        data: of this run, with the inputs of stage 1.
-        flags: those given that stage 1's file decides.
-    """
+    """Check that stage 1 fits data and given flags, and saw none of the held-out patients."""
     config, path = checkpoint.config, checkpoint.path
     own = data.description()
     label, labelled = (each["read_options"].get("label_column") for each in (config, own))

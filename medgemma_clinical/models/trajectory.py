@@ -30,18 +30,13 @@ SUMMARY_DROPOUT = 0.3, 0.5
 
 
 class Output(NamedTuple):
-    """Loss and predictions of a stage's model for one batch.
+    """Loss and predictions of a stage's model for one batch."""
 
-    loss: (N,) float32, of each member of stage 1, or of a language model alone; a sum over
-    ``terms`` (patients, or answer tokens), so that no mean depends on how rows fall into batches;
-    terms: their number, weights included; logit (B,): log-odds of the event, float32; offset (B,):
-    the share of the logit that is stage 1's, None where there is none.
-    """
-
-    loss: Tensor
-    terms: int
-    logit: Tensor
-    offset: Tensor | None = None
+    # A sum over ``terms``, so that no mean depends on how rows fall into batches.
+    loss: Tensor  # (N,) float32, of each member; N = 1 for a language model
+    terms: int  # patients, or answer tokens, weights included
+    logit: Tensor  # (B,) float32, log-odds of the event
+    offset: Tensor | None = None  # (B,) stage 1's share of the logit
 
 
 def log_odds(prevalence: float) -> float:
@@ -50,12 +45,9 @@ def log_odds(prevalence: float) -> float:
 
 
 class TrajectoryHead(nn.Module):
-    """Two readings of a patient, whose logits are averaged.
+    """Two readings, whose logits are averaged: of the states, and of the summaries.
 
-    One reads the states, as their attention-weighted mean beside the state at the prediction time,
-    the other the summaries by a small network; both read the static features. Each learns from its
-    own loss: with many series the states alone would fit the training part before the summaries
-    have learned, with few they say more.
+    Both also read the static features.
     """
 
     def __init__(
@@ -72,14 +64,10 @@ class TrajectoryHead(nn.Module):
         self.summaries = network(2 * (summaries + static), SUMMARY_WIDTH, *rates)
 
     def forward(self, states: Tensor, batch: Batch) -> Tensor:
-        """Return the logits (B, 2) float32 of both readings at the prediction time.
+        """Return both readings' logits (B, 2) float32 of states (B, L + 1, H).
 
-        In training those at an earlier observation of each patient, as known then, follow: (2B, 2),
-        where the batch names one.
-
-        Args:
-            states: (B, L + 1, H), after each observation and, last, at the prediction time.
-            batch: of the same patients.
+        The last state is that at the prediction time. In training the logits at an earlier
+        observation follow, where the batch names one: (2B, 2).
         """
         present = batch["observed"].any(dim=2)  # (B, L)
         observed, last, summaries = states[:, :-1], states[:, -1], batch["summaries"]
@@ -127,10 +115,9 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def training_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the loss (N,) of both readings' logits (N, B, 2): of their mean, and of each alone.
-
-    A reading that leans on the other fits what the other has left of the training part.
-    """
+    """Return the loss (N,) of both readings' logits (N, B, 2): of their mean, and of each alone."""
+    # With many series the states would fit the training part before the summaries learn.
+    # A reading that leans on the other fits what the other has left of the training part.
     both, first, second = (
         cross_entropy(each, labels) for each in (logits.mean(dim=2), *logits.unbind(dim=2))
     )
@@ -152,10 +139,7 @@ class TrajectoryMember(nn.Module):
 
 
 class Stage1(nn.Module):
-    """Stage 1: one or more members of different seeds, whose logits are averaged.
-
-    Attributes:
-        learn: which of them learn; training leaves out the others.
+    """One or more members of different seeds, whose logits are averaged.
 
     Source: Lakshminarayanan 2017, "Simple and Scalable Predictive Uncertainty Estimation using Deep
     Ensembles".
@@ -165,7 +149,7 @@ class Stage1(nn.Module):
         """Join encoder and head of each member; all read the same series, so one plan serves."""
         super().__init__()
         self.members = nn.ModuleList(TrajectoryMember(*member) for member in members)
-        self.learn = [True] * len(self.members)
+        self.learn = [True] * len(self.members)  # False: left out in training
 
     @property
     def encoder(self) -> Any:
@@ -179,41 +163,32 @@ class Stage1(nn.Module):
         return {**batch, "plan": plan}
 
     def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the first member's states (B, L + 1, H) and all members' logits (N, B, 2).
-
-        In training members that no longer learn are left out.
-        """
+        """Return the first member's states (B, L + 1, H) and the members' logits (N, B, 2)."""
         batch = batch if "plan" in batch else self.plan(batch)
         pairs = zip(self.members, self.learn, strict=True)
         outputs = [member(batch) for member, learns in pairs if learns or not self.training]
         return outputs[0][0], torch.stack([logits for _, logits in outputs])
 
     def forward(self, batch: Batch) -> Output:
-        """Return each member's binary cross-entropy (sum over B) and the mean logit.
-
-        In training each reading has a loss of its own too, and the risk at an earlier observation
-        counts as much as that at the prediction time, where the batch names one.
-        """
+        """Return each member's binary cross-entropy (sum over B) and the mean logit."""
         logits, labels = self.read(batch)[1], batch["labels"]
         moments = logits.shape[1] // len(labels)  # 2 with an earlier observation
         if self.training:
+            # The risk at an earlier observation counts as much as that at the prediction time.
             loss = training_loss(logits, labels.repeat(moments)) / moments
         else:
             loss = cross_entropy(logits.mean(dim=2), labels)
         return Output(loss, len(labels), logits[:, : len(labels)].mean(dim=(0, 2)))
 
     def fit_scales(self, data: Data) -> None:
-        """Fit scales and prevalence to the training part.
-
-        Summaries of few patients are not read.
-        """
+        """Fit scales and prevalence to the training part."""
         dataset, train = data.dataset, data.split["train"]
         values = torch.from_numpy(dataset.values[dataset.rows_of(train)]).float()
         summaries = torch.from_numpy(dataset.summaries()[train])
         groups = pd.factorize(dataset.groups[train])[0]
         for column in summaries.T:
             if patients_behind(column.numpy(), groups) < MIN_CELL:
-                column.fill_(math.nan)
+                column.fill_(math.nan)  # a summary of few patients is not read
         static = torch.from_numpy(dataset.static_values(train))
         member: Any
         for member in self.members:
@@ -235,12 +210,7 @@ class Stage1(nn.Module):
 
 
 class TrajectoryCollator:
-    """Make batches of stage 1, planned ahead.
-
-    After ``draw`` they also say up to which earlier observation each row is read a second time, so
-    that risks early in a series are learned too, and what its summaries are then. The draw depends
-    on seed, epoch and row alone, not on the batches.
-    """
+    """Make planned batches of stage 1; after ``draw`` each row also has an earlier observation."""
 
     def __init__(self, model: Stage1, dataset: TrajectoryDataset) -> None:
         """Keep both; no earlier observation is drawn yet."""
@@ -254,6 +224,7 @@ class TrajectoryCollator:
 
     def draw(self, seed: int, epoch: int) -> None:
         """Draw an observation of each row for an epoch."""
+        # By seed, epoch and row alone, not by the batches.
         share = np.random.default_rng([seed, epoch]).random(len(self.dataset))
         lengths = 1 + (share * self.dataset.lengths).astype(np.int64)
         self.lengths = torch.from_numpy(lengths)

@@ -30,54 +30,35 @@ LOSS_ROWS = 128
 
 
 class TrajectoryStates(NamedTuple):
-    """The part of an encoder's output that a language model reads.
+    """The part of an encoder's output that a language model reads."""
 
-    states (B, P, H): the latest P; mask (B, P) bool, False where a patient has fewer; logit (B,):
-    stage 1's log-odds.
-    """
-
-    states: Tensor
-    mask: Tensor
-    logit: Tensor
+    states: Tensor  # (B, P, H) the latest P
+    mask: Tensor  # (B, P) bool, False where a patient has fewer
+    logit: Tensor  # (B,) stage 1's log-odds
 
 
 class TextBatch(Batch):
-    """A batch with text, padded on the right.
+    """A batch with text, padded on the right; ``TrajectoryStates`` where computed ahead."""
 
-    input_ids (B, T) int64; text_mask (B, T) bool; targets (B, T) int64, the token itself within
-    the answer and ``IGNORED`` elsewhere; verdict (B,) int64, position in the text of the last token
-    before the verdict. states, states_mask, trajectory_logit: ``TrajectoryStates`` of a frozen
-    encoder, computed ahead.
-    """
-
-    input_ids: Tensor
-    text_mask: Tensor
-    targets: Tensor
-    verdict: Tensor
-    states: NotRequired[Tensor]
-    states_mask: NotRequired[Tensor]
-    trajectory_logit: NotRequired[Tensor]
+    input_ids: Tensor  # (B, T) int64
+    text_mask: Tensor  # (B, T) bool
+    targets: Tensor  # (B, T) int64, ids within the answer, ``IGNORED`` elsewhere
+    verdict: Tensor  # (B,) int64, place in the text of the token before the verdict
+    states: NotRequired[Tensor]  # (B, P, H)
+    states_mask: NotRequired[Tensor]  # (B, P) bool
+    trajectory_logit: NotRequired[Tensor]  # (B,)
 
 
 class DecoderInput(NamedTuple):
-    """What the decoder reads.
+    """What the decoder reads."""
 
-    embeddings (B, S, D) in the LLM's dtype; mask (B, S) bool, False in padding; text_start (B,)
-    int64, position of the first text token.
-    """
-
-    embeddings: Tensor
-    mask: Tensor
-    text_start: Tensor
+    embeddings: Tensor  # (B, S, D) in the LLM's dtype
+    mask: Tensor  # (B, S) bool, False in padding
+    text_start: Tensor  # (B,) int64, position of the first text token
 
 
 class SoftPrompt(nn.Module):
-    """Turn states into tokens as large as the LLM's own.
-
-    Gemma multiplies token embeddings by sqrt(D) inside its embedding module and takes
-    ``inputs_embeds`` as already multiplied. Each soft token is normalised to the RMS of the scaled
-    embeddings, since a projection of another size starts as noise or as nothing.
-    """
+    """Turn states into tokens of the RMS of Gemma's scaled embeddings."""
 
     scale: Tensor
 
@@ -89,16 +70,13 @@ class SoftPrompt(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Return tokens (B, P, D) for states (B, P, H)."""
+        # Gemma takes inputs_embeds as multiplied by sqrt(D) already; another size starts as noise.
         projected = self.linear(states)
         return self.scale * functional.rms_norm(projected, projected.shape[-1:])
 
 
 def latest_states(stage1: Stage1, batch: Batch, tokens: int) -> TrajectoryStates:
-    """Encode a batch and keep each patient's latest ``tokens`` states.
-
-    They are the states after the observations and, where the question is asked later than the last
-    observation, the state at the prediction time.
-    """
+    """Encode a batch; keep each patient's latest ``tokens`` states, up to the prediction time."""
     states, logits = stage1.read(batch)  # (B, L + 1, H), (N, B, 2)
     length = batch["observed"].any(dim=2).sum(1)  # (B,)
     row = torch.arange(len(states), device=states.device)
@@ -112,12 +90,7 @@ def latest_states(stage1: Stage1, batch: Batch, tokens: int) -> TrajectoryStates
 class TrajectoryLLM(nn.Module):
     """Stage 1, soft prompt and adapted language model; the stages add their readout.
 
-    The logit of stage 1 is added to the language model's, which so has to learn only what text and
-    dynamics add to it.
-
-    Attributes:
-        residual_weight: of the language model's logit beside stage 1's; 1 while training, then
-            chosen on the validation part.
+    The two logits are added: the language model learns only what text and dynamics add.
     """
 
     def __init__(
@@ -134,7 +107,7 @@ class TrajectoryLLM(nn.Module):
     ) -> None:
         """Join stage 1 (None: text alone), projection (None: no soft prompt) and a Gemma 3.
 
-        ``tokens`` is P, ``bos`` begins every input, ``verdict`` are the ids that tell yes from no.
+        ``tokens`` is P, ``bos`` begins every input, ``verdict`` are the ids of yes and no.
         """
         super().__init__()
         self.stage1 = stage1
@@ -142,7 +115,7 @@ class TrajectoryLLM(nn.Module):
         self.projection = projection
         self.tokens, self.bos, self.verdict = tokens, bos, verdict
         self.adds_stage1 = adds_stage1 and stage1 is not None
-        self.residual_weight = residual_weight
+        self.residual_weight = residual_weight  # 1 while training, then fitted to validation
 
     def residual(self, states: Tensor) -> Tensor:
         """Return the language model's share (B,) of the logit, from ``at_verdict`` (B, D)."""
@@ -190,11 +163,7 @@ class TrajectoryLLM(nn.Module):
         )
 
     def read(self, batch: TextBatch, trajectory: TrajectoryStates | None) -> tuple[Tensor, Tensor]:
-        """Run the decoder without ``lm_head``.
-
-        Returns:
-            Hidden states (B, S, D), and where the text starts, (B,) int64.
-        """
+        """Return the hidden states (B, S, D) and where the text starts, (B,) int64."""
         sequence = self.embed(batch, trajectory)
         embeddings = sequence.embeddings
         # Causal attention never looks at padding behind the text. Without a mask sixteen bits take
@@ -251,15 +220,12 @@ class LLMClassifier(TrajectoryLLM):
 def answer_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, boost: Tensor, importance: Tensor, yes: int
 ) -> Tensor:
-    """Return the weighted cross-entropy over the vocabulary, a sum over N tokens.
+    """Return the weighted cross-entropy (sum over N) of states (N, D) by ``lm_head`` (V, D).
 
-    The logits of one batch of reports would be larger than everything else that a step keeps, so
-    they are made a chunk of ``LOSS_ROWS`` tokens at a time and again in the backward pass.
-
-    ``hidden`` (N, D) predict ``targets`` (N,) by ``weight`` (V, D) of ``lm_head``; ``boost`` (N,)
-    is added to the logit of the id ``yes``, ``importance`` (N,) weighs each token.
+    ``boost`` (N,) is added to the logit of the id ``yes``, ``importance`` (N,) weighs each token.
     """
 
+    # Made twice, in chunks: all logits would be larger than all else that a step keeps.
     def chunk_loss(hidden: Tensor, targets: Tensor, boost: Tensor, importance: Tensor) -> Tensor:
         logits = functional.linear(hidden, weight).float()  # (rows, V)
         logits[:, yes] += boost
@@ -284,12 +250,7 @@ class LLMWriter(TrajectoryLLM):
         return yes - no
 
     def forward(self, batch: TextBatch) -> Output:
-        """Return the weighted cross-entropy (sum over answer tokens) and the verdict's log-odds.
-
-        The verdict is read where the report is about to say yes or no; causal attention hides the
-        report itself there. As one token among a hundred copied ones it counts ``VERDICT_WEIGHT``
-        times. Without answers in the batch the loss is zero.
-        """
+        """Return the weighted cross-entropy (sum over N, zero without answers) and the log-odds."""
         trajectory = self.trajectory(batch)
         hidden, text_start = self.read(batch, trajectory)
         offset = self.offset(trajectory, hidden)
@@ -300,20 +261,18 @@ class LLMWriter(TrajectoryLLM):
             self.llm.get_output_embeddings().weight,
             batch["targets"][row, place],
             offset[row] * is_verdict,
+            # It is one token among a hundred copied ones.
             torch.where(is_verdict, float(VERDICT_WEIGHT), 1.0),
             self.verdict[0],
         )
+        # Causal attention hides the report itself at the token before the verdict.
         residual = self.residual(at_verdict(hidden, text_start, batch))
         terms = len(row) + (VERDICT_WEIGHT - 1) * int(is_verdict.sum())
         return Output(loss[None], terms, offset + self.residual_weight * residual, offset)
 
     @torch.no_grad()
     def write(self, batch: TextBatch, max_tokens: int, eos: list[int], pad: int) -> Tensor:
-        """Continue texts greedily up to a token of ``eos``, finished rows by ``pad``.
-
-        Returns:
-            (B, at most ``max_tokens``) int64 ids.
-        """
+        """Continue texts greedily to ``eos``, then by ``pad``: ids (B, at most ``max_tokens``)."""
         self.eval()
         sequence = self.embed(batch, self.trajectory(batch), left=True)
         greedy = GenerationConfig(
@@ -322,12 +281,9 @@ class LLMWriter(TrajectoryLLM):
         finite = torch.ones((), dtype=torch.bool, device=sequence.embeddings.device)
 
         def pack(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-            """Copy states so that their strides have no gaps; note whether they are finite.
-
-            ``generate`` cuts the last position out of each row of a prompt; over such strides torch
-            multiplies row by row and in bfloat16 copies the whole vocabulary's weights for each.
-            """
+            """Copy states so that their strides have no gaps; note whether they are finite."""
             finite.logical_and_(inputs[0].isfinite().all())
+            # Over the strides of ``generate`` torch multiplies, and copies the weights, row by row.
             return (inputs[0].clone(memory_format=torch.contiguous_format),)
 
         dtype, device = sequence.embeddings.dtype, sequence.embeddings.device
