@@ -44,11 +44,12 @@ def quick(request):
 
     A module that is about them has its own ``DRAWS``, and ``FIGURES = True``.
     """
-    from medgemma_clinical.evaluation import metrics
+    from medgemma_clinical.evaluation import metrics, updating
 
     figures = getattr(request.module, "FIGURES", False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "REPLICATES", getattr(request.module, "DRAWS", DRAWS))
+        patch.setattr(updating, "DIVISIONS", 2)
         patch.setattr(Figure, "savefig", DRAW if figures else save_blank)
         yield
 
