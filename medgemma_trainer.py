@@ -55,7 +55,6 @@ from dataset_format import HOURS, MIMICtrajectoryDataset
 from dte_encoder import DYNAMICS, SOLVERS, ClinicalODERNN
 from medgemma_clinical import distributed
 from medgemma_clinical.commands import (
-    announce,
     command_line,
     compare,
     flags,
@@ -63,6 +62,7 @@ from medgemma_clinical.commands import (
     python,
     results,
     run_folder,
+    run_log,
     several,
 )
 from medgemma_clinical.commands.classifier import TrajectoryClassifier
@@ -541,7 +541,7 @@ def fit(
                 loss, terms = backward(stage, state, rows)
                 stop = step(state, loss, terms)
                 if (epoch, number) == (1, 1):  # the first step warms up
-                    announce.log_epoch_time(stage, time.perf_counter() - begun, rows)
+                    run_log.log_epoch_time(stage, time.perf_counter() - begun, rows)
                 if stop or (save_every and progress.steps % save_every == 0):
                     save_state(stage, state)
                 if stop:
@@ -555,7 +555,7 @@ def fit(
             save_best(stage, state, folder)
         exhausted = epoch - max(progress.lowest_epochs) >= stage.patience
         state.lap()
-        announce.record_epoch(stage, progress, found, folder, track, exhausted=exhausted)
+        run_log.record_epoch(stage, progress, found, folder, track, exhausted=exhausted)
         progress.over = exhausted or epoch == (stage.last_epoch or stage.epochs)
         progress.next_epoch()
         if progress.over:
@@ -706,7 +706,7 @@ def load_training_state(stage: Stage, state: TrainState, content: dict[str, Any]
 def train(args: Namespace, dataset: TrajectoryDataset | None = None) -> int:
     """Run one stage from the user's data to its results, or resume it; return the exit code."""
     RUN_LOG.begin()
-    announce.check_output(args)
+    run_log.check_output(args)
     dataset = read_dataset(args) if dataset is None else dataset
     checkpoint = run_folder.given_stage1(args)
     return run_folder.interruptible(args, lambda: train_stage(args, dataset, checkpoint))
@@ -723,7 +723,7 @@ def train_stage(
     if args.resume and run_folder.is_finished(folder, run_record):
         return None
     stage = folds.last_epoch_set(make_stage(args, data, checkpoint), args)
-    announce.log_run_summary(stage, data, args)
+    run_log.log_run_summary(stage, data, args)
     memory.check_memory(stage, distributed.default_device())
     if args.dry_run:
         dry_run(stage, args.seed)
@@ -754,7 +754,7 @@ def dry_run(stage: Stage, seed: int) -> None:
         rows = longest[k::2][batches.process :: batches.n_processes]
         step(state, *backward(stage, state, rows))
     state.lap()
-    announce.log_dry_run(stage, state.progress, longest)
+    run_log.log_dry_run(stage, state.progress, longest)
 
 
 # --------------------------------------------------------------------------- main
