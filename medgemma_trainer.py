@@ -88,14 +88,19 @@ from medgemma_clinical.inference.trajectory_model import Program, TrajectoryMode
 from medgemma_clinical.models import checkpoints, language_model, text_batches, trained_model
 from medgemma_clinical.models.checkpoints import Config, TrajectoryCheckpoint, describe_data
 from medgemma_clinical.models.text_batches import TextCollator
-from medgemma_clinical.models.trajectory import Stage1, TrajectoryCollator, TrajectoryHead, log_odds
+from medgemma_clinical.models.trajectory import (
+    Stage1,
+    TrajectoryCollator,
+    TrajectoryHead,
+    prior_log_odds,
+)
 from medgemma_clinical.models.trajectory_llm import LLMClassifier, LLMWriter, SoftPrompt
 from medgemma_clinical.training import memory
-from medgemma_clinical.training.evaluate import evaluate
+from medgemma_clinical.training.evaluate import score_batches
 from medgemma_clinical.training.loaders import part_batches
 from medgemma_clinical.training.signals import SIGNALS, Stopped
 from medgemma_clinical.training.stage import Stage
-from medgemma_clinical.training.state import TOLERANCE, TrainState, WeightAverage
+from medgemma_clinical.training.state import LOSS_TOLERANCE, TrainState, WeightAverage
 from medgemma_clinical.training.trackers import TRACKERS, Track
 from srtr_dataset import ORGANS, SRTRTrajectoryDataset
 
@@ -462,7 +467,7 @@ def llm_stage(
     if writes:
         config["report_tokens"] = text.report_tokens()
     elif isinstance(model, LLMClassifier) and not model.adds_stage1:
-        nn.init.constant_(model.head.bias, log_odds(data.prevalence()))
+        nn.init.constant_(model.head.bias, prior_log_odds(data.prevalence()))
     rates = {"projection": args.projection_lr, "llm": args.adapter_lr}
     rates |= {"stage1": args.encoder_lr, "head": args.head_lr}
     words = text.lengths()  # batches by these alone: soft tokens tell the number of observations
@@ -609,7 +614,7 @@ def score(stage: Stage, part: str) -> Predictions:
     batches = stage.batches[part]
     bar = distributed.show_progress(batches, f"{stage.name}: {results.SCORED[part]}", len(batches))
     passes = (rows for batch in bar for rows in stage.passes(batch, len(batch)))
-    return evaluate(stage.model, passes, stage.collate)
+    return score_batches(stage.model, passes, stage.collate)
 
 
 def validate(stage: Stage, state: TrainState) -> Predictions:
@@ -623,8 +628,9 @@ def validate(stage: Stage, state: TrainState) -> Predictions:
 def keep_best(state: TrainState, losses: Sequence[float], patience: int) -> bool:
     """Early stopping: keep the averaged weights of each member for which this epoch is the best.
 
-    That is the latest epoch whose validation loss is within ``TOLERANCE`` of the member's lowest. A
-    member whose patience has ended stays as it was: it waits for no other. Return whether any kept.
+    That is the latest epoch whose validation loss is within ``LOSS_TOLERANCE`` of the member's
+    lowest. A member whose patience has ended stays as it was: it waits for no other. Return
+    whether any kept.
     """
     progress, epoch = state.progress, state.progress.epoch + 1
     if epoch == 1:
@@ -635,7 +641,7 @@ def keep_best(state: TrainState, losses: Sequence[float], patience: int) -> bool
             continue
         if loss < progress.lowest[member]:
             progress.lowest[member], progress.lowest_epochs[member] = loss, epoch
-        if loss <= progress.lowest[member] * (1 + TOLERANCE):
+        if loss <= progress.lowest[member] * (1 + LOSS_TOLERANCE):
             progress.best_epochs[member] = epoch
     kept = zip(state.members, state.best or state.parameters, state.average.weights, strict=True)
     best = progress.best_epochs

@@ -47,7 +47,7 @@ def run_compare(args: Namespace, output_dir: Path | None) -> int:
     known = {name: read_run(folder) or {} for name, folder in folders.items()}
     outcomes = dict.fromkeys(run["data"]["outcome"] for run in known.values() if "data" in run)
     arguments = {name: run.get("arguments", {}) for name, run in known.items()}
-    write_results(
+    save_comparison(
         output_dir / "compare",
         metrics,
         cost,
@@ -131,7 +131,7 @@ def cost_of(folder: Path) -> dict[str, float | None]:
         return {}
 
 
-def write_results(
+def save_comparison(
     path: Path,
     metrics: Metrics,
     cost: dict[str, dict[str, float | None]],

@@ -26,7 +26,7 @@ SAMPLE_DATA = PACKAGE / "sample" / "physionet2012_bicarbonate.csv"
 SETTINGS: dict[str, Any] = {"data_path": SAMPLE_DATA, "max_samples": 1000, "show_values": True}
 """Values of flags that all three stages share."""
 
-STAGE_1: dict[str, Any] = {"trajectory_only": True, "trajectory_epochs": 10}
+STAGE_1_FLAGS: dict[str, Any] = {"trajectory_only": True, "trajectory_epochs": 10}
 LANGUAGE_MODEL: dict[str, Any] = {"model_name": DEMO, "epochs": 2}
 
 
@@ -36,7 +36,7 @@ def run_demo(args: Namespace, train: Callable[[Namespace], int]) -> int:
     program = "medgemma-clinical" if installed else "python medgemma_trainer.py"
     shared = {name: getattr(args, name) for name in ("output_dir", "seed", "log_file")}
     encoder = {"ode_checkpoint": args.output_dir / TRAJECTORY_FILE}
-    stages = {"trajectory": STAGE_1}
+    stages = {"trajectory": STAGE_1_FLAGS}
     for mode in ("classification", "generative"):
         stages[mode] = {"mode": mode, **LANGUAGE_MODEL, **encoder}
     for name, stage in stages.items():

@@ -62,7 +62,7 @@ from medgemma_clinical.evaluation.metrics import log_odds
 from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
 from medgemma_clinical.evaluation.report import ReportContent, write_report
 from medgemma_clinical.evaluation.table_one import table_one
-from medgemma_clinical.evaluation.tables import model_table, split_table
+from medgemma_clinical.evaluation.tables import model_table, part_table
 from medgemma_clinical.evaluation.verdicts import sentences
 from medgemma_clinical.files import (
     InputError,
@@ -81,7 +81,7 @@ from medgemma_clinical.models.checkpoints import (
     read_trajectory,
 )
 from medgemma_clinical.models.model_card import (
-    LIMITS,
+    MODEL_LIMITS,
     built_in_notice,
     describe_recommended,
     page_card,
@@ -130,7 +130,7 @@ def run_folds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], t
     if code := train_folds(tasks, train):
         return code
     if processes().is_main_process:
-        write_results(args, rows, fold, [stage_folder(own) for own in runs])
+        write_fold_results(args, rows, fold, [stage_folder(own) for own in runs])
     processes().wait_for_everyone()
     return train_final(args, rows, train, stage1) if args.final else EXIT_DONE
 
@@ -216,7 +216,7 @@ def run_apart(title: str, args: Namespace, dataset: TrajectoryDataset, shown: bo
 # --------------------------------------------------------------------------- their results
 
 
-def write_results(
+def write_fold_results(
     args: Namespace, rows: TrajectoryDataset, fold: NDArray[np.int64], folders: list[Path]
 ) -> None:
     """Join the test predictions of the folds, (N,) ``fold`` of each row; write the result files."""
@@ -258,7 +258,7 @@ def write_results(
         folder / "report.html",
         table,
         metrics,
-        report_content(args, rows, positions, config, tuned, first),
+        fold_report_content(args, rows, positions, config, tuned, first),
         min_cell=args.min_cell,
         list_patients=args.report_patients,
         folder=folder,
@@ -307,7 +307,7 @@ def folds_sentence(metrics: Metrics, folds: int) -> str:
     )
 
 
-def report_content(
+def fold_report_content(
     args: Namespace,
     rows: TrajectoryDataset,
     positions: NDArray[np.int64],
@@ -336,7 +336,7 @@ def report_content(
         card=page_card(
             config,
             {
-                "Limits": LIMITS,
+                "Limits": MODEL_LIMITS,
                 **NOT_IN_INTERVALS,
                 "Best epoch": best_epoch,
                 "Baselines": describe_tuning(tuned),
@@ -348,7 +348,7 @@ def report_content(
         bands=subgroups(demographics(rows)),
         noun=rows.noun,
         flow=rows.flow,
-        split=split_table(rows.labels, rows.groups, {"all folds": np.arange(len(rows))}),
+        split=part_table(rows.labels, rows.groups, {"all folds": np.arange(len(rows))}),
         table_one=table_one(rows, {}),
         methods={
             "split": first,

@@ -57,7 +57,9 @@ from medgemma_clinical.models.trained_model import (
 
 logger = logging.getLogger(__name__)
 
-LIMITS = "The model was not changed for these rows: threshold and recalibration were chosen on {}"
+PREDICTION_LIMITS = (
+    "The model was not changed for these rows: threshold and recalibration were chosen on {}"
+)
 
 
 def predict(args: Namespace, given: set[str]) -> int:
@@ -95,7 +97,7 @@ def predict(args: Namespace, given: set[str]) -> int:
         raise InputError(f"--primary {request.primary}: choose from {choices}")
     if request.explain and used != model.trained.name:
         raise InputError(f"--explain shows the risk of the stage itself: leave --use {used} out")
-    chunks = show_progress(itertools.chain([first], chunks), source)
+    chunks = log_progress(itertools.chain([first], chunks), source)
     tally = write_predictions(request, chunks, model, findings)
     findings.log()
     for line in [] if first.dataset.flow is None else flow_lines(first.dataset.flow):
@@ -147,7 +149,7 @@ def report_path(predictions: Path) -> Path:
     return predictions.with_suffix(".report.html")
 
 
-def show_progress(chunks: Iterable[ScoringRows], source: Path) -> Iterator[ScoringRows]:
+def log_progress(chunks: Iterable[ScoringRows], source: Path) -> Iterator[ScoringRows]:
     """Yield chunks under a bar; without a terminal there is a line a minute at most."""
     size = source.stat().st_size if source.is_file() else None
     unit, every = "B" if size else " rows", 0.1 if sys.stderr.isatty() else 60
@@ -290,7 +292,8 @@ def report_labelled(
         card=page_card(
             shared,
             {
-                "Limits": LIMITS.format(chosen_on) + (", moved by its update." if updated else "."),
+                "Limits": PREDICTION_LIMITS.format(chosen_on)
+                + (", moved by its update." if updated else "."),
                 "Checkpoint": request.checkpoint.absolute().name,  # a page is shared: no path
                 "Seed": f"{request.seed}, of the intervals",
             },

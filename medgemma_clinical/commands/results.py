@@ -40,14 +40,14 @@ from medgemma_clinical.evaluation.decision import (
 from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
 from medgemma_clinical.evaluation.report import ReportContent, write_report
 from medgemma_clinical.evaluation.table_one import table_one
-from medgemma_clinical.evaluation.tables import model_table, split_table, written_sentence
+from medgemma_clinical.evaluation.tables import model_table, part_table, written_sentence
 from medgemma_clinical.evaluation.verdicts import sentences, value_text
 from medgemma_clinical.evaluation.written_reports import score_reports
 from medgemma_clinical.files import InputError, write_json, write_text
 from medgemma_clinical.inference.scoring import write_in_batches
 from medgemma_clinical.models.checkpoints import BASELINES, Config
 from medgemma_clinical.models.model_card import (
-    LIMITS,
+    MODEL_LIMITS,
     built_in_notice,
     describe_recommended,
     page_card,
@@ -286,7 +286,7 @@ def report_content(
         card=page_card(
             config,
             {
-                "Limits": LIMITS,
+                "Limits": MODEL_LIMITS,
                 "Parameters": f"{learned:,} trained of {sum(p.numel() for p in parameters):,}",
                 "Best epoch": best,
                 "Baselines": describe_tuning([baselines.tuned]),
@@ -300,7 +300,7 @@ def report_content(
         bands=subgroups(demographics(dataset)).iloc[predictions.rows],
         noun=dataset.noun,
         flow=dataset.flow,
-        split=split_table(dataset.labels, dataset.groups, data.split),
+        split=part_table(dataset.labels, dataset.groups, data.split),
         table_one=table_one(dataset, data.split),
         history=None if few else progress.history or None,
         reports=config["metrics"].get("reports"),

@@ -30,8 +30,8 @@ from medgemma_clinical.evaluation.simple_models import (
     Regression,
     Trees,
     Words,
-    plain,
     read_names,
+    to_plain,
     word_table,
 )
 
@@ -121,8 +121,8 @@ class Baselines:
 
     def to_json(self) -> str:
         """Return the text of the file, in which each number is exact."""
-        models = {name: plain(model) for name, model in self.models.items()}
-        words = self.words and plain(self.words)
+        models = {name: to_plain(model) for name, model in self.models.items()}
+        words = self.words and to_plain(self.words)
         return json.dumps({**vars(self), "models": models, "words": words}) + "\n"
 
     @property
@@ -150,7 +150,7 @@ def fit_baselines(
 ) -> Baselines:
     """Fit the baselines on some rows; ``static`` names the features that these rows can teach."""
     labels, inputs = dataset.labels[train], dict(dataset.baseline_inputs())
-    folds = draw_folds(labels, dataset.groups[train])
+    folds = tuning_folds(labels, dataset.groups[train])
     endings, statics = [""], dataset.static_table(static)
     if static:
         endings.append(WITH_STATICS)
@@ -189,7 +189,7 @@ def _fit(model: Any, values: Any, labels: Array) -> Any:
     return getattr(model, "best_estimator_", model)
 
 
-def draw_folds(labels: Array, groups: NDArray[Any]) -> Folds:
+def tuning_folds(labels: Array, groups: NDArray[Any]) -> Folds:
     """Return folds of the training part, no patient on both sides; none with few patients."""
     if minority_patients(labels, groups) < MIN_TUNED:
         return []

@@ -32,7 +32,7 @@ MAX_HOURS = 96
 WIDTHS = 11.5, 3.9
 """Inches of the figure on a screen, and on a phone."""
 
-RISK_HEIGHT, MARGIN = 1.4, 0.4
+RISK_HEIGHT, FIGURE_MARGIN = 1.4, 0.4
 """Inches of the risk's panel, and of the labels of time."""
 
 NAME: dict[str, Any] = {"loc": "left", "fontsize": "medium", "pad": 3}
@@ -129,7 +129,7 @@ def plot_patient(row: Explanation, outcome: str, threshold: float, width: float 
     measured = np.flatnonzero(~np.isnan(row.values).all(axis=0)).tolist()
     height = float(np.clip(ALL_SERIES / len(measured), *SERIES_HEIGHTS))
     heights = [height] * len(measured) + [RISK_HEIGHT]
-    figure, panels = plots.new_figure(heights, (width, sum(heights) + MARGIN))
+    figure, panels = plots.new_figure(heights, (width, sum(heights) + FIGURE_MARGIN))
     words = [_plot_series(axes, row, f) for f, axes in zip(measured, panels, strict=False)]
     unit, length = row.time_unit
     axes, hours, risks = panels[-1], row.hours / length, 100 * row.risks
@@ -147,7 +147,7 @@ def plot_patient(row: Explanation, outcome: str, threshold: float, width: float 
     )
 
 
-def plot_risks(curves: pd.DataFrame, outcome: str, threshold: float) -> Figure:
+def plot_risk_curves(curves: pd.DataFrame, outcome: str, threshold: float) -> Figure:
     """Draw the risk of rows over time, a line for each id; columns id, hours, probability."""
     figure, (axes,) = plots.new_figure(size=(8, 5))
     lines = curves.groupby("id", sort=False)

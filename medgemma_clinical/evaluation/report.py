@@ -93,7 +93,7 @@ class ReportContent:
     noun: str = "patients"  # what the rows are
     chosen_on: str = "the validation part"  # rows that chose threshold and recalibration
     flow: pd.DataFrame | None = None  # columns rule, removed, left
-    split: pd.DataFrame | None = None  # a ``split_table``
+    split: pd.DataFrame | None = None  # a ``part_table``
     table_one: pd.DataFrame | None = None  # a ``table_one``
     history: Sequence[Mapping[str, Any]] | None = None  # as in history.jsonl
     reports: Mapping[str, Any] | None = None  # metrics of ``score_reports``

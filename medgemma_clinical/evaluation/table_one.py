@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from medgemma_clinical.data.dka import STATIC
 from medgemma_clinical.data.small_cells import count_text
 from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.evaluation.tables import PARTS
+from medgemma_clinical.evaluation.tables import PART_NAMES
 from medgemma_clinical.evaluation.verdicts import NO_VALUE, percent
 
 ALL, OUTCOMES = "all", ("with the event", "without the event")
@@ -26,7 +26,7 @@ def table_one(dataset: TrajectoryDataset, split: Mapping[str, NDArray[np.int64]]
     binary.iloc[len(dataset.static_names) :] = False  # series are numbers
     groups = {ALL: np.arange(len(dataset))}
     groups |= {name: np.flatnonzero(dataset.labels == 1 - k) for k, name in enumerate(OUTCOMES)}
-    groups |= {PARTS.get(part, part): rows for part, rows in split.items()}
+    groups |= {PART_NAMES.get(part, part): rows for part, rows in split.items()}
     found = []
     for group, rows in groups.items():
         own, patients = table.iloc[rows], len(np.unique(dataset.groups[rows]))

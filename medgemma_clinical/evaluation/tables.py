@@ -60,7 +60,7 @@ CASE_MIX = {
 }
 METRIC_COLUMNS = ["Metric", "Value [95 %]", "Meaning"]
 MINUS = "Minus reference [95 %]"
-PARTS = {"train": "training", "val": "validation", "test": "test"}
+PART_NAMES = {"train": "training", "val": "validation", "test": "test"}
 
 
 def model_cells(metrics: Metrics, cost: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -150,12 +150,12 @@ def count_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
     return named.loc[:, ~named.columns.duplicated()]
 
 
-def split_table(
+def part_table(
     labels: NDArray[Any], groups: NDArray[Any], split: Mapping[str, NDArray[Any]]
 ) -> pd.DataFrame:
     """Return part, rows, patients, events and minority_patients of each part, as numbers."""
     lines = [
-        {"part": PARTS.get(part, part), **count(labels[rows], groups[rows])}
+        {"part": PART_NAMES.get(part, part), **count(labels[rows], groups[rows])}
         for part, rows in split.items()
     ]
     return pd.DataFrame(lines).rename(columns={"n": "rows"})

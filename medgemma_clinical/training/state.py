@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 AVERAGE_DECAY = 0.998
 """The weights that are evaluated and kept are an exponential average over about 500 steps."""
 
-TOLERANCE = 0.01
+LOSS_TOLERANCE = 0.01
 """A validation loss so little above the lowest is as good: in a part of fifty events the difference
 is noise, and a model that has learned longer is better where the loss stays level. The rule is the
 script's ``keep_best``; ``describe_selection`` says it in words."""
@@ -131,7 +131,7 @@ class Progress:
 
 def describe_selection(members: int) -> str:
     """Return which epoch's weights a training of one or several members keeps, in words."""
-    steps, within = round(1 / (1 - AVERAGE_DECAY)), f"{100 * TOLERANCE:g} %"
+    steps, within = round(1 / (1 - AVERAGE_DECAY)), f"{100 * LOSS_TOLERANCE:g} %"
     return (
         f"the latest epoch{' of each member' if members > 1 else ''} whose validation loss is "
         f"within {within} of the lowest; the weights are an exponential average over about {steps} "
