@@ -147,7 +147,7 @@ def build_parser() -> Parser:
     add("--seeds", "repeat with N seeds and pool the results", "ablation", **options)
     add, switch = flags.adders(group, "stage1 llm text cross_validate")
     options = {"type": number(int, 2, 20), "metavar": "K"}
-    add("--folds", "judge every patient, by K models", "folds free", **options)
+    add("--folds", "K-fold cross-validation, each patient predicted once", "folds free", **options)
     options = {"metavar": "COLUMN"}
     add("--leave_out", "DKA: hold out each site of a column in turn", "leave_out free", **options)
     needs = "--folds or --leave_out"
@@ -559,7 +559,7 @@ def fit(
         if keep_best(state, losses, stage.patience):
             save_best(stage, state, folder)
         exhausted = epoch - max(progress.lowest_epochs) >= stage.patience
-        state.lap()
+        state.add_elapsed()
         run_log.record_epoch(stage, progress, found, folder, track, exhausted=exhausted)
         progress.over = exhausted or epoch == (stage.last_epoch or stage.epochs)
         progress.next_epoch()
@@ -662,7 +662,7 @@ def save_best(stage: Stage, state: TrainState, folder: Path | None) -> None:
 def save_state(stage: Stage, state: TrainState) -> None:
     """Keep the state of training; each process brings its share, the first one writes."""
     if state.store is not None:
-        state.lap()
+        state.add_elapsed()
         content = training_state(stage, state)
         if distributed.processes().is_main_process:
             state.store.save(content)
@@ -759,7 +759,7 @@ def dry_run(stage: Stage, seed: int) -> None:
     for k in (0, 1):  # each process takes its share of them
         rows = longest[k::2][batches.process :: batches.n_processes]
         step(state, *backward(stage, state, rows))
-    state.lap()
+    state.add_elapsed()
     run_log.log_dry_run(stage, state.progress, longest)
 
 

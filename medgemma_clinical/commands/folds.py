@@ -1,4 +1,4 @@
-"""Train a model for each fold, judge every patient once, train on all: ``--folds``, ``--final``."""
+"""K-fold cross-validation, then a model of all patients: ``--folds``, ``--final``."""
 
 from __future__ import annotations
 
@@ -300,10 +300,10 @@ def folds_sentence(metrics: Metrics, folds: int) -> str:
     """Return how the metrics of the folds were made, in a sentence, and how the folds differ."""
     auroc = metrics.row(metrics.models[0], "auroc")
     return (
-        f"Each of these patients was judged once, by the one of {folds} models that did not learn "
-        "from them: AUROC, AUPRC, accuracy, Brier score, Brier skill and log loss are means over "
-        f"the {folds} folds (AUROC {auroc['min']:.3f} to {auroc['max']:.3f}), all else is of all "
-        "rows."
+        f"Each of these patients was predicted once, by the one of {folds} models that did not "
+        "learn from them: AUROC, AUPRC, accuracy, Brier score, Brier skill and log loss are means "
+        f"over the {folds} folds (AUROC {auroc['min']:.3f} to {auroc['max']:.3f}), all else is of "
+        "all rows."
     )
 
 
@@ -324,11 +324,11 @@ def fold_report_content(
     epoch, members = config["metrics"]["selected_epoch"], config["members"]
     kept = describe_selection(members if config["stage"] == "trajectory" else 1)
     best_epoch = f"{epoch}, the median of the folds, after which --final ends; each keeps {kept}"
-    judged = np.isin(np.arange(len(rows)), positions)
-    if not judged.all():
+    predicted = np.isin(np.arange(len(rows)), positions)
+    if not predicted.all():
         rule = "without a value of a series that their fold reads"
         rule = f"of sites that only train, or {rule}" if args.leave_out else rule
-        rows = rows.keep_rows(judged, rule)
+        rows = rows.keep_rows(predicted, rule)
     return ReportContent(
         title=f"{STAGE_NAMES[config['stage']].capitalize()}, {kind}: {rows.outcome}",
         question=rows.task_description(),

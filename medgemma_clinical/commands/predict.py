@@ -1,4 +1,4 @@
-"""Score new rows with a trained model, and judge it where they have labels: ``--predict``."""
+"""Score new rows with a trained model, and evaluate it where they have labels: ``--predict``."""
 
 from __future__ import annotations
 
@@ -240,32 +240,32 @@ def report_labelled(
     has_ids: bool,
 ) -> tuple[pd.DataFrame, Updates | None]:
     """Evaluate labelled rows without the training data, whose hashes are ``known``; return them."""
-    people, config = pd.concat(tally.labelled, ignore_index=True), model.config
-    if people.empty:
-        return people, None
-    noun = "patients" if people["patient"].is_unique else dataset.row_noun
-    hashes = people["patient"].to_numpy(), np.stack(people["rows"].tolist())
+    labelled, config = pd.concat(tally.labelled, ignore_index=True), model.config
+    if labelled.empty:
+        return labelled, None
+    noun = "patients" if labelled["patient"].is_unique else dataset.row_noun
+    hashes = labelled["patient"].to_numpy(), np.stack(labelled["rows"].tolist())
     in_training = rows_in_training(*hashes, known, has_ids=has_ids and dataset.has_patient_ids)
-    new = people[~in_training].reset_index(drop=True)
+    new = labelled[~in_training].reset_index(drop=True)
     updated, of_folds = config.get("updated", {}), "folds" in config.get("metrics", {})
     chosen_on = "the out-of-fold rows of its folds" if of_folds else "its own validation part"
 
-    def said(min_cell: int) -> str:
+    def overlap_note(min_cell: int) -> str:
         if not len(known) or not updated.get("complete", True):
             return (
                 f"The checkpoint does not hold its training data: if these {noun} are in them, "
                 "the metrics are optimistic."
             )
-        found = count_text(len(people) - len(new), min_cell).capitalize()
-        text = f"{found} {noun} are in the training data and left out of the metrics."
+        overlap = count_text(len(labelled) - len(new), min_cell).capitalize()
+        text = f"{overlap} {noun} are in the training data and left out of the metrics."
         chose = "Others of these data may have chosen the epoch: the metrics may be optimistic."
-        return f"{text} {chose}" if len(new) < len(people) and not of_folds else text
+        return f"{text} {chose}" if len(new) < len(labelled) and not of_folds else text
 
     if new["label"].nunique() < 2:
         left = (
             "of those that are left all have, or all lack, the event" if len(new) else "none left"
         )
-        logger.info("%s No metrics: %s.", said(0), left)
+        logger.info("%s No metrics: %s.", overlap_note(0), left)
         return new, None
     name, source = next(iter(tally.models)), Path(dataset.source).name
     patients = new["patient"].astype(str)
@@ -276,8 +276,8 @@ def report_labelled(
     metrics = evaluate(rows, request.seed, tally.threshold, primary=primary)
     flow = [
         ("without a score", tally.rows - tally.scored, tally.scored),
-        ("without a label", tally.scored - len(people), len(people)),
-        ("in the training data", len(people) - len(new), len(new)),
+        ("without a label", tally.scored - len(labelled), len(labelled)),
+        ("in the training data", len(labelled) - len(new), len(new)),
     ]
     shared = shareable(config, request.min_cell)
     here = case_mix(new)
@@ -309,12 +309,14 @@ def report_labelled(
         updates=updates,
         tries_updates=True,
         notice=built_in_notice(config),
-        first=[each for each in (said(request.min_cell), weight_0_sentence(shared)) if each],
+        first=[
+            each for each in (overlap_note(request.min_cell), weight_0_sentence(shared)) if each
+        ],
     )
     path = report_path(request.predictions)
     write_report(path, rows, metrics, content, min_cell=request.min_cell)
     lines = "\n".join(map(str, sentences(metrics, noun)))
-    logger.info("\n%s\n%s\nreport: %s", said(0), lines, path)
+    logger.info("\n%s\n%s\nreport: %s", overlap_note(0), lines, path)
     return new, updates
 
 

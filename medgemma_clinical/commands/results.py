@@ -114,11 +114,11 @@ def write_results(
     lines: list[dict[str, Any]] = []
     example = None
     if texts is not None:
-        dataset, judged = data.dataset, predictions["test"]
-        lines, content["reports"] = score_reports(dataset, texts, judged, args.seed)
+        dataset, tested = data.dataset, predictions["test"]
+        lines, content["reports"] = score_reports(dataset, texts, tested, args.seed)
         if args.show_values and stage.text:
-            first = int(judged.labels.argmax())  # with the event
-            prompt = dataset.prompt(int(judged.rows[first]), stage.text.options)
+            first = int(tested.labels.argmax())  # with the event
+            prompt = dataset.prompt(int(tested.rows[first]), stage.text.options)
             example = {**lines[first], "prompt": prompt}
     config["metrics"] = content
     config["models"] = {name: asdict(rule) for name, rule in rules.items()}
@@ -242,7 +242,7 @@ def log_results(metrics: dict[str, Metrics], written: dict[str, Any] | None, nou
     if sentence := written_sentence(written):
         logger.info("%s", sentence)
     if (events := test.counts["events"]) < MIN_EVENTS:
-        logger.info("%d events in the test part: --folds 5 judges every patient", events)
+        logger.info("%d events in the test part: --folds 5 predicts every patient once", events)
 
 
 def metrics_for_tracker(config: Config) -> dict[str, float]:

@@ -257,8 +257,8 @@ def implausible_series(dataset: TrajectoryDataset) -> list[str]:
         outside = int(((values < low) | (values > high)).sum())
         measured = int((~np.isnan(values)).sum())
         if outside:
-            most = outside >= MAX_IMPLAUSIBLE * measured
-            advice = "most of them: convert the unit" if most else "is the unit right?"
+            is_majority = outside >= MAX_IMPLAUSIBLE * measured
+            advice = "most of them: convert the unit" if is_majority else "is the unit right?"
             found.append(
                 f"{name}: {outside:,} of {measured:,} values lie outside {low:g} to {high:g}"
                 f"{with_space(unit)}: {advice}"

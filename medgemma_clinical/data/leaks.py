@@ -70,12 +70,12 @@ def _leaking_words(
     if minority_patients(labels, patients) < MIN_MINORITY:
         return []
     words = pd.Series(contexts).str.lower().str.findall(r"[^\W\d_]{2,}").explode().dropna()
-    held = words.reset_index().drop_duplicates().set_axis(["row", "word"], axis=1)
-    held["event"] = labels[held["row"]]
-    counts = held.groupby("word")["event"].agg(["sum", "size"])
+    word_rows = words.reset_index().drop_duplicates().set_axis(["row", "word"], axis=1)
+    word_rows["event"] = labels[word_rows["row"]]
+    counts = word_rows.groupby("word")["event"].agg(["sum", "size"])
     sensitivity = counts["sum"] / labels.sum()
-    others = (counts["size"] - counts["sum"]) / (1 - labels).sum()
-    auroc = 0.5 + (sensitivity - others).abs() / 2
+    false_positives = (counts["size"] - counts["sum"]) / (1 - labels).sum()
+    auroc = 0.5 + (sensitivity - false_positives).abs() / 2
     return [
         f"clinical_context: the word {word!r} alone ranks the training rows by their label (AUROC "
         f"{value:.3f}): is it known at the prediction time?"

@@ -246,22 +246,22 @@ def subgroup_table(rows: pd.DataFrame, model: str, bands: pd.DataFrame, seed: in
     """Return counts, AUROC and calibration of each category in ``bands`` (n rows)."""
     labels, risk, patients = _arrays(rows, model)
     lines: list[dict[str, Any]] = []
-    judged = {}  # rows by line
+    scored = {}  # rows by line
     for group, column in bands.items():
         for level in column.cat.categories:
-            own = np.flatnonzero(column.to_numpy() == level)
-            if len(own):
-                counts = count(labels[own], patients[own])
+            members = np.flatnonzero(column.to_numpy() == level)
+            if len(members):
+                counts = count(labels[members], patients[members])
                 if counts["minority_patients"] >= MINORITY_PATIENTS:
-                    judged[len(lines)] = own
+                    scored[len(lines)] = members
                 # The observed and the predicted share of events.
-                mean = {"prevalence": labels[own].mean(), "risk": risk[own].mean()}
+                mean = {"prevalence": labels[members].mean(), "risk": risk[members].mean()}
                 lines.append({"group": str(group), "level": str(level), **counts, **mean})
 
     def statistic(weights: Array) -> dict[Any, Array]:
         values: dict[Any, Array] = {}
-        for k, own in judged.items():
-            part = labels[own], risk[own], weights[:, own]
+        for k, members in scored.items():
+            part = labels[members], risk[members], weights[:, members]
             values[k, "auroc"] = metrics(*part)["auroc"]
             values[k, "slope"] = calibration(*part)["calibration_slope"]
             with np.errstate(invalid="ignore"):  # observed by expected events
@@ -269,7 +269,7 @@ def subgroup_table(rows: pd.DataFrame, model: str, bands: pd.DataFrame, seed: in
         return values
 
     table = pd.DataFrame(lines)
-    known = with_interval(*bootstrap(labels, patients, seed, statistic)) if judged else None
+    known = with_interval(*bootstrap(labels, patients, seed, statistic)) if scored else None
     for name in ("auroc", "oe", "slope"):
         columns = [name, f"{name}_low", f"{name}_high"]
         table[columns] = np.nan if known is None else known.xs(name, level=1).reindex(table.index)

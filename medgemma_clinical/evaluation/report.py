@@ -89,7 +89,7 @@ class ReportContent:
     card: Mapping[str, str]  # about the model; hashes and versions stand last
     threshold: float | None  # None: each fold's own
     seed: int  # of the bootstrap
-    bands: pd.DataFrame  # subgroups of the judged rows: ordered categories, a column a grouping
+    bands: pd.DataFrame  # subgroups of the evaluated rows: ordered categories, a column a grouping
     noun: str = "patients"  # what the rows are
     chosen_on: str = "the validation part"  # rows that chose threshold and recalibration
     flow: pd.DataFrame | None = None  # columns rule, removed, left
@@ -106,7 +106,7 @@ class ReportContent:
     methods: Mapping[str, str] | None = None  # what ``tripod.md`` says of the training
     notice: str = ""  # a banner
     first: Sequence[str] = ()  # sentences that the result begins with
-    folds: int = 0  # models whose risks of their own folds are judged together; 0: one model
+    folds: int = 0  # models whose risks of their own folds are evaluated together; 0: one model
 
 
 def render(name: str, **content: Any) -> str:

@@ -73,7 +73,7 @@ def model_card(
         "config": shared,
         "model": describe_model(shared),
         "repo_id": repo_id,
-        "place": json.dumps(repo_id or "FOLDER"),
+        "source": json.dumps(repo_id or "FOLDER"),
         "series": [f"{name} ({units[name]})" if units[name] else name for name in series],
         "texts": {"limits": MODEL_LIMITS, "not_a_device": NOT_A_DEVICE, "licence": licence(config)},
         **{"code": code, "names": names, "number": count_text, "interval": json_text},

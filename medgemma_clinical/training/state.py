@@ -153,7 +153,7 @@ class TrainState:
     progress: Progress = field(default_factory=Progress)
     best: list[Tensor] = field(default_factory=list)  # averages of each member's best epoch
     store: StateStore | None = None
-    watched: float = field(default_factory=time.perf_counter)  # when ``lap`` was called last
+    last_tick: float = field(default_factory=time.perf_counter)  # of ``add_elapsed``
 
     def by_member(self) -> list[list[nn.Parameter]]:
         """Return the parameters of each member that have a gradient, of those that still learn."""
@@ -171,11 +171,11 @@ class TrainState:
         epoch = self.progress.epoch + 1
         return [epoch - lowest <= patience for lowest in self.progress.lowest_epochs]
 
-    def lap(self) -> None:
+    def add_elapsed(self) -> None:
         """Add the seconds since the last call to those of the epoch."""
         now = time.perf_counter()
-        self.progress.seconds += now - self.watched
-        self.watched = now
+        self.progress.seconds += now - self.last_tick
+        self.last_tick = now
 
     @torch.no_grad()
     def set_weights(self, values: Iterable[Tensor]) -> None:
