@@ -123,9 +123,9 @@ def cost_of(folder: Path) -> dict[str, float | None]:
     """Return a stage's cost, empty where unknown: median of epochs, mean of patients, peak."""
     try:
         seconds = pd.read_json(folder / "history.jsonl", lines=True)["seconds"].median()
-        known = (read_run(folder) or {})["cost"]
+        stored = (read_run(folder) or {})["cost"]
         weight = read_json(folder / "metrics.json").get("residual_weight")
-        cost = {"seconds_an_epoch": seconds, **known, "residual_weight": weight}
+        cost = {"seconds_an_epoch": seconds, **stored, "residual_weight": weight}
         return {name: None if x is None else float(x) for name, x in cost.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

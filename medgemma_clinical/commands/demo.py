@@ -41,20 +41,20 @@ def run_demo(args: Namespace, train: Callable[[Namespace], int]) -> int:
         stages[mode] = {"mode": mode, **LANGUAGE_MODEL, **encoder}
     for name, stage in stages.items():
         flags = {**stage, **shared, **SETTINGS}
-        shown = (f"--{k}" if value is True else f"--{k} {value}" for k, value in flags.items())
-        logger.info("\n$ %s %s", program, " ".join(shown))
+        words = (f"--{k}" if value is True else f"--{k} {value}" for k, value in flags.items())
+        logger.info("\n$ %s %s", program, " ".join(words))
         small = {"model_name": DEMO, "quantization": "none"}  # it is never quantised
-        own = {**vars(args), **small, "demo": False, **flags}
+        settings = {**vars(args), **small, "demo": False, **flags}
         with quiet_console():
-            code = train(Namespace(**own))
+            code = train(Namespace(**settings))
         if code:
             return code
         folder = args.output_dir / name
-        found = read_json(folder / "metrics.json")
-        unused = found.get("residual_weight") == 0
+        metrics = read_json(folder / "metrics.json")
+        unused = metrics.get("residual_weight") == 0
         whose = ", stage 1's: the language model has weight 0" if unused else ""
         logger.info("AUROC on the test part: %s%s", auroc_of(folder, "test"), whose)
-        if sentence := written_sentence(found.get("reports")):
+        if sentence := written_sentence(metrics.get("reports")):
             logger.info("%s", sentence)
     pages = [args.output_dir / stage / "report.html" for stage in stages]
     logger.info("\nPages to open:\n%s", "\n".join(f"  {page}" for page in pages))

@@ -235,23 +235,25 @@ def report_labelled(
     model: TrajectoryModel,
     dataset: TrajectoryDataset,
     request: Namespace,
-    known: NDArray[np.int64],
+    training_hashes: NDArray[np.int64],
     *,
     has_ids: bool,
 ) -> tuple[pd.DataFrame, Updates | None]:
-    """Evaluate labelled rows without the training data, whose hashes are ``known``; return them."""
+    """Evaluate labelled rows that are not in the training data; return them."""
     labelled, config = pd.concat(tally.labelled, ignore_index=True), model.config
     if labelled.empty:
         return labelled, None
     noun = "patients" if labelled["patient"].is_unique else dataset.row_noun
     hashes = labelled["patient"].to_numpy(), np.stack(labelled["rows"].tolist())
-    in_training = rows_in_training(*hashes, known, has_ids=has_ids and dataset.has_patient_ids)
+    in_training = rows_in_training(
+        *hashes, training_hashes, has_ids=has_ids and dataset.has_patient_ids
+    )
     new = labelled[~in_training].reset_index(drop=True)
     updated, of_folds = config.get("updated", {}), "folds" in config.get("metrics", {})
     chosen_on = "the out-of-fold rows of its folds" if of_folds else "its own validation part"
 
     def overlap_note(min_cell: int) -> str:
-        if not len(known) or not updated.get("complete", True):
+        if not len(training_hashes) or not updated.get("complete", True):
             return (
                 f"The checkpoint does not hold its training data: if these {noun} are in them, "
                 "the metrics are optimistic."

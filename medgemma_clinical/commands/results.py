@@ -107,7 +107,7 @@ def write_results(
         "selected_epoch": progress.best_epoch,
         "threshold": threshold,
         "calibration": calibration,
-        **{SCORED[part]: each.to_json() for part, each in metrics.items()},
+        **{SCORED[part]: part_metrics.to_json() for part, part_metrics in metrics.items()},
     }
     if "residual_weight" in decided:
         content["residual_weight"] = decided["residual_weight"]
@@ -186,15 +186,17 @@ def prediction_tables(
     Columns: id, label, patient, then the risks of the model, stage 1, baselines and ensemble.
     """
     name, dataset, val = STAGE_NAMES[stage.name], data.dataset, predictions["val"]
-    known = {part: baselines.risks(dataset, each.rows) for part, each in predictions.items()}
-    rules = fit_rules(val.labels, name, val.probability, known["val"], calibrate)
+    baseline_risks = {
+        part: baselines.risks(dataset, scored.rows) for part, scored in predictions.items()
+    }
+    rules = fit_rules(val.labels, name, val.probability, baseline_risks["val"], calibrate)
     tables = {}
-    for part, each in predictions.items():
-        risks = model_risks(name, each.probability, known[part], rules)
-        table = {"id": dataset.ids[each.rows], "label": each.labels.astype(int)}
-        table |= {"patient": dataset.groups[each.rows], name: risks.pop(name)}
+    for part, scored in predictions.items():
+        risks = model_risks(name, scored.probability, baseline_risks[part], rules)
+        table = {"id": dataset.ids[scored.rows], "label": scored.labels.astype(int)}
+        table |= {"patient": dataset.groups[scored.rows], name: risks.pop(name)}
         if stage.stage1_risks is not None:
-            table[STAGE_NAMES["trajectory"]] = stage.stage1_risks[each.rows]
+            table[STAGE_NAMES["trajectory"]] = stage.stage1_risks[scored.rows]
         tables[part] = pd.DataFrame(table | risks)
     return tables, rules
 

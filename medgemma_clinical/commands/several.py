@@ -151,12 +151,12 @@ def run_ablation(
     if unknown := sorted(set(names or ()) - set(VARIANTS)):
         raise InputError(f"--arms {', '.join(unknown)}: choose from {', '.join(VARIANTS)}")
     # Others build on stage 1, and its baselines are compared.
-    chosen = {STAGE_1_VARIANT, reference, *(VARIANTS if names is None else names)}
+    wanted = {STAGE_1_VARIANT, reference, *(VARIANTS if names is None else names)}
     folders = {}
-    for name in [name for name in VARIANTS if name in chosen]:
-        own = variant_arguments(name, args)
-        folders[name] = stage_folder(own)
-        if code := run_or_continue(f"{seed_title}{name}", own, dataset, train):
+    for name in [name for name in VARIANTS if name in wanted]:
+        variant_args = variant_arguments(name, args)
+        folders[name] = stage_folder(variant_args)
+        if code := run_or_continue(f"{seed_title}{name}", variant_args, dataset, train):
             return code
         if name == STAGE_1_VARIANT:
             check_reference(reference, folders[name])
@@ -178,12 +178,12 @@ def check_reference(name: str, stage_1: Path) -> None:
 
 def variant_arguments(name: str, args: Namespace) -> Namespace:
     """Return the arguments of a variant."""
-    own: dict[str, Any] = {"mode": "classification", **VARIANTS[name]}
+    changes: dict[str, Any] = {"mode": "classification", **VARIANTS[name]}
     if name != STAGE_1_VARIANT:  # it lies in the output folder itself, where others find it
-        own["output_dir"] = args.output_dir / "ablation" / re.sub(r"\W+", "_", name)
-    if "ode_checkpoint" in own:
-        own["ode_checkpoint"] = args.output_dir / own["ode_checkpoint"]
-    return Namespace(**{**vars(args), "ablation": False, **own})
+        changes["output_dir"] = args.output_dir / "ablation" / re.sub(r"\W+", "_", name)
+    if "ode_checkpoint" in changes:
+        changes["ode_checkpoint"] = args.output_dir / changes["ode_checkpoint"]
+    return Namespace(**{**vars(args), "ablation": False, **changes})
 
 
 def compare_variants(
@@ -243,8 +243,8 @@ def run_seeds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], t
 
 def seed_arguments(seed: int, args: Namespace) -> Namespace:
     """Return the arguments of one seed's run: its number, its folder, ``{seed}`` filled in."""
-    own = {"seed": seed, "seeds": None, "output_dir": args.output_dir / f"seed_{seed}"}
-    return Namespace(**{**vars(args), **filled(args, SEED, seed), **own})
+    changes = {"seed": seed, "seeds": None, "output_dir": args.output_dir / f"seed_{seed}"}
+    return Namespace(**{**vars(args), **filled(args, SEED, seed), **changes})
 
 
 def filled(args: Namespace, mark: str, number: int) -> dict[str, Any]:

@@ -105,18 +105,20 @@ class Baselines:
         """Return probabilities (n,) of baselines, then blends; NaN where the data lack columns."""
         table, risks = self._table(dataset).iloc[rows], {}
         for name, model in self.models.items():
-            known = {*model.columns} <= {*table.columns}
-            risks[name] = model.risks(table) if known else np.full(len(table), np.nan)
+            has_columns = {*model.columns} <= {*table.columns}
+            risks[name] = model.risks(table) if has_columns else np.full(len(table), np.nan)
         if self.words:
             risks[WORDS] = self.words.risks(dataset.contexts[rows])
         return risks | {name: blend(risks[a], risks[b]) for name, (a, b) in self.pairs.items()}
 
     def _table(self, dataset: TrajectoryDataset) -> pd.DataFrame:
         """Return all columns that baselines may read, N rows, whatever the stage reads."""
-        known = self.inputs["prediction_time"] and dataset.prediction_hours is not None
-        own = dataset.with_inputs((), prediction_time=known)
-        static = [name for name in self.inputs["static"] if name in own.static_names]
-        table = pd.concat([*own.baseline_inputs().values(), own.static_table(static)], axis=1)
+        reads_time = self.inputs["prediction_time"] and dataset.prediction_hours is not None
+        selected = dataset.with_inputs((), prediction_time=reads_time)
+        static = [name for name in self.inputs["static"] if name in selected.static_names]
+        table = pd.concat(
+            [*selected.baseline_inputs().values(), selected.static_table(static)], axis=1
+        )
         return table.loc[:, ~table.columns.duplicated()]
 
     def to_json(self) -> str:
@@ -135,8 +137,8 @@ class Baselines:
         """Check and return; see ``simple_models``."""
         content = json.loads(text)
         models: dict[str, Regression | Trees] = {
-            name: (Trees if "text" in each else Regression).from_json(each)
-            for name, each in content["models"].items()
+            name: (Trees if "text" in fitted else Regression).from_json(fitted)
+            for name, fitted in content["models"].items()
         }
         words = content["words"] and Words.from_json(content["words"])
         static, time = read_names(content["inputs"]["static"]), content["inputs"]["prediction_time"]
@@ -268,8 +270,8 @@ def model_risks(
 ) -> dict[str, Array]:
     """Return the probability (n,) of each model; ``rules`` recalibrate all but the stage."""
     risks = {stage: risk}
-    for name, each in baselines.items():
-        risks[name] = rules[name].probability(log_odds(each))
+    for name, baseline_risk in baselines.items():
+        risks[name] = rules[name].probability(log_odds(baseline_risk))
     if best := best_blend(baselines):
         risks[ENSEMBLE] = rules[ENSEMBLE].probability(log_odds(blend(risk, risks[best])))
     return risks
@@ -280,8 +282,8 @@ def fit_rules(
 ) -> dict[str, DecisionRule]:
     """Fit the decision rule of each model beside the stage, on the validation part."""
     rules = {
-        name: fit_decision_rule(labels, log_odds(each), calibrate)
-        for name, each in baselines.items()
+        name: fit_decision_rule(labels, log_odds(baseline_risk), calibrate)
+        for name, baseline_risk in baselines.items()
     }
     risks = model_risks(stage, risk, baselines, {**rules, ENSEMBLE: DecisionRule()})
     return {**rules, ENSEMBLE: fit_decision_rule(labels, log_odds(risks[ENSEMBLE]), calibrate)}

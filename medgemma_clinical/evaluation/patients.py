@@ -90,12 +90,12 @@ class Explanation:
 
     def effects(self) -> pd.DataFrame:
         """Return the change of the log-odds without each series, the largest first."""
-        known = {name: risk for name, risk in self.without.items() if risk is not None}
-        own = log_odds(self.probability)
-        change = {name: float(log_odds(risk) - own) for name, risk in known.items()}
+        risk_without = {name: risk for name, risk in self.without.items() if risk is not None}
+        odds = log_odds(self.probability)
+        change = {name: float(log_odds(risk) - odds) for name, risk in risk_without.items()}
         order = sorted(change, key=lambda name: -abs(change[name]))
-        rows = [(name, signed(change[name], 2), percent(known[name])) for name in order]
-        rows += [(name, NO_VALUE, NO_VALUE) for name in self.without if name not in known]
+        rows = [(name, signed(change[name], 2), percent(risk_without[name])) for name in order]
+        rows += [(name, NO_VALUE, NO_VALUE) for name in self.without if name not in risk_without]
         names = ["Series", "Change without it (log-odds)", "Risk without it"]
         return pd.DataFrame(rows, columns=names)
 
@@ -165,8 +165,8 @@ def plot_risk_curves(curves: pd.DataFrame, outcome: str, threshold: float) -> Fi
 
 def _plot_series(axes: Axes, row: Explanation, f: int) -> str:
     """Draw the values of a series above its reference range; return both in words."""
-    known = ~np.isnan(row.values[:, f])
-    times, values = row.times[known], row.values[known, f]
+    measured = ~np.isnan(row.values[:, f])
+    times, values = row.times[measured], row.values[measured, f]
     low, high = row.references[f] or (None, None)
     bottom, top = axis_limits(values, row.references[f], row.spreads[f])
     axes.set_ylim(bottom, top)

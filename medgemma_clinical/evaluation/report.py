@@ -220,18 +220,18 @@ def _model_parts(
 
 def _data_tables(content: ReportContent, min_cell: int, *, hide_events: bool) -> Tables:
     """Return tables of the data, small counts hidden."""
-    known = {}
+    tables_by_name = {}
     if (split := content.split) is not None:
         hide_events = hide_events or bool((split["minority_patients"] < min_cell).any())
-        known["split"] = suppress_table(split, min_cell).drop(columns="minority_patients")
+        tables_by_name["split"] = suppress_table(split, min_cell).drop(columns="minority_patients")
     if content.flow is not None:
-        known["flow"] = suppress_table(content.flow[["rule", "removed", "left"]], min_cell)
+        tables_by_name["flow"] = suppress_table(content.flow[["rule", "removed", "left"]], min_cell)
     if (table := content.table_one) is not None:
-        known["table_one"] = suppress_table_one(table, min_cell, hide_events=hide_events)
+        tables_by_name["table_one"] = suppress_table_one(table, min_cell, hide_events=hide_events)
     if content.case_mix is not None:
         mixes = [suppress_case_mix(m, min_cell, hide_events=hide_events) for m in content.case_mix]
-        known["case_mix"] = tables.case_mix_cells(*mixes)
-    return known
+        tables_by_name["case_mix"] = tables.case_mix_cells(*mixes)
+    return tables_by_name
 
 
 def _write_files(

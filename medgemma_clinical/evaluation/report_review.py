@@ -58,12 +58,12 @@ def review_report(dataset: TrajectoryDataset, i: int, text: str) -> ReportReview
 
 def known_numbers(dataset: TrajectoryDataset, i: int) -> set[str]:
     """Return the numbers of row ``i``: of its prompt, its series, and its true report."""
-    known = {*_stated_numbers(_mask_names(dataset, dataset.prompt(i)))}
+    numbers = {*_stated_numbers(_mask_names(dataset, dataset.prompt(i)))}
     for _, times, values in dataset.measured(i):
-        known.update(map(plain, [*values, *(times / dataset.report_hours)]))
+        numbers.update(map(plain, [*values, *(times / dataset.report_hours)]))
     for clause in dataset.report_clauses(i):
-        known.update(part.text for part in clause.parts if isinstance(part, Number))
-    return known
+        numbers.update(part.text for part in clause.parts if isinstance(part, Number))
+    return numbers
 
 
 def _right_parts(text: str, masked: str, clauses: list[Clause]) -> list[Number | Choice]:

@@ -37,7 +37,7 @@ def _array(values: Any, size: int) -> Array:
 
 def read_names(values: Any) -> list[str]:
     """Return different names."""
-    if not isinstance(values, list) or not all(isinstance(each, str) for each in values):
+    if not isinstance(values, list) or not all(isinstance(name, str) for name in values):
         raise TypeError("not a list of names")
     if len({*values}) < len(values):
         raise ValueError("the same name twice")
