@@ -205,14 +205,14 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         elif not lengths.any():
             raise InputError(f"{self.source}: no row holds a value of {', '.join(self.features)}")
         # An array's integers hold no more than its length, whatever max_len was given.
-        most = min(self.read_options["max_len"], len(row))
+        max_len = min(self.read_options["max_len"], len(row))
         if not is_whole:
-            longer = f"are longer than {most} observations: the most recent are kept"
-            findings.counts[longer] += int((lengths > most).sum())
-        elif (lengths > most).any():
+            longer = f"are longer than {max_len} observations: the most recent are kept"
+            findings.counts[longer] += int((lengths > max_len).sum())
+        elif (lengths > max_len).any():
             some = lengths > 0
-            findings.notes[checks.describe_cut(lengths[some], self.groups[some], most)] = None
-        self.keep_observations(np.arange(len(self.times)) >= self.offsets[1:][self.owner] - most)
+            findings.notes[checks.describe_cut(lengths[some], self.groups[some], max_len)] = None
+        self.keep_observations(np.arange(len(self.times)) >= self.offsets[1:][self.owner] - max_len)
         kept = lengths > 0
         if is_whole:
             findings.counts["without a value are left out"] += int((~kept).sum())

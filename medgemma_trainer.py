@@ -55,7 +55,6 @@ from dataset_format import HOURS, MIMICtrajectoryDataset
 from dte_encoder import DYNAMICS, SOLVERS, ClinicalODERNN
 from medgemma_clinical import distributed
 from medgemma_clinical.commands import (
-    announce,
     command_line,
     compare,
     flags,
@@ -63,6 +62,7 @@ from medgemma_clinical.commands import (
     python,
     results,
     run_folder,
+    run_log,
     several,
 )
 from medgemma_clinical.commands.classifier import TrajectoryClassifier
@@ -88,14 +88,19 @@ from medgemma_clinical.inference.trajectory_model import Program, TrajectoryMode
 from medgemma_clinical.models import checkpoints, language_model, text_batches, trained_model
 from medgemma_clinical.models.checkpoints import Config, TrajectoryCheckpoint, describe_data
 from medgemma_clinical.models.text_batches import TextCollator
-from medgemma_clinical.models.trajectory import Stage1, TrajectoryCollator, TrajectoryHead, log_odds
+from medgemma_clinical.models.trajectory import (
+    Stage1,
+    TrajectoryCollator,
+    TrajectoryHead,
+    prior_log_odds,
+)
 from medgemma_clinical.models.trajectory_llm import LLMClassifier, LLMWriter, SoftPrompt
 from medgemma_clinical.training import memory
-from medgemma_clinical.training.evaluate import evaluate
+from medgemma_clinical.training.evaluate import score_batches
 from medgemma_clinical.training.loaders import part_batches
 from medgemma_clinical.training.signals import SIGNALS, Stopped
 from medgemma_clinical.training.stage import Stage
-from medgemma_clinical.training.state import TOLERANCE, TrainState, WeightAverage
+from medgemma_clinical.training.state import LOSS_TOLERANCE, TrainState, WeightAverage
 from medgemma_clinical.training.trackers import TRACKERS, Track
 from srtr_dataset import ORGANS, SRTRTrajectoryDataset
 
@@ -142,7 +147,7 @@ def build_parser() -> Parser:
     add("--seeds", "repeat with N seeds and pool the results", "ablation", **options)
     add, switch = flags.adders(group, "stage1 llm text cross_validate")
     options = {"type": number(int, 2, 20), "metavar": "K"}
-    add("--folds", "judge every patient, by K models", "folds free", **options)
+    add("--folds", "K-fold cross-validation, each patient predicted once", "folds free", **options)
     options = {"metavar": "COLUMN"}
     add("--leave_out", "DKA: hold out each site of a column in turn", "leave_out free", **options)
     needs = "--folds or --leave_out"
@@ -462,7 +467,7 @@ def llm_stage(
     if writes:
         config["report_tokens"] = text.report_tokens()
     elif isinstance(model, LLMClassifier) and not model.adds_stage1:
-        nn.init.constant_(model.head.bias, log_odds(data.prevalence()))
+        nn.init.constant_(model.head.bias, prior_log_odds(data.prevalence()))
     rates = {"projection": args.projection_lr, "llm": args.adapter_lr}
     rates |= {"stage1": args.encoder_lr, "head": args.head_lr}
     words = text.lengths()  # batches by these alone: soft tokens tell the number of observations
@@ -541,7 +546,7 @@ def fit(
                 loss, terms = backward(stage, state, rows)
                 stop = step(state, loss, terms)
                 if (epoch, number) == (1, 1):  # the first step warms up
-                    announce.log_epoch_time(stage, time.perf_counter() - begun, rows)
+                    run_log.log_epoch_time(stage, time.perf_counter() - begun, rows)
                 if stop or (save_every and progress.steps % save_every == 0):
                     save_state(stage, state)
                 if stop:
@@ -554,8 +559,8 @@ def fit(
         if keep_best(state, losses, stage.patience):
             save_best(stage, state, folder)
         exhausted = epoch - max(progress.lowest_epochs) >= stage.patience
-        state.lap()
-        announce.record_epoch(stage, progress, found, folder, track, exhausted=exhausted)
+        state.add_elapsed()
+        run_log.record_epoch(stage, progress, found, folder, track, exhausted=exhausted)
         progress.over = exhausted or epoch == (stage.last_epoch or stage.epochs)
         progress.next_epoch()
         if progress.over:
@@ -609,7 +614,7 @@ def score(stage: Stage, part: str) -> Predictions:
     batches = stage.batches[part]
     bar = distributed.show_progress(batches, f"{stage.name}: {results.SCORED[part]}", len(batches))
     passes = (rows for batch in bar for rows in stage.passes(batch, len(batch)))
-    return evaluate(stage.model, passes, stage.collate)
+    return score_batches(stage.model, passes, stage.collate)
 
 
 def validate(stage: Stage, state: TrainState) -> Predictions:
@@ -623,8 +628,9 @@ def validate(stage: Stage, state: TrainState) -> Predictions:
 def keep_best(state: TrainState, losses: Sequence[float], patience: int) -> bool:
     """Early stopping: keep the averaged weights of each member for which this epoch is the best.
 
-    That is the latest epoch whose validation loss is within ``TOLERANCE`` of the member's lowest. A
-    member whose patience has ended stays as it was: it waits for no other. Return whether any kept.
+    That is the latest epoch whose validation loss is within ``LOSS_TOLERANCE`` of the member's
+    lowest. A member whose patience has ended stays as it was: it waits for no other. Return
+    whether any kept.
     """
     progress, epoch = state.progress, state.progress.epoch + 1
     if epoch == 1:
@@ -635,7 +641,7 @@ def keep_best(state: TrainState, losses: Sequence[float], patience: int) -> bool
             continue
         if loss < progress.lowest[member]:
             progress.lowest[member], progress.lowest_epochs[member] = loss, epoch
-        if loss <= progress.lowest[member] * (1 + TOLERANCE):
+        if loss <= progress.lowest[member] * (1 + LOSS_TOLERANCE):
             progress.best_epochs[member] = epoch
     kept = zip(state.members, state.best or state.parameters, state.average.weights, strict=True)
     best = progress.best_epochs
@@ -656,7 +662,7 @@ def save_best(stage: Stage, state: TrainState, folder: Path | None) -> None:
 def save_state(stage: Stage, state: TrainState) -> None:
     """Keep the state of training; each process brings its share, the first one writes."""
     if state.store is not None:
-        state.lap()
+        state.add_elapsed()
         content = training_state(stage, state)
         if distributed.processes().is_main_process:
             state.store.save(content)
@@ -706,7 +712,7 @@ def load_training_state(stage: Stage, state: TrainState, content: dict[str, Any]
 def train(args: Namespace, dataset: TrajectoryDataset | None = None) -> int:
     """Run one stage from the user's data to its results, or resume it; return the exit code."""
     RUN_LOG.begin()
-    announce.check_output(args)
+    run_log.check_output(args)
     dataset = read_dataset(args) if dataset is None else dataset
     checkpoint = run_folder.given_stage1(args)
     return run_folder.interruptible(args, lambda: train_stage(args, dataset, checkpoint))
@@ -723,7 +729,7 @@ def train_stage(
     if args.resume and run_folder.is_finished(folder, run_record):
         return None
     stage = folds.last_epoch_set(make_stage(args, data, checkpoint), args)
-    announce.log_run_summary(stage, data, args)
+    run_log.log_run_summary(stage, data, args)
     memory.check_memory(stage, distributed.default_device())
     if args.dry_run:
         dry_run(stage, args.seed)
@@ -753,8 +759,8 @@ def dry_run(stage: Stage, seed: int) -> None:
     for k in (0, 1):  # each process takes its share of them
         rows = longest[k::2][batches.process :: batches.n_processes]
         step(state, *backward(stage, state, rows))
-    state.lap()
-    announce.log_dry_run(stage, state.progress, longest)
+    state.add_elapsed()
+    run_log.log_dry_run(stage, state.progress, longest)
 
 
 # --------------------------------------------------------------------------- main

@@ -179,7 +179,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
 
     @classmethod
     def scoring_rows(
-        cls, source: Any, config: Mapping[str, Any], findings: Findings, most: int
+        cls, source: Any, config: Mapping[str, Any], findings: Findings, max_rows: int
     ) -> Iterator[ScoringRows]:
         """Read a folder as the checkpoint's was, also registrations without a known outcome.
 
@@ -196,8 +196,8 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         if (config["features"], config["units"]) != (list(dataset.features), list(dataset.units)):
             raise InputError("the checkpoint has other features than this program: train it anew")
         dataset.question = config["question"]
-        for start in range(0, len(dataset), most):
-            numbers = np.arange(start, min(start + most, len(dataset)))
+        for start in range(0, len(dataset), max_rows):
+            numbers = np.arange(start, min(start + max_rows, len(dataset)))
             chunk = dataset.subset(numbers)
             positions = np.arange(len(chunk))
             yield ScoringRows(chunk.ids, numbers, chunk, positions, start + len(chunk))

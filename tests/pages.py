@@ -11,7 +11,7 @@ from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, blend
 from medgemma_clinical.evaluation.metrics_table import evaluate
 from medgemma_clinical.evaluation.report import ReportContent, write_report
 from medgemma_clinical.evaluation.table_one import table_one
-from medgemma_clinical.evaluation.tables import split_table
+from medgemma_clinical.evaluation.tables import part_table
 from trajectories import dataset_of
 
 OUTCOME = "Death <b>& $x$ decay"
@@ -74,7 +74,7 @@ def make_content(n=400, **more):
         "seed": 0,
         "bands": make_bands(n),
         "flow": pd.DataFrame({"rule": ["no label"], "removed": [3], "left": [200]}),
-        "split": split_table(labels, groups, split),
+        "split": part_table(labels, groups, split),
         "table_one": described(split),
         "history": history,
         "reports": {"reports": 80, "numbers_stated": 400, "invented": 2}

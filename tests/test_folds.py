@@ -1,4 +1,4 @@
-"""--folds, --leave_out and --final: every patient is judged once, by a model of the others."""
+"""--folds, --leave_out and --final: every patient is predicted once, by a model of the others."""
 
 import copy
 import json
@@ -107,7 +107,7 @@ def assert_equal(first, second):
     assert all(torch.equal(tensor, second[0][name]) for name, tensor in first[0].items())
 
 
-# --------------------------------------------------------------------------- who is judged by whom
+# ----------------------------------------------------------------------- which model predicts whom
 
 
 def test_every_row_is_predicted_once_by_the_model_of_its_fold(run, data):
@@ -354,7 +354,7 @@ def test_each_site_is_held_out_in_turn(data, tmp_path, capsys, monkeypatch):
     assert np.isin(patient_hashes(rows, np.flatnonzero(west)), learned.train_patients).any()
     folder = tmp_path / "leave_out_trajectory"
     assert "east" in (folder / "report.html").read_text()
-    # The page counts who was judged: a total beside the sites would tell a hidden site's counts.
+    # The page counts who was predicted: a total beside the sites would tell a hidden site's counts.
     assert pd.read_csv(folder / "figures" / "split.csv")["rows"].tolist() == [len(table)]
     assert pd.read_csv(folder / "figures" / "flow.csv")["left"].iloc[-1] == len(table)
     assert pd.read_csv(folder / "figures" / "table_one.csv")["count"].iloc[0] == len(table)

@@ -117,7 +117,7 @@ def test_the_test_part_is_read_once_and_only_after_training(dka_file, tmp_path, 
 
     monkeypatch.setattr(LengthBatches, "__iter__", reading)
     monkeypatch.setattr("medgemma_clinical.training.trackers.Accelerator", lambda **_: tracker)
-    monkeypatch.setattr("medgemma_clinical.commands.announce.check_tracker", lambda name: None)
+    monkeypatch.setattr("medgemma_clinical.commands.run_log.check_tracker", lambda name: None)
     torch.set_float32_matmul_precision("high")
     assert trainer.main([*stage_1(dka_file, tmp_path), "--report_to", "wandb"]) == 0
     torch.set_float32_matmul_precision("highest")

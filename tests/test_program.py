@@ -13,7 +13,7 @@ from sklearn.metrics import average_precision_score, brier_score_loss, log_loss,
 
 import medgemma_trainer as trainer
 from conftest import sign_table
-from medgemma_clinical.commands import announce
+from medgemma_clinical.commands import run_log
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.model_card import built_in_sentence
 from predicting import STAGES, predicted, write_data
@@ -108,14 +108,14 @@ def test_the_winner_of_the_history_scores_what_the_files_say(stage, runs, tmp_pa
 def test_a_run_says_tokens_and_time_of_an_epoch(flags, dka_file, tmp_path, monkeypatch, capsys):
     """And a dry run takes two whole steps of the longest rows."""
     monkeypatch.chdir(tmp_path)
-    backward, log, said = mock.Mock(wraps=trainer.backward), announce.log_epoch_time, []
+    backward, log, said = mock.Mock(wraps=trainer.backward), run_log.log_epoch_time, []
 
     def timed(stage, _, rows):
         said.extend([backward.call_count, *rows] if stage.text else [])
         log(stage, 3600.0, rows)
 
     monkeypatch.setattr(trainer, "backward", backward)
-    monkeypatch.setattr(announce, "log_epoch_time", timed)
+    monkeypatch.setattr(run_log, "log_epoch_time", timed)
     words = f"{flags} --data_path {dka_file} --batch_size 4 --max_samples 40"
     assert trainer.main([*words.split(), "--log_file", "none"]) == 0
     printed, args = capsys.readouterr().out, arguments(*words.split())

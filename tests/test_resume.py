@@ -218,7 +218,7 @@ def test_another_command_or_other_data_are_refused_and_nothing_changes(
     with locked(folder):  # another run is at work there
         for flags in ([], ["--resume"]):
             assert refused(capsys, [*stopped, *flags], folder)
-    for where in ("make_stage", "announce.log_run_summary", "memory.check_memory"):
+    for where in ("make_stage", "run_log.log_run_summary", "memory.check_memory"):
         for sent, code in ((KeyboardInterrupt, 130), (MemoryError, 3)):  # it never began
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(f"medgemma_trainer.{where}", send(sent))

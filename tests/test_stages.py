@@ -10,7 +10,7 @@ from dte_encoder import ClinicalODERNN
 from language_models import body_inputs, patients, plain_states
 from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
-from medgemma_clinical.training.evaluate import evaluate, outputs
+from medgemma_clinical.training.evaluate import outputs, score_batches
 from stages import arguments, stage_of_patients, train_epoch
 
 ONE, TWO, THREE = "--trajectory_only", "--mode classification", "--mode generative"
@@ -58,8 +58,8 @@ def test_members_and_seeds_begin_apart_and_the_first_member_is_the_single_run():
 def test_a_new_stage_2_predicts_what_stage_1_does(stage1):
     one, file = stage1
     stage = stage_of(f"{TWO} --ode_checkpoint {file}")
-    expected = evaluate(one.model, one.batches["test"], one.collate)
-    found = evaluate(stage.model, stage.batches["test"], stage.collate)
+    expected = score_batches(one.model, one.batches["test"], one.collate)
+    found = score_batches(stage.model, stage.batches["test"], stage.collate)
     np.testing.assert_allclose(found.logit, expected.logit, atol=1e-6)
     np.testing.assert_allclose(stage.stage1_risks[found.rows], expit(expected.logit), atol=1e-6)
     assert np.std(expected.logit) > 0

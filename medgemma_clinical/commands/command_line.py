@@ -52,10 +52,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse_keywords(self, keywords: Mapping[str, Any]) -> tuple[argparse.Namespace, set[str]]:
         """Parse keywords named like flags, None for a flag left out; return also those given."""
-        known = vars(super().parse_args([]))
+        defaults = vars(super().parse_args([]))
         words = []
         for name, value in keywords.items():
-            if known[name] is False:  # a flag that takes no value
+            if defaults[name] is False:  # a flag that takes no value
                 words += [f"--{name}"] if value else []
             elif value is not None:
                 words.append(f"--{name}={_text(value)}")
@@ -104,9 +104,9 @@ class Repeated(argparse.Action):
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         """Add a value, or several."""
         earlier = getattr(namespace, self.dest)
-        found = () if earlier is self.default else earlier
+        values_so_far = () if earlier is self.default else earlier
         added = values if isinstance(values, list) else [values]
-        setattr(namespace, self.dest, (*found, *added))
+        setattr(namespace, self.dest, (*values_so_far, *added))
 
 
 def run_command(action: Callable[[], int], *, show_values: bool = False) -> int:

@@ -47,7 +47,7 @@ def run_compare(args: Namespace, output_dir: Path | None) -> int:
     known = {name: read_run(folder) or {} for name, folder in folders.items()}
     outcomes = dict.fromkeys(run["data"]["outcome"] for run in known.values() if "data" in run)
     arguments = {name: run.get("arguments", {}) for name, run in known.items()}
-    write_results(
+    save_comparison(
         output_dir / "compare",
         metrics,
         cost,
@@ -123,15 +123,15 @@ def cost_of(folder: Path) -> dict[str, float | None]:
     """Return a stage's cost, empty where unknown: median of epochs, mean of patients, peak."""
     try:
         seconds = pd.read_json(folder / "history.jsonl", lines=True)["seconds"].median()
-        known = (read_run(folder) or {})["cost"]
+        stored = (read_run(folder) or {})["cost"]
         weight = read_json(folder / "metrics.json").get("residual_weight")
-        cost = {"seconds_an_epoch": seconds, **known, "residual_weight": weight}
+        cost = {"seconds_an_epoch": seconds, **stored, "residual_weight": weight}
         return {name: None if x is None else float(x) for name, x in cost.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
 
-def write_results(
+def save_comparison(
     path: Path,
     metrics: Metrics,
     cost: dict[str, dict[str, float | None]],
@@ -151,8 +151,8 @@ def write_results(
     for aside in move_aside([table, page] if earlier != content else []):
         logger.info("an earlier result was moved to %s", aside)
     if unused := [name for name, each in cost.items() if each.get("residual_weight") == 0]:
-        said = f"The language model has weight 0 beside stage 1 in: {', '.join(unused)}."
-        sentences = [*sentences, said]
+        weight_note = f"The language model has weight 0 beside stage 1 in: {', '.join(unused)}."
+        sentences = [*sentences, weight_note]
     write_comparison(
         page,
         metrics,
@@ -178,9 +178,9 @@ def log_comparison(metrics: Metrics, cost: dict[str, dict[str, float | None]]) -
 def built_in_models_notice(runs: Mapping[str, Mapping[str, Any]]) -> str:
     """Return what a page says first of runs, given by their arguments, with a built-in model."""
     readers = [name for name, run in runs.items() if not run.get("trajectory_only")]
-    said = []
+    notices = []
     for model in BUILT_IN:
-        own = [name for name in readers if runs[name].get("model_name") == model]
-        of = "" if len(own) == len(readers) else f" of {' and '.join(own)}"
-        said += [built_in_sentence(model, of)] if own else []
-    return " ".join(said)
+        users = [name for name in readers if runs[name].get("model_name") == model]
+        of = "" if len(users) == len(readers) else f" of {' and '.join(users)}"
+        notices += [built_in_sentence(model, of)] if users else []
+    return " ".join(notices)

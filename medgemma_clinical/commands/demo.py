@@ -26,7 +26,7 @@ SAMPLE_DATA = PACKAGE / "sample" / "physionet2012_bicarbonate.csv"
 SETTINGS: dict[str, Any] = {"data_path": SAMPLE_DATA, "max_samples": 1000, "show_values": True}
 """Values of flags that all three stages share."""
 
-STAGE_1: dict[str, Any] = {"trajectory_only": True, "trajectory_epochs": 10}
+STAGE_1_FLAGS: dict[str, Any] = {"trajectory_only": True, "trajectory_epochs": 10}
 LANGUAGE_MODEL: dict[str, Any] = {"model_name": DEMO, "epochs": 2}
 
 
@@ -36,25 +36,25 @@ def run_demo(args: Namespace, train: Callable[[Namespace], int]) -> int:
     program = "medgemma-clinical" if installed else "python medgemma_trainer.py"
     shared = {name: getattr(args, name) for name in ("output_dir", "seed", "log_file")}
     encoder = {"ode_checkpoint": args.output_dir / TRAJECTORY_FILE}
-    stages = {"trajectory": STAGE_1}
+    stages = {"trajectory": STAGE_1_FLAGS}
     for mode in ("classification", "generative"):
         stages[mode] = {"mode": mode, **LANGUAGE_MODEL, **encoder}
     for name, stage in stages.items():
         flags = {**stage, **shared, **SETTINGS}
-        shown = (f"--{k}" if value is True else f"--{k} {value}" for k, value in flags.items())
-        logger.info("\n$ %s %s", program, " ".join(shown))
+        words = (f"--{k}" if value is True else f"--{k} {value}" for k, value in flags.items())
+        logger.info("\n$ %s %s", program, " ".join(words))
         small = {"model_name": DEMO, "quantization": "none"}  # it is never quantised
-        own = {**vars(args), **small, "demo": False, **flags}
+        settings = {**vars(args), **small, "demo": False, **flags}
         with quiet_console():
-            code = train(Namespace(**own))
+            code = train(Namespace(**settings))
         if code:
             return code
         folder = args.output_dir / name
-        found = read_json(folder / "metrics.json")
-        unused = found.get("residual_weight") == 0
+        metrics = read_json(folder / "metrics.json")
+        unused = metrics.get("residual_weight") == 0
         whose = ", stage 1's: the language model has weight 0" if unused else ""
         logger.info("AUROC on the test part: %s%s", auroc_of(folder, "test"), whose)
-        if sentence := written_sentence(found.get("reports")):
+        if sentence := written_sentence(metrics.get("reports")):
             logger.info("%s", sentence)
     pages = [args.output_dir / stage / "report.html" for stage in stages]
     logger.info("\nPages to open:\n%s", "\n".join(f"  {page}" for page in pages))

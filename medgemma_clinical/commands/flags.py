@@ -95,8 +95,10 @@ def dataset_options(
 ) -> dict[str, Any]:
     """Return the flags that the chosen kind of data takes as keywords; refuse those of others."""
     kind = kinds[args.dataset]
-    others = {o for each in kinds.values() for o in (*each.options, each.source_flag)}
-    if wrong := sorted(changed(args, others - {*kind.options, kind.source_flag})):
+    all_options = {
+        o for data_class in kinds.values() for o in (*data_class.options, data_class.source_flag)
+    }
+    if wrong := sorted(changed(args, all_options - {*kind.options, kind.source_flag})):
         name = "leave_out" if wrong[0] == "site" and args.leave_out else wrong[0]
         raise InputError(f"--{name}: not for --dataset {args.dataset}: leave it out")
     given = {option: getattr(args, option) for option in kind.options}

@@ -1,4 +1,4 @@
-"""Train a model for each fold, judge every patient once, train on all: ``--folds``, ``--final``."""
+"""K-fold cross-validation, then a model of all patients: ``--folds``, ``--final``."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ from medgemma_clinical.evaluation.metrics import log_odds
 from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
 from medgemma_clinical.evaluation.report import ReportContent, write_report
 from medgemma_clinical.evaluation.table_one import table_one
-from medgemma_clinical.evaluation.tables import model_table, split_table
+from medgemma_clinical.evaluation.tables import model_table, part_table
 from medgemma_clinical.evaluation.verdicts import sentences
 from medgemma_clinical.files import (
     InputError,
@@ -81,7 +81,7 @@ from medgemma_clinical.models.checkpoints import (
     read_trajectory,
 )
 from medgemma_clinical.models.model_card import (
-    LIMITS,
+    MODEL_LIMITS,
     built_in_notice,
     describe_recommended,
     page_card,
@@ -121,16 +121,16 @@ def run_folds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], t
         fold = draw_folds(rows.groups, rows.labels, args.folds, args.seed, rows.source)
     runs = [fold_arguments(k, args) for k in range(len(names) or args.folds)]
     tasks = [
-        (f"fold {k}{f', site {names[k]}' if names else ''}", own, dataset)
-        for k, own in enumerate(runs)
+        (f"fold {k}{f', site {names[k]}' if names else ''}", fold_args, dataset)
+        for k, fold_args in enumerate(runs)
         for dataset in [fold_dataset(rows, fold, k, args.seed, names[k] if names else "")]
     ]
-    for own in runs:  # a file that is missing shows before hours go into the others
-        given_stage1(own)
+    for fold_args in runs:  # a file that is missing shows before hours go into the others
+        given_stage1(fold_args)
     if code := train_folds(tasks, train):
         return code
     if processes().is_main_process:
-        write_results(args, rows, fold, [stage_folder(own) for own in runs])
+        write_fold_results(args, rows, fold, [stage_folder(fold_args) for fold_args in runs])
     processes().wait_for_everyone()
     return train_final(args, rows, train, stage1) if args.final else EXIT_DONE
 
@@ -145,18 +145,18 @@ def stage1_of_all(folds_stage1: Path) -> Path:
             f"RUN/{TRAJECTORY_FILE}"
         )
     whole = path.parents[2] / TRAJECTORY_FILE
-    known = whole.is_file() and read_trajectory(whole).config.get("metrics", {})
-    if not (known and "folds" in known):
-        problem = "not of all patients" if known else "no stage 1 of all patients"
+    metrics = whole.is_file() and read_trajectory(whole).config.get("metrics", {})
+    if not (metrics and "folds" in metrics):
+        problem = "not of all patients" if metrics else "no stage 1 of all patients"
         raise InputError(f"{whole}: {problem}: train stage 1 by --folds K --final first")
     return whole
 
 
 def fold_arguments(k: int, args: Namespace) -> Namespace:
     """Return the arguments of one fold's run: its folder, ``{fold}`` filled in."""
-    own: Json = {"output_dir": folds_folder(args) / f"fold_{k}"}
-    own |= {"folds": None, "leave_out": None, "final": False}
-    return Namespace(**{**vars(args), **filled(args, FOLD, k), **own})
+    changes: Json = {"output_dir": folds_folder(args) / f"fold_{k}"}
+    changes |= {"folds": None, "leave_out": None, "final": False}
+    return Namespace(**{**vars(args), **filled(args, FOLD, k), **changes})
 
 
 # --------------------------------------------------------------------------- the folds' runs
@@ -216,49 +216,51 @@ def run_apart(title: str, args: Namespace, dataset: TrajectoryDataset, shown: bo
 # --------------------------------------------------------------------------- their results
 
 
-def write_results(
+def write_fold_results(
     args: Namespace, rows: TrajectoryDataset, fold: NDArray[np.int64], folders: list[Path]
 ) -> None:
     """Join the test predictions of the folds, (N,) ``fold`` of each row; write the result files."""
     folder, stage = folds_folder(args), stage_folder(args).name
     name = STAGE_NAMES[stage]
-    known = [read_json(each / METRICS) for each in folders]
-    tables = shared_models([read_predictions(each, name) for each in folders])
+    contents = [read_json(path / METRICS) for path in folders]
+    tables = shared_models([read_predictions(path, name) for path in folders])
     table = pd.concat(tables, ignore_index=True)
     # A row without a value of the series that its fold reads has no prediction.
     positions = pd.Series(np.arange(len(rows)), rows.ids)[table["id"].tolist()].to_numpy()
     table = table.iloc[np.argsort(positions)].reset_index(drop=True)
     table["label"] = table["label"].astype(int)
     positions = np.sort(positions)
-    own = fold[positions]
-    thresholds = np.array([each["threshold"] for each in known])[own]
-    metrics = evaluate(table, args.seed, thresholds, split=own, primary=args.primary)
-    configs = [read_trained_config(each) for each in folders]
-    rules = [{name: each["decision"], **each["models"]} for each in configs]
-    decided = decide(table, rules, own, args.calibrate)
+    fold_of_row = fold[positions]
+    thresholds = np.array([content["threshold"] for content in contents])[fold_of_row]
+    metrics = evaluate(table, args.seed, thresholds, split=fold_of_row, primary=args.primary)
+    configs = [read_trained_config(path) for path in folders]
+    rules = [{name: config["decision"], **config["models"]} for config in configs]
+    decided = decide(table, rules, fold_of_row, args.calibrate)
     decided["best_model"] = recommend(table, name, decided["models"])
-    if all("residual_weight" in each for each in known):
-        decided["residual_weight"] = float(np.median([each["residual_weight"] for each in known]))
+    if all("residual_weight" in content for content in contents):
+        decided["residual_weight"] = float(
+            np.median([content["residual_weight"] for content in contents])
+        )
     content = {
         "stage": stage,
-        "selected_epoch": round(np.median([each["selected_epoch"] for each in known])),
+        "selected_epoch": round(np.median([content["selected_epoch"] for content in contents])),
         "threshold": decided["decision"]["threshold"],
         "calibration": {"method": args.calibrate, **decided["decision"]},
         "folds": metrics.to_json(),
         "decided": decided,
     }
     with_folds = table.copy()
-    with_folds.insert(4, "fold", own)  # behind the model's own column
+    with_folds.insert(4, "fold", fold_of_row)  # behind the model's own column
     write_text(folder / PREDICTIONS, predictions_csv(with_folds))
     write_json(folder / METRICS, content)
     first = folds_sentence(metrics, len(folders))
     config: Config = {**configs[0], **decided, "metrics": content}
-    tuned = [read_json(each / BASELINES).get("tuned") for each in folders]
+    tuned = [read_json(path / BASELINES).get("tuned") for path in folders]
     write_report(
         folder / "report.html",
         table,
         metrics,
-        report_content(args, rows, positions, config, tuned, first),
+        fold_report_content(args, rows, positions, config, tuned, first),
         min_cell=args.min_cell,
         list_patients=args.report_patients,
         folder=folder,
@@ -286,13 +288,14 @@ def decide(
     raw = {}  # log-odds before each fold's recalibration
     for model in table.columns.intersection([*rules[0]]):
         slope, intercept = (
-            np.array([each[model][key] for each in rules])[fold] for key in ("slope", "intercept")
+            np.array([fold_rules[model][key] for fold_rules in rules])[fold]
+            for key in ("slope", "intercept")
         )
         raw[model] = (log_odds(table[model].to_numpy()) - intercept) / slope
     rule = fit_decision_rule(labels, raw[name], calibrate)
     risks = {model: expit(raw[model]) for model in raw if model not in (name, ENSEMBLE)}
-    others = fit_rules(labels, name, rule.probability(raw[name]), risks, calibrate)
-    models = {model: asdict(each) for model, each in others.items()}
+    rules_of_others = fit_rules(labels, name, rule.probability(raw[name]), risks, calibrate)
+    models = {model: asdict(rule_of_model) for model, rule_of_model in rules_of_others.items()}
     return {"decision": asdict(rule), "models": models}
 
 
@@ -300,14 +303,14 @@ def folds_sentence(metrics: Metrics, folds: int) -> str:
     """Return how the metrics of the folds were made, in a sentence, and how the folds differ."""
     auroc = metrics.row(metrics.models[0], "auroc")
     return (
-        f"Each of these patients was judged once, by the one of {folds} models that did not learn "
-        "from them: AUROC, AUPRC, accuracy, Brier score, Brier skill and log loss are means over "
-        f"the {folds} folds (AUROC {auroc['min']:.3f} to {auroc['max']:.3f}), all else is of all "
-        "rows."
+        f"Each of these patients was predicted once, by the one of {folds} models that did not "
+        "learn from them: AUROC, AUPRC, accuracy, Brier score, Brier skill and log loss are means "
+        f"over the {folds} folds (AUROC {auroc['min']:.3f} to {auroc['max']:.3f}), all else is of "
+        "all rows."
     )
 
 
-def report_content(
+def fold_report_content(
     args: Namespace,
     rows: TrajectoryDataset,
     positions: NDArray[np.int64],
@@ -324,11 +327,11 @@ def report_content(
     epoch, members = config["metrics"]["selected_epoch"], config["members"]
     kept = describe_selection(members if config["stage"] == "trajectory" else 1)
     best_epoch = f"{epoch}, the median of the folds, after which --final ends; each keeps {kept}"
-    judged = np.isin(np.arange(len(rows)), positions)
-    if not judged.all():
+    predicted = np.isin(np.arange(len(rows)), positions)
+    if not predicted.all():
         rule = "without a value of a series that their fold reads"
         rule = f"of sites that only train, or {rule}" if args.leave_out else rule
-        rows = rows.keep_rows(judged, rule)
+        rows = rows.keep_rows(predicted, rule)
     return ReportContent(
         title=f"{STAGE_NAMES[config['stage']].capitalize()}, {kind}: {rows.outcome}",
         question=rows.task_description(),
@@ -336,7 +339,7 @@ def report_content(
         card=page_card(
             config,
             {
-                "Limits": LIMITS,
+                "Limits": MODEL_LIMITS,
                 **NOT_IN_INTERVALS,
                 "Best epoch": best_epoch,
                 "Baselines": describe_tuning(tuned),
@@ -348,7 +351,7 @@ def report_content(
         bands=subgroups(demographics(rows)),
         noun=rows.noun,
         flow=rows.flow,
-        split=split_table(rows.labels, rows.groups, {"all folds": np.arange(len(rows))}),
+        split=part_table(rows.labels, rows.groups, {"all folds": np.arange(len(rows))}),
         table_one=table_one(rows, {}),
         methods={
             "split": first,
@@ -367,12 +370,12 @@ def report_content(
 def train_final(args: Namespace, rows: TrajectoryDataset, train: Train, stage1: Path | None) -> int:
     """Train one model on all patients for the folds' median of epochs; ``stage1`` is theirs."""
     # Other results of the folds, known by their hash, make another run.
-    own: Json = {"final": file_hash(folds_folder(args) / METRICS)}
+    changes: Json = {"final": file_hash(folds_folder(args) / METRICS)}
     if stage1:
-        own["ode_checkpoint"] = stage1
+        changes["ode_checkpoint"] = stage1
     everyone = copy.copy(rows)
     everyone.held_out = ()
-    return run_or_continue("all patients", Namespace(**{**vars(args), **own}), everyone, train)
+    return run_or_continue("all patients", Namespace(**{**vars(args), **changes}), everyone, train)
 
 
 def last_epoch_set(stage: Stage, args: Namespace) -> Stage:
@@ -395,9 +398,9 @@ def write_final(
     if not processes().is_main_process:
         return config, None
     fitted = fit_baselines(data.dataset, data.split["train"], data.usable_static)
-    known = {name: each for name, each in fitted.models.items() if name in config["models"]}
+    models = {name: model for name, model in fitted.models.items() if name in config["models"]}
     words = fitted.words if WORDS in config["models"] else None
-    baselines = replace(fitted, models=known, words=words)  # those of all folds
+    baselines = replace(fitted, models=models, words=words)  # those of all folds
     config["models"] = {name: decided["models"][name] for name in [*baselines.names, ENSEMBLE]}
     config |= {"baseline_inputs": baselines.inputs, "baselines_sha256": baselines.sha256}
     write_text(folder / BASELINES, baselines.to_json())

@@ -1,4 +1,4 @@
-"""Score new rows with a trained model, and judge it where they have labels: ``--predict``."""
+"""Score new rows with a trained model, and evaluate it where they have labels: ``--predict``."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ from medgemma_clinical.models.trained_model import (
 
 logger = logging.getLogger(__name__)
 
-LIMITS = "The model was not changed for these rows: threshold and recalibration were chosen on {}"
+PREDICTION_LIMITS = (
+    "The model was not changed for these rows: threshold and recalibration were chosen on {}"
+)
 
 
 def predict(args: Namespace, given: set[str]) -> int:
@@ -95,7 +97,7 @@ def predict(args: Namespace, given: set[str]) -> int:
         raise InputError(f"--primary {request.primary}: choose from {choices}")
     if request.explain and used != model.trained.name:
         raise InputError(f"--explain shows the risk of the stage itself: leave --use {used} out")
-    chunks = show_progress(itertools.chain([first], chunks), source)
+    chunks = log_progress(itertools.chain([first], chunks), source)
     tally = write_predictions(request, chunks, model, findings)
     findings.log()
     for line in [] if first.dataset.flow is None else flow_lines(first.dataset.flow):
@@ -147,7 +149,7 @@ def report_path(predictions: Path) -> Path:
     return predictions.with_suffix(".report.html")
 
 
-def show_progress(chunks: Iterable[ScoringRows], source: Path) -> Iterator[ScoringRows]:
+def log_progress(chunks: Iterable[ScoringRows], source: Path) -> Iterator[ScoringRows]:
     """Yield chunks under a bar; without a terminal there is a line a minute at most."""
     size = source.stat().st_size if source.is_file() else None
     unit, every = "B" if size else " rows", 0.1 if sys.stderr.isatty() else 60
@@ -233,37 +235,39 @@ def report_labelled(
     model: TrajectoryModel,
     dataset: TrajectoryDataset,
     request: Namespace,
-    known: NDArray[np.int64],
+    training_hashes: NDArray[np.int64],
     *,
     has_ids: bool,
 ) -> tuple[pd.DataFrame, Updates | None]:
-    """Evaluate labelled rows without the training data, whose hashes are ``known``; return them."""
-    people, config = pd.concat(tally.labelled, ignore_index=True), model.config
-    if people.empty:
-        return people, None
-    noun = "patients" if people["patient"].is_unique else dataset.row_noun
-    hashes = people["patient"].to_numpy(), np.stack(people["rows"].tolist())
-    in_training = rows_in_training(*hashes, known, has_ids=has_ids and dataset.has_patient_ids)
-    new = people[~in_training].reset_index(drop=True)
+    """Evaluate labelled rows that are not in the training data; return them."""
+    labelled, config = pd.concat(tally.labelled, ignore_index=True), model.config
+    if labelled.empty:
+        return labelled, None
+    noun = "patients" if labelled["patient"].is_unique else dataset.row_noun
+    hashes = labelled["patient"].to_numpy(), np.stack(labelled["rows"].tolist())
+    in_training = rows_in_training(
+        *hashes, training_hashes, has_ids=has_ids and dataset.has_patient_ids
+    )
+    new = labelled[~in_training].reset_index(drop=True)
     updated, of_folds = config.get("updated", {}), "folds" in config.get("metrics", {})
     chosen_on = "the out-of-fold rows of its folds" if of_folds else "its own validation part"
 
-    def said(min_cell: int) -> str:
-        if not len(known) or not updated.get("complete", True):
+    def overlap_note(min_cell: int) -> str:
+        if not len(training_hashes) or not updated.get("complete", True):
             return (
                 f"The checkpoint does not hold its training data: if these {noun} are in them, "
                 "the metrics are optimistic."
             )
-        found = count_text(len(people) - len(new), min_cell).capitalize()
-        text = f"{found} {noun} are in the training data and left out of the metrics."
+        overlap = count_text(len(labelled) - len(new), min_cell).capitalize()
+        text = f"{overlap} {noun} are in the training data and left out of the metrics."
         chose = "Others of these data may have chosen the epoch: the metrics may be optimistic."
-        return f"{text} {chose}" if len(new) < len(people) and not of_folds else text
+        return f"{text} {chose}" if len(new) < len(labelled) and not of_folds else text
 
     if new["label"].nunique() < 2:
         left = (
             "of those that are left all have, or all lack, the event" if len(new) else "none left"
         )
-        logger.info("%s No metrics: %s.", said(0), left)
+        logger.info("%s No metrics: %s.", overlap_note(0), left)
         return new, None
     name, source = next(iter(tally.models)), Path(dataset.source).name
     patients = new["patient"].astype(str)
@@ -274,8 +278,8 @@ def report_labelled(
     metrics = evaluate(rows, request.seed, tally.threshold, primary=primary)
     flow = [
         ("without a score", tally.rows - tally.scored, tally.scored),
-        ("without a label", tally.scored - len(people), len(people)),
-        ("in the training data", len(people) - len(new), len(new)),
+        ("without a label", tally.scored - len(labelled), len(labelled)),
+        ("in the training data", len(labelled) - len(new), len(new)),
     ]
     shared = shareable(config, request.min_cell)
     here = case_mix(new)
@@ -290,7 +294,8 @@ def report_labelled(
         card=page_card(
             shared,
             {
-                "Limits": LIMITS.format(chosen_on) + (", moved by its update." if updated else "."),
+                "Limits": PREDICTION_LIMITS.format(chosen_on)
+                + (", moved by its update." if updated else "."),
                 "Checkpoint": request.checkpoint.absolute().name,  # a page is shared: no path
                 "Seed": f"{request.seed}, of the intervals",
             },
@@ -306,12 +311,14 @@ def report_labelled(
         updates=updates,
         tries_updates=True,
         notice=built_in_notice(config),
-        first=[each for each in (said(request.min_cell), weight_0_sentence(shared)) if each],
+        first=[
+            each for each in (overlap_note(request.min_cell), weight_0_sentence(shared)) if each
+        ],
     )
     path = report_path(request.predictions)
     write_report(path, rows, metrics, content, min_cell=request.min_cell)
     lines = "\n".join(map(str, sentences(metrics, noun)))
-    logger.info("\n%s\n%s\nreport: %s", said(0), lines, path)
+    logger.info("\n%s\n%s\nreport: %s", overlap_note(0), lines, path)
     return new, updates
 
 

@@ -17,11 +17,11 @@ from typing import Any
 import pandas as pd
 
 from medgemma_clinical.commands import flags
-from medgemma_clinical.commands.announce import EpochBar, check_output
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.folds import PREDICTIONS, run_folds
 from medgemma_clinical.commands.logs import recorded
 from medgemma_clinical.commands.run_folder import METRICS, folds_folder, stage_folder
+from medgemma_clinical.commands.run_log import EpochBar, check_output
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import check_gpu, check_launch, exact_kernels, set_environment
 from medgemma_clinical.files import InputError, owner_only, read_json

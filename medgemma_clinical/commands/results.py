@@ -40,14 +40,14 @@ from medgemma_clinical.evaluation.decision import (
 from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
 from medgemma_clinical.evaluation.report import ReportContent, write_report
 from medgemma_clinical.evaluation.table_one import table_one
-from medgemma_clinical.evaluation.tables import model_table, split_table, written_sentence
+from medgemma_clinical.evaluation.tables import model_table, part_table, written_sentence
 from medgemma_clinical.evaluation.verdicts import sentences, value_text
 from medgemma_clinical.evaluation.written_reports import score_reports
 from medgemma_clinical.files import InputError, write_json, write_text
 from medgemma_clinical.inference.scoring import write_in_batches
 from medgemma_clinical.models.checkpoints import BASELINES, Config
 from medgemma_clinical.models.model_card import (
-    LIMITS,
+    MODEL_LIMITS,
     built_in_notice,
     describe_recommended,
     page_card,
@@ -107,18 +107,18 @@ def write_results(
         "selected_epoch": progress.best_epoch,
         "threshold": threshold,
         "calibration": calibration,
-        **{SCORED[part]: each.to_json() for part, each in metrics.items()},
+        **{SCORED[part]: part_metrics.to_json() for part, part_metrics in metrics.items()},
     }
     if "residual_weight" in decided:
         content["residual_weight"] = decided["residual_weight"]
     lines: list[dict[str, Any]] = []
     example = None
     if texts is not None:
-        dataset, judged = data.dataset, predictions["test"]
-        lines, content["reports"] = score_reports(dataset, texts, judged, args.seed)
+        dataset, tested = data.dataset, predictions["test"]
+        lines, content["reports"] = score_reports(dataset, texts, tested, args.seed)
         if args.show_values and stage.text:
-            first = int(judged.labels.argmax())  # with the event
-            prompt = dataset.prompt(int(judged.rows[first]), stage.text.options)
+            first = int(tested.labels.argmax())  # with the event
+            prompt = dataset.prompt(int(tested.rows[first]), stage.text.options)
             example = {**lines[first], "prompt": prompt}
     config["metrics"] = content
     config["models"] = {name: asdict(rule) for name, rule in rules.items()}
@@ -186,15 +186,17 @@ def prediction_tables(
     Columns: id, label, patient, then the risks of the model, stage 1, baselines and ensemble.
     """
     name, dataset, val = STAGE_NAMES[stage.name], data.dataset, predictions["val"]
-    known = {part: baselines.risks(dataset, each.rows) for part, each in predictions.items()}
-    rules = fit_rules(val.labels, name, val.probability, known["val"], calibrate)
+    baseline_risks = {
+        part: baselines.risks(dataset, scored.rows) for part, scored in predictions.items()
+    }
+    rules = fit_rules(val.labels, name, val.probability, baseline_risks["val"], calibrate)
     tables = {}
-    for part, each in predictions.items():
-        risks = model_risks(name, each.probability, known[part], rules)
-        table = {"id": dataset.ids[each.rows], "label": each.labels.astype(int)}
-        table |= {"patient": dataset.groups[each.rows], name: risks.pop(name)}
+    for part, scored in predictions.items():
+        risks = model_risks(name, scored.probability, baseline_risks[part], rules)
+        table = {"id": dataset.ids[scored.rows], "label": scored.labels.astype(int)}
+        table |= {"patient": dataset.groups[scored.rows], name: risks.pop(name)}
         if stage.stage1_risks is not None:
-            table[STAGE_NAMES["trajectory"]] = stage.stage1_risks[each.rows]
+            table[STAGE_NAMES["trajectory"]] = stage.stage1_risks[scored.rows]
         tables[part] = pd.DataFrame(table | risks)
     return tables, rules
 
@@ -242,7 +244,7 @@ def log_results(metrics: dict[str, Metrics], written: dict[str, Any] | None, nou
     if sentence := written_sentence(written):
         logger.info("%s", sentence)
     if (events := test.counts["events"]) < MIN_EVENTS:
-        logger.info("%d events in the test part: --folds 5 judges every patient", events)
+        logger.info("%d events in the test part: --folds 5 predicts every patient once", events)
 
 
 def metrics_for_tracker(config: Config) -> dict[str, float]:
@@ -286,7 +288,7 @@ def report_content(
         card=page_card(
             config,
             {
-                "Limits": LIMITS,
+                "Limits": MODEL_LIMITS,
                 "Parameters": f"{learned:,} trained of {sum(p.numel() for p in parameters):,}",
                 "Best epoch": best,
                 "Baselines": describe_tuning([baselines.tuned]),
@@ -300,7 +302,7 @@ def report_content(
         bands=subgroups(demographics(dataset)).iloc[predictions.rows],
         noun=dataset.noun,
         flow=dataset.flow,
-        split=split_table(dataset.labels, dataset.groups, data.split),
+        split=part_table(dataset.labels, dataset.groups, data.split),
         table_one=table_one(dataset, data.split),
         history=None if few else progress.history or None,
         reports=config["metrics"].get("reports"),

@@ -223,33 +223,33 @@ def begin(folder: Path, run: dict[str, Any]) -> None:
 
 def check_run(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     """Return ``run.json`` of the run in a folder; refuse another command's and a damaged one."""
-    known = read_run(folder)
-    if known is None or not ("results_sha256" in known or state_store(folder).files()):
+    earlier = read_run(folder)
+    if earlier is None or not ("results_sha256" in earlier or state_store(folder).files()):
         raise InputError(f"{folder}: no run was begun there: start it without --resume")
-    then, now = known["arguments"], run["arguments"]
+    then, now = earlier["arguments"], run["arguments"]
     other = [
         f"--{name} was {then.get(name)}, is {now.get(name)}"
         for name in sorted({*then, *now}.difference(tagged("free")))
         if then.get(name) != now.get(name)
     ]
-    other += [text for key, text in MATERIAL.items() if known[key] != run[key]]
+    other += [text for key, text in MATERIAL.items() if earlier[key] != run[key]]
     if other:
         raise InputError(
             f"{folder}: that run was begun otherwise: {'; '.join(other)}: give the same command, "
             "or start without --resume"
         )
-    for name, digest in known.get("results_sha256", {}).items():
+    for name, digest in earlier.get("results_sha256", {}).items():
         if files.file_hash(path := folder.parent / name) != digest:
             raise InputError(f"{path}: missing or changed since the end of its run: start again")
-    return known
+    return earlier
 
 
 def is_finished(folder: Path, run: dict[str, Any]) -> bool:
     """Return whether a run that is to be resumed has nothing left to do; see ``check_run``."""
-    known = check_run(folder, run)
-    if "results_sha256" not in known:
+    earlier = check_run(folder, run)
+    if "results_sha256" not in earlier:
         for key in SOFTWARE:
-            if known[key] != run[key]:
+            if earlier[key] != run[key]:
                 logger.warning("%s differ from the start of the run: last bits may differ", key)
         return False
     if processes().is_main_process:
@@ -263,10 +263,10 @@ def progress_of(folder: Path, run: dict[str, Any]) -> str:
     if not (folder / "run.json").exists():
         return "none"
     try:
-        known = check_run(folder, run)
-        if any(known[key] != run[key] for key in SOFTWARE):
+        earlier = check_run(folder, run)
+        if any(earlier[key] != run[key] for key in SOFTWARE):
             return "none"
-        if "results_sha256" in known:
+        if "results_sha256" in earlier:
             return "all"
         state_store(folder).newest()
     except InputError as error:  # it will be moved aside and made anew

@@ -19,7 +19,7 @@ from medgemma_clinical.commands.compare import (
     cost_of,
     join_predictions,
     read_predictions,
-    write_results,
+    save_comparison,
 )
 from medgemma_clinical.commands.logs import RUN_LOG, quiet_console
 from medgemma_clinical.commands.run_folder import (
@@ -55,14 +55,14 @@ NOT_IN_INTERVALS = {
 
 ADDS = "What each part of the model adds"
 
-STAGE_1 = "stage 1"
+STAGE_1_VARIANT = "stage 1"
 ALONE = {"trajectory_only": True}
 ON_STAGE_1 = {"ode_checkpoint": TRAJECTORY_FILE}
 SOFT_PROMPT = {**ON_STAGE_1, "series_text": "none", "stage1_logit": "off"}
 RANDOM = {"base_weights": "random", "quantization": "none"}  # packed weights cannot be drawn
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    STAGE_1: ALONE,
+    STAGE_1_VARIANT: ALONE,
     "stage 1 without facts": {**ALONE, "facts": "off"},
     "states decay": {**ALONE, "dynamics": "decay"},
     "states held": {**ALONE, "dynamics": "none"},
@@ -79,7 +79,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 the output folder."""
 
 VARIANTS_ARE = {
-    STAGE_1: "reads series and static features; no language model",
+    STAGE_1_VARIANT: "reads series and static features; no language model",
     "stage 1 without facts": "reads the series alone",
     "states decay": "stage 1 whose state decays between two observations, without the ODE",
     "states held": "stage 1 whose state stays the same between two observations, without the ODE",
@@ -151,14 +151,14 @@ def run_ablation(
     if unknown := sorted(set(names or ()) - set(VARIANTS)):
         raise InputError(f"--arms {', '.join(unknown)}: choose from {', '.join(VARIANTS)}")
     # Others build on stage 1, and its baselines are compared.
-    chosen = {STAGE_1, reference, *(VARIANTS if names is None else names)}
+    wanted = {STAGE_1_VARIANT, reference, *(VARIANTS if names is None else names)}
     folders = {}
-    for name in [name for name in VARIANTS if name in chosen]:
-        own = variant_arguments(name, args)
-        folders[name] = stage_folder(own)
-        if code := run_or_continue(f"{seed_title}{name}", own, dataset, train):
+    for name in [name for name in VARIANTS if name in wanted]:
+        variant_args = variant_arguments(name, args)
+        folders[name] = stage_folder(variant_args)
+        if code := run_or_continue(f"{seed_title}{name}", variant_args, dataset, train):
             return code
-        if name == STAGE_1:
+        if name == STAGE_1_VARIANT:
             check_reference(reference, folders[name])
     if processes().is_main_process:
         compare_variants(folders, dataset.outcome, args, quiet=bool(seed_title))
@@ -168,19 +168,22 @@ def run_ablation(
 def check_reference(name: str, stage_1: Path) -> None:
     """Check that the reference is a variant, or a baseline of a finished stage 1."""
     processes().wait_for_everyone()  # the first one writes the predictions
-    choices = [*VARIANTS, *read_predictions(stage_1, STAGE_1).columns.drop([*TESTED, STAGE_1])]
+    choices = [
+        *VARIANTS,
+        *read_predictions(stage_1, STAGE_1_VARIANT).columns.drop([*TESTED, STAGE_1_VARIANT]),
+    ]
     if name not in choices:
         raise InputError(f"--reference {name}: choose from {', '.join(choices)}")
 
 
 def variant_arguments(name: str, args: Namespace) -> Namespace:
     """Return the arguments of a variant."""
-    own: dict[str, Any] = {"mode": "classification", **VARIANTS[name]}
-    if name != STAGE_1:  # it lies in the output folder itself, where others find it
-        own["output_dir"] = args.output_dir / "ablation" / re.sub(r"\W+", "_", name)
-    if "ode_checkpoint" in own:
-        own["ode_checkpoint"] = args.output_dir / own["ode_checkpoint"]
-    return Namespace(**{**vars(args), "ablation": False, **own})
+    changes: dict[str, Any] = {"mode": "classification", **VARIANTS[name]}
+    if name != STAGE_1_VARIANT:  # it lies in the output folder itself, where others find it
+        changes["output_dir"] = args.output_dir / "ablation" / re.sub(r"\W+", "_", name)
+    if "ode_checkpoint" in changes:
+        changes["ode_checkpoint"] = args.output_dir / changes["ode_checkpoint"]
+    return Namespace(**{**vars(args), "ablation": False, **changes})
 
 
 def compare_variants(
@@ -192,7 +195,7 @@ def compare_variants(
     table = join_predictions(folders)
     write_text(folder / "predictions_test.csv", table.to_csv(index=False))
     with quiet_console() if quiet else contextlib.nullcontext():
-        write_results(
+        save_comparison(
             folder / "ablation",
             evaluate(
                 table,
@@ -240,8 +243,8 @@ def run_seeds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], t
 
 def seed_arguments(seed: int, args: Namespace) -> Namespace:
     """Return the arguments of one seed's run: its number, its folder, ``{seed}`` filled in."""
-    own = {"seed": seed, "seeds": None, "output_dir": args.output_dir / f"seed_{seed}"}
-    return Namespace(**{**vars(args), **filled(args, SEED, seed), **own})
+    changes = {"seed": seed, "seeds": None, "output_dir": args.output_dir / f"seed_{seed}"}
+    return Namespace(**{**vars(args), **filled(args, SEED, seed), **changes})
 
 
 def filled(args: Namespace, mark: str, number: int) -> dict[str, Any]:
@@ -263,13 +266,13 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
         costs = [read_json(path / "ablation.json")["cost"] for path in paths]
     else:
         reference = STAGE_NAMES[kind]
-        title, splits = reference.capitalize(), split_table(folders)
+        title, splits = reference.capitalize(), run_split_table(folders)
         tables = [read_predictions(path, reference) for path in paths]
         costs = [{reference: cost_of(path)} for path in paths]
     plan = {"primary": args.primary, "compared": [*VARIANTS]}
     metrics = evaluate_splits(shared_models(tables), args.seed, reference, **plan)
     auroc = metrics.row(reference, "auroc")
-    write_results(
+    save_comparison(
         args.output_dir / f"seeds_{kind}",
         metrics,
         {name: mean_cost([each[name] for each in costs]) for name in costs[0]},
@@ -288,7 +291,7 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
     )
 
 
-def split_table(folders: dict[int, Path]) -> pd.DataFrame:
+def run_split_table(folders: dict[int, Path]) -> pd.DataFrame:
     """Return the AUROC of each seed on its validation and its test part, in words."""
     lines = [(seed, auroc_of(f, "validation"), auroc_of(f, "test")) for seed, f in folders.items()]
     return pd.DataFrame(lines, columns=["Seed", "Validation AUROC [95 %]", "Test AUROC [95 %]"])

@@ -76,8 +76,8 @@ def updated_config(
         moved = [slope * moved[0], intercept + slope * moved[1]]
     else:
         config = {**config, "models": {**config["models"], used: rule}}
-    known = trained.train_patients is not None and len(trained.train_patients) > 0
-    complete = known and earlier.get("complete", True)
+    has_hashes = trained.train_patients is not None and len(trained.train_patients) > 0
+    complete = has_hashes and earlier.get("complete", True)
     # ``stage``: how far all updates moved the stage, so that its ensemble stays as it was.
     # ``complete``: whether the hashes of training patients are those of all.
     return {**config, "updated": {**about, "stage": moved, "complete": complete}}

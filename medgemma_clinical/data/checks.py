@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 SEED = 0
 """Of the split that is shown; the default of ``--seed``."""
 
-MIN_PATIENTS, MIN_TEST_EVENTS = 100, 10
+MIN_COHORT_PATIENTS, MIN_TEST_EVENTS = 100, 10
 """Patients, and patients of the test part with and without the event, below which a check warns:
 with fewer, hardly any difference between models is larger than its interval."""
 
@@ -60,8 +60,8 @@ def _log_check(dataset: TrajectoryDataset, min_events: int) -> None:
     for line in summarize(dataset):
         logger.info(line)
     warnings = [*implausible_series(dataset), *describe_long_spans(dataset)]
-    if dataset.n_patients < MIN_PATIENTS:
-        few = f"fewer than {MIN_PATIENTS} patients"
+    if dataset.n_patients < MIN_COHORT_PATIENTS:
+        few = f"fewer than {MIN_COHORT_PATIENTS} patients"
         warnings.append(f"{few}: metrics of a model will be undecided")
     log_warnings(warnings)
     obstacle, events = "", int(np.nansum(dataset.labels))
@@ -257,8 +257,8 @@ def implausible_series(dataset: TrajectoryDataset) -> list[str]:
         outside = int(((values < low) | (values > high)).sum())
         measured = int((~np.isnan(values)).sum())
         if outside:
-            most = outside >= MAX_IMPLAUSIBLE * measured
-            advice = "most of them: convert the unit" if most else "is the unit right?"
+            is_majority = outside >= MAX_IMPLAUSIBLE * measured
+            advice = "most of them: convert the unit" if is_majority else "is the unit right?"
             found.append(
                 f"{name}: {outside:,} of {measured:,} values lie outside {low:g} to {high:g}"
                 f"{with_space(unit)}: {advice}"

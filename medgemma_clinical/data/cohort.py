@@ -241,7 +241,7 @@ def make_cohort(
     for step in ("prediction_times", "outcome", "rules"):
         database.run_file(SQL / f"{step}.sql")
     flow = select_admissions(database, request, tables)
-    rows = make_rows(database, request, features)
+    rows = make_cohort_rows(database, request, features)
     (discharged,) = database.row(
         "SELECT count(*) FILTER (discharged_alive) FROM kept JOIN outcomes USING (stay)"
     )
@@ -321,7 +321,7 @@ def select_admissions(
     return flow
 
 
-def make_rows(
+def make_cohort_rows(
     database: Database, request: CohortRequest, features: Sequence[Feature]
 ) -> pd.DataFrame:
     """Return the rows: identifiers, series, prediction time, context, static features, labels."""

@@ -10,7 +10,7 @@ from scipy.stats import rankdata
 from medgemma_clinical.data.small_cells import minority_patients
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 
-MIN_AUROC, MIN_PATIENTS = 0.95, 10
+MIN_AUROC, MIN_MINORITY = 0.95, 10
 """AUROC from which on a single input is suspected to know the outcome, and the patients with, and
 without, the event that it takes: with ten and ten, one column of noise in 3,500 comes that far."""
 
@@ -55,7 +55,7 @@ def _auroc(
     """Return the AUROC of the known values of a column, in the better direction; 0 if few."""
     known = ~np.isnan(column)
     column, labels = column[known], labels[known]
-    if minority_patients(labels, patients[known]) < MIN_PATIENTS:
+    if minority_patients(labels, patients[known]) < MIN_MINORITY:
         return 0.0
     events = int(labels.sum())
     ranks = rankdata(column)[labels == 1].sum() - events * (events + 1) / 2
@@ -67,15 +67,15 @@ def _leaking_words(
     contexts: NDArray[np.object_], labels: NDArray[np.float64], patients: NDArray[np.int64]
 ) -> list[str]:
     """Warn of words whose presence in a context nearly tells the label."""
-    if minority_patients(labels, patients) < MIN_PATIENTS:
+    if minority_patients(labels, patients) < MIN_MINORITY:
         return []
     words = pd.Series(contexts).str.lower().str.findall(r"[^\W\d_]{2,}").explode().dropna()
-    held = words.reset_index().drop_duplicates().set_axis(["row", "word"], axis=1)
-    held["event"] = labels[held["row"]]
-    counts = held.groupby("word")["event"].agg(["sum", "size"])
+    word_rows = words.reset_index().drop_duplicates().set_axis(["row", "word"], axis=1)
+    word_rows["event"] = labels[word_rows["row"]]
+    counts = word_rows.groupby("word")["event"].agg(["sum", "size"])
     sensitivity = counts["sum"] / labels.sum()
-    others = (counts["size"] - counts["sum"]) / (1 - labels).sum()
-    auroc = 0.5 + (sensitivity - others).abs() / 2
+    false_positives = (counts["size"] - counts["sum"]) / (1 - labels).sum()
+    auroc = 0.5 + (sensitivity - false_positives).abs() / 2
     return [
         f"clinical_context: the word {word!r} alone ranks the training rows by their label (AUROC "
         f"{value:.3f}): is it known at the prediction time?"

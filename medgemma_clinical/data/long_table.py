@@ -84,7 +84,7 @@ class LongRequest(EventRequest):
     like: Path | None
     read_as: Mapping[str, Any]  # what an earlier file was found to be: times and static
 
-    def asked_at(self) -> tuple[str, int]:
+    def prediction_time_column(self) -> tuple[str, int]:
         """Return the column of --prediction_time, and the microseconds to add to it."""
         match = LATER.fullmatch(self.prediction_time.strip())
         if not match:
@@ -103,7 +103,9 @@ class LongRequest(EventRequest):
                     problem = f"write ROLE=COLUMN, a role of {', '.join(roles)}"
                     raise InputError(f"--columns {text}: {problem}")
                 found[role] = name
-        return found | ({"prediction_time": self.asked_at()[0]} if self.prediction_time else {})
+        return found | (
+            {"prediction_time": self.prediction_time_column()[0]} if self.prediction_time else {}
+        )
 
     def factors(self) -> dict[tuple[str, str], float]:
         """Return the factor of each item and unit."""
@@ -262,7 +264,8 @@ def load_labels(
     columns |= {names["labels.subject_id"]: SUBJECT, names["prediction_time"]: time}
     columns |= {} if request.no_labels else {names["label"]: LABEL}
     load_table(database, "answers", file, columns)
-    later = f"{quoted(names['prediction_time'])} + to_microseconds({request.asked_at()[1]})"
+    _, delay = request.prediction_time_column()
+    later = f"{quoted(names['prediction_time'])} + to_microseconds({delay})"
     label = "NULL::INTEGER" if request.no_labels else quoted(names["label"])
     made = {"subject": quoted(names["labels.subject_id"]), "prediction_time": later, "label": label}
     for each in static:

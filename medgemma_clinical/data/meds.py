@@ -60,7 +60,7 @@ LABELS = {"subject_id": SUBJECT, "prediction_time": TIME, **dict.fromkeys(ANSWER
 OPTIONAL_WORD = Column("word", may_be_empty=True, optional=True)
 CODES = {"code": WORD, "description": OPTIONAL_WORD, "valueuom": OPTIONAL_WORD}
 PERSON = ("MEDS_BIRTH", "GENDER//M", "GENDER//F")
-PARTS = {"train": "train", "tuning": "val", "held_out": "test"}
+PART_OF_SPLIT = {"train": "train", "tuning": "val", "held_out": "test"}
 SPLITS = "metadata/subject_splits.parquet"
 
 AUTOMATIC = ("age", "sex male")
@@ -88,7 +88,7 @@ def make_meds(request: MedsRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
             raise InputError(f"--context {each.title}: {problem}")
     hashes: dict[str, str] = {}
     with open_database(request.out, request.memory_limit, request.threads) as database:
-        load_labels(database, request.labels, hashes)
+        load_meds_labels(database, request.labels, hashes)
         add_windows(database, request)
         files = open_files(database, request.meds_dir / "data", EVENTS)
         hashes |= {name: file.sha256 for name, file in files.items()}
@@ -101,7 +101,9 @@ def make_meds(request: MedsRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
         static = database.frame("FROM context ORDER BY number").set_index("number")
         if request.notes:
             contexts = static["clinical_context"]
-            static["clinical_context"] = read_notes(database, files.values(), request, contexts)
+            static["clinical_context"] = read_meds_notes(
+                database, files.values(), request, contexts
+            )
         static = static.replace("", None).dropna(axis="columns", how="all")
         add_static_features(database, static, context)
         parts = None if request.no_splits else read_parts(database, request.meds_dir, hashes)
@@ -129,7 +131,7 @@ def open_files(
     }
 
 
-def load_labels(database: Database, path: Path, hashes: dict[str, str]) -> None:
+def load_meds_labels(database: Database, path: Path, hashes: dict[str, str]) -> None:
     """Make the table ``label``."""
     answers = ", ".join(ANSWERS)
     database.run("CREATE TABLE label (subject VARCHAR, prediction_time TIMESTAMP, label INTEGER)")
@@ -161,7 +163,7 @@ def check_units(database: Database) -> None:
         )
 
 
-def read_notes(
+def read_meds_notes(
     database: Database, files: Iterable[TableFile], request: MedsRequest, contexts: pd.Series
 ) -> pd.Series:
     """Return the contexts with the notes that were written by their prediction times."""
@@ -201,10 +203,10 @@ def read_parts(database: Database, folder: Path, hashes: dict[str, str]) -> pd.S
     hashes[SPLITS] = file.sha256
     load_table(database, "split", file, columns)
     parts = database.frame("SELECT DISTINCT subject_id, split FROM split").set_index("subject_id")
-    if parts.index.has_duplicates or not parts["split"].isin(PARTS).all():
-        problem = f"each subject needs one part of {', '.join(PARTS)}"
+    if parts.index.has_duplicates or not parts["split"].isin(PART_OF_SPLIT).all():
+        problem = f"each subject needs one part of {', '.join(PART_OF_SPLIT)}"
         raise InputError(f"{path}, column split: {problem}; --no_splits lets the trainer split")
-    return parts["split"].map(PARTS)
+    return parts["split"].map(PART_OF_SPLIT)
 
 
 def list_codes(meds_dir: Path, memory_limit: str, threads: int) -> int:

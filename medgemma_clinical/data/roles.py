@@ -32,12 +32,14 @@ HINTS = {"prediction_time": ", or --prediction_time 'COLUMN + 48 h'", "label": "
 
 def find_column(header: Sequence[str], *names: str) -> str | None:
     """Return the column of the first name that a header has; case and signs do not count."""
-    columns = {_plain(name): name for name in reversed(header)} | {name: name for name in header}
-    found = (columns.get(name, columns.get(_plain(name))) for name in names if name)
+    columns = {_normalized(name): name for name in reversed(header)} | {
+        name: name for name in header
+    }
+    found = (columns.get(name, columns.get(_normalized(name))) for name in names if name)
     return next((name for name in found if name is not None), None)
 
 
-def _plain(name: str) -> str:
+def _normalized(name: str) -> str:
     """Return ``patientid`` of ``Patient_ID``, ``result`` of ``Result (mg/dL)``."""
     return re.sub(r"[\W_]+", "", re.sub(r"[(\[].*", "", name)).casefold()
 

@@ -12,7 +12,7 @@ from medgemma_clinical.data.small_cells import count_patients
 from medgemma_clinical.data.summaries import STATISTICS
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 
-SHRINKAGE, OPTIMISM, MARGIN = 0.9, 0.05, 0.05
+SHRINKAGE, OPTIMISM, RISK_MARGIN = 0.9, 0.05, 0.05
 """Least shrinkage factor, largest optimism in Nagelkerke's R2, half width of the interval of the
 overall risk."""
 
@@ -32,7 +32,7 @@ def sample_sizes(
     r2 = EXPLAINED * maximum if r2 is None else r2
     factors = SHRINKAGE, r2 / (r2 + OPTIMISM * maximum)
     shrunk, fitted = (predictors / ((s - 1) * math.log(1 - r2 / s)) for s in factors)
-    overall = (1.96 / MARGIN) ** 2 * prevalence * q
+    overall = (1.96 / RISK_MARGIN) ** 2 * prevalence * q
     return math.ceil(shrunk), math.ceil(fitted), math.ceil(overall)
 
 

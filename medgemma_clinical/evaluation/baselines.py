@@ -30,8 +30,8 @@ from medgemma_clinical.evaluation.simple_models import (
     Regression,
     Trees,
     Words,
-    plain,
     read_names,
+    to_plain,
     word_table,
 )
 
@@ -105,24 +105,26 @@ class Baselines:
         """Return probabilities (n,) of baselines, then blends; NaN where the data lack columns."""
         table, risks = self._table(dataset).iloc[rows], {}
         for name, model in self.models.items():
-            known = {*model.columns} <= {*table.columns}
-            risks[name] = model.risks(table) if known else np.full(len(table), np.nan)
+            has_columns = {*model.columns} <= {*table.columns}
+            risks[name] = model.risks(table) if has_columns else np.full(len(table), np.nan)
         if self.words:
             risks[WORDS] = self.words.risks(dataset.contexts[rows])
         return risks | {name: blend(risks[a], risks[b]) for name, (a, b) in self.pairs.items()}
 
     def _table(self, dataset: TrajectoryDataset) -> pd.DataFrame:
         """Return all columns that baselines may read, N rows, whatever the stage reads."""
-        known = self.inputs["prediction_time"] and dataset.prediction_hours is not None
-        own = dataset.with_inputs((), prediction_time=known)
-        static = [name for name in self.inputs["static"] if name in own.static_names]
-        table = pd.concat([*own.baseline_inputs().values(), own.static_table(static)], axis=1)
+        reads_time = self.inputs["prediction_time"] and dataset.prediction_hours is not None
+        selected = dataset.with_inputs((), prediction_time=reads_time)
+        static = [name for name in self.inputs["static"] if name in selected.static_names]
+        table = pd.concat(
+            [*selected.baseline_inputs().values(), selected.static_table(static)], axis=1
+        )
         return table.loc[:, ~table.columns.duplicated()]
 
     def to_json(self) -> str:
         """Return the text of the file, in which each number is exact."""
-        models = {name: plain(model) for name, model in self.models.items()}
-        words = self.words and plain(self.words)
+        models = {name: to_plain(model) for name, model in self.models.items()}
+        words = self.words and to_plain(self.words)
         return json.dumps({**vars(self), "models": models, "words": words}) + "\n"
 
     @property
@@ -135,8 +137,8 @@ class Baselines:
         """Check and return; see ``simple_models``."""
         content = json.loads(text)
         models: dict[str, Regression | Trees] = {
-            name: (Trees if "text" in each else Regression).from_json(each)
-            for name, each in content["models"].items()
+            name: (Trees if "text" in fitted else Regression).from_json(fitted)
+            for name, fitted in content["models"].items()
         }
         words = content["words"] and Words.from_json(content["words"])
         static, time = read_names(content["inputs"]["static"]), content["inputs"]["prediction_time"]
@@ -150,7 +152,7 @@ def fit_baselines(
 ) -> Baselines:
     """Fit the baselines on some rows; ``static`` names the features that these rows can teach."""
     labels, inputs = dataset.labels[train], dict(dataset.baseline_inputs())
-    folds = draw_folds(labels, dataset.groups[train])
+    folds = tuning_folds(labels, dataset.groups[train])
     endings, statics = [""], dataset.static_table(static)
     if static:
         endings.append(WITH_STATICS)
@@ -189,7 +191,7 @@ def _fit(model: Any, values: Any, labels: Array) -> Any:
     return getattr(model, "best_estimator_", model)
 
 
-def draw_folds(labels: Array, groups: NDArray[Any]) -> Folds:
+def tuning_folds(labels: Array, groups: NDArray[Any]) -> Folds:
     """Return folds of the training part, no patient on both sides; none with few patients."""
     if minority_patients(labels, groups) < MIN_TUNED:
         return []
@@ -268,8 +270,8 @@ def model_risks(
 ) -> dict[str, Array]:
     """Return the probability (n,) of each model; ``rules`` recalibrate all but the stage."""
     risks = {stage: risk}
-    for name, each in baselines.items():
-        risks[name] = rules[name].probability(log_odds(each))
+    for name, baseline_risk in baselines.items():
+        risks[name] = rules[name].probability(log_odds(baseline_risk))
     if best := best_blend(baselines):
         risks[ENSEMBLE] = rules[ENSEMBLE].probability(log_odds(blend(risk, risks[best])))
     return risks
@@ -280,8 +282,8 @@ def fit_rules(
 ) -> dict[str, DecisionRule]:
     """Fit the decision rule of each model beside the stage, on the validation part."""
     rules = {
-        name: fit_decision_rule(labels, log_odds(each), calibrate)
-        for name, each in baselines.items()
+        name: fit_decision_rule(labels, log_odds(baseline_risk), calibrate)
+        for name, baseline_risk in baselines.items()
     }
     risks = model_risks(stage, risk, baselines, {**rules, ENSEMBLE: DecisionRule()})
     return {**rules, ENSEMBLE: fit_decision_rule(labels, log_odds(risks[ENSEMBLE]), calibrate)}

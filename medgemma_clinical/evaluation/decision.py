@@ -120,10 +120,10 @@ def fit_residual_weight(
     """
     tried = offset + RESIDUAL_WEIGHTS[:, None] * (logit - offset)  # (weights, n)
     # The smallest weight whose loss is within a standard error of the lowest.
-    chosen = int(np.argmax(_near_lowest(row_losses(labels, tried), patients)))
-    improves = roc_auc_score(labels, tried[chosen]) > roc_auc_score(labels, offset)
+    index = int(np.argmax(_near_lowest(row_losses(labels, tried), patients)))
+    improves = roc_auc_score(labels, tried[index]) > roc_auc_score(labels, offset)
     # 0 where the AUROC does not improve: on this part a language model never harms.
-    return float(RESIDUAL_WEIGHTS[chosen]) if improves else 0.0
+    return float(RESIDUAL_WEIGHTS[index]) if improves else 0.0
 
 
 def recommended_model(

@@ -76,15 +76,21 @@ class Metrics:
     def to_json(self) -> dict[str, Any]:
         """Return the content of a part of ``metrics.json``; what is undefined is None."""
         spread = [name for name in SPREAD if name in self.table]
-        known: Any = self.table.astype(object).where(self.table.notna(), None)
-        first, *others = (known.loc[model] for model in self.models)
+        defined: Any = self.table.astype(object).where(self.table.notna(), None)
+        first, *compared = (defined.loc[model] for model in self.models)
         models = {}
-        for model, rows in zip(self.models[1:], others, strict=True):
+        for model, rows in zip(self.models[1:], compared, strict=True):
             numbers = rows[VALUE + DIFFERENCE + spread].to_dict("index")
             models[model] = {"reference": rows["reference"].iloc[0], **numbers}
-        own = first[VALUE + spread].to_dict("index")
+        metrics_of_model = first[VALUE + spread].to_dict("index")
         plan = {"primary": self.primary, "planned": self.planned}
-        return {**self.counts, "model": self.models[0], **plan, **own, "models": models}
+        return {
+            **self.counts,
+            "model": self.models[0],
+            **plan,
+            **metrics_of_model,
+            "models": models,
+        }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
@@ -153,16 +159,18 @@ def evaluate(
     labels, risk, patients = _arrays(rows, first)
     parts = [np.arange(len(rows))]
     if split is not None:
-        parts = [np.flatnonzero(split == each) for each in np.unique(split)]
+        parts = [np.flatnonzero(split == label) for label in np.unique(split)]
 
     def statistic(weights: Array) -> dict[Any, Array]:
-        each = [_metrics_of_all(labels, risks, weights, part) for part in parts]
-        known = {key: _mean_of_defined([one[key] for one in each]) for key in each[0]}
+        by_part = [_metrics_of_all(labels, risks, weights, part) for part in parts]
+        values_by_key = {
+            key: _mean_of_defined([part[key] for part in by_part]) for key in by_part[0]
+        }
         if threshold is not None:
-            own = calibration(labels, risk, weights)
-            own |= confusion_shares(labels, risk >= threshold, weights)
-            known |= {(first, name): values for name, values in own.items()}
-        return known
+            at_threshold = calibration(labels, risk, weights)
+            at_threshold |= confusion_shares(labels, risk >= threshold, weights)
+            values_by_key |= {(first, name): values for name, values in at_threshold.items()}
+        return values_by_key
 
     # Patients are drawn once for all splits.
     value, drawn = bootstrap(labels, patients, seed, statistic)
@@ -174,15 +182,17 @@ def evaluate(
     references = dict.fromkeys(risks, first)  # of the ensemble the best blend
     if ENSEMBLE in risks and first != ENSEMBLE:
         references[ENSEMBLE] = best_blend(risks) or first
-    others = [(references[model], name) for model, name in value.index]
-    beside = value.index.get_indexer(pd.MultiIndex.from_tuples(others))
+    reference_keys = [(references[model], name) for model, name in value.index]
+    beside = value.index.get_indexer(pd.MultiIndex.from_tuples(reference_keys))
     minus = with_interval(value - value.to_numpy()[beside], drawn - drawn.to_numpy()[:, beside])
     table[DIFFERENCE] = minus
     table.loc[first, DIFFERENCE] = np.nan
     if split is not None:
         one = np.ones((1, len(rows)))
-        each = pd.concat(pd.DataFrame(_metrics_of_all(labels, risks, one, part)) for part in parts)
-        table[SPREAD] = each.where(np.isfinite(each)).agg(["std", "min", "max"]).T
+        by_part = pd.concat(
+            pd.DataFrame(_metrics_of_all(labels, risks, one, part)) for part in parts
+        )
+        table[SPREAD] = by_part.where(np.isfinite(by_part)).agg(["std", "min", "max"]).T
     if threshold is not None:  # A distance grows by the noise of the draws: they give no interval.
         for name, distance in calibration_error(labels, risk).items():
             table.loc[(first, name), "value"] = distance
@@ -196,9 +206,9 @@ def evaluate(
 
 def _mean_of_defined(values: Sequence[Array]) -> Array:
     """Return the mean (R,) of those of several arrays (R,) that are finite; NaN where none is."""
-    known = np.isfinite(values)
+    is_finite = np.isfinite(values)
     with np.errstate(invalid="ignore"):
-        mean: Array = np.where(known, values, 0).sum(axis=0) / known.sum(axis=0)
+        mean: Array = np.where(is_finite, values, 0).sum(axis=0) / is_finite.sum(axis=0)
     return mean
 
 
@@ -225,7 +235,7 @@ def _patients_behind_shares(
     """Return the patients in the denominator of each of ``confusion_shares``."""
     among = {"sensitivity": labels == 1, "specificity": labels == 0, "ppv": positive}
     among |= {"npv": ~positive, "positives": np.ones_like(positive)}
-    return {name: count_patients(patients, own) for name, own in among.items()}
+    return {name: count_patients(patients, is_member) for name, is_member in among.items()}
 
 
 def evaluate_splits(
@@ -246,22 +256,22 @@ def subgroup_table(rows: pd.DataFrame, model: str, bands: pd.DataFrame, seed: in
     """Return counts, AUROC and calibration of each category in ``bands`` (n rows)."""
     labels, risk, patients = _arrays(rows, model)
     lines: list[dict[str, Any]] = []
-    judged = {}  # rows by line
+    scored = {}  # rows by line
     for group, column in bands.items():
         for level in column.cat.categories:
-            own = np.flatnonzero(column.to_numpy() == level)
-            if len(own):
-                counts = count(labels[own], patients[own])
+            members = np.flatnonzero(column.to_numpy() == level)
+            if len(members):
+                counts = count(labels[members], patients[members])
                 if counts["minority_patients"] >= MINORITY_PATIENTS:
-                    judged[len(lines)] = own
+                    scored[len(lines)] = members
                 # The observed and the predicted share of events.
-                mean = {"prevalence": labels[own].mean(), "risk": risk[own].mean()}
+                mean = {"prevalence": labels[members].mean(), "risk": risk[members].mean()}
                 lines.append({"group": str(group), "level": str(level), **counts, **mean})
 
     def statistic(weights: Array) -> dict[Any, Array]:
         values: dict[Any, Array] = {}
-        for k, own in judged.items():
-            part = labels[own], risk[own], weights[:, own]
+        for k, members in scored.items():
+            part = labels[members], risk[members], weights[:, members]
             values[k, "auroc"] = metrics(*part)["auroc"]
             values[k, "slope"] = calibration(*part)["calibration_slope"]
             with np.errstate(invalid="ignore"):  # observed by expected events
@@ -269,10 +279,12 @@ def subgroup_table(rows: pd.DataFrame, model: str, bands: pd.DataFrame, seed: in
         return values
 
     table = pd.DataFrame(lines)
-    known = with_interval(*bootstrap(labels, patients, seed, statistic)) if judged else None
+    intervals = with_interval(*bootstrap(labels, patients, seed, statistic)) if scored else None
     for name in ("auroc", "oe", "slope"):
         columns = [name, f"{name}_low", f"{name}_high"]
-        table[columns] = np.nan if known is None else known.xs(name, level=1).reindex(table.index)
+        table[columns] = (
+            np.nan if intervals is None else intervals.xs(name, level=1).reindex(table.index)
+        )
     return table
 
 
@@ -290,7 +302,7 @@ def calibration_table(rows: pd.DataFrame, model: str, seed: int) -> pd.DataFrame
             observed = (weights * labels) @ members / (weights @ members)
         return dict(enumerate(observed.T))
 
-    behind = {k: count_patients(patients, own) for k, own in enumerate(members.T)}
+    behind = {k: count_patients(patients, is_member) for k, is_member in enumerate(members.T)}
     table = with_interval(*bootstrap(labels, patients, seed, statistic), behind)
     size = members.sum(axis=0)
     table = table.rename(columns={"value": "observed"}).assign(
@@ -311,8 +323,8 @@ def decision_curve(rows: pd.DataFrame, models: list[str], seed: int) -> pd.DataF
 
     table = with_interval(*bootstrap(labels, patients, seed, statistic))
     table = table.rename_axis("threshold").rename(columns={"value": models[0]})
-    others = {name: rows[name].to_numpy(float) for name in models[1:]}
-    others["treat_all"] = np.ones(len(rows))
-    for name, other in others.items():
-        table[name] = net_benefit(labels, other, thresholds, np.ones((1, len(rows))))[0]
+    other_risks = {name: rows[name].to_numpy(float) for name in models[1:]}
+    other_risks["treat_all"] = np.ones(len(rows))
+    for name, other_risk in other_risks.items():
+        table[name] = net_benefit(labels, other_risk, thresholds, np.ones((1, len(rows))))[0]
     return table

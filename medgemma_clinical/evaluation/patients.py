@@ -32,7 +32,7 @@ MAX_HOURS = 96
 WIDTHS = 11.5, 3.9
 """Inches of the figure on a screen, and on a phone."""
 
-RISK_HEIGHT, MARGIN = 1.4, 0.4
+RISK_HEIGHT, FIGURE_MARGIN = 1.4, 0.4
 """Inches of the risk's panel, and of the labels of time."""
 
 NAME: dict[str, Any] = {"loc": "left", "fontsize": "medium", "pad": 3}
@@ -90,12 +90,12 @@ class Explanation:
 
     def effects(self) -> pd.DataFrame:
         """Return the change of the log-odds without each series, the largest first."""
-        known = {name: risk for name, risk in self.without.items() if risk is not None}
-        own = log_odds(self.probability)
-        change = {name: float(log_odds(risk) - own) for name, risk in known.items()}
+        risk_without = {name: risk for name, risk in self.without.items() if risk is not None}
+        odds = log_odds(self.probability)
+        change = {name: float(log_odds(risk) - odds) for name, risk in risk_without.items()}
         order = sorted(change, key=lambda name: -abs(change[name]))
-        rows = [(name, signed(change[name], 2), percent(known[name])) for name in order]
-        rows += [(name, NO_VALUE, NO_VALUE) for name in self.without if name not in known]
+        rows = [(name, signed(change[name], 2), percent(risk_without[name])) for name in order]
+        rows += [(name, NO_VALUE, NO_VALUE) for name in self.without if name not in risk_without]
         names = ["Series", "Change without it (log-odds)", "Risk without it"]
         return pd.DataFrame(rows, columns=names)
 
@@ -129,7 +129,7 @@ def plot_patient(row: Explanation, outcome: str, threshold: float, width: float 
     measured = np.flatnonzero(~np.isnan(row.values).all(axis=0)).tolist()
     height = float(np.clip(ALL_SERIES / len(measured), *SERIES_HEIGHTS))
     heights = [height] * len(measured) + [RISK_HEIGHT]
-    figure, panels = plots.new_figure(heights, (width, sum(heights) + MARGIN))
+    figure, panels = plots.new_figure(heights, (width, sum(heights) + FIGURE_MARGIN))
     words = [_plot_series(axes, row, f) for f, axes in zip(measured, panels, strict=False)]
     unit, length = row.time_unit
     axes, hours, risks = panels[-1], row.hours / length, 100 * row.risks
@@ -147,7 +147,7 @@ def plot_patient(row: Explanation, outcome: str, threshold: float, width: float 
     )
 
 
-def plot_risks(curves: pd.DataFrame, outcome: str, threshold: float) -> Figure:
+def plot_risk_curves(curves: pd.DataFrame, outcome: str, threshold: float) -> Figure:
     """Draw the risk of rows over time, a line for each id; columns id, hours, probability."""
     figure, (axes,) = plots.new_figure(size=(8, 5))
     lines = curves.groupby("id", sort=False)
@@ -165,8 +165,8 @@ def plot_risks(curves: pd.DataFrame, outcome: str, threshold: float) -> Figure:
 
 def _plot_series(axes: Axes, row: Explanation, f: int) -> str:
     """Draw the values of a series above its reference range; return both in words."""
-    known = ~np.isnan(row.values[:, f])
-    times, values = row.times[known], row.values[known, f]
+    measured = ~np.isnan(row.values[:, f])
+    times, values = row.times[measured], row.values[measured, f]
     low, high = row.references[f] or (None, None)
     bottom, top = axis_limits(values, row.references[f], row.spreads[f])
     axes.set_ylim(bottom, top)

@@ -121,8 +121,8 @@ def to_image(figure: Figure, alt: str) -> Image:
 def _with_legend(figure: Figure, columns: int = 3) -> Figure:
     """Put one legend above the panels, where it hides no curve."""
     for axes in figure.axes:
-        if own := axes.get_legend():  # scikit-learn's
-            own.remove()
+        if legend := axes.get_legend():  # scikit-learn's
+            legend.remove()
     figure.legend(loc="outside upper left", ncols=columns)
     return figure
 
@@ -172,9 +172,10 @@ def plot_risks(labels: Array, risk: Array) -> Plot:
     bins = np.linspace(0, min(100.0, 102 * risk.max()), 41).tolist()
     classes = ((1, "events", OTHER), (0, "non-events", MODEL))
     for axes, (label, name, colour) in zip(panels, classes, strict=True):
-        own = 100 * risk[labels == label]
-        axes.hist(own, bins, weights=np.full(len(own), 100 / len(own)), color=colour, alpha=0.7)
-        axes.axvline(float(np.median(own)), **DOTTED)
+        percents = 100 * risk[labels == label]
+        weights = np.full(len(percents), 100 / len(percents))
+        axes.hist(percents, bins, weights=weights, color=colour, alpha=0.7)
+        axes.axvline(float(np.median(percents)), **DOTTED)
         axes.set_ylabel(f"% of {name}")
     panels[-1].set_xlabel("predicted risk, % (dotted: median)")
     return figure, "Histograms of the predicted risks of events and of non-events."
@@ -219,26 +220,26 @@ def plot_learning(history: Sequence[Mapping[str, Any]]) -> Plot:
 def plot_forest(metrics: Metrics) -> Plot:
     """Plot the difference of each model's AUROC to that of its reference."""
     reference, *names = metrics.models
-    others = metrics.metric("auroc").loc[names]
+    aurocs = metrics.metric("auroc").loc[names]
     minority = metrics.counts["minority_patients"]
     levels = [
         verdicts.difference_verdict(row, minority) if name in metrics.planned else None
-        for name, row in others.iterrows()
+        for name, row in aurocs.iterrows()
     ]
-    values, lows, highs = others[DIFFERENCE].to_numpy(float).T
+    values, lows, highs = aurocs[DIFFERENCE].to_numpy(float).T
     figure, (axes,) = new_figure(size=(5.5, 0.28 * len(metrics.models) + 1.5))
     axes.axvline(0, color=INK, linewidth=1)
     axes.plot([0], [0], "s", color=INK, markersize=4)
     for verdict, (marker, colour) in MARKS.items():
-        own = [k for k, level in enumerate(levels) if level == verdict]
-        if own:
-            errors = [(values - lows)[own], (highs - values)[own]]
+        rows = [k for k, level in enumerate(levels) if level == verdict]
+        if rows:
+            errors = [(values - lows)[rows], (highs - values)[rows]]
             look: dict[str, Any] = {"color": colour, "markersize": 6}
             look["label"] = verdict.words if verdict else "not planned"
-            axes.errorbar(values[own], np.add(own, 1), xerr=errors, fmt=marker, **look)
+            axes.errorbar(values[rows], np.add(rows, 1), xerr=errors, fmt=marker, **look)
     widest = np.nanmax([MIN_DIFFERENCE, *np.abs([*values, *lows, *highs])])
-    besides = others["reference"]
-    texts = [n if each == reference else f"{n} minus {each}" for n, each in besides.items()]
+    besides = aurocs["reference"]
+    texts = [n if beside == reference else f"{n} minus {beside}" for n, beside in besides.items()]
     axes.set_yticks(range(len(names) + 1), [f"{reference}, reference", *texts])
     axes.set(xlim=(-1.05 * widest, 1.05 * widest), ylim=(len(names) + 0.5, -0.5))
     axes.set_xlabel("AUROC minus that of the reference [95 %]")
@@ -249,11 +250,11 @@ def plot_forest(metrics: Metrics) -> Plot:
 
 def plot_sites(table: pd.DataFrame, pooled: Mapping[str, float]) -> Plot:
     """Plot the AUROC of each site of a ``site_table`` that has one, and what ``pool`` returns."""
-    known = table[table["auroc"].notna()]
+    defined = table[table["auroc"].notna()]
     value, low, high = (
-        known[name].to_numpy(float) for name in ("auroc", "auroc_low", "auroc_high")
+        defined[name].to_numpy(float) for name in ("auroc", "auroc_low", "auroc_high")
     )
-    names, below = known["site"].tolist(), len(known)
+    names, below = defined["site"].tolist(), len(defined)
     figure, (axes,) = new_figure(size=(5.5, 0.28 * below + 1.8))
     look: dict[str, Any] = {"color": MODEL, "label": "a site [95 %]", "markersize": 5}
     axes.errorbar(value, range(below), xerr=[value - low, high - value], fmt="s", **look)

@@ -89,11 +89,11 @@ class ReportContent:
     card: Mapping[str, str]  # about the model; hashes and versions stand last
     threshold: float | None  # None: each fold's own
     seed: int  # of the bootstrap
-    bands: pd.DataFrame  # subgroups of the judged rows: ordered categories, a column a grouping
+    bands: pd.DataFrame  # subgroups of the evaluated rows: ordered categories, a column a grouping
     noun: str = "patients"  # what the rows are
     chosen_on: str = "the validation part"  # rows that chose threshold and recalibration
     flow: pd.DataFrame | None = None  # columns rule, removed, left
-    split: pd.DataFrame | None = None  # a ``split_table``
+    split: pd.DataFrame | None = None  # a ``part_table``
     table_one: pd.DataFrame | None = None  # a ``table_one``
     history: Sequence[Mapping[str, Any]] | None = None  # as in history.jsonl
     reports: Mapping[str, Any] | None = None  # metrics of ``score_reports``
@@ -106,7 +106,7 @@ class ReportContent:
     methods: Mapping[str, str] | None = None  # what ``tripod.md`` says of the training
     notice: str = ""  # a banner
     first: Sequence[str] = ()  # sentences that the result begins with
-    folds: int = 0  # models whose risks of their own folds are judged together; 0: one model
+    folds: int = 0  # models whose risks of their own folds are evaluated together; 0: one model
 
 
 def render(name: str, **content: Any) -> str:
@@ -220,18 +220,18 @@ def _model_parts(
 
 def _data_tables(content: ReportContent, min_cell: int, *, hide_events: bool) -> Tables:
     """Return tables of the data, small counts hidden."""
-    known = {}
+    tables_by_name = {}
     if (split := content.split) is not None:
         hide_events = hide_events or bool((split["minority_patients"] < min_cell).any())
-        known["split"] = suppress_table(split, min_cell).drop(columns="minority_patients")
+        tables_by_name["split"] = suppress_table(split, min_cell).drop(columns="minority_patients")
     if content.flow is not None:
-        known["flow"] = suppress_table(content.flow[["rule", "removed", "left"]], min_cell)
+        tables_by_name["flow"] = suppress_table(content.flow[["rule", "removed", "left"]], min_cell)
     if (table := content.table_one) is not None:
-        known["table_one"] = suppress_table_one(table, min_cell, hide_events=hide_events)
+        tables_by_name["table_one"] = suppress_table_one(table, min_cell, hide_events=hide_events)
     if content.case_mix is not None:
         mixes = [suppress_case_mix(m, min_cell, hide_events=hide_events) for m in content.case_mix]
-        known["case_mix"] = tables.case_mix_cells(*mixes)
-    return known
+        tables_by_name["case_mix"] = tables.case_mix_cells(*mixes)
+    return tables_by_name
 
 
 def _write_files(

@@ -58,12 +58,12 @@ def review_report(dataset: TrajectoryDataset, i: int, text: str) -> ReportReview
 
 def known_numbers(dataset: TrajectoryDataset, i: int) -> set[str]:
     """Return the numbers of row ``i``: of its prompt, its series, and its true report."""
-    known = {*_stated_numbers(_mask_names(dataset, dataset.prompt(i)))}
+    numbers = {*_stated_numbers(_mask_names(dataset, dataset.prompt(i)))}
     for _, times, values in dataset.measured(i):
-        known.update(map(plain, [*values, *(times / dataset.report_hours)]))
+        numbers.update(map(plain, [*values, *(times / dataset.report_hours)]))
     for clause in dataset.report_clauses(i):
-        known.update(part.text for part in clause.parts if isinstance(part, Number))
-    return known
+        numbers.update(part.text for part in clause.parts if isinstance(part, Number))
+    return numbers
 
 
 def _right_parts(text: str, masked: str, clauses: list[Clause]) -> list[Number | Choice]:
@@ -79,7 +79,7 @@ def _right_parts(text: str, masked: str, clauses: list[Clause]) -> list[Number |
             if match and match.start() < (end if own_sentence else sentence_end):
                 parts = [part for part in clause.parts if not isinstance(part, str)]
                 written = zip(parts, match.groups(), strict=True)
-                right += [part for part, word in written if part.text == _plain(part, word)]
+                right += [part for part, word in written if part.text == _shortest(part, word)]
                 break
     return right
 
@@ -110,7 +110,7 @@ def _part_pattern(part: Part) -> str:
     return f"({NUMBER if isinstance(part, Number) else '|'.join(map(re.escape, part.among))})"
 
 
-def _plain(part: Number | Choice, written: str) -> str:
+def _shortest(part: Number | Choice, written: str) -> str:
     """Return what is written, a number in its shortest form: 7.10 is 7.1."""
     return plain(float(written)) if isinstance(part, Number) else written
 

@@ -1,6 +1,6 @@
 """Fitted simple models as plain numbers: kept as JSON, computed here, by no library's reader.
 
-Each has ``risks``, and ``from_json``, which reads what ``plain`` gives and refuses all else.
+Each has ``risks``, and ``from_json``, which reads what ``to_plain`` gives and refuses all else.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def _array(values: Any, size: int) -> Array:
 
 def read_names(values: Any) -> list[str]:
     """Return different names."""
-    if not isinstance(values, list) or not all(isinstance(each, str) for each in values):
+    if not isinstance(values, list) or not all(isinstance(name, str) for name in values):
         raise TypeError("not a list of names")
     if len({*values}) < len(values):
         raise ValueError("the same name twice")
     return values
 
 
-def plain(model: Any) -> dict[str, Any]:
+def to_plain(model: Any) -> dict[str, Any]:
     """Return a model as lists of numbers, names and text."""
     values = {field.name: getattr(model, field.name) for field in fields(model)}
     return {name: x.tolist() if isinstance(x, np.ndarray) else x for name, x in values.items()}

@@ -36,10 +36,12 @@ def site_table(rows: pd.DataFrame, model: str, sites: NDArray[np.str_], seed: in
 
 def pool(table: pd.DataFrame) -> dict[str, float]:
     """Return the pooled AUROC, its intervals, ``i2``, ``tau2`` of its logit; NaN with few sites."""
-    known = table.dropna(subset=["logit", "se"])
-    found = random_effects(known["logit"].to_numpy(float), known["se"].to_numpy(float) ** 2)
-    scale = {name: float(expit(x)) for name, x in found.items() if name not in ("i2", "tau2")}
-    return {"sites": len(known), **found, **scale}
+    estimates = table.dropna(subset=["logit", "se"])
+    pooled = random_effects(
+        estimates["logit"].to_numpy(float), estimates["se"].to_numpy(float) ** 2
+    )
+    scale = {name: float(expit(x)) for name, x in pooled.items() if name not in ("i2", "tau2")}
+    return {"sites": len(estimates), **pooled, **scale}
 
 
 def random_effects(effects: Array, variances: Array) -> dict[str, float]:
@@ -64,8 +66,8 @@ def random_effects(effects: Array, variances: Array) -> dict[str, float]:
         return float(np.log(weights.sum()) - np.log(weights).sum() + squares)
 
     top = 10 * effects.var(ddof=1) + 1e-9
-    found = minimize_scalar(loss, bounds=(0, top), method="bounded", options={"xatol": 1e-9})
-    tau2 = float(found.x) if found.fun < loss(0) else 0.0
+    minimum = minimize_scalar(loss, bounds=(0, top), method="bounded", options={"xatol": 1e-9})
+    tau2 = float(minimum.x) if minimum.fun < loss(0) else 0.0
     weights, mean, squares = pooled(tau2)
     # At least the error of a common effect: where effects agree by chance, it would be 0.
     error = np.sqrt(max(1.0, squares / (k - 1)) / weights.sum())
@@ -74,8 +76,8 @@ def random_effects(effects: Array, variances: Array) -> dict[str, float]:
     reach = t.ppf(0.975, k - 1) * error
     beyond = t.ppf(0.975, k - 2) * np.sqrt(tau2 + error**2)  # 95 % of further sites
     intervals = (mean - reach, mean + reach, mean - beyond, mean + beyond)
-    own = {"value": mean, "i2": tau2 / (tau2 + typical), "tau2": tau2}
-    return own | dict(zip(ends, map(float, intervals), strict=True))
+    summary = {"value": mean, "i2": tau2 / (tau2 + typical), "tau2": tau2}
+    return summary | dict(zip(ends, map(float, intervals), strict=True))
 
 
 def pooled_sentence(pooled: dict[str, float], sites: int) -> str:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from medgemma_clinical.data.dka import STATIC
 from medgemma_clinical.data.small_cells import count_text
 from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.evaluation.tables import PARTS
+from medgemma_clinical.evaluation.tables import PART_NAMES
 from medgemma_clinical.evaluation.verdicts import NO_VALUE, percent
 
 ALL, OUTCOMES = "all", ("with the event", "without the event")
@@ -26,21 +26,23 @@ def table_one(dataset: TrajectoryDataset, split: Mapping[str, NDArray[np.int64]]
     binary.iloc[len(dataset.static_names) :] = False  # series are numbers
     groups = {ALL: np.arange(len(dataset))}
     groups |= {name: np.flatnonzero(dataset.labels == 1 - k) for k, name in enumerate(OUTCOMES)}
-    groups |= {PARTS.get(part, part): rows for part, rows in split.items()}
-    found = []
+    groups |= {PART_NAMES.get(part, part): rows for part, rows in split.items()}
+    tables = []
     for group, rows in groups.items():
-        own, patients = table.iloc[rows], len(np.unique(dataset.groups[rows]))
+        members, patients = table.iloc[rows], len(np.unique(dataset.groups[rows]))
         size: dict[str, Any] = {"group": group, "rows": len(rows), "patients": patients}
-        lines = own.quantile([0.25, 0.5, 0.75]).T.set_axis(QUARTILES, axis=1)
+        lines = members.quantile([0.25, 0.5, 0.75]).T.set_axis(QUARTILES, axis=1)
         lines[binary] = np.nan
-        known = own.notna().sum()
-        count = own.sum().where(binary)
-        lines = lines.assign(missing=len(rows) - known, count=count, share=count / known, **size)
+        present = members.notna().sum()
+        count = members.sum().where(binary)
+        lines = lines.assign(
+            missing=len(rows) - present, count=count, share=count / present, **size
+        )
         heads = {dataset.noun.capitalize(): len(rows), "Patients": patients}
         head = pd.DataFrame({"count": heads, "missing": 0}).assign(**size)
-        found.append(pd.concat([head, lines]))
+        tables.append(pd.concat([head, lines]))
     columns = ["group", "rows", "patients", "missing", "count", "share", *QUARTILES]
-    return pd.concat(found)[columns].rename_axis("variable").reset_index()
+    return pd.concat(tables)[columns].rename_axis("variable").reset_index()
 
 
 def _variables(dataset: TrajectoryDataset) -> pd.DataFrame:
@@ -57,10 +59,10 @@ def _variables(dataset: TrajectoryDataset) -> pd.DataFrame:
 
 def table_one_cells(table: pd.DataFrame) -> pd.DataFrame:
     """Return ``table_one``, which may be suppressed, as text: a column for each group."""
-    groups = {str(name): own for name, own in table.groupby("group", sort=False)}
+    groups = {str(name): lines for name, lines in table.groupby("group", sort=False)}
     cells = {"Variable": groups[ALL]["variable"].tolist()}
-    for name, own in groups.items():
-        cells[name.capitalize()] = [_cell(line) for line in own.to_dict("records")]
+    for name, lines in groups.items():
+        cells[name.capitalize()] = [_cell(line) for line in lines.to_dict("records")]
     cells["Missing"] = ["" if n == 0 else count_text(n) for n in groups[ALL]["missing"]]
     return pd.DataFrame(cells)
 

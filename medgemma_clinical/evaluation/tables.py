@@ -60,7 +60,7 @@ CASE_MIX = {
 }
 METRIC_COLUMNS = ["Metric", "Value [95 %]", "Meaning"]
 MINUS = "Minus reference [95 %]"
-PARTS = {"train": "training", "val": "validation", "test": "test"}
+PART_NAMES = {"train": "training", "val": "validation", "test": "test"}
 
 
 def model_cells(metrics: Metrics, cost: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -82,10 +82,10 @@ def model_cells(metrics: Metrics, cost: pd.DataFrame | None = None) -> pd.DataFr
     for name, title, form in (("auprc", "AUPRC", ".3f"), ("brier", "Brier", ".4f")):
         values = metrics.metric(name)["value"]
         table[title] = [NO_VALUE if pd.isna(x) else f"{x:{form}}" for x in values]
-    known = (pd.DataFrame() if cost is None else cost).reindex(metrics.models)
+    costs = (pd.DataFrame() if cost is None else cost).reindex(metrics.models)
     for name, (title, form) in COST.items():
-        if name in known and known[name].notna().any():
-            numbers = known[name].astype(float)
+        if name in costs and costs[name].notna().any():
+            numbers = costs[name].astype(float)
             table[title] = ["" if pd.isna(x) else f"{x:{form}}" for x in numbers]
     return table
 
@@ -97,10 +97,10 @@ def model_table(metrics: Metrics, cost: pd.DataFrame | None = None) -> pd.DataFr
 
 def metric_table(metrics: Metrics, names: Sequence[str]) -> pd.DataFrame:
     """Return what is known of metrics of the first model as text, with their meanings."""
-    lines, known = [], metrics.of(metrics.models[0])
+    lines, values = [], metrics.of(metrics.models[0])
     for name in names:
         title, form, meaning = METRICS[name]
-        text = value_text(known.loc[name], form, 100 if title.endswith("(%)") else 1)
+        text = value_text(values.loc[name], form, 100 if title.endswith("(%)") else 1)
         lines += [(title, text, meaning)] if text != NO_VALUE else []
     return pd.DataFrame(lines, columns=METRIC_COLUMNS)
 
@@ -150,12 +150,12 @@ def count_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
     return named.loc[:, ~named.columns.duplicated()]
 
 
-def split_table(
+def part_table(
     labels: NDArray[Any], groups: NDArray[Any], split: Mapping[str, NDArray[Any]]
 ) -> pd.DataFrame:
     """Return part, rows, patients, events and minority_patients of each part, as numbers."""
     lines = [
-        {"part": PARTS.get(part, part), **count(labels[rows], groups[rows])}
+        {"part": PART_NAMES.get(part, part), **count(labels[rows], groups[rows])}
         for part, rows in split.items()
     ]
     return pd.DataFrame(lines).rename(columns={"n": "rows"})
@@ -184,8 +184,8 @@ def written_table(reports: Mapping[str, Any] | None) -> pd.DataFrame | None:
         return None
     lines = []
     for name, (title, meaning) in WRITTEN.items():
-        known = reports[name]
-        text = json_text(known, ".1f", 100) if isinstance(known, dict) else count_text(known)
+        metric = reports[name]
+        text = json_text(metric, ".1f", 100) if isinstance(metric, dict) else count_text(metric)
         lines += [(title, text, meaning)] if text != NO_VALUE else []
     return pd.DataFrame(lines, columns=METRIC_COLUMNS)
 

@@ -131,10 +131,10 @@ def crosswise(
     updated = pd.DataFrame(dict.fromkeys((*METHODS, CHOSEN), risk))
     for k in (0, 1):
         other, odds = half != k, log_odds(risk[half == k])
-        known = labels[other], risk[other]
-        chosen, updates = choose_update(*known, patients[other], with_slope=with_slope)
+        fitted_on = labels[other], risk[other]
+        chosen_method, updates = choose_update(*fitted_on, patients[other], with_slope=with_slope)
         for name in updated:
-            method = chosen if name == CHOSEN else str(name)
+            method = chosen_method if name == CHOSEN else str(name)
             slope, intercept = updates.get(method, updates[INTERCEPT])
             updated.loc[half == k, name] = expit(intercept + slope * odds)
     return updated
@@ -159,10 +159,11 @@ def evaluate_updates(rows: pd.DataFrame, model: str, seed: int) -> Updates | Non
         errors += (values - labels) ** 2 / DIVISIONS
         losses += row_losses(labels, log_odds(values)) / DIVISIONS
         for k in (0, 1):  # pooled, the error of one half would cancel that of the other
-            own = half == k
-            for name, each in zip(names, values[:, own], strict=True):
-                slope = calibration(labels[own], each, np.ones((1, own.sum())))["calibration_slope"]
-                error = calibration_error(labels[own], each)["ici"]
+            in_half = half == k
+            once = np.ones((1, in_half.sum()))
+            for name, half_risk in zip(names, values[:, in_half], strict=True):
+                slope = calibration(labels[in_half], half_risk, once)["calibration_slope"]
+                error = calibration_error(labels[in_half], half_risk)["ici"]
                 for metric, figure in (("calibration_slope", slope.item()), ("ici", error)):
                     halves.setdefault((name, metric), []).append(figure)
 

@@ -92,8 +92,8 @@ def percent(value: float) -> str:
 
 def primary_baseline(metrics: Metrics) -> str | None:
     """Return the baseline of the planned comparison; None where there is nothing to compare."""
-    known = metrics.primary in metrics.models[1:]
-    return metrics.primary if known else None
+    is_compared = metrics.primary in metrics.models[1:]
+    return metrics.primary if is_compared else None
 
 
 def multiplicity_sentence(metrics: Metrics) -> str:
@@ -115,8 +115,8 @@ def counts_text(counts: Mapping[str, int], noun: str = "predictions") -> str:
 
 def sentences(metrics: Metrics, noun: str = "predictions") -> list[Finding]:
     """Return the result in words, without a baseline of a model alone; ``noun`` names the rows."""
-    counts, own = metrics.counts, metrics.of(metrics.models[0])
-    minority, row = counts["minority_patients"], own.loc["auroc"]
+    counts, values = metrics.counts, metrics.of(metrics.models[0])
+    minority, row = counts["minority_patients"], values.loc["auroc"]
     level = verdict(row.low, row.high, CHANCE, minority)
     words = {BETTER: "better than", UNDECIDED: "not shown to differ from", WORSE: "worse than"}
     few = f"too few to compare ({minority} patients have the rarer outcome) with"
@@ -126,7 +126,7 @@ def sentences(metrics: Metrics, noun: str = "predictions") -> list[Finding]:
     )
     if row.low == 1:
         text += " All are ranked correctly: the interval has no width."
-    found = [Finding(level, text)]
+    findings = [Finding(level, text)]
     if name := primary_baseline(metrics):
         row = metrics.row(name, "auroc")
         level = difference_verdict(row, minority)
@@ -136,15 +136,15 @@ def sentences(metrics: Metrics, noun: str = "predictions") -> list[Finding]:
             f"AUROC minus that of this model is {difference_text(row)}: "
             f"{beside.get(level, level.words)}."
         )
-        found.append(Finding(None, text))  # a symbol would seem to praise this model
-    if "ici" in own.index:
-        slope = value_text(own.loc["calibration_slope"], ".2f")
-        large = value_text(own.loc["calibration_in_the_large"], "+.2f")
+        findings.append(Finding(None, text))  # a symbol would seem to praise this model
+    if "ici" in values.index:
+        slope = value_text(values.loc["calibration_slope"], ".2f")
+        large = value_text(values.loc["calibration_in_the_large"], "+.2f")
         text = (
             f"Calibration: slope {slope} (1 is ideal), in the large {large} (0 is ideal), "
-            f"ICI {value_text(own.loc['ici'])} (0 is ideal)."
+            f"ICI {value_text(values.loc['ici'])} (0 is ideal)."
         )
-        found.append(Finding(None, text))
+        findings.append(Finding(None, text))
     # Another model that --use names is not in the ensemble.
     if ENSEMBLE in metrics.models[1:] and metrics.models[0] in STAGE_NAMES.values():
         row = metrics.row(ENSEMBLE, "auroc")
@@ -154,5 +154,5 @@ def sentences(metrics: Metrics, noun: str = "predictions") -> list[Finding]:
             f"Beside {row.reference} this model {adds.get(level, 'has too few patients to tell')}: "
             f"the ensemble of both has AUROC {value_text(row)}, difference {difference_text(row)}."
         )
-        found.append(Finding(level, text))
-    return found
+        findings.append(Finding(level, text))
+    return findings

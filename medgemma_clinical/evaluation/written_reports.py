@@ -76,10 +76,10 @@ def report_metrics(
             return {name: (weights @ part) / (weights @ of) for name, (part, of) in ratios.items()}
 
     behind = {name: count_patients(groups, of > 0) for name, (_, of) in ratios.items()}
-    known = with_interval(*bootstrap(labels, groups, seed, shares), behind).astype(object)
+    table = with_interval(*bootstrap(labels, groups, seed, shares), behind).astype(object)
     return {
         "reports": len(reviews),
         "numbers_stated": int(stated.sum()),
         "invented": int(invented.sum()),
-        **{str(name): dict(share) for name, share in known.where(known.notna(), None).iterrows()},
+        **{str(name): dict(share) for name, share in table.where(table.notna(), None).iterrows()},
     }

@@ -54,7 +54,7 @@ from medgemma_clinical.training.loaders import LengthBatches
 logger = logging.getLogger(__name__)
 
 PROOF_ROWS, PROOF_TOKENS = 8, 32
-TOLERANCE = {torch.float32: 2.0**-10, torch.bfloat16: 24 * 2.0**-8}
+MERGE_TOLERANCE = {torch.float32: 2.0**-10, torch.bfloat16: 24 * 2.0**-8}
 """Largest difference of a logit, in standard deviations of a row's logits, times the root of the
 number of layers: each adds a rounding error to the states, and such errors are independent."""
 
@@ -106,7 +106,7 @@ def export_merged(
         llm = cast(PreTrainedModel, merged.model.llm)
         apart = (proof_logits(merged) - before) / before.std(dim=1, keepdim=True)
         difference = float(apart.abs().amax())
-        allowed = TOLERANCE[llm.dtype] * math.sqrt(llm.config.num_hidden_layers)
+        allowed = MERGE_TOLERANCE[llm.dtype] * math.sqrt(llm.config.num_hidden_layers)
         if not difference <= allowed:  # NaN fails
             raise RunFault(
                 "the merged language model computes other logits than the trained one: "

@@ -18,7 +18,7 @@ from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import exact_kernels, find_device, set_environment
 from medgemma_clinical.evaluation.metrics_table import DIFFERENCE, VALUE, Metrics
-from medgemma_clinical.evaluation.patients import plot_patient, plot_risks
+from medgemma_clinical.evaluation.patients import plot_patient, plot_risk_curves
 from medgemma_clinical.evaluation.plots import plot_style
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.explain import explain, risk_over_time
@@ -273,7 +273,7 @@ class TrajectoryModel:
         """Return a figure of ``risk_over_time``, a line for each row."""
         curves = self.risk_over_time(rows)
         with plot_style():
-            return plot_risks(curves, self.config["outcome"], self.threshold)
+            return plot_risk_curves(curves, self.config["outcome"], self.threshold)
 
     @exact_kernels()
     def plot_patient(self, rows: Rows, id: object = None) -> Figure:

@@ -117,13 +117,13 @@ class Config(TypedDict, total=False):
     precision: str  # of the base model's arithmetic
     lora_rank: int
     lora_alpha: int
-    num_prefix_tokens: int  # most soft tokens of a row, 0 for none
+    num_prefix_tokens: int  # maximum soft tokens of a row, 0 for none
     shuffled: bool  # soft tokens of other patients: a control
     stage1_logit: bool  # whether stage 1's logit is added
     residual_weight: float  # of the language model's own logit beside it
     prompts: dict[str, Any]  # ``PromptOptions``
     max_text_tokens: int | None  # of a longer prompt the oldest values are left out
-    report_tokens: int  # most tokens of a written report, stage 3
+    report_tokens: int  # maximum tokens of a written report, stage 3
     merged_from: dict[str, Any]  # base model of an export, whose adapter is merged
 
     # Results, once training has ended.

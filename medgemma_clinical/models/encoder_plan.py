@@ -50,7 +50,7 @@ class Plan:
         n_observed: how many of them reach an observation at its end.
         dt: (N,) length of each patient's step, step after step, in units of ``time_scale``.
         rows: (P,) int64, the row of the state that each observation updates.
-        observation_index: (P,) int64, the place of each observation in the flattened (B * L).
+        observation_index: (P,) int64, the position of each observation in the flattened (B * L).
         last_value: (P, F) each feature's latest value in raw units; NaN before its first.
         time_features: (P, 3F + 3): for each feature whether it is measured now, whether it was
             measured before, and the scaled log hours since then (zero where never); then scaled

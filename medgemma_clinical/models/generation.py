@@ -29,8 +29,8 @@ def rows_at_once(model: LLMWriter, collate: TextCollator, max_tokens: int) -> in
     kept = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     tokens = int(collate.lengths().max(initial=0)) + model.tokens + max_tokens
     free = 0.8 * torch.cuda.mem_get_info(device)[0]
-    fewest, most = ROWS_AT_ONCE
-    return max(fewest, min(most, int(free / (tokens * (kept + PASS_BYTES)))))
+    min_rows, max_rows = ROWS_AT_ONCE
+    return max(min_rows, min(max_rows, int(free / (tokens * (kept + PASS_BYTES)))))
 
 
 def write_reports(

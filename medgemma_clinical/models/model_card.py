@@ -24,7 +24,7 @@ from medgemma_clinical.models.language_model import BUILT_IN
 from medgemma_clinical.models.terms import NOT_A_DEVICE, licence, terms_of
 from medgemma_clinical.provenance import describe_program
 
-LIMITS = (
+MODEL_LIMITS = (
     "The metrics come from one data set that was split by patient. They may not hold in another "
     "hospital or another time. If treatment shapes the label, the model predicts treatment as well "
     "as disease. Metrics of a small test part vary by chance: read the interval, not the value."
@@ -43,7 +43,7 @@ def shareable(config: Mapping[str, Any], min_cell: int) -> Any:
     few = any(isinstance(part["minority_patients"], str) for part in parts.values())
     if "reports" in metrics:
         parts["reports"] = suppress_reports(metrics["reports"], min_cell)
-    parts["calibration"] = _plain(metrics.get("calibration", {}))
+    parts["calibration"] = _without_tables(metrics.get("calibration", {}))
     updated = {
         name: count_text(x, min_cell) if name in ("rows", "patients", "events") else x
         for name, x in config.get("updated", {}).items()
@@ -52,12 +52,12 @@ def shareable(config: Mapping[str, Any], min_cell: int) -> Any:
         "updated": updated,
         "case_mix": suppress_case_mix(config["case_mix"], min_cell, hide_events=few),
         "patients": {"series": {}, "static": {}},
-        "metrics": {**_plain(metrics), **parts},
+        "metrics": {**_without_tables(metrics), **parts},
     }
     return {**config, **{key: x for key, x in hidden.items() if key in config}}
 
 
-def _plain(content: Mapping[str, Any]) -> dict[str, Any]:
+def _without_tables(content: Mapping[str, Any]) -> dict[str, Any]:
     """Return the entries that are no tables: no other table leaves the machine unseen."""
     return {key: x for key, x in content.items() if not isinstance(x, dict)}
 
@@ -73,9 +73,9 @@ def model_card(
         "config": shared,
         "model": describe_model(shared),
         "repo_id": repo_id,
-        "place": json.dumps(repo_id or "FOLDER"),
+        "source": json.dumps(repo_id or "FOLDER"),
         "series": [f"{name} ({units[name]})" if units[name] else name for name in series],
-        "texts": {"limits": LIMITS, "not_a_device": NOT_A_DEVICE, "licence": licence(config)},
+        "texts": {"limits": MODEL_LIMITS, "not_a_device": NOT_A_DEVICE, "licence": licence(config)},
         **{"code": code, "names": names, "number": count_text, "interval": json_text},
     }
     path = str(Path(__file__).with_suffix(".md.j2"))

@@ -64,17 +64,17 @@ class Scaler(nn.Module):
         return score.nan_to_num(nan=0.0).T.reshape(table.shape)
 
 
-def bin_means(known: Tensor) -> tuple[Tensor, Tensor]:
+def bin_means(ordered: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean value and mean normal score of each bin, (BINS,) each, of sorted values."""
-    bins = max(1, min(BINS, len(known) // MIN_BIN))
-    quantiles = (torch.arange(len(known), dtype=torch.double) + 0.5) / len(known)
+    bins = max(1, min(BINS, len(ordered) // MIN_BIN))
+    quantiles = (torch.arange(len(ordered), dtype=torch.double) + 0.5) / len(ordered)
     owner = (quantiles * bins).long()
     sizes = torch.bincount(owner)
     normal = math.sqrt(2) * torch.erfinv(2 * quantiles - 1)
-    knots, scores = (torch.bincount(owner, x) / sizes for x in (known, normal))
+    knots, scores = (torch.bincount(owner, x) / sizes for x in (ordered, normal))
     # A value that fills several bins has one score.
     knots, same, counts = knots.unique_consecutive(return_inverse=True, return_counts=True)
     scores = torch.bincount(same, scores) / counts
     # Few values make fewer bins; the last one fills the places that are left.
-    place = torch.arange(BINS).clamp(max=len(knots) - 1)
-    return knots[place], scores[place]
+    index = torch.arange(BINS).clamp(max=len(knots) - 1)
+    return knots[index], scores[index]

@@ -141,9 +141,9 @@ class TextCollator:
         rows = [torch.tensor(text + answer) for text, answer in zip(texts, answers, strict=True)]
         starts = torch.tensor([len(text) for text in texts])
         input_ids = pad_sequence(rows, batch_first=True, padding_value=self.pad)
-        place = torch.arange(input_ids.shape[1])
-        text_mask = place < torch.tensor([len(row) for row in rows])[:, None]
-        answer = (place >= starts[:, None]) & text_mask
+        position = torch.arange(input_ids.shape[1])
+        text_mask = position < torch.tensor([len(row) for row in rows])[:, None]
+        answer = (position >= starts[:, None]) & text_mask
         batch = TextBatch(
             **self.dataset.collate(indices),
             input_ids=input_ids,

@@ -39,7 +39,7 @@ class Output(NamedTuple):
     offset: Tensor | None = None  # (B,) stage 1's share of the logit
 
 
-def log_odds(prevalence: float) -> float:
+def prior_log_odds(prevalence: float) -> float:
     """Return the log-odds of a share of events within (0, 1)."""
     return math.log(prevalence / (1 - prevalence))
 
@@ -200,7 +200,7 @@ class Stage1(nn.Module):
             member.head.summary_scaler.fit(summaries)
             member.head.static_scaler.fit(static)
             for reading in (member.head.output, member.head.summaries[-1]):
-                nn.init.constant_(reading.bias, log_odds(data.prevalence()))
+                nn.init.constant_(reading.bias, prior_log_odds(data.prevalence()))
 
     def check_gaps(self, dataset: TrajectoryDataset) -> None:
         """Raise an ``InputError`` where the encoder does not accept a data set's longest gap."""

@@ -43,7 +43,7 @@ class TextBatch(Batch):
     input_ids: Tensor  # (B, T) int64
     text_mask: Tensor  # (B, T) bool
     targets: Tensor  # (B, T) int64, ids within the answer, ``IGNORED`` elsewhere
-    verdict: Tensor  # (B,) int64, place in the text of the token before the verdict
+    verdict: Tensor  # (B,) int64, position in the text of the token before the verdict
     states: NotRequired[Tensor]  # (B, P, H)
     states_mask: NotRequired[Tensor]  # (B, P) bool
     trajectory_logit: NotRequired[Tensor]  # (B,)
@@ -81,10 +81,10 @@ def latest_states(stage1: Stage1, batch: Batch, tokens: int) -> TrajectoryStates
     length = batch["observed"].any(dim=2).sum(1)  # (B,)
     row = torch.arange(len(states), device=states.device)
     later = batch["prediction_hours"] > batch["times"][row, length - 1]
-    place = (length + later)[:, None] - tokens + torch.arange(tokens, device=states.device)
+    position = (length + later)[:, None] - tokens + torch.arange(tokens, device=states.device)
     # The state at the prediction time stands in the last column, behind the padding.
-    column = torch.where(place == length[:, None], states.shape[1] - 1, place.clamp(min=0))
-    return TrajectoryStates(states[row[:, None], column], place >= 0, logits.mean(dim=(0, 2)))
+    column = torch.where(position == length[:, None], states.shape[1] - 1, position.clamp(min=0))
+    return TrajectoryStates(states[row[:, None], column], position >= 0, logits.mean(dim=(0, 2)))
 
 
 class TrajectoryLLM(nn.Module):
@@ -254,12 +254,12 @@ class LLMWriter(TrajectoryLLM):
         trajectory = self.trajectory(batch)
         hidden, text_start = self.read(batch, trajectory)
         offset = self.offset(trajectory, hidden)
-        row, place = (batch["targets"] != IGNORED).nonzero(as_tuple=True)  # (N,) each
-        is_verdict = place == batch["verdict"][row] + 1
+        row, position = (batch["targets"] != IGNORED).nonzero(as_tuple=True)  # (N,) each
+        is_verdict = position == batch["verdict"][row] + 1
         loss = answer_loss(
-            hidden[row, text_start[row] + place - 1],  # a state predicts the token behind it
+            hidden[row, text_start[row] + position - 1],  # a state predicts the token behind it
             self.llm.get_output_embeddings().weight,
-            batch["targets"][row, place],
+            batch["targets"][row, position],
             offset[row] * is_verdict,
             # It is one token among a hundred copied ones.
             torch.where(is_verdict, float(VERDICT_WEIGHT), 1.0),

@@ -26,7 +26,7 @@ def outputs(
         yield batch, model(send_to_device(batch, device))
 
 
-def evaluate(
+def score_batches(
     model: nn.Module, batches: Iterable[list[int]], collate: Callable[[list[int]], Any]
 ) -> Predictions:
     """Return the predictions of all rows, in the order of the data set; all processes must call."""

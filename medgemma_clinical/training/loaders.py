@@ -83,10 +83,10 @@ def cut_rows(
     """Cut rows into pieces of ``size`` rows and ``max_tokens`` at most; one row may be longer."""
     pieces = [np.asarray(rows[k : k + size]) for k in range(0, len(rows), size)]
     if lengths is not None and max_tokens is not None:
-        most = [max(1, max_tokens // lengths[piece].max()) for piece in pieces]  # rows
+        row_limits = [max(1, max_tokens // lengths[piece].max()) for piece in pieces]
         pieces = [
             part
-            for piece, number in zip(pieces, most, strict=True)
+            for piece, number in zip(pieces, row_limits, strict=True)
             for part in np.array_split(piece, -(-len(piece) // number))
         ]
     return [piece.tolist() for piece in pieces]

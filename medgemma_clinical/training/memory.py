@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 KEPT_COPIES = 5
 """Of the weights that learn: two moments, the average, the best, what processes exchange."""
 
-MARGIN = 0.05
+MEMORY_MARGIN = 0.05
 """Share of the memory that a trial leaves free: for NCCL's buffers and for fragments."""
 
 TOO_LONG = (
@@ -72,7 +72,7 @@ def _fits(stage: Stage, rows: list[int], device: torch.device) -> bool:
             parameters = stage.trainable_parameters().values()
             kept = [torch.empty_like(p) for p in parameters for _ in range(KEPT_COPIES)]
             if device.type == "cuda":
-                size = int(MARGIN * torch.cuda.mem_get_info(device)[1])
+                size = int(MEMORY_MARGIN * torch.cuda.mem_get_info(device)[1])
                 kept.append(torch.empty(size, dtype=torch.uint8, device=device))
             stage.model(send_to_device(stage.collate(rows), device)).loss.sum().backward()
             del kept

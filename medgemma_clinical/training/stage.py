@@ -27,7 +27,7 @@ class Stage:
     learning_rates: dict[str, float]  # by part, a direct child of ``model``; frozen ones too
     batches: dict[str, LengthBatches]  # of "train" the rows of a step, of others those of a pass
     collate: Callable[[Sequence[int]], Any]  # from rows to a batch
-    batch_size: int  # most rows of one forward and backward pass
+    batch_size: int  # maximum rows of one forward and backward pass
     lengths: NDArray[np.int64]  # (N,) tokens of each row, without text observations
     epochs: int  # at most
     patience: int  # epochs without a lower validation loss after which training stops

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 AVERAGE_DECAY = 0.998
 """The weights that are evaluated and kept are an exponential average over about 500 steps."""
 
-TOLERANCE = 0.01
+LOSS_TOLERANCE = 0.01
 """A validation loss so little above the lowest is as good: in a part of fifty events the difference
 is noise, and a model that has learned longer is better where the loss stays level. The rule is the
 script's ``keep_best``; ``describe_selection`` says it in words."""
@@ -131,7 +131,7 @@ class Progress:
 
 def describe_selection(members: int) -> str:
     """Return which epoch's weights a training of one or several members keeps, in words."""
-    steps, within = round(1 / (1 - AVERAGE_DECAY)), f"{100 * TOLERANCE:g} %"
+    steps, within = round(1 / (1 - AVERAGE_DECAY)), f"{100 * LOSS_TOLERANCE:g} %"
     return (
         f"the latest epoch{' of each member' if members > 1 else ''} whose validation loss is "
         f"within {within} of the lowest; the weights are an exponential average over about {steps} "
@@ -153,7 +153,7 @@ class TrainState:
     progress: Progress = field(default_factory=Progress)
     best: list[Tensor] = field(default_factory=list)  # averages of each member's best epoch
     store: StateStore | None = None
-    watched: float = field(default_factory=time.perf_counter)  # when ``lap`` was called last
+    last_tick: float = field(default_factory=time.perf_counter)  # of ``add_elapsed``
 
     def by_member(self) -> list[list[nn.Parameter]]:
         """Return the parameters of each member that have a gradient, of those that still learn."""
@@ -171,11 +171,11 @@ class TrainState:
         epoch = self.progress.epoch + 1
         return [epoch - lowest <= patience for lowest in self.progress.lowest_epochs]
 
-    def lap(self) -> None:
+    def add_elapsed(self) -> None:
         """Add the seconds since the last call to those of the epoch."""
         now = time.perf_counter()
-        self.progress.seconds += now - self.watched
-        self.watched = now
+        self.progress.seconds += now - self.last_tick
+        self.last_tick = now
 
     @torch.no_grad()
     def set_weights(self, values: Iterable[Tensor]) -> None:

@@ -37,8 +37,8 @@ from medgemma_clinical.commands.compare import read_predictions
 from medgemma_clinical.evaluation.baselines import (
     FOLDS,
     LOGISTIC,
-    draw_folds,
     tuned_regression,
+    tuning_folds,
 )
 from medgemma_clinical.evaluation.metrics_table import TESTED, evaluate_splits
 from medgemma_clinical.evaluation.tables import model_table
@@ -232,7 +232,7 @@ def rivals(path, table):
     dataset, written = MIMICtrajectoryDataset(path), pd.read_csv(path, dtype=str)
     split, labels = dataset.split(0), dataset.labels
     train, test = split["train"], split["test"]
-    folds = draw_folds(labels[train], dataset.groups[train])
+    folds = tuning_folds(labels[train], dataset.groups[train])
     patients = pd.DataFrame(map(parse, table["clinical_context"]))
     true = pd.get_dummies(patients, columns=["unit"]).astype(float)
     series = dataset.baseline_inputs()[LOGISTIC].reset_index(drop=True)

@@ -56,7 +56,7 @@ def test_an_export_runs_in_one_process(runs, tmp_path, monkeypatch, capsys):
 
 
 def test_another_logit_is_a_fault_of_the_run(runs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(serving, "TOLERANCE", dict.fromkeys(serving.TOLERANCE, -1.0))
+    monkeypatch.setattr(serving, "MERGE_TOLERANCE", dict.fromkeys(serving.MERGE_TOLERANCE, -1.0))
     assert trainer.main(command(runs / "generative", tmp_path / "out")) == 3
     assert capsys.readouterr().err.count("error: ") == 1  # behind the bar of the shards
     assert [path.name for path in tmp_path.iterdir()] == [".out.lock"]

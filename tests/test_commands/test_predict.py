@@ -177,16 +177,16 @@ def test_a_checkpoint_without_its_training_patients_says_so(runs, table, tmp_pat
 
 def test_metrics_of_many_chunks_are_those_of_one(runs, strangers, tmp_path, monkeypatch):
     rows = strangers.assign(subject_id=[f"p{k % 17}" for k in range(len(strangers))])
-    data, judged = write_data(rows, tmp_path / "rows.csv"), []
+    data, evaluated = write_data(rows, tmp_path / "rows.csv"), []
     evaluate = predict.evaluate
     monkeypatch.setattr(
-        predict, "evaluate", lambda t, *x, **y: judged.append(t) or evaluate(t, *x, **y)
+        predict, "evaluate", lambda t, *x, **y: evaluated.append(t) or evaluate(t, *x, **y)
     )
     for name, size in (("one", 10_000), ("many", 7)):
         monkeypatch.setitem(MEMORY_ROWS, "trajectory", size)
         predicted(runs / "trajectory", data, tmp_path / f"{name}.csv")
-    assert judged[1]["patient"].nunique() == 17
-    pd.testing.assert_frame_equal(*judged, rtol=0, atol=1e-6)
+    assert evaluated[1]["patient"].nunique() == 17
+    pd.testing.assert_frame_equal(*evaluated, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [7, 10_000])

@@ -19,7 +19,7 @@ from medgemma_clinical.evaluation.baselines import (
     Baselines,
     fit_baselines,
 )
-from medgemma_clinical.evaluation.simple_models import Regression, Trees, plain, word_table
+from medgemma_clinical.evaluation.simple_models import Regression, Trees, to_plain, word_table
 from trajectories import dataset_of
 
 WITHOUT_STATICS = ["last value", "number of observations", LOGISTIC, BOOSTING, "blend"]
@@ -138,20 +138,20 @@ def test_folds_keep_patients_together_and_both_classes_in_proportion(monkeypatch
     labels, patients = labels[shuffled], patients[shuffled]
     monkeypatch.setattr(baselines, "MIN_TUNED", 100)
     monkeypatch.setattr(baselines, "FOLDS", 5)
-    folds = baselines.draw_folds(labels, patients)
+    folds = baselines.tuning_folds(labels, patients)
     assert len(folds) == 5
     for fitted_on, scored in folds:
         assert not set(patients[fitted_on]) & set(patients[scored])
         assert labels[scored].mean() == pytest.approx(0.5, abs=0.05)
     assert sorted(np.concatenate([scored for _, scored in folds])) == list(range(400))
     fewer = (patients != patients[labels == 1][0]).nonzero()[0]  # 99 patients with the event
-    assert baselines.draw_folds(labels[fewer], patients[fewer]) == []
+    assert baselines.tuning_folds(labels[fewer], patients[fewer]) == []
 
 
 def test_noise_gets_a_stronger_penalty_and_fewer_leaves_than_a_signal():
     rng = np.random.default_rng(0)
     labels = rng.permutation(np.arange(400) % 2.0)
-    folds = baselines.draw_folds(labels, np.arange(400))
+    folds = baselines.tuning_folds(labels, np.arange(400))
     noise = rng.normal(size=(400, 20))
     crossed = np.where(labels[:, None] == 1, 1, -1) * np.sign(noise[:, :1] * noise[:, 1:2])
     signal = np.hstack([noise[:, :2], crossed + 0.5 * noise[:, 2:3]])
@@ -186,7 +186,7 @@ def test_a_series_that_the_training_part_or_a_fold_lacks_is_fitted_around(
     rare[:known] = 1.0
     inputs[LOGISTIC] = inputs[LOGISTIC].assign(rare=rare)
     dataset.baseline_inputs = lambda: inputs
-    with mock.patch.object(baselines, "draw_folds", wraps=baselines.draw_folds) as drawn:
+    with mock.patch.object(baselines, "tuning_folds", wraps=baselines.tuning_folds) as drawn:
         found = risks_of(dataset, [])
     assert np.array_equal(drawn.call_args.args[1], dataset.groups[:100]), "folds of patients"
     assert set(found) == set(WITHOUT_STATICS)
@@ -206,7 +206,7 @@ def holes(rows, columns, share=0.3, seed=0):
 
 
 def as_kept(model):
-    return type(model).from_json(json.loads(json.dumps(plain(model))))
+    return type(model).from_json(json.loads(json.dumps(to_plain(model))))
 
 
 @pytest.mark.parametrize("kind", ["regression", "trees", "one leaf"])
@@ -220,7 +220,7 @@ def test_a_kept_model_computes_what_its_library_does(kind):
     if kind == "regression":
         model = baselines.tuned_regression([]).fit(table.to_numpy(), labels)
         kept = as_kept(Regression.of(model, [*table]))
-        content = plain(kept)
+        content = to_plain(kept)
         assert len(content["marked"]) == 4
         with pytest.raises(ValueError, match="marked"):
             Regression.from_json({**content, "marked": [*"abcd"]})

@@ -55,7 +55,7 @@ def test_a_subgroup_of_few_patients_has_no_auroc():
 def test_parts_of_the_split_are_counted():
     labels, groups = np.array([1.0, 0, 0, 1, 0]), np.array(["a", "a", "b", "c", "d"])
     split = {"train": np.array([0, 1, 2]), "val": np.array([3]), "test": np.array([4])}
-    table = tables.split_table(labels, groups, split)
+    table = tables.part_table(labels, groups, split)
     assert table[["part", "rows", "patients", "events"]].to_numpy().tolist() == [
         ["training", 3, 2, 1],
         ["validation", 1, 1, 1],

@@ -105,7 +105,7 @@ def test_evaluation_keeps_the_order_of_the_data(size, monkeypatch):
     stage.model.train()
     for k in (0, 2, 1):
         batches = LengthBatches(rows, size, LENGTHS, shuffle=False, share=(k, 3))
-        found = evaluation.evaluate(stage.model, batches, stage.collate)
+        found = evaluation.score_batches(stage.model, batches, stage.collate)
     assert not stage.model.training, "without dropout"
     batch = stage.collate(sorted(rows.tolist()))
     expected = stage.model(batch)

@@ -189,7 +189,7 @@ def test_each_member_keeps_its_latest_good_epoch_and_waits_for_no_other(patience
 
 
 def test_the_rule_that_keeps_an_epoch_is_described_by_its_numbers(monkeypatch):
-    monkeypatch.setattr(module, "TOLERANCE", 0.07)
+    monkeypatch.setattr(module, "LOSS_TOLERANCE", 0.07)
     monkeypatch.setattr(module, "AVERAGE_DECAY", 0.99)
     one, several = module.describe_selection(1), module.describe_selection(3)
     assert re.findall("[0-9]+", one) == re.findall("[0-9]+", several) == ["7", "100"]
