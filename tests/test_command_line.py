@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import medgemma_trainer as trainer
-from medgemma_clinical.commands import run_folder
+from medgemma_clinical.commands import run_log
 from medgemma_clinical.commands.command_line import run_command
 from medgemma_clinical.commands.logs import LOG_MARK, RUN_LOG, command_logging
 from medgemma_clinical.files import InputError, RunFault
@@ -109,7 +109,7 @@ def test_a_full_disk_is_one_line_and_code_3(data, monkeypatch, capsys):
     def full(folder, history):
         raise OSError(errno.ENOSPC, "No space left on device", str(folder))
 
-    monkeypatch.setattr(run_folder, "write_history", full)
+    monkeypatch.setattr(run_log, "write_history", full)
     assert refused(capsys, words_for(data), "No space left on device", code=3)
 
 
