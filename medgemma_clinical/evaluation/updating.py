@@ -50,7 +50,7 @@ class Updates:
     method: str  # of ``METHODS``, chosen on all rows
     slope: float  # of this method: it multiplies log-odds
     intercept: float
-    # Index (method, metric); columns ``VALUE``, of log_loss and brier also ``DIFFERENCE`` to the
+    # Index (method, metric); columns ``VALUE``, of log_loss also ``DIFFERENCE`` to the
     # risks that are not updated. Updates of the other half of the patients predict a row.
     table: pd.DataFrame
     risks: pd.DataFrame  # (n, methods) mean over the divisions, for the figure
@@ -150,13 +150,12 @@ def evaluate_updates(rows: pd.DataFrame, model: str, seed: int) -> Updates | Non
     patients, with_slope = rows["patient"].to_numpy(str), labels.sum() >= MIN_SLOPE_EVENTS
     names = (*METHODS, CHOSEN)
     halves: dict[Any, list[float]] = {}
-    risks, errors, losses = (np.zeros((len(names), len(rows))) for _ in range(3))  # means
+    risks, losses = (np.zeros((len(names), len(rows))) for _ in range(2))  # means
     for division in np.random.default_rng(seed).integers(2**32, size=DIVISIONS).tolist():
         half = draw_folds(patients, labels, 2, division)
         updated = crosswise(labels, risk, patients, half, with_slope=with_slope)
         values = updated.to_numpy().T  # (methods, n)
         risks += values / DIVISIONS
-        errors += (values - labels) ** 2 / DIVISIONS
         losses += row_losses(labels, log_odds(values)) / DIVISIONS
         for k in (0, 1):  # pooled, the error of one half would cancel that of the other
             in_half = half == k
@@ -168,20 +167,13 @@ def evaluate_updates(rows: pd.DataFrame, model: str, seed: int) -> Updates | Non
                     halves.setdefault((name, metric), []).append(figure)
 
     def statistic(weights: Array) -> dict[Any, Array]:
-        means = {"brier": errors, "log_loss": losses}
-        total = weights.sum(axis=1)
-        return {
-            (name, metric): weights @ of_rows / total
-            for metric, values in means.items()
-            for name, of_rows in zip(names, values, strict=True)
-        }
+        means = weights @ losses.T / weights.sum(axis=1, keepdims=True)  # (R, methods)
+        return {(name, "log_loss"): mean for name, mean in zip(names, means.T, strict=True)}
 
     value, drawn = bootstrap(labels, patients, seed, statistic)
     table = with_interval(value, drawn)
-    none = [(NOT_UPDATED, metric) for _, metric in value.index]
-    beside = value.index.get_indexer(pd.MultiIndex.from_tuples(none))
-    minus = with_interval(value - value.to_numpy()[beside], drawn - drawn.to_numpy()[:, beside])
-    table[DIFFERENCE] = minus
+    none = NOT_UPDATED, "log_loss"
+    table[DIFFERENCE] = with_interval(value - value[none], drawn.sub(drawn[none], axis=0))
     for key, figures in halves.items():
         table.loc[key, "value"] = np.mean([x for x in figures if np.isfinite(x)] or [np.nan])
     method, updates = choose_update(labels, risk, patients, with_slope=with_slope)
