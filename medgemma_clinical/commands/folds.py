@@ -24,12 +24,8 @@ from threadpoolctl import threadpool_limits
 from medgemma_clinical.commands.command_line import EXIT_DONE, EXIT_INTERRUPTED
 from medgemma_clinical.commands.compare import read_predictions
 from medgemma_clinical.commands.logs import command_logging
-from medgemma_clinical.commands.results import (
-    describe_recalibration,
-    describe_source,
-    predictions_csv,
-    recommend,
-)
+from medgemma_clinical.commands.report_content import describe_recalibration, training_content
+from medgemma_clinical.commands.results import predictions_csv, recommend, save_model
 from medgemma_clinical.commands.run_folder import (
     METRICS,
     folds_folder,
@@ -56,13 +52,12 @@ from medgemma_clinical.evaluation.baselines import (
     fit_baselines,
     fit_rules,
 )
-from medgemma_clinical.evaluation.case_mix import demographics, subgroups
 from medgemma_clinical.evaluation.decision import fit_decision_rule
 from medgemma_clinical.evaluation.metrics import log_odds
-from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
-from medgemma_clinical.evaluation.report import ReportContent, write_report
-from medgemma_clinical.evaluation.table_one import table_one
-from medgemma_clinical.evaluation.tables import model_table, part_table
+from medgemma_clinical.evaluation.metrics_table import Metrics
+from medgemma_clinical.evaluation.report import write_report
+from medgemma_clinical.evaluation.tables import model_table
+from medgemma_clinical.evaluation.topics.topic import ReportContent
 from medgemma_clinical.evaluation.verdicts import sentences
 from medgemma_clinical.files import (
     InputError,
@@ -80,12 +75,8 @@ from medgemma_clinical.models.checkpoints import (
     Config,
     read_trajectory,
 )
-from medgemma_clinical.models.model_card import (
-    MODEL_LIMITS,
-    built_in_notice,
-    describe_recommended,
-    page_card,
-)
+from medgemma_clinical.models.model_card import MODEL_LIMITS, describe_recommended
+from medgemma_clinical.models.outcome import OUTCOMES
 from medgemma_clinical.models.trained_model import read_trained_config
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 from medgemma_clinical.training.signals import begin_process
@@ -221,26 +212,21 @@ def write_fold_results(
 ) -> None:
     """Join the test predictions of the folds, (N,) ``fold`` of each row; write the result files."""
     folder, stage = folds_folder(args), stage_folder(args).name
-    name = STAGE_NAMES[stage]
+    name, outcome = STAGE_NAMES[stage], OUTCOMES[rows.outcome_kind]
     contents = [read_json(path / METRICS) for path in folders]
-    tables = shared_models([read_predictions(path, name) for path in folders])
-    table = pd.concat(tables, ignore_index=True)
-    # A row without a value of the series that its fold reads has no prediction.
-    positions = pd.Series(np.arange(len(rows)), rows.ids)[table["id"].tolist()].to_numpy()
-    table = table.iloc[np.argsort(positions)].reset_index(drop=True)
-    table["label"] = table["label"].astype(int)
-    positions = np.sort(positions)
+    table, positions = join_folds(folders, name, rows)
     fold_of_row = fold[positions]
     thresholds = np.array([content["threshold"] for content in contents])[fold_of_row]
-    metrics = evaluate(table, args.seed, thresholds, split=fold_of_row, primary=args.primary)
+    metrics = outcome.evaluate(
+        table, args.seed, thresholds, split=fold_of_row, primary=args.primary
+    )
     configs = [read_trained_config(path) for path in folders]
     rules = [{name: config["decision"], **config["models"]} for config in configs]
     decided = decide(table, rules, fold_of_row, args.calibrate)
     decided["best_model"] = recommend(table, name, decided["models"])
     if all("residual_weight" in content for content in contents):
-        decided["residual_weight"] = float(
-            np.median([content["residual_weight"] for content in contents])
-        )
+        weights = [content["residual_weight"] for content in contents]
+        decided["residual_weight"] = float(np.median(weights))
     content = {
         "stage": stage,
         "selected_epoch": round(np.median([content["selected_epoch"] for content in contents])),
@@ -260,7 +246,8 @@ def write_fold_results(
         folder / "report.html",
         table,
         metrics,
-        fold_report_content(args, rows, positions, config, tuned, first),
+        folds_content(args, rows, positions, config, tuned, first),
+        outcome.topics,
         min_cell=args.min_cell,
         list_patients=args.report_patients,
         folder=folder,
@@ -268,10 +255,21 @@ def write_fold_results(
     logger.info("")
     for line in (*sentences(metrics, rows.noun), model_table(metrics).to_string(index=False)):
         logger.info("%s", line)
-    logger.info(
-        "recommended (--use best): %s", describe_recommended({**decided, "metrics": content})
-    )
+    logger.info("recommended (--use best): %s", describe_recommended(config))
     logger.info("%s\nreport: %s", first, folder / "report.html")
+
+
+def join_folds(
+    folders: list[Path], name: str, rows: TrajectoryDataset
+) -> tuple[pd.DataFrame, NDArray[np.int64]]:
+    """Return the test predictions of all folds in the data's order, and their positions in it."""
+    tables = shared_models([read_predictions(path, name) for path in folders])
+    table = pd.concat(tables, ignore_index=True)
+    # A row without a value of the series that its fold reads has no prediction.
+    positions = pd.Series(np.arange(len(rows)), rows.ids)[table["id"].tolist()].to_numpy()
+    table = table.iloc[np.argsort(positions)].reset_index(drop=True)
+    table["label"] = table["label"].astype(int)
+    return table, np.sort(positions)
 
 
 def decide(
@@ -310,7 +308,7 @@ def folds_sentence(metrics: Metrics, folds: int) -> str:
     )
 
 
-def fold_report_content(
+def folds_content(
     args: Namespace,
     rows: TrajectoryDataset,
     positions: NDArray[np.int64],
@@ -322,43 +320,35 @@ def fold_report_content(
 
     ``tuned``: whether the baselines of each fold were tuned.
     """
-    config = {**config, "data_sha256": rows.fingerprint()}
     kind = "each site held out" if args.leave_out else "each patient held out"
     epoch, members = config["metrics"]["selected_epoch"], config["members"]
-    kept = describe_selection(members if config["stage"] == "trajectory" else 1)
-    best_epoch = f"{epoch}, the median of the folds, after which --final ends; each keeps {kept}"
-    predicted = np.isin(np.arange(len(rows)), positions)
+    selection = describe_selection(members if config["stage"] == "trajectory" else 1)
+    fingerprint, predicted = rows.fingerprint(), np.isin(np.arange(len(rows)), positions)
     if not predicted.all():
         rule = "without a value of a series that their fold reads"
         rule = f"of sites that only train, or {rule}" if args.leave_out else rule
         rows = rows.keep_rows(predicted, rule)
-    return ReportContent(
-        title=f"{STAGE_NAMES[config['stage']].capitalize()}, {kind}: {rows.outcome}",
-        question=rows.task_description(),
-        data=describe_source(rows, config["inputs"]["static"]),
-        card=page_card(
-            config,
-            {
-                "Limits": MODEL_LIMITS,
-                **NOT_IN_INTERVALS,
-                "Best epoch": best_epoch,
-                "Baselines": describe_tuning(tuned),
-                "Seed": str(args.seed),
-            },
-        ),
+    everyone = np.arange(len(rows))
+    return training_content(
+        f"{STAGE_NAMES[config['stage']].capitalize()}, {kind}",
+        rows,
+        {**config, "data_sha256": fingerprint},
+        everyone,
+        {"all folds": everyone},
+        args,
+        card={
+            "Limits": MODEL_LIMITS,
+            **NOT_IN_INTERVALS,
+            "Best epoch": f"{epoch}, the median of the folds, after which --final ends; each "
+            f"keeps {selection}",
+            "Baselines": describe_tuning(tuned),
+            "Seed": str(args.seed),
+        },
         threshold=None,
-        seed=args.seed,
-        bands=subgroups(demographics(rows)),
-        noun=rows.noun,
-        flow=rows.flow,
-        split=part_table(rows.labels, rows.groups, {"all folds": np.arange(len(rows))}),
-        table_one=table_one(rows, {}),
         methods={
             "split": first,
             "recalibration": describe_recalibration(args.calibrate, "validation part of each fold"),
         },
-        sites=rows.sites,
-        notice=built_in_notice(config),
         first=[first],
         folds=len(tuned),
     )
@@ -403,7 +393,5 @@ def write_final(
     baselines = replace(fitted, models=models, words=words)  # those of all folds
     config["models"] = {name: decided["models"][name] for name in [*baselines.names, ENSEMBLE]}
     config |= {"baseline_inputs": baselines.inputs, "baselines_sha256": baselines.sha256}
-    write_text(folder / BASELINES, baselines.to_json())
-    stage.save(folder, config)
-    write_json(folder / METRICS, content)
+    save_model(folder, stage, config, baselines)
     return config, baselines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -168,16 +169,18 @@ def check_held_out(
         )
 
 
-def rows_in_training(
-    patients: NDArray[np.int64],
-    rows: NDArray[np.int64],
-    trained: NDArray[np.int64],
-    *,
-    has_ids: bool,
-) -> NDArray[np.bool_]:
-    """Return which of n rows are among ``trained``, (n,); ``rows`` (n, 2) are ``both_hashes``."""
-    # Either label: whether a row is left out must not depend on its outcome.
-    same_row = (np.isin(rows, trained) & (rows != 0)).any(axis=1)
-    # Two hospitals may number patients alike: an id counts if some row of such a patient is equal.
-    same_patient = np.isin(patients, trained) & has_ids
-    return same_row | (same_patient & (same_patient & same_row).any())
+class TrainingPatients(NamedTuple):
+    """What is known of the patients that a model was trained on."""
+
+    hashes: NDArray[np.int64]  # ``training_hashes``; empty where unknown
+    has_ids: bool  # the training data name their patients
+
+    def include(
+        self, patients: NDArray[np.int64], rows: NDArray[np.int64], *, has_ids: bool
+    ) -> NDArray[np.bool_]:
+        """Return which of n rows are among them, (n,); ``rows`` (n, 2) are ``both_hashes``."""
+        # Either label: whether a row is left out must not depend on its outcome.
+        same_row = (np.isin(rows, self.hashes) & (rows != 0)).any(axis=1)
+        # Hospitals may number patients alike: an id counts if some row of such a patient is equal.
+        same_patient = np.isin(patients, self.hashes) & has_ids & self.has_ids
+        return same_row | (same_patient & (same_patient & same_row).any())

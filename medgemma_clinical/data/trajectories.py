@@ -118,6 +118,8 @@ class TrajectoryDataset:
     kind: ClassVar[str]
     source_flag: ClassVar[str]
     options: ClassVar[tuple[str, ...]]
+    outcome_kind: ClassVar[str] = "label"
+    """Key of what differs between kinds of outcome, in ``models.outcome.OUTCOMES``."""
     row_noun: ClassVar[str] = "stays"
     """What a clinician calls the rows, where a patient may have several."""
     report_hours: ClassVar[float] = 1.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -21,7 +20,6 @@ from medgemma_clinical.evaluation.metrics import (
     calibration_error,
     confusion_shares,
     metrics,
-    net_benefit,
 )
 
 TESTED = ["id", "label", "patient"]
@@ -38,8 +36,6 @@ MAX_UNDEFINED = 0.05
 
 MINORITY_PATIENTS = 10
 """Patients with, and without, the event that a verdict and a subgroup's AUROC need."""
-
-MAX_BINS, EVENTS_A_BIN = 10, 5
 
 Statistic = Callable[[Array], dict[Any, Array]]
 """From weights (R, n) to values (R,) by any key."""
@@ -156,7 +152,7 @@ def evaluate(
     risks = {str(name): rows[name].to_numpy(float) for name in rows.columns.drop(TESTED)}
     first = reference or next(iter(risks))
     risks = {first: risks[first], **risks}
-    labels, risk, patients = _arrays(rows, first)
+    labels, risk, patients = label_risk_patient(rows, first)
     parts = [np.arange(len(rows))]
     if split is not None:
         parts = [np.flatnonzero(split == label) for label in np.unique(split)]
@@ -212,7 +208,7 @@ def _mean_of_defined(values: Sequence[Array]) -> Array:
     return mean
 
 
-def _arrays(rows: pd.DataFrame, model: str) -> tuple[Array, Array, NDArray[np.str_]]:
+def label_risk_patient(rows: pd.DataFrame, model: str) -> tuple[Array, Array, NDArray[np.str_]]:
     """Return labels, the risk of a model, and patients, (n,) each."""
     labels, risk = rows["label"].to_numpy(float), rows[model].to_numpy(float)
     return labels, risk, rows["patient"].to_numpy(str)
@@ -250,81 +246,3 @@ def count(labels: Array, patients: NDArray[np.generic]) -> dict[str, int]:
     """Return the ``COUNTS`` of some rows."""
     numbers = len(labels), len(np.unique(patients)), int(labels.sum())
     return dict(zip(COUNTS, (*numbers, minority_patients(labels, patients)), strict=True))
-
-
-def subgroup_table(rows: pd.DataFrame, model: str, bands: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Return counts, AUROC and calibration of each category in ``bands`` (n rows)."""
-    labels, risk, patients = _arrays(rows, model)
-    lines: list[dict[str, Any]] = []
-    scored = {}  # rows by line
-    for group, column in bands.items():
-        for level in column.cat.categories:
-            members = np.flatnonzero(column.to_numpy() == level)
-            if len(members):
-                counts = count(labels[members], patients[members])
-                if counts["minority_patients"] >= MINORITY_PATIENTS:
-                    scored[len(lines)] = members
-                # The observed and the predicted share of events.
-                mean = {"prevalence": labels[members].mean(), "risk": risk[members].mean()}
-                lines.append({"group": str(group), "level": str(level), **counts, **mean})
-
-    def statistic(weights: Array) -> dict[Any, Array]:
-        values: dict[Any, Array] = {}
-        for k, members in scored.items():
-            part = labels[members], risk[members], weights[:, members]
-            values[k, "auroc"] = metrics(*part)["auroc"]
-            values[k, "slope"] = calibration(*part)["calibration_slope"]
-            with np.errstate(invalid="ignore"):  # observed by expected events
-                values[k, "oe"] = part[2] @ part[0] / (part[2] @ part[1])
-        return values
-
-    table = pd.DataFrame(lines)
-    intervals = with_interval(*bootstrap(labels, patients, seed, statistic)) if scored else None
-    for name in ("auroc", "oe", "slope"):
-        columns = [name, f"{name}_low", f"{name}_high"]
-        table[columns] = (
-            np.nan if intervals is None else intervals.xs(name, level=1).reindex(table.index)
-        )
-    return table
-
-
-def calibration_table(rows: pd.DataFrame, model: str, seed: int) -> pd.DataFrame:
-    """Return n, mean risk and observed share of events in bins of equal size by rising risk."""
-    labels, risk, patients = _arrays(rows, model)
-    minority = min(labels.sum(), (1 - labels).sum())
-    bins = int(np.clip(minority // EVENTS_A_BIN, 2, MAX_BINS))
-    edges = np.percentile(risk, np.linspace(0, 100, bins + 1))[1:-1]
-    index = np.searchsorted(edges, risk)  # as scikit-learn's calibration_curve bins
-    members = np.stack([index == k for k in np.unique(index)], axis=1)  # (n, bins)
-
-    def statistic(weights: Array) -> dict[Any, Array]:
-        with np.errstate(invalid="ignore"):
-            observed = (weights * labels) @ members / (weights @ members)
-        return dict(enumerate(observed.T))
-
-    behind = {k: count_patients(patients, is_member) for k, is_member in enumerate(members.T)}
-    table = with_interval(*bootstrap(labels, patients, seed, statistic), behind)
-    size = members.sum(axis=0)
-    table = table.rename(columns={"value": "observed"}).assign(
-        n=size, predicted=risk @ members / size
-    )
-    return table[["n", "predicted", "observed", "low", "high"]]
-
-
-def decision_curve(rows: pd.DataFrame, models: list[str], seed: int) -> pd.DataFrame:
-    """Return net benefits by threshold risk; low and high are those of the first model."""
-    labels, risk, patients = _arrays(rows, models[0])
-    highest = min(0.99, max(0.05, 2 * labels.mean(), float(np.quantile(risk, 0.99))))
-    thresholds = np.arange(1, math.floor(100 * highest) + 1) / 100  # up to those of use
-
-    def statistic(weights: Array) -> dict[Any, Array]:
-        benefit = net_benefit(labels, risk, thresholds, weights)
-        return dict(zip(thresholds.tolist(), benefit.T, strict=True))
-
-    table = with_interval(*bootstrap(labels, patients, seed, statistic))
-    table = table.rename_axis("threshold").rename(columns={"value": models[0]})
-    other_risks = {name: rows[name].to_numpy(float) for name in models[1:]}
-    other_risks["treat_all"] = np.ones(len(rows))
-    for name, other_risk in other_risks.items():
-        table[name] = net_benefit(labels, other_risk, thresholds, np.ones((1, len(rows))))[0]
-    return table

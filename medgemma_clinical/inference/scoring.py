@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,6 +20,7 @@ from medgemma_clinical.evaluation.report_review import review_report
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.checkpoints import Config
 from medgemma_clinical.models.generation import rows_at_once, write_reports
+from medgemma_clinical.models.outcome import OUTCOMES
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trained_model import TrainedModel
 from medgemma_clinical.models.trajectory import Stage1
@@ -222,10 +222,8 @@ def prediction_table(
     """
     scores = score_rows(rows, trained, findings, batch_size, use)
     scored = scores.rows
-    columns: dict[str, Any] = {
-        "probability": scores.probability,
-        "prediction": pd.array(scores.positive.astype(np.int64), dtype="Int64"),
-    }
+    outcome = OUTCOMES[scored.dataset.outcome_kind]
+    columns = outcome.columns(scores.probability, trained.rules[scores.used])
     writes = isinstance(trained.model, LLMWriter)
     if writes:
         columns["report"] = np.array(reports_of(scores, trained, batch_size), dtype=object)

@@ -13,12 +13,9 @@ from medgemma_clinical.data.small_cells import MIN_CELL, count_text
 from medgemma_clinical.data.texts import code
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.decision import MIN_CHOOSING_EVENTS
-from medgemma_clinical.evaluation.suppress import (
-    NOT_SHOWN,
-    suppress,
-    suppress_case_mix,
-    suppress_reports,
-)
+from medgemma_clinical.evaluation.suppress import NOT_SHOWN, suppress
+from medgemma_clinical.evaluation.topics.case_mix import suppress_case_mix
+from medgemma_clinical.evaluation.topics.written_reports import suppress_reports
 from medgemma_clinical.evaluation.verdicts import json_text
 from medgemma_clinical.models.language_model import BUILT_IN
 from medgemma_clinical.models.terms import NOT_A_DEVICE, licence, terms_of

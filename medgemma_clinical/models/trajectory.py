@@ -14,12 +14,12 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from medgemma_clinical.data.small_cells import MIN_CELL, patients_behind
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import Batch, TrajectoryDataset
 from medgemma_clinical.files import InputError
+from medgemma_clinical.models.outcome import LABEL, Outcome
 from medgemma_clinical.models.scaler import Scaler
 
 SUMMARY_WIDTH, STATIC_WIDTH = 128, 32
@@ -107,19 +107,12 @@ def masked(scaler: Scaler, table: Tensor) -> Tensor:
     return torch.cat([z, (~table.isnan()).to(z)], dim=1)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the binary cross-entropy of each member, (N,), a sum over B of logits (N, B)."""
-    targets = labels.expand_as(logits)
-    each = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    return each.sum(dim=1)
-
-
-def training_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def training_loss(outcome: Outcome, logits: Tensor, labels: Tensor) -> Tensor:
     """Return the loss (N,) of both readings' logits (N, B, 2): of their mean, and of each alone."""
     # With many series the states would fit the training part before the summaries learn.
     # A reading that leans on the other fits what the other has left of the training part.
     both, first, second = (
-        cross_entropy(each, labels) for each in (logits.mean(dim=2), *logits.unbind(dim=2))
+        outcome.loss(each, labels) for each in (logits.mean(dim=2), *logits.unbind(dim=2))
     )
     return both / 2 + (first + second) / 4
 
@@ -145,9 +138,12 @@ class Stage1(nn.Module):
     Ensembles".
     """
 
-    def __init__(self, members: Iterable[tuple[Any, TrajectoryHead]]) -> None:
+    def __init__(
+        self, members: Iterable[tuple[Any, TrajectoryHead]], outcome: Outcome = LABEL
+    ) -> None:
         """Join encoder and head of each member; all read the same series, so one plan serves."""
         super().__init__()
+        self.outcome = outcome
         self.members = nn.ModuleList(TrajectoryMember(*member) for member in members)
         self.learn = [True] * len(self.members)  # False: left out in training
 
@@ -170,14 +166,14 @@ class Stage1(nn.Module):
         return outputs[0][0], torch.stack([logits for _, logits in outputs])
 
     def forward(self, batch: Batch) -> Output:
-        """Return each member's binary cross-entropy (sum over B) and the mean logit."""
+        """Return each member's loss (sum over B) and the mean logit."""
         logits, labels = self.read(batch)[1], batch["labels"]
         moments = logits.shape[1] // len(labels)  # 2 with an earlier observation
         if self.training:
             # The risk at an earlier observation counts as much as that at the prediction time.
-            loss = training_loss(logits, labels.repeat(moments)) / moments
+            loss = training_loss(self.outcome, logits, labels.repeat(moments)) / moments
         else:
-            loss = cross_entropy(logits.mean(dim=2), labels)
+            loss = self.outcome.loss(logits.mean(dim=2), labels)
         return Output(loss, len(labels), logits[:, : len(labels)].mean(dim=(0, 2)))
 
     def fit_scales(self, data: Data) -> None:

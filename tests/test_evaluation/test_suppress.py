@@ -7,10 +7,10 @@ import pytest
 from medgemma_clinical.evaluation.suppress import (
     AT_THRESHOLD,
     suppress,
-    suppress_case_mix,
-    suppress_reports,
     suppress_table,
 )
+from medgemma_clinical.evaluation.topics.case_mix import suppress_case_mix
+from medgemma_clinical.evaluation.topics.written_reports import suppress_reports
 
 FEW = "fewer than 11"
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -10,11 +13,52 @@ from scipy.special import expit, logit
 from scipy.stats import norm, t
 
 from medgemma_clinical.evaluation.metrics import Array
-from medgemma_clinical.evaluation.metrics_table import MINORITY_PATIENTS, subgroup_table
+from medgemma_clinical.evaluation.metrics_table import MINORITY_PATIENTS
+from medgemma_clinical.evaluation.plots import (
+    DOTTED,
+    INK,
+    MODEL,
+    OTHER,
+    Plot,
+    new_figure,
+    with_legend,
+)
+from medgemma_clinical.evaluation.suppress import suppress_table
+from medgemma_clinical.evaluation.topics.subgroups import (
+    subgroup_caption,
+    subgroup_cells,
+    subgroup_table,
+)
+from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, Topic
 from medgemma_clinical.evaluation.verdicts import interval_text, percent
 
 MIN_POOLED = 3
 """Sites that a pooled value and a prediction interval need."""
+
+
+def sites(evaluated: Evaluated) -> Topic | None:
+    """Return the topic; None without sites."""
+    content = evaluated.content
+    if content.sites is None:
+        return None
+    exact = site_table(evaluated.rows, evaluated.model, content.sites, content.seed)
+    table = suppress_table(exact, evaluated.min_cell)
+    pooled = pool(table)
+    caption = "AUROC by site"
+    if pooled["sites"] >= MIN_POOLED:
+        caption += (
+            "; random effects on its logit, by REML, with the interval of Hartung and Knapp, "
+            "never narrower than that of a common effect"
+        )
+    has_auroc = table["auroc"].notna().any()
+    cells = subgroup_cells(table, content.noun)
+    return Topic(
+        "Sites",
+        [pooled_sentence(pooled, len(table))],
+        [Cells(cells, subgroup_caption(content, "at each site"), is_wide=True)],
+        {"sites": (plot_sites(table, pooled), caption)} if has_auroc else {},
+        {"sites": table, "sites_pooled": pd.DataFrame([pooled])},
+    )
 
 
 def site_table(rows: pd.DataFrame, model: str, sites: NDArray[np.str_], seed: int) -> pd.DataFrame:
@@ -92,3 +136,28 @@ def pooled_sentence(pooled: dict[str, float], sites: int) -> str:
         f"{percent(pooled['i2'])}; 95 % of further sites: {ends[0]:.3f} to {ends[1]:.3f}. "
         "I\N{SUPERSCRIPT TWO} is the share of the spread between sites that is no chance."
     )
+
+
+def plot_sites(table: pd.DataFrame, pooled: Mapping[str, float]) -> Plot:
+    """Plot the AUROC of each site of a ``site_table`` that has one, and what ``pool`` returns."""
+    defined = table[table["auroc"].notna()]
+    value, low, high = (
+        defined[name].to_numpy(float) for name in ("auroc", "auroc_low", "auroc_high")
+    )
+    names, below = defined["site"].tolist(), len(defined)
+    figure, (axes,) = new_figure(size=(5.5, 0.28 * below + 1.8))
+    look: dict[str, Any] = {"color": MODEL, "label": "a site [95 %]", "markersize": 5}
+    axes.errorbar(value, range(below), xerr=[value - low, high - value], fmt="s", **look)
+    if not np.isnan(pooled["value"]):
+        names.append("pooled")
+        mean, *ends = (pooled[name] for name in ("value", "low", "high"))
+        axes.axvline(mean, **DOTTED)
+        look = {"color": OTHER, "label": "pooled [95 %]", "markersize": 7}
+        axes.errorbar(mean, below, xerr=[[mean - ends[0]], [ends[1] - mean]], fmt="D", **look)
+        names.append("further sites")
+        further = [pooled["prediction_low"], pooled["prediction_high"]]
+        axes.plot(further, [below + 1] * 2, "|-", color=INK, label="95 % of further sites")
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="AUROC", ylim=(len(names) - 0.5, -0.5))
+    axes.grid(visible=False, axis="y")
+    return with_legend(figure), "Forest plot: AUROC of each site, pooled, and of further sites."
