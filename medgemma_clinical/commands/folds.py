@@ -21,24 +21,12 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from threadpoolctl import threadpool_limits
 
+from medgemma_clinical.commands import run_folder, several
 from medgemma_clinical.commands.command_line import EXIT_DONE, EXIT_INTERRUPTED
 from medgemma_clinical.commands.compare import read_predictions
 from medgemma_clinical.commands.logs import command_logging
 from medgemma_clinical.commands.report_content import describe_recalibration, training_content
 from medgemma_clinical.commands.results import predictions_csv, recommend, save_model
-from medgemma_clinical.commands.run_folder import (
-    METRICS,
-    folds_folder,
-    given_stage1,
-    stage_folder,
-)
-from medgemma_clinical.commands.several import (
-    NOT_IN_INTERVALS,
-    Train,
-    filled,
-    run_or_continue,
-    shared_models,
-)
 from medgemma_clinical.data.fold_split import draw_folds, fold_dataset, foldable, site_folds
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
@@ -94,9 +82,11 @@ Task = tuple[str, Namespace, TrajectoryDataset]
 """A fold's name, arguments and data."""
 
 
-def run_folds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], train: Train) -> int:
+def run_folds(
+    args: Namespace, read: Callable[[Namespace], TrajectoryDataset], train: several.Train
+) -> int:
     """Train the unfinished folds; evaluate each patient by the model that did not see it."""
-    folder = folds_folder(args)
+    folder = run_folder.folds_folder(args)
     if args.ode_checkpoint and FOLD not in str(args.ode_checkpoint):
         raise InputError(
             "--folds: each fold has a stage 1 of its own: write {fold} for its number, as in "
@@ -117,11 +107,13 @@ def run_folds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], t
         for dataset in [fold_dataset(rows, fold, k, args.seed, names[k] if names else "")]
     ]
     for fold_args in runs:  # a file that is missing shows before hours go into the others
-        given_stage1(fold_args)
+        run_folder.given_stage1(fold_args)
     if code := train_folds(tasks, train):
         return code
     if processes().is_main_process:
-        write_fold_results(args, rows, fold, [stage_folder(fold_args) for fold_args in runs])
+        write_fold_results(
+            args, rows, fold, [run_folder.stage_folder(fold_args) for fold_args in runs]
+        )
     processes().wait_for_everyone()
     return train_final(args, rows, train, stage1) if args.final else EXIT_DONE
 
@@ -145,23 +137,23 @@ def stage1_of_all(folds_stage1: Path) -> Path:
 
 def fold_arguments(k: int, args: Namespace) -> Namespace:
     """Return the arguments of one fold's run: its folder, ``{fold}`` filled in."""
-    changes: Json = {"output_dir": folds_folder(args) / f"fold_{k}"}
+    changes: Json = {"output_dir": run_folder.folds_folder(args) / f"fold_{k}"}
     changes |= {"folds": None, "leave_out": None, "final": False}
-    return Namespace(**{**vars(args), **filled(args, FOLD, k), **changes})
+    return Namespace(**{**vars(args), **several.filled(args, FOLD, k), **changes})
 
 
 # --------------------------------------------------------------------------- the folds' runs
 
 
-def train_folds(tasks: Sequence[Task], train: Train) -> int:
+def train_folds(tasks: Sequence[Task], train: several.Train) -> int:
     """Train the folds one after the other; on a CPU train those of stage 1 in parallel."""
     jobs = min(len(tasks), joblib.cpu_count())
     if not tasks[0][1].trajectory_only:
-        return first_code(run_or_continue(*task, train) for task in tasks)
+        return first_code(several.run_or_continue(*task, train) for task in tasks)
     # Stage 1 has one thread everywhere: no result depends on the number of processes.
     if jobs == 1 or torch.cuda.is_available() or processes().num_processes > 1:
         with one_thread():
-            return first_code(run_or_continue(*task, train) for task in tasks)
+            return first_code(several.run_or_continue(*task, train) for task in tasks)
     begin = partial(begin_process, TrajectoryModel.__module__)
     try:
         with joblib.parallel_config("loky", initializer=begin):
@@ -201,7 +193,7 @@ def run_apart(title: str, args: Namespace, dataset: TrajectoryDataset, shown: bo
     set_environment()
     kernels = exact_kernels(deterministic=args.deterministic)
     with one_thread(), owner_only(), kernels, command_logging(first=shown):
-        return run_or_continue(title, args, dataset, TrajectoryModel.program.train)
+        return several.run_or_continue(title, args, dataset, TrajectoryModel.program.train)
 
 
 # --------------------------------------------------------------------------- their results
@@ -211,9 +203,9 @@ def write_fold_results(
     args: Namespace, rows: TrajectoryDataset, fold: NDArray[np.int64], folders: list[Path]
 ) -> None:
     """Join the test predictions of the folds, (N,) ``fold`` of each row; write the result files."""
-    folder, stage = folds_folder(args), stage_folder(args).name
+    folder, stage = run_folder.folds_folder(args), run_folder.stage_folder(args).name
     name, outcome = STAGE_NAMES[stage], OUTCOMES[rows.outcome_kind]
-    contents = [read_json(path / METRICS) for path in folders]
+    contents = [read_json(path / run_folder.METRICS) for path in folders]
     table, positions = join_folds(folders, name, rows)
     fold_of_row = fold[positions]
     thresholds = np.array([content["threshold"] for content in contents])[fold_of_row]
@@ -238,7 +230,7 @@ def write_fold_results(
     with_folds = table.copy()
     with_folds.insert(4, "fold", fold_of_row)  # behind the model's own column
     write_text(folder / PREDICTIONS, predictions_csv(with_folds))
-    write_json(folder / METRICS, content)
+    write_json(folder / run_folder.METRICS, content)
     first = folds_sentence(metrics, len(folders))
     config: Config = {**configs[0], **decided, "metrics": content}
     tuned = [read_json(path / BASELINES).get("tuned") for path in folders]
@@ -263,7 +255,7 @@ def join_folds(
     folders: list[Path], name: str, rows: TrajectoryDataset
 ) -> tuple[pd.DataFrame, NDArray[np.int64]]:
     """Return the test predictions of all folds in the data's order, and their positions in it."""
-    tables = shared_models([read_predictions(path, name) for path in folders])
+    tables = several.shared_models([read_predictions(path, name) for path in folders])
     table = pd.concat(tables, ignore_index=True)
     # A row without a value of the series that its fold reads has no prediction.
     positions = pd.Series(np.arange(len(rows)), rows.ids)[table["id"].tolist()].to_numpy()
@@ -338,7 +330,7 @@ def folds_content(
         args,
         card={
             "Limits": MODEL_LIMITS,
-            **NOT_IN_INTERVALS,
+            **several.NOT_IN_INTERVALS,
             "Best epoch": f"{epoch}, the median of the folds, after which --final ends; each "
             f"keeps {selection}",
             "Baselines": describe_tuning(tuned),
@@ -357,22 +349,26 @@ def folds_content(
 # --------------------------------------------------------------------------- all patients
 
 
-def train_final(args: Namespace, rows: TrajectoryDataset, train: Train, stage1: Path | None) -> int:
+def train_final(
+    args: Namespace, rows: TrajectoryDataset, train: several.Train, stage1: Path | None
+) -> int:
     """Train one model on all patients for the folds' median of epochs; ``stage1`` is theirs."""
     # Other results of the folds, known by their hash, make another run.
-    changes: Json = {"final": file_hash(folds_folder(args) / METRICS)}
+    changes: Json = {"final": file_hash(run_folder.folds_folder(args) / run_folder.METRICS)}
     if stage1:
         changes["ode_checkpoint"] = stage1
     everyone = copy.copy(rows)
     everyone.held_out = ()
-    return run_or_continue("all patients", Namespace(**{**vars(args), **changes}), everyone, train)
+    return several.run_or_continue(
+        "all patients", Namespace(**{**vars(args), **changes}), everyone, train
+    )
 
 
 def last_epoch_set(stage: Stage, args: Namespace) -> Stage:
     """Let a ``--final`` end after the folds' median epoch; the schedule stays that of a fold."""
     if not args.final:
         return stage
-    epochs = read_json(folds_folder(args) / METRICS)["selected_epoch"]
+    epochs = read_json(run_folder.folds_folder(args) / run_folder.METRICS)["selected_epoch"]
     return replace(stage, last_epoch=epochs)
 
 
@@ -380,7 +376,7 @@ def write_final(
     stage: Stage, data: Data, folder: Path, args: Namespace
 ) -> tuple[Config, Baselines | None]:
     """Write the model of all patients; return the same as ``results.write_results``."""
-    content = read_json(folds_folder(args) / METRICS)
+    content = read_json(run_folder.folds_folder(args) / run_folder.METRICS)
     decided = content.pop("decided")
     config: Config = {**stage.config, **decided, "metrics": content}
     if isinstance(stage.model, TrajectoryLLM) and "residual_weight" in decided:

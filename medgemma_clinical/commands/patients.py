@@ -16,11 +16,7 @@ from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
 from medgemma_clinical.evaluation.patients import write_patients
 from medgemma_clinical.inference.explain import explain
 from medgemma_clinical.inference.trajectory_model import TrajectoryModel
-from medgemma_clinical.models.model_card import (
-    built_in_notice,
-    describe_model,
-    weight_0_sentence,
-)
+from medgemma_clinical.models import model_card
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +73,9 @@ def explain_rows(
     rows = [explain(row, dataset, model.trained, model.batch_size) for row, dataset in chosen]
     config, datasets = model.config, [dataset for _, dataset in chosen]
     overlap = training_sentence(datasets, training)
-    notes = [overlap, weight_0_sentence(config), built_in_notice(config)]
+    notes = [overlap, model_card.weight_0_sentence(config), model_card.built_in_notice(config)]
     checkpoint = {"Checkpoint": request.checkpoint.absolute().name}
-    method = datasets[0].task_description() | checkpoint | describe_model(config)
+    method = datasets[0].task_description() | checkpoint | model_card.describe_model(config)
     path, outcome = patients_path(request.predictions), config["outcome"]
     write_patients(path, rows, outcome, model.threshold, [*filter(None, notes)], method)
     logger.info("patients: %s; the page holds patients' data: do not share it", path)

@@ -43,14 +43,9 @@ from medgemma_clinical.files import InputError, atomic, file_hash, locked, move_
 from medgemma_clinical.inference.hub import check_folder
 from medgemma_clinical.inference.scoring import count_implausible, prediction_table, scoring_rows
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS, TrajectoryModel
+from medgemma_clinical.models import trained_model
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, Config, read_trajectory
 from medgemma_clinical.models.outcome import OUTCOMES
-from medgemma_clinical.models.trained_model import (
-    TrainedModel,
-    check_no_control,
-    checkpoint_path,
-    read_trained_config,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -66,14 +61,14 @@ def predict(args: Namespace, given: set[str]) -> int:
     # What was not typed is the checkpoint's to decide, whatever the default of the training.
     read = {name for name in vars(args) if f"--{name}" in given}.union(tagged("default"))
     request = Namespace(**{name: x if name in read else None for name, x in vars(args).items()})
-    config = read_trained_config(request.checkpoint)
+    config = trained_model.read_trained_config(request.checkpoint)
     datasets = TrajectoryModel.program.datasets
     if config["dataset"] not in datasets:
         raise InputError(
             f"--checkpoint {request.checkpoint}: trained on --dataset {config['dataset']}, which "
             "this program does not have"
         )
-    check_no_control(request.checkpoint, config)
+    trained_model.check_no_control(request.checkpoint, config)
     source = find_source(request, config, datasets)
     check_output(request.predictions, source)
     if request.update:
@@ -347,12 +342,12 @@ def stored_primary(config: Config) -> str | None:
     return part.get("primary")
 
 
-def training_patients(trained: TrainedModel, checkpoint: Path) -> TrainingPatients:
+def training_patients(trained: trained_model.TrainedModel, checkpoint: Path) -> TrainingPatients:
     """Return what is known of a model's training patients."""
     if trained.train_patients is not None:
         return TrainingPatients(trained.train_patients, bool(trained.config["has_patient_ids"]))
     # Stages 2 and 3 store none, but share the training part of the stage 1 in their run.
-    folder = checkpoint_path(checkpoint).absolute().parent
+    folder = trained_model.checkpoint_path(checkpoint).absolute().parent
     beside = folder.parent / TRAJECTORY_FILE
     with contextlib.suppress(InputError, OSError):  # neither hinders a report
         if file_hash(beside) == (read_run(folder) or {}).get("stage_1_sha256"):

@@ -19,13 +19,8 @@ from medgemma_clinical.evaluation.demographics import demographic_bands, demogra
 from medgemma_clinical.evaluation.topics.cohort import part_table
 from medgemma_clinical.evaluation.topics.table_one import table_one
 from medgemma_clinical.evaluation.topics.topic import ReportContent
+from medgemma_clinical.models import model_card
 from medgemma_clinical.models.checkpoints import Config
-from medgemma_clinical.models.model_card import (
-    built_in_notice,
-    page_card,
-    shareable,
-    weight_0_sentence,
-)
 from medgemma_clinical.training.stage import Stage
 
 
@@ -41,16 +36,16 @@ def report_content(
     **parts: Any,  # other fields of ``ReportContent``
 ) -> ReportContent:
     """Return what a page says beside its metrics, small counts of the configuration hidden."""
-    shared = shareable(config, args.min_cell)
+    shared = model_card.shareable(config, args.min_cell)
     return ReportContent(
         title=title,
         question=dataset.task_description(),
-        card=page_card(shared, card),
+        card=model_card.page_card(shared, card),
         seed=args.seed,
         bands=demographic_bands(patients),
         sites=None if dataset.sites is None else patients["site"].to_numpy(str),
-        notice=built_in_notice(config),
-        first=[*filter(None, [*first, weight_0_sentence(shared)])],
+        notice=model_card.built_in_notice(config),
+        first=[*filter(None, [*first, model_card.weight_0_sentence(shared)])],
         **{"noun": dataset.noun, **parts},
     )
 

@@ -19,6 +19,7 @@ from medgemma_clinical.commands.report_content import training_content, training
 from medgemma_clinical.commands.run_folder import METRICS
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import peak_memory, processes
+from medgemma_clinical.evaluation import decision
 from medgemma_clinical.evaluation.baselines import (
     ENSEMBLE,
     STAGE_NAMES,
@@ -28,13 +29,6 @@ from medgemma_clinical.evaluation.baselines import (
     fit_baselines,
     fit_rules,
     model_risks,
-)
-from medgemma_clinical.evaluation.decision import (
-    DecisionRule,
-    Predictions,
-    fit_decision_rule,
-    fit_residual_weight,
-    recommended_model,
 )
 from medgemma_clinical.evaluation.metrics_table import Metrics
 from medgemma_clinical.evaluation.report import write_report
@@ -72,7 +66,7 @@ class Written:
 
 
 def write_results(
-    scored: dict[str, Predictions],
+    scored: dict[str, decision.Predictions],
     stage: Stage,
     data: Data,
     folder: Path | None,
@@ -170,15 +164,15 @@ def metrics_content(
 
 
 def apply_decisions(
-    scored: dict[str, Predictions], stage: Stage, data: Data, calibrate: str
-) -> tuple[dict[str, Predictions], Config]:
+    scored: dict[str, decision.Predictions], stage: Stage, data: Data, calibrate: str
+) -> tuple[dict[str, decision.Predictions], Config]:
     """Fit weight and decision rule to the validation part alone; apply both to all parts."""
     decided: Config = {}
     scored = {**scored}
     model, val = stage.model, scored["val"]
     if isinstance(model, TrajectoryLLM) and model.adds_stage1:
         patients = data.dataset.groups[val.rows]
-        weight = fit_residual_weight(val.labels, val.offset, val.logit, patients)
+        weight = decision.fit_residual_weight(val.labels, val.offset, val.logit, patients)
         model.residual_weight = decided["residual_weight"] = weight
         how = "chosen" if weight else "not shown to add"
         text = "weight of the language model beside stage 1: %g, %s on %d validation patients"
@@ -186,7 +180,7 @@ def apply_decisions(
         for part, each in scored.items():
             logit = each.offset + weight * (each.logit - each.offset)
             scored[part] = replace(each, logit=logit)
-    rule = fit_decision_rule(val.labels, scored["val"].logit, calibrate)
+    rule = decision.fit_decision_rule(val.labels, scored["val"].logit, calibrate)
     decided["decision"] = asdict(rule)
     return {part: replace(each, rule=rule) for part, each in scored.items()}, decided
 
@@ -194,10 +188,10 @@ def apply_decisions(
 def prediction_tables(
     stage: Stage,
     data: Data,
-    predictions: dict[str, Predictions],
+    predictions: dict[str, decision.Predictions],
     baselines: Baselines,
     calibrate: str,
-) -> tuple[dict[str, pd.DataFrame], dict[str, DecisionRule]]:
+) -> tuple[dict[str, pd.DataFrame], dict[str, decision.DecisionRule]]:
     """Return a table for each part and the decision rules of the models beside the stages.
 
     Columns: id, label, patient, then the risks of the model, stage 1, baselines and ensemble.
@@ -223,7 +217,7 @@ def recommend(table: pd.DataFrame, stage: str, others: Iterable[str]) -> str:
     names = table.columns.intersection([stage, *others])
     risks = {name: table[name].to_numpy(float) for name in names}
     labels, patients = table["label"].to_numpy(float), table["patient"].to_numpy(str)
-    return recommended_model(labels, risks, patients, [ENSEMBLE, stage])
+    return decision.recommended_model(labels, risks, patients, [ENSEMBLE, stage])
 
 
 def check_primary(primary: str | None, data: Data) -> None:
@@ -240,7 +234,7 @@ def predictions_csv(table: pd.DataFrame) -> str:
     return ordered.rename(columns={model: "probability"}).to_csv(index=False)
 
 
-def generate_reports(stage: Stage, predictions: Predictions) -> dict[int, str]:
+def generate_reports(stage: Stage, predictions: decision.Predictions) -> dict[int, str]:
     """Write stage 3's reports, by position in the data set; each process must call."""
     model, text = stage.model, stage.text
     assert isinstance(model, LLMWriter)
@@ -252,7 +246,7 @@ def generate_reports(stage: Stage, predictions: Predictions) -> dict[int, str]:
 
 
 def review_texts(
-    texts: dict[int, str], stage: Stage, data: Data, tested: Predictions, args: Namespace
+    texts: dict[int, str], stage: Stage, data: Data, tested: decision.Predictions, args: Namespace
 ) -> Written:
     """Return what stage 3 wrote beside the true reports; nothing of a stage that writes none."""
     if stage.text is None or not isinstance(stage.model, LLMWriter):

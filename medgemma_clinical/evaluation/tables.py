@@ -7,13 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from medgemma_clinical.evaluation import verdicts
 from medgemma_clinical.evaluation.metrics_table import Metrics
-from medgemma_clinical.evaluation.verdicts import (
-    NO_VALUE,
-    difference_text,
-    difference_verdict,
-    value_text,
-)
 
 METRICS = {
     "auroc": ("AUROC", ".3f", "how often an event ranks above a non-event; 0.5 is chance"),
@@ -54,18 +49,20 @@ def model_cells(metrics: Metrics, cost: pd.DataFrame | None = None) -> pd.DataFr
         line: dict[str, Any] = {"Model": model, "Verdict": "the reference", MINUS: ""}
         if model != reference:
             beside = "" if row.reference == reference else f" to {row.reference}"
-            line[MINUS] = difference_text(row) + beside
+            line[MINUS] = verdicts.difference_text(row) + beside
             line["Verdict"] = ""
             if model in metrics.planned:
-                line["Verdict"] = difference_verdict(row, metrics.counts["minority_patients"])
-        line["AUROC [95 %]"] = value_text(row)
+                line["Verdict"] = verdicts.difference_verdict(
+                    row, metrics.counts["minority_patients"]
+                )
+        line["AUROC [95 %]"] = verdicts.value_text(row)
         if "sd" in row:
             line["SD over splits"] = f"{row['sd']:.3f}"
         lines.append(line)
     table = pd.DataFrame(lines)
     for name, title, form in (("auprc", "AUPRC", ".3f"), ("brier", "Brier", ".4f")):
         values = metrics.metric(name)["value"]
-        table[title] = [NO_VALUE if pd.isna(x) else f"{x:{form}}" for x in values]
+        table[title] = [verdicts.NO_VALUE if pd.isna(x) else f"{x:{form}}" for x in values]
     costs = (pd.DataFrame() if cost is None else cost).reindex(metrics.models)
     for name, (title, form) in COST.items():
         if name in costs and costs[name].notna().any():
@@ -84,6 +81,6 @@ def metric_table(metrics: Metrics, names: Sequence[str]) -> pd.DataFrame:
     lines, values = [], metrics.of(metrics.models[0])
     for name in names:
         title, form, meaning = METRICS[name]
-        text = value_text(values.loc[name], form, 100 if title.endswith("(%)") else 1)
-        lines += [(title, text, meaning)] if text != NO_VALUE else []
+        text = verdicts.value_text(values.loc[name], form, 100 if title.endswith("(%)") else 1)
+        lines += [(title, text, meaning)] if text != verdicts.NO_VALUE else []
     return pd.DataFrame(lines, columns=METRIC_COLUMNS)

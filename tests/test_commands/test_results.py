@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import medgemma_trainer as trainer
-from medgemma_clinical.commands import results, run_folder
+from medgemma_clinical.commands import report_content, results, run_folder
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, describe_tuning
 from medgemma_clinical.evaluation.decision import Predictions, youden_threshold
 from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
@@ -76,7 +76,7 @@ def test_the_methods_name_the_rates_of_what_learns_and_the_rows_of_a_step(runs):
     args = arguments(*f"{words} --model_name tiny --batch_size 3 --gradient_accumulation 7".split())
     data, checkpoint = data_for(args), run_folder.given_stage1(args)
     run = {**run_folder.run_record(args, data, checkpoint), "processes": 2}
-    methods = results.training_methods(make_stage(args, data), data, run)
+    methods = report_content.training_methods(make_stage(args, data), data, run)
     assert {*re.findall(r"\((\w+)\)", methods["training"])} == {"projection", "llm", "head"}
     assert re.search(r"\b42 rows", methods["training"])
 

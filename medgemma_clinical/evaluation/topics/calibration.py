@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 
 from medgemma_clinical.data.small_cells import count_patients
+from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.metrics_table import bootstrap, label_risk_patient, with_interval
-from medgemma_clinical.evaluation.plots import DOTTED, MODEL, OTHER, Plot, new_figure, with_legend
 from medgemma_clinical.evaluation.tables import metric_table
 from medgemma_clinical.evaluation.topics.topic import Cells, Details, Evaluated, Topic
 
@@ -69,31 +69,31 @@ def calibration_table(rows: pd.DataFrame, model: str, seed: int) -> pd.DataFrame
     return table[["n", "predicted", "observed", "low", "high"]]
 
 
-def plot_calibration(table: pd.DataFrame, risk: Array) -> Plot:
+def plot_calibration(table: pd.DataFrame, risk: Array) -> plots.Plot:
     """Plot a ``calibration_table`` above a histogram of the risks."""
-    figure, (axes, below) = new_figure((4, 1))
+    figure, (axes, below) = plots.new_figure((4, 1))
     x, y, low, high = (100 * table[name] for name in ("predicted", "observed", "low", "high"))
     top = min(100.0, 1.05 * np.nanmax([*y, *high, 100 * risk.max()]))
-    axes.plot([0, 100], [0, 100], label="ideal", **DOTTED)
-    axes.vlines(x, low, high, color=MODEL)
-    axes.plot(x, y, "o-", label="observed [95 %]", color=MODEL, linewidth=1, markersize=5)
+    axes.plot([0, 100], [0, 100], label="ideal", **plots.DOTTED)
+    axes.vlines(x, low, high, color=plots.MODEL)
+    axes.plot(x, y, "o-", label="observed [95 %]", color=plots.MODEL, linewidth=1, markersize=5)
     axes.set(ylabel="observed, %", xlim=(-0.02 * top, top), ylim=(-0.02 * top, top))
-    below.hist(100 * risk, np.linspace(0, top, 41).tolist(), color=MODEL, alpha=0.5)
+    below.hist(100 * risk, np.linspace(0, top, 41).tolist(), color=plots.MODEL, alpha=0.5)
     below.set(xlabel="predicted risk, %", ylabel="count", yticks=[])
     alt = "Calibration curve: share of events over the predicted risk, and a histogram."
-    return with_legend(figure), alt
+    return plots.with_legend(figure), alt
 
 
-def plot_risks(labels: Array, risk: Array) -> Plot:
+def plot_risks(labels: Array, risk: Array) -> plots.Plot:
     """Plot the distribution of the risks of the events above that of the non-events."""
-    figure, panels = new_figure((1, 1))
+    figure, panels = plots.new_figure((1, 1))
     bins = np.linspace(0, min(100.0, 102 * risk.max()), 41).tolist()
-    classes = ((1, "events", OTHER), (0, "non-events", MODEL))
+    classes = ((1, "events", plots.OTHER), (0, "non-events", plots.MODEL))
     for axes, (label, name, colour) in zip(panels, classes, strict=True):
         percents = 100 * risk[labels == label]
         weights = np.full(len(percents), 100 / len(percents))
         axes.hist(percents, bins, weights=weights, color=colour, alpha=0.7)
-        axes.axvline(float(np.median(percents)), **DOTTED)
+        axes.axvline(float(np.median(percents)), **plots.DOTTED)
         axes.set_ylabel(f"% of {name}")
     panels[-1].set_xlabel("predicted risk, % (dotted: median)")
     return figure, "Histograms of the predicted risks of events and of non-events."

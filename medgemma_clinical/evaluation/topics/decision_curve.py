@@ -9,17 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.metrics import Array, net_benefit
 from medgemma_clinical.evaluation.metrics_table import bootstrap, label_risk_patient, with_interval
-from medgemma_clinical.evaluation.plots import (
-    DOTTED,
-    INK,
-    LINES,
-    MODEL,
-    Plot,
-    new_figure,
-    with_legend,
-)
 from medgemma_clinical.evaluation.tables import metric_table
 from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, Topic
 from medgemma_clinical.evaluation.verdicts import percent
@@ -67,15 +59,17 @@ def decision_curve(rows: pd.DataFrame, models: list[str], seed: int) -> pd.DataF
     return table
 
 
-def plot_decision_curve(table: pd.DataFrame, models: Sequence[str]) -> Plot:
+def plot_decision_curve(table: pd.DataFrame, models: Sequence[str]) -> plots.Plot:
     """Plot a ``decision_curve`` of the model and the baseline."""
-    figure, (axes,) = new_figure()
+    figure, (axes,) = plots.new_figure()
     threshold = 100 * table.index.to_numpy()
-    axes.fill_between(threshold, table["low"], table["high"], color=MODEL, alpha=0.18, linewidth=0)
-    for name, line in zip(models, LINES, strict=False):
+    axes.fill_between(
+        threshold, table["low"], table["high"], color=plots.MODEL, alpha=0.18, linewidth=0
+    )
+    for name, line in zip(models, plots.LINES, strict=False):
         axes.plot(threshold, table[name], **line)
-    axes.plot(threshold, table["treat_all"], "-.", color=INK, linewidth=1, label="treat all")
-    axes.axhline(0, label="treat none", **DOTTED)
+    axes.plot(threshold, table["treat_all"], "-.", color=plots.INK, linewidth=1, label="treat all")
+    axes.axhline(0, label="treat none", **plots.DOTTED)
     top = 1.1 * max(table["treat_all"].max(), table["high"].max())
     axes.set(xlabel="threshold risk, %", ylabel="net benefit", ylim=(-0.25 * top, top))
-    return with_legend(figure), "Decision curve: net benefit over the threshold risk."
+    return plots.with_legend(figure), "Decision curve: net benefit over the threshold risk."

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from sklearn.metrics import PrecisionRecallDisplay, RocCurveDisplay
 
+from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.metrics import Array
-from medgemma_clinical.evaluation.plots import DOTTED, LINES, MODEL, Plot, new_figure, with_legend
 from medgemma_clinical.evaluation.tables import metric_table
 from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, Topic
 
@@ -32,25 +32,25 @@ def discrimination(evaluated: Evaluated) -> Topic:
     )
 
 
-def plot_roc(labels: Array, risks: Sequence[Array], point: tuple[float, float]) -> Plot:
+def plot_roc(labels: Array, risks: Sequence[Array], point: tuple[float, float]) -> plots.Plot:
     """Plot the ROC curves of model and baseline, and the threshold's point if it is known."""
-    figure, (axes,) = new_figure()
-    for risk, line in zip(risks, LINES, strict=False):
+    figure, (axes,) = plots.new_figure()
+    for risk, line in zip(risks, plots.LINES, strict=False):
         RocCurveDisplay.from_predictions(labels, risk, ax=axes).line_.set(**line)
-    axes.plot([0, 1], [0, 1], label="chance", **DOTTED)
+    axes.plot([0, 1], [0, 1], label="chance", **plots.DOTTED)
     if not np.isnan(point).any():
-        axes.plot(*point, "o", color=MODEL, markersize=6, clip_on=False, label="threshold")
+        axes.plot(*point, "o", color=plots.MODEL, markersize=6, clip_on=False, label="threshold")
     axes.set(xlabel="1 \N{MINUS SIGN} specificity", ylabel="sensitivity")
-    return with_legend(figure), "ROC curve: sensitivity over 1 minus specificity."
+    return plots.with_legend(figure), "ROC curve: sensitivity over 1 minus specificity."
 
 
-def plot_precision_recall(labels: Array, risks: Sequence[Array]) -> Plot:
+def plot_precision_recall(labels: Array, risks: Sequence[Array]) -> plots.Plot:
     """Plot the precision-recall curves of the model and the baseline."""
-    figure, (axes,) = new_figure()
+    figure, (axes,) = plots.new_figure()
     draw = PrecisionRecallDisplay.from_predictions
-    for risk, line in zip(risks, LINES, strict=False):
+    for risk, line in zip(risks, plots.LINES, strict=False):
         draw(labels, risk, ax=axes, drop_intermediate=True).line_.set(**line)
-    axes.axhline(labels.mean(), label="prevalence", **DOTTED)
+    axes.axhline(labels.mean(), label="prevalence", **plots.DOTTED)
     axes.set(xlabel="recall (sensitivity)", ylabel="precision (PPV)")
     alt = "Precision-recall curve: precision over recall, beside the prevalence."
-    return with_legend(figure), alt
+    return plots.with_legend(figure), alt

@@ -6,16 +6,8 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.metrics_table import MINORITY_PATIENTS, TESTED
-from medgemma_clinical.evaluation.plots import (
-    DOTTED,
-    INK,
-    MODEL,
-    OTHER,
-    Plot,
-    new_figure,
-    with_legend,
-)
 from medgemma_clinical.evaluation.topics.calibration import calibration_table
 from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, Topic
 from medgemma_clinical.evaluation.updating import CHOSEN, DIVISIONS, METHODS, MIN_SLOPE_EVENTS
@@ -78,15 +70,17 @@ def update_cells(table: pd.DataFrame) -> pd.DataFrame:
     return cells
 
 
-def plot_updates(curves: Mapping[str, pd.DataFrame]) -> Plot:
+def plot_updates(curves: Mapping[str, pd.DataFrame]) -> plots.Plot:
     """Plot a ``calibration_table`` of the model not updated, then of each update."""
-    figure, (axes,) = new_figure()
+    figure, (axes,) = plots.new_figure()
     ends = pd.concat(list(curves.values()))[["predicted", "observed"]].max()
-    axes.plot([0, 100 * ends.max()], [0, 100 * ends.max()], label="ideal", **DOTTED)
-    lines = zip(curves.items(), ("o-.", "s--", "D-"), (INK, OTHER, MODEL), strict=True)
+    axes.plot([0, 100 * ends.max()], [0, 100 * ends.max()], label="ideal", **plots.DOTTED)
+    lines = zip(
+        curves.items(), ("o-.", "s--", "D-"), (plots.INK, plots.OTHER, plots.MODEL), strict=True
+    )
     for (name, table), form, colour in lines:
         x, y = 100 * table["predicted"], 100 * table["observed"]
         axes.plot(x, y, form, color=colour, linewidth=1, label=name)
     axes.set(xlabel="predicted risk, %", ylabel="observed, %")
     alt = "Calibration curves of the model not updated and after each update."
-    return with_legend(figure, 2), alt
+    return plots.with_legend(figure, 2), alt
