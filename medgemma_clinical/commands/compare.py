@@ -44,9 +44,9 @@ def run_compare(args: Namespace, output_dir: Path | None) -> int:
         log_comparison(metrics, cost)
         return EXIT_DONE
     output_dir.mkdir(parents=True, exist_ok=True)
-    known = {name: read_run(folder) or {} for name, folder in folders.items()}
-    outcomes = dict.fromkeys(run["data"]["outcome"] for run in known.values() if "data" in run)
-    arguments = {name: run.get("arguments", {}) for name, run in known.items()}
+    records = {name: read_run(folder) or {} for name, folder in folders.items()}
+    outcomes = dict.fromkeys(run["data"]["outcome"] for run in records.values() if "data" in run)
+    arguments = {name: run.get("arguments", {}) for name, run in records.items()}
     save_comparison(
         output_dir / "compare",
         metrics,
@@ -108,7 +108,7 @@ def join_predictions(folders: Mapping[str, Path]) -> pd.DataFrame:
                 f"{reference} and {name} were tested on other patients or labels ({len(first)} and "
                 f"{len(table)} rows, {both} ids in both): compare runs on the same data and seed"
             )
-        has_ids = all(each.get("has_patient_ids", True) for each in (data[reference], data[name]))
+        has_ids = all(run.get("has_patient_ids", True) for run in (data[reference], data[name]))
         if not has_ids and data[reference].get("rows_sha256") != data[name].get("rows_sha256"):
             raise InputError(
                 f"{reference} and {name}: their data have no subject_id and differ, so nothing "
@@ -150,7 +150,7 @@ def save_comparison(
         earlier = read_json(table)
     for aside in move_aside([table, page] if earlier != content else []):
         logger.info("an earlier result was moved to %s", aside)
-    if unused := [name for name, each in cost.items() if each.get("residual_weight") == 0]:
+    if unused := [name for name, numbers in cost.items() if numbers.get("residual_weight") == 0]:
         weight_note = f"The language model has weight 0 beside stage 1 in: {', '.join(unused)}."
         sentences = [*sentences, weight_note]
     write_comparison(

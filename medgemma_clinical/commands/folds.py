@@ -159,15 +159,17 @@ def train_folds(tasks: Sequence[Task], train: several.Train) -> int:
         with joblib.parallel_config("loky", initializer=begin):
             # No array goes through a file: they hold patients.
             parallel = joblib.Parallel(jobs, batch_size=1, max_nbytes=None)
-            shown = any(each.get_name() == "console" for each in logging.root.handlers)
-            return first_code(parallel(joblib.delayed(run_apart)(*each, shown) for each in tasks))
+            has_console = any(handler.get_name() == "console" for handler in logging.root.handlers)
+            return first_code(
+                parallel(joblib.delayed(run_apart)(*task, has_console) for task in tasks)
+            )
     except BrokenProcessPool as error:
         raise RunFault(
-            "the process of a fold was ended, perhaps for want of memory: the same command goes "
-            "on; LOKY_MAX_CPU_COUNT=1 in the environment trains one fold at a time"
+            "the process of a fold was ended, perhaps out of memory: rerun the command to "
+            "continue; LOKY_MAX_CPU_COUNT=1 in the environment trains one fold at a time"
         ) from error
     except KeyboardInterrupt as stop:
-        logger.error("interrupted: the same command goes on in %s", tasks[0][1].output_dir.parent)
+        logger.error("interrupted: rerun to continue in %s", tasks[0][1].output_dir.parent)
         return getattr(stop, "code", EXIT_INTERRUPTED)
 
 

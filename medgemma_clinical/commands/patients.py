@@ -33,14 +33,14 @@ def patients_path(predictions: Path) -> Path:
 
 
 def choose_rows(
-    chosen: Sequence[ChosenRow], table: pd.DataFrame, scored: ScoringRows, ids: list[str] | None
+    earlier: Sequence[ChosenRow], table: pd.DataFrame, scored: ScoringRows, ids: list[str] | None
 ) -> list[ChosenRow]:
-    """Return the page's rows among those chosen so far and some predictions, by id or by risk."""
+    """Return the page's rows among earlier ones and some predictions, by id or by risk."""
     table = table.iloc[scored.positions].reset_index(drop=True)
     table = table[table["id"].isin(ids)] if ids else table.nlargest(MAX_ROWS, "probability")
     lines: Any = table.to_dict("records")
     datasets = [scored.dataset.subset(np.array([k])) for k in table.index]
-    rows: list[ChosenRow] = [*chosen, *zip(lines, datasets, strict=True)]
+    rows: list[ChosenRow] = [*earlier, *zip(lines, datasets, strict=True)]
     if ids:
         return sorted(rows, key=lambda row: ids.index(row[0]["id"]))
     return sorted(rows, key=lambda row: -row[0]["probability"])[:MAX_ROWS]

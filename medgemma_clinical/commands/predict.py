@@ -112,13 +112,16 @@ def find_source(
     """Return the file or folder to read; refuse flags of another kind than the checkpoint's."""
     trained = {"dataset": config["dataset"], **config["read_options"]}
     dataset = datasets[config["dataset"]]
-    for name in ("dataset", *(option for each in datasets.values() for option in each.options)):
+    for name in (
+        "dataset",
+        *(option for kind in datasets.values() for option in kind.options),
+    ):
         value = getattr(request, name, None)
-        own = name == "site" and name in dataset.options  # says nothing of how rows are read
-        if value not in (None, trained.get(name)) and not own:
+        is_new_site = name == "site" and name in dataset.options
+        if value not in (None, trained.get(name)) and not is_new_site:
             made = trained.get(name, f"--dataset {config['dataset']}")
             raise InputError(f"--{name} {value}: the checkpoint was trained on {made}")
-    sources = {each.source_flag for each in datasets.values()}
+    sources = {kind.source_flag for kind in datasets.values()}
     if [name for name in sources if getattr(request, name) is not None] != [dataset.source_flag]:
         raise InputError(
             f"--predict: the checkpoint was trained on --dataset {config['dataset']}: give the "
@@ -204,8 +207,8 @@ def write_predictions(
     """Score rows chunk by chunk; the file appears at the end, earlier ones move aside."""
     trained, path = model.trained, request.predictions
     used = trained.model_named(request.use)
-    others = {name: trained.column(name) for name in trained.rules if name != used}
-    tally = PredictionTally({used: "probability", **others}, trained.rules[used].threshold)
+    other_models = {name: trained.column(name) for name in trained.rules if name != used}
+    tally = PredictionTally({used: "probability", **other_models}, trained.rules[used].threshold)
     with locked(path), atomic(path) as temporary:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             for rows in chunks:

@@ -177,12 +177,12 @@ def apply_decisions(
         how = "chosen" if weight else "not shown to add"
         text = "weight of the language model beside stage 1: %g, %s on %d validation patients"
         logger.info(text, weight, how, len(np.unique(patients)))
-        for part, each in scored.items():
-            logit = each.offset + weight * (each.logit - each.offset)
-            scored[part] = replace(each, logit=logit)
+        for part, part_scored in scored.items():
+            logit = part_scored.offset + weight * (part_scored.logit - part_scored.offset)
+            scored[part] = replace(part_scored, logit=logit)
     rule = decision.fit_decision_rule(val.labels, scored["val"].logit, calibrate)
     decided["decision"] = asdict(rule)
-    return {part: replace(each, rule=rule) for part, each in scored.items()}, decided
+    return {part: replace(part_scored, rule=rule) for part, part_scored in scored.items()}, decided
 
 
 def prediction_tables(
@@ -229,8 +229,8 @@ def check_primary(primary: str | None, data: Data) -> None:
 
 def predictions_csv(table: pd.DataFrame) -> str:
     """Return a table of predictions as its file: the model's own column is ``probability``."""
-    id_, label, patient, model, *others = table.columns
-    ordered = table[[id_, label, model, patient, *others]]
+    id_, label, patient, model, *risks = table.columns
+    ordered = table[[id_, label, model, patient, *risks]]
     return ordered.rename(columns={model: "probability"}).to_csv(index=False)
 
 
@@ -275,10 +275,10 @@ def log_results(metrics: dict[str, Metrics], written: dict[str, Any] | None, nou
 def metrics_for_tracker(config: Config) -> dict[str, float]:
     """Return the model's known metrics of both parts; none in another process than the first."""
     return {
-        f"{part}_{name}": each["value"]
+        f"{part}_{name}": metric["value"]
         for part in SCORED.values()
-        for name, each in config.get("metrics", {}).get(part, {}).items()
-        if isinstance(each, dict) and each.get("value") is not None
+        for name, metric in config.get("metrics", {}).get(part, {}).items()
+        if isinstance(metric, dict) and metric.get("value") is not None
     }
 
 
@@ -294,7 +294,7 @@ def run_content(
 ) -> ReportContent:
     """Return what the page of a run says beside its metrics."""
     validation = Metrics.from_json(config["metrics"]["validation"])
-    few = validation.counts["minority_patients"] < args.min_cell
+    hides_metrics = validation.counts["minority_patients"] < args.min_cell
     auroc = value_text(validation.row(validation.models[0], "auroc"))
     parameters, best_epochs = list(stage.model.parameters()), progress.best_epochs
     learned = sum(p.numel() for p in parameters if p.requires_grad)
@@ -317,12 +317,12 @@ def run_content(
             "Parameters": f"{learned:,} trained of {sum(p.numel() for p in parameters):,}",
             "Best epoch": best,
             "Baselines": describe_tuning([tuned]),
-            **({} if few else {"Validation AUROC": auroc}),
+            **({} if hides_metrics else {"Validation AUROC": auroc}),
             "Seed": str(args.seed),
             "Licence": licence(config),
         },
         threshold=config["decision"]["threshold"],
-        history=None if few else progress.history or None,
+        history=None if hides_metrics else progress.history or None,
         reports=config["metrics"].get("reports"),
         stage1_page=stage1_page,
         methods=training_methods(stage, data, run),

@@ -91,15 +91,15 @@ def run_or_continue(title: str, args: Namespace, dataset: TrajectoryDataset, tra
     folder, code = run_folder.stage_folder(args), EXIT_DONE
     try:
         with quiet_console():
-            if (done := progress(args, dataset)) != "all":
+            if (done_part := progress(args, dataset)) != "all":
                 reset_peak_memory()
-                code = train(Namespace(**{**vars(args), "resume": done == "part"}), dataset)
+                code = train(Namespace(**{**vars(args), "resume": done_part == "part"}), dataset)
     except InputError as error:
         raise InputError(f"{title}: {error}", error.value) from error
     finally:
         RUN_LOG.begin()  # the lines below belong to no run
     if code == EXIT_DONE:
-        how = {"all": "already there, ", "part": "continued, ", "none": ""}[done]
+        how = {"all": "already there, ", "part": "continued, ", "none": ""}[done_part]
         part = "folds" if args.final else "test"
         logger.info("%s: %s%s AUROC %s: %s", title, how, part, auroc_of(folder, part), folder)
     return code
@@ -195,7 +195,7 @@ def compare_variants(
                 primary=args.primary,
                 compared=[*VARIANTS],
             ),
-            {name: compare.cost_of(each) for name, each in folders.items()},
+            {name: compare.cost_of(folder) for name, folder in folders.items()},
             title=f"{ADDS}: {outcome}",
             card={"Seed": str(args.seed)},
             notice=compare.built_in_models_notice({"all": vars(args)}),
@@ -217,14 +217,14 @@ def run_seeds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], t
     dataset: TrajectoryDataset | None = None
     folders: dict[int, Path] = {}
     for seed in range(args.seed, args.seed + args.seeds):
-        own = seed_arguments(seed, args)
-        dataset = dataset if dataset and one_source else read(own)
+        seed_args = seed_arguments(seed, args)
+        dataset = dataset if dataset and one_source else read(seed_args)
         if args.ablation:
-            folders[seed] = own.output_dir / "ablation"
-            code = run_ablation(own, dataset, train, f"seed {seed}, ")
+            folders[seed] = seed_args.output_dir / "ablation"
+            code = run_ablation(seed_args, dataset, train, f"seed {seed}, ")
         else:
-            folders[seed] = run_folder.stage_folder(own)
-            code = run_or_continue(f"seed {seed}", own, dataset, train)
+            folders[seed] = run_folder.stage_folder(seed_args)
+            code = run_or_continue(f"seed {seed}", seed_args, dataset, train)
         if code:
             return code
     if processes().is_main_process and dataset:
@@ -266,7 +266,7 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
     compare.save_comparison(
         args.output_dir / f"seeds_{kind}",
         metrics,
-        {name: mean_cost([each[name] for each in costs]) for name in costs[0]},
+        {name: mean_cost([cost[name] for cost in costs]) for name in costs[0]},
         title=f"{title}, in {len(folders)} splits of the data: {outcome}",
         sentences=[
             f"Over {len(folders)} splits the test AUROC of {reference} is {auroc['min']:.3f} to "
@@ -299,7 +299,7 @@ def shared_models(tables: list[pd.DataFrame]) -> list[pd.DataFrame]:
     shared = [name for name in tables[0] if all(name in table for table in tables)]
     if len({best_blend(list(map(str, table))) for table in tables}) > 1:
         shared = [name for name in shared if name != ENSEMBLE]  # they hold different blends
-    others = sorted({str(name) for table in tables for name in table} - set(shared))
-    if others:
-        logger.info("not in every split, so not pooled: %s", ", ".join(others))
+    left_out = sorted({str(name) for table in tables for name in table} - set(shared))
+    if left_out:
+        logger.info("not in every split, so not pooled: %s", ", ".join(left_out))
     return [table[shared] for table in tables]

@@ -91,13 +91,16 @@ class Metrics:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
         """Read a part of ``metrics.json``; KeyError, TypeError or AttributeError if it is none."""
-        others = (*COUNTS, "model", "primary", "planned", "models")
-        own = {name: metric for name, metric in content.items() if name not in others}
-        models = {content["model"]: {"reference": content["model"], **own}, **content["models"]}
+        not_metrics = (*COUNTS, "model", "primary", "planned", "models")
+        first = {name: metric for name, metric in content.items() if name not in not_metrics}
+        models = {
+            content["model"]: {"reference": content["model"], **first},
+            **content["models"],
+        }
         lines = {
-            (model, name): {**metric, "reference": each["reference"]}
-            for model, each in models.items()
-            for name, metric in each.items()
+            (model, name): {**metric, "reference": numbers["reference"]}
+            for model, numbers in models.items()
+            for name, metric in numbers.items()
             if name != "reference"
         }
         index = pd.MultiIndex.from_tuples(lines, names=["model", "metric"])

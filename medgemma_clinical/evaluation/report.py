@@ -74,19 +74,19 @@ def write_report(
     folder: Path | None = None,
 ) -> None:
     """Write a report, and with a ``folder`` each figure, each table and ``tripod.md`` as files."""
-    few = metrics.counts["minority_patients"] < min_cell
+    has_few = metrics.counts["minority_patients"] < min_cell
     shown = Metrics.from_json(suppress(metrics.to_json(), min_cell))
-    evaluated = Evaluated(rows, shown, content, min_cell, few, list_patients)
+    evaluated = Evaluated(rows, shown, content, min_cell, has_few, list_patients)
     builders: dict[str, Sequence[TopicBuilder]] = {
         "written": [written_reports],
-        "results": [*([] if few else topics), case_mix_topic],
+        "results": [*([] if has_few else topics), case_mix_topic],
         "rows": [largest_errors, table_one_topic],
         "methods": [cohort, learning],
     }
     with plots.plot_style():
         sections = {
-            place: [topic for build in group if (topic := build(evaluated)) is not None]
-            for place, group in builders.items()
+            part: [topic for build in group if (topic := build(evaluated)) is not None]
+            for part, group in builders.items()
         }
         every = [topic for group in sections.values() for topic in group]
         figures = {name: plot for topic in every for name, (plot, _) in topic.figures.items()}
@@ -104,8 +104,8 @@ def write_report(
         min_cell=min_cell,
         content=content,
         first=[*filter(None, [*content.first, written_sentence(reports)])],
-        findings=[] if few else sentences(shown, content.noun),
-        few=few,
+        findings=[] if has_few else sentences(shown, content.noun),
+        has_few=has_few,
         sections=sections,
         images=images,
     )
@@ -125,7 +125,7 @@ def tripod(content: ReportContent, metrics: Metrics, numbers: Mapping[str, pd.Da
             others=", ".join(map(code, metrics.models[1:])),
             lines=defaultdict(list, lines),
             subgroups=[] if groups is None else groups.to_dict("records"),
-            facts=defaultdict(str, content.methods or {}),
+            methods=defaultdict(str, content.methods or {}),
             **{"code": code, "number": count_text},
         )
     )

@@ -110,9 +110,9 @@ def suppress_table_one(table: pd.DataFrame, min_cell: int, *, hide_events: bool)
     table = table.drop(columns=list(sizes))
     if min_cell == 0:
         return table
-    known, a_row = sizes["rows"] - table["missing"], sizes["patients"] / sizes["rows"]
-    rest = ((1 - table["share"]) * known).round(6)
-    counts = [table["missing"], known, table["count"], rest]
+    known_rows, a_row = sizes["rows"] - table["missing"], sizes["patients"] / sizes["rows"]
+    rest = ((1 - table["share"]) * known_rows).round(6)
+    counts = [table["missing"], known_rows, table["count"], rest]
     small = pd.concat([(n > 0) & (n * a_row < min_cell) for n in counts], axis=1)
     sides = table["group"].map(dict.fromkeys(OUTCOMES, "outcome") | {ALL: ALL}).fillna("part")
     category = table["variable"].str.split("[_ ]", regex=True).str[0]  # unit_medical, unit_surgical
@@ -121,7 +121,7 @@ def suppress_table_one(table: pd.DataFrame, min_cell: int, *, hide_events: bool)
     hidden = small.any(axis=1).groupby([category, sides]).transform("any")
     hidden |= hide_events & (sides == "outcome")  # these tell the number of events
     shown = table.astype({"missing": object, "count": object})
-    shown.loc[known * a_row < 4 * min_cell, QUARTILES] = np.nan  # few beyond a quartile
+    shown.loc[known_rows * a_row < 4 * min_cell, QUARTILES] = np.nan  # few beyond a quartile
     shown.loc[hidden, ["share"]] = np.nan
     for k, name in ((0, "missing"), (2, "count")):
         shown.loc[hidden & table[name].notna(), name] = NOT_SHOWN
