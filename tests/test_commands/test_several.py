@@ -22,7 +22,8 @@ from medgemma_clinical.commands.compare import (
     model_names,
 )
 from medgemma_clinical.commands.flags import complete
-from medgemma_clinical.commands.several import VARIANTS, run_ablation, run_seeds, stage_folder
+from medgemma_clinical.commands.run_folder import stage_folder
+from medgemma_clinical.commands.several import VARIANTS, run_ablation, run_seeds
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import Metrics
 from medgemma_clinical.files import InputError
