@@ -141,8 +141,7 @@ def runs(table, tmp_path_factory):
 def train_all(table, folder):
     """Train each stage by the command line, the first with figures."""
     import medgemma_trainer as trainer  # not for tests that need no model
-    from medgemma_clinical.commands import results
-    from medgemma_clinical.evaluation import metrics
+    from medgemma_clinical.evaluation import decision, metrics
     from predicting import STAGES, write_data
 
     folder.mkdir(exist_ok=True)
@@ -151,7 +150,7 @@ def train_all(table, folder):
     words += ["--batch_size", "8", "--encoder_lr", "0.05"]
     text = ["--model_name", "tiny", "--epochs", "2", "--adapter_lr", "0.01", "--ode_checkpoint"]
     text += [str(folder / "medgemma_trajectory_best.pt")]
-    weight = mock.patch.object(results, "fit_residual_weight", return_value=1.0)  # 0 hides faults
+    weight = mock.patch.object(decision, "fit_residual_weight", return_value=1.0)  # 0 hides faults
     draws = mock.patch.object(metrics, "REPLICATES", DRAWS)
     with draws, weight:
         with mock.patch.object(Figure, "savefig", DRAW):

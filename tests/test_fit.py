@@ -48,7 +48,7 @@ def keywords_of(run):
 def test_fit__trains_the_model_of_the_command_and_leaves_no_file(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(results, "fit_residual_weight", lambda *_: 1.0)  # as in the runs
+    monkeypatch.setattr(results.decision, "fit_residual_weight", lambda *_: 1.0)  # as in the runs
     data = runs / "train.csv"
     stage_1 = fit_trajectory(data, **keywords_of(runs / "trajectory"))
     models = stage_1, fit_generative(data, stage_1, **keywords_of(runs / "generative"))

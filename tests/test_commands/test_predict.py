@@ -248,7 +248,7 @@ def models(asked, tmp_path_factory):
     upon = [*TINY, "--ode_checkpoint", str(place / TRAJECTORY_FILE)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "REPLICATES", 20)
-        patch.setattr(results, "fit_residual_weight", lambda *_: 0.5)
+        patch.setattr(results.decision, "fit_residual_weight", lambda *_: 0.5)
         for flags in (
             stage1,
             upon,

@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 import medgemma_trainer as trainer
 from conftest import SAMPLE
 from finished_runs import write_run
-from medgemma_clinical.commands import several
+from medgemma_clinical.commands import run_folder, several
 from medgemma_clinical.commands.compare import (
     built_in_models_notice,
     cost_of,
@@ -58,8 +58,8 @@ def fake_train(made, **options):
 def unbegun(monkeypatch):
     """No run was begun before; nothing of a run is prepared."""
     for name in ("given_stage1", "run_data", "run_record"):
-        monkeypatch.setattr(several, name, lambda *_: None)
-    monkeypatch.setattr(several, "progress_of", lambda folder, facts: "none")
+        monkeypatch.setattr(run_folder, name, lambda *_: None)
+    monkeypatch.setattr(run_folder, "progress_of", lambda folder, facts: "none")
 
 
 def results_of(path):
@@ -127,8 +127,8 @@ def test_finished_runs_are_left_stopped_ones_continued_and_failed_ones_named(tmp
     args = arguments(tmp_path, seeds=3, trajectory_only=True)
     write_run(tmp_path / "seed_3" / "trajectory", 3)
     with monkeypatch.context() as patch:
-        patch.setattr(several, "run_record", lambda own, *_: own)
-        patch.setattr(several, "progress_of", lambda folder, own: known[own.seed])
+        patch.setattr(run_folder, "run_record", lambda own, *_: own)
+        patch.setattr(run_folder, "progress_of", lambda folder, own: known[own.seed])
         run_seeds(args, lambda _: DATASET, fake_train(made))
     assert [(own.seed, own.resume) for own in made] == [(4, True), (5, False)]
     own = arguments(tmp_path / "fails", seeds=3, trajectory_only=True)
