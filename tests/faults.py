@@ -32,6 +32,7 @@ import pandas as pd  # noqa: E402  (the threads are set before)
 import torch  # noqa: E402
 
 import medgemma_trainer as trainer  # noqa: E402
+from language_models import TINY_MODEL  # noqa: E402
 from medgemma_clinical.commands.run_folder import state_store  # noqa: E402
 from medgemma_clinical.files import PARTIAL, REPLACED  # noqa: E402
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE  # noqa: E402
@@ -40,8 +41,8 @@ SAMPLE = ROOT / "medgemma_clinical" / "sample" / "physionet2012_bicarbonate.csv"
 SHARED = "--min_cell 0 --log_file none --save_every 3 --patience 2"
 STAGES = {
     "trajectory": "--trajectory_only --trajectory_epochs 4",
-    "classification": "--mode classification --model_name tiny --epochs 2",
-    "generative": "--mode generative --model_name tiny --epochs 2",
+    "classification": f"--mode classification --model_name {TINY_MODEL} --epochs 2",
+    "generative": f"--mode generative --model_name {TINY_MODEL} --epochs 2",
 }
 KINDS = ("killed at a write", "killed at any time", "disk full", "signals")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -52,6 +53,7 @@ import os, pathlib, signal, sys
 sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
+from language_models import TINY_MODEL
 import medgemma_trainer as trainer
 {before}
 sys.exit(trainer.program())

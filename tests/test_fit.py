@@ -16,6 +16,7 @@ import pytest
 
 import medgemma_trainer as trainer
 from conftest import SAMPLE
+from language_models import TINY_MODEL
 from medgemma_clinical.commands import flags, python, results
 from medgemma_clinical.files import InputError
 from medgemma_trainer import (
@@ -29,7 +30,7 @@ from srtr_dataset import SRTRTrajectoryDataset
 from srtr_files import synthetic_tables, write_folder
 
 SHORT = {"min_cell": 0, "trajectory_epochs": 1}
-LLM = {"min_cell": 0, "batch_size": 8, "model_name": "tiny", "epochs": 1}
+LLM = {"min_cell": 0, "batch_size": 8, "model_name": TINY_MODEL, "epochs": 1}
 OWN = {"trajectory": ("encoder_lr", *SHORT), "generative": ("encoder_lr", "adapter_lr", *LLM)}
 
 

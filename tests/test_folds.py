@@ -20,6 +20,7 @@ from sklearn.metrics import recall_score, roc_auc_score
 
 import medgemma_trainer as trainer
 from dataset_format import MIMICtrajectoryDataset
+from language_models import TINY_MODEL
 from medgemma_clinical.commands import folds, several
 from medgemma_clinical.commands.run_folder import stage_folder
 from medgemma_clinical.data.fold_split import draw_folds, fold_dataset, foldable
@@ -367,8 +368,9 @@ def test_each_site_is_held_out_in_turn(data, tmp_path, capsys, monkeypatch):
 def test_the_folds_of_stage_2_read_the_stage_1_of_each(run, data, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
     where = tmp_path / "run" / "folds_trajectory"
-    words = f"--model_name tiny --epochs 1 --folds {K} --final --log_file none --data_path {data}"
-    words += f" --output_dir {tmp_path / 'run'} --series_name Urea --outcome Death"
+    words = f"--model_name {TINY_MODEL} --epochs 1 --folds {K} --final --log_file none"
+    words += f" --data_path {data} --output_dir {tmp_path / 'run'}"
+    words += " --series_name Urea --outcome Death"
     fold_0 = [*words.split(), f"--ode_checkpoint={where}/fold_0/{TRAJECTORY_FILE}"]
     assert trainer.main(fold_0) == 2
     assert "{fold}" in capsys.readouterr().err

@@ -16,6 +16,7 @@ import faults
 import medgemma_trainer as trainer
 from conftest import sign_table
 from faults import result_of
+from language_models import TINY_MODEL
 from medgemma_clinical.commands import results, run_folder
 from medgemma_clinical.files import locked
 from medgemma_clinical.training.loaders import LengthBatches
@@ -49,8 +50,8 @@ def data(tmp_path_factory):
 
 
 def command(stage, data, folder, *flags):
-    tiny = "" if stage == "trajectory" else "--model_name tiny"
-    words = f"{STAGES[stage]} {tiny} --data_path {data} --output_dir {folder} --log_file none"
+    model = "" if stage == "trajectory" else f"--model_name {TINY_MODEL}"
+    words = f"{STAGES[stage]} {model} --data_path {data} --output_dir {folder} --log_file none"
     return [*words.split(), *flags]
 
 

@@ -20,7 +20,7 @@ from medgemma_clinical.evaluation.report import write_comparison
 from medgemma_clinical.evaluation.tables import model_table
 from medgemma_clinical.evaluation.verdicts import counts_text
 from medgemma_clinical.files import InputError, move_aside, read_json, write_json
-from medgemma_clinical.models.language_model import BUILT_IN
+from medgemma_clinical.models.language_model import DEMO
 from medgemma_clinical.models.model_card import built_in_sentence
 from medgemma_clinical.provenance import describe_program
 
@@ -176,11 +176,8 @@ def log_comparison(metrics: Metrics, cost: dict[str, dict[str, float | None]]) -
 
 
 def built_in_models_notice(runs: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return what a page says first of runs, given by their arguments, with a built-in model."""
+    """Return what a page says first of runs, given by their arguments, with the built-in model."""
     readers = [name for name, run in runs.items() if not run.get("trajectory_only")]
-    notices = []
-    for model in BUILT_IN:
-        users = [name for name in readers if runs[name].get("model_name") == model]
-        of = "" if len(users) == len(readers) else f" of {' and '.join(users)}"
-        notices += [built_in_sentence(model, of)] if users else []
-    return " ".join(notices)
+    users = [name for name in readers if runs[name].get("model_name") == DEMO]
+    of = "" if len(users) == len(readers) else f" of {' and '.join(users)}"
+    return built_in_sentence(of) if users else ""

@@ -40,7 +40,7 @@ from medgemma_clinical.files import (
     write_json,
     write_text,
 )
-from medgemma_clinical.models.language_model import HUB_ID, base_record
+from medgemma_clinical.models.language_model import DEMO, HUB_ID, base_record
 from medgemma_clinical.models.model_card import model_card
 from medgemma_clinical.models.terms import terms_of
 from medgemma_clinical.models.trajectory import Stage1
@@ -110,7 +110,7 @@ class Config(TypedDict, total=False):
     members: int  # encoders of stage 1, 0 where none is read
 
     # Stages 2 and 3.
-    base_model: str  # hub id, name of a folder, or a built-in model
+    base_model: str  # hub id, name of a folder, or the built-in model
     base_sha256: str | None  # of a base model in a folder
     base_revision: str | None  # commit of a base model on the hub
     base_weights: str  # pretrained, or random: a control
@@ -176,7 +176,7 @@ def stage1_config(model: Stage1) -> Config:
 def check_config(path: Path, config: Any, stages: tuple[str, ...]) -> None:
     """Check what a configuration makes the program allocate, and that it names no path."""
     try:
-        encoder, base = config["encoder"], config.get("base_model", "tiny")
+        encoder, base = config["encoder"], config.get("base_model", DEMO)
         counts = {name: config.get(name, 0) for name in BOUNDS}
         series = config["inputs"].get("series", config["features"])
         allowed = {

@@ -1,4 +1,4 @@
-"""The base model: found in a folder or on the hub, read safely, frozen; the built-in ones."""
+"""The base model: found in a folder or on the hub, read safely, frozen; the built-in one."""
 
 from __future__ import annotations
 
@@ -17,14 +17,11 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     BitsAndBytesConfig,
     Gemma3ForCausalLM,
-    Gemma3TextConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
 from medgemma_clinical.files import InputError, file_hash, json_hash, one_line, read_json
@@ -32,13 +29,8 @@ from medgemma_clinical.provenance import PACKAGE
 
 logger = logging.getLogger(__name__)
 
-TINY, DEMO = "tiny", "demo"
-BUILT_IN = {
-    TINY: "is tiny and random",
-    DEMO: "is small and was trained on made-up rows to copy numbers into a report; it knows no "
-    "medicine",
-}
-"""Names of the built-in models, and what a page says of each."""
+DEMO = "demo"
+"""Name of the built-in model."""
 
 DEMO_FOLDER = PACKAGE / "sample" / "writer"
 """The model ``demo``; see its README."""
@@ -62,7 +54,7 @@ INT8_REFUSED = (
 """Why ``--quantization int8`` is refused. Source: bitsandbytes 0.50, ``MatMul8bitLt``."""
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
-"""Name of a model of the hub; the built-in ones have the same form."""
+"""Name of a model of the hub; the built-in one has the same form."""
 
 READ_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 """Files of a base model that are downloaded and read; pickled weights are not."""
@@ -125,9 +117,6 @@ def load_language_model(
     ``nf4`` None leaves the weights whole; ``weights`` "random" draws them, for a control.
     """
     assert nf4 is None or weights == "pretrained", "packed weights cannot be drawn"
-    if name == TINY:
-        model, tokenizer = tiny_language_model(attention)
-        return model.to(device=device, dtype=dtype).requires_grad_(False).eval(), tokenizer
     # No code of a checkpoint ever runs.
     folder = find_model(name, revision)
     check_base_model(name, folder)
@@ -208,8 +197,8 @@ def base_name(name: str) -> str:
 
 def base_record(name: str, revision: str | None = None) -> dict[str, str | None]:
     """Return what a checkpoint says of its base model: name, hash of a folder, hub's commit."""
-    in_folder, commit = os.path.isdir(name) and name not in BUILT_IN, None
-    if not in_folder and name not in BUILT_IN:
+    in_folder, commit = os.path.isdir(name) and name != DEMO, None
+    if not in_folder and name != DEMO:
         commit = find_model(name, revision).name
     digest = content_hash(Path(name)) if in_folder else None
     return {"base_model": base_name(name), "base_sha256": digest, "base_revision": commit}
@@ -227,36 +216,6 @@ def content_hash(folder: Path) -> str:
 @cache
 def _known_hash(path: Path, size: int, changed: int) -> str | None:
     return file_hash(path)
-
-
-def tiny_language_model(
-    attention: str = "sdpa",
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Build a two-layer Gemma 3 with random but always the same weights, and a byte tokenizer."""
-    specials = ["<pad>", "<eos>", "<bos>"]  # the ids of Gemma's own
-    alphabet = specials + sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token=specials[0], eos_token=specials[1], bos_token=specials[2]
-    )
-    config = Gemma3TextConfig(
-        vocab_size=len(alphabet),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        layer_types=["sliding_attention", "full_attention"],
-        sliding_window=1024,
-        initializer_range=0.125,  # 1 / sqrt(64): the tied output can then be sure of a token
-        attn_implementation=attention,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Gemma3ForCausalLM(config), tokenizer
 
 
 def set_checkpointing(model: PreTrainedModel) -> None:

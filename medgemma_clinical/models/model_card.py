@@ -17,7 +17,7 @@ from medgemma_clinical.evaluation.suppress import NOT_SHOWN, suppress
 from medgemma_clinical.evaluation.topics.case_mix import suppress_case_mix
 from medgemma_clinical.evaluation.topics.written_reports import suppress_reports
 from medgemma_clinical.evaluation.verdicts import json_text
-from medgemma_clinical.models.language_model import BUILT_IN
+from medgemma_clinical.models.language_model import DEMO
 from medgemma_clinical.models.terms import NOT_A_DEVICE, licence, terms_of
 from medgemma_clinical.provenance import describe_program
 
@@ -91,7 +91,7 @@ def _header(config: Mapping[str, Any]) -> dict[str, Any]:
         keys["library_name"] = "transformers" if merged else "peft"
         tags += ["lora", "soft-prompt"] if config["num_prefix_tokens"] else ["lora"]
         tags += ["medgemma"] if "license_name" in keys else []
-        on_the_hub = config["base_sha256"] is None and base not in BUILT_IN
+        on_the_hub = config["base_sha256"] is None and base != DEMO
         if on_the_hub and config["base_weights"] == "pretrained":
             relation = "finetune" if merged else "adapter"
             keys |= {"base_model": base, "base_model_relation": relation}
@@ -169,15 +169,18 @@ def weight_0_sentence(config: Mapping[str, Any]) -> str:
     return f"Weight of the language model: {describe_weight(config)}." if unused else ""
 
 
-def built_in_sentence(model: str, of: str = "") -> str:
-    """Return what a page says of a built-in language model, ``of`` some runs where not of all."""
-    return f"The language model{of} {BUILT_IN[model]}. Its metrics say nothing about MedGemma."
+def built_in_sentence(of: str = "") -> str:
+    """Return what a page says of the built-in language model, ``of`` some runs where not of all."""
+    return (
+        f"The language model{of} is small and was trained on made-up rows to copy numbers into a "
+        "report; it knows no medicine. Its metrics say nothing about MedGemma."
+    )
 
 
 def built_in_notice(config: Mapping[str, Any]) -> str:
-    """Return what a page says first of a built-in language model; nothing of another."""
-    base = config.get("base_model")
-    return built_in_sentence(base) if base in BUILT_IN and config["base_sha256"] is None else ""
+    """Return what a page says first of the built-in language model; nothing of another."""
+    built_in = config.get("base_model") == DEMO and config["base_sha256"] is None
+    return built_in_sentence() if built_in else ""
 
 
 # ------------------------------------------------------------------ Markdown

@@ -16,6 +16,7 @@ from sklearn.metrics import roc_auc_score
 
 import medgemma_trainer as trainer
 from conftest import SAMPLE
+from language_models import TINY_MODEL
 from medgemma_clinical.commands import predict, results
 from medgemma_clinical.data.overlap import TrainingPatients
 from medgemma_clinical.evaluation import metrics
@@ -220,7 +221,7 @@ def test_an_interrupted_report_leaves_the_predictions(runs, table, tmp_path, mon
 # --------------------------------------------------------------------------- what a model reads
 
 STATICS = ["static_bmi [kg/m2]", "static_admissions"]
-TINY = ["--model_name", "tiny", "--epochs", "1", "--adapter_lr", "0.01"]
+TINY = ["--model_name", TINY_MODEL, "--epochs", "1", "--adapter_lr", "0.01"]
 
 
 @pytest.fixture(scope="module")
