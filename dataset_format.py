@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from medgemma_clinical.commands.command_line import (
     POSITIVE,
@@ -48,7 +49,7 @@ from medgemma_clinical.data.cohort import COHORTS, DISCHARGED, ESCALATED, GAPS, 
 from medgemma_clinical.data.dka import LABEL, Description, read_description
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.overlap import describe_copies
-from medgemma_clinical.data.split import PARTS, Split
+from medgemma_clinical.data.split import Split
 from medgemma_clinical.data.texts import Clause, PromptOptions, plain
 from medgemma_clinical.data.trajectories import (
     AGE,
@@ -88,8 +89,6 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         allow_duplicates: accept a split that has equal rows in two parts.
         site: column that names the hospital or unit of each row, for results by site.
         series_name, unit, outcome: main series and label 1, where no description says them.
-        findings: of a table of which this is a chunk to score: its split is not read, a wrong label
-            is unknown, and an unreadable row is noted and left out, unless they are strict.
 
     Raises:
         InputError: names file, row and column of the first unreadable cell. Rows count as a
@@ -117,23 +116,53 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         series_name: str | None = None,
         unit: str | None = None,
         outcome: str | None = None,
-        findings: Findings | None = None,
     ) -> None:
         """Read, check and sort the whole source."""
         if max_len is not None and max_len < 1:
             raise InputError(f"--max_len {max_len}: must be at least 1")
-        is_whole, label = findings is None, label_column or LABEL
-        table: Any = source
-        if findings is None:
-            findings = Findings("DataFrame" if isinstance(source, pd.DataFrame) else str(source))
-            table = pd.concat([block for block, _ in dka.read_tables(source)])
-            labelled = require_labels or label != LABEL
-            dka.check_header(table, one_line(findings.source), label, labelled=labelled)
-            named = Description(series_name or "", unit or "", outcome=outcome or "")
-            description = description or read_description(source, findings)
-            description = dka.name_series(table, description, label, named, findings)
+        label, is_frame = label_column or LABEL, isinstance(source, pd.DataFrame)
+        findings = Findings("DataFrame" if is_frame else str(source))
+        table = pd.concat([block for block, _ in dka.read_tables(source)])
+        labelled = require_labels or label != LABEL
+        dka.check_header(table, one_line(findings.source), label, labelled=labelled)
+        flags = Description(series_name or "", unit or "", outcome=outcome or "")
+        description = description or read_description(source, findings)
+        description = dka.name_series(table, description, label, flags, findings)
+        labels, wrong = dka.labels_of(table, label)
+        findings.reject(pd.Series(True, wrong.index), label, "not 0 or 1", wrong)
+        if require_labels and np.isnan(labels).all():
+            raise InputError(f"{one_line(findings.source)}, column {label}: no row has a label")
+        self.allow_duplicates = allow_duplicates
+        self.ids = dka.number_equal(dka.patients_of(table, findings)[1], findings)
+        self.parts = dka.parts_of(table, findings)
+        lengths = self._read(table, description, findings, label, series, max_len, site)
+        without = pd.Series(~table.index.isin(self.numbers), table.index)
+        if not series:
+            column = str(self.measures[0].keys[0])
+            findings.reject(without, column, "no series of this row holds a value")
+        elif not len(self):
+            raise InputError(f"{self.source}: no row holds a value of {', '.join(self.features)}")
+        findings.counts["without a value are left out"] += int(without.sum())
+        max_len = self.read_options["max_len"]
+        if (lengths > max_len).any():
+            findings.notes[checks.describe_cut(lengths, self.groups, max_len)] = None
+        dka.note_columns(table, label, self.description, findings, site)
+        self.warnings = tuple(findings.warnings)
+        findings.log()
+
+    def _read(
+        self,
+        table: pd.DataFrame,
+        description: Description,
+        findings: Findings,
+        label: str,
+        series: Sequence[str] | None,
+        max_len: int | None,
+        site: str | None,
+    ) -> NDArray[np.int64]:
+        """Read the rows that hold a value; return how many observations each had before the cut."""
         self.source = one_line(findings.source)
-        self.description = about = (description or Description()).for_label(label)
+        self.description = about = description.for_label(label)
         self.question, self.outcome = about.question, about.outcome
         self.assumed_time_scale = about.time_scale is None
         self.time_scale = about.time_scale or self.time_scale
@@ -143,52 +172,18 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self.units = tuple(feature.unit or "" for feature in self.measures)
         max_len = max_len or (MAX_LEN if len(self.features) == 1 else MAX_LEN_SEVERAL)
         self.read_options = {"max_len": max_len, "label_column": label}
-        self.allow_duplicates, self.numbers = allow_duplicates, table.index.to_numpy()
-        if is_whole:
-            dka.note_columns(table, label, about, findings, site)
-        self.sites = None if site is None else dka.sites_of(table, site, self.source)
-        self._read_rows(table, findings, required=require_labels, is_whole=is_whole)
-        self._read_series(table, findings, may_lack=is_whole and bool(series), is_whole=is_whole)
-        if is_whole:
-            self.warnings = tuple(findings.warnings)
-            findings.log()
-
-    def _read_rows(
-        self, table: pd.DataFrame, findings: Findings, *, required: bool, is_whole: bool
-    ) -> None:
-        """Read what a row has once: label, patient, text, part of a split, static features."""
-        label = self.read_options["label_column"]
-        text = dka.text_of(table, label).str.lower().replace({"false": "0", "true": "1"})
-        labels = pd.to_numeric(text, errors="coerce").astype(float)
-        wrong = ~labels.isin([0, 1]) & (text != "")
-        if is_whole:
-            findings.reject(wrong, label, "not 0 or 1", text)
-        if required and not (text != "").any():
-            raise InputError(f"{self.source}, column {label}: no row has a label to learn from")
-        unknown = f"have a {label} that is neither 0 nor 1: taken as unknown"
-        findings.counts[unknown] += int(wrong.sum())
-        self.labels = np.where(wrong, np.nan, labels)
-        patients, ids = dka.patients_of(table, findings)
-        self.ids = dka.number_equal(ids, findings) if is_whole else ids
-        self.groups = patients.to_numpy(dtype=np.str_)
+        self.numbers = table.index.to_numpy()
+        self.labels = dka.labels_of(table, label)[0]
+        self.groups = dka.patients_of(table, findings)[0].to_numpy(dtype=np.str_)
         self.has_patient_ids = not set(dka.PATIENTS).isdisjoint(table)
         self.contexts = dka.text_of(table, "clinical_context").to_numpy(dtype=object)
-        if "split" in table and is_whole:
-            parts = dka.text_of(table, "split").str.lower().replace("validation", "val")
-            findings.reject(~parts.isin(PARTS), "split", "not train, val or test", parts)
-            moved = parts != parts.groupby(patients).transform("first")
-            findings.reject(moved, "split", "another part than in an earlier row of the patient")
-            self.parts = parts.to_numpy(dtype=np.str_)
+        self.sites = None if site is None else dka.sites_of(table, site, self.source)
         self.static_names = tuple(name for name in map(str, table) if name.startswith(dka.STATIC))
         static = [dka.numbers_of(table, name, findings) for name in self.static_names]
         self.static = np.column_stack([np.empty((len(table), 0)), *static])
-
-    def _read_series(
-        self, table: pd.DataFrame, findings: Findings, *, may_lack: bool, is_whole: bool
-    ) -> None:
-        """Read observations and prediction times; leave out rows that may lack values."""
         columns = [str(feature.keys[0]) for feature in self.measures]
         row, self.times, self.values = dka.parse_series(table, columns, findings)
+        self.offsets = np.append(0, np.cumsum(np.bincount(row, minlength=len(table))))
         if dka.HOURS in table:
             self.prediction_hours = dka.numbers_of(table, dka.HOURS, findings, dka.MAX_HOUR)
             last = np.full(len(table), -np.inf)
@@ -196,30 +191,17 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             early = pd.Series(self.prediction_hours < last, table.index)  # later ones: not known
             problem = "before the last observation of the row"
             findings.reject(early, dka.HOURS, problem, table[dka.HOURS])
-        self.offsets = np.append(0, np.cumsum(np.bincount(row, minlength=len(table))))
         self.keep_observations(~table.index.isin(list(findings.problems))[row])
         lengths = self.lengths
-        if not may_lack:
-            empty = pd.Series(lengths == 0, table.index)
-            findings.reject(empty, columns[0], "no series of this row holds a value")
-        elif not lengths.any():
-            raise InputError(f"{self.source}: no row holds a value of {', '.join(self.features)}")
         # An array's integers hold no more than its length, whatever max_len was given.
-        max_len = min(self.read_options["max_len"], len(row))
-        if not is_whole:
-            longer = f"are longer than {max_len} observations: the most recent are kept"
-            findings.counts[longer] += int((lengths > max_len).sum())
-        elif (lengths > max_len).any():
-            some = lengths > 0
-            findings.notes[checks.describe_cut(lengths[some], self.groups[some], max_len)] = None
-        self.keep_observations(np.arange(len(self.times)) >= self.offsets[1:][self.owner] - max_len)
-        kept = lengths > 0
-        if is_whole:
-            findings.counts["without a value are left out"] += int((~kept).sum())
-        self.offsets = np.append(0, self.offsets[1:][kept])
+        latest = self.offsets[1:][self.owner] - min(max_len, len(row))
+        self.keep_observations(np.arange(len(self.times)) >= latest)
+        has_value = lengths > 0
+        self.offsets = np.append(0, self.offsets[1:][has_value])
         for name in self.row_columns:
             column = getattr(self, name)
-            setattr(self, name, None if column is None else column[kept])
+            setattr(self, name, None if column is None else column[has_value])
+        return lengths[has_value]
 
     def split(self, seed: int) -> Split:
         """Divide the rows as every data set does, unless equal rows lie in two parts.
@@ -251,32 +233,34 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
                 cannot be read.
         """
         description, inputs = read_description(source, findings), config["inputs"]
-        others = config.get("baseline_inputs", inputs)  # that the baselines read
-        kept = {*inputs["static"], *others["static"], *AGE, *SEX}
+        baselines_read, reading = config.get("baseline_inputs", inputs), config["read_options"]
+        label, site = reading.get("label_column", LABEL), reading.get("site")
+        used = {*inputs["static"], *baselines_read["static"], *AGE, *SEX, site}
         for k, (table, read) in enumerate(dka.read_tables(source, max_rows)):
             if k == 0:
-                description = dka.as_trained(table, description, config, findings)
-                lacking = dka.lacking_series(table, description, config, findings.source)
+                description, lacking = dka.as_trained(table, description, config, findings)
             static = {name for name in map(str, table) if name.startswith(dka.STATIC)}
-            site = config["read_options"].get("site")
-            dataset = cls(
-                table.drop(columns=static - {*kept, site}).assign(**dict.fromkeys(lacking, "")),
-                config["read_options"]["max_len"],
-                description=description,
-                require_labels=False,
-                series=config["features"],
-                label_column=config["read_options"].get("label_column", LABEL),
-                site=site,
-                findings=findings,
+            chunk = table.drop(columns=static - used).assign(**dict.fromkeys(lacking, ""))
+            unknown = f"have a {label} that is neither 0 nor 1: taken as unknown"
+            findings.counts[unknown] += len(dka.labels_of(chunk, label)[1])
+            dataset = cls.__new__(cls)
+            ids = dka.number_equal(dka.patients_of(table, findings)[1], findings)
+            dataset.ids, dataset.allow_duplicates = ids, None
+            lengths = dataset._read(
+                chunk, description, findings, label, config["features"], reading["max_len"], site
             )
+            max_len = dataset.read_options["max_len"]
+            empty = pd.Series(~table.index.isin(dataset.numbers), table.index)
+            column = str(dataset.measures[0].keys[0])
+            findings.reject(empty, column, "no series of this row holds a value")
+            longer = f"are longer than {max_len} observations: the most recent are kept"
+            findings.counts[longer] += int((lengths > max_len).sum())
             # Checked above, so that no later value is scored.
-            if not inputs["prediction_time"] and not others["prediction_time"]:
+            if not inputs["prediction_time"] and not baselines_read["prediction_time"]:
                 dataset.prediction_hours = None
             dataset.question, dataset.outcome = config["question"], config["outcome"]
             dataset.features = tuple(config["features"])  # spelled as the model knows them
-            ids = dka.number_equal(dka.patients_of(table, findings)[1], findings)
             positions = np.flatnonzero(table.index.isin(dataset.numbers))
-            dataset.ids = ids[positions]
             yield ScoringRows(ids, table.index.to_numpy(), dataset, positions, read)
 
     def limits(self, feature: int) -> tuple[float, float] | None:

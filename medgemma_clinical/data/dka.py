@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.roles import from_long_command
+from medgemma_clinical.data.split import PARTS
 from medgemma_clinical.data.texts import NUMBER, Reference
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, UNKNOWN
 from medgemma_clinical.files import InputError, file_hash, one_line, read_json
@@ -31,9 +32,6 @@ STATIC = "static_"  # beginning of the name of a static feature's column
 PATIENTS = ("subject_id", "id")
 COLUMNS = (MAIN_COLUMN, *PATIENTS, "clinical_context", HOURS, "split")
 """Columns that are read, beside the label, further series and static features."""
-
-MADE = ("hadm_id", "prediction_time", "label_", "hospital", "care_unit")
-"""Beginnings of the names of columns that our commands write for people."""
 
 SERIES_COLUMN = re.compile(r"trajectory_([^\[\]]*[^\[\]\s])\s*(?:\[([^\[\]]+)\]\s*)?")
 """Column of a further series: its name, and its unit if it has one."""
@@ -340,6 +338,25 @@ def numbers_of(
     return numbers
 
 
+def labels_of(table: pd.DataFrame, label: str) -> tuple[NDArray[np.float64], pd.Series]:
+    """Return labels, (rows,), NaN where empty or wrong, and as text which of them are wrong."""
+    text = text_of(table, label).str.lower().replace({"false": "0", "true": "1"})
+    labels = pd.to_numeric(text, errors="coerce").astype(float)
+    labels = labels.where(labels.isin([0, 1]))
+    return labels.to_numpy(), text[labels.isna() & (text != "")]
+
+
+def parts_of(table: pd.DataFrame, findings: Findings) -> NDArray[np.str_] | None:
+    """Return the part of the split of each row as the data bring it, None where they do not."""
+    if "split" not in table:
+        return None
+    parts = text_of(table, "split").str.lower().replace("validation", "val")
+    findings.reject(~parts.isin(PARTS), "split", "not train, val or test", parts)
+    moved = parts != parts.groupby(patients_of(table, findings)[0]).transform("first")
+    findings.reject(moved, "split", "another part than in an earlier row of the patient")
+    return parts.to_numpy(dtype=np.str_)
+
+
 def patients_of(table: pd.DataFrame, findings: Findings) -> tuple[pd.Series, NDArray[np.str_]]:
     """Return the patient of each row, 1, 1.0 and 01 being one, and the row's name as written."""
     columns = [name for name in PATIENTS if name in table]
@@ -388,10 +405,10 @@ def join_names(names: Sequence[str], max_names: int = 20) -> str:
     return ", ".join(one_line(name[:200]) for name in names[:max_names]) + more
 
 
-def _hint(name: str, known: Sequence[str], likeness: float = 0.6) -> str:
-    near = [x for x in known if x.endswith(f"_{name}")]  # context, hours
-    near += difflib.get_close_matches(name[:200], [x[:200] for x in known], 1, likeness)
-    return f": did you mean {near[0]}?" if near else ""
+def _hint(name: str, names: Sequence[str], likeness: float = 0.6) -> str:
+    by_lower_case = {x[:200].lower(): x for x in names}
+    near = difflib.get_close_matches(name[:200].lower(), by_lower_case, 1, likeness)
+    return f": did you mean {one_line(by_lower_case[near[0]][:200])}?" if near else ""
 
 
 def check_header(table: pd.DataFrame, source: str, label: str, *, labelled: bool) -> None:
@@ -421,31 +438,27 @@ def note_columns(
     findings: Findings,
     site: str | None = None,
 ) -> None:
-    """Warn of keys without a column, and of columns that seem to belong among those to be read."""
+    """Warn of keys without a column and of misspelt columns; note the columns that are not read."""
     columns, series = [*map(str, table)], find_features(table, description, None, "")
-    further = {comparable(each.name) for each in series if each.keys != (MAIN_COLUMN,)}
-    named = {"labels": columns, "limits": further, "references": further}
+    further = {comparable(feature.name) for feature in series if feature.keys != (MAIN_COLUMN,)}
+    described = {"labels": columns, "limits": further, "references": further}
     keys = [
-        f"{k}.{name}" for k in named for name in getattr(description, k) if name not in named[k]
+        f"{key}.{name}"
+        for key, names in described.items()
+        for name in getattr(description, key)
+        if name not in names
     ]
     keys += ["series"] * (description.series != "" and MAIN_COLUMN not in columns)
     warnings = [f"key {key} of the JSON file: no such column" for key in keys]
     if not set(PATIENTS) & set(columns):
         warnings.append("no column subject_id: each row is a patient of its own")
     read = {*COLUMNS, label, site, *(feature.keys[0] for feature in series)}
-    unread = [name for name in columns if name not in read and not name.startswith((*MADE, STATIC))]
+    unread = [name for name in columns if name not in read and not name.startswith(STATIC)]
     if unread:
         findings.notes[f"columns not read: {join_names(unread, 10)}"] = None
-    for name in unread:
-        hint = _hint(name.lower(), [x for x in (*COLUMNS, label) if x not in columns], 0.75)
-        first = [] if columns.count(name) > 1 else table[name].head(20).tolist()
-        cells = [cell for cell in first if isinstance(cell, str) and cell.strip()]
-        if cells and all(map(CELL.fullmatch, cells)):
-            hint = f": did you mean trajectory_{name}?"
-        elif name.lower().startswith("static"):
-            hint = f": the name of a static feature begins with {STATIC}"
-        if hint:
-            warnings.append(f"column {one_line(name[:200])} is not read{hint}")
+    for name in (*COLUMNS, label):
+        if name not in columns and (hint := _hint(name, unread, 0.75)):
+            warnings.append(f"no column {name}{hint}")
     findings.warnings |= dict.fromkeys(warnings)
 
 
@@ -537,47 +550,44 @@ def _changes(*columns: NDArray[Any]) -> NDArray[np.bool_]:
 
 def as_trained(
     table: pd.DataFrame, about: Description, config: Mapping[str, Any], findings: Findings
-) -> Description:
-    """Take from a checkpoint what a description lacks; refuse a table that it cannot read."""
+) -> tuple[Description, list[str]]:
+    """Complete a description from a checkpoint's, and name the series columns that a table lacks.
+
+    A table that the checkpoint cannot read is refused; a series that it lacks is read by no model.
+    """
     label, source = config["read_options"].get("label_column", LABEL), findings.source
     check_header(table, source, label, labelled=False)
-    measured = [*zip(config["features"], config["units"], strict=True)]
-    own = {comparable(x.name) for x in find_features(table, about, None, source)}
-    main = next((each for each in measured if comparable(each[0]) not in own), ("", ""))
-    trained = Description(series=main[0], unit=main[1], outcome=config["outcome"])
-    about, taken = about.completed(table, label, trained)
+    trained = [Feature(*pair) for pair in zip(config["features"], config["units"], strict=True)]
+    features = {comparable(x.name): x for x in find_features(table, about, None, source)}
+    main = next((x for x in trained if comparable(x.name) not in features), Feature(""))
+    usual = Description(series=main.name, unit=main.unit or "", outcome=config["outcome"])
+    about, taken = about.completed(table, label, usual)
     if taken:
         findings.notes[f"no description: {', '.join(taken)}, as in the training data"] = None
+    if "" in features:  # the main series, which had no name
+        unnamed = features.pop("")
+        features[comparable(about.series)] = replace(unnamed, name=about.series, unit=about.unit)
     if config.get("prompts", {}).get("context") and "clinical_context" not in table:
         findings.warnings["no column clinical_context: the model reads an empty text"] = None
-    found = {comparable(x.name): x for x in find_features(table, about, None, source)}
-    for name, unit in measured:
-        feature = found.get(comparable(name))
-        if feature is None and name not in config["inputs"].get("series", config["features"]):
-            continue
+    lacking = []
+    for wanted in trained:
+        column, feature = f"trajectory_{wanted.title}", features.get(comparable(wanted.name))
         if feature is None:
-            column, known = Feature(name, unit).title, join_names([x.name for x in found.values()])
-            where = f"{source}, column trajectory_{column}"
-            raise InputError(f"{where}: the model reads it, not only {known}")
-        if feature.unit != unit:
-            units = f"in {feature.unit or 'no unit'}, the model reads {unit or 'no unit'}"
-            raise InputError(f"{source}, column {feature.keys[0]}: {name} is {units}")
+            if wanted.name in config["inputs"].get("series", config["features"]):
+                names = join_names([x.name for x in features.values()])
+                raise InputError(
+                    f"{source}, column {column}: the model reads it, the table has only {names}"
+                )
+            lacking.append(column)
+        elif feature.unit != wanted.unit:
+            units = f"in {feature.unit or 'no unit'}, the model reads {wanted.unit or 'no unit'}"
+            raise InputError(f"{source}, column {feature.keys[0]}: {wanted.name} is {units}")
     for name in [*config["inputs"]["static"], *[HOURS] * config["inputs"]["prediction_time"]]:
         if name not in table:
             same = [x for x in map(str, table) if x.partition(" [")[0] == name.partition(" [")[0]]
-            there = f", not {same[0]}" if same else "; its cells may be empty where unknown"
-            raise InputError(f"{source}, column {name}: the model reads it{there}")
+            problem = f", not {same[0]}" if same else "; its cells may be empty where unknown"
+            raise InputError(f"{source}, column {name}: the model reads it{problem}")
     outcome, expected = about.for_label(label).outcome, config["outcome"]
     if label in table and outcome != expected:
         raise InputError(f"{source}, column {label}: is {outcome}, the model predicts {expected}")
-    return about
-
-
-def lacking_series(
-    table: pd.DataFrame, about: Description, config: Mapping[str, Any], source: str
-) -> list[str]:
-    """Return the columns of a checkpoint's series that a table lacks; no model reads these."""
-    found = {comparable(x.name) for x in find_features(table, about, None, source)}
-    measured = zip(config["features"], config["units"], strict=True)
-    lacking = [Feature(*each).title for each in measured if comparable(each[0]) not in found]
-    return [f"trajectory_{title}" for title in lacking]
+    return about, lacking
