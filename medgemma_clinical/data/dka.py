@@ -341,9 +341,9 @@ def numbers_of(
 def labels_of(table: pd.DataFrame, label: str) -> tuple[NDArray[np.float64], pd.Series]:
     """Return labels, (rows,), NaN where empty or wrong, and as text which of them are wrong."""
     text = text_of(table, label).str.lower().replace({"false": "0", "true": "1"})
-    labels = pd.to_numeric(text, errors="coerce").astype(float)
-    labels = labels.where(labels.isin([0, 1]))
-    return labels.to_numpy(), text[labels.isna() & (text != "")]
+    numbers = pd.to_numeric(text, errors="coerce").to_numpy(np.float64)
+    labels = np.where(np.isin(numbers, [0, 1]), numbers, np.nan)
+    return labels, text[np.isnan(labels) & (text != "")]
 
 
 def parts_of(table: pd.DataFrame, findings: Findings) -> NDArray[np.str_] | None:

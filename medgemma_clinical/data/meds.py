@@ -29,6 +29,7 @@ from medgemma_clinical.data.events import (
     EventRequest,
     add_windows,
     any_code,
+    describe_rows,
     load_events,
     make_rows,
     make_trajectories,
@@ -107,14 +108,13 @@ def make_meds(request: MedsRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
         static = static.replace("", None).dropna(axis="columns", how="all")
         add_static_features(database, static, context)
         parts = None if request.no_splits else read_parts(database, request.meds_dir, hashes)
-        rows, description = make_rows(
-            database, request, series, trajectories, "events", static, parts
-        )
-        for name, found in database.run(
+        rows, flow = make_rows(database, request, series, trajectories, static, parts)
+        for name, codes_of_series in database.run(
             "SELECT name, list(code ORDER BY code) FROM named WHERE kind = 'series' "
             "GROUP BY name, position ORDER BY position"
         ).fetchall():
-            logger.info("series %s: %s", name, one_line(join_names(found)))
+            logger.info("series %s: %s", name, one_line(join_names(codes_of_series)))
+    description = describe_rows(request, series[0], "events", rows, flow)
     return rows, description | describe_origin(request, "from_meds", hashes)
 
 
