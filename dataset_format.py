@@ -235,12 +235,12 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         description, inputs = read_description(source, findings), config["inputs"]
         baselines_read, reading = config.get("baseline_inputs", inputs), config["read_options"]
         label, site = reading.get("label_column", LABEL), reading.get("site")
-        used = {*inputs["static"], *baselines_read["static"], *AGE, *SEX, site}
+        static_used = {*inputs["static"], *baselines_read["static"], *AGE, *SEX, site}
         for k, (table, read) in enumerate(dka.read_tables(source, max_rows)):
             if k == 0:
-                description, lacking = dka.as_trained(table, description, config, findings)
+                description, missing = dka.as_trained(table, description, config, findings)
             static = {name for name in map(str, table) if name.startswith(dka.STATIC)}
-            chunk = table.drop(columns=static - used).assign(**dict.fromkeys(lacking, ""))
+            chunk = table.drop(columns=static - static_used).assign(**dict.fromkeys(missing, ""))
             unknown = f"have a {label} that is neither 0 nor 1: taken as unknown"
             findings.counts[unknown] += len(dka.labels_of(chunk, label)[1])
             dataset = cls.__new__(cls)
@@ -293,8 +293,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             unit = f" ({self.units[f]})" if self.units[f] else ""
             first = 0 if options.latest is None else -options.latest
             pairs = zip(*(column[first:] for column in measured.get(f, ())), strict=True)
-            shown = " -> ".join(f"{plain(v)} ({plain(t)}h)" for t, v in pairs) or "not measured"
-            sentences.append(f"{self.features[f]}{unit}: {shown}. ")
+            text = " -> ".join(f"{plain(v)} ({plain(t)}h)" for t, v in pairs) or "not measured"
+            sentences.append(f"{self.features[f]}{unit}: {text}. ")
             if options.computed and f in measured:
                 full = f == self.main
                 sentences.append(texts.computed_text(self.units[f], *measured[f], full=full))
@@ -330,8 +330,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, earlier = arguments.pop("command"), arguments.get("like")
     with command_logging():
         if command == "check":
-            shown = arguments.pop("show_values")
-            return run_command(lambda: check(**arguments), show_values=shown)
+            show_values = arguments.pop("show_values")
+            return run_command(lambda: check(**arguments), show_values=show_values)
         if earlier:
             return run_command(lambda: make(command, like(earlier, argv)))
         return run_command(lambda: make(command, arguments))
@@ -366,8 +366,8 @@ def build_parser(stored: Mapping[str, Any] | None = None) -> Parser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, about: str) -> Callable[..., Any]:
-        own = commands.add_parser(name, help=about, allow_abbrev=False, formatter_class=Help)
-        return own.add_argument
+        subparser = commands.add_parser(name, help=about, allow_abbrev=False, formatter_class=Help)
+        return subparser.add_argument
 
     add = command("check", "validate a file and print its summary")
     add("file", type=Path, help="CSV (.csv, .csv.gz) or Parquet in the DKA format")
@@ -415,8 +415,8 @@ def build_parser(stored: Mapping[str, Any] | None = None) -> Parser:
     add_event_flags(add)
     pairs = "columns of other names, as time=Drawn item=Analyte"
     add("--columns", action=Repeated, nargs="+", default=(), metavar="ROLE=COLUMN", help=pairs)
-    asked = "'COLUMN + 48 h' of --labels"
-    add("--prediction_time", default="", metavar="TIME", help=asked)
+    time = "'COLUMN + 48 h' of --labels"
+    add("--prediction_time", default="", metavar="TIME", help=time)
     static = "static feature 'age [years]=COLUMN' of --labels, repeatable"
     add("--static", action=Repeated, default=(), help=static)
     add("--no_labels", action="store_true", help="outcome not known: new patients")
@@ -438,11 +438,11 @@ def build_parser(stored: Mapping[str, Any] | None = None) -> Parser:
 
 def outcome(text: str) -> tuple[str, ...]:
     """Return escalation, or some of its components."""
-    chosen = name_tuple(text)
-    if chosen != (ESCALATED,) and not (chosen and {*chosen} <= OUTCOMES.keys()):
+    components = name_tuple(text)
+    if components != (ESCALATED,) and not (components and {*components} <= OUTCOMES.keys()):
         allowed = f"{ESCALATED}, or some of {', '.join(OUTCOMES)}"
         raise argparse.ArgumentTypeError(f"{text!r} must be {allowed}")
-    return chosen
+    return components
 
 
 def name_tuple(text: str) -> tuple[str, ...]:

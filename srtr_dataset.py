@@ -144,11 +144,11 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         if not require_labels:
             table.loc[unknown, "reason"] = ""
         table.loc[(table["reason"] == "") & ~has_row, "reason"] = waiting_list.NO_ROW
-        kept = table["reason"] == ""
-        table["label"] = table["label"].where(kept)
-        self.registrations, self.labels = table, table.loc[kept, "label"].to_numpy(np.float64)
+        in_cohort = table["reason"] == ""
+        table["label"] = table["label"].where(in_cohort)
+        self.registrations, self.labels = table, table.loc[in_cohort, "label"].to_numpy(np.float64)
         self._set_flow(MIN_EVENTS if require_labels else 0)
-        cohort, rows = cand[kept], rows[rows["PX_ID"].map(kept)]
+        cohort, rows = cand[in_cohort], rows[rows["PX_ID"].map(in_cohort)]
         self.ids = cohort.index.to_numpy().astype(np.str_)
         self.groups = cohort["PERS_ID"].to_numpy().astype(np.str_)
         lengths = rows.groupby("PX_ID").size().to_numpy()
@@ -171,10 +171,10 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         self.flow = flow.assign(left=len(self.registrations) - flow["removed"].cumsum())
         events = int(np.nansum(self.labels))
         if not len(self) or events < min_events:
-            taken = "; ".join(f"{rule} {count}" for rule, count in removed.items() if count)
+            counts = "; ".join(f"{rule} {count}" for rule, count in removed.items() if count)
             raise InputError(
                 f"{self.source}: {len(self) or 'no'} registrations left with {events} events, "
-                f"{min_events} are needed; of {len(self.registrations)} the rules took: {taken}"
+                f"{min_events} are needed; of {len(self.registrations)} the rules took: {counts}"
             )
 
     @classmethod
@@ -236,8 +236,8 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         """
         inputs = super().baseline_inputs()
         if self.definition.organ_name == "kidney":
-            known = self.static_table([waiting_list.AGE, waiting_list.DIALYSIS_YEARS])
-            return {**inputs, "age and years of dialysis": known}
+            table = self.static_table([waiting_list.AGE, waiting_list.DIALYSIS_YEARS])
+            return {**inputs, "age and years of dialysis": table}
         meld = inputs["logistic regression"][["MELD last"]]
         with_age = meld.join(self.static_table([waiting_list.AGE]))
         return {**inputs, "last MELD": meld, "last MELD and age": with_age}
@@ -246,8 +246,8 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
 
     def value_text(self, feature: int, value: float) -> str:
         """Return a value with its unit, or the word of a state."""
-        known = self.measures[feature]
-        return _text(known, value) if known.words else super().value_text(feature, value)
+        measure = self.measures[feature]
+        return _text(measure, value) if measure.words else super().value_text(feature, value)
 
     def series_text(self, i: int, options: PromptOptions) -> str:
         """Return the latest values of each series with their days; of a state only its changes."""
@@ -262,8 +262,8 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
             if feature.words:
                 changes = np.diff(values, prepend=np.nan) != 0
                 days, values = days[changes], values[changes]
-            shown = zip(days[-latest:], values[-latest:], strict=True)
-            text = " -> ".join(f"{_text(feature, v)} (day {plain(d)})" for d, v in shown)
+            pairs = zip(days[-latest:], values[-latest:], strict=True)
+            text = " -> ".join(f"{_text(feature, v)} (day {plain(d)})" for d, v in pairs)
             if computed and len(values) > latest and not feature.words:
                 text = f"first {plain(values[0])} (day {plain(days[0])}), latest {text}"
             unit = f" in {feature.unit}" if "/" in self.units[f] else ""  # a score has none to show
@@ -321,9 +321,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0 when the folder can be used, 2 when not."""
     arguments = vars(build_parser().parse_args(argv))
     del arguments["command"]
-    shown = arguments.pop("show_values")
+    show_values = arguments.pop("show_values")
     with command_logging():
-        return run_command(lambda: check(**arguments), show_values=shown)
+        return run_command(lambda: check(**arguments), show_values=show_values)
 
 
 def check(data_dir: Path, **reading: Any) -> int:

@@ -1,4 +1,4 @@
-"""What ``check`` and the start of a run say of data: a summary, suspicions, a verdict."""
+"""Checks of data for ``check`` and the start of a run: summary, suspicions, verdict."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from medgemma_clinical.files import InputError
 logger = logging.getLogger(__name__)
 
 SEED = 0
-"""Of the split that is shown; the default of ``--seed``."""
+"""Seed of the logged split; the default of ``--seed``."""
 
 MIN_COHORT_PATIENTS, MIN_TEST_EVENTS = 100, 10
 """Patients, and patients of the test part with and without the event, below which a check warns:
@@ -73,8 +73,8 @@ def _log_check(dataset: TrajectoryDataset, min_events: int) -> None:
         dataset = labelled_rows(dataset)
         read, split, unread = rows_as_read(dataset, dataset.split(SEED))
         logger.info(describe_split(read, split, SEED))
-        warnings += (found := [*describe_unusable(unread), *_check_parts(read, split)])
-        log_warnings(found)
+        warnings += (further := [*describe_unusable(unread), *_check_parts(read, split)])
+        log_warnings(further)
     ready = "ready to predict on" if obstacle else "ready"
     with_warnings = ", with warnings" if warnings or dataset.warnings else ""
     logger.info("%s%s%s", ready, with_warnings, f", {obstacle}" if obstacle else "")
@@ -82,11 +82,11 @@ def _log_check(dataset: TrajectoryDataset, min_events: int) -> None:
 
 def labelled_rows(dataset: TrajectoryDataset) -> TrajectoryDataset:
     """Return the rows with a label, the only ones that a training sees; log how many lack one."""
-    known = ~np.isnan(dataset.labels)
-    if known.all():
+    has_label = ~np.isnan(dataset.labels)
+    if has_label.all():
         return dataset
-    logger.info("%s: %d rows without a label are not used", dataset.source, int((~known).sum()))
-    return dataset.keep_rows(known, "without a label")
+    logger.info("%s: %d rows without a label are not used", dataset.source, int((~has_label).sum()))
+    return dataset.keep_rows(has_label, "without a label")
 
 
 def rows_as_read(
@@ -99,8 +99,8 @@ def rows_as_read(
         unread = dataset.unusable_series(split["train"])
         series = [name for name in dataset.features if name not in unread]
     else:
-        others = [name for name in dataset.features if name not in series]
-        unread = dict.fromkeys(others, "stage 1 does not read it")
+        names = [name for name in dataset.features if name not in series]
+        unread = dict.fromkeys(names, "stage 1 does not read it")
     read, split = dataset.with_series(series).keep_measured(split)
     if lost := len(dataset) - len(read):
         text = "%s: %s rows hold no value of a series that is read, and are not used"
@@ -109,7 +109,7 @@ def rows_as_read(
 
 
 def log_warnings(warnings: Iterable[str], source: str = "") -> None:
-    """Log each as a warning, of a source where one is named."""
+    """Log lines as warnings, with their source if there is one."""
     for line in warnings:
         logger.warning("warning: %s%s", f"{source}: " if source else "", line)
 
@@ -120,9 +120,9 @@ def _check_parts(dataset: TrajectoryDataset, split: Split) -> list[str]:
     if minority_patients(dataset.labels[test], dataset.groups[test]) < MIN_TEST_EVENTS:
         few = f"fewer than {MIN_TEST_EVENTS} patients of the test part have, or lack, the event"
         warnings.append(f"{few}: its metrics will be undecided")
-    known, unusable = dataset.prediction_hours is not None, dataset.unusable_static(train)
+    has_hours, unusable = dataset.prediction_hours is not None, dataset.unusable_static(train)
     names = [name for name in dataset.static_names if name not in unusable]
-    read = dataset.with_inputs(names, prediction_time=known)
+    read = dataset.with_inputs(names, prediction_time=has_hours)
     logger.info("sample size: %s", describe_sample_size(read, names, train))
     if dataset.parts is None and dataset.labels[test].sum() < TEST_EVENTS:
         few = f"fewer than {TEST_EVENTS} events in the test part"
@@ -136,12 +136,12 @@ def _check_parts(dataset: TrajectoryDataset, split: Split) -> list[str]:
 
 def describe_split(dataset: TrajectoryDataset, split: Split, seed: int) -> str:
     """Return how the parts came about, and rows, patients and events of each."""
-    shown = []
+    texts = []
     for part, rows in split.items():
         patients = count_patients(dataset.groups, rows)
         counts = {"row": len(rows), "patient": patients, "event": int(dataset.labels[rows].sum())}
-        shown.append(f"{part} {', '.join(_plural(n, noun) for noun, n in counts.items())}")
-    return f"split, {dataset.describe_origin(seed)}: {'; '.join(shown)}"
+        texts.append(f"{part} {', '.join(_plural(n, noun) for noun, n in counts.items())}")
+    return f"split, {dataset.describe_origin(seed)}: {'; '.join(texts)}"
 
 
 def _plural(count: int, noun: str) -> str:
@@ -150,11 +150,11 @@ def _plural(count: int, noun: str) -> str:
 
 def summarize(dataset: TrajectoryDataset) -> list[str]:
     """Describe a data set in lines: flow, sizes, events, observations, spans, values."""
-    known = dataset.labels[~np.isnan(dataset.labels)]
+    labels = dataset.labels[~np.isnan(dataset.labels)]
     events = "no labels"
-    if len(known):
-        labelled = f"{_plural(len(known), 'labelled row')} ({known.mean():.1%})"
-        events = f"{_plural(int(known.sum()), 'event')} in {labelled}"
+    if len(labels):
+        labelled = f"{_plural(len(labels), 'labelled row')} ({labels.mean():.1%})"
+        events = f"{_plural(int(labels.sum()), 'event')} in {labelled}"
     spans = dataset.last_times - dataset.times[dataset.offsets[:-1]]
     lines = [
         *([] if dataset.flow is None else flow_lines(dataset.flow)),
@@ -196,8 +196,8 @@ def patients_behind_inputs(
     columns = zip(dataset.static_inputs, dataset.static_values(train).T, strict=True)
     static = {name: patients_behind(column, patients) for name, column in columns}
     if dataset.hours_read is not None:
-        known = ~np.isnan(dataset.hours_read[train])
-        static["prediction_hours"] = count_patients(patients, known)
+        has_hours = ~np.isnan(dataset.hours_read[train])
+        static["prediction_hours"] = count_patients(patients, has_hours)
     return {"series": dataset.series_patients(train), "static": static}
 
 
@@ -250,7 +250,7 @@ def describe_cut(lengths: NDArray[Any], groups: NDArray[np.generic], max_len: in
 
 def implausible_series(dataset: TrajectoryDataset) -> list[str]:
     """Name the series that hold values outside their plausible range."""
-    found = []
+    warnings = []
     for f, (name, unit) in enumerate(zip(dataset.features, dataset.units, strict=True)):
         low, high = dataset.plausible(f)
         values = dataset.values[:, f]
@@ -259,8 +259,8 @@ def implausible_series(dataset: TrajectoryDataset) -> list[str]:
         if outside:
             is_majority = outside >= MAX_IMPLAUSIBLE * measured
             advice = "most of them: convert the unit" if is_majority else "is the unit right?"
-            found.append(
+            warnings.append(
                 f"{name}: {outside:,} of {measured:,} values lie outside {low:g} to {high:g}"
                 f"{with_space(unit)}: {advice}"
             )
-    return found
+    return warnings

@@ -182,7 +182,7 @@ class HospitalTables:
     labs: str  # table of laboratory values
     unique: Mapping[str, str]  # column of a table whose values name its rows
     cohorts = COHORTS
-    known = "charted and stored by then"
+    usable = "charted and stored by then"
 
     def __init__(self, database: Database, flag: str, folder: Path) -> None:
         """Find all files, so that the absence of one shows before minutes are spent."""
@@ -196,9 +196,9 @@ class HospitalTables:
         file = open_table(self.database, self.paths[name], columns)
         self.hashes[name] = file.sha256
         cells = {column: form.typed(file.raw(column)) for column, form in columns.items()}
-        kept = [condition.format(**cells) for condition in keep]
+        conditions = [condition.format(**cells) for condition in keep]
         table = name.rpartition("/")[2]
-        load_table(self.database, table, file, columns, kept, keys=keys)
+        load_table(self.database, table, file, columns, conditions, keys=keys)
         if key := self.unique.get(name):
             rows, values = self.database.row(f"SELECT count(*), count(DISTINCT {key}) FROM {table}")
             if values < rows:
@@ -253,50 +253,50 @@ def make_cohort(
         "events": int(rows["label_escalation"].sum()),
         "discharged_alive": discharged,
     }
-    counted = {"flow": flow, "rows": counts, "values": dict(sorted(left_out.items()))}
-    return rows, describe_rows(request, tables, features, counted)
+    counted_rows = {"flow": flow, "rows": counts, "values": dict(sorted(left_out.items()))}
+    return rows, describe_rows(request, tables, features, counted_rows)
 
 
 def read_values(
     database: Database, request: CohortRequest, tables: HospitalTables
 ) -> tuple[list[Feature], dict[str, int]]:
     """Make the table converted; return the features, and counts of the values left out."""
-    chosen = tables.choose_features(request)
-    used = {GAP_ITEM: request.gap_item}
+    wanted_features = tables.choose_features(request)
+    item_of = {GAP_ITEM: request.gap_item}
     names = [
-        (used.get(item, item), each.name, f" ({each.unit})" if each.unit else "")
-        for item, each in ANALYTES.items()
+        (item_of.get(item, item), analyte.name, f" ({analyte.unit})" if analyte.unit else "")
+        for item, analyte in ANALYTES.items()
     ]
     database.add("analytes", pd.DataFrame(names, columns=["item", "analyte", "shown_unit"]))
-    items = [(k, item) for k, feature in enumerate(chosen) for item in feature.keys]
+    items = [(k, item) for k, feature in enumerate(wanted_features) for item in feature.keys]
     database.add("series_items", pd.DataFrame(items, columns=["position", "item"]))
-    tables.load_labs(items_to_read(chosen) | set(ANALYTES))
+    tables.load_labs(items_to_read(wanted_features) | set(ANALYTES))
     database.run_file(SQL / "values.sql")
     counts = database.frame("FROM value_counts").iloc[0]
     left_out = {str(reason): int(count) for reason, count in counts.items() if count}
 
     path = tables.paths[tables.labs]
     by_unit = "SELECT item, unit, count(*) AS count FROM measured GROUP BY ALL ORDER BY ALL"
-    factors = find_factors(database.frame(by_unit), chosen, str(path))
-    known = factors["factor"].notna()
-    database.add("factors", factors[known])
+    factors = find_factors(database.frame(by_unit), wanted_features, str(path))
+    has_factor = factors["factor"].notna()
+    database.add("factors", factors[has_factor])
     database.run_file(SQL / "gaps.sql")
-    for item, count in factors[~known].groupby("item")["count"].sum().items():
+    for item, count in factors[~has_factor].groupby("item")["count"].sum().items():
         name = ANALYTES[item].name if item in ANALYTES else f"item {item}"
         left_out[f"of {name} in no unit or an unknown one"] = int(count)
     for reason, count in left_out.items():
         logger.info("%s: %d values %s", path, count, reason)
 
-    spelled = factors[known].groupby("item")["unit"].min()
-    found = database.run("FROM reference_ranges").fetchall()
-    ranges = {item: (low, high) for item, low, high in found}
+    unit_of = factors[has_factor].groupby("item")["unit"].min()
+    range_rows = database.run("FROM reference_ranges").fetchall()
+    ranges = {item: (low, high) for item, low, high in range_rows}
     features = [
         replace(
             feature,
-            unit=spelled.get(feature.keys[0], "") if feature.unit is None else feature.unit,
+            unit=unit_of.get(feature.keys[0], "") if feature.unit is None else feature.unit,
             reference=next((ranges[item] for item in feature.keys if item in ranges), None),
         )
-        for feature in chosen
+        for feature in wanted_features
     ]
     return features, left_out
 
@@ -326,7 +326,7 @@ def make_cohort_rows(
 ) -> pd.DataFrame:
     """Return the rows: identifiers, series, prediction time, context, static features, labels."""
     database.run_file(SQL / "rows.sql")
-    titles = ["clinical_trajectory", *(f"trajectory_{each.title}" for each in features[1:])]
+    titles = ["clinical_trajectory", *(f"trajectory_{feature.title}" for feature in features[1:])]
     cells = database.frame("FROM cells").set_index(["stay", "position"])["cell"].unstack()
     cells = cells.reindex(columns=range(len(titles))).set_axis(titles, axis="columns")
     rows = database.frame("FROM row_columns ORDER BY stay").set_index("stay")
@@ -334,8 +334,8 @@ def make_cohort_rows(
     static = make_static_features(database, request, features, rows)
     rows = rows.rename(columns={"unit": "care_unit"}).drop(columns="hours_since_admission")
     keys = ["subject_id", "hadm_id", "id", "care_unit"]
-    others = rows.drop(columns=[*keys, *labels])
-    rows = pd.concat([rows[keys], cells, others, static, rows[labels]], axis="columns")
+    middle = rows.drop(columns=[*keys, *labels])
+    rows = pd.concat([rows[keys], cells, middle, static, rows[labels]], axis="columns")
     flags = [*labels, "static_sex_male"]
     return rows.reset_index(drop=True).astype(dict.fromkeys(flags, "Int8"))
 
@@ -363,12 +363,12 @@ def describe_rows(
     request: CohortRequest,
     tables: HospitalTables,
     features: Sequence[Feature],
-    counted: dict[str, Any],
+    counts: dict[str, Any],
 ) -> dict[str, Any]:
     """Describe the rows: texts of the data set, ``counted``, definitions, origin."""
-    main, *others = features
-    chosen = [OUTCOMES[name] for name in request.components]
-    texts = zip(*(chosen if len(chosen) < len(OUTCOMES) else [ESCALATION]), strict=True)
+    main, *further = features
+    components = [OUTCOMES[name] for name in request.components]
+    texts = zip(*(components if len(components) < len(OUTCOMES) else [ESCALATION]), strict=True)
     outcome, question, definition = map(" or ".join, texts)
     ask, until = "Will the patient", f"within {plain(request.horizon_hours)} hours?"
     begin, rest = main.name[:1], main.name[1:]
@@ -378,25 +378,25 @@ def describe_rows(
         "question": f"{ask} {question} {until}",
         "outcome": outcome,
         "labels": {
-            f"label_{name}": {"outcome": each.outcome, "question": f"{ask} {each.question} {until}"}
-            for name, each in OUTCOMES.items()
+            f"label_{name}": {"outcome": text.outcome, "question": f"{ask} {text.question} {until}"}
+            for name, text in OUTCOMES.items()
         },
         "plausible": main.plausible,
-        "limits": {each.name: each.plausible for each in others},
+        "limits": {x.name: x.plausible for x in further},
         "reference": main.reference,
-        "references": {each.name: each.reference for each in others if each.reference},
+        "references": {x.name: x.reference for x in further if x.reference},
         "prediction_time": (
             f"{plain(request.window_hours)} hours after the first value of each admission, for "
-            f"patients who are then in hospital; only values {tables.known} are read"
+            f"patients who are then in hospital; only values {tables.usable} are read"
         ),
         "horizon": f"{plain(request.horizon_hours)} hours from then on",
-        **counted,
+        **counts,
         "definitions": {
             "cohort": tables.cohorts[request.cohort],
             "anion_gap": GAPS[request.compute_gap],
             "discharge": DISCHARGED[request.discharged],
             "label_escalation": definition,
-            **{f"label_{name}": each.definition for name, each in OUTCOMES.items()},
+            **{f"label_{name}": text.definition for name, text in OUTCOMES.items()},
         },
         "source": tables.source,
         **describe_origin(request, tables.command, tables.hashes),

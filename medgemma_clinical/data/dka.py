@@ -52,7 +52,7 @@ ORIGIN = (
     *("made_by", "rows", "values", "definitions", "arguments", "source", "tables_sha256"),
     *("versions", "licence", "license", "citation", "note"),
 )
-"""Keys of the JSON file that say where data come from, for people."""
+"""Keys of the JSON file that say where data come from; nothing reads them."""
 
 OPTIONAL_TEXTS = ("unit", "prediction_time", "horizon", "csv_sha256")
 
@@ -61,7 +61,7 @@ NAMING = {
     "unit": "DKA without JSON: its unit, '' for none",
     "outcome": "DKA without JSON: meaning of label 1",
 }
-"""Help of the flags that say it in place of a description."""
+"""Help of the flags that replace a missing description."""
 
 
 @dataclass(frozen=True)
@@ -86,30 +86,30 @@ class Description:
     def for_label(self, column: str) -> Description:
         """Return the description with the outcome of a label column as its own."""
         name = column.removeprefix("label_").replace("_", " ").strip() or column
-        own: dict[str, Any] = {"outcome": name[:1].upper() + name[1:], "question": ""}
+        meaning: dict[str, Any] = {"outcome": name[:1].upper() + name[1:], "question": ""}
         if column == LABEL:
-            own = {"outcome": self.outcome or USUAL.outcome, "question": self.question}
+            meaning = {"outcome": self.outcome or USUAL.outcome, "question": self.question}
         elif column not in self.labels:
-            own["horizon"] = ""
-        own |= self.labels.get(column, {})
-        usual = own["outcome"] == USUAL.outcome
-        asked = USUAL.question if usual else f"Will the outcome {own['outcome']} occur?"
-        return replace(self, **own | {"question": own["question"] or asked})
+            meaning["horizon"] = ""
+        meaning |= self.labels.get(column, {})
+        usual = meaning["outcome"] == USUAL.outcome
+        question = USUAL.question if usual else f"Will the outcome {meaning['outcome']} occur?"
+        return replace(self, **meaning | {"question": meaning["question"] or question})
 
     def completed(
         self, table: pd.DataFrame, label: str, other: Description
     ) -> tuple[Description, list[str]]:
         """Take from another description what a table holds and this one does not say; tell it."""
-        done, taken = self, []
+        about, taken = self, []
         if other.series and MAIN_COLUMN in table and not self.series:
             limits = self.plausible or other.plausible
-            done = replace(done, series=other.series, unit=other.unit, plausible=limits)
+            about = replace(about, series=other.series, unit=other.unit, plausible=limits)
             taken.append(f"{MAIN_COLUMN} is taken for {Feature(other.series, other.unit).title}")
         described = label in self.labels or (label == LABEL and self.outcome)
         if other.outcome and label in table and not described:
-            done = replace(done, labels={**self.labels, label: {"outcome": other.outcome}})
+            about = replace(about, labels={**self.labels, label: {"outcome": other.outcome}})
             taken.append(f"{label} is taken for {other.outcome}")
-        return done, taken
+        return about, taken
 
 
 USUAL = Description(
@@ -119,11 +119,11 @@ USUAL = Description(
 
 
 def name_series(
-    table: pd.DataFrame, about: Description, label: str, named: Description, findings: Findings
+    table: pd.DataFrame, about: Description, label: str, flags: Description, findings: Findings
 ) -> Description:
     """Name by flags, ``named``, or else with a warning, what a description does not say."""
-    about, taken = about.completed(table, label, named)
-    if len(taken) < bool(named.series or named.unit) + bool(named.outcome):
+    about, taken = about.completed(table, label, flags)
+    if len(taken) < bool(flags.series or flags.unit) + bool(flags.outcome):
         problem = "for columns that are there and that no JSON file describes, the unit for a name"
         raise InputError(f"{findings.source}: --series_name, --unit, --outcome: {problem}")
     usual = USUAL if label == LABEL else replace(USUAL, outcome="")  # others are named by column
@@ -143,32 +143,32 @@ def read_description(source: Any, findings: Findings | None = None) -> Descripti
     if not os.path.lexists(file):
         return Description()
     try:
-        known = _read_keys(read_json(file), [each.name for each in fields(Description)])
-        if ("series" in known) != ("unit" in known):
+        content = _read_keys(read_json(file), [key.name for key in fields(Description)])
+        if ("series" in content) != ("unit" in content):
             raise InputError("key series: goes with the key unit, which is empty for none")
     except InputError as error:
         raise InputError(f"{file}, {error}") from error
     except (ValueError, OSError, AttributeError) as error:
         raise InputError(f"{file}: not a JSON object in UTF-8") from error
-    if findings and known.get("csv_sha256") and known["csv_sha256"] != file_hash(path):
+    if findings and content.get("csv_sha256") and content["csv_sha256"] != file_hash(path):
         findings.warnings[f"{file.name} was made with another {path.name}: is it current?"] = None
-    return Description(**known)
+    return Description(**content)
 
 
-def _read_keys(content: Any, known: Sequence[str], within: str = "") -> dict[str, Any]:
+def _read_keys(content: Any, keys: Sequence[str], within: str = "") -> dict[str, Any]:
     """Check and convert a JSON object; a misspelt key would leave a default in silence."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in content.items():
-        if key not in known and key not in ORIGIN:
-            hint = _hint(key, known) or f": the keys are {', '.join(known)}"
+        if key not in keys and key not in ORIGIN:
+            hint = _hint(key, keys) or f": the keys are {', '.join(keys)}"
             raise InputError(f"key {within}{key}: no such key{hint}")
         try:
-            found |= {key: _read_value(key, value)} if key in known else {}
+            values |= {key: _read_value(key, value)} if key in keys else {}
         except InputError:
             raise
         except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
             raise InputError(f"key {within}{key}: not as docs/data.md shows it") from error
-    return found
+    return values
 
 
 def _read_value(key: str, value: Any) -> Any:
@@ -177,8 +177,8 @@ def _read_value(key: str, value: Any) -> Any:
         case "plausible" | "reference":
             return None if value is None else _range(value, 1 + (key == "plausible"))
         case "limits" | "references":
-            known = {comparable(name): pair for name, pair in value.items() if pair is not None}
-            return {name: _range(pair, 1 + (key == "limits")) for name, pair in known.items()}
+            ranges = {comparable(name): pair for name, pair in value.items() if pair is not None}
+            return {name: _range(pair, 1 + (key == "limits")) for name, pair in ranges.items()}
         case "labels":
             keys = ("outcome", "question")
             return {name: _read_keys(x, keys, f"labels.{name}.") for name, x in value.items()}
@@ -195,8 +195,8 @@ def _read_value(key: str, value: Any) -> Any:
 def _range(pair: Any, fewest: int) -> tuple[float | None, ...]:
     """Return two rising numbers, of which at least ``fewest`` are not None."""
     low, high = (None if end is None else float(end) for end in pair)
-    known = [end for end in (low, high) if end is not None]
-    if len(known) < fewest or not np.isfinite(known).all() or known != sorted(set(known)):
+    ends = [end for end in (low, high) if end is not None]
+    if len(ends) < fewest or not np.isfinite(ends).all() or ends != sorted(set(ends)):
         raise ValueError("not rising numbers")
     return low, high
 
@@ -261,11 +261,11 @@ def _read_csv(
     names = [name.strip() for name in next(rows, (0, []))[1]]
     if not names:
         raise InputError(f"{path}: the file is empty")
-    chosen = [names.index(name) for name in columns or ()] or range(len(names))
+    positions = [names.index(name) for name in columns or ()] or range(len(names))
     while block := list(itertools.islice(rows, max_rows)):
-        known: dict[str, str] = {}  # equal cells share their memory
-        cells = [[known.setdefault(row[k], row[k]) for k in chosen] for _, row in block]
-        numbers, header = [number for number, _ in block], [names[k] for k in chosen]
+        texts: dict[str, str] = {}  # equal cells share their memory
+        cells = [[texts.setdefault(row[k], row[k]) for k in positions] for _, row in block]
+        numbers, header = [number for number, _ in block], [names[k] for k in positions]
         yield pd.DataFrame(cells, numbers, header, dtype=object), file.tell()
 
 
@@ -317,11 +317,11 @@ def plain_table(table: pd.DataFrame) -> pd.DataFrame:
 def text_of(table: pd.DataFrame, name: str) -> pd.Series:
     """Return a column as stripped text, empty where missing; whole floats as integers: 1.0 is 1."""
     column = table[name] if name in table else pd.Series(None, table.index, dtype=object)
-    known = column.notna()
+    is_filled = column.notna()
     if pd.api.types.is_float_dtype(column.dtype):
-        whole = known & (column % 1 == 0) & (column.abs() < 2**53)
+        whole = is_filled & (column % 1 == 0) & (column.abs() < 2**53)
         column = column.astype(object).where(~whole, column.where(whole, 0).astype("int64"))
-    return column.astype(str).where(known, "").str.strip().astype(object)
+    return column.astype(str).where(is_filled, "").str.strip().astype(object)
 
 
 def numbers_of(
@@ -417,12 +417,12 @@ def check_header(table: pd.DataFrame, source: str, label: str, *, labelled: bool
     series = any(name.startswith("trajectory_") for name in columns)
     for name in [*[MAIN_COLUMN] * (not series), *[label] * labelled]:
         if name not in columns:
-            there = f"{_hint(name, columns)}; the columns are {join_names(columns)}"
+            rest = f"{_hint(name, columns)}; the columns are {join_names(columns)}"
             if any(map(CELL.fullmatch, columns)):
-                there = ": row 1 holds data, no header"
+                rest = ": row 1 holds data, no header"
             if command := from_long_command(columns, source):
                 raise InputError(f"{source}: holds one value a row: make a file of it by {command}")
-            raise InputError(f"{source}, column {name}: no such column{there}")
+            raise InputError(f"{source}, column {name}: no such column{rest}")
     if label.startswith(STATIC):
         raise InputError(f"{source}, column {label}: a static feature cannot be the label")
     for name in columns:
@@ -463,31 +463,31 @@ def note_columns(
 
 
 def find_features(
-    table: pd.DataFrame, description: Description, chosen: Sequence[str] | None, source: str
+    table: pd.DataFrame, description: Description, names: Sequence[str] | None, source: str
 ) -> list[Feature]:
-    """Find all series of a table, ``MAIN_COLUMN`` first, or those ``chosen`` by name."""
+    """Find all series of a table, ``MAIN_COLUMN`` first, or those of ``names``."""
     about, limits, references = description, description.limits, description.references
     main = Feature(about.series, about.unit, (MAIN_COLUMN,), about.plausible, about.reference)
-    found = {comparable(main.name): main} if MAIN_COLUMN in table else {}
+    features = {comparable(main.name): main} if MAIN_COLUMN in table else {}
     for column in [name for name in map(str, table) if name.lower().startswith("trajectory")]:
         match = SERIES_COLUMN.fullmatch(column)
         name, unit = match.groups("") if match else ("", "")
         name, key = " ".join(name.replace("_", " ").split()), comparable(name)
-        problem = "another column is a series of that name" if key in found else ""
+        problem = "another column is a series of that name" if key in features else ""
         if not name or "," in name or re.fullmatch(NUMBER, name):
             problem = "not trajectory_NAME [unit], the name in words without comma"
         if problem:
             raise InputError(f"{source}, column {column}: {problem}")
         unit = "" if unit.strip() == "1" else unit.strip()  # UCUM's way to write that there is none
-        found[key] = Feature(name, unit, (column,), limits.get(key), references.get(key))
-    wanted = [*found] if chosen is None else list(map(comparable, chosen))
-    for name in wanted:
-        if name not in found:
-            known = join_names([feature.name for feature in found.values()])
-            raise InputError(f"{source}: --series {name}: no such series among {known}")
-    if len(set(wanted)) < max(len(wanted), 1):
+        features[key] = Feature(name, unit, (column,), limits.get(key), references.get(key))
+    keys = [*features] if names is None else list(map(comparable, names))
+    for key in keys:
+        if key not in features:
+            series = join_names([feature.name for feature in features.values()])
+            raise InputError(f"{source}: --series {key}: no such series among {series}")
+    if len(set(keys)) < max(len(keys), 1):
         raise InputError(f"{source}: --series: name each series once, and one at least")
-    return [found[name] for name in wanted]
+    return [features[key] for key in keys]
 
 
 # --------------------------------------------------------------------------- series

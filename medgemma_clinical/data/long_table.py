@@ -267,8 +267,8 @@ def load_labels(
     columns_of, categories = dict[str, str](), dict[str, list[str]]()
     for feature in static:
         column = find_column(file.header, str(feature.keys[0]))
-        taken = {*names.values(), *columns_of.values()}
-        if column is None or column in taken or len(feature.keys) > 1:
+        used_columns = {*names.values(), *columns_of.values()}
+        if column is None or column in used_columns or len(feature.keys) > 1:
             problem = f"no column of its own among {join_names(file.header)}"
             raise InputError(f"--static {feature.title}={feature.keys[0]}: {file.path}: {problem}")
         columns_of[feature.title] = column
@@ -288,8 +288,8 @@ def load_labels(
             database, feature, columns_of[feature.title], file, request
         )
         select |= sql
-    listed = ", ".join(f"{sql} AS {quoted(name)}" for name, sql in select.items())
-    database.run(f"CREATE TABLE label AS SELECT {listed} FROM answers")
+    columns_sql = ", ".join(f"{sql} AS {quoted(name)}" for name, sql in select.items())
+    database.run(f"CREATE TABLE label AS SELECT {columns_sql} FROM answers")
     add_windows(database, request, MICROSECONDS.get(request.time_unit, 0))
     return categories
 
@@ -353,14 +353,14 @@ def make_static(
         number = f"plain(coalesce({cell}.number, at_limit({cell}.text)))"
         return {f"{STATIC}{feature.title}": number}, words
     categories, columns = name_categories(feature.name, words)
-    listed, sql = ", ".join(map(literal, categories)), {}
-    (unknown,) = database.row(f"SELECT count(*) FROM answers WHERE {word} NOT IN ({listed})")
+    is_category, sql = f"{word} IN ({', '.join(map(literal, categories))})", {}
+    (unknown,) = database.row(f"SELECT count(*) FROM answers WHERE NOT {is_category}")
     if unknown:
         logger.warning("warning: %s: %s of no known category: empty", where, cells(unknown))
     for name, ones in columns.items():
         logger.info("%s: %s is 1 for %s", where, name, one_line(", ".join(ones)))
         one = f"({word} IN ({', '.join(map(literal, ones))}))::INTEGER::VARCHAR"
-        sql[name] = f"CASE WHEN {word} IN ({listed}) THEN {one} END"
+        sql[name] = f"CASE WHEN {is_category} THEN {one} END"
     return sql, words
 
 
@@ -422,8 +422,8 @@ def convert_units(
     for item, unit in factors:
         units_of_item = [row_unit for *_, code, row_unit in rows if code == item]
         if unit not in units_of_item:
-            listed = join_names([x or "no unit" for x in units_of_item]) or "no value of it"
-            problem = f"no value in a window has this item and this unit: there is {listed}"
+            units_text = join_names([x or "no unit" for x in units_of_item]) or "no value of it"
+            problem = f"no value in a window has this item and this unit: there is {units_text}"
             logger.warning("warning: --factor '%s:%s=': %s", item, unit, problem)
     units: dict[str, str] = {}
     for name, flag_unit, converted, code, unit in rows:  # values that are not converted come first

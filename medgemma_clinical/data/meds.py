@@ -83,17 +83,17 @@ def make_meds(request: MedsRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Return the rows of the DKA format, and their description."""
     series = parse_features("series", request.series)
     context = parse_features("context", request.context)
-    for each in context:
-        if comparable(each.name) in AUTOMATIC:
+    for feature in context:
+        if comparable(feature.name) in AUTOMATIC:
             problem = "age and sex are in the context by themselves: give another name"
-            raise InputError(f"--context {each.title}: {problem}")
+            raise InputError(f"--context {feature.title}: {problem}")
     hashes: dict[str, str] = {}
     with open_database(request.out, request.memory_limit, request.threads) as database:
         load_meds_labels(database, request.labels, hashes)
         add_windows(database, request)
         files = open_files(database, request.meds_dir / "data", EVENTS)
         hashes |= {name: file.sha256 for name, file in files.items()}
-        codes = [code for each in (*series, *context) for code in each.keys]
+        codes = [code for feature in (*series, *context) for code in feature.keys]
         load_events(database, request, files.values(), ROLES, EVENTS, codes, PERSON)
         name_codes(database, {"series": series, "context": context})
         check_units(database)
@@ -126,8 +126,8 @@ def open_files(
     if not paths:
         raise InputError(f"{path}: no Parquet file in this folder")
     return {
-        each.relative_to(path.parent).as_posix(): open_table(database, each, columns)
-        for each in paths
+        file_path.relative_to(path.parent).as_posix(): open_table(database, file_path, columns)
+        for file_path in paths
     }
 
 
@@ -185,12 +185,12 @@ def add_static_features(
     database: Database, static: pd.DataFrame, context: Sequence[Feature]
 ) -> None:
     """Add a column for each feature of the context."""
-    found = database.frame("SELECT number, position, plain(value) AS value FROM static_value")
-    for position, each in enumerate(context):
-        own = found[found["position"] == position].set_index("number")["value"]
-        if own.isna().all() and not each.unit:  # a code without numbers: its presence
-            own = pd.Series(static.index.isin(own.index).astype(int), static.index)
-        static[f"static_{each.title}"] = own
+    values = database.frame("SELECT number, position, plain(value) AS value FROM static_value")
+    for position, feature in enumerate(context):
+        column = values[values["position"] == position].set_index("number")["value"]
+        if column.isna().all() and not feature.unit:  # a code without numbers: its presence
+            column = pd.Series(static.index.isin(column.index).astype(int), static.index)
+        static[f"static_{feature.title}"] = column
 
 
 def read_parts(database: Database, folder: Path, hashes: dict[str, str]) -> pd.Series:
@@ -217,18 +217,18 @@ def list_codes(meds_dir: Path, memory_limit: str, threads: int) -> int:
         counts = []
         for file in open_files(database, meds_dir / "data", EVENTS).values():
             code, subject = WORD.typed(file.raw("code")), SUBJECT.typed(file.raw("subject_id"))
-            counted = f"{code} AS code, count(*) AS events, count(DISTINCT {subject}) AS subjects"
+            select = f"{code} AS code, count(*) AS events, count(DISTINCT {subject}) AS subjects"
             with readable(file.path):  # a subject lies in one file
-                counts.append(database.frame(f"SELECT {counted} FROM {file.rows()} GROUP BY 1"))
+                counts.append(database.frame(f"SELECT {select} FROM {file.rows()} GROUP BY 1"))
         if path.is_file():
             load_table(database, "meanings", open_table(database, path, CODES), CODES)
             text = "replace(trim(valueuom, '[]'), 'NULL', '') || '  ' || description"
             meanings = f"SELECT code, min(trim({text})) FROM meanings GROUP BY code"
             words = dict(database.run(meanings).fetchall())
-    found = pd.concat(counts).groupby("code", as_index=False).sum()
-    found = found.sort_values("events", ascending=False, kind="stable")
+    table = pd.concat(counts).groupby("code", as_index=False).sum()
+    table = table.sort_values("events", ascending=False, kind="stable")
     logger.info("%15s %15s  code, unit, description", "events", "subjects")
-    for code, events, subjects in found.values.tolist():
-        shown = one_line(f"{code}  {words.get(code, '')}".rstrip())
-        logger.info("%15s %15s  %s", f"{events:,}", f"{subjects:,}", shown)
+    for code, events, subjects in table.values.tolist():
+        line = one_line(f"{code}  {words.get(code, '')}".rstrip())
+        logger.info("%15s %15s  %s", f"{events:,}", f"{subjects:,}", line)
     return 0

@@ -74,8 +74,8 @@ def add_notes(database: Database, contexts: pd.Series, max_words: int) -> pd.Ser
     """Return contexts, by ``number`` of the table ``target``, with the notes behind them."""
     database.set(max_note_words=max_words)
     database.run_file(Path(__file__).parent / "sql" / "notes.sql")
-    found = database.frame("SELECT number, text FROM noted ORDER BY number, position DESC")
-    notes = found.groupby("number")["text"].agg(" ".join).reindex(contexts.index)
+    pieces = database.frame("SELECT number, text FROM noted ORDER BY number, position DESC")
+    notes = pieces.groupby("number")["text"].agg(" ".join).reindex(contexts.index)
     logger.info("%d of %d prediction times have notes", notes.notna().sum(), len(notes))
     pairs = zip(contexts.fillna(""), notes.fillna(""), strict=True)
     return pd.Series([". ".join(filter(None, pair)) for pair in pairs], contexts.index)

@@ -79,8 +79,8 @@ def add_training_rows(
     labels: NDArray[np.float64],
 ) -> NDArray[np.int64]:
     """Return ``trained`` with the hashes of n more rows; ``rows`` (n, 2) are ``both_hashes``."""
-    own = rows[np.arange(len(rows)), labels.astype(int)]
-    return np.union1d(trained, np.concatenate([own[own != 0], patients]))
+    hashes = rows[np.arange(len(rows)), labels.astype(int)]
+    return np.union1d(trained, np.concatenate([hashes[hashes != 0], patients]))
 
 
 # --------------------------------------------------------------------------- comparisons
@@ -92,12 +92,13 @@ def describe_copies(dataset: TrajectoryDataset, split: Split, numbers: NDArray[n
     rows = pd.DataFrame({"row": np.concatenate([*split.values()]), "part": part})
     rows = rows.sort_values("row", ignore_index=True)
     order = rows["row"].to_numpy()
-    read = pd.DataFrame(dataset.static[order])  # copies are equal in all that is read of them
-    read["series"] = row_hashes(dataset, order, latest=None)
-    read["last"], read["context"] = dataset.last_times[order], dataset.contexts[order]
-    read["hours"] = np.nan if dataset.prediction_hours is None else dataset.prediction_hours[order]
-    rows["key"] = pd.util.hash_pandas_object(read, index=False)
-    rows = rows[read["series"] != 0]
+    content = pd.DataFrame(dataset.static[order])  # copies are equal in all that is read of them
+    content["series"] = row_hashes(dataset, order, latest=None)
+    content["last"], content["context"] = dataset.last_times[order], dataset.contexts[order]
+    if dataset.prediction_hours is not None:
+        content["hours"] = dataset.prediction_hours[order]
+    rows["key"] = pd.util.hash_pandas_object(content, index=False)
+    rows = rows[content["series"] != 0]
     first = rows.groupby("key")[["row", "part"]].transform("first")
     other = rows["part"] != first["part"]
     if not other.any():
@@ -122,13 +123,13 @@ def count_overlap(
     held_out = np.concatenate([split["val"], split["test"]])
     # Rows of one file have the same numbers, however much of its series is read.
     if same_rows or (dataset.has_patient_ids and has_ids):
-        known = np.isin(patient_hashes(dataset, held_out), trained)
+        in_training = np.isin(patient_hashes(dataset, held_out), trained)
     else:
         # Rows that the split's own training part holds as well identify nobody.
         rows = row_hashes(dataset, held_out)
         shared = np.isin(rows, row_hashes(dataset, split["train"]))
-        known = np.isin(rows, trained) & ~shared & (rows != 0)
-    return len(np.unique(dataset.groups[held_out][known]))
+        in_training = np.isin(rows, trained) & ~shared & (rows != 0)
+    return len(np.unique(dataset.groups[held_out][in_training]))
 
 
 def check_held_out(

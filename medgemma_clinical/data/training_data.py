@@ -48,10 +48,10 @@ class Data:
         """Return the share of events in the training part."""
         return float(self.dataset.labels[self.split["train"]].mean())
 
-    def time_scale(self, given: float | None) -> float:
+    def time_scale(self, hours: float | None) -> float:
         """Return a new encoder's unit of time in hours; warn where the data's own does not fit."""
-        if given is not None:
-            return given
+        if hours is not None:
+            return hours
         log_warnings(describe_long_spans(self.dataset), self.dataset.source)
         return self.dataset.time_scale
 
@@ -106,8 +106,8 @@ def prepare_data(
     unusable = sample.unusable_static(split["train"])
     if inputs is None:
         names = [name for name in sample.static_names if static and name not in unusable]
-        known = sample.prediction_hours is not None
-        inputs = {"static": names, "prediction_time": prediction_time and known}
+        has_hours = sample.prediction_hours is not None
+        inputs = {"static": names, "prediction_time": prediction_time and has_hours}
     sample = sample.with_inputs(**inputs)
     reads_context = prompts.context and bool((dataset.contexts != "").any())
     prompts = replace(prompts, context=reads_context)

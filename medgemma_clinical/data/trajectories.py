@@ -315,19 +315,19 @@ class TrajectoryDataset:
 
     def subset(self, indices: NDArray[np.int64]) -> Self:
         """Return a data set of the chosen rows only, in the given order."""
-        chosen = copy.copy(self)
+        chosen_rows = copy.copy(self)
         rows = self.rows_of(indices)
-        chosen.times, chosen.values = self.times[rows], self.values[rows]
-        chosen.offsets = np.concatenate([[0], np.cumsum(self.lengths[indices])])
+        chosen_rows.times, chosen_rows.values = self.times[rows], self.values[rows]
+        chosen_rows.offsets = np.concatenate([[0], np.cumsum(self.lengths[indices])])
         for name in self.row_columns:
             column = getattr(self, name)
-            setattr(chosen, name, None if column is None else column[indices])
-        return chosen
+            setattr(chosen_rows, name, None if column is None else column[indices])
+        return chosen_rows
 
-    def keep_observations(self, kept: NDArray[np.bool_]) -> None:
+    def keep_observations(self, mask: NDArray[np.bool_]) -> None:
         """Keep the observations that a mask marks."""
-        sizes = np.bincount(self.owner[kept], minlength=len(self))
-        self.times, self.values = self.times[kept], self.values[kept]
+        sizes = np.bincount(self.owner[mask], minlength=len(self))
+        self.times, self.values = self.times[mask], self.values[mask]
         self.offsets = np.concatenate([[0], np.cumsum(sizes)])
         self._summaries = None
 
@@ -347,28 +347,28 @@ class TrajectoryDataset:
         patients = np.unique(self.groups)
         if max_patients == 0 or len(patients) <= max_patients:
             return self
-        drawn = np.random.default_rng(seed).choice(patients, size=max_patients, replace=False)
+        sample = np.random.default_rng(seed).choice(patients, size=max_patients, replace=False)
         rule = f"not among {max_patients:,} of {len(patients):,} patients drawn (--max_samples)"
-        return self.keep_rows(np.isin(self.groups, drawn), rule)
+        return self.keep_rows(np.isin(self.groups, sample), rule)
 
-    def keep_rows(self, kept: NDArray[np.bool_], rule: str) -> Self:
+    def keep_rows(self, mask: NDArray[np.bool_], rule: str) -> Self:
         """Return the rows that a mask marks; ``flow`` says that a rule removed the others."""
-        rows = self.subset(np.flatnonzero(kept))
+        rows = self.subset(np.flatnonzero(mask))
         line = pd.DataFrame([(rule, len(self) - len(rows), len(rows))], columns=list(FLOW_COLUMNS))
         rows.flow = line if self.flow is None else pd.concat([self.flow, line])
         return rows
 
     def keep_measured(self, split: Split) -> tuple[Self, Split]:
         """Return the rows that hold a value of a series that is read, and their split."""
-        kept, rule = self.lengths > 0, "without a value of a series that is read"
-        if kept.all():
+        has_value, rule = self.lengths > 0, "without a value of a series that is read"
+        if has_value.all():
             return self, split
-        rows, position = self.keep_rows(kept, rule), np.cumsum(kept) - 1
-        left = {part: position[own[kept[own]]] for part, own in split.items()}
-        filled = {part: left[part] for part, own in split.items() if len(own)}
+        rows, position = self.keep_rows(has_value, rule), np.cumsum(has_value) - 1
+        parts = {part: position[index[has_value[index]]] for part, index in split.items()}
+        filled_parts = {part: parts[part] for part in split if len(split[part])}
         where = f"{self.source}, where rows {rule} are left out"
-        check_outcomes(filled, rows.groups, rows.labels, where)
-        return rows, left
+        check_outcomes(filled_parts, rows.groups, rows.labels, where)
+        return rows, parts
 
     def split(self, seed: int) -> Split:
         """Divide the rows 80/10/10 by patient, stratified by event; ``parts`` overrides."""
@@ -443,35 +443,35 @@ class TrajectoryDataset:
         self, static: Sequence[str], *, prediction_time: bool, series: Sequence[str] | None = None
     ) -> Self:
         """Choose what a model reads, ``series`` None: as before; refuse data that lack an input."""
-        lacking = [name for name in static if name not in self.static_names]
+        missing = [name for name in static if name not in self.static_names]
         if prediction_time and self.prediction_hours is None:
-            lacking.append("prediction_hours")
-        self._refuse(lacking)
-        chosen = copy.copy(self) if series is None else self.with_series(series)
-        chosen.static_inputs, chosen.reads_prediction_time = tuple(static), prediction_time
-        chosen._summaries = None
-        return chosen
+            missing.append("prediction_hours")
+        self._refuse(missing)
+        view = copy.copy(self) if series is None else self.with_series(series)
+        view.static_inputs, view.reads_prediction_time = tuple(static), prediction_time
+        view._summaries = None
+        return view
 
-    def _refuse(self, lacking: Sequence[str]) -> None:
+    def _refuse(self, names: Sequence[str]) -> None:
         """Refuse data that lack inputs of a model."""
-        if lacking:
+        if names:
             raise InputError(
-                f"{self.source}: the model reads {', '.join(lacking)}: add the columns, their "
+                f"{self.source}: the model reads {', '.join(names)}: add the columns, their "
                 "cells empty where unknown"
             )
 
     def with_series(self, series: Sequence[str]) -> Self:
         """Return the rows with all other series blank; a row may lose all its observations."""
         self._refuse([name for name in series if name not in self.features])
-        chosen = copy.copy(self)
-        chosen.series_inputs = tuple(series)
-        read = chosen.series_read
-        if self.series_read != read:
-            chosen.values = self.values.copy()
-            chosen.values[:, np.setdiff1d(np.arange(len(self.features)), read)] = np.nan
-            chosen.keep_observations(np.asarray(~np.isnan(chosen.values).all(axis=1)))
-            chosen.main = self.main if self.main in read else read[0]
-        return chosen
+        view = copy.copy(self)
+        view.series_inputs = tuple(series)
+        positions = view.series_read
+        if self.series_read != positions:
+            view.values = self.values.copy()
+            view.values[:, np.setdiff1d(np.arange(len(self.features)), positions)] = np.nan
+            view.keep_observations(np.asarray(~np.isnan(view.values).all(axis=1)))
+            view.main = self.main if self.main in positions else positions[0]
+        return view
 
     def baseline_inputs(self) -> dict[str, pd.DataFrame]:
         """Return the columns that each simple model beside the encoder reads, N rows each."""
@@ -492,8 +492,8 @@ class TrajectoryDataset:
     def observation_text(self, position: int) -> str:
         """Return what was measured in one row of ``values``: potassium 4.1 mmol/L."""
         values = self.values[position].tolist()
-        known = [f for f, value in enumerate(values) if not np.isnan(value)]
-        return ", ".join(f"{self.features[f]} {self.value_text(f, values[f])}" for f in known)
+        features = [f for f, value in enumerate(values) if not np.isnan(value)]
+        return ", ".join(f"{self.features[f]} {self.value_text(f, values[f])}" for f in features)
 
     def prompt(self, i: int, options: PromptOptions = WHOLE_PROMPT) -> str:
         """Return the text that an LLM reads about row ``i``: context, series, question."""

@@ -51,13 +51,13 @@ def find_table(folder: Path, name: str) -> Path:
     if not folder.is_dir():
         raise InputError(f"--data_dir {folder}: no such folder: give the one with the SRTR files")
     files = sorted(p for p in (*folder.glob("*"), *folder.glob("*/*")) if p.is_file())
-    found = [path for path in files if path.name.lower() in {name + ending for ending in ENDINGS}]
-    if len(found) != 1:
-        names = ", ".join(str(path.relative_to(folder)) for path in found) or "none"
+    paths = [path for path in files if path.name.lower() in {name + ending for ending in ENDINGS}]
+    if len(paths) != 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in paths) or "none"
         where = f"--data_dir {folder}: {name} ({', '.join(ENDINGS)}) must be there"
         found_text = f"found {names} among {len(files)} files"
         raise InputError(f"{where} or one folder down once, decrypted: {found_text}")
-    return found[0]
+    return paths[0]
 
 
 def read_saf(path: Path, columns: Mapping[str, str]) -> Iterator[pd.DataFrame]:
@@ -69,17 +69,17 @@ def read_saf(path: Path, columns: Mapping[str, str]) -> Iterator[pd.DataFrame]:
     if first.empty:
         raise InputError(f"{path}: no rows below the header")
     spelling = {str(name).strip().upper(): str(name) for name in first}
-    used = {spelling[name]: name for name in columns if name in spelling}
-    logger.info("%s: %d columns, used: %s", path, len(spelling), ", ".join(used.values()))
+    columns_used = {spelling[name]: name for name in columns if name in spelling}
+    logger.info("%s: %d columns, used: %s", path, len(spelling), ", ".join(columns_used.values()))
     for name in (name for name in columns if name not in spelling):
         if not columns[name]:
             raise InputError(f"{path}: no column {name}: is this SRTR's {path.stem.upper()}?")
         logger.info("  no %s: %s", name, columns[name])
-    dates = [name for name in used.values() if name.endswith(DATE_ENDINGS)]
+    dates = [name for name in columns_used.values() if name.endswith(DATE_ENDINGS)]
     rows, early, unread = 0, 0, Counter[str]()
-    for chunk in read_chunks(path, list(used), CHUNK_ROWS):
-        cells = chunk.rename(columns=used)
-        decoded = {name: decode(cells[name]) for name in used.values()}
+    for chunk in read_chunks(path, list(columns_used), CHUNK_ROWS):
+        cells = chunk.rename(columns=columns_used)
+        decoded = {name: decode(cells[name]) for name in columns_used.values()}
         values = pd.DataFrame({name: column for name, (column, _) in decoded.items()})
         bad = pd.DataFrame({name: column for name, (_, column) in decoded.items()})
         unread.update({str(name): int(count) for name, count in bad.sum().items()})
@@ -97,9 +97,9 @@ def read_saf(path: Path, columns: Mapping[str, str]) -> Iterator[pd.DataFrame]:
         problem = f"{early} of {rows} {problem}: numbers must be days since 1960-01-01"
         raise InputError(f"{path}, column {dates[0]}: {problem}")
     for name, count in (+unread).items():
-        taken = "not numbers: taken as missing"
-        fault = "impossible dates: their rows are left out" if name in dates else taken
-        logger.warning("%s, column %s: %d cells are %s", path, name, count, fault)
+        problem = "not numbers: taken as missing"
+        problem = "impossible dates: their rows are left out" if name in dates else problem
+        logger.warning("%s, column %s: %d cells are %s", path, name, count, problem)
 
 
 def _day(year: int) -> int:
@@ -112,18 +112,18 @@ def decode(cells: pd.Series) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     Dates are days since 1960-01-01, words are in capitals, all else is a number (Y 1, N 0).
     """
     position, distinct = pd.factorize(cells)  # distinct cells are few
-    known = pd.Series(distinct)
-    if not pd.api.types.is_numeric_dtype(known):
-        text = known.astype(str).str.strip().str.upper().str.replace(BEHIND, "", regex=True)
-        known = text.mask(text.str.fullmatch(EMPTY))
+    content = pd.Series(distinct)
+    if not pd.api.types.is_numeric_dtype(content):
+        text = content.astype(str).str.strip().str.upper().str.replace(BEHIND, "", regex=True)
+        content = text.mask(text.str.fullmatch(EMPTY))
     if cells.name in TEXT_COLUMNS:
-        value = known
+        value = content
     elif str(cells.name).endswith(DATE_ENDINGS):
-        value = _days(known, FIRST_DIALYSIS_YEAR if cells.name == "CAN_DIAL_DT" else FIRST_YEAR)
+        value = _days(content, FIRST_DIALYSIS_YEAR if cells.name == "CAN_DIAL_DT" else FIRST_YEAR)
     else:
-        number = pd.to_numeric(known.replace({"Y": "1", "N": "0"}), errors="coerce")
+        number = pd.to_numeric(content.replace({"Y": "1", "N": "0"}), errors="coerce")
         value = pd.Series(number, dtype=float)
-    unread = known.notna() & value.isna()
+    unread = content.notna() & value.isna()
     return value.reindex(position).to_numpy(), unread.reindex(position, fill_value=False).to_numpy()
 
 
