@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from medgemma_clinical.data import duck
 from medgemma_clinical.data.analytes import (
     ANALYTES,
     CHEMISTRY,
@@ -20,17 +21,6 @@ from medgemma_clinical.data.analytes import (
     feature_of,
     find_factors,
     items_to_read,
-)
-from medgemma_clinical.data.duck import (
-    Column,
-    Database,
-    TableFile,
-    TableRequest,
-    apply_rules,
-    describe_origin,
-    find_file,
-    load_table,
-    open_table,
 )
 from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.texts import plain
@@ -150,7 +140,7 @@ RULES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class CohortRequest(TableRequest):
+class CohortRequest(duck.TableRequest):
     """A request for rows from the tables of a hospital: cohort, series, times, outcome."""
 
     cohort: str
@@ -178,27 +168,27 @@ class HospitalTables:
 
     command: str
     source: str  # of the data, with their terms
-    columns: Mapping[str, Mapping[str, Column]]  # that are read of each table
+    columns: Mapping[str, Mapping[str, duck.Column]]  # that are read of each table
     labs: str  # table of laboratory values
     unique: Mapping[str, str]  # column of a table whose values name its rows
     cohorts = COHORTS
     usable = "charted and stored by then"
 
-    def __init__(self, database: Database, flag: str, folder: Path) -> None:
+    def __init__(self, database: duck.Database, flag: str, folder: Path) -> None:
         """Find all files, so that the absence of one shows before minutes are spent."""
         self.database, self.name = database, f"{flag} {folder}"
-        self.paths = {name: find_file(folder, name, flag) for name in self.columns}
+        self.paths = {name: duck.find_file(folder, name, flag) for name in self.columns}
         self.hashes: dict[str, str] = {}
 
-    def load(self, name: str, keep: Sequence[str] = (), keys: Sequence[str] = ()) -> TableFile:
+    def load(self, name: str, keep: Sequence[str] = (), keys: Sequence[str] = ()) -> duck.TableFile:
         """Make a table of a file, named like it; ``{COLUMN}`` in ``keep`` is a typed cell."""
         columns = self.columns[name]
-        file = open_table(self.database, self.paths[name], columns)
+        file = duck.open_table(self.database, self.paths[name], columns)
         self.hashes[name] = file.sha256
         cells = {column: form.typed(file.raw(column)) for column, form in columns.items()}
         conditions = [condition.format(**cells) for condition in keep]
         table = name.rpartition("/")[2]
-        load_table(self.database, table, file, columns, conditions, keys=keys)
+        duck.load_table(self.database, table, file, columns, conditions, keys=keys)
         if key := self.unique.get(name):
             rows, values = self.database.row(f"SELECT count(*), count(DISTINCT {key}) FROM {table}")
             if values < rows:
@@ -223,7 +213,7 @@ class HospitalTables:
 
 
 def make_cohort(
-    database: Database, request: CohortRequest, tables: HospitalTables
+    database: duck.Database, request: CohortRequest, tables: HospitalTables
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Make rows of the DKA format, by ascending patient and admission, and their description."""
     database.set(
@@ -258,7 +248,7 @@ def make_cohort(
 
 
 def read_values(
-    database: Database, request: CohortRequest, tables: HospitalTables
+    database: duck.Database, request: CohortRequest, tables: HospitalTables
 ) -> tuple[list[Feature], dict[str, int]]:
     """Make the table converted; return the features, and counts of the values left out."""
     wanted_features = tables.choose_features(request)
@@ -302,7 +292,7 @@ def read_values(
 
 
 def select_admissions(
-    database: Database, request: CohortRequest, tables: HospitalTables
+    database: duck.Database, request: CohortRequest, tables: HospitalTables
 ) -> list[dict[str, Any]]:
     """Make the table kept, and log how the admissions became rows."""
     applies = {
@@ -315,14 +305,14 @@ def select_admissions(
     unused = [name for name, used in applies.items() if not used]
     titles = {name: text.format(request.min_observations) for name, text in RULES.items()}
     rules = database.frame("FROM rules ORDER BY stay").set_index("stay")
-    left, flow = apply_rules(rules.drop(columns=unused).rename(columns=titles), tables.name)
+    left, flow = duck.apply_rules(rules.drop(columns=unused).rename(columns=titles), tables.name)
     database.add("kept", left[left].index.to_frame())
     logger.info("cohort %s: %s", request.cohort, tables.cohorts[request.cohort])
     return flow
 
 
 def make_cohort_rows(
-    database: Database, request: CohortRequest, features: Sequence[Feature]
+    database: duck.Database, request: CohortRequest, features: Sequence[Feature]
 ) -> pd.DataFrame:
     """Return the rows: identifiers, series, prediction time, context, static features, labels."""
     database.run_file(SQL / "rows.sql")
@@ -341,7 +331,7 @@ def make_cohort_rows(
 
 
 def make_static_features(
-    database: Database, request: CohortRequest, features: Sequence[Feature], rows: pd.DataFrame
+    database: duck.Database, request: CohortRequest, features: Sequence[Feature], rows: pd.DataFrame
 ) -> pd.DataFrame:
     """Return what the context tells of the unit, of time and of other chemistry, as numbers."""
     unit = rows["unit"]
@@ -399,5 +389,5 @@ def describe_rows(
             **{f"label_{name}": text.definition for name, text in OUTCOMES.items()},
         },
         "source": tables.source,
-        **describe_origin(request, tables.command, tables.hashes),
+        **duck.describe_origin(request, tables.command, tables.hashes),
     }

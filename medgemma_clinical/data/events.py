@@ -11,17 +11,8 @@ from typing import Any
 
 import pandas as pd
 
+from medgemma_clinical.data import duck
 from medgemma_clinical.data.dka import MAIN_COLUMN, comparable
-from medgemma_clinical.data.duck import (
-    Column,
-    Database,
-    TableFile,
-    TableRequest,
-    apply_rules,
-    literal,
-    load_table,
-    quoted,
-)
 from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.texts import NUMBER, plain
 from medgemma_clinical.files import InputError
@@ -31,13 +22,13 @@ logger = logging.getLogger(__name__)
 SQL = Path(__file__).parent / "sql"
 NAME = re.compile(r"[^\[\],*=\x00-\x1f]*[^\[\],*=\s]")
 TITLE = re.compile(rf"({NAME.pattern})\s*(?:\[([^\[\],*\x00-\x1f]+)\]\s*)?")
-SUBJECT = Column("id")
+SUBJECT = duck.Column("id")
 MAX_PAIRS = 200_000  # of a prediction and an event of its subject, joined at a time
 MAX_AT_MIDNIGHT = 0.1  # share of events above which they seem to have dates in place of times
 
 
 @dataclass(frozen=True, kw_only=True)
-class EventRequest(TableRequest):
+class EventRequest(duck.TableRequest):
     """What every command needs that makes rows of labels and events."""
 
     labels: Path
@@ -88,7 +79,7 @@ def parse_features(flag: str, texts: Iterable[str], *, code_needed: bool = True)
 # ---------------------------------------------------------------------------- tables
 
 
-def add_windows(database: Database, request: EventRequest, time_unit: int = 0) -> None:
+def add_windows(database: duck.Database, request: EventRequest, time_unit: int = 0) -> None:
     """Make the tables of ``windows.sql`` from ``label``; ``time_unit`` is in microseconds."""
     labels, predictions = database.row(
         "SELECT count(*), count(DISTINCT (subject, prediction_time)) FROM label"
@@ -102,16 +93,16 @@ def add_windows(database: Database, request: EventRequest, time_unit: int = 0) -
 
 def any_code(code: str, codes: Iterable[Any], default: str) -> str:
     """Return SQL for whether a code is one of some codes, ``default`` where there are none."""
-    texts = [literal(str(text)) for text in dict.fromkeys(codes)]
+    texts = [duck.literal(str(text)) for text in dict.fromkeys(codes)]
     return " OR ".join(f"is_code({code}, {text})" for text in texts) or default
 
 
 def load_events(
-    database: Database,
+    database: duck.Database,
     request: EventRequest,
-    files: Iterable[TableFile],
+    files: Iterable[duck.TableFile],
     names: Mapping[str, str],  # columns of subject_id, item, time, value; perhaps unit, storetime
-    columns: Mapping[str, Column],
+    columns: Mapping[str, duck.Column],
     codes: Sequence[Any],  # read within the ``span`` of their subject; empty: all
     always: Sequence[str] = (),  # codes that are read at any time
 ) -> None:
@@ -126,7 +117,7 @@ def load_events(
             f"AND ({has_code}) OR {any_code(code, always, 'false')})"
         )
         join = f"LEFT JOIN span ON subject = {subject}"
-        load_table(database, "loaded", file, columns, [keep], join, keys[:2])
+        duck.load_table(database, "loaded", file, columns, [keep], join, keys[:2])
         select = (
             f"SELECT count(DISTINCT subject), count(*), count(*) FILTER ({time} < opens), "
             f"count(*) FILTER ({time} > closes), count(*) FILTER (closes IS NULL)"
@@ -139,15 +130,15 @@ def load_events(
 
 
 def make_record(
-    database: Database,
+    database: duck.Database,
     names: Mapping[str, str],
-    columns: Mapping[str, Column],
+    columns: Mapping[str, duck.Column],
     factors: Mapping[tuple[str, str], float],  # of values, by item and unit
 ) -> None:
     """Make the view ``record`` of ``read``: subject, code, time, known, value, unit, converted."""
     rows = [(code, unit, factor) for (code, unit), factor in factors.items()]
     database.add("factors", pd.DataFrame(rows, columns=["code", "unit", "factor"]))
-    cells = {role: f"read.{quoted(name)}" for role, name in names.items()}
+    cells = {role: f"read.{duck.quoted(name)}" for role, name in names.items()}
     unit, value = cells.get("unit", "NULL::VARCHAR"), cells["value"]
     if columns[names["value"]].form == "value":
         value = f"coalesce({value}.number, at_limit({value}.text))"
@@ -160,7 +151,7 @@ def make_record(
     )
 
 
-def check_windows(database: Database, request: EventRequest, counts: Sequence[int]) -> None:
+def check_windows(database: duck.Database, request: EventRequest, counts: Sequence[int]) -> None:
     """Log the events outside the windows; refuse labels without any event in their windows."""
     subjects, events, early, late, unlabelled = counts
     measured, labelled = database.row(
@@ -184,7 +175,7 @@ def check_windows(database: Database, request: EventRequest, counts: Sequence[in
         logger.warning("warning: %s", problem)
 
 
-def name_codes(database: Database, features_of: Mapping[str, Sequence[Feature]]) -> None:
+def name_codes(database: duck.Database, features_of: Mapping[str, Sequence[Feature]]) -> None:
     """Make the table ``named``: which code of ``record`` belongs to which feature of which flag."""
     rows = [
         (flag, feature.name, feature.unit, position, feature.title, code)
@@ -210,7 +201,7 @@ def name_codes(database: Database, features_of: Mapping[str, Sequence[Feature]])
 
 
 def make_trajectories(
-    database: Database, request: EventRequest, equal_times: str = "keep"
+    database: duck.Database, request: EventRequest, equal_times: str = "keep"
 ) -> pd.DataFrame:
     """Return each trajectory: number (of its prediction), series, observations, hours, text."""
     database.set(max_pairs=MAX_PAIRS, hours_from=request.hours_from, equal_times=equal_times)
@@ -232,7 +223,7 @@ def make_trajectories(
 
 
 def make_rows(
-    database: Database,
+    database: duck.Database,
     request: EventRequest,
     series: Sequence[Feature],
     trajectories: pd.DataFrame,
@@ -255,7 +246,7 @@ def make_rows(
     too_few = "no value" if fewest == 1 else f"fewer than {fewest} values"
     counts = cells[0]["observations"].reindex(labels.index)
     rules[f"{too_few} of {series[0].name} in the window"] = ~counts.ge(fewest)
-    left, flow = apply_rules(pd.DataFrame(rules), f"--labels {request.labels}")
+    left, flow = duck.apply_rules(pd.DataFrame(rules), f"--labels {request.labels}")
     labels = labels if keep_all else labels[left]
     titles = [MAIN_COLUMN, *(f"trajectory_{feature.title}" for feature in series[1:])]
     rows = pd.DataFrame(

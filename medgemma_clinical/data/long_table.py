@@ -12,26 +12,8 @@ from typing import Any
 
 import pandas as pd
 
+from medgemma_clinical.data import duck
 from medgemma_clinical.data.dka import STATIC, comparable, join_names
-from medgemma_clinical.data.duck import (
-    MADE_BY,
-    MICROSECONDS,
-    NO,
-    WORD,
-    WORD_OR_EMPTY,
-    YES,
-    Column,
-    Database,
-    TableFile,
-    cells,
-    describe_origin,
-    find_time,
-    literal,
-    load_table,
-    open_database,
-    open_table,
-    quoted,
-)
 from medgemma_clinical.data.events import (
     SUBJECT,
     EventRequest,
@@ -61,10 +43,10 @@ logger = logging.getLogger(__name__)
 COMMAND, EVENT = "from_long", "Event"
 TIMES = ("prediction_time", "time", "storetime")
 MAX_SERIES, MAX_CATEGORIES, MAX_WORDS, MAX_LETTERS = 100, 20, 5, 30
-LABEL = Column("label", may_be_empty=True)
+LABEL = duck.Column("label", may_be_empty=True)
 LATER = re.compile(r"(.+?)\s*\+\s*(\d+(?:\.\d+)?)\s*(h|d)(?:ours?|ays?)?")
 FACTOR = re.compile(rf"(.*):(.*)=\s*({NUMBER})\s*")
-HOUR = MICROSECONDS["hours"]
+HOUR = duck.MICROSECONDS["hours"]
 MALE, FEMALE = ("male", "m"), ("female", "f")
 
 
@@ -124,7 +106,7 @@ def read_like(path: Path) -> dict[str, Any]:
     file = path.with_suffix(".json")
     try:
         content = read_json(file)
-        arguments = dict(content["arguments"]) if content[MADE_BY].endswith(COMMAND) else {}
+        arguments = dict(content["arguments"]) if content[duck.MADE_BY].endswith(COMMAND) else {}
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         arguments = {}
     if not arguments:
@@ -140,10 +122,10 @@ def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
     factors = request.factors()
     if request.like and request.out.resolve() == request.like.resolve():
         raise InputError(f"--out {request.out}: --like reads it: choose another name")
-    with open_database(request.out, request.memory_limit, request.threads) as database:
+    with duck.open_database(request.out, request.memory_limit, request.threads) as database:
         database.set(below_limit=request.below_limit)
-        table = open_table(database, request.table, {})
-        labels = open_table(database, request.labels, {})
+        table = duck.open_table(database, request.table, {})
+        labels = duck.open_table(database, request.labels, {})
         names, label_names = find_columns(table, labels, request)
         times = find_times(database, labels, label_names, request)
         categories = load_labels(database, labels, label_names, request, times["prediction_time"])
@@ -183,14 +165,14 @@ def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
     hashes = {table.path.name: table.sha256, f"labels/{labels.path.name}": labels.sha256}
     description = describe_rows(settled, series[0], usable, rows, flow) | {"values": left_out}
     rows = rows.drop(columns="label_escalation") if request.no_labels else rows
-    return rows, description | describe_origin(settled, COMMAND, hashes)
+    return rows, description | duck.describe_origin(settled, COMMAND, hashes)
 
 
 # ---------------------------------------------------------------------------- tables
 
 
 def find_columns(
-    table: TableFile, labels: TableFile, request: LongRequest
+    table: duck.TableFile, labels: duck.TableFile, request: LongRequest
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Return the column of each role in both tables; ask for all that are missing in one line."""
     mapped, problems, names_of = request.mapped(), list[str](), []
@@ -213,7 +195,7 @@ def find_columns(
     return names_of[0], names_of[1]
 
 
-def log_columns(file: TableFile, names: Mapping[str, str]) -> None:
+def log_columns(file: duck.TableFile, names: Mapping[str, str]) -> None:
     """Log which column is read as what, and those that are not read."""
     read = ", ".join(f"{role}={one_line(name)}" for role, name in names.items())
     unread = join_names([name for name in file.header if name not in names.values()])
@@ -221,32 +203,34 @@ def log_columns(file: TableFile, names: Mapping[str, str]) -> None:
 
 
 def find_times(
-    database: Database, file: TableFile, names: Mapping[str, str], request: LongRequest
-) -> dict[str, Column]:
+    database: duck.Database, file: duck.TableFile, names: Mapping[str, str], request: LongRequest
+) -> dict[str, duck.Column]:
     """Return how the times of each role are read."""
     earlier, roles = request.read_as.get("times", {}), [role for role in TIMES if role in names]
     if request.time_unit:
-        return dict.fromkeys(roles, Column(request.time_unit))
+        return dict.fromkeys(roles, duck.Column(request.time_unit))
     return {
-        role: find_time(database, file, names[role], request.time_format, earlier.get(role, ()))
+        role: duck.find_time(
+            database, file, names[role], request.time_format, earlier.get(role, ())
+        )
         for role in roles
     }
 
 
 def load_values(
-    database: Database,
-    file: TableFile,
+    database: duck.Database,
+    file: duck.TableFile,
     names: Mapping[str, str],
     request: LongRequest,
-    times: Mapping[str, Column],
+    times: Mapping[str, duck.Column],
     codes: Sequence[Any],
 ) -> None:
     """Make the view ``record`` of the values in the windows."""
     roles = {
         "subject_id": SUBJECT,
-        "item": WORD,
-        "value": Column("value", comma=file.separator == ";"),
-        "unit": WORD_OR_EMPTY,
+        "item": duck.WORD,
+        "value": duck.Column("value", comma=file.separator == ";"),
+        "unit": duck.WORD_OR_EMPTY,
         **{role: replace(t, may_be_empty=role == "storetime") for role, t in times.items()},
     }
     columns = {name: roles[role] for role, name in names.items()}
@@ -256,11 +240,11 @@ def load_values(
 
 
 def load_labels(
-    database: Database,
-    file: TableFile,
+    database: duck.Database,
+    file: duck.TableFile,
     names: Mapping[str, str],
     request: LongRequest,
-    time: Column,
+    time: duck.Column,
 ) -> dict[str, list[str]]:
     """Make the table ``label`` and windows of it; return the categories of each static feature."""
     static = parse_features("static", request.static, code_needed=False)
@@ -273,24 +257,24 @@ def load_labels(
             raise InputError(f"--static {feature.title}={feature.keys[0]}: {file.path}: {problem}")
         columns_of[feature.title] = column
     log_columns(file, {**names, **columns_of})
-    columns = dict.fromkeys(columns_of.values(), Column("value", comma=file.separator == ";"))
+    columns = dict.fromkeys(columns_of.values(), duck.Column("value", comma=file.separator == ";"))
     columns |= {names["labels.subject_id"]: SUBJECT, names["prediction_time"]: time}
     columns |= {} if request.no_labels else {names["label"]: LABEL}
-    load_table(database, "answers", file, columns)
+    duck.load_table(database, "answers", file, columns)
     _, delay = request.prediction_time_column()
     select = {
-        "subject": quoted(names["labels.subject_id"]),
-        "prediction_time": f"{quoted(names['prediction_time'])} + to_microseconds({delay})",
-        "label": "NULL::INTEGER" if request.no_labels else quoted(names["label"]),
+        "subject": duck.quoted(names["labels.subject_id"]),
+        "prediction_time": f"{duck.quoted(names['prediction_time'])} + to_microseconds({delay})",
+        "label": "NULL::INTEGER" if request.no_labels else duck.quoted(names["label"]),
     }
     for feature in static:
         sql, categories[feature.title] = make_static(
             database, feature, columns_of[feature.title], file, request
         )
         select |= sql
-    columns_sql = ", ".join(f"{sql} AS {quoted(name)}" for name, sql in select.items())
+    columns_sql = ", ".join(f"{sql} AS {duck.quoted(name)}" for name, sql in select.items())
     database.run(f"CREATE TABLE label AS SELECT {columns_sql} FROM answers")
-    add_windows(database, request, MICROSECONDS.get(request.time_unit, 0))
+    add_windows(database, request, duck.MICROSECONDS.get(request.time_unit, 0))
     return categories
 
 
@@ -298,11 +282,11 @@ def load_labels(
 
 
 def check_texts(
-    database: Database, loaded: str, column: str, file: TableFile, request: LongRequest
+    database: duck.Database, loaded: str, column: str, file: duck.TableFile, request: LongRequest
 ) -> None:
     """Refuse texts in place of numbers unless a flag says how they are read; count them."""
     where = f"{file.path}, column {column}"
-    texts = f"SELECT unnest({quoted(column)}) FROM {loaded}"
+    texts = f"SELECT unnest({duck.quoted(column)}) FROM {loaded}"
     commas, points, below, above, other = database.row(
         "SELECT count(*) FILTER (sign = ','), count(*) FILTER (sign = '.'), "
         "count(*) FILTER (is_limit(text) AND text[1] IN ('<', '≤')), "
@@ -314,9 +298,9 @@ def check_texts(
         problems.append(f"{commas:,} numbers have a comma and {points:,} a point: write all alike")
     if below + above and not request.below_limit:
         flag = '--below_limit half, value or drop (of "<5": 2.5, 5 or empty)'
-        problems.append(f"{cells(below + above)} at a limit: {flag}")
+        problems.append(f"{duck.cells(below + above)} at a limit: {flag}")
     if other and not request.bad_values:
-        problems.append(f"{cells(other)} not a number: --bad_values drop leaves it out")
+        problems.append(f"{duck.cells(other)} not a number: --bad_values drop leaves it out")
     if problems:
         raise InputError(f"{where}: {'; '.join(problems)}")
     if below + above:
@@ -336,10 +320,14 @@ def check_texts(
 
 
 def make_static(
-    database: Database, feature: Feature, column: str, file: TableFile, request: LongRequest
+    database: duck.Database,
+    feature: Feature,
+    column: str,
+    file: duck.TableFile,
+    request: LongRequest,
 ) -> tuple[dict[str, str], list[str]]:
     """Return SQL of the columns of a static feature, and its categories: none where numbers."""
-    where, cell = f"{file.path}, column {column}", quoted(column)
+    where, cell = f"{file.path}, column {column}", duck.quoted(column)
     word = f"lower(coalesce({cell}.text, plain({cell}.number)))"
     words = request.read_as.get("static", {}).get(feature.title)
     if words is None:
@@ -353,13 +341,13 @@ def make_static(
         number = f"plain(coalesce({cell}.number, at_limit({cell}.text)))"
         return {f"{STATIC}{feature.title}": number}, words
     categories, columns = name_categories(feature.name, words)
-    is_category, sql = f"{word} IN ({', '.join(map(literal, categories))})", {}
+    is_category, sql = f"{word} IN ({', '.join(map(duck.literal, categories))})", {}
     (unknown,) = database.row(f"SELECT count(*) FROM answers WHERE NOT {is_category}")
     if unknown:
-        logger.warning("warning: %s: %s of no known category: empty", where, cells(unknown))
+        logger.warning("warning: %s: %s of no known category: empty", where, duck.cells(unknown))
     for name, ones in columns.items():
         logger.info("%s: %s is 1 for %s", where, name, one_line(", ".join(ones)))
-        one = f"({word} IN ({', '.join(map(literal, ones))}))::INTEGER::VARCHAR"
+        one = f"({word} IN ({', '.join(map(duck.literal, ones))}))::INTEGER::VARCHAR"
         sql[name] = f"CASE WHEN {is_category} THEN {one} END"
     return sql, words
 
@@ -368,7 +356,7 @@ def name_categories(
     name: str, words: Sequence[str]
 ) -> tuple[Sequence[str], dict[str, Sequence[str]]]:
     """Return the categories, and those that are 1 in each column: one column for two of them."""
-    for ones, zeros, title in ((YES, NO, name), (MALE, FEMALE, f"{name.lower()}_male")):
+    for ones, zeros, title in ((duck.YES, duck.NO, name), (MALE, FEMALE, f"{name.lower()}_male")):
         if {*words} <= {*ones, *zeros}:
             return (*ones, *zeros), {f"{STATIC}{title}": ones}
     with_column = words[1:] if len(words) == 2 else words
@@ -380,7 +368,7 @@ def name_categories(
 # ---------------------------------------------------------------------------- items
 
 
-def find_items(database: Database) -> list[Feature]:
+def find_items(database: duck.Database) -> list[Feature]:
     """Return each item as a feature, whatever its case, by its most frequent spelling."""
     spellings: dict[str, list[str]] = {}
     select = "SELECT code FROM record GROUP BY code ORDER BY count(*) DESC, code"
@@ -407,7 +395,7 @@ def choose_series(
 
 
 def convert_units(
-    database: Database,
+    database: duck.Database,
     items: Sequence[Feature],
     factors: Mapping[tuple[str, str], float],
     path: Path,
@@ -439,7 +427,7 @@ def convert_units(
     return [replace(item, unit=units.get(item.name, item.unit)) for item in items]
 
 
-def count_left_out(database: Database, path: Path) -> dict[str, int]:
+def count_left_out(database: duck.Database, path: Path) -> dict[str, int]:
     """Count and log the values in the windows that are left out or converted."""
     row = database.row(
         "SELECT count(*) FILTER (value IS NULL), "

@@ -11,18 +11,8 @@ from typing import Any
 
 import pandas as pd
 
+from medgemma_clinical.data import duck
 from medgemma_clinical.data.dka import comparable, join_names
-from medgemma_clinical.data.duck import (
-    WORD,
-    Column,
-    Database,
-    TableFile,
-    describe_origin,
-    load_table,
-    open_database,
-    open_table,
-    readable,
-)
 from medgemma_clinical.data.events import (
     SQL,
     SUBJECT,
@@ -42,24 +32,24 @@ from medgemma_clinical.files import InputError, one_line
 
 logger = logging.getLogger(__name__)
 
-TIME = Column("instant")
+TIME = duck.Column("instant")
 EVENTS = {
     "subject_id": SUBJECT,
-    "code": WORD,
-    "time": Column("instant", may_be_empty=True),
-    "numeric_value": Column("number", may_be_empty=True, optional=True),
+    "code": duck.WORD,
+    "time": duck.Column("instant", may_be_empty=True),
+    "numeric_value": duck.Column("number", may_be_empty=True, optional=True),
 }
 """Source: MEDS 0.4.1, DataSchema."""
 
 ROLES = {"subject_id": "subject_id", "item": "code", "time": "time", "value": "numeric_value"}
 
 ANSWERS = ("boolean_value", "integer_value", "float_value")
-YES_OR_NO = Column("label", may_be_empty=True, optional=True)
+YES_OR_NO = duck.Column("label", may_be_empty=True, optional=True)
 LABELS = {"subject_id": SUBJECT, "prediction_time": TIME, **dict.fromkeys(ANSWERS, YES_OR_NO)}
 """Source: MEDS 0.4.1, LabelSchema; a label fills one of its answers."""
 
-OPTIONAL_WORD = Column("word", may_be_empty=True, optional=True)
-CODES = {"code": WORD, "description": OPTIONAL_WORD, "valueuom": OPTIONAL_WORD}
+OPTIONAL_WORD = duck.Column("word", may_be_empty=True, optional=True)
+CODES = {"code": duck.WORD, "description": OPTIONAL_WORD, "valueuom": OPTIONAL_WORD}
 PERSON = ("MEDS_BIRTH", "GENDER//M", "GENDER//F")
 PART_OF_SPLIT = {"train": "train", "tuning": "val", "held_out": "test"}
 SPLITS = "metadata/subject_splits.parquet"
@@ -88,7 +78,7 @@ def make_meds(request: MedsRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
             problem = "age and sex are in the context by themselves: give another name"
             raise InputError(f"--context {feature.title}: {problem}")
     hashes: dict[str, str] = {}
-    with open_database(request.out, request.memory_limit, request.threads) as database:
+    with duck.open_database(request.out, request.memory_limit, request.threads) as database:
         load_meds_labels(database, request.labels, hashes)
         add_windows(database, request)
         files = open_files(database, request.meds_dir / "data", EVENTS)
@@ -115,23 +105,23 @@ def make_meds(request: MedsRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
         ).fetchall():
             logger.info("series %s: %s", name, one_line(join_names(codes_of_series)))
     description = describe_rows(request, series[0], "events", rows, flow)
-    return rows, description | describe_origin(request, "from_meds", hashes)
+    return rows, description | duck.describe_origin(request, "from_meds", hashes)
 
 
 def open_files(
-    database: Database, path: Path, columns: Mapping[str, Column]
-) -> dict[str, TableFile]:
+    database: duck.Database, path: Path, columns: Mapping[str, duck.Column]
+) -> dict[str, duck.TableFile]:
     """Open the Parquet files of a folder, or the one file, each by its name in the folder."""
     paths = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not paths:
         raise InputError(f"{path}: no Parquet file in this folder")
     return {
-        file_path.relative_to(path.parent).as_posix(): open_table(database, file_path, columns)
+        file_path.relative_to(path.parent).as_posix(): duck.open_table(database, file_path, columns)
         for file_path in paths
     }
 
 
-def load_meds_labels(database: Database, path: Path, hashes: dict[str, str]) -> None:
+def load_meds_labels(database: duck.Database, path: Path, hashes: dict[str, str]) -> None:
     """Make the table ``label``."""
     answers = ", ".join(ANSWERS)
     database.run("CREATE TABLE label (subject VARCHAR, prediction_time TIMESTAMP, label INTEGER)")
@@ -139,14 +129,14 @@ def load_meds_labels(database: Database, path: Path, hashes: dict[str, str]) -> 
         if not {*file.header} & {*ANSWERS}:
             raise InputError(f"{file.path}: no column {answers}")
         hashes[f"labels: {name}"] = file.sha256
-        load_table(database, "answers", file, LABELS)
+        duck.load_table(database, "answers", file, LABELS)
         database.run(
             f"INSERT INTO label SELECT subject_id, prediction_time, coalesce({answers}) "
             "FROM answers; DROP TABLE answers"
         )
 
 
-def check_units(database: Database) -> None:
+def check_units(database: duck.Database) -> None:
     """Refuse a feature with a unit whose codes end in another one: ``LAB//50868//mEq/L``."""
     for kind, name, unit, codes in database.run(
         "SELECT kind, name, unit, list(code ORDER BY code) "
@@ -164,7 +154,10 @@ def check_units(database: Database) -> None:
 
 
 def read_meds_notes(
-    database: Database, files: Iterable[TableFile], request: MedsRequest, contexts: pd.Series
+    database: duck.Database,
+    files: Iterable[duck.TableFile],
+    request: MedsRequest,
+    contexts: pd.Series,
 ) -> pd.Series:
     """Return the contexts with the notes that were written by their prediction times."""
     database.run(
@@ -176,13 +169,13 @@ def read_meds_notes(
     if not texts:
         raise InputError(f"{request.meds_dir}: no shard has a column text_value for --notes")
     for file in texts:
-        keep = any_code(WORD.typed(file.raw("code")), request.notes, "false")
+        keep = any_code(duck.WORD.typed(file.raw("code")), request.notes, "false")
         load_notes(database, file, names, SUBJECT, request.max_note_words, [keep])
     return add_notes(database, contexts, request.max_note_words)
 
 
 def add_static_features(
-    database: Database, static: pd.DataFrame, context: Sequence[Feature]
+    database: duck.Database, static: pd.DataFrame, context: Sequence[Feature]
 ) -> None:
     """Add a column for each feature of the context."""
     values = database.frame("SELECT number, position, plain(value) AS value FROM static_value")
@@ -193,15 +186,15 @@ def add_static_features(
         static[f"static_{feature.title}"] = column
 
 
-def read_parts(database: Database, folder: Path, hashes: dict[str, str]) -> pd.Series:
+def read_parts(database: duck.Database, folder: Path, hashes: dict[str, str]) -> pd.Series:
     """Return the part of each subject."""
     path = folder / SPLITS
-    columns = {"subject_id": SUBJECT, "split": WORD}
+    columns = {"subject_id": SUBJECT, "split": duck.WORD}
     if not path.is_file():
         raise InputError(f"{path}: no such file: --no_splits lets the trainer split")
-    file = open_table(database, path, columns)
+    file = duck.open_table(database, path, columns)
     hashes[SPLITS] = file.sha256
-    load_table(database, "split", file, columns)
+    duck.load_table(database, "split", file, columns)
     parts = database.frame("SELECT DISTINCT subject_id, split FROM split").set_index("subject_id")
     if parts.index.has_duplicates or not parts["split"].isin(PART_OF_SPLIT).all():
         problem = f"each subject needs one part of {', '.join(PART_OF_SPLIT)}"
@@ -213,15 +206,15 @@ def list_codes(meds_dir: Path, memory_limit: str, threads: int) -> int:
     """Log each code with events, subjects, unit and description, the most frequent first."""
     out, words = Path(tempfile.gettempdir()) / "codes", dict[str, str]()
     path = meds_dir / "metadata" / "codes.parquet"
-    with open_database(out, memory_limit, threads) as database:
+    with duck.open_database(out, memory_limit, threads) as database:
         counts = []
         for file in open_files(database, meds_dir / "data", EVENTS).values():
-            code, subject = WORD.typed(file.raw("code")), SUBJECT.typed(file.raw("subject_id"))
+            code, subject = duck.WORD.typed(file.raw("code")), SUBJECT.typed(file.raw("subject_id"))
             select = f"{code} AS code, count(*) AS events, count(DISTINCT {subject}) AS subjects"
-            with readable(file.path):  # a subject lies in one file
+            with duck.readable(file.path):  # a subject lies in one file
                 counts.append(database.frame(f"SELECT {select} FROM {file.rows()} GROUP BY 1"))
         if path.is_file():
-            load_table(database, "meanings", open_table(database, path, CODES), CODES)
+            duck.load_table(database, "meanings", duck.open_table(database, path, CODES), CODES)
             text = "replace(trim(valueuom, '[]'), 'NULL', '') || '  ' || description"
             meanings = f"SELECT code, min(trim({text})) FROM meanings GROUP BY code"
             words = dict(database.run(meanings).fetchall())
