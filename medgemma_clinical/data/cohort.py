@@ -11,17 +11,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from medgemma_clinical.data import duck
-from medgemma_clinical.data.analytes import (
-    ANALYTES,
-    CHEMISTRY,
-    COMPUTED_GAP,
-    GAP_ITEM,
-    choose_features,
-    feature_of,
-    find_factors,
-    items_to_read,
-)
+from medgemma_clinical.data import analytes, duck
 from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.texts import plain
 from medgemma_clinical.files import InputError
@@ -95,7 +85,7 @@ GAPS = {
         "4 mEq/L above sodium - chloride - bicarbonate, in eICU so in some hospitals"
     ),
 }
-GAP_ITEMS = {"always": COMPUTED_GAP, "reported": GAP_ITEM}
+GAP_ITEMS = {"always": analytes.COMPUTED_GAP, "reported": analytes.GAP_ITEM}
 
 DISCHARGED = {
     "not_escalated": (
@@ -202,7 +192,7 @@ class HospitalTables:
 
     def choose_features(self, request: Any) -> list[Feature]:
         """Return the features that are asked for, the main one first."""
-        return choose_features(request.series or ("anion gap",), request.gap_item)
+        return analytes.choose_features(request.series or ("anion gap",), request.gap_item)
 
     def load_labs(self, items: set[int]) -> None:
         """Make the table labs of these items, of patients in the table wanted."""
@@ -223,7 +213,7 @@ def make_cohort(
         min_observations=request.min_observations,
         outcome=request.components,
         gap_item=request.gap_item,
-        computed_gap=COMPUTED_GAP,
+        computed_gap=analytes.COMPUTED_GAP,
     )
     tables.load_admissions()
     database.run_file(SQL / "stays.sql")
@@ -252,27 +242,27 @@ def read_values(
 ) -> tuple[list[Feature], dict[str, int]]:
     """Make the table converted; return the features, and counts of the values left out."""
     wanted_features = tables.choose_features(request)
-    item_of = {GAP_ITEM: request.gap_item}
+    item_of = {analytes.GAP_ITEM: request.gap_item}
     names = [
         (item_of.get(item, item), analyte.name, f" ({analyte.unit})" if analyte.unit else "")
-        for item, analyte in ANALYTES.items()
+        for item, analyte in analytes.ANALYTES.items()
     ]
     database.add("analytes", pd.DataFrame(names, columns=["item", "analyte", "shown_unit"]))
     items = [(k, item) for k, feature in enumerate(wanted_features) for item in feature.keys]
     database.add("series_items", pd.DataFrame(items, columns=["position", "item"]))
-    tables.load_labs(items_to_read(wanted_features) | set(ANALYTES))
+    tables.load_labs(analytes.items_to_read(wanted_features) | set(analytes.ANALYTES))
     database.run_file(SQL / "values.sql")
     counts = database.frame("FROM value_counts").iloc[0]
     left_out = {str(reason): int(count) for reason, count in counts.items() if count}
 
     path = tables.paths[tables.labs]
     by_unit = "SELECT item, unit, count(*) AS count FROM measured GROUP BY ALL ORDER BY ALL"
-    factors = find_factors(database.frame(by_unit), wanted_features, str(path))
+    factors = analytes.find_factors(database.frame(by_unit), wanted_features, str(path))
     has_factor = factors["factor"].notna()
     database.add("factors", factors[has_factor])
     database.run_file(SQL / "gaps.sql")
     for item, count in factors[~has_factor].groupby("item")["count"].sum().items():
-        name = ANALYTES[item].name if item in ANALYTES else f"item {item}"
+        name = analytes.ANALYTES[item].name if item in analytes.ANALYTES else f"item {item}"
         left_out[f"of {name} in no unit or an unknown one"] = int(count)
     for reason, count in left_out.items():
         logger.info("%s: %d values %s", path, count, reason)
@@ -342,8 +332,8 @@ def make_static_features(
     static["static_hours_since_admission [h]"] = rows["hours_since_admission"]
     values = database.frame("FROM last_values").set_index(["stay", "analyte"])["value"].unstack()
     items = {key for feature in features for key in feature.keys}
-    for analyte in CHEMISTRY:
-        feature = feature_of(analyte, request.gap_item)
+    for analyte in analytes.CHEMISTRY:
+        feature = analytes.feature_of(analyte, request.gap_item)
         if not items & set(feature.keys):
             static[f"static_last_{feature.title}"] = values.get(analyte.name)
     return static

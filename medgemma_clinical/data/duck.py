@@ -26,14 +26,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from medgemma_clinical.data.findings import flow_lines
-from medgemma_clinical.files import (
-    InputError,
-    RunFault,
-    atomic,
-    file_hash,
-    locked,
-    remove,
-)
+from medgemma_clinical.files import InputError, RunFault, atomic, file_hash, locked, remove
 from medgemma_clinical.provenance import code_hash
 
 logger = logging.getLogger(__name__)

@@ -12,20 +12,8 @@ from typing import Any
 
 import pandas as pd
 
-from medgemma_clinical.data import duck
+from medgemma_clinical.data import duck, events
 from medgemma_clinical.data.dka import STATIC, comparable, join_names
-from medgemma_clinical.data.events import (
-    SUBJECT,
-    EventRequest,
-    add_windows,
-    check_name,
-    describe_rows,
-    load_events,
-    make_rows,
-    make_trajectories,
-    name_codes,
-    parse_features,
-)
 from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.roles import (
     HINTS,
@@ -51,7 +39,7 @@ MALE, FEMALE = ("male", "m"), ("female", "f")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LongRequest(EventRequest):
+class LongRequest(events.EventRequest):
     """The flags of from_long."""
 
     table: Path
@@ -118,7 +106,7 @@ def read_like(path: Path) -> dict[str, Any]:
 
 def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Return the rows of the DKA format, and their description."""
-    chosen_series = parse_features("series", request.series, code_needed=False)
+    chosen_series = events.parse_features("series", request.series, code_needed=False)
     factors = request.factors()
     if request.like and request.out.resolve() == request.like.resolve():
         raise InputError(f"--out {request.out}: --like reads it: choose another name")
@@ -133,12 +121,12 @@ def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
         codes = [code for feature in chosen_series for code in feature.keys]
         load_values(database, table, names, request, times, codes)
         items = chosen_series or find_items(database)
-        name_codes(database, {"series": items})
+        events.name_codes(database, {"series": items})
         items = convert_units(database, items, factors, table.path)
-        trajectories = make_trajectories(database, request, request.equal_times)
+        trajectories = events.make_trajectories(database, request, request.equal_times)
         series = items if chosen_series else choose_series(trajectories, items, table.path)
         static = database.frame(f"SELECT COLUMNS('^(number|{STATIC}.*)$') FROM prediction")
-        rows, flow = make_rows(
+        rows, flow = events.make_rows(
             database,
             request,
             series,
@@ -163,7 +151,8 @@ def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
         read_as={"times": formats, "static": categories},
     )
     hashes = {table.path.name: table.sha256, f"labels/{labels.path.name}": labels.sha256}
-    description = describe_rows(settled, series[0], usable, rows, flow) | {"values": left_out}
+    description = events.describe_rows(settled, series[0], usable, rows, flow)
+    description["values"] = left_out
     rows = rows.drop(columns="label_escalation") if request.no_labels else rows
     return rows, description | duck.describe_origin(settled, COMMAND, hashes)
 
@@ -227,7 +216,7 @@ def load_values(
 ) -> None:
     """Make the view ``record`` of the values in the windows."""
     roles = {
-        "subject_id": SUBJECT,
+        "subject_id": events.SUBJECT,
         "item": duck.WORD,
         "value": duck.Column("value", comma=file.separator == ";"),
         "unit": duck.WORD_OR_EMPTY,
@@ -235,7 +224,7 @@ def load_values(
     }
     columns = {name: roles[role] for role, name in names.items()}
     log_columns(file, names)
-    load_events(database, request, [file], names, columns, codes)
+    events.load_events(database, request, [file], names, columns, codes)
     check_texts(database, "read", names["value"], file, request)
 
 
@@ -247,7 +236,7 @@ def load_labels(
     time: duck.Column,
 ) -> dict[str, list[str]]:
     """Make the table ``label`` and windows of it; return the categories of each static feature."""
-    static = parse_features("static", request.static, code_needed=False)
+    static = events.parse_features("static", request.static, code_needed=False)
     columns_of, categories = dict[str, str](), dict[str, list[str]]()
     for feature in static:
         column = find_column(file.header, str(feature.keys[0]))
@@ -258,7 +247,7 @@ def load_labels(
         columns_of[feature.title] = column
     log_columns(file, {**names, **columns_of})
     columns = dict.fromkeys(columns_of.values(), duck.Column("value", comma=file.separator == ";"))
-    columns |= {names["labels.subject_id"]: SUBJECT, names["prediction_time"]: time}
+    columns |= {names["labels.subject_id"]: events.SUBJECT, names["prediction_time"]: time}
     columns |= {} if request.no_labels else {names["label"]: LABEL}
     duck.load_table(database, "answers", file, columns)
     _, delay = request.prediction_time_column()
@@ -274,7 +263,7 @@ def load_labels(
         select |= sql
     columns_sql = ", ".join(f"{sql} AS {duck.quoted(name)}" for name, sql in select.items())
     database.run(f"CREATE TABLE label AS SELECT {columns_sql} FROM answers")
-    add_windows(database, request, duck.MICROSECONDS.get(request.time_unit, 0))
+    events.add_windows(database, request, duck.MICROSECONDS.get(request.time_unit, 0))
     return categories
 
 
@@ -387,7 +376,7 @@ def choose_series(
         problem = f"{len(names):,} items have values in the windows, and 1 to {MAX_SERIES} may be"
         raise InputError(f"{path}: {problem}: choose by --series")
     for name in names:
-        check_name(f"{path}, item {name}", name)
+        events.check_name(f"{path}, item {name}", name)
     by_name = {item.name: item for item in items}
     series = [by_name[name] for name in names]
     logger.info("series: %s", join_names([feature.title for feature in series]))

@@ -11,21 +11,9 @@ from typing import Any
 
 import pandas as pd
 
-from medgemma_clinical.data import duck
+from medgemma_clinical.data import duck, events
 from medgemma_clinical.data.dka import comparable, join_names
-from medgemma_clinical.data.events import (
-    SQL,
-    SUBJECT,
-    EventRequest,
-    add_windows,
-    any_code,
-    describe_rows,
-    load_events,
-    make_rows,
-    make_trajectories,
-    name_codes,
-    parse_features,
-)
+from medgemma_clinical.data.events import SUBJECT
 from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.notes import add_notes, load_notes
 from medgemma_clinical.files import InputError, one_line
@@ -59,7 +47,7 @@ AUTOMATIC = ("age", "sex male")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MedsRequest(EventRequest):
+class MedsRequest(events.EventRequest):
     """The flags of from_meds."""
 
     meds_dir: Path
@@ -71,8 +59,8 @@ class MedsRequest(EventRequest):
 
 def make_meds(request: MedsRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Return the rows of the DKA format, and their description."""
-    series = parse_features("series", request.series)
-    context = parse_features("context", request.context)
+    series = events.parse_features("series", request.series)
+    context = events.parse_features("context", request.context)
     for feature in context:
         if comparable(feature.name) in AUTOMATIC:
             problem = "age and sex are in the context by themselves: give another name"
@@ -80,15 +68,15 @@ def make_meds(request: MedsRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
     hashes: dict[str, str] = {}
     with duck.open_database(request.out, request.memory_limit, request.threads) as database:
         load_meds_labels(database, request.labels, hashes)
-        add_windows(database, request)
+        events.add_windows(database, request)
         files = open_files(database, request.meds_dir / "data", EVENTS)
         hashes |= {name: file.sha256 for name, file in files.items()}
         codes = [code for feature in (*series, *context) for code in feature.keys]
-        load_events(database, request, files.values(), ROLES, EVENTS, codes, PERSON)
-        name_codes(database, {"series": series, "context": context})
+        events.load_events(database, request, files.values(), ROLES, EVENTS, codes, PERSON)
+        events.name_codes(database, {"series": series, "context": context})
         check_units(database)
-        trajectories = make_trajectories(database, request)
-        database.run_file(SQL / "meds.sql")
+        trajectories = events.make_trajectories(database, request)
+        database.run_file(events.SQL / "meds.sql")
         static = database.frame("FROM context ORDER BY number").set_index("number")
         if request.notes:
             contexts = static["clinical_context"]
@@ -98,13 +86,13 @@ def make_meds(request: MedsRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
         static = static.replace("", None).dropna(axis="columns", how="all")
         add_static_features(database, static, context)
         parts = None if request.no_splits else read_parts(database, request.meds_dir, hashes)
-        rows, flow = make_rows(database, request, series, trajectories, static, parts)
+        rows, flow = events.make_rows(database, request, series, trajectories, static, parts)
         for name, codes_of_series in database.run(
             "SELECT name, list(code ORDER BY code) FROM named WHERE kind = 'series' "
             "GROUP BY name, position ORDER BY position"
         ).fetchall():
             logger.info("series %s: %s", name, one_line(join_names(codes_of_series)))
-    description = describe_rows(request, series[0], "events", rows, flow)
+    description = events.describe_rows(request, series[0], "events", rows, flow)
     return rows, description | duck.describe_origin(request, "from_meds", hashes)
 
 
@@ -169,7 +157,7 @@ def read_meds_notes(
     if not texts:
         raise InputError(f"{request.meds_dir}: no shard has a column text_value for --notes")
     for file in texts:
-        keep = any_code(duck.WORD.typed(file.raw("code")), request.notes, "false")
+        keep = events.any_code(duck.WORD.typed(file.raw("code")), request.notes, "false")
         load_notes(database, file, names, SUBJECT, request.max_note_words, [keep])
     return add_notes(database, contexts, request.max_note_words)
 
@@ -209,7 +197,7 @@ def list_codes(meds_dir: Path, memory_limit: str, threads: int) -> int:
     with duck.open_database(out, memory_limit, threads) as database:
         counts = []
         for file in open_files(database, meds_dir / "data", EVENTS).values():
-            code, subject = duck.WORD.typed(file.raw("code")), SUBJECT.typed(file.raw("subject_id"))
+            code, subject = (EVENTS[name].typed(file.raw(name)) for name in ("code", "subject_id"))
             select = f"{code} AS code, count(*) AS events, count(DISTINCT {subject}) AS subjects"
             with duck.readable(file.path):  # a subject lies in one file
                 counts.append(database.frame(f"SELECT {select} FROM {file.rows()} GROUP BY 1"))
@@ -221,7 +209,7 @@ def list_codes(meds_dir: Path, memory_limit: str, threads: int) -> int:
     table = pd.concat(counts).groupby("code", as_index=False).sum()
     table = table.sort_values("events", ascending=False, kind="stable")
     logger.info("%15s %15s  code, unit, description", "events", "subjects")
-    for code, events, subjects in table.values.tolist():
+    for code, *counts_of_code in table.values.tolist():
         line = one_line(f"{code}  {words.get(code, '')}".rstrip())
-        logger.info("%15s %15s  %s", f"{events:,}", f"{subjects:,}", line)
+        logger.info("%15s %15s  %s", *(f"{count:,}" for count in counts_of_code), line)
     return 0

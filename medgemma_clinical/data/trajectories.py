@@ -49,79 +49,30 @@ Rows = NDArray[np.int64] | slice
 
 
 class Batch(TypedDict):
-    """Padded trajectories.
+    """Padded trajectories."""
 
-    times (B, L) float32 hours since the patient's first observation, zero in padding;
-    values (B, L, F) float32 raw units, zero where not measured; observed (B, L, F) bool, all False
-    in padding rows; prediction_hours (B,) float32 on the clock of ``times``, of the last
-    observation where unknown; summaries (B, S) and static (B, K) float32, NaN where unknown; labels
-    (B,) float32, NaN where unknown; index (B,) int64 into the data set; plan: what an encoder that
-    plans computes ahead of these trajectories; prefix_lengths (B,) int64: observations up to which
-    a row is read a second time in training; prefix_summaries (B, S): of these observations.
-    """
-
-    times: Tensor
-    values: Tensor
-    observed: Tensor
-    prediction_hours: Tensor
-    summaries: Tensor
-    static: Tensor
-    labels: Tensor
-    index: Tensor
-    plan: NotRequired[Any]
-    prefix_lengths: NotRequired[Tensor]
-    prefix_summaries: NotRequired[Tensor]
+    times: Tensor  # (B, L) float32 hours since the patient's first observation, 0 in padding
+    values: Tensor  # (B, L, F) float32 raw units, zero where not measured
+    observed: Tensor  # (B, L, F) bool, all False in padding rows
+    prediction_hours: Tensor  # (B,) float32 on the clock of times; unknown: the last observation
+    summaries: Tensor  # (B, S) float32, NaN where unknown
+    static: Tensor  # (B, K) float32, NaN where unknown
+    labels: Tensor  # (B,) float32, NaN where unknown
+    index: Tensor  # (B,) int64 into the data set
+    plan: NotRequired[Any]  # what an encoder that plans computes ahead of these trajectories
+    prefix_lengths: NotRequired[Tensor]  # (B,) int64 observations read a second time in training
+    prefix_summaries: NotRequired[Tensor]  # (B, S) of these observations
 
 
 class TrajectoryDataset:
-    """N trajectories with labels, patients and text; subclasses bring the clinical words.
+    """N trajectories with labels, patients and text; subclasses bring the clinical words."""
 
-    Attributes:
-        name: the data set's key among the program's data sets, ``--dataset``.
-        kind: the data's format, in a report's words.
-        source_flag: the trainer's flag for the path of the data, without dashes.
-        options: the trainer's flags that the constructor takes as keywords, None where not given.
-        times: (all observations,) float64 hours, not decreasing within a trajectory.
-        values: (all observations, F) float64 raw units, NaN where not measured.
-        offsets: (N + 1,) int64; trajectory i has rows ``offsets[i]:offsets[i + 1]``.
-        labels: (N,) float64 of 0 and 1, NaN where unknown.
-        ids: (N,) str, the name of a row in prediction files.
-        groups: (N,) str, the patient; the rows of a patient are in one part of a split.
-        contexts: (N,) str, text for a language model, may be empty.
-        static: (N, number of ``static_names``) float64 static features, NaN where unknown.
-        prediction_hours: (N,) float64, when the question is asked, on the clock of ``times``; NaN
-            where unknown, None where the data do not say it.
-        parts: (N,) str of train, val, test where the data bring their own split, else None.
-        parts_origin: how ``parts`` came about, in words.
-        sites: (N,) str, the hospital or unit of each row where it was asked for, else None.
-        held_out: parts that a split that is drawn holds out; the rows of the others train.
-        features: F names.
-        units: F units, empty where a feature has none.
-        static_names: names of all static features, ``static_NAME [unit]``.
-        static_inputs: K names of those that a model reads; none before they are chosen.
-        series_inputs: names of the features that a model reads; all before they are chosen.
-        reads_prediction_time: whether a model reads ``prediction_hours``, where the data say them.
-        question: the question about a trajectory, a sentence.
-        outcome: the event in a few words; a report begins with it.
-        time_scale: hours that are one unit of time to the encoder.
-        assumed_time_scale: whether it is the format's default, which may not fit the data.
-        source: where the data come from, as errors name it.
-        read_options: the arguments that decide what a row is and which of its observations are
-            kept; plain types. A checkpoint stores them to read other data in the same way.
-        main: position of the feature that stands for the others in texts.
-        has_patient_ids: whether the data name their patients; else each row is a patient.
-        flow: how the data came to their rows, ``FLOW_COLUMNS``; None where unknown.
-        warnings: what seems to be a mistake in the source, as logged when it was read.
-    """
-
-    name: ClassVar[str]
-    kind: ClassVar[str]
-    source_flag: ClassVar[str]
-    options: ClassVar[tuple[str, ...]]
-    row_noun: ClassVar[str] = "stays"
-    """What a clinician calls the rows, where a patient may have several."""
-    report_hours: ClassVar[float] = 1.0
-    """Hours that are one unit of time in reports."""
+    name: ClassVar[str]  # the data set's key among the program's data sets, ``--dataset``
+    kind: ClassVar[str]  # the data's format, in a report's words
+    source_flag: ClassVar[str]  # the trainer's flag for the path of the data, without dashes
+    options: ClassVar[tuple[str, ...]]  # flags that the constructor takes as keywords, else None
+    row_noun: ClassVar[str] = "stays"  # a clinician's word for rows, where patients have several
+    report_hours: ClassVar[float] = 1.0  # hours that are one unit of time in reports
 
     row_columns: ClassVar[tuple[str, ...]] = (
         *("labels", "ids", "groups", "contexts", "parts", "static", "prediction_hours"),
@@ -129,37 +80,41 @@ class TrajectoryDataset:
     )
     """Attributes with one entry a row; a subclass that has more names them too."""
 
-    times: NDArray[np.float64]
-    values: NDArray[np.float64]
-    offsets: NDArray[np.int64]
-    labels: NDArray[np.float64]
-    ids: NDArray[np.str_]
-    groups: NDArray[np.str_]
-    contexts: NDArray[np.object_]
-    static: NDArray[np.float64]
+    times: NDArray[np.float64]  # (all observations,) hours, not decreasing within a trajectory
+    values: NDArray[np.float64]  # (all observations, F) raw units, NaN where not measured
+    offsets: NDArray[np.int64]  # (N + 1,); trajectory i has rows offsets[i]:offsets[i + 1]
+    labels: NDArray[np.float64]  # (N,) of 0 and 1, NaN where unknown
+    ids: NDArray[np.str_]  # (N,) names of the rows in prediction files
+    groups: NDArray[np.str_]  # (N,) patients; the rows of a patient are in one part of a split
+    contexts: NDArray[np.object_]  # (N,) texts for a language model, may be empty
+    static: NDArray[np.float64]  # (N, number of static_names), NaN where unknown
     prediction_hours: NDArray[np.float64] | None = None
-    parts: NDArray[np.str_] | None = None
+    """(N,) when the question is asked, on the clock of ``times``; NaN where unknown, None where the
+    data do not contain it."""
+    parts: NDArray[np.str_] | None = None  # (N,) of train, val, test where the data bring a split
     parts_origin: str = "given by the column split"
-    sites: NDArray[np.str_] | None = None
-    held_out: tuple[str, ...] = ("val", "test")
+    sites: NDArray[np.str_] | None = None  # (N,) hospitals or units, where they were asked for
+    held_out: tuple[str, ...] = ("val", "test")  # parts of a drawn split; the other rows train
     _summaries: NDArray[np.float64] | None = None
 
-    features: tuple[str, ...]
-    units: tuple[str, ...]
-    static_names: tuple[str, ...] = ()
-    static_inputs: tuple[str, ...] = ()
-    series_inputs: tuple[str, ...] | None = None
-    reads_prediction_time: bool = True
-    question: str
-    outcome: str
-    time_scale: float
-    assumed_time_scale: bool = False
-    source: str
+    features: tuple[str, ...]  # F names
+    units: tuple[str, ...]  # F units, empty where a feature has none
+    static_names: tuple[str, ...] = ()  # of all static features, ``static_NAME [unit]``
+    static_inputs: tuple[str, ...] = ()  # K of them that a model reads; none before the choice
+    series_inputs: tuple[str, ...] | None = None  # features that a model reads; None: all
+    reads_prediction_time: bool = True  # whether a model reads prediction_hours, where it can
+    question: str  # about a trajectory, a sentence
+    outcome: str  # the event in a few words; a report begins with it
+    time_scale: float  # hours that are one unit of time to the encoder
+    assumed_time_scale: bool = False  # it is the format's default, which may not fit the data
+    source: str  # where the data come from, as errors name it
     read_options: dict[str, Any]
-    main: int = 0
-    has_patient_ids: bool = True
-    flow: pd.DataFrame | None = None
-    warnings: tuple[str, ...] = ()
+    """Arguments that decide what a row is and which of its observations are kept, plain types: a
+    checkpoint stores them to read other data in the same way."""
+    main: int = 0  # position of the feature that stands for the others in texts
+    has_patient_ids: bool = True  # False: the data name no patients, each row is one
+    flow: pd.DataFrame | None = None  # how the data came to their rows, FLOW_COLUMNS
+    warnings: tuple[str, ...] = ()  # suspected mistakes in the source, logged when it was read
 
     # ------------------------------------------------------------------ what a subclass brings
 
