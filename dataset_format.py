@@ -128,8 +128,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         flags = Description(series_name or "", unit or "", outcome=outcome or "")
         description = description or read_description(source, findings)
         description = dka.name_series(table, description, label, flags, findings)
-        labels, wrong = dka.labels_of(table, label)
-        findings.reject(pd.Series(True, wrong.index), label, "not 0 or 1", wrong)
+        labels, wrong_labels = dka.labels_of(table, label)
+        findings.reject(pd.Series(True, wrong_labels.index), label, "not 0 or 1", wrong_labels)
         if require_labels and np.isnan(labels).all():
             raise InputError(f"{one_line(findings.source)}, column {label}: no row has a label")
         self.allow_duplicates = allow_duplicates
@@ -236,13 +236,13 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         baselines_read, reading = config.get("baseline_inputs", inputs), config["read_options"]
         label, site = reading.get("label_column", LABEL), reading.get("site")
         static_used = {*inputs["static"], *baselines_read["static"], *AGE, *SEX, site}
-        for k, (table, read) in enumerate(dka.read_tables(source, max_rows)):
+        for k, (table, progress) in enumerate(dka.read_tables(source, max_rows)):
             if k == 0:
                 description, missing = dka.as_trained(table, description, config, findings)
             static = {name for name in map(str, table) if name.startswith(dka.STATIC)}
             chunk = table.drop(columns=static - static_used).assign(**dict.fromkeys(missing, ""))
-            unknown = f"have a {label} that is neither 0 nor 1: taken as unknown"
-            findings.counts[unknown] += len(dka.labels_of(chunk, label)[1])
+            problem = f"have a {label} that is neither 0 nor 1: taken as unknown"
+            findings.counts[problem] += len(dka.labels_of(chunk, label)[1])
             dataset = cls.__new__(cls)
             ids = dka.number_equal(dka.patients_of(table, findings)[1], findings)
             dataset.ids, dataset.allow_duplicates = ids, None
@@ -261,7 +261,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             dataset.question, dataset.outcome = config["question"], config["outcome"]
             dataset.features = tuple(config["features"])  # spelled as the model knows them
             positions = np.flatnonzero(table.index.isin(dataset.numbers))
-            yield ScoringRows(ids, table.index.to_numpy(), dataset, positions, read)
+            yield ScoringRows(ids, table.index.to_numpy(), dataset, positions, progress)
 
     def limits(self, feature: int) -> tuple[float, float] | None:
         """Return the range that the description declares for a feature, None where it does not."""
@@ -288,26 +288,26 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
                 value = self.value_text(f, values[-1])
                 last[f] = f"{self.features[f]} {value} ({plain(times[-1])}h)"
             return f"Last values: {', '.join(last.values())}. "
-        measured, sentences = {f: (t, v) for f, t, v in self.measured(i)}, []
+        series, sentences = {f: (t, v) for f, t, v in self.measured(i)}, []
         for f in [self.main] if options.series == "main" else self.series_read:
             unit = f" ({self.units[f]})" if self.units[f] else ""
             first = 0 if options.latest is None else -options.latest
-            pairs = zip(*(column[first:] for column in measured.get(f, ())), strict=True)
+            pairs = zip(*(column[first:] for column in series.get(f, ())), strict=True)
             text = " -> ".join(f"{plain(v)} ({plain(t)}h)" for t, v in pairs) or "not measured"
             sentences.append(f"{self.features[f]}{unit}: {text}. ")
-            if options.computed and f in measured:
+            if options.computed and f in series:
                 full = f == self.main
-                sentences.append(texts.computed_text(self.units[f], *measured[f], full=full))
+                sentences.append(texts.computed_text(self.units[f], *series[f], full=full))
         return "".join(sentences)
 
     def report_clauses(self, i: int) -> list[Clause]:
         """Return the main series in full, of the others first, last and direction."""
-        measured = {f: (times, values) for f, times, values in self.measured(i)}
+        series = {f: (times, values) for f, times, values in self.measured(i)}
         clauses: list[Clause] = []
         for f in self.series_read:
             clauses_of = texts.full_clauses if f == self.main else texts.short_clauses
-            if f in measured:
-                clauses += clauses_of(self.features[f], self.units[f], *measured[f])
+            if f in series:
+                clauses += clauses_of(self.features[f], self.units[f], *series[f])
             else:
                 clauses.append(Clause(". ", self.features[f], ["not measured"]))
         return clauses

@@ -134,15 +134,15 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         definition, suffix = self.definition, self.definition.organ.suffix
         cand = waiting_list.read_candidates(find_table(folder, f"cand_{suffix}"))
         table = waiting_list.apply_criteria(cand, definition)
-        unknown = table["reason"].isin([waiting_list.TRANSPLANTED, waiting_list.CENSORED])
-        scored = (table["reason"] == "") | (unknown & (require_labels is not True))
+        is_unknown = table["reason"].isin([waiting_list.TRANSPLANTED, waiting_list.CENSORED])
+        scored = (table["reason"] == "") | (is_unknown & (require_labels is not True))
         history = find_table(folder, f"stathist_{suffix}")
         rows, dialysis = read_history(history, definition, cand[scored], dialysis)
         has_row = table.index.isin(rows["PX_ID"])
         if require_labels is None:
             require_labels = table.loc[has_row, "label"].sum() >= MIN_EVENTS
         if not require_labels:
-            table.loc[unknown, "reason"] = ""
+            table.loc[is_unknown, "reason"] = ""
         table.loc[(table["reason"] == "") & ~has_row, "reason"] = waiting_list.NO_ROW
         in_cohort = table["reason"] == ""
         table["label"] = table["label"].where(in_cohort)
@@ -194,7 +194,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         except InputError as error:
             raise InputError(f"{error} (the checkpoint was trained on {organ})") from error
         if (config["features"], config["units"]) != (list(dataset.features), list(dataset.units)):
-            raise InputError("the checkpoint has other features than this program: train it anew")
+            raise InputError("the checkpoint's features differ from this program's: train again")
         dataset.question = config["question"]
         for start in range(0, len(dataset), max_rows):
             numbers = np.arange(start, min(start + max_rows, len(dataset)))

@@ -61,8 +61,8 @@ def _log_check(dataset: TrajectoryDataset, min_events: int) -> None:
         logger.info(line)
     warnings = [*implausible_series(dataset), *describe_long_spans(dataset)]
     if dataset.n_patients < MIN_COHORT_PATIENTS:
-        few = f"fewer than {MIN_COHORT_PATIENTS} patients"
-        warnings.append(f"{few}: metrics of a model will be undecided")
+        problem = f"fewer than {MIN_COHORT_PATIENTS} patients"
+        warnings.append(f"{problem}: metrics of a model will be undecided")
     log_warnings(warnings)
     obstacle, events = "", int(np.nansum(dataset.labels))
     if events < min_events:
@@ -71,10 +71,11 @@ def _log_check(dataset: TrajectoryDataset, min_events: int) -> None:
         obstacle = "no labels to train on"
     if not obstacle:
         dataset = labelled_rows(dataset)
-        read, split, unread = rows_as_read(dataset, dataset.split(SEED))
-        logger.info(describe_split(read, split, SEED))
-        warnings += (further := [*describe_unusable(unread), *_check_parts(read, split)])
+        rows, split, unread_series = rows_as_read(dataset, dataset.split(SEED))
+        logger.info(describe_split(rows, split, SEED))
+        further = [*describe_unusable(unread_series), *_check_parts(rows, split)]
         log_warnings(further)
+        warnings += further
     ready = "ready to predict on" if obstacle else "ready"
     with_warnings = ", with warnings" if warnings or dataset.warnings else ""
     logger.info("%s%s%s", ready, with_warnings, f", {obstacle}" if obstacle else "")
@@ -96,16 +97,16 @@ def rows_as_read(
 ) -> tuple[TrajectoryDataset, Split, dict[str, str]]:
     """Return the rows with the series that are read alone, their split, and why others are not."""
     if series is None:
-        unread = dataset.unusable_series(split["train"])
-        series = [name for name in dataset.features if name not in unread]
+        reasons = dataset.unusable_series(split["train"])
+        series = [name for name in dataset.features if name not in reasons]
     else:
         names = [name for name in dataset.features if name not in series]
-        unread = dict.fromkeys(names, "stage 1 does not read it")
-    read, split = dataset.with_series(series).keep_measured(split)
-    if lost := len(dataset) - len(read):
+        reasons = dict.fromkeys(names, "stage 1 does not read it")
+    rows, split = dataset.with_series(series).keep_measured(split)
+    if lost := len(dataset) - len(rows):
         text = "%s: %s rows hold no value of a series that is read, and are not used"
         logger.info(text, dataset.source, f"{lost:,}")
-    return read, split, unread
+    return rows, split, reasons
 
 
 def log_warnings(warnings: Iterable[str], source: str = "") -> None:
@@ -118,16 +119,16 @@ def _check_parts(dataset: TrajectoryDataset, split: Split) -> list[str]:
     """Log the sample size; warn of a test part of few events, and of suspect inputs."""
     train, test, warnings = split["train"], split["test"], []
     if minority_patients(dataset.labels[test], dataset.groups[test]) < MIN_TEST_EVENTS:
-        few = f"fewer than {MIN_TEST_EVENTS} patients of the test part have, or lack, the event"
-        warnings.append(f"{few}: its metrics will be undecided")
+        problem = f"fewer than {MIN_TEST_EVENTS} patients of the test part have, or lack, the event"
+        warnings.append(f"{problem}: its metrics will be undecided")
     has_hours, unusable = dataset.prediction_hours is not None, dataset.unusable_static(train)
     names = [name for name in dataset.static_names if name not in unusable]
-    read = dataset.with_inputs(names, prediction_time=has_hours)
-    logger.info("sample size: %s", describe_sample_size(read, names, train))
+    inputs = dataset.with_inputs(names, prediction_time=has_hours)
+    logger.info("sample size: %s", describe_sample_size(inputs, names, train))
     if dataset.parts is None and dataset.labels[test].sum() < TEST_EVENTS:
-        few = f"fewer than {TEST_EVENTS} events in the test part"
-        logger.info("%s: --folds 5 tests the model on each patient once", few)
-    warnings += describe_prediction_times(read, train)
+        problem = f"fewer than {TEST_EVENTS} events in the test part"
+        logger.info("%s: --folds 5 tests the model on each patient once", problem)
+    warnings += describe_prediction_times(inputs, train)
     return [*warnings, *describe_unusable(unusable), *describe_leaks(dataset, train)]
 
 
@@ -166,11 +167,11 @@ def summarize(dataset: TrajectoryDataset) -> list[str]:
     owner, patients = dataset.owner, pd.factorize(dataset.groups)[0]
     for f in dataset.series_read:
         name, unit, values = dataset.features[f], dataset.units[f], dataset.values[:, f]
-        measured, text = ~np.isnan(values), "never measured"
-        if measured.any():
-            rows, counts = np.unique(owner[measured], return_counts=True)
+        is_measured, text = ~np.isnan(values), "never measured"
+        if is_measured.any():
+            rows, counts = np.unique(owner[is_measured], return_counts=True)
             text = (
-                f"{_percentiles(values[measured])}; in {count_patients(patients, rows):,} of "
+                f"{_percentiles(values[is_measured])}; in {count_patients(patients, rows):,} of "
                 f"{dataset.n_patients:,} patients, median {np.median(counts):g} a row with any"
             )
         lines.append(f"{name}{f' [{unit}]' if unit else ''}: {text}")
@@ -255,12 +256,12 @@ def implausible_series(dataset: TrajectoryDataset) -> list[str]:
         low, high = dataset.plausible(f)
         values = dataset.values[:, f]
         outside = int(((values < low) | (values > high)).sum())
-        measured = int((~np.isnan(values)).sum())
+        value_count = int((~np.isnan(values)).sum())
         if outside:
-            is_majority = outside >= MAX_IMPLAUSIBLE * measured
+            is_majority = outside >= MAX_IMPLAUSIBLE * value_count
             advice = "most of them: convert the unit" if is_majority else "is the unit right?"
             warnings.append(
-                f"{name}: {outside:,} of {measured:,} values lie outside {low:g} to {high:g}"
+                f"{name}: {outside:,} of {value_count:,} values lie outside {low:g} to {high:g}"
                 f"{with_space(unit)}: {advice}"
             )
     return warnings

@@ -292,7 +292,7 @@ def select_admissions(
         "excluded_discharge": request.discharged == "exclude",
         "not_measured": "unresolved" in request.components,
     }
-    unused = [name for name, used in applies.items() if not used]
+    unused = [name for name, applies_here in applies.items() if not applies_here]
     titles = {name: text.format(request.min_observations) for name, text in RULES.items()}
     rules = database.frame("FROM rules ORDER BY stay").set_index("stay")
     left, flow = duck.apply_rules(rules.drop(columns=unused).rename(columns=titles), tables.name)

@@ -99,17 +99,17 @@ class Description:
     def completed(
         self, table: pd.DataFrame, label: str, other: Description
     ) -> tuple[Description, list[str]]:
-        """Take from another description what a table holds and this one does not say; tell it."""
-        about, taken = self, []
+        """Take from another description what this one lacks of a table; return it in words, too."""
+        about, guesses = self, []
         if other.series and MAIN_COLUMN in table and not self.series:
             limits = self.plausible or other.plausible
             about = replace(about, series=other.series, unit=other.unit, plausible=limits)
-            taken.append(f"{MAIN_COLUMN} is taken for {Feature(other.series, other.unit).title}")
+            guesses.append(f"{MAIN_COLUMN} is taken for {Feature(other.series, other.unit).title}")
         described = label in self.labels or (label == LABEL and self.outcome)
         if other.outcome and label in table and not described:
             about = replace(about, labels={**self.labels, label: {"outcome": other.outcome}})
-            taken.append(f"{label} is taken for {other.outcome}")
-        return about, taken
+            guesses.append(f"{label} is taken for {other.outcome}")
+        return about, guesses
 
 
 USUAL = Description(
@@ -122,15 +122,17 @@ def name_series(
     table: pd.DataFrame, about: Description, label: str, flags: Description, findings: Findings
 ) -> Description:
     """Name by flags, ``named``, or else with a warning, what a description does not say."""
-    about, taken = about.completed(table, label, flags)
-    if len(taken) < bool(flags.series or flags.unit) + bool(flags.outcome):
-        problem = "for columns that are there and that no JSON file describes, the unit for a name"
+    about, guesses = about.completed(table, label, flags)
+    if len(guesses) < bool(flags.series or flags.unit) + bool(flags.outcome):
+        problem = (
+            "each names a column of the table that no JSON file describes; a unit needs a name"
+        )
         raise InputError(f"{findings.source}: --series_name, --unit, --outcome: {problem}")
     usual = USUAL if label == LABEL else replace(USUAL, outcome="")  # others are named by column
-    about, taken = about.completed(table, label, usual)
-    if taken:
+    about, guesses = about.completed(table, label, usual)
+    if guesses:
         advice = "name it by --series_name, --unit and --outcome"
-        findings.warnings[f"no description: {', '.join(taken)}: {advice}"] = None
+        findings.warnings[f"no description: {', '.join(guesses)}: {advice}"] = None
     return about
 
 
@@ -219,10 +221,10 @@ def read_tables(
     else:
         name, tables = str(source), _read_file(Path(source), max_rows, columns)
     empty = True
-    for table, read in tables:
+    for table, progress in tables:
         if len(table):
             empty = False
-            yield table, read
+            yield table, progress
     if empty:
         raise InputError(f"{name}: no rows below the header")
 
@@ -235,10 +237,10 @@ def _read_file(
 ) -> Iterator[tuple[pd.DataFrame, int]]:
     if not os.path.isfile(path):  # ``Path.is_file`` raises for a name that is too long
         raise InputError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}")
-    read = _read_parquet if path.suffix.lower() == ".parquet" else _read_csv
+    read_blocks = _read_parquet if path.suffix.lower() == ".parquet" else _read_csv
     try:
         with path.open("rb") as file:
-            yield from read(path, file, max_rows, columns)
+            yield from read_blocks(path, file, max_rows, columns)
     except UnicodeError as error:
         form = "not a text file in UTF-8: save it as CSV UTF-8"
         raise InputError(f"{path}: {form}{OTHER_FORMS}") from error
@@ -296,13 +298,13 @@ def _read_parquet(
     except ImportError as error:
         raise InputError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
     try:
-        source, size, done = parquet.ParquetFile(file), path.stat().st_size, 0
+        source, size, rows = parquet.ParquetFile(file), path.stat().st_size, 0
         for block in source.iter_batches(max_rows, columns=columns or None):
             # A pandas index stays a column; integers stay integers beside missing ones.
             table = block.to_pandas(ignore_metadata=True, integer_object_nulls=True)
-            table.index += done
-            done += len(table)
-            yield table.rename(columns=str.strip), size * done // max(source.metadata.num_rows, 1)
+            table.index += rows
+            rows += len(table)
+            yield table.rename(columns=str.strip), size * rows // max(source.metadata.num_rows, 1)
     except (ArrowException, OSError) as error:
         raise InputError(f"{path}: not a whole Parquet file") from error
 
@@ -360,11 +362,11 @@ def parts_of(table: pd.DataFrame, findings: Findings) -> NDArray[np.str_] | None
 def patients_of(table: pd.DataFrame, findings: Findings) -> tuple[pd.Series, NDArray[np.str_]]:
     """Return the patient of each row, 1, 1.0 and 01 being one, and the row's name as written."""
     columns = [name for name in PATIENTS if name in table]
-    written = [text_of(table, name) for name in columns] or [table.index.to_series().astype(str)]
-    patients = written[0].str.replace(r"^0*([0-9]+)(?:\.0+)?$", r"\1", regex=True)
+    texts = [text_of(table, name) for name in columns] or [table.index.to_series().astype(str)]
+    patients = texts[0].str.replace(r"^0*([0-9]+)(?:\.0+)?$", r"\1", regex=True)
     bad, column = patients == "", columns[0] if columns else ""
     findings.reject(bad, column, "is empty: name the patient of each row")
-    names = written[-1].where(written[-1] != "", written[0])
+    names = texts[-1].where(texts[-1] != "", texts[0])
     return patients, names.to_numpy(dtype=np.str_)
 
 
@@ -426,8 +428,8 @@ def check_header(table: pd.DataFrame, source: str, label: str, *, labelled: bool
     if label.startswith(STATIC):
         raise InputError(f"{source}, column {label}: a static feature cannot be the label")
     for name in columns:
-        read = name in (*COLUMNS, label) or name.startswith(STATIC)
-        if read and columns.count(name) > 1:
+        is_read = name in (*COLUMNS, label) or name.startswith(STATIC)
+        if is_read and columns.count(name) > 1:
             raise InputError(f"{source}, column {name}: appears twice: remove one")
 
 
@@ -452,12 +454,12 @@ def note_columns(
     warnings = [f"key {key} of the JSON file: no such column" for key in keys]
     if not set(PATIENTS) & set(columns):
         warnings.append("no column subject_id: each row is a patient of its own")
-    read = {*COLUMNS, label, site, *(feature.keys[0] for feature in series)}
-    unread = [name for name in columns if name not in read and not name.startswith(STATIC)]
-    if unread:
-        findings.notes[f"columns not read: {join_names(unread, 10)}"] = None
+    inputs = {*COLUMNS, label, site, *(feature.keys[0] for feature in series)}
+    extra = [name for name in columns if name not in inputs and not name.startswith(STATIC)]
+    if extra:
+        findings.notes[f"columns not read: {join_names(extra, 10)}"] = None
     for name in (*COLUMNS, label):
-        if name not in columns and (hint := _hint(name, unread, 0.75)):
+        if name not in columns and (hint := _hint(name, extra, 0.75)):
             warnings.append(f"no column {name}{hint}")
     findings.warnings |= dict.fromkeys(warnings)
 
@@ -561,27 +563,27 @@ def as_trained(
     features = {comparable(x.name): x for x in find_features(table, about, None, source)}
     main = next((x for x in trained if comparable(x.name) not in features), Feature(""))
     usual = Description(series=main.name, unit=main.unit or "", outcome=config["outcome"])
-    about, taken = about.completed(table, label, usual)
-    if taken:
-        findings.notes[f"no description: {', '.join(taken)}, as in the training data"] = None
+    about, guesses = about.completed(table, label, usual)
+    if guesses:
+        findings.notes[f"no description: {', '.join(guesses)}, as in the training data"] = None
     if "" in features:  # the main series, which had no name
         unnamed = features.pop("")
         features[comparable(about.series)] = replace(unnamed, name=about.series, unit=about.unit)
     if config.get("prompts", {}).get("context") and "clinical_context" not in table:
         findings.warnings["no column clinical_context: the model reads an empty text"] = None
-    lacking = []
-    for wanted in trained:
-        column, feature = f"trajectory_{wanted.title}", features.get(comparable(wanted.name))
+    missing = []
+    for series in trained:
+        column, feature = f"trajectory_{series.title}", features.get(comparable(series.name))
         if feature is None:
-            if wanted.name in config["inputs"].get("series", config["features"]):
+            if series.name in config["inputs"].get("series", config["features"]):
                 names = join_names([x.name for x in features.values()])
                 raise InputError(
                     f"{source}, column {column}: the model reads it, the table has only {names}"
                 )
-            lacking.append(column)
-        elif feature.unit != wanted.unit:
-            units = f"in {feature.unit or 'no unit'}, the model reads {wanted.unit or 'no unit'}"
-            raise InputError(f"{source}, column {feature.keys[0]}: {wanted.name} is {units}")
+            missing.append(column)
+        elif feature.unit != series.unit:
+            units = f"in {feature.unit or 'no unit'}, the model reads {series.unit or 'no unit'}"
+            raise InputError(f"{source}, column {feature.keys[0]}: {series.name} is {units}")
     for name in [*config["inputs"]["static"], *[HOURS] * config["inputs"]["prediction_time"]]:
         if name not in table:
             same = [x for x in map(str, table) if x.partition(" [")[0] == name.partition(" [")[0]]
@@ -590,4 +592,4 @@ def as_trained(
     outcome, expected = about.for_label(label).outcome, config["outcome"]
     if label in table and outcome != expected:
         raise InputError(f"{source}, column {label}: is {outcome}, the model predicts {expected}")
-    return about, lacking
+    return about, missing

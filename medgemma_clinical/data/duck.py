@@ -218,14 +218,14 @@ class Column:
         """Return SQL for whether a raw cell cannot be read, or is empty and may not be."""
         if self.form == "value":
             return "false"
-        wrong = f"{self.typed(raw)} = ''" if self.form in TEXTS else f"{self.typed(raw)} IS NULL"
+        is_wrong = f"{self.typed(raw)} = ''" if self.form in TEXTS else f"{self.typed(raw)} IS NULL"
         if self.form == "whole":  # BIGINT has rounded 1.5; a CASE in `typed` would be slow
             number = f"TRY_CAST(trim({raw}::VARCHAR) AS DOUBLE)"
-            wrong = f"coalesce({number} % 1 != 0 OR abs({number}) >= {LARGEST_WHOLE}, true)"
+            is_wrong = f"coalesce({number} % 1 != 0 OR abs({number}) >= {LARGEST_WHOLE}, true)"
         if not self.may_be_empty:
-            return wrong
+            return is_wrong
         is_empty = f"coalesce(lower(trim({raw}::VARCHAR)), '') IN ('', 'nan')"
-        return "false" if self.form in TEXTS else f"NOT {is_empty} AND {wrong}"
+        return "false" if self.form in TEXTS else f"NOT {is_empty} AND {is_wrong}"
 
     def problem(self, count: int) -> str:
         """Return what is wrong with some cells."""
@@ -406,20 +406,20 @@ def load_table(
 ) -> None:
     """Make a table of some columns of a file; refuse wrong cells, counted by column."""
     raw = {column: file.raw(column) for column in columns}
-    wrong = {c: form.is_wrong(raw[c]) for c, form in columns.items() if c in file.header}
+    is_wrong = {c: form.is_wrong(raw[c]) for c, form in columns.items() if c in file.header}
     # An OR a condition, not one around all: DuckDB then applies the cheap ones first.
-    wrong_keys = [wrong[key] for key in keys]
+    wrong_keys = [is_wrong[key] for key in keys]
     conditions = " AND ".join(f"({' OR '.join([condition, *wrong_keys])})" for condition in keep)
     typed = ", ".join(f"{form.typed(raw[c])} AS {quoted(c)}" for c, form in columns.items())
-    flags = ", ".join(f"'{k}': {sql}" for k, sql in enumerate(wrong.values()))
+    flags = ", ".join(f"'{k}': {sql}" for k, sql in enumerate(is_wrong.values()))
     with readable(file.path):
         database.run(
             f'CREATE TABLE {name} AS SELECT {typed}, {{{flags}}} AS "is wrong" '
             f"FROM {file.rows()} {join} WHERE {conditions or 'true'}",
             title=f"reading {file.path.name}",
         )
-    counts = ", ".join(f"""count(*) FILTER ("is wrong"['{k}'])""" for k in range(len(wrong)))
-    for column, count in zip(wrong, database.row(f"SELECT {counts} FROM {name}"), strict=True):
+    counts = ", ".join(f"""count(*) FILTER ("is wrong"['{k}'])""" for k in range(len(is_wrong)))
+    for column, count in zip(is_wrong, database.row(f"SELECT {counts} FROM {name}"), strict=True):
         if count:
             raise InputError(f"{file.path}, column {column}: {columns[column].problem(count)}")
     database.run(f'ALTER TABLE {name} DROP COLUMN "is wrong"')
@@ -444,7 +444,7 @@ def make_file(
 
 
 def check_target(out: Path) -> None:
-    """Refuse an output that cannot be written, before minutes are spent on reading."""
+    """Refuse an output that cannot be written before the tables are read, which takes minutes."""
     if out.suffix != ".csv":
         raise InputError(f"--out {out}: must end in .csv")
     if not os.access(out.parent, os.W_OK):
@@ -452,7 +452,7 @@ def check_target(out: Path) -> None:
     beside = out.with_suffix(".json")
     is_own = beside.is_file() and MADE_BY in beside.read_text("utf-8", "replace")
     if (out.exists() or beside.exists()) and not is_own:
-        problem = f"this file, or {beside.name}, is no earlier output: choose another name"
+        problem = f"this file, or {beside.name}, is not an earlier output: choose another name"
         raise InputError(f"--out {out}: {problem}")
 
 

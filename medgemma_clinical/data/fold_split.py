@@ -29,7 +29,7 @@ def foldable(dataset: TrajectoryDataset, max_samples: int, seed: int) -> Traject
     rows = labelled_rows(dataset).sample_patients(max_samples, seed)
     if rows.parts is not None:
         logger.warning(
-            "%s: the column split is not read: folds replace it, and its test part trains too",
+            "%s: the column split is ignored: folds replace it, so its test part also trains",
             rows.source,
         )
         rows = copy.copy(rows)

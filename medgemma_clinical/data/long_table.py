@@ -186,9 +186,9 @@ def find_columns(
 
 def log_columns(file: duck.TableFile, names: Mapping[str, str]) -> None:
     """Log which column is read as what, and those that are not read."""
-    read = ", ".join(f"{role}={one_line(name)}" for role, name in names.items())
-    unread = join_names([name for name in file.header if name not in names.values()])
-    logger.info("%s: %s; columns not read: %s", file.path, read, unread or "none")
+    columns_read = ", ".join(f"{role}={one_line(name)}" for role, name in names.items())
+    columns_unread = join_names([name for name in file.header if name not in names.values()])
+    logger.info("%s: %s; columns not read: %s", file.path, columns_read, columns_unread or "none")
 
 
 def find_times(
@@ -331,9 +331,9 @@ def make_static(
         return {f"{STATIC}{feature.title}": number}, words
     categories, columns = name_categories(feature.name, words)
     is_category, sql = f"{word} IN ({', '.join(map(duck.literal, categories))})", {}
-    (unknown,) = database.row(f"SELECT count(*) FROM answers WHERE NOT {is_category}")
-    if unknown:
-        logger.warning("warning: %s: %s of no known category: empty", where, duck.cells(unknown))
+    (count,) = database.row(f"SELECT count(*) FROM answers WHERE NOT {is_category}")
+    if count:
+        logger.warning("warning: %s: %s of no known category: empty", where, duck.cells(count))
     for name, ones in columns.items():
         logger.info("%s: %s is 1 for %s", where, name, one_line(", ".join(ones)))
         one = f"({word} IN ({', '.join(map(duck.literal, ones))}))::INTEGER::VARCHAR"

@@ -55,11 +55,11 @@ def load_notes(
     day = f"date_trunc('day', {cells['charted']})"
     # A date without a time, and without a storing time, is known from the end of its day.
     charted = f"{cells['charted']} + to_days(({cells['charted']} = {day})::INTEGER)"
-    written = f"greatest({cells['charted']}, coalesce({cells['stored']}, {charted}))"
+    written_time = f"greatest({cells['charted']}, coalesce({cells['stored']}, {charted}))"
     database.run(
         "CREATE TABLE IF NOT EXISTS note "
         "(subject VARCHAR, written TIMESTAMP, stay BIGINT, text VARCHAR, words INTEGER); "
-        f"INSERT INTO note SELECT {cells['subject']}, {written}, {cells['stay']}, {text}, "
+        f"INSERT INTO note SELECT {cells['subject']}, {written_time}, {cells['stay']}, {text}, "
         f"len({text}) - len(replace({text}, ' ', '')) + 1 FROM loaded WHERE {text} != ''; "
         "DROP TABLE loaded"
     )

@@ -45,9 +45,9 @@ def row_hashes(
         hashes = _mixed(hashes, column)
     if len(rows):
         hashes = np.add.reduceat(hashes, starts)
-    measured = np.bincount(owner, (~np.isnan(values)).sum(axis=1), minlength=len(rows))
+    value_counts = np.bincount(owner, (~np.isnan(values)).sum(axis=1), minlength=len(rows))
     hashes = _mixed(hashes, dataset.labels[rows] if label is None else np.full(len(rows), label))
-    return np.where(measured < IDENTIFYING_VALUES, np.uint64(0), hashes).view(np.int64)
+    return np.where(value_counts < IDENTIFYING_VALUES, np.uint64(0), hashes).view(np.int64)
 
 
 def _mixed(hashes: NDArray[np.uint64], column: NDArray[np.float64]) -> NDArray[np.uint64]:
@@ -145,12 +145,12 @@ def check_held_out(
     if trained is None:
         if same_rows:  # their split may differ here
             raise InputError(
-                f"{path}: a shared copy, trained on these very data, does not know which patients "
-                "trained it: give the file of the run itself"
+                f"{path}: a shared copy, trained on the same data, lacks hashes of its training "
+                "patients: give the file of the run itself"
             )
         logger.warning(
-            "%s is a shared copy and does not know which patients trained it, so that a leak "
-            "cannot be found: make sure that none of them is held out here",
+            "%s is a shared copy and lacks the hashes of its training patients, so a leak cannot "
+            "be detected: make sure that none of them is in the validation or test part",
             path,
         )
         return
@@ -164,7 +164,8 @@ def check_held_out(
     if not same_rows and not (has_ids and dataset.has_patient_ids):
         logger.warning(
             "%s was trained on another data file, and patients without names are compared by their "
-            "series alone: make sure that none of its training patients is held out here",
+            "series alone: make sure that none of its training patients is in the validation or "
+            "test part",
             path,
         )
 

@@ -95,7 +95,7 @@ def prepare_data(
     sample = dataset.sample_patients(max_samples, seed)
     split = sample.split(seed)
     series = None if inputs is None else inputs.get("series", sample.features)
-    sample, split, unread = checks.rows_as_read(sample, split, series)
+    sample, split, unusable_series = checks.rows_as_read(sample, split, series)
     unusable = sample.unusable_static(split["train"])
     if inputs is None:
         names = [name for name in sample.static_names if static and name not in unusable]
@@ -104,4 +104,4 @@ def prepare_data(
     sample = sample.with_inputs(**inputs)
     reads_context = prompts.context and bool((dataset.contexts != "").any())
     prompts = replace(prompts, context=reads_context)
-    return Data(sample, split, prompts, data_sha256, rows_sha256, unusable, unread)
+    return Data(sample, split, prompts, data_sha256, rows_sha256, unusable, unusable_series)

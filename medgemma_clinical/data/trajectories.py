@@ -223,10 +223,10 @@ class TrajectoryDataset:
         if limits := self.limits(feature):
             return limits
         values = self.values[:, feature]
-        measured = values[~np.isnan(values)]
-        if not len(measured):
+        numbers = values[~np.isnan(values)]
+        if not len(numbers):
             return -np.inf, np.inf
-        q1, q3 = np.quantile(measured, [0.25, 0.75])
+        q1, q3 = np.quantile(numbers, [0.25, 0.75])
         reach = FAR_OUT * (q3 - q1) if q3 > q1 else np.inf
         return float(q1 - reach), float(q3 + reach)
 
@@ -292,9 +292,9 @@ class TrajectoryDataset:
         position = np.arange(len(self.times)) - np.repeat(self.offsets[:-1], self.lengths)
         beginning.keep_observations(position < np.repeat(lengths, self.lengths))
         if self.prediction_hours is not None:
-            unknown = np.isnan(self.prediction_hours)
+            is_unknown = np.isnan(self.prediction_hours)
             # An unknown prediction time stays unknown.
-            beginning.prediction_hours = np.where(unknown, np.nan, beginning.last_times)
+            beginning.prediction_hours = np.where(is_unknown, np.nan, beginning.last_times)
         return beginning
 
     def sample_patients(self, max_patients: int, seed: int) -> Self:
@@ -357,14 +357,14 @@ class TrajectoryDataset:
         """Count the patients of some rows that have a value of each feature that is read."""
         patients = pd.factorize(self.groups[rows])[0]  # numbers are counted faster
         owners = np.repeat(patients, self.lengths[rows])
-        measured = ~np.isnan(self.values[self.rows_of(rows)])
-        return {self.features[f]: count_patients(owners, measured[:, f]) for f in self.series_read}
+        mask = ~np.isnan(self.values[self.rows_of(rows)])
+        return {self.features[f]: count_patients(owners, mask[:, f]) for f in self.series_read}
 
     def unusable_series(self, train: NDArray[np.int64]) -> dict[str, str]:
         """Return the series that too few training patients have, and why; refuse if all are so."""
         counts = self.series_patients(train)
-        few = f"fewer than {MIN_CELL} training patients have it"
-        unusable = {name: few for name, count in counts.items() if count < MIN_CELL}
+        reason = f"fewer than {MIN_CELL} training patients have it"
+        unusable = {name: reason for name, count in counts.items() if count < MIN_CELL}
         if len(unusable) == len(counts):
             raise InputError(
                 f"{self.source}: no series has values of {MIN_CELL} training patients "

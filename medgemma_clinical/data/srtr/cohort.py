@@ -85,8 +85,8 @@ def read_candidates(path: Path) -> pd.DataFrame:
     cand = cand[keyed].drop_duplicates().astype({"PX_ID": np.int64, "PERS_ID": np.int64})
     if count := int(cand["PX_ID"].duplicated().sum()):
         raise InputError(
-            f"{path}, column PX_ID: {count} registrations are there again with different content: "
-            "leave one row each"
+            f"{path}, column PX_ID: {count} registrations are repeated with different content: "
+            "keep one row of each"
         )
     if count := int((~cand["CAN_REM_CD"].dropna().isin(codes.KNOWN)).sum()):
         message = "%s: %d unknown removal codes: counted as removal for another reason"

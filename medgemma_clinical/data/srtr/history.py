@@ -66,9 +66,9 @@ def read_history(
             codes = DIALYSIS_VALUES.get(source, {})
         is_valid = cells.isin(feature.words) if feature.words else cells.abs() <= MAX_VALUE
         values = cells.where(is_valid) if codes is None else cells.map(codes).astype(float)
-        if unread := int((cells.notna() & values.isna()).sum()):
+        if unread_cells := int((cells.notna() & values.isna()).sum()):
             message = "%s, column %s: %d cells hold no known code or value: not measured"
-            logger.warning(message, path, cells.name, unread)
+            logger.warning(message, path, cells.name, unread_cells)
         table[feature.name] = values
     return _one_row_a_day(table, cohort, definition, source), source
 

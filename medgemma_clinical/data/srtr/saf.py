@@ -56,7 +56,7 @@ def find_table(folder: Path, name: str) -> Path:
         names = ", ".join(str(path.relative_to(folder)) for path in paths) or "none"
         where = f"--data_dir {folder}: {name} ({', '.join(ENDINGS)}) must be there"
         found_text = f"found {names} among {len(files)} files"
-        raise InputError(f"{where} or one folder down once, decrypted: {found_text}")
+        raise InputError(f"{where} or one folder down, once and decrypted: {found_text}")
     return paths[0]
 
 
@@ -76,14 +76,14 @@ def read_saf(path: Path, columns: Mapping[str, str]) -> Iterator[pd.DataFrame]:
             raise InputError(f"{path}: no column {name}: is this SRTR's {path.stem.upper()}?")
         logger.info("  no %s: %s", name, columns[name])
     dates = [name for name in columns_used.values() if name.endswith(DATE_ENDINGS)]
-    rows, early, unread = 0, 0, Counter[str]()
+    rows, early, unread_counts = 0, 0, Counter[str]()
     for chunk in read_chunks(path, list(columns_used), CHUNK_ROWS):
         cells = chunk.rename(columns=columns_used)
         decoded = {name: decode(cells[name]) for name in columns_used.values()}
         values = pd.DataFrame({name: column for name, (column, _) in decoded.items()})
         bad = pd.DataFrame({name: column for name, (_, column) in decoded.items()})
-        unread.update({str(name): int(count) for name, count in bad.sum().items()})
-        if count := unread["CAN_REM_CD"]:
+        unread_counts.update({str(name): int(count) for name, count in bad.sum().items()})
+        if count := unread_counts["CAN_REM_CD"]:
             problem = (
                 "neither a code nor code: label: export the codes, they decide who had an event"
             )
@@ -96,7 +96,7 @@ def read_saf(path: Path, columns: Mapping[str, str]) -> Iterator[pd.DataFrame]:
         problem = f"dates are of no known form or not from {REGISTRY_YEAR} to now"
         problem = f"{early} of {rows} {problem}: numbers must be days since 1960-01-01"
         raise InputError(f"{path}, column {dates[0]}: {problem}")
-    for name, count in (+unread).items():
+    for name, count in (+unread_counts).items():
         problem = "not numbers: taken as missing"
         problem = "impossible dates: their rows are left out" if name in dates else problem
         logger.warning("%s, column %s: %d cells are %s", path, name, count, problem)
@@ -123,8 +123,8 @@ def decode(cells: pd.Series) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     else:
         number = pd.to_numeric(content.replace({"Y": "1", "N": "0"}), errors="coerce")
         value = pd.Series(number, dtype=float)
-    unread = content.notna() & value.isna()
-    return value.reindex(position).to_numpy(), unread.reindex(position, fill_value=False).to_numpy()
+    bad = content.notna() & value.isna()
+    return value.reindex(position).to_numpy(), bad.reindex(position, fill_value=False).to_numpy()
 
 
 def _days(cells: pd.Series, first_year: int) -> pd.Series:
