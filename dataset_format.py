@@ -63,8 +63,7 @@ from medgemma_clinical.training.signals import SIGNALS
 
 __all__ = ["Description", "InputError", "MIMICtrajectoryDataset", "main", "read_description"]
 
-MAX_LEN, MAX_LEN_SEVERAL = 20, 64
-"""Observations kept of one series, and of the union of several."""
+MAX_LEN, MAX_LEN_SEVERAL = 20, 64  # observations kept of one series, and of the union of several
 
 HOURS = number(float, 0, 10**6, open_low=True)
 

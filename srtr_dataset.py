@@ -42,8 +42,7 @@ logger = logging.getLogger(__name__)
 HOURS_A_DAY = 24.0
 MIN_EVENTS = 10
 
-MAX_LEN = 50
-"""Observations kept of a registration."""
+MAX_LEN = 50  # observations kept of a registration
 
 LATEST_IN_TEXT = 8
 """Latest values of a feature in a prompt: a liver history can hold fifty rows."""

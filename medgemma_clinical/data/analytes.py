@@ -14,8 +14,7 @@ from medgemma_clinical.files import InputError
 GAP_ITEM = 50868
 """Item of the anion gap that the laboratory reports. Source: d_labitems of MIMIC-IV."""
 
-COMPUTED_GAP = -1
-"""Item of the computed anion gap, which MIMIC-IV does not have."""
+COMPUTED_GAP = -1  # item of the computed anion gap, which MIMIC-IV does not have
 
 GAP_COMPONENTS = (50983, 50902, 50882)
 """Serum sodium, chloride and bicarbonate: the gap is the first less the others."""
@@ -48,8 +47,7 @@ FACTORS = {
 ``EQUIVALENT``. Source: molar masses of glucose 180.16, creatinine 113.12, lactate 90.08, nitrogen
 of urea 28.01 g/mol."""
 
-EQUIVALENT = {"meq/l": 1.0, "mmol/l": 1.0}
-"""Factors of units for ions of one charge."""
+EQUIVALENT = {"meq/l": 1.0, "mmol/l": 1.0}  # factors of units for ions of one charge
 
 ANALYTES = {int(item): analyte for analyte in CHEMISTRY for item in analyte.keys}
 

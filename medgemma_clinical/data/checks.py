@@ -26,8 +26,7 @@ from medgemma_clinical.files import InputError
 
 logger = logging.getLogger(__name__)
 
-SEED = 0
-"""Seed of the logged split; the default of ``--seed``."""
+SEED = 0  # seed of the logged split; the default of --seed
 
 MIN_COHORT_PATIENTS, MIN_TEST_EVENTS = 100, 10
 """Patients, and patients of the test part with and without the event, below which a check warns:
@@ -44,10 +43,7 @@ MAX_IMPLAUSIBLE = 0.5
 
 
 def check(read: Callable[[], TrajectoryDataset], min_events: int = 0) -> int:
-    """Log what a data set holds, what looks wrong, and if it is ready; refuse unusable data.
-
-    Data without labels, or with fewer events than ``min_events``, are ready to predict on alone.
-    """
+    """Log what a data set holds, what looks wrong, and if it is ready; refuse unusable data."""
     try:
         _log_check(read(), min_events)
     except InputError:
@@ -64,7 +60,7 @@ def _log_check(dataset: TrajectoryDataset, min_events: int) -> None:
         problem = f"fewer than {MIN_COHORT_PATIENTS} patients"
         warnings.append(f"{problem}: metrics of a model will be undecided")
     log_warnings(warnings)
-    obstacle, events = "", int(np.nansum(dataset.labels))
+    obstacle, events = "", int(np.nansum(dataset.labels))  # to training, not to prediction
     if events < min_events:
         obstacle = f"not to train on: {events} events, {min_events} are needed"
     elif np.isnan(dataset.labels).all():

@@ -124,9 +124,7 @@ def name_series(
     """Name by flags, ``named``, or else with a warning, what a description does not say."""
     about, guesses = about.completed(table, label, flags)
     if len(guesses) < bool(flags.series or flags.unit) + bool(flags.outcome):
-        problem = (
-            "each names a column of the table that no JSON file describes; a unit needs a name"
-        )
+        problem = "each describes a column that no JSON file describes; a unit needs a name"
         raise InputError(f"{findings.source}: --series_name, --unit, --outcome: {problem}")
     usual = USUAL if label == LABEL else replace(USUAL, outcome="")  # others are named by column
     about, guesses = about.completed(table, label, usual)
@@ -177,10 +175,10 @@ def _read_value(key: str, value: Any) -> Any:
     """Convert a value; one of another form raises any error."""
     match key:
         case "plausible" | "reference":
-            return None if value is None else _range(value, 1 + (key == "plausible"))
+            return None if value is None else _range(value, both=key == "plausible")
         case "limits" | "references":
             ranges = {comparable(name): pair for name, pair in value.items() if pair is not None}
-            return {name: _range(pair, 1 + (key == "limits")) for name, pair in ranges.items()}
+            return {name: _range(pair, both=key == "limits") for name, pair in ranges.items()}
         case "labels":
             keys = ("outcome", "question")
             return {name: _read_keys(x, keys, f"labels.{name}.") for name, x in value.items()}
@@ -188,17 +186,17 @@ def _read_value(key: str, value: Any) -> Any:
             counts = FLOW_COLUMNS[1:]
             return tuple({"rule": x["rule"], **{k: int(x[k]) for k in counts}} for x in value)
         case "time_scale":
-            return _range([0, value], 2)[1]
+            return _range([0, value], both=True)[1]
     if not value.split() and key not in OPTIONAL_TEXTS:
         raise ValueError("an empty text")
     return " ".join(value.split())
 
 
-def _range(pair: Any, fewest: int) -> tuple[float | None, ...]:
-    """Return two rising numbers, of which at least ``fewest`` are not None."""
+def _range(pair: Any, *, both: bool) -> tuple[float | None, ...]:
+    """Return two rising numbers, of which one may be None unless ``both`` are needed."""
     low, high = (None if end is None else float(end) for end in pair)
     ends = [end for end in (low, high) if end is not None]
-    if len(ends) < fewest or not np.isfinite(ends).all() or ends != sorted(set(ends)):
+    if len(ends) < 1 + both or not np.isfinite(ends).all() or ends != sorted(set(ends)):
         raise ValueError("not rising numbers")
     return low, high
 
@@ -416,15 +414,16 @@ def _hint(name: str, names: Sequence[str], likeness: float = 0.6) -> str:
 def check_header(table: pd.DataFrame, source: str, label: str, *, labelled: bool) -> None:
     """Refuse a table without a series, or without the label where it has to be labelled."""
     columns = [*map(str, table)]
-    series = any(name.startswith("trajectory_") for name in columns)
-    for name in [*[MAIN_COLUMN] * (not series), *[label] * labelled]:
-        if name not in columns:
-            rest = f"{_hint(name, columns)}; the columns are {join_names(columns)}"
-            if any(map(CELL.fullmatch, columns)):
-                rest = ": row 1 holds data, no header"
-            if command := from_long_command(columns, source):
-                raise InputError(f"{source}: holds one value a row: make a file of it by {command}")
-            raise InputError(f"{source}, column {name}: no such column{rest}")
+    has_further = any(name.startswith("trajectory_") for name in columns)
+    needed = {MAIN_COLUMN: not has_further, label: labelled}
+    missing = next((x for x, is_needed in needed.items() if is_needed and x not in columns), None)
+    if missing:
+        if command := from_long_command(columns, source):
+            raise InputError(f"{source}: holds one value a row: make a file of it by {command}")
+        hint = f"{_hint(missing, columns)}; the columns are {join_names(columns)}"
+        if any(map(CELL.fullmatch, columns)):
+            hint = ": row 1 holds data, no header"
+        raise InputError(f"{source}, column {missing}: no such column{hint}")
     if label.startswith(STATIC):
         raise InputError(f"{source}, column {label}: a static feature cannot be the label")
     for name in columns:
@@ -450,7 +449,8 @@ def note_columns(
         for name in getattr(description, key)
         if name not in names
     ]
-    keys += ["series"] * (description.series != "" and MAIN_COLUMN not in columns)
+    if description.series and MAIN_COLUMN not in columns:
+        keys.append("series")
     warnings = [f"key {key} of the JSON file: no such column" for key in keys]
     if not set(PATIENTS) & set(columns):
         warnings.append("no column subject_id: each row is a patient of its own")
@@ -553,10 +553,7 @@ def _changes(*columns: NDArray[Any]) -> NDArray[np.bool_]:
 def as_trained(
     table: pd.DataFrame, about: Description, config: Mapping[str, Any], findings: Findings
 ) -> tuple[Description, list[str]]:
-    """Complete a description from a checkpoint's, and name the series columns that a table lacks.
-
-    A table that the checkpoint cannot read is refused; a series that it lacks is read by no model.
-    """
+    """Complete a description from a checkpoint's; return it and the columns of absent series."""
     label, source = config["read_options"].get("label_column", LABEL), findings.source
     check_header(table, source, label, labelled=False)
     trained = [Feature(*pair) for pair in zip(config["features"], config["units"], strict=True)]
@@ -584,7 +581,10 @@ def as_trained(
         elif feature.unit != series.unit:
             units = f"in {feature.unit or 'no unit'}, the model reads {series.unit or 'no unit'}"
             raise InputError(f"{source}, column {feature.keys[0]}: {series.name} is {units}")
-    for name in [*config["inputs"]["static"], *[HOURS] * config["inputs"]["prediction_time"]]:
+    inputs = list(config["inputs"]["static"])
+    if config["inputs"]["prediction_time"]:
+        inputs.append(HOURS)
+    for name in inputs:
         if name not in table:
             same = [x for x in map(str, table) if x.partition(" [")[0] == name.partition(" [")[0]]
             problem = f", not {same[0]}" if same else "; its cells may be empty where unknown"

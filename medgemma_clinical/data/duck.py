@@ -31,9 +31,7 @@ from medgemma_clinical.provenance import code_hash
 
 logger = logging.getLogger(__name__)
 
-MADE_BY = "made_by"
-"""Key of the description that marks a file of these commands."""
-
+MADE_BY = "made_by"  # key of the description that marks a file of these commands
 UPDATE_SECONDS = 0.2  # between two looks at a running query: its progress, and signals
 
 
@@ -174,11 +172,10 @@ UNREADABLE = {
 
 @dataclass(frozen=True)
 class Column:
-    """How a column is read, by its form, a key of ``UNREADABLE`` or ``value``, a number or text.
+    """How a column is read."""
 
-    A ``time`` is cut to seconds, an ``instant`` is not; the ``id`` 10001.0 or 010001 is 10001.
-    """
-
+    # A key of UNREADABLE, or ``value``: a number or a text. A ``time`` is cut to seconds, an
+    # ``instant`` is not; the ``id`` 10001.0 or 010001 is 10001.
     form: str
     may_be_empty: bool = False  # an empty word is an empty text
     optional: bool = False  # the file may lack it; its cells are empty then

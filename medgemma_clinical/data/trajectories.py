@@ -138,10 +138,7 @@ class TrajectoryDataset:
     def scoring_rows(
         cls, source: Any, config: Mapping[str, Any], findings: Findings, max_rows: int
     ) -> Iterator[ScoringRows]:
-        """Yield rows to be scored, read as a checkpoint's data were; refuse another kind of source.
-
-        ``config`` is the checkpoint's; ``findings`` gets the problems of rows that cannot be read.
-        """
+        """Yield rows to be scored, read as by a checkpoint's ``config``; note unreadable rows."""
         raise NotImplementedError
 
     # ------------------------------------------------------------------ observations

@@ -24,8 +24,7 @@ DIALYSIS_VALUES: dict[str, dict[int, int]] = {
 }
 """Value of each cell, by coding. In CAN_DIAL 1 means none. Source: SRTR SAF, CAN_DIAL."""
 
-CODES_ONLY = {2, 3, 4, 5, 998, 999}
-"""Cells that only codes hold; 998 and 999 are unknown."""
+CODES_ONLY = {2, 3, 4, 5, 998, 999}  # cells that only codes hold; 998 and 999 are unknown
 
 MAX_VALUE = 1e6
 """No laboratory value is larger; beyond it a cell counts as not measured."""

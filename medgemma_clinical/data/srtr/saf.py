@@ -20,14 +20,9 @@ logger = logging.getLogger(__name__)
 
 ENDINGS = (".sas7bdat", ".csv", ".csv.gz", ".dta", ".parquet")
 
-CHUNK_ROWS = 100_000
-"""Rows that are read at a time; those of no use are dropped."""
-
-BAD_DATE = "BAD_DATE"
-"""Further column of a read table: whether a date of the row is impossible."""
-
-EPOCH = pd.Timestamp("1960-01-01")
-"""Day 0 of dates in SAS and Stata."""
+CHUNK_ROWS = 100_000  # rows that are read at a time; those of no use are dropped
+BAD_DATE = "BAD_DATE"  # further column of a read table: whether a date of the row is impossible
+EPOCH = pd.Timestamp("1960-01-01")  # day 0 of dates in SAS and Stata
 
 EMPTY = r"\.[A-Z_]?|NA|NAN|NAT|<NA>|"
 """A cell without content; .A to .Z are SAS's special missing values."""
