@@ -134,7 +134,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self.allow_duplicates = allow_duplicates
         self.ids = dka.number_equal(dka.patients_of(table, findings)[1], findings)
         self.parts = dka.parts_of(table, findings)
-        lengths = self._read(table, description, findings, label, series, max_len, site)
+        reading = {"max_len": max_len, "label_column": label, "site": site}
+        lengths = self._read(table, description, findings, series, reading)
         without = pd.Series(~table.index.isin(self.numbers), table.index)
         if not series:
             column = str(self.measures[0].keys[0])
@@ -154,12 +155,11 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         table: pd.DataFrame,
         description: Description,
         findings: Findings,
-        label: str,
         series: Sequence[str] | None,
-        max_len: int | None,
-        site: str | None,
+        reading: Mapping[str, Any],
     ) -> NDArray[np.int64]:
         """Read the rows that hold a value; return how many observations each had before the cut."""
+        label, site = reading.get("label_column", LABEL), reading.get("site")
         self.source = one_line(findings.source)
         self.description = about = description.for_label(label)
         self.question, self.outcome = about.question, about.outcome
@@ -169,7 +169,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self.measures = dka.find_features(table, about, series, self.source)
         self.features = tuple(feature.name for feature in self.measures)
         self.units = tuple(feature.unit or "" for feature in self.measures)
-        max_len = max_len or (MAX_LEN if len(self.features) == 1 else MAX_LEN_SEVERAL)
+        default = MAX_LEN if len(self.features) == 1 else MAX_LEN_SEVERAL
+        max_len = reading["max_len"] or default
         self.read_options = {"max_len": max_len, "label_column": label}
         self.numbers = table.index.to_numpy()
         self.labels = dka.labels_of(table, label)[0]
@@ -245,13 +246,11 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             dataset = cls.__new__(cls)
             ids = dka.number_equal(dka.patients_of(table, findings)[1], findings)
             dataset.ids, dataset.allow_duplicates = ids, None
-            lengths = dataset._read(
-                chunk, description, findings, label, config["features"], reading["max_len"], site
-            )
+            lengths = dataset._read(chunk, description, findings, config["features"], reading)
             max_len = dataset.read_options["max_len"]
-            empty = pd.Series(~table.index.isin(dataset.numbers), table.index)
-            column = str(dataset.measures[0].keys[0])
-            findings.reject(empty, column, "no series of this row holds a value")
+            is_read, column = table.index.isin(dataset.numbers), str(dataset.measures[0].keys[0])
+            problem = "no series of this row holds a value"
+            findings.reject(pd.Series(~is_read, table.index), column, problem)
             longer = f"are longer than {max_len} observations: the most recent are kept"
             findings.counts[longer] += int((lengths > max_len).sum())
             # Checked above, so that no later value is scored.
@@ -259,8 +258,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
                 dataset.prediction_hours = None
             dataset.question, dataset.outcome = config["question"], config["outcome"]
             dataset.features = tuple(config["features"])  # spelled as the model knows them
-            positions = np.flatnonzero(table.index.isin(dataset.numbers))
-            yield ScoringRows(ids, table.index.to_numpy(), dataset, positions, progress)
+            numbers, positions = table.index.to_numpy(), np.flatnonzero(is_read)
+            yield ScoringRows(ids, numbers, dataset, positions, progress)
 
     def limits(self, feature: int) -> tuple[float, float] | None:
         """Return the range that the description declares for a feature, None where it does not."""
