@@ -531,20 +531,22 @@ def fit(
         run_folder.write_history(folder, progress.history)
     else:
         save_state(stage, state)
+    epochs = stage.last_epoch or stage.epochs
+    bar = distributed.show_progress((), stage.name, epochs * len(batches), progress.steps)
     while not progress.over:
         epoch = progress.epoch + 1
+        bar.set_description_str(f"{stage.name}, epoch {epoch}/{epochs}", refresh=False)
         # Train: all of the epoch, or what a stopped run has left of it.
         batches.set_epoch(seed, epoch, progress.batches)
         stage.begin_epoch(seed, epoch, state.learning(stage.patience))
         stage.model.train()
         state.optimizer.zero_grad()
-        title = f"{stage.name} {epoch}/{stage.epochs}"
-        bar = distributed.show_progress(batches, title, len(batches), progress.batches)
         with SIGNALS.deferred():
-            for number, rows in enumerate(bar):
+            for number, rows in enumerate(batches):
                 begun = time.perf_counter()
                 loss, terms = backward(stage, state, rows)
                 stop = step(state, loss, terms)
+                bar.update()
                 if (epoch, number) == (1, 1):  # the first step warms up
                     run_log.log_epoch_time(stage, time.perf_counter() - begun, rows)
                 if stop or (save_every and progress.steps % save_every == 0):
@@ -561,10 +563,13 @@ def fit(
         exhausted = epoch - max(progress.lowest_epochs) >= stage.patience
         state.add_elapsed()
         run_log.record_epoch(stage, progress, found, folder, track, exhausted=exhausted)
-        progress.over = exhausted or epoch == (stage.last_epoch or stage.epochs)
+        if found is not None:
+            bar.set_postfix_str(f"val loss {found.loss:.3f}", refresh=False)
+        progress.over = exhausted or epoch == epochs
         progress.next_epoch()
         if progress.over:
             save_state(stage, state)
+    bar.close()
     state.set_weights(state.best)
     return state
 

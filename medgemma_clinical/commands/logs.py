@@ -7,6 +7,7 @@ import io
 import logging
 import sys
 from collections.abc import Iterator
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TextIO
 
@@ -33,33 +34,37 @@ class Console(logging.StreamHandler[TextIO]):
     """Write lines above a progress bar, not behind it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record while no bar is shown."""
-        with tqdm.external_write_mode(file=self.stream):
+        """Write a record while no bar is shown; without a terminal a bar stays as it is."""
+        terminal = sys.stderr.isatty()
+        with tqdm.external_write_mode(self.stream) if terminal else contextlib.nullcontext():
             super().emit(record)
 
 
-class RunLog(logging.StreamHandler[TextIO]):
-    """Keep the lines of a run until its log file is open, then write them there."""
+class RunLog(MemoryHandler):
+    """Buffer the records of a run until its log file is open, then write them there."""
 
     def begin(self) -> None:
-        """Close the file of the run before, and keep lines again."""
-        ended, self.stream = self.stream, io.StringIO()
+        """Close the log file of the previous run; buffer records again."""
         with contextlib.suppress(OSError):  # a log on a full disk ends no run
-            ended.close()
+            if self.target:
+                self.target.close()
+        self.setTarget(None)
+        self.buffer.clear()
 
     def open(self, path: Path) -> None:
-        """Write the kept lines, and all that follow, to a new file or an earlier log."""
-        assert isinstance(self.stream, io.StringIO), "the log of the run before is open"
+        """Write the buffered records, and all that follow, to a new file or an earlier log."""
         try:
-            file = path.open("a", encoding="utf-8", errors="backslashreplace")
-            file.write(("" if file.tell() else LOG_MARK) + self.stream.getvalue())
+            with path.open("a") as file:
+                file.write("" if file.tell() else LOG_MARK)
+            target = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise InputError(f"--log_file {path}: {error.strerror}") from error
-        self.stream = file
+        target.setFormatter(PlainFormatter("%(asctime)s %(message)s"))
+        self.setTarget(target)
+        self.flush()
 
 
-RUN_LOG = RunLog(io.StringIO())
-RUN_LOG.setFormatter(PlainFormatter("%(asctime)s %(message)s"))
+RUN_LOG = RunLog(capacity=1)
 
 
 def check_log_file(path: Path) -> None:
@@ -112,13 +117,13 @@ def command_logging(*, first: bool = True) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recorded(bar: logging.Handler) -> Iterator[None]:
-    """Log a run that Python calls, also to ``bar``; show warnings where the caller does not log."""
+def recorded() -> Iterator[None]:
+    """Log a run that Python calls; show warnings on stderr where the caller does not log."""
     warnings = logging.StreamHandler()
     warnings.setLevel(logging.WARNING)
-    with restored(), contextlib.closing(bar):
+    with restored():
         for logger in OWN:
-            added = [RUN_LOG, bar] if logging.root.handlers else [RUN_LOG, bar, warnings]
+            added = [RUN_LOG] if logging.root.handlers else [RUN_LOG, warnings]
             logger.handlers = [*logger.handlers, *added]
             logger.setLevel(logging.DEBUG)
         yield
