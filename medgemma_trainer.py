@@ -100,7 +100,13 @@ from medgemma_clinical.training.evaluate import score_batches
 from medgemma_clinical.training.loaders import part_batches
 from medgemma_clinical.training.signals import SIGNALS, Stopped
 from medgemma_clinical.training.stage import Stage
-from medgemma_clinical.training.state import LOSS_TOLERANCE, TrainState, WeightAverage
+from medgemma_clinical.training.state import (
+    LOSS_TOLERANCE,
+    TrainState,
+    WeightAverage,
+    read_state,
+    write_state,
+)
 from medgemma_clinical.training.trackers import TRACKERS, Track
 from srtr_dataset import ORGANS, SRTRTrajectoryDataset
 
@@ -524,9 +530,9 @@ def fit(
     """
     state = set_up(stage)
     progress, batches = state.progress, stage.batches["train"]
-    state.store = run_folder.state_store(folder) if folder else None
-    if resume and state.store:
-        load_training_state(stage, state, state.store.newest())
+    state.folder = run_folder.state_folder(folder) if folder else None
+    if resume and state.folder:
+        load_training_state(stage, state, read_state(state.folder))
         save_best(stage, state, folder)
         run_folder.write_history(folder, progress.history)
     else:
@@ -665,12 +671,12 @@ def save_best(stage: Stage, state: TrainState, folder: Path | None) -> None:
 
 
 def save_state(stage: Stage, state: TrainState) -> None:
-    """Keep the state of training; each process brings its share, the first one writes."""
-    if state.store is not None:
+    """Write the state of training; each process brings its share, the first one writes."""
+    if state.folder is not None:
         state.add_elapsed()
         content = training_state(stage, state)
         if distributed.processes().is_main_process:
-            state.store.save(content)
+            write_state(state.folder, content)
 
 
 def training_state(stage: Stage, state: TrainState) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from medgemma_clinical.models import checkpoints
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, TrajectoryCheckpoint
 from medgemma_clinical.models.language_model import base_record
 from medgemma_clinical.provenance import code_hash, git_commit, versions
-from medgemma_clinical.training.state import StateStore
+from medgemma_clinical.training.state import read_state, state_paths
 from medgemma_clinical.training.trackers import Track, tracking
 
 logger = logging.getLogger(__name__)
@@ -80,9 +80,9 @@ def stage_paths(folder: Path) -> list[Path]:
     return [folder, tracker_folder(folder), *best]
 
 
-def state_store(folder: Path) -> StateStore:
-    """Return the store of a stage's training states."""
-    return StateStore(folder / "last")
+def state_folder(folder: Path) -> Path:
+    """Return the folder of a stage's training states."""
+    return folder / "last"
 
 
 def write_history(folder: Path | None, history: list[dict[str, Any]]) -> None:
@@ -207,7 +207,7 @@ def opened(args: Namespace, folder: Path | None, run: dict[str, Any]) -> Iterato
 def clean(folder: Path) -> None:
     """Remove what killed runs left half-written."""
     files.clean(folder)
-    files.clean(state_store(folder).folder)
+    files.clean(state_folder(folder))
     for path in stage_paths(folder):
         files.remove(files.partial_path(path))
 
@@ -215,7 +215,7 @@ def clean(folder: Path) -> None:
 def begin(folder: Path, run: dict[str, Any]) -> None:
     """Make the folder of a new run; an earlier one is moved aside."""
     for aside in files.move_aside(stage_paths(folder)):
-        hint = "; --resume would have continued it" if state_store(aside).files() else ""
+        hint = "; --resume would have continued it" if state_paths(state_folder(aside)) else ""
         logger.info("an earlier result was moved to %s%s", aside, hint)
     folder.mkdir()
     files.write_json(folder / "run.json", run)
@@ -224,7 +224,7 @@ def begin(folder: Path, run: dict[str, Any]) -> None:
 def check_run(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     """Return ``run.json`` of the run in a folder; refuse another command's and a damaged one."""
     earlier = read_run(folder)
-    if earlier is None or not ("results_sha256" in earlier or state_store(folder).files()):
+    if earlier is None or not ("results_sha256" in earlier or state_paths(state_folder(folder))):
         raise InputError(f"{folder}: no run was begun there: start it without --resume")
     then, now = earlier["arguments"], run["arguments"]
     other = [
@@ -253,7 +253,7 @@ def is_finished(folder: Path, run: dict[str, Any]) -> bool:
                 logger.warning("%s differ from the start of the run: last bits may differ", key)
         return False
     if processes().is_main_process:
-        files.remove(state_store(folder).folder)
+        files.remove(state_folder(folder))
     logger.info("%s: that run is finished: nothing left to do", folder)
     return True
 
@@ -268,7 +268,7 @@ def progress_of(folder: Path, run: dict[str, Any]) -> str:
             return "none"
         if "results_sha256" in earlier:
             return "all"
-        state_store(folder).newest()
+        read_state(state_folder(folder))
     except InputError as error:  # it will be moved aside and made anew
         logger.warning("%s", error)
         return "none"
@@ -287,7 +287,7 @@ def finish_run(folder: Path | None, tokens: float, best_model: str | None = None
     run = {**(read_run(folder) or {}), "best_model": best_model, "cost": cost}
     run["results_sha256"] = hashes
     files.write_json(folder / "run.json", run)
-    files.remove(state_store(folder).folder)
+    files.remove(state_folder(folder))
 
 
 def interruptible(args: Namespace, action: Callable[[], Any]) -> int:
@@ -296,7 +296,7 @@ def interruptible(args: Namespace, action: Callable[[], Any]) -> int:
         action()
     except KeyboardInterrupt as stop:
         folder = stage_folder(args)
-        if state_store(folder).files():
+        if state_paths(state_folder(folder)):
             logger.error("interrupted: the same command with --resume continues in %s", folder)
         else:
             logger.error("interrupted before the first step: start the command again")

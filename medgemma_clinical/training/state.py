@@ -7,7 +7,6 @@ import hashlib
 import io
 import logging
 import math
-import re
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +21,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from medgemma_clinical.files import InputError, RunFault, atomic, remove
+from medgemma_clinical.files import InputError, RunFault, atomic
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +45,11 @@ SKIPPED_ADVICE = (
 STATE_FORMAT = 8
 """Rises when older states can no longer be resumed."""
 
-KEPT = 2
-FILE_NAME = re.compile(r"([0-9]{8})-([0-9a-f]{64})\.pt")
-"""Running number and SHA-256 of a state's file."""
+NEWEST, PREVIOUS = "newest.state", "previous.state"
+DIGEST_BYTES = hashlib.sha256().digest_size
+"""Names of a stage's two states; a file holds the SHA-256 of its content, then the content."""
+
+START_AGAIN = "start again without --resume"
 
 
 class NonFiniteLossError(RunFault):
@@ -152,7 +153,7 @@ class TrainState:
     average: WeightAverage
     progress: Progress = field(default_factory=Progress)
     best: list[Tensor] = field(default_factory=list)  # averages of each member's best epoch
-    store: StateStore | None = None
+    folder: Path | None = None  # of the states that are written; None in memory
     last_tick: float = field(default_factory=time.perf_counter)  # of ``add_elapsed``
 
     def by_member(self) -> list[list[nn.Parameter]]:
@@ -205,47 +206,41 @@ def copy_into(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         tensor.copy_(value)
 
 
-class StateStore:
-    """The two latest states of a stage, in files ``NUMBER-SHA256.pt``; the hash shows damage."""
+def state_paths(folder: Path) -> list[Path]:
+    """Return the files of the two latest states of a stage that exist, the newest first."""
+    return [path for name in (NEWEST, PREVIOUS) if (path := folder / name).exists()]
 
-    def __init__(self, folder: Path) -> None:
-        """Keep the path."""
-        self.folder = folder
-        self._damaged: set[Path] = set()
 
-    def files(self) -> list[Path]:
-        """Return the files, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(path for path in self.folder.iterdir() if FILE_NAME.fullmatch(path.name))
+def read_content(path: Path) -> bytes | None:
+    """Return the content of a state's file behind its SHA-256; None where it is damaged."""
+    data = path.read_bytes()
+    digest, content = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
+    return content if hashlib.sha256(content).digest() == digest else None
 
-    def save(self, state: dict[str, Any]) -> None:
-        """Write a state beside the one before; older and damaged ones are removed."""
-        files = self.files()
-        number = 1 + (int(files[-1].name[:8]) if files else 0)
-        buffer = io.BytesIO()
-        torch.save({"format": STATE_FORMAT, **state}, buffer)
-        digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
-        self.folder.mkdir(exist_ok=True)
-        with atomic(self.folder / f"{number:08d}-{digest}.pt") as temporary:
-            temporary.write_bytes(buffer.getbuffer())
-        whole = [path for path in files if path not in self._damaged]
-        for path in {*files} - {*whole[1 - KEPT :]}:
-            remove(path)
 
-    def newest(self) -> dict[str, Any]:
-        """Read the newest state that is whole; code that a file may carry does not run."""
-        again = "start again without --resume"
-        for path in reversed(self.files()):
-            data = path.read_bytes()
-            if hashlib.sha256(data).hexdigest() not in path.name:
-                self._damaged.add(path)
-                logger.warning("%s: damaged: resuming from the one before", path)
-                continue
-            state: dict[str, Any] = torch.load(
-                io.BytesIO(data), map_location="cpu", weights_only=True
-            )
-            if state.pop("format") != STATE_FORMAT:
-                raise InputError(f"{path}: of another version: {again}")
-            return state
-        raise InputError(f"--resume {self.folder}: no intact state: {again}")
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write the newest state; the one before stays beside it, a damaged one does not."""
+    buffer = io.BytesIO()
+    torch.save({"format": STATE_FORMAT, **state}, buffer)
+    folder.mkdir(exist_ok=True)
+    newest = folder / NEWEST
+    with atomic(newest) as temporary:
+        digest = hashlib.sha256(buffer.getbuffer()).digest()
+        temporary.write_bytes(digest + buffer.getbuffer())
+        if newest.exists() and read_content(newest) is not None:
+            newest.replace(folder / PREVIOUS)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read the newest state that is intact; code that a file may carry does not run."""
+    for path in state_paths(folder):
+        if (content := read_content(path)) is None:
+            logger.warning("%s: damaged: resuming from the one before", path)
+            continue
+        state: dict[str, Any] = torch.load(
+            io.BytesIO(content), map_location="cpu", weights_only=True
+        )
+        if state.pop("format") != STATE_FORMAT:
+            raise InputError(f"{path}: of another version: {START_AGAIN}")
+        return state
+    raise InputError(f"--resume {folder}: no intact state: {START_AGAIN}")
