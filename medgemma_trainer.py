@@ -38,7 +38,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-# A kernel that only speeds up 4-bit inference on a CPU: its absence, told on import, is no fault.
+# A harmless import warning: a kernel that speeds up 4-bit inference on a CPU is missing.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)
 
 import pandas as pd
@@ -429,17 +429,11 @@ def trajectory_stage(args: Namespace, data: Data, model: Stage1) -> Stage:
     )
 
 
-def llm_stage(
-    args: Namespace, data: Data, stage1: Any, checkpoint: TrajectoryCheckpoint | None
-) -> Stage:
-    """Stages 2 and 3: LoRA, projection and stage 2's head learn; stage 1 too if not frozen."""
-    dataset, device, writes = data.dataset, distributed.default_device(), args.mode == "generative"
-    tokens = 0 if args.soft_prompt == "off" else args.num_prefix_tokens
-    shuffled = args.soft_prompt == "shuffled"
-    soft = text_batches.soft_tokens(dataset, tokens)
-    unread: Config = {"encoder": None, "members": 0, "patients": {"series": {}, "static": {}}}
-    unread["inputs"] = {**data.description()["inputs"], "static": [], "prediction_time": False}
-    config: Config = {
+def llm_config(args: Namespace, data: Data, stage1: Stage1 | None, tokens: int) -> Config:
+    """Return the config of stage 2 or 3's checkpoint; ``tokens`` is P."""
+    text_only: Config = {"encoder": None, "members": 0, "patients": {"series": {}, "static": {}}}
+    text_only["inputs"] = {**data.description()["inputs"], "static": [], "prediction_time": False}
+    return {
         "stage": args.mode,
         "base_weights": args.base_weights,
         "quantization": args.quantization,
@@ -448,20 +442,29 @@ def llm_stage(
         "lora_alpha": args.lora_alpha,
         "max_text_tokens": args.max_text_tokens,
         **checkpoints.describe_base(args.model_name),
-        "num_prefix_tokens": int(soft.max()),
-        "shuffled": shuffled,
+        "num_prefix_tokens": tokens,
+        "shuffled": args.soft_prompt == "shuffled",
         "stage1_logit": args.stage1_logit == "on" and stage1 is not None,
         "residual_weight": 1.0,
         "prompts": asdict(data.prompts),
         **describe_data(data),
-        **(unread if stage1 is None else checkpoints.stage1_config(stage1)),
+        **(text_only if stage1 is None else checkpoints.stage1_config(stage1)),
     }
-    donors = risks = None
-    if shuffled:
+
+
+def llm_stage(
+    args: Namespace, data: Data, stage1: Any, checkpoint: TrajectoryCheckpoint | None
+) -> Stage:
+    """Stages 2 and 3: LoRA, projection and stage 2's head learn; stage 1 too if not frozen."""
+    dataset, device, donors, risks = data.dataset, distributed.default_device(), None, None
+    if args.soft_prompt == "shuffled":
         donors = text_batches.other_patients(data.split, dataset.groups, args.seed)
+    tokens = 0 if args.soft_prompt == "off" else args.num_prefix_tokens
+    soft = text_batches.soft_tokens(dataset, tokens)
+    config = llm_config(args, data, stage1, int(soft.max()))
     options = {"attention": args.attention, "dropout": args.lora_dropout, "seed": args.seed}
     model, tokenizer = build_llm(config, stage1, args.model_name, device=device, **options)
-    options = {"answers": writes, "max_tokens": args.max_text_tokens}
+    options = {"answers": args.mode == "generative", "max_tokens": args.max_text_tokens}
     text = TextCollator(dataset, tokenizer, data.prompts, **options)
     if checkpoint is not None:
         config["patients"] = checkpoint.config["patients"]
@@ -470,9 +473,9 @@ def llm_stage(
     text.donors = donors
     if args.gradient_checkpointing:
         language_model.set_checkpointing(model.llm)
-    if writes:
+    if isinstance(model, LLMWriter):
         config["report_tokens"] = text.report_tokens()
-    elif isinstance(model, LLMClassifier) and not model.adds_stage1:
+    elif not model.adds_stage1:
         nn.init.constant_(model.head.bias, prior_log_odds(data.prevalence()))
     rates = {"projection": args.projection_lr, "llm": args.adapter_lr}
     rates |= {"stage1": args.encoder_lr, "head": args.head_lr}
@@ -560,17 +563,17 @@ def fit(
                 if stop:
                     raise Stopped(SIGNALS.received or signal.SIGTERM)
             save_state(stage, state)
-        # Validate: the last epoch is the best where there is no validation part.
-        found = validate(stage, state) if len(stage.batches["val"].rows) else None
-        losses = [1 / epoch for _ in {*state.members}] if found is None else found.losses.tolist()
+        # Validate.
+        predictions = validate(stage, state) if len(stage.batches["val"].rows) else None
+        losses = None if predictions is None else predictions.losses.tolist()
         # Keep the best, and stop where no member has reached a lower loss for long.
         if keep_best(state, losses, stage.patience):
             save_best(stage, state, folder)
         exhausted = epoch - max(progress.lowest_epochs) >= stage.patience
         state.add_elapsed()
-        run_log.record_epoch(stage, progress, found, folder, track, exhausted=exhausted)
-        if found is not None:
-            bar.set_postfix_str(f"val loss {found.loss:.3f}", refresh=False)
+        run_log.record_epoch(stage, progress, predictions, folder, track, exhausted=exhausted)
+        if predictions is not None:
+            bar.set_postfix_str(f"val loss {predictions.loss:.3f}", refresh=False)
         progress.over = exhausted or epoch == epochs
         progress.next_epoch()
         if progress.over:
@@ -636,28 +639,29 @@ def validate(stage: Stage, state: TrainState) -> Predictions:
     return predictions
 
 
-def keep_best(state: TrainState, losses: Sequence[float], patience: int) -> bool:
+def keep_best(state: TrainState, losses: Sequence[float] | None, patience: int) -> bool:
     """Early stopping: keep the averaged weights of each member for which this epoch is the best.
 
     That is the latest epoch whose validation loss is within ``LOSS_TOLERANCE`` of the member's
-    lowest. A member whose patience has ended stays as it was: it waits for no other. Return
-    whether any kept.
+    lowest; the last epoch where there is no validation part. A member whose patience has ended
+    does not change: it waits for no other. Return whether the weights of any member were kept.
     """
-    progress, epoch = state.progress, state.progress.epoch + 1
+    progress, epoch, n_members = state.progress, state.progress.epoch + 1, 1 + max(state.members)
     if epoch == 1:
-        progress.lowest, progress.lowest_epochs = [math.inf for _ in losses], [1 for _ in losses]
-        progress.best_epochs = [1 for _ in losses]
-    for member, loss in enumerate(losses):
+        progress.lowest = [math.inf] * n_members
+    if epoch == 1 or losses is None:
+        progress.lowest_epochs, progress.best_epochs = [epoch] * n_members, [epoch] * n_members
+    for member, loss in enumerate(losses or ()):
         if epoch - progress.lowest_epochs[member] > patience:
             continue
         if loss < progress.lowest[member]:
             progress.lowest[member], progress.lowest_epochs[member] = loss, epoch
         if loss <= progress.lowest[member] * (1 + LOSS_TOLERANCE):
             progress.best_epochs[member] = epoch
-    kept = zip(state.members, state.best or state.parameters, state.average.weights, strict=True)
-    best = progress.best_epochs
-    state.best = [new.clone() if best[member] == epoch else old for member, old, new in kept]
-    return epoch in best
+    best = [member for member in range(n_members) if progress.best_epochs[member] == epoch]
+    weights = zip(state.members, state.average.weights, state.best or state.parameters, strict=True)
+    state.best = [new.clone() if member in best else old for member, new, old in weights]
+    return bool(best)
 
 
 # --------------------------------------------------------------------------- what is kept
@@ -803,11 +807,9 @@ def run(args: Namespace, given: set[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 done, 2 wrong input, 3 a fault, 128 + N ended by signal N."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    args = build_parser().parse_args(words)
+    args, given = build_parser().parse_given(sys.argv[1:] if argv is None else argv)
     if args.output_dir is None:
         args.output_dir = Path(f"./checkpoints_medgemma_{'demo' if args.demo else args.dataset}")
-    given = {word.split("=")[0] for word in words if word.startswith("--")}
     distributed.set_environment()
     with command_logging(first=distributed.processes().is_main_process):
         return command_line.run_command(lambda: run(args, given), show_values=args.show_values)

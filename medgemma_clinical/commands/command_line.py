@@ -10,7 +10,7 @@ import socket
 import ssl
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -49,6 +49,11 @@ class Parser(argparse.ArgumentParser):
             return super().parse_args(args, namespace)
         except InputError as error:
             self.exit(EXIT_INPUT, f"error: {error} (see --help)\n")
+
+    def parse_given(self, words: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
+        """Parse a command line; return also the flags that it gives."""
+        flags = {word.partition("=")[0] for word in words if word.startswith("--")}
+        return self.parse_args(words), flags
 
     def parse_keywords(self, keywords: Mapping[str, Any]) -> tuple[argparse.Namespace, set[str]]:
         """Parse keywords named like flags, None for a flag left out; return also those given."""

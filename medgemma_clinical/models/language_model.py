@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from bitsandbytes.nn import Linear4bit
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -124,35 +125,17 @@ def load_language_model(
 
     ``nf4`` None leaves the weights whole; ``weights`` "random" draws them, for a control.
     """
-    assert nf4 is None or weights == "pretrained", "packed weights cannot be drawn"
+    assert nf4 is None or weights == "pretrained", "quantised weights cannot be random"
     if name == TINY:
         model, tokenizer = tiny_language_model(attention)
         return model.to(device=device, dtype=dtype).requires_grad_(False).eval(), tokenizer
-    # No code of a checkpoint ever runs.
     folder = find_model(name, revision)
     check_base_model(name, folder)
+    options = {"quantization_config": nf4, "dtype": dtype, "device_map": {"": device}}
     try:
         with quiet_libraries():
-            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            model, found = Gemma3ForCausalLM.from_pretrained(
-                folder,
-                config=getattr(config, "text_config", config),
-                key_mapping={r"^(model\.)?language_model\.(model\.)?": "model."},  # if multimodal
-                quantization_config=nf4,
-                dtype=dtype,
-                device_map={"": device},
-                use_safetensors=True,
-                trust_remote_code=False,
-                attn_implementation=attention,  # else config.json may name code of the hub
-                output_loading_info=True,
-            )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            probe = tokenizer("24 (0h)", add_special_tokens=False)["input_ids"]
-            special = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
-            if None in special or tokenizer.decode(probe) != "24 (0h)":
-                raise ValueError("its tokenizer loses text")
-        if found["missing_keys"]:
-            raise ValueError(f"it lacks weights, {min(found['missing_keys'])} among them")
+            model = load_text_model(folder, attn_implementation=attention, **options)
+            tokenizer = load_tokenizer(folder)
     except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:  # the libraries raise anything on files of another kind
@@ -161,11 +144,37 @@ def load_language_model(
         raise InputError(f"--model_name {name}: cannot be loaded: {text}{advice}") from error
     if weights == "random":
         draw_weights(model)
-    for module in model.modules():
-        # 4-bit weights that are repacked for fast CPU inference lose bits and gradients.
-        if type(module).__name__ == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False
     return model.requires_grad_(False).eval(), tokenizer
+
+
+def load_text_model(folder: Path, **options: Any) -> PreTrainedModel:
+    """Load the Gemma 3 text model of a folder; no code of a checkpoint runs."""
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    model, info = Gemma3ForCausalLM.from_pretrained(
+        folder,
+        config=getattr(config, "text_config", config),
+        key_mapping={r"^(model\.)?language_model\.(model\.)?": "model."},  # if multimodal
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **options,
+    )
+    if info["missing_keys"]:
+        raise ValueError(f"missing weights, such as {min(info['missing_keys'])}")
+    for module in model.modules():
+        if isinstance(module, Linear4bit):  # repacked for a CPU, weights lose bits and gradients
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder; refuse one that does not restore text."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    ids = tokenizer("24 (0h)", add_special_tokens=False)["input_ids"]
+    special = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    if None in special or tokenizer.decode(ids) != "24 (0h)":
+        raise ValueError("its tokenizer does not restore text")
+    return tokenizer
 
 
 def check_base_model(name: str, folder: Path) -> None:
