@@ -8,17 +8,17 @@
     python medgemma_trainer.py --predict --checkpoint ./checkpoints_medgemma_dka/classification \\
         --data_path NEW.csv --predictions OUT.csv
 
-The way of a batch: series -> ClinicalODERNN -> a state after each of L observations and one at the
+Data flow: series -> ClinicalODERNN -> a state after each of L observations and one at the
 prediction time; then
 
-    stage 1  trajectory       readings of states and of summaries -> logit
+    stage 1  trajectory       heads of states and of summaries -> logit
     stage 2  classification   <bos> [soft tokens] [text] -> LLM -> last position -> head -> logit
     stage 3  generative       <bos> [soft tokens] [text] [report] -> LLM -> lm_head on the report
 
 Stages 2 and 3 add stage 1's logit to their own.
 
 This file holds, in this order: flags; what is read; the models; the three stages; the training
-loop; what a training state holds; one run; ``main``. All else is in ``medgemma_clinical``.
+loop; what a training state holds; one run; ``main``. The rest is in ``medgemma_clinical``.
 
 Letters: B patients, L observations, F features, H state, P soft tokens, D width of the LLM.
 """
@@ -186,8 +186,8 @@ def build_parser() -> Parser:
     add("--data_dir", "path to SRTR data directory", "predict free -keyword", type=Path)
     add("--landmark_days", "SRTR: prediction time after listing; 365, liver 90", type=WHOLE)
     add("--horizon_days", "SRTR: days looked ahead; 365, liver 90", type=POSITIVE)
-    lost = ("negative", "exclude")
-    add("--transplant", "SRTR: label 0, or row left out", choices=lost, default="negative")
+    labels = ("negative", "exclude")
+    add("--transplant", "SRTR: label 0, or row left out", choices=labels, default="negative")
     add("--label_column", "DKA: outcome column, 0 or 1", default=LABEL, metavar="NAME")
     switch("--allow_duplicates", "DKA: allow equal rows across the split", "free")
     for name, text in NAMING.items():
@@ -246,8 +246,8 @@ def build_parser() -> Parser:
     add("--attention", "attention kernels", "predict default", **options)
     options = {"choices": llm.BASE_WEIGHTS, "default": "pretrained"}
     add("--base_weights", "random: a control", "-ablation", **options)
-    shuffled = (*on_off, "shuffled")
-    add("--soft_prompt", "shuffled: a control", "-ablation", choices=shuffled, default="on")
+    prompts = (*on_off, "shuffled")
+    add("--soft_prompt", "shuffled: a control", "-ablation", choices=prompts, default="on")
     options = {"choices": on_off, "default": "on"}
     add("--stage1_logit", "add stage 1's logit to it", "-ablation -text", **options)
     tokens = number(int, *checkpoints.PREFIX_TOKENS)
@@ -321,7 +321,7 @@ def build_llm(
     """<bos> [P soft tokens] [text] -> Gemma 3 in NF4 with LoRA -> head or ``lm_head``; tokenizer.
 
     Training and loading both build here. ``config`` is the checkpoint's, ``base`` and ``revision``
-    tell where the base model lies, ``adapter`` is the folder of a trained one.
+    locate the base model, ``adapter`` is the folder of a trained one.
     """
     dtype = language_model.DTYPES[config["precision"]]
     nf4 = BitsAndBytesConfig(  # Source: Dettmers et al. 2023, "QLoRA"
@@ -385,8 +385,8 @@ def make_stage(args: Namespace, data: Data, checkpoint: TrajectoryCheckpoint | N
 def make_stage1(args: Namespace, data: Data, checkpoint: TrajectoryCheckpoint | None) -> Any:
     """Return the stage 1 that learns or is read; None where a language model reads text alone."""
     if checkpoint is not None:
-        given = flags.changed(args, flags.tagged("stage1_file"))
-        trained_model.check_stage1(checkpoint, data, given)
+        changed_flags = flags.changed(args, flags.tagged("stage1_file"))
+        trained_model.check_stage1(checkpoint, data, changed_flags)
         model = trained_model.rebuild_stage1(checkpoint, BUILDERS).requires_grad_(False)
     elif args.soft_prompt == "off" and not args.trajectory_only:
         return None
@@ -528,8 +528,8 @@ def fit(
 ) -> TrainState:
     """Train with early stopping; leave the model with the weights of its best epoch.
 
-    In a folder, the state is kept before the first step, before each validation, at the end, every
-    ``save_every`` steps and when a signal comes. Processes share each step; the first one writes.
+    In a folder, the state is written before the first step, before each validation, at the end,
+    every ``save_every`` steps and on a signal. Processes share each step; the first one writes.
     """
     state = set_up(stage)
     progress, batches = state.progress, stage.batches["train"]
@@ -592,8 +592,8 @@ def backward(stage: Stage, state: TrainState, rows: list[int]) -> tuple[Tensor, 
     accelerator, losses, terms = state.accelerator, [], 0
     passes = stage.passes(rows)
     for part in passes:
-        last = part is passes[-1]  # processes exchange gradients in the last one
-        with contextlib.nullcontext() if last else accelerator.no_sync(state.model):
+        is_last = part is passes[-1]  # processes exchange gradients in the last one
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(state.model):
             output = state.model(send_to_device(stage.collate(part), accelerator.device))
             output.loss.sum().backward()
         losses.append(output.loss.detach().mean())
@@ -607,12 +607,13 @@ def step(state: TrainState, loss: Tensor, terms: int) -> bool:
 
     The gradients are those of the sum of losses. Return whether a signal has come to any process.
     """
-    own = loss.new_tensor([terms, float(SIGNALS.received > 0)])
-    total = reduce(torch.cat([loss.view(1), own]).double(), "sum")
+    counts = loss.new_tensor([terms, float(SIGNALS.received > 0)])
+    total = reduce(torch.cat([loss.view(1), counts]).double(), "sum")
     for parameter in state.parameters:
         if parameter.grad is not None:  # to the mean over all terms, as of one large batch
             parameter.grad.mul_(state.accelerator.num_processes / total[1])
-    norm = torch.stack([clip_grad_norm_(own, LARGEST_NORM) for own in state.by_member()]).max()
+    norms = [clip_grad_norm_(group, LARGEST_NORM) for group in state.by_member()]
+    norm = torch.stack(norms).max()
     # The one time that a step waits for the device.
     all_loss, all_terms, stop, size = torch.cat([total, norm.double().view(1)]).tolist()
     if state.progress.count(all_loss, all_terms, size):
@@ -624,7 +625,7 @@ def step(state: TrainState, loss: Tensor, terms: int) -> bool:
 
 
 def score(stage: Stage, part: str) -> Predictions:
-    """Return the predictions of a part by the model as it is."""
+    """Return the predictions of a part by the current weights."""
     batches = stage.batches[part]
     bar = distributed.show_progress(batches, f"{stage.name}: {results.SCORED[part]}", len(batches))
     passes = (rows for batch in bar for rows in stage.passes(batch, len(batch)))
@@ -664,7 +665,7 @@ def keep_best(state: TrainState, losses: Sequence[float] | None, patience: int) 
     return bool(best)
 
 
-# --------------------------------------------------------------------------- what is kept
+# --------------------------------------------------------------------------- training state
 
 
 def save_best(stage: Stage, state: TrainState, folder: Path | None) -> None:
@@ -684,7 +685,7 @@ def save_state(stage: Stage, state: TrainState) -> None:
 
 
 def training_state(stage: Stage, state: TrainState) -> dict[str, Any]:
-    """Return all that training needs to go on to the bit; each process brings its generators."""
+    """Return all that resumes training to the bit; each process brings its generators."""
     random, device = {"cpu": torch.get_rng_state()}, distributed.default_device()
     if device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(device)
@@ -701,10 +702,10 @@ def training_state(stage: Stage, state: TrainState) -> dict[str, Any]:
 
 
 def load_training_state(stage: Stage, state: TrainState, content: dict[str, Any]) -> None:
-    """Bring training, random generators included, to a state of ``training_state``, to the bit."""
+    """Restore a state of ``training_state``, random generators included, to the bit."""
     expected = {name: p.shape for name, p in stage.trainable_parameters().items()}
-    same = {name: weight.shape for name, weight in content["weights"].items()} == expected
-    if not same or len(content["random"]) != state.accelerator.num_processes:
+    same_shapes = {name: weight.shape for name, weight in content["weights"].items()} == expected
+    if not same_shapes or len(content["random"]) != state.accelerator.num_processes:
         raise InputError("--resume: another model or number of processes: start without --resume")
     state.set_weights(content["weights"].values())
     device = distributed.default_device()
@@ -717,8 +718,8 @@ def load_training_state(stage: Stage, state: TrainState, content: dict[str, Any]
     torch.set_rng_state(random["cpu"])
     if "cuda" in random:
         torch.cuda.set_rng_state(random["cuda"], device)
-    done = state.progress.epoch + 1, state.progress.batches, state.progress.steps
-    logger.info("resuming in epoch %d after %d of its steps, %d steps in all", *done)
+    position = state.progress.epoch + 1, state.progress.batches, state.progress.steps
+    logger.info("resuming in epoch %d after %d of its steps, %d steps in all", *position)
 
 
 # --------------------------------------------------------------------------- one run
@@ -752,21 +753,22 @@ def train_stage(
     with run_folder.opened(args, folder, run_record) as track:
         state = fit(stage, args.seed, folder, track, resume=args.resume, save_every=args.save_every)
         if args.final:  # trained on all patients: nothing is held out
-            config, others = folds.write_final(stage, data, folder, args)
+            config, baselines = folds.write_final(stage, data, folder, args)
         else:  # the one time that the test part is read
-            scored = {part: score(stage, part) for part in ("val", "test") if len(data.split[part])}
-            config, others = results.write_results(
-                scored, stage, data, folder, state.progress, run_record, args
+            parts = [part for part in ("val", "test") if len(data.split[part])]
+            predictions = {part: score(stage, part) for part in parts}
+            config, baselines = results.write_results(
+                predictions, stage, data, folder, state.progress, run_record, args
             )
         track(results.metrics_for_tracker(config), state.progress.steps)
         run_folder.finish_run(folder, stage.tokens, config.get("best_model"))
     model: Any = stage.model.eval()
-    tokenizer, patients = stage.text and stage.text.tokenizer, stage.train_patients
-    return TrajectoryModel(trained_model.TrainedModel(model, config, tokenizer, patients, others))
+    tokenizer, hashes = stage.text and stage.text.tokenizer, stage.train_patients
+    return TrajectoryModel(trained_model.TrainedModel(model, config, tokenizer, hashes, baselines))
 
 
 def dry_run(stage: Stage, seed: int) -> None:
-    """Take two steps on the longest rows; measure, keep nothing."""
+    """Take two steps on the longest rows and measure them; write nothing."""
     state, batches = set_up(stage), stage.batches["train"]
     longest = memory.longest_rows(stage, "train", 2 * batches.batch_size)
     stage.begin_epoch(seed, 1, state.learning(stage.patience))
@@ -782,7 +784,7 @@ def dry_run(stage: Stage, seed: int) -> None:
 
 
 def run(args: Namespace, given: set[str]) -> int:
-    """Do what the command line asks for; return the exit code."""
+    """Run the command of the flags; return the exit code."""
     flags.check_flags(flags.complete(args), given)
     distributed.check_launch()
     with SIGNALS.installed(), distributed.exact_kernels(deterministic=args.deterministic):

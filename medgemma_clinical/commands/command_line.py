@@ -108,10 +108,10 @@ class Repeated(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         """Add a value, or several."""
-        earlier = getattr(namespace, self.dest)
-        values_so_far = () if earlier is self.default else earlier
-        added = values if isinstance(values, list) else [values]
-        setattr(namespace, self.dest, (*values_so_far, *added))
+        collected = getattr(namespace, self.dest)
+        collected = () if collected is self.default else collected
+        values = values if isinstance(values, list) else [values]
+        setattr(namespace, self.dest, (*collected, *values))
 
 
 def run_command(action: Callable[[], int], *, show_values: bool = False) -> int:
@@ -145,7 +145,7 @@ def describe_fault(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno:
         return f"{one_line(str(error.filename or kind))}: {os.strerror(error.errno)}"
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    what = f"{kind} in {Path(frame.filename).name}, line {frame.lineno}"
+    place = f"{kind} in {Path(frame.filename).name}, line {frame.lineno}"
     if "WORLD_SIZE" in os.environ:
-        return f"one of several processes failed ({what}): the same command with --resume continues"
-    return f"a fault of the program, {what}: please report it"
+        return f"a process failed ({place}): the same command with --resume continues"
+    return f"a fault of the program, {place}: please report it"

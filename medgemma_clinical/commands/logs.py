@@ -96,14 +96,14 @@ def start_logging(*, first: bool = True) -> None:
 @contextlib.contextmanager
 def restored() -> Iterator[None]:
     """Restore a caller's own logging after a block, and end the run's log."""
-    before = [(each, each.handlers, each.level) for each in (logging.root, *OWN)]
+    settings = [(logger, logger.handlers, logger.level) for logger in (logging.root, *OWN)]
     raises = logging.raiseExceptions
     try:
         yield
     finally:
         RUN_LOG.begin()
         logging.raiseExceptions = raises
-        for logger, handlers, level in before:
+        for logger, handlers, level in settings:
             logger.handlers = handlers
             logger.setLevel(level)
 
@@ -123,8 +123,8 @@ def recorded() -> Iterator[None]:
     warnings.setLevel(logging.WARNING)
     with restored():
         for logger in OWN:
-            added = [RUN_LOG] if logging.root.handlers else [RUN_LOG, warnings]
-            logger.handlers = [*logger.handlers, *added]
+            handlers = [RUN_LOG] if logging.root.handlers else [RUN_LOG, warnings]
+            logger.handlers = [*logger.handlers, *handlers]
             logger.setLevel(logging.DEBUG)
         yield
 
@@ -132,7 +132,7 @@ def recorded() -> Iterator[None]:
 @contextlib.contextmanager
 def quiet_console() -> Iterator[None]:
     """Keep messages below a warning from the console; a run's log file still gets them."""
-    consoles = [each for each in logging.root.handlers if each.get_name() == "console"]
+    consoles = [handler for handler in logging.root.handlers if handler.get_name() == "console"]
     for console in consoles:
         console.setLevel(logging.WARNING)
     try:

@@ -75,8 +75,8 @@ def log_epoch_time(stage: Stage, seconds: float, rows: Sequence[int]) -> None:
     if stage.text is not None:
         share = stage.lengths[rows].sum() / stage.lengths[stage.batches["train"].rows].sum()
         minutes = seconds / share / 60 / processes().num_processes
-        shown = f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.1f} minutes"
-        logger.info("an epoch takes about %s, validation apart", shown)
+        duration = f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.1f} minutes"
+        logger.info("an epoch takes about %s, without validation", duration)
 
 
 def log_dry_run(stage: Stage, progress: Progress, rows: Sequence[int]) -> None:
@@ -120,7 +120,8 @@ def log_epoch(
 ) -> None:
     """Log the metrics of an epoch, of most epochs to the log file alone."""
     epoch, skipped, train_loss = (metrics[k] for k in ("epoch", "skipped_steps", "train_loss"))
-    shown = exhausted or epoch == stage.epochs or epoch % math.ceil(stage.epochs / MAX_SHOWN) == 0
+    every = math.ceil(stage.epochs / MAX_SHOWN)
+    on_console = exhausted or epoch == stage.epochs or epoch % every == 0
     loss = "none" if train_loss is None else f"{train_loss:.4f}"  # no step was finite
     val = "no validation part"
     if metrics["val_loss"] is not None:
@@ -128,7 +129,7 @@ def log_epoch(
     best = progress.best_epochs
     names = ", ".join(map(str, best))
     logger.log(
-        logging.INFO if shown else logging.DEBUG,
+        logging.INFO if on_console else logging.DEBUG,
         f"epoch {epoch}/{stage.epochs}: train loss {loss}, {val}, {metrics['seconds']:.1f} s"
         f", {'best so far' if {*best} == {epoch} else f'best epoch {names}'}",
     )

@@ -39,7 +39,7 @@ BUILT_IN = {
     DEMO: "is small and was trained on made-up rows to copy numbers into a report; it knows no "
     "medicine",
 }
-"""Names of the built-in models, and what a page says of each."""
+"""Names of the built-in models, with the description on a page."""
 
 DEMO_FOLDER = PACKAGE / "sample" / "writer"
 """The model ``demo``; see its README."""
@@ -69,7 +69,7 @@ READ_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 """Files of a base model that are downloaded and read; pickled weights are not."""
 
 QUIET = ("bitsandbytes", "huggingface_hub", "httpx", "httpx2")
-"""Libraries whose log repeats what an error says, or reports no fault."""
+"""Libraries whose log repeats an error, or reports no fault."""
 
 
 @contextlib.contextmanager
@@ -82,7 +82,7 @@ def quiet_libraries() -> Iterator[None]:
     for log in logs:
         log.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():  # peft asks for a property that transformers renamed
+        with warnings.catch_warnings():  # peft reads a property that transformers renamed
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             yield
     finally:
@@ -123,7 +123,7 @@ def load_language_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a frozen Gemma 3 text model, also out of a multimodal one, and its tokenizer.
 
-    ``nf4`` None leaves the weights whole; ``weights`` "random" draws them, for a control.
+    ``nf4`` None does not quantise; ``weights`` "random" draws them, for a control.
     """
     assert nf4 is None or weights == "pretrained", "quantised weights cannot be random"
     if name == TINY:
@@ -140,7 +140,7 @@ def load_language_model(
         raise
     except Exception as error:  # the libraries raise anything on files of another kind
         text = " ".join(str(error).split())[:200] or type(error).__name__
-        advice = "; python -m bitsandbytes tells whether this machine can quantise" if nf4 else ""
+        advice = "; python -m bitsandbytes checks whether this machine can quantise" if nf4 else ""
         raise InputError(f"--model_name {name}: cannot be loaded: {text}{advice}") from error
     if weights == "random":
         draw_weights(model)
@@ -178,24 +178,24 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def check_base_model(name: str, folder: Path) -> None:
-    """Refuse what is no Gemma 3 with whole weights."""
+    """Refuse a model that is no Gemma 3, or is quantised."""
     try:
         config = read_json(folder / "config.json")
         text = config.get("text_config") or config
         kind = config.get("model_type")
-        quantised = [each.get("quantization_config") for each in (config, text)]
+        quantizations = [part.get("quantization_config") for part in (config, text)]
         both_ways = text.get("use_bidirectional_attention")
     except (OSError, json.JSONDecodeError, AttributeError) as error:
         raise InputError(f"--model_name {name}: no config.json of a model") from error
     if (folder / "adapter_config.json").exists():
         raise InputError(f"--model_name {name}: holds an adapter: give its base model")
     if kind not in ("gemma3", "gemma3_text") or both_ways:
-        found = "an embedding model" if both_ways else str(kind)[:80]
+        model_kind = "an embedding model" if both_ways else str(kind)[:80]
         raise InputError(
-            f"--model_name {name}: only Gemma 3 models: its config.json names {found}: give "
+            f"--model_name {name}: only Gemma 3 models: its config.json names {model_kind}: give "
             "google/medgemma-4b-pt, google/medgemma-27b-text-it or another Gemma 3"
         )
-    if any(each is not None for each in quantised):
+    if any(quantization is not None for quantization in quantizations):
         raise InputError(f"--model_name {name}: quantised already: give the original weights")
 
 
@@ -204,10 +204,10 @@ def draw_weights(model: PreTrainedModel) -> None:
     """Replace the weights by fixed random ones, as a Gemma 3 has before training."""
     generator = torch.Generator().manual_seed(0)
     for weights in model.parameters():
-        drawn = torch.zeros(weights.shape)  # norms multiply by 1 + weight
+        values = torch.zeros(weights.shape)  # norms multiply by 1 + weight
         if weights.ndim > 1:
-            drawn.normal_(0, model.config.initializer_range, generator=generator)
-        weights.copy_(drawn)
+            values.normal_(0, model.config.initializer_range, generator=generator)
+        weights.copy_(values)
 
 
 def base_name(name: str) -> str:
@@ -216,7 +216,7 @@ def base_name(name: str) -> str:
 
 
 def base_record(name: str, revision: str | None = None) -> dict[str, str | None]:
-    """Return what a checkpoint says of its base model: name, hash of a folder, hub's commit."""
+    """Return a checkpoint's record of its base model: name, hash of a folder, hub's commit."""
     in_folder, commit = os.path.isdir(name) and name not in BUILT_IN, None
     if not in_folder and name not in BUILT_IN:
         commit = find_model(name, revision).name
@@ -269,7 +269,7 @@ def tiny_language_model(
 
 
 def set_checkpointing(model: PreTrainedModel) -> None:
-    """Compute layers again in the backward pass, to save memory."""
+    """Enable gradient checkpointing, to save memory."""
     prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     # The reentrant kind fails where embeddings come from outside of the model.
     getattr(model, f"{prefix}_checkpointing_enable")({"use_reentrant": False})

@@ -31,10 +31,10 @@ AVERAGE_DECAY = 0.998
 LOSS_TOLERANCE = 0.01
 """A validation loss so little above the lowest is as good: in a part of fifty events the difference
 is noise, and a model that has learned longer is better where the loss stays level. The rule is the
-script's ``keep_best``; ``describe_selection`` says it in words."""
+script's ``keep_best``; ``describe_selection`` is its description."""
 
 MAX_SKIPPED = 5
-"""Steps in a row whose loss or gradient is not finite, after which training stops."""
+"""Training stops after so many steps in a row whose loss or gradient is not finite."""
 
 SKIPPED_ADVICE = (
     "look for extreme values in the data; where batches of some lengths fail and others do not, "
@@ -53,7 +53,7 @@ START_AGAIN = "start again without --resume"
 
 
 class NonFiniteLossError(RunFault):
-    """The loss is not finite; the text says where and what to do."""
+    """The loss is not finite; the message names the epoch and what to do."""
 
 
 class WeightAverage:
@@ -100,9 +100,9 @@ class Progress:
 
     def count(self, loss: float, terms: float, norm: float) -> bool:
         """Count a step of a loss over so many terms; return whether it is taken, or skipped."""
-        taken = math.isfinite(loss) and math.isfinite(norm)
+        is_finite = math.isfinite(loss) and math.isfinite(norm)
         self.batches, self.steps = self.batches + 1, self.steps + 1
-        if taken:
+        if is_finite:
             self.loss, self.terms, self.skipped_in_a_row = self.loss + loss, self.terms + terms, 0
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
@@ -112,7 +112,7 @@ class Progress:
                 f"{MAX_SKIPPED}th time in a row: {SKIPPED_ADVICE}; what earlier epochs reached is "
                 "kept"
             )
-        return taken
+        return is_finite
 
     def check_validation(self, loss: float) -> None:
         """Refuse a validation loss by which no epoch can be chosen."""
@@ -158,11 +158,11 @@ class TrainState:
 
     def by_member(self) -> list[list[nn.Parameter]]:
         """Return the parameters of each member that have a gradient, of those that still learn."""
-        own: dict[int, list[nn.Parameter]] = {}
+        groups: dict[int, list[nn.Parameter]] = {}
         for member, parameter in zip(self.members, self.parameters, strict=True):
             if parameter.grad is not None:
-                own.setdefault(member, []).append(parameter)
-        return list(own.values())
+                groups.setdefault(member, []).append(parameter)
+        return list(groups.values())
 
     def learning(self, patience: int) -> list[bool]:
         """Return for each member of stage 1 whether its patience lasts in this epoch."""
