@@ -563,7 +563,6 @@ def fit(
                 if stop:
                     raise Stopped(SIGNALS.received or signal.SIGTERM)
             save_state(stage, state)
-        # Validate.
         predictions = validate(stage, state) if len(stage.batches["val"].rows) else None
         losses = None if predictions is None else predictions.losses.tolist()
         # Keep the best, and stop where no member has reached a lower loss for long.

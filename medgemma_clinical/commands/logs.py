@@ -75,24 +75,6 @@ def check_log_file(path: Path) -> None:
         raise InputError(f"--log_file {path}: exists and is no log of this program")
 
 
-def start_logging(*, first: bool = True) -> None:
-    """Send messages to stdout (of several processes the first speaks), errors to stderr."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    console, errors = Console(sys.stdout), Console(sys.stderr)
-    console.set_name("console")
-    console.setLevel(logging.INFO)
-    console.setFormatter(PlainFormatter("%(message)s"))
-    console.addFilter(lambda record: first and record.levelno < logging.ERROR)
-    errors.setLevel(logging.ERROR)
-    errors.setFormatter(PlainFormatter("error: %(message)s"))
-    logging.root.handlers = [console, errors, RUN_LOG]
-    logging.root.setLevel(logging.INFO)
-    for logger in OWN:
-        logger.setLevel(logging.DEBUG)
-    logging.raiseExceptions = False  # a console that was closed ends no run
-
-
 @contextlib.contextmanager
 def restored() -> Iterator[None]:
     """Restore a caller's own logging after a block, and end the run's log."""
@@ -110,9 +92,22 @@ def restored() -> Iterator[None]:
 
 @contextlib.contextmanager
 def command_logging(*, first: bool = True) -> Iterator[None]:
-    """Log as ``start_logging`` for the length of a command."""
+    """Log a command: messages to stdout, of several processes from the first; errors to stderr."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    console, errors = Console(sys.stdout), Console(sys.stderr)
+    console.set_name("console")
+    console.setLevel(logging.INFO)
+    console.setFormatter(PlainFormatter("%(message)s"))
+    console.addFilter(lambda record: first and record.levelno < logging.ERROR)
+    errors.setLevel(logging.ERROR)
+    errors.setFormatter(PlainFormatter("error: %(message)s"))
     with restored():
-        start_logging(first=first)
+        logging.root.handlers = [console, errors, RUN_LOG]
+        logging.root.setLevel(logging.INFO)
+        for logger in OWN:
+            logger.setLevel(logging.DEBUG)
+        logging.raiseExceptions = False  # a console that was closed ends no run
         yield
 
 

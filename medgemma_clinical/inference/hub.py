@@ -96,7 +96,6 @@ def files_of(folder: Path) -> set[str]:
 def push_model(
     trained: TrainedModel,
     repo_id: str,
-    *,
     private: bool = True,
     revision: str | None = None,
     commit_message: str | None = None,

@@ -86,7 +86,6 @@ class TrajectoryModel:
     program: ClassVar[Program]
 
     def __init__(self, trained: TrainedModel, batch_size: int | None = None) -> None:
-        """Store the parts; see the class."""
         self.trained = trained
         self.batch_size = BATCH_ROWS[self.stage] if batch_size is None else batch_size
 
@@ -347,13 +346,7 @@ class TrajectoryModel:
             Address of the commit.
         """
         return push_model(
-            self.trained,
-            repo_id,
-            private=private,
-            revision=revision,
-            commit_message=commit_message,
-            token=token,
-            allow_small_cells=allow_small_cells,
+            self.trained, repo_id, private, revision, commit_message, token, allow_small_cells
         )
 
     def checkpoint(self) -> TrajectoryCheckpoint:

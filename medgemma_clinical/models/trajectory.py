@@ -125,7 +125,6 @@ class TrajectoryMember(nn.Module):
     """An encoder (``ClinicalODERNN``, or a module with its ``plan`` and ``run``) and its head."""
 
     def __init__(self, encoder: Any, head: TrajectoryHead) -> None:
-        """Store encoder and head."""
         super().__init__()
         self.encoder, self.head = encoder, head
 

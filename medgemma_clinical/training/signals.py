@@ -17,7 +17,6 @@ class Stopped(KeyboardInterrupt):
     """A signal ended the run; ``code`` is the exit code of the program."""
 
     def __init__(self, number: int) -> None:
-        """Set the exit code of a signal."""
         super().__init__(signal.Signals(number).name)
         self.code = 128 + number
 
@@ -33,7 +32,6 @@ class SignalHandler:
     """End the run on a signal of ``ENDING``; within ``deferred`` only set ``received``."""
 
     def __init__(self) -> None:
-        """Start without a signal."""
         self.received = 0
         self._deferred = False
         self._kills = True

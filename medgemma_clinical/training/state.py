@@ -64,7 +64,6 @@ class WeightAverage:
     """
 
     def __init__(self, parameters: Sequence[Tensor], decay: float = AVERAGE_DECAY) -> None:
-        """Start from the parameters as they are."""
         self.parameters, self.decay = list(parameters), decay
         # torch's ``AveragedModel`` would copy the frozen language model as well.
         self.weights = copies(self.parameters)
@@ -181,7 +180,8 @@ class TrainState:
     @torch.no_grad()
     def set_weights(self, values: Iterable[Tensor]) -> None:
         """Copy values into the parameters."""
-        copy_into(self.parameters, list(values))
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
 
     @contextlib.contextmanager
     def swapped_weights(self, values: Sequence[Tensor]) -> Iterator[None]:
@@ -197,13 +197,6 @@ class TrainState:
 def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return detached copies."""
     return [tensor.detach().clone() for tensor in tensors]
-
-
-@torch.no_grad()
-def copy_into(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copy values into tensors of the same shapes."""
-    for tensor, value in zip(tensors, values, strict=True):
-        tensor.copy_(value)
 
 
 def state_paths(folder: Path) -> list[Path]:
@@ -237,9 +230,8 @@ def read_state(folder: Path) -> dict[str, Any]:
         if (content := read_content(path)) is None:
             logger.warning("%s: damaged: resuming from the one before", path)
             continue
-        state: dict[str, Any] = torch.load(
-            io.BytesIO(content), map_location="cpu", weights_only=True
-        )
+        buffer = io.BytesIO(content)
+        state: dict[str, Any] = torch.load(buffer, map_location="cpu", weights_only=True)
         if state.pop("format") != STATE_FORMAT:
             raise InputError(f"{path}: of another version: {START_AGAIN}")
         return state
