@@ -144,7 +144,7 @@ def test_fit__shows_a_bar_with_the_score_of_the_last_epoch_on_a_terminal(rows, c
         monkeypatch.setattr(sys.stderr, "isatty", lambda shown=shown: shown)
         fit_trajectory(rows, trajectory_epochs=20, patience=20)
         text = capsys.readouterr().err
-        assert ("/20 [" in text, "val loss " in text) == (shown, shown)
+        assert ("/20:" in text, "val loss " in text) == (shown, shown)
 
 
 def test_fit__takes_an_encoder_as_a_model_or_where_it_lies(runs, tmp_path):

@@ -33,7 +33,7 @@ from medgemma_clinical.evaluation.decision import (
 )
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from medgemma_clinical.provenance import ROOT
-from medgemma_clinical.training.state import StateStore, describe_selection
+from medgemma_clinical.training.state import describe_selection, read_state
 from medgemma_trainer import TrajectoryModel, cross_validate
 from pages import Page
 from stages import train_epoch
@@ -230,7 +230,7 @@ def test_a_signal_ends_the_processes_of_the_folds_which_keep_their_states(data, 
     assert error.startswith("error: interrupted: ")
     assert len(error.splitlines()) == 1
     for k in (0, 1):
-        assert StateStore(fold_folder(tmp_path, k) / "last").newest()
+        assert read_state(fold_folder(tmp_path, k) / "last")
 
 
 def test_the_same_command_goes_on_with_the_fold_that_was_stopped(

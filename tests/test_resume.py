@@ -20,7 +20,7 @@ from language_models import TINY_MODEL
 from medgemma_clinical.commands import results, run_folder
 from medgemma_clinical.files import locked
 from medgemma_clinical.training.loaders import LengthBatches
-from medgemma_clinical.training.state import StateStore
+from medgemma_clinical.training.state import read_state
 from predicting import refused
 
 NO_DROPOUT = "--dropout 0 --lora_dropout 0"
@@ -144,7 +144,7 @@ def test_a_stopped_run_resumes_to_the_same_result(
 ):
     folder = tmp_path / "run"
     before = stop(words := command(stage, data, folder), where, sent)
-    progress = run_folder.state_store(folder / stage).newest()["progress"]
+    progress = read_state(run_folder.state_folder(folder / stage))["progress"]
     assert progress["steps"] == len(before)
     (folder / stage / "report.html").unlink(missing_ok=True)
     for path in (folder / stage / "history.jsonl", *folder.glob("*.pt")):
@@ -165,13 +165,13 @@ def test_states_come_every_so_many_steps_and_exact_kernels_change_nothing(
     data, undisturbed, tmp_path, monkeypatch
 ):
     kept, on, enabled = [], [], torch.are_deterministic_algorithms_enabled
-    save = StateStore.save
+    save = trainer.write_state
 
-    def saving(store, state):
+    def saving(folder, state):
         kept.append(state["progress"]["steps"])
-        save(store, state)
+        save(folder, state)
 
-    monkeypatch.setattr(StateStore, "save", saving)
+    monkeypatch.setattr(trainer, "write_state", saving)
     at_step(1, lambda: on.append(enabled()), monkeypatch)
     words = command("trajectory", data, tmp_path, "--save_every", "3", "--deterministic")
     assert trainer.main(words) == 0

@@ -190,17 +190,17 @@ def check_config(path: Path, config: Any, stages: tuple[str, ...]) -> None:
             **{name: type(n) is int and 0 <= n <= BOUNDS[name] for name, n in counts.items()},
         }
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: damaged: its configuration is not whole") from error
-    if wrong := [name for name, holds in allowed.items() if not holds]:
-        raise InputError(f"{path}: damaged: {wrong[0]} is out of bounds")
+        raise InputError(f"{path}: damaged: its configuration is incomplete") from error
+    if faults := [name for name, holds in allowed.items() if not holds]:
+        raise InputError(f"{path}: damaged: {faults[0]} is out of bounds")
 
 
-def check_format(path: Path, found: object) -> None:
+def check_format(path: Path, version: object) -> None:
     """Refuse a checkpoint of another version of the program."""
-    if found != CHECKPOINT_FORMAT:
+    if version != CHECKPOINT_FORMAT:
         raise InputError(
-            f"{path}: checkpoint format {found!s:.20}, this program reads {CHECKPOINT_FORMAT}: "
-            "train again, or use the version that made it"
+            f"{path}: checkpoint format {version!s:.20}, this program reads {CHECKPOINT_FORMAT}: "
+            "train again, or use the version that wrote it"
         )
 
 
@@ -222,11 +222,11 @@ def read_baselines(path: Path, config: Config) -> Baselines | None:
     """Return the checked baselines beside a checkpoint; None where this copy has none."""
     if "baselines_sha256" not in config:
         return None
-    own = path
+    stage_folder = path
     if path.is_file():  # moved aside, medgemma_trajectory_best.1.pt belongs to trajectory.1
-        own = path.with_name(path.stem.replace(Path(TRAJECTORY_FILE).stem, "trajectory"))
-    places = (folder / BASELINES for folder in (own, path.parent))
-    file = next((each for each in places if each.is_file()), None)
+        stage_folder = path.with_name(path.stem.replace(Path(TRAJECTORY_FILE).stem, "trajectory"))
+    places = (folder / BASELINES for folder in (stage_folder, path.parent))
+    file = next((candidate for candidate in places if candidate.is_file()), None)
     if file is None:
         logger.info("%s: without %s: neither baselines nor ensemble", path, BASELINES)
         return None
@@ -283,12 +283,12 @@ def read_trajectory(path: Path) -> TrajectoryCheckpoint:
         raise InputError(f"{path}: no such stage 1 checkpoint: run --trajectory_only first")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
-            if archive.testzip() or any(each.compress_type for each in archive.infolist()):
+            if archive.testzip() or any(entry.compress_type for entry in archive.infolist()):
                 raise ValueError("damaged or compressed")
         content = torch.load(path, map_location="cpu", weights_only=True)
         check_format(path, content["format"])
-        config, weights, trained = (content[k] for k in ("config", "weights", "train_patients"))
-        patients = trained.numpy().astype(np.int64, casting="no")
+        config, weights, hashes = (content[k] for k in ("config", "weights", "train_patients"))
+        patients = hashes.numpy().astype(np.int64, casting="no")
     except InputError:
         raise
     except Exception as error:  # torch.load has no error of its own for a file of another kind

@@ -45,15 +45,12 @@ def prior_log_odds(prevalence: float) -> float:
 
 
 class TrajectoryHead(nn.Module):
-    """Two readings, whose logits are averaged: of the states, and of the summaries.
-
-    Both also read the static features.
-    """
+    """Two heads, whose logits are averaged: one reads states, one summaries, both statics."""
 
     def __init__(
         self, hidden_dim: int, *, summaries: int, static: int, dropout: float = 0.0
     ) -> None:
-        """Make the readings of H states, S summaries and K static features, which may be 0."""
+        """Build the heads for H states, S summaries and K static features, which may be 0."""
         super().__init__()
         self.attention = nn.Linear(hidden_dim, 1, bias=False)
         self.output = nn.Linear(2 * hidden_dim, 1)
@@ -64,28 +61,28 @@ class TrajectoryHead(nn.Module):
         self.summaries = network(2 * (summaries + static), SUMMARY_WIDTH, *rates)
 
     def forward(self, states: Tensor, batch: Batch) -> Tensor:
-        """Return both readings' logits (B, 2) float32 of states (B, L + 1, H).
+        """Return the logits (B, 2) float32 of both heads for states (B, L + 1, H).
 
         The last state is that at the prediction time. In training the logits at an earlier
         observation follow, where the batch names one: (2B, 2).
         """
-        present = batch["observed"].any(dim=2)  # (B, L)
+        is_observed = batch["observed"].any(dim=2)  # (B, L)
         observed, last, summaries = states[:, :-1], states[:, -1], batch["summaries"]
         static = masked(self.static_scaler, batch["static"])
         if self.training and "prefix_lengths" in batch:
             length, row = batch["prefix_lengths"], torch.arange(len(states), device=states.device)
-            known = torch.arange(observed.shape[1], device=states.device) < length[:, None]
-            present, observed = torch.cat([present, known]), observed.repeat(2, 1, 1)
+            prefix = torch.arange(observed.shape[1], device=states.device) < length[:, None]
+            is_observed, observed = torch.cat([is_observed, prefix]), observed.repeat(2, 1, 1)
             last = torch.cat([last, states[row, length - 1]])
             summaries = torch.cat([summaries, batch["prefix_summaries"]])
             static = static.repeat(2, 1)
-        scores = self.attention(observed).squeeze(2).masked_fill(~present, -math.inf)  # (B, L)
+        scores = self.attention(observed).squeeze(2).masked_fill(~is_observed, -math.inf)  # (B, L)
         pooled = torch.einsum("bl,blh->bh", scores.softmax(dim=1), observed)
-        of_states = self.output(self.dropout(torch.cat([pooled, last], dim=1)))  # (B, 1)
+        state_logit = self.output(self.dropout(torch.cat([pooled, last], dim=1)))  # (B, 1)
         if self.static is not None:
-            of_states = of_states + self.static(static)
+            state_logit = state_logit + self.static(static)
         table = torch.cat([masked(self.summary_scaler, summaries), static], dim=1)
-        return torch.cat([of_states, self.summaries(table)], dim=1)
+        return torch.cat([state_logit, self.summaries(table)], dim=1)
 
 
 def network(
@@ -121,12 +118,11 @@ class TrajectoryMember(nn.Module):
     """An encoder (``ClinicalODERNN``, or a module with its ``plan`` and ``run``) and its head."""
 
     def __init__(self, encoder: Any, head: TrajectoryHead) -> None:
-        """Join both."""
         super().__init__()
         self.encoder, self.head = encoder, head
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the states (B, L + 1, H) and both readings' logits (B, 2) of each patient."""
+        """Return the states (B, L + 1, H) and both heads' logits (B, 2) of each patient."""
         states: Tensor = self.encoder.run(batch["plan"])
         return states, self.head(states, batch)
 
@@ -195,8 +191,8 @@ class Stage1(nn.Module):
                 raise InputError(f"{error} (features: {names})") from error
             member.head.summary_scaler.fit(summaries)
             member.head.static_scaler.fit(static)
-            for reading in (member.head.output, member.head.summaries[-1]):
-                nn.init.constant_(reading.bias, prior_log_odds(data.prevalence()))
+            for layer in (member.head.output, member.head.summaries[-1]):
+                nn.init.constant_(layer.bias, prior_log_odds(data.prevalence()))
 
     def check_gaps(self, dataset: TrajectoryDataset) -> None:
         """Raise an ``InputError`` where the encoder does not accept a data set's longest gap."""
@@ -209,7 +205,7 @@ class TrajectoryCollator:
     """Make planned batches of stage 1; after ``draw`` each row also has an earlier observation."""
 
     def __init__(self, model: Stage1, dataset: TrajectoryDataset) -> None:
-        """Keep both; no earlier observation is drawn yet."""
+        """Store both; no earlier observation is drawn yet."""
         self.model, self.dataset = model, dataset
         self.lengths = self.summaries = torch.empty(0)
 

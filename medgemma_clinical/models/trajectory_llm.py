@@ -169,12 +169,12 @@ class TrajectoryLLM(nn.Module):
         embeddings = sequence.embeddings
         # Causal attention never looks at padding behind the text. Without a mask sixteen bits take
         # flash attention; float32 would take plain products, and a longer text needs the window's.
-        short = embeddings.shape[1] <= self.llm.config.sliding_window
-        free = short and embeddings.dtype == torch.bfloat16
+        within_window = embeddings.shape[1] <= self.llm.config.sliding_window
+        unmasked = within_window and embeddings.dtype == torch.bfloat16
         with adapters_in(embeddings.dtype, embeddings.device):
             result = self.llm.get_decoder()(
                 inputs_embeds=embeddings,
-                attention_mask=None if free else sequence.mask.long(),
+                attention_mask=None if unmasked else sequence.mask.long(),
                 use_cache=False,
             )
         return result.last_hidden_state, sequence.text_start
@@ -294,11 +294,11 @@ class LLMWriter(TrajectoryLLM):
             self.llm.get_output_embeddings().register_forward_pre_hook(pack),
             adapters_in(dtype, device),
         ):
-            written: Tensor = self.llm.generate(
+            ids: Tensor = self.llm.generate(
                 inputs_embeds=sequence.embeddings,
                 attention_mask=sequence.mask.long(),
                 generation_config=greedy,
             )
         if not finite:
             raise RunFault("the language model's states are not finite: no report is written")
-        return written
+        return ids

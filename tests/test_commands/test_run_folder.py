@@ -17,10 +17,11 @@ from medgemma_clinical.commands.run_folder import (
     opened,
     progress_of,
     read_run,
-    state_store,
+    state_folder,
 )
 from medgemma_clinical.files import InputError, partial_path, write_json
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
+from medgemma_clinical.training.state import state_paths, write_state
 
 
 def facts_of(**arguments):
@@ -44,7 +45,7 @@ def run_steps(folder):
     (folder.parent / TRAJECTORY_FILE).write_text("best")
     (folder / "history.jsonl").write_text("{}\n")
     for step in range(2):
-        state_store(folder).save({"step": step})
+        write_state(state_folder(folder), {"step": step})
 
 
 def begin(folder, facts=FACTS, *, resume=False):
@@ -143,7 +144,7 @@ def test_a_run_that_was_killed_frees_the_folder(folder):
             os._exit(99)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     with resume(folder):
-        assert state_store(folder).files()
+        assert state_paths(state_folder(folder))
 
 
 def test_a_run_that_never_began_is_not_resumed_and_nothing_is_made(folder):
@@ -226,7 +227,7 @@ def test_progress_is_none_part_or_all(folder, caplog):
         run_steps(folder)
         assert progress_of(folder, FACTS) == "part"
         assert not caplog.text
-        for path in state_store(folder).files():
+        for path in state_paths(state_folder(folder)):
             path.write_bytes(b"damaged")
         assert progress_of(folder, FACTS) == "none"
         assert str(path) in caplog.text
