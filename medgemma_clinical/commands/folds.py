@@ -111,11 +111,19 @@ def run_folds(
     if code := train_folds(tasks, train):
         return code
     if processes().is_main_process:
-        write_fold_results(
-            args, rows, fold, [run_folder.stage_folder(fold_args) for fold_args in runs]
-        )
+        folders = [run_folder.stage_folder(fold_args) for fold_args in runs]
+        write_fold_results(args, rows, fold, folder, folders)
     processes().wait_for_everyone()
-    return train_final(args, rows, train, stage1) if args.final else EXIT_DONE
+    if not args.final:
+        return EXIT_DONE
+    # Other results of the folds, known by their hash, make another run.
+    changes: Json = {"final": file_hash(folder / run_folder.METRICS)}
+    if stage1:
+        changes["ode_checkpoint"] = stage1
+    everyone = copy.copy(rows)
+    everyone.held_out = ()
+    final_args = Namespace(**{**vars(args), **changes})
+    return several.run_or_continue("all patients", final_args, everyone, train)
 
 
 def stage1_of_all(folds_stage1: Path) -> Path:
@@ -202,11 +210,15 @@ def run_apart(title: str, args: Namespace, dataset: TrajectoryDataset, shown: bo
 
 
 def write_fold_results(
-    args: Namespace, rows: TrajectoryDataset, fold: NDArray[np.int64], folders: list[Path]
+    args: Namespace,
+    rows: TrajectoryDataset,
+    fold: NDArray[np.int64],  # (N,) of each row
+    folder: Path,  # of the results
+    folders: list[Path],  # of the folds
 ) -> None:
-    """Join the test predictions of the folds, (N,) ``fold`` of each row; write the result files."""
-    folder, stage = run_folder.folds_folder(args), run_folder.stage_folder(args).name
-    name, outcome = STAGE_NAMES[stage], OUTCOMES[rows.outcome_kind]
+    """Join the test predictions of the folds; write the result files."""
+    stage, outcome = folders[0].name, OUTCOMES[rows.outcome_kind]
+    name = STAGE_NAMES[stage]
     contents = [read_json(path / run_folder.METRICS) for path in folders]
     table, positions = join_folds(folders, name, rows)
     fold_of_row = fold[positions]
@@ -349,21 +361,6 @@ def folds_content(
 
 
 # --------------------------------------------------------------------------- all patients
-
-
-def train_final(
-    args: Namespace, rows: TrajectoryDataset, train: several.Train, stage1: Path | None
-) -> int:
-    """Train one model on all patients for the folds' median of epochs; ``stage1`` is theirs."""
-    # Other results of the folds, known by their hash, make another run.
-    changes: Json = {"final": file_hash(run_folder.folds_folder(args) / run_folder.METRICS)}
-    if stage1:
-        changes["ode_checkpoint"] = stage1
-    everyone = copy.copy(rows)
-    everyone.held_out = ()
-    return several.run_or_continue(
-        "all patients", Namespace(**{**vars(args), **changes}), everyone, train
-    )
 
 
 def last_epoch_set(stage: Stage, args: Namespace) -> Stage:

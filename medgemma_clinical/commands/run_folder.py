@@ -258,7 +258,15 @@ def is_finished(folder: Path, run: dict[str, Any]) -> bool:
     return True
 
 
-def progress_of(folder: Path, run: dict[str, Any]) -> str:
+def progress_of(args: Namespace, dataset: TrajectoryDataset) -> str:
+    """Return "all", "part" or "none" of a command's run."""
+    stage1 = given_stage1(args)
+    return progress_in(
+        stage_folder(args), run_record(args, run_data(args, dataset, stage1), stage1)
+    )
+
+
+def progress_in(folder: Path, run: dict[str, Any]) -> str:
     """Return "all", "part" or "none" of a run; with other flags, data or software, "none"."""
     if not (folder / "run.json").exists():
         return "none"

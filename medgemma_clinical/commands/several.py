@@ -91,7 +91,7 @@ def run_or_continue(title: str, args: Namespace, dataset: TrajectoryDataset, tra
     folder, code = run_folder.stage_folder(args), EXIT_DONE
     try:
         with quiet_console():
-            if (done_part := progress(args, dataset)) != "all":
+            if (done_part := run_folder.progress_of(args, dataset)) != "all":
                 reset_peak_memory()
                 code = train(Namespace(**{**vars(args), "resume": done_part == "part"}), dataset)
     except InputError as error:
@@ -103,15 +103,6 @@ def run_or_continue(title: str, args: Namespace, dataset: TrajectoryDataset, tra
         part = "folds" if args.final else "test"
         logger.info("%s: %s%s AUROC %s: %s", title, how, part, auroc_of(folder, part), folder)
     return code
-
-
-def progress(args: Namespace, dataset: TrajectoryDataset) -> str:
-    """Return how much of a run has been done; see ``progress_of``."""
-    stage1 = run_folder.given_stage1(args)
-    data = run_folder.run_data(args, dataset, stage1)
-    return run_folder.progress_of(
-        run_folder.stage_folder(args), run_folder.run_record(args, data, stage1)
-    )
 
 
 def auroc_of(folder: Path, part: str) -> str:

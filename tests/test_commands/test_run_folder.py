@@ -15,7 +15,7 @@ from medgemma_clinical.commands.run_folder import (
     finish_run,
     is_finished,
     opened,
-    progress_of,
+    progress_in,
     read_run,
     state_folder,
 )
@@ -170,24 +170,24 @@ DIFFERENCES = {
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_another_command_is_refused_with_what_differs(name, stopped):
     refused(stopped, {**FACTS, **DIFFERENCES[name]}, name)
-    assert progress_of(stopped, {**FACTS, **DIFFERENCES[name]}) == "none"
+    assert progress_in(stopped, {**FACTS, **DIFFERENCES[name]}) == "none"
 
 
 def test_flags_that_change_no_result_are_free_and_other_versions_are_warned_of(stopped, caplog):
     facts = facts_of(**dict.fromkeys(tagged("free"), "changed"))
     assert not is_finished(stopped, facts)
-    assert progress_of(stopped, facts) == "part"
+    assert progress_in(stopped, facts) == "part"
     assert not caplog.records
     assert not is_finished(stopped, {**FACTS, "versions": {"torch": "3.0"}})
     assert "versions" in caplog.text
-    assert progress_of(stopped, {**FACTS, "versions": {"torch": "3.0"}}) == "none"
+    assert progress_in(stopped, {**FACTS, "versions": {"torch": "3.0"}}) == "none"
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "3", "{", "", '{"format": 1}'])
 def test_a_damaged_run_json_is_named(content, stopped):
     (stopped / "run.json").write_text(content)
     refused(stopped, FACTS, "run.json")
-    assert progress_of(stopped, FACTS) == "none"
+    assert progress_in(stopped, FACTS) == "none"
     with begin(stopped):
         run_steps(stopped)
     assert read_run(stopped) == FACTS
@@ -215,19 +215,19 @@ def test_a_finished_run_knows_each_of_its_files(finished, caplog):
         for spoil in (lambda path: path.write_bytes(b"x"), os.unlink):
             spoil(path)
             refused(finished, FACTS, path)
-            assert progress_of(finished, FACTS) == "none"
+            assert progress_in(finished, FACTS) == "none"
             assert caplog.messages.pop().startswith(str(path))
         path.write_bytes(content)
-        assert progress_of(finished, FACTS) == "all"
+        assert progress_in(finished, FACTS) == "all"
 
 
 def test_progress_is_none_part_or_all(folder, caplog):
-    assert progress_of(folder, FACTS) == "none"
+    assert progress_in(folder, FACTS) == "none"
     with begin(folder):
         run_steps(folder)
-        assert progress_of(folder, FACTS) == "part"
+        assert progress_in(folder, FACTS) == "part"
         assert not caplog.text
         for path in state_paths(state_folder(folder)):
             path.write_bytes(b"damaged")
-        assert progress_of(folder, FACTS) == "none"
+        assert progress_in(folder, FACTS) == "none"
         assert str(path) in caplog.text

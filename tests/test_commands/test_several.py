@@ -59,7 +59,7 @@ def unbegun(monkeypatch):
     """No run was begun before; nothing of a run is prepared."""
     for name in ("given_stage1", "run_data", "run_record"):
         monkeypatch.setattr(run_folder, name, lambda *_: None)
-    monkeypatch.setattr(run_folder, "progress_of", lambda folder, facts: "none")
+    monkeypatch.setattr(run_folder, "progress_in", lambda folder, facts: "none")
 
 
 def results_of(path):
@@ -128,7 +128,7 @@ def test_finished_runs_are_left_stopped_ones_continued_and_failed_ones_named(tmp
     write_run(tmp_path / "seed_3" / "trajectory", 3)
     with monkeypatch.context() as patch:
         patch.setattr(run_folder, "run_record", lambda own, *_: own)
-        patch.setattr(run_folder, "progress_of", lambda folder, own: known[own.seed])
+        patch.setattr(run_folder, "progress_in", lambda folder, own: known[own.seed])
         run_seeds(args, lambda _: DATASET, fake_train(made))
     assert [(own.seed, own.resume) for own in made] == [(4, True), (5, False)]
     own = arguments(tmp_path / "fails", seeds=3, trajectory_only=True)
