@@ -15,7 +15,8 @@ prediction time; then
     stage 2  classification   <bos> [soft tokens] [text] -> LLM -> last position -> head -> logit
     stage 3  generative       <bos> [soft tokens] [text] [report] -> LLM -> lm_head on the report
 
-Stages 2 and 3 add stage 1's logit to their own.
+Stages 2 and 3 add stage 1's logit to their own, stage 3 to that of its verdict, "yes" or "no". The
+loss is the cross-entropy of the label in stages 1 and 2, of the report's tokens in stage 3.
 
 This file holds, in this order: flags; what is read; the models; the three stages; the training
 loop; what a training state holds; one run; ``main``. The rest is in ``medgemma_clinical``.
@@ -479,7 +480,8 @@ def llm_stage(
         nn.init.constant_(model.head.bias, prior_log_odds(data.prevalence()))
     rates = {"projection": args.projection_lr, "llm": args.adapter_lr}
     rates |= {"stage1": args.encoder_lr, "head": args.head_lr}
-    words = text.lengths()  # batches by these alone: soft tokens tell the number of observations
+    # Grouped by text alone: soft tokens count observations, so batches would differ in risk.
+    words = text.lengths()
     return Stage(
         name=args.mode,
         model=model,
@@ -510,6 +512,7 @@ def set_up(stage: Stage) -> TrainState:
         torch.manual_seed(distributed.derived_seed(torch.initial_seed(), accelerator.process_index))
     parameters = list(stage.trainable_parameters().values())
     optimizer = AdamW(stage.parameter_groups(), fused=True)
+    # A --final that ends at ``last_epoch`` keeps the schedule of its folds.
     total = stage.epochs * len(stage.batches["train"])
     warmup = max(1, min(WARMUP_STEPS, round(WARMUP_SHARE * total)))
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, total)
@@ -585,8 +588,8 @@ def fit(
 def backward(stage: Stage, state: TrainState, rows: list[int]) -> tuple[Tensor, int]:
     """Add up gradients, loss and terms of a step over its passes.
 
-    The loss is a sum, so that any passes do: of cross-entropies, of the labels over patients in
-    stages 1 and 2, of the tokens of reports in stage 3. ``check_memory`` has sized the passes.
+    The loss that a model returns is the sum of its cross-entropies, of each member of stage 1, and
+    ``terms`` is their number, so passes of any size add up. ``check_memory`` has sized them.
     """
     accelerator, losses, terms = state.accelerator, [], 0
     passes = stage.passes(rows)
@@ -753,7 +756,7 @@ def train_stage(
         state = fit(stage, args.seed, folder, track, resume=args.resume, save_every=args.save_every)
         if args.final:  # trained on all patients: nothing is held out
             config, baselines = folds.write_final(stage, data, folder, args)
-        else:  # the one time that the test part is read
+        else:  # the only place where test patients are scored
             parts = [part for part in ("val", "test") if len(data.split[part])]
             predictions = {part: score(stage, part) for part in parts}
             config, baselines = results.write_results(
@@ -823,6 +826,7 @@ def program() -> int:
     return code
 
 
+# ``fit_trajectory`` and its like check their keywords, then call ``read_dataset``, ``train_stage``.
 python.bind(Program(DATASETS, BUILDERS, build_parser(), read_dataset, train_stage, train))
 
 if __name__ == "__main__":

@@ -159,40 +159,31 @@ def evaluate(
     parts = [np.arange(len(rows))]
     if split is not None:
         parts = [np.flatnonzero(split == label) for label in np.unique(split)]
+    positive = None if threshold is None else risk >= threshold
 
     def statistic(weights: Array) -> dict[Any, Array]:
         by_part = [_metrics_of_all(labels, risks, weights, part) for part in parts]
         values_by_key = {
             key: _mean_of_defined([part[key] for part in by_part]) for key in by_part[0]
         }
-        if threshold is not None:
-            at_threshold = calibration(labels, risk, weights)
-            at_threshold |= confusion_shares(labels, risk >= threshold, weights)
-            values_by_key |= {(first, name): values for name, values in at_threshold.items()}
+        if positive is not None:
+            of_first = calibration(labels, risk, weights)
+            of_first |= confusion_shares(labels, positive, weights)
+            values_by_key |= {(first, name): values for name, values in of_first.items()}
         return values_by_key
 
     # Patients are drawn once for all splits.
     value, drawn = bootstrap(labels, patients, seed, statistic)
-    if threshold is None:
-        table = with_interval(value, drawn)
-    else:
-        behind = _patients_behind_shares(labels, risk >= threshold, patients)
-        table = with_interval(value, drawn, {(first, name): n for name, n in behind.items()})
+    behind = {} if positive is None else _patients_behind_shares(labels, positive, patients)
+    table = with_interval(value, drawn, {(first, name): n for name, n in behind.items()})
     references = dict.fromkeys(risks, first)  # of the ensemble the best blend
     if ENSEMBLE in risks and first != ENSEMBLE:
         references[ENSEMBLE] = best_blend(risks) or first
-    reference_keys = [(references[model], name) for model, name in value.index]
-    beside = value.index.get_indexer(pd.MultiIndex.from_tuples(reference_keys))
-    minus = with_interval(value - value.to_numpy()[beside], drawn - drawn.to_numpy()[:, beside])
-    table[DIFFERENCE] = minus
+    table[DIFFERENCE] = _differences(value, drawn, references)
     table.loc[first, DIFFERENCE] = np.nan
     if split is not None:
-        one = np.ones((1, len(rows)))
-        by_part = pd.concat(
-            pd.DataFrame(_metrics_of_all(labels, risks, one, part)) for part in parts
-        )
-        table[SPREAD] = by_part.where(np.isfinite(by_part)).agg(["std", "min", "max"]).T
-    if threshold is not None:  # A distance grows by the noise of the draws: they give no interval.
+        table[SPREAD] = _spread(labels, risks, parts)
+    if positive is not None:  # A distance grows by the noise of the draws: it has no interval.
         for name, distance in calibration_error(labels, risk).items():
             table.loc[(first, name), "value"] = distance
     table["reference"] = [references[model] for model, _ in table.index]
@@ -201,6 +192,24 @@ def evaluate(
     planned = [name for name in risks if name in plan and name != first]
     table = table.rename_axis(["model", "metric"]).loc[list(risks)]
     return Metrics(count(labels, patients), table, primary, planned)
+
+
+def _differences(
+    value: pd.Series[float], drawn: pd.DataFrame, references: Mapping[str, str]
+) -> pd.DataFrame:
+    """Return each metric minus that of the model's reference, paired, with intervals."""
+    keys = pd.MultiIndex.from_tuples([(references[model], name) for model, name in value.index])
+    beside = value.index.get_indexer(keys)
+    return with_interval(value - value.to_numpy()[beside], drawn - drawn.to_numpy()[:, beside])
+
+
+def _spread(
+    labels: Array, risks: Mapping[str, Array], parts: Sequence[NDArray[np.intp]]
+) -> pd.DataFrame:
+    """Return standard deviation, lowest and highest of each metric over several parts."""
+    one = np.ones((1, len(labels)))
+    lines = pd.concat(pd.DataFrame(_metrics_of_all(labels, risks, one, part)) for part in parts)
+    return lines.where(np.isfinite(lines)).agg(["std", "min", "max"]).T
 
 
 def _mean_of_defined(values: Sequence[Array]) -> Array:
