@@ -103,11 +103,11 @@ def write_results(
         "models": {name: asdict(rule) for name, rule in rules.items()},
         "best_model": recommend(tables["val"], STAGE_NAMES[stage.name], rules),
         "baseline_inputs": baselines.inputs,
-        "baselines_sha256": baselines.sha256,
     }
     log_results(metrics, written.metrics, data.dataset.noun)
     logger.info("recommended (--use best): %s", describe_recommended(config))
     if folder:
+        config["baselines_sha256"] = baselines.sha256
         save_model(folder, stage, config, baselines)
         for part, table in tables.items():
             write_text(folder / f"predictions_{part}.csv", predictions_csv(table))

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import transformers
-from bitsandbytes.nn import Linear4bit
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import (
@@ -151,7 +150,8 @@ def load_text_model(folder: Path, **options: Any) -> PreTrainedModel:
     if info["missing_keys"]:
         raise ValueError(f"missing weights, such as {min(info['missing_keys'])}")
     for module in model.modules():
-        if isinstance(module, Linear4bit):  # repacked for a CPU, weights lose bits and gradients
+        # By name: bitsandbytes must not be imported before its environment is set.
+        if type(module).__name__ == "Linear4bit":  # repacked for a CPU, weights lose bits
             module.support_avx512bf16_for_cpu = False
     return model
 

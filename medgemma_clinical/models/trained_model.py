@@ -270,8 +270,8 @@ def check_stage1(checkpoint: TrajectoryCheckpoint, data: Data, flags: dict[str, 
     description = data.description()
     stored: dict[str, Any] = {key: config[key] for key in ("features", "units", "outcome")}
     actual = {key: description[key] for key in stored}
-    if label := config["read_options"].get("label_column"):
-        stored["label_column"] = label
+    if label := config["read_options"].get("label_column"):  # the cause of another outcome
+        stored = {"label_column": label, **stored}
         actual["label_column"] = description["read_options"].get("label_column")
     for key, value in stored.items():
         if value != actual[key]:
