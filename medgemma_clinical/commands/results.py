@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from argparse import Namespace
@@ -44,7 +45,7 @@ from medgemma_clinical.models.outcome import OUTCOMES
 from medgemma_clinical.models.terms import licence
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
 from medgemma_clinical.training.stage import Stage
-from medgemma_clinical.training.state import Progress, describe_selection
+from medgemma_clinical.training.state import Progress, describe_epochs, describe_selection
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ def metrics_content(
     weight = {name: decided[name] for name in ("residual_weight",) if name in decided}
     return {
         "stage": stage.name,
-        "selected_epoch": progress.best_epoch,
+        "averaged_epochs": progress.averaged,
         "threshold": rule["threshold"],
         "calibration": calibration,
         **{SCORED[part]: part_metrics.to_json() for part, part_metrics in metrics.items()},
@@ -296,11 +297,13 @@ def run_content(
     validation = Metrics.from_json(config["metrics"]["validation"])
     hides_metrics = validation.counts["minority_patients"] < args.min_cell
     auroc = value_text(validation.row(validation.models[0], "auroc"))
-    parameters, best_epochs = list(stage.model.parameters()), progress.best_epochs
+    parameters = list(stage.model.parameters())
     learned = sum(p.numel() for p in parameters if p.requires_grad)
-    best = f"{', '.join(map(str, best_epochs))}: {describe_selection(len(best_epochs))}"
-    if max(best_epochs) == 1 < len(progress.history):
-        best += "; training did not improve it after the first epoch"
+    averaged = progress.averaged
+    epochs = "; ".join(map(describe_epochs, averaged))
+    epochs = f"{epochs}: {describe_selection(len(averaged))}"
+    if {*itertools.chain(*averaged)} == {1} and len(progress.history) > 1:
+        epochs += "; training did not improve it after the first epoch"
     stage1_page = None
     if args.ode_checkpoint and config.get("residual_weight") == 0:
         beside = Path(args.ode_checkpoint).absolute().parent == args.output_dir.absolute()
@@ -315,7 +318,7 @@ def run_content(
         card={
             "Limits": MODEL_LIMITS,
             "Parameters": f"{learned:,} trained of {sum(p.numel() for p in parameters):,}",
-            "Best epoch": best,
+            "Epochs": epochs,
             "Baselines": describe_tuning([tuned]),
             **({} if hides_metrics else {"Validation AUROC": auroc}),
             "Seed": str(args.seed),

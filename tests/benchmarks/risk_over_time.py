@@ -97,7 +97,7 @@ def main(argv=None):
     write(
         f"{arguments.data.name} {' '.join(flags)}, seed {arguments.seed}; {on}\n"
         f"{pd.DataFrame(table).to_string()}\n{len(test)} rows, {test.labels.sum():.0f} events; "
-        f"AUROC of the run {run['test']['auroc']['value']:.4f}, epoch {run['selected_epoch']}; "
+        f"AUROC of the run {run['test']['auroc']['value']:.4f}, epochs {run['averaged_epochs']}; "
         f"{time.perf_counter() - began:.0f} s in all"
     )
     return 0
