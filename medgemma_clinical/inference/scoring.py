@@ -120,7 +120,7 @@ class Scores:
     @property
     def positive(self) -> NDArray[np.bool_]:
         """Whether the decision rule predicts the event, (M,)."""
-        return self.probability >= self.trained.rules[self.used].threshold
+        return self.trained.rules[self.used].positive(self.probability)
 
 
 def score_rows(

@@ -43,7 +43,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def label_columns(risk: Array, rule: DecisionRule) -> dict[str, Any]:
     """Return probability and prediction of n rows."""
-    positive = (risk >= rule.threshold).astype(np.int64)
+    positive = rule.positive(risk).astype(np.int64)
     return {"probability": risk, "prediction": pd.array(positive, dtype="Int64")}
 
 
