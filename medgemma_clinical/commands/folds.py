@@ -39,6 +39,7 @@ from medgemma_clinical.evaluation.baselines import (
     describe_tuning,
     fit_baselines,
     fit_rules,
+    tune_baselines,
 )
 from medgemma_clinical.evaluation.decision import fit_decision_rule
 from medgemma_clinical.evaluation.metrics import log_odds
@@ -398,7 +399,10 @@ def write_final(
         stage.model.residual_weight = decided["residual_weight"]
     if not processes().is_main_process:
         return config, None
-    fitted = fit_baselines(data.dataset, data.split["train"], data.usable_static)
+    rows = data.split["train"]
+    fitted = fit_baselines(
+        data.dataset, rows, tune_baselines(data.dataset, rows, data.usable_static)
+    )
     models = {name: model for name, model in fitted.models.items() if name in config["models"]}
     words = fitted.words if WORDS in config["models"] else None
     baselines = replace(fitted, models=models, words=words)  # those of all folds

@@ -30,6 +30,7 @@ from medgemma_clinical.evaluation.baselines import (
     fit_baselines,
     fit_rules,
     model_risks,
+    tune_baselines,
 )
 from medgemma_clinical.evaluation.metrics_table import Metrics
 from medgemma_clinical.evaluation.report import write_report
@@ -86,8 +87,14 @@ def write_results(
     if "test" not in predictions or not processes().is_main_process:
         return {**stage.config, **decided}, None
     outcome = OUTCOMES[data.dataset.outcome_kind]
-    baselines = fit_baselines(data.dataset, data.split["train"], data.usable_static)
-    tables, rules = prediction_tables(stage, data, predictions, baselines, args.calibrate)
+    settings = tune_baselines(data.dataset, data.split["train"], data.usable_static)
+    # The validation part chooses thresholds and the recommended model by risks of models that have
+    # not seen it. The models that are tested and kept learn from both parts.
+    both = np.sort(np.concatenate([data.split["train"], data.split["val"]]))
+    taught = {"val": data.split["train"], "test": both}
+    fitted = {part: fit_baselines(data.dataset, rows, settings) for part, rows in taught.items()}
+    tables, rules = prediction_tables(stage, data, predictions, fitted, args.calibrate)
+    baselines = fitted["test"]
     metrics = {
         part: outcome.evaluate(
             table, args.seed, predictions[part].rule.threshold, primary=args.primary
@@ -190,7 +197,7 @@ def prediction_tables(
     stage: Stage,
     data: Data,
     predictions: dict[str, decision.Predictions],
-    baselines: Baselines,
+    baselines: dict[str, Baselines],  # by part
     calibrate: str,
 ) -> tuple[dict[str, pd.DataFrame], dict[str, decision.DecisionRule]]:
     """Return a table for each part and the decision rules of the models beside the stages.
@@ -199,7 +206,7 @@ def prediction_tables(
     """
     name, dataset, val = STAGE_NAMES[stage.name], data.dataset, predictions["val"]
     baseline_risks = {
-        part: baselines.risks(dataset, scored.rows) for part, scored in predictions.items()
+        part: baselines[part].risks(dataset, scored.rows) for part, scored in predictions.items()
     }
     rules = fit_rules(val.labels, name, val.probability, baseline_risks["val"], calibrate)
     tables = {}
