@@ -37,7 +37,8 @@ from medgemma_clinical.commands.compare import read_predictions
 from medgemma_clinical.evaluation.baselines import (
     FOLDS,
     LOGISTIC,
-    tuned_regression,
+    PENALTIES,
+    regression,
     tuning_folds,
 )
 from medgemma_clinical.evaluation.metrics_table import TESTED, evaluate_splits
@@ -240,8 +241,11 @@ def rivals(path, table):
     inputs = {
         WORDS: (texts, words_regression([], folds)),
         WORDS_SERIES: (texts.join(series), words_regression(list(map(str, series)), folds)),
-        TRUE: (true, tuned_regression(folds)),
-        TRUE_SERIES: (true.join(series), tuned_regression(folds)),
+        TRUE: (true, GridSearchCV(regression(), PENALTIES, scoring="neg_log_loss", cv=folds)),
+        TRUE_SERIES: (
+            true.join(series),
+            GridSearchCV(regression(), PENALTIES, scoring="neg_log_loss", cv=folds),
+        ),
     }
     risks = {"id": dataset.ids[test]}
     for name, (values, model) in inputs.items():

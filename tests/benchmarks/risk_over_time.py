@@ -20,7 +20,7 @@ import torch
 from common import SAMPLE, machine, train_stage1, write
 
 from dataset_format import MIMICtrajectoryDataset
-from medgemma_clinical.evaluation.baselines import tuned_regression
+from medgemma_clinical.evaluation.baselines import regression
 from medgemma_clinical.evaluation.metrics import calibration, metrics
 from medgemma_clinical.evaluation.metrics_table import bootstrap, with_interval
 from medgemma_clinical.evaluation.verdicts import value_text
@@ -84,7 +84,7 @@ def main(argv=None):
     train, test = (dataset.subset(split[part]) for part in ("train", "test"))
     risks = model.risk_over_time(test)["probability"].to_numpy()
     beginnings, known = known_prefixes(test)
-    rule = tuned_regression([]).fit(last_values(train), train.labels)
+    rule = regression().fit(last_values(train), train.labels)
     table = {}
     for quarter, rows in zip(QUARTERS, known, strict=True):
         rival = rule.predict_proba(last_values(beginnings.subset(rows)))[:, 1]
