@@ -84,7 +84,7 @@ def suppress_table(table: pd.DataFrame, min_cell: int, by: str | None = None) ->
     table = table.drop(columns="minority_patients", errors="ignore")  # it tells the events
     counts = [name for name in COUNTS if name in table]
     shown = table.astype(dict.fromkeys(counts, object))
-    floats = [name for name in table if is_float_dtype(table[name])]
+    floats = table.columns[[is_float_dtype(kind) for kind in table.dtypes]]
     shown[floats] = table[floats].round(3)  # more digits of an AUROC tell the events
     shown.loc[minority < min_cell, floats] = np.nan
     for name in counts:
