@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from medgemma_clinical.commands.command_line import (
     POSITIVE,
@@ -48,7 +49,7 @@ from medgemma_clinical.data.cohort import COHORTS, DISCHARGED, ESCALATED, GAPS, 
 from medgemma_clinical.data.dka import LABEL, Description, read_description
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.overlap import describe_copies
-from medgemma_clinical.data.split import PARTS, Split
+from medgemma_clinical.data.split import Split
 from medgemma_clinical.data.texts import Clause, PromptOptions, plain
 from medgemma_clinical.data.trajectories import (
     AGE,
@@ -62,8 +63,7 @@ from medgemma_clinical.training.signals import SIGNALS
 
 __all__ = ["Description", "InputError", "MIMICtrajectoryDataset", "main", "read_description"]
 
-MAX_LEN, MAX_LEN_SEVERAL = 20, 64
-"""Observations kept of one series, and of the union of several."""
+MAX_LEN, MAX_LEN_SEVERAL = 20, 64  # observations kept of one series, and of the union of several
 
 HOURS = number(float, 0, 10**6, open_low=True)
 
@@ -88,8 +88,6 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         allow_duplicates: accept a split that has equal rows in two parts.
         site: column that names the hospital or unit of each row, for results by site.
         series_name, unit, outcome: main series and label 1, where no description says them.
-        findings: of a table of which this is a chunk to score: its split is not read, a wrong label
-            is unknown, and an unreadable row is noted and left out, unless they are strict.
 
     Raises:
         InputError: names file, row and column of the first unreadable cell. Rows count as a
@@ -117,23 +115,53 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         series_name: str | None = None,
         unit: str | None = None,
         outcome: str | None = None,
-        findings: Findings | None = None,
     ) -> None:
         """Read, check and sort the whole source."""
         if max_len is not None and max_len < 1:
             raise InputError(f"--max_len {max_len}: must be at least 1")
-        is_whole, label = findings is None, label_column or LABEL
-        table: Any = source
-        if findings is None:
-            findings = Findings("DataFrame" if isinstance(source, pd.DataFrame) else str(source))
-            table = pd.concat([block for block, _ in dka.read_tables(source)])
-            labelled = require_labels or label != LABEL
-            dka.check_header(table, one_line(findings.source), label, labelled=labelled)
-            named = Description(series_name or "", unit or "", outcome=outcome or "")
-            description = description or read_description(source, findings)
-            description = dka.name_series(table, description, label, named, findings)
+        label, is_frame = label_column or LABEL, isinstance(source, pd.DataFrame)
+        findings = Findings("DataFrame" if is_frame else str(source))
+        table = pd.concat([block for block, _ in dka.read_tables(source)])
+        labelled = require_labels or label != LABEL
+        dka.check_header(table, one_line(findings.source), label, labelled=labelled)
+        flags = Description(series_name or "", unit or "", outcome=outcome or "")
+        description = description or read_description(source, findings)
+        description = dka.name_series(table, description, label, flags, findings)
+        labels, wrong_labels = dka.labels_of(table, label)
+        findings.reject(pd.Series(True, wrong_labels.index), label, "not 0 or 1", wrong_labels)
+        if require_labels and np.isnan(labels).all():
+            raise InputError(f"{one_line(findings.source)}, column {label}: no row has a label")
+        self.allow_duplicates = allow_duplicates
+        self.ids = dka.number_equal(dka.patients_of(table, findings)[1], findings)
+        self.parts = dka.parts_of(table, findings)
+        reading = {"max_len": max_len, "label_column": label, "site": site}
+        lengths = self._read(table, description, findings, series, reading)
+        without = pd.Series(~table.index.isin(self.numbers), table.index)
+        if not series:
+            column = str(self.measures[0].keys[0])
+            findings.reject(without, column, "no series of this row holds a value")
+        elif not len(self):
+            raise InputError(f"{self.source}: no row holds a value of {', '.join(self.features)}")
+        findings.counts["without a value are left out"] += int(without.sum())
+        max_len = self.read_options["max_len"]
+        if (lengths > max_len).any():
+            findings.notes[checks.describe_cut(lengths, self.groups, max_len)] = None
+        dka.note_columns(table, label, self.description, findings, site)
+        self.warnings = tuple(findings.warnings)
+        findings.log()
+
+    def _read(
+        self,
+        table: pd.DataFrame,
+        description: Description,
+        findings: Findings,
+        series: Sequence[str] | None,
+        reading: Mapping[str, Any],
+    ) -> NDArray[np.int64]:
+        """Read the rows that hold a value; return how many observations each had before the cut."""
+        label, site = reading.get("label_column", LABEL), reading.get("site")
         self.source = one_line(findings.source)
-        self.description = about = (description or Description()).for_label(label)
+        self.description = about = description.for_label(label)
         self.question, self.outcome = about.question, about.outcome
         self.assumed_time_scale = about.time_scale is None
         self.time_scale = about.time_scale or self.time_scale
@@ -141,54 +169,21 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self.measures = dka.find_features(table, about, series, self.source)
         self.features = tuple(feature.name for feature in self.measures)
         self.units = tuple(feature.unit or "" for feature in self.measures)
-        max_len = max_len or (MAX_LEN if len(self.features) == 1 else MAX_LEN_SEVERAL)
+        default = MAX_LEN if len(self.features) == 1 else MAX_LEN_SEVERAL
+        max_len = reading["max_len"] or default
         self.read_options = {"max_len": max_len, "label_column": label}
-        self.allow_duplicates, self.numbers = allow_duplicates, table.index.to_numpy()
-        if is_whole:
-            dka.note_columns(table, label, about, findings, site)
-        self.sites = None if site is None else dka.sites_of(table, site, self.source)
-        self._read_rows(table, findings, required=require_labels, is_whole=is_whole)
-        self._read_series(table, findings, may_lack=is_whole and bool(series), is_whole=is_whole)
-        if is_whole:
-            self.warnings = tuple(findings.warnings)
-            findings.log()
-
-    def _read_rows(
-        self, table: pd.DataFrame, findings: Findings, *, required: bool, is_whole: bool
-    ) -> None:
-        """Read what a row has once: label, patient, text, part of a split, static features."""
-        label = self.read_options["label_column"]
-        text = dka.text_of(table, label).str.lower().replace({"false": "0", "true": "1"})
-        labels = pd.to_numeric(text, errors="coerce").astype(float)
-        wrong = ~labels.isin([0, 1]) & (text != "")
-        if is_whole:
-            findings.reject(wrong, label, "not 0 or 1", text)
-        if required and not (text != "").any():
-            raise InputError(f"{self.source}, column {label}: no row has a label to learn from")
-        unknown = f"have a {label} that is neither 0 nor 1: taken as unknown"
-        findings.counts[unknown] += int(wrong.sum())
-        self.labels = np.where(wrong, np.nan, labels)
-        patients, ids = dka.patients_of(table, findings)
-        self.ids = dka.number_equal(ids, findings) if is_whole else ids
-        self.groups = patients.to_numpy(dtype=np.str_)
+        self.numbers = table.index.to_numpy()
+        self.labels = dka.labels_of(table, label)[0]
+        self.groups = dka.patients_of(table, findings)[0].to_numpy(dtype=np.str_)
         self.has_patient_ids = not set(dka.PATIENTS).isdisjoint(table)
         self.contexts = dka.text_of(table, "clinical_context").to_numpy(dtype=object)
-        if "split" in table and is_whole:
-            parts = dka.text_of(table, "split").str.lower().replace("validation", "val")
-            findings.reject(~parts.isin(PARTS), "split", "not train, val or test", parts)
-            moved = parts != parts.groupby(patients).transform("first")
-            findings.reject(moved, "split", "another part than in an earlier row of the patient")
-            self.parts = parts.to_numpy(dtype=np.str_)
+        self.sites = None if site is None else dka.sites_of(table, site, self.source)
         self.static_names = tuple(name for name in map(str, table) if name.startswith(dka.STATIC))
         static = [dka.numbers_of(table, name, findings) for name in self.static_names]
         self.static = np.column_stack([np.empty((len(table), 0)), *static])
-
-    def _read_series(
-        self, table: pd.DataFrame, findings: Findings, *, may_lack: bool, is_whole: bool
-    ) -> None:
-        """Read observations and prediction times; leave out rows that may lack values."""
         columns = [str(feature.keys[0]) for feature in self.measures]
         row, self.times, self.values = dka.parse_series(table, columns, findings)
+        self.offsets = np.append(0, np.cumsum(np.bincount(row, minlength=len(table))))
         if dka.HOURS in table:
             self.prediction_hours = dka.numbers_of(table, dka.HOURS, findings, dka.MAX_HOUR)
             last = np.full(len(table), -np.inf)
@@ -196,30 +191,17 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             early = pd.Series(self.prediction_hours < last, table.index)  # later ones: not known
             problem = "before the last observation of the row"
             findings.reject(early, dka.HOURS, problem, table[dka.HOURS])
-        self.offsets = np.append(0, np.cumsum(np.bincount(row, minlength=len(table))))
         self.keep_observations(~table.index.isin(list(findings.problems))[row])
         lengths = self.lengths
-        if not may_lack:
-            empty = pd.Series(lengths == 0, table.index)
-            findings.reject(empty, columns[0], "no series of this row holds a value")
-        elif not lengths.any():
-            raise InputError(f"{self.source}: no row holds a value of {', '.join(self.features)}")
         # An array's integers hold no more than its length, whatever max_len was given.
-        max_len = min(self.read_options["max_len"], len(row))
-        if not is_whole:
-            longer = f"are longer than {max_len} observations: the most recent are kept"
-            findings.counts[longer] += int((lengths > max_len).sum())
-        elif (lengths > max_len).any():
-            some = lengths > 0
-            findings.notes[checks.describe_cut(lengths[some], self.groups[some], max_len)] = None
-        self.keep_observations(np.arange(len(self.times)) >= self.offsets[1:][self.owner] - max_len)
-        kept = lengths > 0
-        if is_whole:
-            findings.counts["without a value are left out"] += int((~kept).sum())
-        self.offsets = np.append(0, self.offsets[1:][kept])
+        latest = self.offsets[1:][self.owner] - min(max_len, len(row))
+        self.keep_observations(np.arange(len(self.times)) >= latest)
+        has_value = lengths > 0
+        self.offsets = np.append(0, self.offsets[1:][has_value])
         for name in self.row_columns:
             column = getattr(self, name)
-            setattr(self, name, None if column is None else column[kept])
+            setattr(self, name, None if column is None else column[has_value])
+        return lengths[has_value]
 
     def split(self, seed: int) -> Split:
         """Divide the rows as every data set does, unless equal rows lie in two parts.
@@ -251,33 +233,33 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
                 cannot be read.
         """
         description, inputs = read_description(source, findings), config["inputs"]
-        others = config.get("baseline_inputs", inputs)  # that the baselines read
-        kept = {*inputs["static"], *others["static"], *AGE, *SEX}
-        for k, (table, read) in enumerate(dka.read_tables(source, max_rows)):
+        baselines_read, reading = config.get("baseline_inputs", inputs), config["read_options"]
+        label, site = reading.get("label_column", LABEL), reading.get("site")
+        static_used = {*inputs["static"], *baselines_read["static"], *AGE, *SEX, site}
+        for k, (table, progress) in enumerate(dka.read_tables(source, max_rows)):
             if k == 0:
-                description = dka.as_trained(table, description, config, findings)
-                lacking = dka.lacking_series(table, description, config, findings.source)
+                description, missing = dka.as_trained(table, description, config, findings)
             static = {name for name in map(str, table) if name.startswith(dka.STATIC)}
-            site = config["read_options"].get("site")
-            dataset = cls(
-                table.drop(columns=static - {*kept, site}).assign(**dict.fromkeys(lacking, "")),
-                config["read_options"]["max_len"],
-                description=description,
-                require_labels=False,
-                series=config["features"],
-                label_column=config["read_options"].get("label_column", LABEL),
-                site=site,
-                findings=findings,
-            )
+            chunk = table.drop(columns=static - static_used).assign(**dict.fromkeys(missing, ""))
+            problem = f"have a {label} that is neither 0 nor 1: taken as unknown"
+            findings.counts[problem] += len(dka.labels_of(chunk, label)[1])
+            dataset = cls.__new__(cls)
+            ids = dka.number_equal(dka.patients_of(table, findings)[1], findings)
+            dataset.ids, dataset.allow_duplicates = ids, None
+            lengths = dataset._read(chunk, description, findings, config["features"], reading)
+            max_len = dataset.read_options["max_len"]
+            is_read, column = table.index.isin(dataset.numbers), str(dataset.measures[0].keys[0])
+            problem = "no series of this row holds a value"
+            findings.reject(pd.Series(~is_read, table.index), column, problem)
+            longer = f"are longer than {max_len} observations: the most recent are kept"
+            findings.counts[longer] += int((lengths > max_len).sum())
             # Checked above, so that no later value is scored.
-            if not inputs["prediction_time"] and not others["prediction_time"]:
+            if not inputs["prediction_time"] and not baselines_read["prediction_time"]:
                 dataset.prediction_hours = None
             dataset.question, dataset.outcome = config["question"], config["outcome"]
             dataset.features = tuple(config["features"])  # spelled as the model knows them
-            ids = dka.number_equal(dka.patients_of(table, findings)[1], findings)
-            positions = np.flatnonzero(table.index.isin(dataset.numbers))
-            dataset.ids = ids[positions]
-            yield ScoringRows(ids, table.index.to_numpy(), dataset, positions, read)
+            numbers, positions = table.index.to_numpy(), np.flatnonzero(is_read)
+            yield ScoringRows(ids, numbers, dataset, positions, progress)
 
     def limits(self, feature: int) -> tuple[float, float] | None:
         """Return the range that the description declares for a feature, None where it does not."""
@@ -304,26 +286,26 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
                 value = self.value_text(f, values[-1])
                 last[f] = f"{self.features[f]} {value} ({plain(times[-1])}h)"
             return f"Last values: {', '.join(last.values())}. "
-        measured, sentences = {f: (t, v) for f, t, v in self.measured(i)}, []
+        series, sentences = {f: (t, v) for f, t, v in self.measured(i)}, []
         for f in [self.main] if options.series == "main" else self.series_read:
             unit = f" ({self.units[f]})" if self.units[f] else ""
             first = 0 if options.latest is None else -options.latest
-            pairs = zip(*(column[first:] for column in measured.get(f, ())), strict=True)
-            shown = " -> ".join(f"{plain(v)} ({plain(t)}h)" for t, v in pairs) or "not measured"
-            sentences.append(f"{self.features[f]}{unit}: {shown}. ")
-            if options.computed and f in measured:
+            pairs = zip(*(column[first:] for column in series.get(f, ())), strict=True)
+            text = " -> ".join(f"{plain(v)} ({plain(t)}h)" for t, v in pairs) or "not measured"
+            sentences.append(f"{self.features[f]}{unit}: {text}. ")
+            if options.computed and f in series:
                 full = f == self.main
-                sentences.append(texts.computed_text(self.units[f], *measured[f], full=full))
+                sentences.append(texts.computed_text(self.units[f], *series[f], full=full))
         return "".join(sentences)
 
     def report_clauses(self, i: int) -> list[Clause]:
         """Return the main series in full, of the others first, last and direction."""
-        measured = {f: (times, values) for f, times, values in self.measured(i)}
+        series = {f: (times, values) for f, times, values in self.measured(i)}
         clauses: list[Clause] = []
         for f in self.series_read:
             clauses_of = texts.full_clauses if f == self.main else texts.short_clauses
-            if f in measured:
-                clauses += clauses_of(self.features[f], self.units[f], *measured[f])
+            if f in series:
+                clauses += clauses_of(self.features[f], self.units[f], *series[f])
             else:
                 clauses.append(Clause(". ", self.features[f], ["not measured"]))
         return clauses
@@ -346,8 +328,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, earlier = arguments.pop("command"), arguments.get("like")
     with command_logging():
         if command == "check":
-            shown = arguments.pop("show_values")
-            return run_command(lambda: check(**arguments), show_values=shown)
+            show_values = arguments.pop("show_values")
+            return run_command(lambda: check(**arguments), show_values=show_values)
         if earlier:
             return run_command(lambda: make(command, like(earlier, argv)))
         return run_command(lambda: make(command, arguments))
@@ -382,8 +364,8 @@ def build_parser(stored: Mapping[str, Any] | None = None) -> Parser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, about: str) -> Callable[..., Any]:
-        own = commands.add_parser(name, help=about, allow_abbrev=False, formatter_class=Help)
-        return own.add_argument
+        subparser = commands.add_parser(name, help=about, allow_abbrev=False, formatter_class=Help)
+        return subparser.add_argument
 
     add = command("check", "validate a file and print its summary")
     add("file", type=Path, help="CSV (.csv, .csv.gz) or Parquet in the DKA format")
@@ -431,8 +413,8 @@ def build_parser(stored: Mapping[str, Any] | None = None) -> Parser:
     add_event_flags(add)
     pairs = "columns of other names, as time=Drawn item=Analyte"
     add("--columns", action=Repeated, nargs="+", default=(), metavar="ROLE=COLUMN", help=pairs)
-    asked = "'COLUMN + 48 h' of --labels"
-    add("--prediction_time", default="", metavar="TIME", help=asked)
+    time = "'COLUMN + 48 h' of --labels"
+    add("--prediction_time", default="", metavar="TIME", help=time)
     static = "static feature 'age [years]=COLUMN' of --labels, repeatable"
     add("--static", action=Repeated, default=(), help=static)
     add("--no_labels", action="store_true", help="outcome not known: new patients")
@@ -454,11 +436,11 @@ def build_parser(stored: Mapping[str, Any] | None = None) -> Parser:
 
 def outcome(text: str) -> tuple[str, ...]:
     """Return escalation, or some of its components."""
-    chosen = name_tuple(text)
-    if chosen != (ESCALATED,) and not (chosen and {*chosen} <= OUTCOMES.keys()):
+    components = name_tuple(text)
+    if components != (ESCALATED,) and not (components and {*components} <= OUTCOMES.keys()):
         allowed = f"{ESCALATED}, or some of {', '.join(OUTCOMES)}"
         raise argparse.ArgumentTypeError(f"{text!r} must be {allowed}")
-    return chosen
+    return components
 
 
 def name_tuple(text: str) -> tuple[str, ...]:

@@ -67,7 +67,7 @@ class VectorField(nn.Module):
     """
 
     def __init__(self, hidden_dim: int) -> None:
-        """Make the two layers, ``hidden_dim`` wide."""
+        """Create the two layers, ``hidden_dim`` wide."""
         super().__init__()
         self.inner = nn.Linear(hidden_dim, hidden_dim)
         self.outer = nn.Linear(hidden_dim, hidden_dim, bias=False)
@@ -155,7 +155,7 @@ class ClinicalODERNN(nn.Module):
         dynamics: str = "ode",
         dropout: float = 0.0,
     ) -> None:
-        """Make the layers; weights come from torch's global generator."""
+        """Create the layers; weights come from torch's global generator."""
         super().__init__()
         sizes = {"input_dim": input_dim, "hidden_dim": hidden_dim, "time_scale": time_scale}
         for name, size in {**sizes, "rtol": rtol, "atol": atol}.items():
@@ -208,11 +208,11 @@ class ClinicalODERNN(nn.Module):
             )
         if observed.dtype != torch.bool or not observed.any():
             raise ValueError("observed must be bool, and true somewhere in the training split")
-        bad = (observed & ~values.isfinite()).reshape(-1, self.input_dim).any(0)
-        if bad.any():
-            raise ValueError(f"a value of feature {int(bad.nonzero()[0])} is not finite")
-        known = torch.where(observed, values.double(), math.nan)
-        self.scaler.fit(known.reshape(-1, self.input_dim))
+        not_finite = (observed & ~values.isfinite()).reshape(-1, self.input_dim).any(0)
+        if not_finite.any():
+            raise ValueError(f"a value of feature {int(not_finite.nonzero()[0])} is not finite")
+        entries = torch.where(observed, values.double(), math.nan)
+        self.scaler.fit(entries.reshape(-1, self.input_dim))
 
     def forward(
         self, times: Tensor, values: Tensor, observed: Tensor, until: Tensor | None = None
@@ -254,15 +254,18 @@ class ClinicalODERNN(nn.Module):
         """Encode a batch that this encoder, or one like it, has planned; as ``forward`` does."""
         device = self.scaler.std.device
         plan = plan.to(device)
-        read = self.drop(functional.relu(self.read(self.inputs(plan))))  # (P, R)
+        inputs = self.drop(functional.relu(self.read(self.inputs(plan))))  # (P, R)
         with full_precision(device):
             # Under autocast the layer's output is narrower than the weights.
-            raw, final = self._run_steps(read.to(self.scaler.std.dtype), plan)  # (P, H), (B, H)
+            raw, final = self._run_steps(inputs.to(self.scaler.std.dtype), plan)  # (P, H), (B, H)
             states = self.norm(raw)
-            ends = None if plan.ends is None else self.norm(final.index_select(0, plan.ends))
+            if plan.ends is not None:
+                final = self.norm(final.index_select(0, plan.ends))
         result = states.new_zeros(plan.shape[0] * plan.shape[1], self.hidden_dim)
         result = result.index_copy(0, plan.observation_index, states).view(*plan.shape, -1)
-        return self.drop(result if ends is None else torch.cat([result, ends.unsqueeze(1)], dim=1))
+        if plan.ends is not None:
+            result = torch.cat([result, final.unsqueeze(1)], dim=1)
+        return self.drop(result)
 
     def drop(self, tensor: Tensor) -> Tensor:
         """Apply dropout in training."""
@@ -294,14 +297,14 @@ class ClinicalODERNN(nn.Module):
             read.split(plan.n_observed),
             strict=True,
         )
-        updated, ended = [], []
+        updated, end_states = [], []
         for dt, rows, inputs in steps:
-            ended.append(state[len(dt) :])
+            end_states.append(state[len(dt) :])
             state = self.advance(state[: len(dt)], dt)  # no time passes in the first step
             if len(rows):
                 updated.append(update(inputs, state.index_select(0, rows)))
                 state = state.index_copy(0, rows, updated[-1])
-        return torch.cat(updated), torch.cat([state, *reversed(ended)])
+        return torch.cat(updated), torch.cat([state, *reversed(end_states)])
 
     def advance(self, state: Tensor, dt: Tensor) -> Tensor:
         """Return the states (n, H) after ``dt`` (n,), in units of ``time_scale``.

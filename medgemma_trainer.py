@@ -8,17 +8,18 @@
     python medgemma_trainer.py --predict --checkpoint ./checkpoints_medgemma_dka/classification \\
         --data_path NEW.csv --predictions OUT.csv
 
-The way of a batch: series -> ClinicalODERNN -> a state after each of L observations and one at the
+Data flow: series -> ClinicalODERNN -> a state after each of L observations and one at the
 prediction time; then
 
-    stage 1  trajectory       readings of states and of summaries -> logit
+    stage 1  trajectory       heads of states and of summaries -> logit
     stage 2  classification   <bos> [soft tokens] [text] -> LLM -> last position -> head -> logit
     stage 3  generative       <bos> [soft tokens] [text] [report] -> LLM -> lm_head on the report
 
-Stages 2 and 3 add stage 1's logit to their own.
+Stages 2 and 3 add stage 1's logit to their own, stage 3 to that of its verdict, "yes" or "no". The
+loss is the cross-entropy of the label in stages 1 and 2, of the report's tokens in stage 3.
 
 This file holds, in this order: flags; what is read; the models; the three stages; the training
-loop; what a training state holds; one run; ``main``. All else is in ``medgemma_clinical``.
+loop; what a training state holds; one run; ``main``. The rest is in ``medgemma_clinical``.
 
 Letters: B patients, L observations, F features, H state, P soft tokens, D width of the LLM.
 """
@@ -38,7 +39,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-# A kernel that only speeds up 4-bit inference on a CPU: its absence, told on import, is no fault.
+# A harmless import warning: a kernel that speeds up 4-bit inference on a CPU is missing.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)
 
 import pandas as pd
@@ -100,7 +101,13 @@ from medgemma_clinical.training.evaluate import score_batches
 from medgemma_clinical.training.loaders import part_batches
 from medgemma_clinical.training.signals import SIGNALS, Stopped
 from medgemma_clinical.training.stage import Stage
-from medgemma_clinical.training.state import LOSS_TOLERANCE, TrainState, WeightAverage
+from medgemma_clinical.training.state import (
+    LOSS_TOLERANCE,
+    TrainState,
+    WeightAverage,
+    read_state,
+    write_state,
+)
 from medgemma_clinical.training.trackers import TRACKERS, Track
 from srtr_dataset import ORGANS, SRTRTrajectoryDataset
 
@@ -180,8 +187,8 @@ def build_parser() -> Parser:
     add("--data_dir", "path to SRTR data directory", "predict free -keyword", type=Path)
     add("--landmark_days", "SRTR: prediction time after listing; 365, liver 90", type=WHOLE)
     add("--horizon_days", "SRTR: days looked ahead; 365, liver 90", type=POSITIVE)
-    lost = ("negative", "exclude")
-    add("--transplant", "SRTR: label 0, or row left out", choices=lost, default="negative")
+    labels = ("negative", "exclude")
+    add("--transplant", "SRTR: label 0, or row left out", choices=labels, default="negative")
     add("--label_column", "DKA: outcome column, 0 or 1", default=LABEL, metavar="NAME")
     switch("--allow_duplicates", "DKA: allow equal rows across the split", "free")
     for name, text in NAMING.items():
@@ -240,8 +247,8 @@ def build_parser() -> Parser:
     add("--attention", "attention kernels", "predict default", **options)
     options = {"choices": llm.BASE_WEIGHTS, "default": "pretrained"}
     add("--base_weights", "random: a control", "-ablation", **options)
-    shuffled = (*on_off, "shuffled")
-    add("--soft_prompt", "shuffled: a control", "-ablation", choices=shuffled, default="on")
+    prompts = (*on_off, "shuffled")
+    add("--soft_prompt", "shuffled: a control", "-ablation", choices=prompts, default="on")
     options = {"choices": on_off, "default": "on"}
     add("--stage1_logit", "add stage 1's logit to it", "-ablation -text", **options)
     tokens = number(int, *checkpoints.PREFIX_TOKENS)
@@ -315,7 +322,7 @@ def build_llm(
     """<bos> [P soft tokens] [text] -> Gemma 3 in NF4 with LoRA -> head or ``lm_head``; tokenizer.
 
     Training and loading both build here. ``config`` is the checkpoint's, ``base`` and ``revision``
-    tell where the base model lies, ``adapter`` is the folder of a trained one.
+    locate the base model, ``adapter`` is the folder of a trained one.
     """
     dtype = language_model.DTYPES[config["precision"]]
     nf4 = BitsAndBytesConfig(  # Source: Dettmers et al. 2023, "QLoRA"
@@ -379,8 +386,8 @@ def make_stage(args: Namespace, data: Data, checkpoint: TrajectoryCheckpoint | N
 def make_stage1(args: Namespace, data: Data, checkpoint: TrajectoryCheckpoint | None) -> Any:
     """Return the stage 1 that learns or is read; None where a language model reads text alone."""
     if checkpoint is not None:
-        given = flags.changed(args, flags.tagged("stage1_file"))
-        trained_model.check_stage1(checkpoint, data, given)
+        changed_flags = flags.changed(args, flags.tagged("stage1_file"))
+        trained_model.check_stage1(checkpoint, data, changed_flags)
         model = trained_model.rebuild_stage1(checkpoint, BUILDERS).requires_grad_(False)
     elif args.soft_prompt == "off" and not args.trajectory_only:
         return None
@@ -423,17 +430,11 @@ def trajectory_stage(args: Namespace, data: Data, model: Stage1) -> Stage:
     )
 
 
-def llm_stage(
-    args: Namespace, data: Data, stage1: Any, checkpoint: TrajectoryCheckpoint | None
-) -> Stage:
-    """Stages 2 and 3: LoRA, projection and stage 2's head learn; stage 1 too if not frozen."""
-    dataset, device, writes = data.dataset, distributed.default_device(), args.mode == "generative"
-    tokens = 0 if args.soft_prompt == "off" else args.num_prefix_tokens
-    shuffled = args.soft_prompt == "shuffled"
-    soft = text_batches.soft_tokens(dataset, tokens)
-    unread: Config = {"encoder": None, "members": 0, "patients": {"series": {}, "static": {}}}
-    unread["inputs"] = {**data.description()["inputs"], "static": [], "prediction_time": False}
-    config: Config = {
+def llm_config(args: Namespace, data: Data, stage1: Stage1 | None, tokens: int) -> Config:
+    """Return the config of stage 2 or 3's checkpoint; ``tokens`` is P."""
+    text_only: Config = {"encoder": None, "members": 0, "patients": {"series": {}, "static": {}}}
+    text_only["inputs"] = {**data.description()["inputs"], "static": [], "prediction_time": False}
+    return {
         "stage": args.mode,
         "base_weights": args.base_weights,
         "quantization": args.quantization,
@@ -442,20 +443,29 @@ def llm_stage(
         "lora_alpha": args.lora_alpha,
         "max_text_tokens": args.max_text_tokens,
         **checkpoints.describe_base(args.model_name),
-        "num_prefix_tokens": int(soft.max()),
-        "shuffled": shuffled,
+        "num_prefix_tokens": tokens,
+        "shuffled": args.soft_prompt == "shuffled",
         "stage1_logit": args.stage1_logit == "on" and stage1 is not None,
         "residual_weight": 1.0,
         "prompts": asdict(data.prompts),
         **describe_data(data),
-        **(unread if stage1 is None else checkpoints.stage1_config(stage1)),
+        **(text_only if stage1 is None else checkpoints.stage1_config(stage1)),
     }
-    donors = risks = None
-    if shuffled:
+
+
+def llm_stage(
+    args: Namespace, data: Data, stage1: Any, checkpoint: TrajectoryCheckpoint | None
+) -> Stage:
+    """Stages 2 and 3: LoRA, projection and stage 2's head learn; stage 1 too if not frozen."""
+    dataset, device, donors, risks = data.dataset, distributed.default_device(), None, None
+    if args.soft_prompt == "shuffled":
         donors = text_batches.other_patients(data.split, dataset.groups, args.seed)
+    tokens = 0 if args.soft_prompt == "off" else args.num_prefix_tokens
+    soft = text_batches.soft_tokens(dataset, tokens)
+    config = llm_config(args, data, stage1, int(soft.max()))
     options = {"attention": args.attention, "dropout": args.lora_dropout, "seed": args.seed}
     model, tokenizer = build_llm(config, stage1, args.model_name, device=device, **options)
-    options = {"answers": writes, "max_tokens": args.max_text_tokens}
+    options = {"answers": args.mode == "generative", "max_tokens": args.max_text_tokens}
     text = TextCollator(dataset, tokenizer, data.prompts, **options)
     if checkpoint is not None:
         config["patients"] = checkpoint.config["patients"]
@@ -464,13 +474,14 @@ def llm_stage(
     text.donors = donors
     if args.gradient_checkpointing:
         language_model.set_checkpointing(model.llm)
-    if writes:
+    if isinstance(model, LLMWriter):
         config["report_tokens"] = text.report_tokens()
-    elif isinstance(model, LLMClassifier) and not model.adds_stage1:
+    elif not model.adds_stage1:
         nn.init.constant_(model.head.bias, prior_log_odds(data.prevalence()))
     rates = {"projection": args.projection_lr, "llm": args.adapter_lr}
     rates |= {"stage1": args.encoder_lr, "head": args.head_lr}
-    words = text.lengths()  # batches by these alone: soft tokens tell the number of observations
+    # Grouped by text alone: soft tokens count observations, so batches would differ in risk.
+    words = text.lengths()
     return Stage(
         name=args.mode,
         model=model,
@@ -501,6 +512,7 @@ def set_up(stage: Stage) -> TrainState:
         torch.manual_seed(distributed.derived_seed(torch.initial_seed(), accelerator.process_index))
     parameters = list(stage.trainable_parameters().values())
     optimizer = AdamW(stage.parameter_groups(), fused=True)
+    # A --final that ends at ``last_epoch`` keeps the schedule of its folds.
     total = stage.epochs * len(stage.batches["train"])
     warmup = max(1, min(WARMUP_STEPS, round(WARMUP_SHARE * total)))
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, total)
@@ -519,32 +531,34 @@ def fit(
 ) -> TrainState:
     """Train with early stopping; leave the model with the weights of its best epoch.
 
-    In a folder, the state is kept before the first step, before each validation, at the end, every
-    ``save_every`` steps and when a signal comes. Processes share each step; the first one writes.
+    In a folder, the state is written before the first step, before each validation, at the end,
+    every ``save_every`` steps and on a signal. Processes share each step; the first one writes.
     """
     state = set_up(stage)
     progress, batches = state.progress, stage.batches["train"]
-    state.store = run_folder.state_store(folder) if folder else None
-    if resume and state.store:
-        load_training_state(stage, state, state.store.newest())
+    state.folder = run_folder.state_folder(folder) if folder else None
+    if resume and state.folder:
+        load_training_state(stage, state, read_state(state.folder))
         save_best(stage, state, folder)
         run_folder.write_history(folder, progress.history)
     else:
         save_state(stage, state)
+    epochs = stage.last_epoch or stage.epochs
+    bar = distributed.show_progress((), stage.name, epochs * len(batches), progress.steps)
     while not progress.over:
         epoch = progress.epoch + 1
+        bar.set_description_str(f"{stage.name}, epoch {epoch}/{epochs}", refresh=False)
         # Train: all of the epoch, or what a stopped run has left of it.
         batches.set_epoch(seed, epoch, progress.batches)
         stage.begin_epoch(seed, epoch, state.learning(stage.patience))
         stage.model.train()
         state.optimizer.zero_grad()
-        title = f"{stage.name} {epoch}/{stage.epochs}"
-        bar = distributed.show_progress(batches, title, len(batches), progress.batches)
         with SIGNALS.deferred():
-            for number, rows in enumerate(bar):
+            for number, rows in enumerate(batches):
                 begun = time.perf_counter()
                 loss, terms = backward(stage, state, rows)
                 stop = step(state, loss, terms)
+                bar.update()
                 if (epoch, number) == (1, 1):  # the first step warms up
                     run_log.log_epoch_time(stage, time.perf_counter() - begun, rows)
                 if stop or (save_every and progress.steps % save_every == 0):
@@ -552,19 +566,21 @@ def fit(
                 if stop:
                     raise Stopped(SIGNALS.received or signal.SIGTERM)
             save_state(stage, state)
-        # Validate: the last epoch is the best where there is no validation part.
-        found = validate(stage, state) if len(stage.batches["val"].rows) else None
-        losses = [1 / epoch for _ in {*state.members}] if found is None else found.losses.tolist()
+        predictions = validate(stage, state) if len(stage.batches["val"].rows) else None
+        losses = None if predictions is None else predictions.losses.tolist()
         # Keep the best, and stop where no member has reached a lower loss for long.
         if keep_best(state, losses, stage.patience):
             save_best(stage, state, folder)
         exhausted = epoch - max(progress.lowest_epochs) >= stage.patience
         state.add_elapsed()
-        run_log.record_epoch(stage, progress, found, folder, track, exhausted=exhausted)
-        progress.over = exhausted or epoch == (stage.last_epoch or stage.epochs)
+        run_log.record_epoch(stage, progress, predictions, folder, track, exhausted=exhausted)
+        if predictions is not None:
+            bar.set_postfix_str(f"val loss {predictions.loss:.3f}", refresh=False)
+        progress.over = exhausted or epoch == epochs
         progress.next_epoch()
         if progress.over:
             save_state(stage, state)
+    bar.close()
     state.set_weights(state.best)
     return state
 
@@ -572,14 +588,14 @@ def fit(
 def backward(stage: Stage, state: TrainState, rows: list[int]) -> tuple[Tensor, int]:
     """Add up gradients, loss and terms of a step over its passes.
 
-    The loss is a sum, so that any passes do: of cross-entropies, of the labels over patients in
-    stages 1 and 2, of the tokens of reports in stage 3. ``check_memory`` has sized the passes.
+    The loss that a model returns is the sum of its cross-entropies, of each member of stage 1, and
+    ``terms`` is their number, so passes of any size add up. ``check_memory`` has sized them.
     """
     accelerator, losses, terms = state.accelerator, [], 0
     passes = stage.passes(rows)
     for part in passes:
-        last = part is passes[-1]  # processes exchange gradients in the last one
-        with contextlib.nullcontext() if last else accelerator.no_sync(state.model):
+        is_last = part is passes[-1]  # processes exchange gradients in the last one
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(state.model):
             output = state.model(send_to_device(stage.collate(part), accelerator.device))
             output.loss.sum().backward()
         losses.append(output.loss.detach().mean())
@@ -593,12 +609,13 @@ def step(state: TrainState, loss: Tensor, terms: int) -> bool:
 
     The gradients are those of the sum of losses. Return whether a signal has come to any process.
     """
-    own = loss.new_tensor([terms, float(SIGNALS.received > 0)])
-    total = reduce(torch.cat([loss.view(1), own]).double(), "sum")
+    counts = loss.new_tensor([terms, float(SIGNALS.received > 0)])
+    total = reduce(torch.cat([loss.view(1), counts]).double(), "sum")
     for parameter in state.parameters:
         if parameter.grad is not None:  # to the mean over all terms, as of one large batch
             parameter.grad.mul_(state.accelerator.num_processes / total[1])
-    norm = torch.stack([clip_grad_norm_(own, LARGEST_NORM) for own in state.by_member()]).max()
+    norms = [clip_grad_norm_(group, LARGEST_NORM) for group in state.by_member()]
+    norm = torch.stack(norms).max()
     # The one time that a step waits for the device.
     all_loss, all_terms, stop, size = torch.cat([total, norm.double().view(1)]).tolist()
     if state.progress.count(all_loss, all_terms, size):
@@ -610,7 +627,7 @@ def step(state: TrainState, loss: Tensor, terms: int) -> bool:
 
 
 def score(stage: Stage, part: str) -> Predictions:
-    """Return the predictions of a part by the model as it is."""
+    """Return the predictions of a part by the current weights."""
     batches = stage.batches[part]
     bar = distributed.show_progress(batches, f"{stage.name}: {results.SCORED[part]}", len(batches))
     passes = (rows for batch in bar for rows in stage.passes(batch, len(batch)))
@@ -625,31 +642,32 @@ def validate(stage: Stage, state: TrainState) -> Predictions:
     return predictions
 
 
-def keep_best(state: TrainState, losses: Sequence[float], patience: int) -> bool:
+def keep_best(state: TrainState, losses: Sequence[float] | None, patience: int) -> bool:
     """Early stopping: keep the averaged weights of each member for which this epoch is the best.
 
     That is the latest epoch whose validation loss is within ``LOSS_TOLERANCE`` of the member's
-    lowest. A member whose patience has ended stays as it was: it waits for no other. Return
-    whether any kept.
+    lowest; the last epoch where there is no validation part. A member whose patience has ended
+    does not change: it waits for no other. Return whether the weights of any member were kept.
     """
-    progress, epoch = state.progress, state.progress.epoch + 1
+    progress, epoch, n_members = state.progress, state.progress.epoch + 1, 1 + max(state.members)
     if epoch == 1:
-        progress.lowest, progress.lowest_epochs = [math.inf for _ in losses], [1 for _ in losses]
-        progress.best_epochs = [1 for _ in losses]
-    for member, loss in enumerate(losses):
+        progress.lowest = [math.inf] * n_members
+    if epoch == 1 or losses is None:
+        progress.lowest_epochs, progress.best_epochs = [epoch] * n_members, [epoch] * n_members
+    for member, loss in enumerate(losses or ()):
         if epoch - progress.lowest_epochs[member] > patience:
             continue
         if loss < progress.lowest[member]:
             progress.lowest[member], progress.lowest_epochs[member] = loss, epoch
         if loss <= progress.lowest[member] * (1 + LOSS_TOLERANCE):
             progress.best_epochs[member] = epoch
-    kept = zip(state.members, state.best or state.parameters, state.average.weights, strict=True)
-    best = progress.best_epochs
-    state.best = [new.clone() if best[member] == epoch else old for member, old, new in kept]
-    return epoch in best
+    best = [member for member in range(n_members) if progress.best_epochs[member] == epoch]
+    weights = zip(state.members, state.average.weights, state.best or state.parameters, strict=True)
+    state.best = [new.clone() if member in best else old for member, new, old in weights]
+    return bool(best)
 
 
-# --------------------------------------------------------------------------- what is kept
+# --------------------------------------------------------------------------- training state
 
 
 def save_best(stage: Stage, state: TrainState, folder: Path | None) -> None:
@@ -660,16 +678,16 @@ def save_best(stage: Stage, state: TrainState, folder: Path | None) -> None:
 
 
 def save_state(stage: Stage, state: TrainState) -> None:
-    """Keep the state of training; each process brings its share, the first one writes."""
-    if state.store is not None:
+    """Write the state of training; each process brings its share, the first one writes."""
+    if state.folder is not None:
         state.add_elapsed()
         content = training_state(stage, state)
         if distributed.processes().is_main_process:
-            state.store.save(content)
+            write_state(state.folder, content)
 
 
 def training_state(stage: Stage, state: TrainState) -> dict[str, Any]:
-    """Return all that training needs to go on to the bit; each process brings its generators."""
+    """Return all that resumes training to the bit; each process brings its generators."""
     random, device = {"cpu": torch.get_rng_state()}, distributed.default_device()
     if device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(device)
@@ -686,10 +704,10 @@ def training_state(stage: Stage, state: TrainState) -> dict[str, Any]:
 
 
 def load_training_state(stage: Stage, state: TrainState, content: dict[str, Any]) -> None:
-    """Bring training, random generators included, to a state of ``training_state``, to the bit."""
+    """Restore a state of ``training_state``, random generators included, to the bit."""
     expected = {name: p.shape for name, p in stage.trainable_parameters().items()}
-    same = {name: weight.shape for name, weight in content["weights"].items()} == expected
-    if not same or len(content["random"]) != state.accelerator.num_processes:
+    same_shapes = {name: weight.shape for name, weight in content["weights"].items()} == expected
+    if not same_shapes or len(content["random"]) != state.accelerator.num_processes:
         raise InputError("--resume: another model or number of processes: start without --resume")
     state.set_weights(content["weights"].values())
     device = distributed.default_device()
@@ -702,8 +720,8 @@ def load_training_state(stage: Stage, state: TrainState, content: dict[str, Any]
     torch.set_rng_state(random["cpu"])
     if "cuda" in random:
         torch.cuda.set_rng_state(random["cuda"], device)
-    done = state.progress.epoch + 1, state.progress.batches, state.progress.steps
-    logger.info("resuming in epoch %d after %d of its steps, %d steps in all", *done)
+    position = state.progress.epoch + 1, state.progress.batches, state.progress.steps
+    logger.info("resuming in epoch %d after %d of its steps, %d steps in all", *position)
 
 
 # --------------------------------------------------------------------------- one run
@@ -737,21 +755,22 @@ def train_stage(
     with run_folder.opened(args, folder, run_record) as track:
         state = fit(stage, args.seed, folder, track, resume=args.resume, save_every=args.save_every)
         if args.final:  # trained on all patients: nothing is held out
-            config, others = folds.write_final(stage, data, folder, args)
-        else:  # the one time that the test part is read
-            scored = {part: score(stage, part) for part in ("val", "test") if len(data.split[part])}
-            config, others = results.write_results(
-                scored, stage, data, folder, state.progress, run_record, args
+            config, baselines = folds.write_final(stage, data, folder, args)
+        else:  # the only place where test patients are scored
+            parts = [part for part in ("val", "test") if len(data.split[part])]
+            predictions = {part: score(stage, part) for part in parts}
+            config, baselines = results.write_results(
+                predictions, stage, data, folder, state.progress, run_record, args
             )
         track(results.metrics_for_tracker(config), state.progress.steps)
         run_folder.finish_run(folder, stage.tokens, config.get("best_model"))
     model: Any = stage.model.eval()
-    tokenizer, patients = stage.text and stage.text.tokenizer, stage.train_patients
-    return TrajectoryModel(trained_model.TrainedModel(model, config, tokenizer, patients, others))
+    tokenizer, hashes = stage.text and stage.text.tokenizer, stage.train_patients
+    return TrajectoryModel(trained_model.TrainedModel(model, config, tokenizer, hashes, baselines))
 
 
 def dry_run(stage: Stage, seed: int) -> None:
-    """Take two steps on the longest rows; measure, keep nothing."""
+    """Take two steps on the longest rows and measure them; write nothing."""
     state, batches = set_up(stage), stage.batches["train"]
     longest = memory.longest_rows(stage, "train", 2 * batches.batch_size)
     stage.begin_epoch(seed, 1, state.learning(stage.patience))
@@ -767,7 +786,7 @@ def dry_run(stage: Stage, seed: int) -> None:
 
 
 def run(args: Namespace, given: set[str]) -> int:
-    """Do what the command line asks for; return the exit code."""
+    """Run the command of the flags; return the exit code."""
     flags.check_flags(flags.complete(args), given)
     distributed.check_launch()
     with SIGNALS.installed(), distributed.exact_kernels(deterministic=args.deterministic):
@@ -792,11 +811,9 @@ def run(args: Namespace, given: set[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 done, 2 wrong input, 3 a fault, 128 + N ended by signal N."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    args = build_parser().parse_args(words)
+    args, given = build_parser().parse_given(sys.argv[1:] if argv is None else argv)
     if args.output_dir is None:
         args.output_dir = Path(f"./checkpoints_medgemma_{'demo' if args.demo else args.dataset}")
-    given = {word.split("=")[0] for word in words if word.startswith("--")}
     distributed.set_environment()
     with command_logging(first=distributed.processes().is_main_process):
         return command_line.run_command(lambda: run(args, given), show_values=args.show_values)
@@ -809,6 +826,7 @@ def program() -> int:
     return code
 
 
+# ``fit_trajectory`` and its like check their keywords, then call ``read_dataset``, ``train_stage``.
 python.bind(Program(DATASETS, BUILDERS, build_parser(), read_dataset, train_stage, train))
 
 if __name__ == "__main__":

@@ -42,8 +42,7 @@ logger = logging.getLogger(__name__)
 HOURS_A_DAY = 24.0
 MIN_EVENTS = 10
 
-MAX_LEN = 50
-"""Observations kept of a registration."""
+MAX_LEN = 50  # observations kept of a registration
 
 LATEST_IN_TEXT = 8
 """Latest values of a feature in a prompt: a liver history can hold fifty rows."""
@@ -134,21 +133,21 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         definition, suffix = self.definition, self.definition.organ.suffix
         cand = waiting_list.read_candidates(find_table(folder, f"cand_{suffix}"))
         table = waiting_list.apply_criteria(cand, definition)
-        unknown = table["reason"].isin([waiting_list.TRANSPLANTED, waiting_list.CENSORED])
-        scored = (table["reason"] == "") | (unknown & (require_labels is not True))
+        is_unknown = table["reason"].isin([waiting_list.TRANSPLANTED, waiting_list.CENSORED])
+        scored = (table["reason"] == "") | (is_unknown & (require_labels is not True))
         history = find_table(folder, f"stathist_{suffix}")
         rows, dialysis = read_history(history, definition, cand[scored], dialysis)
         has_row = table.index.isin(rows["PX_ID"])
         if require_labels is None:
             require_labels = table.loc[has_row, "label"].sum() >= MIN_EVENTS
         if not require_labels:
-            table.loc[unknown, "reason"] = ""
+            table.loc[is_unknown, "reason"] = ""
         table.loc[(table["reason"] == "") & ~has_row, "reason"] = waiting_list.NO_ROW
-        kept = table["reason"] == ""
-        table["label"] = table["label"].where(kept)
-        self.registrations, self.labels = table, table.loc[kept, "label"].to_numpy(np.float64)
+        in_cohort = table["reason"] == ""
+        table["label"] = table["label"].where(in_cohort)
+        self.registrations, self.labels = table, table.loc[in_cohort, "label"].to_numpy(np.float64)
         self._set_flow(MIN_EVENTS if require_labels else 0)
-        cohort, rows = cand[kept], rows[rows["PX_ID"].map(kept)]
+        cohort, rows = cand[in_cohort], rows[rows["PX_ID"].map(in_cohort)]
         self.ids = cohort.index.to_numpy().astype(np.str_)
         self.groups = cohort["PERS_ID"].to_numpy().astype(np.str_)
         lengths = rows.groupby("PX_ID").size().to_numpy()
@@ -171,10 +170,10 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         self.flow = flow.assign(left=len(self.registrations) - flow["removed"].cumsum())
         events = int(np.nansum(self.labels))
         if not len(self) or events < min_events:
-            taken = "; ".join(f"{rule} {count}" for rule, count in removed.items() if count)
+            counts = "; ".join(f"{rule} {count}" for rule, count in removed.items() if count)
             raise InputError(
                 f"{self.source}: {len(self) or 'no'} registrations left with {events} events, "
-                f"{min_events} are needed; of {len(self.registrations)} the rules took: {taken}"
+                f"{min_events} are needed; of {len(self.registrations)} the rules took: {counts}"
             )
 
     @classmethod
@@ -194,7 +193,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         except InputError as error:
             raise InputError(f"{error} (the checkpoint was trained on {organ})") from error
         if (config["features"], config["units"]) != (list(dataset.features), list(dataset.units)):
-            raise InputError("the checkpoint has other features than this program: train it anew")
+            raise InputError("the checkpoint's features differ from this program's: train again")
         dataset.question = config["question"]
         for start in range(0, len(dataset), max_rows):
             numbers = np.arange(start, min(start + max_rows, len(dataset)))
@@ -236,8 +235,8 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         """
         inputs = super().baseline_inputs()
         if self.definition.organ_name == "kidney":
-            known = self.static_table([waiting_list.AGE, waiting_list.DIALYSIS_YEARS])
-            return {**inputs, "age and years of dialysis": known}
+            table = self.static_table([waiting_list.AGE, waiting_list.DIALYSIS_YEARS])
+            return {**inputs, "age and years of dialysis": table}
         meld = inputs["logistic regression"][["MELD last"]]
         with_age = meld.join(self.static_table([waiting_list.AGE]))
         return {**inputs, "last MELD": meld, "last MELD and age": with_age}
@@ -246,8 +245,8 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
 
     def value_text(self, feature: int, value: float) -> str:
         """Return a value with its unit, or the word of a state."""
-        known = self.measures[feature]
-        return _text(known, value) if known.words else super().value_text(feature, value)
+        measure = self.measures[feature]
+        return _text(measure, value) if measure.words else super().value_text(feature, value)
 
     def series_text(self, i: int, options: PromptOptions) -> str:
         """Return the latest values of each series with their days; of a state only its changes."""
@@ -262,8 +261,8 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
             if feature.words:
                 changes = np.diff(values, prepend=np.nan) != 0
                 days, values = days[changes], values[changes]
-            shown = zip(days[-latest:], values[-latest:], strict=True)
-            text = " -> ".join(f"{_text(feature, v)} (day {plain(d)})" for d, v in shown)
+            pairs = zip(days[-latest:], values[-latest:], strict=True)
+            text = " -> ".join(f"{_text(feature, v)} (day {plain(d)})" for d, v in pairs)
             if computed and len(values) > latest and not feature.words:
                 text = f"first {plain(values[0])} (day {plain(days[0])}), latest {text}"
             unit = f" in {feature.unit}" if "/" in self.units[f] else ""  # a score has none to show
@@ -321,9 +320,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0 when the folder can be used, 2 when not."""
     arguments = vars(build_parser().parse_args(argv))
     del arguments["command"]
-    shown = arguments.pop("show_values")
+    show_values = arguments.pop("show_values")
     with command_logging():
-        return run_command(lambda: check(**arguments), show_values=shown)
+        return run_command(lambda: check(**arguments), show_values=show_values)
 
 
 def check(data_dir: Path, **reading: Any) -> int:

@@ -132,7 +132,7 @@ def exact_kernels(*, deterministic: bool = False) -> Iterator[None]:
 
 
 def show_progress(items: Iterable[Any], title: str, total: int, done: int = 0) -> tqdm[Any]:
-    """Show a bar while items are used; without terminal and notebook, a line a minute at most."""
+    """Show a bar while items are used; without terminal and notebook, a line a minute."""
     notebook = "ipykernel" in sys.modules  # is no terminal; a bar that flashes moves its page
     terminal = sys.stderr.isatty() or notebook
     return tqdm(
@@ -143,6 +143,8 @@ def show_progress(items: Iterable[Any], title: str, total: int, done: int = 0) -
         leave=not terminal,
         bar_format=None if terminal else "{desc}: {percentage:.0f} %, {remaining} left\n",
         mininterval=0.1 if terminal else 60,
+        maxinterval=10 if terminal else 60,
+        position=None if terminal else 0,  # a lower line would need control characters
         delay=int(notebook) if terminal else 60,
         disable=not processes().is_main_process,
     )

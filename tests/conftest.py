@@ -2,8 +2,10 @@
 
 import os
 import signal
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports transformers
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # beside which an error would not be one line
 os.environ["OMP_NUM_THREADS"] = "1"  # of what tests start, too: the cores have tests to run
 
 from pathlib import Path
@@ -20,6 +22,10 @@ for each in (signal.SIGINT, signal.SIGHUP):  # nohup and a shell's background ig
     signal.signal(each, signal.default_int_handler if each == signal.SIGINT else signal.SIG_DFL)
 
 torch.set_num_threads(1)  # the models of the tests are too small to share
+
+if "TEST_MODELS" not in os.environ:  # the workers of xdist inherit it
+    MODELS = tempfile.TemporaryDirectory(prefix="test_models_")
+    os.environ["TEST_MODELS"] = MODELS.name
 
 APPROVED = Path(__file__).parent / "approved"
 DATA = Path(__file__).parent / "data"
@@ -123,7 +129,7 @@ def table():
 
 @pytest.fixture(scope="session")
 def runs(table, tmp_path_factory):
-    """A folder with a run of each stage on the tiny model, trained once for all workers.
+    """A folder with a run of each stage on a small model, trained once for all workers.
 
     No test changes it.
     """
@@ -141,17 +147,17 @@ def runs(table, tmp_path_factory):
 def train_all(table, folder):
     """Train each stage by the command line, the first with figures."""
     import medgemma_trainer as trainer  # not for tests that need no model
-    from medgemma_clinical.commands import results
-    from medgemma_clinical.evaluation import metrics
+    from language_models import TINY_MODEL
+    from medgemma_clinical.evaluation import decision, metrics
     from predicting import STAGES, write_data
 
     folder.mkdir(exist_ok=True)
     data = write_data(table, folder / "train.csv")
     words = ["--data_path", str(data), "--output_dir", str(folder), "--log_file", "none"]
     words += ["--batch_size", "8", "--encoder_lr", "0.05"]
-    text = ["--model_name", "tiny", "--epochs", "2", "--adapter_lr", "0.01", "--ode_checkpoint"]
+    text = ["--model_name", TINY_MODEL, "--epochs", "2", "--adapter_lr", "0.01", "--ode_checkpoint"]
     text += [str(folder / "medgemma_trajectory_best.pt")]
-    weight = mock.patch.object(results, "fit_residual_weight", return_value=1.0)  # 0 hides faults
+    weight = mock.patch.object(decision, "fit_residual_weight", return_value=1.0)  # 0 hides faults
     draws = mock.patch.object(metrics, "REPLICATES", DRAWS)
     with draws, weight:
         with mock.patch.object(Figure, "savefig", DRAW):

@@ -32,16 +32,18 @@ import pandas as pd  # noqa: E402  (the threads are set before)
 import torch  # noqa: E402
 
 import medgemma_trainer as trainer  # noqa: E402
-from medgemma_clinical.commands.run_folder import state_store  # noqa: E402
+from language_models import TINY_MODEL  # noqa: E402
+from medgemma_clinical.commands.run_folder import state_folder  # noqa: E402
 from medgemma_clinical.files import PARTIAL, REPLACED  # noqa: E402
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE  # noqa: E402
+from medgemma_clinical.training.state import state_paths  # noqa: E402
 
 SAMPLE = ROOT / "medgemma_clinical" / "sample" / "physionet2012_bicarbonate.csv"
 SHARED = "--min_cell 0 --log_file none --save_every 3 --patience 2"
 STAGES = {
     "trajectory": "--trajectory_only --trajectory_epochs 4",
-    "classification": "--mode classification --model_name tiny --epochs 2",
-    "generative": "--mode generative --model_name tiny --epochs 2",
+    "classification": f"--mode classification --model_name {TINY_MODEL} --epochs 2",
+    "generative": f"--mode generative --model_name {TINY_MODEL} --epochs 2",
 }
 KINDS = ("killed at a write", "killed at any time", "disk full", "signals")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -52,6 +54,7 @@ import os, pathlib, signal, sys
 sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
+from language_models import TINY_MODEL
 import medgemma_trainer as trainer
 {before}
 sys.exit(trainer.program())
@@ -161,7 +164,7 @@ def judge(kind, stage, words, folder, expected, size, draw):
     expected_codes = {"disk full": {0, 2, 3}, "signals": {143, 130, -signal.SIGINT}}
     if code not in expected_codes.get(kind, {0, -signal.SIGKILL}) or "raceback" in error:
         return f"wrong: ended with {code}: {error}"
-    begun, outcome = bool(state_store(folder / stage).files()), "the same result"
+    begun, outcome = bool(state_paths(state_folder(folder / stage))), "the same result"
     code, error = wait(start([*words, "--resume"], folder), folder)
     if (code, begun, error.count("\n")) == (2, False, 1):  # as a user would, start again
         outcome = "never began"

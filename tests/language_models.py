@@ -2,15 +2,18 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
 from collections import namedtuple
 from dataclasses import asdict
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -21,18 +24,19 @@ from transformers import (
     GenerationConfig,
 )
 
+import conftest  # noqa: F401  (names the folder of the models)
 import medgemma_trainer as trainer
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.data.training_data import Data, prepare_data
 from medgemma_clinical.data.trajectories import PromptOptions
 from medgemma_clinical.files import file_hash, json_hash
 from medgemma_clinical.models.checkpoints import CONFIG, HASHED_FILES, describe_data, stage1_config
-from medgemma_clinical.models.language_model import base_record, tiny_language_model
+from medgemma_clinical.models.language_model import DEMO_FOLDER, base_record
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory_llm import LLMWriter
 
 CPU = torch.device("cpu")
-LAYERS = 2
+LAYERS, VOCABULARY = 2, 512
 PREFIX = 4
 LENGTHS = (1, 6, 2, 9, 3, 5, 4, 7, 1, 8, 2, 6, 3, 9, 5, 4, 1, 6, 2, 9, 3, 5, 4, 7)
 """Observations of each patient: fewer than, as many as, and more than the soft tokens."""
@@ -44,6 +48,48 @@ VISION = {
 
 GENERATION = {"eos_token_id": [1, 106], "top_k": 64, "top_p": 0.95, "do_sample": True}
 """From generation_config.json of Google's Gemma 3 checkpoints, which must not be followed."""
+
+
+def text_config():
+    """The dimensions of a small text model."""
+    return Gemma3TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=1024,
+        initializer_range=0.125,  # 1 / sqrt(64): the tied output can then be sure of a token
+    )
+
+
+def save_tokenizer(folder):
+    """Write the demo's tokenizer, to which a digit is a token, into a model's folder."""
+    for path in DEMO_FOLDER.glob("tokenizer*.json"):
+        shutil.copy(path, folder)
+
+
+def save_text_checkpoint(folder, seed=1):
+    """Write a text-only Gemma 3 with weights that no other model has."""
+    torch.manual_seed(seed)
+    Gemma3ForCausalLM(text_config()).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def shared_checkpoint():
+    """Return a folder with the language model of most tests, made once for all workers."""
+    folder = Path(os.environ["TEST_MODELS"]) / "tiny"
+    with FileLock(folder.with_suffix(".lock")), torch.random.fork_rng(devices=[]):
+        if not folder.exists():
+            save_text_checkpoint(folder.with_suffix(".part"), seed=0).rename(folder)
+    return str(folder)
+
+
+TINY_MODEL = shared_checkpoint()
 
 
 def patients():
@@ -83,7 +129,7 @@ def stage1_for(dataset, members=1):
     return model
 
 
-def build_config(stage1, stage, data, *, base="tiny", **more):
+def build_config(stage1, stage, data, *, base=TINY_MODEL, **more):
     """What a checkpoint of stage 2 or 3 says of its model."""
     return {
         "stage": stage,
@@ -149,7 +195,7 @@ PUBLISHED = [
 def save_published(folder, model):
     """Write a small checkpoint in the layout of a published one: configuration, names, shards."""
     text = {
-        **{"model_type": "gemma3_text", "vocab_size": 259, "num_hidden_layers": 7},
+        **{"model_type": "gemma3_text", "vocab_size": VOCABULARY, "num_hidden_layers": 7},
         **{"intermediate_size": 2 * model.text["hidden_size"], "rope_theta": 1000000.0},
         **{"rope_local_base_freq": 10000.0, "sliding_window_pattern": 6, **model.text},
     }
@@ -163,7 +209,7 @@ def save_published(folder, model):
         words = {"model_type": "gemma3", "text_config": text, **sight}
     base(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="20KB")
     assert (folder / "model.safetensors.index.json").exists()
-    tiny_language_model()[1].save_pretrained(folder)
+    save_tokenizer(folder)
     words = {"architectures": [base.__name__], **words, "torch_dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(words))
     return folder
@@ -177,19 +223,6 @@ def put_into_cache(cache, name, folder):
     (place / "refs" / "main").write_text(COMMIT)
 
 
-def text_config():
-    """The dimensions of the tiny model."""
-    return Gemma3TextConfig(**tiny_language_model()[0].config.to_dict())
-
-
-def save_text_checkpoint(folder, seed=1):
-    """Write a text-only Gemma 3 with weights that no other model has."""
-    torch.manual_seed(seed)
-    Gemma3ForCausalLM(text_config()).save_pretrained(folder)
-    tiny_language_model()[1].save_pretrained(folder)
-    return folder
-
-
 def save_multimodal_checkpoint(folder, prefix, seed=2):
     """Write a Gemma 3 with a vision tower, its language weights named with ``prefix``."""
     tokens = {"boi_token_index": 3, "eoi_token_index": 4, "image_token_index": 5}
@@ -199,7 +232,7 @@ def save_multimodal_checkpoint(folder, prefix, seed=2):
     model = Gemma3ForConditionalGeneration(config)
     model.generation_config = GenerationConfig(**GENERATION, cache_implementation="hybrid")
     model.save_pretrained(folder)
-    tiny_language_model()[1].save_pretrained(folder)
+    save_tokenizer(folder)
     weights = load_file(folder / "model.safetensors")
     renamed = {re.sub(r"^language_model\.model\.", prefix, k): v for k, v in weights.items()}
     save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
@@ -237,7 +270,7 @@ Parts = namedtuple("Parts", "classifier writer collate")
 """Models of stages 2 and 3 that share stage 1, projection and language model."""
 
 
-def classifier_and_writer(base="tiny", *, new=False, members=1, attention="sdpa", **config):
+def classifier_and_writer(base=TINY_MODEL, *, new=False, members=1, attention="sdpa", **config):
     """Stage 2 and stage 3 models on the same parts, and the collator with answers.
 
     ``base`` is a name or a folder. The classifier's head has learned, unless it is ``new``: then it

@@ -13,6 +13,7 @@ from language_models import (
     disturb_adapter,
     llm_config,
     patients,
+    save_tokenizer,
     text_config,
 )
 from medgemma_clinical.data.trajectories import PromptOptions
@@ -20,7 +21,6 @@ from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.files import write_json
 from medgemma_clinical.inference import serving
 from medgemma_clinical.models.checkpoints import save_llm
-from medgemma_clinical.models.language_model import tiny_language_model
 
 BUILDERS = trainer.BUILDERS
 
@@ -38,7 +38,7 @@ def save_base(folder, *, lively=False):
         if lively and re.search(r"post_\w+_layernorm", name):
             weight.data.fill_(6.0)
     model.save_pretrained(folder)
-    tiny_language_model()[1].save_pretrained(folder)
+    save_tokenizer(folder)
     return folder
 
 

@@ -9,9 +9,11 @@ from scipy.special import expit
 
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, blend
 from medgemma_clinical.evaluation.metrics_table import evaluate
-from medgemma_clinical.evaluation.report import ReportContent, write_report
-from medgemma_clinical.evaluation.table_one import table_one
-from medgemma_clinical.evaluation.tables import part_table
+from medgemma_clinical.evaluation.report import write_report
+from medgemma_clinical.evaluation.topics.cohort import part_table
+from medgemma_clinical.evaluation.topics.table_one import table_one
+from medgemma_clinical.evaluation.topics.topic import ReportContent
+from medgemma_clinical.models.outcome import LABEL
 from trajectories import dataset_of
 
 OUTCOME = "Death <b>& $x$ decay"
@@ -90,7 +92,8 @@ def write_page(root, rows=None, content=None, **options):
     rows = make_rows() if rows is None else rows
     path = root / "report.html"
     metrics = evaluate(rows, 0, THRESHOLD)
-    write_report(path, rows, metrics, content or make_content(len(rows)), **options)
+    content = content or make_content(len(rows))
+    write_report(path, rows, metrics, content, LABEL.topics, **options)
     return path.read_text(encoding="utf-8")
 
 

@@ -55,7 +55,7 @@ def read_slowly(rows, series, most, *, chunk=False):
         Each row's name, patient, label, context, part, prediction time, static features and
         observations; and the wrong cells as (number, column).
     """
-    content, wrong, parts = {}, set(), {}
+    content, wrong, parts, names_before = {}, set(), {}, set()
     for n, cells in rows.items():
         row = {name: cell.strip() for name, cell in cells.items()}
         found = [observations(row[name]) if row[name] else [] for name in series]
@@ -67,10 +67,9 @@ def read_slowly(rows, series, most, *, chunk=False):
         names = [name for name in ("subject_id", "id") if name in row]
         patient, name = (row[names[k]] if names else str(n) for k in (0, -1))
         name = name or patient
-        if not chunk:  # which is numbered with those before it
-            earlier = {about[0] for about in content.values()}
-            numbered = (f"{name} ({k})" for k in range(2, 99))
-            name = next(each for each in (name, *numbered) if each not in earlier)
+        numbered = (f"{name} ({k})" for k in range(2, 99)) if name else ()
+        name = next((x for x in (name, *numbered) if x not in names_before), name)
+        names_before.add(name)
         bad |= set() if patient else {names[0]}
         patient = re.sub(r"^0*([0-9]+)(\.0+)?$", r"\1", patient)
         part = row.get("split", "").lower().replace("validation", "val")

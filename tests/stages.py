@@ -1,12 +1,12 @@
 """Stages as the script wires them from flags."""
 
 import medgemma_trainer as trainer
-from language_models import patients
+from language_models import TINY_MODEL, patients
 from medgemma_clinical.commands import flags as command_flags
 from medgemma_clinical.commands.run_folder import given_stage1, run_data
 
 STAGE_1 = "--trajectory_only"
-TINY = ("--model_name", "tiny", "--lora_dropout", "0")
+TINY = ("--model_name", TINY_MODEL, "--lora_dropout", "0")
 
 
 def arguments(*flags):
@@ -40,6 +40,6 @@ def stage1_of(args, data):
 
 
 def stage_of_patients(*flags):
-    """Wire a stage of the tiny model, without dropout, over the 24 patients."""
+    """Wire a stage of a small model, without dropout, over the 24 patients."""
     args = arguments(*TINY, *flags)
     return make_stage(args, data_for(args, patients()))

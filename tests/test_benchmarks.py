@@ -34,6 +34,7 @@ from safetensors.torch import load_file
 
 import medgemma_trainer
 from dataset_format import MIMICtrajectoryDataset
+from language_models import TINY_MODEL
 from medgemma_clinical.evaluation import metrics
 
 MAIN = medgemma_trainer.main
@@ -138,7 +139,7 @@ def test_physionet2012(tmp_path, capsys):
 
 
 def test_phrasings_do_not_depend_on_the_label(tmp_path, capsys):
-    words = ["--rows", "90", "--seeds", "1", "--model_name", "tiny", "--epochs", "1"]
+    words = ["--rows", "90", "--seeds", "1", "--model_name", TINY_MODEL, "--epochs", "1"]
     phrasings.main(["--out", str(tmp_path), *words])
     assert phrasings.TRUE_SERIES in capsys.readouterr().out
     written = pd.read_csv(tmp_path / "split_0.csv")

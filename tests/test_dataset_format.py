@@ -277,7 +277,7 @@ def test_without_the_patient_there_is_one_warning_and_none_of_a_column_that_is_n
         assert ["subject_id" in text for text in dataset.warnings] == [True]
         assert len(set(dataset.groups)) == 2
     assert dataset_of(["1 (0h)"] * 2, id=["a", "b"], **others).warnings == ()
-    assert any("subject_id?" in text for text in dataset_of(["1 (0h)"], subjectid=1).warnings)
+    assert any("subjectid?" in text for text in dataset_of(["1 (0h)"], subjectid=1).warnings)
 
 
 @pytest.mark.parametrize(
@@ -300,11 +300,8 @@ def test_a_first_row_of_cells_is_not_shown(tmp_path):
 
 SEEMING = {
     "clinical_contexts": ("x", "clinical_context"),
-    "context": ("x", "clinical_context"),
     "predictionhours": (9, "prediction_hours"),
-    "Static_age": (9, "static_"),
-    "static age": (9, "static_"),
-    "glucose": ("90 (0h) -> 80 (2h)", "trajectory_glucose"),
+    "SPLIT": ("train", "split"),
     "hospital": ("a", None),
     "label_death": (1, None),
     "trajectory_not_chosen": ("5 (0h)", None),

@@ -16,6 +16,7 @@ import pytest
 
 import medgemma_trainer as trainer
 from conftest import SAMPLE
+from language_models import TINY_MODEL
 from medgemma_clinical.commands import flags, python, results
 from medgemma_clinical.files import InputError
 from medgemma_trainer import (
@@ -29,7 +30,7 @@ from srtr_dataset import SRTRTrajectoryDataset
 from srtr_files import synthetic_tables, write_folder
 
 SHORT = {"min_cell": 0, "trajectory_epochs": 1}
-LLM = {"min_cell": 0, "batch_size": 8, "model_name": "tiny", "epochs": 1}
+LLM = {"min_cell": 0, "batch_size": 8, "model_name": TINY_MODEL, "epochs": 1}
 OWN = {"trajectory": ("encoder_lr", *SHORT), "generative": ("encoder_lr", "adapter_lr", *LLM)}
 
 
@@ -48,7 +49,7 @@ def keywords_of(run):
 def test_fit__trains_the_model_of_the_command_and_leaves_no_file(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(results, "fit_residual_weight", lambda *_: 1.0)  # as in the runs
+    monkeypatch.setattr(results.decision, "fit_residual_weight", lambda *_: 1.0)  # as in the runs
     data = runs / "train.csv"
     stage_1 = fit_trajectory(data, **keywords_of(runs / "trajectory"))
     models = stage_1, fit_generative(data, stage_1, **keywords_of(runs / "generative"))
@@ -143,7 +144,7 @@ def test_fit__shows_a_bar_with_the_score_of_the_last_epoch_on_a_terminal(rows, c
         monkeypatch.setattr(sys.stderr, "isatty", lambda shown=shown: shown)
         fit_trajectory(rows, trajectory_epochs=20, patience=20)
         text = capsys.readouterr().err
-        assert ("/20 [" in text, "val loss " in text) == (shown, shown)
+        assert ("/20:" in text, "val loss " in text) == (shown, shown)
 
 
 def test_fit__takes_an_encoder_as_a_model_or_where_it_lies(runs, tmp_path):

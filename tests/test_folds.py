@@ -20,6 +20,7 @@ from sklearn.metrics import recall_score, roc_auc_score
 
 import medgemma_trainer as trainer
 from dataset_format import MIMICtrajectoryDataset
+from language_models import TINY_MODEL
 from medgemma_clinical.commands import folds, several
 from medgemma_clinical.commands.run_folder import stage_folder
 from medgemma_clinical.data.fold_split import draw_folds, fold_dataset, foldable
@@ -32,7 +33,7 @@ from medgemma_clinical.evaluation.decision import (
 )
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from medgemma_clinical.provenance import ROOT
-from medgemma_clinical.training.state import StateStore, describe_selection
+from medgemma_clinical.training.state import describe_selection, read_state
 from medgemma_trainer import TrajectoryModel, cross_validate
 from pages import Page
 from stages import train_epoch
@@ -229,7 +230,7 @@ def test_a_signal_ends_the_processes_of_the_folds_which_keep_their_states(data, 
     assert error.startswith("error: interrupted: ")
     assert len(error.splitlines()) == 1
     for k in (0, 1):
-        assert StateStore(fold_folder(tmp_path, k) / "last").newest()
+        assert read_state(fold_folder(tmp_path, k) / "last")
 
 
 def test_the_same_command_goes_on_with_the_fold_that_was_stopped(
@@ -367,8 +368,9 @@ def test_each_site_is_held_out_in_turn(data, tmp_path, capsys, monkeypatch):
 def test_the_folds_of_stage_2_read_the_stage_1_of_each(run, data, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
     where = tmp_path / "run" / "folds_trajectory"
-    words = f"--model_name tiny --epochs 1 --folds {K} --final --log_file none --data_path {data}"
-    words += f" --output_dir {tmp_path / 'run'} --series_name Urea --outcome Death"
+    words = f"--model_name {TINY_MODEL} --epochs 1 --folds {K} --final --log_file none"
+    words += f" --data_path {data} --output_dir {tmp_path / 'run'}"
+    words += " --series_name Urea --outcome Death"
     fold_0 = [*words.split(), f"--ode_checkpoint={where}/fold_0/{TRAJECTORY_FILE}"]
     assert trainer.main(fold_0) == 2
     assert "{fold}" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import pytest
 
 import dataset_format
 from dataset_format import MIMICtrajectoryDataset
-from medgemma_clinical.evaluation.case_mix import demographics
+from medgemma_clinical.evaluation.demographics import demographics
 from mimic_files import DEMO, Mini
 
 ROOT = Path(dataset_format.__file__).parent

@@ -86,7 +86,7 @@ SRTR = srtr_dataset.main, ["check", "--data_dir", "data.csv"]
         (dataset_format.checks, "summarize", CHECK, broken),
         (dataset_format, "MIMICtrajectoryDataset", CHECK, broken),
         (mimic, "make_cohort", MIMIC, broken),
-        (cohort, "apply_rules", MIMIC, out_of_memory),
+        (duck, "apply_rules", MIMIC, out_of_memory),
         (cohort, "describe_rows", MIMIC, broken),
         (duck, "write_rows", MIMIC, broken),
         (srtr_dataset, "SRTRTrajectoryDataset", SRTR, out_of_memory),

@@ -8,6 +8,7 @@ import pytest
 import dataset_format
 import medgemma_trainer as trainer
 from conftest import SAMPLE
+from language_models import TINY_MODEL
 from medgemma_clinical.evaluation import metrics
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from predicting import command, predicted, refused
@@ -44,7 +45,7 @@ def test_a_label_of_another_name_goes_from_training_to_prediction(table, tmp_pat
     table.assign(label_escalation=table["label_death"]).to_csv(data, index=False)
     expected = "--label_column was label_death, is label_escalation"
     assert refused(capsys, words(data, folder, "--resume"), expected)
-    stage_2 = ["--ode_checkpoint", str(folder / TRAJECTORY_FILE), "--model_name", "tiny"]
+    stage_2 = ["--ode_checkpoint", str(folder / TRAJECTORY_FILE), "--model_name", TINY_MODEL]
     stage_2 += ["--data_path", str(data), "--output_dir", str(folder)]
     assert refused(capsys, stage_2, folder / TRAJECTORY_FILE, "label_column")
 

@@ -18,12 +18,13 @@ from matplotlib.figure import Figure
 import medgemma_trainer as trainer
 from conftest import save_blank, sign_table
 from faults import result_of
+from language_models import TINY_MODEL
 from medgemma_clinical import distributed
 from medgemma_clinical.models import generation
 from medgemma_clinical.models.trajectory_llm import LLMWriter
 from medgemma_clinical.provenance import ROOT
 
-SHARED = "--model_name tiny --epochs 2 --log_file none"
+SHARED = f"--model_name {TINY_MODEL} --epochs 2 --log_file none"
 DROPPED = f"{SHARED} --mode classification --batch_size 4 --lora_dropout 0.3 --save_every 1"
 WATCHED = f"{SHARED} --mode generative --lora_dropout 0 --gradient_accumulation 4 --members 2"
 WATCHED += " --dropout 0"

@@ -19,8 +19,9 @@ import medgemma_trainer as trainer
 import srtr_dataset
 from conftest import SAMPLE
 from dataset_format import MIMICtrajectoryDataset
-from language_models import rehash
+from language_models import TINY_MODEL, rehash
 from medgemma_clinical.commands import demo, folds, predict
+from medgemma_clinical.files import write_json
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_trainer import TrajectoryModel
 from mimic_files import Mini
@@ -32,7 +33,7 @@ from trajectories import LABEL
 ENCODER, BMI = f"run/{TRAJECTORY_FILE}", "static_bmi [kg/m2]"
 BAD_CHECKPOINTS = {
     "cut": {},
-    "base": {"base_model": "no/such_model"},
+    "base": {"base_model": "no/such_model", "base_sha256": None},
     "kind": {"dataset": "sepsis"},
     "shuffled": {"shuffled": True},
     "random": {"base_weights": "random"},
@@ -117,8 +118,9 @@ BAD_DESCRIPTIONS = {"deep": '{"series": ' + "[" * 100_000, "unknown": '{"no_such
 
 
 def make_stages(folder):
-    """Save stages that nobody trained: of DKA, of SRTR, and the later two of the tiny model."""
-    data = ["--data_path", str(folder / "data.csv"), "--model_name", "tiny"]
+    """Save stages that nobody trained: of DKA, of SRTR, and the later two of ``tiny``."""
+    (folder / "tiny").symlink_to(TINY_MODEL)
+    data = ["--data_path", str(folder / "data.csv"), "--model_name", TINY_MODEL]
     srtr = ["--trajectory_only", "--dataset", "srtr", "--data_dir", str(folder / "srtr")]
     flags = {"run": ["--trajectory_only", *data], "other": ["--trajectory_only", *data]}
     flags |= {"liver": [*srtr, "--organ", "liver", "--landmark_days", "90"]}
@@ -132,6 +134,7 @@ def make_stages(folder):
         stage = make_stage(args, data_for(args))
         (folder / "run" / mode).mkdir()
         stage.save(folder / "run" / mode, stage.config)
+        write_json(folder / "run" / mode / "run.json", {"arguments": {"model_name": TINY_MODEL}})
 
 
 def make_predictions(folder):
@@ -323,7 +326,7 @@ CONTRADICTIONS = [
     ("--stage1_logit off", "--stage1_logit --ode_checkpoint"),
     ("--soft_prompt shuffled", "--soft_prompt --ode_checkpoint"),
     ("--soft_prompt off --stage1_logit off --ode_checkpoint x", "--soft_prompt --stage1_logit"),
-    ("--model_name tiny --quantization nf4", "--quantization"),
+    ("--model_name demo --quantization nf4", "--quantization"),
     ("--arms text", "--ablation --arms"),
     ("--reference text", "--ablation --reference"),
     ("--trajectory_only --data_dir X --data_path data.csv", "--data_dir"),

@@ -16,10 +16,11 @@ import faults
 import medgemma_trainer as trainer
 from conftest import sign_table
 from faults import result_of
+from language_models import TINY_MODEL
 from medgemma_clinical.commands import results, run_folder
 from medgemma_clinical.files import locked
 from medgemma_clinical.training.loaders import LengthBatches
-from medgemma_clinical.training.state import StateStore
+from medgemma_clinical.training.state import read_state
 from predicting import refused
 
 NO_DROPOUT = "--dropout 0 --lora_dropout 0"
@@ -49,8 +50,8 @@ def data(tmp_path_factory):
 
 
 def command(stage, data, folder, *flags):
-    tiny = "" if stage == "trajectory" else "--model_name tiny"
-    words = f"{STAGES[stage]} {tiny} --data_path {data} --output_dir {folder} --log_file none"
+    model = "" if stage == "trajectory" else f"--model_name {TINY_MODEL}"
+    words = f"{STAGES[stage]} {model} --data_path {data} --output_dir {folder} --log_file none"
     return [*words.split(), *flags]
 
 
@@ -143,7 +144,7 @@ def test_a_stopped_run_resumes_to_the_same_result(
 ):
     folder = tmp_path / "run"
     before = stop(words := command(stage, data, folder), where, sent)
-    progress = run_folder.state_store(folder / stage).newest()["progress"]
+    progress = read_state(run_folder.state_folder(folder / stage))["progress"]
     assert progress["steps"] == len(before)
     (folder / stage / "report.html").unlink(missing_ok=True)
     for path in (folder / stage / "history.jsonl", *folder.glob("*.pt")):
@@ -164,13 +165,13 @@ def test_states_come_every_so_many_steps_and_exact_kernels_change_nothing(
     data, undisturbed, tmp_path, monkeypatch
 ):
     kept, on, enabled = [], [], torch.are_deterministic_algorithms_enabled
-    save = StateStore.save
+    save = trainer.write_state
 
-    def saving(store, state):
+    def saving(folder, state):
         kept.append(state["progress"]["steps"])
-        save(store, state)
+        save(folder, state)
 
-    monkeypatch.setattr(StateStore, "save", saving)
+    monkeypatch.setattr(trainer, "write_state", saving)
     at_step(1, lambda: on.append(enabled()), monkeypatch)
     words = command("trajectory", data, tmp_path, "--save_every", "3", "--deterministic")
     assert trainer.main(words) == 0

@@ -10,7 +10,7 @@ import pytest
 import srtr_dataset
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.texts import PromptOptions
-from medgemma_clinical.evaluation.case_mix import demographics
+from medgemma_clinical.evaluation.demographics import demographics
 from medgemma_clinical.files import InputError
 from srtr_dataset import ORGANS, SRTRTrajectoryDataset
 from srtr_files import (

@@ -10,7 +10,7 @@ import socket
 import ssl
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -49,6 +49,11 @@ class Parser(argparse.ArgumentParser):
             return super().parse_args(args, namespace)
         except InputError as error:
             self.exit(EXIT_INPUT, f"error: {error} (see --help)\n")
+
+    def parse_given(self, words: Sequence[str]) -> tuple[argparse.Namespace, set[str]]:
+        """Parse a command line; return also the flags that it gives."""
+        flags = {word.partition("=")[0] for word in words if word.startswith("--")}
+        return self.parse_args(words), flags
 
     def parse_keywords(self, keywords: Mapping[str, Any]) -> tuple[argparse.Namespace, set[str]]:
         """Parse keywords named like flags, None for a flag left out; return also those given."""
@@ -103,10 +108,10 @@ class Repeated(argparse.Action):
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         """Add a value, or several."""
-        earlier = getattr(namespace, self.dest)
-        values_so_far = () if earlier is self.default else earlier
-        added = values if isinstance(values, list) else [values]
-        setattr(namespace, self.dest, (*values_so_far, *added))
+        collected = getattr(namespace, self.dest)
+        collected = () if collected is self.default else collected
+        values = values if isinstance(values, list) else [values]
+        setattr(namespace, self.dest, (*collected, *values))
 
 
 def run_command(action: Callable[[], int], *, show_values: bool = False) -> int:
@@ -140,7 +145,7 @@ def describe_fault(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno:
         return f"{one_line(str(error.filename or kind))}: {os.strerror(error.errno)}"
     frame = traceback.extract_tb(error.__traceback__)[-1]
-    what = f"{kind} in {Path(frame.filename).name}, line {frame.lineno}"
+    place = f"{kind} in {Path(frame.filename).name}, line {frame.lineno}"
     if "WORLD_SIZE" in os.environ:
-        return f"one of several processes failed ({what}): the same command with --resume continues"
-    return f"a fault of the program, {what}: please report it"
+        return f"a process failed ({place}): the same command with --resume continues"
+    return f"a fault of the program, {place}: please report it"

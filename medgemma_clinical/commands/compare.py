@@ -20,7 +20,7 @@ from medgemma_clinical.evaluation.report import write_comparison
 from medgemma_clinical.evaluation.tables import model_table
 from medgemma_clinical.evaluation.verdicts import counts_text
 from medgemma_clinical.files import InputError, move_aside, read_json, write_json
-from medgemma_clinical.models.language_model import BUILT_IN
+from medgemma_clinical.models.language_model import DEMO
 from medgemma_clinical.models.model_card import built_in_sentence
 from medgemma_clinical.provenance import describe_program
 
@@ -44,9 +44,9 @@ def run_compare(args: Namespace, output_dir: Path | None) -> int:
         log_comparison(metrics, cost)
         return EXIT_DONE
     output_dir.mkdir(parents=True, exist_ok=True)
-    known = {name: read_run(folder) or {} for name, folder in folders.items()}
-    outcomes = dict.fromkeys(run["data"]["outcome"] for run in known.values() if "data" in run)
-    arguments = {name: run.get("arguments", {}) for name, run in known.items()}
+    records = {name: read_run(folder) or {} for name, folder in folders.items()}
+    outcomes = dict.fromkeys(run["data"]["outcome"] for run in records.values() if "data" in run)
+    arguments = {name: run.get("arguments", {}) for name, run in records.items()}
     save_comparison(
         output_dir / "compare",
         metrics,
@@ -108,7 +108,7 @@ def join_predictions(folders: Mapping[str, Path]) -> pd.DataFrame:
                 f"{reference} and {name} were tested on other patients or labels ({len(first)} and "
                 f"{len(table)} rows, {both} ids in both): compare runs on the same data and seed"
             )
-        has_ids = all(each.get("has_patient_ids", True) for each in (data[reference], data[name]))
+        has_ids = all(run.get("has_patient_ids", True) for run in (data[reference], data[name]))
         if not has_ids and data[reference].get("rows_sha256") != data[name].get("rows_sha256"):
             raise InputError(
                 f"{reference} and {name}: their data have no subject_id and differ, so nothing "
@@ -150,7 +150,7 @@ def save_comparison(
         earlier = read_json(table)
     for aside in move_aside([table, page] if earlier != content else []):
         logger.info("an earlier result was moved to %s", aside)
-    if unused := [name for name, each in cost.items() if each.get("residual_weight") == 0]:
+    if unused := [name for name, numbers in cost.items() if numbers.get("residual_weight") == 0]:
         weight_note = f"The language model has weight 0 beside stage 1 in: {', '.join(unused)}."
         sentences = [*sentences, weight_note]
     write_comparison(
@@ -176,11 +176,8 @@ def log_comparison(metrics: Metrics, cost: dict[str, dict[str, float | None]]) -
 
 
 def built_in_models_notice(runs: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return what a page says first of runs, given by their arguments, with a built-in model."""
+    """Return what a page says first of runs, given by their arguments, with the built-in model."""
     readers = [name for name, run in runs.items() if not run.get("trajectory_only")]
-    notices = []
-    for model in BUILT_IN:
-        users = [name for name in readers if runs[name].get("model_name") == model]
-        of = "" if len(users) == len(readers) else f" of {' and '.join(users)}"
-        notices += [built_in_sentence(model, of)] if users else []
-    return " ".join(notices)
+    users = [name for name in readers if runs[name].get("model_name") == DEMO]
+    of = "" if len(users) == len(readers) else f" of {' and '.join(users)}"
+    return built_in_sentence(of) if users else ""

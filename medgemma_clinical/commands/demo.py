@@ -14,7 +14,7 @@ from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.logs import quiet_console
 from medgemma_clinical.commands.several import auroc_of
 from medgemma_clinical.distributed import processes
-from medgemma_clinical.evaluation.tables import written_sentence
+from medgemma_clinical.evaluation.topics.written_reports import written_sentence
 from medgemma_clinical.files import read_json
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.language_model import DEMO

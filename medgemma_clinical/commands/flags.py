@@ -12,7 +12,7 @@ import torch
 
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.files import InputError
-from medgemma_clinical.models.language_model import BUILT_IN, INT8_REFUSED
+from medgemma_clinical.models.language_model import DEMO, INT8_REFUSED
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +73,9 @@ def tagged(tag: str) -> list[str]:
 def complete(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in the flags that depend on the machine."""
     cuda = torch.cuda.is_available()
-    whole = args.model_name in BUILT_IN or args.base_weights == "random"  # cannot be packed
+    whole = args.model_name == DEMO or args.base_weights == "random"  # cannot be packed
     if whole and args.quantization == "nf4":
-        raise InputError("--quantization nf4: not for built-in models and random weights: use none")
+        raise InputError(f"--quantization nf4: not for {DEMO} and random weights: use none")
     if args.quantization is None:
         args.quantization = "nf4" if cuda and not whole else "none"
     if args.precision == "auto":

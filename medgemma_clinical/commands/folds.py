@@ -21,28 +21,12 @@ from numpy.typing import NDArray
 from scipy.special import expit
 from threadpoolctl import threadpool_limits
 
+from medgemma_clinical.commands import run_folder, several
 from medgemma_clinical.commands.command_line import EXIT_DONE, EXIT_INTERRUPTED
 from medgemma_clinical.commands.compare import read_predictions
 from medgemma_clinical.commands.logs import command_logging
-from medgemma_clinical.commands.results import (
-    describe_recalibration,
-    describe_source,
-    predictions_csv,
-    recommend,
-)
-from medgemma_clinical.commands.run_folder import (
-    METRICS,
-    folds_folder,
-    given_stage1,
-    stage_folder,
-)
-from medgemma_clinical.commands.several import (
-    NOT_IN_INTERVALS,
-    Train,
-    filled,
-    run_or_continue,
-    shared_models,
-)
+from medgemma_clinical.commands.report_content import describe_recalibration, training_content
+from medgemma_clinical.commands.results import predictions_csv, recommend, save_model
 from medgemma_clinical.data.fold_split import draw_folds, fold_dataset, foldable, site_folds
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
@@ -56,13 +40,12 @@ from medgemma_clinical.evaluation.baselines import (
     fit_baselines,
     fit_rules,
 )
-from medgemma_clinical.evaluation.case_mix import demographics, subgroups
 from medgemma_clinical.evaluation.decision import fit_decision_rule
 from medgemma_clinical.evaluation.metrics import log_odds
-from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
-from medgemma_clinical.evaluation.report import ReportContent, write_report
-from medgemma_clinical.evaluation.table_one import table_one
-from medgemma_clinical.evaluation.tables import model_table, part_table
+from medgemma_clinical.evaluation.metrics_table import Metrics
+from medgemma_clinical.evaluation.report import write_report
+from medgemma_clinical.evaluation.tables import model_table
+from medgemma_clinical.evaluation.topics.topic import ReportContent
 from medgemma_clinical.evaluation.verdicts import sentences
 from medgemma_clinical.files import (
     InputError,
@@ -80,12 +63,8 @@ from medgemma_clinical.models.checkpoints import (
     Config,
     read_trajectory,
 )
-from medgemma_clinical.models.model_card import (
-    MODEL_LIMITS,
-    built_in_notice,
-    describe_recommended,
-    page_card,
-)
+from medgemma_clinical.models.model_card import MODEL_LIMITS, describe_recommended
+from medgemma_clinical.models.outcome import OUTCOMES
 from medgemma_clinical.models.trained_model import read_trained_config
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 from medgemma_clinical.training.signals import begin_process
@@ -103,9 +82,11 @@ Task = tuple[str, Namespace, TrajectoryDataset]
 """A fold's name, arguments and data."""
 
 
-def run_folds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], train: Train) -> int:
+def run_folds(
+    args: Namespace, read: Callable[[Namespace], TrajectoryDataset], train: several.Train
+) -> int:
     """Train the unfinished folds; evaluate each patient by the model that did not see it."""
-    folder = folds_folder(args)
+    folder = run_folder.folds_folder(args)
     if args.ode_checkpoint and FOLD not in str(args.ode_checkpoint):
         raise InputError(
             "--folds: each fold has a stage 1 of its own: write {fold} for its number, as in "
@@ -126,13 +107,23 @@ def run_folds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], t
         for dataset in [fold_dataset(rows, fold, k, args.seed, names[k] if names else "")]
     ]
     for fold_args in runs:  # a file that is missing shows before hours go into the others
-        given_stage1(fold_args)
+        run_folder.given_stage1(fold_args)
     if code := train_folds(tasks, train):
         return code
     if processes().is_main_process:
-        write_fold_results(args, rows, fold, [stage_folder(fold_args) for fold_args in runs])
+        folders = [run_folder.stage_folder(fold_args) for fold_args in runs]
+        write_fold_results(args, rows, fold, folder, folders)
     processes().wait_for_everyone()
-    return train_final(args, rows, train, stage1) if args.final else EXIT_DONE
+    if not args.final:
+        return EXIT_DONE
+    # Other results of the folds, known by their hash, make another run.
+    changes: Json = {"final": file_hash(folder / run_folder.METRICS)}
+    if stage1:
+        changes["ode_checkpoint"] = stage1
+    everyone = copy.copy(rows)
+    everyone.held_out = ()
+    final_args = Namespace(**{**vars(args), **changes})
+    return several.run_or_continue("all patients", final_args, everyone, train)
 
 
 def stage1_of_all(folds_stage1: Path) -> Path:
@@ -154,37 +145,39 @@ def stage1_of_all(folds_stage1: Path) -> Path:
 
 def fold_arguments(k: int, args: Namespace) -> Namespace:
     """Return the arguments of one fold's run: its folder, ``{fold}`` filled in."""
-    changes: Json = {"output_dir": folds_folder(args) / f"fold_{k}"}
+    changes: Json = {"output_dir": run_folder.folds_folder(args) / f"fold_{k}"}
     changes |= {"folds": None, "leave_out": None, "final": False}
-    return Namespace(**{**vars(args), **filled(args, FOLD, k), **changes})
+    return Namespace(**{**vars(args), **several.filled(args, FOLD, k), **changes})
 
 
 # --------------------------------------------------------------------------- the folds' runs
 
 
-def train_folds(tasks: Sequence[Task], train: Train) -> int:
+def train_folds(tasks: Sequence[Task], train: several.Train) -> int:
     """Train the folds one after the other; on a CPU train those of stage 1 in parallel."""
     jobs = min(len(tasks), joblib.cpu_count())
     if not tasks[0][1].trajectory_only:
-        return first_code(run_or_continue(*task, train) for task in tasks)
+        return first_code(several.run_or_continue(*task, train) for task in tasks)
     # Stage 1 has one thread everywhere: no result depends on the number of processes.
     if jobs == 1 or torch.cuda.is_available() or processes().num_processes > 1:
         with one_thread():
-            return first_code(run_or_continue(*task, train) for task in tasks)
+            return first_code(several.run_or_continue(*task, train) for task in tasks)
     begin = partial(begin_process, TrajectoryModel.__module__)
     try:
         with joblib.parallel_config("loky", initializer=begin):
             # No array goes through a file: they hold patients.
             parallel = joblib.Parallel(jobs, batch_size=1, max_nbytes=None)
-            shown = any(each.get_name() == "console" for each in logging.root.handlers)
-            return first_code(parallel(joblib.delayed(run_apart)(*each, shown) for each in tasks))
+            has_console = any(handler.get_name() == "console" for handler in logging.root.handlers)
+            return first_code(
+                parallel(joblib.delayed(run_apart)(*task, has_console) for task in tasks)
+            )
     except BrokenProcessPool as error:
         raise RunFault(
-            "the process of a fold was ended, perhaps for want of memory: the same command goes "
-            "on; LOKY_MAX_CPU_COUNT=1 in the environment trains one fold at a time"
+            "the process of a fold was ended, perhaps out of memory: rerun the command to "
+            "continue; LOKY_MAX_CPU_COUNT=1 in the environment trains one fold at a time"
         ) from error
     except KeyboardInterrupt as stop:
-        logger.error("interrupted: the same command goes on in %s", tasks[0][1].output_dir.parent)
+        logger.error("interrupted: rerun to continue in %s", tasks[0][1].output_dir.parent)
         return getattr(stop, "code", EXIT_INTERRUPTED)
 
 
@@ -210,37 +203,36 @@ def run_apart(title: str, args: Namespace, dataset: TrajectoryDataset, shown: bo
     set_environment()
     kernels = exact_kernels(deterministic=args.deterministic)
     with one_thread(), owner_only(), kernels, command_logging(first=shown):
-        return run_or_continue(title, args, dataset, TrajectoryModel.program.train)
+        return several.run_or_continue(title, args, dataset, TrajectoryModel.program.train)
 
 
 # --------------------------------------------------------------------------- their results
 
 
 def write_fold_results(
-    args: Namespace, rows: TrajectoryDataset, fold: NDArray[np.int64], folders: list[Path]
+    args: Namespace,
+    rows: TrajectoryDataset,
+    fold: NDArray[np.int64],  # (N,) of each row
+    folder: Path,  # of the results
+    folders: list[Path],  # of the folds
 ) -> None:
-    """Join the test predictions of the folds, (N,) ``fold`` of each row; write the result files."""
-    folder, stage = folds_folder(args), stage_folder(args).name
+    """Join the test predictions of the folds; write the result files."""
+    stage, outcome = folders[0].name, OUTCOMES[rows.outcome_kind]
     name = STAGE_NAMES[stage]
-    contents = [read_json(path / METRICS) for path in folders]
-    tables = shared_models([read_predictions(path, name) for path in folders])
-    table = pd.concat(tables, ignore_index=True)
-    # A row without a value of the series that its fold reads has no prediction.
-    positions = pd.Series(np.arange(len(rows)), rows.ids)[table["id"].tolist()].to_numpy()
-    table = table.iloc[np.argsort(positions)].reset_index(drop=True)
-    table["label"] = table["label"].astype(int)
-    positions = np.sort(positions)
+    contents = [read_json(path / run_folder.METRICS) for path in folders]
+    table, positions = join_folds(folders, name, rows)
     fold_of_row = fold[positions]
     thresholds = np.array([content["threshold"] for content in contents])[fold_of_row]
-    metrics = evaluate(table, args.seed, thresholds, split=fold_of_row, primary=args.primary)
+    metrics = outcome.evaluate(
+        table, args.seed, thresholds, split=fold_of_row, primary=args.primary
+    )
     configs = [read_trained_config(path) for path in folders]
     rules = [{name: config["decision"], **config["models"]} for config in configs]
     decided = decide(table, rules, fold_of_row, args.calibrate)
     decided["best_model"] = recommend(table, name, decided["models"])
     if all("residual_weight" in content for content in contents):
-        decided["residual_weight"] = float(
-            np.median([content["residual_weight"] for content in contents])
-        )
+        weights = [content["residual_weight"] for content in contents]
+        decided["residual_weight"] = float(np.median(weights))
     content = {
         "stage": stage,
         "selected_epoch": round(np.median([content["selected_epoch"] for content in contents])),
@@ -252,7 +244,7 @@ def write_fold_results(
     with_folds = table.copy()
     with_folds.insert(4, "fold", fold_of_row)  # behind the model's own column
     write_text(folder / PREDICTIONS, predictions_csv(with_folds))
-    write_json(folder / METRICS, content)
+    write_json(folder / run_folder.METRICS, content)
     first = folds_sentence(metrics, len(folders))
     config: Config = {**configs[0], **decided, "metrics": content}
     tuned = [read_json(path / BASELINES).get("tuned") for path in folders]
@@ -260,7 +252,8 @@ def write_fold_results(
         folder / "report.html",
         table,
         metrics,
-        fold_report_content(args, rows, positions, config, tuned, first),
+        folds_content(args, rows, positions, config, tuned, first),
+        outcome.topics,
         min_cell=args.min_cell,
         list_patients=args.report_patients,
         folder=folder,
@@ -268,10 +261,21 @@ def write_fold_results(
     logger.info("")
     for line in (*sentences(metrics, rows.noun), model_table(metrics).to_string(index=False)):
         logger.info("%s", line)
-    logger.info(
-        "recommended (--use best): %s", describe_recommended({**decided, "metrics": content})
-    )
+    logger.info("recommended (--use best): %s", describe_recommended(config))
     logger.info("%s\nreport: %s", first, folder / "report.html")
+
+
+def join_folds(
+    folders: list[Path], name: str, rows: TrajectoryDataset
+) -> tuple[pd.DataFrame, NDArray[np.int64]]:
+    """Return the test predictions of all folds in the data's order, and their positions in it."""
+    tables = several.shared_models([read_predictions(path, name) for path in folders])
+    table = pd.concat(tables, ignore_index=True)
+    # A row without a value of the series that its fold reads has no prediction.
+    positions = pd.Series(np.arange(len(rows)), rows.ids)[table["id"].tolist()].to_numpy()
+    table = table.iloc[np.argsort(positions)].reset_index(drop=True)
+    table["label"] = table["label"].astype(int)
+    return table, np.sort(positions)
 
 
 def decide(
@@ -310,7 +314,7 @@ def folds_sentence(metrics: Metrics, folds: int) -> str:
     )
 
 
-def fold_report_content(
+def folds_content(
     args: Namespace,
     rows: TrajectoryDataset,
     positions: NDArray[np.int64],
@@ -322,43 +326,35 @@ def fold_report_content(
 
     ``tuned``: whether the baselines of each fold were tuned.
     """
-    config = {**config, "data_sha256": rows.fingerprint()}
     kind = "each site held out" if args.leave_out else "each patient held out"
     epoch, members = config["metrics"]["selected_epoch"], config["members"]
-    kept = describe_selection(members if config["stage"] == "trajectory" else 1)
-    best_epoch = f"{epoch}, the median of the folds, after which --final ends; each keeps {kept}"
-    predicted = np.isin(np.arange(len(rows)), positions)
+    selection = describe_selection(members if config["stage"] == "trajectory" else 1)
+    fingerprint, predicted = rows.fingerprint(), np.isin(np.arange(len(rows)), positions)
     if not predicted.all():
         rule = "without a value of a series that their fold reads"
         rule = f"of sites that only train, or {rule}" if args.leave_out else rule
         rows = rows.keep_rows(predicted, rule)
-    return ReportContent(
-        title=f"{STAGE_NAMES[config['stage']].capitalize()}, {kind}: {rows.outcome}",
-        question=rows.task_description(),
-        data=describe_source(rows, config["inputs"]["static"]),
-        card=page_card(
-            config,
-            {
-                "Limits": MODEL_LIMITS,
-                **NOT_IN_INTERVALS,
-                "Best epoch": best_epoch,
-                "Baselines": describe_tuning(tuned),
-                "Seed": str(args.seed),
-            },
-        ),
+    everyone = np.arange(len(rows))
+    return training_content(
+        f"{STAGE_NAMES[config['stage']].capitalize()}, {kind}",
+        rows,
+        {**config, "data_sha256": fingerprint},
+        everyone,
+        {"all folds": everyone},
+        args,
+        card={
+            "Limits": MODEL_LIMITS,
+            **several.NOT_IN_INTERVALS,
+            "Best epoch": f"{epoch}, the median of the folds, after which --final ends; each "
+            f"keeps {selection}",
+            "Baselines": describe_tuning(tuned),
+            "Seed": str(args.seed),
+        },
         threshold=None,
-        seed=args.seed,
-        bands=subgroups(demographics(rows)),
-        noun=rows.noun,
-        flow=rows.flow,
-        split=part_table(rows.labels, rows.groups, {"all folds": np.arange(len(rows))}),
-        table_one=table_one(rows, {}),
         methods={
             "split": first,
             "recalibration": describe_recalibration(args.calibrate, "validation part of each fold"),
         },
-        sites=rows.sites,
-        notice=built_in_notice(config),
         first=[first],
         folds=len(tuned),
     )
@@ -367,22 +363,11 @@ def fold_report_content(
 # --------------------------------------------------------------------------- all patients
 
 
-def train_final(args: Namespace, rows: TrajectoryDataset, train: Train, stage1: Path | None) -> int:
-    """Train one model on all patients for the folds' median of epochs; ``stage1`` is theirs."""
-    # Other results of the folds, known by their hash, make another run.
-    changes: Json = {"final": file_hash(folds_folder(args) / METRICS)}
-    if stage1:
-        changes["ode_checkpoint"] = stage1
-    everyone = copy.copy(rows)
-    everyone.held_out = ()
-    return run_or_continue("all patients", Namespace(**{**vars(args), **changes}), everyone, train)
-
-
 def last_epoch_set(stage: Stage, args: Namespace) -> Stage:
     """Let a ``--final`` end after the folds' median epoch; the schedule stays that of a fold."""
     if not args.final:
         return stage
-    epochs = read_json(folds_folder(args) / METRICS)["selected_epoch"]
+    epochs = read_json(run_folder.folds_folder(args) / run_folder.METRICS)["selected_epoch"]
     return replace(stage, last_epoch=epochs)
 
 
@@ -390,7 +375,7 @@ def write_final(
     stage: Stage, data: Data, folder: Path, args: Namespace
 ) -> tuple[Config, Baselines | None]:
     """Write the model of all patients; return the same as ``results.write_results``."""
-    content = read_json(folds_folder(args) / METRICS)
+    content = read_json(run_folder.folds_folder(args) / run_folder.METRICS)
     decided = content.pop("decided")
     config: Config = {**stage.config, **decided, "metrics": content}
     if isinstance(stage.model, TrajectoryLLM) and "residual_weight" in decided:
@@ -403,7 +388,5 @@ def write_final(
     baselines = replace(fitted, models=models, words=words)  # those of all folds
     config["models"] = {name: decided["models"][name] for name in [*baselines.names, ENSEMBLE]}
     config |= {"baseline_inputs": baselines.inputs, "baselines_sha256": baselines.sha256}
-    write_text(folder / BASELINES, baselines.to_json())
-    stage.save(folder, config)
-    write_json(folder / METRICS, content)
+    save_model(folder, stage, config, baselines)
     return config, baselines

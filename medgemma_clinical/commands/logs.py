@@ -7,6 +7,7 @@ import io
 import logging
 import sys
 from collections.abc import Iterator
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TextIO
 
@@ -33,33 +34,37 @@ class Console(logging.StreamHandler[TextIO]):
     """Write lines above a progress bar, not behind it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record while no bar is shown."""
-        with tqdm.external_write_mode(file=self.stream):
+        """Write a record while no bar is shown; without a terminal a bar stays as it is."""
+        terminal = sys.stderr.isatty()
+        with tqdm.external_write_mode(self.stream) if terminal else contextlib.nullcontext():
             super().emit(record)
 
 
-class RunLog(logging.StreamHandler[TextIO]):
-    """Keep the lines of a run until its log file is open, then write them there."""
+class RunLog(MemoryHandler):
+    """Buffer the records of a run until its log file is open, then write them there."""
 
     def begin(self) -> None:
-        """Close the file of the run before, and keep lines again."""
-        ended, self.stream = self.stream, io.StringIO()
+        """Close the log file of the previous run; buffer records again."""
         with contextlib.suppress(OSError):  # a log on a full disk ends no run
-            ended.close()
+            if self.target:
+                self.target.close()
+        self.setTarget(None)
+        self.buffer.clear()
 
     def open(self, path: Path) -> None:
-        """Write the kept lines, and all that follow, to a new file or an earlier log."""
-        assert isinstance(self.stream, io.StringIO), "the log of the run before is open"
+        """Write the buffered records, and all that follow, to a new file or an earlier log."""
         try:
-            file = path.open("a", encoding="utf-8", errors="backslashreplace")
-            file.write(("" if file.tell() else LOG_MARK) + self.stream.getvalue())
+            with path.open("a") as file:
+                file.write("" if file.tell() else LOG_MARK)
+            target = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             raise InputError(f"--log_file {path}: {error.strerror}") from error
-        self.stream = file
+        target.setFormatter(PlainFormatter("%(asctime)s %(message)s"))
+        self.setTarget(target)
+        self.flush()
 
 
-RUN_LOG = RunLog(io.StringIO())
-RUN_LOG.setFormatter(PlainFormatter("%(asctime)s %(message)s"))
+RUN_LOG = RunLog(capacity=1)
 
 
 def check_log_file(path: Path) -> None:
@@ -70,8 +75,24 @@ def check_log_file(path: Path) -> None:
         raise InputError(f"--log_file {path}: exists and is no log of this program")
 
 
-def start_logging(*, first: bool = True) -> None:
-    """Send messages to stdout (of several processes the first speaks), errors to stderr."""
+@contextlib.contextmanager
+def restored() -> Iterator[None]:
+    """Restore a caller's own logging after a block, and end the run's log."""
+    settings = [(logger, logger.handlers, logger.level) for logger in (logging.root, *OWN)]
+    raises = logging.raiseExceptions
+    try:
+        yield
+    finally:
+        RUN_LOG.begin()
+        logging.raiseExceptions = raises
+        for logger, handlers, level in settings:
+            logger.handlers = handlers
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def command_logging(*, first: bool = True) -> Iterator[None]:
+    """Log a command: messages to stdout, of several processes from the first; errors to stderr."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     console, errors = Console(sys.stdout), Console(sys.stderr)
@@ -81,45 +102,24 @@ def start_logging(*, first: bool = True) -> None:
     console.addFilter(lambda record: first and record.levelno < logging.ERROR)
     errors.setLevel(logging.ERROR)
     errors.setFormatter(PlainFormatter("error: %(message)s"))
-    logging.root.handlers = [console, errors, RUN_LOG]
-    logging.root.setLevel(logging.INFO)
-    for logger in OWN:
-        logger.setLevel(logging.DEBUG)
-    logging.raiseExceptions = False  # a console that was closed ends no run
-
-
-@contextlib.contextmanager
-def restored() -> Iterator[None]:
-    """Restore a caller's own logging after a block, and end the run's log."""
-    before = [(each, each.handlers, each.level) for each in (logging.root, *OWN)]
-    raises = logging.raiseExceptions
-    try:
-        yield
-    finally:
-        RUN_LOG.begin()
-        logging.raiseExceptions = raises
-        for logger, handlers, level in before:
-            logger.handlers = handlers
-            logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def command_logging(*, first: bool = True) -> Iterator[None]:
-    """Log as ``start_logging`` for the length of a command."""
     with restored():
-        start_logging(first=first)
+        logging.root.handlers = [console, errors, RUN_LOG]
+        logging.root.setLevel(logging.INFO)
+        for logger in OWN:
+            logger.setLevel(logging.DEBUG)
+        logging.raiseExceptions = False  # a console that was closed ends no run
         yield
 
 
 @contextlib.contextmanager
-def recorded(bar: logging.Handler) -> Iterator[None]:
-    """Log a run that Python calls, also to ``bar``; show warnings where the caller does not log."""
+def recorded() -> Iterator[None]:
+    """Log a run that Python calls; show warnings on stderr where the caller does not log."""
     warnings = logging.StreamHandler()
     warnings.setLevel(logging.WARNING)
-    with restored(), contextlib.closing(bar):
+    with restored():
         for logger in OWN:
-            added = [RUN_LOG, bar] if logging.root.handlers else [RUN_LOG, bar, warnings]
-            logger.handlers = [*logger.handlers, *added]
+            handlers = [RUN_LOG] if logging.root.handlers else [RUN_LOG, warnings]
+            logger.handlers = [*logger.handlers, *handlers]
             logger.setLevel(logging.DEBUG)
         yield
 
@@ -127,7 +127,7 @@ def recorded(bar: logging.Handler) -> Iterator[None]:
 @contextlib.contextmanager
 def quiet_console() -> Iterator[None]:
     """Keep messages below a warning from the console; a run's log file still gets them."""
-    consoles = [each for each in logging.root.handlers if each.get_name() == "console"]
+    consoles = [handler for handler in logging.root.handlers if handler.get_name() == "console"]
     for console in consoles:
         console.setLevel(logging.WARNING)
     try:

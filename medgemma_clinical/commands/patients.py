@@ -10,18 +10,13 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
-from medgemma_clinical.data.overlap import both_hashes, patient_hashes, rows_in_training
+from medgemma_clinical.data.overlap import TrainingPatients, both_hashes, patient_hashes
 from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
 from medgemma_clinical.evaluation.patients import write_patients
 from medgemma_clinical.inference.explain import explain
 from medgemma_clinical.inference.trajectory_model import TrajectoryModel
-from medgemma_clinical.models.model_card import (
-    built_in_notice,
-    describe_model,
-    weight_0_sentence,
-)
+from medgemma_clinical.models import model_card
 
 logger = logging.getLogger(__name__)
 
@@ -38,41 +33,37 @@ def patients_path(predictions: Path) -> Path:
 
 
 def choose_rows(
-    chosen: Sequence[ChosenRow], table: pd.DataFrame, scored: ScoringRows, ids: list[str] | None
+    earlier: Sequence[ChosenRow], table: pd.DataFrame, scored: ScoringRows, ids: list[str] | None
 ) -> list[ChosenRow]:
-    """Return the page's rows among those chosen so far and some predictions, by id or by risk."""
+    """Return the page's rows among earlier ones and some predictions, by id or by risk."""
     table = table.iloc[scored.positions].reset_index(drop=True)
     table = table[table["id"].isin(ids)] if ids else table.nlargest(MAX_ROWS, "probability")
     lines: Any = table.to_dict("records")
     datasets = [scored.dataset.subset(np.array([k])) for k in table.index]
-    rows: list[ChosenRow] = [*chosen, *zip(lines, datasets, strict=True)]
+    rows: list[ChosenRow] = [*earlier, *zip(lines, datasets, strict=True)]
     if ids:
         return sorted(rows, key=lambda row: ids.index(row[0]["id"]))
     return sorted(rows, key=lambda row: -row[0]["probability"])[:MAX_ROWS]
 
 
-def training_sentence(
-    datasets: Sequence[TrajectoryDataset], trained: NDArray[np.int64], *, has_ids: bool
-) -> str:
+def training_sentence(datasets: Sequence[TrajectoryDataset], training: TrainingPatients) -> str:
     """Return how many data sets of one row each are in the training data."""
-    if not len(trained):
+    if not len(training.hashes):
         return "In the training data: not known how many of these."
-    first, has_ids = np.zeros(1, dtype=np.int64), has_ids and datasets[0].has_patient_ids
+    first = np.zeros(1, dtype=np.int64)
     patients = np.concatenate([patient_hashes(dataset, first) for dataset in datasets])
     rows = np.concatenate([both_hashes(dataset, first) for dataset in datasets])
-    found = rows_in_training(patients, rows, trained, has_ids=has_ids).sum()
-    return f"In the training data: {found} of {len(datasets)}."
+    count = training.include(patients, rows, has_ids=datasets[0].has_patient_ids).sum()
+    return f"In the training data: {count} of {len(datasets)}."
 
 
 def explain_rows(
     chosen: Sequence[ChosenRow],
     model: TrajectoryModel,
     request: Namespace,
-    trained: NDArray[np.int64],
-    *,
-    has_ids: bool,
+    training: TrainingPatients,
 ) -> None:
-    """Write the page of the chosen rows; last arguments as for ``rows_in_training``."""
+    """Write the page of the chosen rows."""
     ids = {row["id"] for row, _ in chosen}
     if lacking := {*(request.patients or ids)} - ids:
         logger.warning("--patients: %d of these ids have no row with a score", len(lacking))
@@ -81,10 +72,10 @@ def explain_rows(
     logger.info("patients: explaining %d rows", len(chosen))
     rows = [explain(row, dataset, model.trained, model.batch_size) for row, dataset in chosen]
     config, datasets = model.config, [dataset for _, dataset in chosen]
-    found = training_sentence(datasets, trained, has_ids=has_ids)
-    notes = [found, weight_0_sentence(config), built_in_notice(config)]
+    overlap = training_sentence(datasets, training)
+    notes = [overlap, model_card.weight_0_sentence(config), model_card.built_in_notice(config)]
     checkpoint = {"Checkpoint": request.checkpoint.absolute().name}
-    method = datasets[0].task_description() | checkpoint | describe_model(config)
+    method = datasets[0].task_description() | checkpoint | model_card.describe_model(config)
     path, outcome = patients_path(request.predictions), config["outcome"]
     write_patients(path, rows, outcome, model.threshold, [*filter(None, notes)], method)
     logger.info("patients: %s; the page holds patients' data: do not share it", path)

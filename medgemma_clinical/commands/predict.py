@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
-from tqdm import tqdm
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.flags import tagged
@@ -24,41 +22,33 @@ from medgemma_clinical.commands.patients import (
     explain_rows,
     patients_path,
 )
+from medgemma_clinical.commands.report_content import report_content
 from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.commands.update import write_update
 from medgemma_clinical.data.findings import Findings, flow_lines
-from medgemma_clinical.data.overlap import both_hashes, patient_hashes, rows_in_training
+from medgemma_clinical.data.overlap import TrainingPatients, both_hashes, patient_hashes
 from medgemma_clinical.data.small_cells import count_text
 from medgemma_clinical.data.texts import is_formula
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, ScoringRows, TrajectoryDataset
-from medgemma_clinical.distributed import peak_memory, processes
-from medgemma_clinical.evaluation.case_mix import case_mix, demographics, subgroups
-from medgemma_clinical.evaluation.metrics_table import evaluate
-from medgemma_clinical.evaluation.report import ReportContent, write_report
+from medgemma_clinical.distributed import peak_memory, processes, show_progress
+from medgemma_clinical.evaluation.demographics import demographics
+from medgemma_clinical.evaluation.report import write_report
+from medgemma_clinical.evaluation.topics.case_mix import case_mix
+from medgemma_clinical.evaluation.topics.topic import ReportContent
 from medgemma_clinical.evaluation.updating import Updates, evaluate_updates
 from medgemma_clinical.evaluation.verdicts import sentences
 from medgemma_clinical.files import InputError, atomic, file_hash, locked, move_aside
 from medgemma_clinical.inference.hub import check_folder
 from medgemma_clinical.inference.scoring import count_implausible, prediction_table, scoring_rows
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS, TrajectoryModel
+from medgemma_clinical.models import trained_model
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, Config, read_trajectory
-from medgemma_clinical.models.model_card import (
-    built_in_notice,
-    page_card,
-    shareable,
-    weight_0_sentence,
-)
-from medgemma_clinical.models.trained_model import (
-    TrainedModel,
-    check_no_control,
-    checkpoint_path,
-    read_trained_config,
-)
+from medgemma_clinical.models.outcome import OUTCOMES
 
 logger = logging.getLogger(__name__)
 
 PREDICTION_LIMITS = (
-    "The model was not changed for these rows: threshold and recalibration were chosen on {}"
+    "The model was not changed for these rows: threshold and recalibration were chosen on"
 )
 
 
@@ -69,14 +59,14 @@ def predict(args: Namespace, given: set[str]) -> int:
     # What was not typed is the checkpoint's to decide, whatever the default of the training.
     read = {name for name in vars(args) if f"--{name}" in given}.union(tagged("default"))
     request = Namespace(**{name: x if name in read else None for name, x in vars(args).items()})
-    config = read_trained_config(request.checkpoint)
+    config = trained_model.read_trained_config(request.checkpoint)
     datasets = TrajectoryModel.program.datasets
     if config["dataset"] not in datasets:
         raise InputError(
             f"--checkpoint {request.checkpoint}: trained on --dataset {config['dataset']}, which "
             "this program does not have"
         )
-    check_no_control(request.checkpoint, config)
+    trained_model.check_no_control(request.checkpoint, config)
     source = find_source(request, config, datasets)
     check_output(request.predictions, source)
     if request.update:
@@ -104,11 +94,11 @@ def predict(args: Namespace, given: set[str]) -> int:
         logger.info(line)
     tally.log(model)
     logger.info("predictions: %s; %s", request.predictions, peak_memory())
-    trained, has_ids = training_patients(model.trained, request.checkpoint)
+    training = training_patients(model.trained, request.checkpoint)
     rows = first.dataset.with_inputs(**config["inputs"])
-    labelled = report_labelled(tally, model, rows, request, trained, has_ids=has_ids)
+    labelled = report_labelled(tally, model, rows, request, training)
     if request.explain:
-        explain_rows(tally.chosen, model, request, trained, has_ids=has_ids)
+        explain_rows(tally.chosen, model, request, training)
     if request.update:
         write_update(request.update, model.trained, used, *labelled, file_hash(source))
     return EXIT_DONE
@@ -120,13 +110,16 @@ def find_source(
     """Return the file or folder to read; refuse flags of another kind than the checkpoint's."""
     trained = {"dataset": config["dataset"], **config["read_options"]}
     dataset = datasets[config["dataset"]]
-    for name in ("dataset", *(option for each in datasets.values() for option in each.options)):
+    for name in (
+        "dataset",
+        *(option for kind in datasets.values() for option in kind.options),
+    ):
         value = getattr(request, name, None)
-        own = name == "site" and name in dataset.options  # says nothing of how rows are read
-        if value not in (None, trained.get(name)) and not own:
+        is_new_site = name == "site" and name in dataset.options
+        if value not in (None, trained.get(name)) and not is_new_site:
             made = trained.get(name, f"--dataset {config['dataset']}")
             raise InputError(f"--{name} {value}: the checkpoint was trained on {made}")
-    sources = {each.source_flag for each in datasets.values()}
+    sources = {kind.source_flag for kind in datasets.values()}
     if [name for name in sources if getattr(request, name) is not None] != [dataset.source_flag]:
         raise InputError(
             f"--predict: the checkpoint was trained on --dataset {config['dataset']}: give the "
@@ -150,12 +143,11 @@ def report_path(predictions: Path) -> Path:
 
 
 def log_progress(chunks: Iterable[ScoringRows], source: Path) -> Iterator[ScoringRows]:
-    """Yield chunks under a bar; without a terminal there is a line a minute at most."""
-    size = source.stat().st_size if source.is_file() else None
-    unit, every = "B" if size else " rows", 0.1 if sys.stderr.isatty() else 60
-    with tqdm(
-        None, "predicting", size, False, mininterval=every, unit=unit, unit_scale=True
-    ) as bar:
+    """Yield chunks under a bar of the bytes that were read, of a folder without."""
+    if not source.is_file():
+        yield from chunks
+        return
+    with show_progress((), "predicting", source.stat().st_size) as bar:
         for rows in chunks:
             yield rows
             bar.update(rows.read - bar.n)
@@ -189,7 +181,6 @@ class PredictionTally:
             table.join(risks).assign(
                 patient=patient_hashes(dataset, labelled),
                 rows=list(both_hashes(dataset, labelled)),
-                site=None if dataset.sites is None else dataset.sites[labelled],
             )
         )
 
@@ -213,8 +204,8 @@ def write_predictions(
     """Score rows chunk by chunk; the file appears at the end, earlier ones move aside."""
     trained, path = model.trained, request.predictions
     used = trained.model_named(request.use)
-    others = {name: trained.column(name) for name in trained.rules if name != used}
-    tally = PredictionTally({used: "probability", **others}, trained.rules[used].threshold)
+    other_models = {name: trained.column(name) for name in trained.rules if name != used}
+    tally = PredictionTally({used: "probability", **other_models}, trained.rules[used].threshold)
     with locked(path), atomic(path) as temporary:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             for rows in chunks:
@@ -235,91 +226,113 @@ def report_labelled(
     model: TrajectoryModel,
     dataset: TrajectoryDataset,
     request: Namespace,
-    training_hashes: NDArray[np.int64],
-    *,
-    has_ids: bool,
+    training: TrainingPatients,
 ) -> tuple[pd.DataFrame, Updates | None]:
     """Evaluate labelled rows that are not in the training data; return them."""
-    labelled, config = pd.concat(tally.labelled, ignore_index=True), model.config
+    labelled = pd.concat(tally.labelled, ignore_index=True)
     if labelled.empty:
         return labelled, None
-    noun = "patients" if labelled["patient"].is_unique else dataset.row_noun
     hashes = labelled["patient"].to_numpy(), np.stack(labelled["rows"].tolist())
-    in_training = rows_in_training(
-        *hashes, training_hashes, has_ids=has_ids and dataset.has_patient_ids
-    )
+    in_training = training.include(*hashes, has_ids=dataset.has_patient_ids)
     new = labelled[~in_training].reset_index(drop=True)
-    updated, of_folds = config.get("updated", {}), "folds" in config.get("metrics", {})
-    chosen_on = "the out-of-fold rows of its folds" if of_folds else "its own validation part"
-
-    def overlap_note(min_cell: int) -> str:
-        if not len(training_hashes) or not updated.get("complete", True):
-            return (
-                f"The checkpoint does not hold its training data: if these {noun} are in them, "
-                "the metrics are optimistic."
-            )
-        overlap = count_text(len(labelled) - len(new), min_cell).capitalize()
-        text = f"{overlap} {noun} are in the training data and left out of the metrics."
-        chose = "Others of these data may have chosen the epoch: the metrics may be optimistic."
-        return f"{text} {chose}" if len(new) < len(labelled) and not of_folds else text
-
+    noun = "patients" if labelled["patient"].is_unique else dataset.row_noun
+    overlap = Overlap(noun, int(in_training.sum()), len(new))
+    note = overlap.sentence(model.config, training, 0)
     if new["label"].nunique() < 2:
-        left = (
-            "of those that are left all have, or all lack, the event" if len(new) else "none left"
-        )
-        logger.info("%s No metrics: %s.", overlap_note(0), left)
+        left = "of those that are left all have, or all lack, the event"
+        logger.info("%s No metrics: %s.", note, left if len(new) else "none left")
         return new, None
-    name, source = next(iter(tally.models)), Path(dataset.source).name
-    patients = new["patient"].astype(str)
+    name, patients = next(iter(tally.models)), new["patient"].astype(str)
     risks = new[[*tally.models]].dropna(axis=1)  # NaN of a baseline that lacks a column
     rows = pd.DataFrame({"id": patients, "label": new["label"], "patient": patients}).join(risks)
+    outcome = OUTCOMES[dataset.outcome_kind]
+    primary = request.primary or stored_primary(model.config)
+    metrics = outcome.evaluate(rows, request.seed, tally.threshold, primary=primary)
     updates = evaluate_updates(rows, name, request.seed)
-    primary = request.primary or stored_primary(config)
-    metrics = evaluate(rows, request.seed, tally.threshold, primary=primary)
+    content = cohort_content(tally, model.config, dataset, new, overlap, training, updates, request)
+    path = report_path(request.predictions)
+    write_report(path, rows, metrics, content, outcome.topics, min_cell=request.min_cell)
+    lines = "\n".join(map(str, sentences(metrics, noun)))
+    logger.info("\n%s\n%s\nreport: %s", note, lines, path)
+    return new, updates
+
+
+def cohort_content(
+    tally: PredictionTally,
+    config: Config,
+    dataset: TrajectoryDataset,
+    rows: pd.DataFrame,
+    overlap: Overlap,
+    training: TrainingPatients,
+    updates: Updates | None,
+    request: Namespace,
+) -> ReportContent:
+    """Return what the page of an external cohort says; ``rows`` are those that are evaluated."""
+    name, source, noun = next(iter(tally.models)), Path(dataset.source).name, overlap.noun
+    chosen_on = (
+        "the out-of-fold rows of its folds" if of_folds(config) else "its own validation part"
+    )
+    labelled = overlap.old + overlap.new
     flow = [
         ("without a score", tally.rows - tally.scored, tally.scored),
-        ("without a label", tally.scored - len(labelled), len(labelled)),
-        ("in the training data", len(labelled) - len(new), len(new)),
+        ("without a label", tally.scored - labelled, labelled),
+        ("in the training data", overlap.old, overlap.new),
     ]
-    shared = shareable(config, request.min_cell)
-    here = case_mix(new)
-    content = ReportContent(
-        title=f"{config['outcome']}: {name} on the {noun} of {source}",
-        question=dataset.task_description(),
+    moved = ", moved by its update." if config.get("updated") else "."
+    return report_content(
+        f"{config['outcome']}: {name} on the {noun} of {source}",
+        dataset,
+        config,
+        rows,
+        request,
         data={
             "Source": source,
-            "Scored": f"{len(new):,} {noun} with a score and a label",
+            "Scored": f"{len(rows):,} {noun} with a score and a label",
             "Missing values": "masked, never filled in",
         },
-        card=page_card(
-            shared,
-            {
-                "Limits": PREDICTION_LIMITS.format(chosen_on)
-                + (", moved by its update." if updated else "."),
-                "Checkpoint": request.checkpoint.absolute().name,  # a page is shared: no path
-                "Seed": f"{request.seed}, of the intervals",
-            },
-        ),
+        card={
+            "Limits": f"{PREDICTION_LIMITS} {chosen_on}{moved}",
+            "Checkpoint": request.checkpoint.absolute().name,  # a page is shared: no path
+            "Seed": f"{request.seed}, of the intervals",
+        },
         threshold=tally.threshold,
-        seed=request.seed,
-        bands=subgroups(new),
         noun=noun,
         chosen_on=chosen_on,
         flow=pd.DataFrame(flow, columns=list(FLOW_COLUMNS)),
-        case_mix=(config["case_mix"], here),
-        sites=None if dataset.sites is None else new["site"].to_numpy(str),
+        case_mix=(config["case_mix"], case_mix(rows)),
         updates=updates,
         tries_updates=True,
-        notice=built_in_notice(config),
-        first=[
-            each for each in (overlap_note(request.min_cell), weight_0_sentence(shared)) if each
-        ],
+        first=[overlap.sentence(config, training, request.min_cell)],
     )
-    path = report_path(request.predictions)
-    write_report(path, rows, metrics, content, min_cell=request.min_cell)
-    lines = "\n".join(map(str, sentences(metrics, noun)))
-    logger.info("\n%s\n%s\nreport: %s", overlap_note(0), lines, path)
-    return new, updates
+
+
+class Overlap(NamedTuple):
+    """How many of the labelled rows are in the training data."""
+
+    noun: str  # what the rows are
+    old: int
+    new: int
+
+    def sentence(self, config: Config, training: TrainingPatients, min_cell: int) -> str:
+        """Return the counts in words, and whether the metrics may be optimistic."""
+        complete = config.get("updated", {}).get("complete", True)
+        if not len(training.hashes) or not complete:
+            return (
+                f"The checkpoint does not hold its training data: if these {self.noun} are in "
+                "them, the metrics are optimistic."
+            )
+        count = count_text(self.old, min_cell).capitalize()
+        text = f"{count} {self.noun} are in the training data and left out of the metrics."
+        if not self.old or of_folds(config):
+            return text
+        return (
+            f"{text} Others of these data may have chosen the epoch: the metrics may be optimistic."
+        )
+
+
+def of_folds(config: Config) -> bool:
+    """Return whether a model was trained on all patients, after folds."""
+    return "folds" in config.get("metrics", {})
 
 
 def stored_primary(config: Config) -> str | None:
@@ -329,16 +342,19 @@ def stored_primary(config: Config) -> str | None:
     return part.get("primary")
 
 
-def training_patients(trained: TrainedModel, checkpoint: Path) -> tuple[NDArray[np.int64], bool]:
-    """Return hashes of a model's training patients (none: unknown), and whether they are of ids."""
+def training_patients(trained: trained_model.TrainedModel, checkpoint: Path) -> TrainingPatients:
+    """Return what is known of a model's training patients."""
     if trained.train_patients is not None:
-        return trained.train_patients, bool(trained.config["has_patient_ids"])
+        return TrainingPatients(trained.train_patients, bool(trained.config["has_patient_ids"]))
     # Stages 2 and 3 store none, but share the training part of the stage 1 in their run.
-    folder = checkpoint_path(checkpoint).absolute().parent
+    folder = trained_model.checkpoint_path(checkpoint).absolute().parent
     beside = folder.parent / TRAJECTORY_FILE
     with contextlib.suppress(InputError, OSError):  # neither hinders a report
         if file_hash(beside) == (read_run(folder) or {}).get("stage_1_sha256"):
             stage1 = read_trajectory(beside)
-            if stage1.config["rows_sha256"] == trained.config["rows_sha256"]:
-                return stage1.train_patients, bool(stage1.config["has_patient_ids"])
-    return np.empty(0, np.int64), False
+            same_rows = stage1.config["rows_sha256"] == trained.config["rows_sha256"]
+            if same_rows and stage1.train_patients is not None:
+                return TrainingPatients(
+                    stage1.train_patients, bool(stage1.config["has_patient_ids"])
+                )
+    return TrainingPatients(np.empty(0, np.int64), has_ids=False)

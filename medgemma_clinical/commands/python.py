@@ -21,7 +21,7 @@ from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.folds import PREDICTIONS, run_folds
 from medgemma_clinical.commands.logs import recorded
 from medgemma_clinical.commands.run_folder import METRICS, folds_folder, stage_folder
-from medgemma_clinical.commands.run_log import EpochBar, check_output
+from medgemma_clinical.commands.run_log import check_output
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import check_gpu, check_launch, exact_kernels, set_environment
 from medgemma_clinical.files import InputError, owner_only, read_json
@@ -200,7 +200,7 @@ def fitting(
         raise RuntimeError("another model is being trained in this process: wait for its end")
     try:
         kernels = exact_kernels(deterministic=args.deterministic)
-        with SIGNALS.installed(kills=False), kernels, recorded(EpochBar()), owner_only():
+        with SIGNALS.installed(kills=False), kernels, recorded(), owner_only():
             yield args
     except KeyboardInterrupt as stop:
         if args.output_dir:

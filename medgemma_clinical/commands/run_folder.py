@@ -26,7 +26,7 @@ from medgemma_clinical.models import checkpoints
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, TrajectoryCheckpoint
 from medgemma_clinical.models.language_model import base_record
 from medgemma_clinical.provenance import code_hash, git_commit, versions
-from medgemma_clinical.training.state import StateStore
+from medgemma_clinical.training.state import read_state, state_paths
 from medgemma_clinical.training.trackers import Track, tracking
 
 logger = logging.getLogger(__name__)
@@ -43,15 +43,15 @@ RESULTS = (
 """What a finished run leaves in its folder beside the best weights."""
 
 MATERIAL = {
-    "data": "the data are other ones",
-    "time_scale": "the time scale is another one",
+    "data": "the data differ",
+    "time_scale": "the time scale differs",
     "stage_1_sha256": "--ode_checkpoint is another file",
     "base_revision": "--model_name is of another revision",
     "base_sha256": "--model_name is another model",
-    "rows_a_step": "--batch_size times --gradient_accumulation is another number",
-    "processes": "the number of processes is another one",
+    "rows_a_step": "--batch_size times --gradient_accumulation differs",
+    "processes": "the number of processes differs",
 }
-"""What else changes a result: keys of ``run.json``, with what is said of a difference."""
+"""Keys of ``run.json`` that also change a result, with the message about a difference."""
 
 SOFTWARE = ("versions", "code_sha256")
 """Keys of ``run.json`` that may change the last bits of a result."""
@@ -80,9 +80,9 @@ def stage_paths(folder: Path) -> list[Path]:
     return [folder, tracker_folder(folder), *best]
 
 
-def state_store(folder: Path) -> StateStore:
-    """Return the store of a stage's training states."""
-    return StateStore(folder / "last")
+def state_folder(folder: Path) -> Path:
+    """Return the folder of a stage's training states."""
+    return folder / "last"
 
 
 def write_history(folder: Path | None, history: list[dict[str, Any]]) -> None:
@@ -207,15 +207,15 @@ def opened(args: Namespace, folder: Path | None, run: dict[str, Any]) -> Iterato
 def clean(folder: Path) -> None:
     """Remove what killed runs left half-written."""
     files.clean(folder)
-    files.clean(state_store(folder).folder)
+    files.clean(state_folder(folder))
     for path in stage_paths(folder):
         files.remove(files.partial_path(path))
 
 
 def begin(folder: Path, run: dict[str, Any]) -> None:
-    """Make the folder of a new run; an earlier one is moved aside."""
+    """Create the folder of a new run; move an earlier one aside."""
     for aside in files.move_aside(stage_paths(folder)):
-        hint = "; --resume would have continued it" if state_store(aside).files() else ""
+        hint = "; --resume would have continued it" if state_paths(state_folder(aside)) else ""
         logger.info("an earlier result was moved to %s%s", aside, hint)
     folder.mkdir()
     files.write_json(folder / "run.json", run)
@@ -223,53 +223,61 @@ def begin(folder: Path, run: dict[str, Any]) -> None:
 
 def check_run(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     """Return ``run.json`` of the run in a folder; refuse another command's and a damaged one."""
-    earlier = read_run(folder)
-    if earlier is None or not ("results_sha256" in earlier or state_store(folder).files()):
-        raise InputError(f"{folder}: no run was begun there: start it without --resume")
-    then, now = earlier["arguments"], run["arguments"]
-    other = [
-        f"--{name} was {then.get(name)}, is {now.get(name)}"
-        for name in sorted({*then, *now}.difference(tagged("free")))
-        if then.get(name) != now.get(name)
+    old_run = read_run(folder)
+    if old_run is None or not ("results_sha256" in old_run or state_paths(state_folder(folder))):
+        raise InputError(f"{folder}: no run to resume: start it without --resume")
+    old, new = old_run["arguments"], run["arguments"]
+    changes = [
+        f"--{name} was {old.get(name)}, is {new.get(name)}"
+        for name in sorted({*old, *new}.difference(tagged("free")))
+        if old.get(name) != new.get(name)
     ]
-    other += [text for key, text in MATERIAL.items() if earlier[key] != run[key]]
-    if other:
+    changes += [text for key, text in MATERIAL.items() if old_run[key] != run[key]]
+    if changes:
         raise InputError(
-            f"{folder}: that run was begun otherwise: {'; '.join(other)}: give the same command, "
+            f"{folder}: that run differs: {'; '.join(changes)}: give the same command, "
             "or start without --resume"
         )
-    for name, digest in earlier.get("results_sha256", {}).items():
+    for name, digest in old_run.get("results_sha256", {}).items():
         if files.file_hash(path := folder.parent / name) != digest:
             raise InputError(f"{path}: missing or changed since the end of its run: start again")
-    return earlier
+    return old_run
 
 
 def is_finished(folder: Path, run: dict[str, Any]) -> bool:
-    """Return whether a run that is to be resumed has nothing left to do; see ``check_run``."""
-    earlier = check_run(folder, run)
-    if "results_sha256" not in earlier:
+    """Return whether a run that is to be resumed is finished; see ``check_run``."""
+    old_run = check_run(folder, run)
+    if "results_sha256" not in old_run:
         for key in SOFTWARE:
-            if earlier[key] != run[key]:
+            if old_run[key] != run[key]:
                 logger.warning("%s differ from the start of the run: last bits may differ", key)
         return False
     if processes().is_main_process:
-        files.remove(state_store(folder).folder)
-    logger.info("%s: that run is finished: nothing left to do", folder)
+        files.remove(state_folder(folder))
+    logger.info("%s: the run is finished, nothing to resume", folder)
     return True
 
 
-def progress_of(folder: Path, run: dict[str, Any]) -> str:
+def progress_of(args: Namespace, dataset: TrajectoryDataset) -> str:
+    """Return "all", "part" or "none" of a command's run."""
+    stage1 = given_stage1(args)
+    return progress_in(
+        stage_folder(args), run_record(args, run_data(args, dataset, stage1), stage1)
+    )
+
+
+def progress_in(folder: Path, run: dict[str, Any]) -> str:
     """Return "all", "part" or "none" of a run; with other flags, data or software, "none"."""
     if not (folder / "run.json").exists():
         return "none"
     try:
-        earlier = check_run(folder, run)
-        if any(earlier[key] != run[key] for key in SOFTWARE):
+        old_run = check_run(folder, run)
+        if any(old_run[key] != run[key] for key in SOFTWARE):
             return "none"
-        if "results_sha256" in earlier:
+        if "results_sha256" in old_run:
             return "all"
-        state_store(folder).newest()
-    except InputError as error:  # it will be moved aside and made anew
+        read_state(state_folder(folder))
+    except InputError as error:  # it is moved aside, and the run starts again
         logger.warning("%s", error)
         return "none"
     return "part"
@@ -287,16 +295,16 @@ def finish_run(folder: Path | None, tokens: float, best_model: str | None = None
     run = {**(read_run(folder) or {}), "best_model": best_model, "cost": cost}
     run["results_sha256"] = hashes
     files.write_json(folder / "run.json", run)
-    files.remove(state_store(folder).folder)
+    files.remove(state_folder(folder))
 
 
 def interruptible(args: Namespace, action: Callable[[], Any]) -> int:
-    """Run a training; return the exit code, and say whether an interrupted one can go on."""
+    """Run a training; return the exit code, and log how an interrupted one continues."""
     try:
         action()
     except KeyboardInterrupt as stop:
         folder = stage_folder(args)
-        if state_store(folder).files():
+        if state_paths(state_folder(folder)):
             logger.error("interrupted: the same command with --resume continues in %s", folder)
         else:
             logger.error("interrupted before the first step: start the command again")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from medgemma_clinical.commands.run_folder import log_path, stage_folder, write_history
 from medgemma_clinical.data.checks import (
@@ -21,7 +20,7 @@ from medgemma_clinical.data.checks import (
 )
 from medgemma_clinical.data.leaks import describe_leaks
 from medgemma_clinical.data.training_data import Data
-from medgemma_clinical.distributed import default_device, peak_memory, processes, show_progress
+from medgemma_clinical.distributed import default_device, peak_memory, processes
 from medgemma_clinical.evaluation.decision import Predictions
 from medgemma_clinical.training.stage import Stage
 from medgemma_clinical.training.state import SKIPPED_ADVICE, Progress
@@ -34,26 +33,6 @@ WARNED_SHARE = 0.01
 
 MAX_SHOWN = 6
 """Epochs that the console shows at most, beside the last one."""
-
-
-class EpochBar(logging.Handler):
-    """Show the epochs of a run as a bar, with the last one's score: records with ``progress``."""
-
-    bar: tqdm[Any] | None = None
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Move the bar to an epoch of so many."""
-        epoch, epochs, score = getattr(record, "progress", (0, 0, ""))
-        if epochs:
-            self.bar = self.bar or show_progress((), "epochs", epochs)
-            self.bar.set_postfix_str(score, refresh=False)
-            self.bar.update(epoch - self.bar.n)
-
-    def close(self) -> None:
-        """End the bar."""
-        super().close()
-        if self.bar is not None:
-            self.bar.close()
 
 
 def log_run_summary(stage: Stage, data: Data, args: Namespace) -> None:
@@ -87,8 +66,7 @@ def log_run_summary(stage: Stage, data: Data, args: Namespace) -> None:
         epochs = f"{stage.last_epoch} epochs, the median of the folds"
     logger.info(
         f"batch size {args.batch_size}, {len(batches)} steps an epoch, {epochs}, on "
-        f"{default_device()}, processes: {processes().num_processes}",
-        extra={"progress": (0, stage.epochs, "no epoch yet")},
+        f"{default_device()}, processes: {processes().num_processes}"
     )
 
 
@@ -97,8 +75,8 @@ def log_epoch_time(stage: Stage, seconds: float, rows: Sequence[int]) -> None:
     if stage.text is not None:
         share = stage.lengths[rows].sum() / stage.lengths[stage.batches["train"].rows].sum()
         minutes = seconds / share / 60 / processes().num_processes
-        shown = f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.1f} minutes"
-        logger.info("an epoch takes about %s, validation apart", shown)
+        duration = f"{minutes / 60:.1f} hours" if minutes >= 60 else f"{minutes:.1f} minutes"
+        logger.info("an epoch takes about %s, without validation", duration)
 
 
 def log_dry_run(stage: Stage, progress: Progress, rows: Sequence[int]) -> None:
@@ -142,19 +120,18 @@ def log_epoch(
 ) -> None:
     """Log the metrics of an epoch, of most epochs to the log file alone."""
     epoch, skipped, train_loss = (metrics[k] for k in ("epoch", "skipped_steps", "train_loss"))
-    shown = exhausted or epoch == stage.epochs or epoch % math.ceil(stage.epochs / MAX_SHOWN) == 0
+    every = math.ceil(stage.epochs / MAX_SHOWN)
+    on_console = exhausted or epoch == stage.epochs or epoch % every == 0
     loss = "none" if train_loss is None else f"{train_loss:.4f}"  # no step was finite
-    val, short = "no validation part", f"epoch {epoch}"
+    val = "no validation part"
     if metrics["val_loss"] is not None:
         val = f"val loss {metrics['val_loss']:.4f}, val AUROC {metrics['val_auroc']:.4f}"
-        short = f"val loss {metrics['val_loss']:.3f}"
     best = progress.best_epochs
     names = ", ".join(map(str, best))
     logger.log(
-        logging.INFO if shown else logging.DEBUG,
+        logging.INFO if on_console else logging.DEBUG,
         f"epoch {epoch}/{stage.epochs}: train loss {loss}, {val}, {metrics['seconds']:.1f} s"
         f", {'best so far' if {*best} == {epoch} else f'best epoch {names}'}",
-        extra={"progress": (epoch, stage.epochs, short)},
     )
     if skipped:
         steps = len(stage.batches["train"])

@@ -13,22 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from medgemma_clinical.commands import compare, run_folder
 from medgemma_clinical.commands.command_line import EXIT_DONE
-from medgemma_clinical.commands.compare import (
-    built_in_models_notice,
-    cost_of,
-    join_predictions,
-    read_predictions,
-    save_comparison,
-)
 from medgemma_clinical.commands.logs import RUN_LOG, quiet_console
-from medgemma_clinical.commands.run_folder import (
-    given_stage1,
-    progress_of,
-    run_data,
-    run_record,
-    stage_folder,
-)
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes, reset_peak_memory
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, MEANINGS, STAGE_NAMES, best_blend
@@ -101,28 +88,21 @@ VARIANTS_ARE = {
 
 def run_or_continue(title: str, args: Namespace, dataset: TrajectoryDataset, train: Train) -> int:
     """Train, continue or skip a run; the console gets one line, the rest goes to its log file."""
-    folder, code = stage_folder(args), EXIT_DONE
+    folder, code = run_folder.stage_folder(args), EXIT_DONE
     try:
         with quiet_console():
-            if (done := progress(args, dataset)) != "all":
+            if (done_part := run_folder.progress_of(args, dataset)) != "all":
                 reset_peak_memory()
-                code = train(Namespace(**{**vars(args), "resume": done == "part"}), dataset)
+                code = train(Namespace(**{**vars(args), "resume": done_part == "part"}), dataset)
     except InputError as error:
         raise InputError(f"{title}: {error}", error.value) from error
     finally:
         RUN_LOG.begin()  # the lines below belong to no run
     if code == EXIT_DONE:
-        how = {"all": "already there, ", "part": "continued, ", "none": ""}[done]
+        how = {"all": "already there, ", "part": "continued, ", "none": ""}[done_part]
         part = "folds" if args.final else "test"
         logger.info("%s: %s%s AUROC %s: %s", title, how, part, auroc_of(folder, part), folder)
     return code
-
-
-def progress(args: Namespace, dataset: TrajectoryDataset) -> str:
-    """Return how much of a run has been done; see ``progress_of``."""
-    stage1 = given_stage1(args)
-    data = run_data(args, dataset, stage1)
-    return progress_of(stage_folder(args), run_record(args, data, stage1))
 
 
 def auroc_of(folder: Path, part: str) -> str:
@@ -155,7 +135,7 @@ def run_ablation(
     folders = {}
     for name in [name for name in VARIANTS if name in wanted]:
         variant_args = variant_arguments(name, args)
-        folders[name] = stage_folder(variant_args)
+        folders[name] = run_folder.stage_folder(variant_args)
         if code := run_or_continue(f"{seed_title}{name}", variant_args, dataset, train):
             return code
         if name == STAGE_1_VARIANT:
@@ -170,7 +150,9 @@ def check_reference(name: str, stage_1: Path) -> None:
     processes().wait_for_everyone()  # the first one writes the predictions
     choices = [
         *VARIANTS,
-        *read_predictions(stage_1, STAGE_1_VARIANT).columns.drop([*TESTED, STAGE_1_VARIANT]),
+        *compare.read_predictions(stage_1, STAGE_1_VARIANT).columns.drop(
+            [*TESTED, STAGE_1_VARIANT]
+        ),
     ]
     if name not in choices:
         raise InputError(f"--reference {name}: choose from {', '.join(choices)}")
@@ -192,10 +174,10 @@ def compare_variants(
     """Compare the variants with the reference and the baselines; write ``ablation/``."""
     folder = args.output_dir / "ablation"
     folder.mkdir(exist_ok=True)
-    table = join_predictions(folders)
+    table = compare.join_predictions(folders)
     write_text(folder / "predictions_test.csv", table.to_csv(index=False))
     with quiet_console() if quiet else contextlib.nullcontext():
-        save_comparison(
+        compare.save_comparison(
             folder / "ablation",
             evaluate(
                 table,
@@ -204,10 +186,10 @@ def compare_variants(
                 primary=args.primary,
                 compared=[*VARIANTS],
             ),
-            {name: cost_of(each) for name, each in folders.items()},
+            {name: compare.cost_of(folder) for name, folder in folders.items()},
             title=f"{ADDS}: {outcome}",
             card={"Seed": str(args.seed)},
-            notice=built_in_models_notice({"all": vars(args)}),
+            notice=compare.built_in_models_notice({"all": vars(args)}),
             meanings=MEANINGS | VARIANTS_ARE,
         )
 
@@ -226,14 +208,14 @@ def run_seeds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], t
     dataset: TrajectoryDataset | None = None
     folders: dict[int, Path] = {}
     for seed in range(args.seed, args.seed + args.seeds):
-        own = seed_arguments(seed, args)
-        dataset = dataset if dataset and one_source else read(own)
+        seed_args = seed_arguments(seed, args)
+        dataset = dataset if dataset and one_source else read(seed_args)
         if args.ablation:
-            folders[seed] = own.output_dir / "ablation"
-            code = run_ablation(own, dataset, train, f"seed {seed}, ")
+            folders[seed] = seed_args.output_dir / "ablation"
+            code = run_ablation(seed_args, dataset, train, f"seed {seed}, ")
         else:
-            folders[seed] = stage_folder(own)
-            code = run_or_continue(f"seed {seed}", own, dataset, train)
+            folders[seed] = run_folder.stage_folder(seed_args)
+            code = run_or_continue(f"seed {seed}", seed_args, dataset, train)
         if code:
             return code
     if processes().is_main_process and dataset:
@@ -262,20 +244,20 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
     kind = paths[0].name
     if args.ablation:
         reference, title, splits = args.reference, ADDS, None
-        tables = [read_predictions(path) for path in paths]
+        tables = [compare.read_predictions(path) for path in paths]
         costs = [read_json(path / "ablation.json")["cost"] for path in paths]
     else:
         reference = STAGE_NAMES[kind]
         title, splits = reference.capitalize(), run_split_table(folders)
-        tables = [read_predictions(path, reference) for path in paths]
-        costs = [{reference: cost_of(path)} for path in paths]
+        tables = [compare.read_predictions(path, reference) for path in paths]
+        costs = [{reference: compare.cost_of(path)} for path in paths]
     plan = {"primary": args.primary, "compared": [*VARIANTS]}
     metrics = evaluate_splits(shared_models(tables), args.seed, reference, **plan)
     auroc = metrics.row(reference, "auroc")
-    save_comparison(
+    compare.save_comparison(
         args.output_dir / f"seeds_{kind}",
         metrics,
-        {name: mean_cost([each[name] for each in costs]) for name in costs[0]},
+        {name: mean_cost([cost[name] for cost in costs]) for name in costs[0]},
         title=f"{title}, in {len(folders)} splits of the data: {outcome}",
         sentences=[
             f"Over {len(folders)} splits the test AUROC of {reference} is {auroc['min']:.3f} to "
@@ -286,7 +268,7 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
             **NOT_IN_INTERVALS,
         },
         meanings=MEANINGS | VARIANTS_ARE,
-        notice=built_in_models_notice({"all": vars(args)}),
+        notice=compare.built_in_models_notice({"all": vars(args)}),
         splits=splits,
     )
 
@@ -308,7 +290,7 @@ def shared_models(tables: list[pd.DataFrame]) -> list[pd.DataFrame]:
     shared = [name for name in tables[0] if all(name in table for table in tables)]
     if len({best_blend(list(map(str, table))) for table in tables}) > 1:
         shared = [name for name in shared if name != ENSEMBLE]  # they hold different blends
-    others = sorted({str(name) for table in tables for name in table} - set(shared))
-    if others:
-        logger.info("not in every split, so not pooled: %s", ", ".join(others))
+    left_out = sorted({str(name) for table in tables for name in table} - set(shared))
+    if left_out:
+        logger.info("not in every split, so not pooled: %s", ", ".join(left_out))
     return [table[shared] for table in tables]

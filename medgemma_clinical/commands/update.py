@@ -53,14 +53,14 @@ def write_update(
         "events": int(labels.sum()),
         "data_sha256": data_sha256,
     }
-    known = trained.train_patients
-    if known is not None:
+    train_patients = trained.train_patients
+    if train_patients is not None:
         hashes = rows["patient"].to_numpy(), np.stack(rows["rows"].tolist())
-        known = add_training_rows(known, *hashes, labels)
+        train_patients = add_training_rows(train_patients, *hashes, labels)
     config = updated_config(trained, used, updates.slope, updates.intercept, about)
     for aside in move_aside([folder]):
         logger.info("an earlier model was moved to %s", aside)
-    save_model(replace(trained, config=config, train_patients=known), folder)
+    save_model(replace(trained, config=config, train_patients=train_patients), folder)
     logger.info("updated model: %s", folder)
 
 

@@ -14,8 +14,7 @@ from medgemma_clinical.files import InputError
 GAP_ITEM = 50868
 """Item of the anion gap that the laboratory reports. Source: d_labitems of MIMIC-IV."""
 
-COMPUTED_GAP = -1
-"""Item of the computed anion gap, which MIMIC-IV does not have."""
+COMPUTED_GAP = -1  # item of the computed anion gap, which MIMIC-IV does not have
 
 GAP_COMPONENTS = (50983, 50902, 50882)
 """Serum sodium, chloride and bicarbonate: the gap is the first less the others."""
@@ -48,8 +47,7 @@ FACTORS = {
 ``EQUIVALENT``. Source: molar masses of glucose 180.16, creatinine 113.12, lactate 90.08, nitrogen
 of urea 28.01 g/mol."""
 
-EQUIVALENT = {"meq/l": 1.0, "mmol/l": 1.0}
-"""Factors of units for ions of one charge."""
+EQUIVALENT = {"meq/l": 1.0, "mmol/l": 1.0}  # factors of units for ions of one charge
 
 ANALYTES = {int(item): analyte for analyte in CHEMISTRY for item in analyte.keys}
 
@@ -65,16 +63,16 @@ def feature_of(analyte: Feature, gap_item: int, items: tuple[int | str, ...] = (
 
 def choose_features(names: Sequence[str], gap_item: int) -> list[Feature]:
     """Return the features of some analytes by name, or of all, the anion gap first."""
-    known = {comparable(analyte.name): analyte for analyte in CHEMISTRY}
-    wanted = [comparable(name) for name in names]
-    wanted = list(known) if wanted == [ALL_SERIES] else wanted
-    for name, shown in zip(wanted, names, strict=False):
-        if name not in known:
+    analytes = {comparable(analyte.name): analyte for analyte in CHEMISTRY}
+    keys = [comparable(name) for name in names]
+    keys = list(analytes) if keys == [ALL_SERIES] else keys
+    for key, name in zip(keys, names, strict=False):
+        if key not in analytes:
             all_names = ", ".join(analyte.name for analyte in CHEMISTRY)
-            raise InputError(f"--series {shown}: no such series: all, or some of {all_names}")
-    if len(set(wanted)) < len(wanted):
+            raise InputError(f"--series {name}: no such series: all, or some of {all_names}")
+    if len(set(keys)) < len(keys):
         raise InputError("--series: name each series once")
-    return [feature_of(known[name], gap_item) for name in wanted]
+    return [feature_of(analytes[key], gap_item) for key in keys]
 
 
 def items_to_read(features: Sequence[Feature]) -> set[int]:
@@ -87,14 +85,17 @@ def find_factors(units: pd.DataFrame, features: Sequence[Feature], path: str) ->
     """Add ``factor`` to items and units, NaN where unknown; refuse such units of ``features``."""
     factors = pd.Series(np.nan, index=units.index)
     for item in units["item"].unique().tolist():
-        written = units.loc[units["item"] == item, "unit"]
-        lower = written.str.lower()
-        known = {min(filter(None, lower), default=""): 1.0}  # of another item the one unit it has
+        unit_texts = units.loc[units["item"] == item, "unit"]
+        lower = unit_texts.str.lower()
+        # Of an item that is no analyte the one unit is read that it has.
+        factor_of = {min(filter(None, lower), default=""): 1.0}
         if item in ANALYTES:
-            known = FACTORS.get(ANALYTES[item].name, EQUIVALENT)
-        if item in items_to_read(features) and not set(lower) - {""} <= known.keys():
-            shown = ", ".join(map(repr, sorted(set(written) - {""})))
-            can = f"known are {', '.join(known)}" if item in ANALYTES else "nothing converts them"
-            raise InputError(f"{path}: item {item} has values in {shown}: {can}")
-        factors[written.index] = lower.map(known)
+            factor_of = FACTORS.get(ANALYTES[item].name, EQUIVALENT)
+        if item in items_to_read(features) and not set(lower) - {""} <= factor_of.keys():
+            units_text = ", ".join(map(repr, sorted(set(unit_texts) - {""})))
+            problem = "nothing converts them"
+            if item in ANALYTES:
+                problem = f"the units must be among {', '.join(factor_of)}"
+            raise InputError(f"{path}: item {item} has values in {units_text}: {problem}")
+        factors[unit_texts.index] = lower.map(factor_of)
     return units.assign(factor=factors.astype(float))

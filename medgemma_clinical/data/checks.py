@@ -1,4 +1,4 @@
-"""What ``check`` and the start of a run say of data: a summary, suspicions, a verdict."""
+"""Checks of data for ``check`` and the start of a run: summary, suspicions, verdict."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ from medgemma_clinical.files import InputError
 
 logger = logging.getLogger(__name__)
 
-SEED = 0
-"""Of the split that is shown; the default of ``--seed``."""
+SEED = 0  # seed of the logged split; the default of --seed
 
 MIN_COHORT_PATIENTS, MIN_TEST_EVENTS = 100, 10
 """Patients, and patients of the test part with and without the event, below which a check warns:
@@ -44,10 +43,7 @@ MAX_IMPLAUSIBLE = 0.5
 
 
 def check(read: Callable[[], TrajectoryDataset], min_events: int = 0) -> int:
-    """Log what a data set holds, what looks wrong, and if it is ready; refuse unusable data.
-
-    Data without labels, or with fewer events than ``min_events``, are ready to predict on alone.
-    """
+    """Log what a data set holds, what looks wrong, and if it is ready; refuse unusable data."""
     try:
         _log_check(read(), min_events)
     except InputError:
@@ -61,20 +57,21 @@ def _log_check(dataset: TrajectoryDataset, min_events: int) -> None:
         logger.info(line)
     warnings = [*implausible_series(dataset), *describe_long_spans(dataset)]
     if dataset.n_patients < MIN_COHORT_PATIENTS:
-        few = f"fewer than {MIN_COHORT_PATIENTS} patients"
-        warnings.append(f"{few}: metrics of a model will be undecided")
+        problem = f"fewer than {MIN_COHORT_PATIENTS} patients"
+        warnings.append(f"{problem}: metrics of a model will be undecided")
     log_warnings(warnings)
-    obstacle, events = "", int(np.nansum(dataset.labels))
+    obstacle, events = "", int(np.nansum(dataset.labels))  # to training, not to prediction
     if events < min_events:
         obstacle = f"not to train on: {events} events, {min_events} are needed"
     elif np.isnan(dataset.labels).all():
         obstacle = "no labels to train on"
     if not obstacle:
         dataset = labelled_rows(dataset)
-        read, split, unread = rows_as_read(dataset, dataset.split(SEED))
-        logger.info(describe_split(read, split, SEED))
-        warnings += (found := [*describe_unusable(unread), *_check_parts(read, split)])
-        log_warnings(found)
+        rows, split, unread_series = rows_as_read(dataset, dataset.split(SEED))
+        logger.info(describe_split(rows, split, SEED))
+        further = [*describe_unusable(unread_series), *_check_parts(rows, split)]
+        log_warnings(further)
+        warnings += further
     ready = "ready to predict on" if obstacle else "ready"
     with_warnings = ", with warnings" if warnings or dataset.warnings else ""
     logger.info("%s%s%s", ready, with_warnings, f", {obstacle}" if obstacle else "")
@@ -82,11 +79,11 @@ def _log_check(dataset: TrajectoryDataset, min_events: int) -> None:
 
 def labelled_rows(dataset: TrajectoryDataset) -> TrajectoryDataset:
     """Return the rows with a label, the only ones that a training sees; log how many lack one."""
-    known = ~np.isnan(dataset.labels)
-    if known.all():
+    has_label = ~np.isnan(dataset.labels)
+    if has_label.all():
         return dataset
-    logger.info("%s: %d rows without a label are not used", dataset.source, int((~known).sum()))
-    return dataset.keep_rows(known, "without a label")
+    logger.info("%s: %d rows without a label are not used", dataset.source, int((~has_label).sum()))
+    return dataset.keep_rows(has_label, "without a label")
 
 
 def rows_as_read(
@@ -96,20 +93,20 @@ def rows_as_read(
 ) -> tuple[TrajectoryDataset, Split, dict[str, str]]:
     """Return the rows with the series that are read alone, their split, and why others are not."""
     if series is None:
-        unread = dataset.unusable_series(split["train"])
-        series = [name for name in dataset.features if name not in unread]
+        reasons = dataset.unusable_series(split["train"])
+        series = [name for name in dataset.features if name not in reasons]
     else:
-        others = [name for name in dataset.features if name not in series]
-        unread = dict.fromkeys(others, "stage 1 does not read it")
-    read, split = dataset.with_series(series).keep_measured(split)
-    if lost := len(dataset) - len(read):
+        names = [name for name in dataset.features if name not in series]
+        reasons = dict.fromkeys(names, "stage 1 does not read it")
+    rows, split = dataset.with_series(series).keep_measured(split)
+    if lost := len(dataset) - len(rows):
         text = "%s: %s rows hold no value of a series that is read, and are not used"
         logger.info(text, dataset.source, f"{lost:,}")
-    return read, split, unread
+    return rows, split, reasons
 
 
 def log_warnings(warnings: Iterable[str], source: str = "") -> None:
-    """Log each as a warning, of a source where one is named."""
+    """Log lines as warnings, with their source if there is one."""
     for line in warnings:
         logger.warning("warning: %s%s", f"{source}: " if source else "", line)
 
@@ -118,16 +115,16 @@ def _check_parts(dataset: TrajectoryDataset, split: Split) -> list[str]:
     """Log the sample size; warn of a test part of few events, and of suspect inputs."""
     train, test, warnings = split["train"], split["test"], []
     if minority_patients(dataset.labels[test], dataset.groups[test]) < MIN_TEST_EVENTS:
-        few = f"fewer than {MIN_TEST_EVENTS} patients of the test part have, or lack, the event"
-        warnings.append(f"{few}: its metrics will be undecided")
-    known, unusable = dataset.prediction_hours is not None, dataset.unusable_static(train)
+        problem = f"fewer than {MIN_TEST_EVENTS} patients of the test part have, or lack, the event"
+        warnings.append(f"{problem}: its metrics will be undecided")
+    has_hours, unusable = dataset.prediction_hours is not None, dataset.unusable_static(train)
     names = [name for name in dataset.static_names if name not in unusable]
-    read = dataset.with_inputs(names, prediction_time=known)
-    logger.info("sample size: %s", describe_sample_size(read, names, train))
+    inputs = dataset.with_inputs(names, prediction_time=has_hours)
+    logger.info("sample size: %s", describe_sample_size(inputs, names, train))
     if dataset.parts is None and dataset.labels[test].sum() < TEST_EVENTS:
-        few = f"fewer than {TEST_EVENTS} events in the test part"
-        logger.info("%s: --folds 5 tests the model on each patient once", few)
-    warnings += describe_prediction_times(read, train)
+        problem = f"fewer than {TEST_EVENTS} events in the test part"
+        logger.info("%s: --folds 5 tests the model on each patient once", problem)
+    warnings += describe_prediction_times(inputs, train)
     return [*warnings, *describe_unusable(unusable), *describe_leaks(dataset, train)]
 
 
@@ -136,12 +133,12 @@ def _check_parts(dataset: TrajectoryDataset, split: Split) -> list[str]:
 
 def describe_split(dataset: TrajectoryDataset, split: Split, seed: int) -> str:
     """Return how the parts came about, and rows, patients and events of each."""
-    shown = []
+    texts = []
     for part, rows in split.items():
         patients = count_patients(dataset.groups, rows)
         counts = {"row": len(rows), "patient": patients, "event": int(dataset.labels[rows].sum())}
-        shown.append(f"{part} {', '.join(_plural(n, noun) for noun, n in counts.items())}")
-    return f"split, {dataset.describe_origin(seed)}: {'; '.join(shown)}"
+        texts.append(f"{part} {', '.join(_plural(n, noun) for noun, n in counts.items())}")
+    return f"split, {dataset.describe_origin(seed)}: {'; '.join(texts)}"
 
 
 def _plural(count: int, noun: str) -> str:
@@ -150,11 +147,11 @@ def _plural(count: int, noun: str) -> str:
 
 def summarize(dataset: TrajectoryDataset) -> list[str]:
     """Describe a data set in lines: flow, sizes, events, observations, spans, values."""
-    known = dataset.labels[~np.isnan(dataset.labels)]
+    labels = dataset.labels[~np.isnan(dataset.labels)]
     events = "no labels"
-    if len(known):
-        labelled = f"{_plural(len(known), 'labelled row')} ({known.mean():.1%})"
-        events = f"{_plural(int(known.sum()), 'event')} in {labelled}"
+    if len(labels):
+        labelled = f"{_plural(len(labels), 'labelled row')} ({labels.mean():.1%})"
+        events = f"{_plural(int(labels.sum()), 'event')} in {labelled}"
     spans = dataset.last_times - dataset.times[dataset.offsets[:-1]]
     lines = [
         *([] if dataset.flow is None else flow_lines(dataset.flow)),
@@ -166,11 +163,11 @@ def summarize(dataset: TrajectoryDataset) -> list[str]:
     owner, patients = dataset.owner, pd.factorize(dataset.groups)[0]
     for f in dataset.series_read:
         name, unit, values = dataset.features[f], dataset.units[f], dataset.values[:, f]
-        measured, text = ~np.isnan(values), "never measured"
-        if measured.any():
-            rows, counts = np.unique(owner[measured], return_counts=True)
+        is_measured, text = ~np.isnan(values), "never measured"
+        if is_measured.any():
+            rows, counts = np.unique(owner[is_measured], return_counts=True)
             text = (
-                f"{_percentiles(values[measured])}; in {count_patients(patients, rows):,} of "
+                f"{_percentiles(values[is_measured])}; in {count_patients(patients, rows):,} of "
                 f"{dataset.n_patients:,} patients, median {np.median(counts):g} a row with any"
             )
         lines.append(f"{name}{f' [{unit}]' if unit else ''}: {text}")
@@ -196,8 +193,8 @@ def patients_behind_inputs(
     columns = zip(dataset.static_inputs, dataset.static_values(train).T, strict=True)
     static = {name: patients_behind(column, patients) for name, column in columns}
     if dataset.hours_read is not None:
-        known = ~np.isnan(dataset.hours_read[train])
-        static["prediction_hours"] = count_patients(patients, known)
+        has_hours = ~np.isnan(dataset.hours_read[train])
+        static["prediction_hours"] = count_patients(patients, has_hours)
     return {"series": dataset.series_patients(train), "static": static}
 
 
@@ -250,17 +247,17 @@ def describe_cut(lengths: NDArray[Any], groups: NDArray[np.generic], max_len: in
 
 def implausible_series(dataset: TrajectoryDataset) -> list[str]:
     """Name the series that hold values outside their plausible range."""
-    found = []
+    warnings = []
     for f, (name, unit) in enumerate(zip(dataset.features, dataset.units, strict=True)):
         low, high = dataset.plausible(f)
         values = dataset.values[:, f]
         outside = int(((values < low) | (values > high)).sum())
-        measured = int((~np.isnan(values)).sum())
+        value_count = int((~np.isnan(values)).sum())
         if outside:
-            is_majority = outside >= MAX_IMPLAUSIBLE * measured
+            is_majority = outside >= MAX_IMPLAUSIBLE * value_count
             advice = "most of them: convert the unit" if is_majority else "is the unit right?"
-            found.append(
-                f"{name}: {outside:,} of {measured:,} values lie outside {low:g} to {high:g}"
+            warnings.append(
+                f"{name}: {outside:,} of {value_count:,} values lie outside {low:g} to {high:g}"
                 f"{with_space(unit)}: {advice}"
             )
-    return found
+    return warnings

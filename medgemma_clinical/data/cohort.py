@@ -11,27 +11,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from medgemma_clinical.data.analytes import (
-    ANALYTES,
-    CHEMISTRY,
-    COMPUTED_GAP,
-    GAP_ITEM,
-    choose_features,
-    feature_of,
-    find_factors,
-    items_to_read,
-)
-from medgemma_clinical.data.duck import (
-    Column,
-    Database,
-    TableFile,
-    TableRequest,
-    apply_rules,
-    describe_origin,
-    find_file,
-    load_table,
-    open_table,
-)
+from medgemma_clinical.data import analytes, duck
 from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.texts import plain
 from medgemma_clinical.files import InputError
@@ -105,7 +85,7 @@ GAPS = {
         "4 mEq/L above sodium - chloride - bicarbonate, in eICU so in some hospitals"
     ),
 }
-GAP_ITEMS = {"always": COMPUTED_GAP, "reported": GAP_ITEM}
+GAP_ITEMS = {"always": analytes.COMPUTED_GAP, "reported": analytes.GAP_ITEM}
 
 DISCHARGED = {
     "not_escalated": (
@@ -150,7 +130,7 @@ RULES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class CohortRequest(TableRequest):
+class CohortRequest(duck.TableRequest):
     """A request for rows from the tables of a hospital: cohort, series, times, outcome."""
 
     cohort: str
@@ -178,27 +158,27 @@ class HospitalTables:
 
     command: str
     source: str  # of the data, with their terms
-    columns: Mapping[str, Mapping[str, Column]]  # that are read of each table
+    columns: Mapping[str, Mapping[str, duck.Column]]  # that are read of each table
     labs: str  # table of laboratory values
     unique: Mapping[str, str]  # column of a table whose values name its rows
     cohorts = COHORTS
-    known = "charted and stored by then"
+    usable = "charted and stored by then"
 
-    def __init__(self, database: Database, flag: str, folder: Path) -> None:
+    def __init__(self, database: duck.Database, flag: str, folder: Path) -> None:
         """Find all files, so that the absence of one shows before minutes are spent."""
         self.database, self.name = database, f"{flag} {folder}"
-        self.paths = {name: find_file(folder, name, flag) for name in self.columns}
+        self.paths = {name: duck.find_file(folder, name, flag) for name in self.columns}
         self.hashes: dict[str, str] = {}
 
-    def load(self, name: str, keep: Sequence[str] = (), keys: Sequence[str] = ()) -> TableFile:
+    def load(self, name: str, keep: Sequence[str] = (), keys: Sequence[str] = ()) -> duck.TableFile:
         """Make a table of a file, named like it; ``{COLUMN}`` in ``keep`` is a typed cell."""
         columns = self.columns[name]
-        file = open_table(self.database, self.paths[name], columns)
+        file = duck.open_table(self.database, self.paths[name], columns)
         self.hashes[name] = file.sha256
         cells = {column: form.typed(file.raw(column)) for column, form in columns.items()}
-        kept = [condition.format(**cells) for condition in keep]
+        conditions = [condition.format(**cells) for condition in keep]
         table = name.rpartition("/")[2]
-        load_table(self.database, table, file, columns, kept, keys=keys)
+        duck.load_table(self.database, table, file, columns, conditions, keys=keys)
         if key := self.unique.get(name):
             rows, values = self.database.row(f"SELECT count(*), count(DISTINCT {key}) FROM {table}")
             if values < rows:
@@ -212,7 +192,7 @@ class HospitalTables:
 
     def choose_features(self, request: Any) -> list[Feature]:
         """Return the features that are asked for, the main one first."""
-        return choose_features(request.series or ("anion gap",), request.gap_item)
+        return analytes.choose_features(request.series or ("anion gap",), request.gap_item)
 
     def load_labs(self, items: set[int]) -> None:
         """Make the table labs of these items, of patients in the table wanted."""
@@ -223,7 +203,7 @@ class HospitalTables:
 
 
 def make_cohort(
-    database: Database, request: CohortRequest, tables: HospitalTables
+    database: duck.Database, request: CohortRequest, tables: HospitalTables
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Make rows of the DKA format, by ascending patient and admission, and their description."""
     database.set(
@@ -233,7 +213,7 @@ def make_cohort(
         min_observations=request.min_observations,
         outcome=request.components,
         gap_item=request.gap_item,
-        computed_gap=COMPUTED_GAP,
+        computed_gap=analytes.COMPUTED_GAP,
     )
     tables.load_admissions()
     database.run_file(SQL / "stays.sql")
@@ -253,56 +233,56 @@ def make_cohort(
         "events": int(rows["label_escalation"].sum()),
         "discharged_alive": discharged,
     }
-    counted = {"flow": flow, "rows": counts, "values": dict(sorted(left_out.items()))}
-    return rows, describe_rows(request, tables, features, counted)
+    counted_rows = {"flow": flow, "rows": counts, "values": dict(sorted(left_out.items()))}
+    return rows, describe_rows(request, tables, features, counted_rows)
 
 
 def read_values(
-    database: Database, request: CohortRequest, tables: HospitalTables
+    database: duck.Database, request: CohortRequest, tables: HospitalTables
 ) -> tuple[list[Feature], dict[str, int]]:
     """Make the table converted; return the features, and counts of the values left out."""
-    chosen = tables.choose_features(request)
-    used = {GAP_ITEM: request.gap_item}
+    wanted_features = tables.choose_features(request)
+    item_of = {analytes.GAP_ITEM: request.gap_item}
     names = [
-        (used.get(item, item), each.name, f" ({each.unit})" if each.unit else "")
-        for item, each in ANALYTES.items()
+        (item_of.get(item, item), analyte.name, f" ({analyte.unit})" if analyte.unit else "")
+        for item, analyte in analytes.ANALYTES.items()
     ]
     database.add("analytes", pd.DataFrame(names, columns=["item", "analyte", "shown_unit"]))
-    items = [(k, item) for k, feature in enumerate(chosen) for item in feature.keys]
+    items = [(k, item) for k, feature in enumerate(wanted_features) for item in feature.keys]
     database.add("series_items", pd.DataFrame(items, columns=["position", "item"]))
-    tables.load_labs(items_to_read(chosen) | set(ANALYTES))
+    tables.load_labs(analytes.items_to_read(wanted_features) | set(analytes.ANALYTES))
     database.run_file(SQL / "values.sql")
     counts = database.frame("FROM value_counts").iloc[0]
     left_out = {str(reason): int(count) for reason, count in counts.items() if count}
 
     path = tables.paths[tables.labs]
     by_unit = "SELECT item, unit, count(*) AS count FROM measured GROUP BY ALL ORDER BY ALL"
-    factors = find_factors(database.frame(by_unit), chosen, str(path))
-    known = factors["factor"].notna()
-    database.add("factors", factors[known])
+    factors = analytes.find_factors(database.frame(by_unit), wanted_features, str(path))
+    has_factor = factors["factor"].notna()
+    database.add("factors", factors[has_factor])
     database.run_file(SQL / "gaps.sql")
-    for item, count in factors[~known].groupby("item")["count"].sum().items():
-        name = ANALYTES[item].name if item in ANALYTES else f"item {item}"
+    for item, count in factors[~has_factor].groupby("item")["count"].sum().items():
+        name = analytes.ANALYTES[item].name if item in analytes.ANALYTES else f"item {item}"
         left_out[f"of {name} in no unit or an unknown one"] = int(count)
     for reason, count in left_out.items():
         logger.info("%s: %d values %s", path, count, reason)
 
-    spelled = factors[known].groupby("item")["unit"].min()
-    found = database.run("FROM reference_ranges").fetchall()
-    ranges = {item: (low, high) for item, low, high in found}
+    unit_of = factors[has_factor].groupby("item")["unit"].min()
+    range_rows = database.run("FROM reference_ranges").fetchall()
+    ranges = {item: (low, high) for item, low, high in range_rows}
     features = [
         replace(
             feature,
-            unit=spelled.get(feature.keys[0], "") if feature.unit is None else feature.unit,
+            unit=unit_of.get(feature.keys[0], "") if feature.unit is None else feature.unit,
             reference=next((ranges[item] for item in feature.keys if item in ranges), None),
         )
-        for feature in chosen
+        for feature in wanted_features
     ]
     return features, left_out
 
 
 def select_admissions(
-    database: Database, request: CohortRequest, tables: HospitalTables
+    database: duck.Database, request: CohortRequest, tables: HospitalTables
 ) -> list[dict[str, Any]]:
     """Make the table kept, and log how the admissions became rows."""
     applies = {
@@ -312,21 +292,21 @@ def select_admissions(
         "excluded_discharge": request.discharged == "exclude",
         "not_measured": "unresolved" in request.components,
     }
-    unused = [name for name, used in applies.items() if not used]
+    unused = [name for name, applies_here in applies.items() if not applies_here]
     titles = {name: text.format(request.min_observations) for name, text in RULES.items()}
     rules = database.frame("FROM rules ORDER BY stay").set_index("stay")
-    left, flow = apply_rules(rules.drop(columns=unused).rename(columns=titles), tables.name)
+    left, flow = duck.apply_rules(rules.drop(columns=unused).rename(columns=titles), tables.name)
     database.add("kept", left[left].index.to_frame())
     logger.info("cohort %s: %s", request.cohort, tables.cohorts[request.cohort])
     return flow
 
 
 def make_cohort_rows(
-    database: Database, request: CohortRequest, features: Sequence[Feature]
+    database: duck.Database, request: CohortRequest, features: Sequence[Feature]
 ) -> pd.DataFrame:
     """Return the rows: identifiers, series, prediction time, context, static features, labels."""
     database.run_file(SQL / "rows.sql")
-    titles = ["clinical_trajectory", *(f"trajectory_{each.title}" for each in features[1:])]
+    titles = ["clinical_trajectory", *(f"trajectory_{feature.title}" for feature in features[1:])]
     cells = database.frame("FROM cells").set_index(["stay", "position"])["cell"].unstack()
     cells = cells.reindex(columns=range(len(titles))).set_axis(titles, axis="columns")
     rows = database.frame("FROM row_columns ORDER BY stay").set_index("stay")
@@ -334,14 +314,14 @@ def make_cohort_rows(
     static = make_static_features(database, request, features, rows)
     rows = rows.rename(columns={"unit": "care_unit"}).drop(columns="hours_since_admission")
     keys = ["subject_id", "hadm_id", "id", "care_unit"]
-    others = rows.drop(columns=[*keys, *labels])
-    rows = pd.concat([rows[keys], cells, others, static, rows[labels]], axis="columns")
+    middle = rows.drop(columns=[*keys, *labels])
+    rows = pd.concat([rows[keys], cells, middle, static, rows[labels]], axis="columns")
     flags = [*labels, "static_sex_male"]
     return rows.reset_index(drop=True).astype(dict.fromkeys(flags, "Int8"))
 
 
 def make_static_features(
-    database: Database, request: CohortRequest, features: Sequence[Feature], rows: pd.DataFrame
+    database: duck.Database, request: CohortRequest, features: Sequence[Feature], rows: pd.DataFrame
 ) -> pd.DataFrame:
     """Return what the context tells of the unit, of time and of other chemistry, as numbers."""
     unit = rows["unit"]
@@ -352,8 +332,8 @@ def make_static_features(
     static["static_hours_since_admission [h]"] = rows["hours_since_admission"]
     values = database.frame("FROM last_values").set_index(["stay", "analyte"])["value"].unstack()
     items = {key for feature in features for key in feature.keys}
-    for analyte in CHEMISTRY:
-        feature = feature_of(analyte, request.gap_item)
+    for analyte in analytes.CHEMISTRY:
+        feature = analytes.feature_of(analyte, request.gap_item)
         if not items & set(feature.keys):
             static[f"static_last_{feature.title}"] = values.get(analyte.name)
     return static
@@ -363,12 +343,12 @@ def describe_rows(
     request: CohortRequest,
     tables: HospitalTables,
     features: Sequence[Feature],
-    counted: dict[str, Any],
+    counts: dict[str, Any],
 ) -> dict[str, Any]:
     """Describe the rows: texts of the data set, ``counted``, definitions, origin."""
-    main, *others = features
-    chosen = [OUTCOMES[name] for name in request.components]
-    texts = zip(*(chosen if len(chosen) < len(OUTCOMES) else [ESCALATION]), strict=True)
+    main, *further = features
+    components = [OUTCOMES[name] for name in request.components]
+    texts = zip(*(components if len(components) < len(OUTCOMES) else [ESCALATION]), strict=True)
     outcome, question, definition = map(" or ".join, texts)
     ask, until = "Will the patient", f"within {plain(request.horizon_hours)} hours?"
     begin, rest = main.name[:1], main.name[1:]
@@ -378,26 +358,26 @@ def describe_rows(
         "question": f"{ask} {question} {until}",
         "outcome": outcome,
         "labels": {
-            f"label_{name}": {"outcome": each.outcome, "question": f"{ask} {each.question} {until}"}
-            for name, each in OUTCOMES.items()
+            f"label_{name}": {"outcome": text.outcome, "question": f"{ask} {text.question} {until}"}
+            for name, text in OUTCOMES.items()
         },
         "plausible": main.plausible,
-        "limits": {each.name: each.plausible for each in others},
+        "limits": {x.name: x.plausible for x in further},
         "reference": main.reference,
-        "references": {each.name: each.reference for each in others if each.reference},
+        "references": {x.name: x.reference for x in further if x.reference},
         "prediction_time": (
             f"{plain(request.window_hours)} hours after the first value of each admission, for "
-            f"patients who are then in hospital; only values {tables.known} are read"
+            f"patients who are then in hospital; only values {tables.usable} are read"
         ),
         "horizon": f"{plain(request.horizon_hours)} hours from then on",
-        **counted,
+        **counts,
         "definitions": {
             "cohort": tables.cohorts[request.cohort],
             "anion_gap": GAPS[request.compute_gap],
             "discharge": DISCHARGED[request.discharged],
             "label_escalation": definition,
-            **{f"label_{name}": each.definition for name, each in OUTCOMES.items()},
+            **{f"label_{name}": text.definition for name, text in OUTCOMES.items()},
         },
         "source": tables.source,
-        **describe_origin(request, tables.command, tables.hashes),
+        **duck.describe_origin(request, tables.command, tables.hashes),
     }

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.roles import from_long_command
+from medgemma_clinical.data.split import PARTS
 from medgemma_clinical.data.texts import NUMBER, Reference
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, UNKNOWN
 from medgemma_clinical.files import InputError, file_hash, one_line, read_json
@@ -31,9 +32,6 @@ STATIC = "static_"  # beginning of the name of a static feature's column
 PATIENTS = ("subject_id", "id")
 COLUMNS = (MAIN_COLUMN, *PATIENTS, "clinical_context", HOURS, "split")
 """Columns that are read, beside the label, further series and static features."""
-
-MADE = ("hadm_id", "prediction_time", "label_", "hospital", "care_unit")
-"""Beginnings of the names of columns that our commands write for people."""
 
 SERIES_COLUMN = re.compile(r"trajectory_([^\[\]]*[^\[\]\s])\s*(?:\[([^\[\]]+)\]\s*)?")
 """Column of a further series: its name, and its unit if it has one."""
@@ -54,7 +52,7 @@ ORIGIN = (
     *("made_by", "rows", "values", "definitions", "arguments", "source", "tables_sha256"),
     *("versions", "licence", "license", "citation", "note"),
 )
-"""Keys of the JSON file that say where data come from, for people."""
+"""Keys of the JSON file that say where data come from; nothing reads them."""
 
 OPTIONAL_TEXTS = ("unit", "prediction_time", "horizon", "csv_sha256")
 
@@ -63,7 +61,7 @@ NAMING = {
     "unit": "DKA without JSON: its unit, '' for none",
     "outcome": "DKA without JSON: meaning of label 1",
 }
-"""Help of the flags that say it in place of a description."""
+"""Help of the flags that replace a missing description."""
 
 
 @dataclass(frozen=True)
@@ -88,30 +86,30 @@ class Description:
     def for_label(self, column: str) -> Description:
         """Return the description with the outcome of a label column as its own."""
         name = column.removeprefix("label_").replace("_", " ").strip() or column
-        own: dict[str, Any] = {"outcome": name[:1].upper() + name[1:], "question": ""}
+        meaning: dict[str, Any] = {"outcome": name[:1].upper() + name[1:], "question": ""}
         if column == LABEL:
-            own = {"outcome": self.outcome or USUAL.outcome, "question": self.question}
+            meaning = {"outcome": self.outcome or USUAL.outcome, "question": self.question}
         elif column not in self.labels:
-            own["horizon"] = ""
-        own |= self.labels.get(column, {})
-        usual = own["outcome"] == USUAL.outcome
-        asked = USUAL.question if usual else f"Will the outcome {own['outcome']} occur?"
-        return replace(self, **own | {"question": own["question"] or asked})
+            meaning["horizon"] = ""
+        meaning |= self.labels.get(column, {})
+        usual = meaning["outcome"] == USUAL.outcome
+        question = USUAL.question if usual else f"Will the outcome {meaning['outcome']} occur?"
+        return replace(self, **meaning | {"question": meaning["question"] or question})
 
     def completed(
         self, table: pd.DataFrame, label: str, other: Description
     ) -> tuple[Description, list[str]]:
-        """Take from another description what a table holds and this one does not say; tell it."""
-        done, taken = self, []
+        """Take from another description what this one lacks of a table; return it in words, too."""
+        about, guesses = self, []
         if other.series and MAIN_COLUMN in table and not self.series:
             limits = self.plausible or other.plausible
-            done = replace(done, series=other.series, unit=other.unit, plausible=limits)
-            taken.append(f"{MAIN_COLUMN} is taken for {Feature(other.series, other.unit).title}")
+            about = replace(about, series=other.series, unit=other.unit, plausible=limits)
+            guesses.append(f"{MAIN_COLUMN} is taken for {Feature(other.series, other.unit).title}")
         described = label in self.labels or (label == LABEL and self.outcome)
         if other.outcome and label in table and not described:
-            done = replace(done, labels={**self.labels, label: {"outcome": other.outcome}})
-            taken.append(f"{label} is taken for {other.outcome}")
-        return done, taken
+            about = replace(about, labels={**self.labels, label: {"outcome": other.outcome}})
+            guesses.append(f"{label} is taken for {other.outcome}")
+        return about, guesses
 
 
 USUAL = Description(
@@ -121,18 +119,18 @@ USUAL = Description(
 
 
 def name_series(
-    table: pd.DataFrame, about: Description, label: str, named: Description, findings: Findings
+    table: pd.DataFrame, about: Description, label: str, flags: Description, findings: Findings
 ) -> Description:
     """Name by flags, ``named``, or else with a warning, what a description does not say."""
-    about, taken = about.completed(table, label, named)
-    if len(taken) < bool(named.series or named.unit) + bool(named.outcome):
-        problem = "for columns that are there and that no JSON file describes, the unit for a name"
+    about, guesses = about.completed(table, label, flags)
+    if len(guesses) < bool(flags.series or flags.unit) + bool(flags.outcome):
+        problem = "each describes a column that no JSON file describes; a unit needs a name"
         raise InputError(f"{findings.source}: --series_name, --unit, --outcome: {problem}")
     usual = USUAL if label == LABEL else replace(USUAL, outcome="")  # others are named by column
-    about, taken = about.completed(table, label, usual)
-    if taken:
+    about, guesses = about.completed(table, label, usual)
+    if guesses:
         advice = "name it by --series_name, --unit and --outcome"
-        findings.warnings[f"no description: {', '.join(taken)}: {advice}"] = None
+        findings.warnings[f"no description: {', '.join(guesses)}: {advice}"] = None
     return about
 
 
@@ -145,42 +143,42 @@ def read_description(source: Any, findings: Findings | None = None) -> Descripti
     if not os.path.lexists(file):
         return Description()
     try:
-        known = _read_keys(read_json(file), [each.name for each in fields(Description)])
-        if ("series" in known) != ("unit" in known):
+        content = _read_keys(read_json(file), [key.name for key in fields(Description)])
+        if ("series" in content) != ("unit" in content):
             raise InputError("key series: goes with the key unit, which is empty for none")
     except InputError as error:
         raise InputError(f"{file}, {error}") from error
     except (ValueError, OSError, AttributeError) as error:
         raise InputError(f"{file}: not a JSON object in UTF-8") from error
-    if findings and known.get("csv_sha256") and known["csv_sha256"] != file_hash(path):
+    if findings and content.get("csv_sha256") and content["csv_sha256"] != file_hash(path):
         findings.warnings[f"{file.name} was made with another {path.name}: is it current?"] = None
-    return Description(**known)
+    return Description(**content)
 
 
-def _read_keys(content: Any, known: Sequence[str], within: str = "") -> dict[str, Any]:
+def _read_keys(content: Any, keys: Sequence[str], within: str = "") -> dict[str, Any]:
     """Check and convert a JSON object; a misspelt key would leave a default in silence."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in content.items():
-        if key not in known and key not in ORIGIN:
-            hint = _hint(key, known) or f": the keys are {', '.join(known)}"
+        if key not in keys and key not in ORIGIN:
+            hint = _hint(key, keys) or f": the keys are {', '.join(keys)}"
             raise InputError(f"key {within}{key}: no such key{hint}")
         try:
-            found |= {key: _read_value(key, value)} if key in known else {}
+            values |= {key: _read_value(key, value)} if key in keys else {}
         except InputError:
             raise
         except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
             raise InputError(f"key {within}{key}: not as docs/data.md shows it") from error
-    return found
+    return values
 
 
 def _read_value(key: str, value: Any) -> Any:
     """Convert a value; one of another form raises any error."""
     match key:
         case "plausible" | "reference":
-            return None if value is None else _range(value, 1 + (key == "plausible"))
+            return None if value is None else _range(value, both=key == "plausible")
         case "limits" | "references":
-            known = {comparable(name): pair for name, pair in value.items() if pair is not None}
-            return {name: _range(pair, 1 + (key == "limits")) for name, pair in known.items()}
+            ranges = {comparable(name): pair for name, pair in value.items() if pair is not None}
+            return {name: _range(pair, both=key == "limits") for name, pair in ranges.items()}
         case "labels":
             keys = ("outcome", "question")
             return {name: _read_keys(x, keys, f"labels.{name}.") for name, x in value.items()}
@@ -188,17 +186,17 @@ def _read_value(key: str, value: Any) -> Any:
             counts = FLOW_COLUMNS[1:]
             return tuple({"rule": x["rule"], **{k: int(x[k]) for k in counts}} for x in value)
         case "time_scale":
-            return _range([0, value], 2)[1]
+            return _range([0, value], both=True)[1]
     if not value.split() and key not in OPTIONAL_TEXTS:
         raise ValueError("an empty text")
     return " ".join(value.split())
 
 
-def _range(pair: Any, fewest: int) -> tuple[float | None, ...]:
-    """Return two rising numbers, of which at least ``fewest`` are not None."""
+def _range(pair: Any, *, both: bool) -> tuple[float | None, ...]:
+    """Return two rising numbers, of which one may be None unless ``both`` are needed."""
     low, high = (None if end is None else float(end) for end in pair)
-    known = [end for end in (low, high) if end is not None]
-    if len(known) < fewest or not np.isfinite(known).all() or known != sorted(set(known)):
+    ends = [end for end in (low, high) if end is not None]
+    if len(ends) < 1 + both or not np.isfinite(ends).all() or ends != sorted(set(ends)):
         raise ValueError("not rising numbers")
     return low, high
 
@@ -221,10 +219,10 @@ def read_tables(
     else:
         name, tables = str(source), _read_file(Path(source), max_rows, columns)
     empty = True
-    for table, read in tables:
+    for table, progress in tables:
         if len(table):
             empty = False
-            yield table, read
+            yield table, progress
     if empty:
         raise InputError(f"{name}: no rows below the header")
 
@@ -237,10 +235,10 @@ def _read_file(
 ) -> Iterator[tuple[pd.DataFrame, int]]:
     if not os.path.isfile(path):  # ``Path.is_file`` raises for a name that is too long
         raise InputError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file'}")
-    read = _read_parquet if path.suffix.lower() == ".parquet" else _read_csv
+    read_blocks = _read_parquet if path.suffix.lower() == ".parquet" else _read_csv
     try:
         with path.open("rb") as file:
-            yield from read(path, file, max_rows, columns)
+            yield from read_blocks(path, file, max_rows, columns)
     except UnicodeError as error:
         form = "not a text file in UTF-8: save it as CSV UTF-8"
         raise InputError(f"{path}: {form}{OTHER_FORMS}") from error
@@ -263,11 +261,11 @@ def _read_csv(
     names = [name.strip() for name in next(rows, (0, []))[1]]
     if not names:
         raise InputError(f"{path}: the file is empty")
-    chosen = [names.index(name) for name in columns or ()] or range(len(names))
+    positions = [names.index(name) for name in columns or ()] or range(len(names))
     while block := list(itertools.islice(rows, max_rows)):
-        known: dict[str, str] = {}  # equal cells share their memory
-        cells = [[known.setdefault(row[k], row[k]) for k in chosen] for _, row in block]
-        numbers, header = [number for number, _ in block], [names[k] for k in chosen]
+        texts: dict[str, str] = {}  # equal cells share their memory
+        cells = [[texts.setdefault(row[k], row[k]) for k in positions] for _, row in block]
+        numbers, header = [number for number, _ in block], [names[k] for k in positions]
         yield pd.DataFrame(cells, numbers, header, dtype=object), file.tell()
 
 
@@ -298,13 +296,13 @@ def _read_parquet(
     except ImportError as error:
         raise InputError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
     try:
-        source, size, done = parquet.ParquetFile(file), path.stat().st_size, 0
+        source, size, rows = parquet.ParquetFile(file), path.stat().st_size, 0
         for block in source.iter_batches(max_rows, columns=columns or None):
             # A pandas index stays a column; integers stay integers beside missing ones.
             table = block.to_pandas(ignore_metadata=True, integer_object_nulls=True)
-            table.index += done
-            done += len(table)
-            yield table.rename(columns=str.strip), size * done // max(source.metadata.num_rows, 1)
+            table.index += rows
+            rows += len(table)
+            yield table.rename(columns=str.strip), size * rows // max(source.metadata.num_rows, 1)
     except (ArrowException, OSError) as error:
         raise InputError(f"{path}: not a whole Parquet file") from error
 
@@ -319,11 +317,11 @@ def plain_table(table: pd.DataFrame) -> pd.DataFrame:
 def text_of(table: pd.DataFrame, name: str) -> pd.Series:
     """Return a column as stripped text, empty where missing; whole floats as integers: 1.0 is 1."""
     column = table[name] if name in table else pd.Series(None, table.index, dtype=object)
-    known = column.notna()
+    is_filled = column.notna()
     if pd.api.types.is_float_dtype(column.dtype):
-        whole = known & (column % 1 == 0) & (column.abs() < 2**53)
+        whole = is_filled & (column % 1 == 0) & (column.abs() < 2**53)
         column = column.astype(object).where(~whole, column.where(whole, 0).astype("int64"))
-    return column.astype(str).where(known, "").str.strip().astype(object)
+    return column.astype(str).where(is_filled, "").str.strip().astype(object)
 
 
 def numbers_of(
@@ -340,14 +338,33 @@ def numbers_of(
     return numbers
 
 
+def labels_of(table: pd.DataFrame, label: str) -> tuple[NDArray[np.float64], pd.Series]:
+    """Return labels, (rows,), NaN where empty or wrong, and as text which of them are wrong."""
+    text = text_of(table, label).str.lower().replace({"false": "0", "true": "1"})
+    numbers = pd.to_numeric(text, errors="coerce").to_numpy(np.float64)
+    labels = np.where(np.isin(numbers, [0, 1]), numbers, np.nan)
+    return labels, text[np.isnan(labels) & (text != "")]
+
+
+def parts_of(table: pd.DataFrame, findings: Findings) -> NDArray[np.str_] | None:
+    """Return the part of the split of each row as the data bring it, None where they do not."""
+    if "split" not in table:
+        return None
+    parts = text_of(table, "split").str.lower().replace("validation", "val")
+    findings.reject(~parts.isin(PARTS), "split", "not train, val or test", parts)
+    moved = parts != parts.groupby(patients_of(table, findings)[0]).transform("first")
+    findings.reject(moved, "split", "another part than in an earlier row of the patient")
+    return parts.to_numpy(dtype=np.str_)
+
+
 def patients_of(table: pd.DataFrame, findings: Findings) -> tuple[pd.Series, NDArray[np.str_]]:
     """Return the patient of each row, 1, 1.0 and 01 being one, and the row's name as written."""
     columns = [name for name in PATIENTS if name in table]
-    written = [text_of(table, name) for name in columns] or [table.index.to_series().astype(str)]
-    patients = written[0].str.replace(r"^0*([0-9]+)(?:\.0+)?$", r"\1", regex=True)
+    texts = [text_of(table, name) for name in columns] or [table.index.to_series().astype(str)]
+    patients = texts[0].str.replace(r"^0*([0-9]+)(?:\.0+)?$", r"\1", regex=True)
     bad, column = patients == "", columns[0] if columns else ""
     findings.reject(bad, column, "is empty: name the patient of each row")
-    names = written[-1].where(written[-1] != "", written[0])
+    names = texts[-1].where(texts[-1] != "", texts[0])
     return patients, names.to_numpy(dtype=np.str_)
 
 
@@ -388,29 +405,30 @@ def join_names(names: Sequence[str], max_names: int = 20) -> str:
     return ", ".join(one_line(name[:200]) for name in names[:max_names]) + more
 
 
-def _hint(name: str, known: Sequence[str], likeness: float = 0.6) -> str:
-    near = [x for x in known if x.endswith(f"_{name}")]  # context, hours
-    near += difflib.get_close_matches(name[:200], [x[:200] for x in known], 1, likeness)
-    return f": did you mean {near[0]}?" if near else ""
+def _hint(name: str, names: Sequence[str], likeness: float = 0.6) -> str:
+    by_lower_case = {x[:200].lower(): x for x in names}
+    near = difflib.get_close_matches(name[:200].lower(), by_lower_case, 1, likeness)
+    return f": did you mean {one_line(by_lower_case[near[0]][:200])}?" if near else ""
 
 
 def check_header(table: pd.DataFrame, source: str, label: str, *, labelled: bool) -> None:
     """Refuse a table without a series, or without the label where it has to be labelled."""
     columns = [*map(str, table)]
-    series = any(name.startswith("trajectory_") for name in columns)
-    for name in [*[MAIN_COLUMN] * (not series), *[label] * labelled]:
-        if name not in columns:
-            there = f"{_hint(name, columns)}; the columns are {join_names(columns)}"
-            if any(map(CELL.fullmatch, columns)):
-                there = ": row 1 holds data, no header"
-            if command := from_long_command(columns, source):
-                raise InputError(f"{source}: holds one value a row: make a file of it by {command}")
-            raise InputError(f"{source}, column {name}: no such column{there}")
+    has_further = any(name.startswith("trajectory_") for name in columns)
+    needed = {MAIN_COLUMN: not has_further, label: labelled}
+    missing = next((x for x, is_needed in needed.items() if is_needed and x not in columns), None)
+    if missing:
+        if command := from_long_command(columns, source):
+            raise InputError(f"{source}: holds one value a row: make a file of it by {command}")
+        hint = f"{_hint(missing, columns)}; the columns are {join_names(columns)}"
+        if any(map(CELL.fullmatch, columns)):
+            hint = ": row 1 holds data, no header"
+        raise InputError(f"{source}, column {missing}: no such column{hint}")
     if label.startswith(STATIC):
         raise InputError(f"{source}, column {label}: a static feature cannot be the label")
     for name in columns:
-        read = name in (*COLUMNS, label) or name.startswith(STATIC)
-        if read and columns.count(name) > 1:
+        is_read = name in (*COLUMNS, label) or name.startswith(STATIC)
+        if is_read and columns.count(name) > 1:
             raise InputError(f"{source}, column {name}: appears twice: remove one")
 
 
@@ -421,60 +439,57 @@ def note_columns(
     findings: Findings,
     site: str | None = None,
 ) -> None:
-    """Warn of keys without a column, and of columns that seem to belong among those to be read."""
+    """Warn of keys without a column and of misspelt columns; note the columns that are not read."""
     columns, series = [*map(str, table)], find_features(table, description, None, "")
-    further = {comparable(each.name) for each in series if each.keys != (MAIN_COLUMN,)}
-    named = {"labels": columns, "limits": further, "references": further}
+    further = {comparable(feature.name) for feature in series if feature.keys != (MAIN_COLUMN,)}
+    described = {"labels": columns, "limits": further, "references": further}
     keys = [
-        f"{k}.{name}" for k in named for name in getattr(description, k) if name not in named[k]
+        f"{key}.{name}"
+        for key, names in described.items()
+        for name in getattr(description, key)
+        if name not in names
     ]
-    keys += ["series"] * (description.series != "" and MAIN_COLUMN not in columns)
+    if description.series and MAIN_COLUMN not in columns:
+        keys.append("series")
     warnings = [f"key {key} of the JSON file: no such column" for key in keys]
     if not set(PATIENTS) & set(columns):
         warnings.append("no column subject_id: each row is a patient of its own")
-    read = {*COLUMNS, label, site, *(feature.keys[0] for feature in series)}
-    unread = [name for name in columns if name not in read and not name.startswith((*MADE, STATIC))]
-    if unread:
-        findings.notes[f"columns not read: {join_names(unread, 10)}"] = None
-    for name in unread:
-        hint = _hint(name.lower(), [x for x in (*COLUMNS, label) if x not in columns], 0.75)
-        first = [] if columns.count(name) > 1 else table[name].head(20).tolist()
-        cells = [cell for cell in first if isinstance(cell, str) and cell.strip()]
-        if cells and all(map(CELL.fullmatch, cells)):
-            hint = f": did you mean trajectory_{name}?"
-        elif name.lower().startswith("static"):
-            hint = f": the name of a static feature begins with {STATIC}"
-        if hint:
-            warnings.append(f"column {one_line(name[:200])} is not read{hint}")
+    inputs = {*COLUMNS, label, site, *(feature.keys[0] for feature in series)}
+    extra = [name for name in columns if name not in inputs and not name.startswith(STATIC)]
+    if extra:
+        findings.notes[f"columns not read: {join_names(extra, 10)}"] = None
+    for name in (*COLUMNS, label):
+        if name not in columns and (hint := _hint(name, extra, 0.75)):
+            warnings.append(f"no column {name}{hint}")
     findings.warnings |= dict.fromkeys(warnings)
 
 
 def find_features(
-    table: pd.DataFrame, description: Description, chosen: Sequence[str] | None, source: str
+    table: pd.DataFrame, description: Description, names: Sequence[str] | None, source: str
 ) -> list[Feature]:
-    """Find all series of a table, ``MAIN_COLUMN`` first, or those ``chosen`` by name."""
+    """Find all series of a table, ``MAIN_COLUMN`` first, or those of ``names``."""
     about, limits, references = description, description.limits, description.references
     main = Feature(about.series, about.unit, (MAIN_COLUMN,), about.plausible, about.reference)
-    found = {comparable(main.name): main} if MAIN_COLUMN in table else {}
+    features = {comparable(main.name): main} if MAIN_COLUMN in table else {}
     for column in [name for name in map(str, table) if name.lower().startswith("trajectory")]:
         match = SERIES_COLUMN.fullmatch(column)
         name, unit = match.groups("") if match else ("", "")
         name, key = " ".join(name.replace("_", " ").split()), comparable(name)
-        problem = "another column is a series of that name" if key in found else ""
+        problem = "another column is a series of that name" if key in features else ""
         if not name or "," in name or re.fullmatch(NUMBER, name):
             problem = "not trajectory_NAME [unit], the name in words without comma"
         if problem:
             raise InputError(f"{source}, column {column}: {problem}")
         unit = "" if unit.strip() == "1" else unit.strip()  # UCUM's way to write that there is none
-        found[key] = Feature(name, unit, (column,), limits.get(key), references.get(key))
-    wanted = [*found] if chosen is None else list(map(comparable, chosen))
-    for name in wanted:
-        if name not in found:
-            known = join_names([feature.name for feature in found.values()])
-            raise InputError(f"{source}: --series {name}: no such series among {known}")
-    if len(set(wanted)) < max(len(wanted), 1):
+        features[key] = Feature(name, unit, (column,), limits.get(key), references.get(key))
+    keys = [*features] if names is None else list(map(comparable, names))
+    for key in keys:
+        if key not in features:
+            series = join_names([feature.name for feature in features.values()])
+            raise InputError(f"{source}: --series {key}: no such series among {series}")
+    if len(set(keys)) < max(len(keys), 1):
         raise InputError(f"{source}: --series: name each series once, and one at least")
-    return [found[name] for name in wanted]
+    return [features[key] for key in keys]
 
 
 # --------------------------------------------------------------------------- series
@@ -537,47 +552,44 @@ def _changes(*columns: NDArray[Any]) -> NDArray[np.bool_]:
 
 def as_trained(
     table: pd.DataFrame, about: Description, config: Mapping[str, Any], findings: Findings
-) -> Description:
-    """Take from a checkpoint what a description lacks; refuse a table that it cannot read."""
+) -> tuple[Description, list[str]]:
+    """Complete a description from a checkpoint's; return it and the columns of absent series."""
     label, source = config["read_options"].get("label_column", LABEL), findings.source
     check_header(table, source, label, labelled=False)
-    measured = [*zip(config["features"], config["units"], strict=True)]
-    own = {comparable(x.name) for x in find_features(table, about, None, source)}
-    main = next((each for each in measured if comparable(each[0]) not in own), ("", ""))
-    trained = Description(series=main[0], unit=main[1], outcome=config["outcome"])
-    about, taken = about.completed(table, label, trained)
-    if taken:
-        findings.notes[f"no description: {', '.join(taken)}, as in the training data"] = None
+    trained = [Feature(*pair) for pair in zip(config["features"], config["units"], strict=True)]
+    features = {comparable(x.name): x for x in find_features(table, about, None, source)}
+    main = next((x for x in trained if comparable(x.name) not in features), Feature(""))
+    usual = Description(series=main.name, unit=main.unit or "", outcome=config["outcome"])
+    about, guesses = about.completed(table, label, usual)
+    if guesses:
+        findings.notes[f"no description: {', '.join(guesses)}, as in the training data"] = None
+    if "" in features:  # the main series, which had no name
+        unnamed = features.pop("")
+        features[comparable(about.series)] = replace(unnamed, name=about.series, unit=about.unit)
     if config.get("prompts", {}).get("context") and "clinical_context" not in table:
         findings.warnings["no column clinical_context: the model reads an empty text"] = None
-    found = {comparable(x.name): x for x in find_features(table, about, None, source)}
-    for name, unit in measured:
-        feature = found.get(comparable(name))
-        if feature is None and name not in config["inputs"].get("series", config["features"]):
-            continue
+    missing = []
+    for series in trained:
+        column, feature = f"trajectory_{series.title}", features.get(comparable(series.name))
         if feature is None:
-            column, known = Feature(name, unit).title, join_names([x.name for x in found.values()])
-            where = f"{source}, column trajectory_{column}"
-            raise InputError(f"{where}: the model reads it, not only {known}")
-        if feature.unit != unit:
-            units = f"in {feature.unit or 'no unit'}, the model reads {unit or 'no unit'}"
-            raise InputError(f"{source}, column {feature.keys[0]}: {name} is {units}")
-    for name in [*config["inputs"]["static"], *[HOURS] * config["inputs"]["prediction_time"]]:
+            if series.name in config["inputs"].get("series", config["features"]):
+                names = join_names([x.name for x in features.values()])
+                raise InputError(
+                    f"{source}, column {column}: the model reads it, the table has only {names}"
+                )
+            missing.append(column)
+        elif feature.unit != series.unit:
+            units = f"in {feature.unit or 'no unit'}, the model reads {series.unit or 'no unit'}"
+            raise InputError(f"{source}, column {feature.keys[0]}: {series.name} is {units}")
+    inputs = list(config["inputs"]["static"])
+    if config["inputs"]["prediction_time"]:
+        inputs.append(HOURS)
+    for name in inputs:
         if name not in table:
             same = [x for x in map(str, table) if x.partition(" [")[0] == name.partition(" [")[0]]
-            there = f", not {same[0]}" if same else "; its cells may be empty where unknown"
-            raise InputError(f"{source}, column {name}: the model reads it{there}")
+            problem = f", not {same[0]}" if same else "; its cells may be empty where unknown"
+            raise InputError(f"{source}, column {name}: the model reads it{problem}")
     outcome, expected = about.for_label(label).outcome, config["outcome"]
     if label in table and outcome != expected:
         raise InputError(f"{source}, column {label}: is {outcome}, the model predicts {expected}")
-    return about
-
-
-def lacking_series(
-    table: pd.DataFrame, about: Description, config: Mapping[str, Any], source: str
-) -> list[str]:
-    """Return the columns of a checkpoint's series that a table lacks; no model reads these."""
-    found = {comparable(x.name) for x in find_features(table, about, None, source)}
-    measured = zip(config["features"], config["units"], strict=True)
-    lacking = [Feature(*each).title for each in measured if comparable(each[0]) not in found]
-    return [f"trajectory_{title}" for title in lacking]
+    return about, missing

@@ -26,21 +26,12 @@ import pandas as pd
 from tqdm import tqdm
 
 from medgemma_clinical.data.findings import flow_lines
-from medgemma_clinical.files import (
-    InputError,
-    RunFault,
-    atomic,
-    file_hash,
-    locked,
-    remove,
-)
+from medgemma_clinical.files import InputError, RunFault, atomic, file_hash, locked, remove
 from medgemma_clinical.provenance import code_hash
 
 logger = logging.getLogger(__name__)
 
-MADE_BY = "made_by"
-"""Key of the description that marks a file of these commands."""
-
+MADE_BY = "made_by"  # key of the description that marks a file of these commands
 UPDATE_SECONDS = 0.2  # between two looks at a running query: its progress, and signals
 
 
@@ -181,11 +172,10 @@ UNREADABLE = {
 
 @dataclass(frozen=True)
 class Column:
-    """How a column is read, by its form, a key of ``UNREADABLE`` or ``value``, a number or text.
+    """How a column is read."""
 
-    A ``time`` is cut to seconds, an ``instant`` is not; the ``id`` 10001.0 or 010001 is 10001.
-    """
-
+    # A key of UNREADABLE, or ``value``: a number or a text. A ``time`` is cut to seconds, an
+    # ``instant`` is not; the ``id`` 10001.0 or 010001 is 10001.
     form: str
     may_be_empty: bool = False  # an empty word is an empty text
     optional: bool = False  # the file may lack it; its cells are empty then
@@ -201,7 +191,7 @@ class Column:
         # As text 4.1 of 32 bits stays 4.1; without trim the reader itself would cast, and raise.
         cell = f"trim({raw}::VARCHAR)"
         if self.formats:
-            formats = sorted(self.formats, key=lambda each: "%y" not in each)
+            formats = sorted(self.formats, key=lambda form: "%y" not in form)
             time = f"try_strptime({cell}, [{', '.join(map(literal, formats))}])::TIMESTAMP"
             return f"CASE WHEN year({time}) > 999 THEN {time} END"  # %Y takes 24 for the year 24
         if self.form in ("time", "instant"):
@@ -225,14 +215,14 @@ class Column:
         """Return SQL for whether a raw cell cannot be read, or is empty and may not be."""
         if self.form == "value":
             return "false"
-        wrong = f"{self.typed(raw)} = ''" if self.form in TEXTS else f"{self.typed(raw)} IS NULL"
+        is_wrong = f"{self.typed(raw)} = ''" if self.form in TEXTS else f"{self.typed(raw)} IS NULL"
         if self.form == "whole":  # BIGINT has rounded 1.5; a CASE in `typed` would be slow
             number = f"TRY_CAST(trim({raw}::VARCHAR) AS DOUBLE)"
-            wrong = f"coalesce({number} % 1 != 0 OR abs({number}) >= {LARGEST_WHOLE}, true)"
+            is_wrong = f"coalesce({number} % 1 != 0 OR abs({number}) >= {LARGEST_WHOLE}, true)"
         if not self.may_be_empty:
-            return wrong
+            return is_wrong
         is_empty = f"coalesce(lower(trim({raw}::VARCHAR)), '') IN ('', 'nan')"
-        return "false" if self.form in TEXTS else f"NOT {is_empty} AND {wrong}"
+        return "false" if self.form in TEXTS else f"NOT {is_empty} AND {is_wrong}"
 
     def problem(self, count: int) -> str:
         """Return what is wrong with some cells."""
@@ -310,11 +300,11 @@ def find_file(folder: Path, name: str, flag: str) -> Path:
     """Find the file of a table, such as ``hosp/patients``, in one of its forms."""
     if not folder.is_dir():
         raise InputError(f"{flag} {folder}: no such folder")
-    found = [path for form in FORMS if (path := folder / f"{name}{form}").is_file()]
-    if len(found) != 1:
-        problem = f"is there {len(found)} times: leave one" if found else "is missing"
+    paths = [path for form in FORMS if (path := folder / f"{name}{form}").is_file()]
+    if len(paths) != 1:
+        problem = f"is there {len(paths)} times: leave one" if paths else "is missing"
         raise InputError(f"{flag} {folder}: the table {name} ({', '.join(FORMS)}) {problem}")
-    return found[0]
+    return paths[0]
 
 
 def open_table(database: Database, path: Path, columns: Mapping[str, Column]) -> TableFile:
@@ -356,29 +346,27 @@ def read_sheet(path: Path) -> pd.DataFrame:
 
 
 def find_time(
-    database: Database, file: TableFile, name: str, given: Sequence[str], known: Sequence[str]
+    database: Database, file: TableFile, name: str, formats: Sequence[str], earlier: Sequence[str]
 ) -> Column:
     """Return how all times of a column are written: in ISO's order, as given, or in another one."""
-    ways = [
-        Column("instant", formats=each) for each in ((), *([tuple(given)] if given else ORDERS))
-    ]
+    orders = [tuple(formats)] if formats else ORDERS
+    ways = [Column("instant", formats=order) for order in ((), *orders)]
     counts = ", ".join(f"count({way.typed('cell')})" for way in ways)
     cell, where = f"trim({file.raw(name)}::VARCHAR)", f"{file.path}, column {name}"
     for limit in (f"LIMIT {SAMPLE_ROWS}", ""):
-        filled = f"SELECT {cell} AS cell FROM {file.rows()} WHERE lower(cell) NOT IN ('', 'nan')"
+        select = f"SELECT {cell} AS cell FROM {file.rows()} WHERE lower(cell) NOT IN ('', 'nan')"
         with readable(file.path):
-            total, *read = database.row(f"SELECT count(*), {counts} FROM ({filled} {limit})")
-        fit = [way for way, count in zip(ways, read, strict=True) if count == total]
+            total, *fits = database.row(f"SELECT count(*), {counts} FROM ({select} {limit})")
+        fit = [way for way, count in zip(ways, fits, strict=True) if count == total]
         if ways[0] in fit:
             return ways[0]
     if not fit:
-        problem = (
-            f"{cells(total - max(read))} not a time such as 2150-01-31 08:30:00, as the others"
-        )
+        count = total - max(fits)
+        problem = f"{cells(count)} not a time such as 2150-01-31 08:30:00, as the others"
         form = "--time_format '%d.%m.%Y %H:%M', or --time_unit of numbers"
         raise InputError(f"{where}: {problem}: name the form, as {form}")
     # Where each day may be a month, the first format of an earlier file decides.
-    fit = [way for way in fit if [*way.formats[:1]] == [*known]] or fit
+    fit = [way for way in fit if [*way.formats[:1]] == [*earlier]] or fit
     if len(fit) > 1:
         form = "--time_format '%d/%m/%Y' or '%m/%d/%Y', with %H:%M or %I:%M %p if they have a time"
         raise InputError(f"{where}: the day or the month may come first: say {form}")
@@ -415,20 +403,20 @@ def load_table(
 ) -> None:
     """Make a table of some columns of a file; refuse wrong cells, counted by column."""
     raw = {column: file.raw(column) for column in columns}
-    wrong = {c: form.is_wrong(raw[c]) for c, form in columns.items() if c in file.header}
+    is_wrong = {c: form.is_wrong(raw[c]) for c, form in columns.items() if c in file.header}
     # An OR a condition, not one around all: DuckDB then applies the cheap ones first.
-    wrong_keys = [wrong[key] for key in keys]
-    kept = " AND ".join(f"({' OR '.join([each, *wrong_keys])})" for each in keep)
+    wrong_keys = [is_wrong[key] for key in keys]
+    conditions = " AND ".join(f"({' OR '.join([condition, *wrong_keys])})" for condition in keep)
     typed = ", ".join(f"{form.typed(raw[c])} AS {quoted(c)}" for c, form in columns.items())
-    flags = ", ".join(f"'{k}': {sql}" for k, sql in enumerate(wrong.values()))
+    flags = ", ".join(f"'{k}': {sql}" for k, sql in enumerate(is_wrong.values()))
     with readable(file.path):
         database.run(
             f'CREATE TABLE {name} AS SELECT {typed}, {{{flags}}} AS "is wrong" '
-            f"FROM {file.rows()} {join} WHERE {kept or 'true'}",
+            f"FROM {file.rows()} {join} WHERE {conditions or 'true'}",
             title=f"reading {file.path.name}",
         )
-    counts = ", ".join(f"""count(*) FILTER ("is wrong"['{k}'])""" for k in range(len(wrong)))
-    for column, count in zip(wrong, database.row(f"SELECT {counts} FROM {name}"), strict=True):
+    counts = ", ".join(f"""count(*) FILTER ("is wrong"['{k}'])""" for k in range(len(is_wrong)))
+    for column, count in zip(is_wrong, database.row(f"SELECT {counts} FROM {name}"), strict=True):
         if count:
             raise InputError(f"{file.path}, column {column}: {columns[column].problem(count)}")
     database.run(f'ALTER TABLE {name} DROP COLUMN "is wrong"')
@@ -453,7 +441,7 @@ def make_file(
 
 
 def check_target(out: Path) -> None:
-    """Refuse an output that cannot be written, before minutes are spent on reading."""
+    """Refuse an output that cannot be written before the tables are read, which takes minutes."""
     if out.suffix != ".csv":
         raise InputError(f"--out {out}: must end in .csv")
     if not os.access(out.parent, os.W_OK):
@@ -461,7 +449,7 @@ def check_target(out: Path) -> None:
     beside = out.with_suffix(".json")
     is_own = beside.is_file() and MADE_BY in beside.read_text("utf-8", "replace")
     if (out.exists() or beside.exists()) and not is_own:
-        problem = f"this file, or {beside.name}, is no earlier output: choose another name"
+        problem = f"this file, or {beside.name}, is not an earlier output: choose another name"
         raise InputError(f"--out {out}: {problem}")
 
 
@@ -479,9 +467,9 @@ def apply_rules(candidates: pd.DataFrame, source: str) -> tuple[pd.Series, list[
     """Remove rows by the first rule (column) that applies; return (N,) which are left, and flow."""
     left = pd.Series(True, index=candidates.index)
     flow = []
-    for rule, applies in candidates.items():
-        removed = int((left & applies).sum())
-        left &= ~applies
+    for rule, matches in candidates.items():
+        removed = int((left & matches).sum())
+        left &= ~matches
         flow.append({"rule": rule, "removed": removed, "left": int(left.sum())})
     lines = flow_lines(pd.DataFrame(flow))
     if not left.any():
@@ -495,9 +483,9 @@ def apply_rules(candidates: pd.DataFrame, source: str) -> tuple[pd.Series, list[
 def describe_origin(request: TableRequest, command: str, hashes: dict[str, str]) -> dict[str, Any]:
     """Return what a description says of the command: flags, hashes of the tables, versions."""
     limits = ("memory_limit", "threads")  # of the machine: like paths they change no row
-    kept = {k: v for k, v in vars(request).items() if not isinstance(v, Path | None)}
+    flags = {k: v for k, v in vars(request).items() if not isinstance(v, Path | None)}
     return {
-        "arguments": {k: v for k, v in kept.items() if k not in limits},
+        "arguments": {k: v for k, v in flags.items() if k not in limits},
         "tables_sha256": dict(sorted(hashes.items())),
         "versions": {
             "python": sys.version.split()[0],

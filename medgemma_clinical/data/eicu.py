@@ -32,7 +32,7 @@ from medgemma_clinical.data.duck import (
     open_database,
 )
 
-ITEMS = {each.name.replace("urea nitrogen", "BUN"): each.keys[0] for each in CHEMISTRY}
+ITEMS = {analyte.name.replace("urea nitrogen", "BUN"): analyte.keys[0] for analyte in CHEMISTRY}
 """MIMIC-IV's item of each labname. Others mean something else: bedside glucose is a finger prick,
 HCO3 and Total CO2 are computed by the blood gas machine."""
 
@@ -106,9 +106,9 @@ class EicuTables(HospitalTables):
     def load_labs(self, items: set[int]) -> None:
         """Make labs of all names in ``ITEMS``, of patients with a wanted admission."""
         self.database.add("items", pd.DataFrame(ITEMS.items(), columns=["labname", "itemid"]))
-        named = "{labname} IN (FROM items SELECT labname)"
-        wanted = "FROM unit_stays SEMI JOIN wanted USING (subject_id) SELECT patientunitstayid"
-        keep = [named, f"{{patientunitstayid}} IN ({wanted})"]
+        has_name = "{labname} IN (FROM items SELECT labname)"
+        stays = "FROM unit_stays SEMI JOIN wanted USING (subject_id) SELECT patientunitstayid"
+        keep = [has_name, f"{{patientunitstayid}} IN ({stays})"]
         self.load("lab", keep, keys=("patientunitstayid",))
         self.database.run_file(SQL / "eicu_labs.sql")
 
@@ -119,6 +119,6 @@ def make_eicu(request: EicuRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
         tables = EicuTables(database, "--eicu_dir", request.eicu_dir)
         rows, description = make_cohort(database, request, tables)
         hospitals = "SELECT hadm_id, min(hospitalid) AS hospital FROM unit_stays GROUP BY hadm_id"
-        named = database.frame(hospitals).set_index("hadm_id")["hospital"]
-        rows.insert(3, "hospital", rows["hadm_id"].map(named))
+        hospital_of = database.frame(hospitals).set_index("hadm_id")["hospital"]
+        rows.insert(3, "hospital", rows["hadm_id"].map(hospital_of))
         return rows, description

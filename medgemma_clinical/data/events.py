@@ -11,17 +11,8 @@ from typing import Any
 
 import pandas as pd
 
+from medgemma_clinical.data import duck
 from medgemma_clinical.data.dka import MAIN_COLUMN, comparable
-from medgemma_clinical.data.duck import (
-    Column,
-    Database,
-    TableFile,
-    TableRequest,
-    apply_rules,
-    literal,
-    load_table,
-    quoted,
-)
 from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.texts import NUMBER, plain
 from medgemma_clinical.files import InputError
@@ -31,13 +22,13 @@ logger = logging.getLogger(__name__)
 SQL = Path(__file__).parent / "sql"
 NAME = re.compile(r"[^\[\],*=\x00-\x1f]*[^\[\],*=\s]")
 TITLE = re.compile(rf"({NAME.pattern})\s*(?:\[([^\[\],*\x00-\x1f]+)\]\s*)?")
-SUBJECT = Column("id")
+SUBJECT = duck.Column("id")
 MAX_PAIRS = 200_000  # of a prediction and an event of its subject, joined at a time
 MAX_AT_MIDNIGHT = 0.1  # share of events above which they seem to have dates in place of times
 
 
 @dataclass(frozen=True, kw_only=True)
-class EventRequest(TableRequest):
+class EventRequest(duck.TableRequest):
     """What every command needs that makes rows of labels and events."""
 
     labels: Path
@@ -48,6 +39,10 @@ class EventRequest(TableRequest):
     outcome: str
     question: str
     prediction_time: str = ""  # a column and hours to add to it; by default a column of its own
+
+    def factors(self) -> dict[tuple[str, str], float]:
+        """Return the factor of each item and unit whose values are converted."""
+        return {}
 
 
 def make_feature(where: str, title: str, code: str) -> Feature:
@@ -67,72 +62,83 @@ def check_name(where: str, name: str) -> None:
 
 def parse_features(flag: str, texts: Iterable[str], *, code_needed: bool = True) -> list[Feature]:
     """Read ``NAME [unit]=CODE`` of a flag, or NAME alone; a repeated name joins its codes."""
-    found: dict[str, Feature] = {}
+    features: dict[str, Feature] = {}
     for text in texts:
         title, _, code = map(str.strip, text.partition("="))
         if code_needed and not code:
             raise InputError(f"--{flag} {text}: write 'NAME [unit]=CODE'")
         feature = make_feature(f"--{flag} {text}", title, code)
-        earlier = found.setdefault(comparable(feature.name), replace(feature, keys=()))
+        key = comparable(feature.name)
+        earlier = features.setdefault(key, replace(feature, keys=()))
         if earlier.unit != feature.unit:
             raise InputError(f"--{flag} {text}: {feature.name} has two units: give one")
-        found[comparable(feature.name)] = replace(earlier, keys=earlier.keys + feature.keys)
-    return list(found.values())
+        features[key] = replace(earlier, keys=earlier.keys + feature.keys)
+    return list(features.values())
 
 
 # ---------------------------------------------------------------------------- tables
 
 
-def add_windows(database: Database, request: EventRequest, time_unit: int = 0) -> None:
+def add_windows(database: duck.Database, request: EventRequest, time_unit: int = 0) -> None:
     """Make the tables of ``windows.sql`` from ``label``; ``time_unit`` is in microseconds."""
-    labels, different = database.row(
+    labels, predictions = database.row(
         "SELECT count(*), count(DISTINCT (subject, prediction_time)) FROM label"
     )
-    if different < labels:
+    if predictions < labels:
         problem = "subject_id and prediction_time appear twice: keep one label of each"
         raise InputError(f"{request.labels}: {problem}")
     database.set(width=round(request.window_hours * 3_600_000_000), time_unit=time_unit)
     database.run_file(SQL / "windows.sql")
 
 
-def any_code(code: str, wanted: Iterable[Any], otherwise: str) -> str:
-    """Return SQL for whether a code is a wanted one, ``otherwise`` where none is wanted."""
-    texts = [literal(str(each)) for each in dict.fromkeys(wanted)]
-    return " OR ".join(f"is_code({code}, {text})" for text in texts) or otherwise
+def any_code(code: str, codes: Iterable[Any], default: str) -> str:
+    """Return SQL for whether a code is one of some codes, ``default`` where there are none."""
+    texts = [duck.literal(str(text)) for text in dict.fromkeys(codes)]
+    return " OR ".join(f"is_code({code}, {text})" for text in texts) or default
 
 
 def load_events(
-    database: Database,
+    database: duck.Database,
     request: EventRequest,
-    files: Iterable[TableFile],
+    files: Iterable[duck.TableFile],
     names: Mapping[str, str],  # columns of subject_id, item, time, value; perhaps unit, storetime
-    columns: Mapping[str, Column],
+    columns: Mapping[str, duck.Column],
     codes: Sequence[Any],  # read within the ``span`` of their subject; empty: all
     always: Sequence[str] = (),  # codes that are read at any time
-    factors: Mapping[tuple[str, str], float] | None = None,  # of values, by item and unit
 ) -> None:
-    """Make the view ``record`` of events: subject, code, time, known, value, unit, converted."""
+    """Make the view ``record`` of the events of the subjects of --labels; refuse to find none."""
     keys = [names[role] for role in ("subject_id", "item", "time")]
-    found = []
+    counts = []
     for number, file in enumerate(files):
         subject, code, time = (columns[name].typed(file.raw(name)) for name in keys)
-        wanted = any_code(code, codes, "true")
+        has_code = any_code(code, codes, "true")
         keep = (
             f"closes IS NOT NULL AND (coalesce({time} BETWEEN opens AND closes, true) "
-            f"AND ({wanted}) OR {any_code(code, always, 'false')})"
+            f"AND ({has_code}) OR {any_code(code, always, 'false')})"
         )
         join = f"LEFT JOIN span ON subject = {subject}"
-        load_table(database, "loaded", file, columns, [keep], join, keys[:2])
-        counts = (
-            f"count(DISTINCT subject), count(*), count(*) FILTER ({time} < opens), "
+        duck.load_table(database, "loaded", file, columns, [keep], join, keys[:2])
+        select = (
+            f"SELECT count(DISTINCT subject), count(*), count(*) FILTER ({time} < opens), "
             f"count(*) FILTER ({time} > closes), count(*) FILTER (closes IS NULL)"
         )
-        found.append(database.row(f"SELECT {counts} FROM {file.rows()} {join} WHERE {wanted}"))
+        counts.append(database.row(f"{select} FROM {file.rows()} {join} WHERE {has_code}"))
         append = "INSERT INTO read FROM loaded; DROP TABLE loaded"
         database.run(append if number else "ALTER TABLE loaded RENAME TO read")
-    rows = [(code, unit, factor) for (code, unit), factor in (factors or {}).items()]
+    make_record(database, names, columns, request.factors())
+    check_windows(database, request, [sum(column) for column in zip(*counts, strict=True)])
+
+
+def make_record(
+    database: duck.Database,
+    names: Mapping[str, str],
+    columns: Mapping[str, duck.Column],
+    factors: Mapping[tuple[str, str], float],  # of values, by item and unit
+) -> None:
+    """Make the view ``record`` of ``read``: subject, code, time, known, value, unit, converted."""
+    rows = [(code, unit, factor) for (code, unit), factor in factors.items()]
     database.add("factors", pd.DataFrame(rows, columns=["code", "unit", "factor"]))
-    cells = {role: f"read.{quoted(name)}" for role, name in names.items()}
+    cells = {role: f"read.{duck.quoted(name)}" for role, name in names.items()}
     unit, value = cells.get("unit", "NULL::VARCHAR"), cells["value"]
     if columns[names["value"]].form == "value":
         value = f"coalesce({value}.number, at_limit({value}.text))"
@@ -143,33 +149,37 @@ def load_events(
         f"{unit} AS unit, factor IS NOT NULL AS converted FROM read LEFT JOIN factors "
         f"ON factors.code::VARCHAR = {cells['item']} AND factors.unit::VARCHAR = {unit}"
     )
+
+
+def check_windows(database: duck.Database, request: EventRequest, counts: Sequence[int]) -> None:
+    """Log the events outside the windows; refuse labels without any event in their windows."""
+    subjects, events, early, late, unlabelled = counts
     measured, labelled = database.row(
         "SELECT (SELECT count(DISTINCT subject) FROM record), (SELECT count(*) FROM span)"
     )
-    subjects, total, early, late, strange = map(sum, zip(*found, strict=True))
     window = f"the windows ({plain(request.window_hours)} hours up to a prediction time)"
     outside = f"{early:,} lie before {window}, {late:,} after them"
-    if early + late + strange:
-        others = f"{strange:,} are of subjects that --labels lacks"
-        logger.info("of %s values %s, %s", f"{total:,}", outside, others)
-    few = f"{labelled - measured:,} of the {labelled:,} subjects of --labels have no value in"
+    if early + late + unlabelled:
+        foreign = f"{unlabelled:,} are of subjects that --labels lacks"
+        logger.info("of %s values %s, %s", f"{events:,}", outside, foreign)
     cause = f"of their values {outside}"
     if 2 * subjects < labelled:
         cause = "are subjects named alike in both tables?"
-    if not total:
+    if not events:
         cause = "no event has a code of --series"
-    problem = f"{few} their windows: {cause}"
+    missing = f"{labelled - measured:,} of the {labelled:,} subjects of --labels have no value in"
+    problem = f"{missing} their windows: {cause}"
     if not measured:
         raise InputError(problem)
     if 2 * measured < labelled:
         logger.warning("warning: %s", problem)
 
 
-def name_codes(database: Database, wanted: Mapping[str, Sequence[Feature]]) -> None:
+def name_codes(database: duck.Database, features_of: Mapping[str, Sequence[Feature]]) -> None:
     """Make the table ``named``: which code of ``record`` belongs to which feature of which flag."""
     rows = [
         (flag, feature.name, feature.unit, position, feature.title, code)
-        for flag, features in wanted.items()
+        for flag, features in features_of.items()
         for position, feature in enumerate(features)
         for code in feature.keys
     ]
@@ -177,8 +187,9 @@ def name_codes(database: Database, wanted: Mapping[str, Sequence[Feature]]) -> N
     table = pd.DataFrame(rows, columns=columns, dtype="string").astype({"position": "int32"})
     database.add("wanted", table)
     database.run(
-        "CREATE TABLE named AS SELECT DISTINCT found.code, kind, name, unit, position FROM wanted "
-        "JOIN (SELECT DISTINCT code FROM record) AS found ON is_code(found.code, wanted.code)"
+        "CREATE TABLE named AS SELECT DISTINCT present.code, kind, name, unit, position FROM "
+        "wanted JOIN (SELECT DISTINCT code FROM record) AS present "
+        "ON is_code(present.code, wanted.code)"
     )
     unseen = "FROM wanted WHERE NOT EXISTS (FROM named WHERE is_code(named.code, wanted.code))"
     for row in database.run(f"SELECT kind, title, code {unseen} ORDER BY ALL").fetchall():
@@ -190,57 +201,62 @@ def name_codes(database: Database, wanted: Mapping[str, Sequence[Feature]]) -> N
 
 
 def make_trajectories(
-    database: Database, request: EventRequest, equal_times: str = "keep"
+    database: duck.Database, request: EventRequest, equal_times: str = "keep"
 ) -> pd.DataFrame:
     """Return each trajectory: number (of its prediction), series, observations, hours, text."""
     database.set(max_pairs=MAX_PAIRS, hours_from=request.hours_from, equal_times=equal_times)
     database.run_file(SQL / "events.sql")
-    found = []
+    midnight, events = database.row(
+        "SELECT count(*) FILTER (date_trunc('day', time) = time OR date_trunc('day', known) = "
+        "known), count(*) FROM event"
+    )
+    if midnight > MAX_AT_MIDNIGHT * events:
+        problem = "a date without a time counts as known from the beginning of its day"
+        logger.warning("warning: %d of %d events are at midnight: %s", midnight, events, problem)
+    batches = []
     for first, last in database.run("FROM batch ORDER BY first").fetchall() or [(0, 0)]:
         database.set(first=first, last=last)
         database.run_file(SQL / "trajectories.sql")
         trajectories = database.frame("FROM trajectory")
-        found.append(trajectories.astype({"text": object}))  # a copy shares the texts
-    return pd.concat(found, ignore_index=True)
+        batches.append(trajectories.astype({"text": object}))  # a copy shares the texts
+    return pd.concat(batches, ignore_index=True)
 
 
 def make_rows(
-    database: Database,
+    database: duck.Database,
     request: EventRequest,
     series: Sequence[Feature],
     trajectories: pd.DataFrame,
-    usable: str,  # says which events of a window are read
-    static: pd.DataFrame | None = None,  # context and static columns by number of the prediction
+    static: pd.DataFrame,  # context and static columns by number of the prediction
     parts: pd.Series | None = None,  # of the split, by subject
     *,
-    keep_all: bool = False,  # removed rows stay without values: no new patient is lost unseen
-) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Return the rows of the DKA format and their description, but for its origin."""
-    main, fewest = series[0], request.min_observations
+    keep_all: bool = False,  # removed rows stay without values, so that no new patient is lost
+) -> tuple[pd.DataFrame, list[dict[str, Any]]]:
+    """Return the rows of the DKA format, and how the labels became rows."""
     labels = database.frame(
         "SELECT *, person IN (SELECT person FROM event) AS measured FROM prediction ORDER BY number"
     ).set_index("number")
-    cells = {name: table.set_index("number") for name, table in trajectories.groupby("series")}
-    none = trajectories[:0].set_index("number")
+    tables = {name: table.set_index("number") for name, table in trajectories.groupby("series")}
+    cells = [tables.get(feature.name, trajectories[:0].set_index("number")) for feature in series]
+    fewest = request.min_observations
     rules = {}
     if parts is not None:
         rules["subject in no part of the split"] = ~labels["subject"].isin(parts.index)
     rules["no value of any series from the first window to the last"] = ~labels["measured"]
-    few = "no value" if fewest == 1 else f"fewer than {fewest} values"
-    counts = cells.get(main.name, none)["observations"].reindex(labels.index)
-    rules[f"{few} of {main.name} in the window"] = ~counts.ge(fewest)
-    left, flow = apply_rules(pd.DataFrame(rules), f"--labels {request.labels}")
+    too_few = "no value" if fewest == 1 else f"fewer than {fewest} values"
+    counts = cells[0]["observations"].reindex(labels.index)
+    rules[f"{too_few} of {series[0].name} in the window"] = ~counts.ge(fewest)
+    left, flow = duck.apply_rules(pd.DataFrame(rules), f"--labels {request.labels}")
     labels = labels if keep_all else labels[left]
-    titles = [MAIN_COLUMN, *(f"trajectory_{each.title}" for each in series[1:])]
-    texts = [cells.get(each.name, none)["text"] for each in series]
+    titles = [MAIN_COLUMN, *(f"trajectory_{feature.title}" for feature in series[1:])]
     rows = pd.DataFrame(
         {
             "id": labels["subject"] + " " + labels["shown"],
             "subject_id": labels["subject"],
             "prediction_time": labels["shown"],
-            **dict(zip(titles, texts, strict=True)),
-            "prediction_hours": cells[main.name]["hours"],
-            **({} if static is None else static),
+            **{title: table["text"] for title, table in zip(titles, cells, strict=True)},
+            "prediction_hours": cells[0]["hours"],
+            **static,
             "label_escalation": labels["label"].astype("Int8"),
         },
         index=labels.index,
@@ -250,26 +266,30 @@ def make_rows(
         logger.warning("warning: %d rows are kept without values: no risk", int((~left).sum()))
     if parts is not None:
         rows["split"] = labels["subject"].map(parts)
-    midnight, events = database.row(
-        "SELECT count(*) FILTER (date_trunc('day', time) = time OR date_trunc('day', known) = "
-        "known), count(*) FROM event"
-    )
-    if midnight > MAX_AT_MIDNIGHT * events:
-        problem = "a date without a time counts as known from the beginning of its day"
-        logger.warning("warning: %d of %d events are at midnight: %s", midnight, events, problem)
     if unlabelled := int(rows["label_escalation"].isna().sum()):
         logger.info("%s of %s rows have no label", f"{unlabelled:,}", f"{len(rows):,}")
+    return rows.reset_index(drop=True), flow
+
+
+def describe_rows(
+    request: EventRequest,
+    main: Feature,
+    usable: str,  # events of a window that are read, in words
+    rows: pd.DataFrame,
+    flow: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Return the description of rows, but for its origin."""
     event = "the event" if request.outcome == "Event" else f"the outcome {request.outcome!r}"
-    asked = request.prediction_time or "given with each label"
+    time = request.prediction_time or "given with each label"
     window = f"of the {plain(request.window_hours)} hours up to then, both ends included"
     patients, events = rows["subject_id"].nunique(), rows["label_escalation"].sum()
-    return rows.reset_index(drop=True), {
+    return {
         "series": main.name,
         "unit": main.unit,
         "question": request.question or f"Will {event} occur?",
         "outcome": request.outcome,
         "plausible": None,
-        "prediction_time": f"{asked}; {window}, {usable} are read",
+        "prediction_time": f"{time}; {window}, {usable} are read",
         "horizon": "given by the labels",
         "flow": flow,
         "rows": {"rows": len(rows), "patients": int(patients), "events": int(events)},

@@ -25,11 +25,11 @@ lacks the events of some fold."""
 
 
 def foldable(dataset: TrajectoryDataset, max_samples: int, seed: int) -> TrajectoryDataset:
-    """Return the rows that are dealt out: labelled ones, of at most ``max_samples`` patients."""
+    """Return the rows that are assigned to folds: labelled, of at most ``max_samples`` patients."""
     rows = labelled_rows(dataset).sample_patients(max_samples, seed)
     if rows.parts is not None:
         logger.warning(
-            "%s: the column split is not read: folds replace it, and its test part trains too",
+            "%s: the column split is ignored: folds replace it, so its test part also trains",
             rows.source,
         )
         rows = copy.copy(rows)
@@ -40,7 +40,7 @@ def foldable(dataset: TrajectoryDataset, max_samples: int, seed: int) -> Traject
 def draw_folds(
     groups: NDArray[np.str_], labels: NDArray[np.float64], folds: int, seed: int, source: str = ""
 ) -> NDArray[np.int64]:
-    """Deal patients out to folds, stratified by event; return the fold of each row, (N,)."""
+    """Assign patients to folds, stratified by event; return the fold of each row, (N,)."""
     owner, event = patient_events(groups, labels)
     rng, needed = np.random.default_rng(seed), PATIENTS_A_FOLD * folds
     strata = [rng.permutation(np.flatnonzero(event == outcome)) for outcome in (True, False)]
@@ -86,11 +86,11 @@ def fold_dataset(
 ) -> TrajectoryDataset:
     """Return one run's data: rows whose ``fold`` (N,) is k test, a tenth of the rest validates."""
     rest = np.flatnonzero(fold != k)
-    drawn = draw_split(dataset.groups[rest], dataset.labels[rest], seed, dataset.source)
-    own = copy.copy(dataset)
-    own.parts = np.where(fold == k, "test", "train").astype("U5")
-    own.parts[rest[drawn["val"]]] = "val"
+    split = draw_split(dataset.groups[rest], dataset.labels[rest], seed, dataset.source)
+    run_data = copy.copy(dataset)
+    run_data.parts = np.where(fold == k, "test", "train").astype("U5")
+    run_data.parts[rest[split["val"]]] = "val"
     tested = f"site {code(site)} tests" if site else f"of folds 0 to {fold.max()}, fold {k} tests"
     validated = f"a tenth of the other patients, drawn by seed {seed}, validates"
-    own.parts_origin = f"{tested}, {validated}"
-    return own
+    run_data.parts_origin = f"{tested}, {validated}"
+    return run_data

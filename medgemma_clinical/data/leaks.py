@@ -42,8 +42,8 @@ def _single_inputs(
         since = [hours, hours - first, hours - dataset.last_times[train]]
         inputs["prediction_hours"] = [*since, np.isnan(hours).astype(float)]
     owner = np.repeat(np.arange(len(train)), dataset.lengths[train])
-    measured = ~np.isnan(dataset.values[dataset.rows_of(train)])
-    for name, column in zip(dataset.features, measured.T, strict=True):
+    is_measured = ~np.isnan(dataset.values[dataset.rows_of(train)])
+    for name, column in zip(dataset.features, is_measured.T, strict=True):
         count = np.bincount(owner[column], minlength=len(train)).astype(float)
         inputs[f"how often {name} is measured"] = [count, (count > 0).astype(float)]
     return inputs
@@ -53,9 +53,9 @@ def _auroc(
     column: NDArray[np.float64], labels: NDArray[np.float64], patients: NDArray[np.int64]
 ) -> float:
     """Return the AUROC of the known values of a column, in the better direction; 0 if few."""
-    known = ~np.isnan(column)
-    column, labels = column[known], labels[known]
-    if minority_patients(labels, patients[known]) < MIN_MINORITY:
+    has_value = ~np.isnan(column)
+    column, labels = column[has_value], labels[has_value]
+    if minority_patients(labels, patients[has_value]) < MIN_MINORITY:
         return 0.0
     events = int(labels.sum())
     ranks = rankdata(column)[labels == 1].sum() - events * (events + 1) / 2

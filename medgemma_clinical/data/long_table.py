@@ -12,37 +12,8 @@ from typing import Any
 
 import pandas as pd
 
+from medgemma_clinical.data import duck, events
 from medgemma_clinical.data.dka import STATIC, comparable, join_names
-from medgemma_clinical.data.duck import (
-    MADE_BY,
-    MICROSECONDS,
-    NO,
-    WORD,
-    WORD_OR_EMPTY,
-    YES,
-    Column,
-    Database,
-    TableFile,
-    cells,
-    describe_origin,
-    find_time,
-    literal,
-    load_table,
-    open_database,
-    open_table,
-    quoted,
-)
-from medgemma_clinical.data.events import (
-    SUBJECT,
-    EventRequest,
-    add_windows,
-    check_name,
-    load_events,
-    make_rows,
-    make_trajectories,
-    name_codes,
-    parse_features,
-)
 from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.roles import (
     HINTS,
@@ -60,15 +31,15 @@ logger = logging.getLogger(__name__)
 COMMAND, EVENT = "from_long", "Event"
 TIMES = ("prediction_time", "time", "storetime")
 MAX_SERIES, MAX_CATEGORIES, MAX_WORDS, MAX_LETTERS = 100, 20, 5, 30
-LABEL = Column("label", may_be_empty=True)
+LABEL = duck.Column("label", may_be_empty=True)
 LATER = re.compile(r"(.+?)\s*\+\s*(\d+(?:\.\d+)?)\s*(h|d)(?:ours?|ays?)?")
 FACTOR = re.compile(rf"(.*):(.*)=\s*({NUMBER})\s*")
-HOUR = MICROSECONDS["hours"]
+HOUR = duck.MICROSECONDS["hours"]
 MALE, FEMALE = ("male", "m"), ("female", "f")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LongRequest(EventRequest):
+class LongRequest(events.EventRequest):
     """The flags of from_long."""
 
     table: Path
@@ -93,7 +64,7 @@ class LongRequest(EventRequest):
 
     def mapped(self) -> dict[str, str]:
         """Return the columns that are named by their role, empty where there is none."""
-        found: dict[str, str] = {}
+        columns: dict[str, str] = {}
         roles = {**ROLES, **LABEL_ROLES}
         begins = "|".join(map(re.escape, roles))
         for text in self.columns:
@@ -102,20 +73,20 @@ class LongRequest(EventRequest):
                 if role not in roles or not (name or role in OPTIONAL):
                     problem = f"write ROLE=COLUMN, a role of {', '.join(roles)}"
                     raise InputError(f"--columns {text}: {problem}")
-                found[role] = name
-        return found | (
-            {"prediction_time": self.prediction_time_column()[0]} if self.prediction_time else {}
-        )
+                columns[role] = name
+        if self.prediction_time:
+            columns["prediction_time"] = self.prediction_time_column()[0]
+        return columns
 
     def factors(self) -> dict[tuple[str, str], float]:
         """Return the factor of each item and unit."""
-        found: dict[tuple[str, str], float] = {}
+        factors: dict[tuple[str, str], float] = {}
         for text in self.factor:
             match = FACTOR.fullmatch(text)
             if not match or not 0 < float(match[3]) < math.inf:
                 raise InputError(f"--factor {text}: write 'ITEM:UNIT=NUMBER', a number above 0")
-            found[match[1].strip(), match[2].strip()] = float(match[3])
-        return found
+            factors[match[1].strip(), match[2].strip()] = float(match[3])
+        return factors
 
 
 def read_like(path: Path) -> dict[str, Any]:
@@ -123,169 +94,188 @@ def read_like(path: Path) -> dict[str, Any]:
     file = path.with_suffix(".json")
     try:
         content = read_json(file)
-        arguments = dict(content["arguments"]) if content[MADE_BY].endswith(COMMAND) else {}
+        arguments = dict(content["arguments"]) if content[duck.MADE_BY].endswith(COMMAND) else {}
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         arguments = {}
     if not arguments:
         raise InputError(f"--like {path}: {file.name} is no description of an output of {COMMAND}")
-    own = {each.name for each in fields(LongRequest)} - {"no_labels"}
-    found = {name: value for name, value in arguments.items() if name in own}
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+    flags = {field.name for field in fields(LongRequest)} - {"no_labels"}
+    values = {name: value for name, value in arguments.items() if name in flags}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
 def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Return the rows of the DKA format, and their description."""
-    wanted = parse_features("series", request.series, code_needed=False)
+    chosen_series = events.parse_features("series", request.series, code_needed=False)
     factors = request.factors()
     if request.like and request.out.resolve() == request.like.resolve():
         raise InputError(f"--out {request.out}: --like reads it: choose another name")
-    with open_database(request.out, request.memory_limit, request.threads) as database:
+    with duck.open_database(request.out, request.memory_limit, request.threads) as database:
         database.set(below_limit=request.below_limit)
-        table = open_table(database, request.table, {})
-        labels = open_table(database, request.labels, {})
+        table = duck.open_table(database, request.table, {})
+        labels = duck.open_table(database, request.labels, {})
         names, label_names = find_columns(table, labels, request)
-        if request.equal_times == "last" and "storetime" not in names:
-            raise InputError("--equal_times last: needs a column storetime")
         times = find_times(database, labels, label_names, request)
-        kinds = load_labels(database, labels, label_names, request, times["prediction_time"])
+        categories = load_labels(database, labels, label_names, request, times["prediction_time"])
         times |= find_times(database, table, names, request)
-        roles = {
-            "subject_id": SUBJECT,
-            "item": WORD,
-            "value": Column("value", comma=table.separator == ";"),
-            "unit": WORD_OR_EMPTY,
-            **{
-                role: replace(time, may_be_empty=role == "storetime")
-                for role, time in times.items()
-            },
-        }
-        columns = {name: roles[role] for role, name in names.items()}
-        log_columns(table, names)
-        codes = [code for each in wanted for code in each.keys]
-        load_events(database, request, [table], names, columns, codes, factors=factors)
-        check_texts(database, "read", names["value"], table, request)
-        found = wanted or find_items(database)
-        name_codes(database, {"series": found})
-        units = convert_units(database, factors, table.path)
-        trajectories = make_trajectories(database, request, request.equal_times)
-        series = [replace(each, unit=units.get(each.name, each.unit)) for each in found]
-        series = series if wanted else choose_series(trajectories, series, table.path)
+        codes = [code for feature in chosen_series for code in feature.keys]
+        load_values(database, table, names, request, times, codes)
+        items = chosen_series or find_items(database)
+        events.name_codes(database, {"series": items})
+        items = convert_units(database, items, factors, table.path)
+        trajectories = events.make_trajectories(database, request, request.equal_times)
+        series = items if chosen_series else choose_series(trajectories, items, table.path)
         static = database.frame(f"SELECT COLUMNS('^(number|{STATIC}.*)$') FROM prediction")
-        label = label_names.get("label", "")
-        if request.outcome == EVENT and label and find_column(LABEL_ROLES["label"], label) is None:
-            request = replace(request, outcome=label)
-        usable = "values that were stored by then" if "storetime" in names else "values"
-        rows, description = make_rows(
+        rows, flow = events.make_rows(
             database,
             request,
             series,
             trajectories,
-            usable,
             static.set_index("number"),
             keep_all=request.no_labels,
         )
-        description["values"] = count_left_out(database, table.path)
+        left_out = count_left_out(database, table.path)
+    usable = "values that were stored by then"
     if "storetime" not in names:
+        usable = "values"
         logger.warning("warning: %s: no storetime: values count as known when measured", table.path)
-    hashes = {table.path.name: table.sha256, f"labels/{labels.path.name}": labels.sha256}
+    label, outcome = label_names.get("label", ""), request.outcome
+    if outcome == EVENT and label and find_column(LABEL_ROLES["label"], label) is None:
+        outcome = label
     formats = {role: column.formats[:1] for role, column in times.items()}
     settled = replace(
         request,
+        outcome=outcome,
         columns=tuple(f"{role}={name}" for role, name in {**names, **label_names}.items()),
-        series=tuple(f"{each.title}={key}" for each in series for key in each.keys),
-        read_as={"times": formats, "static": kinds},
+        series=tuple(f"{feature.title}={key}" for feature in series for key in feature.keys),
+        read_as={"times": formats, "static": categories},
     )
+    hashes = {table.path.name: table.sha256, f"labels/{labels.path.name}": labels.sha256}
+    description = events.describe_rows(settled, series[0], usable, rows, flow)
+    description["values"] = left_out
     rows = rows.drop(columns="label_escalation") if request.no_labels else rows
-    return rows, description | describe_origin(settled, COMMAND, hashes)
+    return rows, description | duck.describe_origin(settled, COMMAND, hashes)
 
 
 # ---------------------------------------------------------------------------- tables
 
 
 def find_columns(
-    table: TableFile, labels: TableFile, request: LongRequest
+    table: duck.TableFile, labels: duck.TableFile, request: LongRequest
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Return the column of each role in both tables; ask for all that are missing in one line."""
-    mapped, problems, found = request.mapped(), list[str](), []
-    roles = {r: n for r, n in LABEL_ROLES.items() if r != "label" or not request.no_labels}
-    roles["labels.subject_id"] = (mapped.get("subject_id", ""), *roles["labels.subject_id"])
-    for file, own in ((table, ROLES), (labels, roles)):
-        names = find_roles(file.header, own, mapped)
-        missing = [r for r in own if r not in names and (r not in OPTIONAL or mapped.get(r))]
-        found.append(names)
+    mapped, problems, names_of = request.mapped(), list[str](), []
+    label_roles = {r: n for r, n in LABEL_ROLES.items() if r != "label" or not request.no_labels}
+    subject = mapped.get("subject_id", "")
+    label_roles["labels.subject_id"] = (subject, *label_roles["labels.subject_id"])
+    for file, roles in ((table, ROLES), (labels, label_roles)):
+        names = find_roles(file.header, roles, mapped)
+        names_of.append(names)
+        missing = [r for r in roles if r not in names and (r not in OPTIONAL or mapped.get(r))]
         if missing:
-            asked = " ".join(f"{role}=?" for role in missing)
-            asked += "".join(HINTS.get(role, "") for role in missing)
+            flags = " ".join(f"{role}=?" for role in missing)
+            flags += "".join(HINTS.get(role, "") for role in missing)
             columns = f"the columns are {join_names(file.header)}"
-            problems.append(f"{file.path}: --columns {asked}: {columns}")
+            problems.append(f"{file.path}: --columns {flags}: {columns}")
     if problems:
         raise InputError("; ".join(problems))
-    return found[0], found[1]
+    if request.equal_times == "last" and "storetime" not in names_of[0]:
+        raise InputError("--equal_times last: needs a column storetime")
+    return names_of[0], names_of[1]
 
 
-def log_columns(file: TableFile, names: Mapping[str, str]) -> None:
+def log_columns(file: duck.TableFile, names: Mapping[str, str]) -> None:
     """Log which column is read as what, and those that are not read."""
-    read = ", ".join(f"{role}={one_line(name)}" for role, name in names.items())
-    unread = join_names([name for name in file.header if name not in names.values()])
-    logger.info("%s: %s; columns not read: %s", file.path, read, unread or "none")
+    columns_read = ", ".join(f"{role}={one_line(name)}" for role, name in names.items())
+    columns_unread = join_names([name for name in file.header if name not in names.values()])
+    logger.info("%s: %s; columns not read: %s", file.path, columns_read, columns_unread or "none")
 
 
 def find_times(
-    database: Database, file: TableFile, names: Mapping[str, str], request: LongRequest
-) -> dict[str, Column]:
+    database: duck.Database, file: duck.TableFile, names: Mapping[str, str], request: LongRequest
+) -> dict[str, duck.Column]:
     """Return how the times of each role are read."""
-    known, there = request.read_as.get("times", {}), [role for role in TIMES if role in names]
+    earlier, roles = request.read_as.get("times", {}), [role for role in TIMES if role in names]
     if request.time_unit:
-        return dict.fromkeys(there, Column(request.time_unit))
+        return dict.fromkeys(roles, duck.Column(request.time_unit))
     return {
-        role: find_time(database, file, names[role], request.time_format, known.get(role, ()))
-        for role in there
+        role: duck.find_time(
+            database, file, names[role], request.time_format, earlier.get(role, ())
+        )
+        for role in roles
     }
 
 
-def load_labels(
-    database: Database,
-    file: TableFile,
+def load_values(
+    database: duck.Database,
+    file: duck.TableFile,
     names: Mapping[str, str],
     request: LongRequest,
-    time: Column,
+    times: Mapping[str, duck.Column],
+    codes: Sequence[Any],
+) -> None:
+    """Make the view ``record`` of the values in the windows."""
+    roles = {
+        "subject_id": events.SUBJECT,
+        "item": duck.WORD,
+        "value": duck.Column("value", comma=file.separator == ";"),
+        "unit": duck.WORD_OR_EMPTY,
+        **{role: replace(t, may_be_empty=role == "storetime") for role, t in times.items()},
+    }
+    columns = {name: roles[role] for role, name in names.items()}
+    log_columns(file, names)
+    events.load_events(database, request, [file], names, columns, codes)
+    check_texts(database, "read", names["value"], file, request)
+
+
+def load_labels(
+    database: duck.Database,
+    file: duck.TableFile,
+    names: Mapping[str, str],
+    request: LongRequest,
+    time: duck.Column,
 ) -> dict[str, list[str]]:
     """Make the table ``label`` and windows of it; return the categories of each static feature."""
-    static = parse_features("static", request.static, code_needed=False)
-    read, kinds = dict[str, str](), dict[str, list[str]]()
-    for each in static:
-        column = find_column(file.header, str(each.keys[0]))
-        if column is None or column in {*names.values(), *read.values()} or len(each.keys) > 1:
+    static = events.parse_features("static", request.static, code_needed=False)
+    columns_of, categories = dict[str, str](), dict[str, list[str]]()
+    for feature in static:
+        column = find_column(file.header, str(feature.keys[0]))
+        used_columns = {*names.values(), *columns_of.values()}
+        if column is None or column in used_columns or len(feature.keys) > 1:
             problem = f"no column of its own among {join_names(file.header)}"
-            raise InputError(f"--static {each.title}={each.keys[0]}: {file.path}: {problem}")
-        read[each.title] = column
-    log_columns(file, {**names, **read})
-    columns = dict.fromkeys(read.values(), Column("value", comma=file.separator == ";"))
-    columns |= {names["labels.subject_id"]: SUBJECT, names["prediction_time"]: time}
+            raise InputError(f"--static {feature.title}={feature.keys[0]}: {file.path}: {problem}")
+        columns_of[feature.title] = column
+    log_columns(file, {**names, **columns_of})
+    columns = dict.fromkeys(columns_of.values(), duck.Column("value", comma=file.separator == ";"))
+    columns |= {names["labels.subject_id"]: events.SUBJECT, names["prediction_time"]: time}
     columns |= {} if request.no_labels else {names["label"]: LABEL}
-    load_table(database, "answers", file, columns)
+    duck.load_table(database, "answers", file, columns)
     _, delay = request.prediction_time_column()
-    later = f"{quoted(names['prediction_time'])} + to_microseconds({delay})"
-    label = "NULL::INTEGER" if request.no_labels else quoted(names["label"])
-    made = {"subject": quoted(names["labels.subject_id"]), "prediction_time": later, "label": label}
-    for each in static:
-        own, kinds[each.title] = make_static(database, each, read[each.title], file, request)
-        made |= own
-    shown = ", ".join(f"{sql} AS {quoted(name)}" for name, sql in made.items())
-    database.run(f"CREATE TABLE label AS SELECT {shown} FROM answers")
-    add_windows(database, request, MICROSECONDS.get(request.time_unit, 0))
-    return kinds
+    select = {
+        "subject": duck.quoted(names["labels.subject_id"]),
+        "prediction_time": f"{duck.quoted(names['prediction_time'])} + to_microseconds({delay})",
+        "label": "NULL::INTEGER" if request.no_labels else duck.quoted(names["label"]),
+    }
+    for feature in static:
+        sql, categories[feature.title] = make_static(
+            database, feature, columns_of[feature.title], file, request
+        )
+        select |= sql
+    columns_sql = ", ".join(f"{sql} AS {duck.quoted(name)}" for name, sql in select.items())
+    database.run(f"CREATE TABLE label AS SELECT {columns_sql} FROM answers")
+    events.add_windows(database, request, duck.MICROSECONDS.get(request.time_unit, 0))
+    return categories
 
 
 # ---------------------------------------------------------------------------- cells
 
 
 def check_texts(
-    database: Database, loaded: str, column: str, file: TableFile, request: LongRequest
+    database: duck.Database, loaded: str, column: str, file: duck.TableFile, request: LongRequest
 ) -> None:
     """Refuse texts in place of numbers unless a flag says how they are read; count them."""
     where = f"{file.path}, column {column}"
-    texts = f"SELECT unnest({quoted(column)}) FROM {loaded}"
+    texts = f"SELECT unnest({duck.quoted(column)}) FROM {loaded}"
     commas, points, below, above, other = database.row(
         "SELECT count(*) FILTER (sign = ','), count(*) FILTER (sign = '.'), "
         "count(*) FILTER (is_limit(text) AND text[1] IN ('<', '≤')), "
@@ -297,9 +287,9 @@ def check_texts(
         problems.append(f"{commas:,} numbers have a comma and {points:,} a point: write all alike")
     if below + above and not request.below_limit:
         flag = '--below_limit half, value or drop (of "<5": 2.5, 5 or empty)'
-        problems.append(f"{cells(below + above)} at a limit: {flag}")
+        problems.append(f"{duck.cells(below + above)} at a limit: {flag}")
     if other and not request.bad_values:
-        problems.append(f"{cells(other)} not a number: --bad_values drop leaves it out")
+        problems.append(f"{duck.cells(other)} not a number: --bad_values drop leaves it out")
     if problems:
         raise InputError(f"{where}: {'; '.join(problems)}")
     if below + above:
@@ -311,62 +301,67 @@ def check_texts(
             f"{MAX_LETTERS} AND NOT regexp_matches(text, '\\d') GROUP BY text ORDER BY 2 DESC, 1 "
             f"LIMIT {MAX_WORDS + 1}"
         ).fetchall()
-        shown = words if len(words) <= MAX_WORDS else []
-        dropped = [f'{count:,} values "{one_line(text)}"' for text, count in shown]
-        rest = other - sum(count for _, count in shown)
+        words = words if len(words) <= MAX_WORDS else []
+        dropped = [f'{count:,} values "{one_line(text)}"' for text, count in words]
+        rest = other - sum(count for _, count in words)
         dropped += [f"{rest:,} other texts"] if rest else []
         logger.info("%s: dropped %s", where, ", ".join(dropped))
 
 
 def make_static(
-    database: Database, feature: Feature, column: str, file: TableFile, request: LongRequest
+    database: duck.Database,
+    feature: Feature,
+    column: str,
+    file: duck.TableFile,
+    request: LongRequest,
 ) -> tuple[dict[str, str], list[str]]:
     """Return SQL of the columns of a static feature, and its categories: none where numbers."""
-    where, cell = f"{file.path}, column {column}", quoted(column)
+    where, cell = f"{file.path}, column {column}", duck.quoted(column)
     word = f"lower(coalesce({cell}.text, plain({cell}.number)))"
     words = request.read_as.get("static", {}).get(feature.title)
     if words is None:
         (numbers,) = database.row(f"SELECT count({cell}.number) FROM answers")
-        found = f"SELECT DISTINCT {word} AS word FROM answers WHERE word IS NOT NULL ORDER BY 1"
-        words = [] if numbers else [each for (each,) in database.run(found).fetchall()]
+        select = f"SELECT DISTINCT {word} AS word FROM answers WHERE word IS NOT NULL ORDER BY 1"
+        words = [] if numbers else [text for (text,) in database.run(select).fetchall()]
     if len(words) > MAX_CATEGORIES:
         raise InputError(f"{where}: {len(words):,} different texts, {MAX_CATEGORIES} may be")
     if not words:
         check_texts(database, "answers", column, file, request)
         number = f"plain(coalesce({cell}.number, at_limit({cell}.text)))"
         return {f"{STATIC}{feature.title}": number}, words
-    known, columns = name_categories(feature.name, words)
-    listed, made = ", ".join(map(literal, known)), {}
-    (strange,) = database.row(f"SELECT count(*) FROM answers WHERE {word} NOT IN ({listed})")
-    if strange:
-        logger.warning("warning: %s: %s of no known category: empty", where, cells(strange))
+    categories, columns = name_categories(feature.name, words)
+    is_category, sql = f"{word} IN ({', '.join(map(duck.literal, categories))})", {}
+    (count,) = database.row(f"SELECT count(*) FROM answers WHERE NOT {is_category}")
+    if count:
+        logger.warning("warning: %s: %s of no known category: empty", where, duck.cells(count))
     for name, ones in columns.items():
         logger.info("%s: %s is 1 for %s", where, name, one_line(", ".join(ones)))
-        one = f"({word} IN ({', '.join(map(literal, ones))}))::INTEGER::VARCHAR"
-        made[name] = f"CASE WHEN {word} IN ({listed}) THEN {one} END"
-    return made, words
+        one = f"({word} IN ({', '.join(map(duck.literal, ones))}))::INTEGER::VARCHAR"
+        sql[name] = f"CASE WHEN {is_category} THEN {one} END"
+    return sql, words
 
 
 def name_categories(
     name: str, words: Sequence[str]
 ) -> tuple[Sequence[str], dict[str, Sequence[str]]]:
-    """Return the known categories, and those that are 1 in each column: one column of two."""
-    for ones, zeros, title in ((YES, NO, name), (MALE, FEMALE, f"{name.lower()}_male")):
+    """Return the categories, and those that are 1 in each column: one column for two of them."""
+    for ones, zeros, title in ((duck.YES, duck.NO, name), (MALE, FEMALE, f"{name.lower()}_male")):
         if {*words} <= {*ones, *zeros}:
             return (*ones, *zeros), {f"{STATIC}{title}": ones}
-    shown = words[1:] if len(words) == 2 else words
-    names = [" ".join(re.sub(r"[\[\],*=]", " ", word).split()) for word in shown]
-    return words, {f"{STATIC}{name} {n}": (w,) for n, w in zip(names, shown, strict=True)}
+    with_column = words[1:] if len(words) == 2 else words
+    titles = [" ".join(re.sub(r"[\[\],*=]", " ", word).split()) for word in with_column]
+    pairs = zip(titles, with_column, strict=True)
+    return words, {f"{STATIC}{name} {title}": (word,) for title, word in pairs}
 
 
 # ---------------------------------------------------------------------------- items
 
 
-def find_items(database: Database) -> list[Feature]:
+def find_items(database: duck.Database) -> list[Feature]:
     """Return each item as a feature, whatever its case, by its most frequent spelling."""
     spellings: dict[str, list[str]] = {}
-    found = "SELECT code FROM record GROUP BY code ORDER BY count(*) DESC, code"
-    for (code,) in database.run(found).fetchall():
+    select = "SELECT code FROM record GROUP BY code ORDER BY count(*) DESC, code"
+    for (code,) in database.run(select).fetchall():
         spellings.setdefault(comparable(code), []).append(code)
     return [Feature(codes[0], "", tuple(codes)) for codes in spellings.values()]
 
@@ -381,51 +376,55 @@ def choose_series(
         problem = f"{len(names):,} items have values in the windows, and 1 to {MAX_SERIES} may be"
         raise InputError(f"{path}: {problem}: choose by --series")
     for name in names:
-        check_name(f"{path}, item {name}", name)
-    series = sorted((x for x in items if x.name in names), key=lambda each: names.index(each.name))
-    logger.info("series: %s", join_names([each.title for each in series]))
+        events.check_name(f"{path}, item {name}", name)
+    by_name = {item.name: item for item in items}
+    series = [by_name[name] for name in names]
+    logger.info("series: %s", join_names([feature.title for feature in series]))
     return series
 
 
 def convert_units(
-    database: Database, factors: Mapping[tuple[str, str], float], path: Path
-) -> dict[str, str]:
-    """Return the one unit of each feature; refuse two units, warn of a factor without a use."""
-    found = database.run(
+    database: duck.Database,
+    items: Sequence[Feature],
+    factors: Mapping[tuple[str, str], float],
+    path: Path,
+) -> list[Feature]:
+    """Return the items with their one unit; refuse two units, warn of a factor without a use."""
+    rows = database.run(
         "SELECT name, any_value(named.unit), converted, code, record.unit "
         "FROM record JOIN named USING (code) WHERE value IS NOT NULL AND record.unit IS NOT NULL "
         "GROUP BY name, converted, code, record.unit "
         "ORDER BY name, converted, record.unit = '', count(*) DESC, code, record.unit"
     ).fetchall()
     for item, unit in factors:
-        there = [own for *_, code, own in found if code == item]
-        if unit not in there:
-            listed = join_names([each or "no unit" for each in there]) or "no value of it"
-            problem = f"no value in a window has this item and this unit: there is {listed}"
+        units_of_item = [row_unit for *_, code, row_unit in rows if code == item]
+        if unit not in units_of_item:
+            units_text = join_names([x or "no unit" for x in units_of_item]) or "no value of it"
+            problem = f"no value in a window has this item and this unit: there is {units_text}"
             logger.warning("warning: --factor '%s:%s=': %s", item, unit, problem)
     units: dict[str, str] = {}
-    for name, given, converted, code, unit in found:  # values that are not converted come first
-        if converted and not (given or name in units):
+    for name, flag_unit, converted, code, unit in rows:  # values that are not converted come first
+        if converted and not (flag_unit or name in units):
             problem = "all values are converted: give the unit"
             raise InputError(f"{path}: {problem} by --series '{name} [unit]'")
-        kept = units.setdefault(name, given or unit)
-        if converted == (unit == kept):
-            problem = f"{name} has values in {kept} and in {unit or 'no unit'}"
+        target = units.setdefault(name, flag_unit or unit)
+        if converted == (unit == target):
+            problem = f"{name} has values in {target} and in {unit or 'no unit'}"
             problem = f"{name} is in this unit already" if converted else problem
             by = f"--factor '{code}:{unit}=NUMBER'"
             raise InputError(f"{path}: {problem}: convert what is in another unit by {by}")
-    return units
+    return [replace(item, unit=units.get(item.name, item.unit)) for item in items]
 
 
-def count_left_out(database: Database, path: Path) -> dict[str, int]:
+def count_left_out(database: duck.Database, path: Path) -> dict[str, int]:
     """Count and log the values in the windows that are left out or converted."""
-    counts = database.row(
+    row = database.row(
         "SELECT count(*) FILTER (value IS NULL), "
         "count(*) FILTER (value IS NOT NULL AND known IS NULL), "
         "count(*) FILTER (value IS NOT NULL AND converted) FROM record JOIN named USING (code)"
     )
-    found = dict(zip(("without a number", "never stored", "converted"), counts, strict=True))
-    for what, count in found.items():
+    counts = dict(zip(("without a number", "never stored", "converted"), row, strict=True))
+    for words, count in counts.items():
         if count:
-            logger.info("%s: %d values %s", path, count, what)
-    return found
+            logger.info("%s: %d values %s", path, count, words)
+    return counts

@@ -11,54 +11,33 @@ from typing import Any
 
 import pandas as pd
 
+from medgemma_clinical.data import duck, events
 from medgemma_clinical.data.dka import comparable, join_names
-from medgemma_clinical.data.duck import (
-    WORD,
-    Column,
-    Database,
-    TableFile,
-    describe_origin,
-    load_table,
-    open_database,
-    open_table,
-    readable,
-)
-from medgemma_clinical.data.events import (
-    SQL,
-    SUBJECT,
-    EventRequest,
-    add_windows,
-    any_code,
-    load_events,
-    make_rows,
-    make_trajectories,
-    name_codes,
-    parse_features,
-)
+from medgemma_clinical.data.events import SUBJECT
 from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.notes import add_notes, load_notes
 from medgemma_clinical.files import InputError, one_line
 
 logger = logging.getLogger(__name__)
 
-TIME = Column("instant")
+TIME = duck.Column("instant")
 EVENTS = {
     "subject_id": SUBJECT,
-    "code": WORD,
-    "time": Column("instant", may_be_empty=True),
-    "numeric_value": Column("number", may_be_empty=True, optional=True),
+    "code": duck.WORD,
+    "time": duck.Column("instant", may_be_empty=True),
+    "numeric_value": duck.Column("number", may_be_empty=True, optional=True),
 }
 """Source: MEDS 0.4.1, DataSchema."""
 
 ROLES = {"subject_id": "subject_id", "item": "code", "time": "time", "value": "numeric_value"}
 
 ANSWERS = ("boolean_value", "integer_value", "float_value")
-YES_OR_NO = Column("label", may_be_empty=True, optional=True)
+YES_OR_NO = duck.Column("label", may_be_empty=True, optional=True)
 LABELS = {"subject_id": SUBJECT, "prediction_time": TIME, **dict.fromkeys(ANSWERS, YES_OR_NO)}
 """Source: MEDS 0.4.1, LabelSchema; a label fills one of its answers."""
 
-OPTIONAL_WORD = Column("word", may_be_empty=True, optional=True)
-CODES = {"code": WORD, "description": OPTIONAL_WORD, "valueuom": OPTIONAL_WORD}
+OPTIONAL_WORD = duck.Column("word", may_be_empty=True, optional=True)
+CODES = {"code": duck.WORD, "description": OPTIONAL_WORD, "valueuom": OPTIONAL_WORD}
 PERSON = ("MEDS_BIRTH", "GENDER//M", "GENDER//F")
 PART_OF_SPLIT = {"train": "train", "tuning": "val", "held_out": "test"}
 SPLITS = "metadata/subject_splits.parquet"
@@ -68,7 +47,7 @@ AUTOMATIC = ("age", "sex male")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MedsRequest(EventRequest):
+class MedsRequest(events.EventRequest):
     """The flags of from_meds."""
 
     meds_dir: Path
@@ -80,24 +59,24 @@ class MedsRequest(EventRequest):
 
 def make_meds(request: MedsRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Return the rows of the DKA format, and their description."""
-    series = parse_features("series", request.series)
-    context = parse_features("context", request.context)
-    for each in context:
-        if comparable(each.name) in AUTOMATIC:
+    series = events.parse_features("series", request.series)
+    context = events.parse_features("context", request.context)
+    for feature in context:
+        if comparable(feature.name) in AUTOMATIC:
             problem = "age and sex are in the context by themselves: give another name"
-            raise InputError(f"--context {each.title}: {problem}")
+            raise InputError(f"--context {feature.title}: {problem}")
     hashes: dict[str, str] = {}
-    with open_database(request.out, request.memory_limit, request.threads) as database:
+    with duck.open_database(request.out, request.memory_limit, request.threads) as database:
         load_meds_labels(database, request.labels, hashes)
-        add_windows(database, request)
+        events.add_windows(database, request)
         files = open_files(database, request.meds_dir / "data", EVENTS)
         hashes |= {name: file.sha256 for name, file in files.items()}
-        codes = [code for each in (*series, *context) for code in each.keys]
-        load_events(database, request, files.values(), ROLES, EVENTS, codes, PERSON)
-        name_codes(database, {"series": series, "context": context})
+        codes = [code for feature in (*series, *context) for code in feature.keys]
+        events.load_events(database, request, files.values(), ROLES, EVENTS, codes, PERSON)
+        events.name_codes(database, {"series": series, "context": context})
         check_units(database)
-        trajectories = make_trajectories(database, request)
-        database.run_file(SQL / "meds.sql")
+        trajectories = events.make_trajectories(database, request)
+        database.run_file(events.SQL / "meds.sql")
         static = database.frame("FROM context ORDER BY number").set_index("number")
         if request.notes:
             contexts = static["clinical_context"]
@@ -107,31 +86,30 @@ def make_meds(request: MedsRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
         static = static.replace("", None).dropna(axis="columns", how="all")
         add_static_features(database, static, context)
         parts = None if request.no_splits else read_parts(database, request.meds_dir, hashes)
-        rows, description = make_rows(
-            database, request, series, trajectories, "events", static, parts
-        )
-        for name, found in database.run(
+        rows, flow = events.make_rows(database, request, series, trajectories, static, parts)
+        for name, codes_of_series in database.run(
             "SELECT name, list(code ORDER BY code) FROM named WHERE kind = 'series' "
             "GROUP BY name, position ORDER BY position"
         ).fetchall():
-            logger.info("series %s: %s", name, one_line(join_names(found)))
-    return rows, description | describe_origin(request, "from_meds", hashes)
+            logger.info("series %s: %s", name, one_line(join_names(codes_of_series)))
+    description = events.describe_rows(request, series[0], "events", rows, flow)
+    return rows, description | duck.describe_origin(request, "from_meds", hashes)
 
 
 def open_files(
-    database: Database, path: Path, columns: Mapping[str, Column]
-) -> dict[str, TableFile]:
+    database: duck.Database, path: Path, columns: Mapping[str, duck.Column]
+) -> dict[str, duck.TableFile]:
     """Open the Parquet files of a folder, or the one file, each by its name in the folder."""
     paths = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not paths:
         raise InputError(f"{path}: no Parquet file in this folder")
     return {
-        each.relative_to(path.parent).as_posix(): open_table(database, each, columns)
-        for each in paths
+        file_path.relative_to(path.parent).as_posix(): duck.open_table(database, file_path, columns)
+        for file_path in paths
     }
 
 
-def load_meds_labels(database: Database, path: Path, hashes: dict[str, str]) -> None:
+def load_meds_labels(database: duck.Database, path: Path, hashes: dict[str, str]) -> None:
     """Make the table ``label``."""
     answers = ", ".join(ANSWERS)
     database.run("CREATE TABLE label (subject VARCHAR, prediction_time TIMESTAMP, label INTEGER)")
@@ -139,14 +117,14 @@ def load_meds_labels(database: Database, path: Path, hashes: dict[str, str]) -> 
         if not {*file.header} & {*ANSWERS}:
             raise InputError(f"{file.path}: no column {answers}")
         hashes[f"labels: {name}"] = file.sha256
-        load_table(database, "answers", file, LABELS)
+        duck.load_table(database, "answers", file, LABELS)
         database.run(
             f"INSERT INTO label SELECT subject_id, prediction_time, coalesce({answers}) "
             "FROM answers; DROP TABLE answers"
         )
 
 
-def check_units(database: Database) -> None:
+def check_units(database: duck.Database) -> None:
     """Refuse a feature with a unit whose codes end in another one: ``LAB//50868//mEq/L``."""
     for kind, name, unit, codes in database.run(
         "SELECT kind, name, unit, list(code ORDER BY code) "
@@ -164,7 +142,10 @@ def check_units(database: Database) -> None:
 
 
 def read_meds_notes(
-    database: Database, files: Iterable[TableFile], request: MedsRequest, contexts: pd.Series
+    database: duck.Database,
+    files: Iterable[duck.TableFile],
+    request: MedsRequest,
+    contexts: pd.Series,
 ) -> pd.Series:
     """Return the contexts with the notes that were written by their prediction times."""
     database.run(
@@ -176,32 +157,32 @@ def read_meds_notes(
     if not texts:
         raise InputError(f"{request.meds_dir}: no shard has a column text_value for --notes")
     for file in texts:
-        keep = any_code(WORD.typed(file.raw("code")), request.notes, "false")
+        keep = events.any_code(duck.WORD.typed(file.raw("code")), request.notes, "false")
         load_notes(database, file, names, SUBJECT, request.max_note_words, [keep])
     return add_notes(database, contexts, request.max_note_words)
 
 
 def add_static_features(
-    database: Database, static: pd.DataFrame, context: Sequence[Feature]
+    database: duck.Database, static: pd.DataFrame, context: Sequence[Feature]
 ) -> None:
     """Add a column for each feature of the context."""
-    found = database.frame("SELECT number, position, plain(value) AS value FROM static_value")
-    for position, each in enumerate(context):
-        own = found[found["position"] == position].set_index("number")["value"]
-        if own.isna().all() and not each.unit:  # a code without numbers: its presence
-            own = pd.Series(static.index.isin(own.index).astype(int), static.index)
-        static[f"static_{each.title}"] = own
+    values = database.frame("SELECT number, position, plain(value) AS value FROM static_value")
+    for position, feature in enumerate(context):
+        column = values[values["position"] == position].set_index("number")["value"]
+        if column.isna().all() and not feature.unit:  # a code without numbers: its presence
+            column = pd.Series(static.index.isin(column.index).astype(int), static.index)
+        static[f"static_{feature.title}"] = column
 
 
-def read_parts(database: Database, folder: Path, hashes: dict[str, str]) -> pd.Series:
+def read_parts(database: duck.Database, folder: Path, hashes: dict[str, str]) -> pd.Series:
     """Return the part of each subject."""
     path = folder / SPLITS
-    columns = {"subject_id": SUBJECT, "split": WORD}
+    columns = {"subject_id": SUBJECT, "split": duck.WORD}
     if not path.is_file():
         raise InputError(f"{path}: no such file: --no_splits lets the trainer split")
-    file = open_table(database, path, columns)
+    file = duck.open_table(database, path, columns)
     hashes[SPLITS] = file.sha256
-    load_table(database, "split", file, columns)
+    duck.load_table(database, "split", file, columns)
     parts = database.frame("SELECT DISTINCT subject_id, split FROM split").set_index("subject_id")
     if parts.index.has_duplicates or not parts["split"].isin(PART_OF_SPLIT).all():
         problem = f"each subject needs one part of {', '.join(PART_OF_SPLIT)}"
@@ -213,22 +194,22 @@ def list_codes(meds_dir: Path, memory_limit: str, threads: int) -> int:
     """Log each code with events, subjects, unit and description, the most frequent first."""
     out, words = Path(tempfile.gettempdir()) / "codes", dict[str, str]()
     path = meds_dir / "metadata" / "codes.parquet"
-    with open_database(out, memory_limit, threads) as database:
+    with duck.open_database(out, memory_limit, threads) as database:
         counts = []
         for file in open_files(database, meds_dir / "data", EVENTS).values():
-            code, subject = WORD.typed(file.raw("code")), SUBJECT.typed(file.raw("subject_id"))
-            counted = f"{code} AS code, count(*) AS events, count(DISTINCT {subject}) AS subjects"
-            with readable(file.path):  # a subject lies in one file
-                counts.append(database.frame(f"SELECT {counted} FROM {file.rows()} GROUP BY 1"))
+            code, subject = (EVENTS[name].typed(file.raw(name)) for name in ("code", "subject_id"))
+            select = f"{code} AS code, count(*) AS events, count(DISTINCT {subject}) AS subjects"
+            with duck.readable(file.path):  # a subject lies in one file
+                counts.append(database.frame(f"SELECT {select} FROM {file.rows()} GROUP BY 1"))
         if path.is_file():
-            load_table(database, "meanings", open_table(database, path, CODES), CODES)
+            duck.load_table(database, "meanings", duck.open_table(database, path, CODES), CODES)
             text = "replace(trim(valueuom, '[]'), 'NULL', '') || '  ' || description"
             meanings = f"SELECT code, min(trim({text})) FROM meanings GROUP BY code"
             words = dict(database.run(meanings).fetchall())
-    found = pd.concat(counts).groupby("code", as_index=False).sum()
-    found = found.sort_values("events", ascending=False, kind="stable")
+    table = pd.concat(counts).groupby("code", as_index=False).sum()
+    table = table.sort_values("events", ascending=False, kind="stable")
     logger.info("%15s %15s  code, unit, description", "events", "subjects")
-    for code, events, subjects in found.values.tolist():
-        shown = one_line(f"{code}  {words.get(code, '')}".rstrip())
-        logger.info("%15s %15s  %s", f"{events:,}", f"{subjects:,}", shown)
+    for code, *counts_of_code in table.values.tolist():
+        line = one_line(f"{code}  {words.get(code, '')}".rstrip())
+        logger.info("%15s %15s  %s", *(f"{count:,}" for count in counts_of_code), line)
     return 0

@@ -161,30 +161,30 @@ class MimicTables(HospitalTables):
 
     def load_labs(self, items: set[int]) -> None:
         """Make labs of the values of some items, of patients with a wanted admission."""
-        chosen = f"{{itemid}} IN ({', '.join(map(str, sorted(items)))})"
-        wanted = "{subject_id} IN (SELECT subject_id FROM wanted)"
-        file = self.load(self.labs, [chosen, wanted], keys=("itemid", "subject_id"))
+        has_item = f"{{itemid}} IN ({', '.join(map(str, sorted(items)))})"
+        has_patient = "{subject_id} IN (SELECT subject_id FROM wanted)"
+        file = self.load(self.labs, [has_item, has_patient], keys=("itemid", "subject_id"))
         self.database.run("ALTER TABLE labevents RENAME TO labs")
         if "storetime" not in file.header:
-            self.known = "charted by then"
+            self.usable = "charted by then"
             problem = "no column storetime: values count as known when charted"
             logger.warning("%s: %s", file.path, problem)
             self.database.run("UPDATE labs SET storetime = charttime")
 
-    def find_item(self, wanted: str, gap_item: int) -> Feature:
+    def find_item(self, item_text: str, gap_item: int) -> Feature:
         """Find the one item of a number or name."""
         items = self.database.frame("SELECT * FROM d_labitems ORDER BY itemid")
-        named = items["label"].map(comparable) == comparable(wanted)
-        found = items[(items["itemid"].astype(str) == wanted.strip()) | named]
-        if len(found) != 1:
-            rows = found[["itemid", "fluid", "category"]].astype(str).values
-            several = "; ".join(", ".join(filter(None, row)) for row in rows)
+        has_label = items["label"].map(comparable) == comparable(item_text)
+        rows = items[(items["itemid"].astype(str) == item_text.strip()) | has_label]
+        if len(rows) != 1:
+            cells = rows[["itemid", "fluid", "category"]].astype(str).values
+            several = "; ".join(", ".join(filter(None, row)) for row in cells)
             problem = f"several, name one by its itemid: {several}" if several else "no such item"
-            raise InputError(f"{self.paths['hosp/d_labitems']}: --item {wanted}: {problem}")
-        item = int(found["itemid"].iloc[0])
+            raise InputError(f"{self.paths['hosp/d_labitems']}: --item {item_text}: {problem}")
+        item = int(rows["itemid"].iloc[0])
         if item in ANALYTES:
             return feature_of(ANALYTES[item], gap_item, (item,))
-        return Feature(str(found["label"].iloc[0]), None, (item,))
+        return Feature(str(rows["label"].iloc[0]), None, (item,))
 
 
 def make_mimic(request: MimicRequest) -> tuple[pd.DataFrame, dict[str, Any]]:

@@ -9,14 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from medgemma_clinical.data.duck import (
-    KEY_OR_EMPTY,
-    Column,
-    Database,
-    TableFile,
-    load_table,
-    quoted,
-)
+from medgemma_clinical.data import duck
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +17,7 @@ CHARACTERS = 16  # of a word with its space, more than those of any text on aver
 
 
 @dataclass(frozen=True)
-class NoteText(Column):
+class NoteText(duck.Column):
     """A text with one space between two words, of which the end of ``max_words`` words is read."""
 
     form: str = "word"
@@ -38,44 +31,46 @@ class NoteText(Column):
 
 
 def load_notes(
-    database: Database,
-    file: TableFile,
+    database: duck.Database,
+    file: duck.TableFile,
     names: Mapping[str, str],
-    subject: Column,
+    subject: duck.Column,
     max_words: int,
     keep: Sequence[str] = (),
 ) -> None:
     """Add notes of the subjects in ``target`` to ``note``: subject, written, stay, text, words."""
-    time = Column("instant", may_be_empty=True)
+    time = duck.Column("instant", may_be_empty=True)
     # No row of a stay gets a note of that ``stay``, such as its discharge summary.
-    forms = {"subject": subject, "charted": time, "stored": time, "stay": KEY_OR_EMPTY}
+    forms = {"subject": subject, "charted": time, "stored": time, "stay": duck.KEY_OR_EMPTY}
     columns = {names[role]: form for role, form in forms.items() if role in names}
     columns[names["text"]] = NoteText(max_words=max_words)
     file.check_columns(columns)
     typed = subject.typed(file.raw(names["subject"]))
     join = f"SEMI JOIN target ON target.subject::VARCHAR = ({typed})::VARCHAR"
-    load_table(database, "loaded", file, columns, keep, join)
-    cells = {role: quoted(names[role]) if role in names else "NULL" for role in (*forms, "text")}
+    duck.load_table(database, "loaded", file, columns, keep, join)
+    cells = {
+        role: duck.quoted(names[role]) if role in names else "NULL" for role in (*forms, "text")
+    }
     text = cells["text"]
     day = f"date_trunc('day', {cells['charted']})"
     # A date without a time, and without a storing time, is known from the end of its day.
     charted = f"{cells['charted']} + to_days(({cells['charted']} = {day})::INTEGER)"
-    written = f"greatest({cells['charted']}, coalesce({cells['stored']}, {charted}))"
+    written_time = f"greatest({cells['charted']}, coalesce({cells['stored']}, {charted}))"
     database.run(
         "CREATE TABLE IF NOT EXISTS note "
         "(subject VARCHAR, written TIMESTAMP, stay BIGINT, text VARCHAR, words INTEGER); "
-        f"INSERT INTO note SELECT {cells['subject']}, {written}, {cells['stay']}, {text}, "
+        f"INSERT INTO note SELECT {cells['subject']}, {written_time}, {cells['stay']}, {text}, "
         f"len({text}) - len(replace({text}, ' ', '')) + 1 FROM loaded WHERE {text} != ''; "
         "DROP TABLE loaded"
     )
 
 
-def add_notes(database: Database, contexts: pd.Series, max_words: int) -> pd.Series:
+def add_notes(database: duck.Database, contexts: pd.Series, max_words: int) -> pd.Series:
     """Return contexts, by ``number`` of the table ``target``, with the notes behind them."""
     database.set(max_note_words=max_words)
     database.run_file(Path(__file__).parent / "sql" / "notes.sql")
-    found = database.frame("SELECT number, text FROM noted ORDER BY number, position DESC")
-    notes = found.groupby("number")["text"].agg(" ".join).reindex(contexts.index)
+    pieces = database.frame("SELECT number, text FROM noted ORDER BY number, position DESC")
+    notes = pieces.groupby("number")["text"].agg(" ".join).reindex(contexts.index)
     logger.info("%d of %d prediction times have notes", notes.notna().sum(), len(notes))
     pairs = zip(contexts.fillna(""), notes.fillna(""), strict=True)
     return pd.Series([". ".join(filter(None, pair)) for pair in pairs], contexts.index)

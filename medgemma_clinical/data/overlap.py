@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -45,9 +46,9 @@ def row_hashes(
         hashes = _mixed(hashes, column)
     if len(rows):
         hashes = np.add.reduceat(hashes, starts)
-    measured = np.bincount(owner, (~np.isnan(values)).sum(axis=1), minlength=len(rows))
+    value_counts = np.bincount(owner, (~np.isnan(values)).sum(axis=1), minlength=len(rows))
     hashes = _mixed(hashes, dataset.labels[rows] if label is None else np.full(len(rows), label))
-    return np.where(measured < IDENTIFYING_VALUES, np.uint64(0), hashes).view(np.int64)
+    return np.where(value_counts < IDENTIFYING_VALUES, np.uint64(0), hashes).view(np.int64)
 
 
 def _mixed(hashes: NDArray[np.uint64], column: NDArray[np.float64]) -> NDArray[np.uint64]:
@@ -79,8 +80,8 @@ def add_training_rows(
     labels: NDArray[np.float64],
 ) -> NDArray[np.int64]:
     """Return ``trained`` with the hashes of n more rows; ``rows`` (n, 2) are ``both_hashes``."""
-    own = rows[np.arange(len(rows)), labels.astype(int)]
-    return np.union1d(trained, np.concatenate([own[own != 0], patients]))
+    hashes = rows[np.arange(len(rows)), labels.astype(int)]
+    return np.union1d(trained, np.concatenate([hashes[hashes != 0], patients]))
 
 
 # --------------------------------------------------------------------------- comparisons
@@ -92,12 +93,13 @@ def describe_copies(dataset: TrajectoryDataset, split: Split, numbers: NDArray[n
     rows = pd.DataFrame({"row": np.concatenate([*split.values()]), "part": part})
     rows = rows.sort_values("row", ignore_index=True)
     order = rows["row"].to_numpy()
-    read = pd.DataFrame(dataset.static[order])  # copies are equal in all that is read of them
-    read["series"] = row_hashes(dataset, order, latest=None)
-    read["last"], read["context"] = dataset.last_times[order], dataset.contexts[order]
-    read["hours"] = np.nan if dataset.prediction_hours is None else dataset.prediction_hours[order]
-    rows["key"] = pd.util.hash_pandas_object(read, index=False)
-    rows = rows[read["series"] != 0]
+    content = pd.DataFrame(dataset.static[order])  # copies are equal in all that is read of them
+    content["series"] = row_hashes(dataset, order, latest=None)
+    content["last"], content["context"] = dataset.last_times[order], dataset.contexts[order]
+    if dataset.prediction_hours is not None:
+        content["hours"] = dataset.prediction_hours[order]
+    rows["key"] = pd.util.hash_pandas_object(content, index=False)
+    rows = rows[content["series"] != 0]
     first = rows.groupby("key")[["row", "part"]].transform("first")
     other = rows["part"] != first["part"]
     if not other.any():
@@ -122,13 +124,13 @@ def count_overlap(
     held_out = np.concatenate([split["val"], split["test"]])
     # Rows of one file have the same numbers, however much of its series is read.
     if same_rows or (dataset.has_patient_ids and has_ids):
-        known = np.isin(patient_hashes(dataset, held_out), trained)
+        in_training = np.isin(patient_hashes(dataset, held_out), trained)
     else:
         # Rows that the split's own training part holds as well identify nobody.
         rows = row_hashes(dataset, held_out)
         shared = np.isin(rows, row_hashes(dataset, split["train"]))
-        known = np.isin(rows, trained) & ~shared & (rows != 0)
-    return len(np.unique(dataset.groups[held_out][known]))
+        in_training = np.isin(rows, trained) & ~shared & (rows != 0)
+    return len(np.unique(dataset.groups[held_out][in_training]))
 
 
 def check_held_out(
@@ -144,12 +146,12 @@ def check_held_out(
     if trained is None:
         if same_rows:  # their split may differ here
             raise InputError(
-                f"{path}: a shared copy, trained on these very data, does not know which patients "
-                "trained it: give the file of the run itself"
+                f"{path}: a shared copy, trained on the same data, lacks hashes of its training "
+                "patients: give the file of the run itself"
             )
         logger.warning(
-            "%s is a shared copy and does not know which patients trained it, so that a leak "
-            "cannot be found: make sure that none of them is held out here",
+            "%s is a shared copy and lacks the hashes of its training patients, so a leak cannot "
+            "be detected: make sure that none of them is in the validation or test part",
             path,
         )
         return
@@ -163,21 +165,24 @@ def check_held_out(
     if not same_rows and not (has_ids and dataset.has_patient_ids):
         logger.warning(
             "%s was trained on another data file, and patients without names are compared by their "
-            "series alone: make sure that none of its training patients is held out here",
+            "series alone: make sure that none of its training patients is in the validation or "
+            "test part",
             path,
         )
 
 
-def rows_in_training(
-    patients: NDArray[np.int64],
-    rows: NDArray[np.int64],
-    trained: NDArray[np.int64],
-    *,
-    has_ids: bool,
-) -> NDArray[np.bool_]:
-    """Return which of n rows are among ``trained``, (n,); ``rows`` (n, 2) are ``both_hashes``."""
-    # Either label: whether a row is left out must not depend on its outcome.
-    same_row = (np.isin(rows, trained) & (rows != 0)).any(axis=1)
-    # Two hospitals may number patients alike: an id counts if some row of such a patient is equal.
-    same_patient = np.isin(patients, trained) & has_ids
-    return same_row | (same_patient & (same_patient & same_row).any())
+class TrainingPatients(NamedTuple):
+    """What is known of the patients that a model was trained on."""
+
+    hashes: NDArray[np.int64]  # ``training_hashes``; empty where unknown
+    has_ids: bool  # the training data name their patients
+
+    def include(
+        self, patients: NDArray[np.int64], rows: NDArray[np.int64], *, has_ids: bool
+    ) -> NDArray[np.bool_]:
+        """Return which of n rows are among them, (n,); ``rows`` (n, 2) are ``both_hashes``."""
+        # Either label: whether a row is left out must not depend on its outcome.
+        same_row = (np.isin(rows, self.hashes) & (rows != 0)).any(axis=1)
+        # Hospitals may number patients alike: an id counts if some row of such a patient is equal.
+        same_patient = np.isin(patients, self.hashes) & has_ids & self.has_ids
+        return same_row | (same_patient & (same_patient & same_row).any())

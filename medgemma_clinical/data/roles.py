@@ -35,8 +35,8 @@ def find_column(header: Sequence[str], *names: str) -> str | None:
     columns = {_normalized(name): name for name in reversed(header)} | {
         name: name for name in header
     }
-    found = (columns.get(name, columns.get(_normalized(name))) for name in names if name)
-    return next((name for name in found if name is not None), None)
+    matches = (columns.get(name, columns.get(_normalized(name))) for name in names if name)
+    return next((name for name in matches if name is not None), None)
 
 
 def _normalized(name: str) -> str:
@@ -49,18 +49,20 @@ def find_roles(
 ) -> dict[str, str]:
     """Return the column of each role that a header has, by its own name where one is mapped."""
     names = {role: (mapped[role],) if role in mapped else roles[role] for role in roles}
-    found = {role: find_column(header, *names[role]) for role in roles}
-    return {role: name for role, name in found.items() if name is not None}
+    columns = {role: find_column(header, *names[role]) for role in roles}
+    return {role: name for role, name in columns.items() if name is not None}
 
 
 def from_long_command(header: Sequence[str], source: str) -> str:
     """Return the command to type for a table with one value a row, nothing for any other."""
-    found = find_roles(header, ROLES, {})
-    if len({"subject_id", "time", "item", "value"} & found.keys()) < 3 or "value" not in found:
+    columns = find_roles(header, ROLES, {})
+    if len({"subject_id", "time", "item", "value"} & columns.keys()) < 3 or "value" not in columns:
         return ""
-    named = {role: found.get(role, "?") for role in ROLES if role in found or role not in OPTIONAL}
+    role_columns = {
+        role: columns.get(role, "?") for role in ROLES if role in columns or role not in OPTIONAL
+    }
     table = "TABLE.csv" if source == "DataFrame" else source
     words = ["python", "dataset_format.py", "from_long", "--table", table, "--columns"]
-    words += [f"{role}={name}" for role, name in named.items()]
+    words += [f"{role}={name}" for role, name in role_columns.items()]
     rest = "--labels PATIENTS.csv --prediction_time 'ADMITTED + 48 h' --out data.csv"
     return f"{shlex.join(words)} {rest}"

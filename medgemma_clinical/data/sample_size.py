@@ -40,9 +40,9 @@ def describe_sample_size(
     dataset: TrajectoryDataset, static: Sequence[str], train: NDArray[np.int64]
 ) -> str:
     """Describe the patients that a logistic regression on series and ``static`` needs and has."""
-    unread = len(dataset.features) - len(dataset.series_read)
+    unread_series = len(dataset.features) - len(dataset.series_read)
     # Predictors are the columns of the baseline that reads both.
-    predictors = len(dataset.summary_names()) - unread * len(STATISTICS) + len(static)
+    predictors = len(dataset.summary_names()) - unread_series * len(STATISTICS) + len(static)
     prevalence = float(dataset.labels[train].mean())
     needed, patients = sample_sizes(predictors, prevalence), count_patients(dataset.groups, train)
     return (

@@ -22,12 +22,12 @@ def minority_patients(labels: NDArray[np.generic], groups: NDArray[np.generic]) 
 
 def patients_behind(column: NDArray[np.float64], groups: NDArray[np.generic]) -> int:
     """Count the patients whose values decide mean and spread of a column, which weights keep."""
-    counted = ~np.isnan(column)
-    values, counts = np.unique(column[counted], return_counts=True)
+    deciding_rows = ~np.isnan(column)
+    values, counts = np.unique(column[deciding_rows], return_counts=True)
     # Where most rows share a value, the patients with another one decide.
     if len(values) > 1 and 2 * counts.max() > counts.sum():
-        counted &= column != values[counts.argmax()]
-    return count_patients(groups, counted)
+        deciding_rows &= column != values[counts.argmax()]
+    return count_patients(groups, deciding_rows)
 
 
 def count_text(count: float | str, min_cell: int = 0) -> str:

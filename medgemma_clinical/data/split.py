@@ -9,8 +9,7 @@ from medgemma_clinical.files import InputError
 
 PARTS = ("train", "val", "test")
 
-HELD_OUT_SHARE = 0.1
-"""Share of the patients in each of val and test; the others train."""
+HELD_OUT_SHARE = 0.1  # share of the patients in each of val and test; the others train
 
 Split = dict[str, NDArray[np.int64]]
 """Ascending positions of the rows of each of ``PARTS``."""

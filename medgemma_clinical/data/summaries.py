@@ -30,9 +30,9 @@ def summary_features(
     owner = np.repeat(np.arange(len(lengths)), lengths)
     columns: list[NDArray[np.float64]] = []
     for values_of_one in values.T:
-        measured = ~np.isnan(values_of_one)
-        known = times[measured], values_of_one[measured], owner[measured]
-        columns.extend(_statistics(*known, len(lengths)))
+        is_measured = ~np.isnan(values_of_one)
+        measurements = times[is_measured], values_of_one[is_measured], owner[is_measured]
+        columns.extend(_statistics(*measurements, len(lengths)))
     return np.stack(columns, axis=1)
 
 

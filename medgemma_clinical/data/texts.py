@@ -17,8 +17,7 @@ NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 """Beginnings of a cell that a spreadsheet takes for a formula."""
 
-DIRECTIONS = ("level", "rising", "falling")
-"""Words for a change by its sign: 0, 1 and -1 as index."""
+DIRECTIONS = ("level", "rising", "falling")  # words for a change by its sign: 0, 1 and -1 as index
 
 Reference = tuple[float | None, float | None]
 """Lowest and highest value of a healthy adult; None where a side has no bound."""

@@ -8,14 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.checks import (
-    describe_long_spans,
-    describe_prediction_times,
-    labelled_rows,
-    log_warnings,
-    patients_behind_inputs,
-    rows_as_read,
-)
+from medgemma_clinical.data import checks
 from medgemma_clinical.data.overlap import training_hashes
 from medgemma_clinical.data.split import Split
 from medgemma_clinical.data.texts import PromptOptions
@@ -48,17 +41,17 @@ class Data:
         """Return the share of events in the training part."""
         return float(self.dataset.labels[self.split["train"]].mean())
 
-    def time_scale(self, given: float | None) -> float:
+    def time_scale(self, hours: float | None) -> float:
         """Return a new encoder's unit of time in hours; warn where the data's own does not fit."""
-        if given is not None:
-            return given
-        log_warnings(describe_long_spans(self.dataset), self.dataset.source)
+        if hours is not None:
+            return hours
+        checks.log_warnings(checks.describe_long_spans(self.dataset), self.dataset.source)
         return self.dataset.time_scale
 
     def check_inputs(self) -> None:
         """Warn of prediction times that few training patients have; refuse those that none has."""
-        warnings = describe_prediction_times(self.dataset, self.split["train"])
-        log_warnings(warnings, self.dataset.source)
+        warnings = checks.describe_prediction_times(self.dataset, self.split["train"])
+        checks.log_warnings(warnings, self.dataset.source)
 
     def description(self) -> dict[str, Any]:
         """Return what a checkpoint stores of its data, without any patient in it."""
@@ -78,7 +71,7 @@ class Data:
             "has_patient_ids": dataset.has_patient_ids,
             "data_sha256": self.data_sha256,
             "rows_sha256": self.rows_sha256,
-            "patients": patients_behind_inputs(dataset, self.split["train"]),
+            "patients": checks.patients_behind_inputs(dataset, self.split["train"]),
         }
 
     def training_patients(self) -> NDArray[np.int64]:
@@ -97,18 +90,18 @@ def prepare_data(
     prediction_time: bool = True,
 ) -> Data:
     """Take at most ``max_samples`` patients (0: all) of what was read, and split them."""
-    dataset = labelled_rows(dataset)
+    dataset = checks.labelled_rows(dataset)
     data_sha256, rows_sha256 = dataset.fingerprint(), dataset.row_fingerprint()
     sample = dataset.sample_patients(max_samples, seed)
     split = sample.split(seed)
     series = None if inputs is None else inputs.get("series", sample.features)
-    sample, split, unread = rows_as_read(sample, split, series)
+    sample, split, unusable_series = checks.rows_as_read(sample, split, series)
     unusable = sample.unusable_static(split["train"])
     if inputs is None:
         names = [name for name in sample.static_names if static and name not in unusable]
-        known = sample.prediction_hours is not None
-        inputs = {"static": names, "prediction_time": prediction_time and known}
+        has_hours = sample.prediction_hours is not None
+        inputs = {"static": names, "prediction_time": prediction_time and has_hours}
     sample = sample.with_inputs(**inputs)
     reads_context = prompts.context and bool((dataset.contexts != "").any())
     prompts = replace(prompts, context=reads_context)
-    return Data(sample, split, prompts, data_sha256, rows_sha256, unusable, unread)
+    return Data(sample, split, prompts, data_sha256, rows_sha256, unusable, unusable_series)

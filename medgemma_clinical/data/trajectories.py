@@ -49,79 +49,31 @@ Rows = NDArray[np.int64] | slice
 
 
 class Batch(TypedDict):
-    """Padded trajectories.
+    """Padded trajectories."""
 
-    times (B, L) float32 hours since the patient's first observation, zero in padding;
-    values (B, L, F) float32 raw units, zero where not measured; observed (B, L, F) bool, all False
-    in padding rows; prediction_hours (B,) float32 on the clock of ``times``, of the last
-    observation where unknown; summaries (B, S) and static (B, K) float32, NaN where unknown; labels
-    (B,) float32, NaN where unknown; index (B,) int64 into the data set; plan: what an encoder that
-    plans computes ahead of these trajectories; prefix_lengths (B,) int64: observations up to which
-    a row is read a second time in training; prefix_summaries (B, S): of these observations.
-    """
-
-    times: Tensor
-    values: Tensor
-    observed: Tensor
-    prediction_hours: Tensor
-    summaries: Tensor
-    static: Tensor
-    labels: Tensor
-    index: Tensor
-    plan: NotRequired[Any]
-    prefix_lengths: NotRequired[Tensor]
-    prefix_summaries: NotRequired[Tensor]
+    times: Tensor  # (B, L) float32 hours since the patient's first observation, 0 in padding
+    values: Tensor  # (B, L, F) float32 raw units, zero where not measured
+    observed: Tensor  # (B, L, F) bool, all False in padding rows
+    prediction_hours: Tensor  # (B,) float32 on the clock of times; unknown: the last observation
+    summaries: Tensor  # (B, S) float32, NaN where unknown
+    static: Tensor  # (B, K) float32, NaN where unknown
+    labels: Tensor  # (B,) float32, NaN where unknown
+    index: Tensor  # (B,) int64 into the data set
+    plan: NotRequired[Any]  # what an encoder that plans computes ahead of these trajectories
+    prefix_lengths: NotRequired[Tensor]  # (B,) int64 observations read a second time in training
+    prefix_summaries: NotRequired[Tensor]  # (B, S) of these observations
 
 
 class TrajectoryDataset:
-    """N trajectories with labels, patients and text; subclasses bring the clinical words.
+    """N trajectories with labels, patients and text; subclasses bring the clinical words."""
 
-    Attributes:
-        name: the data set's key among the program's data sets, ``--dataset``.
-        kind: the data's format, in a report's words.
-        source_flag: the trainer's flag for the path of the data, without dashes.
-        options: the trainer's flags that the constructor takes as keywords, None where not given.
-        times: (all observations,) float64 hours, not decreasing within a trajectory.
-        values: (all observations, F) float64 raw units, NaN where not measured.
-        offsets: (N + 1,) int64; trajectory i has rows ``offsets[i]:offsets[i + 1]``.
-        labels: (N,) float64 of 0 and 1, NaN where unknown.
-        ids: (N,) str, the name of a row in prediction files.
-        groups: (N,) str, the patient; the rows of a patient are in one part of a split.
-        contexts: (N,) str, text for a language model, may be empty.
-        static: (N, number of ``static_names``) float64 static features, NaN where unknown.
-        prediction_hours: (N,) float64, when the question is asked, on the clock of ``times``; NaN
-            where unknown, None where the data do not say it.
-        parts: (N,) str of train, val, test where the data bring their own split, else None.
-        parts_origin: how ``parts`` came about, in words.
-        sites: (N,) str, the hospital or unit of each row where it was asked for, else None.
-        held_out: parts that a split that is drawn holds out; the rows of the others train.
-        features: F names.
-        units: F units, empty where a feature has none.
-        static_names: names of all static features, ``static_NAME [unit]``.
-        static_inputs: K names of those that a model reads; none before they are chosen.
-        series_inputs: names of the features that a model reads; all before they are chosen.
-        reads_prediction_time: whether a model reads ``prediction_hours``, where the data say them.
-        question: the question about a trajectory, a sentence.
-        outcome: the event in a few words; a report begins with it.
-        time_scale: hours that are one unit of time to the encoder.
-        assumed_time_scale: whether it is the format's default, which may not fit the data.
-        source: where the data come from, as errors name it.
-        read_options: the arguments that decide what a row is and which of its observations are
-            kept; plain types. A checkpoint stores them to read other data in the same way.
-        main: position of the feature that stands for the others in texts.
-        has_patient_ids: whether the data name their patients; else each row is a patient.
-        flow: how the data came to their rows, ``FLOW_COLUMNS``; None where unknown.
-        warnings: what seems to be a mistake in the source, as logged when it was read.
-    """
-
-    name: ClassVar[str]
-    kind: ClassVar[str]
-    source_flag: ClassVar[str]
-    options: ClassVar[tuple[str, ...]]
-    row_noun: ClassVar[str] = "stays"
-    """What a clinician calls the rows, where a patient may have several."""
-    report_hours: ClassVar[float] = 1.0
-    """Hours that are one unit of time in reports."""
+    name: ClassVar[str]  # the data set's key among the program's data sets, ``--dataset``
+    kind: ClassVar[str]  # the data's format, in a report's words
+    source_flag: ClassVar[str]  # the trainer's flag for the path of the data, without dashes
+    options: ClassVar[tuple[str, ...]]  # flags that the constructor takes as keywords, else None
+    outcome_kind: ClassVar[str] = "label"  # key of ``models.outcome.OUTCOMES``
+    row_noun: ClassVar[str] = "stays"  # a clinician's word for rows, where patients have several
+    report_hours: ClassVar[float] = 1.0  # hours that are one unit of time in reports
 
     row_columns: ClassVar[tuple[str, ...]] = (
         *("labels", "ids", "groups", "contexts", "parts", "static", "prediction_hours"),
@@ -129,37 +81,41 @@ class TrajectoryDataset:
     )
     """Attributes with one entry a row; a subclass that has more names them too."""
 
-    times: NDArray[np.float64]
-    values: NDArray[np.float64]
-    offsets: NDArray[np.int64]
-    labels: NDArray[np.float64]
-    ids: NDArray[np.str_]
-    groups: NDArray[np.str_]
-    contexts: NDArray[np.object_]
-    static: NDArray[np.float64]
+    times: NDArray[np.float64]  # (all observations,) hours, not decreasing within a trajectory
+    values: NDArray[np.float64]  # (all observations, F) raw units, NaN where not measured
+    offsets: NDArray[np.int64]  # (N + 1,); trajectory i has rows offsets[i]:offsets[i + 1]
+    labels: NDArray[np.float64]  # (N,) of 0 and 1, NaN where unknown
+    ids: NDArray[np.str_]  # (N,) names of the rows in prediction files
+    groups: NDArray[np.str_]  # (N,) patients; the rows of a patient are in one part of a split
+    contexts: NDArray[np.object_]  # (N,) texts for a language model, may be empty
+    static: NDArray[np.float64]  # (N, number of static_names), NaN where unknown
     prediction_hours: NDArray[np.float64] | None = None
-    parts: NDArray[np.str_] | None = None
+    """(N,) when the question is asked, on the clock of ``times``; NaN where unknown, None where the
+    data do not contain it."""
+    parts: NDArray[np.str_] | None = None  # (N,) of train, val, test where the data bring a split
     parts_origin: str = "given by the column split"
-    sites: NDArray[np.str_] | None = None
-    held_out: tuple[str, ...] = ("val", "test")
+    sites: NDArray[np.str_] | None = None  # (N,) hospitals or units, where they were asked for
+    held_out: tuple[str, ...] = ("val", "test")  # parts of a drawn split; the other rows train
     _summaries: NDArray[np.float64] | None = None
 
-    features: tuple[str, ...]
-    units: tuple[str, ...]
-    static_names: tuple[str, ...] = ()
-    static_inputs: tuple[str, ...] = ()
-    series_inputs: tuple[str, ...] | None = None
-    reads_prediction_time: bool = True
-    question: str
-    outcome: str
-    time_scale: float
-    assumed_time_scale: bool = False
-    source: str
+    features: tuple[str, ...]  # F names
+    units: tuple[str, ...]  # F units, empty where a feature has none
+    static_names: tuple[str, ...] = ()  # of all static features, ``static_NAME [unit]``
+    static_inputs: tuple[str, ...] = ()  # K of them that a model reads; none before the choice
+    series_inputs: tuple[str, ...] | None = None  # features that a model reads; None: all
+    reads_prediction_time: bool = True  # whether a model reads prediction_hours, where it can
+    question: str  # about a trajectory, a sentence
+    outcome: str  # the event in a few words; a report begins with it
+    time_scale: float  # hours that are one unit of time to the encoder
+    assumed_time_scale: bool = False  # it is the format's default, which may not fit the data
+    source: str  # where the data come from, as errors name it
     read_options: dict[str, Any]
-    main: int = 0
-    has_patient_ids: bool = True
-    flow: pd.DataFrame | None = None
-    warnings: tuple[str, ...] = ()
+    """Arguments that decide what a row is and which of its observations are kept, plain types: a
+    checkpoint stores them to read other data in the same way."""
+    main: int = 0  # position of the feature that stands for the others in texts
+    has_patient_ids: bool = True  # False: the data name no patients, each row is one
+    flow: pd.DataFrame | None = None  # how the data came to their rows, FLOW_COLUMNS
+    warnings: tuple[str, ...] = ()  # suspected mistakes in the source, logged when it was read
 
     # ------------------------------------------------------------------ what a subclass brings
 
@@ -183,10 +139,7 @@ class TrajectoryDataset:
     def scoring_rows(
         cls, source: Any, config: Mapping[str, Any], findings: Findings, max_rows: int
     ) -> Iterator[ScoringRows]:
-        """Yield rows to be scored, read as a checkpoint's data were; refuse another kind of source.
-
-        ``config`` is the checkpoint's; ``findings`` gets the problems of rows that cannot be read.
-        """
+        """Yield rows to be scored, read as by a checkpoint's ``config``; note unreadable rows."""
         raise NotImplementedError
 
     # ------------------------------------------------------------------ observations
@@ -268,10 +221,10 @@ class TrajectoryDataset:
         if limits := self.limits(feature):
             return limits
         values = self.values[:, feature]
-        measured = values[~np.isnan(values)]
-        if not len(measured):
+        numbers = values[~np.isnan(values)]
+        if not len(numbers):
             return -np.inf, np.inf
-        q1, q3 = np.quantile(measured, [0.25, 0.75])
+        q1, q3 = np.quantile(numbers, [0.25, 0.75])
         reach = FAR_OUT * (q3 - q1) if q3 > q1 else np.inf
         return float(q1 - reach), float(q3 + reach)
 
@@ -315,19 +268,19 @@ class TrajectoryDataset:
 
     def subset(self, indices: NDArray[np.int64]) -> Self:
         """Return a data set of the chosen rows only, in the given order."""
-        chosen = copy.copy(self)
+        chosen_rows = copy.copy(self)
         rows = self.rows_of(indices)
-        chosen.times, chosen.values = self.times[rows], self.values[rows]
-        chosen.offsets = np.concatenate([[0], np.cumsum(self.lengths[indices])])
+        chosen_rows.times, chosen_rows.values = self.times[rows], self.values[rows]
+        chosen_rows.offsets = np.concatenate([[0], np.cumsum(self.lengths[indices])])
         for name in self.row_columns:
             column = getattr(self, name)
-            setattr(chosen, name, None if column is None else column[indices])
-        return chosen
+            setattr(chosen_rows, name, None if column is None else column[indices])
+        return chosen_rows
 
-    def keep_observations(self, kept: NDArray[np.bool_]) -> None:
+    def keep_observations(self, mask: NDArray[np.bool_]) -> None:
         """Keep the observations that a mask marks."""
-        sizes = np.bincount(self.owner[kept], minlength=len(self))
-        self.times, self.values = self.times[kept], self.values[kept]
+        sizes = np.bincount(self.owner[mask], minlength=len(self))
+        self.times, self.values = self.times[mask], self.values[mask]
         self.offsets = np.concatenate([[0], np.cumsum(sizes)])
         self._summaries = None
 
@@ -337,9 +290,9 @@ class TrajectoryDataset:
         position = np.arange(len(self.times)) - np.repeat(self.offsets[:-1], self.lengths)
         beginning.keep_observations(position < np.repeat(lengths, self.lengths))
         if self.prediction_hours is not None:
-            unknown = np.isnan(self.prediction_hours)
+            is_unknown = np.isnan(self.prediction_hours)
             # An unknown prediction time stays unknown.
-            beginning.prediction_hours = np.where(unknown, np.nan, beginning.last_times)
+            beginning.prediction_hours = np.where(is_unknown, np.nan, beginning.last_times)
         return beginning
 
     def sample_patients(self, max_patients: int, seed: int) -> Self:
@@ -347,28 +300,28 @@ class TrajectoryDataset:
         patients = np.unique(self.groups)
         if max_patients == 0 or len(patients) <= max_patients:
             return self
-        drawn = np.random.default_rng(seed).choice(patients, size=max_patients, replace=False)
+        sample = np.random.default_rng(seed).choice(patients, size=max_patients, replace=False)
         rule = f"not among {max_patients:,} of {len(patients):,} patients drawn (--max_samples)"
-        return self.keep_rows(np.isin(self.groups, drawn), rule)
+        return self.keep_rows(np.isin(self.groups, sample), rule)
 
-    def keep_rows(self, kept: NDArray[np.bool_], rule: str) -> Self:
+    def keep_rows(self, mask: NDArray[np.bool_], rule: str) -> Self:
         """Return the rows that a mask marks; ``flow`` says that a rule removed the others."""
-        rows = self.subset(np.flatnonzero(kept))
+        rows = self.subset(np.flatnonzero(mask))
         line = pd.DataFrame([(rule, len(self) - len(rows), len(rows))], columns=list(FLOW_COLUMNS))
         rows.flow = line if self.flow is None else pd.concat([self.flow, line])
         return rows
 
     def keep_measured(self, split: Split) -> tuple[Self, Split]:
         """Return the rows that hold a value of a series that is read, and their split."""
-        kept, rule = self.lengths > 0, "without a value of a series that is read"
-        if kept.all():
+        has_value, rule = self.lengths > 0, "without a value of a series that is read"
+        if has_value.all():
             return self, split
-        rows, position = self.keep_rows(kept, rule), np.cumsum(kept) - 1
-        left = {part: position[own[kept[own]]] for part, own in split.items()}
-        filled = {part: left[part] for part, own in split.items() if len(own)}
+        rows, position = self.keep_rows(has_value, rule), np.cumsum(has_value) - 1
+        parts = {part: position[index[has_value[index]]] for part, index in split.items()}
+        filled_parts = {part: parts[part] for part in split if len(split[part])}
         where = f"{self.source}, where rows {rule} are left out"
-        check_outcomes(filled, rows.groups, rows.labels, where)
-        return rows, left
+        check_outcomes(filled_parts, rows.groups, rows.labels, where)
+        return rows, parts
 
     def split(self, seed: int) -> Split:
         """Divide the rows 80/10/10 by patient, stratified by event; ``parts`` overrides."""
@@ -402,14 +355,14 @@ class TrajectoryDataset:
         """Count the patients of some rows that have a value of each feature that is read."""
         patients = pd.factorize(self.groups[rows])[0]  # numbers are counted faster
         owners = np.repeat(patients, self.lengths[rows])
-        measured = ~np.isnan(self.values[self.rows_of(rows)])
-        return {self.features[f]: count_patients(owners, measured[:, f]) for f in self.series_read}
+        mask = ~np.isnan(self.values[self.rows_of(rows)])
+        return {self.features[f]: count_patients(owners, mask[:, f]) for f in self.series_read}
 
     def unusable_series(self, train: NDArray[np.int64]) -> dict[str, str]:
         """Return the series that too few training patients have, and why; refuse if all are so."""
         counts = self.series_patients(train)
-        few = f"fewer than {MIN_CELL} training patients have it"
-        unusable = {name: few for name, count in counts.items() if count < MIN_CELL}
+        reason = f"fewer than {MIN_CELL} training patients have it"
+        unusable = {name: reason for name, count in counts.items() if count < MIN_CELL}
         if len(unusable) == len(counts):
             raise InputError(
                 f"{self.source}: no series has values of {MIN_CELL} training patients "
@@ -443,35 +396,35 @@ class TrajectoryDataset:
         self, static: Sequence[str], *, prediction_time: bool, series: Sequence[str] | None = None
     ) -> Self:
         """Choose what a model reads, ``series`` None: as before; refuse data that lack an input."""
-        lacking = [name for name in static if name not in self.static_names]
+        missing = [name for name in static if name not in self.static_names]
         if prediction_time and self.prediction_hours is None:
-            lacking.append("prediction_hours")
-        self._refuse(lacking)
-        chosen = copy.copy(self) if series is None else self.with_series(series)
-        chosen.static_inputs, chosen.reads_prediction_time = tuple(static), prediction_time
-        chosen._summaries = None
-        return chosen
+            missing.append("prediction_hours")
+        self._refuse(missing)
+        view = copy.copy(self) if series is None else self.with_series(series)
+        view.static_inputs, view.reads_prediction_time = tuple(static), prediction_time
+        view._summaries = None
+        return view
 
-    def _refuse(self, lacking: Sequence[str]) -> None:
+    def _refuse(self, names: Sequence[str]) -> None:
         """Refuse data that lack inputs of a model."""
-        if lacking:
+        if names:
             raise InputError(
-                f"{self.source}: the model reads {', '.join(lacking)}: add the columns, their "
+                f"{self.source}: the model reads {', '.join(names)}: add the columns, their "
                 "cells empty where unknown"
             )
 
     def with_series(self, series: Sequence[str]) -> Self:
         """Return the rows with all other series blank; a row may lose all its observations."""
         self._refuse([name for name in series if name not in self.features])
-        chosen = copy.copy(self)
-        chosen.series_inputs = tuple(series)
-        read = chosen.series_read
-        if self.series_read != read:
-            chosen.values = self.values.copy()
-            chosen.values[:, np.setdiff1d(np.arange(len(self.features)), read)] = np.nan
-            chosen.keep_observations(np.asarray(~np.isnan(chosen.values).all(axis=1)))
-            chosen.main = self.main if self.main in read else read[0]
-        return chosen
+        view = copy.copy(self)
+        view.series_inputs = tuple(series)
+        positions = view.series_read
+        if self.series_read != positions:
+            view.values = self.values.copy()
+            view.values[:, np.setdiff1d(np.arange(len(self.features)), positions)] = np.nan
+            view.keep_observations(np.asarray(~np.isnan(view.values).all(axis=1)))
+            view.main = self.main if self.main in positions else positions[0]
+        return view
 
     def baseline_inputs(self) -> dict[str, pd.DataFrame]:
         """Return the columns that each simple model beside the encoder reads, N rows each."""
@@ -492,8 +445,8 @@ class TrajectoryDataset:
     def observation_text(self, position: int) -> str:
         """Return what was measured in one row of ``values``: potassium 4.1 mmol/L."""
         values = self.values[position].tolist()
-        known = [f for f, value in enumerate(values) if not np.isnan(value)]
-        return ", ".join(f"{self.features[f]} {self.value_text(f, values[f])}" for f in known)
+        features = [f for f, value in enumerate(values) if not np.isnan(value)]
+        return ", ".join(f"{self.features[f]} {self.value_text(f, values[f])}" for f in features)
 
     def prompt(self, i: int, options: PromptOptions = WHOLE_PROMPT) -> str:
         """Return the text that an LLM reads about row ``i``: context, series, question."""

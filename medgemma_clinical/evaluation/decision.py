@@ -57,6 +57,10 @@ class DecisionRule:
         probability: Array = expit(self.intercept + self.slope * logit)
         return probability
 
+    def positive(self, probability: Array) -> NDArray[np.bool_]:
+        """Return which of n probabilities predict the event."""
+        return probability >= self.threshold
+
 
 @dataclass(frozen=True)
 class Predictions:
@@ -82,7 +86,7 @@ class Predictions:
     @property
     def positive(self) -> NDArray[np.bool_]:
         """Which rows are predicted to have the event, (n,)."""
-        return self.probability >= self.rule.threshold
+        return self.rule.positive(self.probability)
 
     def auroc(self) -> float:
         """Return the area under the ROC curve; both labels must be there."""

@@ -41,12 +41,15 @@ def metrics(labels: Array, risk: Array, weights: Array) -> dict[str, Array]:
     """
     order = np.argsort(-risk, kind="stable")
     events = weights[:, order] * labels[order]
-    others = weights[:, order] - events
+    non_events = weights[:, order] - events
     first_of_ties = np.flatnonzero(np.diff(-risk[order], prepend=-np.inf))
     if len(first_of_ties) < len(order):
         events = np.add.reduceat(events, first_of_ties, axis=1)
-        others = np.add.reduceat(others, first_of_ties, axis=1)
-    true, false = events.cumsum(axis=1), others.cumsum(axis=1)  # positives, by falling threshold
+        non_events = np.add.reduceat(non_events, first_of_ties, axis=1)
+    true, false = (
+        events.cumsum(axis=1),
+        non_events.cumsum(axis=1),
+    )  # by falling threshold
     total = weights.sum(axis=1)  # divides last: a share of all is exactly 1
     likelihood = np.where(labels == 1, risk, 1 - risk)
     smallest = np.finfo(risk.dtype).eps  # as scikit-learn: no infinite loss
@@ -55,7 +58,7 @@ def metrics(labels: Array, risk: Array, weights: Array) -> dict[str, Array]:
         brier, prevalence = weights @ (risk - labels) ** 2 / total, weights @ labels / total
         precision = true / np.maximum(true + false, 1e-300)
         return {
-            "auroc": (others * (true - events / 2)).sum(axis=1) / (true[:, -1] * false[:, -1]),
+            "auroc": (non_events * (true - events / 2)).sum(axis=1) / (true[:, -1] * false[:, -1]),
             "auprc": (events * precision).sum(axis=1) / true[:, -1],
             "accuracy": weights @ ((risk >= 0.5) == labels) / total,
             "brier": brier,

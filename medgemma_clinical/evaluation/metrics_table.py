@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -21,7 +20,6 @@ from medgemma_clinical.evaluation.metrics import (
     calibration_error,
     confusion_shares,
     metrics,
-    net_benefit,
 )
 
 TESTED = ["id", "label", "patient"]
@@ -38,8 +36,6 @@ MAX_UNDEFINED = 0.05
 
 MINORITY_PATIENTS = 10
 """Patients with, and without, the event that a verdict and a subgroup's AUROC need."""
-
-MAX_BINS, EVENTS_A_BIN = 10, 5
 
 Statistic = Callable[[Array], dict[Any, Array]]
 """From weights (R, n) to values (R,) by any key."""
@@ -95,13 +91,16 @@ class Metrics:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
         """Read a part of ``metrics.json``; KeyError, TypeError or AttributeError if it is none."""
-        others = (*COUNTS, "model", "primary", "planned", "models")
-        own = {name: metric for name, metric in content.items() if name not in others}
-        models = {content["model"]: {"reference": content["model"], **own}, **content["models"]}
+        not_metrics = (*COUNTS, "model", "primary", "planned", "models")
+        first = {name: metric for name, metric in content.items() if name not in not_metrics}
+        models = {
+            content["model"]: {"reference": content["model"], **first},
+            **content["models"],
+        }
         lines = {
-            (model, name): {**metric, "reference": each["reference"]}
-            for model, each in models.items()
-            for name, metric in each.items()
+            (model, name): {**metric, "reference": numbers["reference"]}
+            for model, numbers in models.items()
+            for name, metric in numbers.items()
             if name != "reference"
         }
         index = pd.MultiIndex.from_tuples(lines, names=["model", "metric"])
@@ -156,44 +155,35 @@ def evaluate(
     risks = {str(name): rows[name].to_numpy(float) for name in rows.columns.drop(TESTED)}
     first = reference or next(iter(risks))
     risks = {first: risks[first], **risks}
-    labels, risk, patients = _arrays(rows, first)
+    labels, risk, patients = label_risk_patient(rows, first)
     parts = [np.arange(len(rows))]
     if split is not None:
         parts = [np.flatnonzero(split == label) for label in np.unique(split)]
+    positive = None if threshold is None else risk >= threshold
 
     def statistic(weights: Array) -> dict[Any, Array]:
         by_part = [_metrics_of_all(labels, risks, weights, part) for part in parts]
         values_by_key = {
             key: _mean_of_defined([part[key] for part in by_part]) for key in by_part[0]
         }
-        if threshold is not None:
-            at_threshold = calibration(labels, risk, weights)
-            at_threshold |= confusion_shares(labels, risk >= threshold, weights)
-            values_by_key |= {(first, name): values for name, values in at_threshold.items()}
+        if positive is not None:
+            of_first = calibration(labels, risk, weights)
+            of_first |= confusion_shares(labels, positive, weights)
+            values_by_key |= {(first, name): values for name, values in of_first.items()}
         return values_by_key
 
     # Patients are drawn once for all splits.
     value, drawn = bootstrap(labels, patients, seed, statistic)
-    if threshold is None:
-        table = with_interval(value, drawn)
-    else:
-        behind = _patients_behind_shares(labels, risk >= threshold, patients)
-        table = with_interval(value, drawn, {(first, name): n for name, n in behind.items()})
+    behind = {} if positive is None else _patients_behind_shares(labels, positive, patients)
+    table = with_interval(value, drawn, {(first, name): n for name, n in behind.items()})
     references = dict.fromkeys(risks, first)  # of the ensemble the best blend
     if ENSEMBLE in risks and first != ENSEMBLE:
         references[ENSEMBLE] = best_blend(risks) or first
-    reference_keys = [(references[model], name) for model, name in value.index]
-    beside = value.index.get_indexer(pd.MultiIndex.from_tuples(reference_keys))
-    minus = with_interval(value - value.to_numpy()[beside], drawn - drawn.to_numpy()[:, beside])
-    table[DIFFERENCE] = minus
+    table[DIFFERENCE] = _differences(value, drawn, references)
     table.loc[first, DIFFERENCE] = np.nan
     if split is not None:
-        one = np.ones((1, len(rows)))
-        by_part = pd.concat(
-            pd.DataFrame(_metrics_of_all(labels, risks, one, part)) for part in parts
-        )
-        table[SPREAD] = by_part.where(np.isfinite(by_part)).agg(["std", "min", "max"]).T
-    if threshold is not None:  # A distance grows by the noise of the draws: they give no interval.
+        table[SPREAD] = _spread(labels, risks, parts)
+    if positive is not None:  # A distance grows by the noise of the draws: it has no interval.
         for name, distance in calibration_error(labels, risk).items():
             table.loc[(first, name), "value"] = distance
     table["reference"] = [references[model] for model, _ in table.index]
@@ -204,6 +194,24 @@ def evaluate(
     return Metrics(count(labels, patients), table, primary, planned)
 
 
+def _differences(
+    value: pd.Series[float], drawn: pd.DataFrame, references: Mapping[str, str]
+) -> pd.DataFrame:
+    """Return each metric minus that of the model's reference, paired, with intervals."""
+    keys = pd.MultiIndex.from_tuples([(references[model], name) for model, name in value.index])
+    beside = value.index.get_indexer(keys)
+    return with_interval(value - value.to_numpy()[beside], drawn - drawn.to_numpy()[:, beside])
+
+
+def _spread(
+    labels: Array, risks: Mapping[str, Array], parts: Sequence[NDArray[np.intp]]
+) -> pd.DataFrame:
+    """Return standard deviation, lowest and highest of each metric over several parts."""
+    one = np.ones((1, len(labels)))
+    lines = pd.concat(pd.DataFrame(_metrics_of_all(labels, risks, one, part)) for part in parts)
+    return lines.where(np.isfinite(lines)).agg(["std", "min", "max"]).T
+
+
 def _mean_of_defined(values: Sequence[Array]) -> Array:
     """Return the mean (R,) of those of several arrays (R,) that are finite; NaN where none is."""
     is_finite = np.isfinite(values)
@@ -212,7 +220,7 @@ def _mean_of_defined(values: Sequence[Array]) -> Array:
     return mean
 
 
-def _arrays(rows: pd.DataFrame, model: str) -> tuple[Array, Array, NDArray[np.str_]]:
+def label_risk_patient(rows: pd.DataFrame, model: str) -> tuple[Array, Array, NDArray[np.str_]]:
     """Return labels, the risk of a model, and patients, (n,) each."""
     labels, risk = rows["label"].to_numpy(float), rows[model].to_numpy(float)
     return labels, risk, rows["patient"].to_numpy(str)
@@ -250,81 +258,3 @@ def count(labels: Array, patients: NDArray[np.generic]) -> dict[str, int]:
     """Return the ``COUNTS`` of some rows."""
     numbers = len(labels), len(np.unique(patients)), int(labels.sum())
     return dict(zip(COUNTS, (*numbers, minority_patients(labels, patients)), strict=True))
-
-
-def subgroup_table(rows: pd.DataFrame, model: str, bands: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Return counts, AUROC and calibration of each category in ``bands`` (n rows)."""
-    labels, risk, patients = _arrays(rows, model)
-    lines: list[dict[str, Any]] = []
-    scored = {}  # rows by line
-    for group, column in bands.items():
-        for level in column.cat.categories:
-            members = np.flatnonzero(column.to_numpy() == level)
-            if len(members):
-                counts = count(labels[members], patients[members])
-                if counts["minority_patients"] >= MINORITY_PATIENTS:
-                    scored[len(lines)] = members
-                # The observed and the predicted share of events.
-                mean = {"prevalence": labels[members].mean(), "risk": risk[members].mean()}
-                lines.append({"group": str(group), "level": str(level), **counts, **mean})
-
-    def statistic(weights: Array) -> dict[Any, Array]:
-        values: dict[Any, Array] = {}
-        for k, members in scored.items():
-            part = labels[members], risk[members], weights[:, members]
-            values[k, "auroc"] = metrics(*part)["auroc"]
-            values[k, "slope"] = calibration(*part)["calibration_slope"]
-            with np.errstate(invalid="ignore"):  # observed by expected events
-                values[k, "oe"] = part[2] @ part[0] / (part[2] @ part[1])
-        return values
-
-    table = pd.DataFrame(lines)
-    intervals = with_interval(*bootstrap(labels, patients, seed, statistic)) if scored else None
-    for name in ("auroc", "oe", "slope"):
-        columns = [name, f"{name}_low", f"{name}_high"]
-        table[columns] = (
-            np.nan if intervals is None else intervals.xs(name, level=1).reindex(table.index)
-        )
-    return table
-
-
-def calibration_table(rows: pd.DataFrame, model: str, seed: int) -> pd.DataFrame:
-    """Return n, mean risk and observed share of events in bins of equal size by rising risk."""
-    labels, risk, patients = _arrays(rows, model)
-    minority = min(labels.sum(), (1 - labels).sum())
-    bins = int(np.clip(minority // EVENTS_A_BIN, 2, MAX_BINS))
-    edges = np.percentile(risk, np.linspace(0, 100, bins + 1))[1:-1]
-    index = np.searchsorted(edges, risk)  # as scikit-learn's calibration_curve bins
-    members = np.stack([index == k for k in np.unique(index)], axis=1)  # (n, bins)
-
-    def statistic(weights: Array) -> dict[Any, Array]:
-        with np.errstate(invalid="ignore"):
-            observed = (weights * labels) @ members / (weights @ members)
-        return dict(enumerate(observed.T))
-
-    behind = {k: count_patients(patients, is_member) for k, is_member in enumerate(members.T)}
-    table = with_interval(*bootstrap(labels, patients, seed, statistic), behind)
-    size = members.sum(axis=0)
-    table = table.rename(columns={"value": "observed"}).assign(
-        n=size, predicted=risk @ members / size
-    )
-    return table[["n", "predicted", "observed", "low", "high"]]
-
-
-def decision_curve(rows: pd.DataFrame, models: list[str], seed: int) -> pd.DataFrame:
-    """Return net benefits by threshold risk; low and high are those of the first model."""
-    labels, risk, patients = _arrays(rows, models[0])
-    highest = min(0.99, max(0.05, 2 * labels.mean(), float(np.quantile(risk, 0.99))))
-    thresholds = np.arange(1, math.floor(100 * highest) + 1) / 100  # up to those of use
-
-    def statistic(weights: Array) -> dict[Any, Array]:
-        benefit = net_benefit(labels, risk, thresholds, weights)
-        return dict(zip(thresholds.tolist(), benefit.T, strict=True))
-
-    table = with_interval(*bootstrap(labels, patients, seed, statistic))
-    table = table.rename_axis("threshold").rename(columns={"value": models[0]})
-    other_risks = {name: rows[name].to_numpy(float) for name in models[1:]}
-    other_risks["treat_all"] = np.ones(len(rows))
-    for name, other_risk in other_risks.items():
-        table[name] = net_benefit(labels, other_risk, thresholds, np.ones((1, len(rows))))[0]
-    return table

@@ -43,7 +43,7 @@ def review_report(dataset: TrajectoryDataset, i: int, text: str) -> ReportReview
     verdict = re.match(rf"{head}\b", text)
     form = "".join([head, *map(_clause_pattern, clauses), r"\.\s*"])
     masked = _mask_names(dataset, text)
-    stated, known = _stated_numbers(masked), known_numbers(dataset, i)
+    stated, patient_numbers = _stated_numbers(masked), known_numbers(dataset, i)
     right = _right_parts(text, masked, clauses)
     return ReportReview(
         verdict=None if verdict is None else int(verdict[1] == "yes"),
@@ -52,7 +52,7 @@ def review_report(dataset: TrajectoryDataset, i: int, text: str) -> ReportReview
         true=sum(isinstance(part, Number) for part in right),
         trends=sum(_is_trend(part) for clause in clauses for part in clause.parts),
         right_trends=sum(map(_is_trend, right)),
-        invented=sum(number not in known for number in stated),
+        invented=sum(number not in patient_numbers for number in stated),
     )
 
 

@@ -13,16 +13,11 @@ import pandas as pd
 from pandas.api.types import is_float_dtype
 
 from medgemma_clinical.data.small_cells import count_text
-from medgemma_clinical.evaluation.table_one import ALL, OUTCOMES, QUARTILES
 
 COUNTS = ("n", "rows", "patients", "events", "minority_patients", "left", "removed")
 AT_THRESHOLD = ("sensitivity", "specificity", "ppv", "npv", "positives", "accuracy")
-REPORT_COUNTS = {
-    "reports": ("parse_share", "inventing_share", "right_trend_share"),
-    "numbers_stated": ("true_number_share",),
-    "invented": (),
-}
-"""Counts of written reports, and the shares of each."""
+SHARES = ["prevalence", "oe", "oe_low", "oe_high"]
+"""Columns of a table that tell a hidden count, by another one."""
 
 NOT_SHOWN = "not shown"
 
@@ -41,8 +36,8 @@ def suppress(part: Json, min_cell: int) -> Json:
     models = part.get("models", {})
     every = {name for metrics in (part, *models.values()) for name in metrics}
     hidden = every if minority < min_cell else _telling(part, min_cell)
-    models = {name: _blank(metrics, hidden) for name, metrics in models.items()}
-    return {**_blank(part, hidden), **texts, "models": models}
+    models = {name: blank(metrics, hidden) for name, metrics in models.items()}
+    return {**blank(part, hidden), **texts, "models": models}
 
 
 def _telling(part: Json, min_cell: int) -> set[str]:
@@ -52,7 +47,7 @@ def _telling(part: Json, min_cell: int) -> set[str]:
 
     def tells(count: float, metrics: Json, name: str) -> bool:
         share = metrics.get(name, {}).get("value")
-        return share is not None and _splits_off_few(count, share, min_cell)
+        return share is not None and splits_off_few(count, share, min_cell)
 
     if tells(events, part, "sensitivity") or tells(patients - events, part, "specificity"):
         return set(AT_THRESHOLD)
@@ -60,50 +55,22 @@ def _telling(part: Json, min_cell: int) -> set[str]:
     return {"accuracy"} if any(tells(patients, each, "accuracy") for each in models) else set()
 
 
-def _splits_off_few(count: float, share: float, min_cell: int) -> bool:
+def splits_off_few(count: float, share: float, min_cell: int) -> bool:
     """Return whether a share of a count, or the rest, is small."""
-    return _any_small((count * share, count * (1 - share)), min_cell)
+    return any_small((count * share, count * (1 - share)), min_cell)
 
 
-def _any_small(counts: Iterable[float], min_cell: int) -> bool:
+def any_small(counts: Iterable[float], min_cell: int) -> bool:
+    """Return whether some count is small, and not zero."""
     return any(0 < round(n, 6) < min_cell for n in counts)
 
 
-def _blank(metrics: Json, hidden: Container[str]) -> Json:
+def blank(metrics: Json, hidden: Container[str]) -> Json:
     """Return metrics, the hidden ones without their numbers."""
     return {
         name: dict.fromkeys(x) if isinstance(x, dict) and name in hidden else x
         for name, x in metrics.items()
     }
-
-
-def suppress_reports(reports: Json, min_cell: int) -> Json:
-    """Hide small counts of written reports and of what they state, and the shares of these."""
-    for name, shares in REPORT_COUNTS.items():
-        count = reports.get(name)
-        if not isinstance(count, int):  # hidden before
-            continue
-        parts = {share: count * (reports[share]["value"] or 0) for share in shares}
-        small = [x for x, n in parts.items() if _any_small([n, count - n], min_cell)]
-        if _any_small([count], min_cell):
-            reports, small = {**reports, name: count_text(count, min_cell)}, list(shares)
-        reports = _blank(reports, small)
-    return reports
-
-
-def suppress_case_mix(mix: Json, min_cell: int, *, hide_events: bool) -> Json:
-    """Leave out small counts of a ``case_mix_of``, and what tells them."""
-    if min_cell == 0:
-        return mix
-    patients, share = mix.get("patients", 0), mix.get("prevalence", 0)
-    hidden = {name for name in ("rows", "patients") if 0 < mix.get(name, 0) < min_cell}
-    # A drawn part has about the prevalence of a scored part that hides its events.
-    if hide_events or patients < min_cell or _splits_off_few(patients, share, min_cell):
-        hidden.add("prevalence")
-    # Of how many patients age and sex are known is not kept: both are left out.
-    quartiles = ("age", "observations") if patients < 4 * min_cell else ("age",)  # few beyond
-    hidden |= {f"{name}_{end}" for name in quartiles for end in ("q1", "median", "q3")}
-    return {name: x for name, x in mix.items() if name not in {"women", *hidden}}
 
 
 def suppress_table(table: pd.DataFrame, min_cell: int, by: str | None = None) -> pd.DataFrame:
@@ -113,10 +80,12 @@ def suppress_table(table: pd.DataFrame, min_cell: int, by: str | None = None) ->
     if by is not None:
         groups = table.groupby(by, sort=False, observed=True)
         return pd.concat([suppress_table(part, min_cell) for _, part in groups])
+    minority = table.get("minority_patients", pd.Series(min_cell, table.index))
+    table = table.drop(columns="minority_patients", errors="ignore")  # it tells the events
     counts = [name for name in COUNTS if name in table]
     shown = table.astype(dict.fromkeys(counts, object))
-    minority = table.get("minority_patients", pd.Series(min_cell, table.index))
-    floats = [name for name in table if is_float_dtype(table[name])]
+    floats = table.columns[[is_float_dtype(kind) for kind in table.dtypes]]
+    shown[floats] = table[floats].round(3)  # more digits of an AUROC tell the events
     shown.loc[minority < min_cell, floats] = np.nan
     for name in counts:
         count = table[name]
@@ -129,33 +98,7 @@ def suppress_table(table: pd.DataFrame, min_cell: int, by: str | None = None) ->
             hidden = hidden | (count.index == others.idxmin())
         texts = [count_text(n, min_cell) for n in count]
         shown[name] = pd.Series(texts, count.index, object).mask(hidden & ~small, NOT_SHOWN)
-        if name not in ("left", "removed"):  # shares and metrics tell the count behind them
-            shown.loc[hidden, floats] = np.nan
+        shown.loc[hidden, table.columns.intersection(SHARES)] = np.nan
         if name == "removed" and hidden.any():  # two neighbours tell what was removed
             shown.loc[shown.index[:-1], "left"] = NOT_SHOWN
-    return shown
-
-
-def suppress_table_one(table: pd.DataFrame, min_cell: int, *, hide_events: bool) -> pd.DataFrame:
-    """Hide small counts of a ``table_one``, and what tells them; drop the sizes of its groups."""
-    sizes = table[["rows", "patients"]]
-    table = table.drop(columns=list(sizes))
-    if min_cell == 0:
-        return table
-    known, a_row = sizes["rows"] - table["missing"], sizes["patients"] / sizes["rows"]
-    rest = ((1 - table["share"]) * known).round(6)
-    counts = [table["missing"], known, table["count"], rest]
-    small = pd.concat([(n > 0) & (n * a_row < min_cell) for n in counts], axis=1)
-    sides = table["group"].map(dict.fromkeys(OUTCOMES, "outcome") | {ALL: ALL}).fillna("part")
-    category = table["variable"].str.split("[_ ]", regex=True).str[0]  # unit_medical, unit_surgical
-    category = table["variable"].where(table["count"].isna(), category)
-    # Counts of outcomes, parts and categories add up: a small one hides those beside it.
-    hidden = small.any(axis=1).groupby([category, sides]).transform("any")
-    hidden |= hide_events & (sides == "outcome")  # these tell the number of events
-    shown = table.astype({"missing": object, "count": object})
-    shown.loc[known * a_row < 4 * min_cell, QUARTILES] = np.nan  # few beyond a quartile
-    shown.loc[hidden, ["share"]] = np.nan
-    for k, name in ((0, "missing"), (2, "count")):
-        shown.loc[hidden & table[name].notna(), name] = NOT_SHOWN
-        shown.loc[hidden & small.iloc[:, k], name] = count_text(1, min_cell)
     return shown

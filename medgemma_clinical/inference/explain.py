@@ -33,8 +33,8 @@ def risk_over_time(
         part = dataset.subset(np.arange(start, min(start + ROWS_AT_ONCE, len(dataset))))
         cut, owner = prefixes(part)
         ids, numbers = rows.ids[start + owner], rows.numbers[start + owner]
-        known = ScoringRows(ids, numbers, cut, np.arange(len(owner)), rows.read)
-        scores = score_rows(known, trained, findings, batch_size)
+        prefix_rows = ScoringRows(ids, numbers, cut, np.arange(len(owner)), rows.read)
+        scores = score_rows(prefix_rows, trained, findings, batch_size)
         hours = cut.prediction_times()
         yield pd.DataFrame({"id": ids, "hours": hours, "probability": scores.probability})
 
@@ -49,11 +49,11 @@ def prefixes(dataset: TrajectoryDataset) -> tuple[TrajectoryDataset, NDArray[np.
     owner = np.repeat(np.arange(len(dataset)), lengths + later)
     starts = np.cumsum(lengths + later) - (lengths + later)
     step = np.arange(len(owner)) - starts[owner]  # (M,) 0 for the first observation
-    whole = dataset.subset(owner)
-    cut = whole.up_to(step + 1)
-    if whole.prediction_hours is not None:
-        keeps = (step == lengths[owner]) | np.isnan(whole.prediction_hours)
-        cut.prediction_hours = np.where(keeps, whole.prediction_hours, cut.last_times)
+    copies = dataset.subset(owner)
+    cut = copies.up_to(step + 1)
+    if copies.prediction_hours is not None:
+        keeps = (step == lengths[owner]) | np.isnan(copies.prediction_hours)
+        cut.prediction_hours = np.where(keeps, copies.prediction_hours, cut.last_times)
     return cut, owner
 
 
@@ -61,9 +61,9 @@ def explain(
     row: Mapping[str, Any], dataset: TrajectoryDataset, trained: TrainedModel, batch_size: int
 ) -> Explanation:
     """Explain a row of the prediction table; ``dataset`` holds it alone, as the model reads it."""
-    first = np.zeros(1, dtype=np.int64)
-    whole = ScoringRows(np.array([row["id"]]), first, dataset, first, 1)
-    (curve,) = risk_over_time(whole, trained, Findings(dataset.source), batch_size)
+    zero = np.zeros(1, dtype=np.int64)
+    rows = ScoringRows(np.array([row["id"]]), zero, dataset, zero, 1)
+    (curve,) = risk_over_time(rows, trained, Findings(dataset.source), batch_size)
     series = dataset.series_read
     return Explanation(
         id=row["id"],
@@ -88,12 +88,12 @@ def explain(
 def static_read(dataset: TrajectoryDataset, trained: TrainedModel) -> dict[str, str]:
     """Return the static features of the first row as text, those of value 0 together."""
     values = zip(dataset.static_inputs, dataset.static_values()[0].tolist(), strict=True)
-    known = {name.removeprefix("static_"): value for name, value in values}
-    read = {name: short_number(value) for name, value in known.items() if value != 0}
-    read["of value 0"] = ", ".join(name for name, value in known.items() if value == 0)
+    features = {name.removeprefix("static_"): value for name, value in values}
+    texts = {name: short_number(value) for name, value in features.items() if value != 0}
+    texts["of value 0"] = ", ".join(name for name, value in features.items() if value == 0)
     if isinstance(trained.model, TrajectoryLLM) and trained.prompts.context:
-        read["context that the language model reads"] = dataset.contexts[0]
-    return {name: text for name, text in read.items() if text}
+        texts["context that the language model reads"] = dataset.contexts[0]
+    return {name: text for name, text in texts.items() if text}
 
 
 def short_number(value: float) -> str:

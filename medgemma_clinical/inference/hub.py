@@ -48,8 +48,8 @@ def check_folder(folder: Path, config: Config) -> None:
     if checkpoints.is_merged(config):
         raise InputError("an export, which holds a whole language model: copy its folder instead")
     files = files_of(folder) if folder.is_dir() else {""}
-    own = {*SHARED_FILES, BASELINES}
-    if os.path.lexists(folder) and (files - own or (files and CARD not in files)):
+    model_files = {*SHARED_FILES, BASELINES}
+    if os.path.lexists(folder) and (files - model_files or (files and CARD not in files)):
         raise InputError(f"{folder}: exists and holds other files: name a new folder")
 
 
@@ -89,14 +89,13 @@ def shared_copy(
 
 def files_of(folder: Path) -> set[str]:
     """Return the paths, within a folder, of all that is no folder there."""
-    paths = (each for each in folder.rglob("*") if each.is_symlink() or not each.is_dir())
-    return {each.relative_to(folder).as_posix() for each in paths}
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return {path.relative_to(folder).as_posix() for path in paths}
 
 
 def push_model(
     trained: TrainedModel,
     repo_id: str,
-    *,
     private: bool = True,
     revision: str | None = None,
     commit_message: str | None = None,
@@ -106,11 +105,11 @@ def push_model(
     """Upload a shared copy in place of an earlier model's files; see ``push_to_hub``."""
     if not REPO_ID.fullmatch(repo_id):
         raise InputError(f"{repo_id}: not an id of the hub: give user/name")
-    known = trained.config.get("patients", {})
-    few = [name for counts in known.values() for name, n in counts.items() if 0 < n < MIN_CELL]
-    if few and not allow_small_cells:
+    patients = trained.config.get("patients", {})
+    names = [name for kind in patients.values() for name, n in kind.items() if 0 < n < MIN_CELL]
+    if names and not allow_small_cells:
         raise InputError(
-            f"{repo_id}: fewer than {MIN_CELL} training patients stand behind {', '.join(few)}, "
+            f"{repo_id}: fewer than {MIN_CELL} training patients stand behind {', '.join(names)}, "
             "whose values the weights may reveal: train without, or pass allow_small_cells=True"
         )
     api = HfApi(token=token)
@@ -137,7 +136,7 @@ def push_model(
 
 
 @contextlib.contextmanager
-def hub_errors(where: str) -> Iterator[None]:
+def hub_errors(subject: str) -> Iterator[None]:
     """Turn any failure of the hub's library into one line with its own words."""
     try:
         yield
@@ -145,4 +144,4 @@ def hub_errors(where: str) -> Iterator[None]:
         raise
     except Exception as error:  # of HTTP, of the disk and of the library: no common class
         words = " ".join(str(error).split())[:300]
-        raise InputError(f"{where}: {type(error).__name__}: {words}") from error
+        raise InputError(f"{subject}: {type(error).__name__}: {words}") from error

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,6 +20,7 @@ from medgemma_clinical.evaluation.report_review import review_report
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.checkpoints import Config
 from medgemma_clinical.models.generation import rows_at_once, write_reports
+from medgemma_clinical.models.outcome import OUTCOMES
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trained_model import TrainedModel
 from medgemma_clinical.models.trajectory import Stage1
@@ -61,15 +61,15 @@ def scoring_rows(
 
 def check_dataset(dataset: TrajectoryDataset, config: Config) -> None:
     """Check that a data set was read as the data of a checkpoint were."""
-    found = {**dataset.read_options, "outcome": dataset.outcome}
-    found |= {"features": list(dataset.features), "units": list(dataset.units)}
+    options = {**dataset.read_options, "outcome": dataset.outcome}
+    options |= {"features": list(dataset.features), "units": list(dataset.units)}
     expected = config["read_options"] | {
         name: config[name] for name in ("features", "units", "outcome")
     }
     for name, value in expected.items():
-        own = found.get(name)
-        if name != "label_column" and own != value:
-            raise InputError(f"{dataset.source}: its {name}: {own}, the model reads {value}")
+        if name != "label_column" and options.get(name) != value:
+            problem = f"its {name}: {options.get(name)}, the model reads {value}"
+            raise InputError(f"{dataset.source}: {problem}")
 
 
 def count_implausible(dataset: TrajectoryDataset, findings: Findings) -> None:
@@ -120,7 +120,7 @@ class Scores:
     @property
     def positive(self) -> NDArray[np.bool_]:
         """Whether the decision rule predicts the event, (M,)."""
-        return self.probability >= self.trained.rules[self.used].threshold
+        return self.trained.rules[self.used].positive(self.probability)
 
 
 def score_rows(
@@ -172,15 +172,15 @@ def text_collator(dataset: TrajectoryDataset, trained: TrainedModel) -> TextColl
 
 
 def reports_of(scores: Scores, trained: TrainedModel, batch_size: int) -> list[str]:
-    """Let stage 3 write the reports of scored rows, M texts."""
+    """Return the reports that stage 3 writes for scored rows, M texts."""
     if scores.text is None:
         return []
     rows, max_tokens = scores.positions, trained.config["report_tokens"]
     assert isinstance(trained.model, LLMWriter)
-    written = write_in_batches(
+    reports = write_in_batches(
         trained.model, scores.text, rows, scores.positive, max_tokens, batch_size
     )
-    return [written[i] for i in rows.tolist()]
+    return [reports[i] for i in rows.tolist()]
 
 
 def write_in_batches(
@@ -198,15 +198,15 @@ def write_in_batches(
     verdicts[rows] = positive
     size = max(batch_size, rows_at_once(model, text, max_tokens))
     batches = LengthBatches(rows, size, lengths, shuffle=False, share=share)
-    shown = show_progress(batches, "writing reports", len(batches))
-    return write_reports(model, text, shown, verdicts, max_tokens)
+    bar = show_progress(batches, "writing reports", len(batches))
+    return write_reports(model, text, bar, verdicts, max_tokens)
 
 
 def count_unknown_static(dataset: TrajectoryDataset, findings: Findings) -> None:
     """Count the rows that lack a static feature which a model reads."""
     for name, column in zip(dataset.static_inputs, dataset.static_values().T, strict=True):
-        lacking = f"lack the static feature {name}: taken as unknown"
-        findings.counts[lacking] += int(np.isnan(column).sum())
+        finding = f"lack the static feature {name}: taken as unknown"
+        findings.counts[finding] += int(np.isnan(column).sum())
 
 
 def prediction_table(
@@ -221,23 +221,21 @@ def prediction_table(
     Takes the problems of these rows out of the findings.
     """
     scores = score_rows(rows, trained, findings, batch_size, use)
-    scored = scores.rows
-    columns: dict[str, Any] = {
-        "probability": scores.probability,
-        "prediction": pd.array(scores.positive.astype(np.int64), dtype="Int64"),
-    }
+    scored_rows = scores.rows
+    outcome = OUTCOMES[scored_rows.dataset.outcome_kind]
+    columns = outcome.columns(scores.probability, trained.rules[scores.used])
     writes = isinstance(trained.model, LLMWriter)
     if writes:
         columns["report"] = np.array(reports_of(scores, trained, batch_size), dtype=object)
-    table = pd.DataFrame(columns, index=scored.positions).reindex(range(len(rows.ids)))
+    table = pd.DataFrame(columns, index=scored_rows.positions).reindex(range(len(rows.ids)))
     table.insert(0, "id", rows.ids)
     table["problem"] = [findings.problems.pop(number, "") for number in rows.numbers.tolist()]
     if writes:
         texts = enumerate(columns["report"])
-        parses = [review_report(scored.dataset, i, text).parses for i, text in texts]
-        table.loc[scored.positions[~np.array(parses, dtype=bool)], "problem"] = NO_FORM
+        parses = [review_report(scored_rows.dataset, i, text).parses for i, text in texts]
+        table.loc[scored_rows.positions[~np.array(parses, dtype=bool)], "problem"] = NO_FORM
         findings.counts[f"have a score, but {NO_FORM}"] += len(parses) - sum(parses)
-    others = {trained.column(name): risk for name, risk in scores.risks.items()}
+    risks = {trained.column(name): risk for name, risk in scores.risks.items()}
     if scores.used == trained.name:
-        del others[trained.column(trained.name)]
-    return table.join(pd.DataFrame(others, index=scored.positions)), scored
+        del risks[trained.column(trained.name)]
+    return table.join(pd.DataFrame(risks, index=scored_rows.positions)), scored_rows

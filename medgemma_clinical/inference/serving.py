@@ -74,13 +74,13 @@ def prompt_embeds(scores: Scores, trained: TrainedModel, batch_size: int) -> lis
     verdicts = np.zeros(len(lengths), dtype=bool)
     verdicts[scores.positions] = scores.positive
     embedded: dict[int, Tensor] = {}
-    for chosen in LengthBatches(scores.positions, batch_size, lengths, shuffle=False):
+    for positions in LengthBatches(scores.positions, batch_size, lengths, shuffle=False):
         writes = isinstance(model, LLMWriter)
         # Greedy decoding alone would say yes from 0.5 on, whatever the threshold.
-        batch = text.with_verdicts(chosen, verdicts[chosen]) if writes else text(chosen)
+        batch = text.with_verdicts(positions, verdicts[positions]) if writes else text(positions)
         batch = send_to_device(batch, trained.device)
         sequence = model.embed(batch, model.trajectory(batch))
-        for row, vectors, mask in zip(chosen, sequence.embeddings, sequence.mask, strict=True):
+        for row, vectors, mask in zip(positions, sequence.embeddings, sequence.mask, strict=True):
             embedded[row] = vectors[mask].cpu()
     return [embedded[row] for row in scores.positions.tolist()]
 
@@ -98,13 +98,13 @@ def export_merged(
     if os.path.lexists(folder) or not folder.absolute().parent.is_dir():
         raise InputError(f"--export_dir {folder}: give a new folder within one that exists")
     trained = load_trained_model(best, builders, model_name)
-    before = proof_logits(trained)
+    logits = proof_logits(trained)
     with locked(folder), atomic(folder) as temporary:
         write_merged(temporary, best, trained)
         del trained  # one model is in memory at a time
         merged = load_trained_model(temporary, builders)
         llm = cast(PreTrainedModel, merged.model.llm)
-        apart = (proof_logits(merged) - before) / before.std(dim=1, keepdim=True)
+        apart = (proof_logits(merged) - logits) / logits.std(dim=1, keepdim=True)
         difference = float(apart.abs().amax())
         allowed = MERGE_TOLERANCE[llm.dtype] * math.sqrt(llm.config.num_hidden_layers)
         if not difference <= allowed:  # NaN fails
@@ -156,8 +156,8 @@ def write_merged(folder: Path, best: Path, trained: TrainedModel) -> None:
     config, tokenizer = trained.config, cast(Any, trained.tokenizer)
     llm = cast(PeftModel, trained.model.llm)
     merged = merge_adapter(llm, config["quantization"], best / "adapter")
-    for facts in (vars(merged.config), tokenizer.init_kwargs):
-        facts.pop("auto_map", None)  # names code that the base model brought, and is not read
+    for settings in (vars(merged.config), tokenizer.init_kwargs):
+        settings.pop("auto_map", None)  # names code that the base model brought, and is not read
     merged.generation_config = GenerationConfig(  # as the program continues a text
         bos_token_id=int(tokenizer.bos_token_id),
         pad_token_id=int(tokenizer.pad_token_id),
@@ -169,12 +169,12 @@ def write_merged(folder: Path, best: Path, trained: TrainedModel) -> None:
     merged.save_pretrained(folder / MERGED_MODEL, save_original_format=False)
     tokenizer.save_pretrained(folder / MERGED_MODEL)
     shutil.copyfile(best / MODULE_WEIGHTS, folder / MODULE_WEIGHTS)
-    for each in (folder, folder / MERGED_MODEL):  # either may be passed on alone
-        write_text(each / NOTICE, terms_of(config).notice)
+    for path in (folder, folder / MERGED_MODEL):  # either may be passed on alone
+        write_text(path / NOTICE, terms_of(config).notice)
     own_keys = ("base_model", "base_sha256", "base_revision", "quantization", "precision")
     stored: Mapping[str, Any] = config
     origin = {"merged_from": {key: stored[key] for key in own_keys}}
-    own = {"quantization": "none", "precision": "fp32" if merged.dtype == torch.float32 else "bf16"}
-    base = base_record(str(folder / MERGED_MODEL))
-    write_config(folder, cast(Config, {**without_baselines(config), **base, **own, **origin}))
+    base: dict[str, Any] = {**base_record(str(folder / MERGED_MODEL)), "quantization": "none"}
+    base["precision"] = "fp32" if merged.dtype == torch.float32 else "bf16"
+    write_config(folder, cast(Config, {**without_baselines(config), **base, **origin}))
     write_text(folder / CARD, model_card(config | origin))

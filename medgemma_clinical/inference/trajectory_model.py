@@ -63,9 +63,9 @@ def results_table(part: Mapping[str, Any]) -> pd.DataFrame:
     metrics = Metrics.from_json(part)
     table = metrics.metric("auroc")[DIFFERENCE]
     for name in ("brier", "auprc", "auroc"):
-        own = metrics.metric(name)[VALUE]
-        own.columns = [name, f"{name}_low", f"{name}_high"]
-        table = own.join(table)
+        values = metrics.metric(name)[VALUE]
+        values.columns = [name, f"{name}_low", f"{name}_high"]
+        table = values.join(table)
     return table.loc[metrics.models].rename_axis(None)
 
 
@@ -86,7 +86,6 @@ class TrajectoryModel:
     program: ClassVar[Program]
 
     def __init__(self, trained: TrainedModel, batch_size: int | None = None) -> None:
-        """Keep the parts; see the class."""
         self.trained = trained
         self.batch_size = BATCH_ROWS[self.stage] if batch_size is None else batch_size
 
@@ -160,7 +159,7 @@ class TrajectoryModel:
 
     @property
     def threshold(self) -> float:
-        """The probability from which on ``predict`` says 1."""
+        """The probability from which on ``predict`` returns 1."""
         return self.trained.rule.threshold
 
     @property
@@ -186,10 +185,10 @@ class TrajectoryModel:
         """
         if self.metrics is None:
             raise ValueError("no metrics: this model was not tested")
-        known = [name for name in ("test", "folds", "validation") if name in self.metrics]
-        if part not in (None, *known):
-            raise ValueError(f"part {part!r}: choose from {', '.join(known)}")
-        return results_table(self.metrics[part or known[0]])
+        parts = [name for name in ("test", "folds", "validation") if name in self.metrics]
+        if part not in (None, *parts):
+            raise ValueError(f"part {part!r}: choose from {', '.join(parts)}")
+        return results_table(self.metrics[part or parts[0]])
 
     @property
     def classes_(self) -> NDArray[np.int64]:
@@ -267,7 +266,7 @@ class TrajectoryModel:
         """
         chunks, findings = self._read(rows, strict=True)
         tables = (risk_over_time(x, self.trained, findings, self.batch_size) for x in chunks)
-        return pd.concat([table for each in tables for table in each], ignore_index=True)
+        return pd.concat([table for chunk in tables for table in chunk], ignore_index=True)
 
     def plot_risk(self, rows: Rows) -> Figure:
         """Return a figure of ``risk_over_time``, a line for each row."""
@@ -288,22 +287,22 @@ class TrajectoryModel:
         """
         chunks, findings = self._read(rows, strict=True)
         for chunk in chunks:
-            chosen = np.flatnonzero((chunk.ids == str(id)) | (id is None))[:1]
-            if len(chosen):
-                ids, numbers = chunk.ids[chosen], chunk.numbers[chosen]
-                own = chunk.dataset.subset(chosen), np.zeros(1, dtype=np.int64), chunk.read
-                read = rows_as_read(ScoringRows(ids, numbers, *own), self.config, findings)
+            position = np.flatnonzero((chunk.ids == str(id)) | (id is None))[:1]
+            if len(position):
+                ids, numbers = chunk.ids[position], chunk.numbers[position]
+                rest = chunk.dataset.subset(position), np.zeros(1, dtype=np.int64), chunk.read
+                scorable = rows_as_read(ScoringRows(ids, numbers, *rest), self.config, findings)
                 row = {"id": ids[0], "probability": np.nan, "problem": ""}
-                shown = explain(row, read.dataset, self.trained, self.batch_size)
+                explanation = explain(row, scorable.dataset, self.trained, self.batch_size)
                 with plot_style():
-                    return plot_patient(shown, self.config["outcome"], self.threshold)[0]
+                    return plot_patient(explanation, self.config["outcome"], self.threshold)[0]
         raise ValueError(f"no row has the id {id}")
 
     @exact_kernels()
     def prompt_embeds(self, rows: Rows) -> list[Tensor]:
         """Return the language model's input, N tensors (S, D) on the CPU; see docs/sharing.md."""
         embeds = [prompt_embeds(x, self.trained, self.batch_size) for x in self._scores(rows)]
-        return [vectors for each in embeds for vectors in each]
+        return [vectors for chunk in embeds for vectors in chunk]
 
     def _scores(self, rows: Rows, model: str = "stage") -> Iterator[Scores]:
         chunks, findings = self._read(rows, strict=True)
@@ -335,9 +334,9 @@ class TrajectoryModel:
         """Upload the model with its card: never predictions, logs or ids; see docs/sharing.md.
 
         Args:
-            repo_id: "user/name"; made where there is none.
+            repo_id: "user/name"; created if missing.
             private: whether the repository must be private.
-            revision: branch, made where there is none; None takes "main".
+            revision: branch, created if missing; None takes "main".
             commit_message: one line.
             token: of the hub; None takes that of the login.
             allow_small_cells: upload exact counts, and a model that reads prediction times which
@@ -347,13 +346,7 @@ class TrajectoryModel:
             Address of the commit.
         """
         return push_model(
-            self.trained,
-            repo_id,
-            private=private,
-            revision=revision,
-            commit_message=commit_message,
-            token=token,
-            allow_small_cells=allow_small_cells,
+            self.trained, repo_id, private, revision, commit_message, token, allow_small_cells
         )
 
     def checkpoint(self) -> TrajectoryCheckpoint:

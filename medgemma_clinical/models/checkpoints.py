@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from medgemma_clinical import __version__
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, Baselines
-from medgemma_clinical.evaluation.case_mix import case_mix, demographics
 from medgemma_clinical.evaluation.decision import DecisionRule
+from medgemma_clinical.evaluation.demographics import demographics
+from medgemma_clinical.evaluation.topics.case_mix import case_mix
 from medgemma_clinical.files import (
     InputError,
     atomic,
@@ -39,7 +40,7 @@ from medgemma_clinical.files import (
     write_json,
     write_text,
 )
-from medgemma_clinical.models.language_model import HUB_ID, base_record
+from medgemma_clinical.models.language_model import DEMO, HUB_ID, base_record
 from medgemma_clinical.models.model_card import model_card
 from medgemma_clinical.models.terms import terms_of
 from medgemma_clinical.models.trajectory import Stage1
@@ -109,7 +110,7 @@ class Config(TypedDict, total=False):
     members: int  # encoders of stage 1, 0 where none is read
 
     # Stages 2 and 3.
-    base_model: str  # hub id, name of a folder, or a built-in model
+    base_model: str  # hub id, name of a folder, or the built-in model
     base_sha256: str | None  # of a base model in a folder
     base_revision: str | None  # commit of a base model on the hub
     base_weights: str  # pretrained, or random: a control
@@ -175,7 +176,7 @@ def stage1_config(model: Stage1) -> Config:
 def check_config(path: Path, config: Any, stages: tuple[str, ...]) -> None:
     """Check what a configuration makes the program allocate, and that it names no path."""
     try:
-        encoder, base = config["encoder"], config.get("base_model", "tiny")
+        encoder, base = config["encoder"], config.get("base_model", DEMO)
         counts = {name: config.get(name, 0) for name in BOUNDS}
         series = config["inputs"].get("series", config["features"])
         allowed = {
@@ -189,17 +190,17 @@ def check_config(path: Path, config: Any, stages: tuple[str, ...]) -> None:
             **{name: type(n) is int and 0 <= n <= BOUNDS[name] for name, n in counts.items()},
         }
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: damaged: its configuration is not whole") from error
-    if wrong := [name for name, holds in allowed.items() if not holds]:
-        raise InputError(f"{path}: damaged: {wrong[0]} is out of bounds")
+        raise InputError(f"{path}: damaged: its configuration is incomplete") from error
+    if faults := [name for name, holds in allowed.items() if not holds]:
+        raise InputError(f"{path}: damaged: {faults[0]} is out of bounds")
 
 
-def check_format(path: Path, found: object) -> None:
+def check_format(path: Path, version: object) -> None:
     """Refuse a checkpoint of another version of the program."""
-    if found != CHECKPOINT_FORMAT:
+    if version != CHECKPOINT_FORMAT:
         raise InputError(
-            f"{path}: checkpoint format {found!s:.20}, this program reads {CHECKPOINT_FORMAT}: "
-            "train again, or use the version that made it"
+            f"{path}: checkpoint format {version!s:.20}, this program reads {CHECKPOINT_FORMAT}: "
+            "train again, or use the version that wrote it"
         )
 
 
@@ -221,11 +222,11 @@ def read_baselines(path: Path, config: Config) -> Baselines | None:
     """Return the checked baselines beside a checkpoint; None where this copy has none."""
     if "baselines_sha256" not in config:
         return None
-    own = path
+    stage_folder = path
     if path.is_file():  # moved aside, medgemma_trajectory_best.1.pt belongs to trajectory.1
-        own = path.with_name(path.stem.replace(Path(TRAJECTORY_FILE).stem, "trajectory"))
-    places = (folder / BASELINES for folder in (own, path.parent))
-    file = next((each for each in places if each.is_file()), None)
+        stage_folder = path.with_name(path.stem.replace(Path(TRAJECTORY_FILE).stem, "trajectory"))
+    places = (folder / BASELINES for folder in (stage_folder, path.parent))
+    file = next((candidate for candidate in places if candidate.is_file()), None)
     if file is None:
         logger.info("%s: without %s: neither baselines nor ensemble", path, BASELINES)
         return None
@@ -282,12 +283,12 @@ def read_trajectory(path: Path) -> TrajectoryCheckpoint:
         raise InputError(f"{path}: no such stage 1 checkpoint: run --trajectory_only first")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
-            if archive.testzip() or any(each.compress_type for each in archive.infolist()):
+            if archive.testzip() or any(entry.compress_type for entry in archive.infolist()):
                 raise ValueError("damaged or compressed")
         content = torch.load(path, map_location="cpu", weights_only=True)
         check_format(path, content["format"])
-        config, weights, trained = (content[k] for k in ("config", "weights", "train_patients"))
-        patients = trained.numpy().astype(np.int64, casting="no")
+        config, weights, hashes = (content[k] for k in ("config", "weights", "train_patients"))
+        patients = hashes.numpy().astype(np.int64, casting="no")
     except InputError:
         raise
     except Exception as error:  # torch.load has no error of its own for a file of another kind

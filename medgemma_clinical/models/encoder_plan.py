@@ -88,11 +88,11 @@ def build_plan(
     hours = times.double().numpy(force=True)
     seen = observed.numpy(force=True)
     present = np.logical_or.reduce(seen, axis=2)  # (B, L)
-    last = hours[np.arange(len(hours)), present.sum(axis=1) - 1]
-    ends = last if until is None else until.double().numpy(force=True)
+    last_hours = hours[np.arange(len(hours)), present.sum(axis=1) - 1]
+    ends = last_hours if until is None else until.double().numpy(force=True)
     with np.errstate(invalid="ignore", over="ignore"):  # times in padding may be anything
         gaps = np.diff(hours, axis=1, prepend=hours[:, :1])
-        gaps = np.column_stack([np.where(present, gaps, 0.0), ends - last])  # (B, L + 1)
+        gaps = np.column_stack([np.where(present, gaps, 0.0), ends - last_hours])  # (B, L + 1)
     gaps[:, 0] = 0.0
     check_series(hours, gaps, present, config)
     if not bool((values.isfinite() | ~observed).all()):
@@ -101,14 +101,14 @@ def build_plan(
     stops = np.column_stack([present, gaps[:, -1] > 0])
     steps, dt = cut_gaps(gaps, stops, config)
 
-    done = steps.cumsum(axis=1)
-    patients = np.argsort(-done[:, -1], kind="stable")  # by row of the state
-    done, steps, dt = done[patients], steps[patients], dt[patients]
-    total = done[:, -1]
+    step_counts = steps.cumsum(axis=1)
+    patients = np.argsort(-step_counts[:, -1], kind="stable")  # by row of the state
+    step_counts, steps, dt = step_counts[patients], steps[patients], dt[patients]
+    total = step_counts[:, -1]
     step = np.arange(total.sum()) - np.repeat(total.cumsum() - total, total)  # (N,)
     dt = np.repeat(dt.ravel(), steps.ravel())[np.argsort(step, kind="stable")]
     row, number = present[patients].nonzero()  # (P,) each, patient after patient
-    arrival = done[row, number] - 1  # the step that ends at the observation
+    arrival = step_counts[row, number] - 1  # the step that ends at the observation
     order = np.argsort(arrival, kind="stable")  # from patient after patient to step after step
     row, number = row[order], number[order]
     time_features, index = build_time_features(
@@ -158,13 +158,13 @@ def build_time_features(
     steps = np.arange(length)
     # Number of the latest measurement of each feature, of any feature, and of the first of all.
     # One row more than observations: the row in front of an observation holds what was before it.
-    last = np.full((size, length + 1, n_features + 2), -1)
+    latest = np.full((size, length + 1, n_features + 2), -1)
     measured = np.where(observed, steps[:, None], -1)
-    last[:, 1:, :n_features] = np.maximum.accumulate(measured, axis=1, out=measured)
-    last[:, 1:, n_features] = steps
-    last[:, 1:, n_features + 1] = 0
-    before = last[patient, number]
-    now = last[patient, number + 1, :n_features]  # (P, F)
+    latest[:, 1:, :n_features] = np.maximum.accumulate(measured, axis=1, out=measured)
+    latest[:, 1:, n_features] = steps
+    latest[:, 1:, n_features + 1] = 0
+    before = latest[patient, number]
+    now = latest[patient, number + 1, :n_features]  # (P, F)
     since = np.where(before < 0, number[:, None], before)
     passed = hours[patient, number][:, None] - hours[patient[:, None], since]
     time_features = np.concatenate(

@@ -116,7 +116,7 @@ class _FusedPass(torch.autograd.Function):
 def _split(sizes: list[int], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
     """Cut tensors along their first axis; return, for each size, the pieces of all tensors."""
     # Tensor.split does the same with more Python around it.
-    return list(zip(*(torch.split_with_sizes(each, sizes) for each in tensors), strict=True))
+    return list(zip(*(torch.split_with_sizes(tensor, sizes) for tensor in tensors), strict=True))
 
 
 def _widen(dt: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -133,8 +133,8 @@ def _kept_buffers(stages: Tensor, dt: Tensor, sizes: list[int]) -> Iterator[tupl
 
 def _reused_buffers(stages: Tensor, dt: Tensor, sizes: list[int]) -> Iterator[tuple[Tensor, ...]]:
     """Return the same in room that all steps share."""
-    for own in dt.split(sizes):
-        yield *stages[:, : len(own)], *_widen(own, stages.shape[2])
+    for dt_step in dt.split(sizes):
+        yield *stages[:, : len(dt_step)], *_widen(dt_step, stages.shape[2])
 
 
 def _run_forward(
@@ -242,14 +242,14 @@ def _rk4_backward(g: Tensor, *arguments: Tensor) -> None:
     d4.mul_(e)
     d3.mul_(torch.addmm(e, d4, mixing, beta=2, alpha=4))
     d2.mul_(torch.addmm(e, d3, mixing, beta=2, alpha=2))
-    others = torch.add(d2, d3).add_(d4)
-    g.addmm_(torch.addcmul(others, d1, torch.addmm(e, d2, mixing, alpha=2), out=d1), inner)
+    middle = torch.add(d2, d3).add_(d4)
+    g.addmm_(torch.addcmul(middle, d1, torch.addmm(e, d2, mixing, alpha=2), out=d1), inner)
 
 
 def _update_backward(g: Tensor, recurrent: Tensor, rows: Tensor, *arguments: Tensor) -> None:
     """Carry those ``rows`` of g in front of an update; multiply the cell's slopes with g."""
-    given, slopes, of_state, through = arguments
-    slopes.mul_(g.index_select(0, rows).add_(given).unsqueeze(1))
+    gradients, slopes, of_state, through = arguments
+    slopes.mul_(g.index_select(0, rows).add_(gradients).unsqueeze(1))
     g.index_copy_(0, rows, torch.addmm(through, of_state, recurrent))
 
 

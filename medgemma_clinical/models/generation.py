@@ -26,11 +26,11 @@ def rows_at_once(model: LLMWriter, collate: TextCollator, max_tokens: int) -> in
     device, config = next(model.parameters()).device, model.llm.config
     if device.type != "cuda":
         return CPU_ROWS
-    kept = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    cache_bytes = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     tokens = int(collate.lengths().max(initial=0)) + model.tokens + max_tokens
-    free = 0.8 * torch.cuda.mem_get_info(device)[0]
+    free_bytes = 0.8 * torch.cuda.mem_get_info(device)[0]
     min_rows, max_rows = ROWS_AT_ONCE
-    return max(min_rows, min(max_rows, int(free / (tokens * (kept + PASS_BYTES)))))
+    return max(min_rows, min(max_rows, int(free_bytes / (tokens * (cache_bytes + PASS_BYTES)))))
 
 
 def write_reports(
@@ -47,18 +47,18 @@ def write_reports(
         waiting = [batch]
         while waiting:
             rows = waiting.pop()
-            chosen = verdicts[np.asarray(rows)]
-            prompts = send_to_device(collate.with_verdicts(rows, chosen), device)
+            batch_verdicts = verdicts[np.asarray(rows)]
+            prompts = send_to_device(collate.with_verdicts(rows, batch_verdicts), device)
             try:
-                written = model.write(prompts, max_tokens, collate.eos, collate.pad).tolist()
+                answers = model.write(prompts, max_tokens, collate.eos, collate.pad).tolist()
             except torch.OutOfMemoryError:
                 if len(rows) == 1:
                     raise
                 waiting += [rows[len(rows) // 2 :], rows[: len(rows) // 2]]
                 continue
             # The model continues the verdict's word: report and prediction never disagree.
-            heads = [collate.stem + collate.words[int(verdict)] for verdict in chosen]
-            ids = [head + answer for head, answer in zip(heads, written, strict=True)]
+            heads = [collate.stem + collate.words[int(verdict)] for verdict in batch_verdicts]
+            ids = [head + answer for head, answer in zip(heads, answers, strict=True)]
             decoded = collate.tokenizer.batch_decode(ids, skip_special_tokens=True)
             texts.update(zip(rows, decoded, strict=True))
     return texts

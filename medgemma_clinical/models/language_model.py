@@ -1,4 +1,4 @@
-"""The base model: found in a folder or on the hub, read safely, frozen; the built-in ones."""
+"""The base model: found in a folder or on the hub, read safely, frozen; the built-in one."""
 
 from __future__ import annotations
 
@@ -17,14 +17,11 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     BitsAndBytesConfig,
     Gemma3ForCausalLM,
-    Gemma3TextConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 
 from medgemma_clinical.files import InputError, file_hash, json_hash, one_line, read_json
@@ -32,13 +29,8 @@ from medgemma_clinical.provenance import PACKAGE
 
 logger = logging.getLogger(__name__)
 
-TINY, DEMO = "tiny", "demo"
-BUILT_IN = {
-    TINY: "is tiny and random",
-    DEMO: "is small and was trained on made-up rows to copy numbers into a report; it knows no "
-    "medicine",
-}
-"""Names of the built-in models, and what a page says of each."""
+DEMO = "demo"
+"""Name of the built-in model."""
 
 DEMO_FOLDER = PACKAGE / "sample" / "writer"
 """The model ``demo``; see its README."""
@@ -62,13 +54,13 @@ INT8_REFUSED = (
 """Why ``--quantization int8`` is refused. Source: bitsandbytes 0.50, ``MatMul8bitLt``."""
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
-"""Name of a model of the hub; the built-in ones have the same form."""
+"""Name of a model of the hub; the built-in one has the same form."""
 
 READ_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 """Files of a base model that are downloaded and read; pickled weights are not."""
 
 QUIET = ("bitsandbytes", "huggingface_hub", "httpx", "httpx2")
-"""Libraries whose log repeats what an error says, or reports no fault."""
+"""Libraries whose log repeats an error, or reports no fault."""
 
 
 @contextlib.contextmanager
@@ -81,7 +73,7 @@ def quiet_libraries() -> Iterator[None]:
     for log in logs:
         log.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():  # peft asks for a property that transformers renamed
+        with warnings.catch_warnings():  # peft reads a property that transformers renamed
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             yield
     finally:
@@ -122,71 +114,77 @@ def load_language_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a frozen Gemma 3 text model, also out of a multimodal one, and its tokenizer.
 
-    ``nf4`` None leaves the weights whole; ``weights`` "random" draws them, for a control.
+    ``nf4`` None does not quantise; ``weights`` "random" draws them, for a control.
     """
-    assert nf4 is None or weights == "pretrained", "packed weights cannot be drawn"
-    if name == TINY:
-        model, tokenizer = tiny_language_model(attention)
-        return model.to(device=device, dtype=dtype).requires_grad_(False).eval(), tokenizer
-    # No code of a checkpoint ever runs.
+    assert nf4 is None or weights == "pretrained", "quantised weights cannot be random"
     folder = find_model(name, revision)
     check_base_model(name, folder)
+    options = {"quantization_config": nf4, "dtype": dtype, "device_map": {"": device}}
     try:
         with quiet_libraries():
-            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            model, found = Gemma3ForCausalLM.from_pretrained(
-                folder,
-                config=getattr(config, "text_config", config),
-                key_mapping={r"^(model\.)?language_model\.(model\.)?": "model."},  # if multimodal
-                quantization_config=nf4,
-                dtype=dtype,
-                device_map={"": device},
-                use_safetensors=True,
-                trust_remote_code=False,
-                attn_implementation=attention,  # else config.json may name code of the hub
-                output_loading_info=True,
-            )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            probe = tokenizer("24 (0h)", add_special_tokens=False)["input_ids"]
-            special = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
-            if None in special or tokenizer.decode(probe) != "24 (0h)":
-                raise ValueError("its tokenizer loses text")
-        if found["missing_keys"]:
-            raise ValueError(f"it lacks weights, {min(found['missing_keys'])} among them")
+            model = load_text_model(folder, attn_implementation=attention, **options)
+            tokenizer = load_tokenizer(folder)
     except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:  # the libraries raise anything on files of another kind
         text = " ".join(str(error).split())[:200] or type(error).__name__
-        advice = "; python -m bitsandbytes tells whether this machine can quantise" if nf4 else ""
+        advice = "; python -m bitsandbytes checks whether this machine can quantise" if nf4 else ""
         raise InputError(f"--model_name {name}: cannot be loaded: {text}{advice}") from error
     if weights == "random":
         draw_weights(model)
-    for module in model.modules():
-        # 4-bit weights that are repacked for fast CPU inference lose bits and gradients.
-        if type(module).__name__ == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False
     return model.requires_grad_(False).eval(), tokenizer
 
 
+def load_text_model(folder: Path, **options: Any) -> PreTrainedModel:
+    """Load the Gemma 3 text model of a folder; no code of a checkpoint runs."""
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    model, info = Gemma3ForCausalLM.from_pretrained(
+        folder,
+        config=getattr(config, "text_config", config),
+        key_mapping={r"^(model\.)?language_model\.(model\.)?": "model."},  # if multimodal
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+        **options,
+    )
+    if info["missing_keys"]:
+        raise ValueError(f"missing weights, such as {min(info['missing_keys'])}")
+    for module in model.modules():
+        # By name: bitsandbytes must not be imported before its environment is set.
+        if type(module).__name__ == "Linear4bit":  # repacked for a CPU, weights lose bits
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder; refuse one that does not restore text."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    ids = tokenizer("24 (0h)", add_special_tokens=False)["input_ids"]
+    special = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    if None in special or tokenizer.decode(ids) != "24 (0h)":
+        raise ValueError("its tokenizer does not restore text")
+    return tokenizer
+
+
 def check_base_model(name: str, folder: Path) -> None:
-    """Refuse what is no Gemma 3 with whole weights."""
+    """Refuse a model that is no Gemma 3, or is quantised."""
     try:
         config = read_json(folder / "config.json")
         text = config.get("text_config") or config
         kind = config.get("model_type")
-        quantised = [each.get("quantization_config") for each in (config, text)]
+        quantizations = [part.get("quantization_config") for part in (config, text)]
         both_ways = text.get("use_bidirectional_attention")
     except (OSError, json.JSONDecodeError, AttributeError) as error:
         raise InputError(f"--model_name {name}: no config.json of a model") from error
     if (folder / "adapter_config.json").exists():
         raise InputError(f"--model_name {name}: holds an adapter: give its base model")
     if kind not in ("gemma3", "gemma3_text") or both_ways:
-        found = "an embedding model" if both_ways else str(kind)[:80]
+        model_kind = "an embedding model" if both_ways else str(kind)[:80]
         raise InputError(
-            f"--model_name {name}: only Gemma 3 models: its config.json names {found}: give "
+            f"--model_name {name}: only Gemma 3 models: its config.json names {model_kind}: give "
             "google/medgemma-4b-pt, google/medgemma-27b-text-it or another Gemma 3"
         )
-    if any(each is not None for each in quantised):
+    if any(quantization is not None for quantization in quantizations):
         raise InputError(f"--model_name {name}: quantised already: give the original weights")
 
 
@@ -195,10 +193,10 @@ def draw_weights(model: PreTrainedModel) -> None:
     """Replace the weights by fixed random ones, as a Gemma 3 has before training."""
     generator = torch.Generator().manual_seed(0)
     for weights in model.parameters():
-        drawn = torch.zeros(weights.shape)  # norms multiply by 1 + weight
+        values = torch.zeros(weights.shape)  # norms multiply by 1 + weight
         if weights.ndim > 1:
-            drawn.normal_(0, model.config.initializer_range, generator=generator)
-        weights.copy_(drawn)
+            values.normal_(0, model.config.initializer_range, generator=generator)
+        weights.copy_(values)
 
 
 def base_name(name: str) -> str:
@@ -207,9 +205,9 @@ def base_name(name: str) -> str:
 
 
 def base_record(name: str, revision: str | None = None) -> dict[str, str | None]:
-    """Return what a checkpoint says of its base model: name, hash of a folder, hub's commit."""
-    in_folder, commit = os.path.isdir(name) and name not in BUILT_IN, None
-    if not in_folder and name not in BUILT_IN:
+    """Return a checkpoint's record of its base model: name, hash of a folder, hub's commit."""
+    in_folder, commit = os.path.isdir(name) and name != DEMO, None
+    if not in_folder and name != DEMO:
         commit = find_model(name, revision).name
     digest = content_hash(Path(name)) if in_folder else None
     return {"base_model": base_name(name), "base_sha256": digest, "base_revision": commit}
@@ -229,38 +227,8 @@ def _known_hash(path: Path, size: int, changed: int) -> str | None:
     return file_hash(path)
 
 
-def tiny_language_model(
-    attention: str = "sdpa",
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Build a two-layer Gemma 3 with random but always the same weights, and a byte tokenizer."""
-    specials = ["<pad>", "<eos>", "<bos>"]  # the ids of Gemma's own
-    alphabet = specials + sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token=specials[0], eos_token=specials[1], bos_token=specials[2]
-    )
-    config = Gemma3TextConfig(
-        vocab_size=len(alphabet),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        layer_types=["sliding_attention", "full_attention"],
-        sliding_window=1024,
-        initializer_range=0.125,  # 1 / sqrt(64): the tied output can then be sure of a token
-        attn_implementation=attention,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Gemma3ForCausalLM(config), tokenizer
-
-
 def set_checkpointing(model: PreTrainedModel) -> None:
-    """Compute layers again in the backward pass, to save memory."""
+    """Enable gradient checkpointing, to save memory."""
     prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     # The reentrant kind fails where embeddings come from outside of the model.
     getattr(model, f"{prefix}_checkpointing_enable")({"use_reentrant": False})

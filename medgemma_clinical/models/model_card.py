@@ -1,4 +1,4 @@
-"""The model card, README.md of a checkpoint, and what a page says of a model."""
+"""The model card, README.md of a checkpoint, and the description of a model on a page."""
 
 from __future__ import annotations
 
@@ -13,14 +13,11 @@ from medgemma_clinical.data.small_cells import MIN_CELL, count_text
 from medgemma_clinical.data.texts import code
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.decision import MIN_CHOOSING_EVENTS
-from medgemma_clinical.evaluation.suppress import (
-    NOT_SHOWN,
-    suppress,
-    suppress_case_mix,
-    suppress_reports,
-)
+from medgemma_clinical.evaluation.suppress import NOT_SHOWN, suppress
+from medgemma_clinical.evaluation.topics.case_mix import suppress_case_mix
+from medgemma_clinical.evaluation.topics.written_reports import suppress_reports
 from medgemma_clinical.evaluation.verdicts import json_text
-from medgemma_clinical.models.language_model import BUILT_IN
+from medgemma_clinical.models.language_model import DEMO
 from medgemma_clinical.models.terms import NOT_A_DEVICE, licence, terms_of
 from medgemma_clinical.provenance import describe_program
 
@@ -40,7 +37,7 @@ def shareable(config: Mapping[str, Any], min_cell: int) -> Any:
         return config
     metrics = config.get("metrics", {})
     parts = {k: suppress(metrics[k], min_cell) for k in METRICS_OF if k in metrics}
-    few = any(isinstance(part["minority_patients"], str) for part in parts.values())
+    hide_events = any(isinstance(part["minority_patients"], str) for part in parts.values())
     if "reports" in metrics:
         parts["reports"] = suppress_reports(metrics["reports"], min_cell)
     parts["calibration"] = _without_tables(metrics.get("calibration", {}))
@@ -50,7 +47,7 @@ def shareable(config: Mapping[str, Any], min_cell: int) -> Any:
     }
     hidden = {
         "updated": updated,
-        "case_mix": suppress_case_mix(config["case_mix"], min_cell, hide_events=few),
+        "case_mix": suppress_case_mix(config["case_mix"], min_cell, hide_events=hide_events),
         "patients": {"series": {}, "static": {}},
         "metrics": {**_without_tables(metrics), **parts},
     }
@@ -94,7 +91,7 @@ def _header(config: Mapping[str, Any]) -> dict[str, Any]:
         keys["library_name"] = "transformers" if merged else "peft"
         tags += ["lora", "soft-prompt"] if config["num_prefix_tokens"] else ["lora"]
         tags += ["medgemma"] if "license_name" in keys else []
-        on_the_hub = config["base_sha256"] is None and base not in BUILT_IN
+        on_the_hub = config["base_sha256"] is None and base != DEMO
         if on_the_hub and config["base_weights"] == "pretrained":
             relation = "finetune" if merged else "adapter"
             keys |= {"base_model": base, "base_model_relation": relation}
@@ -105,7 +102,7 @@ def _header(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_model(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return what a card or a page says of the parts of a model."""
+    """Return the description of a model's parts for a card or a page."""
     lines = {"Model": STAGE_NAMES[config["stage"]]}
     if (base := config.get("base_model")) is not None:
         words = [base]
@@ -115,19 +112,19 @@ def describe_model(config: Mapping[str, Any]) -> dict[str, str]:
             words.append("with soft tokens of other patients, a control")
         words.append(f"quantization {config['quantization']}, precision {config['precision']}")
         lines["Language model"] = ", ".join(words)
-        known = config["base_revision"] or config["base_sha256"] or "none"
-        lines["Its revision, or the SHA-256 of its files"] = known
+        revision = config["base_revision"] or config["base_sha256"] or "none"
+        lines["Its revision, or the SHA-256 of its files"] = revision
         lines["Weight beside stage 1"] = describe_weight(config)
     if config["encoder"]:
         dynamics = config["encoder"].get("dynamics")
-        how = f", dynamics {dynamics}" if dynamics else ""
-        lines["Stage 1"] = f"encoder ClinicalODERNN{how}, members {config['members']}"
+        dynamics = f", dynamics {dynamics}" if dynamics else ""
+        lines["Stage 1"] = f"encoder ClinicalODERNN{dynamics}, members {config['members']}"
     if config.get("best_model"):
         lines["Recommended (--use best)"] = describe_recommended(config)
     if updated := config.get("updated"):
         counts = f"{count_text(updated['patients'])} patients, {count_text(updated['events'])} with"
-        how = f"{updated['model']}, by its {updated['method']}, on {counts} the event"
-        lines["Updated after its test"] = how
+        update = f"{updated['model']}, by its {updated['method']}, on {counts} the event"
+        lines["Updated after its test"] = update
     if version := config.get("version"):
         lines["Trained with"] = f"medgemma-clinical {version}"
     return lines
@@ -143,14 +140,14 @@ def describe_recommended(config: Mapping[str, Any]) -> str:
         return str(name)
     if isinstance(events, int) and events >= MIN_CHOOSING_EVENTS:
         return f"{name}, by the log loss on {rows} with {count_text(events)} events"
-    few = f"fewer than {MIN_CHOOSING_EVENTS} events in the {rows}"
-    return f"{name}, not chosen by its results: {few}"
+    reason = f"fewer than {MIN_CHOOSING_EVENTS} events in the {rows}"
+    return f"{name}, not chosen by its results: {reason}"
 
 
-def page_card(config: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, str]:
-    """Return what a page says of its model, ``own`` lines first, hashes and versions last."""
+def page_card(config: Mapping[str, Any], lines: Mapping[str, str]) -> dict[str, str]:
+    """Return the description of a model for a page: ``lines`` first, versions last."""
     sha256 = {"SHA-256 of the training data": config["data_sha256"]}
-    return {**own, **describe_model(config), **sha256, **describe_program()}
+    return {**lines, **describe_model(config), **sha256, **describe_program()}
 
 
 def describe_weight(config: Mapping[str, Any]) -> str:
@@ -167,20 +164,24 @@ def describe_weight(config: Mapping[str, Any]) -> str:
 
 
 def weight_0_sentence(config: Mapping[str, Any]) -> str:
-    """Return what a page says first where the language model has weight 0; else nothing."""
-    unused = config.get("residual_weight") == 0
-    return f"Weight of the language model: {describe_weight(config)}." if unused else ""
+    """Return the sentence of a page about a language model of weight 0; else nothing."""
+    if config.get("residual_weight") != 0:
+        return ""
+    return f"Weight of the language model: {describe_weight(config)}."
 
 
-def built_in_sentence(model: str, of: str = "") -> str:
-    """Return what a page says of a built-in language model, ``of`` some runs where not of all."""
-    return f"The language model{of} {BUILT_IN[model]}. Its metrics say nothing about MedGemma."
+def built_in_sentence(of: str = "") -> str:
+    """Return the sentence of a page about the built-in language model, ``of`` some runs."""
+    return (
+        f"The language model{of} is small and was trained on made-up rows to copy numbers into a "
+        "report; it knows no medicine. Its metrics say nothing about MedGemma."
+    )
 
 
 def built_in_notice(config: Mapping[str, Any]) -> str:
-    """Return what a page says first of a built-in language model; nothing of another."""
-    base = config.get("base_model")
-    return built_in_sentence(base) if base in BUILT_IN and config["base_sha256"] is None else ""
+    """Return the notice of a page about the built-in language model; nothing for another."""
+    built_in = config.get("base_model") == DEMO and config["base_sha256"] is None
+    return built_in_sentence() if built_in else ""
 
 
 # ------------------------------------------------------------------ Markdown

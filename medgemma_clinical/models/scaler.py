@@ -11,7 +11,7 @@ BINS = 24
 """Bins into which the values of a column are cut, of equal size, to know its distribution."""
 
 MIN_BIN = 20
-"""Values in a bin: its mean, which is kept with the weights, tells no single one."""
+"""Minimum of values in a bin: its mean, stored with the weights, reveals no single value."""
 
 MAX_SCORE = 4.0
 """Scores are clipped here: one mistyped value must not decide a risk."""
@@ -32,9 +32,9 @@ class Scaler(nn.Module):
     def __init__(self, columns: int) -> None:
         """Leave the columns as they are, but clipped, until they are fitted."""
         super().__init__()
-        same = torch.linspace(-MAX_SCORE, MAX_SCORE, BINS).repeat(columns, 1)
-        self.register_buffer("knots", same)
-        self.register_buffer("scores", same.clone())
+        identity = torch.linspace(-MAX_SCORE, MAX_SCORE, BINS).repeat(columns, 1)
+        self.register_buffer("knots", identity)
+        self.register_buffer("scores", identity.clone())
         self.register_buffer("std", torch.ones(columns))
 
     @torch.no_grad()
@@ -45,11 +45,11 @@ class Scaler(nn.Module):
         self.std.fill_(math.inf)
         # In double, sums of equal float32 values are exact: means of bins that share one are equal.
         for c, column in enumerate(table.to(self.std.dtype).double().T):
-            known = column[~column.isnan()].sort().values
+            values = column[~column.isnan()].sort().values
             # Rounding alone leaves a constant column a spread of 1e-16 of its mean.
-            if len(known) and (std := known.std(correction=0)) > 1e-9 * known.mean().abs():
+            if len(values) and (std := values.std(correction=0)) > 1e-9 * values.mean().abs():
                 self.std[c] = std
-                self.knots[c], self.scores[c] = bin_means(known)
+                self.knots[c], self.scores[c] = bin_means(values)
 
     def forward(self, table: Tensor) -> Tensor:
         """Return clipped scores for (..., C), zero where unknown."""
@@ -73,8 +73,8 @@ def bin_means(ordered: Tensor) -> tuple[Tensor, Tensor]:
     normal = math.sqrt(2) * torch.erfinv(2 * quantiles - 1)
     knots, scores = (torch.bincount(owner, x) / sizes for x in (ordered, normal))
     # A value that fills several bins has one score.
-    knots, same, counts = knots.unique_consecutive(return_inverse=True, return_counts=True)
-    scores = torch.bincount(same, scores) / counts
+    knots, group, counts = knots.unique_consecutive(return_inverse=True, return_counts=True)
+    scores = torch.bincount(group, scores) / counts
     # Few values make fewer bins; the last one fills the places that are left.
     index = torch.arange(BINS).clamp(max=len(knots) - 1)
     return knots[index], scores[index]

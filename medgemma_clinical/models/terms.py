@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from medgemma_clinical.models.language_model import BUILT_IN
+from medgemma_clinical.models.language_model import DEMO
 
 NOT_A_DEVICE = "Research software. Not a medical device, not for clinical use."
 HAI_DEF_LINK = "https://developers.google.com/health-ai-developer-foundations/terms"
@@ -54,7 +54,7 @@ EITHER = Terms(
 def terms_of(config: Mapping[str, Any]) -> Terms:
     """Return the terms of a trained model; a base of unknown origin has the notices of both."""
     base, in_folder = config.get("base_model"), config.get("base_sha256") is not None
-    if base is None or (base in BUILT_IN and not in_folder):
+    if base is None or (base == DEMO and not in_folder):
         return NO_BASE
     if "medgemma" in base.lower():
         return HAI_DEF

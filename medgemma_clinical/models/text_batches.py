@@ -103,8 +103,8 @@ class TextCollator:
     def _read_answers(self) -> list[list[int]]:
         labels = self.dataset.labels.astype(int).tolist()
         heads = [f"{self.dataset.outcome}: {('no', 'yes')[label]}." for label in labels]
-        rest = [self.dataset.report(i).removeprefix(head) for i, head in enumerate(heads)]
-        pairs = zip(labels, self._ids(rest), strict=True)
+        endings = [self.dataset.report(i).removeprefix(head) for i, head in enumerate(heads)]
+        pairs = zip(labels, self._ids(endings), strict=True)
         return [self.words[label] + ids + [self.eos[-1]] for label, ids in pairs]
 
     def lengths(self) -> NDArray[np.int64]:

@@ -98,13 +98,13 @@ class TrainedModel:
         """The decision rule of each model that gives a risk: the stage, baselines, ensemble."""
         names = [*self.baselines.names, ENSEMBLE] if self.baselines else []
         stored = self.config.get("models", {})
-        others = {name: DecisionRule.from_config({"decision": stored[name]}) for name in names}
-        return {self.name: self.rule, **others}
+        rules = {name: DecisionRule.from_config({"decision": stored[name]}) for name in names}
+        return {self.name: self.rule, **rules}
 
     def column(self, name: str) -> str:
         """Return the column of a model's risk in predictions."""
-        own = name == self.name
-        return "probability_" + ("stage" if own else re.sub(r"\W+", "_", name))
+        is_stage = name == self.name
+        return "probability_" + ("stage" if is_stage else re.sub(r"\W+", "_", name))
 
     def model_named(self, use: str) -> str:
         """Return the model that ``stage``, ``best``, a name or the end of its column means."""
@@ -112,16 +112,16 @@ class TrainedModel:
         for name in self.rules:
             if self.column(name) == self.column(wanted):
                 return name
-        ends = [self.column(name).removeprefix("probability_") for name in self.rules]
+        suffixes = [self.column(name).removeprefix("probability_") for name in self.rules]
         problem = "no such model" if self.baselines else "this copy of the model has no baselines"
-        raise InputError(f"--use {use}: {problem}: choose from {', '.join(['best', *ends])}")
+        raise InputError(f"--use {use}: {problem}: choose from {', '.join(['best', *suffixes])}")
 
     def risks(self, dataset: TrajectoryDataset, risk: NDArray[np.float64]) -> dict[str, Any]:
         """Return the probability (n,) of each model; ``risk`` (n,) is the stage's own."""
-        others = self.baselines.risks(dataset) if self.baselines else {}
+        baseline_risks = self.baselines.risks(dataset) if self.baselines else {}
         slope, intercept = self.config.get("updated", {}).get("stage", (1.0, 0.0))
-        before = expit((log_odds(risk) - intercept) / slope)  # the ensemble is as it was
-        return model_risks(self.name, before, others, self.rules) | {self.name: risk}
+        stage_risk = expit((log_odds(risk) - intercept) / slope)  # the ensemble is as it was
+        return model_risks(self.name, stage_risk, baseline_risks, self.rules) | {self.name: risk}
 
     @property
     def prompts(self) -> PromptOptions:
@@ -180,7 +180,7 @@ def load_trained_model(
     """
     best, device = checkpoint_path(path), device or default_device()
     # torch's random generators stay as they are.
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), whole(best):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), damage_refused(best):
         if best.is_file():
             checkpoint = read_trajectory(best)
             stage1, patients = rebuild_stage1(checkpoint, builders), checkpoint.train_patients
@@ -190,8 +190,8 @@ def load_trained_model(
         stored = read_config(best)
         check_no_control(path, stored)
         baselines = read_baselines(best, stored)
-        own = {"quantization": quantization, "precision": precision}
-        config = {**stored, **{name: x for name, x in own.items() if x is not None}}
+        overrides = {"quantization": quantization, "precision": precision}
+        config = {**stored, **{name: x for name, x in overrides.items() if x is not None}}
         name = model_name or base_folder(best, stored)
         check_base(best, stored, name)
         model, tokenizer = builders.llm(
@@ -208,14 +208,14 @@ def load_trained_model(
 
 
 @contextlib.contextmanager
-def whole(path: Path) -> Iterator[None]:
+def damage_refused(path: Path) -> Iterator[None]:
     """Refuse a configuration from which no model can be built."""
     try:
         yield
     except InputError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise InputError(f"{path}: damaged: its configuration is not whole") from error
+        raise InputError(f"{path}: damaged: its configuration is incomplete") from error
     except (RuntimeError, SafetensorError) as error:
         if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
             raise
@@ -224,7 +224,7 @@ def whole(path: Path) -> Iterator[None]:
 
 def rebuild_stage1(checkpoint: TrajectoryCheckpoint, builders: Builders) -> Stage1:
     """Return stage 1 with the weights of its checkpoint."""
-    with whole(checkpoint.path):
+    with damage_refused(checkpoint.path):
         model = builders.stage1(checkpoint.config)
     load_trajectory(model, checkpoint)
     return model
@@ -248,13 +248,13 @@ def base_folder(best: Path, config: Config) -> str:
 def check_base(best: Path, config: Config, name: str) -> None:
     """Refuse a base model of other content than the checkpoint's; warn where none is known."""
     base, stored = config["base_model"], config["base_sha256"]
-    found = base_record(name)["base_sha256"] if os.path.isdir(name) else None
-    if stored and found and stored != found:
+    digest = base_record(name)["base_sha256"] if os.path.isdir(name) else None
+    if stored and digest and stored != digest:
         problem = f"its files differ from those of {base}, on which {best} was trained"
         raise InputError(f"--model_name {name}: {problem}")
-    if base != name and not (stored and found):
-        own = base_name(name)
-        logger.warning("%s was trained on %s: make sure that %s is the same", best, base, own)
+    if base != name and not (stored and digest):
+        text = "%s was trained on %s: make sure that %s is the same"
+        logger.warning(text, best, base, base_name(name))
 
 
 def stage1_risks(checkpoint: TrajectoryCheckpoint, text: TextCollator) -> NDArray[np.float64]:
@@ -265,22 +265,22 @@ def stage1_risks(checkpoint: TrajectoryCheckpoint, text: TextCollator) -> NDArra
 
 
 def check_stage1(checkpoint: TrajectoryCheckpoint, data: Data, flags: dict[str, Any]) -> None:
-    """Check that stage 1 fits data and given flags, and saw none of the held-out patients."""
+    """Check that stage 1 fits data and flags, and was not trained on held-out patients."""
     config, path = checkpoint.config, checkpoint.path
-    own = data.description()
-    label, labelled = (each["read_options"].get("label_column") for each in (config, own))
-    found = {"label_column": label and labelled}
-    expected = {"label_column": label}
-    for key in ("features", "units", "outcome"):
-        expected[key], found[key] = config[key], own[key]
-    for key, value in expected.items():
-        if value != found[key]:
-            raise InputError(f"{path}: trained on {key} {value}, the data have {found[key]}")
-    read = {"facts": config["inputs"]["static"], **config["inputs"]}
-    inputs = {name: "on" if each else "off" for name, each in read.items()}
-    stored = {"members": config["members"], **config["encoder"], **inputs}
-    for name, given in flags.items():
-        if given != stored[name]:
+    description = data.description()
+    stored: dict[str, Any] = {key: config[key] for key in ("features", "units", "outcome")}
+    actual = {key: description[key] for key in stored}
+    if label := config["read_options"].get("label_column"):  # the cause of another outcome
+        stored = {"label_column": label, **stored}
+        actual["label_column"] = description["read_options"].get("label_column")
+    for key, value in stored.items():
+        if value != actual[key]:
+            raise InputError(f"{path}: trained on {key} {value}, the data have {actual[key]}")
+    inputs = {"facts": config["inputs"]["static"], **config["inputs"]}
+    stored = {name: "on" if value else "off" for name, value in inputs.items()}
+    stored |= {"members": config["members"], **config["encoder"]}
+    for name, flag in flags.items():
+        if flag != stored[name]:
             raise InputError(f"{path}: its --{name} is {stored[name]}: leave the flag out")
     complete = len(checkpoint.train_patients) and config.get("updated", {}).get("complete", True)
     check_held_out(

@@ -14,12 +14,12 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from medgemma_clinical.data.small_cells import MIN_CELL, patients_behind
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import Batch, TrajectoryDataset
 from medgemma_clinical.files import InputError
+from medgemma_clinical.models.outcome import LABEL, Outcome
 from medgemma_clinical.models.scaler import Scaler
 
 SUMMARY_WIDTH, STATIC_WIDTH = 128, 32
@@ -45,15 +45,12 @@ def prior_log_odds(prevalence: float) -> float:
 
 
 class TrajectoryHead(nn.Module):
-    """Two readings, whose logits are averaged: of the states, and of the summaries.
-
-    Both also read the static features.
-    """
+    """Two heads, whose logits are averaged: one reads states, one summaries, both statics."""
 
     def __init__(
         self, hidden_dim: int, *, summaries: int, static: int, dropout: float = 0.0
     ) -> None:
-        """Make the readings of H states, S summaries and K static features, which may be 0."""
+        """Build the heads for H states, S summaries and K static features, which may be 0."""
         super().__init__()
         self.attention = nn.Linear(hidden_dim, 1, bias=False)
         self.output = nn.Linear(2 * hidden_dim, 1)
@@ -64,28 +61,28 @@ class TrajectoryHead(nn.Module):
         self.summaries = network(2 * (summaries + static), SUMMARY_WIDTH, *rates)
 
     def forward(self, states: Tensor, batch: Batch) -> Tensor:
-        """Return both readings' logits (B, 2) float32 of states (B, L + 1, H).
+        """Return the logits (B, 2) float32 of both heads for states (B, L + 1, H).
 
         The last state is that at the prediction time. In training the logits at an earlier
         observation follow, where the batch names one: (2B, 2).
         """
-        present = batch["observed"].any(dim=2)  # (B, L)
+        is_observed = batch["observed"].any(dim=2)  # (B, L)
         observed, last, summaries = states[:, :-1], states[:, -1], batch["summaries"]
         static = masked(self.static_scaler, batch["static"])
         if self.training and "prefix_lengths" in batch:
             length, row = batch["prefix_lengths"], torch.arange(len(states), device=states.device)
-            known = torch.arange(observed.shape[1], device=states.device) < length[:, None]
-            present, observed = torch.cat([present, known]), observed.repeat(2, 1, 1)
+            prefix = torch.arange(observed.shape[1], device=states.device) < length[:, None]
+            is_observed, observed = torch.cat([is_observed, prefix]), observed.repeat(2, 1, 1)
             last = torch.cat([last, states[row, length - 1]])
             summaries = torch.cat([summaries, batch["prefix_summaries"]])
             static = static.repeat(2, 1)
-        scores = self.attention(observed).squeeze(2).masked_fill(~present, -math.inf)  # (B, L)
+        scores = self.attention(observed).squeeze(2).masked_fill(~is_observed, -math.inf)  # (B, L)
         pooled = torch.einsum("bl,blh->bh", scores.softmax(dim=1), observed)
-        of_states = self.output(self.dropout(torch.cat([pooled, last], dim=1)))  # (B, 1)
+        state_logit = self.output(self.dropout(torch.cat([pooled, last], dim=1)))  # (B, 1)
         if self.static is not None:
-            of_states = of_states + self.static(static)
+            state_logit = state_logit + self.static(static)
         table = torch.cat([masked(self.summary_scaler, summaries), static], dim=1)
-        return torch.cat([of_states, self.summaries(table)], dim=1)
+        return torch.cat([state_logit, self.summaries(table)], dim=1)
 
 
 def network(
@@ -107,19 +104,12 @@ def masked(scaler: Scaler, table: Tensor) -> Tensor:
     return torch.cat([z, (~table.isnan()).to(z)], dim=1)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the binary cross-entropy of each member, (N,), a sum over B of logits (N, B)."""
-    targets = labels.expand_as(logits)
-    each = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-    return each.sum(dim=1)
-
-
-def training_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def training_loss(outcome: Outcome, logits: Tensor, labels: Tensor) -> Tensor:
     """Return the loss (N,) of both readings' logits (N, B, 2): of their mean, and of each alone."""
     # With many series the states would fit the training part before the summaries learn.
     # A reading that leans on the other fits what the other has left of the training part.
     both, first, second = (
-        cross_entropy(each, labels) for each in (logits.mean(dim=2), *logits.unbind(dim=2))
+        outcome.loss(each, labels) for each in (logits.mean(dim=2), *logits.unbind(dim=2))
     )
     return both / 2 + (first + second) / 4
 
@@ -128,12 +118,11 @@ class TrajectoryMember(nn.Module):
     """An encoder (``ClinicalODERNN``, or a module with its ``plan`` and ``run``) and its head."""
 
     def __init__(self, encoder: Any, head: TrajectoryHead) -> None:
-        """Join both."""
         super().__init__()
         self.encoder, self.head = encoder, head
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the states (B, L + 1, H) and both readings' logits (B, 2) of each patient."""
+        """Return the states (B, L + 1, H) and both heads' logits (B, 2) of each patient."""
         states: Tensor = self.encoder.run(batch["plan"])
         return states, self.head(states, batch)
 
@@ -145,9 +134,12 @@ class Stage1(nn.Module):
     Ensembles".
     """
 
-    def __init__(self, members: Iterable[tuple[Any, TrajectoryHead]]) -> None:
+    def __init__(
+        self, members: Iterable[tuple[Any, TrajectoryHead]], outcome: Outcome = LABEL
+    ) -> None:
         """Join encoder and head of each member; all read the same series, so one plan serves."""
         super().__init__()
+        self.outcome = outcome
         self.members = nn.ModuleList(TrajectoryMember(*member) for member in members)
         self.learn = [True] * len(self.members)  # False: left out in training
 
@@ -170,14 +162,14 @@ class Stage1(nn.Module):
         return outputs[0][0], torch.stack([logits for _, logits in outputs])
 
     def forward(self, batch: Batch) -> Output:
-        """Return each member's binary cross-entropy (sum over B) and the mean logit."""
+        """Return each member's loss (sum over B) and the mean logit."""
         logits, labels = self.read(batch)[1], batch["labels"]
         moments = logits.shape[1] // len(labels)  # 2 with an earlier observation
         if self.training:
             # The risk at an earlier observation counts as much as that at the prediction time.
-            loss = training_loss(logits, labels.repeat(moments)) / moments
+            loss = training_loss(self.outcome, logits, labels.repeat(moments)) / moments
         else:
-            loss = cross_entropy(logits.mean(dim=2), labels)
+            loss = self.outcome.loss(logits.mean(dim=2), labels)
         return Output(loss, len(labels), logits[:, : len(labels)].mean(dim=(0, 2)))
 
     def fit_scales(self, data: Data) -> None:
@@ -199,8 +191,8 @@ class Stage1(nn.Module):
                 raise InputError(f"{error} (features: {names})") from error
             member.head.summary_scaler.fit(summaries)
             member.head.static_scaler.fit(static)
-            for reading in (member.head.output, member.head.summaries[-1]):
-                nn.init.constant_(reading.bias, prior_log_odds(data.prevalence()))
+            for layer in (member.head.output, member.head.summaries[-1]):
+                nn.init.constant_(layer.bias, prior_log_odds(data.prevalence()))
 
     def check_gaps(self, dataset: TrajectoryDataset) -> None:
         """Raise an ``InputError`` where the encoder does not accept a data set's longest gap."""
@@ -213,7 +205,7 @@ class TrajectoryCollator:
     """Make planned batches of stage 1; after ``draw`` each row also has an earlier observation."""
 
     def __init__(self, model: Stage1, dataset: TrajectoryDataset) -> None:
-        """Keep both; no earlier observation is drawn yet."""
+        """Store both; no earlier observation is drawn yet."""
         self.model, self.dataset = model, dataset
         self.lengths = self.summaries = torch.empty(0)
 

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from medgemma_clinical.data.trajectories import Batch
 from medgemma_clinical.files import RunFault
+from medgemma_clinical.models.outcome import LABEL, Outcome
 from medgemma_clinical.models.trajectory import Output, Stage1
 
 IGNORED = -100
@@ -168,12 +169,12 @@ class TrajectoryLLM(nn.Module):
         embeddings = sequence.embeddings
         # Causal attention never looks at padding behind the text. Without a mask sixteen bits take
         # flash attention; float32 would take plain products, and a longer text needs the window's.
-        short = embeddings.shape[1] <= self.llm.config.sliding_window
-        free = short and embeddings.dtype == torch.bfloat16
+        within_window = embeddings.shape[1] <= self.llm.config.sliding_window
+        unmasked = within_window and embeddings.dtype == torch.bfloat16
         with adapters_in(embeddings.dtype, embeddings.device):
             result = self.llm.get_decoder()(
                 inputs_embeds=embeddings,
-                attention_mask=None if free else sequence.mask.long(),
+                attention_mask=None if unmasked else sequence.mask.long(),
                 use_cache=False,
             )
         return result.last_hidden_state, sequence.text_start
@@ -194,9 +195,12 @@ def at_verdict(hidden: Tensor, text_start: Tensor, batch: TextBatch) -> Tensor:
 class LLMClassifier(TrajectoryLLM):
     """Stage 2: a linear head on the last position; ``lm_head`` is never called."""
 
-    def __init__(self, *parts: Any, head: nn.Linear, **options: Any) -> None:
+    def __init__(
+        self, *parts: Any, head: nn.Linear, outcome: Outcome = LABEL, **options: Any
+    ) -> None:
         """Join the parts; ``head`` maps the width D to one logit, and starts at zero."""
         super().__init__(*parts, **options)
+        self.outcome = outcome
         self.head = head
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
@@ -207,14 +211,13 @@ class LLMClassifier(TrajectoryLLM):
         return residual.squeeze(1)
 
     def forward(self, batch: TextBatch) -> Output:
-        """Return the binary cross-entropy (sum over B) and the logit of each patient."""
+        """Return the loss (sum over B) and the logit of each patient."""
         trajectory = self.trajectory(batch)
         hidden, text_start = self.read(batch, trajectory)
         offset = self.offset(trajectory, hidden)
         residual = self.residual(at_verdict(hidden, text_start, batch))
         logit, labels = offset + self.residual_weight * residual, batch["labels"]  # (B,) each
-        loss = functional.binary_cross_entropy_with_logits(logit, labels, reduction="sum")
-        return Output(loss[None], len(labels), logit, offset)
+        return Output(self.outcome.loss(logit[None], labels), len(labels), logit, offset)
 
 
 def answer_loss(
@@ -291,11 +294,11 @@ class LLMWriter(TrajectoryLLM):
             self.llm.get_output_embeddings().register_forward_pre_hook(pack),
             adapters_in(dtype, device),
         ):
-            written: Tensor = self.llm.generate(
+            ids: Tensor = self.llm.generate(
                 inputs_embeds=sequence.embeddings,
                 attention_mask=sequence.mask.long(),
                 generation_config=greedy,
             )
         if not finite:
             raise RunFault("the language model's states are not finite: no report is written")
-        return written
+        return ids

@@ -42,10 +42,10 @@ class LengthBatches:
 
     def __len__(self) -> int:
         """Return the number of batches of this process in a whole pass."""
-        full, rest = divmod(len(self.rows), self.batch_size)
+        n_full, remainder = divmod(len(self.rows), self.batch_size)
         if self.shuffle:  # a rest that cannot be shared out joins another batch
-            return max(1, full + (rest >= self.n_processes))
-        return len(range(self.process, full + (rest > 0), self.n_processes))
+            return max(1, n_full + (remainder >= self.n_processes))
+        return len(range(self.process, n_full + (remainder > 0), self.n_processes))
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield batches of positions."""
@@ -54,16 +54,16 @@ class LengthBatches:
             return
         generator = np.random.default_rng(np.random.SeedSequence([self.seed, self.epoch]))
         rows = generator.permutation(self.rows)
-        full = len(rows) // self.batch_size
-        rows, rest = np.split(rows, [full * self.batch_size])  # the rest has rows of any length
-        run = self.batch_size * max(1, min(BUCKET, full // 4))  # a quarter of the rows at most
+        n_full = len(rows) // self.batch_size
+        rows, remainder = np.split(rows, [n_full * self.batch_size])  # of any length
+        run = self.batch_size * max(1, min(BUCKET, n_full // 4))  # a quarter of the rows at most
         batches = [b for k in range(0, len(rows), run) for b in self._cut(rows[k : k + run])]
-        batches += self._cut(rest)
+        batches += self._cut(remainder)
         if self.lengths is not None:
             batches = [batches[k] for k in generator.permutation(len(batches))]
         if len(batches) > len(self):
-            few = min(range(len(batches)), key=lambda k: len(batches[k]))
-            batches[few - 1] += batches.pop(few)
+            shortest = min(range(len(batches)), key=lambda k: len(batches[k]))
+            batches[shortest - 1] += batches.pop(shortest)
         for batch in batches[self.done :]:
             yield batch[self.process :: self.n_processes]
 

@@ -1,4 +1,4 @@
-"""How a step fits the memory: in fewer rows a pass, then by computing layers again."""
+"""Fit a step into the memory: fewer rows a pass, then gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from medgemma_clinical.training.stage import Stage
 logger = logging.getLogger(__name__)
 
 KEPT_COPIES = 5
-"""Of the weights that learn: two moments, the average, the best, what processes exchange."""
+"""Copies of the weights that learn: two moments, average, best, what processes exchange."""
 
 MEMORY_MARGIN = 0.05
-"""Share of the memory that a trial leaves free: for NCCL's buffers and for fragments."""
+"""Share of the memory that a trial leaves free, for NCCL's buffers and fragments."""
 
 TOO_LONG = (
     "a single row does not fit the memory: shorten series or text by --max_len, --series_text or "
@@ -30,26 +30,28 @@ TOO_LONG = (
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Return whether a pass did not fit; cuBLAS has a message of its own for its workspace."""
-    full = "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
-    return full or isinstance(error, torch.OutOfMemoryError)
+    cublas_failed = "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+    return cublas_failed or isinstance(error, torch.OutOfMemoryError)
 
 
 def reduce_passes(stage: Stage, rows: list[int]) -> None:
-    """Make passes smaller, after these rows did not fit in one; gradients stay the same."""
+    """Reduce the rows a pass, after these did not fit in one; gradients stay the same."""
     if len(rows) > 1:
         stage.max_tokens = -(-len(rows) // 2) * int(stage.lengths[rows].max())
-        logger.info("memory: from here on at most %d tokens in one pass", stage.max_tokens)
+        logger.info("memory: at most %d tokens a pass from now on", stage.max_tokens)
     elif isinstance(stage.model, TrajectoryLLM) and not stage.recomputes:
         set_checkpointing(stage.model.llm)
         stage.recomputes, stage.max_tokens = True, None
-        logger.info("memory: layers are now computed again in each backward pass")
+        logger.info("memory: gradient checkpointing is on from now on")
     else:
         raise RunFault(TOO_LONG)
 
 
 def check_memory(stage: Stage, device: torch.device) -> None:
-    """Find how many of the longest rows fit a GPU in one pass, and score those of validation.
-    Weights, gradients and random generators are afterwards what they were."""
+    """Find how many of the longest rows fit a GPU in one pass; score those of validation.
+
+    Weights, gradients and random generators do not change.
+    """
     model = stage.model.to(device)
     if device.type == "cuda":
         # Processes decide together here; in the middle of a step they could not.
@@ -65,24 +67,24 @@ def check_memory(stage: Stage, device: torch.device) -> None:
 
 def _fits(stage: Stage, rows: list[int], device: torch.device) -> bool:
     """Return whether every process passes such rows forward and backward."""
-    failed = 0.0
+    failures = 0.0
     stage.model.train()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
             parameters = stage.trainable_parameters().values()
-            kept = [torch.empty_like(p) for p in parameters for _ in range(KEPT_COPIES)]
+            reserve = [torch.empty_like(p) for p in parameters for _ in range(KEPT_COPIES)]
             if device.type == "cuda":
                 size = int(MEMORY_MARGIN * torch.cuda.mem_get_info(device)[1])
-                kept.append(torch.empty(size, dtype=torch.uint8, device=device))
+                reserve.append(torch.empty(size, dtype=torch.uint8, device=device))
             stage.model(send_to_device(stage.collate(rows), device)).loss.sum().backward()
-            del kept
+            del reserve
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            failed = 1.0
+            failures = 1.0
     stage.model.zero_grad()
     torch.cuda.empty_cache()
-    return not reduce(torch.tensor(failed, device=device), "sum")
+    return not reduce(torch.tensor(failures, device=device), "sum")
 
 
 def longest_rows(stage: Stage, part: str, number: int) -> list[int]:

@@ -17,7 +17,6 @@ class Stopped(KeyboardInterrupt):
     """A signal ended the run; ``code`` is the exit code of the program."""
 
     def __init__(self, number: int) -> None:
-        """Remember which signal came."""
         super().__init__(signal.Signals(number).name)
         self.code = 128 + number
 
@@ -33,7 +32,6 @@ class SignalHandler:
     """End the run on a signal of ``ENDING``; within ``deferred`` only set ``received``."""
 
     def __init__(self) -> None:
-        """Start without a signal."""
         self.received = 0
         self._deferred = False
         self._kills = True
@@ -46,28 +44,28 @@ class SignalHandler:
             return
         self._kills = kills  # not in a notebook, which keeps its other variables
         # A signal that the parent has set to be ignored, as nohup does, stays ignored.
-        before = {n: signal.getsignal(n) for n in ENDING if signal.getsignal(n) != signal.SIG_IGN}
-        for number in before:
+        handlers = {n: signal.getsignal(n) for n in ENDING if signal.getsignal(n) != signal.SIG_IGN}
+        for number in handlers:
             signal.signal(number, self._handle)
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
             self.received = 0
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        again, self.received = bool(self.received), number
+        repeated, self.received = bool(self.received), number
         # A launcher sends again what the scheduler has sent: there a second one does not kill.
-        if again and self._kills and "LOCAL_RANK" not in os.environ:
+        if repeated and self._kills and "LOCAL_RANK" not in os.environ:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        if not (again or self._deferred) or (again and not self._kills):
+        if not (repeated or self._deferred) or (repeated and not self._kills):
             raise Stopped(number)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Let signals wait for the end of a block, so that state and weights agree."""
+        """Defer signals to the end of a block, so that state and weights agree."""
         outer, self._deferred = self._deferred, True
         try:
             yield

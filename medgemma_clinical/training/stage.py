@@ -20,7 +20,7 @@ WEIGHT_DECAY = 0.01
 
 @dataclass
 class Stage:
-    """One stage; the training loop never asks which one."""
+    """One stage; the training loop is the same for all."""
 
     name: str  # of the stage and of its folder
     model: nn.Module  # from a batch to an ``Output``: loss summed over terms, terms, logit
@@ -37,10 +37,10 @@ class Stage:
     stage1_risks: NDArray[np.float64] | None = None  # (N,) by the stage 1 below a language model
     train_patients: NDArray[np.int64] | None = None  # hashes, of stage 1 only
     max_tokens: int | None = None  # rows times tokens of the longest in one pass, once known
-    last_epoch: int | None = None  # training stops after it, where no validation part says when
+    last_epoch: int | None = None  # training stops after it, where there is no validation part
     # Receives the seed, the number of an epoch, and which members of stage 1 still learn.
     begin_epoch: Callable[[int, int, list[bool]], None] = lambda seed, epoch, learn: None
-    recomputes: bool = False  # the backward pass computes layers again
+    recomputes: bool = False  # gradient checkpointing is on
 
     @property
     def tokens(self) -> float:
@@ -68,10 +68,10 @@ class Stage:
             rate = self.learning_rates[part]
             # A decayed bias or norm scale shifts the model, it does not simplify it.
             matrices = [p for p in parameters if p.ndim >= 2]
-            others = [p for p in parameters if p.ndim < 2]
-            for chosen, decay in ((matrices, WEIGHT_DECAY), (others, 0.0)):
-                if chosen:
-                    groups.append({"params": chosen, "lr": rate, "weight_decay": decay})
+            vectors = [p for p in parameters if p.ndim < 2]
+            for tensors, decay in ((matrices, WEIGHT_DECAY), (vectors, 0.0)):
+                if tensors:
+                    groups.append({"params": tensors, "lr": rate, "weight_decay": decay})
         return groups
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
@@ -81,5 +81,5 @@ class Stage:
 
     def members(self) -> list[int]:
         """Return the member of stage 1 that each trainable parameter belongs to, 0 elsewhere."""
-        own = [name.split(".") for name in self.trainable_parameters()]
-        return [int(name[1]) if name[0] == "members" else 0 for name in own]
+        names = [name.split(".") for name in self.trainable_parameters()]
+        return [int(name[1]) if name[0] == "members" else 0 for name in names]

@@ -7,7 +7,6 @@ import hashlib
 import io
 import logging
 import math
-import re
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +21,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from medgemma_clinical.files import InputError, RunFault, atomic, remove
+from medgemma_clinical.files import InputError, RunFault, atomic
 
 logger = logging.getLogger(__name__)
 
@@ -32,10 +31,10 @@ AVERAGE_DECAY = 0.998
 LOSS_TOLERANCE = 0.01
 """A validation loss so little above the lowest is as good: in a part of fifty events the difference
 is noise, and a model that has learned longer is better where the loss stays level. The rule is the
-script's ``keep_best``; ``describe_selection`` says it in words."""
+script's ``keep_best``; ``describe_selection`` is its description."""
 
 MAX_SKIPPED = 5
-"""Steps in a row whose loss or gradient is not finite, after which training stops."""
+"""Training stops after so many steps in a row whose loss or gradient is not finite."""
 
 SKIPPED_ADVICE = (
     "look for extreme values in the data; where batches of some lengths fail and others do not, "
@@ -46,13 +45,15 @@ SKIPPED_ADVICE = (
 STATE_FORMAT = 8
 """Rises when older states can no longer be resumed."""
 
-KEPT = 2
-FILE_NAME = re.compile(r"([0-9]{8})-([0-9a-f]{64})\.pt")
-"""Running number and SHA-256 of a state's file."""
+NEWEST, PREVIOUS = "newest.state", "previous.state"
+DIGEST_BYTES = hashlib.sha256().digest_size
+"""Names of a stage's two states; a file holds the SHA-256 of its content, then the content."""
+
+START_AGAIN = "start again without --resume"
 
 
 class NonFiniteLossError(RunFault):
-    """The loss is not finite; the text says where and what to do."""
+    """The loss is not finite; the message names the epoch and what to do."""
 
 
 class WeightAverage:
@@ -63,7 +64,6 @@ class WeightAverage:
     """
 
     def __init__(self, parameters: Sequence[Tensor], decay: float = AVERAGE_DECAY) -> None:
-        """Start from the parameters as they are."""
         self.parameters, self.decay = list(parameters), decay
         # torch's ``AveragedModel`` would copy the frozen language model as well.
         self.weights = copies(self.parameters)
@@ -99,9 +99,9 @@ class Progress:
 
     def count(self, loss: float, terms: float, norm: float) -> bool:
         """Count a step of a loss over so many terms; return whether it is taken, or skipped."""
-        taken = math.isfinite(loss) and math.isfinite(norm)
+        is_finite = math.isfinite(loss) and math.isfinite(norm)
         self.batches, self.steps = self.batches + 1, self.steps + 1
-        if taken:
+        if is_finite:
             self.loss, self.terms, self.skipped_in_a_row = self.loss + loss, self.terms + terms, 0
         else:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
@@ -111,7 +111,7 @@ class Progress:
                 f"{MAX_SKIPPED}th time in a row: {SKIPPED_ADVICE}; what earlier epochs reached is "
                 "kept"
             )
-        return taken
+        return is_finite
 
     def check_validation(self, loss: float) -> None:
         """Refuse a validation loss by which no epoch can be chosen."""
@@ -152,16 +152,16 @@ class TrainState:
     average: WeightAverage
     progress: Progress = field(default_factory=Progress)
     best: list[Tensor] = field(default_factory=list)  # averages of each member's best epoch
-    store: StateStore | None = None
+    folder: Path | None = None  # of the states that are written; None in memory
     last_tick: float = field(default_factory=time.perf_counter)  # of ``add_elapsed``
 
     def by_member(self) -> list[list[nn.Parameter]]:
         """Return the parameters of each member that have a gradient, of those that still learn."""
-        own: dict[int, list[nn.Parameter]] = {}
+        groups: dict[int, list[nn.Parameter]] = {}
         for member, parameter in zip(self.members, self.parameters, strict=True):
             if parameter.grad is not None:
-                own.setdefault(member, []).append(parameter)
-        return list(own.values())
+                groups.setdefault(member, []).append(parameter)
+        return list(groups.values())
 
     def learning(self, patience: int) -> list[bool]:
         """Return for each member of stage 1 whether its patience lasts in this epoch."""
@@ -180,7 +180,8 @@ class TrainState:
     @torch.no_grad()
     def set_weights(self, values: Iterable[Tensor]) -> None:
         """Copy values into the parameters."""
-        copy_into(self.parameters, list(values))
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
 
     @contextlib.contextmanager
     def swapped_weights(self, values: Sequence[Tensor]) -> Iterator[None]:
@@ -198,54 +199,40 @@ def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in tensors]
 
 
-@torch.no_grad()
-def copy_into(tensors: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copy values into tensors of the same shapes."""
-    for tensor, value in zip(tensors, values, strict=True):
-        tensor.copy_(value)
+def state_paths(folder: Path) -> list[Path]:
+    """Return the files of the two latest states of a stage that exist, the newest first."""
+    return [path for name in (NEWEST, PREVIOUS) if (path := folder / name).exists()]
 
 
-class StateStore:
-    """The two latest states of a stage, in files ``NUMBER-SHA256.pt``; the hash shows damage."""
+def read_content(path: Path) -> bytes | None:
+    """Return the content of a state's file behind its SHA-256; None where it is damaged."""
+    data = path.read_bytes()
+    digest, content = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
+    return content if hashlib.sha256(content).digest() == digest else None
 
-    def __init__(self, folder: Path) -> None:
-        """Keep the path."""
-        self.folder = folder
-        self._damaged: set[Path] = set()
 
-    def files(self) -> list[Path]:
-        """Return the files, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(path for path in self.folder.iterdir() if FILE_NAME.fullmatch(path.name))
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write the newest state; the one before stays beside it, a damaged one does not."""
+    buffer = io.BytesIO()
+    torch.save({"format": STATE_FORMAT, **state}, buffer)
+    folder.mkdir(exist_ok=True)
+    newest = folder / NEWEST
+    with atomic(newest) as temporary:
+        digest = hashlib.sha256(buffer.getbuffer()).digest()
+        temporary.write_bytes(digest + buffer.getbuffer())
+        if newest.exists() and read_content(newest) is not None:
+            newest.replace(folder / PREVIOUS)
 
-    def save(self, state: dict[str, Any]) -> None:
-        """Write a state beside the one before; older and damaged ones are removed."""
-        files = self.files()
-        number = 1 + (int(files[-1].name[:8]) if files else 0)
-        buffer = io.BytesIO()
-        torch.save({"format": STATE_FORMAT, **state}, buffer)
-        digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
-        self.folder.mkdir(exist_ok=True)
-        with atomic(self.folder / f"{number:08d}-{digest}.pt") as temporary:
-            temporary.write_bytes(buffer.getbuffer())
-        whole = [path for path in files if path not in self._damaged]
-        for path in {*files} - {*whole[1 - KEPT :]}:
-            remove(path)
 
-    def newest(self) -> dict[str, Any]:
-        """Read the newest state that is whole; code that a file may carry does not run."""
-        again = "start again without --resume"
-        for path in reversed(self.files()):
-            data = path.read_bytes()
-            if hashlib.sha256(data).hexdigest() not in path.name:
-                self._damaged.add(path)
-                logger.warning("%s: damaged: resuming from the one before", path)
-                continue
-            state: dict[str, Any] = torch.load(
-                io.BytesIO(data), map_location="cpu", weights_only=True
-            )
-            if state.pop("format") != STATE_FORMAT:
-                raise InputError(f"{path}: of another version: {again}")
-            return state
-        raise InputError(f"--resume {self.folder}: no intact state: {again}")
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read the newest state that is intact; code that a file may carry does not run."""
+    for path in state_paths(folder):
+        if (content := read_content(path)) is None:
+            logger.warning("%s: damaged: resuming from the one before", path)
+            continue
+        buffer = io.BytesIO(content)
+        state: dict[str, Any] = torch.load(buffer, map_location="cpu", weights_only=True)
+        if state.pop("format") != STATE_FORMAT:
+            raise InputError(f"{path}: of another version: {START_AGAIN}")
+        return state
+    raise InputError(f"--resume {folder}: no intact state: {START_AGAIN}")

@@ -51,8 +51,8 @@ def check_tracker(name: str) -> None:
     """Check that a tracker is installed; "none" always is."""
     if name == "none":
         return
-    found = importlib.util.find_spec(name)
-    if found is None or found.origin is None:  # a bare folder of that name is no package
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:  # a bare folder of that name is no package
         raise InputError(f"--report_to {name}: not installed: pip install {name}")
 
 
@@ -66,9 +66,9 @@ def tracking(name: str, folder: Path, numbers: Mapping[str, float]) -> Iterator[
     project = ProjectConfiguration(logging_dir=str(folder))
     cpu = not torch.cuda.is_available()
     accelerator = Accelerator(cpu=cpu, mixed_precision="no", log_with=name, project_config=project)
-    own = {"dir": str(folder)} if name == "wandb" else {}
+    location = {"dir": str(folder)} if name == "wandb" else {}
     try:
-        options = {name: {**OPTIONS.get(name, {}), **own}}
+        options = {name: {**OPTIONS.get(name, {}), **location}}
         accelerator.init_trackers(PROJECT, dict(numbers), options)
     except Exception as error:  # each tracker has errors of its own
         problem = str(error).partition("\n")[0]

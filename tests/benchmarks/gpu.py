@@ -9,8 +9,7 @@ card, an exhausted memory or a hanging step leaves the others alone. A step pass
 skipped; a finding deserves attention without being a failure. At the end it prints a table. Exit
 code 1 if a step failed.
 
-It takes about ten minutes on an A100 or H100 (estimated). The byte tokenizer makes prompts two to
-three times as long as Gemma's.
+It takes about ten minutes on an A100 or H100 (estimated).
 """
 
 import argparse

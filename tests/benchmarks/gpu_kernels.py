@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import send_to_device
 from bitsandbytes.functional import dequantize_4bit
 from common import SAMPLE, spread, stage_maker
-from gpu_steps import BYTES, NARROW, WINDOW, skip_without_gpu, words_of
+from gpu_steps import NARROW, VOCABULARY, WINDOW, skip_without_gpu, words_of
 from memory import MIB, add_lora, measure, text_config
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,7 +19,7 @@ from medgemma_clinical.distributed import default_device
 from medgemma_clinical.models.language_model import DTYPES, set_checkpointing
 from medgemma_clinical.models.trajectory_llm import adapters_in
 
-LENGTHS = (96, 192, 320, 193)
+LENGTHS = (24, 192, 320, 193)
 """Positions of a row, the first within the window. cuDNN's gradients are NaN where 64 positions are
 left of a multiple of 128 (pytorch 196678); the memory-efficient kernel is wrong for one key head
 where 1 is left of a multiple of 32 (pytorch 191937)."""
@@ -56,7 +56,7 @@ def compare_gradients(plan, cudnn):
     dtype = DTYPES[stage_maker("--data_path", SAMPLE)[0].precision]
     worst, faults = 0.0, []
     for shape, heads in HEADS.items():
-        sizes = {**heads, "vocab_size": BYTES, "sliding_window": WINDOW}
+        sizes = {**heads, "vocab_size": VOCABULARY, "sliding_window": WINDOW}
         model = small_model(text_config(2, **(sizes | NARROW if plan.toy else sizes)), dtype)
         lengths = LENGTHS[-1:] if plan.toy else LENGTHS
         for length, padded in itertools.product(lengths, (True, False)):

@@ -19,7 +19,7 @@ import medgemma_trainer as trainer
 from medgemma_clinical.distributed import default_device, exact_kernels
 from medgemma_clinical.evaluation import metrics
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
-from medgemma_clinical.models.language_model import tiny_language_model
+from medgemma_clinical.models.language_model import DEMO_FOLDER
 from medgemma_clinical.training.signals import Stopped
 
 PATIENTS, TOY_PATIENTS, TRAINED = 500, 30, 120
@@ -31,8 +31,8 @@ STOP_AFTER = 5
 SAME_RISK = 0.02
 """Largest difference of a probability between batches of other shapes."""
 
-BYTES, WINDOW = 259, 128
-"""Vocabulary of the byte tokenizer, and the window of the shallow model: texts are longer."""
+VOCABULARY, WINDOW = 512, 32
+"""Of the demo's tokenizer and of the shallow model: texts are longer."""
 
 NARROW = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 PAIR_TIMEOUT = 240.0
@@ -79,9 +79,9 @@ def write_models(plan):
     data = plan.folder / "data.csv"
     pd.read_csv(SAMPLE, nrows=TOY_PATIENTS if plan.toy else PATIENTS).to_csv(data, index=False)
     shutil.copy(SAMPLE.with_suffix(".json"), data.with_suffix(".json"))
-    narrow = {"vocab_size": BYTES, **NARROW} if plan.toy else {}
+    narrow = {"vocab_size": VOCABULARY, **NARROW} if plan.toy else {}
     layers = 2 if plan.toy else SHAPES["4B"]["num_hidden_layers"]
-    shallow = {"vocab_size": BYTES, "sliding_window": WINDOW, **narrow}
+    shallow = {"vocab_size": VOCABULARY, "sliding_window": WINDOW, **narrow}
     for name, config in {
         "model": text_config(layers, **narrow),
         "shallow": text_config(2, **shallow),
@@ -91,7 +91,8 @@ def write_models(plan):
         with default_device():
             model = Gemma3ForCausalLM._from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(plan.folder / name)
-        tiny_language_model()[1].save_pretrained(plan.folder / name)
+        for path in DEMO_FOLDER.glob("tokenizer*.json"):
+            shutil.copy(path, plan.folder / name)
     size = sum(path.stat().st_size for path in (plan.folder / "model").iterdir())
     return [f"{size / 1e9:.1f} GB"]
 

@@ -37,7 +37,6 @@ from medgemma_clinical.models.language_model import (
     LORA_TARGETS,
     quiet_libraries,
     set_checkpointing,
-    tiny_language_model,
 )
 from medgemma_clinical.models.trajectory_llm import answer_loss
 
@@ -105,8 +104,8 @@ class LiveStorages(TorchDispatchMode):
 
 def text_config(layers, **sizes):
     """Return a configuration in the shape of 4B, with so many layers and some sizes changed."""
-    known = {**tiny_language_model()[0].config.to_dict(), **SHAPES["4B"], "vocab_size": 262_208}
-    known |= {"num_hidden_layers": layers, "layer_types": None, "initializer_range": 0.02}
+    known = {**SHAPES["4B"], "vocab_size": 262_208, "sliding_window": 1024}
+    known |= {"num_hidden_layers": layers, "initializer_range": 0.02}
     return Gemma3TextConfig(**{**known, **sizes})
 
 

@@ -26,7 +26,7 @@ from medgemma_clinical.data.fold_split import draw_folds
 from medgemma_clinical.evaluation import metrics as metrics_module
 from medgemma_clinical.evaluation import metrics_table, updating
 from medgemma_clinical.evaluation.metrics_table import DIFFERENCE, VALUE, evaluate
-from medgemma_clinical.evaluation.sites import random_effects
+from medgemma_clinical.evaluation.topics.sites import random_effects
 from medgemma_clinical.evaluation.updating import BOTH, CHOSEN, crosswise, evaluate_updates
 from medgemma_clinical.evaluation.verdicts import BETTER, WORSE, difference_verdict
 

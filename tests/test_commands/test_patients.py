@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from conftest import SAMPLE
+from language_models import TINY_MODEL
 from medgemma_clinical.commands.patients import MAX_ROWS, patients_path
 from medgemma_clinical.evaluation.verdicts import percent
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS
@@ -110,5 +111,6 @@ def test_the_page_counts_its_rows_in_the_training_data(stage, runs, table, tmp_p
         predicted(runs / stage, write_data(few, tmp_path / "rows.csv"), out, "--explain")
         assert count_in_training(out) == count
     TrajectoryModel.from_pretrained(runs / stage).save_pretrained(tmp_path / "saved")
-    predicted(tmp_path / "saved", tmp_path / "rows.csv", out, "--explain")
+    more = "--explain", "--model_name", TINY_MODEL
+    predicted(tmp_path / "saved", tmp_path / "rows.csv", out, *more)
     assert (count_in_training(out) is None) == (stage != "trajectory")  # apart from its stage 1

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,11 +16,14 @@ from sklearn.metrics import roc_auc_score
 
 import medgemma_trainer as trainer
 from conftest import SAMPLE
+from language_models import TINY_MODEL
 from medgemma_clinical.commands import predict, results
+from medgemma_clinical.data.overlap import TrainingPatients
 from medgemma_clinical.evaluation import metrics
 from medgemma_clinical.files import json_hash
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory, save_trajectory
+from medgemma_clinical.models.outcome import OUTCOMES
 from medgemma_clinical.models.trained_model import read_trained_config
 from predicting import SERIES, STAGES, command, predicted, read_predictions, refused, write_data
 from srtr_dataset import SRTRTrajectoryDataset
@@ -148,7 +152,8 @@ def test_an_equal_identifier_counts_only_where_both_files_have_some(
     changed = table.copy()
     changed.loc[::2, SERIES] = "20 (0h) -> 21 (1h) -> 23 (2h)"
     known = read_trajectory(runs / TRAJECTORY_FILE).train_patients
-    monkeypatch.setattr(predict, "training_patients", lambda *_: (known, named))
+    training = TrainingPatients(known, named)
+    monkeypatch.setattr(predict, "training_patients", lambda *_: training)
     data = write_data(changed, tmp_path / "cohort.csv")
     predicted(runs / "trajectory", data, tmp_path / "out.csv")
     found = re.search(r"(\d+) patients are in the training", capsys.readouterr().out)
@@ -178,10 +183,11 @@ def test_a_checkpoint_without_its_training_patients_says_so(runs, table, tmp_pat
 def test_metrics_of_many_chunks_are_those_of_one(runs, strangers, tmp_path, monkeypatch):
     rows = strangers.assign(subject_id=[f"p{k % 17}" for k in range(len(strangers))])
     data, evaluated = write_data(rows, tmp_path / "rows.csv"), []
-    evaluate = predict.evaluate
-    monkeypatch.setattr(
-        predict, "evaluate", lambda t, *x, **y: evaluated.append(t) or evaluate(t, *x, **y)
+    kind = OUTCOMES["label"]
+    kept = replace(
+        kind, evaluate=lambda t, *x, **y: evaluated.append(t) or kind.evaluate(t, *x, **y)
     )
+    monkeypatch.setitem(OUTCOMES, "label", kept)
     for name, size in (("one", 10_000), ("many", 7)):
         monkeypatch.setitem(MEMORY_ROWS, "trajectory", size)
         predicted(runs / "trajectory", data, tmp_path / f"{name}.csv")
@@ -215,7 +221,7 @@ def test_an_interrupted_report_leaves_the_predictions(runs, table, tmp_path, mon
 # --------------------------------------------------------------------------- what a model reads
 
 STATICS = ["static_bmi [kg/m2]", "static_admissions"]
-TINY = ["--model_name", "tiny", "--epochs", "1", "--adapter_lr", "0.01"]
+TINY = ["--model_name", TINY_MODEL, "--epochs", "1", "--adapter_lr", "0.01"]
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +249,7 @@ def models(asked, tmp_path_factory):
     upon = [*TINY, "--ode_checkpoint", str(place / TRAJECTORY_FILE)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "REPLICATES", 20)
-        patch.setattr(results, "fit_residual_weight", lambda *_: 0.5)
+        patch.setattr(results.decision, "fit_residual_weight", lambda *_: 0.5)
         for flags in (
             stage1,
             upon,

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import medgemma_trainer as trainer
-from medgemma_clinical.commands import results, run_folder
+from language_models import TINY_MODEL
+from medgemma_clinical.commands import report_content, results, run_folder
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, describe_tuning
 from medgemma_clinical.evaluation.decision import Predictions, youden_threshold
 from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
@@ -73,10 +74,11 @@ def test_the_primary_baseline_is_the_one_that_was_named(dka_file, tmp_path, caps
 
 def test_the_methods_name_the_rates_of_what_learns_and_the_rows_of_a_step(runs):
     words = f"--data_path {runs}/train.csv --ode_checkpoint {runs}/{TRAJECTORY_FILE}"
-    args = arguments(*f"{words} --model_name tiny --batch_size 3 --gradient_accumulation 7".split())
+    words += f" --model_name {TINY_MODEL} --batch_size 3 --gradient_accumulation 7"
+    args = arguments(*words.split())
     data, checkpoint = data_for(args), run_folder.given_stage1(args)
     run = {**run_folder.run_record(args, data, checkpoint), "processes": 2}
-    methods = results.training_methods(make_stage(args, data), data, run)
+    methods = report_content.training_methods(make_stage(args, data), data, run)
     assert {*re.findall(r"\((\w+)\)", methods["training"])} == {"projection", "llm", "head"}
     assert re.search(r"\b42 rows", methods["training"])
 
@@ -191,7 +193,7 @@ def test_a_language_model_that_adds_nothing_leaves_stage_1_as_it_is(calibrated, 
     place, known = calibrated
     (tmp_path / TRAJECTORY_FILE).write_bytes((place / "platt" / TRAJECTORY_FILE).read_bytes())
     words = ["--data_path", str(place / "data.csv"), "--output_dir", str(tmp_path)]
-    words += ["--ode_checkpoint", str(tmp_path / TRAJECTORY_FILE), "--model_name", "tiny"]
+    words += ["--ode_checkpoint", str(tmp_path / TRAJECTORY_FILE), "--model_name", TINY_MODEL]
     assert trainer.main([*words, "--epochs", "1", "--head_lr", "1", "--log_file", "none"]) == 0
     folder = tmp_path / "classification"
     found = read(folder / "metrics.json")
@@ -214,7 +216,7 @@ def test_the_chosen_weight_is_kept_with_the_model_and_makes_its_predictions():
     raw = Predictions(0.5, labels, logit, np.arange(600) % 16, offset)
     for flags, weighs in (("--freeze_ode",), True), (("--soft_prompt", "off"), False):
         stage = stage_of_patients(*flags)
-        data = data_for(arguments("--model_name", "tiny", *flags), patients())
+        data = data_for(arguments("--model_name", TINY_MODEL, *flags), patients())
         predictions, decided = results.apply_decisions(
             dict.fromkeys(PARTS, raw), stage, data, "none"
         )
@@ -231,7 +233,7 @@ def test_stage_3_shows_the_first_test_patient_with_the_event_where_values_may_be
 ):
     place, _ = calibrated
     words = ["--mode", "generative", "--data_path", str(place / "data.csv"), "--epochs", "1"]
-    words += ["--ode_checkpoint", str(place / "none" / TRAJECTORY_FILE), "--model_name", "tiny"]
+    words += ["--ode_checkpoint", str(place / "none" / TRAJECTORY_FILE), "--model_name", TINY_MODEL]
     words += ["--output_dir", str(tmp_path), "--log_file", "none"]
     assert trainer.main([*words, "--show_values"]) == 0
     page = Page((tmp_path / "generative" / "report.html").read_text()).text

@@ -15,12 +15,13 @@ from medgemma_clinical.commands.run_folder import (
     finish_run,
     is_finished,
     opened,
-    progress_of,
+    progress_in,
     read_run,
-    state_store,
+    state_folder,
 )
 from medgemma_clinical.files import InputError, partial_path, write_json
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
+from medgemma_clinical.training.state import state_paths, write_state
 
 
 def facts_of(**arguments):
@@ -44,7 +45,7 @@ def run_steps(folder):
     (folder.parent / TRAJECTORY_FILE).write_text("best")
     (folder / "history.jsonl").write_text("{}\n")
     for step in range(2):
-        state_store(folder).save({"step": step})
+        write_state(state_folder(folder), {"step": step})
 
 
 def begin(folder, facts=FACTS, *, resume=False):
@@ -143,7 +144,7 @@ def test_a_run_that_was_killed_frees_the_folder(folder):
             os._exit(99)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     with resume(folder):
-        assert state_store(folder).files()
+        assert state_paths(state_folder(folder))
 
 
 def test_a_run_that_never_began_is_not_resumed_and_nothing_is_made(folder):
@@ -169,24 +170,24 @@ DIFFERENCES = {
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_another_command_is_refused_with_what_differs(name, stopped):
     refused(stopped, {**FACTS, **DIFFERENCES[name]}, name)
-    assert progress_of(stopped, {**FACTS, **DIFFERENCES[name]}) == "none"
+    assert progress_in(stopped, {**FACTS, **DIFFERENCES[name]}) == "none"
 
 
 def test_flags_that_change_no_result_are_free_and_other_versions_are_warned_of(stopped, caplog):
     facts = facts_of(**dict.fromkeys(tagged("free"), "changed"))
     assert not is_finished(stopped, facts)
-    assert progress_of(stopped, facts) == "part"
+    assert progress_in(stopped, facts) == "part"
     assert not caplog.records
     assert not is_finished(stopped, {**FACTS, "versions": {"torch": "3.0"}})
     assert "versions" in caplog.text
-    assert progress_of(stopped, {**FACTS, "versions": {"torch": "3.0"}}) == "none"
+    assert progress_in(stopped, {**FACTS, "versions": {"torch": "3.0"}}) == "none"
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "3", "{", "", '{"format": 1}'])
 def test_a_damaged_run_json_is_named(content, stopped):
     (stopped / "run.json").write_text(content)
     refused(stopped, FACTS, "run.json")
-    assert progress_of(stopped, FACTS) == "none"
+    assert progress_in(stopped, FACTS) == "none"
     with begin(stopped):
         run_steps(stopped)
     assert read_run(stopped) == FACTS
@@ -214,19 +215,19 @@ def test_a_finished_run_knows_each_of_its_files(finished, caplog):
         for spoil in (lambda path: path.write_bytes(b"x"), os.unlink):
             spoil(path)
             refused(finished, FACTS, path)
-            assert progress_of(finished, FACTS) == "none"
+            assert progress_in(finished, FACTS) == "none"
             assert caplog.messages.pop().startswith(str(path))
         path.write_bytes(content)
-        assert progress_of(finished, FACTS) == "all"
+        assert progress_in(finished, FACTS) == "all"
 
 
 def test_progress_is_none_part_or_all(folder, caplog):
-    assert progress_of(folder, FACTS) == "none"
+    assert progress_in(folder, FACTS) == "none"
     with begin(folder):
         run_steps(folder)
-        assert progress_of(folder, FACTS) == "part"
+        assert progress_in(folder, FACTS) == "part"
         assert not caplog.text
-        for path in state_store(folder).files():
+        for path in state_paths(state_folder(folder)):
             path.write_bytes(b"damaged")
-        assert progress_of(folder, FACTS) == "none"
+        assert progress_in(folder, FACTS) == "none"
         assert str(path) in caplog.text

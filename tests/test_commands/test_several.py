@@ -14,7 +14,7 @@ from sklearn.metrics import roc_auc_score
 import medgemma_trainer as trainer
 from conftest import SAMPLE
 from finished_runs import write_run
-from medgemma_clinical.commands import several
+from medgemma_clinical.commands import run_folder, several
 from medgemma_clinical.commands.compare import (
     built_in_models_notice,
     cost_of,
@@ -22,7 +22,8 @@ from medgemma_clinical.commands.compare import (
     model_names,
 )
 from medgemma_clinical.commands.flags import complete
-from medgemma_clinical.commands.several import VARIANTS, run_ablation, run_seeds, stage_folder
+from medgemma_clinical.commands.run_folder import stage_folder
+from medgemma_clinical.commands.several import VARIANTS, run_ablation, run_seeds
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import Metrics
 from medgemma_clinical.files import InputError
@@ -57,8 +58,8 @@ def fake_train(made, **options):
 def unbegun(monkeypatch):
     """No run was begun before; nothing of a run is prepared."""
     for name in ("given_stage1", "run_data", "run_record"):
-        monkeypatch.setattr(several, name, lambda *_: None)
-    monkeypatch.setattr(several, "progress_of", lambda folder, facts: "none")
+        monkeypatch.setattr(run_folder, name, lambda *_: None)
+    monkeypatch.setattr(run_folder, "progress_in", lambda folder, facts: "none")
 
 
 def results_of(path):
@@ -126,8 +127,8 @@ def test_finished_runs_are_left_stopped_ones_continued_and_failed_ones_named(tmp
     args = arguments(tmp_path, seeds=3, trajectory_only=True)
     write_run(tmp_path / "seed_3" / "trajectory", 3)
     with monkeypatch.context() as patch:
-        patch.setattr(several, "run_record", lambda own, *_: own)
-        patch.setattr(several, "progress_of", lambda folder, own: known[own.seed])
+        patch.setattr(run_folder, "run_record", lambda own, *_: own)
+        patch.setattr(run_folder, "progress_in", lambda folder, own: known[own.seed])
         run_seeds(args, lambda _: DATASET, fake_train(made))
     assert [(own.seed, own.resume) for own in made] == [(4, True), (5, False)]
     own = arguments(tmp_path / "fails", seeds=3, trajectory_only=True)
@@ -250,21 +251,18 @@ def test_rows_without_names_are_compared_within_the_same_data_alone(tmp_path):
     assert cost_of(tmp_path / "a") == {}
 
 
-def test_of_several_runs_only_those_with_a_built_in_model_are_said_to_show_nothing():
-    alone, read = ({"model_name": "tiny", "trajectory_only": each} for each in (True, False))
+def test_of_several_runs_only_those_with_the_built_in_model_are_said_to_show_nothing():
+    alone, read = ({"model_name": "demo", "trajectory_only": each} for each in (True, False))
     other = {"model_name": "google/medgemma-4b-pt", "trajectory_only": False}
-    sentence = built_in_sentence("tiny")
     for runs, expected in (
-        ({"a": alone, "b": read, "c": {**other, "trajectory_only": True}}, sentence),
+        ({"a": alone, "b": read, "c": {**other, "trajectory_only": True}}, built_in_sentence()),
         ({"a": alone, "b": alone}, ""),
         ({"a": alone, "b": other}, ""),
         ({"a": alone, "b": {}}, ""),
     ):
         assert built_in_models_notice(runs) == expected
-    runs = {"a": alone, "run/b": read, "c": other, "d": read, "e": {"model_name": "demo"}}
-    mixed = built_in_models_notice(runs)
-    assert "of run/b and d is tiny" in mixed
-    assert "of e is small" in mixed
+    runs = {"a": alone, "run/b": read, "c": other, "d": read}
+    assert built_in_models_notice(runs) == built_in_sentence(" of run/b and d")
 
 
 # --------------------------------------------------------------------------- by the command line

@@ -6,6 +6,7 @@ import pytest
 from scipy.special import logit
 
 from conftest import SAMPLE
+from language_models import TINY_MODEL
 from medgemma_clinical.inference.hub import shared_copy
 from medgemma_clinical.models.trained_model import read_trained_config
 from medgemma_trainer import TrajectoryModel
@@ -42,7 +43,7 @@ def test_the_updated_model_loads_and_predicts_the_event_for_the_same_rows(
     flags = ["--use", use]
     before = predicted(runs / stage, data, tmp_path / "1.csv", *flags, "--update", str(new))
     assert f"updated model: {new}" in capsys.readouterr().out
-    after = predicted(new, data, tmp_path / "2.csv", *flags)
+    after = predicted(new, data, tmp_path / "2.csv", *flags, "--model_name", TINY_MODEL)
     assert spread(before, after) < 1e-5
     assert np.abs(before["probability"] - after["probability"]).max() > 1e-3
     pd.testing.assert_series_equal(before["prediction"], after["prediction"])

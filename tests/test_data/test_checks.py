@@ -75,7 +75,7 @@ RARE = {
         (["20 (0h) -> 21 (9000h)"] * 200, {}, ["--time_scale 9000"]),
         (SOUND, {"static_same": 1}, ["static_same is not read"]),
         (SOUND, RARE, ["lactate", "prediction_hours", "static_rare", "static_two"]),
-        (SOUND, {"context": "54 years"}, ["context"]),
+        (SOUND, {"clinical_contexts": "54 years"}, ["clinical_context"]),
     ],
 )
 def test_what_looks_wrong_is_a_warning(series, columns, words, checked):

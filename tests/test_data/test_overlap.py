@@ -6,10 +6,10 @@ import pytest
 
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.data.overlap import (
+    TrainingPatients,
     count_overlap,
     patient_hashes,
     row_hashes,
-    rows_in_training,
 )
 from medgemma_clinical.files import InputError
 from trajectories import LABEL, SERIES, data_of, dataset_of, patients, table_of
@@ -180,5 +180,6 @@ def test_the_hashes_of_training_patients_are_sorted_unique_and_of_names_and_rows
 def test_a_row_is_in_the_training_data_by_its_hash_or_its_patients(patients, rows, named, expected):
     trained = np.array([0, 1, 2, 11])
     either = np.stack([np.array(rows), np.array([98, 0, 0])], axis=1)  # with each of the labels
-    found = rows_in_training(np.array(patients), either, trained, has_ids=named)
+    known = TrainingPatients(trained, has_ids=True)
+    found = known.include(np.array(patients), either, has_ids=named)
     assert found.tolist() == expected

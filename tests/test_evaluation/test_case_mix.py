@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medgemma_clinical.evaluation.case_mix import (
+from medgemma_clinical.data.trajectories import UNKNOWN
+from medgemma_clinical.evaluation.demographics import (
     AGE_EDGES,
-    UNKNOWN,
     banded,
-    case_mix,
+    demographic_bands,
     demographics,
-    subgroups,
 )
+from medgemma_clinical.evaluation.topics.case_mix import case_mix
 from srtr_dataset import SRTRTrajectoryDataset
 from trajectories import dataset_of
 
@@ -23,13 +23,13 @@ CELLS = [" -> ".join(f"1 ({h}h)" for h in range(n)) for n in (1, 2, 4, 20, 7)]
 @pytest.mark.parametrize("age", ["static_age [years]", "static_age"])
 def test_subgroups_are_bands_of_static_features_without_any_context(age):
     columns = {age: [68, 17, 80, np.nan, 40], "static_sex_male": [1, 0, 0, np.nan, 1]}
-    groups = subgroups(demographics(dataset_of(CELLS, **columns)))
+    groups = demographic_bands(demographics(dataset_of(CELLS, **columns)))
     assert groups["observations"].tolist() == ["1", "2", "3 to 4", "20 or more", "5 to 9"]
     ages = ["60 to 74", "under 18", "75 or older", UNKNOWN, "40 to 59"]
     assert groups["age"].tolist() == ages
     assert groups["sex"].tolist() == ["man", "woman", "woman", UNKNOWN, "man"]
     context = {"clinical_context": ["68-year-old man"] * 5}
-    assert list(subgroups(demographics(dataset_of(CELLS, **context)))) == ["observations"]
+    assert list(demographic_bands(demographics(dataset_of(CELLS, **context)))) == ["observations"]
 
 
 def test_bands_begin_at_their_edges():
@@ -57,7 +57,7 @@ def test_case_mix_counts_known_values_only():
 def test_age_and_sex_of_a_registration_are_those_of_its_text(organ):
     whole = SRTRTrajectoryDataset(SRTR, organ)
     rows = demographics(whole.subset(np.arange(len(whole))[::-7]))
-    assert list(subgroups(rows)) == ["observations", "age", "sex"]
+    assert list(demographic_bands(rows)) == ["observations", "age", "sex"]
     for context, sex, age in zip(whole.contexts[::-7], rows["sex"], rows["age"], strict=True):
         words = {"man": "man", "woman": "woman", "patient": UNKNOWN}
         person = context.partition(",")[0].lower().split()[-1]

@@ -15,14 +15,10 @@ from sklearn.metrics import roc_auc_score
 from cohorts import blended, cohort, coverage, plain_metrics, plain_table, predictions, samples_of
 from medgemma_clinical.evaluation import metrics as metrics_module
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
-from medgemma_clinical.evaluation.metrics_table import (
-    Metrics,
-    calibration_table,
-    decision_curve,
-    evaluate,
-    subgroup_table,
-    with_interval,
-)
+from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate, with_interval
+from medgemma_clinical.evaluation.topics.calibration import calibration_table
+from medgemma_clinical.evaluation.topics.decision_curve import decision_curve
+from medgemma_clinical.evaluation.topics.subgroups import subgroup_table
 
 DRAWS = 12  # a loop over them is slow
 ENDS = [0.025, 0.975]

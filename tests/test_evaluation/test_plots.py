@@ -8,13 +8,15 @@ from matplotlib.figure import Figure
 
 from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.metrics import net_benefit
-from medgemma_clinical.evaluation.metrics_table import (
-    Metrics,
+from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
+from medgemma_clinical.evaluation.topics.calibration import (
     calibration_table,
-    decision_curve,
-    evaluate,
+    plot_calibration,
+    plot_risks,
 )
-from medgemma_clinical.evaluation.suppress import suppress_table
+from medgemma_clinical.evaluation.topics.decision_curve import decision_curve, plot_decision_curve
+from medgemma_clinical.evaluation.topics.discrimination import plot_precision_recall, plot_roc
+from medgemma_clinical.evaluation.topics.learning import plot_learning
 from medgemma_clinical.evaluation.verdicts import BETTER, UNDECIDED, WORSE
 from pages import MODEL, THRESHOLD, make_rows
 
@@ -41,8 +43,8 @@ def test_the_areas_of_the_curves_are_the_metrics_of_the_table(rows):
     value = evaluate(rows, 0, THRESHOLD).table["value"]
     labels, risks = arrays(rows, MODEL, "blend")
     point = 1 - value[MODEL, "specificity"], value[MODEL, "sensitivity"]
-    roc = lines_of(plots.plot_roc(labels, risks, point)[0])
-    recall = lines_of(plots.plot_precision_recall(labels, risks)[0])
+    roc = lines_of(plot_roc(labels, risks, point)[0])
+    recall = lines_of(plot_precision_recall(labels, risks)[0])
     for line, model in (("model", MODEL), ("baseline", "blend")):
         x, y = roc[line]
         assert np.trapezoid(y, x) == pytest.approx(value[model, "auroc"], abs=1e-12)
@@ -58,7 +60,7 @@ def test_the_calibration_curve_has_bins_of_equal_size():
     table = calibration_table(rows, MODEL, 0)
     assert table["n"].max() - table["n"].min() <= 1
     _, (risk,) = arrays(rows, MODEL)
-    figure, _ = plots.plot_calibration(table, risk)
+    figure, _ = plot_calibration(table, risk)
     predicted, observed = lines_of(figure)["observed [95 %]"]
     assert predicted == pytest.approx(100 * table["predicted"])
     assert observed == pytest.approx(100 * table["observed"])
@@ -67,7 +69,7 @@ def test_the_calibration_curve_has_bins_of_equal_size():
 
 def test_the_distribution_of_risks_holds_each_class_whole(rows):
     labels, (risk,) = arrays(rows, MODEL)
-    figure, _ = plots.plot_risks(labels, risk)
+    figure, _ = plot_risks(labels, risk)
     for axes, label in zip(figure.axes, (1, 0), strict=True):
         assert sum(bar.get_height() for bar in axes.patches) == pytest.approx(100)
         assert axes.lines[0].get_xdata()[0] == pytest.approx(100 * np.median(risk[labels == label]))
@@ -76,7 +78,7 @@ def test_the_distribution_of_risks_holds_each_class_whole(rows):
 def test_the_decision_curve_is_that_of_model_baseline_and_treat_all(rows):
     labels, (risk, other) = arrays(rows, MODEL, "blend")
     table = decision_curve(rows, [MODEL, "blend"], 0)
-    lines = lines_of(plots.plot_decision_curve(table, [MODEL, "blend"])[0])
+    lines = lines_of(plot_decision_curve(table, [MODEL, "blend"])[0])
     at, one = lines["model"][0] / 100, np.ones((1, len(rows)))
     everyone = np.ones(len(rows))
     for name, each in (("model", risk), ("baseline", other), ("treat all", everyone)):
@@ -92,7 +94,7 @@ def epochs(*aurocs, kept=(1,)):
 
 
 def test_the_learning_curve_marks_the_epochs_that_were_kept_on_whole_axes():
-    figure, alt = plots.plot_learning(epochs(0.71, None, 0.72, 0.7, kept=[3, 1, 3]))
+    figure, alt = plot_learning(epochs(0.71, None, 0.72, 0.7, kept=[3, 1, 3]))
     upper, lower = figure.axes
     auroc, *kept = lower.lines
     assert np.isnan(np.array(auroc.get_ydata(), dtype=float)).tolist() == [0, 1, 0, 0]
@@ -100,8 +102,8 @@ def test_the_learning_curve_marks_the_epochs_that_were_kept_on_whole_axes():
     assert "1, 3" in alt
     assert upper.get_ylim()[0] == 0
     assert lower.get_ylim() == (0.5, 1)
-    assert plots.plot_learning(epochs(0.37))[0].axes[1].get_ylim() == pytest.approx((0.3, 1))
-    assert plots.plot_learning(epochs(None))[0].axes[1].get_ylim() == (0.5, 1)
+    assert plot_learning(epochs(0.37))[0].axes[1].get_ylim() == pytest.approx((0.3, 1))
+    assert plot_learning(epochs(None))[0].axes[1].get_ylim() == (0.5, 1)
 
 
 def test_the_forest_plot_shows_each_difference_with_its_verdict():
@@ -152,42 +154,3 @@ def test_a_figure_has_the_same_bytes_each_time_and_leaves_users_words_alone():
     assert axes.xaxis.label.get_parse_math() is False
     assert same_color(figure.get_facecolor(), "white")
     assert Figure().subplots().spines["top"].get_visible() is not False, "nothing leaks"
-
-
-LONG = "not an admission of an adult with a first measurement within 24 h of the arrival " * 3
-
-
-@pytest.mark.parametrize("min_cell", [0, 11])
-@pytest.mark.parametrize("removed", [None, [12_000, 0, 5]])
-@pytest.mark.parametrize("parts", [3, 5])
-def test_the_flow_leads_from_the_source_to_the_parts_and_texts_fit_their_boxes(
-    min_cell, removed, parts
-):
-    flow = removed and pd.DataFrame(
-        {"rule": [LONG, "no rule", "WITHOUT A LABEL"], "removed": removed, "left": [905, 905, 900]}
-    )
-    events = [90, 90, 4, 90, 90][:parts]
-    split = {"part": [f"part {k}" for k in range(parts)], "rows": 180, "patients": 170}
-    split = pd.DataFrame(split | {"events": events, "minority_patients": events})
-    shown = [None if each is None else suppress_table(each, min_cell) for each in (flow, split)]
-    with plots.plot_style():
-        figure, _ = plots.plot_flow(*shown, "registrations")
-        figure.draw_without_rendering()
-    (axes,) = figure.axes
-    texts = [each for each in axes.texts if each.get_text()]
-    words = " ".join(" ".join(each.get_text().split()) for each in texts)
-    boxes = [each.get_window_extent() for each in axes.patches]
-    assert len(texts) == len(boxes) == parts + (1 if removed is None else 5)
-    for text, box in zip(texts, boxes, strict=True):
-        inside = text.get_window_extent()
-        assert (box.min < inside.min).all()
-        assert (inside.max < box.max).all()
-    assert not any(one.overlaps(box) for k, one in enumerate(boxes) for box in boxes[:k])
-    total = 180 * parts if removed is None else 12_905
-    hidden = removed is not None and min_cell > 0
-    assert words.startswith(f"registrations: {'not shown' if hidden else f'{total:,}'}")
-    assert ("events: 4" in words) == (min_cell == 0)
-    assert "no rule" not in words
-    if removed is not None:
-        assert ("removed: 5 WITHOUT A LABEL" in words, "left: 905" in words) == 2 * (not hidden,)
-        assert "left: 900" in words

@@ -8,7 +8,7 @@ import pytest
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
-from medgemma_clinical.evaluation.sites import pool, random_effects, site_table
+from medgemma_clinical.evaluation.topics.sites import pool, random_effects, site_table
 from pages import MODEL, Page, make_content, make_rows, write_page
 
 DRAWS = 1000

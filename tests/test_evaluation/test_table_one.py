@@ -4,8 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from medgemma_clinical.evaluation.suppress import suppress_table_one
-from medgemma_clinical.evaluation.table_one import table_one, table_one_cells
+from medgemma_clinical.evaluation.topics.table_one import (
+    suppress_table_one,
+    table_one,
+    table_one_cells,
+)
 from trajectories import dataset_of
 
 NAN, N = np.nan, 120

@@ -5,8 +5,11 @@ import pandas as pd
 import pytest
 
 from medgemma_clinical.evaluation import tables
-from medgemma_clinical.evaluation.metrics_table import evaluate, subgroup_table
+from medgemma_clinical.evaluation.metrics_table import evaluate
 from medgemma_clinical.evaluation.suppress import suppress_table
+from medgemma_clinical.evaluation.topics.case_mix import case_mix_cells
+from medgemma_clinical.evaluation.topics.cohort import part_table
+from medgemma_clinical.evaluation.topics.subgroups import subgroup_cells, subgroup_table
 from medgemma_clinical.evaluation.verdicts import NO_VALUE, TOO_FEW
 from pages import MODEL, THRESHOLD, make_bands, make_rows
 
@@ -41,12 +44,12 @@ def test_over_several_splits_the_spread_is_shown():
 def test_a_subgroup_of_few_patients_has_no_auroc():
     rows = make_rows()
     groups = subgroup_table(rows, MODEL, make_bands(400), 0)
-    table = tables.subgroup_cells(groups, "stays").set_index("Subgroup")
+    table = subgroup_cells(groups, "stays").set_index("Subgroup")
     assert list(table.index) == ["size: few", "size: many"]
     assert table.loc["size: few", "AUROC [95 %]"] == NO_VALUE
     assert table.loc["size: few", "Stays"] == "15"
     assert table.loc["size: few", "Observed"] != NO_VALUE
-    hidden = tables.subgroup_cells(suppress_table(groups, 20, by="group"), "patients")
+    hidden = subgroup_cells(suppress_table(groups, 20, by="group"), "patients")
     hidden = hidden.set_index("Subgroup")
     assert hidden.loc["size: few", "Patients"] == "fewer than 20"
     assert hidden.loc["size: few", "Observed"] == NO_VALUE
@@ -55,7 +58,7 @@ def test_a_subgroup_of_few_patients_has_no_auroc():
 def test_parts_of_the_split_are_counted():
     labels, groups = np.array([1.0, 0, 0, 1, 0]), np.array(["a", "a", "b", "c", "d"])
     split = {"train": np.array([0, 1, 2]), "val": np.array([3]), "test": np.array([4])}
-    table = tables.part_table(labels, groups, split)
+    table = part_table(labels, groups, split)
     assert table[["part", "rows", "patients", "events"]].to_numpy().tolist() == [
         ["training", 3, 2, 1],
         ["validation", 1, 1, 1],
@@ -65,7 +68,7 @@ def test_parts_of_the_split_are_counted():
 
 def test_case_mixes_stand_side_by_side():
     mix = {"patients": 4000.0, "prevalence": 0.25, "age_q1": 40.0, "age_median": 50, "age_q3": 60.0}
-    table = tables.case_mix_cells(mix, {"women": 0.5}).set_index("Case mix")
+    table = case_mix_cells(mix, {"women": 0.5}).set_index("Case mix")
     assert table.loc["Patients"].tolist() == ["4,000", NO_VALUE]
     assert table.loc["Age in years, median (quartiles)"].tolist() == ["50 (40 to 60)", NO_VALUE]
     assert table.loc["Women"].tolist() == [NO_VALUE, "50.0\N{NO-BREAK SPACE}%"]

@@ -7,7 +7,7 @@ import pytest
 
 from medgemma_clinical.evaluation.decision import Predictions
 from medgemma_clinical.evaluation.report_review import ReportReview
-from medgemma_clinical.evaluation.written_reports import report_metrics, score_reports
+from medgemma_clinical.evaluation.topics.written_reports import report_metrics, score_reports
 from trajectories import dataset_of
 
 

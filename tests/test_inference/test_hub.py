@@ -14,9 +14,11 @@ from huggingface_hub import constants
 
 import medgemma_trainer as trainer
 from hub_server import hub_on_this_machine
+from language_models import TINY_MODEL
 from medgemma_clinical.evaluation.baselines import WORDS
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.hub import find_checkpoint, push_model, save_model, shared_copy
+from medgemma_clinical.models import trained_model
 from medgemma_clinical.models.checkpoints import (
     BASELINES,
     LLM_STAGES,
@@ -56,7 +58,9 @@ def hub(tmp_path, monkeypatch):
 
 
 def load(checkpoint, revision=None):
-    return load_trained_model(find_checkpoint(checkpoint, revision), trainer.BUILDERS)
+    """Load a copy of a model, which does not know the folder of its base model."""
+    path = find_checkpoint(checkpoint, revision)
+    return load_trained_model(path, trainer.BUILDERS, model_name=TINY_MODEL)
 
 
 def refusal(call, *words, **keywords):
@@ -289,7 +293,7 @@ def test_a_model_comes_back_from_a_folder_and_from_the_hub(stage, runs, table, h
     assert address.startswith(f"{hub.address}/{ID}/commit/")
     assert hub.repositories[ID].private
     for place in (saved, ID):
-        again = TrajectoryModel.from_pretrained(place)
+        again = TrajectoryModel.from_pretrained(place, model_name=TINY_MODEL)
         np.testing.assert_array_equal(again.predict_proba(rows), model.predict_proba(rows))
         assert again.threshold == model.threshold
         pd.testing.assert_frame_equal(again.results(), model.results())
@@ -306,6 +310,7 @@ def test_the_snippets_of_the_page_run_as_they_stand(runs, hub, tmp_path, monkeyp
     push, load = re.findall(r"<!-- snippet -->\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     names = {}
     monkeypatch.setattr("medgemma_clinical.inference.hub.MIN_CELL", 1)  # the runs have few patients
+    monkeypatch.setattr(trained_model, "base_folder", lambda *_: TINY_MODEL)  # not on the hub
     exec(push, names)
     repository = hub.repositories["user/name"]
     assert repository.private
@@ -321,5 +326,5 @@ def test_a_pushed_stage_1_is_no_encoder_for_it_does_not_know_its_patients(runs, 
     model.push_to_hub(ID, allow_small_cells=True)
     with pytest.raises(InputError, match="shared copy"):
         fit_classification(
-            runs / "train.csv", encoder=TrajectoryModel.from_pretrained(ID), model_name="tiny"
+            runs / "train.csv", encoder=TrajectoryModel.from_pretrained(ID), model_name=TINY_MODEL
         )

@@ -9,7 +9,7 @@ import pytest
 
 import medgemma_trainer as trainer
 from conftest import SAMPLE
-from language_models import rehash
+from language_models import TINY_MODEL, rehash
 from medgemma_clinical.data.summaries import SINCE_LAST
 from medgemma_clinical.evaluation.baselines import BOOSTING, ENSEMBLE, LOGISTIC, STAGE_NAMES
 from medgemma_clinical.evaluation.decision import MIN_CHOOSING_EVENTS, youden_threshold
@@ -76,7 +76,7 @@ def test_a_file_beside_its_folder_has_the_baselines_and_alone_has_none(
 def test_a_saved_model_has_all_but_the_words(runs, new, tmp_path):
     model = TrajectoryModel.from_pretrained(runs / "classification")
     model.save_pretrained(tmp_path / "saved")
-    saved = TrajectoryModel.from_pretrained(tmp_path / "saved")
+    saved = TrajectoryModel.from_pretrained(tmp_path / "saved", model_name=TINY_MODEL)
     expected = model.predictions(new)
     found, words = saved.predictions(new), "probability_words_of_the_context"
     assert words in expected
@@ -206,7 +206,7 @@ def test_baselines_read_what_their_stage_does_not(tmp_path, capsys):
     rows = pd.read_csv(SAMPLE, nrows=80, dtype=str)
     rows["prediction_hours"] = np.arange(80) % 7 + 100
     data, out = write_data(rows, tmp_path / "data.csv"), tmp_path / "out.csv"
-    words = ["--model_name", "tiny", "--soft_prompt", "off", "--epochs", "1"]
+    words = ["--model_name", TINY_MODEL, "--soft_prompt", "off", "--epochs", "1"]
     assert trainer.main([*words, "--data_path", str(data), "--output_dir", str(tmp_path)]) == 0
     folder = tmp_path / "classification"
     assert SINCE_LAST in read(folder / BASELINES)["models"][LOGISTIC]["columns"]

@@ -24,7 +24,7 @@ def parts():
     disturb_adapter(parts.writer.llm, size=0.5)
     for name, weight in parts.writer.llm.named_parameters():
         if re.search(r"post_\w+_layernorm", name):
-            weight.data.fill_(6.0)
+            weight.data.fill_(12.0)
     return parts
 
 

@@ -104,13 +104,6 @@ def test_load__takes_only_the_frozen_text_model_of_a_multimodal_one(folders, lay
     assert not any(p.requires_grad or p.is_meta for p in model.parameters()) | model.training
 
 
-def test_tiny__is_always_the_same_and_leaves_the_generator_alone():
-    before = torch.get_rng_state()
-    first, second = (language_model.tiny_language_model()[0].state_dict() for _ in range(2))
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(first[k], second[k]) for k in first)
-
-
 def test_demo__is_small_and_its_tokenizer_keeps_any_text():
     model, tokenizer = load_both("demo")
     assert sum(weights.numel() for weights in model.parameters()) <= 1_000_000
@@ -133,7 +126,7 @@ def test_attention__a_folder_names_none_and_both_kinds_give_the_same(base):
     assert load(base).config._attn_implementation == "sdpa"
     found = []
     for attention in ("sdpa", "eager"):
-        assert load("tiny", attention=attention).config._attn_implementation == attention
+        assert load("demo", attention=attention).config._attn_implementation == attention
         classifier, writer, collate = classifier_and_writer(base, attention=attention)
         assert classifier.llm.config._attn_implementation == attention
         classifier.train()(collate(range(8))).loss.backward()
@@ -265,7 +258,7 @@ def test_base_record__weights_are_hashed_once_a_process_and_when_they_change(bas
     edit_weights(base, lambda weights: weights[UP].add_(1))
     assert base_record(str(base))["base_sha256"] != first["base_sha256"]
     assert hashed == ["model.safetensors"]
-    assert set(base_record("tiny").values()) == {"tiny", None}
+    assert set(base_record("demo").values()) == {"demo", None}
 
 
 @pytest.mark.parametrize(("kind", "words"), [("text", {}), ("hub", FOUR_BITS)])
@@ -346,7 +339,7 @@ def test_random_weights__are_never_in_four_bits(cuda, monkeypatch):
     usual, random = ["--precision", "fp32", "--output_dir", "run"], ["--base_weights", "random"]
     given, kind = arguments(*usual), "nf4" if cuda else "none"
     assert given.quantization == kind
-    for words in (random, ["--model_name", "tiny"]):
+    for words in (random, ["--model_name", "demo"]):
         assert arguments(*usual, *words).quantization == "none"
         with pytest.raises(InputError, match="--quantization"):
             arguments(*usual, *words, "--quantization", "nf4")

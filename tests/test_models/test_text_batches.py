@@ -6,18 +6,19 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from language_models import CPU, PREFIX, classifier_and_writer, patients, plain_states
 from medgemma_clinical.data.texts import WHOLE_PROMPT
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models import text_batches
-from medgemma_clinical.models.language_model import tiny_language_model
+from medgemma_clinical.models.language_model import DEMO_FOLDER
 from medgemma_clinical.models.text_batches import END, START, TextCollator, other_patients
 from medgemma_clinical.models.trajectory_llm import IGNORED
 from trajectories import dataset_of
 
 ROWS = [0, 3, 1, 2, 5]
-TOKENIZER = tiny_language_model()[1]
+TOKENIZER = PreTrainedTokenizerFast.from_pretrained(DEMO_FOLDER)
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +41,15 @@ def test_batch__holds_prompt_words_before_the_verdict_and_report(parts):
     verdicts = np.array([True, False, True, True, False])
     given = texts_of(collate.with_verdicts(ROWS, verdicts))
     for row, i in enumerate(ROWS):
-        stem = f"{dataset.outcome}: "
+        stem = f"{dataset.outcome}:"  # a space belongs to the word behind it
         question, report = dataset.prompt(i) + stem, dataset.report(i).removeprefix(stem)
         assert texts_of(batch)[row] == question + report + "<eos>"
         assert texts_of(asked)[row] == question
-        assert given[row] == question + ("yes." if verdicts[row] else "no.")
+        assert given[row] == question + (" yes." if verdicts[row] else " no.")
         answer, place = batch["targets"][row] != IGNORED, int(batch["verdict"][row])
         assert TOKENIZER.decode(batch["targets"][row, answer]) == report + "<eos>"
-        assert place + 1 == len(question) == int(answer.nonzero()[0])
+        begun = len(TOKENIZER(dataset.prompt(i))["input_ids"]) + len(TOKENIZER(stem)["input_ids"])
+        assert place + 1 == begun == int(answer.nonzero()[0])
         assert place == int(asked["verdict"][row]) == int(asked["text_mask"][row].sum()) - 1
         yes_or_no = parts.writer.verdict[0 if dataset.labels[i] == 1 else 1]
         assert batch["input_ids"][row, place + 1] == yes_or_no
@@ -76,7 +78,7 @@ def test_verdict_words__begin_where_yes_and_no_differ(no, yes, words):
 
 def test_collator__a_long_prompt_loses_its_oldest_observations_and_nothing_else():
     series = [" -> ".join(f"{20 + k} ({k}h)" for k in range(n)) for n in (20, 3, 9, 1)]
-    dataset, most = dataset_of(series, clinical_context=["old"] * 4), 130
+    dataset, most = dataset_of(series, clinical_context=["old"] * 4), 50
     report, whole, cut = dataset.report(0), collator(dataset), collator(dataset, max_tokens=most)
     assert (whole.shortened, cut.shortened) == (0, 2)
     assert [len(prompt) > most for prompt in whole.prompt_ids] == [True, False, True, False]
@@ -88,11 +90,12 @@ def test_collator__a_long_prompt_loses_its_oldest_observations_and_nothing_else(
     assert text == head + shown + tail
     assert all_of_it.endswith(f" -> {shown}")
     one_more = all_of_it.removesuffix(f" -> {shown}").split(" -> ")[-1]
-    assert len(text) + len(f"{one_more} -> ") > most  # no observation was left out needlessly
+    longer = TOKENIZER(f"{head}{one_more} -> {shown}{tail}")["input_ids"]
+    assert len(longer) > most  # no observation was left out needlessly
     assert dataset.report(0) == report
     with pytest.raises(InputError, match="--max_text_tokens"):
-        collator(dataset, max_tokens=20)
-    assert collator(dataset, max_tokens=20, refuse_long=False).too_long == [0, 1, 2, 3]
+        collator(dataset, max_tokens=15)
+    assert collator(dataset, max_tokens=15, refuse_long=False).too_long == [0, 1, 2, 3]
 
 
 TEMPLATE = """{{ bos_token }}{% for message in messages -%}
@@ -104,7 +107,7 @@ ENDLESS = 4 * "{% for i in range(99999) %}" + 4 * "{% endfor %}"
 
 
 def chat_tokenizer(template, *tokens):
-    """The tiny model's tokenizer with a chat template and further tokens."""
+    """The tokenizer with a chat template and further tokens."""
     tokenizer = copy.deepcopy(TOKENIZER)
     tokenizer.add_special_tokens({"additional_special_tokens": list(tokens)})
     tokenizer.chat_template = template
@@ -120,10 +123,10 @@ def test_collator__an_instruction_tuned_model_reads_a_users_turn():
     assert (collate.eos, collate.answer_ids[3][-1]) == ([1, end], end)
     batch = collate([3])
     asked = tokenizer.decode(batch["input_ids"][0, : int(batch["verdict"][0]) + 1])
-    assert asked == f"{tokenizer.decode(own[1:])}{dataset.outcome}: "
-    cut = collator(dataset, tokenizer, max_tokens=110)
+    assert asked == f"{tokenizer.decode(own[1:])}{dataset.outcome}:"
+    cut = collator(dataset, tokenizer, max_tokens=60)
     assert cut.shortened > 0
-    assert max(map(len, cut.prompt_ids)) <= 110  # the turns count too
+    assert max(map(len, cut.prompt_ids)) <= 60  # the turns count too
 
 
 def test_chat_turns__a_template_is_not_run_and_without_the_tokens_the_text_is_plain():

@@ -1,4 +1,4 @@
-"""Soft prompt, layout, readouts and losses of stages 2 and 3 on the tiny model."""
+"""Soft prompt, layout, readouts and losses of stages 2 and 3 on a small model."""
 
 import copy
 from itertools import chain
@@ -201,7 +201,7 @@ def test_bf16__adapters_stay_float32_with_products_in_bfloat16(rough, kind):
     assert {g.dtype for g in own.values()} == {torch.float32} == {output.logit.dtype}
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert model.llm.get_input_embeddings().weight.dtype == torch.bfloat16
-    torch.testing.assert_close(output.logit, expected.logit, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(output.logit, expected.logit, rtol=0.05, atol=0.1)
     for part in ("llm", "projection"):
         names = [name for name in own if name.startswith(part)]
         one, other = (torch.cat([g[name].flatten() for name in names]) for g in (own, exact))

@@ -15,54 +15,64 @@ import medgemma_trainer as trainer
 from medgemma_clinical.files import InputError
 from medgemma_clinical.training import state as module
 from medgemma_clinical.training.signals import SIGNALS, Stopped
-from medgemma_clinical.training.state import Progress, StateStore, WeightAverage
+from medgemma_clinical.training.state import Progress, WeightAverage, read_state, write_state
 from toy_stage import toy_stage
 
 
 @pytest.fixture
-def store(tmp_path):
-    """A store that was given the states 1, 2 and 3."""
-    store = StateStore(tmp_path / "last")
+def folder(tmp_path):
+    """A folder that was given the states 1, 2 and 3."""
     for step in (1, 2, 3):
-        store.save({"step": step, "weights": torch.full((2, 3), step / 3)})
-    return store
+        write_state(tmp_path / "last", {"step": step, "weights": torch.full((2, 3), step / 3)})
+    return tmp_path / "last"
 
 
-def numbers_of(store):
-    assert sorted(store.folder.iterdir()) == store.files(), "no half file is left"
-    return [int(path.name[:8]) for path in store.files()]
+def contents_of(folder):
+    """Return the files of the newest state and of the one before."""
+    paths = module.state_paths(folder)
+    assert sorted(folder.iterdir()) == sorted(paths), "no half file is left"
+    return [path.read_bytes() for path in paths]
 
 
-def test_the_two_newest_are_kept_and_the_newest_is_read_as_it_was_written(store, monkeypatch):
-    assert numbers_of(store) == [2, 3]
-    read = store.newest()
-    assert read["step"] == 3
-    assert torch.equal(read["weights"], torch.ones(2, 3))
-    store.save({"code": os.mkdir})
+def test_the_two_newest_are_kept_and_the_newest_is_read_as_it_was_written(folder, monkeypatch):
+    assert len(earlier := contents_of(folder)) == 2
+    state = read_state(folder)
+    assert state["step"] == 3
+    assert torch.equal(state["weights"], torch.ones(2, 3))
+    write_state(folder, {"code": os.mkdir})
+    assert contents_of(folder)[1] == earlier[0]
     with pytest.raises(Exception, match="mkdir"):
-        store.newest()  # code does not run
+        read_state(folder)  # code does not run
     monkeypatch.setattr(module, "STATE_FORMAT", module.STATE_FORMAT + 1)
-    store.save({"step": 5})
-    assert store.newest() == {"step": 5}
+    write_state(folder, {"step": 5})
+    assert read_state(folder) == {"step": 5}
     monkeypatch.undo()
-    with pytest.raises(InputError, match="00000005"):
-        store.newest()
+    with pytest.raises(InputError, match=module.NEWEST):
+        read_state(folder)
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:99], lambda data: data[:-1] + b"0"])
-def test_a_damaged_state_gives_way_to_the_one_before_and_is_replaced(damage, store, caplog):
-    good, bad = store.files()
-    bad.write_bytes(damage(bad.read_bytes()))
-    assert store.newest()["step"] == 2
-    assert str(bad) in caplog.text
-    store.save({"step": 4})
-    assert store.files()[0] == good
-    assert numbers_of(store) == [2, 4]
-    for path in store.files():
+def test_a_damaged_state_gives_way_to_the_one_before_and_is_replaced(damage, folder, caplog):
+    newest, previous = module.state_paths(folder)
+    newest.write_bytes(damage(newest.read_bytes()))
+    good = previous.read_bytes()
+    assert read_state(folder)["step"] == 2
+    assert str(newest) in caplog.text
+    write_state(folder, {"step": 4})
+    assert read_state(folder)["step"] == 4
+    assert contents_of(folder)[1] == good
+    for path in (newest, previous):
         path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(InputError, match=str(store.folder)):
-        store.newest()
-    assert numbers_of(store) == [2, 4], "what cannot be read is left alone"
+    damaged = contents_of(folder)
+    with pytest.raises(InputError, match=str(folder)):
+        read_state(folder)
+    assert contents_of(folder) == damaged, "what cannot be read is left alone"
+
+
+def test_a_run_that_is_killed_between_two_names_leaves_the_state_before(folder):
+    newest, previous = module.state_paths(folder)
+    newest.replace(previous)
+    assert read_state(folder)["step"] == 3
 
 
 def everything(state):
@@ -110,16 +120,16 @@ def test_a_stopped_run_resumes_to_the_last_bit(end, save_every, whole, tmp_path,
         with pytest.raises(Stopped if end == "signal" else ZeroDivisionError), SIGNALS.installed():
             fit(folder, save_every=save_every)
         monkeypatch.setattr(trainer, name, real)
-        store = StateStore(folder / "last")
+        last = folder / "last"
         if name == "step":  # kept at the beginning, before validation and every so many steps
             kept = [k for k in range(number) if k % 5 == 0 or (save_every and k % 2 == 0)]
             steps = number if end == "signal" else max(kept)
-            assert store.newest()["progress"]["steps"] == steps
+            assert read_state(last)["progress"]["steps"] == steps
         assert fit(folder, seed=5, resume=True) == whole
-        files = store.files()
+        states = contents_of(last)
         (folder / "best.pt").unlink()  # the state brings it back
         assert fit(folder, seed=6, resume=True) == whole
-        assert store.files() == files, "a finished one is not kept anew"
+        assert contents_of(last) == states, "a finished one is not kept anew"
 
 
 def test_a_signal_to_another_process_stops_this_one_too(tmp_path, monkeypatch):
@@ -127,7 +137,7 @@ def test_a_signal_to_another_process_stops_this_one_too(tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "reduce", lambda own, _: own + next(others))
     with pytest.raises(Stopped, match="SIGTERM"):
         fit(tmp_path)
-    assert StateStore(tmp_path / "last").newest()["progress"]["steps"] == 7
+    assert read_state(tmp_path / "last")["progress"]["steps"] == 7
 
 
 @pytest.mark.parametrize("other", [{"head.weight": torch.zeros(1)}, {"other": torch.ones(1)}, {}])

@@ -75,8 +75,8 @@ def read_candidates(path: Path) -> pd.DataFrame:
     """Read CAND by ascending PX_ID, with plausible age and BMI; refuse differing rows of one."""
     cand = pd.concat(read_saf(path, CAND_COLUMNS), ignore_index=True)
     # CAN_DIAL_DT is not filled in: its absence decides where dialysis is read.
-    lacking = [name for name in CAND_COLUMNS if name not in cand and name != "CAN_DIAL_DT"]
-    cand = cand.assign(**dict.fromkeys(lacking, np.nan))
+    missing = [name for name in CAND_COLUMNS if name not in cand and name != "CAN_DIAL_DT"]
+    cand = cand.assign(**dict.fromkeys(missing, np.nan))
     keyed = cand[["PX_ID", "PERS_ID"]].abs().lt(np.inf).all(axis=1)
     if count := int((~keyed).sum()):
         logger.warning("%s: %d rows without PX_ID or PERS_ID: left out", path, count)
@@ -85,8 +85,8 @@ def read_candidates(path: Path) -> pd.DataFrame:
     cand = cand[keyed].drop_duplicates().astype({"PX_ID": np.int64, "PERS_ID": np.int64})
     if count := int(cand["PX_ID"].duplicated().sum()):
         raise InputError(
-            f"{path}, column PX_ID: {count} registrations are there again with different content: "
-            "leave one row each"
+            f"{path}, column PX_ID: {count} registrations are repeated with different content: "
+            "keep one row of each"
         )
     if count := int((~cand["CAN_REM_CD"].dropna().isin(codes.KNOWN)).sum()):
         message = "%s: %d unknown removal codes: counted as removal for another reason"

@@ -24,8 +24,7 @@ DIALYSIS_VALUES: dict[str, dict[int, int]] = {
 }
 """Value of each cell, by coding. In CAN_DIAL 1 means none. Source: SRTR SAF, CAN_DIAL."""
 
-CODES_ONLY = {2, 3, 4, 5, 998, 999}
-"""Cells that only codes hold; 998 and 999 are unknown."""
+CODES_ONLY = {2, 3, 4, 5, 998, 999}  # cells that only codes hold; 998 and 999 are unknown
 
 MAX_VALUE = 1e6
 """No laboratory value is larger; beyond it a cell counts as not measured."""
@@ -36,20 +35,20 @@ def read_history(
 ) -> tuple[pd.DataFrame, str]:
     """Read a cohort's history up to the landmark, one row a day, and return where dialysis is read.
 
-    ``dialysis`` is that place in the training data; None decides by all rows of the table.
+    ``dialysis`` is where the training data had it; None decides by all rows of the table.
     """
     features = definition.organ.features
     column_of = {feature.name: str(feature.keys[0]) for feature in features}
     costs = {column: f"the history holds no {name}" for name, column in column_of.items()}
     keys = {"PX_ID": "", "CANHX_BEGIN_DT": "", "CANHX_BEGIN_TM": "the file orders rows of a day"}
-    listed, kept, dialysis_cells = cohort["CAN_LISTING_DT"], [], set[float]()
+    listing_days, chunks, dialysis_cells = cohort["CAN_LISTING_DT"], [], set[float]()
     for chunk in read_saf(path, {**keys, **costs}):
         table = chunk.reindex(columns=[*keys, *costs])
         dialysis_cells.update(table[column_of[DIALYSIS.name]].dropna().unique())
         # NaN, and so left out, outside the cohort and for an impossible date.
-        day = table["CANHX_BEGIN_DT"] - table["PX_ID"].map(listed)
-        kept.append(table.assign(day=day)[day <= definition.landmark])
-    rows = pd.concat(kept, ignore_index=True).sort_values("CANHX_BEGIN_TM", kind="stable")
+        day = table["CANHX_BEGIN_DT"] - table["PX_ID"].map(listing_days)
+        chunks.append(table.assign(day=day)[day <= definition.landmark])
+    rows = pd.concat(chunks, ignore_index=True).sort_values("CANHX_BEGIN_TM", kind="stable")
     # The last row before listing stands at day 0 where no row begins on that day.
     start = rows["day"].where(rows["day"] <= 0).groupby(rows["PX_ID"]).transform("max")
     rows = rows[~(rows["day"] < start)]
@@ -64,31 +63,31 @@ def read_history(
         codes = HISTORY_CODES.get(column_of[feature.name])
         if feature.name == DIALYSIS.name:
             codes = DIALYSIS_VALUES.get(source, {})
-        known = cells.isin(feature.words) if feature.words else cells.abs() <= MAX_VALUE
-        values = cells.where(known) if codes is None else cells.map(codes).astype(float)
-        if unread := int((cells.notna() & values.isna()).sum()):
+        is_valid = cells.isin(feature.words) if feature.words else cells.abs() <= MAX_VALUE
+        values = cells.where(is_valid) if codes is None else cells.map(codes).astype(float)
+        if unread_cells := int((cells.notna() & values.isna()).sum()):
             message = "%s, column %s: %d cells hold no known code or value: not measured"
-            logger.warning(message, path, cells.name, unread)
+            logger.warning(message, path, cells.name, unread_cells)
         table[feature.name] = values
     return _one_row_a_day(table, cohort, definition, source), source
 
 
 def _dialysis_source(
-    where: str, cells: set[float], given: str | None, may_be_coded: bool, dated: bool
+    where: str, cells: set[float], trained: str | None, may_be_coded: bool, has_dates: bool
 ) -> str:
     """Decide where dialysis is read by all cells, so that no value depends on who is kept."""
     coding = FLAGS if cells & ({0} if may_be_coded else {0, 1}) else None
     if may_be_coded and cells & CODES_ONLY:
         coding = CODES
-    if given is not None:
-        if given in (FLAGS, CODES) and coding not in (given, None):
-            raise InputError(f"{where}: not coded as in the training data ({given}): convert it")
-        return given
+    if trained is not None:
+        if trained in (FLAGS, CODES) and coding not in (trained, None):
+            raise InputError(f"{where}: not coded as in the training data ({trained}): convert it")
+        return trained
     if coding and any(cell in DIALYSIS_VALUES[coding] for cell in cells):
         return coding
     if cells == {1}:
         logger.warning("%s: holds 1 alone, yes or CAN_DIAL's no: not used", where)
-    return DATES if dated else NOWHERE
+    return DATES if has_dates else NOWHERE
 
 
 def _one_row_a_day(
@@ -96,16 +95,16 @@ def _one_row_a_day(
 ) -> pd.DataFrame:
     cohort = cohort[cohort.index.isin(rows["PX_ID"])]  # a registration needs a history row
     features = list(rows.columns[2:])
-    dated = {
+    dated_columns = {
         "GFR": (cohort["CAN_GFR_DT"], cohort["CAN_GFR"].where(cohort["CAN_GFR"].abs() <= MAX_VALUE))
     }
     if dialysis == DATES and "CAN_DIAL_DT" in cohort:
-        dated[DIALYSIS.name] = (cohort["CAN_DIAL_DT"], pd.Series(1.0, index=cohort.index))
-    for name, (date, value) in dated.items():
+        dated_columns[DIALYSIS.name] = (cohort["CAN_DIAL_DT"], pd.Series(1.0, index=cohort.index))
+    for name, (date, value) in dated_columns.items():
         day = (date - cohort["CAN_LISTING_DT"]).clip(lower=0)
         # A date behind the landmark reads as a missing one: both mean "not by then".
-        new = pd.DataFrame({"day": day, name: value})[day <= definition.landmark].dropna()
-        rows = pd.concat([new.reset_index(), rows])  # the history's own value comes later
+        further = pd.DataFrame({"day": day, name: value})[day <= definition.landmark].dropna()
+        rows = pd.concat([further.reset_index(), rows])  # the history's own value comes later
     rows = rows.groupby(["PX_ID", "day"], as_index=False)[features].last()
     if dialysis == DATES:
         rows[DIALYSIS.name] = rows.groupby("PX_ID")[DIALYSIS.name].ffill().fillna(0.0)

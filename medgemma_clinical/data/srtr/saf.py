@@ -20,14 +20,9 @@ logger = logging.getLogger(__name__)
 
 ENDINGS = (".sas7bdat", ".csv", ".csv.gz", ".dta", ".parquet")
 
-CHUNK_ROWS = 100_000
-"""Rows that are read at a time; those of no use are dropped."""
-
-BAD_DATE = "BAD_DATE"
-"""Further column of a read table: whether a date of the row is impossible."""
-
-EPOCH = pd.Timestamp("1960-01-01")
-"""Day 0 of dates in SAS and Stata."""
+CHUNK_ROWS = 100_000  # rows that are read at a time; those of no use are dropped
+BAD_DATE = "BAD_DATE"  # further column of a read table: whether a date of the row is impossible
+EPOCH = pd.Timestamp("1960-01-01")  # day 0 of dates in SAS and Stata
 
 EMPTY = r"\.[A-Z_]?|NA|NAN|NAT|<NA>|"
 """A cell without content; .A to .Z are SAS's special missing values."""
@@ -51,13 +46,13 @@ def find_table(folder: Path, name: str) -> Path:
     if not folder.is_dir():
         raise InputError(f"--data_dir {folder}: no such folder: give the one with the SRTR files")
     files = sorted(p for p in (*folder.glob("*"), *folder.glob("*/*")) if p.is_file())
-    found = [path for path in files if path.name.lower() in {name + ending for ending in ENDINGS}]
-    if len(found) != 1:
-        names = ", ".join(str(path.relative_to(folder)) for path in found) or "none"
+    paths = [path for path in files if path.name.lower() in {name + ending for ending in ENDINGS}]
+    if len(paths) != 1:
+        names = ", ".join(str(path.relative_to(folder)) for path in paths) or "none"
         where = f"--data_dir {folder}: {name} ({', '.join(ENDINGS)}) must be there"
         found_text = f"found {names} among {len(files)} files"
-        raise InputError(f"{where} or one folder down once, decrypted: {found_text}")
-    return found[0]
+        raise InputError(f"{where} or one folder down, once and decrypted: {found_text}")
+    return paths[0]
 
 
 def read_saf(path: Path, columns: Mapping[str, str]) -> Iterator[pd.DataFrame]:
@@ -69,21 +64,21 @@ def read_saf(path: Path, columns: Mapping[str, str]) -> Iterator[pd.DataFrame]:
     if first.empty:
         raise InputError(f"{path}: no rows below the header")
     spelling = {str(name).strip().upper(): str(name) for name in first}
-    used = {spelling[name]: name for name in columns if name in spelling}
-    logger.info("%s: %d columns, used: %s", path, len(spelling), ", ".join(used.values()))
+    columns_used = {spelling[name]: name for name in columns if name in spelling}
+    logger.info("%s: %d columns, used: %s", path, len(spelling), ", ".join(columns_used.values()))
     for name in (name for name in columns if name not in spelling):
         if not columns[name]:
             raise InputError(f"{path}: no column {name}: is this SRTR's {path.stem.upper()}?")
         logger.info("  no %s: %s", name, columns[name])
-    dates = [name for name in used.values() if name.endswith(DATE_ENDINGS)]
-    rows, early, unread = 0, 0, Counter[str]()
-    for chunk in read_chunks(path, list(used), CHUNK_ROWS):
-        cells = chunk.rename(columns=used)
-        decoded = {name: decode(cells[name]) for name in used.values()}
+    dates = [name for name in columns_used.values() if name.endswith(DATE_ENDINGS)]
+    rows, early, unread_counts = 0, 0, Counter[str]()
+    for chunk in read_chunks(path, list(columns_used), CHUNK_ROWS):
+        cells = chunk.rename(columns=columns_used)
+        decoded = {name: decode(cells[name]) for name in columns_used.values()}
         values = pd.DataFrame({name: column for name, (column, _) in decoded.items()})
         bad = pd.DataFrame({name: column for name, (_, column) in decoded.items()})
-        unread.update({str(name): int(count) for name, count in bad.sum().items()})
-        if count := unread["CAN_REM_CD"]:
+        unread_counts.update({str(name): int(count) for name, count in bad.sum().items()})
+        if count := unread_counts["CAN_REM_CD"]:
             problem = (
                 "neither a code nor code: label: export the codes, they decide who had an event"
             )
@@ -96,10 +91,10 @@ def read_saf(path: Path, columns: Mapping[str, str]) -> Iterator[pd.DataFrame]:
         problem = f"dates are of no known form or not from {REGISTRY_YEAR} to now"
         problem = f"{early} of {rows} {problem}: numbers must be days since 1960-01-01"
         raise InputError(f"{path}, column {dates[0]}: {problem}")
-    for name, count in (+unread).items():
-        taken = "not numbers: taken as missing"
-        fault = "impossible dates: their rows are left out" if name in dates else taken
-        logger.warning("%s, column %s: %d cells are %s", path, name, count, fault)
+    for name, count in (+unread_counts).items():
+        problem = "not numbers: taken as missing"
+        problem = "impossible dates: their rows are left out" if name in dates else problem
+        logger.warning("%s, column %s: %d cells are %s", path, name, count, problem)
 
 
 def _day(year: int) -> int:
@@ -112,19 +107,19 @@ def decode(cells: pd.Series) -> tuple[NDArray[Any], NDArray[np.bool_]]:
     Dates are days since 1960-01-01, words are in capitals, all else is a number (Y 1, N 0).
     """
     position, distinct = pd.factorize(cells)  # distinct cells are few
-    known = pd.Series(distinct)
-    if not pd.api.types.is_numeric_dtype(known):
-        text = known.astype(str).str.strip().str.upper().str.replace(BEHIND, "", regex=True)
-        known = text.mask(text.str.fullmatch(EMPTY))
+    content = pd.Series(distinct)
+    if not pd.api.types.is_numeric_dtype(content):
+        text = content.astype(str).str.strip().str.upper().str.replace(BEHIND, "", regex=True)
+        content = text.mask(text.str.fullmatch(EMPTY))
     if cells.name in TEXT_COLUMNS:
-        value = known
+        value = content
     elif str(cells.name).endswith(DATE_ENDINGS):
-        value = _days(known, FIRST_DIALYSIS_YEAR if cells.name == "CAN_DIAL_DT" else FIRST_YEAR)
+        value = _days(content, FIRST_DIALYSIS_YEAR if cells.name == "CAN_DIAL_DT" else FIRST_YEAR)
     else:
-        number = pd.to_numeric(known.replace({"Y": "1", "N": "0"}), errors="coerce")
+        number = pd.to_numeric(content.replace({"Y": "1", "N": "0"}), errors="coerce")
         value = pd.Series(number, dtype=float)
-    unread = known.notna() & value.isna()
-    return value.reindex(position).to_numpy(), unread.reindex(position, fill_value=False).to_numpy()
+    bad = content.notna() & value.isna()
+    return value.reindex(position).to_numpy(), bad.reindex(position, fill_value=False).to_numpy()
 
 
 def _days(cells: pd.Series, first_year: int) -> pd.Series:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from difflib import SequenceMatcher
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.small_cells import count_patients
+from medgemma_clinical.data.small_cells import count_patients, count_text
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.decision import Predictions
 from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.metrics_table import bootstrap, with_interval
 from medgemma_clinical.evaluation.report_review import ReportReview, review_report
+from medgemma_clinical.evaluation.suppress import any_small, blank
+from medgemma_clinical.evaluation.tables import METRIC_COLUMNS
+from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, Topic
+from medgemma_clinical.evaluation.verdicts import NO_VALUE, json_text
 
 WRITTEN = {
     "reports": ("Reports", "written for the test part"),
@@ -27,6 +32,27 @@ WRITTEN = {
     "inventing_share": ("Reports with inventions (%)", "of the reports"),
 }
 """Name and meaning of each metric."""
+
+REPORT_COUNTS: dict[str, tuple[str, ...]] = {
+    "reports": ("parse_share", "inventing_share", "right_trend_share"),
+    "numbers_stated": ("true_number_share",),
+    "invented": (),
+}
+"""Counts of written reports, and the shares of each."""
+
+
+def written_reports(evaluated: Evaluated) -> Topic | None:
+    """Return the topic; None where the model writes none."""
+    reports = evaluated.content.reports
+    if not reports:
+        return None
+    cells = written_table(suppress_reports(reports, evaluated.min_cell))
+    return Topic(
+        "Written reports",
+        tables=[Cells(cells, "Each report beside the data and the true report")],
+        note="The outcome that a report states is that of the risk at the threshold: sensitivity "
+        "and specificity say how often it is right.",
+    )
 
 
 def score_reports(
@@ -83,3 +109,42 @@ def report_metrics(
         "invented": int(invented.sum()),
         **{str(name): dict(share) for name, share in table.where(table.notna(), None).iterrows()},
     }
+
+
+def suppress_reports(reports: Mapping[str, Any], min_cell: int) -> dict[str, Any]:
+    """Hide small counts of written reports and of what they state, and the shares of these."""
+    shown = dict(reports)
+    for name, shares in REPORT_COUNTS.items():
+        count = shown.get(name)
+        if not isinstance(count, int):  # hidden before
+            continue
+        parts = {share: count * (shown[share]["value"] or 0) for share in shares}
+        small = [x for x, n in parts.items() if any_small([n, count - n], min_cell)]
+        if any_small([count], min_cell):
+            shown[name], small = count_text(count, min_cell), list(shares)
+        shown = blank(shown, small)
+    return shown
+
+
+def written_table(reports: Mapping[str, Any]) -> pd.DataFrame:
+    """Return what is known of written reports as text, with meanings."""
+    lines = []
+    for name, (title, meaning) in WRITTEN.items():
+        metric = reports[name]
+        text = json_text(metric, ".1f", 100) if isinstance(metric, dict) else count_text(metric)
+        lines += [(title, text, meaning)] if text != NO_VALUE else []
+    return pd.DataFrame(lines, columns=METRIC_COLUMNS)
+
+
+def written_sentence(reports: Mapping[str, Any] | None) -> str:
+    """Return the result of written reports in one sentence; empty without reports."""
+    if not reports or not reports["reports"]:
+        return ""
+    names = ("parse_share", "inventing_share")
+    if any(reports[name]["value"] is None for name in names):  # hidden
+        return ""
+    expected, inventing = (json_text(reports[name], ".1f", 100) for name in names)
+    return (
+        f"Of {count_text(reports['reports'])} written reports {expected} % have the expected form, "
+        f"and {inventing} % state a number that the patient's data do not hold."
+    )

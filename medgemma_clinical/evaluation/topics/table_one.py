@@ -12,11 +12,37 @@ from numpy.typing import NDArray
 from medgemma_clinical.data.dka import STATIC
 from medgemma_clinical.data.small_cells import count_text
 from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.evaluation.suppress import NOT_SHOWN
 from medgemma_clinical.evaluation.tables import PART_NAMES
+from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, Topic
 from medgemma_clinical.evaluation.verdicts import NO_VALUE, percent
 
 ALL, OUTCOMES = "all", ("with the event", "without the event")
 QUARTILES = ["q1", "median", "q3"]
+
+
+def table_one_topic(evaluated: Evaluated) -> Topic | None:
+    """Return the topic; None where the data are not described."""
+    content = evaluated.content
+    if content.table_one is None:
+        return None
+    table = suppress_table_one(
+        content.table_one, evaluated.min_cell, hide_events=evaluated.hides_events
+    )
+    caption = (
+        "Count (share of the known) or median (quartiles); a series that is missing was never "
+        "measured"
+    )
+    note = (
+        f"A patient with {content.noun} of both kinds, with and without the event, counts in both "
+        "of these columns."
+    )
+    return Topic(
+        "Table 1",
+        tables=[Cells(table_one_cells(table), caption, is_wide=True)],
+        numbers={"table_one": table},
+        note="" if content.noun == "patients" else note,
+    )
 
 
 def table_one(dataset: TrajectoryDataset, split: Mapping[str, NDArray[np.int64]]) -> pd.DataFrame:
@@ -76,3 +102,28 @@ def _cell(line: dict[Any, Any]) -> str:
         f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}" for x in (line[name] for name in QUARTILES)
     )
     return NO_VALUE if middle == "nan" else f"{middle} ({low} to {high})"
+
+
+def suppress_table_one(table: pd.DataFrame, min_cell: int, *, hide_events: bool) -> pd.DataFrame:
+    """Hide small counts of a ``table_one``, and what tells them; drop the sizes of its groups."""
+    sizes = table[["rows", "patients"]]
+    table = table.drop(columns=list(sizes))
+    if min_cell == 0:
+        return table
+    known_rows, a_row = sizes["rows"] - table["missing"], sizes["patients"] / sizes["rows"]
+    rest = ((1 - table["share"]) * known_rows).round(6)
+    counts = [table["missing"], known_rows, table["count"], rest]
+    small = pd.concat([(n > 0) & (n * a_row < min_cell) for n in counts], axis=1)
+    sides = table["group"].map(dict.fromkeys(OUTCOMES, "outcome") | {ALL: ALL}).fillna("part")
+    category = table["variable"].str.split("[_ ]", regex=True).str[0]  # unit_medical, unit_surgical
+    category = table["variable"].where(table["count"].isna(), category)
+    # Counts of outcomes, parts and categories add up: a small one hides those beside it.
+    hidden = small.any(axis=1).groupby([category, sides]).transform("any")
+    hidden |= hide_events & (sides == "outcome")  # these tell the number of events
+    shown = table.astype({"missing": object, "count": object})
+    shown.loc[known_rows * a_row < 4 * min_cell, QUARTILES] = np.nan  # few beyond a quartile
+    shown.loc[hidden, ["share"]] = np.nan
+    for k, name in ((0, "missing"), (2, "count")):
+        shown.loc[hidden & table[name].notna(), name] = NOT_SHOWN
+        shown.loc[hidden & small.iloc[:, k], name] = count_text(1, min_cell)
+    return shown

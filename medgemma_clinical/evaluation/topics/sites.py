@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -9,12 +12,41 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
 from scipy.stats import norm, t
 
+from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.metrics import Array
-from medgemma_clinical.evaluation.metrics_table import MINORITY_PATIENTS, subgroup_table
+from medgemma_clinical.evaluation.metrics_table import MINORITY_PATIENTS
+from medgemma_clinical.evaluation.suppress import suppress_table
+from medgemma_clinical.evaluation.topics import subgroups
+from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, Topic
 from medgemma_clinical.evaluation.verdicts import interval_text, percent
 
 MIN_POOLED = 3
 """Sites that a pooled value and a prediction interval need."""
+
+
+def sites(evaluated: Evaluated) -> Topic | None:
+    """Return the topic; None without sites."""
+    content = evaluated.content
+    if content.sites is None:
+        return None
+    exact = site_table(evaluated.rows, evaluated.model, content.sites, content.seed)
+    table = suppress_table(exact, evaluated.min_cell)
+    pooled = pool(exact[table["auroc"].notna()])
+    caption = "AUROC by site"
+    if pooled["sites"] >= MIN_POOLED:
+        caption += (
+            "; random effects on its logit, by REML, with the interval of Hartung and Knapp, "
+            "never narrower than that of a common effect"
+        )
+    has_auroc = table["auroc"].notna().any()
+    cells = subgroups.subgroup_cells(table, content.noun)
+    return Topic(
+        "Sites",
+        [pooled_sentence(pooled, len(table))],
+        [Cells(cells, subgroups.subgroup_caption(content, "at each site"), is_wide=True)],
+        {"sites": (plot_sites(table, pooled), caption)} if has_auroc else {},
+        {"sites": table, "sites_pooled": pd.DataFrame([pooled])},
+    )
 
 
 def site_table(rows: pd.DataFrame, model: str, sites: NDArray[np.str_], seed: int) -> pd.DataFrame:
@@ -23,7 +55,7 @@ def site_table(rows: pd.DataFrame, model: str, sites: NDArray[np.str_], seed: in
     Source: Debray et al. 2017, BMJ 356:i6460, for the error by the ends of the interval.
     """
     bands = pd.DataFrame({"site": pd.Categorical(sites)})
-    table = subgroup_table(rows, model, bands, seed).drop(columns="group")
+    table = subgroups.subgroup_table(rows, model, bands, seed).drop(columns="group")
     table = table.rename(columns={"level": "site"})
     # An AUROC of 0 or 1 has no logit: half a pair of patients is ranked otherwise.
     half = 0.5 / (table["events"] * (table["n"] - table["events"]))
@@ -92,3 +124,30 @@ def pooled_sentence(pooled: dict[str, float], sites: int) -> str:
         f"{percent(pooled['i2'])}; 95 % of further sites: {ends[0]:.3f} to {ends[1]:.3f}. "
         "I\N{SUPERSCRIPT TWO} is the share of the spread between sites that is no chance."
     )
+
+
+def plot_sites(table: pd.DataFrame, pooled: Mapping[str, float]) -> plots.Plot:
+    """Plot the AUROC of each site of a ``site_table`` that has one, and what ``pool`` returns."""
+    defined = table[table["auroc"].notna()]
+    value, low, high = (
+        defined[name].to_numpy(float) for name in ("auroc", "auroc_low", "auroc_high")
+    )
+    names, below = defined["site"].tolist(), len(defined)
+    figure, (axes,) = plots.new_figure(size=(5.5, 0.28 * below + 1.8))
+    look: dict[str, Any] = {"color": plots.MODEL, "label": "a site [95 %]", "markersize": 5}
+    axes.errorbar(value, range(below), xerr=[value - low, high - value], fmt="s", **look)
+    if not np.isnan(pooled["value"]):
+        names.append("pooled")
+        mean, *ends = (pooled[name] for name in ("value", "low", "high"))
+        axes.axvline(mean, **plots.DOTTED)
+        look = {"color": plots.OTHER, "label": "pooled [95 %]", "markersize": 7}
+        axes.errorbar(mean, below, xerr=[[mean - ends[0]], [ends[1] - mean]], fmt="D", **look)
+        names.append("further sites")
+        further = [pooled["prediction_low"], pooled["prediction_high"]]
+        axes.plot(further, [below + 1] * 2, "|-", color=plots.INK, label="95 % of further sites")
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="AUROC", ylim=(len(names) - 0.5, -0.5))
+    axes.grid(visible=False, axis="y")
+    return plots.with_legend(
+        figure
+    ), "Forest plot: AUROC of each site, pooled, and of further sites."

@@ -1,4 +1,4 @@
-"""Who the patients are: age and sex, subgroups, and the case mix of some rows."""
+"""Who the patients are: observations, age and sex, and subgroups by them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SEXES = {1.0: "man", 0.0: "woman"}
 
 
 def demographics(dataset: TrajectoryDataset) -> pd.DataFrame:
-    """Return observations, age (years), sex, label and patient of N rows; NaN where unknown."""
+    """Return observations, age (years), sex, label, patient, site of N rows; NaN where unknown."""
     sexes = pd.Series(_static(dataset, SEX)).map(SEXES).fillna(UNKNOWN)
     columns = {
         "observations": dataset.lengths,
@@ -28,6 +28,7 @@ def demographics(dataset: TrajectoryDataset) -> pd.DataFrame:
         "sex": pd.Categorical(sexes, ["woman", "man", UNKNOWN], ordered=True),
         "label": dataset.labels,
         "patient": dataset.groups,
+        "site": dataset.sites,  # None without sites
     }
     return pd.DataFrame(columns)
 
@@ -40,7 +41,7 @@ def _static(dataset: TrajectoryDataset, names: Sequence[str]) -> NDArray[np.floa
     return np.full(len(dataset), np.nan)
 
 
-def subgroups(rows: pd.DataFrame) -> pd.DataFrame:
+def demographic_bands(rows: pd.DataFrame) -> pd.DataFrame:
     """Return bands (n rows) of observations and, where known, age and sex: no patient's value."""
     table = pd.DataFrame(
         {
@@ -60,18 +61,3 @@ def banded(values: Any, edges: Sequence[int], first: str, last: str) -> pd.Categ
     names = [first, *inner, f"{edges[-1]} or {last}", UNKNOWN]
     position = np.searchsorted([*edges, np.inf], values, side="right")  # NaN comes last
     return pd.Categorical([names[k] for k in position], categories=names, ordered=True)
-
-
-def case_mix(rows: pd.DataFrame) -> dict[str, float]:
-    """Return counts, shares and quartiles of rows of ``demographics``; NaN is left out."""
-    sexes = rows["sex"]
-    mix = {
-        "rows": len(rows),
-        "patients": rows["patient"].nunique(),
-        "prevalence": rows["label"].mean(),  # of known labels
-        "women": (sexes[sexes != UNKNOWN] == "woman").mean(),
-    }
-    for name in ("observations", "age"):
-        quartiles = rows[name].quantile([0.25, 0.5, 0.75])
-        mix |= zip((f"{name}_q1", f"{name}_median", f"{name}_q3"), quartiles, strict=True)
-    return {name: float(number) for name, number in mix.items() if pd.notna(number)}

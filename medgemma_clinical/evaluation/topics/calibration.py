@@ -1,0 +1,99 @@
+"""Whether risks come true: slope, ICI, and the share of events in bins of the risk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from medgemma_clinical.data.small_cells import count_patients
+from medgemma_clinical.evaluation import plots
+from medgemma_clinical.evaluation.metrics import Array
+from medgemma_clinical.evaluation.metrics_table import bootstrap, label_risk_patient, with_interval
+from medgemma_clinical.evaluation.tables import metric_table
+from medgemma_clinical.evaluation.topics.topic import Cells, Details, Evaluated, Topic
+
+MAX_BINS, EVENTS_A_BIN = 10, 5
+
+
+def calibration_topic(evaluated: Evaluated) -> Topic:
+    """Return the topic."""
+    metrics, content, risk = evaluated.metrics, evaluated.content, evaluated.risks[0]
+    bins = calibration_table(evaluated.rows, evaluated.model, content.seed)
+    pooled = f", the risks of {content.folds} models pooled" if content.folds else ""
+    cells = metric_table(
+        metrics, ["calibration_slope", "calibration_in_the_large", "ici", "brier_skill"]
+    )
+    further = metric_table(metrics, ["calibration_intercept", "e50", "e90", "brier", "log_loss"])
+    curve = "Calibration curve in bins of equal size; below it, a histogram of the risks"
+    return Topic(
+        "Calibration",
+        [
+            f"Do the predicted risks come true? Of the {content.noun} with a risk of 20\xa0%, "
+            "20\xa0% should have the event."
+        ],
+        [Cells(cells, f"How well risks agree with what was observed{pooled}")],
+        {
+            "calibration": (plot_calibration(bins, risk), curve),
+            "risk_distribution": (
+                plot_risks(evaluated.labels, risk),
+                "Distribution of the risks by outcome",
+            ),
+        },
+        {"calibration": bins.drop(columns="n") if evaluated.min_cell else bins},
+        [Details("Further measures", table=Cells(further, "Further measures of the risks"))],
+    )
+
+
+def calibration_table(rows: pd.DataFrame, model: str, seed: int) -> pd.DataFrame:
+    """Return n, mean risk and observed share of events in bins of equal size by rising risk."""
+    labels, risk, patients = label_risk_patient(rows, model)
+    minority = min(labels.sum(), (1 - labels).sum())
+    bins = int(np.clip(minority // EVENTS_A_BIN, 2, MAX_BINS))
+    edges = np.percentile(risk, np.linspace(0, 100, bins + 1))[1:-1]
+    index = np.searchsorted(edges, risk)  # as scikit-learn's calibration_curve bins
+    members = np.stack([index == k for k in np.unique(index)], axis=1)  # (n, bins)
+
+    def statistic(weights: Array) -> dict[Any, Array]:
+        with np.errstate(invalid="ignore"):
+            observed = (weights * labels) @ members / (weights @ members)
+        return dict(enumerate(observed.T))
+
+    behind = {k: count_patients(patients, is_member) for k, is_member in enumerate(members.T)}
+    table = with_interval(*bootstrap(labels, patients, seed, statistic), behind)
+    size = members.sum(axis=0)
+    table = table.rename(columns={"value": "observed"}).assign(
+        n=size, predicted=risk @ members / size
+    )
+    return table[["n", "predicted", "observed", "low", "high"]]
+
+
+def plot_calibration(table: pd.DataFrame, risk: Array) -> plots.Plot:
+    """Plot a ``calibration_table`` above a histogram of the risks."""
+    figure, (axes, below) = plots.new_figure((4, 1))
+    x, y, low, high = (100 * table[name] for name in ("predicted", "observed", "low", "high"))
+    top = min(100.0, 1.05 * np.nanmax([*y, *high, 100 * risk.max()]))
+    axes.plot([0, 100], [0, 100], label="ideal", **plots.DOTTED)
+    axes.vlines(x, low, high, color=plots.MODEL)
+    axes.plot(x, y, "o-", label="observed [95 %]", color=plots.MODEL, linewidth=1, markersize=5)
+    axes.set(ylabel="observed, %", xlim=(-0.02 * top, top), ylim=(-0.02 * top, top))
+    below.hist(100 * risk, np.linspace(0, top, 41).tolist(), color=plots.MODEL, alpha=0.5)
+    below.set(xlabel="predicted risk, %", ylabel="count", yticks=[])
+    alt = "Calibration curve: share of events over the predicted risk, and a histogram."
+    return plots.with_legend(figure), alt
+
+
+def plot_risks(labels: Array, risk: Array) -> plots.Plot:
+    """Plot the distribution of the risks of the events above that of the non-events."""
+    figure, panels = plots.new_figure((1, 1))
+    bins = np.linspace(0, min(100.0, 102 * risk.max()), 41).tolist()
+    classes = ((1, "events", plots.OTHER), (0, "non-events", plots.MODEL))
+    for axes, (label, name, colour) in zip(panels, classes, strict=True):
+        percents = 100 * risk[labels == label]
+        weights = np.full(len(percents), 100 / len(percents))
+        axes.hist(percents, bins, weights=weights, color=colour, alpha=0.7)
+        axes.axvline(float(np.median(percents)), **plots.DOTTED)
+        axes.set_ylabel(f"% of {name}")
+    panels[-1].set_xlabel("predicted risk, % (dotted: median)")
+    return figure, "Histograms of the predicted risks of events and of non-events."

@@ -1,0 +1,84 @@
+"""The case mix of the training data beside that of a new cohort."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from medgemma_clinical.data.small_cells import count_text
+from medgemma_clinical.data.trajectories import UNKNOWN
+from medgemma_clinical.evaluation.suppress import splits_off_few
+from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, Topic
+from medgemma_clinical.evaluation.verdicts import NO_VALUE, percent
+
+CASE_MIX = {
+    "patients": "Patients",
+    "prevalence": "Prevalence of the event",
+    "age": "Age in years, median (quartiles)",
+    "women": "Women",
+    "observations": "Observations, median (quartiles)",
+}
+
+
+def case_mix_topic(evaluated: Evaluated) -> Topic | None:
+    """Return the topic; None where the rows are those of the training data."""
+    if evaluated.content.case_mix is None:
+        return None
+    mixes = (
+        suppress_case_mix(mix, evaluated.min_cell, hide_events=evaluated.hides_events)
+        for mix in evaluated.content.case_mix
+    )
+    cells = case_mix_cells(*mixes)
+    caption = f"The training data beside these {evaluated.content.noun}"
+    return Topic("Case mix", tables=[Cells(cells, caption)], numbers={"case_mix": cells})
+
+
+def case_mix(rows: pd.DataFrame) -> dict[str, float]:
+    """Return counts, shares and quartiles of rows of ``demographics``; NaN is left out."""
+    sexes = rows["sex"]
+    mix = {
+        "rows": len(rows),
+        "patients": rows["patient"].nunique(),
+        "prevalence": rows["label"].mean(),  # of known labels
+        "women": (sexes[sexes != UNKNOWN] == "woman").mean(),
+    }
+    for name in ("observations", "age"):
+        quartiles = rows[name].quantile([0.25, 0.5, 0.75])
+        mix |= zip((f"{name}_q1", f"{name}_median", f"{name}_q3"), quartiles, strict=True)
+    return {name: float(number) for name, number in mix.items() if pd.notna(number)}
+
+
+def suppress_case_mix(
+    mix: Mapping[str, Any], min_cell: int, *, hide_events: bool
+) -> dict[str, Any]:
+    """Leave out small counts of a ``case_mix``, and what tells them."""
+    if min_cell == 0:
+        return dict(mix)
+    patients, share = mix.get("patients", 0), mix.get("prevalence", 0)
+    hidden = {name for name in ("rows", "patients") if 0 < mix.get(name, 0) < min_cell}
+    # A drawn part has about the prevalence of a scored part that hides its events.
+    if hide_events or patients < min_cell or splits_off_few(patients, share, min_cell):
+        hidden.add("prevalence")
+    # Of how many patients age and sex are known is not kept: both are left out.
+    quartiles = ("age", "observations") if patients < 4 * min_cell else ("age",)  # few beyond
+    hidden |= {f"{name}_{end}" for name in quartiles for end in ("q1", "median", "q3")}
+    return {name: x for name, x in mix.items() if name not in {"women", *hidden}}
+
+
+def case_mix_cells(development: Mapping[str, float], here: Mapping[str, float]) -> pd.DataFrame:
+    """Return what is known of two results of ``case_mix`` as text; a dash: of one alone."""
+    table = pd.DataFrame({"Case mix": CASE_MIX.values()})
+    for title, mix in (("Training data", development), ("Scored here", here)):
+        table[title] = [_case_mix_text(mix, name) for name in CASE_MIX]
+    return table[(table.iloc[:, 1:] != NO_VALUE).any(axis=1)]
+
+
+def _case_mix_text(mix: Mapping[str, float], name: str) -> str:
+    if f"{name}_median" in mix:
+        low, middle, high = (mix[f"{name}_{end}"] for end in ("q1", "median", "q3"))
+        return f"{middle:.3g} ({low:.3g} to {high:.3g})"
+    if name not in mix:
+        return NO_VALUE
+    return count_text(mix[name]) if name == "patients" else percent(mix[name])

@@ -1,0 +1,43 @@
+"""How the training went: losses and validation AUROC by epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.ticker import MaxNLocator
+
+from medgemma_clinical.evaluation import plots
+from medgemma_clinical.evaluation.topics.topic import Evaluated, Topic
+
+
+def learning(evaluated: Evaluated) -> Topic | None:
+    """Return the topic; None where there is no history or a single epoch."""
+    history = evaluated.content.history
+    if history is None or len(history) < 2:
+        return None
+    return Topic("Training", figures={"learning_curve": (plot_learning(history), "Learning curve")})
+
+
+def plot_learning(history: Sequence[Mapping[str, Any]]) -> plots.Plot:
+    """Plot losses and validation AUROC by epoch; a number of the history may be None."""
+    figure, (upper, lower) = plots.new_figure((1, 1))
+    table = pd.DataFrame(history).set_index("epoch")
+    best_epochs = sorted({*table["best_epochs"].iloc[-1]})  # of each member
+    auroc = table["val_auroc"].astype(float)
+    upper.plot(table["train_loss"].astype(float), "o--", color=plots.OTHER, label="training")
+    upper.plot(table["val_loss"].astype(float), "o-", color=plots.MODEL, label="validation")
+    lower.plot(auroc, "o-", color=plots.MODEL)
+    for axes in (upper, lower):
+        for epoch in best_epochs:
+            axes.axvline(epoch, **plots.DOTTED)
+    # Whole axes: a change of a hundredth between epochs is noise and looks like it.
+    upper.axhline(0, linewidth=0)
+    upper.set(ylabel="loss", ylim=(0, None))
+    lowest = np.fmin(0.5, np.floor(10 * auroc.min()) / 10)
+    lower.set(xlabel="epoch (dotted: kept)", ylabel="val. AUROC", ylim=(lowest, 1))
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    alt = f"Learning curve of {len(table)} epochs; kept: {', '.join(map(str, best_epochs))}."
+    return plots.with_legend(figure), alt

@@ -1,0 +1,124 @@
+"""What a topic of a report is, and what it is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import pandas as pd
+from numpy.typing import NDArray
+
+from medgemma_clinical.evaluation.metrics import Array
+from medgemma_clinical.evaluation.metrics_table import Metrics
+from medgemma_clinical.evaluation.plots import Plot
+from medgemma_clinical.evaluation.updating import Updates
+from medgemma_clinical.evaluation.verdicts import primary_baseline
+
+
+class Cells(NamedTuple):
+    """A table as a page shows it; its cells are text or verdicts."""
+
+    frame: pd.DataFrame
+    caption: str
+    is_wide: bool = False  # no cell breaks its line; it stands above the figures
+
+
+class Details(NamedTuple):
+    """What a page unfolds under a line of summary."""
+
+    summary: str
+    text: str = ""
+    table: Cells | None = None
+    terms: Mapping[str, str] | None = None  # names and what they are
+
+
+@dataclass(frozen=True)
+class Topic:
+    """A section of a report, whose small counts are hidden: a topic is one file of this folder."""
+
+    title: str
+    text: Sequence[str] = ()  # paragraphs
+    tables: Sequence[Cells] = ()
+    figures: Mapping[str, tuple[Plot, str]] = field(default_factory=dict)  # with their captions
+    numbers: Mapping[str, pd.DataFrame] = field(default_factory=dict)  # behind tables and figures
+    details: Sequence[Details] = ()
+    note: str = ""  # below the tables
+
+
+@dataclass(frozen=True)
+class ReportContent:
+    """What a report says beside the metrics; None and empty leave a part of the page out."""
+
+    title: str
+    question: Mapping[str, str]  # what is predicted, when, from what
+    data: Mapping[str, str]
+    card: Mapping[str, str]  # about the model; hashes and versions stand last
+    threshold: float | None  # None: each fold's own
+    seed: int  # of the bootstrap
+    bands: pd.DataFrame  # subgroups of the evaluated rows: ordered categories, a column a grouping
+    noun: str = "patients"  # what the rows are
+    chosen_on: str = "the validation part"  # rows that chose threshold and recalibration
+    flow: pd.DataFrame | None = None  # columns rule, removed, left
+    split: pd.DataFrame | None = None  # a ``part_table``
+    table_one: pd.DataFrame | None = None  # a ``table_one``
+    history: Sequence[Mapping[str, Any]] | None = None  # as in history.jsonl
+    reports: Mapping[str, Any] | None = None  # metrics of ``score_reports``
+    example: Mapping[str, Any] | None = None  # prompt, text, target of a row
+    stage1_page: str | None = None  # where the results are stage 1's: its page, empty if unknown
+    case_mix: tuple[dict[str, float], dict[str, float]] | None = None  # of training, of these rows
+    sites: NDArray[Any] | None = None  # hospital or unit of each row
+    updates: Updates | None = None  # of the decision rule in these rows
+    tries_updates: bool = False  # whether there is a section on updates, with or without any
+    methods: Mapping[str, str] | None = None  # what ``tripod.md`` says of the training
+    notice: str = ""  # a banner
+    first: Sequence[str] = ()  # sentences that the result begins with
+    folds: int = 0  # models whose risks of their own folds are evaluated together; 0: one model
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Predictions, their metrics, and what is known beside: what each topic is made from."""
+
+    rows: pd.DataFrame  # ``TESTED``, then the risk of each model
+    metrics: Metrics  # small counts hidden
+    content: ReportContent
+    min_cell: int  # smaller counts are hidden
+    has_few: bool  # fewer patients than ``min_cell`` have, or lack, the event
+    list_patients: bool = False
+
+    @property
+    def model(self) -> str:
+        """The model of the report."""
+        return self.metrics.models[0]
+
+    @property
+    def names(self) -> list[str]:
+        """The model and, if there is one, the baseline of the planned comparison."""
+        return [self.model, *filter(None, [primary_baseline(self.metrics)])]
+
+    @property
+    def beside(self) -> str:
+        """What the caption of a figure says of the baseline."""
+        return "".join(f" (baseline: {name})" for name in self.names[1:])
+
+    @property
+    def labels(self) -> Array:
+        """Labels, (n,)."""
+        return self.rows["label"].to_numpy(float)
+
+    @property
+    def risks(self) -> list[Array]:
+        """The risks of ``names``, (n,) each."""
+        return [self.rows[name].to_numpy(float) for name in self.names]
+
+    @property
+    def hides_events(self) -> bool:
+        """Whether the number of events of some part is hidden."""
+        split = self.content.split
+        few = split is not None and (split["minority_patients"] < self.min_cell).any()
+        return self.has_few or bool(few)
+
+
+TopicBuilder = Callable[[Evaluated], Topic | None]
+"""Returns a topic, or None where the content has nothing of it."""
