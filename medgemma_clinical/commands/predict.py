@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import sys
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.flags import tagged
@@ -32,7 +30,7 @@ from medgemma_clinical.data.overlap import TrainingPatients, both_hashes, patien
 from medgemma_clinical.data.small_cells import count_text
 from medgemma_clinical.data.texts import is_formula
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, ScoringRows, TrajectoryDataset
-from medgemma_clinical.distributed import peak_memory, processes
+from medgemma_clinical.distributed import peak_memory, processes, show_progress
 from medgemma_clinical.evaluation.demographics import demographics
 from medgemma_clinical.evaluation.report import write_report
 from medgemma_clinical.evaluation.topics.case_mix import case_mix
@@ -145,12 +143,11 @@ def report_path(predictions: Path) -> Path:
 
 
 def log_progress(chunks: Iterable[ScoringRows], source: Path) -> Iterator[ScoringRows]:
-    """Yield chunks under a bar; without a terminal there is a line a minute at most."""
-    size = source.stat().st_size if source.is_file() else None
-    unit, every = "B" if size else " rows", 0.1 if sys.stderr.isatty() else 60
-    with tqdm(
-        None, "predicting", size, False, mininterval=every, unit=unit, unit_scale=True
-    ) as bar:
+    """Yield chunks under a bar of the bytes that were read, of a folder without."""
+    if not source.is_file():
+        yield from chunks
+        return
+    with show_progress((), "predicting", source.stat().st_size) as bar:
         for rows in chunks:
             yield rows
             bar.update(rows.read - bar.n)

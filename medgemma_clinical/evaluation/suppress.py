@@ -16,6 +16,9 @@ from medgemma_clinical.data.small_cells import count_text
 
 COUNTS = ("n", "rows", "patients", "events", "minority_patients", "left", "removed")
 AT_THRESHOLD = ("sensitivity", "specificity", "ppv", "npv", "positives", "accuracy")
+SHARES = ["prevalence", "oe", "oe_low", "oe_high"]
+"""Columns of a table that tell a hidden count, by another one."""
+
 NOT_SHOWN = "not shown"
 
 Json = dict[str, Any]
@@ -77,10 +80,12 @@ def suppress_table(table: pd.DataFrame, min_cell: int, by: str | None = None) ->
     if by is not None:
         groups = table.groupby(by, sort=False, observed=True)
         return pd.concat([suppress_table(part, min_cell) for _, part in groups])
+    minority = table.get("minority_patients", pd.Series(min_cell, table.index))
+    table = table.drop(columns="minority_patients", errors="ignore")  # it tells the events
     counts = [name for name in COUNTS if name in table]
     shown = table.astype(dict.fromkeys(counts, object))
-    minority = table.get("minority_patients", pd.Series(min_cell, table.index))
-    floats = [name for name in table if is_float_dtype(table[name])]
+    floats = table.columns[[is_float_dtype(kind) for kind in table.dtypes]]
+    shown[floats] = table[floats].round(3)  # more digits of an AUROC tell the events
     shown.loc[minority < min_cell, floats] = np.nan
     for name in counts:
         count = table[name]
@@ -93,8 +98,7 @@ def suppress_table(table: pd.DataFrame, min_cell: int, by: str | None = None) ->
             hidden = hidden | (count.index == others.idxmin())
         texts = [count_text(n, min_cell) for n in count]
         shown[name] = pd.Series(texts, count.index, object).mask(hidden & ~small, NOT_SHOWN)
-        if name not in ("left", "removed"):  # shares and metrics tell the count behind them
-            shown.loc[hidden, floats] = np.nan
+        shown.loc[hidden, table.columns.intersection(SHARES)] = np.nan
         if name == "removed" and hidden.any():  # two neighbours tell what was removed
             shown.loc[shown.index[:-1], "left"] = NOT_SHOWN
     return shown

@@ -23,7 +23,7 @@ def cohort(evaluated: Evaluated) -> Topic:
         numbers["flow"] = suppress_table(content.flow[["rule", "removed", "left"]], min_cell)
     if content.split is not None:
         split = suppress_table(content.split, min_cell)
-        numbers["split"] = split.drop(columns="minority_patients")
+        numbers["split"] = split.drop(columns="minority_patients", errors="ignore")
     tested = "each row was tested once" if content.folds else "the test part was scored once"
     captions = {
         "flow": "What each rule removes, in this order",

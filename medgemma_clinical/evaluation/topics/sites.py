@@ -31,7 +31,7 @@ def sites(evaluated: Evaluated) -> Topic | None:
         return None
     exact = site_table(evaluated.rows, evaluated.model, content.sites, content.seed)
     table = suppress_table(exact, evaluated.min_cell)
-    pooled = pool(table)
+    pooled = pool(exact[table["auroc"].notna()])
     caption = "AUROC by site"
     if pooled["sites"] >= MIN_POOLED:
         caption += (
