@@ -667,14 +667,14 @@ def keep_good(stage: Stage, state: TrainState, predictions: Predictions | None) 
 
 
 def set_best(stage: Stage, state: TrainState) -> None:
-    """Set the mean weights of the good epochs; of a member that they do not suit, the best one."""
+    """Set the mean weights of the good epochs; of a member whose mean is not good, the best one."""
     progress = state.progress
     state.set_weights(state.mean_weights())
     if progress.losses:
-        choices = zip(score(stage, "val").losses, progress.lowest, strict=True)
-        for member, (loss, lowest) in enumerate(choices):
-            if not loss <= lowest:
-                progress.averaged[member] = [progress.lowest_epochs[member]]
+        losses, lowest_epochs = score(stage, "val").losses, progress.lowest_epochs
+        for member, loss in enumerate(losses):
+            if not loss <= progress.limits[member]:
+                progress.averaged[member] = [lowest_epochs[member]]
         state.set_weights(state.mean_weights())
 
 

@@ -83,7 +83,7 @@ def train_alone(model, stage, split):
     assert max(norms) > 1.0, "else clipping would not have been exercised"
     good = [epoch for epoch, (loss, _) in epochs.items() if loss <= (1 + TOLERANCE) * lowest]
     best = [sum(each) / len(good) for each in zip(*(epochs[k][1] for k in good), strict=True)]
-    if val_output(best)[0] > lowest:
+    if val_output(best)[0] > (1 + TOLERANCE) * lowest:
         good, best = [lowest_epoch], epochs[lowest_epoch][1]
     return metrics, best, good, lowest_epoch
 

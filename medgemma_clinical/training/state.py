@@ -126,13 +126,17 @@ class Progress:
         """The first epoch of each member that has its lowest loss."""
         return [losses.index(min(losses)) + 1 for losses in zip(*self.losses, strict=True)]
 
+    @property
+    def limits(self) -> list[float]:
+        """The highest loss of each member that is good."""
+        return [lowest * (1 + LOSS_TOLERANCE) for lowest in self.lowest]
+
     def good_epochs(self) -> list[list[int]]:
         """Return the epochs of each member whose loss is near its lowest."""
-        limits = [lowest * (1 + LOSS_TOLERANCE) for lowest in self.lowest]
-        columns = zip(*self.losses, strict=True)
+        pairs = zip(zip(*self.losses, strict=True), self.limits, strict=True)
         return [
             [epoch for epoch, loss in enumerate(losses, 1) if loss <= limit]
-            for losses, limit in zip(columns, limits, strict=True)
+            for losses, limit in pairs
         ]
 
     def learning(self, patience: int) -> list[bool]:
@@ -150,8 +154,9 @@ def describe_selection(members: int) -> str:
     steps, within = round(1 / (1 - AVERAGE_DECAY)), f"{100 * LOSS_TOLERANCE:g} %"
     return (
         f"the mean of the weights of the epochs{' of each member' if members > 1 else ''} whose "
-        f"validation loss is within {within} of the lowest, unless the epoch of the lowest is "
-        f"better; an epoch's weights are an exponential average over about {steps} steps"
+        f"validation loss is within {within} of the lowest, or the epoch of the lowest where the "
+        f"loss of that mean is not; an epoch's weights are an exponential average over about "
+        f"{steps} steps"
     )
 
 
