@@ -36,7 +36,7 @@ def compare(tables):
     """Print what is asked of stage 1: its differences to trees and blend, and its calibration."""
     names, blend = list(tables[0].columns.drop(TESTED)), best_blend(tables[0].columns)
     trees = [name for name in names if name.startswith(BOOSTING)][-1]
-    own = [name for name in names if "stage 1" in name]
+    own = [*(name for name in names if "stage 1" in name), blend]
     whole = pd.concat(tables)
     folds = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
     found = {name: evaluate_splits(tables, 0, name) for name in (trees, blend)}
@@ -44,7 +44,8 @@ def compare(tables):
         rows = {reference: each.row(name, metric) for reference, each in found.items()}
         text = "{} {} {:.4f} [{:.4f}, {:.4f}]".format(name, metric, *rows[blend][VALUE])
         for reference, row in rows.items():
-            text += "; minus {} {:+.4f} [{:+.4f}, {:+.4f}]".format(reference, *row[DIFFERENCE])
+            if reference != name:
+                text += "; minus {} {:+.4f} [{:+.4f}, {:+.4f}]".format(reference, *row[DIFFERENCE])
         write(text)
     for name in own:
         slope = evaluate(whole, 0, 0.5, name, folds).row(name, "calibration_slope")
