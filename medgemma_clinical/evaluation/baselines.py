@@ -75,7 +75,6 @@ TREES: dict[str, Any] = {
     "objective": "binary",
     "min_data_in_leaf": 20,
     "min_sum_hessian_in_leaf": 1e-3,
-    "bagging_fraction": 0.7,
     "bagging_freq": 1,
     "lambda_l2": 10,
     "deterministic": True,
@@ -85,13 +84,17 @@ TREES: dict[str, Any] = {
     "verbose": -1,
 }
 SIZES: list[dict[str, Any]] = [
-    {"num_leaves": k, "feature_fraction": x} for k in (4, 8) for x in (0.1, 0.3, 0.6)
+    {"num_leaves": leaves, "feature_fraction": columns, "bagging_fraction": 0.7}
+    for leaves in (4, 8)
+    for columns in (0.3, 0.6)
 ]
-MAX_TREES = 500
-"""Settings of boosted trees, and what is chosen in the folds: leaves of a tree, the share of the
-columns that a tree reads, and the number of trees. Each tree also reads a part of the rows."""
+FEWER_ROWS: dict[str, Any] = {"bagging_fraction": 0.4}
+MAX_TREES, TREES_WITHOUT_GAIN = 500, 50
+"""Settings of boosted trees, and what is chosen in the folds: leaves of a tree, the shares of the
+columns and rows that a tree reads, and the number of trees, at most so many, of which the last so
+many may be no better."""
 
-USUAL_TREES: dict[str, Any] = {"num_leaves": 4, "feature_fraction": 0.3, "trees": 150}
+USUAL_TREES: dict[str, Any] = {**SIZES[0], "trees": 150}
 """Where there are too few patients to choose."""
 
 MIN_WORD_SHARE, MAX_WORDS = 0.01, 1_000
@@ -177,7 +180,7 @@ class Settings:
     static: list[str]  # features that these rows can teach
     vocabulary: list[str]
     penalties: dict[str, float]  # of the regressions, by name; empty: not tuned
-    trees: dict[str, dict[str, Any]]  # of the boosted trees, by name
+    trees: dict[str, Any]  # of all boosted trees
 
 
 def tune_baselines(
@@ -186,15 +189,13 @@ def tune_baselines(
     """Choose the settings of the baselines in folds of some rows, where these are enough."""
     labels, words = dataset.labels[train], frequent_words(dataset.contexts[train])
     folds = tuning_folds(labels, dataset.groups[train])
+    tables = {name: table.to_numpy()[train] for name, table in _inputs(dataset, static).items()}
+    boosted = [name for name in tables if name.startswith(BOOSTING)]
+    trees = tuned_trees(tables[boosted[-1]], labels, folds)  # by the table with the most columns
     penalties: dict[str, float] = {}
-    trees: dict[str, dict[str, Any]] = {}
-    inputs = _inputs(dataset, static)
-    for name, table in inputs.items():
-        values = table.to_numpy()[train]
-        if name.startswith(BOOSTING):
-            trees[name] = tuned_trees(values, labels, folds)
-        elif folds:
-            penalties[name] = tuned_penalty(regression(), values, labels, folds)
+    if folds:
+        for name in tables.keys() - boosted:
+            penalties[name] = tuned_penalty(regression(), tables[name], labels, folds)
     if words and folds:
         table = word_table(words, dataset.contexts[train])
         penalties[WORDS] = tuned_penalty(word_regression(), table, labels, folds)
@@ -210,7 +211,7 @@ def fit_baselines(
     for name, table in _inputs(dataset, settings.static).items():
         values, columns = table.to_numpy()[rows], [*table.columns]
         if name.startswith(BOOSTING):
-            models[name] = Trees.of(fit_trees(values, labels, settings.trees[name]), columns)
+            models[name] = Trees.of(fit_trees(values, labels, settings.trees), columns)
         else:
             model = regression(settings.penalties.get(name)).fit(values, labels)
             models[name] = Regression.of(model, columns)
@@ -306,14 +307,21 @@ def tuned_trees(values: Array, labels: Array, folds: Folds) -> dict[str, Any]:
     rate = {"learning_rate": 0.03 if len(labels) <= SMALL_DATA else 0.1}
     if not folds:
         return {**rate, **USUAL_TREES}
-    tried = []
-    for size in SIZES:
+
+    def lowest_loss(size: dict[str, Any]) -> tuple[float, int]:
         table = lightgbm.Dataset(values, labels, free_raw_data=False)
         options: dict[str, Any] = {"folds": folds, "metrics": "binary_logloss"}
+        options["callbacks"] = [lightgbm.early_stopping(TREES_WITHOUT_GAIN, verbose=False)]
         curves: Any = lightgbm.cv({**TREES, **rate, **size}, table, MAX_TREES, **options)
         losses: list[float] = curves["valid binary_logloss-mean"]
-        tried.append((min(losses), {**rate, **size, "trees": int(np.argmin(losses)) + 1}))
-    return min(tried, key=lambda each: each[0])[1]
+        return min(losses), int(np.argmin(losses)) + 1
+
+    sizes = [*SIZES]
+    results = [lowest_loss(size) for size in sizes]
+    sizes.append({**sizes[results.index(min(results))], **FEWER_ROWS})
+    results.append(lowest_loss(sizes[-1]))
+    best = results.index(min(results))
+    return {**rate, **sizes[best], "trees": results[best][1]}
 
 
 def fit_trees(values: Array, labels: Array, settings: Mapping[str, Any]) -> lightgbm.Booster:
