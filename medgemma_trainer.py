@@ -215,7 +215,10 @@ def build_parser() -> Parser:
     add("--patience", "early stopping patience in epochs", type=POSITIVE, default=10)
     options = {"type": number(int, 0, 2**32 - 1), "default": 0}
     add("--seed", "of split, weights, bootstrap", "predict compare demo default", **options)
-    add("--calibrate", "recalibrate on validation", choices=("none", "platt"), default="none")
+    options = {"choices": ("auto", "none", "platt"), "default": "auto"}
+    add("--calibrate", "recalibrate: auto after folds, platt on validation too", **options)
+    options = {"type": flags.check_threshold, "metavar": "RISK"}
+    add("--threshold", "0.1 or 'sensitivity 0.9'; by Youden's index", "predict", **options)
     options = {"type": RATE, "default": 1e-3}
     add("--encoder_lr", "learning rate of the ODE-RNN and its head", "-text", **options)
     add("--head_lr", "learning rate of stage 2's head", "-stage1", type=RATE, default=1e-3)

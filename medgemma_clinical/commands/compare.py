@@ -74,9 +74,11 @@ def model_names(runs: Sequence[Path]) -> list[str]:
     return [STAGE_NAMES.get(name, name) for name in names]
 
 
-def read_predictions(folder: Path, model: str = "probability") -> pd.DataFrame:
-    """Read test predictions: ``TESTED``, then risks; ``probability`` is renamed ``model``."""
-    path = folder / "predictions_test.csv"
+def read_predictions(
+    folder: Path, model: str = "probability", name: str = "predictions_test.csv"
+) -> pd.DataFrame:
+    """Read a file of predictions: ``TESTED``, then risks; ``probability`` is renamed ``model``."""
+    path = folder / name
     if not path.is_file():
         raise InputError(f"{path}: no such file: name the folder of a finished stage")
     try:

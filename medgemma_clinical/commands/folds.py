@@ -24,6 +24,7 @@ from threadpoolctl import threadpool_limits
 from medgemma_clinical.commands import run_folder, several
 from medgemma_clinical.commands.command_line import EXIT_DONE, EXIT_INTERRUPTED
 from medgemma_clinical.commands.compare import read_predictions
+from medgemma_clinical.commands.flags import decision_options
 from medgemma_clinical.commands.logs import command_logging
 from medgemma_clinical.commands.report_content import describe_recalibration, training_content
 from medgemma_clinical.commands.results import predictions_csv, recommend, save_model
@@ -39,11 +40,17 @@ from medgemma_clinical.evaluation.baselines import (
     describe_tuning,
     fit_baselines,
     fit_rules,
+    model_risks,
     tune_baselines,
 )
-from medgemma_clinical.evaluation.decision import fit_decision_rule
-from medgemma_clinical.evaluation.metrics import log_odds
-from medgemma_clinical.evaluation.metrics_table import Metrics
+from medgemma_clinical.evaluation.decision import (
+    DecisionOptions,
+    DecisionRule,
+    describe_threshold,
+    fit_decision_rule,
+)
+from medgemma_clinical.evaluation.metrics import Array, log_odds
+from medgemma_clinical.evaluation.metrics_table import TESTED, Metrics
 from medgemma_clinical.evaluation.report import write_report
 from medgemma_clinical.evaluation.tables import model_table
 from medgemma_clinical.evaluation.topics.topic import ReportContent
@@ -78,7 +85,8 @@ from medgemma_clinical.training.state import (
 
 logger = logging.getLogger(__name__)
 
-PREDICTIONS = "predictions_folds.csv"
+PREDICTIONS, FINAL_PREDICTIONS = "predictions_folds.csv", "predictions_final.csv"
+"""Out-of-fold risks, and the same by the decision rules of the ``--final`` model."""
 FOLD = "{fold}"
 """Stands in a flag's value for the number of the fold."""
 
@@ -227,13 +235,18 @@ def write_fold_results(
     contents = [read_json(path / run_folder.METRICS) for path in folders]
     table, positions = join_folds(folders, name, rows)
     fold_of_row = fold[positions]
-    thresholds = np.array([content["threshold"] for content in contents])[fold_of_row]
+    configs = [read_trained_config(path) for path in folders]
+    rules = [{name: config["decision"], **config["models"]} for config in configs]
+    options = decision_options(args, out_of_fold=True)
+    decided, decided_risks = decide(table, rules, fold_of_row, options)
+    rule = DecisionRule.from_config(decided)
+    # The rows that the handed-over model predicts positive, on the scale of each fold's risks.
+    limit = (log_odds(rule.threshold) - rule.intercept) / rule.slope
+    slope, intercept = (of_rows(rules, name, key, fold_of_row) for key in ("slope", "intercept"))
+    thresholds = expit(intercept + slope * limit)
     metrics = outcome.evaluate(
         table, args.seed, thresholds, split=fold_of_row, primary=args.primary
     )
-    configs = [read_trained_config(path) for path in folders]
-    rules = [{name: config["decision"], **config["models"]} for config in configs]
-    decided = decide(table, rules, fold_of_row, args.calibrate)
     decided["best_model"] = recommend(table, name, decided["models"])
     if all("residual_weight" in content for content in contents):
         weights = [content["residual_weight"] for content in contents]
@@ -241,7 +254,7 @@ def write_fold_results(
     content = {
         "stage": stage,
         **pooled_epochs(folders),
-        "threshold": decided["decision"]["threshold"],
+        "threshold": rule.threshold,
         "calibration": {"method": args.calibrate, **decided["decision"]},
         "folds": metrics.to_json(),
         "decided": decided,
@@ -249,6 +262,8 @@ def write_fold_results(
     with_folds = table.copy()
     with_folds.insert(4, "fold", fold_of_row)  # behind the model's own column
     write_text(folder / PREDICTIONS, predictions_csv(with_folds))
+    by_final = pd.DataFrame({**table[TESTED], **decided_risks})
+    write_text(folder / FINAL_PREDICTIONS, predictions_csv(by_final))
     write_json(folder / run_folder.METRICS, content)
     first = folds_sentence(metrics, len(folders))
     config: Config = {**configs[0], **decided, "metrics": content}
@@ -257,7 +272,7 @@ def write_fold_results(
         folder / "report.html",
         table,
         metrics,
-        folds_content(args, rows, positions, config, tuned, first),
+        folds_content(args, rows, positions, config, tuned, first, decided_risks[name]),
         outcome.topics,
         min_cell=args.min_cell,
         list_patients=args.report_patients,
@@ -287,25 +302,32 @@ def decide(
     table: pd.DataFrame,
     rules: Sequence[Mapping[str, Json]],
     fold: NDArray[np.int64],
-    calibrate: str,
-) -> Config:
+    options: DecisionOptions,
+) -> tuple[Config, dict[str, Array]]:
     """Fit decision rules to out-of-fold predictions; ``rules`` are per fold, ``fold`` is (n,).
 
-    Returns the keys that ``results.write_results`` fits to the validation part.
+    Returns the keys that ``results.write_results`` fits to the validation part, and the risks (n,)
+    of all models by these rules.
     """
     labels, name = table["label"].to_numpy(float), str(table.columns[3])
-    raw = {}  # log-odds before each fold's recalibration
+    raw = {}
     for model in table.columns.intersection([*rules[0]]):
-        slope, intercept = (
-            np.array([fold_rules[model][key] for fold_rules in rules])[fold]
-            for key in ("slope", "intercept")
-        )
+        slope, intercept = (of_rows(rules, model, key, fold) for key in ("slope", "intercept"))
         raw[model] = (log_odds(table[model].to_numpy()) - intercept) / slope
-    rule = fit_decision_rule(labels, raw[name], calibrate)
+    rule = fit_decision_rule(labels, raw[name], options)
     risks = {model: expit(raw[model]) for model in raw if model not in (name, ENSEMBLE)}
-    rules_of_others = fit_rules(labels, name, rule.probability(raw[name]), risks, calibrate)
+    rules_of_others = fit_rules(labels, name, rule.probability(raw[name]), risks, options)
     models = {model: asdict(rule_of_model) for model, rule_of_model in rules_of_others.items()}
-    return {"decision": asdict(rule), "models": models}
+    decided: Config = {"decision": asdict(rule), "models": models}
+    decided["threshold_choice"] = options.threshold
+    return decided, model_risks(name, rule.probability(raw[name]), risks, rules_of_others)
+
+
+def of_rows(
+    rules: Sequence[Mapping[str, Json]], model: str, key: str, fold: NDArray[np.int64]
+) -> Array:
+    """Return a number of a model's decision rule in the fold of each row, (n,)."""
+    return np.array([fold_rules[model][key] for fold_rules in rules])[fold]
 
 
 def folds_sentence(metrics: Metrics, folds: int) -> str:
@@ -313,7 +335,7 @@ def folds_sentence(metrics: Metrics, folds: int) -> str:
     auroc = metrics.row(metrics.models[0], "auroc")
     return (
         f"Each of these patients was predicted once, by the one of {folds} models that did not "
-        "learn from them: AUROC, AUPRC, accuracy, Brier score, Brier skill and log loss are means "
+        "learn from them: AUROC, AUPRC, Brier score, Brier skill and log loss are means "
         f"over the {folds} folds (AUROC {auroc['min']:.3f} to {auroc['max']:.3f}), all else is of "
         "all rows."
     )
@@ -326,14 +348,23 @@ def folds_content(
     config: Config,
     tuned: Sequence[bool | None],
     first: str,
+    decided_risk: Array,
 ) -> ReportContent:
     """Return the page's content; ``config`` is a fold's with the joint decision rules.
 
-    ``tuned``: whether the baselines of each fold were tuned.
+    ``tuned``: whether the baselines of each fold were tuned; ``decided_risk``: (n,) risks by the
+    rule of the model that is handed over.
     """
     kind = "each site held out" if args.leave_out else "each patient held out"
     epochs = describe_epochs(config["metrics"]["averaged_epochs"])
     selection = describe_selection(config["members"] if config["stage"] == "trajectory" else 1)
+    recalibration = describe_recalibration(args.calibrate, "validation part of each fold")
+    if args.calibrate == "auto":
+        slope, intercept = (config["decision"][key] for key in ("slope", "intercept"))
+        recalibration = (
+            "The risks above are those of the folds, as they are. --final recalibrates by these "
+            f"rows: intercept {intercept:+.2f}, slope {slope:.2f}."
+        )
     fingerprint, predicted = rows.fingerprint(), np.isin(np.arange(len(rows)), positions)
     if not predicted.all():
         rule = "without a value of a series that their fold reads"
@@ -355,11 +386,13 @@ def folds_content(
             "Baselines": describe_tuning(tuned),
             "Seed": str(args.seed),
         },
-        threshold=None,
-        methods={
-            "split": first,
-            "recalibration": describe_recalibration(args.calibrate, "validation part of each fold"),
-        },
+        threshold=config["decision"]["threshold"],
+        threshold_choice=describe_threshold(
+            args.threshold, "these rows, whose metrics at it are optimistic"
+        ),
+        decided_risk=decided_risk,
+        recalibration=recalibration,
+        methods={"split": first, "recalibration": recalibration},
         first=[first],
         folds=len(tuned),
     )

@@ -7,7 +7,7 @@ import itertools
 import logging
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,9 @@ import numpy as np
 import pandas as pd
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
+from medgemma_clinical.commands.compare import read_predictions
 from medgemma_clinical.commands.flags import tagged
+from medgemma_clinical.commands.folds import FINAL_PREDICTIONS
 from medgemma_clinical.commands.patients import (
     ChosenRow,
     choose_rows,
@@ -31,6 +33,11 @@ from medgemma_clinical.data.small_cells import count_text
 from medgemma_clinical.data.texts import is_formula
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import peak_memory, processes, show_progress
+from medgemma_clinical.evaluation.decision import (
+    choose_threshold,
+    describe_threshold,
+    parse_threshold,
+)
 from medgemma_clinical.evaluation.demographics import demographics
 from medgemma_clinical.evaluation.report import write_report
 from medgemma_clinical.evaluation.topics.case_mix import case_mix
@@ -43,9 +50,13 @@ from medgemma_clinical.inference.scoring import count_implausible, prediction_ta
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS, TrajectoryModel
 from medgemma_clinical.models import trained_model
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, Config, read_trajectory
+from medgemma_clinical.models.model_card import choosing_rows
 from medgemma_clinical.models.outcome import OUTCOMES
+from medgemma_clinical.models.trained_model import TrainedModel
 
 logger = logging.getLogger(__name__)
+
+VAL_PREDICTIONS = "predictions_val.csv"
 
 PREDICTION_LIMITS = (
     "The model was not changed for these rows: threshold and recalibration were chosen on"
@@ -80,6 +91,8 @@ def predict(args: Namespace, given: set[str]) -> int:
     names = ("batch_size", "model_name", "quantization", "precision", "attention")
     options = {name: getattr(request, name) for name in names}
     model = TrajectoryModel.from_pretrained(request.checkpoint, **options)
+    if request.threshold is not None:
+        model.trained = with_threshold(model.trained, request.threshold, request.checkpoint)
     used = model.trained.model_named(request.use)
     baselines = model.trained.baselines.names if model.trained.baselines else []
     if request.primary and request.primary not in baselines:
@@ -127,6 +140,36 @@ def find_source(
         )
     source: Path = getattr(request, dataset.source_flag)
     return source
+
+
+def with_threshold(trained: TrainedModel, choice: str, checkpoint: Path) -> TrainedModel:
+    """Return a model whose rules have another threshold: a goal is reached on held-out rows.
+
+    These are the rows that chose the threshold in training, whose risks the run folder holds.
+    """
+    rules = {name: asdict(rule) for name, rule in trained.rules.items()}
+    goal, _ = parse_threshold(choice)
+    table = held_out_risks(trained, checkpoint, choice) if goal else None
+    for name, rule in rules.items():
+        labels, risk = np.zeros(1), np.zeros(1)
+        if table is not None:
+            labels, risk = table["label"].to_numpy(float), table[name].to_numpy(float)
+        rule["threshold"] = choose_threshold(choice, labels, risk)
+    config: Config = {**trained.config, "threshold_choice": choice}
+    config["decision"], config["models"] = rules.pop(trained.name), rules
+    return replace(trained, config=config)
+
+
+def held_out_risks(trained: TrainedModel, checkpoint: Path, choice: str) -> pd.DataFrame:
+    """Read labels and risks of the rows that chose a model's threshold from its run folder."""
+    folder = trained_model.checkpoint_path(checkpoint).absolute().parent
+    stage, file = folder.parent if folder.name == "best" else folder / "trajectory", VAL_PREDICTIONS
+    if of_folds(trained.config):
+        stage, file = stage.parent / f"folds_{stage.name}", FINAL_PREDICTIONS
+    try:
+        return read_predictions(stage, trained.name, file)
+    except InputError as error:
+        raise InputError(f"--threshold '{choice}': {error}, or give a risk") from error
 
 
 def check_output(out: Path, source: Path) -> None:
@@ -269,9 +312,7 @@ def cohort_content(
 ) -> ReportContent:
     """Return what the page of an external cohort says; ``rows`` are those that are evaluated."""
     name, source, noun = next(iter(tally.models)), Path(dataset.source).name, overlap.noun
-    chosen_on = (
-        "the out-of-fold rows of its folds" if of_folds(config) else "its own validation part"
-    )
+    rows_of_choice = choosing_rows(config)
     labelled = overlap.old + overlap.new
     flow = [
         ("without a score", tally.rows - tally.scored, tally.scored),
@@ -291,18 +332,18 @@ def cohort_content(
             "Missing values": "masked, never filled in",
         },
         card={
-            "Limits": f"{PREDICTION_LIMITS} {chosen_on}{moved}",
+            "Limits": f"{PREDICTION_LIMITS} {rows_of_choice}{moved}",
             "Checkpoint": request.checkpoint.absolute().name,  # a page is shared: no path
             "Seed": f"{request.seed}, of the intervals",
         },
         threshold=tally.threshold,
         noun=noun,
-        chosen_on=chosen_on,
+        threshold_choice=describe_threshold(config.get("threshold_choice"), rows_of_choice),
         flow=pd.DataFrame(flow, columns=list(FLOW_COLUMNS)),
         case_mix=(config["case_mix"], case_mix(rows)),
         updates=updates,
         tries_updates=True,
-        first=[overlap.sentence(config, training, request.min_cell)],
+        last=[overlap.sentence(config, training, request.min_cell)],
     )
 
 

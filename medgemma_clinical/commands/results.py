@@ -16,6 +16,7 @@ import pandas as pd
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 
+from medgemma_clinical.commands.flags import decision_options
 from medgemma_clinical.commands.report_content import training_content, training_methods
 from medgemma_clinical.commands.run_folder import METRICS
 from medgemma_clinical.data.training_data import Data
@@ -55,7 +56,7 @@ SCORED = {"val": "validation", "test": "test"}
 
 
 MIN_EVENTS = 30
-"""Events of a test part below which a run names ``--folds``."""
+"""Patients with, and without, the event in a test part below which a run names ``--folds``."""
 
 
 @dataclass
@@ -80,7 +81,8 @@ def write_results(
 
     The first process also gets the metrics, within the configuration, and the baselines.
     """
-    predictions, decided = apply_decisions(scored, stage, data, args.calibrate)
+    options = decision_options(args)
+    predictions, decided = apply_decisions(scored, stage, data, options)
     is_writer = isinstance(stage.model, LLMWriter) and "test" in predictions
     texts = generate_reports(stage, predictions["test"]) if is_writer else {}
     # The caller tests a model without test part, as scikit-learn's tools do.
@@ -93,7 +95,7 @@ def write_results(
     both = np.sort(np.concatenate([data.split["train"], data.split["val"]]))
     taught = {"val": data.split["train"], "test": both}
     fitted = {part: fit_baselines(data.dataset, rows, settings) for part, rows in taught.items()}
-    tables, rules = prediction_tables(stage, data, predictions, fitted, args.calibrate)
+    tables, rules = prediction_tables(stage, data, predictions, fitted, options)
     baselines = fitted["test"]
     metrics = {
         part: outcome.evaluate(
@@ -157,7 +159,7 @@ def metrics_content(
     """Return the content of ``metrics.json``."""
     rule = decided["decision"]
     calibration: dict[str, Any] = {"method": calibrate}
-    if (rule["slope"], rule["intercept"]) != (1.0, 0.0):
+    if decision.DecisionRule.from_config(decided).is_moved:
         calibration |= {"slope": rule["slope"], "intercept": rule["intercept"]}
     weight = {name: decided[name] for name in ("residual_weight",) if name in decided}
     return {
@@ -172,7 +174,10 @@ def metrics_content(
 
 
 def apply_decisions(
-    scored: dict[str, decision.Predictions], stage: Stage, data: Data, calibrate: str
+    scored: dict[str, decision.Predictions],
+    stage: Stage,
+    data: Data,
+    options: decision.DecisionOptions,
 ) -> tuple[dict[str, decision.Predictions], Config]:
     """Fit weight and decision rule to the validation part alone; apply both to all parts."""
     decided: Config = {}
@@ -188,8 +193,8 @@ def apply_decisions(
         for part, part_scored in scored.items():
             logit = part_scored.offset + weight * (part_scored.logit - part_scored.offset)
             scored[part] = replace(part_scored, logit=logit)
-    rule = decision.fit_decision_rule(val.labels, scored["val"].logit, calibrate)
-    decided["decision"] = asdict(rule)
+    rule = decision.fit_decision_rule(val.labels, scored["val"].logit, options)
+    decided |= {"decision": asdict(rule), "threshold_choice": options.threshold}
     return {part: replace(part_scored, rule=rule) for part, part_scored in scored.items()}, decided
 
 
@@ -198,7 +203,7 @@ def prediction_tables(
     data: Data,
     predictions: dict[str, decision.Predictions],
     baselines: dict[str, Baselines],  # by part
-    calibrate: str,
+    options: decision.DecisionOptions,
 ) -> tuple[dict[str, pd.DataFrame], dict[str, decision.DecisionRule]]:
     """Return a table for each part and the decision rules of the models beside the stages.
 
@@ -208,7 +213,7 @@ def prediction_tables(
     baseline_risks = {
         part: baselines[part].risks(dataset, scored.rows) for part, scored in predictions.items()
     }
-    rules = fit_rules(val.labels, name, val.probability, baseline_risks["val"], calibrate)
+    rules = fit_rules(val.labels, name, val.probability, baseline_risks["val"], options)
     tables = {}
     for part, scored in predictions.items():
         risks = model_risks(name, scored.probability, baseline_risks[part], rules)
@@ -272,12 +277,20 @@ def log_results(metrics: dict[str, Metrics], written: dict[str, Any] | None, nou
     test, val = metrics["test"], metrics["val"]
     auroc = value_text(val.row(val.models[0], "auroc"))
     logger.info("\nTest part (validation AUROC %s):", auroc)
-    for line in (*sentences(test, noun), model_table(test).to_string(index=False)):
+    for line in (
+        *sentences(test, noun, few_events_advice(test)),
+        model_table(test).to_string(index=False),
+    ):
         logger.info("%s", line)
     if sentence := written_sentence(written):
         logger.info("%s", sentence)
-    if (events := test.counts["events"]) < MIN_EVENTS:
-        logger.info("%d events in the test part: --folds 5 predicts every patient once", events)
+
+
+def few_events_advice(test: Metrics) -> str:
+    """Return the way out where the test part has few events, in words."""
+    if test.counts["minority_patients"] >= MIN_EVENTS:
+        return ""
+    return "That is little: --folds 5 tests every patient once."
 
 
 def metrics_for_tracker(config: Config) -> dict[str, float]:
@@ -311,6 +324,7 @@ def run_content(
     epochs = f"{epochs}: {describe_selection(len(averaged))}"
     if {*itertools.chain(*averaged)} == {1} and len(progress.history) > 1:
         epochs += "; training did not improve it after the first epoch"
+    methods = training_methods(stage, data, run)
     stage1_page = None
     if args.ode_checkpoint and config.get("residual_weight") == 0:
         beside = Path(args.ode_checkpoint).absolute().parent == args.output_dir.absolute()
@@ -332,8 +346,11 @@ def run_content(
             "Licence": licence(config),
         },
         threshold=config["decision"]["threshold"],
+        threshold_choice=decision.describe_threshold(args.threshold, "the validation part"),
+        recalibration=methods["recalibration"] if args.calibrate == "platt" else "",
         history=None if hides_metrics else progress.history or None,
         reports=config["metrics"].get("reports"),
         stage1_page=stage1_page,
-        methods=training_methods(stage, data, run),
+        advice=few_events_advice(Metrics.from_json(config["metrics"]["test"])),
+        methods=methods,
     )

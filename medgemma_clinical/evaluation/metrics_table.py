@@ -174,7 +174,7 @@ def evaluate(
 
     # Patients are drawn once for all splits.
     value, drawn = bootstrap(labels, patients, seed, statistic)
-    behind = {} if positive is None else _patients_behind_shares(labels, positive, patients)
+    behind = {} if positive is None else patients_behind_shares(labels, positive, patients)
     table = with_interval(value, drawn, {(first, name): n for name, n in behind.items()})
     references = dict.fromkeys(risks, first)  # of the ensemble the best blend
     if ENSEMBLE in risks and first != ENSEMBLE:
@@ -237,7 +237,7 @@ def _metrics_of_all(
     }
 
 
-def _patients_behind_shares(
+def patients_behind_shares(
     labels: Array, positive: NDArray[np.bool_], patients: NDArray[np.generic]
 ) -> dict[str, int]:
     """Return the patients in the denominator of each of ``confusion_shares``."""

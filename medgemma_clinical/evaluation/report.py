@@ -17,6 +17,7 @@ from medgemma_clinical.evaluation.metrics_table import Metrics
 from medgemma_clinical.evaluation.suppress import suppress
 from medgemma_clinical.evaluation.topics.case_mix import case_mix_topic
 from medgemma_clinical.evaluation.topics.cohort import cohort
+from medgemma_clinical.evaluation.topics.decision_curve import threshold_caption
 from medgemma_clinical.evaluation.topics.largest_errors import largest_errors
 from medgemma_clinical.evaluation.topics.learning import learning
 from medgemma_clinical.evaluation.topics.model_comparison import about_models
@@ -104,7 +105,7 @@ def write_report(
         min_cell=min_cell,
         content=content,
         first=[*filter(None, [*content.first, written_sentence(reports)])],
-        findings=[] if has_few else sentences(shown, content.noun),
+        findings=[] if has_few else sentences(shown, content.noun, content.advice),
         has_few=has_few,
         sections=sections,
         images=images,
@@ -126,6 +127,7 @@ def tripod(content: ReportContent, metrics: Metrics, numbers: Mapping[str, pd.Da
             lines=defaultdict(list, lines),
             subgroups=[] if groups is None else groups.to_dict("records"),
             methods=defaultdict(str, content.methods or {}),
+            threshold=threshold_caption(content),
             **{"code": code, "number": count_text},
         )
     )

@@ -15,7 +15,7 @@ from pandas.api.types import is_float_dtype
 from medgemma_clinical.data.small_cells import count_text
 
 COUNTS = ("n", "rows", "patients", "events", "minority_patients", "left", "removed")
-AT_THRESHOLD = ("sensitivity", "specificity", "ppv", "npv", "positives", "accuracy")
+AT_THRESHOLD = ("sensitivity", "specificity", "ppv", "npv", "positives")
 SHARES = ["prevalence", "oe", "oe_low", "oe_high"]
 """Columns of a table that tell a hidden count, by another one."""
 
@@ -45,14 +45,12 @@ def _telling(part: Json, min_cell: int) -> set[str]:
     patients = min(part["n"], part["patients"])
     events = part["events"] / part["n"] * patients
 
-    def tells(count: float, metrics: Json, name: str) -> bool:
-        share = metrics.get(name, {}).get("value")
+    def tells(count: float, name: str) -> bool:
+        share = part.get(name, {}).get("value")
         return share is not None and splits_off_few(count, share, min_cell)
 
-    if tells(events, part, "sensitivity") or tells(patients - events, part, "specificity"):
-        return set(AT_THRESHOLD)
-    models = [part, *part.get("models", {}).values()]
-    return {"accuracy"} if any(tells(patients, each, "accuracy") for each in models) else set()
+    is_small = tells(events, "sensitivity") or tells(patients - events, "specificity")
+    return set(AT_THRESHOLD) if is_small else set()
 
 
 def splits_off_few(count: float, share: float, min_cell: int) -> bool:

@@ -113,46 +113,96 @@ def counts_text(counts: Mapping[str, int], noun: str = "predictions") -> str:
     return f"{rows}{counts['patients']:,} patients, {counts['events']:,} with the event"
 
 
-def sentences(metrics: Metrics, noun: str = "predictions") -> list[Finding]:
-    """Return the result in words, without a baseline of a model alone; ``noun`` names the rows."""
-    counts, values = metrics.counts, metrics.of(metrics.models[0])
-    minority, row = counts["minority_patients"], values.loc["auroc"]
-    level = verdict(row.low, row.high, CHANCE, minority)
-    words = {BETTER: "better than", UNDECIDED: "not shown to differ from", WORSE: "worse than"}
-    few = f"too few to compare ({minority} patients have the rarer outcome) with"
-    text = (
-        f"AUROC {value_text(row)} on {counts_text(counts, noun)}: {words.get(level, few)} chance "
-        "(0.5)."
-    )
-    if row.low == 1:
-        text += " All are ranked correctly: the interval has no width."
-    findings = [Finding(level, text)]
+def sentences(metrics: Metrics, noun: str = "predictions", advice: str = "") -> list[Finding]:
+    """Return the result in words: ranking, simple model, ensemble, calibration, certainty.
+
+    ``noun`` names the rows; ``advice`` is what helps where there are few events.
+    """
+    values, minority = metrics.of(metrics.models[0]), metrics.counts["minority_patients"]
+    findings = [_ranking(values.loc["auroc"], minority)]
     if name := primary_baseline(metrics):
         row = metrics.row(name, "auroc")
         level = difference_verdict(row, minority)
-        beside = {BETTER: "the baseline is better", WORSE: "this model is better"}
-        text = (
-            f"The baseline of the planned comparison, {name}, has AUROC {value_text(row)}; its "
-            f"AUROC minus that of this model is {difference_text(row)}: "
-            f"{beside.get(level, level.words)}."
-        )
+        compared = f"AUROC {value_text(row)}, {difference_text(row)} to this one"
+        text = f"{COMPARED[level]} {name}: {compared}."
         findings.append(Finding(None, text))  # a symbol would seem to praise this model
-    if "ici" in values.index:
-        slope = value_text(values.loc["calibration_slope"], ".2f")
-        large = value_text(values.loc["calibration_in_the_large"], "+.2f")
-        text = (
-            f"Calibration: slope {slope} (1 is ideal), in the large {large} (0 is ideal), "
-            f"ICI {value_text(values.loc['ici'])} (0 is ideal)."
-        )
-        findings.append(Finding(None, text))
     # Another model that --use names is not in the ensemble.
     if ENSEMBLE in metrics.models[1:] and metrics.models[0] in STAGE_NAMES.values():
         row = metrics.row(ENSEMBLE, "auroc")
         level = difference_verdict(row, minority)
-        adds = {BETTER: "adds", UNDECIDED: "is not shown to add", WORSE: "takes away"}
         text = (
-            f"Beside {row.reference} this model {adds.get(level, 'has too few patients to tell')}: "
-            f"the ensemble of both has AUROC {value_text(row)}, difference {difference_text(row)}."
+            f"{ADDS[level]} {row.reference}: the ensemble of both has AUROC {value_text(row)}, "
+            f"{difference_text(row)} to it."
         )
         findings.append(Finding(level, text))
+    if "ici" in values.index:
+        findings.append(Finding(None, _calibration(values)))
+    findings.append(Finding(None, _certainty(values.loc["auroc"], metrics.counts, noun, advice)))
     return findings
+
+
+COMPARED = {
+    BETTER: "It ranks worse than the simple model,",
+    UNDECIDED: "It is not shown to rank better or worse than the simple model,",
+    WORSE: "It ranks better than the simple model,",
+    TOO_FEW: "Too few events to compare it with the simple model,",
+}
+"""By the verdict on the AUROC of the simple model minus that of this one."""
+
+ADDS = {
+    BETTER: "It adds to",
+    UNDECIDED: "It is not shown to add to",
+    WORSE: "It takes away from",
+    TOO_FEW: "Too few events to say whether it adds to",
+}
+RANKS = {0.9: "very well", 0.8: "well", 0.7: "fairly well", 0.0: "weakly"}
+"""Words for an AUROC from this value on."""
+
+WIDE_SLOPE = 0.5
+"""A slope whose interval is wider does not show that risks are right, nor that they are wrong."""
+
+
+def _ranking(auroc: Any, minority: int) -> Finding:
+    level = verdict(auroc.low, auroc.high, CHANCE, minority)
+    how = next(words for limit, words in RANKS.items() if not auroc.value < limit)
+    beginning = {
+        BETTER: f"It ranks {how}: of two patients, one with the event and one without it, the "
+        f"first has the higher risk in {percent(auroc.value)} of pairs,",
+        UNDECIDED: "It is not shown to rank better than chance:",
+        WORSE: "It ranks worse than chance:",
+        TOO_FEW: "Too few events to say how well it ranks:",
+    }
+    return Finding(level, f"{beginning[level]} AUROC {value_text(auroc)}; 0.5 is chance.")
+
+
+def _calibration(values: Any) -> str:
+    slope, large = values.loc["calibration_slope"], values.loc["calibration_in_the_large"]
+    faults = [
+        text
+        for is_shown, text in (
+            (slope.high < 1, "high risks are too high and low ones too low"),
+            (slope.low > 1, "high risks are too low and low ones too high"),
+            (large.high < 0, "they are too high on average"),
+            (large.low > 0, "they are too low on average"),
+        )
+        if is_shown
+    ]
+    distance = f"from the observed share by {percent(values.loc['ici'].value)} on average"
+    slope_text = f"slope {value_text(slope, '.2f')}, 1 is ideal"
+    if faults:
+        return (
+            f"Its risks may not be taken literally: {' and '.join(faults)}. They differ {distance} "
+            f"({slope_text})."
+        )
+    if not slope.high - slope.low < WIDE_SLOPE:
+        beginning = "Too few events to say whether its risks may be taken literally"
+    else:
+        beginning = "Its risks may be taken literally"
+    return f"{beginning}: they differ {distance} ({slope_text})."
+
+
+def _certainty(auroc: Any, counts: Mapping[str, int], noun: str, advice: str) -> str:
+    text = f"Tested on {counts_text(counts, noun)}"
+    if not math.isnan(auroc.low):
+        text += f": the AUROC is known to about ±{(auroc.high - auroc.low) / 2:.3f}"
+    return f"{text}. {advice}".strip()

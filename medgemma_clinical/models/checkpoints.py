@@ -129,6 +129,7 @@ class Config(TypedDict, total=False):
 
     # Results, once training has ended.
     decision: dict[str, float]  # slope, intercept, threshold: ``DecisionRule`` of the stage
+    threshold_choice: str | None  # as ``--threshold`` was written; None: Youden's index
     models: dict[str, dict[str, float]]  # the same of each baseline and of the ensemble
     best_model: str  # recommended, ``--use best``
     metrics: dict[str, Any]  # content of ``metrics.json``

@@ -12,7 +12,11 @@ from huggingface_hub import ModelCard, ModelCardData
 from medgemma_clinical.data.small_cells import MIN_CELL, count_text
 from medgemma_clinical.data.texts import code
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
-from medgemma_clinical.evaluation.decision import MIN_CHOOSING_EVENTS
+from medgemma_clinical.evaluation.decision import (
+    MIN_CHOOSING_EVENTS,
+    DecisionRule,
+    describe_threshold,
+)
 from medgemma_clinical.evaluation.suppress import NOT_SHOWN, suppress
 from medgemma_clinical.evaluation.topics.case_mix import suppress_case_mix
 from medgemma_clinical.evaluation.topics.written_reports import suppress_reports
@@ -66,7 +70,11 @@ def model_card(
     units = dict(zip(config["features"], config["units"], strict=True))
     series = config["inputs"].get("series", config["features"])
     shared = shareable(config, min_cell)
+    rows = choosing_rows(config)
+    is_moved = DecisionRule.from_config(config).is_moved
     words: dict[str, Any] = {
+        "threshold_choice": describe_threshold(config.get("threshold_choice"), rows),
+        "recalibration": f"by Platt's method on {rows}" if is_moved else "none",
         "config": shared,
         "model": describe_model(shared),
         "repo_id": repo_id,
@@ -77,6 +85,12 @@ def model_card(
     }
     path = str(Path(__file__).with_suffix(".md.j2"))
     return f"{ModelCard.from_template(ModelCardData(**_header(config)), path, **words)}\n"
+
+
+def choosing_rows(config: Mapping[str, Any]) -> str:
+    """Return the rows that chose a model's threshold and recalibration, in words."""
+    is_of_folds = "folds" in config.get("metrics", {})
+    return "the out-of-fold rows of its folds" if is_of_folds else "its own validation part"
 
 
 def _header(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,39 +9,49 @@ import pandas as pd
 
 from medgemma_clinical.data.small_cells import count_patients
 from medgemma_clinical.evaluation import plots
-from medgemma_clinical.evaluation.metrics import Array
+from medgemma_clinical.evaluation.metrics import Array, calibration_curve
 from medgemma_clinical.evaluation.metrics_table import bootstrap, label_risk_patient, with_interval
 from medgemma_clinical.evaluation.tables import metric_table
 from medgemma_clinical.evaluation.topics.topic import Cells, Details, Evaluated, Topic
 
 MAX_BINS, EVENTS_A_BIN = 10, 5
+SHOWN_RISKS, CURVE_POINTS = (0.01, 0.99), 50
+"""Quantiles of the risks between which the curve is drawn, and its points."""
 
 
 def calibration_topic(evaluated: Evaluated) -> Topic:
     """Return the topic."""
     metrics, content, risk = evaluated.metrics, evaluated.content, evaluated.risks[0]
     bins = calibration_table(evaluated.rows, evaluated.model, content.seed)
+    smooth = smooth_curve(evaluated.rows, evaluated.model, content.seed)
     pooled = f", the risks of {content.folds} models pooled" if content.folds else ""
     cells = metric_table(
         metrics, ["calibration_slope", "calibration_in_the_large", "ici", "brier_skill"]
     )
     further = metric_table(metrics, ["calibration_intercept", "e50", "e90", "brier", "log_loss"])
-    curve = "Calibration curve in bins of equal size; below it, a histogram of the risks"
+    caption = (
+        "Calibration curve with its 95\xa0% band, and bins of equal size; below, the risks: "
+        "where the band holds the diagonal, risks may be taken literally"
+    )
     return Topic(
         "Calibration",
         [
             f"Do the predicted risks come true? Of the {content.noun} with a risk of 20\xa0%, "
-            "20\xa0% should have the event."
+            "20\xa0% should have the event.",
+            *filter(None, [content.recalibration]),
         ],
         [Cells(cells, f"How well risks agree with what was observed{pooled}")],
         {
-            "calibration": (plot_calibration(bins, risk), curve),
+            "calibration": (plot_calibration(bins, smooth, risk), caption),
             "risk_distribution": (
                 plot_risks(evaluated.labels, risk),
                 "Distribution of the risks by outcome",
             ),
         },
-        {"calibration": bins.drop(columns="n") if evaluated.min_cell else bins},
+        {
+            "calibration": bins.drop(columns="n") if evaluated.min_cell else bins,
+            "calibration_curve": smooth,
+        },
         [Details("Further measures", table=Cells(further, "Further measures of the risks"))],
     )
 
@@ -69,18 +79,36 @@ def calibration_table(rows: pd.DataFrame, model: str, seed: int) -> pd.DataFrame
     return table[["n", "predicted", "observed", "low", "high"]]
 
 
-def plot_calibration(table: pd.DataFrame, risk: Array) -> plots.Plot:
-    """Plot a ``calibration_table`` above a histogram of the risks."""
+def smooth_curve(rows: pd.DataFrame, model: str, seed: int) -> pd.DataFrame:
+    """Return the flexible calibration curve: predicted risk, observed share, low and high."""
+    labels, risk, patients = label_risk_patient(rows, model)
+    at = np.linspace(*np.quantile(risk, SHOWN_RISKS), CURVE_POINTS)
+
+    def statistic(weights: Array) -> dict[Any, Array]:
+        curve = calibration_curve(labels, risk, weights, at)
+        return dict(enumerate(curve.T))
+
+    table = with_interval(*bootstrap(labels, patients, seed, statistic))
+    table = table.rename(columns={"value": "observed"}).assign(predicted=at)
+    return table[["predicted", "observed", "low", "high"]].dropna(subset="observed")
+
+
+def plot_calibration(table: pd.DataFrame, smooth: pd.DataFrame, risk: Array) -> plots.Plot:
+    """Plot a ``calibration_table`` and a ``smooth_curve`` above a histogram of the risks."""
     figure, (axes, below) = plots.new_figure((4, 1))
     x, y, low, high = (100 * table[name] for name in ("predicted", "observed", "low", "high"))
     top = min(100.0, 1.05 * np.nanmax([*y, *high, 100 * risk.max()]))
     axes.plot([0, 100], [0, 100], label="ideal", **plots.DOTTED)
-    axes.vlines(x, low, high, color=plots.MODEL)
-    axes.plot(x, y, "o-", label="observed [95 %]", color=plots.MODEL, linewidth=1, markersize=5)
+    percents = (100 * smooth[name] for name in ("predicted", "observed", "low", "high"))
+    along, curve, lower, upper = percents
+    axes.fill_between(along, lower, upper, color=plots.MODEL, alpha=0.18, linewidth=0)
+    axes.plot(along, curve, color=plots.MODEL, label="observed [95 %]")
+    axes.vlines(x, low, high, color=plots.INK, linewidth=1)
+    axes.plot(x, y, "o", label="bins [95 %]", color=plots.INK, markersize=4)
     axes.set(ylabel="observed, %", xlim=(-0.02 * top, top), ylim=(-0.02 * top, top))
     below.hist(100 * risk, np.linspace(0, top, 41).tolist(), color=plots.MODEL, alpha=0.5)
     below.set(xlabel="predicted risk, %", ylabel="count", yticks=[])
-    alt = "Calibration curve: share of events over the predicted risk, and a histogram."
+    alt = "Calibration curve with its band: share of events over the risk, and a histogram."
     return plots.with_legend(figure), alt
 
 

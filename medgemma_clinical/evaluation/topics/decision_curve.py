@@ -1,4 +1,4 @@
-"""What acting on the risks brings: net benefit over thresholds, and shares at the threshold."""
+"""What acting on the risks brings: shares at thresholds, and net benefit over them."""
 
 from __future__ import annotations
 
@@ -9,35 +9,111 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from medgemma_clinical.data.small_cells import count_patients
 from medgemma_clinical.evaluation import plots
-from medgemma_clinical.evaluation.metrics import Array, net_benefit
-from medgemma_clinical.evaluation.metrics_table import bootstrap, label_risk_patient, with_interval
-from medgemma_clinical.evaluation.tables import metric_table
-from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, Topic
-from medgemma_clinical.evaluation.verdicts import percent
+from medgemma_clinical.evaluation.metrics import Array, confusion_shares, net_benefit
+from medgemma_clinical.evaluation.metrics_table import (
+    bootstrap,
+    label_risk_patient,
+    patients_behind_shares,
+    with_interval,
+)
+from medgemma_clinical.evaluation.suppress import any_small
+from medgemma_clinical.evaluation.tables import METRICS, metric_table
+from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, ReportContent, Topic
+from medgemma_clinical.evaluation.verdicts import interval_text, percent
+
+TREAT_ALL = "treat all"
+SHARES = "sensitivity", "specificity", "ppv", "npv", "positives"
+SHOWN_THRESHOLDS = 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8
+"""Risks whose lines the table of thresholds has, as far as the decision curve reaches."""
 
 
 def decision(evaluated: Evaluated) -> Topic:
     """Return the topic."""
-    content = evaluated.content
-    curve = decision_curve(evaluated.rows, evaluated.names, content.seed)
-    threshold = "each fold's own" if content.threshold is None else percent(content.threshold)
+    content, names, rows = evaluated.content, evaluated.names, evaluated.rows
+    if content.decided_risk is not None:
+        rows = rows.assign(**{evaluated.model: content.decided_risk})
+    curve = decision_curve(rows, names, content.seed)
+    shown = {content.threshold, *(x for x in SHOWN_THRESHOLDS if x <= curve.index.max())}
+    table = threshold_table(rows, names, sorted(shown), content.seed, evaluated.min_cell)
     text = (
         "To act at a risk of 20\xa0% and above is to accept four false positives for one true "
         "positive. The net benefit is the share of true positives minus that of false positives, "
         "weighted at this rate. The model helps at thresholds where its curve lies above both "
-        "“treat all” and “treat none”. The threshold is a choice of the clinician, not of the data."
+        "“treat all” and “treat none”. The threshold is a choice of the clinician, not of the "
+        "data: --threshold sets it."
     )
-    names = ["sensitivity", "specificity", "ppv", "npv", "positives"]
-    caption = f"At Youden's threshold, {threshold}, chosen on {content.chosen_on}"
-    figure = plot_decision_curve(curve, evaluated.names), f"Decision curve{evaluated.beside}"
+    figure = plot_decision_curve(curve, names), f"Decision curve{evaluated.beside}"
+    at_threshold = metric_table(evaluated.metrics, [*SHARES])
     return Topic(
         "Decision curve",
         [text],
-        [Cells(metric_table(evaluated.metrics, names), caption)],
+        [
+            Cells(at_threshold, threshold_caption(content)),
+            Cells(threshold_cells(table), "The same at other thresholds", is_wide=True),
+        ],
         {"decision_curve": figure},
-        {"decision_curve": curve.reset_index()},
+        {"decision_curve": curve.reset_index(), "thresholds": table},
     )
+
+
+def threshold_caption(content: ReportContent) -> str:
+    """Return the threshold that predicts the event, and how it was chosen."""
+    return f"At the threshold of {percent(content.threshold)}, {content.threshold_choice}"
+
+
+def threshold_table(
+    rows: pd.DataFrame, names: Sequence[str], thresholds: Sequence[float], seed: int, min_cell: int
+) -> pd.DataFrame:
+    """Return threshold, metric, value, low and high of the first model.
+
+    Metrics: shares, net benefit, and its difference to the other models and to treating all; none
+    at a threshold that splits off a small count.
+    """
+    labels, risk, patients = label_risk_patient(rows, names[0])
+    risks = {name: rows[name].to_numpy(float) for name in names} | {TREAT_ALL: np.ones(len(rows))}
+    cuts = np.array(thresholds)
+
+    def statistic(weights: Array) -> dict[Any, Array]:
+        benefits = {name: net_benefit(labels, x, cuts, weights) for name, x in risks.items()}
+        values: dict[Any, Array] = {}
+        for k, threshold in enumerate(thresholds):
+            at: dict[str, Array] = confusion_shares(labels, risk >= threshold, weights)
+            at["net benefit"] = benefits[names[0]][:, k]
+            for name in (*names[1:], TREAT_ALL):
+                at[f"minus {name}"] = benefits[names[0]][:, k] - benefits[name][:, k]
+            values |= {(threshold, name): x for name, x in at.items()}
+        return values
+
+    behind: dict[Any, int] = {}
+    hidden: list[float] = []
+    for threshold in thresholds:
+        positive = risk >= threshold
+        of_shares = patients_behind_shares(labels, positive, patients)
+        behind |= {(threshold, share): patients for share, patients in of_shares.items()}
+        cells = [(positive == p) & (labels == y) for p in (True, False) for y in (0, 1)]
+        if any_small([count_patients(patients, cell) for cell in cells], min_cell):
+            hidden.append(threshold)
+    table = with_interval(*bootstrap(labels, patients, seed, statistic), behind)
+    table = table.rename_axis(["threshold", "metric"]).reset_index()
+    return table[~table["threshold"].isin(hidden)]
+
+
+def threshold_cells(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a ``threshold_table`` as text, a line a threshold."""
+    lines = []
+    for threshold, part in table.groupby("threshold"):
+        line = {"Threshold": percent(float(str(threshold)))}
+        for _, metric, value, low, high in part.itertuples(index=False):
+            if metric in SHARES:
+                line[METRICS[metric][0]] = interval_text(value, low, high, ".1f", 100)
+            else:
+                form = "+.1f" if metric.startswith("minus") else ".1f"
+                title = metric.capitalize() + " of 100 patients" * (metric == "net benefit")
+                line[title] = interval_text(value, low, high, form, 100)
+        lines.append(line)
+    return pd.DataFrame(lines)
 
 
 def decision_curve(rows: pd.DataFrame, models: list[str], seed: int) -> pd.DataFrame:

@@ -19,7 +19,7 @@ def discrimination(evaluated: Evaluated) -> Topic:
     metrics, noun = evaluated.metrics, evaluated.content.noun
     value = metrics.of(evaluated.model)["value"]
     roc = plot_roc(labels, risks, (1 - value["specificity"], value["sensitivity"]))
-    cells = metric_table(metrics, ["auroc", "auprc", "accuracy"])
+    cells = metric_table(metrics, ["auroc", "auprc"])
     return Topic(
         "Discrimination",
         [f"Do {noun} with the event get a higher risk than {noun} without it?"],

@@ -54,11 +54,13 @@ class ReportContent:
     question: Mapping[str, str]  # what is predicted, when, from what
     data: Mapping[str, str]
     card: Mapping[str, str]  # about the model; hashes and versions stand last
-    threshold: float | None  # None: each fold's own
+    threshold: float  # risk from which on the event is predicted
+    threshold_choice: str  # how it was chosen, on which rows
     seed: int  # of the bootstrap
     bands: pd.DataFrame  # subgroups of the evaluated rows: ordered categories, a column a grouping
     noun: str = "patients"  # what the rows are
-    chosen_on: str = "the validation part"  # rows that chose threshold and recalibration
+    decided_risk: Array | None = None  # (n,) to which the threshold applies; None: the rows' own
+    recalibration: str = ""  # how the model that is handed over is recalibrated, in words
     flow: pd.DataFrame | None = None  # columns rule, removed, left
     split: pd.DataFrame | None = None  # a ``part_table``
     table_one: pd.DataFrame | None = None  # a ``table_one``
@@ -72,7 +74,9 @@ class ReportContent:
     tries_updates: bool = False  # whether there is a section on updates, with or without any
     methods: Mapping[str, str] | None = None  # what ``tripod.md`` says of the training
     notice: str = ""  # a banner
+    advice: str = ""  # what helps where there are few events
     first: Sequence[str] = ()  # sentences that the result begins with
+    last: Sequence[str] = ()  # sentences that it ends with
     folds: int = 0  # models whose risks of their own folds are evaluated together; 0: one model
 
 
