@@ -267,9 +267,9 @@ def review_texts(
     lines, metrics = score_reports(data.dataset, texts, tested, args.seed)
     if not args.show_values:
         return Written(lines, metrics)
-    first = int(tested.labels.argmax())  # with the event
-    prompt = data.dataset.prompt(int(tested.rows[first]), stage.text.options)
-    return Written(lines, metrics, {**lines[first], "prompt": prompt})
+    drawn = int(np.random.default_rng(args.seed).integers(len(lines)))
+    prompt = data.dataset.prompt(int(tested.rows[drawn]), stage.text.options)
+    return Written(lines, metrics, {**lines[drawn], "prompt": prompt})
 
 
 def log_results(metrics: dict[str, Metrics], written: dict[str, Any] | None, noun: str) -> None:

@@ -181,7 +181,7 @@ def weight_0_sentence(config: Mapping[str, Any]) -> str:
     """Return the sentence of a page about a language model of weight 0; else nothing."""
     if config.get("residual_weight") != 0:
         return ""
-    return f"Weight of the language model: {describe_weight(config)}."
+    return "The language model was not shown to add to stage 1, so each risk is that of stage 1."
 
 
 def built_in_sentence(of: str = "") -> str:
