@@ -27,6 +27,7 @@ from medgemma_clinical.data.fold_split import draw_folds, fold_dataset, foldable
 from medgemma_clinical.data.overlap import patient_hashes
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES, describe_tuning
 from medgemma_clinical.evaluation.decision import (
+    DecisionOptions,
     fit_decision_rule,
     recommended_model,
     youden_threshold,
@@ -342,10 +343,12 @@ def test_the_rules_of_a_final_model_undo_the_recalibration_of_the_folds():
         table[name] = expit(intercept[fold] + slope[fold] * odds[name])
         for k, rule in enumerate(rules):
             rule[name] = {"slope": slope[k], "intercept": intercept[k]}
-    table["ensemble"], found = 0.5, folds.decide(table, rules, fold, "platt")
+    table["ensemble"], options = 0.5, DecisionOptions(recalibrates=True)
+    found, risks = folds.decide(table, rules, fold, options)
     for name, rule in ((STAGE_1, found["decision"]), ("blend", found["models"]["blend"])):
-        expected = asdict(fit_decision_rule(labels.astype(float), odds[name], "platt"))
-        assert rule == pytest.approx(expected)
+        expected = fit_decision_rule(labels.astype(float), odds[name], options)
+        assert rule == pytest.approx(asdict(expected))
+        assert risks[name] == pytest.approx(expected.probability(odds[name]))
     assert found["models"].keys() == {"blend", "ensemble"}
 
 

@@ -189,20 +189,31 @@ def describe_threshold(choice: str | None, rows: str) -> str:
 def choose_threshold(choice: str | None, labels: Array, probability: Array) -> float:
     """Return the threshold of a ``--threshold``, chosen on n rows; None: Youden's.
 
-    Of a goal, that which reaches it and is best for the other of sensitivity and specificity.
+    A goal gets the threshold that reaches it and is best for the other of both shares.
+    """
+    if choice is None:
+        return youden_threshold(labels, probability)
+    goal, value = parse_threshold(choice)
+    if not goal:
+        return value
+    false_rate, sensitivity, thresholds = roc_curve(labels, probability, drop_intermediate=False)
+    if goal == "sensitivity":  # it rises along the curve, specificity falls
+        return _midway(thresholds, np.flatnonzero(sensitivity >= value)[0])
+    return _midway(thresholds, np.flatnonzero(1 - false_rate >= value)[-1])
+
+
+def youden_threshold(labels: NDArray[Any], probability: NDArray[Any]) -> float:
+    """Return the lowest threshold with the largest sensitivity + specificity.
 
     Source: Youden 1950, "Index for rating diagnostic tests".
     """
-    goal, value = ("", math.nan) if choice is None else parse_threshold(choice)
-    if choice is not None and not goal:
-        return value
     false_rate, sensitivity, thresholds = roc_curve(labels, probability, drop_intermediate=False)
-    if goal:  # along the curve sensitivity rises and specificity falls
-        reached = sensitivity >= value if goal == "sensitivity" else 1 - false_rate >= value
-        best = np.flatnonzero(reached)[0 if goal == "sensitivity" else -1]
-    else:
-        index = sensitivity - false_rate
-        best = np.flatnonzero(np.isclose(index, index.max(), rtol=0, atol=1e-12))[-1]
-    lower = thresholds[best + 1] if best + 1 < len(thresholds) else 0.0
-    upper = min(thresholds[best], 1.0)  # scikit-learn's first threshold is infinite
-    return float((upper + lower) / 2)  # midway: rounding moves no row across
+    index = sensitivity - false_rate
+    best = np.flatnonzero(np.isclose(index, index.max(), rtol=0, atol=1e-12))[-1]
+    return _midway(thresholds, best)
+
+
+def _midway(thresholds: Array, k: np.intp) -> float:
+    """Return the middle of the falling risks k and k + 1: rounding moves no row across."""
+    lower = thresholds[k + 1] if k + 1 < len(thresholds) else 0.0
+    return float((min(thresholds[k], 1.0) + lower) / 2)  # scikit-learn's first is infinite

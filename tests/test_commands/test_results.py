@@ -12,7 +12,11 @@ import medgemma_trainer as trainer
 from language_models import TINY_MODEL
 from medgemma_clinical.commands import report_content, results, run_folder
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, describe_tuning
-from medgemma_clinical.evaluation.decision import Predictions, youden_threshold
+from medgemma_clinical.evaluation.decision import (
+    DecisionOptions,
+    Predictions,
+    youden_threshold,
+)
 from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.trained_model import read_trained_config
@@ -244,7 +248,7 @@ def test_the_chosen_weight_is_kept_with_the_model_and_makes_its_predictions():
         stage = stage_of_patients(*flags)
         data = data_for(arguments("--model_name", TINY_MODEL, *flags), patients())
         predictions, decided = results.apply_decisions(
-            dict.fromkeys(PARTS, raw), stage, data, "none"
+            dict.fromkeys(PARTS, raw), stage, data, DecisionOptions()
         )
         weight = decided.get("residual_weight", 1.0)
         assert ("residual_weight" in decided) == weighs == (weight < 1)
