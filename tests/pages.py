@@ -65,7 +65,8 @@ def make_content(n=400, **more):
     labels, groups = np.tile([0.0, 0, 0, 1], 50), np.arange(200)
     split = {"train": groups[:100], "val": groups[100:120], "test": groups[120:]}
     share = {"value": 0.9, "low": 0.8, "high": 0.95}
-    shares = ("parse_share", "true_number_share", "right_trend_share", "inventing_share")
+    shares = ("right_answer_share", "parse_share", "true_number_share")
+    shares += ("right_trend_share", "inventing_share")
     mix = {"rows": 200.0, "patients": 200.0, "prevalence": 0.25, "women": 0.5}
     mix |= {"age_q1": 40.0, "age_median": 50.0, "age_q3": 60.0}
     parts = {
@@ -73,6 +74,7 @@ def make_content(n=400, **more):
         "data": {"Source": "file.csv"},
         "card": {"Model": "ODE-RNN", "SHA-256 of the data": "c0ffee"},
         "threshold": THRESHOLD,
+        "threshold_choice": "chosen by a rule on some rows",
         "seed": 0,
         "bands": make_bands(n),
         "flow": pd.DataFrame({"rule": ["no label"], "removed": [3], "left": [200]}),

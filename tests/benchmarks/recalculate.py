@@ -29,7 +29,7 @@ LARGEST = 1e-6
 DRAWS = 400
 TESTED = ["id", "label", "patient", "fold"]
 TITLES = {
-    **{"auroc": "AUROC", "auprc": "AUPRC", "accuracy": "Accuracy at 0.5", "ici": "ICI"},
+    **{"auroc": "AUROC", "auprc": "AUPRC", "ici": "ICI"},
     **{"calibration_slope": "Slope", "calibration_in_the_large": "In the large"},
     **{"calibration_intercept": "Intercept", "e50": "E50", "e90": "E90", "brier": "Brier score"},
     **{"log_loss": "Log loss", "brier_skill": "Brier skill", "ppv": "PPV (%)", "npv": "NPV (%)"},

@@ -13,8 +13,14 @@ from medgemma_clinical.evaluation.topics.calibration import (
     calibration_table,
     plot_calibration,
     plot_risks,
+    smooth_curve,
 )
-from medgemma_clinical.evaluation.topics.decision_curve import decision_curve, plot_decision_curve
+from medgemma_clinical.evaluation.topics.decision_curve import (
+    TREAT_ALL,
+    decision_curve,
+    plot_decision_curve,
+    threshold_table,
+)
 from medgemma_clinical.evaluation.topics.discrimination import plot_precision_recall, plot_roc
 from medgemma_clinical.evaluation.topics.learning import plot_learning
 from medgemma_clinical.evaluation.verdicts import BETTER, UNDECIDED, WORSE
@@ -60,11 +66,39 @@ def test_the_calibration_curve_has_bins_of_equal_size():
     table = calibration_table(rows, MODEL, 0)
     assert table["n"].max() - table["n"].min() <= 1
     _, (risk,) = arrays(rows, MODEL)
-    figure, _ = plot_calibration(table, risk)
-    predicted, observed = lines_of(figure)["observed [95 %]"]
-    assert predicted == pytest.approx(100 * table["predicted"])
-    assert observed == pytest.approx(100 * table["observed"])
+    smooth = smooth_curve(rows, MODEL, 0)
+    figure, _ = plot_calibration(table, smooth, risk)
+    for name, drawn in (("bins [95 %]", table), ("observed [95 %]", smooth)):
+        predicted, observed = lines_of(figure)[name]
+        assert predicted == pytest.approx(100 * drawn["predicted"])
+        assert observed == pytest.approx(100 * drawn["observed"])
     assert sum(bar.get_height() for bar in figure.axes[1].patches) == len(rows)
+
+
+def test_the_table_of_thresholds_counts_what_acting_at_each_brings(rows):
+    labels, risks = arrays(rows, MODEL, "blend")
+    cuts = [0.1, 0.35, 0.6]
+    table = threshold_table(rows, [MODEL, "blend"], cuts, 0, 0)
+    values = table.pivot(index="threshold", columns="metric", values="value")
+    for cut, found in values.iterrows():
+        weight, n = cut / (1 - cut), len(rows)
+        positive = risks[0] >= cut
+        event = labels == 1
+        assert found["sensitivity"] == pytest.approx((positive & event).sum() / event.sum())
+        assert found["specificity"] == pytest.approx((~positive & ~event).sum() / (~event).sum())
+        assert found["positives"] == pytest.approx(positive.mean())
+        own, other, everyone = (
+            ((acted & event).sum() - weight * (acted & ~event).sum()) / n
+            for acted in (positive, risks[1] >= cut, np.ones(n, dtype=bool))
+        )
+        assert found["net benefit"] == pytest.approx(own)
+        assert found["minus blend"] == pytest.approx(own - other)
+        assert found[f"minus {TREAT_ALL}"] == pytest.approx(own - everyone)
+    known = table.dropna()
+    assert (known["low"] <= known["value"]).all()
+    assert (known["value"] <= known["high"]).all()
+    small = threshold_table(rows, [MODEL, "blend"], [*cuts, 0.999], 0, 11)
+    assert 0.999 not in set(small["threshold"]), "few are predicted positive"
 
 
 def test_the_distribution_of_risks_holds_each_class_whole(rows):

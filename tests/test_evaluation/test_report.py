@@ -11,7 +11,7 @@ from scipy.special import expit, logit
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import evaluate
 from medgemma_clinical.evaluation.report import PATIENTS_NOTICE, write_comparison
-from medgemma_clinical.evaluation.tables import model_table
+from medgemma_clinical.evaluation.tables import METRICS, model_table
 from medgemma_clinical.evaluation.verdicts import BETTER, NO_VALUE, UNDECIDED, WORSE, sentences
 from pages import MODEL, OUTCOME, THRESHOLD, Page, make_content, make_rows, write_page
 
@@ -189,8 +189,9 @@ def test_shares_at_the_threshold_go_where_one_of_the_four_cells_is_small(figures
     missed = ((rows["label"] == 1) & (rows[MODEL] < THRESHOLD)).sum()
     shown = write_page(tmp_path, rows, min_cell=int(missed))
     hidden = write_page(tmp_path, rows, min_cell=int(missed) + 1)
-    assert "Sensitivity (%)" in Page(shown).text
-    assert "Sensitivity (%)" not in Page(hidden).text
+    meaning = METRICS["sensitivity"][2]
+    assert meaning in Page(shown).text
+    assert meaning not in Page(hidden).text
     roc, without = (Page(source).images()[0][1] for source in (shown, hidden))
     assert ">threshold<" in roc
     assert ">threshold<" not in without

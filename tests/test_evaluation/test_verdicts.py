@@ -49,28 +49,46 @@ def test_only_an_interval_that_excludes_the_limit_decides(ends, level):
     assert verdicts.verdict(*ends, 0, MINORITY_PATIENTS - 1) == TOO_FEW
     others = {"blend": (0.71, ends), ENSEMBLE: (0.75, ends)}
     found = sentences(result((0.5 + ends[0], 0.5 + ends[1]), others))
-    assert [finding.verdict for finding in found] == [level, None, None, level]
-    assert level.words in found[1].text or level == WORSE
+    assert [finding.verdict for finding in found] == [level, None, level, None, None]
     found = sentences(result((0.8, 0.9), others, minority=9))
-    assert [finding.verdict for finding in found] == [TOO_FEW, None, None, TOO_FEW]
+    assert [finding.verdict for finding in found] == [TOO_FEW, None, TOO_FEW, None, None]
+
+
+@pytest.mark.parametrize(
+    ("slope", "large", "literal"),
+    [
+        ((0.9, 1.1), (-0.1, 0.1), "may be"),
+        ((0.5, 0.9), (-0.1, 0.1), "may not be"),
+        ((1.1, 1.4), (-0.1, 0.1), "may not be"),
+        ((0.9, 1.1), (0.1, 0.3), "may not be"),
+        ((0.9, 1.1), (-0.3, -0.1), "may not be"),
+        ((0.6, 1.4), (-0.1, 0.1), "Too few"),
+        ((np.nan, np.nan), (np.nan, np.nan), "Too few"),
+    ],
+)
+def test_risks_may_be_taken_literally_where_narrow_intervals_hold_the_ideal(slope, large, literal):
+    metrics = result((0.7, 0.9))
+    for name, ends in (("calibration_slope", slope), ("calibration_in_the_large", large)):
+        metrics.table.loc[(MODEL, name), ["low", "high"]] = ends
+    assert literal in sentences(metrics)[1].text
 
 
 def test_a_sentence_is_left_out_where_its_rows_are_missing():
     names = [name for name in STAGE_NAMES.values() if name != MODEL]
     stages = dict.fromkeys(names, (0.9, (0.1, 0.2)))
-    assert len(sentences(result((0.6, 0.8), calibrated=False))) == 1
-    assert len(sentences(result((0.6, 0.8), stages))) == 2
-    assert len(sentences(result((0.6, 0.8), {**stages, "last value": (0.6, (-0.2, -0.1))}))) == 2
-    assert len(sentences(result((0.6, 0.8), {**stages, "blend": (0.6, (-0.2, -0.1))}))) == 3
+    assert len(sentences(result((0.6, 0.8), calibrated=False))) == 2
+    assert len(sentences(result((0.6, 0.8), stages))) == 3
+    assert len(sentences(result((0.6, 0.8), {**stages, "last value": (0.6, (-0.2, -0.1))}))) == 3
+    assert len(sentences(result((0.6, 0.8), {**stages, "blend": (0.6, (-0.2, -0.1))}))) == 4
 
 
 @pytest.mark.parametrize("used", [ENSEMBLE, "last value"])
 def test_a_model_that_is_not_in_the_ensemble_has_no_sentence_on_it(used):
     others = {} if used == ENSEMBLE else {ENSEMBLE: (0.75, (0.1, 0.2))}
     metrics = result((0.6, 0.8), others)
-    assert len(sentences(metrics)) == 2 + len(others)
+    assert len(sentences(metrics)) == 3 + len(others)
     metrics = replace(metrics, table=metrics.table.rename({MODEL: used}))  # by --use
-    assert len(sentences(metrics)) == 2
+    assert len(sentences(metrics)) == 3
 
 
 def test_the_sentence_and_the_verdict_are_of_the_planned_baseline_alone():

@@ -27,13 +27,18 @@ def test_each_report_is_compared_with_its_patient():
     lines, metrics = scored(dataset, first=3)
     for line, i in zip(json.loads(json.dumps(lines)), range(15, 2, -1), strict=True):
         text = dataset.report(i)
-        expected = {"id": f"patient {i}", "text": text, "target": text, "verdict": i % 2}
+        answer, rest = text.split(".", 1)
+        assert line["text"].startswith(f"{answer} (risk "), "behind yes or no"
+        assert line["text"].endswith(f"){'.' + rest}")
+        expected = {"id": f"patient {i}", "target": text, "verdict": i % 2}
         assert line.items() >= (expected | {"parses": True, "invented": 0}).items()
         assert line["probability"] == pytest.approx(1 / (1 + np.exp(1 - i / 10)))
     assert metrics["reports"] == 13
-    assert metrics["parse_share"]["value"] == metrics["true_number_share"]["value"] == 1
+    ones = ("right_answer_share", "parse_share", "true_number_share")
+    assert [metrics[name]["value"] for name in ones] == [1, 1, 1]
     _, metrics = scored(dataset, {i: dataset.report((i + 1) % 16) for i in range(16)})
     assert metrics["true_number_share"]["value"] < 0.5
+    assert metrics["right_answer_share"]["value"] == 0  # of the next patient, who has the other
     assert 0.5 < metrics["parse_share"]["value"] < 1  # one observation has no rate: another form
 
 
