@@ -97,8 +97,14 @@ def test_the_table_of_thresholds_counts_what_acting_at_each_brings(rows):
     known = table.dropna()
     assert (known["low"] <= known["value"]).all()
     assert (known["value"] <= known["high"]).all()
-    small = threshold_table(rows, [MODEL, "blend"], [*cuts, 0.999], 0, 11)
-    assert 0.999 not in set(small["threshold"]), "few are predicted positive"
+    positive = risks[0] >= np.array(cuts)[:, None]
+    cells = [[(positive[k] == p) & (labels == y) for p in (0, 1) for y in (0, 1)] for k in range(3)]
+    smallest = [min(len(set(rows["patient"][cell])) for cell in each) for each in cells]
+    for limit in (min(smallest), min(smallest) + 1):
+        kept = threshold_table(rows, [MODEL, "blend"], cuts, 0, limit)["threshold"].unique()
+        assert kept.tolist() == [
+            c for c, n in zip(cuts, smallest, strict=True) if not 0 < n < limit
+        ]
 
 
 def test_the_distribution_of_risks_holds_each_class_whole(rows):

@@ -128,7 +128,8 @@ def test_no_table_holds_dashes_alone(min_cell, tmp_path):
     mix = {"patients": 30.0, "prevalence": 0.25}
     reports = {"reports": 30, "numbers_stated": 0, "invented": 0}
     share = dict.fromkeys(("value", "low", "high"))
-    shares = ("parse_share", "true_number_share", "right_trend_share", "inventing_share")
+    shares = ("right_answer_share", "parse_share", "true_number_share")
+    shares += ("right_trend_share", "inventing_share")
     content = make_content(30, case_mix=(mix, mix), reports=reports | dict.fromkeys(shares, share))
     source = write_page(tmp_path, make_rows(30), content, min_cell=min_cell)
     for table in re.findall("<table>(.*?)</table>", source, re.DOTALL):
@@ -226,8 +227,8 @@ def test_each_figure_and_each_table_is_also_a_file(figures, tmp_path):
     }
     assert all(path.with_suffix(".pdf").read_bytes()[:4] == b"%PDF" for path in drawn)
     assert {path.stem for path in folder.glob("*.csv")} == {
-        *("metrics", "models", "subgroups", "calibration", "decision_curve", "split", "flow"),
-        *("case_mix", "table_one"),
+        *("metrics", "models", "subgroups", "calibration", "calibration_curve", "split", "flow"),
+        *("decision_curve", "thresholds", "case_mix", "table_one"),
     }
     metrics = evaluate(rows, 0, THRESHOLD)
     table = pd.read_csv(folder / "metrics.csv", index_col=["model", "metric"])
