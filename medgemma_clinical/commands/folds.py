@@ -383,7 +383,8 @@ def folds_content(
             **several.NOT_IN_INTERVALS,
             "Epochs": f"each fold has {selection}; --final averages {epochs}, by the folds' pooled "
             "validation loss",
-            "Baselines": describe_tuning(tuned),
+            "Baselines": f"in each fold {describe_tuning(tuned)}; those of --final are tuned by "
+            "the same rule, and fitted, on all patients",
             "Seed": str(args.seed),
         },
         threshold=config["decision"]["threshold"],

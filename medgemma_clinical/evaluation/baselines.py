@@ -259,14 +259,13 @@ def tuning_folds(labels: Array, groups: NDArray[Any]) -> Folds:
 
 def describe_tuning(tuned: Sequence[bool | None]) -> str:
     """Return whether the baselines of each of some models were tuned, in words."""
+    fitted = "fitted on training and validation part; for the validation part on the first alone"
     if all(tuned):
-        return (
-            f"tuned in {FOLDS} folds of the training part, then fitted on the validation part too"
-        )
+        return f"tuned in {FOLDS} folds of the training part, then {fitted}"
     of = f" of {len(tuned) - sum(map(bool, tuned))} of {len(tuned)} models" if any(tuned) else ""
     return (
         f"not tuned: fewer than {MIN_TUNED} patients of the training part{of} have, or lack, the "
-        "event"
+        f"event; {fitted}"
     )
 
 
