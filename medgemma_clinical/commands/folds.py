@@ -214,14 +214,13 @@ def run_apart(title: str, args: Namespace, dataset: TrajectoryDataset, shown: bo
 # --------------------------------------------------------------------------- their results
 
 
-def write_fold_results(
+def evaluate_folds(
     args: Namespace,
     rows: TrajectoryDataset,
     fold: NDArray[np.int64],  # (N,) of each row
-    folder: Path,  # of the results
     folders: list[Path],  # of the folds
-) -> None:
-    """Join the test predictions of the folds; write the result files."""
+) -> tuple[pd.DataFrame, Metrics, Config, ReportContent]:
+    """Return the joint predictions with their ``fold``, metrics, configuration and page."""
     stage, outcome = folders[0].name, OUTCOMES[rows.outcome_kind]
     name = STAGE_NAMES[stage]
     contents = [read_json(path / run_folder.METRICS) for path in folders]
@@ -246,28 +245,52 @@ def write_fold_results(
         "folds": metrics.to_json(),
         "decided": decided,
     }
-    with_folds = table.copy()
-    with_folds.insert(4, "fold", fold_of_row)  # behind the model's own column
-    write_text(folder / PREDICTIONS, predictions_csv(with_folds))
-    write_json(folder / run_folder.METRICS, content)
     first = folds_sentence(metrics, len(folders))
     config: Config = {**configs[0], **decided, "metrics": content}
     tuned = [read_json(path / BASELINES).get("tuned") for path in folders]
-    write_report(
-        folder / "report.html",
-        table,
-        metrics,
-        folds_content(args, rows, positions, config, tuned, first),
-        outcome.topics,
-        min_cell=args.min_cell,
-        list_patients=args.report_patients,
-        folder=folder,
-    )
+    page = folds_content(args, rows, positions, config, tuned, first)
+    table.insert(4, "fold", fold_of_row)  # behind the model's own column
+    return table, metrics, config, page
+
+
+def write_fold_results(
+    args: Namespace,
+    rows: TrajectoryDataset,
+    fold: NDArray[np.int64],  # (N,) of each row
+    folder: Path,  # of the results
+    folders: list[Path],  # of the folds
+) -> None:
+    """Join the test predictions of the folds; write the result files."""
+    table, metrics, config, page = evaluate_folds(args, rows, fold, folders)
+    write_text(folder / PREDICTIONS, predictions_csv(table))
+    write_json(folder / run_folder.METRICS, config["metrics"])
+    write_page(folder, args, rows, table, metrics, page)
     logger.info("")
     for line in (*sentences(metrics, rows.noun), model_table(metrics).to_string(index=False)):
         logger.info("%s", line)
     logger.info("recommended (--use best): %s", describe_recommended(config))
-    logger.info("%s\nreport: %s", first, folder / "report.html")
+    logger.info("%s\nreport: %s", page.first[0], folder / "report.html")
+
+
+def write_page(
+    folder: Path,
+    args: Namespace,
+    rows: TrajectoryDataset,
+    table: pd.DataFrame,
+    metrics: Metrics,
+    content: ReportContent,
+) -> None:
+    """Write the report of what ``evaluate_folds`` returns."""
+    write_report(
+        folder / "report.html",
+        table.drop(columns="fold"),
+        metrics,
+        content,
+        OUTCOMES[rows.outcome_kind].topics,
+        min_cell=args.min_cell,
+        list_patients=args.report_patients,
+        folder=folder,
+    )
 
 
 def join_folds(

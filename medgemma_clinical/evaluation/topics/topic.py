@@ -74,6 +74,8 @@ class ReportContent:
     notice: str = ""  # a banner
     first: Sequence[str] = ()  # sentences that the result begins with
     folds: int = 0  # models whose risks of their own folds are evaluated together; 0: one model
+    # Of folds that were drawn several times: ``TESTED`` and the risk in each repeat; each AUROC.
+    repeats: tuple[pd.DataFrame, Sequence[float]] | None = None
 
 
 @dataclass(frozen=True)
