@@ -35,7 +35,7 @@ def run_repeats(
 ) -> int:
     """Run the unfinished repeats of ``--folds`` on the same patients; compare their risks."""
     if args.seeds == 1:
-        raise InputError("--folds with --seeds 1: two repeats at least can be compared")
+        raise InputError("--folds --seeds 1: nothing to compare: give --seeds 2 or more")
     if args.ode_checkpoint and REPEAT not in str(args.ode_checkpoint):
         raise InputError(
             "--folds --seeds: each repeat has folds of its own, and so a stage 1: write {repeat} "

@@ -120,12 +120,7 @@ def plot_instability(risks: Array) -> plots.Plot:
     top = 1.02 * y.max()
     axes.plot([0, top], [0, top], label="no difference", **plots.DOTTED)
     # An image inside the figure: a path of its own for each point takes megabytes.
-    look: dict[str, Any] = {
-        "color": plots.MODEL,
-        "alpha": 0.3,
-        "markersize": 3,
-        "markeredgewidth": 0,
-    }
+    look: dict[str, Any] = {"color": plots.MODEL, "alpha": 0.3, "markeredgewidth": 0}
     axes.plot(x, y, "o", label="a repeat", rasterized=True, **look)
     figure.set_dpi(200)  # of the image
     axes.set(xlabel="mean predicted risk, %", ylabel="predicted risk in a repeat, %")
