@@ -152,7 +152,12 @@ def build_parser() -> Parser:
     add("--compare", "compare stage folders, paired", type=Path, nargs="+", metavar="RUN")
     add, switch = flags.adders(group, "stage1 llm text free")
     options = {"type": POSITIVE, "metavar": "N"}
-    add("--seeds", "repeat with N seeds and pool the results", "ablation folds", **options)
+    add(
+        "--seeds",
+        "repeat, or redraw the folds, with N seeds; pool the results",
+        "ablation folds",
+        **options,
+    )
     add, switch = flags.adders(group, "stage1 llm text cross_validate")
     options = {"type": number(int, 2, 20), "metavar": "K"}
     add("--folds", "K-fold cross-validation, each patient predicted once", "folds free", **options)

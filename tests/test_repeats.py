@@ -14,7 +14,6 @@ import pytest
 import medgemma_trainer as trainer
 from medgemma_clinical.commands import folds, repeats
 from medgemma_clinical.commands.flags import complete
-from medgemma_clinical.evaluation.decision import youden_threshold
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from pages import Page
 from visits import cohort
@@ -91,7 +90,8 @@ def test_one_table_holds_all_risks_with_their_mean_and_spread(run):
     assert table["probability"].to_numpy() == pytest.approx(table[names].mean(axis=1))
     assert table["sd"].to_numpy() == pytest.approx(table[names].std(axis=1))
     found = content(folder / "metrics.json")
-    assert (found["seeds"], found["n"]) == ([SEED, SEED + 1, SEED + 2], len(table))
+    assert found["n"] == len(table)
+    assert [line["seed"] for line in found["repeats"]] == [SEED, SEED + 1, SEED + 2]
     each = [content(run / name / "folds_trajectory" / "metrics.json") for name in names]
     aurocs = pd.Series([metrics["folds"]["auroc"]["value"] for metrics in each])
     thresholds = pd.Series([metrics["threshold"] for metrics in each], names)
@@ -107,8 +107,6 @@ def test_one_table_holds_all_risks_with_their_mean_and_spread(run):
     }
     measures = found["instability"]
     assert {name: measures[name] for name in expected} == pytest.approx(expected)
-    risk = table[names[0]]
-    assert thresholds[names[0]] == pytest.approx(youden_threshold(table["label"], risk))
 
 
 def test_the_page_is_that_of_repeat_0_with_a_section_more(run):
@@ -116,8 +114,8 @@ def test_the_page_is_that_of_repeat_0_with_a_section_more(run):
     page, other = (Page((path / "report.html").read_text()).text for path in (folder, first))
     measures = content(folder / "metrics.json")["instability"]
     auroc = f"{measures['auroc_min']:.3f} to {measures['auroc_max']:.3f}"
-    seeds = f"drawn {N} times, by seeds {SEED} to {SEED + 2}"
-    assert f"{seeds}: the AUROC of the repeats is {auroc}, mean" in page
+    assert f"drawn {N} times, by seeds {SEED} to {SEED + 2}: " in page
+    assert f"AUROC {auroc} of the repeats" in page
     assert "lower bound" in page
     assert "lower bound" not in other
     for name in ("metrics", "models", "subgroups", "decision_curve"):
@@ -141,10 +139,12 @@ def test_the_same_command_goes_on_with_the_repeat_that_was_stopped(
         shutil.rmtree(place / name)
     (place / last).parent.joinpath("predictions_folds.csv").unlink()
     before = {path: path.stat().st_mtime_ns for path in place.rglob("predictions_test.csv")}
-    words, step = command(data, place, "--final"), trainer.step
+    words, step, steps = command(data, place, "--final"), trainer.step, []
 
     def stopped(*values):
-        signal.raise_signal(signal.SIGTERM)
+        steps.append(1)
+        if len(steps) == 1:
+            signal.raise_signal(signal.SIGTERM)
         return step(*values)
 
     with monkeypatch.context() as patch:

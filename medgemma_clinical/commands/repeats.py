@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pandas as pd
@@ -15,6 +15,7 @@ from medgemma_clinical.commands.results import predictions_csv
 from medgemma_clinical.data.fold_split import draw_folds, foldable
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes
+from medgemma_clinical.evaluation.decision import youden_threshold
 from medgemma_clinical.evaluation.metrics_table import TESTED
 from medgemma_clinical.evaluation.topics.instability import (
     instability_cells,
@@ -77,19 +78,21 @@ def write_repeat_results(
     described = joined.assign(mean=risks.mean(axis=1), sd=risks.std(axis=1))
     table = described[[*TESTED, "mean", "sd", *risks]]
     write_text(folder / PREDICTIONS, predictions_csv(table))  # the mean is its ``probability``
-    aurocs = [content["folds"]["auroc"]["value"] for content in contents]
-    labels = joined["label"].to_numpy(float)
-    measures = measure_instability(labels, risks.to_numpy(float), aurocs)
     seeds = [run.seed for run in runs]
-    content = {"stage": contents[0]["stage"], "seeds": seeds, "n": len(joined)}
-    write_json(folder / run_folder.METRICS, {**content, "instability": measures})
-    first = repeats_sentence(seeds, measures)
+    labels, numbers = joined["label"].to_numpy(float), risks.to_numpy(float)
+    thresholds = [youden_threshold(labels, risk) for risk in numbers.T]
+    aurocs = [content["folds"]["auroc"]["value"] for content in contents]
+    by_repeat = pd.DataFrame({"seed": seeds, "threshold": thresholds, "auroc": aurocs})
+    measures = measure_instability(numbers, by_repeat)
+    content = {"stage": contents[0]["stage"], "n": len(joined), "instability": measures}
+    write_json(folder / run_folder.METRICS, {**content, "repeats": by_repeat.to_dict("records")})
+    first = repeats_sentence(seeds)
     fold = draw_folds(rows.groups, rows.labels, runs[0].folds, runs[0].seed)
     fold_runs = [folds.fold_arguments(k, runs[0]) for k in range(runs[0].folds)]
     folders = [run_folder.stage_folder(run) for run in fold_runs]
     predictions, metrics, _, page = folds.evaluate_folds(runs[0], rows, fold, folders)
     title, sentences = f"{page.title}, {len(runs)} repeats", [first, *page.first]
-    page = replace(page, title=title, first=sentences, repeats=(joined, aurocs))
+    page = replace(page, title=title, first=sentences, repeats=(joined, by_repeat))
     folds.write_page(folder, args, rows, predictions, metrics, page)
     logger.info("\n%s", instability_cells(measures, rows.noun).to_string(index=False))
     logger.info("%s\nreport: %s", first, folder / "report.html")
@@ -108,11 +111,10 @@ def join_repeats(runs: Sequence[Namespace]) -> pd.DataFrame:
     return pd.concat(risks, axis=1, join="inner").reset_index()
 
 
-def repeats_sentence(seeds: Sequence[int], measures: Mapping[str, float]) -> str:
-    """Return what the page of the repeats shows, in two sentences."""
-    auroc = "{auroc_min:.3f} to {auroc_max:.3f}, mean {auroc_mean:.3f}".format_map(measures)
+def repeats_sentence(seeds: Sequence[int]) -> str:
+    """Return what the page of the repeats shows."""
     return (
         f"Folds and initial weights were drawn {len(seeds)} times, by seeds {seeds[0]} to "
-        f"{seeds[-1]}: the AUROC of the repeats is {auroc}. All else but the section Instability "
-        "is of repeat 0."
+        f"{seeds[-1]}: the section Instability shows how much the risks differ, all else is of "
+        "repeat 0."
     )

@@ -10,7 +10,7 @@ from medgemma_clinical.evaluation.metrics_table import TESTED
 from medgemma_clinical.evaluation.topics.instability import measure_instability
 from pages import MODEL, Page, make_content, make_rows, write_page
 
-AUROCS = [0.71, 0.74, 0.7, 0.73]
+EACH = pd.DataFrame({"threshold": [0.3, 0.25, 0.32, 0.3], "auroc": [0.71, 0.74, 0.7, 0.73]})
 
 
 def make_repeats(rows, spread=0.5, repeats=4, seed=0):
@@ -21,28 +21,17 @@ def make_repeats(rows, spread=0.5, repeats=4, seed=0):
     return rows[TESTED].assign(**risks)
 
 
-def youden(own):
-    """Try each midpoint between two neighbouring risks of one repeat; the lowest best one."""
-    values = np.unique([0.0, *own["risk"]])
-    best = -np.inf, np.nan
-    for threshold in (values[:-1] + values[1:]) / 2:
-        positive = own["risk"] >= threshold
-        shares = positive.groupby(own["label"]).mean()
-        best = max(best, (round(shares[1] - shares[0], 12), -threshold))
-    return -best[1]
-
-
-def by_pandas(table, aurocs):
+def by_pandas(table, by_repeat):
     """The measures from a long table, a line a row and repeat, and one of all pairs of lines."""
     long = table.melt([*TESTED], var_name="repeat", value_name="risk")
-    threshold = long.groupby("repeat")[["label", "risk"]].apply(youden)
+    threshold = by_repeat["threshold"].set_axis(table.columns.drop(TESTED))
     long["own"] = long["risk"] >= long["repeat"].map(threshold)
     long["shared"] = long["risk"] >= threshold.mean()
     pairs = long.merge(long, on="id", suffixes=("", "_of_other"))
     pairs = pairs[pairs["repeat"] < pairs["repeat_of_other"]]
     sd = long.groupby("id")["risk"].std()
     sides = long.groupby("id")[["own", "shared"]].nunique()
-    auroc = pd.Series(aurocs)
+    auroc = by_repeat["auroc"]
     return {
         "mape": (pairs["risk"] - pairs["risk_of_other"]).abs().mean(),
         "sd_mean": sd.mean(),
@@ -61,27 +50,25 @@ def by_pandas(table, aurocs):
     }
 
 
-def measured(table, aurocs):
-    risks = table.drop(columns=TESTED).to_numpy()
-    return measure_instability(table["label"].to_numpy(float), risks, aurocs)
-
-
 @pytest.mark.parametrize("repeats", [2, 4])
 def test_the_measures_are_those_of_a_table_of_all_pairs(repeats):
-    table, aurocs = make_repeats(make_rows(150), repeats=repeats), AUROCS[:repeats]
-    assert measured(table, aurocs) == pytest.approx(by_pandas(table, aurocs))
+    table, by_repeat = make_repeats(make_rows(150), repeats=repeats), EACH[:repeats]
+    risks = table.drop(columns=TESTED).to_numpy()
+    assert measure_instability(risks, by_repeat) == pytest.approx(by_pandas(table, by_repeat))
 
 
 def test_equal_repeats_show_no_difference_and_noise_of_known_size_its_size():
-    rows = make_rows(4000)
-    equal = measured(make_repeats(rows, spread=0), [0.7] * 4)
+    equal = pd.DataFrame({"threshold": [0.3] * 5, "auroc": 0.7})
+    found = measure_instability(np.tile(make_rows()[[MODEL]], 5), equal)
     for name in ("mape", "sd_mean", "sd_p90", "changes", "changes_of_two", "auroc_sd"):
-        assert equal[name] == pytest.approx(0, abs=1e-12)
+        assert found[name] == pytest.approx(0, abs=1e-12)
     # Two draws of a normal distribution differ by 2 / sqrt(pi) of its SD on average.
-    risks = 0.5 + 0.01 * np.random.default_rng(0).normal(size=(4000, 5))
-    found = measure_instability(rows["label"].to_numpy(float), risks, [0.5] * 5)
+    noise = np.random.default_rng(0).normal(0.3, 0.01, (4000, 5))
+    found = measure_instability(noise, equal)
     assert found["mape"] == pytest.approx(0.02 / np.sqrt(np.pi), rel=0.02)
     assert found["sd_mean"] == pytest.approx(0.94 * 0.01, rel=0.01)  # c4 of five draws
+    assert found["changes_of_two"] == pytest.approx(0.5, abs=0.02)
+    assert found["changes"] == pytest.approx(1 - 2 * 0.5**5, abs=0.02)
 
 
 def page_of(root, repeats, rows=None, **options):
@@ -92,7 +79,7 @@ def page_of(root, repeats, rows=None, **options):
 
 def test_the_page_states_the_measures_and_that_they_are_a_lower_bound(tmp_path, figures):
     table = make_repeats(make_rows())
-    page, expected = Page(page_of(tmp_path, (table, AUROCS))), by_pandas(table, AUROCS)
+    page, expected = Page(page_of(tmp_path, (table, EACH))), by_pandas(table, EACH)
     text = page.text.replace("\N{NO-BREAK SPACE}", " ")
     section = text.partition("Instability")[2].partition("Baselines")[0]
     names = ["changes", "changes_of_two", "changes_at_mean_threshold"]
@@ -125,19 +112,19 @@ def test_small_counts_and_single_rows_are_hidden(tmp_path, figures):
     table = make_repeats(rows, spread=0)
     few = (rows[MODEL] > 0.3).to_numpy().nonzero()[0][:7]
     table.loc[few, "repeat_1"] = 0.001
-    aurocs = [0.70123, 0.70456, 0.7, 0.7]
-    count = 400 * by_pandas(table, aurocs)["changes"]
+    by_repeat = EACH.assign(auroc=[0.70123, 0.70456, 0.7, 0.7], threshold=0.3)
+    count = 400 * by_pandas(table, by_repeat)["changes"]
     assert 0 < round(count) < 11
-    exact = Page(page_of(tmp_path, (table, aurocs)))
+    exact = Page(page_of(tmp_path, (table, by_repeat)))
     assert "Change sides" in exact.text
-    hidden = Page(page_of(tmp_path, (table, aurocs), min_cell=11))
+    hidden = Page(page_of(tmp_path, (table, by_repeat), min_cell=11))
     assert "MAPE" in hidden.text
     assert not [x for x in ("Change sides", "Of two repeats", "At one") if x in hidden.text]
     assert not any(alt.startswith("Instability plot") for alt, _ in hidden.images())
     written = pd.read_csv(tmp_path / "figures" / "instability.csv").iloc[0]
     assert written[["changes", "changes_of_two", "changes_at_mean_threshold"]].isna().all()
     assert written["auroc_max"] == 0.705
-    many = Page(page_of(tmp_path, (make_repeats(rows), aurocs), min_cell=11))
+    many = Page(page_of(tmp_path, (make_repeats(rows), by_repeat), min_cell=11))
     assert "Change sides" in many.text
 
 

@@ -6,7 +6,7 @@ or machine learning methods", Biometrical Journal 65:2200302.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
 
@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 
 from medgemma_clinical.evaluation import plots
-from medgemma_clinical.evaluation.decision import youden_threshold
 from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.metrics_table import TESTED
 from medgemma_clinical.evaluation.suppress import splits_off_few
@@ -30,9 +29,9 @@ def instability(evaluated: Evaluated) -> Topic | None:
     content = evaluated.content
     if content.repeats is None:
         return None
-    table, aurocs = content.repeats
+    table, by_repeat = content.repeats
     risks = table.drop(columns=TESTED).to_numpy(float)
-    measures = measure_instability(table["label"].to_numpy(float), risks, aurocs)
+    measures = measure_instability(risks, by_repeat)
     patients = table["patient"].nunique()
     if evaluated.min_cell:  # more digits of an AUROC tell the events
         if any(splits_off_few(patients, measures[name], evaluated.min_cell) for name in CHANGES):
@@ -63,10 +62,10 @@ def instability(evaluated: Evaluated) -> Topic | None:
     )
 
 
-def measure_instability(labels: Array, risks: Array, aurocs: Sequence[float]) -> dict[str, float]:
-    """Return how much risks (n, repeats) of rows with ``labels`` (n,) differ between repeats."""
+def measure_instability(risks: Array, by_repeat: pd.DataFrame) -> dict[str, float]:
+    """Return how much risks (n, repeats) differ; ``by_repeat`` has their threshold and auroc."""
     pairs = [*combinations(range(risks.shape[1]), 2)]
-    thresholds = np.array([youden_threshold(labels, risk) for risk in risks.T])
+    thresholds, aurocs = by_repeat["threshold"].to_numpy(float), by_repeat["auroc"]
     positive, at_mean = risks >= thresholds, risks >= thresholds.mean()
     sd = risks.std(axis=1, ddof=1)
     measures = {
@@ -80,10 +79,10 @@ def measure_instability(labels: Array, risks: Array, aurocs: Sequence[float]) ->
         "threshold_mean": thresholds.mean(),
         "threshold_min": thresholds.min(),
         "threshold_max": thresholds.max(),
-        "auroc_mean": np.mean(aurocs),
-        "auroc_sd": np.std(aurocs, ddof=1),
-        "auroc_min": min(aurocs),
-        "auroc_max": max(aurocs),
+        "auroc_mean": aurocs.mean(),
+        "auroc_sd": aurocs.std(),
+        "auroc_min": aurocs.min(),
+        "auroc_max": aurocs.max(),
     }
     return {name: float(value) for name, value in measures.items()}
 
@@ -103,9 +102,9 @@ def instability_cells(measures: Mapping[str, float], noun: str) -> pd.DataFrame:
         ("SD, 90th percentile", f"{measures['sd_p90']:.3f}", f"a tenth of the {noun} has more"),
     ]
     if not np.isnan(measures["changes"]):
-        own = f"each repeat's own ({lowest} to {highest})"
+        threshold = f"the threshold, each repeat's own ({lowest} to {highest})"
         lines += [
-            ("Change sides", changes, f"{noun} on both sides of Youden's threshold, {own}"),
+            ("Change sides", changes, f"{noun} on both sides of {threshold}"),
             ("Of two repeats", of_two, "the same in two repeats, on average"),
             ("At one threshold", at_mean, f"the same at {mean}, the mean of the thresholds"),
         ]
