@@ -62,6 +62,7 @@ from medgemma_clinical.commands import (
     flags,
     folds,
     python,
+    repeats,
     results,
     run_folder,
     run_log,
@@ -151,7 +152,12 @@ def build_parser() -> Parser:
     add("--compare", "compare stage folders, paired", type=Path, nargs="+", metavar="RUN")
     add, switch = flags.adders(group, "stage1 llm text free")
     options = {"type": POSITIVE, "metavar": "N"}
-    add("--seeds", "repeat with N seeds and pool the results", "ablation", **options)
+    add(
+        "--seeds",
+        "repeat, or redraw the folds, with N seeds; pool the results",
+        "ablation folds",
+        **options,
+    )
     add, switch = flags.adders(group, "stage1 llm text cross_validate")
     options = {"type": number(int, 2, 20), "metavar": "K"}
     add("--folds", "K-fold cross-validation, each patient predicted once", "folds free", **options)
@@ -808,6 +814,8 @@ def run(args: Namespace, given: set[str]) -> int:
             return compare.run_compare(args, args.output_dir if "--output_dir" in given else None)
         if not args.demo:
             distributed.check_gpu()
+        if args.folds and args.seeds:
+            return repeats.run_repeats(args, read_dataset, train)
         if args.seeds:
             return several.run_seeds(args, read_dataset, train)
         if args.folds or args.leave_out:

@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import joblib
 import numpy as np
@@ -222,14 +222,23 @@ def run_apart(title: str, args: Namespace, dataset: TrajectoryDataset, shown: bo
 # --------------------------------------------------------------------------- their results
 
 
-def write_fold_results(
+class FoldResults(NamedTuple):
+    """Out-of-fold predictions, and what is made of them."""
+
+    table: pd.DataFrame  # joint predictions with their ``fold``
+    by_final: pd.DataFrame  # the same risks by the decision rules of the ``--final`` model
+    metrics: Metrics
+    config: Config
+    page: ReportContent
+
+
+def evaluate_folds(
     args: Namespace,
     rows: TrajectoryDataset,
     fold: NDArray[np.int64],  # (N,) of each row
-    folder: Path,  # of the results
     folders: list[Path],  # of the folds
-) -> None:
-    """Join the test predictions of the folds; write the result files."""
+) -> FoldResults:
+    """Evaluate the joint predictions of the folds."""
     stage, outcome = folders[0].name, OUTCOMES[rows.outcome_kind]
     name = STAGE_NAMES[stage]
     contents = [read_json(path / run_folder.METRICS) for path in folders]
@@ -259,30 +268,50 @@ def write_fold_results(
         "folds": metrics.to_json(),
         "decided": decided,
     }
-    with_folds = table.copy()
-    with_folds.insert(4, "fold", fold_of_row)  # behind the model's own column
-    write_text(folder / PREDICTIONS, predictions_csv(with_folds))
-    by_final = pd.DataFrame({**table[TESTED], **decided_risks})
-    write_text(folder / FINAL_PREDICTIONS, predictions_csv(by_final))
-    write_json(folder / run_folder.METRICS, content)
     first = folds_sentence(metrics, len(folders))
     config: Config = {**configs[0], **decided, "metrics": content}
     tuned = [read_json(path / BASELINES).get("tuned") for path in folders]
-    write_report(
-        folder / "report.html",
-        table,
-        metrics,
-        folds_content(args, rows, positions, config, tuned, first, decided_risks[name]),
-        outcome.topics,
-        min_cell=args.min_cell,
-        list_patients=args.report_patients,
-        folder=folder,
-    )
+    page = folds_content(args, rows, positions, config, tuned, first, decided_risks[name])
+    by_final = pd.DataFrame({**table[TESTED], **decided_risks})
+    table.insert(4, "fold", fold_of_row)  # behind the model's own column
+    return FoldResults(table, by_final, metrics, config, page)
+
+
+def write_fold_results(
+    args: Namespace,
+    rows: TrajectoryDataset,
+    fold: NDArray[np.int64],  # (N,) of each row
+    folder: Path,  # of the results
+    folders: list[Path],  # of the folds
+) -> None:
+    """Join the test predictions of the folds; write the result files."""
+    results = evaluate_folds(args, rows, fold, folders)
+    write_text(folder / PREDICTIONS, predictions_csv(results.table))
+    write_text(folder / FINAL_PREDICTIONS, predictions_csv(results.by_final))
+    write_json(folder / run_folder.METRICS, results.config["metrics"])
+    write_page(folder, args, rows, results)
+    metrics, config = results.metrics, results.config
     logger.info("")
     for line in (*sentences(metrics, rows.noun), model_table(metrics).to_string(index=False)):
         logger.info("%s", line)
     logger.info("recommended (--use best): %s", describe_recommended(config))
-    logger.info("%s\nreport: %s", first, folder / "report.html")
+    logger.info("%s\nreport: %s", results.page.first[0], folder / "report.html")
+
+
+def write_page(
+    folder: Path, args: Namespace, rows: TrajectoryDataset, results: FoldResults
+) -> None:
+    """Write the report of the folds."""
+    write_report(
+        folder / "report.html",
+        results.table.drop(columns="fold"),
+        results.metrics,
+        results.page,
+        OUTCOMES[rows.outcome_kind].topics,
+        min_cell=args.min_cell,
+        list_patients=args.report_patients,
+        folder=folder,
+    )
 
 
 def join_folds(

@@ -78,6 +78,9 @@ class ReportContent:
     first: Sequence[str] = ()  # sentences that the result begins with
     last: Sequence[str] = ()  # sentences that it ends with
     folds: int = 0  # models whose risks of their own folds are evaluated together; 0: one model
+    # Of folds that were drawn several times: ``TESTED`` and a column of risks a repeat; a line a
+    # repeat, its threshold on these risks and its auroc.
+    repeats: tuple[pd.DataFrame, pd.DataFrame] | None = None
 
 
 @dataclass(frozen=True)
