@@ -54,7 +54,7 @@ INTERVALS = (
     f"95 % percentile intervals of {REPLICATES:,} draws of patients; exact intervals "
     "for shares of 0 and 1 at the threshold"
 )
-PAGES.globals.update(percent=percent, compare=compare_words, INTERVALS=INTERVALS)
+PAGES.globals.update(percent=percent, compare=compare_words, INTERVALS=INTERVALS, COLOURS=plots.COLOURS)
 
 
 def render(name: str, **content: object) -> str:
