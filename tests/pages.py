@@ -99,7 +99,7 @@ def write_page(root, rows=None, content=None, **options):
 
 
 class Page(HTMLParser):
-    """A page: tags that are still open, all tags with their attributes, and the text outside figures."""
+    """A page: tags that are still open, all tags with their attributes, and visible text."""
 
     VOID = ("meta", "link", "br", "img", "hr", "source")
 

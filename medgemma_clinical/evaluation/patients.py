@@ -147,7 +147,8 @@ def plot_patient(row: Explanation, outcome: str, threshold: float, width: float 
     axes.set_title(f"Risk in %; dashed: threshold {percent(threshold)}", **NAME)
     first, last, highest = map(percent, (row.risks[0], row.risks[-1], row.risks.max()))
     return figure, (
-        f"Series over the {row.time_unit[0]}s since the first value: {'; '.join(words)}. Below, the risk of {outcome}: {first} at "
+        f"Series over the {row.time_unit[0]}s since the first value: {'; '.join(words)}. "
+        f"Below, the risk of {outcome}: {first} at "
         f"{row.time_text(row.hours[0])}, {last} at {row.time_text(row.hours[-1])}, highest "
         f"{highest}; the threshold is {percent(threshold)}."
     )
@@ -180,7 +181,15 @@ def _plot_series(axes: Axes, row: Explanation, f: int) -> str:
         lower, upper = bottom if low is None else low, top if high is None else high
         axes.axhspan(lower, upper, color=plots.GRID, linewidth=0)
     # Without clipping, a point on the edge of the panel is drawn whole.
-    axes.plot(row.since_first(times), values, "o-", color=plots.INK, linewidth=1, markersize=4, clip_on=False)
+    axes.plot(
+        row.since_first(times),
+        values,
+        "o-",
+        color=plots.INK,
+        linewidth=1,
+        markersize=4,
+        clip_on=False,
+    )
     whole = bool((values == np.round(values)).all())  # states, grades, counts
     axes.yaxis.set_major_locator(MaxNLocator(2, min_n_ticks=2, integer=whole))
     name, unit = row.features[f], with_space(row.units[f])

@@ -165,7 +165,7 @@ def plot_forest(metrics: Metrics) -> Plot:
     texts = [n if beside == reference else f"{n} minus {beside}" for n, beside in besides.items()]
     axes.set_yticks(range(len(names) + 1), [f"{reference}, reference", *texts])
     axes.set(xlim=(-1.05 * widest, 1.05 * widest), ylim=(len(names) + 0.5, -0.5))
-    axes.set_xlabel("AUROC minus that of the reference [95 %]")
+    axes.set_xlabel("difference in AUROC [95 %]")
     axes.grid(visible=False, axis="y")  # it would hide the ends of the intervals
     alt = f"Forest plot: AUROC of each model minus that of {reference}, with intervals."
     return with_legend(figure) if names else figure, alt

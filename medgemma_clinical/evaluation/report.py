@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,7 +55,19 @@ INTERVALS = (
     f"95 % percentile intervals of {REPLICATES:,} draws of patients; exact intervals "
     "for shares of 0 and 1 at the threshold"
 )
-PAGES.globals.update(percent=percent, compare=compare_words, INTERVALS=INTERVALS, COLOURS=plots.COLOURS)
+PAGES.globals.update(
+    percent=percent, compare=compare_words, INTERVALS=INTERVALS, COLOURS=plots.COLOURS
+)
+
+
+def unbroken(text: str) -> str:
+    """Return a text in which no line breaks within an interval."""
+    return re.sub(
+        r"[\[(][-+]?\d[^\])]*[\])]", lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), text
+    )
+
+
+PAGES.filters["unbroken"] = unbroken
 
 
 def render(name: str, **content: object) -> str:

@@ -179,7 +179,7 @@ def test_small_counts_are_hidden_and_curves_stay(figures, tmp_path):
     text = Page(hidden).text
     assert "--min_cell 17" in text
     assert "no label fewer than 17" in text, "the flow"
-    assert "size: few fewer than 17" in text, "a subgroup"
+    assert "size: few \N{EN DASH} fewer than 17" in text, "a subgroup"
     assert "training 100" in text
     assert "validation 20 fewer than 17" in text, "events of a part"
     pairs = zip(Page(exact).images(), Page(hidden).images(), strict=True)
