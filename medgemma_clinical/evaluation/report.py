@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 
 import pandas as pd
@@ -56,7 +57,11 @@ INTERVALS = (
     "for shares of 0 and 1 at the threshold"
 )
 PAGES.globals.update(
-    percent=percent, compare=compare_words, INTERVALS=INTERVALS, COLOURS=plots.COLOURS
+    percent=percent,
+    compare=compare_words,
+    today=date.today,
+    INTERVALS=INTERVALS,
+    COLOURS=plots.COLOURS,
 )
 
 

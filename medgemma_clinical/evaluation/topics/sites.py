@@ -142,7 +142,7 @@ def plot_sites(table: pd.DataFrame, pooled: Mapping[str, float]) -> plots.Plot:
         below = len(names)
         mean, *ends = (pooled[name] for name in ("value", "low", "high"))
         axes.axvline(mean, **plots.DOTTED)
-        look = {"color": plots.OTHER, "label": "pooled [95 %]", "markersize": 7}
+        look: dict[str, Any] = {"color": plots.OTHER, "label": "pooled [95 %]", "markersize": 7}
         axes.errorbar(mean, below, xerr=[[mean - ends[0]], [ends[1] - mean]], fmt="D", **look)
         further = [pooled["prediction_low"], pooled["prediction_high"]]
         look = {"color": plots.SOFT, "linewidth": 0.8, "linestyle": ":"}
