@@ -39,19 +39,20 @@ def _age(dataset: TrajectoryDataset) -> NDArray[np.float64]:
     return np.full(len(dataset), np.nan)
 
 
-def _sex(dataset: TrajectoryDataset) -> pd.Categorical:
+def _sex(dataset: TrajectoryDataset) -> pd.Series[Any]:
     """Return the sex of N rows: woman, man, or another word that a static column has."""
-    table = dataset.static_table([name for name in dataset.static_names if sex_of_column(name)])
+    words = {name: word for name in dataset.static_names if (word := sex_of_column(name))}
+    table = dataset.static_table([*words])
     table = table.loc[:, table.isin([0.0, 1.0, np.nan]).all()]
-    words = [str(sex_of_column(name)) for name in table]
+    words = {name: word for name, word in words.items() if name in table}
     # Where columns name one of both sexes, those with 0 in each have the other one.
-    rest = {"woman", "man"} - {*words}
+    rest = {"woman", "man"} - {*words.values()}
     sexes = pd.Series(rest.pop() if len(rest) == 1 else UNKNOWN, table.index)
-    for name, word in zip(table, words, strict=True):
+    for name, word in words.items():
         sexes[table[name] == 1] = word
     sexes[table.isna().any(axis=1)] = UNKNOWN
-    others = sorted({*words} - {"woman", "man", UNKNOWN})
-    return pd.Categorical(sexes, ["woman", "man", *others, UNKNOWN], ordered=True)
+    others = sorted({*words.values()} - {"woman", "man", UNKNOWN})
+    return sexes.astype(pd.CategoricalDtype(["woman", "man", *others, UNKNOWN], ordered=True))
 
 
 def demographic_bands(rows: pd.DataFrame) -> pd.DataFrame:

@@ -29,7 +29,7 @@ NOTICE = "This page holds patients' data: do not share it. Only its owner can re
 MAX_HOURS = 96
 """A longer row has an axis of days."""
 
-WIDTH = 5.2
+WIDTH = 4.8
 """Inches of the figure on the page: two stand side by side on a screen, a phone shrinks it."""
 
 RISK_HEIGHT, FIGURE_MARGIN = 1.4, 0.4
