@@ -210,3 +210,12 @@ def test_a_table_shows_that_it_scrolls_and_keeps_its_first_column(browser, tmp_p
     assert first[0] == first[1]
     assert abs(shade[0] - ground[0]) > 40
     assert abs(shade[1] - ground[1]) < 3
+
+
+@pytest.mark.parametrize(("width", "beside"), [(390, False), (1280, True)])
+def test_patients_stand_side_by_side_where_the_width_allows(browser, tmp_path, width, beside):
+    view = browser.new_page(viewport={"width": width, "height": 900})
+    view.goto(patients(tmp_path).as_uri())
+    first, second = (each.bounding_box() for each in view.locator(".patient").all())
+    view.close()
+    assert (first["y"] == second["y"]) == beside

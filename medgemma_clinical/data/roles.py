@@ -26,8 +26,7 @@ LABEL_ROLES = {
     "prediction_time": ("prediction_time",),
     "label": ("label", "label_escalation", "outcome", "event"),
 }
-MALE = ("male", "m", "man", "mann", "männlich", "maennlich")
-FEMALE = ("female", "f", "woman", "w", "frau", "weiblich")
+MALE, FEMALE = ("male", "m", "männlich"), ("female", "f", "w", "weiblich")
 SEX_COLUMN = re.compile(r"static_(?:sex|gender|geschlecht)[ _](.+)", re.IGNORECASE)
 OPTIONAL = ("unit", "storetime")
 HINTS = {"prediction_time": ", or --prediction_time 'COLUMN + 48 h'", "label": ", or --no_labels"}
