@@ -49,12 +49,12 @@ from medgemma_clinical.data.cohort import COHORTS, DISCHARGED, ESCALATED, GAPS, 
 from medgemma_clinical.data.dka import LABEL, Description, read_description
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.overlap import describe_copies
+from medgemma_clinical.data.roles import sex_of_column
 from medgemma_clinical.data.split import Split
 from medgemma_clinical.data.texts import Clause, PromptOptions, plain
 from medgemma_clinical.data.trajectories import (
     AGE,
     FLOW_COLUMNS,
-    SEX,
     ScoringRows,
     TrajectoryDataset,
 )
@@ -235,12 +235,13 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         description, inputs = read_description(source, findings), config["inputs"]
         baselines_read, reading = config.get("baseline_inputs", inputs), config["read_options"]
         label, site = reading.get("label_column", LABEL), reading.get("site")
-        static_used = {*inputs["static"], *baselines_read["static"], *AGE, *SEX, site}
+        static_used = {*inputs["static"], *baselines_read["static"], *AGE, site}
         for k, (table, progress) in enumerate(dka.read_tables(source, max_rows)):
             if k == 0:
                 description, missing = dka.as_trained(table, description, config, findings)
             static = {name for name in map(str, table) if name.startswith(dka.STATIC)}
-            chunk = table.drop(columns=static - static_used).assign(**dict.fromkeys(missing, ""))
+            unused = {name for name in static - static_used if sex_of_column(name) is None}
+            chunk = table.drop(columns=unused).assign(**dict.fromkeys(missing, ""))
             problem = f"have a {label} that is neither 0 nor 1: taken as unknown"
             findings.counts[problem] += len(dka.labels_of(chunk, label)[1])
             dataset = cls.__new__(cls)

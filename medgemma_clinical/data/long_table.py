@@ -16,8 +16,10 @@ from medgemma_clinical.data import duck, events
 from medgemma_clinical.data.dka import STATIC, comparable, join_names
 from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.roles import (
+    FEMALE,
     HINTS,
     LABEL_ROLES,
+    MALE,
     OPTIONAL,
     ROLES,
     find_column,
@@ -35,7 +37,6 @@ LABEL = duck.Column("label", may_be_empty=True)
 LATER = re.compile(r"(.+?)\s*\+\s*(\d+(?:\.\d+)?)\s*(h|d)(?:ours?|ays?)?")
 FACTOR = re.compile(rf"(.*):(.*)=\s*({NUMBER})\s*")
 HOUR = duck.MICROSECONDS["hours"]
-MALE, FEMALE = ("male", "m"), ("female", "f")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,8 @@ LABEL_ROLES = {
     "prediction_time": ("prediction_time",),
     "label": ("label", "label_escalation", "outcome", "event"),
 }
+MALE, FEMALE = ("male", "m", "männlich"), ("female", "f", "w", "weiblich")
+SEX_COLUMN = re.compile(r"static_(?:sex|gender|geschlecht)[ _](.+)", re.IGNORECASE)
 OPTIONAL = ("unit", "storetime")
 HINTS = {"prediction_time": ", or --prediction_time 'COLUMN + 48 h'", "label": ", or --no_labels"}
 
@@ -42,6 +44,15 @@ def find_column(header: Sequence[str], *names: str) -> str | None:
 def _normalized(name: str) -> str:
     """Return ``patientid`` of ``Patient_ID``, ``result`` of ``Result (mg/dL)``."""
     return re.sub(r"[\W_]+", "", re.sub(r"[(\[].*", "", name)).casefold()
+
+
+def sex_of_column(name: str) -> str | None:
+    """Return the sex of those with 1 in a static column: man, woman, or another word; else None."""
+    found = SEX_COLUMN.fullmatch(name)
+    if found is None:
+        return None
+    word = found[1].casefold()
+    return "man" if word in MALE else "woman" if word in FEMALE else word
 
 
 def find_roles(

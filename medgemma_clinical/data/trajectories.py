@@ -42,8 +42,8 @@ FLOW_COLUMNS = ("rule", "removed", "left")
 UNKNOWN = "not known"
 """Stands for an empty cell among the names of sites, and for an age or sex that is unknown."""
 
-AGE, SEX = ("static_age [years]", "static_age"), ("static_sex_male",)
-"""Names of the static features that hold age and sex, in every data set."""
+AGE = ("static_age [years]", "static_age")
+"""Names of the static feature that holds the age, in every data set."""
 
 Rows = NDArray[np.int64] | slice
 

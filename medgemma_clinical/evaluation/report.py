@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 
 import pandas as pd
@@ -55,7 +57,23 @@ INTERVALS = (
     f"95 % percentile intervals of {REPLICATES:,} draws of patients; exact intervals "
     "for shares of 0 and 1 at the threshold"
 )
-PAGES.globals.update(percent=percent, compare=compare_words, INTERVALS=INTERVALS)
+PAGES.globals.update(
+    percent=percent,
+    compare=compare_words,
+    today=date.today,
+    INTERVALS=INTERVALS,
+    COLOURS=plots.COLOURS,
+)
+
+
+def unbroken(text: str) -> str:
+    """Return a text in which no line breaks within an interval."""
+    return re.sub(
+        r"[\[(][-+]?\d[^\])]*[\])]", lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), text
+    )
+
+
+PAGES.filters["unbroken"] = unbroken
 
 
 def render(name: str, **content: object) -> str:

@@ -114,6 +114,8 @@ def check_page(page, table, threshold):
         shown, part = cells(page, site), (own["label"].to_numpy(float), own["probability"])
         values = [len(own), part[0].sum(), 100 * part[0].mean(), 100 * part[1].mean()]
         scales = [1, 1, 10, 10]
+        if len(shown) > 4:  # the AUROC stands first
+            shown = [*shown[1:5], shown[0], *shown[5:]]
         if len(shown) > 4 and any(char.isdigit() for char in shown[4]):
             values += [roc_auc_score(*part), part[0].sum() / part[1].sum()]
             values += [plain_calibration(part[0], part[1].to_numpy())["calibration_slope"]]

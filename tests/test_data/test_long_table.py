@@ -283,6 +283,7 @@ def test_texts_that_may_tell_of_a_patient_are_counted_alone(words, make, caplog)
         (["61", "70.5", ""], {"static_x [u]": ["61", "70.5", None]}),
         (["Yes", "no", ""], {"static_x": ["1", "0", None]}),
         (["F", "male", "M"], {"static_x_male": ["0", "1", "1"]}),
+        (["W", "männlich", "m"], {"static_x_male": ["0", "1", "1"]}),
         (["Ward", "ICU", "icu"], {"static_x ward": ["1", "0", "0"]}),
         (
             ["b", "a", "c"],

@@ -32,6 +32,26 @@ def test_subgroups_are_bands_of_static_features_without_any_context(age):
     assert list(demographic_bands(demographics(dataset_of(CELLS, **context)))) == ["observations"]
 
 
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"sex w": [1, 0, np.nan]}, ["woman", "man", UNKNOWN]),
+        ({"Geschlecht weiblich": [1, 0, 0]}, ["woman", "man", "man"]),
+        ({"gender_männlich": [1, 0, 0]}, ["man", "woman", "woman"]),
+        ({"sex d": [0, 0, 1], "sex m": [0, 1, 0], "sex w": [1, 0, 0]}, ["woman", "man", "d"]),
+        ({"sex_divers": [0, 0, 1], "sex_f": [1, 0, 0]}, ["woman", "man", "divers"]),
+        ({"sex m": [1, 0, 0], "sex w": [0, 1, 0]}, ["man", "woman", UNKNOWN]),
+        ({"sex not known": [0, 0, 1], "sex female": [1, 0, 0]}, ["woman", "man", UNKNOWN]),
+        ({"sex": [1, 2, 2], "sex hormone": [3, 4, 5]}, [UNKNOWN] * 3),
+    ],
+)
+def test_a_column_of_each_sex_is_read_by_its_word(columns, expected):
+    names = {f"static_{name}": values for name, values in columns.items()}
+    rows = demographics(dataset_of(CELLS[:3], **names))
+    assert rows["sex"].tolist() == expected
+    assert rows["sex"].cat.categories[-1] == UNKNOWN
+
+
 def test_bands_begin_at_their_edges():
     edges = np.array([17.99, 18, 39.9, 40, 75, np.nan])
     expected = ["under 18", "18 to 39", "18 to 39", "40 to 59", "75 or older", UNKNOWN]

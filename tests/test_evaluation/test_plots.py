@@ -1,5 +1,7 @@
 """Figures: their curves are those of the model, in one style."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -24,7 +26,7 @@ from medgemma_clinical.evaluation.topics.decision_curve import (
 from medgemma_clinical.evaluation.topics.discrimination import plot_precision_recall, plot_roc
 from medgemma_clinical.evaluation.topics.learning import plot_learning
 from medgemma_clinical.evaluation.verdicts import BETTER, UNDECIDED, WORSE
-from pages import MODEL, THRESHOLD, make_rows
+from pages import MODEL, THRESHOLD, Page, make_rows
 
 FIGURES = True
 
@@ -185,13 +187,24 @@ def test_a_forest_plot_of_one_model_makes_no_drama_of_noise():
 
 
 def test_a_figure_has_the_same_bytes_each_time_and_leaves_users_words_alone():
-    images = []
+    images, words = [], f'cost $x$ id="a" {plots.INK} url(#a)'
     for _ in range(2):
         with plots.plot_style():
             figure, (axes,) = plots.new_figure()
-            axes.set_xlabel("cost $x$")
-            images.append(plots.to_image(figure, "alt"))
+            axes.plot([0, 1], [0, 1], "o-", color=plots.MODEL)
+            axes.set_xlabel(words)
+            images.append(plots.to_image(figure, f"<b> {words}"))
     assert images[0] == images[1]
+    page = Page(images[0].inline("roc"))
+    ((alt, svg),) = page.images()
+    assert alt == f"<b> {words}"
+    assert f">{words}<" in svg
+    tags = [value for _, attributes in page.tags[1:] for value in attributes.values()]
+    assert not re.search("#[0-9a-f]{6}", " ".join(tags)), "each colour is the page's"
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    references = re.findall(r"#([^\s)]+)", " ".join(tags))
+    assert {*references} <= {each for each in ids if each.startswith("roc-")}
+    assert {"model", "ink", "grid"} == {*re.findall(r"var\(--(\w+)\)", " ".join(tags))}
     assert axes.xaxis.label.get_parse_math() is False
     assert same_color(figure.get_facecolor(), "white")
     assert Figure().subplots().spines["top"].get_visible() is not False, "nothing leaks"

@@ -2,6 +2,7 @@
 
 import re
 from itertools import pairwise
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from medgemma_clinical.evaluation.verdicts import BETTER, NO_VALUE, UNDECIDED, W
 from pages import MODEL, OUTCOME, THRESHOLD, Page, make_content, make_rows, write_page
 
 DRAWS = 200
+SVG = "{http://www.w3.org/2000/svg}"
 SECTIONS = ["Written reports", "Discrimination", "Calibration", "Decision curve", "Baselines"]
 SECTIONS += ["Subgroups", "Case mix", "Table 1", "Methods"]
 
@@ -178,7 +180,7 @@ def test_small_counts_are_hidden_and_curves_stay(figures, tmp_path):
     text = Page(hidden).text
     assert "--min_cell 17" in text
     assert "no label fewer than 17" in text, "the flow"
-    assert "size: few fewer than 17" in text, "a subgroup"
+    assert "size: few \N{EN DASH} fewer than 17" in text, "a subgroup"
     assert "training 100" in text
     assert "validation 20 fewer than 17" in text, "events of a part"
     pairs = zip(Page(exact).images(), Page(hidden).images(), strict=True)
@@ -220,7 +222,11 @@ def test_each_figure_and_each_table_is_also_a_file(figures, tmp_path):
     page, folder = Page(write_page(tmp_path, rows, folder=tmp_path)), tmp_path / "figures"
     assert not old.exists()
     drawn = [path for path in folder.iterdir() if path.suffix == ".svg"]
-    assert {path.read_text() for path in drawn} == {svg for _, svg in page.images()}
+    words = [set(re.findall("<text.*?>(.*?)</text>", svg)) for _, svg in page.images()]
+    assert all(ElementTree.parse(path).findtext(f".//{SVG}text") for path in drawn)
+    for path in drawn:
+        assert set(re.findall("<text.*?>(.*?)</text>", path.read_text())) in words
+        assert "var(" not in path.read_text()
     assert {path.stem for path in drawn} == {
         *("roc", "precision_recall", "calibration", "risk_distribution", "decision_curve"),
         "learning_curve",

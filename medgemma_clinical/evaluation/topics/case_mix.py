@@ -24,14 +24,15 @@ CASE_MIX = {
 
 def case_mix_topic(evaluated: Evaluated) -> Topic | None:
     """Return the topic; None where the rows are those of the training data."""
-    if evaluated.content.case_mix is None:
+    content = evaluated.content
+    if content.case_mix is None:
         return None
-    mixes = (
+    development, here = (
         suppress_case_mix(mix, evaluated.min_cell, hide_events=evaluated.hides_events)
-        for mix in evaluated.content.case_mix
+        for mix in content.case_mix
     )
-    cells = case_mix_cells(*mixes)
-    caption = f"The training data beside these {evaluated.content.noun}"
+    cells = case_mix_cells(development, here, content.noun)
+    caption = f"The training data beside these {content.noun}"
     return Topic("Case mix", tables=[Cells(cells, caption)], numbers={"case_mix": cells})
 
 
@@ -67,11 +68,14 @@ def suppress_case_mix(
     return {name: x for name, x in mix.items() if name not in {"women", *hidden}}
 
 
-def case_mix_cells(development: Mapping[str, float], here: Mapping[str, float]) -> pd.DataFrame:
+def case_mix_cells(
+    development: Mapping[str, float], here: Mapping[str, float], noun: str
+) -> pd.DataFrame:
     """Return what is known of two results of ``case_mix`` as text; a dash: of one alone."""
-    table = pd.DataFrame({"Case mix": CASE_MIX.values()})
+    titles = ({"rows": noun.capitalize()} if noun != "patients" else {}) | CASE_MIX
+    table = pd.DataFrame({"Case mix": titles.values()})
     for title, mix in (("Training data", development), ("Scored here", here)):
-        table[title] = [_case_mix_text(mix, name) for name in CASE_MIX]
+        table[title] = [_case_mix_text(mix, name) for name in titles]
     return table[(table.iloc[:, 1:] != NO_VALUE).any(axis=1)]
 
 
@@ -81,4 +85,4 @@ def _case_mix_text(mix: Mapping[str, float], name: str) -> str:
         return f"{middle:.3g} ({low:.3g} to {high:.3g})"
     if name not in mix:
         return NO_VALUE
-    return count_text(mix[name]) if name == "patients" else percent(mix[name])
+    return count_text(mix[name]) if name in ("rows", "patients") else percent(mix[name])

@@ -48,5 +48,6 @@ def part_table(
 
 def count_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
     """Return a table of counts, which may be suppressed, as text; its rows are called ``noun``."""
-    named = table.map(count_text).rename(columns={"rows": noun}).rename(columns=str.capitalize)
+    names = {"rows": noun, "removed": f"{noun} removed", "left": f"{noun} left"}
+    named = table.map(count_text).rename(columns=names).rename(columns=str.capitalize)
     return named.loc[:, ~named.columns.duplicated()]

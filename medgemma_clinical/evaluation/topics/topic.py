@@ -21,7 +21,7 @@ class Cells(NamedTuple):
 
     frame: pd.DataFrame
     caption: str
-    is_wide: bool = False  # no cell breaks its line; it stands above the figures
+    is_wide: bool = False  # it stands above the figures
 
 
 class Details(NamedTuple):
