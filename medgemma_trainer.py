@@ -27,6 +27,7 @@ Letters: B patients, L observations, F features, H state, P soft tokens, D width
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -102,7 +103,6 @@ from medgemma_clinical.training.loaders import part_batches
 from medgemma_clinical.training.signals import SIGNALS, Stopped
 from medgemma_clinical.training.stage import Stage
 from medgemma_clinical.training.state import (
-    LOSS_TOLERANCE,
     TrainState,
     WeightAverage,
     read_state,
@@ -512,7 +512,7 @@ def set_up(stage: Stage) -> TrainState:
         torch.manual_seed(distributed.derived_seed(torch.initial_seed(), accelerator.process_index))
     parameters = list(stage.trainable_parameters().values())
     optimizer = AdamW(stage.parameter_groups(), fused=True)
-    # A --final that ends at ``last_epoch`` keeps the schedule of its folds.
+    # A --final, which ends at the last of ``final_epochs``, keeps the schedule of its folds.
     total = stage.epochs * len(stage.batches["train"])
     warmup = max(1, min(WARMUP_STEPS, round(WARMUP_SHARE * total)))
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, total)
@@ -529,7 +529,7 @@ def fit(
     resume: bool = False,
     save_every: int = 0,
 ) -> TrainState:
-    """Train with early stopping; leave the model with the weights of its best epoch.
+    """Train with early stopping; leave the model with the mean weights of its good epochs.
 
     In a folder, the state is written before the first step, before each validation, at the end,
     every ``save_every`` steps and on a signal. Processes share each step; the first one writes.
@@ -543,7 +543,7 @@ def fit(
         run_folder.write_history(folder, progress.history)
     else:
         save_state(stage, state)
-    epochs = stage.last_epoch or stage.epochs
+    epochs = max(stage.final_epochs or [stage.epochs])
     bar = distributed.show_progress((), stage.name, epochs * len(batches), progress.steps)
     while not progress.over:
         epoch = progress.epoch + 1
@@ -567,11 +567,10 @@ def fit(
                     raise Stopped(SIGNALS.received or signal.SIGTERM)
             save_state(stage, state)
         predictions = validate(stage, state) if len(stage.batches["val"].rows) else None
-        losses = None if predictions is None else predictions.losses.tolist()
-        # Keep the best, and stop where no member has reached a lower loss for long.
-        if keep_best(state, losses, stage.patience):
+        # Keep the good epochs, and stop where no member has reached a lower loss for long.
+        if keep_good(stage, state, predictions):
             save_best(stage, state, folder)
-        exhausted = epoch - max(progress.lowest_epochs) >= stage.patience
+        exhausted = bool(progress.losses) and epoch - max(progress.lowest_epochs) >= stage.patience
         state.add_elapsed()
         run_log.record_epoch(stage, progress, predictions, folder, track, exhausted=exhausted)
         if predictions is not None:
@@ -581,7 +580,9 @@ def fit(
         if progress.over:
             save_state(stage, state)
     bar.close()
-    state.set_weights(state.best)
+    set_best(stage, state)
+    run_log.record_average(progress, folder)
+    save_best(stage, state, folder)
     return state
 
 
@@ -642,38 +643,48 @@ def validate(stage: Stage, state: TrainState) -> Predictions:
     return predictions
 
 
-def keep_best(state: TrainState, losses: Sequence[float] | None, patience: int) -> bool:
-    """Early stopping: keep the averaged weights of each member for which this epoch is the best.
+def keep_good(stage: Stage, state: TrainState, predictions: Predictions | None) -> bool:
+    """Early stopping: keep the averaged weights of the epochs that are good for some member.
 
-    That is the latest epoch whose validation loss is within ``LOSS_TOLERANCE`` of the member's
-    lowest; the last epoch where there is no validation part. A member whose patience has ended
-    does not change: it waits for no other. Return whether the weights of any member were kept.
+    These are the epochs whose validation loss is within ``LOSS_TOLERANCE`` of the member's lowest
+    so far; without a validation part those that the folds chose, or the last one. A member whose
+    patience has ended keeps its own. Return whether this epoch is among them.
     """
-    progress, epoch, n_members = state.progress, state.progress.epoch + 1, 1 + max(state.members)
-    if epoch == 1:
-        progress.lowest = [math.inf] * n_members
-    if epoch == 1 or losses is None:
-        progress.lowest_epochs, progress.best_epochs = [epoch] * n_members, [epoch] * n_members
-    for member, loss in enumerate(losses or ()):
-        if epoch - progress.lowest_epochs[member] > patience:
-            continue
-        if loss < progress.lowest[member]:
-            progress.lowest[member], progress.lowest_epochs[member] = loss, epoch
-        if loss <= progress.lowest[member] * (1 + LOSS_TOLERANCE):
-            progress.best_epochs[member] = epoch
-    best = [member for member in range(n_members) if progress.best_epochs[member] == epoch]
-    weights = zip(state.members, state.average.weights, state.best or state.parameters, strict=True)
-    state.best = [new.clone() if member in best else old for member, new, old in weights]
-    return bool(best)
+    progress, epoch = state.progress, state.progress.epoch + 1
+    if predictions is None:
+        chosen = [k for k in stage.final_epochs or [epoch] if k <= epoch] or [epoch]
+        progress.averaged = [chosen for _ in {*state.members}]
+    else:
+        learns = progress.learning(stage.patience) if epoch > 1 else itertools.repeat(True)
+        pairs = zip(predictions.losses.tolist(), learns, strict=False)
+        progress.losses.append([loss if learned else math.inf for loss, learned in pairs])
+        progress.averaged = progress.good_epochs()
+    good = {*itertools.chain(*progress.averaged)}
+    if epoch in good:
+        state.epochs[epoch] = [weight.cpu().clone() for weight in state.average.weights]
+    state.epochs = {k: weights for k, weights in state.epochs.items() if k in good}
+    return epoch in good
+
+
+def set_best(stage: Stage, state: TrainState) -> None:
+    """Set the mean weights of the good epochs; of a member whose mean is not good, the best one."""
+    progress = state.progress
+    state.set_weights(state.mean_weights())
+    if progress.losses:
+        losses, lowest_epochs = score(stage, "val").losses, progress.lowest_epochs
+        for member, loss in enumerate(losses):
+            if not loss <= progress.limits[member]:
+                progress.averaged[member] = [lowest_epochs[member]]
+        state.set_weights(state.mean_weights())
 
 
 # --------------------------------------------------------------------------- training state
 
 
 def save_best(stage: Stage, state: TrainState, folder: Path | None) -> None:
-    """Write the weights of the best epoch, if there is one."""
-    if folder and state.best and distributed.processes().is_main_process:
-        with state.swapped_weights(state.best):
+    """Write the mean weights of the good epochs, if there are any."""
+    if folder and state.epochs and distributed.processes().is_main_process:
+        with state.swapped_weights(state.mean_weights()):
             stage.save(folder, stage.config)
 
 
@@ -695,7 +706,7 @@ def training_state(stage: Stage, state: TrainState) -> dict[str, Any]:
     return {
         "weights": dict(zip(names, weights, strict=True)),
         "average": dict(zip(names, state.average.weights, strict=True)),
-        "best": dict(zip(names, state.best, strict=False)),  # empty before the first epoch ends
+        "epochs": {k: dict(zip(names, kept, strict=True)) for k, kept in state.epochs.items()},
         "optimizer": state.optimizer.state_dict(),
         "schedule": state.schedule.state_dict(),
         "progress": vars(state.progress),
@@ -712,7 +723,7 @@ def load_training_state(stage: Stage, state: TrainState, content: dict[str, Any]
     state.set_weights(content["weights"].values())
     device = distributed.default_device()
     state.average.weights = [weight.to(device) for weight in content["average"].values()]
-    state.best = [weight.to(device) for weight in content["best"].values()]
+    state.epochs = {epoch: [*weights.values()] for epoch, weights in content["epochs"].items()}
     state.optimizer.load_state_dict(content["optimizer"])
     state.schedule.load_state_dict(content["schedule"])
     vars(state.progress).update(content["progress"])
@@ -746,7 +757,7 @@ def train_stage(
     folder = run_folder.stage_folder(args)
     if args.resume and run_folder.is_finished(folder, run_record):
         return None
-    stage = folds.last_epoch_set(make_stage(args, data, checkpoint), args)
+    stage = folds.with_final_epochs(make_stage(args, data, checkpoint), args)
     run_log.log_run_summary(stage, data, args)
     memory.check_memory(stage, distributed.default_device())
     if args.dry_run:

@@ -16,6 +16,6 @@ def run_metrics(events=20, n=60, **more):
         "models": {"last value": {"reference": "stage 1 (trajectory alone)", **ranking}},
     }
     return {
-        **{"stage": "trajectory", "selected_epoch": 3, "threshold": 0.15},
+        **{"stage": "trajectory", "averaged_epochs": [[3]], "threshold": 0.15},
         **{"calibration": {"method": "none"}, "validation": part, "test": part, **more},
     }

@@ -19,6 +19,7 @@ from medgemma_clinical.commands.command_line import run_command
 from medgemma_clinical.commands.logs import LOG_MARK, RUN_LOG, command_logging
 from medgemma_clinical.files import InputError, RunFault
 from medgemma_clinical.training.signals import SIGNALS
+from medgemma_clinical.training.state import describe_epochs
 from predicting import refused
 
 ROOT = Path(trainer.__file__).parent
@@ -150,12 +151,11 @@ def test_the_console_shows_six_epochs_and_the_last_and_the_log_each_of_them(data
     words = words_for(data, log := tmp_path / "own.log")
     assert trainer.main([*words, "--trajectory_epochs", "13", "--patience", "13"]) == 0
     history = pd.read_json(tmp_path / "run" / "trajectory" / "history.jsonl", lines=True)
-    best = history["best_epochs"].str[0]
+    averaged = history["averaged_epochs"].map(describe_epochs)
     console = capsys.readouterr().out
     for text, shown in ((console, range(3, 14, 3)), (log.read_text(), range(1, 14))):
-        shown = [(k, best[k - 1]) for k in [*shown, *{13} - {*shown}]]
-        ends = [(f"{k}", "best so far" if k == b else f"best epoch {b}") for k, b in shown]
-        assert re.findall(r"epoch (\d+)/13: .*, (best .*)", text) == ends
+        ends = [(f"{k}", averaged[k - 1]) for k in [*shown, *{13} - {*shown}]]
+        assert re.findall(r"epoch (\d+)/13: .*, averaged: (.*)", text)[:-1] == ends[:-1]
     assert len(console.splitlines()) <= 40
 
 

@@ -33,7 +33,7 @@ from medgemma_clinical.evaluation.decision import (
 )
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from medgemma_clinical.provenance import ROOT
-from medgemma_clinical.training.state import describe_selection, read_state
+from medgemma_clinical.training.state import LOSS_TOLERANCE, describe_selection, read_state
 from medgemma_trainer import TrajectoryModel, cross_validate
 from pages import Page
 from stages import train_epoch
@@ -263,11 +263,20 @@ def test_the_same_command_goes_on_with_the_fold_that_was_stopped(
 # --------------------------------------------------------------------------- all patients
 
 
-def test_a_final_model_learns_from_all_patients_for_the_folds_median_of_epochs(run, data):
-    best = [content(fold_folder(run, k) / "metrics.json")["selected_epoch"] for k in range(K)]
-    epochs = round(np.median(best))
-    history = (run / "trajectory" / "history.jsonl").read_text().splitlines()
-    assert len(history) == epochs
+def history_of(folder):
+    return pd.read_json(folder / "history.jsonl", lines=True)
+
+
+def test_a_final_model_learns_from_all_patients_and_averages_the_epochs_of_the_folds(run, data):
+    losses = [history_of(fold_folder(run, k))["val_loss"].tolist() for k in range(K)]
+    longest = max(map(len, losses))
+    pooled = np.mean([own + own[-1:] * (longest - len(own)) for own in losses], axis=0)
+    averaged = (np.flatnonzero(pooled <= (1 + LOSS_TOLERANCE) * pooled.min()) + 1).tolist()
+    joint = content(run / "folds_trajectory" / "metrics.json")
+    assert (joint["averaged_epochs"], joint["validation_losses"]) == (averaged, pooled.tolist())
+    history = history_of(run / "trajectory")
+    assert history["epoch"].tolist() == [*range(1, averaged[-1] + 1)]
+    assert history["averaged_epochs"].iloc[-1] == averaged
     rows, _ = rows_and_folds(data)
     checkpoint = read_trajectory(run / TRAJECTORY_FILE)
     assert np.isin(patient_hashes(rows, np.arange(len(rows))), checkpoint.train_patients).all()
@@ -277,10 +286,12 @@ def test_a_final_model_learns_from_all_patients_for_the_folds_median_of_epochs(r
     stage = trainer.make_stage(args, trainer.run_folder.run_data(args, rows, None), None)
     assert len(stage.batches["train"].rows) == len(rows)
     own = trainer.set_up(stage)
-    for epoch in range(1, epochs + 1):
+    kept = []
+    for epoch in range(1, averaged[-1] + 1):
         train_epoch(stage, own, args.seed, epoch)
-    for name, weight in zip(stage.trainable_parameters(), own.average.weights, strict=True):
-        assert torch.equal(checkpoint.weights[name], weight), name
+        kept += [[*map(torch.clone, own.average.weights)]] if epoch in averaged else []
+    for name, *weights in zip(stage.trainable_parameters(), *kept, strict=True):
+        assert torch.equal(checkpoint.weights[name], torch.stack(weights).mean(dim=0)), name
 
 
 def test_a_final_model_has_the_rule_and_the_metrics_of_the_folds(run, data, tmp_path):

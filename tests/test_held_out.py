@@ -9,7 +9,7 @@ import medgemma_trainer as trainer
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.data.training_data import prepare_data
 from medgemma_clinical.data.trajectories import PromptOptions
-from medgemma_clinical.evaluation.baselines import fit_baselines
+from medgemma_clinical.evaluation.baselines import fit_baselines, tune_baselines
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.hub import shared_copy
 from medgemma_clinical.models import language_model
@@ -90,7 +90,9 @@ def readings(few):
         dataset, test = data.dataset, data.split["test"]
         if not found:
             model = stage1_of(args, data).eval()
-            baselines = fit_baselines(dataset, data.split["train"], data.usable_static)
+            train = data.split["train"]
+            settings = tune_baselines(dataset, train, data.usable_static)
+            baselines = fit_baselines(dataset, train, settings)
         with torch.no_grad():
             states, logits = model.read(dataset.collate(test))
         risks = pd.DataFrame(baselines.risks(dataset, test)).to_numpy()

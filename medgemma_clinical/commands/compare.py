@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
-from medgemma_clinical.commands.run_folder import read_run
+from medgemma_clinical.commands.run_folder import HISTORY, read_run
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, MEANINGS, STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import TESTED, Metrics, evaluate
 from medgemma_clinical.evaluation.report import write_comparison
@@ -122,7 +122,7 @@ def join_predictions(folders: Mapping[str, Path]) -> pd.DataFrame:
 def cost_of(folder: Path) -> dict[str, float | None]:
     """Return a stage's cost, empty where unknown: median of epochs, mean of patients, peak."""
     try:
-        seconds = pd.read_json(folder / "history.jsonl", lines=True)["seconds"].median()
+        seconds = pd.read_json(folder / HISTORY, lines=True)["seconds"].median()
         stored = (read_run(folder) or {})["cost"]
         weight = read_json(folder / "metrics.json").get("residual_weight")
         cost = {"seconds_an_epoch": seconds, **stored, "residual_weight": weight}

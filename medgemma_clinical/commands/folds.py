@@ -39,6 +39,7 @@ from medgemma_clinical.evaluation.baselines import (
     describe_tuning,
     fit_baselines,
     fit_rules,
+    tune_baselines,
 )
 from medgemma_clinical.evaluation.decision import fit_decision_rule
 from medgemma_clinical.evaluation.metrics import log_odds
@@ -69,7 +70,11 @@ from medgemma_clinical.models.trained_model import read_trained_config
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 from medgemma_clinical.training.signals import begin_process
 from medgemma_clinical.training.stage import Stage
-from medgemma_clinical.training.state import describe_selection
+from medgemma_clinical.training.state import (
+    LOSS_TOLERANCE,
+    describe_epochs,
+    describe_selection,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -235,7 +240,7 @@ def write_fold_results(
         decided["residual_weight"] = float(np.median(weights))
     content = {
         "stage": stage,
-        "selected_epoch": round(np.median([content["selected_epoch"] for content in contents])),
+        **pooled_epochs(folders),
         "threshold": decided["decision"]["threshold"],
         "calibration": {"method": args.calibrate, **decided["decision"]},
         "folds": metrics.to_json(),
@@ -327,8 +332,8 @@ def folds_content(
     ``tuned``: whether the baselines of each fold were tuned.
     """
     kind = "each site held out" if args.leave_out else "each patient held out"
-    epoch, members = config["metrics"]["selected_epoch"], config["members"]
-    selection = describe_selection(members if config["stage"] == "trajectory" else 1)
+    epochs = describe_epochs(config["metrics"]["averaged_epochs"])
+    selection = describe_selection(config["members"] if config["stage"] == "trajectory" else 1)
     fingerprint, predicted = rows.fingerprint(), np.isin(np.arange(len(rows)), positions)
     if not predicted.all():
         rule = "without a value of a series that their fold reads"
@@ -345,9 +350,10 @@ def folds_content(
         card={
             "Limits": MODEL_LIMITS,
             **several.NOT_IN_INTERVALS,
-            "Best epoch": f"{epoch}, the median of the folds, after which --final ends; each "
-            f"keeps {selection}",
-            "Baselines": describe_tuning(tuned),
+            "Epochs": f"each fold has {selection}; --final averages {epochs}, by the folds' pooled "
+            "validation loss",
+            "Baselines": f"in each fold {describe_tuning(tuned)}; those of --final are tuned by "
+            "the same rule, and fitted, on all patients",
             "Seed": str(args.seed),
         },
         threshold=None,
@@ -363,12 +369,24 @@ def folds_content(
 # --------------------------------------------------------------------------- all patients
 
 
-def last_epoch_set(stage: Stage, args: Namespace) -> Stage:
-    """Let a ``--final`` end after the folds' median epoch; the schedule stays that of a fold."""
+def pooled_epochs(folders: Sequence[Path]) -> Json:
+    """Return the validation loss by epoch, a mean over the folds, and the epochs near its lowest.
+
+    A fold that stopped earlier keeps its last loss.
+    """
+    histories = [pd.read_json(folder / run_folder.HISTORY, lines=True) for folder in folders]
+    losses = pd.concat([h.set_index("epoch")["val_loss"] for h in histories], axis=1)
+    pooled = losses.ffill().mean(axis=1)
+    good = pooled.index[pooled <= pooled.min() * (1 + LOSS_TOLERANCE)]
+    return {"averaged_epochs": good.tolist(), "validation_losses": pooled.tolist()}
+
+
+def with_final_epochs(stage: Stage, args: Namespace) -> Stage:
+    """Let a ``--final`` average the epochs of the folds; the schedule stays that of a fold."""
     if not args.final:
         return stage
-    epochs = read_json(run_folder.folds_folder(args) / run_folder.METRICS)["selected_epoch"]
-    return replace(stage, last_epoch=epochs)
+    content = read_json(run_folder.folds_folder(args) / run_folder.METRICS)
+    return replace(stage, final_epochs=content["averaged_epochs"])
 
 
 def write_final(
@@ -382,7 +400,10 @@ def write_final(
         stage.model.residual_weight = decided["residual_weight"]
     if not processes().is_main_process:
         return config, None
-    fitted = fit_baselines(data.dataset, data.split["train"], data.usable_static)
+    rows = data.split["train"]
+    fitted = fit_baselines(
+        data.dataset, rows, tune_baselines(data.dataset, rows, data.usable_static)
+    )
     models = {name: model for name, model in fitted.models.items() if name in config["models"]}
     words = fitted.words if WORDS in config["models"] else None
     baselines = replace(fitted, models=models, words=words)  # those of all folds

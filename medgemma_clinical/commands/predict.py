@@ -326,7 +326,8 @@ class Overlap(NamedTuple):
         if not self.old or of_folds(config):
             return text
         return (
-            f"{text} Others of these data may have chosen the epoch: the metrics may be optimistic."
+            f"{text} Others of these data may have chosen the epochs and taught the baselines: the "
+            "metrics may be optimistic."
         )
 
 

@@ -72,7 +72,7 @@ def fit_trajectory(rows: Rows, **flags: Any) -> TrajectoryModel:
             ``trajectory_epochs=50``. Without ``output_dir`` nothing is written.
 
     Returns:
-        The best model; ``results()`` gives its metrics.
+        The trained model; ``results()`` gives its metrics.
 
     Raises:
         TypeError: there is no such flag.
@@ -92,7 +92,7 @@ def fit_classification(
         **flags: as for ``fit_trajectory``, for example ``model_name``, ``epochs``, ``lora_rank``.
 
     Returns:
-        The best model; ``results()`` gives its metrics.
+        The trained model; ``results()`` gives its metrics.
 
     Raises:
         TypeError: there is no such flag.

@@ -99,7 +99,8 @@ def training_methods(stage: Stage, data: Data, run: dict[str, Any]) -> dict[str,
     texts = [f"{name} {settings[name]}" for name in names]
     return {
         "split": f"Each patient is in one of three parts ({origin}): the training part fits the "
-        "weights, the validation part chooses epoch and threshold, the test part was scored once.",
+        "weights, the validation part chooses epochs and threshold and also teaches the baselines "
+        "once their settings are chosen, the test part was scored once.",
         "preparation": f"Rows keep their latest {dataset.read_options['max_len']} observations.",
         "unusable": "; ".join(f"{code(k)} ({why})" for k, why in data.unusable),
         "training": f"At most {stage.epochs} epochs, stopped after {stage.patience} without a "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from argparse import Namespace
@@ -29,6 +30,7 @@ from medgemma_clinical.evaluation.baselines import (
     fit_baselines,
     fit_rules,
     model_risks,
+    tune_baselines,
 )
 from medgemma_clinical.evaluation.metrics_table import Metrics
 from medgemma_clinical.evaluation.report import write_report
@@ -44,7 +46,7 @@ from medgemma_clinical.models.outcome import OUTCOMES
 from medgemma_clinical.models.terms import licence
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
 from medgemma_clinical.training.stage import Stage
-from medgemma_clinical.training.state import Progress, describe_selection
+from medgemma_clinical.training.state import Progress, describe_epochs, describe_selection
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +87,14 @@ def write_results(
     if "test" not in predictions or not processes().is_main_process:
         return {**stage.config, **decided}, None
     outcome = OUTCOMES[data.dataset.outcome_kind]
-    baselines = fit_baselines(data.dataset, data.split["train"], data.usable_static)
-    tables, rules = prediction_tables(stage, data, predictions, baselines, args.calibrate)
+    settings = tune_baselines(data.dataset, data.split["train"], data.usable_static)
+    # The validation part chooses thresholds and the recommended model by risks of models that have
+    # not seen it. The models that are tested and kept learn from both parts.
+    both = np.sort(np.concatenate([data.split["train"], data.split["val"]]))
+    taught = {"val": data.split["train"], "test": both}
+    fitted = {part: fit_baselines(data.dataset, rows, settings) for part, rows in taught.items()}
+    tables, rules = prediction_tables(stage, data, predictions, fitted, args.calibrate)
+    baselines = fitted["test"]
     metrics = {
         part: outcome.evaluate(
             table, args.seed, predictions[part].rule.threshold, primary=args.primary
@@ -154,7 +162,7 @@ def metrics_content(
     weight = {name: decided[name] for name in ("residual_weight",) if name in decided}
     return {
         "stage": stage.name,
-        "selected_epoch": progress.best_epoch,
+        "averaged_epochs": progress.averaged,
         "threshold": rule["threshold"],
         "calibration": calibration,
         **{SCORED[part]: part_metrics.to_json() for part, part_metrics in metrics.items()},
@@ -189,7 +197,7 @@ def prediction_tables(
     stage: Stage,
     data: Data,
     predictions: dict[str, decision.Predictions],
-    baselines: Baselines,
+    baselines: dict[str, Baselines],  # by part
     calibrate: str,
 ) -> tuple[dict[str, pd.DataFrame], dict[str, decision.DecisionRule]]:
     """Return a table for each part and the decision rules of the models beside the stages.
@@ -198,7 +206,7 @@ def prediction_tables(
     """
     name, dataset, val = STAGE_NAMES[stage.name], data.dataset, predictions["val"]
     baseline_risks = {
-        part: baselines.risks(dataset, scored.rows) for part, scored in predictions.items()
+        part: baselines[part].risks(dataset, scored.rows) for part, scored in predictions.items()
     }
     rules = fit_rules(val.labels, name, val.probability, baseline_risks["val"], calibrate)
     tables = {}
@@ -296,11 +304,13 @@ def run_content(
     validation = Metrics.from_json(config["metrics"]["validation"])
     hides_metrics = validation.counts["minority_patients"] < args.min_cell
     auroc = value_text(validation.row(validation.models[0], "auroc"))
-    parameters, best_epochs = list(stage.model.parameters()), progress.best_epochs
+    parameters = list(stage.model.parameters())
     learned = sum(p.numel() for p in parameters if p.requires_grad)
-    best = f"{', '.join(map(str, best_epochs))}: {describe_selection(len(best_epochs))}"
-    if max(best_epochs) == 1 < len(progress.history):
-        best += "; training did not improve it after the first epoch"
+    averaged = progress.averaged
+    epochs = "; ".join(map(describe_epochs, averaged))
+    epochs = f"{epochs}: {describe_selection(len(averaged))}"
+    if {*itertools.chain(*averaged)} == {1} and len(progress.history) > 1:
+        epochs += "; training did not improve it after the first epoch"
     stage1_page = None
     if args.ode_checkpoint and config.get("residual_weight") == 0:
         beside = Path(args.ode_checkpoint).absolute().parent == args.output_dir.absolute()
@@ -315,7 +325,7 @@ def run_content(
         card={
             "Limits": MODEL_LIMITS,
             "Parameters": f"{learned:,} trained of {sum(p.numel() for p in parameters):,}",
-            "Best epoch": best,
+            "Epochs": epochs,
             "Baselines": describe_tuning([tuned]),
             **({} if hides_metrics else {"Validation AUROC": auroc}),
             "Seed": str(args.seed),

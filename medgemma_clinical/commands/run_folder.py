@@ -34,10 +34,10 @@ logger = logging.getLogger(__name__)
 RUN_FORMAT = 5
 """Of ``run.json``; rises when runs of older versions can no longer be resumed."""
 
-METRICS = "metrics.json"
+METRICS, HISTORY = "metrics.json", "history.jsonl"
 
 RESULTS = (
-    *(METRICS, "history.jsonl", "report.html", "tripod.md", "baselines.json"),
+    *(METRICS, HISTORY, "report.html", "tripod.md", "baselines.json"),
     *("predictions_val.csv", "predictions_test.csv", "generations_test.jsonl"),
 )
 """What a finished run leaves in its folder beside the best weights."""
@@ -88,7 +88,7 @@ def state_folder(folder: Path) -> Path:
 def write_history(folder: Path | None, history: list[dict[str, Any]]) -> None:
     """Write ``history.jsonl``, an object an epoch, by the first of several processes."""
     if folder and processes().is_main_process:
-        files.write_text(folder / "history.jsonl", "".join(json.dumps(x) + "\n" for x in history))
+        files.write_text(folder / HISTORY, "".join(json.dumps(x) + "\n" for x in history))
 
 
 def log_path(args: Namespace, folder: Path) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from argparse import Namespace
@@ -23,7 +24,7 @@ from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import default_device, peak_memory, processes
 from medgemma_clinical.evaluation.decision import Predictions
 from medgemma_clinical.training.stage import Stage
-from medgemma_clinical.training.state import SKIPPED_ADVICE, Progress
+from medgemma_clinical.training.state import SKIPPED_ADVICE, Progress, describe_epochs
 from medgemma_clinical.training.trackers import Track, check_tracker
 
 logger = logging.getLogger(__name__)
@@ -62,8 +63,9 @@ def log_run_summary(stage: Stage, data: Data, args: Namespace) -> None:
         if count := stage.text.shortened:
             logger.info(f"{count:,} prompts were too long and lost their oldest values")
     epochs = f"at most {stage.epochs} epochs"
-    if stage.last_epoch is not None:
-        epochs = f"{stage.last_epoch} epochs, the median of the folds"
+    if stage.final_epochs:
+        final = describe_epochs(stage.final_epochs)
+        epochs = f"{max(stage.final_epochs)} epochs, by the folds' losses; averaged: {final}"
     logger.info(
         f"batch size {args.batch_size}, {len(batches)} steps an epoch, {epochs}, on "
         f"{default_device()}, processes: {processes().num_processes}"
@@ -108,11 +110,18 @@ def record_epoch(
         "skipped_steps": progress.skipped,
         "seconds": round(progress.seconds, 3),
     }
-    progress.history.append({**metrics, "best_epochs": [*progress.best_epochs]})
-    write_history(folder, progress.history)
+    progress.history.append({**metrics})
+    record_average(progress, folder)
     if track is not None:
         track({name: x for name, x in metrics.items() if x is not None}, progress.steps)
     log_epoch(stage, metrics, progress, exhausted=exhausted)
+
+
+def record_average(progress: Progress, folder: Path | None) -> None:
+    """Add the epochs that are averaged now, of any member, to the last line of the history."""
+    averaged = sorted({*itertools.chain(*progress.averaged)})
+    progress.history[-1]["averaged_epochs"] = averaged
+    write_history(folder, progress.history)
 
 
 def log_epoch(
@@ -126,12 +135,11 @@ def log_epoch(
     val = "no validation part"
     if metrics["val_loss"] is not None:
         val = f"val loss {metrics['val_loss']:.4f}, val AUROC {metrics['val_auroc']:.4f}"
-    best = progress.best_epochs
-    names = ", ".join(map(str, best))
+    averaged = describe_epochs(progress.history[-1]["averaged_epochs"])
     logger.log(
         logging.INFO if on_console else logging.DEBUG,
         f"epoch {epoch}/{stage.epochs}: train loss {loss}, {val}, {metrics['seconds']:.1f} s"
-        f", {'best so far' if {*best} == {epoch} else f'best epoch {names}'}",
+        f", averaged: {averaged}",
     )
     if skipped:
         steps = len(stage.batches["train"])

@@ -160,7 +160,8 @@ def check_held_out(
         count = len(np.unique(dataset.groups[held_out]))
         raise InputError(
             f"{path}: {leaked} of {count} held-out patients were in this encoder's training data: "
-            "use the same --seed and --max_samples, and the data of stage 1"
+            "use the same --seed and --max_samples, and the data of stage 1; one of --final has "
+            "seen all: give a fold's, or that of a run without --final"
         )
     if not same_rows and not (has_ids and dataset.has_patient_ids):
         logger.warning(

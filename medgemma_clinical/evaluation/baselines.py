@@ -9,9 +9,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+import lightgbm
 import numpy as np
 import pandas as pd
-from lightgbm import LGBMClassifier
 from numpy.typing import NDArray
 from scipy.special import expit
 from sklearn.feature_extraction.text import CountVectorizer
@@ -68,14 +68,40 @@ FOLDS, MIN_TUNED = 5, 100
 """Folds in which settings are tuned, and the training patients with, and without, the event from
 which on they are: with fewer a fold has too few events to tell settings apart."""
 
-PENALTIES = {"logisticregression__C": [0.003, 0.01, 0.03, 0.1, 0.3, 1]}
+PENALTY = "logisticregression__C"
+PENALTIES = {PENALTY: [0.003, 0.01, 0.03, 0.1, 0.3, 1]}
+
+TREES: dict[str, Any] = {
+    "objective": "binary",
+    "min_data_in_leaf": 20,
+    "min_sum_hessian_in_leaf": 1e-3,
+    "bagging_freq": 1,
+    "lambda_l2": 10,
+    "deterministic": True,
+    "force_row_wise": True,
+    "num_threads": 1,
+    "seed": 0,
+    "verbose": -1,
+}
+SIZES: list[dict[str, Any]] = [
+    {"num_leaves": leaves, "feature_fraction": columns, "bagging_fraction": 0.7}
+    for leaves in (4, 8)
+    for columns in (0.3, 0.6)
+]
+FEWER_ROWS: dict[str, Any] = {"bagging_fraction": 0.4}
+MAX_TREES, TREES_WITHOUT_GAIN = 500, 50
+"""Settings of boosted trees, and what is chosen in the folds: leaves of a tree, the shares of the
+columns and rows that a tree reads, and the number of trees, at most so many, of which the last so
+many may be no better."""
+
+USUAL_TREES: dict[str, Any] = {**SIZES[0], "trees": 150}
+"""Where there are too few patients to choose."""
 
 MIN_WORD_SHARE, MAX_WORDS = 0.01, 1_000
 """Share of the training contexts that must hold, and lack, a word that is read; the most words."""
 
 SMALL_DATA = 10_000
-"""Training rows up to which trees learn slowly: the library's rate overfits a few thousand
-patients; 200 slow trees underfit more."""
+"""Training rows up to which trees learn slowly: few rows overfit, many need more trees."""
 
 Folds = list[tuple[NDArray[np.int64], NDArray[np.int64]]]
 """Positions within the training part: to fit on, to score."""
@@ -147,32 +173,66 @@ class Baselines:
         return cls(models, words, {"static": static, "prediction_time": bool(time)}, tuned)
 
 
-def fit_baselines(
+@dataclass(frozen=True)
+class Settings:
+    """What was chosen on the training part, before any model is fitted on all rows that may be."""
+
+    static: list[str]  # features that these rows can teach
+    vocabulary: list[str]
+    penalties: dict[str, float]  # of the regressions, by name; empty: not tuned
+    trees: dict[str, Any]  # of all boosted trees
+
+
+def tune_baselines(
     dataset: TrajectoryDataset, train: NDArray[np.int64], static: Sequence[str]
-) -> Baselines:
-    """Fit the baselines on some rows; ``static`` names the features that these rows can teach."""
-    labels, inputs = dataset.labels[train], dict(dataset.baseline_inputs())
+) -> Settings:
+    """Choose the settings of the baselines in folds of some rows, where these are enough."""
+    labels, words = dataset.labels[train], frequent_words(dataset.contexts[train])
     folds = tuning_folds(labels, dataset.groups[train])
-    endings, statics = [""], dataset.static_table(static)
+    tables = {name: table.to_numpy()[train] for name, table in _inputs(dataset, static).items()}
+    boosted = [name for name in tables if name.startswith(BOOSTING)]
+    trees = tuned_trees(tables[boosted[-1]], labels, folds)  # by the table with the most columns
+    penalties: dict[str, float] = {}
+    if folds:
+        for name in tables.keys() - boosted:
+            penalties[name] = tuned_penalty(regression(), tables[name], labels, folds)
+    if words and folds:
+        table = word_table(words, dataset.contexts[train])
+        penalties[WORDS] = tuned_penalty(word_regression(), table, labels, folds)
+    return Settings([*static], words, penalties, trees)
+
+
+def fit_baselines(
+    dataset: TrajectoryDataset, rows: NDArray[np.int64], settings: Settings
+) -> Baselines:
+    """Fit the baselines on some rows."""
+    labels = dataset.labels[rows]
+    models: dict[str, Regression | Trees] = {}
+    for name, table in _inputs(dataset, settings.static).items():
+        values, columns = table.to_numpy()[rows], [*table.columns]
+        if name.startswith(BOOSTING):
+            models[name] = Trees.of(fit_trees(values, labels, settings.trees), columns)
+        else:
+            model = regression(settings.penalties.get(name)).fit(values, labels)
+            models[name] = Regression.of(model, columns)
+    words = None
+    if settings.vocabulary:
+        seen = word_table(settings.vocabulary, dataset.contexts[rows])
+        fitted = word_regression(settings.penalties.get(WORDS)).fit(seen, labels)
+        scaler, model = (step for _, step in fitted.steps)
+        words = Words(settings.vocabulary, scaler.scale_, model.coef_[0], model.intercept_)
+    read = {"static": settings.static, "prediction_time": dataset.hours_read is not None}
+    return Baselines(models, words, read, bool(settings.penalties))
+
+
+def _inputs(dataset: TrajectoryDataset, static: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """Return the table (N rows) of each baseline but the words and the blends."""
+    inputs, statics = {**dataset.baseline_inputs()}, dataset.static_table(static)
     if static:
-        endings.append(WITH_STATICS)
         inputs[STATICS_ALONE] = statics
         inputs[LOGISTIC + WITH_STATICS] = inputs[LOGISTIC].join(statics)
-    models: dict[str, Regression | Trees] = {}
-    for name, table in inputs.items():
-        fitted = _fit(tuned_regression(folds), table.to_numpy()[train], labels)
-        models[name] = Regression.of(fitted, [*table.columns])
-    for ending in endings:
-        table = inputs[LOGISTIC + ending]
-        fitted = _fit(tuned_trees(folds, len(train)), table.to_numpy()[train], labels)
-        models[BOOSTING + ending] = Trees.of(fitted.booster_, [*table.columns])
-    words = None
-    if vocabulary := frequent_words(dataset.contexts[train]):
-        seen = word_table(vocabulary, dataset.contexts[train])
-        scaler, model = (x for _, x in _fit(tuned_words(folds), seen, labels).steps)
-        words = Words(vocabulary, scaler.scale_, model.coef_[0], model.intercept_)
-    read = {"static": [*static], "prediction_time": dataset.hours_read is not None}
-    return Baselines(models, words, read, bool(folds))
+    endings = ("", WITH_STATICS) if static else ("",)
+    return inputs | {BOOSTING + ending: inputs[LOGISTIC + ending] for ending in endings}
 
 
 def baseline_names(
@@ -185,12 +245,6 @@ def baseline_names(
     return [*names, WORDS] if frequent_words(dataset.contexts[train]) else names
 
 
-def _fit(model: Any, values: Any, labels: Array) -> Any:
-    """Return the fitted model, of a search the best."""
-    model.fit(values, labels)
-    return getattr(model, "best_estimator_", model)
-
-
 def tuning_folds(labels: Array, groups: NDArray[Any]) -> Folds:
     """Return folds of the training part, no patient on both sides; none with few patients."""
     if minority_patients(labels, groups) < MIN_TUNED:
@@ -201,20 +255,33 @@ def tuning_folds(labels: Array, groups: NDArray[Any]) -> Folds:
 
 def describe_tuning(tuned: Sequence[bool | None]) -> str:
     """Return whether the baselines of each of some models were tuned, in words."""
+    fitted = "fitted on training and validation part; for the validation part on the first alone"
     if all(tuned):
-        return f"tuned in {FOLDS} folds of the training part"
+        return f"tuned in {FOLDS} folds of the training part, then {fitted}"
     of = f" of {len(tuned) - sum(map(bool, tuned))} of {len(tuned)} models" if any(tuned) else ""
     return (
         f"not tuned: fewer than {MIN_TUNED} patients of the training part{of} have, or lack, the "
-        "event"
+        f"event; {fitted}"
     )
 
 
-def tuned_regression(folds: Folds) -> Any:
-    """Return a logistic regression that chooses its penalty in the folds; without, a usual one."""
+def regression(penalty: float | None = None) -> Any:
+    """Return a logistic regression that fills in and marks unknown values."""
     imputer = SimpleImputer(add_indicator=True, keep_empty_features=True)
-    model = make_pipeline(imputer, StandardScaler(), LogisticRegression(max_iter=2000))
-    return _tuned(model, PENALTIES, folds)
+    model = LogisticRegression(C=penalty or 1.0, max_iter=2000)
+    return make_pipeline(imputer, StandardScaler(), model)
+
+
+def word_regression(penalty: float | None = None) -> Any:
+    """Return a logistic regression on a sparse table of words."""
+    model = LogisticRegression(C=penalty or 1.0, max_iter=2000)
+    return make_pipeline(StandardScaler(with_mean=False), model)
+
+
+def tuned_penalty(model: Any, values: Any, labels: Array, folds: Folds) -> float:
+    """Return the penalty whose log loss in the folds is the lowest."""
+    search = GridSearchCV(model, PENALTIES, scoring="neg_log_loss", cv=folds, refit=False)
+    return float(search.fit(values, labels).best_params_[PENALTY])
 
 
 def frequent_words(contexts: NDArray[np.object_]) -> list[str]:
@@ -231,32 +298,35 @@ def frequent_words(contexts: NDArray[np.object_]) -> list[str]:
     return []
 
 
-def tuned_words(folds: Folds) -> Any:
-    """Return a regression on a sparse table of words; see ``tuned_regression``."""
-    model = make_pipeline(StandardScaler(with_mean=False), LogisticRegression(max_iter=2000))
-    return _tuned(model, PENALTIES, folds)
+def tuned_trees(values: Array, labels: Array, folds: Folds) -> dict[str, Any]:
+    """Return the settings of boosted trees whose log loss in the folds is the lowest.
+
+    Source: Friedman 2002, "Stochastic gradient boosting"; Ke et al. 2017, "LightGBM".
+    """
+    rate = {"learning_rate": 0.03 if len(labels) <= SMALL_DATA else 0.1}
+    if not folds:
+        return {**rate, **USUAL_TREES}
+
+    def lowest_loss(size: dict[str, Any]) -> tuple[float, int]:
+        table = lightgbm.Dataset(values, labels, free_raw_data=False)
+        options: dict[str, Any] = {"folds": folds, "metrics": "binary_logloss"}
+        options["callbacks"] = [lightgbm.early_stopping(TREES_WITHOUT_GAIN, verbose=False)]
+        curves: Any = lightgbm.cv({**TREES, **rate, **size}, table, MAX_TREES, **options)
+        losses: list[float] = curves["valid binary_logloss-mean"]
+        return min(losses), int(np.argmin(losses)) + 1
+
+    sizes = [*SIZES]
+    results = [lowest_loss(size) for size in sizes]
+    sizes.append({**sizes[results.index(min(results))], **FEWER_ROWS})
+    results.append(lowest_loss(sizes[-1]))
+    best = results.index(min(results))
+    return {**rate, **sizes[best], "trees": results[best][1]}
 
 
-def tuned_trees(folds: Folds, rows: int) -> Any:
-    """Return boosted trees that choose their size in the folds; without, of 8 leaves."""
-    model = LGBMClassifier(
-        n_estimators=200,
-        learning_rate=0.03 if rows <= SMALL_DATA else 0.1,
-        num_leaves=8,
-        min_child_samples=20,
-        min_child_weight=1e-3,
-        reg_lambda=1.0,
-        deterministic=True,
-        force_row_wise=True,
-        n_jobs=1,
-        random_state=0,
-        verbose=-1,
-    )
-    return _tuned(model, {"num_leaves": [3, 8]}, folds)
-
-
-def _tuned(model: Any, settings: dict[str, list[Any]], folds: Folds) -> Any:
-    return GridSearchCV(model, settings, scoring="neg_log_loss", cv=folds) if folds else model
+def fit_trees(values: Array, labels: Array, settings: Mapping[str, Any]) -> lightgbm.Booster:
+    """Return boosted trees of given settings, fitted."""
+    size = {name: x for name, x in settings.items() if name != "trees"}
+    return lightgbm.train({**TREES, **size}, lightgbm.Dataset(values, labels), settings["trees"])
 
 
 def blend(*risks: Array) -> Array:

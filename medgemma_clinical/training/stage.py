@@ -37,7 +37,7 @@ class Stage:
     stage1_risks: NDArray[np.float64] | None = None  # (N,) by the stage 1 below a language model
     train_patients: NDArray[np.int64] | None = None  # hashes, of stage 1 only
     max_tokens: int | None = None  # rows times tokens of the longest in one pass, once known
-    last_epoch: int | None = None  # training stops after it, where there is no validation part
+    final_epochs: list[int] | None = None  # that are averaged, where there is no validation part
     # Receives the seed, the number of an epoch, and which members of stage 1 still learn.
     begin_epoch: Callable[[int, int, list[bool]], None] = lambda seed, epoch, learn: None
     recomputes: bool = False  # gradient checkpointing is on

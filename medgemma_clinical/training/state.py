@@ -7,7 +7,6 @@ import hashlib
 import io
 import logging
 import math
-import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,10 +27,9 @@ logger = logging.getLogger(__name__)
 AVERAGE_DECAY = 0.998
 """The weights that are evaluated and kept are an exponential average over about 500 steps."""
 
-LOSS_TOLERANCE = 0.01
-"""A validation loss so little above the lowest is as good: in a part of fifty events the difference
-is noise, and a model that has learned longer is better where the loss stays level. The rule is the
-script's ``keep_best``; ``describe_selection`` is its description."""
+LOSS_TOLERANCE = 0.03
+"""Epochs whose validation loss is at most so much above the lowest are averaged: in a part of fifty
+events such differences are noise, by which no single epoch can be chosen."""
 
 MAX_SKIPPED = 5
 """Training stops after so many steps in a row whose loss or gradient is not finite."""
@@ -42,7 +40,7 @@ SKIPPED_ADVICE = (
     "version, --precision fp32, or another --batch_size"
 )
 
-STATE_FORMAT = 8
+STATE_FORMAT = 9
 """Rises when older states can no longer be resumed."""
 
 NEWEST, PREVIOUS = "newest.state", "previous.state"
@@ -86,9 +84,9 @@ class Progress:
     seconds: float = 0.0  # of the epoch, those before a stop included
     skipped: int = 0  # steps of the epoch whose loss or gradient was not finite
     skipped_in_a_row: int = 0
-    lowest: list[float] = field(default_factory=list)  # validation loss of each member
-    lowest_epochs: list[int] = field(default_factory=list)
-    best_epochs: list[int] = field(default_factory=list)  # those whose weights are kept
+    # Validation loss of each epoch and member, infinite once a member has stopped.
+    losses: list[list[float]] = field(default_factory=list)
+    averaged: list[list[int]] = field(default_factory=list)  # epochs, of each member
     history: list[dict[str, Any]] = field(default_factory=list)  # of ``history.jsonl``
     over: bool = False  # training has ended
 
@@ -119,9 +117,31 @@ class Progress:
             raise NonFiniteLossError(f"the validation loss is {loss} in epoch {self.epoch + 1}")
 
     @property
-    def best_epoch(self) -> int:
-        """The best epoch, of several members their median; 0 before the first ends."""
-        return round(statistics.median(self.best_epochs or [0]))
+    def lowest(self) -> list[float]:
+        """The lowest validation loss of each member; none before the first epoch ends."""
+        return [min(losses) for losses in zip(*self.losses, strict=True)]
+
+    @property
+    def lowest_epochs(self) -> list[int]:
+        """The first epoch of each member that has its lowest loss."""
+        return [losses.index(min(losses)) + 1 for losses in zip(*self.losses, strict=True)]
+
+    @property
+    def limits(self) -> list[float]:
+        """The highest loss of each member that is good."""
+        return [lowest * (1 + LOSS_TOLERANCE) for lowest in self.lowest]
+
+    def good_epochs(self) -> list[list[int]]:
+        """Return the epochs of each member whose loss is near its lowest."""
+        pairs = zip(zip(*self.losses, strict=True), self.limits, strict=True)
+        return [
+            [epoch for epoch, loss in enumerate(losses, 1) if loss <= limit]
+            for losses, limit in pairs
+        ]
+
+    def learning(self, patience: int) -> list[bool]:
+        """Return for each member whether its patience lasts in the current epoch."""
+        return [self.epoch - lowest < patience for lowest in self.lowest_epochs]
 
     def next_epoch(self) -> None:
         """Count an epoch and begin the next."""
@@ -130,13 +150,25 @@ class Progress:
 
 
 def describe_selection(members: int) -> str:
-    """Return which epoch's weights a training of one or several members keeps, in words."""
+    """Return which weights a training of one or several members keeps, in words."""
     steps, within = round(1 / (1 - AVERAGE_DECAY)), f"{100 * LOSS_TOLERANCE:g} %"
     return (
-        f"the latest epoch{' of each member' if members > 1 else ''} whose validation loss is "
-        f"within {within} of the lowest; the weights are an exponential average over about {steps} "
-        "steps"
+        f"the mean of the weights of the epochs{' of each member' if members > 1 else ''} whose "
+        f"validation loss is within {within} of the lowest, or the epoch of the lowest where the "
+        f"loss of that mean is not; an epoch's weights are an exponential average over about "
+        f"{steps} steps"
     )
+
+
+def describe_epochs(epochs: Iterable[int]) -> str:
+    """Return some epochs in words, those in a row as a range."""
+    ranges: list[list[int]] = []
+    for epoch in sorted({*epochs}):
+        if ranges and epoch == ranges[-1][-1] + 1:
+            ranges[-1].append(epoch)
+        else:
+            ranges.append([epoch])
+    return ", ".join(f"{r[0]} to {r[-1]}" if r[1:] else str(r[0]) for r in ranges)
 
 
 @dataclass
@@ -151,7 +183,7 @@ class TrainState:
     schedule: LambdaLR  # of the learning rates
     average: WeightAverage
     progress: Progress = field(default_factory=Progress)
-    best: list[Tensor] = field(default_factory=list)  # averages of each member's best epoch
+    epochs: dict[int, list[Tensor]] = field(default_factory=dict)  # weights that may be averaged
     folder: Path | None = None  # of the states that are written; None in memory
     last_tick: float = field(default_factory=time.perf_counter)  # of ``add_elapsed``
 
@@ -166,10 +198,17 @@ class TrainState:
     def learning(self, patience: int) -> list[bool]:
         """Return for each member of stage 1 whether its patience lasts in this epoch."""
         # Several processes wait for the gradients of all members: there all learn on.
-        if not self.progress.lowest or self.accelerator.num_processes > 1:
+        if not self.progress.losses or self.accelerator.num_processes > 1:
             return [True for _ in {*self.members}]
-        epoch = self.progress.epoch + 1
-        return [epoch - lowest <= patience for lowest in self.progress.lowest_epochs]
+        return self.progress.learning(patience)
+
+    def mean_weights(self) -> list[Tensor]:
+        """Return the mean of the weights of each member's averaged epochs."""
+        means = []
+        for k, member in enumerate(self.members):
+            weights = [self.epochs[epoch][k] for epoch in self.progress.averaged[member]]
+            means.append(torch.stack(weights).mean(dim=0))
+        return means
 
     def add_elapsed(self) -> None:
         """Add the seconds since the last call to those of the epoch."""

@@ -4,7 +4,6 @@ A measured process starts with these imports, so this module imports nothing lar
 """
 
 import contextlib
-import functools
 import importlib
 import io
 import json
@@ -88,24 +87,32 @@ def train_stage1(data, seed, output, *flags):
     return json.loads((folder / "metrics.json").read_text()) | cost_of(folder)
 
 
-def join_members(folders):
-    """Return one table of the test predictions of stage 1 by its number of members.
+def members_table(folder, data):
+    """Return the test predictions of a stage 1 of N members, and of its first member alone.
 
-    The runs have the same baselines, columns that all tables hold.
+    ``data`` is the file that it was trained on. Members learn from seeds of their own, so the first
+    one is a model of one member.
     """
-    import pandas as pd
+    from torch import nn
 
     from medgemma_clinical.commands.compare import read_predictions
-    from medgemma_clinical.evaluation.baselines import ENSEMBLE
+    from medgemma_clinical.evaluation.baselines import ENSEMBLE, best_blend, blend
+    from medgemma_trainer import TrajectoryModel
 
-    tables = []
-    for members, folder in folders.items():
-        name = f"stage 1, {members} member{'s' * (members > 1)}"
-        table = read_predictions(folder, name)
-        tables.append(table.rename(columns={ENSEMBLE: f"{ENSEMBLE} with {name}"}))
-    joined = functools.reduce(pd.merge, tables)
-    assert len(joined) == len(tables[0])
-    return joined
+    stage, first = TrajectoryModel.from_pretrained(folder), "stage 1, 1 member"
+    n = stage.config["members"]
+    name = first if n == 1 else f"stage 1, {n} members"
+    table = read_predictions(folder, name)
+    table = table.rename(columns={ENSEMBLE: f"{ENSEMBLE} with {name}"})
+    if n > 1:
+        stage1 = stage.trained.model
+        stage1.members, stage1.learn = nn.ModuleList([stage1.members[0]]), [True]
+        risks = stage.predictions(data).set_index("id")["probability"]
+        table[first] = table["id"].map(risks)
+        ensemble = blend(table[first].to_numpy(), table[best_blend(table.columns)].to_numpy())
+        table[f"{ENSEMBLE} with {first}"] = ensemble
+    assert table.notna().all(axis=None)
+    return table
 
 
 def stage_maker(*words):

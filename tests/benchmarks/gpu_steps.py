@@ -207,7 +207,7 @@ def resume(plan, mode):
             fit("stopped")
             raise AssertionError("was not stopped")
         resumed = fit("stopped", resume=True)
-    pairs = list(zip(whole.best, resumed.best, strict=True))
+    pairs = list(zip(whole.parameters, resumed.parameters, strict=True))
     assert all(torch.equal(a, b) for a, b in pairs), "other weights than the undisturbed run"
     one, two = ([epoch["val_loss"] for epoch in run.progress.history] for run in (whole, resumed))
     assert one == two, (one, two)

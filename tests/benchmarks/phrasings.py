@@ -37,7 +37,8 @@ from medgemma_clinical.commands.compare import read_predictions
 from medgemma_clinical.evaluation.baselines import (
     FOLDS,
     LOGISTIC,
-    tuned_regression,
+    PENALTIES,
+    regression,
     tuning_folds,
 )
 from medgemma_clinical.evaluation.metrics_table import TESTED, evaluate_splits
@@ -224,6 +225,11 @@ def words_regression(columns, folds):
     inputs = ColumnTransformer([("words", words, "text"), ("numbers", numbers, columns)])
     model = make_pipeline(inputs, LogisticRegression(max_iter=2000))
     penalties = {"logisticregression__C": [0.03, 0.1, 0.3, 1, 3, 10, 30]}
+    return search(model, penalties, folds)
+
+
+def search(model, penalties, folds):
+    """Return a regression that chooses its penalty by log loss in the folds."""
     return GridSearchCV(model, penalties, scoring="neg_log_loss", cv=folds or FOLDS)
 
 
@@ -240,8 +246,8 @@ def rivals(path, table):
     inputs = {
         WORDS: (texts, words_regression([], folds)),
         WORDS_SERIES: (texts.join(series), words_regression(list(map(str, series)), folds)),
-        TRUE: (true, tuned_regression(folds)),
-        TRUE_SERIES: (true.join(series), tuned_regression(folds)),
+        TRUE: (true, search(regression(), PENALTIES, folds)),
+        TRUE_SERIES: (true.join(series), search(regression(), PENALTIES, folds)),
     }
     risks = {"id": dataset.ids[test]}
     for name, (values, model) in inputs.items():

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from common import join_members, machine, train_stage1, write
+from common import machine, members_table, train_stage1, write
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from medgemma_clinical.evaluation.metrics import metrics
@@ -111,10 +111,8 @@ def fold_metrics(table, seed, flags):
     """Train stage 1 with one and five members on a fold; return the test metrics by model."""
     with tempfile.TemporaryDirectory() as folder:
         write_table(table, data := Path(folder, "data.csv"))
-        runs = {members: Path(folder, str(members)) for members in (1, 5)}
-        for members, run in runs.items():
-            train_stage1(data, seed, run, "--members", members, *flags)
-        rows = join_members({n: run / "trajectory" for n, run in runs.items()})
+        train_stage1(data, seed, folder, "--members", 5, *flags)
+        rows = members_table(Path(folder, "trajectory"), data)
     labels, everyone = rows["label"].to_numpy(float), np.ones((1, len(rows)))
     found = {m: metrics(labels, rows[m].to_numpy(), everyone) for m in rows.columns.drop(TESTED)}
     return pd.DataFrame(found).loc[["auroc", "auprc"]].map(np.ndarray.item).stack()

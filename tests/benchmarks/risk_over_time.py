@@ -20,7 +20,7 @@ import torch
 from common import SAMPLE, machine, train_stage1, write
 
 from dataset_format import MIMICtrajectoryDataset
-from medgemma_clinical.evaluation.baselines import tuned_regression
+from medgemma_clinical.evaluation.baselines import regression
 from medgemma_clinical.evaluation.metrics import calibration, metrics
 from medgemma_clinical.evaluation.metrics_table import bootstrap, with_interval
 from medgemma_clinical.evaluation.verdicts import value_text
@@ -84,7 +84,7 @@ def main(argv=None):
     train, test = (dataset.subset(split[part]) for part in ("train", "test"))
     risks = model.risk_over_time(test)["probability"].to_numpy()
     beginnings, known = known_prefixes(test)
-    rule = tuned_regression([]).fit(last_values(train), train.labels)
+    rule = regression().fit(last_values(train), train.labels)
     table = {}
     for quarter, rows in zip(QUARTERS, known, strict=True):
         rival = rule.predict_proba(last_values(beginnings.subset(rows)))[:, 1]
@@ -97,7 +97,7 @@ def main(argv=None):
     write(
         f"{arguments.data.name} {' '.join(flags)}, seed {arguments.seed}; {on}\n"
         f"{pd.DataFrame(table).to_string()}\n{len(test)} rows, {test.labels.sum():.0f} events; "
-        f"AUROC of the run {run['test']['auroc']['value']:.4f}, epoch {run['selected_epoch']}; "
+        f"AUROC of the run {run['test']['auroc']['value']:.4f}, epochs {run['averaged_epochs']}; "
         f"{time.perf_counter() - began:.0f} s in all"
     )
     return 0

@@ -1,12 +1,12 @@
 """Compare stage 1 with its baselines, every patient predicted out-of-fold.
 
-    python tests/benchmarks/stage1.py [--data FILE.csv] [--folds 5] [--members 1 5] [trainer flags]
+    python tests/benchmarks/stage1.py [--data FILE.csv] [--folds 5] [--members 5] [trainer flags]
 
-Trains stage 1 with one and with five members on the same folds; the trainer fits the baselines on
-them. Prints AUROC with 95 % interval of each model, and its paired difference to the blend; of
-stage 1 and the ensembles AUROC and log loss minus boosted trees and minus the blend, and the
-calibration slope of all rows. Each other metric is the mean over the folds; one bootstrap draw of
-patients serves all folds.
+Trains stage 1 with five members on the folds; the first of them is the model of one member. The
+trainer fits the baselines. Prints AUROC with 95 % interval of each model, and its paired difference
+to the blend; of stage 1, the ensembles and the blend AUROC and log loss, of the first two minus
+boosted trees and minus the blend, and the calibration slope of all rows. Each other metric is the
+mean over the folds; one bootstrap draw of patients serves all folds.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from common import SAMPLE, join_members, machine, train, write
+from common import SAMPLE, machine, members_table, train, write
 
 from medgemma_clinical.commands.several import shared_models
 from medgemma_clinical.evaluation.baselines import BOOSTING, best_blend
@@ -36,7 +36,7 @@ def compare(tables):
     """Print what is asked of stage 1: its differences to trees and blend, and its calibration."""
     names, blend = list(tables[0].columns.drop(TESTED)), best_blend(tables[0].columns)
     trees = [name for name in names if name.startswith(BOOSTING)][-1]
-    own = [name for name in names if "stage 1" in name]
+    own = [*(name for name in names if "stage 1" in name), blend]
     whole = pd.concat(tables)
     folds = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
     found = {name: evaluate_splits(tables, 0, name) for name in (trees, blend)}
@@ -44,7 +44,8 @@ def compare(tables):
         rows = {reference: each.row(name, metric) for reference, each in found.items()}
         text = "{} {} {:.4f} [{:.4f}, {:.4f}]".format(name, metric, *rows[blend][VALUE])
         for reference, row in rows.items():
-            text += "; minus {} {:+.4f} [{:+.4f}, {:+.4f}]".format(reference, *row[DIFFERENCE])
+            if reference != name:
+                text += "; minus {} {:+.4f} [{:+.4f}, {:+.4f}]".format(reference, *row[DIFFERENCE])
         write(text)
     for name in own:
         slope = evaluate(whole, 0, 0.5, name, folds).row(name, "calibration_slope")
@@ -55,16 +56,16 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--data", type=Path, default=SAMPLE)
     parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--members", type=int, nargs="+", default=[1, 5])
+    parser.add_argument("--members", type=int, default=5)
     arguments, flags = parser.parse_known_args(argv)
-    began, words = time.perf_counter(), ["--data_path", arguments.data, "--folds", arguments.folds]
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        runs = {members: Path(folder, str(members)) for members in arguments.members}
-        for members, run in runs.items():
-            more = ["--members", members, "--output_dir", run, "--log_file", "none", *flags]
-            train("--trajectory_only", *words, *more)
-        stages = [f"folds_trajectory/fold_{k}/trajectory" for k in range(arguments.folds)]
-        found = [join_members({n: run / stage for n, run in runs.items()}) for stage in stages]
+        words = ["--data_path", arguments.data, "--folds", arguments.folds, "--output_dir", folder]
+        words += ["--members", arguments.members, "--log_file", "none"]
+        train("--trajectory_only", *words, *flags)
+        folds = Path(folder, "folds_trajectory")
+        stages = [folds / f"fold_{k}" / "trajectory" for k in range(arguments.folds)]
+        found = [members_table(stage, arguments.data) for stage in stages]
     tables = shared_models(found)
     blend = best_blend(tables[0].columns)
     metrics = evaluate_splits(tables, 0, blend, compared=[*tables[0].columns])

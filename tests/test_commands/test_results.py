@@ -18,7 +18,7 @@ from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.trained_model import read_trained_config
 from medgemma_clinical.training.state import describe_selection
 from pages import Page
-from predicting import MARKER, STAGES, VALUES, predicted
+from predicting import MARKER, STAGES, VALUES, predicted, write_data
 from stages import arguments, data_for, make_stage, patients, stage_of_patients
 
 PARTS = {"val": "validation", "test": "test"}
@@ -70,6 +70,32 @@ def test_the_primary_baseline_is_the_one_that_was_named(dka_file, tmp_path, caps
     known = read(tmp_path / "run" / "trajectory" / "metrics.json")["test"]
     assert known["primary"] == "last value"
     assert known["planned"] == ["last value", ENSEMBLE]
+
+
+def test_baselines_of_the_test_part_learn_from_validation_rows_and_those_of_it_do_not(
+    table, tmp_path
+):
+    """Settings are chosen on the training part; stage 1 reads no label of another part."""
+    parts = np.array(["train"] * 60 + ["val"] * 20 + ["test"] * 20)
+    tables, labels = [], table["label_escalation"].to_numpy()
+    for name, swapped in (("as it is", slice(0)), ("others", slice(60, 80))):
+        own = labels.copy()
+        own[swapped] = own[swapped][::-1]
+        data = write_data(table.assign(split=parts, label_escalation=own), tmp_path / f"{name}.csv")
+        words = [
+            "--trajectory_only",
+            "--trajectory_epochs=1",
+            "--log_file=none",
+            "--data_path",
+            data,
+        ]
+        words += ["--output_dir", tmp_path / name]
+        assert trainer.main([*map(str, words)]) == 0
+        tables.append([predictions_of(tmp_path / name / "trajectory", part) for part in PARTS])
+    for part, first, other in zip(PARTS, *tables, strict=True):
+        same = {model for model in first.columns[4:] if first[model].equals(other[model])}
+        others = {*first.columns[4:]} - same
+        assert others == (set() if part == "val" else {*first.columns[4:]})
 
 
 def test_the_methods_name_the_rates_of_what_learns_and_the_rows_of_a_step(runs):

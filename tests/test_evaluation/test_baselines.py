@@ -18,6 +18,7 @@ from medgemma_clinical.evaluation.baselines import (
     LOGISTIC,
     Baselines,
     fit_baselines,
+    tune_baselines,
 )
 from medgemma_clinical.evaluation.simple_models import Regression, Trees, to_plain, word_table
 from trajectories import dataset_of
@@ -51,16 +52,20 @@ def visits(statics=True):
     return {**table, "static_age": age, "clinical_context": texts} if statics else table
 
 
+def fit_on_train(dataset, static):
+    return fit_baselines(dataset, SPLIT["train"], tune_baselines(dataset, SPLIT["train"], static))
+
+
 def risks_of(dataset, static):
     """Fit on the training part; return the risks of the other parts."""
-    fitted = fit_baselines(dataset, SPLIT["train"], static)
+    fitted = fit_on_train(dataset, static)
     parts = {part: fitted.risks(dataset, SPLIT[part]) for part in ("val", "test")}
     return {name: {part: parts[part][name] for part in parts} for name in fitted.names}
 
 
 @pytest.fixture(scope="module")
 def fitted():
-    return fit_baselines(dataset_of(**visits()), SPLIT["train"], ["static_age"])
+    return fit_on_train(dataset_of(**visits()), ["static_age"])
 
 
 @pytest.fixture(scope="module")
@@ -156,22 +161,25 @@ def test_noise_gets_a_stronger_penalty_and_fewer_leaves_than_a_signal():
     crossed = np.where(labels[:, None] == 1, 1, -1) * np.sign(noise[:, :1] * noise[:, 1:2])
     signal = np.hstack([noise[:, :2], crossed + 0.5 * noise[:, 2:3]])
     plain = 3 * labels[:, None] + noise[:, :1]
-    trees = baselines.tuned_trees(folds, 400).set_params(estimator__n_estimators=30)
-    for model, inputs in ((baselines.tuned_regression(folds), plain), (trees, signal)):
-        chosen = [list(model.fit(x, labels).best_params_.values()) for x in (noise, inputs)]
-        assert chosen[0] < chosen[1], model
+    penalties = [
+        baselines.tuned_penalty(baselines.regression(), x, labels, folds) for x in (noise, plain)
+    ]
+    trees = [baselines.tuned_trees(x, labels, folds)["trees"] for x in (noise, signal)]
+    assert penalties[0] < penalties[1]
+    assert trees[0] < trees[1]
 
 
 def test_a_regression_learns_from_what_is_missing():
     values, labels = np.ones((40, 1)), np.arange(40) % 2
     values[labels == 1] = np.nan
-    risk = baselines.tuned_regression([]).fit(values, labels).predict_proba(values)[:, 1]
+    risk = baselines.regression().fit(values, labels).predict_proba(values)[:, 1]
     assert risk[labels == 1].min() > 0.8 > 0.2 > risk[labels == 0].max()
 
 
 @pytest.mark.parametrize("rows", [100, 10_000, 100_000])
 def test_trees_learn_few_rows_slowly(rows):
-    assert baselines.tuned_trees([], rows).learning_rate == (0.03 if rows <= 10_000 else 0.1)
+    settings = baselines.tuned_trees(np.ones((rows, 1)), np.arange(rows) % 2.0, [])
+    assert settings["learning_rate"] == (0.03 if rows <= 10_000 else 0.1)
 
 
 @pytest.mark.filterwarnings("error")
@@ -218,7 +226,8 @@ def test_a_kept_model_computes_what_its_library_does(kind):
     signal = table.iloc[:, -1] + 2 * table.iloc[:, 1].isna()
     labels = (signal + np.random.default_rng(2).normal(size=300) > 0.5).astype(float)
     if kind == "regression":
-        model = baselines.tuned_regression([]).fit(table.to_numpy(), labels)
+        model = baselines.regression().fit(table.to_numpy(), labels)
+        expected = model.predict_proba(other.to_numpy())[:, 1]
         kept = as_kept(Regression.of(model, [*table]))
         content = to_plain(kept)
         assert len(content["marked"]) == 4
@@ -226,12 +235,13 @@ def test_a_kept_model_computes_what_its_library_does(kind):
             Regression.from_json({**content, "marked": [*"abcd"]})
     else:
         rows = 10 if kind == "one leaf" else 300
-        model = baselines.tuned_trees([], 300).fit(table.to_numpy()[:rows], labels[:rows])
-        kept = as_kept(Trees.of(model.booster_, [*table]))
+        values, labels = table.to_numpy()[:rows], labels[:rows]
+        model = baselines.fit_trees(values, labels, baselines.tuned_trees(values, labels, []))
+        kept = as_kept(Trees.of(model, [*table]))
+        expected = model.predict(other.to_numpy())
         again = lightgbm.Booster(model_str=kept.text).predict(other.to_numpy())
-        assert np.array_equal(again, model.predict_proba(other.to_numpy())[:, 1])
+        assert np.array_equal(again, expected)
         assert (len(kept.trees[0].leaf) == 1) == (kind == "one leaf")
-    expected = model.predict_proba(other.to_numpy())[:, 1]
     assert np.ptp(expected) > 0.5 or kind == "one leaf"
     np.testing.assert_allclose(kept.risks(other), expected, rtol=0, atol=1e-12)
 
@@ -249,7 +259,7 @@ def test_kept_baselines_give_the_same_risks_and_hold_no_extreme_value(fitted):
 @pytest.mark.parametrize(("needed", "tuned"), [(20, True), (80, False)])
 def test_baselines_keep_whether_their_settings_were_searched(needed, tuned, monkeypatch):
     monkeypatch.setattr(baselines, "MIN_TUNED", needed)
-    fitted = fit_baselines(dataset_of(**visits(statics=False)), SPLIT["train"], [])
+    fitted = fit_on_train(dataset_of(**visits(statics=False)), [])
     content = json.loads(fitted.to_json())
     kept = Baselines.from_json(json.dumps(content))
     assert (fitted.tuned, kept.tuned) == (tuned, tuned)

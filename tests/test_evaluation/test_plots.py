@@ -85,21 +85,22 @@ def test_the_decision_curve_is_that_of_model_baseline_and_treat_all(rows):
         assert lines[name][1] == pytest.approx(net_benefit(labels, each, at, one)[0])
 
 
-def epochs(*aurocs, kept=(1,)):
+def epochs(*aurocs, averaged=(1,)):
     numbers = {"train_loss": 0.40, "val_loss": 0.41}
     return [
-        {"epoch": k, **numbers, "val_auroc": auroc, "best_epochs": kept}
+        {"epoch": k, **numbers, "val_auroc": auroc, "averaged_epochs": averaged}
         for k, auroc in enumerate(aurocs, 1)
     ]
 
 
-def test_the_learning_curve_marks_the_epochs_that_were_kept_on_whole_axes():
-    figure, alt = plot_learning(epochs(0.71, None, 0.72, 0.7, kept=[3, 1, 3]))
+def test_the_learning_curve_shades_the_epochs_that_are_averaged_on_whole_axes():
+    figure, alt = plot_learning(epochs(0.71, None, 0.72, 0.7, averaged=[1, 3]))
     upper, lower = figure.axes
-    auroc, *kept = lower.lines
+    (auroc,) = lower.lines
     assert np.isnan(np.array(auroc.get_ydata(), dtype=float)).tolist() == [0, 1, 0, 0]
-    assert [line.get_xdata() for line in kept] == [[1, 1], [3, 3]]
-    assert "1, 3" in alt
+    for axes in (upper, lower):
+        assert [(p.get_x(), p.get_width()) for p in axes.patches] == [(0.5, 1), (2.5, 1)]
+    assert "2 of them" in alt
     assert upper.get_ylim()[0] == 0
     assert lower.get_ylim() == (0.5, 1)
     assert plot_learning(epochs(0.37))[0].axes[1].get_ylim() == pytest.approx((0.3, 1))

@@ -78,7 +78,7 @@ def test_passes_of_any_size_are_one_large_batch(size, room, lengths, check_on_gp
     losses = [trainer.score(stage, "val").losses for stage in (whole, cut)]
     np.testing.assert_allclose(*losses, rtol=1e-6)
     assert max(batch["tokens"] for batch in tries) <= (cut.max_tokens or math.inf)
-    weights = [trainer.fit(stage, 7).best for stage in (whole, cut)]
+    weights = [trainer.fit(stage, 7).parameters for stage in (whole, cut)]
     torch.testing.assert_close(*weights, rtol=0, atol=1e-5)
 
 

@@ -4,6 +4,7 @@ import math
 import os
 import re
 import signal
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,13 @@ import medgemma_trainer as trainer
 from medgemma_clinical.files import InputError
 from medgemma_clinical.training import state as module
 from medgemma_clinical.training.signals import SIGNALS, Stopped
-from medgemma_clinical.training.state import Progress, WeightAverage, read_state, write_state
+from medgemma_clinical.training.state import (
+    Progress,
+    TrainState,
+    WeightAverage,
+    read_state,
+    write_state,
+)
 from toy_stage import toy_stage
 
 
@@ -78,7 +85,8 @@ def test_a_run_that_is_killed_between_two_names_leaves_the_state_before(folder):
 def everything(state):
     """Return all that a state must bring back, the time it took apart."""
     moments, progress = state.optimizer.state_dict(), dict(vars(state.progress))
-    tensors = [*state.parameters, *state.average.weights, *state.best, torch.get_rng_state()]
+    tensors = [*state.parameters, *state.average.weights, torch.get_rng_state()]
+    tensors += [weight for weights in state.epochs.values() for weight in weights]
     tensors += [t for each in moments["state"].values() for t in each.values()]
     progress["history"] = [{**line, "seconds": 0} for line in progress["history"]]
     schedule = state.schedule.state_dict(), [group["lr"] for group in moments["param_groups"]]
@@ -100,7 +108,7 @@ def whole():
 
 
 @pytest.mark.parametrize("save_every", [0, 2])
-@pytest.mark.parametrize("end", ["signal", "step", "validate", "keep_best", "save_best"])
+@pytest.mark.parametrize("end", ["signal", "step", "validate", "keep_good", "save_best"])
 def test_a_stopped_run_resumes_to_the_last_bit(end, save_every, whole, tmp_path, monkeypatch):
     """With dropout; a signal is heard behind a step, another fault where it comes."""
     name = "step" if end == "signal" else end
@@ -176,29 +184,66 @@ def test_the_average_follows_the_weights_over_at_most_500_steps():
 
 
 @pytest.mark.parametrize("patience", [1, 2, 4])
-def test_each_member_keeps_its_latest_good_epoch_and_waits_for_no_other(patience):
-    table, kept = np.random.default_rng(0).integers(300, 330, (30, 60)), []
-    state = SimpleNamespace(progress=(progress := Progress()), members=range(60), best=[])
-    for epoch, losses in enumerate(table, 1):
-        state.average = SimpleNamespace(weights=[torch.tensor(epoch)] * 60)
-        state.parameters = state.average.weights
-        kept.append(trainer.keep_best(state, losses.tolist(), patience))
+def test_each_member_averages_its_good_epochs_and_waits_for_no_other(patience):
+    table, tolerance = np.random.default_rng(0).integers(300, 330, (30, 60)), module.LOSS_TOLERANCE
+    state = SimpleNamespace(progress=(progress := Progress()), members=range(60), epochs={})
+    state.mean_weights = lambda: TrainState.mean_weights(state)
+    for epoch, losses in enumerate(table.astype(float), 1):
+        state.average = SimpleNamespace(weights=[torch.tensor(float(epoch))] * 60)
+        kept = trainer.keep_good(SimpleNamespace(patience=patience), state, Losses(losses))
+        assert kept == (epoch in state.epochs) == any(epoch in e for e in progress.averaged)
         progress.next_epoch()
-    expected, own = [], []
+    expected, seen = [], []
     for losses in table.T:
         end = next(k for k in range(30) if k == 29 or k - losses[: k + 1].argmin() == patience)
-        seen = losses[: end + 1]
-        expected.append(np.flatnonzero(seen <= 1.01 * seen.min())[-1] + 1)
-        own.append(seen)
-    assert progress.best_epochs == [weight.item() for weight in state.best] == expected
-    assert progress.best_epoch == np.median(expected)
-    assert progress.lowest == [seen.min() for seen in own]
-    assert np.flatnonzero(kept).max() + 1 == max(expected)
+        seen.append(losses[: end + 1])
+        expected.append(np.flatnonzero(seen[-1] <= (1 + tolerance) * seen[-1].min()) + 1)
+    assert progress.averaged == [epochs.tolist() for epochs in expected]
+    assert torch.stack(state.mean_weights()).numpy() == pytest.approx([e.mean() for e in expected])
+    assert progress.lowest == [losses.min() for losses in seen]
+    assert state.epochs.keys() == {*np.concatenate(expected)}, "no other weights are kept"
     assert (table.min(axis=0) < progress.lowest).any(), "a lower loss came too late"
-    assert any(k > seen.argmin() + 1 for k, seen in zip(expected, own, strict=True))
+    assert max(map(len, expected)) > 1
 
 
-def test_the_rule_that_keeps_an_epoch_is_described_by_its_numbers(monkeypatch):
+@dataclass
+class Losses:
+    """What is read of the predictions of a validation part."""
+
+    losses: np.ndarray
+
+
+@pytest.mark.parametrize(("final", "averaged"), [([2, 3, 5], [[2, 3, 5]] * 2), (None, [[5]] * 2)])
+def test_without_validation_part_the_epochs_of_the_folds_are_averaged_or_the_last(final, averaged):
+    state = SimpleNamespace(progress=(progress := Progress()), members=[0, 1], epochs={})
+    for epoch in range(1, 6):
+        state.average = SimpleNamespace(weights=[torch.tensor(float(epoch))] * 2)
+        trainer.keep_good(SimpleNamespace(final_epochs=final), state, None)
+        progress.next_epoch()
+    assert progress.averaged == averaged
+    means = [w.item() for w in TrainState.mean_weights(state)]
+    assert means == pytest.approx([np.mean(averaged[0])] * 2)
+
+
+@pytest.mark.parametrize("mean_loss", [0.401, 0.5, math.nan])
+def test_a_mean_that_is_much_worse_than_the_best_epoch_gives_way_to_it(mean_loss, monkeypatch):
+    stage = toy_stage()
+    state = trainer.set_up(stage)
+    state.progress.losses, state.progress.averaged = [[0.5], [0.4], [0.401]], [[2, 3]]
+    first = [torch.zeros_like(p) for p in state.parameters]
+    state.epochs = {2: first, 3: [w + 1 for w in first]}
+    monkeypatch.setattr(trainer, "score", lambda *_: Losses([mean_loss]))
+    trainer.set_best(stage, state)
+    is_good = mean_loss < 0.5
+    assert state.progress.averaged == ([[2, 3]] if is_good else [[2]])
+    assert {p.unique().item() for p in state.parameters} == ({0.5} if is_good else {0.0})
+
+
+def test_epochs_in_a_row_are_named_as_a_range():
+    assert module.describe_epochs([7, 2, 3, 3, 4, 9, 10]) == "2 to 4, 7, 9 to 10"
+
+
+def test_the_rule_that_averages_epochs_is_described_by_its_numbers(monkeypatch):
     monkeypatch.setattr(module, "LOSS_TOLERANCE", 0.07)
     monkeypatch.setattr(module, "AVERAGE_DECAY", 0.99)
     one, several = module.describe_selection(1), module.describe_selection(3)

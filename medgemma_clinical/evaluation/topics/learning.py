@@ -25,19 +25,19 @@ def plot_learning(history: Sequence[Mapping[str, Any]]) -> plots.Plot:
     """Plot losses and validation AUROC by epoch; a number of the history may be None."""
     figure, (upper, lower) = plots.new_figure((1, 1))
     table = pd.DataFrame(history).set_index("epoch")
-    best_epochs = sorted({*table["best_epochs"].iloc[-1]})  # of each member
+    averaged = table["averaged_epochs"].iloc[-1]
     auroc = table["val_auroc"].astype(float)
     upper.plot(table["train_loss"].astype(float), "o--", color=plots.OTHER, label="training")
     upper.plot(table["val_loss"].astype(float), "o-", color=plots.MODEL, label="validation")
     lower.plot(auroc, "o-", color=plots.MODEL)
     for axes in (upper, lower):
-        for epoch in best_epochs:
-            axes.axvline(epoch, **plots.DOTTED)
+        for epoch in averaged:
+            axes.axvspan(epoch - 0.5, epoch + 0.5, color=plots.GRID, linewidth=0)
     # Whole axes: a change of a hundredth between epochs is noise and looks like it.
     upper.axhline(0, linewidth=0)
     upper.set(ylabel="loss", ylim=(0, None))
     lowest = np.fmin(0.5, np.floor(10 * auroc.min()) / 10)
-    lower.set(xlabel="epoch (dotted: kept)", ylabel="val. AUROC", ylim=(lowest, 1))
+    lower.set(xlabel="epoch (shaded: averaged)", ylabel="val. AUROC", ylim=(lowest, 1))
     lower.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    alt = f"Learning curve of {len(table)} epochs; kept: {', '.join(map(str, best_epochs))}."
+    alt = f"Learning curve of {len(table)} epochs; averaged: {len(averaged)} of them."
     return plots.with_legend(figure), alt
