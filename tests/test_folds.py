@@ -267,6 +267,16 @@ def history_of(folder):
     return pd.read_json(folder / "history.jsonl", lines=True)
 
 
+def test_a_fold_that_stopped_keeps_its_last_loss_in_the_pooled_curve(tmp_path):
+    for k, losses in enumerate([[1.0, 0.5, 0.5, 0.7], [0.9, 0.52]]):
+        (tmp_path / str(k)).mkdir()
+        table = pd.DataFrame({"epoch": range(1, len(losses) + 1), "val_loss": losses})
+        table.to_json(tmp_path / str(k) / "history.jsonl", orient="records", lines=True)
+    found = folds.pooled_epochs([tmp_path / "0", tmp_path / "1"])
+    assert found["validation_losses"] == pytest.approx([0.95, 0.51, 0.51, 0.61])
+    assert found["averaged_epochs"] == [2, 3]
+
+
 def test_a_final_model_learns_from_all_patients_and_averages_the_epochs_of_the_folds(run, data):
     losses = [history_of(fold_folder(run, k))["val_loss"].tolist() for k in range(K)]
     longest = max(map(len, losses))
