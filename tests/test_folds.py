@@ -38,6 +38,7 @@ from medgemma_clinical.training.state import LOSS_TOLERANCE, describe_selection,
 from medgemma_trainer import TrajectoryModel, cross_validate
 from pages import Page
 from stages import train_epoch
+from toy_stage import toy_stage
 from visits import LABEL, cohort
 
 STAGE_1, K = STAGE_NAMES["trajectory"], 3
@@ -266,6 +267,24 @@ def test_the_same_command_goes_on_with_the_fold_that_was_stopped(
 
 def history_of(folder):
     return pd.read_json(folder / "history.jsonl", lines=True)
+
+
+def test_a_fold_that_stopped_keeps_its_last_loss_in_the_pooled_curve(tmp_path):
+    for k, losses in enumerate([[1.0, 0.5, 0.5, 0.7], [0.9, 0.52]]):
+        (tmp_path / str(k)).mkdir()
+        table = pd.DataFrame({"epoch": range(1, len(losses) + 1), "val_loss": losses})
+        table.to_json(tmp_path / str(k) / "history.jsonl", orient="records", lines=True)
+    found = folds.pooled_epochs([tmp_path / "0", tmp_path / "1"])
+    assert found["validation_losses"] == pytest.approx([0.95, 0.51, 0.51, 0.61])
+    assert found["averaged_epochs"] == [2, 3]
+
+
+def test_a_final_model_is_given_all_epochs_of_the_pooled_curve(data, tmp_path):
+    args = trainer.build_parser().parse_args(command(data, tmp_path, "--folds=2", "--final"))
+    folder = trainer.run_folder.folds_folder(args)
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps({"averaged_epochs": [2, 3, 5]}))
+    assert folds.with_final_epochs(toy_stage(), args).final_epochs == [2, 3, 5]
 
 
 def test_a_final_model_learns_from_all_patients_and_averages_the_epochs_of_the_folds(run, data):

@@ -176,6 +176,24 @@ def test_a_regression_learns_from_what_is_missing():
     assert risk[labels == 1].min() > 0.8 > 0.2 > risk[labels == 0].max()
 
 
+@pytest.mark.parametrize("fewer_rows_are_better", [True, False])
+def test_trees_take_the_size_columns_rows_and_number_of_the_lowest_loss(
+    fewer_rows_are_better, monkeypatch
+):
+    def cv(settings, *_, **__):
+        best = settings["num_leaves"] == 8 and settings["feature_fraction"] == 0.3
+        loss = 0.3 - 0.1 * best
+        if settings["bagging_fraction"] < 0.7:
+            loss += -0.05 if fewer_rows_are_better else 0.05
+        return {"valid binary_logloss-mean": [0.9, loss, loss + 0.01]}
+
+    monkeypatch.setattr(baselines.lightgbm, "cv", cv)
+    chosen = baselines.tuned_trees(np.zeros((9, 2)), np.arange(9) % 2.0, [(0, 0)])
+    sizes = [chosen[name] for name in ("num_leaves", "feature_fraction", "trees")]
+    assert sizes == [8, 0.3, 2]
+    assert (chosen["bagging_fraction"] < 0.7) == fewer_rows_are_better
+
+
 @pytest.mark.parametrize("rows", [100, 10_000, 100_000])
 def test_trees_learn_few_rows_slowly(rows):
     settings = baselines.tuned_trees(np.ones((rows, 1)), np.arange(rows) % 2.0, [])

@@ -213,6 +213,16 @@ class Losses:
     losses: np.ndarray
 
 
+def test_weights_of_epochs_that_are_no_longer_good_are_let_go():
+    state, kept = SimpleNamespace(progress=Progress(), members=[0], epochs={}), []
+    state.average = SimpleNamespace(weights=[torch.zeros(1)])
+    for loss in (1.0, 0.5, 0.505, 0.3):
+        trainer.keep_good(SimpleNamespace(patience=9), state, Losses(np.array([loss])))
+        state.progress.next_epoch()
+        kept.append([*state.epochs])
+    assert kept == [[1], [2], [2, 3], [4]]
+
+
 @pytest.mark.parametrize(("final", "averaged"), [([2, 3, 5], [[2, 3, 5]] * 2), (None, [[5]] * 2)])
 def test_without_validation_part_the_epochs_of_the_folds_are_averaged_or_the_last(final, averaged):
     state = SimpleNamespace(progress=(progress := Progress()), members=[0, 1], epochs={})
