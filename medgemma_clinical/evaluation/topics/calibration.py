@@ -82,7 +82,8 @@ def calibration_table(rows: pd.DataFrame, model: str, seed: int) -> pd.DataFrame
 def smooth_curve(rows: pd.DataFrame, model: str, seed: int) -> pd.DataFrame:
     """Return the flexible calibration curve: predicted risk, observed share, low and high."""
     labels, risk, patients = label_risk_patient(rows, model)
-    at = np.linspace(*np.quantile(risk, SHOWN_RISKS), CURVE_POINTS)
+    first, last = np.quantile(risk, SHOWN_RISKS)
+    at = np.linspace(first, last, CURVE_POINTS)
 
     def statistic(weights: Array) -> dict[Any, Array]:
         curve = calibration_curve(labels, risk, weights, at)
