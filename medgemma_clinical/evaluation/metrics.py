@@ -151,7 +151,7 @@ def calibration_curve(labels: Array, risk: Array, weights: Array, at: Array) -> 
     basis, triangle = np.linalg.qr(columns)
     basis, points = (
         np.sqrt(len(risk)) * basis,
-        np.sqrt(len(risk)) * points @ np.linalg.inv(triangle),
+        np.sqrt(len(risk)) * points @ np.linalg.pinv(triangle),
     )
     start = fit_logistic(labels, basis.T, np.ones((1, len(risk))), np.zeros(basis.shape[1]))[0]
     curve: Array = expit(fit_logistic(labels, basis.T, weights, start) @ points.T)

@@ -70,7 +70,7 @@ def test_the_primary_baseline_is_the_one_that_was_named(dka_file, tmp_path, caps
     words += ["--data_path", dka_file]
     words += ["--output_dir", tmp_path / "run", "--primary", "last value"]
     assert trainer.main([*map(str, words)]) == 0
-    assert "planned comparison, last value, has" in capsys.readouterr().out
+    assert "simple model, last value:" in capsys.readouterr().out
     known = read(tmp_path / "run" / "trajectory" / "metrics.json")["test"]
     assert known["primary"] == "last value"
     assert known["planned"] == ["last value", ENSEMBLE]
@@ -258,7 +258,7 @@ def test_the_chosen_weight_is_kept_with_the_model_and_makes_its_predictions():
             assert predictions[part].logit == pytest.approx(weight * logit)
 
 
-def test_stage_3_shows_the_first_test_patient_with_the_event_where_values_may_be_shown(
+def test_stage_3_shows_a_test_patient_drawn_by_seed_where_values_may_be_shown(
     calibrated, tmp_path
 ):
     place, _ = calibrated
@@ -271,7 +271,9 @@ def test_stage_3_shows_the_first_test_patient_with_the_event_where_values_may_be
     series = pd.read_csv(place / "data.csv").set_index("id")["clinical_trajectory"]
     last = [series[each].split(" ")[-2] for each in test["id"]]
     shown = [f"{value} (6h)" in page for value in last]
-    assert shown == [k == test["label"].argmax() for k in range(len(test))]
+    drawn = np.random.default_rng(0).integers(len(test))
+    assert shown == [value == last[drawn] for value in last]
+    assert f"risk {100 * test['probability'][drawn]:.1f}" in page
 
 
 def test_a_test_part_of_few_events_names_the_folds(caplog):

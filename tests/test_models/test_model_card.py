@@ -63,9 +63,9 @@ def finished():
     """What a finished stage 3 on MedGemma says."""
     config = llm_config(classifier_and_writer().writer, "generative", data())
     reports = {"reports": 40, "numbers_stated": 1200, "invented": 12}
-    shares = ("parse", "true_number", "right_trend")
+    shares = ("right_answer", "parse", "true_number", "right_trend")
     reports |= {f"{name}_share": metric(0.5) for name in shares}
-    more = {"base_model": "google/medgemma-4b-pt", "decision": {"threshold": 0.31412}, **HUB}
+    more = {"base_model": "google/medgemma-4b-pt", "decision": {"slope": 1, "intercept": 0, "threshold": 0.31412}, **HUB}
     more["case_mix"] = {"rows": 640.0, "patients": 600.0, "prevalence": 0.25}
     more["best_model"] = "ensemble"
     more["metrics"] = run_metrics(reports={**reports, "inventing_share": metric(0.3)})
@@ -131,9 +131,7 @@ def test_cards_are_approved(finished, assert_approved):
 
 
 def test_weight_0_is_a_sentence_of_a_page(finished):
-    none = {**finished, "residual_weight": 0.0}
-    assert "add on 60 validation patients" in weight_0_sentence(none)
-    assert "add on validation patients" in weight_0_sentence({**none, "metrics": {}})
+    assert "each risk is that of stage 1" in weight_0_sentence({**finished, "residual_weight": 0.0})
     assert weight_0_sentence(finished) == ""
 
 
