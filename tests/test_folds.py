@@ -160,7 +160,9 @@ def test_metrics_that_compare_risks_are_means_over_the_folds_and_shares_are_of_a
     difference = metrics["models"]["last value"]["auroc"]["value"] - metrics["auroc"]["value"]
     assert metrics["models"]["last value"]["auroc"]["difference"] == pytest.approx(difference)
     final = predictions(run / "folds_trajectory" / "predictions_final.csv")
-    positive = final["probability"] >= content(run / "folds_trajectory" / "metrics.json")["threshold"]
+    positive = (
+        final["probability"] >= content(run / "folds_trajectory" / "metrics.json")["threshold"]
+    )
     assert metrics["sensitivity"]["value"] == pytest.approx(recall_score(table["label"], positive))
     page = (run / "folds_trajectory" / "report.html").read_text()
     assert f"one of {K} models that did not learn from them" in page

@@ -292,10 +292,11 @@ def write_fold_results(
     write_page(folder, args, rows, results)
     metrics, config = results.metrics, results.config
     logger.info("")
-    for line in (*sentences(metrics, rows.noun), model_table(metrics).to_string(index=False)):
+    findings = sentences(metrics, results.page.threshold, rows.noun)
+    for line in (*findings, model_table(metrics).to_string(index=False)):
         logger.info("%s", line)
     logger.info("recommended (--use best): %s", describe_recommended(config))
-    logger.info("%s\nreport: %s", results.page.first[0], folder / "report.html")
+    logger.info("%s\nreport: %s", results.page.last[-1], folder / "report.html")
 
 
 def write_page(
@@ -388,11 +389,15 @@ def folds_content(
     epochs = describe_epochs(config["metrics"]["averaged_epochs"])
     selection = describe_selection(config["members"] if config["stage"] == "trajectory" else 1)
     recalibration = describe_recalibration(args.calibrate, "validation part of each fold")
+    recalibrated = []
     if args.calibrate == "auto":
         slope, intercept = (config["decision"][key] for key in ("slope", "intercept"))
         recalibration = (
             "The risks above are those of the folds, as they are. --final recalibrates by these "
             f"rows: intercept {intercept:+.2f}, slope {slope:.2f}."
+        )
+        recalibrated.append(
+            "The model of all patients (--final) corrects its risks by what these folds show."
         )
     fingerprint, predicted = rows.fingerprint(), np.isin(np.arange(len(rows)), positions)
     if not predicted.all():
@@ -423,7 +428,7 @@ def folds_content(
         decided_risk=decided_risk,
         recalibration=recalibration,
         methods={"split": first, "recalibration": recalibration},
-        first=[first],
+        last=[*recalibrated, first],
         folds=len(tuned),
     )
 

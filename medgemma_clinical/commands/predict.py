@@ -295,7 +295,7 @@ def report_labelled(
     content = cohort_content(tally, model.config, dataset, new, overlap, training, updates, request)
     path = report_path(request.predictions)
     write_report(path, rows, metrics, content, outcome.topics, min_cell=request.min_cell)
-    lines = "\n".join(map(str, sentences(metrics, noun)))
+    lines = "\n".join(map(str, sentences(metrics, tally.threshold, noun)))
     logger.info("\n%s\n%s\nreport: %s", note, lines, path)
     return new, updates
 

@@ -89,8 +89,8 @@ def write_repeat_results(
     fold_runs = [folds.fold_arguments(k, runs[0]) for k in range(runs[0].folds)]
     folders = [run_folder.stage_folder(run) for run in fold_runs]
     results = folds.evaluate_folds(runs[0], rows, fold, folders)
-    title, sentences = f"{results.page.title}, {len(runs)} repeats", [first, *results.page.first]
-    page = replace(results.page, title=title, first=sentences, repeats=(joined, by_repeat))
+    title, sentences = f"{results.page.title}, {len(runs)} repeats", [first, *results.page.last]
+    page = replace(results.page, title=title, last=sentences, repeats=(joined, by_repeat))
     folds.write_page(folder, args, rows, results._replace(page=page))
     logger.info("\n%s", instability_cells(measures, rows.noun).to_string(index=False))
     logger.info("%s\nreport: %s", first, folder / "report.html")

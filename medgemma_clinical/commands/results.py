@@ -114,7 +114,8 @@ def write_results(
         "best_model": recommend(tables["val"], STAGE_NAMES[stage.name], rules),
         "baseline_inputs": baselines.inputs,
     }
-    log_results(metrics, written.metrics, data.dataset.noun)
+    threshold = predictions["test"].rule.threshold
+    log_results(metrics, threshold, written.metrics, data.dataset.noun)
     logger.info("recommended (--use best): %s", describe_recommended(config))
     if folder:
         config["baselines_sha256"] = baselines.sha256
@@ -272,13 +273,15 @@ def review_texts(
     return Written(lines, metrics, {**lines[drawn], "prompt": prompt})
 
 
-def log_results(metrics: dict[str, Metrics], written: dict[str, Any] | None, noun: str) -> None:
+def log_results(
+    metrics: dict[str, Metrics], threshold: float, written: dict[str, Any] | None, noun: str
+) -> None:
     """Log the result of the test part in sentences, and the table of all models."""
     test, val = metrics["test"], metrics["val"]
     auroc = value_text(val.row(val.models[0], "auroc"))
     logger.info("\nTest part (validation AUROC %s):", auroc)
     for line in (
-        *sentences(test, noun, few_events_advice(test)),
+        *sentences(test, threshold, noun, few_events_advice(test)),
         model_table(test).to_string(index=False),
     ):
         logger.info("%s", line)

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 RESIDUAL_WEIGHTS = np.linspace(0, 1, 11)
 """Weights of a language model's logit beside stage 1's that are tried on the validation part."""
 
+YOUDEN = "by Youden's index (sensitivity plus specificity)"
 GOALS = "sensitivity", "specificity"
 """What ``--threshold`` may ask of a threshold."""
 
@@ -182,7 +183,7 @@ def describe_threshold(choice: str | None, rows: str) -> str:
     goal, value = ("", math.nan) if choice is None else parse_threshold(choice)
     if choice is not None and not goal:
         return "set by the user"
-    rule = f"for a {goal} of at least {100 * value:g} %" if goal else "by Youden's index"
+    rule = f"for a {goal} of at least {100 * value:g} %" if goal else YOUDEN
     return f"chosen {rule} on {rows}"
 
 

@@ -116,6 +116,8 @@ def write_report(
             write_text(folder / "tripod.md", tripod(content, shown, numbers))
     notices = [content.notice, PATIENTS_NOTICE if list_patients else ""]
     reports = suppress_reports(content.reports or {}, min_cell)
+    box = shown, content.threshold, content.noun, content.advice
+    findings = [] if has_few else sentences(*box)
     page = render(
         "report",
         title=content.title,
@@ -123,7 +125,7 @@ def write_report(
         min_cell=min_cell,
         content=content,
         first=[*filter(None, [*content.first, written_sentence(reports)])],
-        findings=[] if has_few else sentences(shown, content.noun, content.advice),
+        findings=findings,
         has_few=has_few,
         sections=sections,
         images=images,

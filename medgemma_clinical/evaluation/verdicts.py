@@ -1,4 +1,4 @@
-"""The result in words: four fixed sentences, and a symbol made of an interval."""
+"""The result in words: fixed sentences, and a symbol made of an interval."""
 
 from __future__ import annotations
 
@@ -113,8 +113,10 @@ def counts_text(counts: Mapping[str, int], noun: str = "predictions") -> str:
     return f"{rows}{counts['patients']:,} patients, {counts['events']:,} with the event"
 
 
-def sentences(metrics: Metrics, noun: str = "predictions", advice: str = "") -> list[Finding]:
-    """Return the result in words: ranking, simple model, ensemble, calibration, certainty.
+def sentences(
+    metrics: Metrics, threshold: float, noun: str = "predictions", advice: str = ""
+) -> list[Finding]:
+    """Return the result in words: ranking, other models, calibration, decision, certainty.
 
     ``noun`` names the rows; ``advice`` is what helps where there are few events.
     """
@@ -137,6 +139,8 @@ def sentences(metrics: Metrics, noun: str = "predictions", advice: str = "") -> 
         findings.append(Finding(level, text))
     if "ici" in values.index:
         findings.append(Finding(None, _calibration(values)))
+    if "positives" in values.index and values.loc["positives"].value > 0:
+        findings.append(Finding(None, _decision(values, threshold, noun)))
     findings.append(Finding(None, _certainty(values.loc["auroc"], metrics.counts, noun, advice)))
     return findings
 
@@ -199,6 +203,17 @@ def _calibration(values: Any) -> str:
     else:
         beginning = "Its risks may be taken literally"
     return f"{beginning}: they differ {distance} ({slope_text})."
+
+
+def _decision(values: Any, threshold: float, noun: str) -> str:
+    positives, right, found = (
+        values.loc[name].value for name in ("positives", "ppv", "sensitivity")
+    )
+    return (
+        f"From a risk of {percent(threshold)} on it predicts the event: in {100 * positives:.1f} "
+        f"of 100 {noun}. Of these {percent(right)} have the event, and {percent(found)} of all "
+        "events are among them."
+    )
 
 
 def _certainty(auroc: Any, counts: Mapping[str, int], noun: str, advice: str) -> str:

@@ -19,6 +19,7 @@ from medgemma_clinical.evaluation.decision import (
 )
 from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
+from medgemma_clinical.models.model_card import weight_0_sentence
 from medgemma_clinical.models.trained_model import read_trained_config
 from medgemma_clinical.training.state import describe_selection
 from pages import Page
@@ -258,22 +259,37 @@ def test_the_chosen_weight_is_kept_with_the_model_and_makes_its_predictions():
             assert predictions[part].logit == pytest.approx(weight * logit)
 
 
-def test_stage_3_shows_a_test_patient_drawn_by_seed_where_values_may_be_shown(
-    calibrated, tmp_path
-):
-    place, _ = calibrated
+@pytest.fixture(scope="module")
+def notes(calibrated, tmp_path_factory):
+    """Stage 3 after one epoch, which adds nothing to its stage 1: folder, page, last values."""
+    (place, _), folder = calibrated, tmp_path_factory.mktemp("notes")
     words = ["--mode", "generative", "--data_path", str(place / "data.csv"), "--epochs", "1"]
     words += ["--ode_checkpoint", str(place / "none" / TRAJECTORY_FILE), "--model_name", TINY_MODEL]
-    words += ["--output_dir", str(tmp_path), "--log_file", "none"]
-    assert trainer.main([*words, "--show_values"]) == 0
-    page = Page((tmp_path / "generative" / "report.html").read_text()).text
-    test = predictions_of(tmp_path / "generative", "test")
+    words += ["--output_dir", str(folder), "--log_file", "none", "--show_values"]
+    assert trainer.main(words) == 0
     series = pd.read_csv(place / "data.csv").set_index("id")["clinical_trajectory"]
-    last = [series[each].split(" ")[-2] for each in test["id"]]
-    shown = [f"{value} (6h)" in page for value in last]
+    page = (folder / "generative" / "report.html").read_text()
+    return folder / "generative", page, series.str.split(" ").str[-2]
+
+
+def test_stage_3_shows_a_test_patient_drawn_by_seed_where_values_may_be_shown(notes):
+    folder, page, last = notes
+    test, text = predictions_of(folder, "test"), Page(page).text
     drawn = np.random.default_rng(0).integers(len(test))
-    assert shown == [value == last[drawn] for value in last]
-    assert f"risk {100 * test['probability'][drawn]:.1f}" in page
+    values = last[test["id"]].tolist()
+    assert [f"{value} (6h)" in text for value in values] == [x == values[drawn] for x in values]
+    assert f"risk {100 * test[STAGE_NAMES['generative']][drawn]:.1f}" in text
+
+
+def test_a_language_model_that_adds_nothing_is_one_sentence_and_the_results_are_folded(notes):
+    folder, page, _ = notes
+    config = read(folder / "metrics.json")
+    assert config["residual_weight"] == 0
+    sentence = weight_0_sentence(config)
+    assert sentence in Page(page).text
+    box, folded = page.index(sentence), page.index("The results of stage 1, again")
+    own = page.index("It ranks")
+    assert box < page.index("Written reports") < folded < own < page.index("</details>", own)
 
 
 def test_a_test_part_of_few_events_names_the_folds(caplog):
@@ -283,5 +299,7 @@ def test_a_test_part_of_few_events_names_the_folds(caplog):
         tested = {"id": "", "label": labels, "patient": np.arange(90).astype(str)}
         table = pd.DataFrame({**tested, "model": np.linspace(0, 1, 90)})
         with caplog.at_level("INFO"):
-            results.log_results({"val": evaluate(table, 0), "test": evaluate(table, 0)}, None, "x")
+            results.log_results(
+                {"val": evaluate(table, 0), "test": evaluate(table, 0)}, 0.5, None, "x"
+            )
         assert ("--folds" in caplog.text) == named

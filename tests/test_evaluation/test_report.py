@@ -12,8 +12,15 @@ from scipy.special import expit, logit
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import evaluate
 from medgemma_clinical.evaluation.report import PATIENTS_NOTICE, write_comparison
-from medgemma_clinical.evaluation.tables import METRICS, model_table
-from medgemma_clinical.evaluation.verdicts import BETTER, NO_VALUE, UNDECIDED, WORSE, sentences
+from medgemma_clinical.evaluation.tables import model_table
+from medgemma_clinical.evaluation.verdicts import (
+    BETTER,
+    NO_VALUE,
+    UNDECIDED,
+    WORSE,
+    percent,
+    sentences,
+)
 from pages import MODEL, OUTCOME, THRESHOLD, Page, make_content, make_rows, write_page
 
 DRAWS = 200
@@ -88,7 +95,7 @@ def test_page_and_console_show_the_same_verdicts(tmp_path):
         seen.add(verdict)
     assert seen == {"", *map(str, verdicts)}
     box = Page(source).text.replace("\N{NO-BREAK SPACE}", " ").split("Discrimination")[0]
-    for finding in sentences(metrics):
+    for finding in sentences(metrics, THRESHOLD, "patients"):
         assert str(finding).replace("\N{NO-BREAK SPACE}", " ") in box
 
 
@@ -192,9 +199,9 @@ def test_shares_at_the_threshold_go_where_one_of_the_four_cells_is_small(figures
     missed = ((rows["label"] == 1) & (rows[MODEL] < THRESHOLD)).sum()
     shown = write_page(tmp_path, rows, min_cell=int(missed))
     hidden = write_page(tmp_path, rows, min_cell=int(missed) + 1)
-    meaning = METRICS["sensitivity"][2]
-    assert meaning in Page(shown).text
-    assert meaning not in Page(hidden).text
+    line = f'<th scope="row">{percent(THRESHOLD)}</th>'
+    assert line in shown
+    assert line not in hidden
     roc, without = (Page(source).images()[0][1] for source in (shown, hidden))
     assert ">threshold<" in roc
     assert ">threshold<" not in without

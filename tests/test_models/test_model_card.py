@@ -65,7 +65,11 @@ def finished():
     reports = {"reports": 40, "numbers_stated": 1200, "invented": 12}
     shares = ("right_answer", "parse", "true_number", "right_trend")
     reports |= {f"{name}_share": metric(0.5) for name in shares}
-    more = {"base_model": "google/medgemma-4b-pt", "decision": {"slope": 1, "intercept": 0, "threshold": 0.31412}, **HUB}
+    more = {
+        "base_model": "google/medgemma-4b-pt",
+        "decision": {"slope": 1, "intercept": 0, "threshold": 0.31412},
+        **HUB,
+    }
     more["case_mix"] = {"rows": 640.0, "patients": 600.0, "prevalence": 0.25}
     more["best_model"] = "ensemble"
     more["metrics"] = run_metrics(reports={**reports, "inventing_share": metric(0.3)})

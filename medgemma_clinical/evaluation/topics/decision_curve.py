@@ -19,8 +19,14 @@ from medgemma_clinical.evaluation.metrics_table import (
     with_interval,
 )
 from medgemma_clinical.evaluation.suppress import any_small
-from medgemma_clinical.evaluation.tables import METRICS, metric_table
-from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, ReportContent, Topic
+from medgemma_clinical.evaluation.tables import METRICS
+from medgemma_clinical.evaluation.topics.topic import (
+    Cells,
+    Details,
+    Evaluated,
+    ReportContent,
+    Topic,
+)
 from medgemma_clinical.evaluation.verdicts import interval_text, percent
 
 TREAT_ALL = "treat all"
@@ -45,16 +51,17 @@ def decision(evaluated: Evaluated) -> Topic:
         "data: --threshold sets it."
     )
     figure = plot_decision_curve(curve, names), f"Decision curve{evaluated.beside}"
-    at_threshold = metric_table(evaluated.metrics, [*SHARES])
+    cells = threshold_cells(table, content.threshold)
+    meanings = {METRICS[name][0]: METRICS[name][2] for name in SHARES} | {
+        "Minus": "net benefit of this model minus that of another, or of predicting all positive"
+    }
     return Topic(
         "Decision curve",
         [text],
-        [
-            Cells(at_threshold, threshold_caption(content)),
-            Cells(threshold_cells(table), "The same at other thresholds", is_wide=True),
-        ],
+        [Cells(cells, f"{threshold_caption(content)}, and at others", is_wide=True)],
         {"decision_curve": figure},
         {"decision_curve": curve.reset_index(), "thresholds": table},
+        [Details("What the columns are", terms=meanings)],
     )
 
 
@@ -100,16 +107,18 @@ def threshold_table(
     return table[~table["threshold"].isin(hidden)]
 
 
-def threshold_cells(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a ``threshold_table`` as text, a line a threshold."""
-    lines = []
-    for threshold, part in table.groupby("threshold"):
-        line = {"Threshold": percent(float(str(threshold)))}
+def threshold_cells(table: pd.DataFrame, used: float) -> pd.DataFrame:
+    """Return a ``threshold_table`` as text, a line a threshold; the one that is ``used`` first."""
+    lines: list[dict[str, str]] = []
+    by_threshold = {float(str(threshold)): part for threshold, part in table.groupby("threshold")}
+    for threshold in sorted(by_threshold, key=lambda x: (x != used, x)):
+        part = by_threshold[threshold]
+        line = {"Threshold": percent(threshold)}
         for _, metric, value, low, high in part.itertuples(index=False):
             if metric in SHARES:
                 line[METRICS[metric][0]] = interval_text(value, low, high, ".1f", 100)
             else:
-                form = "+.1f" if metric.startswith("minus") else ".1f"
+                form = "+z.1f" if metric.startswith("minus") else "z.1f"
                 title = metric.capitalize() + " of 100 patients" * (metric == "net benefit")
                 line[title] = interval_text(value, low, high, form, 100)
         lines.append(line)
