@@ -54,7 +54,6 @@ from medgemma_clinical.data.split import Split
 from medgemma_clinical.data.texts import Clause, PromptOptions, plain
 from medgemma_clinical.data.trajectories import (
     AGE,
-    FLOW_COLUMNS,
     ScoringRows,
     TrajectoryDataset,
 )
@@ -165,7 +164,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self.question, self.outcome = about.question, about.outcome
         self.assumed_time_scale = about.time_scale is None
         self.time_scale = about.time_scale or self.time_scale
-        self.flow = pd.DataFrame(about.flow, columns=list(FLOW_COLUMNS)) if about.flow else None
+        self.flow = pd.DataFrame(about.flow) if about.flow else None
         self.measures = dka.find_features(table, about, series, self.source)
         self.features = tuple(feature.name for feature in self.measures)
         self.units = tuple(feature.unit or "" for feature in self.measures)

@@ -58,10 +58,6 @@ logger = logging.getLogger(__name__)
 
 VAL_PREDICTIONS = "predictions_val.csv"
 
-PREDICTION_LIMITS = (
-    "The model was not changed for these rows: threshold and recalibration were chosen on"
-)
-
 
 def predict(args: Namespace, given: set[str]) -> int:
     """Write a prediction for each row of the input; ``given`` are the flags that were typed."""
@@ -296,7 +292,7 @@ def report_labelled(
     path = report_path(request.predictions)
     write_report(path, rows, metrics, content, outcome.topics, min_cell=request.min_cell)
     lines = "\n".join(map(str, sentences(metrics, tally.threshold, noun)))
-    logger.info("\n%s\n%s\nreport: %s", note, lines, path)
+    logger.info("\n%s\n%s\nreport: %s", lines, note, path)
     return new, updates
 
 
@@ -312,14 +308,13 @@ def cohort_content(
 ) -> ReportContent:
     """Return what the page of an external cohort says; ``rows`` are those that are evaluated."""
     name, source, noun = next(iter(tally.models)), Path(dataset.source).name, overlap.noun
-    rows_of_choice = choosing_rows(config)
     labelled = overlap.old + overlap.new
     flow = [
         ("without a score", tally.rows - tally.scored, tally.scored),
         ("without a label", tally.scored - labelled, labelled),
         ("in the training data", overlap.old, overlap.new),
     ]
-    moved = ", moved by its update." if config.get("updated") else "."
+    moved = "; an earlier update moved it." if config.get("updated") else "."
     return report_content(
         f"{config['outcome']}: {name} on the {noun} of {source}",
         dataset,
@@ -332,14 +327,14 @@ def cohort_content(
             "Missing values": "masked, never filled in",
         },
         card={
-            "Limits": f"{PREDICTION_LIMITS} {rows_of_choice}{moved}",
+            "Limits": f"The model was not changed for these rows{moved}",
             "Checkpoint": request.checkpoint.absolute().name,  # a page is shared: no path
             "Seed": f"{request.seed}, of the intervals",
         },
         threshold=tally.threshold,
         noun=noun,
-        threshold_choice=describe_threshold(config.get("threshold_choice"), rows_of_choice),
-        flow=pd.DataFrame(flow, columns=list(FLOW_COLUMNS)),
+        threshold_choice=describe_threshold(config.get("threshold_choice"), choosing_rows(config)),
+        flow=pd.DataFrame(flow, columns=list(FLOW_COLUMNS[:3])),
         case_mix=(config["case_mix"], case_mix(rows)),
         updates=updates,
         tries_updates=True,

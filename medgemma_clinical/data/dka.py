@@ -78,7 +78,7 @@ class Description:
     references: dict[str, Reference] = field(default_factory=dict)  # of further series
     prediction_time: str = ""  # when the question is asked, in words
     horizon: str = ""  # how far it looks ahead, in words
-    flow: tuple[dict[str, Any], ...] = ()  # rule, removed, left
+    flow: tuple[dict[str, Any], ...] = ()  # FLOW_COLUMNS
     labels: dict[str, dict[str, Any]] = field(default_factory=dict)  # outcome, question
     csv_sha256: str = ""  # of the table that it was written with
     time_scale: float | None = None  # hours that are one unit of time to the encoder
@@ -183,8 +183,8 @@ def _read_value(key: str, value: Any) -> Any:
             keys = ("outcome", "question")
             return {name: _read_keys(x, keys, f"labels.{name}.") for name, x in value.items()}
         case "flow":
-            counts = FLOW_COLUMNS[1:]
-            return tuple({"rule": x["rule"], **{k: int(x[k]) for k in counts}} for x in value)
+            known = [k for k in FLOW_COLUMNS[1:] if k != "patients" or k in value[0]]
+            return tuple({"rule": x["rule"], **{k: int(x[k]) for k in known}} for x in value)
         case "time_scale":
             return _range([0, value], both=True)[1]
     if not value.split() and key not in OPTIONAL_TEXTS:

@@ -463,14 +463,19 @@ def write_rows(rows: pd.DataFrame, description: dict[str, Any], out: Path) -> No
         json_file.write_text(f"{text}\n", encoding="utf-8")
 
 
-def apply_rules(candidates: pd.DataFrame, source: str) -> tuple[pd.Series, list[dict[str, Any]]]:
+def apply_rules(
+    candidates: pd.DataFrame,
+    source: str,
+    patients: pd.Series,  # (N,)
+) -> tuple[pd.Series, list[dict[str, Any]]]:
     """Remove rows by the first rule (column) that applies; return (N,) which are left, and flow."""
     left = pd.Series(True, index=candidates.index)
     flow = []
     for rule, matches in candidates.items():
         removed = int((left & matches).sum())
         left &= ~matches
-        flow.append({"rule": rule, "removed": removed, "left": int(left.sum())})
+        counts = {"removed": removed, "left": int(left.sum())}
+        flow.append({"rule": rule, **counts, "patients": patients[left].nunique()})
     lines = flow_lines(pd.DataFrame(flow))
     if not left.any():
         removed_by = "; ".join(" ".join(line.split()) for line in lines)

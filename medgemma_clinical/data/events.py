@@ -246,7 +246,9 @@ def make_rows(
     too_few = "no value" if fewest == 1 else f"fewer than {fewest} values"
     counts = cells[0]["observations"].reindex(labels.index)
     rules[f"{too_few} of {series[0].name} in the window"] = ~counts.ge(fewest)
-    left, flow = duck.apply_rules(pd.DataFrame(rules), f"--labels {request.labels}")
+    left, flow = duck.apply_rules(
+        pd.DataFrame(rules), f"--labels {request.labels}", labels["subject"]
+    )
     labels = labels if keep_all else labels[left]
     titles = [MAIN_COLUMN, *(f"trajectory_{feature.title}" for feature in series[1:])]
     rows = pd.DataFrame(

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 FAR_OUT = 10.0
 """Without declared limits a value is implausible so many interquartile ranges outside."""
 
-FLOW_COLUMNS = ("rule", "removed", "left")
-"""Columns of ``flow``: a rule, the rows that it removed, the rows left after it."""
+FLOW_COLUMNS = ("rule", "removed", "left", "patients")
+"""Columns of ``flow``: a rule, rows that it removed, rows and, where known, patients left."""
 
 UNKNOWN = "not known"
 """Stands for an empty cell among the names of sites, and for an age or sex that is unknown."""
@@ -307,7 +307,8 @@ class TrajectoryDataset:
     def keep_rows(self, mask: NDArray[np.bool_], rule: str) -> Self:
         """Return the rows that a mask marks; ``flow`` says that a rule removed the others."""
         rows = self.subset(np.flatnonzero(mask))
-        line = pd.DataFrame([(rule, len(self) - len(rows), len(rows))], columns=list(FLOW_COLUMNS))
+        counts = len(self) - len(rows), len(rows), len(np.unique(rows.groups))
+        line = pd.DataFrame([(rule, *counts)], columns=list(FLOW_COLUMNS))
         rows.flow = line if self.flow is None else pd.concat([self.flow, line])
         return rows
 

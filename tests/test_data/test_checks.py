@@ -100,7 +100,7 @@ def test_without_labels_a_file_is_ready_to_predict_on_and_rows_without_one_are_c
     some = np.where(np.arange(200) < 12, NAN, np.arange(200) % 2)
     rows = dataset_of(SOUND, label_escalation=some)
     messages, _ = checked(rows)
-    assert labelled_rows(rows).flow.to_numpy().tolist() == [["without a label", 12, 188]]
+    assert labelled_rows(rows).flow.to_numpy().tolist() == [["without a label", 12, 188, 188]]
     assert any("12 rows without a label" in line for line in messages)
     assert any(line.startswith("split") and "train 152 rows" in line for line in messages)
     assert messages[-1] == "ready, with warnings"  # of few patients in the test part

@@ -199,7 +199,7 @@ def test_shares_at_the_threshold_go_where_one_of_the_four_cells_is_small(figures
     missed = ((rows["label"] == 1) & (rows[MODEL] < THRESHOLD)).sum()
     shown = write_page(tmp_path, rows, min_cell=int(missed))
     hidden = write_page(tmp_path, rows, min_cell=int(missed) + 1)
-    line = f'<th scope="row">{percent(THRESHOLD)}</th>'
+    line = f'<th scope="row">{percent(THRESHOLD)} (in use)</th>'
     assert line in shown
     assert line not in hidden
     roc, without = (Page(source).images()[0][1] for source in (shown, hidden))

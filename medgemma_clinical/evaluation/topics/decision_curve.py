@@ -113,7 +113,7 @@ def threshold_cells(table: pd.DataFrame, used: float) -> pd.DataFrame:
     by_threshold = {float(str(threshold)): part for threshold, part in table.groupby("threshold")}
     for threshold in sorted(by_threshold, key=lambda x: (x != used, x)):
         part = by_threshold[threshold]
-        line = {"Threshold": percent(threshold)}
+        line = {"Threshold": percent(threshold) + " (in use)" * (threshold == used)}
         for _, metric, value, low, high in part.itertuples(index=False):
             if metric in SHARES:
                 line[METRICS[metric][0]] = interval_text(value, low, high, ".1f", 100)

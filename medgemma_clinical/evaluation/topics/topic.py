@@ -21,7 +21,7 @@ class Cells(NamedTuple):
 
     frame: pd.DataFrame
     caption: str
-    is_wide: bool = False  # it stands above the figures
+    is_wide: bool = False  # it stands below the figures
 
 
 class Details(NamedTuple):
