@@ -222,7 +222,7 @@ def build_parser() -> Parser:
     options = {"type": number(int, 0, 2**32 - 1), "default": 0}
     add("--seed", "of split, weights, bootstrap", "predict compare demo default", **options)
     options = {"choices": ("auto", "none", "platt"), "default": "auto"}
-    add("--calibrate", "recalibrate: auto after folds, platt on validation too", **options)
+    add("--calibrate", "recalibrate: auto where folds show a need, platt always", **options)
     options = {"type": flags.check_threshold, "metavar": "RISK"}
     add("--threshold", "0.1 or 'sensitivity 0.9'; by Youden's index", "predict", **options)
     options = {"type": RATE, "default": 1e-3}

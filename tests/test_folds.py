@@ -363,10 +363,10 @@ def test_the_rules_of_a_final_model_undo_the_recalibration_of_the_folds():
         table[name] = expit(intercept[fold] + slope[fold] * odds[name])
         for k, rule in enumerate(rules):
             rule[name] = {"slope": slope[k], "intercept": intercept[k]}
-    table["ensemble"], options = 0.5, DecisionOptions(recalibrates=True)
+    table["ensemble"], options = 0.5, DecisionOptions("platt")
     found, risks = folds.decide(table, rules, fold, options)
     for name, rule in ((STAGE_1, found["decision"]), ("blend", found["models"]["blend"])):
-        expected = fit_decision_rule(labels.astype(float), odds[name], options)
+        expected = fit_decision_rule(labels.astype(float), odds[name], fold, options)
         assert rule == pytest.approx(asdict(expected))
         assert risks[name] == pytest.approx(expected.probability(odds[name]))
     assert found["models"].keys() == {"blend", "ensemble"}

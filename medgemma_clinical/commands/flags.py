@@ -118,8 +118,8 @@ def check_threshold(text: str) -> str:
 
 def decision_options(args: argparse.Namespace, *, out_of_fold: bool = False) -> DecisionOptions:
     """Return what the flags say of a decision rule; ``out_of_fold``: of all folds together."""
-    recalibrates = args.calibrate == "platt" or (out_of_fold and args.calibrate == "auto")
-    return DecisionOptions(recalibrates, args.threshold)
+    auto = "tests" if out_of_fold else "none"
+    return DecisionOptions(auto if args.calibrate == "auto" else args.calibrate, args.threshold)
 
 
 def check_quantization(text: str) -> str:

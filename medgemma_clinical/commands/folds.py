@@ -344,13 +344,15 @@ def decide(
     for model in table.columns.intersection([*rules[0]]):
         slope, intercept = (of_rows(rules, model, key, fold) for key in ("slope", "intercept"))
         raw[model] = (log_odds(table[model].to_numpy()) - intercept) / slope
-    rule = fit_decision_rule(labels, raw[name], options)
+    patients = table["patient"].to_numpy(str)
+    rule = fit_decision_rule(labels, raw[name], patients, options)
     risks = {model: expit(raw[model]) for model in raw if model not in (name, ENSEMBLE)}
-    rules_of_others = fit_rules(labels, name, rule.probability(raw[name]), risks, options)
+    risk = rule.probability(raw[name])
+    rules_of_others = fit_rules(labels, name, risk, risks, patients, options)
     models = {model: asdict(rule_of_model) for model, rule_of_model in rules_of_others.items()}
     decided: Config = {"decision": asdict(rule), "models": models}
     decided["threshold_choice"] = options.threshold
-    return decided, model_risks(name, rule.probability(raw[name]), risks, rules_of_others)
+    return decided, model_risks(name, risk, risks, rules_of_others)
 
 
 def of_rows(
@@ -389,13 +391,14 @@ def folds_content(
     epochs = describe_epochs(config["metrics"]["averaged_epochs"])
     selection = describe_selection(config["members"] if config["stage"] == "trajectory" else 1)
     recalibration = describe_recalibration(args.calibrate, "validation part of each fold")
-    recalibrated = []
+    recalibrated, final = [], DecisionRule.from_config(config)
     if args.calibrate == "auto":
-        slope, intercept = (config["decision"][key] for key in ("slope", "intercept"))
-        recalibration = (
-            "The risks above are those of the folds, as they are. --final recalibrates by these "
-            f"rows: intercept {intercept:+.2f}, slope {slope:.2f}."
-        )
+        how = "Tests show no need to recalibrate the model of --final."
+        if final.is_moved:
+            changes = f"intercept {final.intercept:+.2f}, slope {final.slope:.2f}"
+            how = f"The model of --final is recalibrated: {changes}."
+        recalibration = f"These are the risks of the folds, as they are. {how}"
+    if args.calibrate == "auto" and final.is_moved:
         recalibrated.append(
             "The model of all patients (--final) corrects its risks by what these folds show."
         )

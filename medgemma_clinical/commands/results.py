@@ -184,8 +184,8 @@ def apply_decisions(
     decided: Config = {}
     scored = {**scored}
     model, val = stage.model, scored["val"]
+    patients = data.dataset.groups[val.rows]
     if isinstance(model, TrajectoryLLM) and model.adds_stage1:
-        patients = data.dataset.groups[val.rows]
         weight = decision.fit_residual_weight(val.labels, val.offset, val.logit, patients)
         model.residual_weight = decided["residual_weight"] = weight
         how = "chosen" if weight else "not shown to add"
@@ -194,7 +194,7 @@ def apply_decisions(
         for part, part_scored in scored.items():
             logit = part_scored.offset + weight * (part_scored.logit - part_scored.offset)
             scored[part] = replace(part_scored, logit=logit)
-    rule = decision.fit_decision_rule(val.labels, scored["val"].logit, options)
+    rule = decision.fit_decision_rule(val.labels, scored["val"].logit, patients, options)
     decided |= {"decision": asdict(rule), "threshold_choice": options.threshold}
     return {part: replace(part_scored, rule=rule) for part, part_scored in scored.items()}, decided
 
@@ -214,7 +214,9 @@ def prediction_tables(
     baseline_risks = {
         part: baselines[part].risks(dataset, scored.rows) for part, scored in predictions.items()
     }
-    rules = fit_rules(val.labels, name, val.probability, baseline_risks["val"], options)
+    rules = fit_rules(
+        val.labels, name, val.probability, baseline_risks["val"], dataset.groups[val.rows], options
+    )
     tables = {}
     for part, scored in predictions.items():
         risks = model_risks(name, scored.probability, baseline_risks[part], rules)

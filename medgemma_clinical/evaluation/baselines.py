@@ -356,15 +356,17 @@ def fit_rules(
     stage: str,
     risk: Array,
     baselines: Mapping[str, Array],
+    patients: NDArray[Any],
     options: DecisionOptions,
 ) -> dict[str, DecisionRule]:
     """Fit the decision rule of each model beside the stage, on the rows that chose the stage's."""
     rules = {
-        name: fit_decision_rule(labels, log_odds(baseline_risk), options)
+        name: fit_decision_rule(labels, log_odds(baseline_risk), patients, options)
         for name, baseline_risk in baselines.items()
     }
     risks = model_risks(stage, risk, baselines, {**rules, ENSEMBLE: DecisionRule()})
-    return {**rules, ENSEMBLE: fit_decision_rule(labels, log_odds(risks[ENSEMBLE]), options)}
+    odds = log_odds(risks[ENSEMBLE])
+    return {**rules, ENSEMBLE: fit_decision_rule(labels, odds, patients, options)}
 
 
 def best_blend(names: Collection[str]) -> str | None:

@@ -15,10 +15,15 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from medgemma_clinical.evaluation.metrics import (
     Array,
-    calibration,
     clustered_error,
     log_odds,
     row_losses,
+)
+from medgemma_clinical.evaluation.recalibration import (
+    BOTH,
+    MIN_SLOPE_EVENTS,
+    choose_update,
+    fit_updates,
 )
 
 logger = logging.getLogger(__name__)
@@ -106,28 +111,32 @@ class Predictions:
 class DecisionOptions:
     """What the user chose of a decision rule."""
 
-    recalibrates: bool = False
+    recalibration: str = "none"  # or platt, or tests: these choose whether and how
     threshold: str | None = None  # as ``--threshold`` is written; None: Youden's
 
 
-def fit_decision_rule(labels: Array, logit: Array, options: DecisionOptions) -> DecisionRule:
-    """Fit recalibration and threshold on rows that the model did not learn from.
+def fit_decision_rule(
+    labels: Array, logit: Array, patients: NDArray[Any], options: DecisionOptions
+) -> DecisionRule:
+    """Fit recalibration and threshold on n rows that the model did not learn from.
 
     Source: Platt 1999, without the smoothed targets: the logistic fit whose slope and intercept
     measure calibration.
     """
     rule = DecisionRule()
-    if options.recalibrates:
-        fit = calibration(labels, rule.probability(logit), np.ones((1, len(labels))))
-        slope, intercept = fit["calibration_slope"].item(), fit["calibration_intercept"].item()
-        if slope > 0:
-            rule = DecisionRule(slope, intercept)
-        else:  # NaN too
+    risk = rule.probability(logit)
+    if options.recalibration == "tests":
+        with_slope = labels.sum() >= MIN_SLOPE_EVENTS
+        method, updates = choose_update(labels, risk, patients, with_slope=with_slope)
+        rule = DecisionRule(*updates[method])
+    elif options.recalibration == "platt":
+        updates = fit_updates(labels, risk)
+        if BOTH not in updates:
             logger.warning(
                 "not recalibrated: on the rows that choose the threshold events do not become more "
-                "frequent with the risk (slope %.3g), or the risks separate them completely",
-                slope,
+                "frequent with the risk, or the risks separate them completely"
             )
+        rule = DecisionRule(*updates.get(BOTH, (1.0, 0.0)))
     threshold = choose_threshold(options.threshold, labels, rule.probability(logit))
     return DecisionRule(rule.slope, rule.intercept, threshold)
 

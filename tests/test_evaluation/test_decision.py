@@ -72,7 +72,11 @@ def test_a_goal_is_reached_by_the_threshold_that_is_best_for_the_other_share(row
 def test_recalibration_mends_an_overconfident_model():
     (truth, labels), (new_truth, new_labels) = drawn(0), drawn(1)
     sure, new_sure = 3 * truth + 1, 3 * new_truth + 1
-    before, after = (fit_decision_rule(labels, sure, DecisionOptions(x)) for x in (False, True))
+    patients, kinds = np.arange(len(labels)), ("none", "platt", "tests")
+    before, after, tested = (
+        fit_decision_rule(labels, sure, patients, DecisionOptions(kind)) for kind in kinds
+    )
+    assert (tested.slope, tested.intercept) == (after.slope, after.intercept)
     assert (before.slope, before.intercept) == (1, 0)
     assert (after.slope, after.intercept) == pytest.approx((1 / 3, -1 / 3), abs=0.08)
     own = plain_calibration(labels, after.probability(sure))  # of the rows it was fitted to
@@ -88,9 +92,21 @@ def test_recalibration_mends_an_overconfident_model():
 def test_a_reversed_or_separated_validation_part_is_not_recalibrated(case, caplog):
     truth, labels = drawn(4, 400)
     logit = -truth if case == "reversed" else np.where(labels == 1, 1, -1) + truth / 100
-    rule = fit_decision_rule(labels, logit, DecisionOptions(recalibrates=True))
+    rule = fit_decision_rule(labels, logit, np.arange(400), DecisionOptions("platt"))
     assert (rule.slope, rule.intercept) == (1, 0)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+@pytest.mark.parametrize(("events", "moved"), [(99, (False, True)), (100, (True, True))])
+def test_tests_choose_a_slope_from_a_hundred_events_on_and_else_an_intercept(events, moved):
+    truth, labels = drawn(7, 3000)
+    kept = (labels == 0) | (labels.cumsum() <= events)
+    labels, logit = labels[kept], 3 * truth[kept]
+    rule = fit_decision_rule(labels, logit, np.arange(kept.sum()), DecisionOptions("tests"))
+    assert (rule.slope != 1, rule.intercept != 0) == moved
+    truth, labels = drawn(2)
+    right = fit_decision_rule(labels, truth, np.arange(4000), DecisionOptions("tests"))
+    assert not right.is_moved
 
 
 UNSOUND = [("slope", 0.0), ("slope", -1.0), ("slope", "steep"), ("intercept", math.inf)]

@@ -31,7 +31,7 @@ from medgemma_clinical.evaluation.verdicts import interval_text, percent
 
 TREAT_ALL = "treat all"
 SHARES = "sensitivity", "specificity", "ppv", "npv", "positives"
-SHOWN_THRESHOLDS = 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8
+SHOWN_THRESHOLDS = 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7
 """Risks whose lines the table of thresholds has, as far as the decision curve reaches."""
 
 

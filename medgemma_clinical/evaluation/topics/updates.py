@@ -8,9 +8,10 @@ import pandas as pd
 
 from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.metrics_table import MINORITY_PATIENTS, TESTED
+from medgemma_clinical.evaluation.recalibration import METHODS, MIN_SLOPE_EVENTS
 from medgemma_clinical.evaluation.topics.calibration import calibration_table
 from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, Topic
-from medgemma_clinical.evaluation.updating import CHOSEN, DIVISIONS, METHODS, MIN_SLOPE_EVENTS
+from medgemma_clinical.evaluation.updating import CHOSEN, DIVISIONS
 from medgemma_clinical.evaluation.verdicts import difference_text, value_text
 
 
