@@ -85,6 +85,7 @@ from medgemma_clinical.data.texts import SERIES_TEXT
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.decision import Predictions
+from medgemma_clinical.evaluation.recalibration import INTERCEPT, fit_updates
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.serving import export_merged
 from medgemma_clinical.inference.trajectory_model import Program, TrajectoryModel
@@ -590,8 +591,10 @@ def fit(
             save_state(stage, state)
     bar.close()
     set_best(stage, state)
+    center(stage)
     run_log.record_average(progress, folder)
-    save_best(stage, state, folder)
+    if folder and distributed.processes().is_main_process:
+        stage.save(folder, stage.config)
     return state
 
 
@@ -685,6 +688,19 @@ def set_best(stage: Stage, state: TrainState) -> None:
             if not loss <= progress.limits[member]:
                 progress.averaged[member] = [lowest_epochs[member]]
         state.set_weights(state.mean_weights())
+
+
+def center(stage: Stage) -> None:
+    """Shift stage 1's logits until its risks of the training part agree with the events there.
+
+    The noise of dropout, which evaluation lacks, raises the risks of a rare event.
+    """
+    if isinstance(stage.model, Stage1):
+        batches = part_batches({"all": stage.batches["train"].rows}, stage.batch_size)["all"]
+        for member in stage.model.alone():
+            predictions = score_batches(member, batches, stage.collate)
+            _, shift = fit_updates(predictions.labels, predictions.probability)[INTERCEPT]
+            member.shift(shift)
 
 
 # --------------------------------------------------------------------------- training state

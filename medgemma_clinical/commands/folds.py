@@ -54,7 +54,7 @@ from medgemma_clinical.evaluation.metrics_table import TESTED, Metrics
 from medgemma_clinical.evaluation.report import write_report
 from medgemma_clinical.evaluation.tables import model_table
 from medgemma_clinical.evaluation.topics.topic import ReportContent
-from medgemma_clinical.evaluation.verdicts import sentences
+from medgemma_clinical.evaluation.verdicts import at_threshold, sentences
 from medgemma_clinical.files import (
     InputError,
     RunFault,
@@ -292,7 +292,8 @@ def write_fold_results(
     write_page(folder, args, rows, results)
     metrics, config = results.metrics, results.config
     logger.info("")
-    findings = sentences(metrics, results.page.threshold, rows.noun)
+    beginning = at_threshold(results.page.threshold, results.page.threshold_choice)
+    findings = sentences(metrics, beginning, rows.noun)
     for line in (*findings, model_table(metrics).to_string(index=False)):
         logger.info("%s", line)
     logger.info("recommended (--use best): %s", describe_recommended(config))
@@ -400,7 +401,8 @@ def folds_content(
         recalibration = f"These are the risks of the folds, as they are. {how}"
     if args.calibrate == "auto" and final.is_moved:
         recalibrated.append(
-            "The model of all patients (--final) corrects its risks by what these folds show."
+            "The model that is handed over (--final) learns from all patients; its risks are "
+            "corrected by what these models show, and the threshold is one of corrected risks."
         )
     fingerprint, predicted = rows.fingerprint(), np.isin(np.arange(len(rows)), positions)
     if not predicted.all():

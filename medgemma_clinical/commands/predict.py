@@ -34,6 +34,7 @@ from medgemma_clinical.data.texts import is_formula
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import peak_memory, processes, show_progress
 from medgemma_clinical.evaluation.decision import (
+    DecisionRule,
     choose_threshold,
     describe_threshold,
     parse_threshold,
@@ -43,7 +44,7 @@ from medgemma_clinical.evaluation.report import write_report
 from medgemma_clinical.evaluation.topics.case_mix import case_mix
 from medgemma_clinical.evaluation.topics.topic import ReportContent
 from medgemma_clinical.evaluation.updating import Updates, evaluate_updates
-from medgemma_clinical.evaluation.verdicts import sentences
+from medgemma_clinical.evaluation.verdicts import at_threshold, sentences
 from medgemma_clinical.files import InputError, atomic, file_hash, locked, move_aside
 from medgemma_clinical.inference.hub import check_folder
 from medgemma_clinical.inference.scoring import count_implausible, prediction_table, scoring_rows
@@ -197,7 +198,7 @@ class PredictionTally:
     """Counts of scored rows; nothing is kept of rows without a label, the chosen ones apart."""
 
     models: dict[str, str]  # name: column; the used one first
-    threshold: float  # of the used one
+    rule: DecisionRule  # of the used one
     rows: int = 0
     scored: int = 0
     positive: int = 0
@@ -227,13 +228,13 @@ class PredictionTally:
         """Log the counts, and what a user should know of the output."""
         if "decision" not in model.config:
             text = "the checkpoint has no threshold, since its run was not finished: %g is used"
-            logger.warning(text, self.threshold)
+            logger.warning(text, self.rule.threshold)
         if self.formulas:
             text = "%d ids begin like a formula, which a spreadsheet would run: import them as text"
             logger.warning(text, self.formulas)
         logger.info(
             f"{self.rows:,} rows: {self.scored:,} scored, {self.positive:,} of them at or above "
-            f"the threshold {self.threshold:g}; {self.rows - self.scored:,} without a score"
+            f"the threshold {self.rule.threshold:g}; {self.rows - self.scored:,} without a score"
         )
 
 
@@ -244,7 +245,7 @@ def write_predictions(
     trained, path = model.trained, request.predictions
     used = trained.model_named(request.use)
     other_models = {name: trained.column(name) for name in trained.rules if name != used}
-    tally = PredictionTally({used: "probability", **other_models}, trained.rules[used].threshold)
+    tally = PredictionTally({used: "probability", **other_models}, trained.rules[used])
     with locked(path), atomic(path) as temporary:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             for rows in chunks:
@@ -286,12 +287,13 @@ def report_labelled(
     rows = pd.DataFrame({"id": patients, "label": new["label"], "patient": patients}).join(risks)
     outcome = OUTCOMES[dataset.outcome_kind]
     primary = request.primary or stored_primary(model.config)
-    metrics = outcome.evaluate(rows, request.seed, tally.threshold, primary=primary)
+    metrics = outcome.evaluate(rows, request.seed, tally.rule.threshold, primary=primary)
     updates = evaluate_updates(rows, name, request.seed)
     content = cohort_content(tally, model.config, dataset, new, overlap, training, updates, request)
     path = report_path(request.predictions)
+    beginning = at_threshold(content.threshold, content.threshold_choice)
     write_report(path, rows, metrics, content, outcome.topics, min_cell=request.min_cell)
-    lines = "\n".join(map(str, sentences(metrics, tally.threshold, noun)))
+    lines = "\n".join(map(str, sentences(metrics, beginning, noun)))
     logger.info("\n%s\n%s\nreport: %s", lines, note, path)
     return new, updates
 
@@ -314,6 +316,9 @@ def cohort_content(
         ("without a label", tally.scored - labelled, labelled),
         ("in the training data", overlap.old, overlap.new),
     ]
+    rule, rows_of_choice = tally.rule, choosing_rows(config)
+    changes = f"intercept {rule.intercept:+.2f}, slope {rule.slope:.2f}"
+    recalibration = f"The risks were recalibrated on {rows_of_choice}: {changes}."
     moved = "; an earlier update moved it." if config.get("updated") else "."
     return report_content(
         f"{config['outcome']}: {name} on the {noun} of {source}",
@@ -331,11 +336,12 @@ def cohort_content(
             "Checkpoint": request.checkpoint.absolute().name,  # a page is shared: no path
             "Seed": f"{request.seed}, of the intervals",
         },
-        threshold=tally.threshold,
+        threshold=tally.rule.threshold,
         noun=noun,
         threshold_choice=describe_threshold(config.get("threshold_choice"), choosing_rows(config)),
         flow=pd.DataFrame(flow, columns=list(FLOW_COLUMNS[:3])),
         case_mix=(config["case_mix"], case_mix(rows)),
+        recalibration=recalibration if rule.is_moved else "",
         updates=updates,
         tries_updates=True,
         last=[overlap.sentence(config, training, request.min_cell)],
@@ -359,6 +365,8 @@ class Overlap(NamedTuple):
             )
         count = count_text(self.old, min_cell).capitalize()
         text = f"{count} {self.noun} are in the training data and left out of the metrics."
+        if not min_cell:  # the total would tell a small count
+            text = f"Of {self.old + self.new:,} {self.noun} {text[0].lower()}{text[1:]}"
         if not self.old or of_folds(config):
             return text
         return (

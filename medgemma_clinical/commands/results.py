@@ -38,7 +38,7 @@ from medgemma_clinical.evaluation.report import write_report
 from medgemma_clinical.evaluation.tables import model_table
 from medgemma_clinical.evaluation.topics.topic import ReportContent
 from medgemma_clinical.evaluation.topics.written_reports import score_reports, written_sentence
-from medgemma_clinical.evaluation.verdicts import sentences, value_text
+from medgemma_clinical.evaluation.verdicts import at_threshold, sentences, value_text
 from medgemma_clinical.files import InputError, write_json, write_text
 from medgemma_clinical.inference.scoring import write_in_batches
 from medgemma_clinical.models.checkpoints import BASELINES, Config
@@ -114,8 +114,9 @@ def write_results(
         "best_model": recommend(tables["val"], STAGE_NAMES[stage.name], rules),
         "baseline_inputs": baselines.inputs,
     }
-    threshold = predictions["test"].rule.threshold
-    log_results(metrics, threshold, written.metrics, data.dataset.noun)
+    choice = decision.describe_threshold(args.threshold, "the validation part")
+    beginning = at_threshold(predictions["test"].rule.threshold, choice)
+    log_results(metrics, beginning, written.metrics, data.dataset.noun)
     logger.info("recommended (--use best): %s", describe_recommended(config))
     if folder:
         config["baselines_sha256"] = baselines.sha256
@@ -276,14 +277,14 @@ def review_texts(
 
 
 def log_results(
-    metrics: dict[str, Metrics], threshold: float, written: dict[str, Any] | None, noun: str
+    metrics: dict[str, Metrics], beginning: str, written: dict[str, Any] | None, noun: str
 ) -> None:
     """Log the result of the test part in sentences, and the table of all models."""
     test, val = metrics["test"], metrics["val"]
     auroc = value_text(val.row(val.models[0], "auroc"))
     logger.info("\nTest part (validation AUROC %s):", auroc)
     for line in (
-        *sentences(test, threshold, noun, few_events_advice(test)),
+        *sentences(test, beginning, noun, few_events_advice(test)),
         model_table(test).to_string(index=False),
     ):
         logger.info("%s", line)

@@ -19,7 +19,6 @@ from medgemma_clinical.evaluation.metrics_table import Metrics
 from medgemma_clinical.evaluation.suppress import suppress
 from medgemma_clinical.evaluation.topics.case_mix import case_mix_topic
 from medgemma_clinical.evaluation.topics.cohort import cohort
-from medgemma_clinical.evaluation.topics.decision_curve import threshold_caption
 from medgemma_clinical.evaluation.topics.largest_errors import largest_errors
 from medgemma_clinical.evaluation.topics.learning import learning
 from medgemma_clinical.evaluation.topics.model_comparison import about_models
@@ -38,6 +37,7 @@ from medgemma_clinical.evaluation.topics.written_reports import (
     written_sentence,
 )
 from medgemma_clinical.evaluation.verdicts import (
+    at_threshold,
     counts_text,
     multiplicity_sentence,
     percent,
@@ -116,7 +116,8 @@ def write_report(
             write_text(folder / "tripod.md", tripod(content, shown, numbers))
     notices = [content.notice, PATIENTS_NOTICE if list_patients else ""]
     reports = suppress_reports(content.reports or {}, min_cell)
-    box = shown, content.threshold, content.noun, content.advice
+    beginning = at_threshold(content.threshold, content.threshold_choice)
+    box = shown, beginning, content.noun, content.advice
     findings = [] if has_few else sentences(*box)
     page = render(
         "report",
@@ -124,7 +125,7 @@ def write_report(
         notice=" ".join(filter(None, notices)),
         min_cell=min_cell,
         content=content,
-        first=[*filter(None, [*content.first, written_sentence(reports)])],
+        first=[*filter(None, [written_sentence(reports), *content.first])],
         findings=findings,
         has_few=has_few,
         sections=sections,
@@ -147,7 +148,7 @@ def tripod(content: ReportContent, metrics: Metrics, numbers: Mapping[str, pd.Da
             lines=defaultdict(list, lines),
             subgroups=[] if groups is None else groups.to_dict("records"),
             methods=defaultdict(str, content.methods or {}),
-            threshold=threshold_caption(content),
+            threshold=at_threshold(content.threshold, content.threshold_choice),
             **{"code": code, "number": count_text},
         )
     )

@@ -13,7 +13,11 @@ from medgemma_clinical.evaluation.metrics_table import Metrics
 METRICS = {
     "auroc": ("AUROC", ".3f", "how often an event ranks above a non-event; 0.5 is chance"),
     "auprc": ("AUPRC", ".3f", "mean precision over recall; the prevalence is chance"),
-    "calibration_slope": ("Slope", ".2f", "below 1 the risks are too extreme; 1 is ideal"),
+    "calibration_slope": (
+        "Slope",
+        ".2f",
+        "1 is ideal; below, risks are too extreme; above, too alike",
+    ),
     "calibration_in_the_large": ("In the large", "+.2f", "0 is ideal; below, risks are too high"),
     "ici": ("ICI", ".3f", "mean distance of the risks from the calibration curve; 0 is ideal"),
     "brier_skill": ("Brier skill", ".3f", "gain over the prevalence as everyone's risk"),

@@ -90,6 +90,11 @@ def percent(value: float) -> str:
     return f"{number}\N{NO-BREAK SPACE}%"
 
 
+def at_threshold(threshold: float, choice: str) -> str:
+    """Return how a sentence about a threshold begins; ``choice`` is ``describe_threshold``'s."""
+    return f"At the threshold of {percent(threshold)}, {choice}"
+
+
 def primary_baseline(metrics: Metrics) -> str | None:
     """Return the baseline of the planned comparison; None where there is nothing to compare."""
     is_compared = metrics.primary in metrics.models[1:]
@@ -114,53 +119,54 @@ def counts_text(counts: Mapping[str, int], noun: str = "predictions") -> str:
 
 
 def sentences(
-    metrics: Metrics, threshold: float, noun: str = "predictions", advice: str = ""
+    metrics: Metrics, beginning: str, noun: str = "predictions", advice: str = ""
 ) -> list[Finding]:
     """Return the result in words: ranking, other models, calibration, decision, certainty.
 
-    ``noun`` names the rows; ``advice`` is what helps where there are few events.
+    ``beginning`` is ``at_threshold``'s; ``noun`` names the rows;
+    ``advice`` is what helps where there are few events.
     """
     values, minority = metrics.of(metrics.models[0]), metrics.counts["minority_patients"]
     findings = [_ranking(values.loc["auroc"], minority)]
     if name := primary_baseline(metrics):
         row = metrics.row(name, "auroc")
         level = difference_verdict(row, minority)
-        compared = f"AUROC {value_text(row)}, {difference_text(row)} to this one"
-        text = f"{COMPARED[level]} {name}: {compared}."
+        compared = f"AUROC {value_text(row)}, {difference_text(row)} to this model"
+        text = f"{COMPARED[level]} the simple model ({name}): that has {compared}."
         findings.append(Finding(None, text))  # a symbol would seem to praise this model
     # Another model that --use names is not in the ensemble.
     if ENSEMBLE in metrics.models[1:] and metrics.models[0] in STAGE_NAMES.values():
         row = metrics.row(ENSEMBLE, "auroc")
         level = difference_verdict(row, minority)
         text = (
-            f"{ADDS[level]} {row.reference}: the ensemble of both has AUROC {value_text(row)}, "
+            f"{ADDS[level]} {row.reference} alone: AUROC {value_text(row)}, "
             f"{difference_text(row)} to it."
         )
         findings.append(Finding(level, text))
     if "ici" in values.index:
         findings.append(Finding(None, _calibration(values)))
     if "positives" in values.index and values.loc["positives"].value > 0:
-        findings.append(Finding(None, _decision(values, threshold, noun)))
+        findings.append(Finding(None, _decision(values, beginning, noun)))
     findings.append(Finding(None, _certainty(values.loc["auroc"], metrics.counts, noun, advice)))
     return findings
 
 
 COMPARED = {
-    BETTER: "It ranks worse than the simple model,",
-    UNDECIDED: "It is not shown to rank better or worse than the simple model,",
-    WORSE: "It ranks better than the simple model,",
-    TOO_FEW: "Too few events to compare it with the simple model,",
+    BETTER: "It ranks worse than",
+    UNDECIDED: "It is not shown to rank better or worse than",
+    WORSE: "It ranks better than",
+    TOO_FEW: "Too few events to compare it with",
 }
 """By the verdict on the AUROC of the simple model minus that of this one."""
 
 ADDS = {
-    BETTER: "It adds to",
-    UNDECIDED: "It is not shown to add to",
-    WORSE: "It takes away from",
-    TOO_FEW: "Too few events to say whether it adds to",
+    BETTER: "Both together (the ensemble) rank better than",
+    UNDECIDED: "Both together (the ensemble) are not shown to rank better than",
+    WORSE: "Both together (the ensemble) rank worse than",
+    TOO_FEW: "Too few events to say whether both together (the ensemble) rank better than",
 }
-RANKS = {0.9: "very well", 0.8: "well", 0.7: "fairly well", 0.0: "weakly"}
-"""Words for an AUROC from this value on."""
+RANKS = {0.9: "very well", 0.8: "well", 0.7: "fairly well", 0.0: "better than chance"}
+"""Words for an AUROC whose interval begins at this value or above."""
 
 WIDE_SLOPE = 0.5
 """A slope whose interval is wider does not show that risks are right, nor that they are wrong."""
@@ -168,7 +174,7 @@ WIDE_SLOPE = 0.5
 
 def _ranking(auroc: Any, minority: int) -> Finding:
     level = verdict(auroc.low, auroc.high, CHANCE, minority)
-    how = next(words for limit, words in RANKS.items() if not auroc.value < limit)
+    how = next(words for limit, words in RANKS.items() if not auroc.low < limit)
     beginning = {
         BETTER: f"It ranks {how}: of two patients, one with the event and one without it, the "
         f"first has the higher risk in {percent(auroc.value)} of pairs,",
@@ -191,7 +197,8 @@ def _calibration(values: Any) -> str:
         )
         if is_shown
     ]
-    distance = f"from the observed share by {percent(values.loc['ici'].value)} on average"
+    points = f"{100 * values.loc['ici'].value:.1f} percentage points"
+    distance = f"from the observed share by {points} on average"
     slope_text = f"slope {value_text(slope, '.2f')}, 1 is ideal"
     if faults:
         return (
@@ -205,19 +212,19 @@ def _calibration(values: Any) -> str:
     return f"{beginning}: they differ {distance} ({slope_text})."
 
 
-def _decision(values: Any, threshold: float, noun: str) -> str:
+def _decision(values: Any, beginning: str, noun: str) -> str:
     positives, right, found = (
         values.loc[name].value for name in ("positives", "ppv", "sensitivity")
     )
     return (
-        f"From a risk of {percent(threshold)} on it predicts the event: in {100 * positives:.1f} "
-        f"of 100 {noun}. Of these {percent(right)} have the event, and {percent(found)} of all "
-        "events are among them."
+        f"{beginning}, {100 * positives:.1f} of 100 {noun} are predicted positive. Of these "
+        f"{percent(right)} have the event, and {percent(found)} of all events are among them."
     )
 
 
 def _certainty(auroc: Any, counts: Mapping[str, int], noun: str, advice: str) -> str:
     text = f"Tested on {counts_text(counts, noun)}"
     if not math.isnan(auroc.low):
-        text += f": the AUROC is known to about ±{(auroc.high - auroc.low) / 2:.3f}"
+        half = (auroc.high - auroc.low) / 2
+        text += f": chance alone may move the AUROC by about ±{half:.3f}"
     return f"{text}. {advice}".strip()

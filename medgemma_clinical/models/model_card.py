@@ -31,6 +31,8 @@ MODEL_LIMITS = (
     "as disease. Metrics of a small test part vary by chance: read the interval, not the value."
 )
 
+RECOMMENDED = "Recommended (--use best)"
+
 METRICS_OF = ("validation", "test", "folds")
 """Parts of ``metrics.json``; a model of all patients has the folds' in place of the others."""
 
@@ -134,7 +136,7 @@ def describe_model(config: Mapping[str, Any]) -> dict[str, str]:
         dynamics = f", dynamics {dynamics}" if dynamics else ""
         lines["Stage 1"] = f"encoder ClinicalODERNN{dynamics}, members {config['members']}"
     if config.get("best_model"):
-        lines["Recommended (--use best)"] = describe_recommended(config)
+        lines[RECOMMENDED] = describe_recommended(config)
     if updated := config.get("updated"):
         counts = f"{count_text(updated['patients'])} patients, {count_text(updated['events'])} with"
         update = f"{updated['model']}, by its {updated['method']}, on {counts} the event"

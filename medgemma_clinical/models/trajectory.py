@@ -194,6 +194,19 @@ class Stage1(nn.Module):
             for layer in (member.head.output, member.head.summaries[-1]):
                 nn.init.constant_(layer.bias, prior_log_odds(data.prevalence()))
 
+    def alone(self) -> list[Stage1]:
+        """Return each member as a model of its own, of the same weights."""
+        members: Any = self.members
+        return [Stage1([(member.encoder, member.head)], self.outcome) for member in members]
+
+    @torch.no_grad()
+    def shift(self, logit: float) -> None:
+        """Add a number to the logit of each member."""
+        member: Any
+        for member in self.members:
+            for layer in (member.head.output, member.head.summaries[-1]):
+                layer.bias += logit
+
     def check_gaps(self, dataset: TrajectoryDataset) -> None:
         """Raise an ``InputError`` where the encoder does not accept a data set's longest gap."""
         longest = dataset.longest_gaps().max()

@@ -71,7 +71,7 @@ def test_the_primary_baseline_is_the_one_that_was_named(dka_file, tmp_path, caps
     words += ["--data_path", dka_file]
     words += ["--output_dir", tmp_path / "run", "--primary", "last value"]
     assert trainer.main([*map(str, words)]) == 0
-    assert "simple model, last value:" in capsys.readouterr().out
+    assert "simple model (last value)" in capsys.readouterr().out
     known = read(tmp_path / "run" / "trajectory" / "metrics.json")["test"]
     assert known["primary"] == "last value"
     assert known["planned"] == ["last value", ENSEMBLE]

@@ -18,6 +18,7 @@ from medgemma_clinical.evaluation.verdicts import (
     NO_VALUE,
     UNDECIDED,
     WORSE,
+    at_threshold,
     percent,
     sentences,
 )
@@ -95,7 +96,9 @@ def test_page_and_console_show_the_same_verdicts(tmp_path):
         seen.add(verdict)
     assert seen == {"", *map(str, verdicts)}
     box = Page(source).text.replace("\N{NO-BREAK SPACE}", " ").split("Discrimination")[0]
-    for finding in sentences(metrics, THRESHOLD, "patients"):
+    for finding in sentences(
+        metrics, at_threshold(THRESHOLD, make_content(1).threshold_choice), "patients"
+    ):
         assert str(finding).replace("\N{NO-BREAK SPACE}", " ") in box
 
 
@@ -150,7 +153,7 @@ def test_no_table_holds_dashes_alone(min_cell, tmp_path):
 def test_what_is_said_first_stands_first(tmp_path):
     content = make_content(60, notice="A <random> model.", first=["All <is> stage 1."])
     text = Page(write_page(tmp_path, make_rows(60), content, list_patients=True)).text
-    order = ["A <random> model.", PATIENTS_NOTICE, "All <is> stage 1.", "written reports", "AUROC"]
+    order = ["A <random> model.", PATIENTS_NOTICE, "written reports", "All <is> stage 1.", "AUROC"]
     positions = [text.index(words) for words in order]
     assert positions == sorted(positions)
 

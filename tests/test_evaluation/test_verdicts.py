@@ -21,6 +21,7 @@ EDGES = [
     ((np.nan, np.nan), TOO_FEW),
 ]
 MODEL = STAGE_NAMES["trajectory"]
+AT = verdicts.at_threshold(0.115, "set by the user")
 CALIBRATION = {"calibration_slope": 0.873, "calibration_in_the_large": -0.117, "ici": 0.029}
 
 
@@ -49,9 +50,9 @@ def test_only_an_interval_that_excludes_the_limit_decides(ends, level):
     assert verdicts.verdict(*ends, 0, MINORITY_PATIENTS) == level
     assert verdicts.verdict(*ends, 0, MINORITY_PATIENTS - 1) == TOO_FEW
     others = {"blend": (0.71, ends), ENSEMBLE: (0.75, ends)}
-    found = sentences(result((0.5 + ends[0], 0.5 + ends[1]), others), 0.2)
+    found = sentences(result((0.5 + ends[0], 0.5 + ends[1]), others), AT)
     assert [finding.verdict for finding in found] == [level, None, level, None, None]
-    found = sentences(result((0.8, 0.9), others, minority=9), 0.2)
+    found = sentences(result((0.8, 0.9), others, minority=9), AT)
     assert [finding.verdict for finding in found] == [TOO_FEW, None, TOO_FEW, None, None]
 
 
@@ -71,7 +72,7 @@ def test_risks_may_be_taken_literally_where_narrow_intervals_hold_the_ideal(slop
     metrics = result((0.7, 0.9))
     for name, ends in (("calibration_slope", slope), ("calibration_in_the_large", large)):
         metrics.table.loc[(MODEL, name), ["low", "high"]] = ends
-    assert literal in sentences(metrics, 0.2)[1].text
+    assert literal in sentences(metrics, AT)[1].text
 
 
 def test_the_decision_stands_in_counts_where_some_row_is_predicted_positive():
@@ -79,31 +80,31 @@ def test_the_decision_stands_in_counts_where_some_row_is_predicted_positive():
     shares = {"positives": 0.256, "ppv": 0.412, "sensitivity": 0.803}
     more = pd.DataFrame({"value": shares}).rename_axis("metric")
     table = pd.concat([metrics.table, pd.concat({MODEL: more}, names=["model"])])
-    text = sentences(replace(metrics, table=table), 0.115, "stays")[2].text.replace("\xa0", " ")
+    text = sentences(replace(metrics, table=table), AT, "stays")[2].text.replace("\xa0", " ")
     numbers = "11.5 %", "25.6 of 100 stays", "41.2 %", "80.3 %"
     assert [text.index(x) for x in numbers] == sorted(text.index(x) for x in numbers)
     table.loc[(MODEL, "positives"), "value"] = 0
-    assert len(sentences(replace(metrics, table=table), 0.115)) == len(sentences(metrics, 0.115))
+    assert len(sentences(replace(metrics, table=table), AT)) == len(sentences(metrics, AT))
 
 
 def test_a_sentence_is_left_out_where_its_rows_are_missing():
     names = [name for name in STAGE_NAMES.values() if name != MODEL]
     stages = dict.fromkeys(names, (0.9, (0.1, 0.2)))
-    assert len(sentences(result((0.6, 0.8), calibrated=False), 0.2)) == 2
-    assert len(sentences(result((0.6, 0.8), stages), 0.2)) == 3
+    assert len(sentences(result((0.6, 0.8), calibrated=False), AT)) == 2
+    assert len(sentences(result((0.6, 0.8), stages), AT)) == 3
     assert (
-        len(sentences(result((0.6, 0.8), {**stages, "last value": (0.6, (-0.2, -0.1))}), 0.2)) == 3
+        len(sentences(result((0.6, 0.8), {**stages, "last value": (0.6, (-0.2, -0.1))}), AT)) == 3
     )
-    assert len(sentences(result((0.6, 0.8), {**stages, "blend": (0.6, (-0.2, -0.1))}), 0.2)) == 4
+    assert len(sentences(result((0.6, 0.8), {**stages, "blend": (0.6, (-0.2, -0.1))}), AT)) == 4
 
 
 @pytest.mark.parametrize("used", [ENSEMBLE, "last value"])
 def test_a_model_that_is_not_in_the_ensemble_has_no_sentence_on_it(used):
     others = {} if used == ENSEMBLE else {ENSEMBLE: (0.75, (0.1, 0.2))}
     metrics = result((0.6, 0.8), others)
-    assert len(sentences(metrics, 0.2)) == 3 + len(others)
+    assert len(sentences(metrics, AT)) == 3 + len(others)
     metrics = replace(metrics, table=metrics.table.rename({MODEL: used}))  # by --use
-    assert len(sentences(metrics, 0.2)) == 3
+    assert len(sentences(metrics, AT)) == 3
 
 
 def test_the_sentence_and_the_verdict_are_of_the_planned_baseline_alone():
@@ -112,7 +113,7 @@ def test_the_sentence_and_the_verdict_are_of_the_planned_baseline_alone():
     others = {"blend": (0.6, (-0.1, 0.1)), best: (0.9, ends), ENSEMBLE: (0.9, ends)}
     metrics = result((0.6, 0.8), others)
     assert verdicts.primary_baseline(metrics) == "blend"
-    assert best not in " ".join(map(str, sentences(metrics, 0.2)))
+    assert best not in " ".join(map(str, sentences(metrics, AT)))
     assert verdicts.multiplicity_sentence(metrics)
     assert not verdicts.multiplicity_sentence(result((0.6, 0.8), {"blend": (0.6, ends)}))
     alone = replace(metrics, primary=metrics.models[0])  # --use blend

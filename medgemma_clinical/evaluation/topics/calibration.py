@@ -30,8 +30,11 @@ def calibration_topic(evaluated: Evaluated) -> Topic:
     )
     further = metric_table(metrics, ["calibration_intercept", "e50", "e90", "brier", "log_loss"])
     caption = (
-        "Calibration curve with its 95\xa0% band, and bins of equal size; below, the risks: "
-        "where the band holds the diagonal, risks may be taken literally"
+        "Calibration curve with its 95\xa0% band, and bins of equal size; below, the risks. Where "
+        "the band misses the dotted line, the risks are off; where it holds it, no fault is shown"
+        if smooth["low"].notna().any()
+        else "Calibration curve, with too few events for a band, and bins of equal size; below, "
+        "the risks"
     )
     return Topic(
         "Calibration",
@@ -103,7 +106,12 @@ def plot_calibration(table: pd.DataFrame, smooth: pd.DataFrame, risk: Array) -> 
     percents = (100 * smooth[name] for name in ("predicted", "observed", "low", "high"))
     along, curve, lower, upper = percents
     axes.fill_between(along, lower, upper, color=plots.MODEL, alpha=0.18, linewidth=0)
-    axes.plot(along, curve, color=plots.MODEL, label="observed [95 %]")
+    axes.plot(
+        along,
+        curve,
+        color=plots.MODEL,
+        label="observed" + (" [95 %]" if lower.notna().any() else ""),
+    )
     axes.vlines(x, low, high, color=plots.INK, linewidth=1)
     axes.plot(x, y, "o", label="bins [95 %]", color=plots.INK, markersize=4)
     axes.set(ylabel="observed, %", xlim=(-0.02 * top, top), ylim=(-0.02 * top, top))

@@ -24,10 +24,9 @@ from medgemma_clinical.evaluation.topics.topic import (
     Cells,
     Details,
     Evaluated,
-    ReportContent,
     Topic,
 )
-from medgemma_clinical.evaluation.verdicts import interval_text, percent
+from medgemma_clinical.evaluation.verdicts import at_threshold, interval_text, percent
 
 TREAT_ALL = "treat all"
 SHARES = "sensitivity", "specificity", "ppv", "npv", "positives"
@@ -47,27 +46,23 @@ def decision(evaluated: Evaluated) -> Topic:
         "To act at a risk of 20\xa0% and above is to accept four false positives for one true "
         "positive. The net benefit is the share of true positives minus that of false positives, "
         "weighted at this rate. The model helps at thresholds where its curve lies above both "
-        "“treat all” and “treat none”. The threshold is a choice of the clinician, not of the "
-        "data: --threshold sets it."
+        "“treat all” and “treat none”. What acting brings and costs should choose the threshold; "
+        "--threshold sets another one."
     )
     figure = plot_decision_curve(curve, names), f"Decision curve{evaluated.beside}"
     cells = threshold_cells(table, content.threshold)
+    beginning = at_threshold(content.threshold, content.threshold_choice)
     meanings = {METRICS[name][0]: METRICS[name][2] for name in SHARES} | {
         "Minus": "net benefit of this model minus that of another, or of predicting all positive"
     }
     return Topic(
         "Decision curve",
         [text],
-        [Cells(cells, f"{threshold_caption(content)}, and at others", is_wide=True)],
+        [Cells(cells, f"{beginning}, and at others", is_wide=True)],
         {"decision_curve": figure},
         {"decision_curve": curve.reset_index(), "thresholds": table},
         [Details("What the columns are", terms=meanings)],
     )
-
-
-def threshold_caption(content: ReportContent) -> str:
-    """Return the threshold that predicts the event, and how it was chosen."""
-    return f"At the threshold of {percent(content.threshold)}, {content.threshold_choice}"
 
 
 def threshold_table(
