@@ -28,6 +28,7 @@ from medgemma_clinical.data.overlap import patient_hashes
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES, describe_tuning
 from medgemma_clinical.evaluation.decision import (
     DecisionOptions,
+    choose_threshold,
     fit_decision_rule,
     recommended_model,
     youden_threshold,
@@ -344,6 +345,12 @@ def test_a_final_model_has_the_rule_and_the_metrics_of_the_folds(run, data, tmp_
     assert model.config["best_model"] == best
     assert f"{best}, " in (tmp_path / "copy/README.md").read_text()
     assert "out-of-fold rows" in (tmp_path / "copy/README.md").read_text()
+    goal, final = "specificity 0.7", predictions(run / "folds_trajectory/predictions_final.csv")
+    words += ["--predictions", str(tmp_path / "goal.csv"), "--threshold", goal]
+    assert trainer.main(words) == 0
+    new = pd.read_csv(tmp_path / "goal.csv")
+    threshold = choose_threshold(goal, labels, final["probability"].to_numpy())
+    assert (new["prediction"] == (new["probability"] >= threshold)).all()
 
 
 def test_a_final_model_is_made_again_where_the_folds_are_other_ones(run, data, tmp_path, capsys):

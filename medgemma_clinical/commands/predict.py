@@ -159,8 +159,9 @@ def with_threshold(trained: TrainedModel, choice: str, checkpoint: Path) -> Trai
 
 def held_out_risks(trained: TrainedModel, checkpoint: Path, choice: str) -> pd.DataFrame:
     """Read labels and risks of the rows that chose a model's threshold from its run folder."""
-    folder = trained_model.checkpoint_path(checkpoint).absolute().parent
-    stage, file = folder.parent if folder.name == "best" else folder / "trajectory", VAL_PREDICTIONS
+    path = trained_model.checkpoint_path(checkpoint).absolute()
+    is_stage_1 = trained.config["stage"] == "trajectory"
+    stage, file = path.parent / "trajectory" if is_stage_1 else path.parent, VAL_PREDICTIONS
     if of_folds(trained.config):
         stage, file = stage.parent / f"folds_{stage.name}", FINAL_PREDICTIONS
     try:

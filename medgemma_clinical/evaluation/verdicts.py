@@ -197,6 +197,8 @@ def _calibration(values: Any) -> str:
         )
         if is_shown
     ]
+    if math.isnan(slope.value):
+        return "Too few events to say whether its risks may be taken literally."
     points = f"{100 * values.loc['ici'].value:.1f} percentage points"
     distance = f"from the observed share by {points} on average"
     slope_text = f"slope {value_text(slope, '.2f')}, 1 is ideal"

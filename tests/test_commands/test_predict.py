@@ -20,6 +20,7 @@ from language_models import TINY_MODEL
 from medgemma_clinical.commands import predict, results
 from medgemma_clinical.data.overlap import TrainingPatients
 from medgemma_clinical.evaluation import metrics
+from medgemma_clinical.evaluation.decision import choose_threshold
 from medgemma_clinical.files import json_hash
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory, save_trajectory
@@ -335,6 +336,33 @@ def test_the_weight_of_the_language_model_lies_with_the_weights(stage, runs, tab
     assert not np.allclose(logits[0], logits[2], atol=1e-4)
     alone = predicted(tmp_path / TRAJECTORY_FILE, data, tmp_path / "stage_1.csv")["probability"]
     np.testing.assert_allclose(logits[0], np.log(alone / (1 - alone)), atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["trajectory", "classification"])
+def test_a_threshold_of_the_call_is_a_risk_or_chosen_on_the_validation_part(
+    stage, runs, table, tmp_path, capsys
+):
+    data, out = write_data(table.head(60), tmp_path / "few.csv"), tmp_path / "out.csv"
+    lines = predicted(runs / stage, data, out, "--threshold", "0.1", "--use", "blend")
+    assert (lines["prediction"] == (lines["probability"] >= 0.1)).all()
+    val = pd.read_csv(runs / stage / "predictions_val.csv")
+    labels, goal = val["label"].to_numpy(float), "specificity 0.7"
+    for name in ("probability", "blend"):
+        use = ("--use", name) if name == "blend" else ()
+        lines = predicted(runs / stage, data, out, "--threshold", goal, *use)
+        threshold = choose_threshold(goal, labels, val[name].to_numpy())
+        assert (lines["prediction"] == (lines["probability"] >= threshold)).all()
+        assert lines["prediction"].nunique() == 2
+    page = out.with_suffix(".report.html").read_text()
+    assert "for a specificity of at least 70 % on its own validation part" in page
+    alone = tmp_path / "alone"
+    trainer.TrajectoryModel.from_pretrained(runs / stage).save_pretrained(alone)
+    more = ("--model_name", TINY_MODEL, "--threshold")
+    words = command(alone, data, tmp_path / "no.csv", *more)
+    assert refused(capsys, [*words, goal], "--threshold", out=tmp_path / "no.csv")
+    for wrong in ("1.5", "0", "much", "accuracy 0.9", "sensitivity 90", "nan"):
+        with pytest.raises(SystemExit, match="2"):
+            trainer.main([*words, wrong])
 
 
 @pytest.mark.parametrize("stage", ["trajectory", "generative"])

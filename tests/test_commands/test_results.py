@@ -15,6 +15,7 @@ from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, descri
 from medgemma_clinical.evaluation.decision import (
     DecisionOptions,
     Predictions,
+    choose_threshold,
     youden_threshold,
 )
 from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
@@ -66,15 +67,24 @@ def test_every_output_is_one_table_of_the_predictions(stage, runs):
     assert own["auroc"] == tracked["test_auroc"] == known["test"]["auroc"]["value"]
 
 
-def test_the_primary_baseline_is_the_one_that_was_named(dka_file, tmp_path, capsys):
+def test_primary_baseline_and_threshold_are_those_that_were_named(dka_file, tmp_path, capsys):
     words = ["--trajectory_only", "--trajectory_epochs=1", "--log_file=none"]
     words += ["--data_path", dka_file]
     words += ["--output_dir", tmp_path / "run", "--primary", "last value"]
+    words += ["--threshold", "specificity 0.8"]
     assert trainer.main([*map(str, words)]) == 0
     assert "simple model (last value)" in capsys.readouterr().out
     known = read(tmp_path / "run" / "trajectory" / "metrics.json")["test"]
     assert known["primary"] == "last value"
     assert known["planned"] == ["last value", ENSEMBLE]
+    folder = tmp_path / "run" / "trajectory"
+    val, model = predictions_of(folder, "val"), trainer.TrajectoryModel.from_pretrained(folder)
+    assert model.config["threshold_choice"] == "specificity 0.8"
+    for name, rule in model.trained.rules.items():
+        labels, risk = val["label"].to_numpy(float), val[name].to_numpy()
+        assert rule.threshold == pytest.approx(choose_threshold("specificity 0.8", labels, risk))
+    page = Page((folder / "report.html").read_text()).text
+    assert "for a specificity of at least 80 % on the validation part" in page
 
 
 def test_baselines_of_the_test_part_learn_from_validation_rows_and_those_of_it_do_not(
