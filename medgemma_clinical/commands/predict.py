@@ -161,7 +161,8 @@ def held_out_risks(trained: TrainedModel, checkpoint: Path, choice: str) -> pd.D
     """Read labels and risks of the rows that chose a model's threshold from its run folder."""
     path = trained_model.checkpoint_path(checkpoint).absolute()
     is_stage_1 = trained.config["stage"] == "trajectory"
-    stage, file = path.parent / "trajectory" if is_stage_1 else path.parent, VAL_PREDICTIONS
+    stage = trained_model.folder_of_stage_1(path) if is_stage_1 else path.parent
+    file = VAL_PREDICTIONS
     if of_folds(trained.config):
         stage, file = stage.parent / f"folds_{stage.name}", FINAL_PREDICTIONS
     try:
@@ -258,7 +259,7 @@ def write_predictions(
                 if request.explain:
                     tally.chosen = choose_rows(tally.chosen, lines, scored, request.patients)
         for aside in move_aside([path, report_path(path), patients_path(path)]):
-            logger.info("an earlier file was moved to %s", aside)
+            logger.info("earlier file moved to %s", aside)
     return tally
 
 

@@ -214,9 +214,9 @@ def clean(folder: Path) -> None:
 
 def begin(folder: Path, run: dict[str, Any]) -> None:
     """Create the folder of a new run; move an earlier one aside."""
-    for aside in files.move_aside(stage_paths(folder)):
+    for aside in files.move_aside(stage_paths(folder))[:1]:  # the folder; others have its number
         hint = "; --resume would have continued it" if state_paths(state_folder(aside)) else ""
-        logger.info("an earlier result was moved to %s%s", aside, hint)
+        logger.info("earlier result moved to %s%s", aside, hint)
     folder.mkdir()
     files.write_json(folder / "run.json", run)
 
@@ -277,8 +277,7 @@ def progress_in(folder: Path, run: dict[str, Any]) -> str:
         if "results_sha256" in old_run:
             return "all"
         read_state(state_folder(folder))
-    except InputError as error:  # it is moved aside, and the run starts again
-        logger.warning("%s", error)
+    except InputError:  # it is moved aside, and the run starts again
         return "none"
     return "part"
 

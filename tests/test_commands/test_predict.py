@@ -365,6 +365,18 @@ def test_a_threshold_of_the_call_is_a_risk_or_chosen_on_the_validation_part(
             trainer.main([*words, wrong])
 
 
+@pytest.mark.parametrize("stage", STAGES[:2])
+def test_a_result_that_was_moved_aside_is_a_checkpoint(stage, runs, table, tmp_path):
+    shutil.copytree(runs / stage, tmp_path / f"{stage}.1")
+    shutil.copy(runs / TRAJECTORY_FILE, tmp_path / "medgemma_trajectory_best.1.pt")
+    data, goal = write_data(table.head(9), tmp_path / "few.csv"), ("--threshold", "specificity 0.7")
+    lines = [
+        predicted(folder, data, tmp_path / "out.csv", *goal)
+        for folder in (runs / stage, tmp_path / f"{stage}.1")
+    ]
+    pd.testing.assert_frame_equal(*lines)
+
+
 @pytest.mark.parametrize("stage", ["trajectory", "generative"])
 def test_recalibration_and_threshold_lie_with_the_weights(stage, runs, table, tmp_path, capsys):
     folder = copy_of(runs, stage, tmp_path)

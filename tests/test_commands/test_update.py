@@ -1,12 +1,16 @@
 """``--predict --update``: a model that a hospital has moved to its own rows."""
 
+from unittest.mock import MagicMock
+
 import numpy as np
 import pandas as pd
 import pytest
 from scipy.special import logit
 
+import medgemma_trainer as trainer
 from conftest import SAMPLE
 from language_models import TINY_MODEL
+from medgemma_clinical.inference import hub
 from medgemma_clinical.inference.hub import shared_copy
 from medgemma_clinical.models.trained_model import read_trained_config
 from medgemma_trainer import TrajectoryModel
@@ -35,7 +39,7 @@ def spread(before, after):
     ("stage", "use"), [*((stage, "stage") for stage in STAGES[:2]), ("trajectory", "ensemble")]
 )
 def test_the_updated_model_loads_and_predicts_the_event_for_the_same_rows(
-    stage, use, runs, table, strangers, tmp_path, capsys
+    stage, use, runs, table, strangers, tmp_path, capsys, monkeypatch
 ):
     """Rows of the training data do not update it, and those that did are known to it."""
     rows = pd.concat([table.iloc[:40], strangers])
@@ -65,6 +69,11 @@ def test_the_updated_model_loads_and_predicts_the_event_for_the_same_rows(
         updates = ["--update", str(new)]
         predicted(runs / stage, data, tmp_path / "3.csv", *flags, *updates)
         assert (new.parent / "new.1").is_dir(), "an earlier model is moved aside"
+        kept = {path: path.read_bytes() for path in new.parent.rglob("*") if path.is_file()}
+        monkeypatch.setattr(hub, "write_text", MagicMock(side_effect=OSError(28, "No space")))
+        assert trainer.main(command(runs / stage, data, tmp_path / "4.csv", *flags, *updates)) == 3
+        assert {path: path.read_bytes() for path in kept} == kept
+        assert not (new.parent / "new.2").exists()
 
 
 def test_a_shared_copy_is_updated_twice_and_knows_the_rows_but_not_its_training(
