@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.special import expit
+from scipy.special import expit, logit
 from sklearn.metrics import recall_score, roc_auc_score
 
 import medgemma_trainer as trainer
@@ -28,6 +28,7 @@ from medgemma_clinical.data.overlap import patient_hashes
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES, describe_tuning
 from medgemma_clinical.evaluation.decision import (
     DecisionOptions,
+    DecisionRule,
     choose_threshold,
     fit_decision_rule,
     recommended_model,
@@ -168,6 +169,25 @@ def test_metrics_that_compare_risks_are_means_over_the_folds_and_shares_are_of_a
     page = (run / "folds_trajectory" / "report.html").read_text()
     assert f"one of {K} models that did not learn from them" in page
     assert "on these rows, whose metrics at it are optimistic" in page
+
+
+def test_shares_are_those_of_the_handed_over_rule_where_it_recalibrates(run, data, monkeypatch):
+    def fit(labels, odds, *_):
+        risk = expit(1.5 * odds - 0.4)
+        return DecisionRule(1.5, -0.4, choose_threshold("sensitivity 0.7", labels, risk))
+
+    monkeypatch.setattr(folds, "fit_decision_rule", fit)
+    rows, fold = rows_and_folds(data)
+    args = trainer.flags.complete(trainer.build_parser().parse_args(command(data, run)))
+    found = folds.evaluate_folds(args, rows, fold, [fold_folder(run, k) for k in range(K)])
+    table, by_final = found.table, found.by_final
+    odds = logit(table[STAGE_1].to_numpy())
+    assert by_final[STAGE_1].to_numpy() == pytest.approx(expit(1.5 * odds - 0.4))
+    positive = by_final[STAGE_1] >= found.config["decision"]["threshold"]
+    values = found.metrics.of(STAGE_1)["value"]
+    assert values["positives"] == pytest.approx(positive.mean())
+    assert values["sensitivity"] == pytest.approx(recall_score(by_final["label"], positive))
+    assert 0.7 <= values["sensitivity"] < 1
 
 
 def test_the_pages_of_the_folds_say_what_their_intervals_leave_out_and_how_the_data_were_divided(

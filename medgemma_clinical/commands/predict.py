@@ -365,10 +365,11 @@ class Overlap(NamedTuple):
                 f"The checkpoint does not hold its training data: if these {self.noun} are in "
                 "them, the metrics are optimistic."
             )
-        count = count_text(self.old, min_cell).capitalize()
-        text = f"{count} {self.noun} are in the training data and left out of the metrics."
-        if not min_cell:  # the total would tell a small count
-            text = f"Of {self.old + self.new:,} {self.noun} {text[0].lower()}{text[1:]}"
+        count, total = count_text(self.old, min_cell), self.old + self.new
+        which = f"{count.capitalize()} {self.noun} are"
+        if not min_cell:  # beside the patients that were tested, the total tells a small count
+            which = f"Of {total:,} {self.noun} {count} are"
+        text = f"{which} in the training data and left out of the metrics."
         if not self.old or of_folds(config):
             return text
         return (

@@ -133,7 +133,7 @@ def test_rows_of_the_training_data_are_left_out_and_counted(
     for rows, left_out in ((both, trained), (turned, trained), (strangers, 0), (foreign, 0)):
         data, out = write_data(rows, tmp_path / "cohort.csv"), tmp_path / "out.csv"
         lines = predicted(runs / stage, data, out)
-        sentence = f"{left_out} patients are in the training data"
+        sentence = f"{left_out} are in the training data"
         shown, page = capsys.readouterr().out, out.with_suffix(".report.html").read_text()
         assert sentence in shown
         assert sentence in page
@@ -157,7 +157,7 @@ def test_an_equal_identifier_counts_only_where_both_files_have_some(
     monkeypatch.setattr(predict, "training_patients", lambda *_: training)
     data = write_data(changed, tmp_path / "cohort.csv")
     predicted(runs / "trajectory", data, tmp_path / "out.csv")
-    found = re.search(r"(\d+) patients are in the training", capsys.readouterr().out)
+    found = re.search(r"(\d+) are in the training", capsys.readouterr().out)
     parts = [runs / "trajectory" / f"predictions_{part}.csv" for part in ("val", "test")]
     trained = len(table) - sum(len(pd.read_csv(path)) for path in parts)
     assert found

@@ -60,7 +60,7 @@ def test_the_updated_model_loads_and_predicts_the_event_for_the_same_rows(
     assert (updated["rows"], updated["patients"]) == (len(strangers) + held_out,) * 2
     assert updated["events"] >= (strangers[LABEL] == "1").sum()
     if stage == "trajectory":
-        assert f"{len(rows)} patients are in the training data" in told
+        assert f"{len(rows)} are in the training data" in told
         assert "No metrics" in told
     else:
         assert "does not hold its training data" in told
@@ -96,7 +96,7 @@ def test_a_shared_copy_is_updated_twice_and_knows_the_rows_but_not_its_training(
 def test_where_tests_show_no_need_no_model_is_written(
     runs, strangers, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("medgemma_clinical.evaluation.updating.LEVEL", 0.0)
+    monkeypatch.setattr("medgemma_clinical.evaluation.recalibration.LEVEL", 0.0)
     data, new = write_data(strangers, tmp_path / "rows.csv"), tmp_path / "new"
     predicted(runs / "trajectory", data, tmp_path / "out.csv", "--update", str(new))
     assert f"--update {new}: not written" in capsys.readouterr().out

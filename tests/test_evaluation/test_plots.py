@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib.colors import same_color
 from matplotlib.figure import Figure
+from scipy.special import expit, logit
 
 from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.metrics import net_benefit
@@ -75,6 +76,22 @@ def test_the_calibration_curve_has_bins_of_equal_size():
         assert predicted == pytest.approx(100 * drawn["predicted"])
         assert observed == pytest.approx(100 * drawn["observed"])
     assert sum(bar.get_height() for bar in figure.axes[1].patches) == len(rows)
+
+
+def test_the_smooth_curve_is_the_share_of_events_that_goes_with_a_risk():
+    rng = np.random.default_rng(3)
+    odds = rng.normal(-1, 1, 4000)
+    truth = lambda z: expit(0.3 + 0.6 * z)  # noqa: E731
+    rows = pd.DataFrame({"id": "", "label": rng.random(4000) < truth(odds)})
+    rows = rows.assign(label=rows["label"].astype(int), patient=np.arange(4000).astype(str))
+    curve = smooth_curve(rows.assign(**{MODEL: expit(odds)}), MODEL, 0)
+    ends = np.quantile(expit(odds), [0.01, 0.99])
+    assert curve["predicted"].iloc[[0, -1]].tolist() == pytest.approx(ends)
+    expected = truth(logit(curve["predicted"]))
+    assert np.abs(curve["observed"] - expected).max() < 0.05
+    assert curve["predicted"].is_monotonic_increasing
+    assert ((curve["low"] < expected) & (expected < curve["high"])).mean() > 0.8
+    assert (curve["high"] - curve["low"]).between(0.01, 0.2).all()
 
 
 def test_the_table_of_thresholds_counts_what_acting_at_each_brings(rows):

@@ -7,7 +7,11 @@ import pytest
 
 from medgemma_clinical.evaluation.decision import Predictions
 from medgemma_clinical.evaluation.report_review import ReportReview
-from medgemma_clinical.evaluation.topics.written_reports import report_metrics, score_reports
+from medgemma_clinical.evaluation.topics.written_reports import (
+    report_metrics,
+    score_reports,
+    state_risk,
+)
 from trajectories import dataset_of
 
 
@@ -18,6 +22,20 @@ def scored(dataset, texts=None, first=0):
     rows = np.arange(first, n)[::-1]
     predictions = Predictions(np.zeros(1), dataset.labels[rows], rows / 10 - 1, rows, 0.0 * rows)
     return score_reports(dataset, texts, predictions, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "risk", "said"),
+    [
+        ("yes", 0.182, "yes (risk 18.2 %, above the threshold of 11.0 %)."),
+        ("yes", 0.11, "yes (risk 11.0 %, above the threshold of 11.0 %)."),
+        ("no", 0.004, "no (risk 0.4 %, below the threshold of 11.0 %)."),
+    ],
+)
+def test_a_note_states_the_risk_and_its_side_of_the_threshold(answer, risk, said):
+    text = state_risk(f"Death (any): {answer}. Death (any): yes.", "Death (any)", risk, 0.11)
+    assert text.replace("\xa0", " ") == f"Death (any): {said} Death (any): yes."
+    assert state_risk("Another form.", "Death (any)", risk, 0.11) == "Another form."
 
 
 def test_each_report_is_compared_with_its_patient():
