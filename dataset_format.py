@@ -426,6 +426,8 @@ def build_parser(stored: Mapping[str, Any] | None = None) -> Parser:
     add("--below_limit", choices=("half", "value", "drop"), default="", help=limit)
     bad = "leave out values that are no numbers"
     add("--bad_values", choices=("drop",), default="", help=bad)
+    sign = "decimal sign; the other one groups thousands"
+    add("--decimal", choices=("comma", "point"), default="", help=sign)
     equal = "values of a series at one time: all, the last stored, or mean"
     add("--equal_times", choices=("keep", "last", "mean"), default="keep", help=equal)
     factor = "'ITEM:UNIT=NUMBER', repeatable: convert a unit"

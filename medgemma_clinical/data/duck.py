@@ -180,7 +180,7 @@ class Column:
     may_be_empty: bool = False  # an empty word is an empty text
     optional: bool = False  # the file may lack it; its cells are empty then
     formats: tuple[str, ...] = ()  # of an instant that is not in the order of ISO
-    comma: bool = False  # a comma in a value is a decimal comma
+    decimal: str = ""  # sign of decimals in a value, ``comma`` or ``point``; empty: either
 
     def typed(self, raw: str) -> str:
         """Return SQL for the value of a raw cell, NULL (of a text: empty) where there is none."""
@@ -201,11 +201,16 @@ class Column:
         if self.form == "label":
             return f"CASE WHEN lower({cell}) IN {YES} THEN 1 WHEN lower({cell}) IN {NO} THEN 0 END"
         if self.form == "value":
-            sign = f"regexp_extract({cell}, '[.,]')" if self.comma else "''"
-            cell = f"replace({cell}, ',', '.')" if self.comma else cell
-            number, empty = NUMBER.typed(cell), f"lower({cell}) IN ('', 'nan')"
-            text = f"CASE WHEN {number} IS NULL AND NOT {empty} THEN left({cell}, {MAX_WORD}) END"
-            return f"{{'number': {number}, 'text': {text}, 'sign': {sign}}}"
+            pointed = f"with_point({cell}, '{self.decimal}')"
+            number, empty = NUMBER.typed(pointed), f"lower({cell}) IN ('', 'nan')"
+            text = f"left(CASE WHEN is_limit({pointed}) THEN {pointed} ELSE {cell} END, {MAX_WORD})"
+            text = f"CASE WHEN {number} IS NULL AND NOT {empty} THEN {text} END"
+            # The sign of a number that is stored as such is no question.
+            sign = f"CASE WHEN typeof({raw}) = 'VARCHAR' THEN sign_of({cell}) ELSE '' END"
+            thousands = f"may_be_thousands({cell})"
+            return (
+                f"{{'number': {number}, 'text': {text}, 'sign': {sign}, 'thousands': {thousands}}}"
+            )
         number = f"nullif(TRY_CAST({cell} AS DOUBLE), 'nan'::DOUBLE)"  # NaN is above all numbers
         if self.form in ("number", "whole"):
             return number if self.form == "number" else f"TRY_CAST({number} AS BIGINT)"

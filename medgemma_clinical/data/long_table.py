@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 COMMAND, EVENT = "from_long", "Event"
 TIMES = ("prediction_time", "time", "storetime")
-MAX_SERIES, MAX_CATEGORIES, MAX_WORDS, MAX_LETTERS = 100, 20, 5, 30
+MAX_SERIES, MAX_CATEGORIES, MAX_WORDS, MAX_LETTERS = 100, 20, 10, 30
 LABEL = duck.Column("label", may_be_empty=True)
 LATER = re.compile(r"(.+?)\s*\+\s*(\d+(?:\.\d+)?)\s*(h|d)(?:ours?|ays?)?")
 FACTOR = re.compile(rf"(.*):(.*)=\s*({NUMBER})\s*")
@@ -51,6 +51,7 @@ class LongRequest(events.EventRequest):
     static: tuple[str, ...]
     below_limit: str
     bad_values: str
+    decimal: str
     equal_times: str
     factor: tuple[str, ...]
     like: Path | None
@@ -219,14 +220,14 @@ def load_values(
     roles = {
         "subject_id": events.SUBJECT,
         "item": duck.WORD,
-        "value": duck.Column("value", comma=file.separator == ";"),
+        "value": duck.Column("value", decimal=request.decimal),
         "unit": duck.WORD_OR_EMPTY,
         **{role: replace(t, may_be_empty=role == "storetime") for role, t in times.items()},
     }
     columns = {name: roles[role] for role, name in names.items()}
     log_columns(file, names)
     events.load_events(database, request, [file], names, columns, codes)
-    check_texts(database, "read", names["value"], file, request)
+    check_texts(database, "read", names["value"], file, request, duck.quoted(names["item"]))
 
 
 def load_labels(
@@ -247,7 +248,7 @@ def load_labels(
             raise InputError(f"--static {feature.title}={feature.keys[0]}: {file.path}: {problem}")
         columns_of[feature.title] = column
     log_columns(file, {**names, **columns_of})
-    columns = dict.fromkeys(columns_of.values(), duck.Column("value", comma=file.separator == ";"))
+    columns = dict.fromkeys(columns_of.values(), duck.Column("value", decimal=request.decimal))
     columns |= {names["labels.subject_id"]: events.SUBJECT, names["prediction_time"]: time}
     columns |= {} if request.no_labels else {names["label"]: LABEL}
     duck.load_table(database, "answers", file, columns)
@@ -272,20 +273,26 @@ def load_labels(
 
 
 def check_texts(
-    database: duck.Database, loaded: str, column: str, file: duck.TableFile, request: LongRequest
+    database: duck.Database,
+    loaded: str,
+    column: str,
+    file: duck.TableFile,
+    request: LongRequest,
+    item: str = "NULL",
 ) -> None:
-    """Refuse texts in place of numbers unless a flag says how they are read; count them."""
+    """Refuse numbers and texts that only a flag says how to read; log what is left out."""
     where = f"{file.path}, column {column}"
-    texts = f"SELECT unnest({duck.quoted(column)}) FROM {loaded}"
-    commas, points, below, above, other = database.row(
-        "SELECT count(*) FILTER (sign = ','), count(*) FILTER (sign = '.'), "
-        "count(*) FILTER (is_limit(text) AND text[1] IN ('<', '≤')), "
+    texts = f"SELECT {item} AS item, unnest({duck.quoted(column)}) FROM {loaded}"
+    below, above, numeric, other = database.row(
+        "SELECT count(*) FILTER (is_limit(text) AND text[1] IN ('<', '≤')), "
         "count(*) FILTER (is_limit(text) AND text[1] IN ('>', '≥')), "
-        f"count(*) FILTER (NOT is_limit(text)) FROM ({texts})"
+        "count(*) FILTER (NOT is_limit(text) AND looks_numeric(text)), "
+        f"count(*) FILTER (NOT looks_numeric(text)) FROM ({texts})"
     )
-    problems = []
-    if commas and points:
-        problems.append(f"{commas:,} numbers have a comma and {points:,} a point: write all alike")
+    problems = [] if request.decimal else unclear_signs(database, texts, file.separator)
+    if numeric and not (request.decimal and request.bad_values):
+        advice = "write all alike" if request.decimal else "--decimal comma or point"
+        problems.append(f"{numeric:,} cells look like numbers of another form: {advice}")
     if below + above and not request.below_limit:
         flag = '--below_limit half, value or drop (of "<5": 2.5, 5 or empty)'
         problems.append(f"{duck.cells(below + above)} at a limit: {flag}")
@@ -296,17 +303,42 @@ def check_texts(
     if below + above:
         counts = f"{below:,} values below a limit, {above:,} above one"
         logger.info("%s: %s: --below_limit %s", where, counts, request.below_limit)
-    if other:
-        words = database.run(
-            f"SELECT text, count(*) FROM ({texts}) WHERE NOT is_limit(text) AND length(text) <= "
-            f"{MAX_LETTERS} AND NOT regexp_matches(text, '\\d') GROUP BY text ORDER BY 2 DESC, 1 "
-            f"LIMIT {MAX_WORDS + 1}"
+    if numeric + other:
+        words = database.run(  # a text of one value alone may be a remark on a patient
+            "SELECT regexp_replace(text, '\\d+', '#', 'g') AS word, count(*) "
+            f"FROM ({texts}) WHERE NOT is_limit(text) AND length(text) <= {MAX_LETTERS} "
+            f"GROUP BY word HAVING count(*) > 1 ORDER BY 2 DESC, 1 LIMIT {MAX_WORDS}"
         ).fetchall()
-        words = words if len(words) <= MAX_WORDS else []
-        dropped = [f'{count:,} values "{one_line(text)}"' for text, count in words]
-        rest = other - sum(count for _, count in words)
+        dropped = [f'{count:,} values "{one_line(word)}"' for word, count in words]
+        rest = numeric + other - sum(count for _, count in words)
         dropped += [f"{rest:,} other texts"] if rest else []
         logger.info("%s: dropped %s", where, ", ".join(dropped))
+
+
+def unclear_signs(database: duck.Database, texts: str, separator: str) -> list[str]:
+    """Return what is unclear of the signs of numbers: decimals, or between thousands."""
+    rows = database.run(
+        "SELECT item, count(*) FILTER (sign = ','), count(*) FILTER (sign = '.'), "
+        "count(*) FILTER (sign != '' AND NOT thousands), "
+        "count(*) FILTER (sign = '' AND (number IS NOT NULL OR is_limit(text))) "
+        f"FROM ({texts}) GROUP BY item ORDER BY item"
+    ).fetchall()
+    commas, points, decimals = (sum(row[k] for row in rows) for k in (1, 2, 3))
+    is_text = separator in (";", "\t")  # where commas are free to be decimal
+    if commas and (points or not is_text):
+        counts = f"{commas:,} numbers have a comma and {points:,} a point"
+        return [f"{counts}: --decimal comma or point says which is decimal"]
+    unclear = [
+        item
+        for item, *signs, decimals_of_item, whole in rows
+        if sum(signs) and not decimals_of_item and (whole or (is_text and not decimals))
+    ]
+    if not unclear:
+        return []
+    items = f" of {join_names(unclear)}" if unclear != [None] else ""
+    sign = "comma" if commas else "point"
+    problem = f"each {sign}{items} has three digits behind it, as thousands have"
+    return [f"{problem}: --decimal comma or point says which is decimal"]
 
 
 def make_static(

@@ -210,26 +210,61 @@ def test_labels_may_be_words(pair, make):
     assert rows["label_escalation"].tolist() == [0, 1]
 
 
+UNCLEAR = "column Result: .*--decimal"
+DROP = {"bad_values": "drop"}
+THREE_DIGITS = "column Result: .* of Creatinine .*--decimal"
+
+
 @pytest.mark.parametrize(
-    ("sep", "cells", "read"),
+    ("sep", "cells", "flags", "read"),
     [
-        (";", ("2,25", "<0,5"), "2.25 (24h) -> 0.25 (36h)"),
-        (";", ("1,200", "7"), "1.2 (24h) -> 7 (36h)"),
-        ("\t", ("2.25", "7"), "2.25 (24h) -> 7 (36h)"),
-        (";", ("2,25", "2.25"), None),
-        (",", ("2,25", "7"), None),  # within quotes
-        ("\t", ("1,200", "7"), None),
+        (";", ("2,25", "<0,5"), {}, "2.25 (24h) -> 0.25 (36h)"),
+        ("\t", ("2,25", "<0,5"), {}, "2.25 (24h) -> 0.25 (36h)"),
+        ("\t", ("2.25", "7"), {}, "2.25 (24h) -> 7 (36h)"),
+        (";", ("4,1", "s. Bem."), DROP, "1 (12h) -> 4.1 (24h)"),
+        (";", ("0,250", "900"), {}, "0.25 (24h) -> 900 (36h)"),
+        (";", ("1,250", "1,5"), {}, "1.25 (24h) -> 1.5 (36h)"),
+        (";", ("2,25", "2.25"), {}, UNCLEAR),
+        (",", ("2,25", "7"), {}, UNCLEAR),  # within quotes
+        (",", ("2,25", "7"), {"decimal": "comma"}, "2.25 (24h) -> 7 (36h)"),
+        (",", ("2,250", "7"), {"decimal": "point"}, "2250 (24h) -> 7 (36h)"),
+        (";", ("1,250", "900"), {}, THREE_DIGITS),
+        (";", ("1.234", "900"), DROP, THREE_DIGITS),
+        ("\t", ("1,200", "7"), {}, THREE_DIGITS),
+        (",", ("1.234", "900"), {}, THREE_DIGITS),
+        (";", ("1,250", "900"), {"decimal": "comma"}, "1.25 (24h) -> 900 (36h)"),
+        (";", ("1,250", "1,250.5"), {"decimal": "point"}, "1250 (24h) -> 1250.5 (36h)"),
+        (";", ("<1.234", "4,5"), {"decimal": "comma"}, "617 (24h) -> 4.5 (36h)"),
+        (",", ("1,234,567", "7"), DROP, UNCLEAR),
+        (",", ("1 234", "7"), DROP, UNCLEAR),
+        (",", ("1 234", "7"), {"decimal": "point"}, "1234 (24h) -> 7 (36h)"),
+        (";", ("4.1", "4,5"), {"decimal": "comma"}, "column Result: 2 cells look like numbers"),
+        (";", ("4.1", "4,5"), {"decimal": "comma", **DROP}, "1 (12h) -> 4.5 (36h)"),
     ],
 )
-def test_a_comma_is_decimal_where_semicolons_separate_and_never_beside_a_point(
-    sep, cells, read, make
+def test_decimals_and_thousands_are_read_as_said_or_as_nothing_contradicts(
+    sep, cells, flags, read, make
 ):
-    table, flags = labs(*cells).replace({"1.5": "1"}), {"sep": sep, "below_limit": "half"}
-    if read is None:
-        with pytest.raises(InputError, match="column Result: "):
+    """An item with decimals says nothing of the thousands of another."""
+    potassium = labs("5.1" if "." in cells[0] else "5,1", patients=1).iloc[2:]
+    table = labs(*cells).replace({"1.5": "1"})
+    if sep == ";" and read == THREE_DIGITS:
+        table = pd.concat([table, potassium.assign(Analyte="Potassium")])
+    flags = {"sep": sep, "below_limit": "half", "series": (*SERIES, "K=Potassium"), **flags}
+    if read.startswith("column"):
+        with pytest.raises(InputError, match=read) as caught:
             make(table, people(), **flags)
+        assert "--bad_values" not in str(caught.value)
     else:
         assert trajectory(make(table, people(), **flags)).endswith(read)
+
+
+def test_a_number_that_is_stored_as_such_has_no_unclear_sign(make):
+    table = labs("1.234", "900", patients=1).replace({"1.5": "1"})
+    with pytest.raises(InputError, match="--decimal"):
+        make(table, people(1), ".parquet")
+    made = make(table.astype({"Result": float}), people(1), ".parquet")
+    assert trajectory(made).endswith("1.234 (24h) -> 900 (36h)")
 
 
 @pytest.mark.parametrize(
@@ -261,17 +296,22 @@ def test_limits_and_other_texts_are_read_as_the_flags_say(flags, read, said, mak
         assert said in caplog.text
 
 
-@pytest.mark.parametrize("words", [("5.1 H", "x" * 31), tuple("abcdef")])
-def test_texts_that_may_tell_of_a_patient_are_counted_alone(words, make, caplog):
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("5.1 H", "x" * 31), ['2 values "#.# H"', "3 other texts"]),
+        (tuple("abcdefghijkl"), ['2 values "a"', "5 other texts"]),
+    ],
+)
+def test_texts_that_are_dropped_are_listed_without_their_numbers(words, said, make, caplog):
+    """A word of a single value may be a remark on one patient."""
     caplog.set_level(logging.INFO)
-    make(
-        labs(*words),
-        people(),
-        bad_values="drop",
-        window_hours=999.0,
-        prediction_time="Admitted + 9 d",
-    )
-    assert f"dropped {2 * len(words)} other texts" in caplog.text
+    table = labs(*words)
+    table.loc[0, "Result"] = "called by Dr Z"
+    times = {"window_hours": 999.0, "prediction_time": "Admitted + 9 d"}
+    make(table, people(), **DROP, **times)
+    assert all(text in caplog.text for text in said)
+    assert "Dr Z" not in caplog.text
 
 
 # --------------------------------------------------------------------------- static features
