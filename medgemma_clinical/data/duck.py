@@ -26,6 +26,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from medgemma_clinical.data.findings import flow_lines
+from medgemma_clinical.data.roles import MAX_ID, NO_ID
 from medgemma_clinical.files import InputError, RunFault, atomic, file_hash, locked, remove
 from medgemma_clinical.provenance import code_hash
 
@@ -139,6 +140,7 @@ FORMS = (".csv", ".csv.gz", ".parquet")
 
 LARGEST_WHOLE = 10**10  # of a key, and of an offset in minutes, which a timestamp holds
 MAX_WORD = 300  # characters kept of a unit, a code, a ward
+EXACT = 10**15  # Excel keeps 15 digits of a number
 
 MOMENT = r"\d{4}-\d\d-\d\d([ T]\d{1,2}:\d\d(:\d\d(\.\d+)?)?)?"
 """A time as text; DuckDB alone would drop AM, PM, a zone and any other word behind it."""
@@ -160,8 +162,10 @@ YES, NO = ("yes", "y", "true", "1", "1.0"), ("no", "n", "false", "0", "0.0")
 SAMPLE_ROWS = 1000  # of a column of times that are in ISO's order: the rest is taken to be so
 
 TEXTS = ("word", "id")
+LINE = "line of the file"  # a column that each table has: equal lines have equal numbers
 UNREADABLE = {
-    **dict.fromkeys(TEXTS, "empty"),
+    "word": "empty",
+    "id": f"empty, over {MAX_ID} characters, rounded (1.2E+16) or with control characters",
     "number": "not a number",
     "whole": "not a whole number",
     "label": "neither 0 nor 1, Yes nor No",
@@ -174,8 +178,8 @@ UNREADABLE = {
 class Column:
     """How a column is read."""
 
-    # A key of UNREADABLE, or ``value``: a number or a text. A ``time`` is cut to seconds, an
-    # ``instant`` is not; the ``id`` 10001.0 or 010001 is 10001.
+    # A key of UNREADABLE, or ``value``: a number or a text, or ``line`` of LINE. A ``time`` is cut
+    # to seconds, an ``instant`` is not; the ``id`` 10001.0 or 010001 is 10001.
     form: str
     may_be_empty: bool = False  # an empty word is an empty text
     optional: bool = False  # the file may lack it; its cells are empty then
@@ -184,6 +188,8 @@ class Column:
 
     def typed(self, raw: str) -> str:
         """Return SQL for the value of a raw cell, NULL (of a text: empty) where there is none."""
+        if self.form == "line":
+            return raw
         if self.form in TEXTS:
             word = f"coalesce(trim(left({raw}::VARCHAR, {MAX_WORD})), '')"
             number = r"'^0*(\d+)(\.0+)?$', '\1'"
@@ -221,6 +227,10 @@ class Column:
         if self.form == "value":
             return "false"
         is_wrong = f"{self.typed(raw)} = ''" if self.form in TEXTS else f"{self.typed(raw)} IS NULL"
+        if self.form == "id":
+            cell = f"trim({raw}::VARCHAR)"
+            no_id = f"length({cell}) > {MAX_ID} OR regexp_matches({cell}, '{NO_ID}')"
+            is_wrong += f" OR typeof({raw}) = 'VARCHAR' AND ({no_id})"  # others need no look
         if self.form == "whole":  # BIGINT has rounded 1.5; a CASE in `typed` would be slow
             number = f"TRY_CAST(trim({raw}::VARCHAR) AS DOUBLE)"
             is_wrong = f"coalesce({number} % 1 != 0 OR abs({number}) >= {LARGEST_WHOLE}, true)"
@@ -264,6 +274,7 @@ class TableFile:
     header: list[str]
     sha256: str
     separator: str = ","  # empty of an Excel file, which lies in a table of the database
+    rounded: tuple[str, ...] = ()  # columns of Excel with numbers of more digits than it keeps
 
     @property
     def is_parquet(self) -> bool:
@@ -271,7 +282,9 @@ class TableFile:
         return self.path.suffix.lower() == ".parquet"
 
     def raw(self, name: str) -> str:
-        """Return SQL for a column's raw cell, NULL where the file lacks it."""
+        """Return SQL for a column's raw cell, NULL where the file lacks it; of LINE for a hash."""
+        if name == LINE:
+            return f"hash({', '.join(map(quoted, map(str, range(len(self.header)))))})"
         return f'"{self.header.index(name)}"' if name in self.header else "NULL"
 
     def rows(self) -> str:
@@ -323,9 +336,9 @@ def open_table(database: Database, path: Path, columns: Mapping[str, Column]) ->
             header = database.frame(f"DESCRIBE FROM {file.rows()}")["column_name"].tolist()
             file = TableFile(path, header, sha256)
         elif path.suffix.lower() == ".xlsx":
-            sheet = read_sheet(path)
+            header, sheet, rounded = read_sheet(path)
             database.add(quoted(str(path)), sheet)
-            file = TableFile(path, [str(name).strip() for name in sheet], sha256, "")
+            file = TableFile(path, header, sha256, "", rounded)
         else:
             unpack: Any = gzip.open if path.suffix.lower() == ".gz" else open
             headers = {}
@@ -339,15 +352,26 @@ def open_table(database: Database, path: Path, columns: Mapping[str, Column]) ->
     return file
 
 
-def read_sheet(path: Path) -> pd.DataFrame:
-    """Return the first sheet of an Excel file as texts."""
+def read_sheet(path: Path) -> tuple[list[str], pd.DataFrame, tuple[str, ...]]:
+    """Return header, texts and rounded columns of the first sheet of an Excel file."""
     try:
-        sheet = pd.read_excel(path, dtype=object, engine="openpyxl")
+        with pd.ExcelFile(path, engine="openpyxl") as book:
+            first, *others = map(str, book.sheet_names)
+            # None and NA are words; pandas would rename a column that appears twice.
+            cells = pd.read_excel(book, header=None, dtype=object, keep_default_na=False)
     except ImportError:  # no requirement: needed for Excel alone
         raise InputError(f"{path}: reading Excel needs openpyxl: pip install openpyxl") from None
     except (BadZipFile, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a whole Excel file") from error
-    return sheet.astype("string")
+    if others:
+        logger.info("%s: sheet %r is read, %d others are not", path, first, len(others))
+    header, sheet = [str(name).strip() for name in cells.iloc[:1].to_numpy().ravel()], cells[1:]
+    rounded = [
+        name
+        for name, column in zip(header, sheet.to_numpy().T, strict=True)
+        if any(isinstance(x, int | float) and abs(x) >= EXACT for x in column)
+    ]
+    return header, sheet.rename(columns=str).astype("string"), tuple(rounded)
 
 
 def find_time(

@@ -22,8 +22,11 @@ from medgemma_clinical.data.roles import (
     MALE,
     OPTIONAL,
     ROLES,
+    SITE_INPUT,
+    columns_alike,
     find_column,
     find_roles,
+    is_site,
 )
 from medgemma_clinical.data.texts import NUMBER
 from medgemma_clinical.files import InputError, one_line, read_json
@@ -36,6 +39,7 @@ MAX_SERIES, MAX_CATEGORIES, MAX_WORDS, MAX_LETTERS = 100, 20, 10, 30
 LABEL = duck.Column("label", may_be_empty=True)
 LATER = re.compile(r"(.+?)\s*\+\s*(\d+(?:\.\d+)?)\s*(h|d)(?:ours?|ays?)?")
 FACTOR = re.compile(rf"(.*):(.*)=\s*({NUMBER})\s*")
+NOT_LIKE = {*("table", "labels", "out", "memory_limit", "threads"), "like", "read_as", "no_labels"}
 HOUR = duck.MICROSECONDS["hours"]
 
 
@@ -91,19 +95,22 @@ class LongRequest(events.EventRequest):
         return factors
 
 
-def read_like(path: Path) -> dict[str, Any]:
-    """Return the flags of an earlier output, from its description: new patients are read alike."""
+def read_like(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the flags of an earlier output, unchecked, and ``read_as`` from its description."""
     file = path.with_suffix(".json")
     try:
         content = read_json(file)
         arguments = dict(content["arguments"]) if content[duck.MADE_BY].endswith(COMMAND) else {}
+        read_as = {
+            kind: {str(name): tuple(map(str, texts)) for name, texts in by_name.items()}
+            for kind, by_name in arguments.pop("read_as", {}).items()
+        }
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         arguments = {}
     if not arguments:
         raise InputError(f"--like {path}: {file.name} is no description of an output of {COMMAND}")
-    flags = {field.name for field in fields(LongRequest)} - {"no_labels"}
-    values = {name: value for name, value in arguments.items() if name in flags}
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    flags = {field.name for field in fields(LongRequest)} - NOT_LIKE
+    return {k: value for k, value in arguments.items() if k in flags and value != ""}, read_as
 
 
 def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -121,7 +128,7 @@ def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
         categories = load_labels(database, labels, label_names, request, times["prediction_time"])
         times |= find_times(database, table, names, request)
         codes = [code for feature in chosen_series for code in feature.keys]
-        load_values(database, table, names, request, times, codes)
+        repeated = load_values(database, table, names, request, times, codes)
         items = chosen_series or find_items(database)
         events.name_codes(database, {"series": items})
         items = convert_units(database, items, factors, table.path)
@@ -136,7 +143,7 @@ def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
             static.set_index("number"),
             keep_all=request.no_labels,
         )
-        left_out = count_left_out(database, table.path)
+        left_out = {"repeated": repeated, **count_left_out(database, table.path)}
     usable = "values that were stored by then"
     if "storetime" not in names:
         usable = "values"
@@ -179,11 +186,24 @@ def find_columns(
             flags += "".join(HINTS.get(role, "") for role in missing)
             columns = f"the columns are {join_names(file.header)}"
             problems.append(f"{file.path}: --columns {flags}: {columns}")
+        for role, name in names.items():
+            check_alike(file, f"--columns {role}", name, mapped.get(role, ""), *roles[role])
+            if name in file.rounded and role not in (*TIMES, "value"):
+                problem = "numbers of 16 digits or more, which Excel has rounded: use texts, or CSV"
+                raise InputError(f"{file.path}, column {name}: {problem}")
     if problems:
         raise InputError("; ".join(problems))
     if request.equal_times == "last" and "storetime" not in names_of[0]:
         raise InputError("--equal_times last: needs a column storetime")
     return names_of[0], names_of[1]
+
+
+def check_alike(file: duck.TableFile, flag: str, column: str, *names: str) -> None:
+    """Refuse a column that others of the header are named like."""
+    if len(alike := columns_alike(file.header, column, *names)) > 1:
+        problem = f"the columns {join_names(alike)} are named alike"
+        advice = f"remove one, or name one by {flag}=COLUMN"
+        raise InputError(f"{file.path}, column {column}: {problem}: {advice}")
 
 
 def log_columns(file: duck.TableFile, names: Mapping[str, str]) -> None:
@@ -215,8 +235,8 @@ def load_values(
     request: LongRequest,
     times: Mapping[str, duck.Column],
     codes: Sequence[Any],
-) -> None:
-    """Make the view ``record`` of the values in the windows."""
+) -> int:
+    """Make the view ``record`` of the values in the windows; return how many were repeated."""
     roles = {
         "subject_id": events.SUBJECT,
         "item": duck.WORD,
@@ -225,9 +245,23 @@ def load_values(
         **{role: replace(t, may_be_empty=role == "storetime") for role, t in times.items()},
     }
     columns = {name: roles[role] for role, name in names.items()}
+    columns[duck.LINE] = duck.Column("line", optional=True)
     log_columns(file, names)
     events.load_events(database, request, [file], names, columns, codes)
+    repeated = drop_repeated(database, file.path)
     check_texts(database, "read", names["value"], file, request, duck.quoted(names["item"]))
+    return repeated
+
+
+def drop_repeated(database: duck.Database, path: Path) -> int:
+    """Keep one of equal lines; return how many others there were."""
+    lines, different = database.row(
+        f"SELECT count(*), count(DISTINCT {duck.quoted(duck.LINE)}) FROM read"
+    )
+    if different < lines:
+        database.run("CREATE OR REPLACE TABLE read AS SELECT DISTINCT * FROM read")
+        logger.info("%s: %s lines are repeated: dropped", path, f"{lines - different:,}")
+    return int(lines - different)
 
 
 def load_labels(
@@ -247,6 +281,9 @@ def load_labels(
             problem = f"no column of its own among {join_names(file.header)}"
             raise InputError(f"--static {feature.title}={feature.keys[0]}: {file.path}: {problem}")
         columns_of[feature.title] = column
+        check_alike(file, f"--static '{feature.title}'", column, str(feature.keys[0]))
+        if is_site(column) or is_site(feature.name):
+            logger.warning("warning: %s, column %s: %s", file.path, column, SITE_INPUT)
     log_columns(file, {**names, **columns_of})
     columns = dict.fromkeys(columns_of.values(), duck.Column("value", decimal=request.decimal))
     columns |= {names["labels.subject_id"]: events.SUBJECT, names["prediction_time"]: time}
@@ -262,7 +299,12 @@ def load_labels(
         sql, categories[feature.title] = make_static(
             database, feature, columns_of[feature.title], file, request
         )
-        select |= sql
+        for name, column_sql in sql:
+            if comparable(name) in map(comparable, select):
+                where = f"{file.path}, column {columns_of[feature.title]}"
+                problem = "is the name of two columns: rename a category or a static feature"
+                raise InputError(f"{where}: {name} {problem}")
+            select[name] = column_sql
     columns_sql = ", ".join(f"{sql} AS {duck.quoted(name)}" for name, sql in select.items())
     database.run(f"CREATE TABLE label AS SELECT {columns_sql} FROM answers")
     events.add_windows(database, request, duck.MICROSECONDS.get(request.time_unit, 0))
@@ -347,8 +389,8 @@ def make_static(
     column: str,
     file: duck.TableFile,
     request: LongRequest,
-) -> tuple[dict[str, str], list[str]]:
-    """Return SQL of the columns of a static feature, and its categories: none where numbers."""
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return columns of a static feature with their SQL, and its categories: none of numbers."""
     where, cell = f"{file.path}, column {column}", duck.quoted(column)
     word = f"lower(coalesce({cell}.text, plain({cell}.number)))"
     words = request.read_as.get("static", {}).get(feature.title)
@@ -361,30 +403,30 @@ def make_static(
     if not words:
         check_texts(database, "answers", column, file, request)
         number = f"plain(coalesce({cell}.number, at_limit({cell}.text)))"
-        return {f"{STATIC}{feature.title}": number}, words
+        return [(f"{STATIC}{feature.title}", number)], words
     categories, columns = name_categories(feature.name, words)
-    is_category, sql = f"{word} IN ({', '.join(map(duck.literal, categories))})", {}
+    is_category, sql = f"{word} IN ({', '.join(map(duck.literal, categories))})", []
     (count,) = database.row(f"SELECT count(*) FROM answers WHERE NOT {is_category}")
     if count:
         logger.warning("warning: %s: %s of no known category: empty", where, duck.cells(count))
-    for name, ones in columns.items():
+    for name, ones in columns:
         logger.info("%s: %s is 1 for %s", where, name, one_line(", ".join(ones)))
         one = f"({word} IN ({', '.join(map(duck.literal, ones))}))::INTEGER::VARCHAR"
-        sql[name] = f"CASE WHEN {is_category} THEN {one} END"
+        sql.append((name, f"CASE WHEN {is_category} THEN {one} END"))
     return sql, words
 
 
 def name_categories(
     name: str, words: Sequence[str]
-) -> tuple[Sequence[str], dict[str, Sequence[str]]]:
+) -> tuple[Sequence[str], list[tuple[str, Sequence[str]]]]:
     """Return the categories, and those that are 1 in each column: one column for two of them."""
     for ones, zeros, title in ((duck.YES, duck.NO, name), (MALE, FEMALE, f"{name.lower()}_male")):
         if {*words} <= {*ones, *zeros}:
-            return (*ones, *zeros), {f"{STATIC}{title}": ones}
+            return (*ones, *zeros), [(f"{STATIC}{title}", ones)]
     with_column = words[1:] if len(words) == 2 else words
     titles = [" ".join(re.sub(r"[\[\],*=]", " ", word).split()) for word in with_column]
     pairs = zip(titles, with_column, strict=True)
-    return words, {f"{STATIC}{name} {title}": (word,) for title, word in pairs}
+    return words, [(f"{STATIC}{name} {title}", (word,)) for title, word in pairs]
 
 
 # ---------------------------------------------------------------------------- items

@@ -1,5 +1,6 @@
 """from_long on what people hold: a laboratory's export and a list of patients, each as it is."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -78,7 +79,30 @@ def trajectory(made):
     return rows["clinical_trajectory"].tolist()[0]
 
 
-# --------------------------------------------------------------------------- columns
+# --------------------------------------------------------------------------- lines and columns
+
+
+def test_lines_that_appear_twice_are_dropped_with_a_count(make, caplog):
+    """Lines that differ in any column are different measurements, whatever is read of them."""
+    caplog.set_level(logging.INFO)
+    table = labs("2", patients=1).assign(Sample=range(3))
+    again = pd.concat([table, table, table[:1], table[2:].assign(Sample=9)])
+    made = make(again, people(1))
+    assert trajectory(made) == "1 (0h) -> 1.5 (12h) -> 2 (24h) -> 2 (24h)"
+    assert made[1]["values"]["repeated"] == 4
+    assert "4 lines are repeated" in caplog.text
+
+
+def test_what_a_window_loses_is_said_with_its_events_and_the_flag(make, caplog):
+    caplog.set_level(logging.INFO)
+    late = START + pd.Timedelta("9D")
+    patients = people(4, Admitted=[START, late, START, late], **{"AKI stage 3": list("1100")})
+    make(labs(patients=4), patients)
+    lost = "2 of 4 rows (50.0%) and 1 of 2 events are lost"
+    assert f"{lost}, with no value of creatinine in the window: --window_hours 48" in caplog.text
+    caplog.clear()
+    make(labs(), people())
+    assert "lost" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -155,6 +179,60 @@ def test_a_name_is_found_whatever_its_case_and_signs_the_same_text_first():
     assert roles.find_column(["a b", "A_B (x)"], "A_B (x)") == "A_B (x)"
     assert roles.find_column(["a b", "A_B (x)"], "AB") == "a b"
     assert roles.find_column(["a"], "", "b") is None
+
+
+@pytest.mark.parametrize("ending", [".csv", ".xlsx"])
+@pytest.mark.parametrize(
+    ("names", "flags", "place"),
+    [
+        (("Result", "Result"), (), "labs.*, column Result: "),
+        (("Result (mg/dL)", "Result (mmol/L)"), (), r"labs.*, column Result \(mg/dL\): "),
+        (("Result (mg/dL)", "Result (mmol/L)"), ("value=Result (mmol/L)",), ""),
+        (("value", "Value"), (), ""),  # the usual name itself
+        (("Result", "Ward", "Ward"), (), ""),
+    ],
+)
+def test_a_column_that_is_read_has_a_name_of_its_own(names, flags, place, ending, make):
+    if ending == ".xlsx":
+        pytest.importorskip("openpyxl")
+    table = labs().assign(**{f"other{k}": "9" for k in range(len(names) - 1)})
+    table = table.set_axis([*table.columns[:3], *names], axis="columns")
+    flags = (*FLAGS["columns"], *flags)
+    if place:
+        with pytest.raises(InputError, match=place):
+            make(table, people(), ending, columns=flags)
+    else:
+        read = "9 (0h) -> 9 (12h)" if len(flags) > 1 else "1 (0h) -> 1.5 (12h)"
+        assert trajectory(make(table, people(), ending, columns=flags)) == read
+
+
+LONG, WRONG_ID = 10**16 + 3, r"column Patient: \d cells? "
+
+
+@pytest.mark.parametrize(
+    ("ids", "ending", "place"),
+    [
+        (["x" * 301, "x" * 302], ".csv", WRONG_ID),
+        (["x" * 299 + "1", "x" * 299 + "2"], ".csv", ""),
+        (["A\tB", "C"], ".csv", WRONG_ID),
+        (["1,2E+16", "1"], ".csv", WRONG_ID),
+        ([LONG, LONG + 16], ".xlsx", "column Patient: "),
+        ([str(LONG), str(LONG + 1)], ".xlsx", ""),
+        ([LONG, LONG + 1], ".csv", ""),
+    ],
+)
+def test_a_patient_keeps_the_whole_of_an_id_or_is_refused(ids, ending, place, make):
+    pytest.importorskip("openpyxl")
+    table, patients = labs(), people()
+    table["Patient"] = table["Patient"].map(dict(zip(patients["Patient"], ids, strict=True)))
+    patients["Patient"] = ids
+    for labels in (patients, people()):
+        if place:
+            with pytest.raises(InputError, match=place):
+                make(table, labels, ending)
+    if not place:
+        rows, _ = make(table, patients, ending)
+        assert rows["subject_id"].tolist() == [*map(str, ids)]
 
 
 # --------------------------------------------------------------------------- cells
@@ -360,6 +438,18 @@ def test_static_features_that_cannot_be_read_are_refused(static, column, named, 
         assert made[0]["static_x"].tolist()[0] == "7"
 
 
+@pytest.mark.parametrize(
+    ("static", "cells", "name"),
+    [
+        (("x=Other",), ["grade 1", "grade=1", "no"], "static_x grade 1"),
+        (("X b=Age (years)", "x=Other"), ["a", "b", "c"], "static_x b"),
+    ],
+)
+def test_columns_of_one_name_are_refused(static, cells, name, make):
+    with pytest.raises(InputError, match=f"column Other: {name} "):
+        make(labs(patients=3), people(3, Other=cells), static=static)
+
+
 def test_more_than_twenty_categories_are_no_category(make):
     for count in (20, 21):
         patients = people(count, Other=[f"w{k}" for k in range(count)])
@@ -369,6 +459,16 @@ def test_more_than_twenty_categories_are_no_category(make):
         else:
             made = make(labs(patients=count), patients, static=("x=Other",))
             assert len(made[0].filter(like="static_").columns) == 20
+
+
+@pytest.mark.parametrize(
+    ("static", "warns"), [("x=Klinik", True), ("site=Sex", True), ("x=Sex", False)]
+)
+def test_a_hospital_among_the_static_features_brings_a_warning(static, warns, make, caplog):
+    make(labs(), people(Klinik=["nord", "west"]), static=(static,))
+    column = static.partition("=")[2]
+    warnings = [text for text in caplog.messages if f"patients.csv, column {column}: " in text]
+    assert [text.startswith("warning: ") for text in warnings] == [True] * warns
 
 
 # --------------------------------------------------------------------------- new patients
@@ -390,11 +490,35 @@ def test_excel_is_refused_in_one_line_where_it_cannot_be_read(tmp_path, make, mo
         def broken(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr(pd, "read_excel", broken)
+        monkeypatch.setattr(pd, "ExcelFile", broken)
         paths = {"table": tmp_path / "labs.xlsx", "labels": tmp_path / "labs.xlsx"}
         paths["table"].write_bytes(b"PK")
         with pytest.raises(InputError, match=named):
             make_rows("from_long", **paths, out=tmp_path / "out.csv", **FLAGS)
+
+
+WORDS = ["None", "NA", "Former"]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".xlsx"])
+def test_a_cell_that_says_none_is_a_word_in_every_kind_of_file(ending, make):
+    pytest.importorskip("openpyxl")
+    made = make(labs(patients=3), people(3, Smoking=WORDS), ending, static=("smoking=Smoking",))
+    assert {*made[0].filter(like="static_")} == {f"static_smoking {w.lower()}" for w in WORDS}
+
+
+def test_the_sheet_that_is_read_is_named(tmp_path, make, caplog):
+    pytest.importorskip("openpyxl")
+    caplog.set_level(logging.INFO)
+    with pd.ExcelWriter(tmp_path / "two.xlsx") as book:
+        for name in ("Jan", "Feb"):
+            labs().to_excel(book, sheet_name=name, index=False)
+    labels = save(people(), tmp_path / "patients.xlsx")
+    make_rows(
+        "from_long", table=tmp_path / "two.xlsx", labels=labels, out=tmp_path / "o.csv", **FLAGS
+    )
+    assert "two.xlsx: sheet 'Jan' is read, 1 others are not" in caplog.text
+    assert "patients.xlsx: sheet" not in caplog.text
 
 
 def test_rows_without_a_label_are_kept_and_without_labels_there_is_no_column(make, caplog):
@@ -446,7 +570,7 @@ def test_new_patients_are_read_like_the_earlier_ones(tmp_path):
     ]
     words += ["--window_hours", "48", "--series", SERIES[0], "--static", STATIC[0]]
     words += ["--static", STATIC[1], "--static", "ward=Ward"]
-    words += ["--below_limit", "half", "--bad_values", "drop"]
+    words += ["--below_limit", "half", "--bad_values", "drop", "--decimal", "point"]
     assert dataset_format.main(words) == 0
     like = ["from_long", "--table", path["new_labs"], "--labels", path["new_patients"]]
     like += ["--like", out[0], "--no_labels"]
@@ -455,6 +579,11 @@ def test_new_patients_are_read_like_the_earlier_ones(tmp_path):
     assert Path(out[0]).read_bytes() == before
     assert dataset_format.main([*like, "--out", out[1]]) == 0
     first, rows = pd.read_csv(out[0]), pd.read_csv(out[1])
+    kept = json.loads(Path(out[1]).with_suffix(".json").read_text())["arguments"]
+    assert {k: kept[k] for k in ("decimal", "window_hours")} == {
+        "decimal": "point",
+        "window_hours": 48,
+    }
     assert [*rows] == [*first.drop(columns="label_escalation")]
     assert rows["clinical_trajectory"][0] == "1 (0h) -> 1.5 (12h) -> 0.15 (24h)"
     assert rows["prediction_time"][0] == "2024-03-06T08:00:00"
@@ -484,3 +613,35 @@ def test_new_patients_are_read_like_the_earlier_ones(tmp_path):
     assert dataset.features == ("crea",)
     assert dataset.static_names == ("static_age [years]",)
     assert pd.read_csv(out[2])["clinical_trajectory"][0].endswith("0.3 (24h)")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("window_hours", 1e300),
+        ("window_hours", None),
+        ("time_unit", "years"),
+        ("equal_times", "median"),
+        ("decimal", ";"),
+        ("min_observations", 0),
+        ("columns", [1]),
+        ("series", [{"a": 1}]),
+        ("factor", ["x"]),
+        ("read_as", {"times": 5}),
+        ("read_as", ["static"]),
+        ("read_as", {"static": {"x": 5}}),
+        ("memory_limit", "all"),  # of a machine, not taken
+    ],
+)
+def test_flags_of_an_earlier_output_are_checked_like_typed_ones(key, value, tmp_path, capsys):
+    paths = {"table": labs(), "labels": people()}
+    paths = {name: save(table, tmp_path / f"{name}.csv") for name, table in paths.items()}
+    rows, about = make_rows("from_long", **paths, out=tmp_path / "old.csv", **FLAGS)
+    rows.to_csv(tmp_path / "old.csv")
+    about["arguments"][key] = value
+    (tmp_path / "old.json").write_text(json.dumps(about))
+    words = [f"--{name}={path}" for name, path in paths.items()]
+    words += [f"--like={tmp_path / 'old.csv'}", f"--out={tmp_path / 'new.csv'}"]
+    assert dataset_format.main(["from_long", *words]) == (0 if key == "memory_limit" else 2)
+    error = capsys.readouterr().err
+    assert key == "memory_limit" or (error.count("\n") == 1 and (key in error or key == "read_as"))
