@@ -364,7 +364,7 @@ def read_sheet(path: Path) -> tuple[list[str], pd.DataFrame, tuple[str, ...]]:
     except (BadZipFile, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a whole Excel file") from error
     if others:
-        logger.info("%s: sheet %r is read, %d others are not", path, first, len(others))
+        logger.info("%s: sheet %r of %d is read", path, first, 1 + len(others))
     header, sheet = [str(name).strip() for name in cells.iloc[:1].to_numpy().ravel()], cells[1:]
     rounded = [
         name

@@ -517,7 +517,7 @@ def test_the_sheet_that_is_read_is_named(tmp_path, make, caplog):
     make_rows(
         "from_long", table=tmp_path / "two.xlsx", labels=labels, out=tmp_path / "o.csv", **FLAGS
     )
-    assert "two.xlsx: sheet 'Jan' is read, 1 others are not" in caplog.text
+    assert "two.xlsx: sheet 'Jan' of 2 is read" in caplog.text
     assert "patients.xlsx: sheet" not in caplog.text
 
 
