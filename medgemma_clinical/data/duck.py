@@ -211,12 +211,8 @@ class Column:
             number, empty = NUMBER.typed(pointed), f"lower({cell}) IN ('', 'nan')"
             text = f"left(CASE WHEN is_limit({pointed}) THEN {pointed} ELSE {cell} END, {MAX_WORD})"
             text = f"CASE WHEN {number} IS NULL AND NOT {empty} THEN {text} END"
-            # The sign of a number that is stored as such is no question.
-            sign = f"CASE WHEN typeof({raw}) = 'VARCHAR' THEN sign_of({cell}) ELSE '' END"
-            thousands = f"may_be_thousands({cell})"
-            return (
-                f"{{'number': {number}, 'text': {text}, 'sign': {sign}, 'thousands': {thousands}}}"
-            )
+            sign = f"'sign': sign_of({cell}), 'thousands': may_be_thousands({cell})"
+            return f"{{'number': {number}, 'text': {text}, {sign}}}"
         number = f"nullif(TRY_CAST({cell} AS DOUBLE), 'nan'::DOUBLE)"  # NaN is above all numbers
         if self.form in ("number", "whole"):
             return number if self.form == "number" else f"TRY_CAST({number} AS BIGINT)"

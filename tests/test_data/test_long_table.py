@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -337,14 +338,6 @@ def test_decimals_and_thousands_are_read_as_said_or_as_nothing_contradicts(
         assert trajectory(make(table, people(), **flags)).endswith(read)
 
 
-def test_a_number_that_is_stored_as_such_has_no_unclear_sign(make):
-    table = labs("1.234", "900", patients=1).replace({"1.5": "1"})
-    with pytest.raises(InputError, match="--decimal"):
-        make(table, people(1), ".parquet")
-    made = make(table.astype({"Result": float}), people(1), ".parquet")
-    assert trajectory(made).endswith("1.234 (24h) -> 900 (36h)")
-
-
 @pytest.mark.parametrize(
     ("flags", "read", "said"),
     [
@@ -372,6 +365,54 @@ def test_limits_and_other_texts_are_read_as_the_flags_say(flags, read, said, mak
         assert made[1]["values"]["without a number"] == 2 + 4 * (flags["below_limit"] == "drop")
         assert 'dropped 2 values "hemolyzed"' in caplog.text
         assert said in caplog.text
+
+
+def german_export(patients=40):
+    """A laboratory's table as texts, and the numbers that they stand for by patient and item."""
+    rng, rows, numbers = np.random.default_rng(5), [], {}
+    forms = {
+        "Kalium": lambda x: f"{3 + 2 * x:.1f}",
+        "pH": lambda x: f"{7.2 + x / 4:.3f}",  # always three digits
+        "CK": lambda x: f"{round(2500 * x + 10):,}",  # thousands
+        "CRP": lambda x: f"<{1 + x:.1f}" if x < 0.3 else f"{9 * x:.2f}",
+    }
+    for p in range(patients):
+        for hours in np.sort(rng.choice(48, 9, replace=False)):
+            item = [*forms][hours % 4]
+            english = forms[item](rng.random())
+            text, time = english.translate(str.maketrans(",.", ".,")), f"{hours} h"
+            value = float(english.strip("<").replace(",", "")) / (1 + english.startswith("<"))
+            numbers.setdefault((f"P{p}", item), []).append((int(hours), value))
+            rows += [(f"P{p}", START + pd.Timedelta(time), item, text)] * rng.choice([1, 1, 2])
+            rows.append((f"P{p}", START + pd.Timedelta(time), item, "s. Bem."))
+    table = pd.DataFrame(rows, columns=["Pat.-Nr.", "Entnahme", "Parameter", "Ergebnis"])
+    return table.sample(frac=1, random_state=1), numbers
+
+
+@pytest.mark.parametrize(("ending", "sep"), [(".csv", ";"), (".csv", "\t"), (".xlsx", "")])
+def test_an_export_with_every_trap_is_refused_or_read_right_in_each_cell(ending, sep, make):
+    pytest.importorskip("openpyxl")
+    table, numbers = german_export()
+    smoking = ["None", "NA", "Raucher", "nie"] * 10
+    patients = people(40, Raucher=smoking).rename(columns={"Patient": "Pat.-Nr."})
+    names = ("subject_id=Pat.-Nr.", "time=Entnahme", "item=Parameter", "value=Ergebnis")
+    flags = {"columns": (*FLAGS["columns"], *names), "series": (), "static": ("smoking=Raucher",)}
+    flags |= {"below_limit": "half", **DROP, "sep": sep}
+    with pytest.raises(InputError, match=r"column Ergebnis: .*--decimal"):
+        make(table, patients, ending, **flags)
+    rows, about = make(table, patients, ending, decimal="comma", **flags)
+    items = [about["series"], *(name[11:] for name in rows.filter(like="trajectory_"))]
+    read = {}
+    for row in rows.fillna("").to_dict("records"):
+        for item, column in zip(items, rows.filter(like="trajectory"), strict=True):
+            pairs = re.findall(r"([\d.]+) \(([\d.]+)h\)", row[column])
+            if pairs:
+                read[row["subject_id"], item] = [(int(h), float(v)) for v, h in pairs]
+        static = {w: row[f"static_smoking {w.lower()}"] for w in {*smoking}}
+        assert static == {w: str(int(w == smoking[int(row["id"][1:3])])) for w in {*smoking}}
+    kept = {pair: values for pair, values in numbers.items() if (pair[0], items[0]) in numbers}
+    assert read == kept
+    assert about["values"]["repeated"] == table.duplicated().sum()
 
 
 @pytest.mark.parametrize(
