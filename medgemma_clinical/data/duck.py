@@ -185,6 +185,7 @@ class Column:
     optional: bool = False  # the file may lack it; its cells are empty then
     formats: tuple[str, ...] = ()  # of an instant that is not in the order of ISO
     decimal: str = ""  # sign of decimals in a value, ``comma`` or ``point``; empty: either
+    stored: str = "false"  # SQL for whether a value is stored as a number, not as a text
 
     def typed(self, raw: str) -> str:
         """Return SQL for the value of a raw cell, NULL (of a text: empty) where there is none."""
@@ -207,11 +208,14 @@ class Column:
         if self.form == "label":
             return f"CASE WHEN lower({cell}) IN {YES} THEN 1 WHEN lower({cell}) IN {NO} THEN 0 END"
         if self.form == "value":
-            pointed = f"with_point({cell}, '{self.decimal}')"
+            pointed = (
+                f"CASE WHEN {self.stored} THEN {cell} ELSE with_point({cell}, '{self.decimal}') END"
+            )
             number, empty = NUMBER.typed(pointed), f"lower({cell}) IN ('', 'nan')"
             text = f"left(CASE WHEN is_limit({pointed}) THEN {pointed} ELSE {cell} END, {MAX_WORD})"
             text = f"CASE WHEN {number} IS NULL AND NOT {empty} THEN {text} END"
-            sign = f"'sign': sign_of({cell}), 'thousands': may_be_thousands({cell})"
+            sign = f"CASE WHEN {self.stored} THEN '' ELSE sign_of({cell}) END"
+            sign = f"'sign': {sign}, 'thousands': may_be_thousands({cell})"
             return f"{{'number': {number}, 'text': {text}, {sign}}}"
         number = f"nullif(TRY_CAST({cell} AS DOUBLE), 'nan'::DOUBLE)"  # NaN is above all numbers
         if self.form in ("number", "whole"):
@@ -283,6 +287,13 @@ class TableFile:
             return f"hash({', '.join(map(quoted, map(str, range(len(self.header)))))})"
         return f'"{self.header.index(name)}"' if name in self.header else "NULL"
 
+    def value(self, name: str, decimal: str) -> Column:
+        """Return how a column of values is read."""
+        if not self.separator:
+            return Column("value", decimal=decimal, stored=f'"number {self.header.index(name)}"')
+        stored = f"typeof({self.raw(name)}) != 'VARCHAR'" if self.is_parquet else "false"
+        return Column("value", decimal=decimal, stored=stored)
+
     def rows(self) -> str:
         """Return SQL for the raw rows, their columns named by their position."""
         # Hive partitioning is off: a folder ``value=1000`` would replace the column ``value``.
@@ -349,7 +360,10 @@ def open_table(database: Database, path: Path, columns: Mapping[str, Column]) ->
 
 
 def read_sheet(path: Path) -> tuple[list[str], pd.DataFrame, tuple[str, ...]]:
-    """Return header, texts and rounded columns of the first sheet of an Excel file."""
+    """Return header, cells and rounded columns of the first sheet of an Excel file.
+
+    The cells are texts; of each column K a column ``number K`` says which are stored as numbers.
+    """
     try:
         with pd.ExcelFile(path, engine="openpyxl") as book:
             first, *others = map(str, book.sheet_names)
@@ -362,12 +376,10 @@ def read_sheet(path: Path) -> tuple[list[str], pd.DataFrame, tuple[str, ...]]:
     if others:
         logger.info("%s: sheet %r of %d is read", path, first, 1 + len(others))
     header, sheet = [str(name).strip() for name in cells.iloc[:1].to_numpy().ravel()], cells[1:]
-    rounded = [
-        name
-        for name, column in zip(header, sheet.to_numpy().T, strict=True)
-        if any(isinstance(x, int | float) and abs(x) >= EXACT for x in column)
-    ]
-    return header, sheet.rename(columns=str).astype("string"), tuple(rounded)
+    is_number = sheet.map(lambda cell: isinstance(cell, int | float)).astype(bool)
+    is_rounded = (sheet.where(is_number, 0).astype(float).abs() >= EXACT).any()
+    texts = sheet.rename(columns=str).astype("string").join(is_number.add_prefix("number "))
+    return header, texts, tuple(name for name, bad in zip(header, is_rounded, strict=True) if bad)
 
 
 def find_time(

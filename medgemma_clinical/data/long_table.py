@@ -240,7 +240,7 @@ def load_values(
     roles = {
         "subject_id": events.SUBJECT,
         "item": duck.WORD,
-        "value": duck.Column("value", decimal=request.decimal),
+        "value": file.value(names["value"], request.decimal),
         "unit": duck.WORD_OR_EMPTY,
         **{role: replace(t, may_be_empty=role == "storetime") for role, t in times.items()},
     }
@@ -285,7 +285,7 @@ def load_labels(
         if is_site(column) or is_site(feature.name):
             logger.warning("warning: %s, column %s: %s", file.path, column, SITE_INPUT)
     log_columns(file, {**names, **columns_of})
-    columns = dict.fromkeys(columns_of.values(), duck.Column("value", decimal=request.decimal))
+    columns = {name: file.value(name, request.decimal) for name in columns_of.values()}
     columns |= {names["labels.subject_id"]: events.SUBJECT, names["prediction_time"]: time}
     columns |= {} if request.no_labels else {names["label"]: LABEL}
     duck.load_table(database, "answers", file, columns)
@@ -346,11 +346,13 @@ def check_texts(
         counts = f"{below:,} values below a limit, {above:,} above one"
         logger.info("%s: %s: --below_limit %s", where, counts, request.below_limit)
     if numeric + other:
-        words = database.run(  # a text of one value alone may be a remark on a patient
+        words = database.run(
             "SELECT regexp_replace(text, '\\d+', '#', 'g') AS word, count(*) "
             f"FROM ({texts}) WHERE NOT is_limit(text) AND length(text) <= {MAX_LETTERS} "
-            f"GROUP BY word HAVING count(*) > 1 ORDER BY 2 DESC, 1 LIMIT {MAX_WORDS}"
+            f"GROUP BY word ORDER BY 2 DESC, 1 LIMIT {MAX_WORDS + 1}"
         ).fetchall()
+        if len(words) > MAX_WORDS:  # a rare one may be a remark on a patient
+            words = [(word, count) for word, count in words[:MAX_WORDS] if count > 1]
         dropped = [f'{count:,} values "{one_line(word)}"' for word, count in words]
         rest = numeric + other - sum(count for _, count in words)
         dropped += [f"{rest:,} other texts"] if rest else []
