@@ -81,8 +81,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         max_len: the most recent observations kept; by default 20 of one series, 64 of several.
         description: meaning of main series and label; by default read beside the file.
         require_labels: refuse a table without any label; False where new patients are scored.
-        series: names of the series to read, the main one first; rows without any value of them
-            are left out. None reads all.
+        series: names of the series to read, the main one first; None reads all. Rows without any
+            value of them are left out.
         label_column: the column of 0 and 1 to learn; None is ``label_escalation``.
         allow_duplicates: accept a split that has equal rows in two parts.
         site: column that names the hospital or unit of each row, for results by site.
@@ -135,13 +135,11 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self.parts = dka.parts_of(table, findings)
         reading = {"max_len": max_len, "label_column": label, "site": site}
         lengths = self._read(table, description, findings, series, reading)
-        without = pd.Series(~table.index.isin(self.numbers), table.index)
-        if not series:
-            column = str(self.measures[0].keys[0])
-            findings.reject(without, column, "no series of this row holds a value")
-        elif not len(self):
+        if not len(self):
             raise InputError(f"{self.source}: no row holds a value of {', '.join(self.features)}")
-        findings.counts["without a value are left out"] += int(without.sum())
+        if without := len(table) - len(self):
+            findings.counts["without a value are left out"] += without
+            self.add_rule("without a value", without)
         max_len = self.read_options["max_len"]
         if (lengths > max_len).any():
             findings.notes[checks.describe_cut(lengths, self.groups, max_len)] = None
@@ -337,7 +335,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def like(earlier: Path, argv: Sequence[str] | None) -> dict[str, Any]:
     """Return the flags of a from_long with those of an earlier output in place of the defaults."""
-    stored = long_table.read_like(earlier)
+    stored, read_as = long_table.read_like(earlier)
+    words = ["from_long", "--table=", "--labels=", "--out="]
+    for name, value in stored.items():
+        words += [f"--{name}={x}" for x in (value if isinstance(value, list) else [value])]
+    try:
+        parsed = vars(build_parser().parse_known_args(words)[0])
+    except InputError as error:
+        raise InputError(f"--like {earlier}: {error}") from error
+    stored = {name: parsed[name] for name in stored} | {"read_as": read_as}
     arguments = vars(build_parser(stored).parse_args(argv))
     del arguments["command"]
     columns = (*stored.get("columns", ()), *arguments["columns"])  # a later one counts
@@ -426,6 +432,8 @@ def build_parser(stored: Mapping[str, Any] | None = None) -> Parser:
     add("--below_limit", choices=("half", "value", "drop"), default="", help=limit)
     bad = "leave out values that are no numbers"
     add("--bad_values", choices=("drop",), default="", help=bad)
+    sign = "decimal sign; the other one groups thousands"
+    add("--decimal", choices=("comma", "point"), default="", help=sign)
     equal = "values of a series at one time: all, the last stored, or mean"
     add("--equal_times", choices=("keep", "last", "mean"), default="keep", help=equal)
     factor = "'ITEM:UNIT=NUMBER', repeatable: convert a unit"

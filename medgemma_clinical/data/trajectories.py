@@ -307,10 +307,14 @@ class TrajectoryDataset:
     def keep_rows(self, mask: NDArray[np.bool_], rule: str) -> Self:
         """Return the rows that a mask marks; ``flow`` says that a rule removed the others."""
         rows = self.subset(np.flatnonzero(mask))
-        counts = len(self) - len(rows), len(rows), len(np.unique(rows.groups))
-        line = pd.DataFrame([(rule, *counts)], columns=list(FLOW_COLUMNS))
-        rows.flow = line if self.flow is None else pd.concat([self.flow, line])
+        rows.add_rule(rule, len(self) - len(rows))
         return rows
+
+    def add_rule(self, rule: str, removed: int) -> None:
+        """Add a rule to ``flow``, and how many rows it has removed."""
+        counts = removed, len(self), self.n_patients
+        line = pd.DataFrame([(rule, *counts)], columns=list(FLOW_COLUMNS))
+        self.flow = line if self.flow is None else pd.concat([self.flow, line])
 
     def keep_measured(self, split: Split) -> tuple[Self, Split]:
         """Return the rows that hold a value of a series that is read, and their split."""
