@@ -99,13 +99,15 @@ def rows_of(kind):
         rows["label"] *= np.arange(3000) % 9 == 0
         for name in LINES:
             rows[name] = expit(logit(rows[name]) - 2)
+    if kind == "none missed":
+        rows["label"] *= rows[MODEL] >= 0.12
     return rows[["id", "label", "patient", *LINES]]
 
 
 CASES = [("usual", 0.03), *((k, 0.3137) for k in ("usual", "many", "tied", "repeated", "folds"))]
 
 
-@pytest.mark.parametrize(("kind", "threshold"), [*CASES, ("rare", 0.03)])
+@pytest.mark.parametrize(("kind", "threshold"), [*CASES, ("rare", 0.03), ("none missed", 0.12)])
 def test_no_difference_of_points_that_are_shown_tells_a_small_count(kind, threshold, attack):
     """Neither within a curve nor between curves, tables and bins; without hiding, they do."""
     rows = rows_of(kind)
@@ -114,23 +116,25 @@ def test_no_difference_of_points_that_are_shown_tells_a_small_count(kind, thresh
         noise = np.random.default_rng(0).normal(size=len(rows))
         more["decided_risk"] = expit(logit(rows[MODEL].to_numpy()) - 0.3 + 0.3 * noise)
     page = attack(rows, threshold, 11, **more)
-    smallest = smallest_counts(page)
-    assert min(smallest) >= 11
-    assert len(smallest) > (30 if kind == "many" else 4), "curves are left"
+    counts = counts_between(page)
+    assert not [count for count in counts if 0 < count < 11]
+    assert (0 in counts) == (kind == "none missed"), "known from the metrics at the threshold"
+    assert len(counts) > (60 if kind == "many" else 8), "curves are left"
     assert len(page.figures["Calibration curve"].axes) == 1, "no histogram"
+    bins = page.table("calibration")
+    for share in (bins["observed"], 1 - bins["observed"]):
+        assert (bins["n"] * share).min() > 10.99
     name = "Calibration curves of the model not updated and after each update"
-    _, *updated = page.lines(name).values()
-    for line in updated:
-        np.testing.assert_allclose(line[:, 1], 100 * page.table("calibration")["observed"])
+    for line in [*page.lines(name).values()][1:]:
+        np.testing.assert_allclose(line[:, 1], 100 * bins["observed"])
     if kind == "usual":
-        assert min(smallest_counts(attack(rows, threshold, 0, **more))) == 1
+        assert {1, 2, 3} <= {*counts_between(attack(rows, threshold, 0, **more))}
 
 
-def smallest_counts(page):
-    """The smaller side of each difference of neighbouring points."""
-    points = {model: page.cells(model) for model in LINES}
-    steps = [np.subtract(b, a) for model in LINES for a, b in pairwise(points[model])]
-    return [min(step) for step in steps]
+def counts_between(page):
+    """The events and non-events between neighbouring points of each model."""
+    points = [page.cells(model) for model in LINES]
+    return [int(x) for known in points for a, b in pairwise(known) for x in np.subtract(b, a)]
 
 
 @pytest.mark.parametrize(("events", "shown"), [(12, False), (60, True)])
