@@ -335,6 +335,33 @@ HOSTILE_TREES = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("leaves", "trees", "read"),
+    [(255, 1, True), (256, 1, False), (2, 1000, True), (2, 1001, False)],
+)
+def test_the_leaves_and_trees_of_a_file_are_bounded(leaves, trees, read):
+    splits = leaves - 1
+    children = [*range(1, splits), -1], range(-2, -2 - splits, -1)
+    chain = {
+        name: " ".join([text] * splits)
+        for name, text in (("threshold", "0.5"), ("decision_type", "2"))
+    }
+    chain |= {"split_feature": " ".join(["0"] * splits), "leaf_value": " ".join(["0.1"] * leaves)}
+    for name, child in zip(("left_child", "right_child"), children, strict=True):
+        chain[name] = " ".join(map(str, child))
+    head, body = trees_text(**chain).split("\n\nTree=0")
+    block, end = body.split("\n\nend of trees")
+    content = {
+        "columns": ["a"],
+        "text": head + f"\n\nTree=0{block}" * trees + "\n\nend of trees" + end,
+    }
+    try:
+        assert len(Trees.from_json(content).trees) == trees
+        assert read
+    except ValueError as error:
+        assert not read, error
+
+
 @pytest.mark.parametrize("changed", HOSTILE_TREES, ids=lambda each: " ".join(*each.items()))
 def test_hostile_trees_are_refused(changed):
     def content(text):
