@@ -48,10 +48,15 @@ class Attack:
         table = self.table("thresholds")
         shown = table.pivot(index="threshold", columns="metric", values="value")
         if model == MODEL:
-            for share in shown.to_dict("records"):
-                found |= {
-                    (self.events * share["sensitivity"], self.others * (1 - share["specificity"]))
-                }
+            found |= {
+                (self.events * y, self.others * x)
+                for x, y in self.lines("ROC curve").get("threshold", [])
+            }
+            used = self.table("metrics").set_index(["model", "metric"])["value"][MODEL]
+            for share in (used.dropna(), *shown.to_dict("records")):
+                if "sensitivity" in share:
+                    fp = self.others * (1 - share["specificity"])
+                    found |= {(self.events * share["sensitivity"], fp)}
             bins = self.table("calibration").iloc[::-1]
             events = (bins["n"] * bins["observed"]).cumsum()
             found |= {*zip(events, bins["n"].cumsum() - events, strict=True)}
