@@ -128,8 +128,8 @@ def push_model(
     if names and not allow_small_cells:
         raise InputError(
             f"{repo_id}: fewer than {MIN_CELL} training patients stand behind a mean of "
-            f"{', '.join(names)} in the weights, or an earlier version did not count them: train "
-            "again, or pass allow_small_cells=True"
+            f"{', '.join(names)}, or an earlier version did not count them: train again, without "
+            "an input of so few, or pass allow_small_cells=True"
         )
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as temporary:
