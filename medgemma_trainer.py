@@ -442,7 +442,7 @@ def trajectory_stage(args: Namespace, data: Data, model: Stage1) -> Stage:
 
 def llm_config(args: Namespace, data: Data, stage1: Stage1 | None, tokens: int) -> Config:
     """Return the config of stage 2 or 3's checkpoint; ``tokens`` is P."""
-    text_only: Config = {"encoder": None, "members": 0, "patients": {"series": {}, "static": {}}}
+    text_only: Config = {"encoder": None, "members": 0}
     text_only["inputs"] = {**data.description()["inputs"], "static": [], "prediction_time": False}
     return {
         "stage": args.mode,
@@ -478,7 +478,6 @@ def llm_stage(
     options = {"answers": args.mode == "generative", "max_tokens": args.max_text_tokens}
     text = TextCollator(dataset, tokenizer, data.prompts, **options)
     if checkpoint is not None:
-        config["patients"] = checkpoint.config["patients"]
         text.encode(stage1, model.tokens, device)  # frozen: once for the whole run
         risks = trained_model.stage1_risks(checkpoint, text)
     text.donors = donors

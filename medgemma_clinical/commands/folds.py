@@ -52,6 +52,7 @@ from medgemma_clinical.evaluation.decision import (
 from medgemma_clinical.evaluation.metrics import Array, log_odds
 from medgemma_clinical.evaluation.metrics_table import TESTED, Metrics
 from medgemma_clinical.evaluation.report import write_report
+from medgemma_clinical.evaluation.suppress import suppress
 from medgemma_clinical.evaluation.tables import model_table
 from medgemma_clinical.evaluation.topics.topic import ReportContent
 from medgemma_clinical.evaluation.verdicts import at_threshold, sentences
@@ -268,7 +269,8 @@ def evaluate_folds(
         "folds": metrics.to_json(),
         "decided": decided,
     }
-    first = folds_sentence(metrics, len(folders))
+    shown = Metrics.from_json(suppress(metrics.to_json(), args.min_cell))
+    first = folds_sentence(shown, len(folders))
     config: Config = {**configs[0], **decided, "metrics": content}
     tuned = [read_json(path / BASELINES).get("tuned") for path in folders]
     page = folds_content(args, rows, positions, config, tuned, first, decided_risks[name])
@@ -297,7 +299,8 @@ def write_fold_results(
     for line in (*findings, model_table(metrics).to_string(index=False)):
         logger.info("%s", line)
     logger.info("recommended (--use best): %s", describe_recommended(config))
-    logger.info("%s\nreport: %s", results.page.last[-1], folder / "report.html")
+    first = folds_sentence(metrics, len(folders))
+    logger.info("%s\nreport: %s", first, folder / "report.html")
 
 
 def write_page(
@@ -366,11 +369,12 @@ def of_rows(
 def folds_sentence(metrics: Metrics, folds: int) -> str:
     """Return how the metrics of the folds were made, in a sentence, and how the folds differ."""
     auroc = metrics.row(metrics.models[0], "auroc")
+    hidden = np.isnan(auroc["min"])
+    spread = "" if hidden else f" (AUROC {auroc['min']:.3f} to {auroc['max']:.3f})"
     return (
         f"Each of these patients was predicted once, by the one of {folds} models that did not "
         "learn from them: AUROC, AUPRC, Brier score, Brier skill and log loss are means "
-        f"over the {folds} folds (AUROC {auroc['min']:.3f} to {auroc['max']:.3f}), all else is of "
-        "all rows."
+        f"over the {folds} folds{spread}, all else is of all rows."
     )
 
 

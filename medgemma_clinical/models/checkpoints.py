@@ -104,7 +104,6 @@ class Config(TypedDict, total=False):
     has_patient_ids: bool  # whether the data name patients, or each row counts as one
     data_sha256: str  # of all that was read, before ``--max_samples``
     rows_sha256: str  # of labels, ids, patients and given split, whatever is read of the series
-    patients: dict[str, dict[str, int]]  # training patients behind each series and static feature
     case_mix: dict[str, Any]  # counts, shares and quartiles of the training part
     encoder: Any  # arguments of ``ClinicalODERNN``; None where no stage 1 is read
     members: int  # encoders of stage 1, 0 where none is read

@@ -54,7 +54,6 @@ def shareable(config: Mapping[str, Any], min_cell: int) -> Any:
     hidden = {
         "updated": updated,
         "case_mix": suppress_case_mix(config["case_mix"], min_cell, hide_events=hide_events),
-        "patients": {"series": {}, "static": {}},
         "metrics": {**_without_tables(metrics), **parts},
     }
     return {**config, **{key: x for key, x in hidden.items() if key in config}}

@@ -97,7 +97,7 @@ def test_the_smooth_curve_is_the_share_of_events_that_goes_with_a_risk():
 def test_the_table_of_thresholds_counts_what_acting_at_each_brings(rows):
     labels, risks = arrays(rows, MODEL, "blend")
     cuts = [0.1, 0.35, 0.6]
-    table = threshold_table(rows, [MODEL, "blend"], cuts, 0, 0)
+    table = threshold_table(rows, [MODEL, "blend"], cuts, 0)
     values = table.pivot(index="threshold", columns="metric", values="value")
     for cut, found in values.iterrows():
         weight, n = cut / (1 - cut), len(rows)
@@ -116,14 +116,11 @@ def test_the_table_of_thresholds_counts_what_acting_at_each_brings(rows):
     known = table.dropna()
     assert (known["low"] <= known["value"]).all()
     assert (known["value"] <= known["high"]).all()
-    positive = risks[0] >= np.array(cuts)[:, None]
-    cells = [[(positive[k] == p) & (labels == y) for p in (0, 1) for y in (0, 1)] for k in range(3)]
-    smallest = [min(len(set(rows["patient"][cell])) for cell in each) for each in cells]
-    for limit in (min(smallest), min(smallest) + 1):
-        kept = threshold_table(rows, [MODEL, "blend"], cuts, 0, limit)["threshold"].unique()
-        assert kept.tolist() == [
-            c for c, n in zip(cuts, smallest, strict=True) if not 0 < n < limit
-        ]
+    shown_at = {MODEL: [0.1, 0.6, 0.7], "blend": [0.35, 0.6]}
+    hidden = threshold_table(rows, [*shown_at], cuts, 0, shown_at)
+    assert hidden["threshold"].unique().tolist() == [0.1, 0.6]
+    assert hidden["threshold"][hidden["metric"] == "minus blend"].tolist() == [0.6]
+    assert threshold_table(rows, [*shown_at], cuts, 0, {MODEL: [], "blend": cuts}).empty
 
 
 def test_the_distribution_of_risks_holds_each_class_whole(rows):

@@ -182,7 +182,7 @@ def test_the_rows_with_the_largest_errors_are_named_only_if_patients_are_listed(
     assert "MARKER-patient" not in source
 
 
-def test_small_counts_are_hidden_and_curves_stay(figures, tmp_path):
+def test_small_counts_are_hidden_and_coarse_curves_stay(figures, tmp_path):
     rows = make_rows(400)
     exact, hidden = write_page(tmp_path, rows), write_page(tmp_path, rows, min_cell=17)
     assert "--min_cell N" in exact
@@ -193,12 +193,20 @@ def test_small_counts_are_hidden_and_curves_stay(figures, tmp_path):
     assert "size: few \N{EN DASH} fewer than 17" in text, "a subgroup"
     assert "training 100" in text
     assert "validation 20 fewer than 17" in text, "events of a part"
-    pairs = zip(Page(exact).images(), Page(hidden).images(), strict=True)
-    assert all(one == other for one, other in pairs)
+    (exact, known), (hidden, shown) = (zip(*Page(x).images(), strict=True) for x in (exact, hidden))
+    assert [name for name in exact if name not in hidden] == [
+        "Calibration curve with its band: share of events over the risk, and a histogram.",
+        "Histograms of the predicted risks of events and of non-events.",
+    ]
+    assert {*known} & {*shown} == {known[-1]}, "the learning curve"
+    few = Page(write_page(tmp_path, rows, min_cell=50)).images()
+    assert [name for name, _ in few] == [hidden[-1]], "too few points for a curve"
 
 
 def test_shares_at_the_threshold_go_where_one_of_the_four_cells_is_small(figures, tmp_path):
     rows = make_rows(400)
+    event = rows["label"] == 1
+    rows.loc[event & (rows[MODEL] < THRESHOLD) & (rows.index > 200), "label"] = 0
     missed = ((rows["label"] == 1) & (rows[MODEL] < THRESHOLD)).sum()
     shown = write_page(tmp_path, rows, min_cell=int(missed))
     hidden = write_page(tmp_path, rows, min_cell=int(missed) + 1)

@@ -16,7 +16,7 @@ FEW = "fewer than 11"
 
 
 def metric(value, **more):
-    return {"value": value, "low": value - 0.1, "high": value + 0.1, **more}
+    return {"value": round(value, 4), "low": 0.1, "high": 0.9, **more}
 
 
 def metrics_of_part(true_positives=20, events=40, false_positives=30, n=200, minority=None):

@@ -163,7 +163,6 @@ def test_the_commands_of_a_card_are_the_programs(repo_id, finished):
 def test_small_counts_leave_neither_on_the_card_nor_in_the_configuration(finished):
     few = {**finished, "metrics": run_metrics(events=7, subgroups={"women": 7})}
     few["metrics"]["calibration"] = {"method": "platt", "slope": 1.5, "before": metric(0.7)}
-    few["patients"] = {"series": {"Anion gap": 600}, "static": {"static_bmi [kg/m2]": 597}}
     card = model_card(few)
     assert "with the event: fewer than 11" in card
     assert "| This model | \N{EN DASH} | \N{EN DASH} | \N{EN DASH} |" in card
@@ -172,7 +171,6 @@ def test_small_counts_leave_neither_on_the_card_nor_in_the_configuration(finishe
     assert not re.search(r"\b(7|0\.7|0\.4|0\.9|597)\b", json.dumps(shared["metrics"]))
     assert shared["metrics"]["threshold"] == few["metrics"]["threshold"]
     assert shared["metrics"]["calibration"] == {"method": "platt", "slope": 1.5}
-    assert shared["patients"] == {"series": {}, "static": {}}
     assert shareable(shared, 11) == shared
     assert model_card(shared) == card
     assert shareable(few, 0) == few
