@@ -19,9 +19,10 @@ from medgemma_clinical.data.analytes import unit_ratios
 from medgemma_clinical.data.small_cells import MIN_CELL
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 
-Distributions = Mapping[str, Mapping[str, Mapping[str, Any]]]
-"""Of series and of static features, by name: share of patients ``measured`` and either ``levels``
-and ``means`` of groups of patients in order or, of an indicator, the ``share`` of ones."""
+Distributions = Mapping[str, Any]
+"""Of ``series`` and ``static`` features by name, without which older checkpoints are: the share of
+patients ``measured`` and either ``levels`` and ``means`` of groups of patients in order or, of an
+indicator, the ``share`` of ones."""
 
 EDGES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.45)
 """Shares of patients below the edges of groups, mirrored above the median."""
@@ -35,8 +36,11 @@ RARE = 10
 COMPARED = (0.1, 0.25, 0.5, 0.75, 0.9)
 """Levels at which a factor between two units is sought."""
 
-CLOSER = 3
+CLOSER = 5
 """A factor fits clearly better if the logarithms of quantiles lie so many times closer."""
+
+SMALL_RATIO, MIN_SMALL = 3.0, 60
+"""Urea doubles in sicker patients, too: smaller ratios are sought in so many patients or more."""
 
 
 # ------------------------------------------------------------------ of a cohort
@@ -46,13 +50,15 @@ def row_medians(dataset: TrajectoryDataset) -> pd.DataFrame:
     """Return the inputs of a model, (N, F + K), by kind and name; the index is the patient."""
     read = dataset.series_read
     values = pd.DataFrame(dataset.values[:, read], columns=[dataset.features[f] for f in read])
-    series = values.groupby(dataset.owner).median().reindex(range(len(dataset)))
     static = dataset.static_table(dataset.static_inputs)
-    return by_kind(series, static, dataset.groups)
+    return by_kind(values, dataset.owner, static, dataset.groups)
 
 
-def by_kind(series: pd.DataFrame, static: pd.DataFrame, patients: NDArray[Any]) -> pd.DataFrame:
-    """Join the medians of N rows with their static features; the index is the patient."""
+def by_kind(
+    values: pd.DataFrame, owner: NDArray[np.int64], static: pd.DataFrame, patients: NDArray[Any]
+) -> pd.DataFrame:
+    """Return the medians of N rows: ``values`` of observations (n, F), ``owner`` their row (n,)."""
+    series = values.groupby(owner).median().reindex(range(len(patients)))
     table = pd.concat({"series": series, "static": static}, axis=1)
     return table.set_axis(pd.Index(patients), axis=0)
 
@@ -67,9 +73,11 @@ def patient_medians(rows: pd.DataFrame) -> pd.DataFrame:
 def describe(rows: pd.DataFrame, min_patients: int = MIN_CELL) -> dict[str, dict[str, Any]]:
     """Return the distributions of ``row_medians``, each number of at least so many patients."""
     patients, found = patient_medians(rows), dict[str, dict[str, Any]](series={}, static={})
-    for kind, name in patients:
-        if entry := _describe_column(patients[kind, name].to_numpy(float), max(1, min_patients)):
-            found[kind][name] = entry
+    for kind, entries in found.items():
+        for name in patients.get(kind, pd.DataFrame()):
+            column = patients[kind, name].to_numpy(float)
+            if entry := _describe_column(column, max(1, min_patients)):
+                entries[str(name)] = entry
     return found
 
 
@@ -104,6 +112,8 @@ def _edges(n: int, min_patients: int) -> NDArray[np.int64]:
         edge = max(round(share * n), edges[-1] + min_patients)
         if n - 2 * edge == 0 or n - 2 * edge >= min_patients:
             edges.append(edge)
+    if len(edges) == 1 and n >= 2 * min_patients:
+        return np.array([0, n // 2, n])
     return np.unique([*edges, *(n - edge for edge in edges)])
 
 
@@ -129,8 +139,8 @@ def compare(training: Distributions, rows: pd.DataFrame) -> list[str]:
     patients = patient_medians(rows)
     return [
         f"{name}: {problem}"
-        for kind, entries in training.items()
-        for name, entry in entries.items()
+        for kind in ("series", "static")
+        for name, entry in training.get(kind, {}).items()
         if (kind, name) in patients
         for problem in _compare_column(name, entry, patients[kind, name].to_numpy(float))
     ]
@@ -177,7 +187,7 @@ def _is_usual(entry: Mapping[str, Any], median: float) -> bool:
 
 def fits_a_factor(name: str, entry: Mapping[str, Any], values: NDArray[np.float64]) -> bool:
     """Return whether quantiles, times a factor between two units, are clearly closer."""
-    ratios = unit_ratios(name)
+    ratios = [x for x in unit_ratios(name) if x >= SMALL_RATIO or len(values) >= MIN_SMALL]
     if not ratios or "share" in entry or len(entry["means"]) < len(COMPARED):
         return False
     here = np.quantile(values, COMPARED)
