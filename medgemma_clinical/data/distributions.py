@@ -166,8 +166,8 @@ def _compare_column(name: str, entry: Mapping[str, Any], column: NDArray[np.floa
 
 
 def percent(share: float) -> str:
-    """Return a share in words."""
-    return f"{100 * share:.3g} %"
+    """Return a share of two digits in percent."""
+    return f"{100 * share:.3g}\N{NO-BREAK SPACE}%"
 
 
 def _is_usual(entry: Mapping[str, Any], median: float) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from medgemma_clinical.data import distributions
+from medgemma_clinical.data.dka import STATIC
 from medgemma_clinical.data.small_cells import MIN_CELL, count_text
 from medgemma_clinical.data.trajectories import AGE, UNKNOWN
 from medgemma_clinical.evaluation.suppress import splits_off_few
@@ -33,7 +34,10 @@ def case_mix_topic(evaluated: Evaluated) -> Topic | None:
         for mix in content.case_mix
     )
     cells = case_mix_cells(development, here, content.noun)
-    caption = f"The training data beside these {content.noun}"
+    caption = (
+        f"The training data beside these {content.noun}. Series and static features: median "
+        "(quartiles) of the patients' medians, or the share of 1"
+    )
     return Topic("Case mix", tables=[Cells(cells, caption)], numbers={"case_mix": cells})
 
 
@@ -87,7 +91,9 @@ def case_mix_cells(
         for name in {**development.get(kind, {}), **here.get(kind, {})}
         if not (name in AGE and "age_median" in development)  # it has a line already
     ]
-    table = pd.DataFrame({"Case mix": [*titles.values(), *(name for _, name in features)]})
+    table = pd.DataFrame(
+        {"Case mix": [*titles.values(), *(name.removeprefix(STATIC) for _, name in features)]}
+    )
     for title, mix in mixes.items():
         table[title] = [
             *(_case_mix_text(mix, name) for name in titles),
@@ -101,14 +107,15 @@ def _entry_text(entry: Mapping[str, Any] | None) -> str:
     if entry is None:
         return NO_VALUE
     if "share" in entry:
-        text = percent(entry["share"])
+        text = distributions.percent(entry["share"])
     else:
         low, middle, high = (distributions.quantile(entry, x) for x in (0.25, 0.5, 0.75))
         text = f"{middle:.3g}"
         if len(entry["means"]) > 1:
             text += f" ({low:.3g} to {high:.3g})"
-    measured = distributions.percent(entry["measured"])
-    return text if entry["measured"] == 1 else f"{text}, measured in {measured}"
+    if entry["measured"] == 1:
+        return text
+    return f"{text}, measured in {distributions.percent(entry['measured'])}"
 
 
 def _case_mix_text(mix: Mapping[str, Any], name: str) -> str:
