@@ -20,6 +20,7 @@ care, with a warning.
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,7 +44,17 @@ from medgemma_clinical.commands.command_line import (
     run_command,
 )
 from medgemma_clinical.commands.logs import command_logging
-from medgemma_clinical.data import checks, dka, duck, eicu, long_table, meds, mimic, texts
+from medgemma_clinical.data import (
+    checks,
+    distributions,
+    dka,
+    duck,
+    eicu,
+    long_table,
+    meds,
+    mimic,
+    texts,
+)
 from medgemma_clinical.data.analytes import GAP_ITEM
 from medgemma_clinical.data.cohort import COHORTS, DISCHARGED, ESCALATED, GAPS, OUTCOMES
 from medgemma_clinical.data.dka import LABEL, Description, read_description
@@ -61,6 +72,8 @@ from medgemma_clinical.files import InputError, one_line
 from medgemma_clinical.training.signals import SIGNALS
 
 __all__ = ["Description", "InputError", "MIMICtrajectoryDataset", "main", "read_description"]
+
+logger = logging.getLogger(__name__)
 
 MAX_LEN, MAX_LEN_SEVERAL = 20, 64  # observations kept of one series, and of the union of several
 
@@ -329,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             show_values = arguments.pop("show_values")
             return run_command(lambda: check(**arguments), show_values=show_values)
         if earlier:
-            return run_command(lambda: make(command, like(earlier, argv)))
+            return run_command(lambda: make_like(earlier, like(earlier, argv)))
         return run_command(lambda: make(command, arguments))
 
 
@@ -348,6 +361,38 @@ def like(earlier: Path, argv: Sequence[str] | None) -> dict[str, Any]:
     del arguments["command"]
     columns = (*stored.get("columns", ()), *arguments["columns"])  # a later one counts
     return {**arguments, "columns": columns}
+
+
+def make_like(earlier: Path, arguments: dict[str, Any]) -> int:
+    """Make a DKA file, and warn of what does not fit the earlier one that it is read like."""
+    code, out = make("from_long", arguments), arguments["out"]
+    if not earlier.is_file():
+        logger.info("%s: no such file: the values are not compared with it", earlier)
+        return code
+    training = distributions.describe(medians_of(earlier))
+    checks.log_warnings(distributions.compare(training, medians_of(out)), str(out))
+    return code
+
+
+def medians_of(path: Path) -> pd.DataFrame:
+    """Return the medians of the rows of a DKA file, as ``distributions.row_medians`` does."""
+    findings, tables = Findings(str(path), strict=False), list[pd.DataFrame]()
+    about = read_description(path)
+    for table, _ in dka.read_tables(path):
+        features = dka.find_features(table, about, None, str(path))
+        columns = [str(feature.keys[0]) for feature in features]
+        owner, _, values = dka.parse_series(table, columns, findings)
+        static = [name for name in map(str, table) if name.startswith(dka.STATIC)]
+        numbers = {name: dka.numbers_of(table, name, findings) for name in static}
+        tables.append(
+            distributions.by_kind(
+                pd.DataFrame(values, columns=[feature.name for feature in features]),
+                owner,
+                pd.DataFrame(numbers, index=range(len(table))),
+                dka.patients_of(table, findings)[0].to_numpy(str),
+            )
+        )
+    return pd.concat(tables)
 
 
 def make(command: str, arguments: dict[str, Any]) -> int:

@@ -70,6 +70,9 @@ def make_content(n=400, **more):
     shares += ("right_trend_share", "inventing_share")
     mix = {"rows": 200.0, "patients": 200.0, "prevalence": 0.25, "women": 0.5}
     mix |= {"age_q1": 40.0, "age_median": 50.0, "age_q3": 60.0}
+    lactate = {"measured": 0.87, "levels": [0.05, 0.25, 0.5, 0.75, 0.95]}
+    lactate |= {"means": [0.6, 1.1, 1.7, 2.5, 6.2]}
+    few, sex = {"measured": 0.06, "levels": [0.5], "means": [3.2]}, {"measured": 1.0, "share": 0.5}
     parts = {
         "question": {"Outcome": OUTCOME},
         "data": {"Source": "file.csv"},
@@ -85,7 +88,10 @@ def make_content(n=400, **more):
         "reports": {"reports": 80, "numbers_stated": 400, "invented": 2}
         | dict.fromkeys(shares, share),
         "methods": {"split": "By patient.", "sample_size": "5 patients", "training": "10 epochs."},
-        "case_mix": (mix, {**mix, "rows": 80.0, "patients": 80.0}),
+        "case_mix": (
+            {**mix, "series": {"lactate": lactate, "rare": few}, "static": {"static_sex": sex}},
+            {**mix, "rows": 80.0, "patients": 80.0, "series": {"lactate": lactate}},
+        ),
     }
     return ReportContent("A model", **{**parts, **more})
 

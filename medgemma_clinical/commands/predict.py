@@ -27,6 +27,7 @@ from medgemma_clinical.commands.patients import (
 from medgemma_clinical.commands.report_content import report_content
 from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.commands.update import write_update
+from medgemma_clinical.data.distributions import row_medians
 from medgemma_clinical.data.findings import Findings, flow_lines
 from medgemma_clinical.data.overlap import TrainingPatients, both_hashes, patient_hashes
 from medgemma_clinical.data.small_cells import count_text
@@ -206,6 +207,7 @@ class PredictionTally:
     positive: int = 0
     formulas: int = 0  # ids that a spreadsheet would run
     labelled: list[pd.DataFrame] = field(default_factory=list)  # of each chunk, see ``add``
+    medians: list[pd.DataFrame] = field(default_factory=list)  # of the same rows
     chosen: list[ChosenRow] = field(default_factory=list)  # of the page of patients
 
     def add(self, lines: pd.DataFrame, rows: ScoringRows) -> None:
@@ -219,6 +221,7 @@ class PredictionTally:
         table = demographics(dataset).iloc[labelled].reset_index(drop=True)
         of_models = lines[[*self.models.values()]].set_axis([*self.models], axis=1)
         risks = of_models.iloc[rows.positions[labelled]].reset_index(drop=True).astype(float)
+        self.medians.append(row_medians(dataset).iloc[labelled])
         self.labelled.append(
             table.join(risks).assign(
                 patient=patient_hashes(dataset, labelled),
@@ -291,7 +294,10 @@ def report_labelled(
     primary = request.primary or stored_primary(model.config)
     metrics = outcome.evaluate(rows, request.seed, tally.rule.threshold, primary=primary)
     updates = evaluate_updates(rows, name, request.seed)
-    content = cohort_content(tally, model.config, dataset, new, overlap, training, updates, request)
+    medians = pd.concat(tally.medians)[~in_training]
+    content = cohort_content(
+        tally, model.config, dataset, new, medians, overlap, training, updates, request
+    )
     path = report_path(request.predictions)
     beginning = at_threshold(content.threshold, content.threshold_choice)
     write_report(path, rows, metrics, content, outcome.topics, min_cell=request.min_cell)
@@ -305,12 +311,13 @@ def cohort_content(
     config: Config,
     dataset: TrajectoryDataset,
     rows: pd.DataFrame,
+    medians: pd.DataFrame,
     overlap: Overlap,
     training: TrainingPatients,
     updates: Updates | None,
     request: Namespace,
 ) -> ReportContent:
-    """Return what the page of an external cohort says; ``rows`` are those that are evaluated."""
+    """Return what the page of an external cohort says of the evaluated rows and their medians."""
     name, source, noun = next(iter(tally.models)), Path(dataset.source).name, overlap.noun
     labelled = overlap.old + overlap.new
     flow = [
@@ -342,7 +349,7 @@ def cohort_content(
         noun=noun,
         threshold_choice=describe_threshold(config.get("threshold_choice"), choosing_rows(config)),
         flow=pd.DataFrame(flow, columns=list(FLOW_COLUMNS[:3])),
-        case_mix=(config["case_mix"], case_mix(rows)),
+        case_mix=(config["case_mix"], case_mix(rows, medians, request.min_cell)),
         recalibration=recalibration if rule.is_moved else "",
         updates=updates,
         tries_updates=True,

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medgemma_clinical.data import checks, distributions
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import show_progress
@@ -28,6 +29,9 @@ from medgemma_clinical.models.trajectory import Stage1
 from medgemma_clinical.models.trajectory_llm import LLMWriter
 from medgemma_clinical.training.evaluate import outputs
 from medgemma_clinical.training.loaders import LengthBatches
+
+MAX_COMPARED = 100_000
+"""Rows of a file that are compared with the training data, the first ones."""
 
 NO_FORM = "the report does not have the expected form: do not rely on its text"
 """Problem of a row whose written report does not parse."""
@@ -49,8 +53,28 @@ def scoring_rows(
     findings: Findings,
     max_rows: int,
 ) -> Iterator[ScoringRows]:
-    """Read rows as the checkpoint reads them, ``max_rows`` at a time; a data set is taken whole."""
+    """Read rows as the checkpoint reads them, ``max_rows`` at a time; a data set is taken whole.
+
+    Warns, once all are read, of what does not fit the training data.
+    """
     check_kind(source)
+    medians: list[pd.DataFrame] = []
+    for rows in _read_rows(source, config, datasets, findings, max_rows):
+        if len(medians) * max_rows < MAX_COMPARED:  # files of any length fit
+            inputs = rows.dataset.with_inputs(**config["inputs"])
+            medians.append(distributions.row_medians(inputs))
+        yield rows
+    problems = distributions.compare(config.get("case_mix", {}), pd.concat(medians))
+    checks.log_warnings(problems, findings.source)
+
+
+def _read_rows(
+    source: Path | pd.DataFrame | TrajectoryDataset,
+    config: Config,
+    datasets: Mapping[str, type[TrajectoryDataset]],
+    findings: Findings,
+    max_rows: int,
+) -> Iterator[ScoringRows]:
     if not isinstance(source, TrajectoryDataset):
         yield from datasets[config["dataset"]].scoring_rows(source, config, findings, max_rows)
         return

@@ -196,6 +196,52 @@ def test_metrics_of_many_chunks_are_those_of_one(runs, strangers, tmp_path, monk
     pd.testing.assert_frame_equal(*evaluated, rtol=0, atol=1e-6)
 
 
+def in_another_unit(rows):
+    """The rows with their series ten times as high, as in another unit."""
+    cells = [re.sub(r"([\d.]+) \(", lambda m: f"{float(m[1]) * 10:g} (", x) for x in rows[SERIES]]
+    return rows.assign(**{SERIES: cells})
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_values_in_another_unit_warn_and_stand_in_the_case_mix(
+    stage, runs, strangers, tmp_path, capsys, caplog, monkeypatch
+):
+    monkeypatch.setitem(MEMORY_ROWS, stage, 7)
+
+    def warnings(rows, checkpoint=runs / stage):
+        caplog.clear()
+        data, out = write_data(rows, tmp_path / "new.csv"), tmp_path / "out.csv"
+        predicted(checkpoint, data, out)
+        shown = [line for line in capsys.readouterr().out.splitlines() if "median" in line]
+        model = trainer.TrajectoryModel.from_pretrained(checkpoint)
+        model.predictions(rows)
+        assert [x for x in caplog.messages if "median" in x and "DataFrame" in x] == [
+            line.replace(str(data), "DataFrame") for line in shown
+        ]
+        return shown
+
+    bare = strangers.head(30).drop(columns=LABEL)
+    assert warnings(bare) == []
+    (line,) = warnings(in_another_unit(bare))
+    assert ": Serum bicarbonate: median 2" in line
+    assert warnings(in_another_unit(bare).head(19)) == []
+    if stage != "trajectory":
+        folder = copy_of(runs, stage, tmp_path)
+        mix = read_trained_config(folder)["case_mix"]
+        numbers = {name: x for name, x in mix.items() if name not in ("series", "static")}
+        change_config(folder, case_mix=numbers)  # as an older checkpoint has it
+        assert warnings(in_another_unit(bare), folder) == []
+        return
+    warnings(in_another_unit(strangers))
+    page = (tmp_path / "out.report.html").read_text().replace("\xa0", " ")
+    cells = r"Serum bicarbonate</th><td>2\d.* to .*</td><td>(\d+) \((\d+) to (\d+)\)</td>"
+    here = list(map(int, re.search(cells, page).groups()))
+    dataset = trainer.MIMICtrajectoryDataset(in_another_unit(strangers))
+    medians = [np.median(values) for i in range(100) for *_, values in dataset.measured(i)]
+    assert here == pytest.approx(np.quantile(medians, [0.5, 0.25, 0.75]), rel=0.02)
+    assert '<th scope="row">weight [kg]</th><td>76 (' in page
+
+
 @pytest.mark.parametrize("size", [7, 10_000])
 def test_sites_of_the_labelled_rows_are_counted(size, runs, strangers, tmp_path, monkeypatch):
     monkeypatch.setitem(MEMORY_ROWS, "trajectory", size)

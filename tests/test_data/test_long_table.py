@@ -597,6 +597,44 @@ def test_a_new_patient_without_values_keeps_a_row_and_has_no_risk(make, caplog):
     assert "2 rows are kept without values" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("patients", "factor", "earlier", "warns"),
+    [
+        (20, 88.4, True, True),
+        (20, 1, True, False),
+        (19, 88.4, True, False),
+        (20, 88.4, False, False),  # the earlier file is not at hand
+    ],
+)
+def test_new_values_are_compared_with_the_earlier_file(
+    patients, factor, earlier, warns, tmp_path, capsys
+):
+    rng = np.random.default_rng(0)
+
+    def files(name, patients, factor):
+        values = labs("2", patients=patients)
+        level = factor * np.repeat(np.exp(rng.normal(0, 0.2, patients)), 3)
+        values["Result"] = (values["Result"].astype(float) * level).round(3)
+        values["Analyte"] = "crea"
+        tables = {f"{name}_labs": values, f"{name}_people": people(patients)}
+        return [str(save(table, tmp_path / f"{key}.csv")) for key, table in tables.items()]
+
+    old, new = files("old", 60, 1), files("new", patients, factor)
+    out = [str(tmp_path / name) for name in ("old.csv", "new.csv")]
+    words = ["from_long", "--columns", "label=AKI stage 3", "--prediction_time", "Admitted + 48 h"]
+    words += ["--window_hours", "48", "--table", old[0], "--labels", old[1], "--out", out[0]]
+    assert dataset_format.main(words) == 0
+    if not earlier:
+        Path(out[0]).unlink()
+    capsys.readouterr()
+    words = ["from_long", "--table", new[0], "--labels", new[1], "--like", out[0], "--no_labels"]
+    assert dataset_format.main([*words, "--out", out[1]]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "median" in line]
+    assert len(lines) == warns
+    assert all("new.csv: crea: median 13" in line for line in lines)
+    assert len(pd.read_csv(out[1])) == patients
+
+
 def test_new_patients_are_read_like_the_earlier_ones(tmp_path):
     """Every flag and finding that shapes a row comes from the earlier output; typed flags win."""
     rng = np.random.default_rng(0)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from medgemma_clinical.data.distributions import row_medians
 from medgemma_clinical.data.trajectories import UNKNOWN
 from medgemma_clinical.evaluation.demographics import (
     AGE_EDGES,
@@ -68,9 +69,12 @@ def test_case_mix_counts_known_values_only():
     quartiles = {"observations_q1": 1, "observations_median": 1.5, "observations_q3": 2.25}
     known = {"age_q1": 55, "age_median": 60, "age_q3": 65, "prevalence": 1 / 3, "women": 1 / 3}
     counts = {"rows": 4, "patients": 3}
-    rows = demographics(dataset)
-    assert case_mix(rows) == pytest.approx({**counts, **quartiles, **known})
-    assert set(case_mix(rows.iloc[3:])) == {*counts, *quartiles}
+    rows, medians = demographics(dataset), row_medians(dataset)
+    distributions = {"series": {}, "static": {}}  # of fewer than 11 patients
+    mix = case_mix(rows, medians)
+    assert {name: mix.pop(name) for name in distributions} == distributions
+    assert mix == pytest.approx({**counts, **quartiles, **known})
+    assert set(case_mix(rows.iloc[3:], medians.iloc[3:])) == {*counts, *quartiles, *distributions}
 
 
 @pytest.mark.parametrize("organ", ["kidney", "liver"])

@@ -210,6 +210,9 @@ def test_a_shared_folder_and_a_saved_one_hold_the_model_of_the_run(stage, models
     known = {k: x for k, x in models[stage].config.items() if "sha256" not in k}
     known["models"] = {k: x for k, x in known["models"].items() if k != WORDS}
     assert {k: x for k, x in saved.config.items() if "sha256" not in k} == known
+    for kind in ("series", "static"):
+        assert shared.config["case_mix"][kind] == known["case_mix"][kind]
+    assert known["case_mix"]["series"]["Serum bicarbonate"]["measured"] == 1
     assert shared.baselines is None
     assert saved.baselines.to_json() == replace(models[stage].baselines, words=None).to_json()
     if stage == "trajectory":

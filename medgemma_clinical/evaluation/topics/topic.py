@@ -71,7 +71,7 @@ class ReportContent:
     reports: Mapping[str, Any] | None = None  # metrics of ``score_reports``
     example: Mapping[str, Any] | None = None  # prompt, text, target of a row
     stage1_page: str | None = None  # where the results are stage 1's: its page, empty if unknown
-    case_mix: tuple[dict[str, float], dict[str, float]] | None = None  # of training, of these rows
+    case_mix: tuple[dict[str, Any], dict[str, Any]] | None = None  # of training, of these rows
     sites: NDArray[Any] | None = None  # hospital or unit of each row
     updates: Updates | None = None  # of the decision rule in these rows
     tries_updates: bool = False  # whether there is a section on updates, with or without any
