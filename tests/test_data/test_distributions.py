@@ -124,6 +124,7 @@ UNIT, NEVER, RARE = "is the unit right", "never measured", "of patients here"
         (drawn(200, 1), drawn(19, 2) / 88.4, "creatinine", []),
         (drawn(30, 1), drawn(20, 2) / 88.4, "creatinine", [UNIT]),
         (drawn(21, 1), drawn(20, 2) / 88.4, "creatinine", []),  # their spread is not known
+        (drawn(30, 1), drawn(60, 2) * 1.6, "creatinine", []),  # beyond the mean of the upper half
         (drawn(200, 1), drawn(200, 2) * 1.5, "creatinine", []),
         # Inside the middle 98 %: the factor between two units alone tells.
         (drawn(400, 1, spread=0.8), drawn(200, 2, spread=0.8) * 2.144, "Harnstoff", [UNIT]),
