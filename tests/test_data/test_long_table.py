@@ -291,6 +291,7 @@ def test_labels_may_be_words(pair, make):
 
 UNCLEAR = "column Result: .*--decimal"
 DROP = {"bad_values": "drop"}
+PH = "7.35 (0h) -> 7.412 (12h) -> 7.3 (24h)"
 THREE_DIGITS = "column Result: .* of Creatinine .*--decimal"
 
 
@@ -314,6 +315,8 @@ THREE_DIGITS = "column Result: .* of Creatinine .*--decimal"
         (";", ("1,250", "900"), {"decimal": "comma"}, "1.25 (24h) -> 900 (36h)"),
         (";", ("1,250", "1,250.5"), {"decimal": "point"}, "1250 (24h) -> 1250.5 (36h)"),
         (";", ("<1.234", "4,5"), {"decimal": "comma"}, "617 (24h) -> 4.5 (36h)"),
+        (";", ("150.000", "250.000", "180.000"), {}, UNCLEAR),  # nothing else has decimals
+        (";", ("7,350", "7,412", "7,300"), {}, PH),  # potassium has
         (",", ("1,234,567", "7"), DROP, UNCLEAR),
         (",", ("1 234", "7"), DROP, UNCLEAR),
         (",", ("1 234", "7"), {"decimal": "point"}, "1234 (24h) -> 7 (36h)"),
@@ -327,7 +330,9 @@ def test_decimals_and_thousands_are_read_as_said_or_as_nothing_contradicts(
     """An item with decimals says nothing of the thousands of another."""
     potassium = labs("5.1" if "." in cells[0] else "5,1", patients=1).iloc[2:]
     table = labs(*cells).replace({"1.5": "1"})
-    if sep == ";" and read == THREE_DIGITS:
+    if len(cells) == 3:
+        table = table[table["Collected"] < START + pd.Timedelta("36h")].assign(Result=[*cells] * 2)
+    if sep == ";" and read in (THREE_DIGITS, PH):
         table = pd.concat([table, potassium.assign(Analyte="Potassium")])
     flags = {"sep": sep, "below_limit": "half", "series": (*SERIES, "K=Potassium"), **flags}
     if read.startswith("column"):
