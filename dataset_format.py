@@ -365,12 +365,13 @@ def like(earlier: Path, argv: Sequence[str] | None) -> dict[str, Any]:
 
 def make_like(earlier: Path, arguments: dict[str, Any]) -> int:
     """Make a DKA file, and warn of what does not fit the earlier one that it is read like."""
-    code, out = make("from_long", arguments), arguments["out"]
-    if not earlier.is_file():
+    out: Path = arguments["out"]
+    training = distributions.describe(medians_of(earlier)) if earlier.is_file() else None
+    code = make("from_long", arguments)
+    if training is None:
         logger.info("%s: no such file: the values are not compared with it", earlier)
-        return code
-    training = distributions.describe(medians_of(earlier))
-    checks.log_warnings(distributions.compare(training, medians_of(out)), str(out))
+    else:
+        checks.log_warnings(distributions.compare(training, medians_of(out)), str(out))
     return code
 
 
