@@ -57,6 +57,10 @@ SOFTWARE = ("versions", "code_sha256")
 """Keys of ``run.json`` that may change the last bits of a result."""
 
 
+class DifferentRunError(InputError):
+    """A folder holds the run of another command, data or model."""
+
+
 def stage_folder(args: Namespace) -> Any:
     """Return the folder of the stage that the flags choose; None where nothing is written."""
     name = "trajectory" if args.trajectory_only else args.mode
@@ -234,7 +238,7 @@ def check_run(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     ]
     changes += [text for key, text in MATERIAL.items() if old_run[key] != run[key]]
     if changes:
-        raise InputError(
+        raise DifferentRunError(
             f"{folder}: that run differs: {'; '.join(changes)}: give the same command, "
             "or start without --resume"
         )
@@ -277,7 +281,10 @@ def progress_in(folder: Path, run: dict[str, Any]) -> str:
         if "results_sha256" in old_run:
             return "all"
         read_state(state_folder(folder))
-    except InputError:  # it is moved aside, and the run starts again
+    except DifferentRunError:  # it is moved aside, as is said there
+        return "none"
+    except InputError as error:  # damaged: it is moved aside, and the run starts again
+        logger.warning("%s", error)
         return "none"
     return "part"
 

@@ -61,7 +61,6 @@ RARE = {
     "trajectory_lactate": [f"{k} (0h)" for k in range(10)] + [""] * 190,
     "static_rare": [*range(10), *[NAN] * 190],
     "static_two": [1] * 10 + [0] * 190,
-    "prediction_hours": [4] * 10 + [NAN] * 190,
 }
 
 
@@ -74,7 +73,7 @@ RARE = {
         (["180 (0h) -> 21 (4h)"] * 200, {}, ["Anion gap: 200 of 400 values lie outside -5 to 60"]),
         (["20 (0h) -> 21 (9000h)"] * 200, {}, ["--time_scale 9000"]),
         (SOUND, {"static_same": 1}, ["static_same is not read"]),
-        (SOUND, RARE, ["lactate", "prediction_hours", "static_rare", "static_two"]),
+        (SOUND, RARE, ["lactate", "static_rare", "static_two"]),
         (SOUND, {"clinical_contexts": "54 years"}, ["clinical_context"]),
     ],
 )
