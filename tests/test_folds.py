@@ -9,13 +9,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.special import expit, logit
+from scipy.special import expit
 from sklearn.metrics import recall_score, roc_auc_score
 
 import medgemma_trainer as trainer
@@ -28,7 +27,6 @@ from medgemma_clinical.data.overlap import patient_hashes
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES, describe_tuning
 from medgemma_clinical.evaluation.decision import (
     DecisionOptions,
-    DecisionRule,
     choose_threshold,
     fit_decision_rule,
     recommended_model,
@@ -161,33 +159,12 @@ def test_metrics_that_compare_risks_are_means_over_the_folds_and_shares_are_of_a
         assert known["auroc"]["value"] == pytest.approx(np.mean(each))
     difference = metrics["models"]["last value"]["auroc"]["value"] - metrics["auroc"]["value"]
     assert metrics["models"]["last value"]["auroc"]["difference"] == pytest.approx(difference)
-    final = predictions(run / "folds_trajectory" / "predictions_final.csv")
-    positive = (
-        final["probability"] >= content(run / "folds_trajectory" / "metrics.json")["threshold"]
-    )
+    threshold = content(run / "folds_trajectory" / "metrics.json")["threshold"]
+    positive = table["probability"] >= threshold
     assert metrics["sensitivity"]["value"] == pytest.approx(recall_score(table["label"], positive))
     page = (run / "folds_trajectory" / "report.html").read_text()
     assert f"one of {K} models that did not learn from them" in page
     assert "on these rows, whose metrics at it are optimistic" in page
-
-
-def test_shares_are_those_of_the_handed_over_rule_where_it_recalibrates(run, data, monkeypatch):
-    def fit(labels, odds, *_):
-        risk = expit(1.5 * odds - 0.4)
-        return DecisionRule(1.5, -0.4, choose_threshold("sensitivity 0.7", labels, risk))
-
-    monkeypatch.setattr(folds, "fit_decision_rule", fit)
-    rows, fold = rows_and_folds(data)
-    args = trainer.flags.complete(trainer.build_parser().parse_args(command(data, run)))
-    found = folds.evaluate_folds(args, rows, fold, [fold_folder(run, k) for k in range(K)])
-    table, by_final = found.table, found.by_final
-    odds = logit(table[STAGE_1].to_numpy())
-    assert by_final[STAGE_1].to_numpy() == pytest.approx(expit(1.5 * odds - 0.4))
-    positive = by_final[STAGE_1] >= found.config["decision"]["threshold"]
-    values = found.metrics.of(STAGE_1)["value"]
-    assert values["positives"] == pytest.approx(positive.mean())
-    assert values["sensitivity"] == pytest.approx(recall_score(by_final["label"], positive))
-    assert 0.7 <= values["sensitivity"] < 1
 
 
 def test_the_pages_of_the_folds_say_what_their_intervals_leave_out_and_how_the_data_were_divided(
@@ -365,11 +342,11 @@ def test_a_final_model_has_the_rule_and_the_metrics_of_the_folds(run, data, tmp_
     assert model.config["best_model"] == best
     assert f"{best}, " in (tmp_path / "copy/README.md").read_text()
     assert "out-of-fold rows" in (tmp_path / "copy/README.md").read_text()
-    goal, final = "specificity 0.7", predictions(run / "folds_trajectory/predictions_final.csv")
+    goal = "specificity 0.7"
     words += ["--predictions", str(tmp_path / "goal.csv"), "--threshold", goal]
     assert trainer.main(words) == 0
     new = pd.read_csv(tmp_path / "goal.csv")
-    threshold = choose_threshold(goal, labels, final["probability"].to_numpy())
+    threshold = choose_threshold(goal, labels, risk)
     assert (new["prediction"] == (new["probability"] >= threshold)).all()
 
 
@@ -385,24 +362,36 @@ def test_a_final_model_is_made_again_where_the_folds_are_other_ones(run, data, t
     assert (tmp_path / "run" / "trajectory.1").is_dir()
 
 
-def test_the_rules_of_a_final_model_undo_the_recalibration_of_the_folds():
+def test_a_fold_is_recalibrated_by_the_others_and_a_final_model_by_all():
+    """Whatever rule a fold's own run had; the risks by the others choose the thresholds."""
     rng = np.random.default_rng(0)
-    labels, fold = rng.integers(0, 2, 400), np.repeat([0, 1], 200)
-    odds = {name: labels + rng.normal(size=400) for name in (STAGE_1, "blend")}
-    rules = [{}, {}]
+    labels, fold = rng.integers(0, 2, 600), np.repeat([0, 1, 2], 200)
+    odds = {name: labels + rng.normal(size=600) for name in (STAGE_1, "blend")}
+    rules = [{}, {}, {}]
     table = pd.DataFrame({"id": "", "label": labels, "patient": ""})
     for name in odds:
-        slope, intercept = rng.uniform(0.5, 2, 2), rng.normal(size=2)
+        slope, intercept = rng.uniform(0.5, 2, 3), rng.normal(size=3)
         table[name] = expit(intercept[fold] + slope[fold] * odds[name])
         for k, rule in enumerate(rules):
             rule[name] = {"slope": slope[k], "intercept": intercept[k]}
-    table["ensemble"], options = 0.5, DecisionOptions("platt")
-    found, risks = folds.decide(table, rules, fold, options)
+    table["ensemble"], options = 0.5, DecisionOptions("platt", "sensitivity 0.8")
+    found, crossed = folds.decide(table, rules, fold, options)
     for name, rule in ((STAGE_1, found["decision"]), ("blend", found["models"]["blend"])):
         expected = fit_decision_rule(labels.astype(float), odds[name], fold, options)
-        assert rule == pytest.approx(asdict(expected))
-        assert risks[name] == pytest.approx(expected.probability(odds[name]))
+        assert (rule["slope"], rule["intercept"]) == pytest.approx(
+            (expected.slope, expected.intercept)
+        )
+        for k in range(3):
+            others = fold != k
+            by_others = fit_decision_rule(
+                labels[others].astype(float), odds[name][others], fold[others], options
+            )
+            risk = by_others.probability(odds[name][~others])
+            assert crossed[name][~others].to_numpy() == pytest.approx(risk)
+        threshold = choose_threshold(options.threshold, labels.astype(float), crossed[name])
+        assert rule["threshold"] == pytest.approx(threshold)
     assert found["models"].keys() == {"blend", "ensemble"}
+    assert list(crossed) == list(table)
 
 
 # --------------------------------------------------------------------------- sites

@@ -56,8 +56,8 @@ def predictions(path):
     return pd.read_csv(path, dtype={"id": str, "patient": str})
 
 
-def repeat_predictions(run, repeat, name="final"):
-    return predictions(run / f"repeat_{repeat}" / "folds_trajectory" / f"predictions_{name}.csv")
+def repeat_predictions(run, repeat):
+    return predictions(run / f"repeat_{repeat}" / "folds_trajectory" / "predictions_folds.csv")
 
 
 def content(path):
@@ -65,7 +65,7 @@ def content(path):
 
 
 def test_each_repeat_predicts_each_row_once_in_folds_of_its_own(run):
-    tables = [repeat_predictions(run, repeat, "folds") for repeat in range(N)]
+    tables = [repeat_predictions(run, repeat) for repeat in range(N)]
     for repeat, table in enumerate(tables):
         assert table["id"].is_unique
         assert table["patient"].nunique() == PATIENTS
@@ -170,7 +170,7 @@ def test_rows_that_some_repeat_does_not_predict_are_left_out(run, tmp_path):
         folder = tmp_path / str(repeat) / "folds_trajectory"
         folder.mkdir(parents=True)
         table = repeat_predictions(run, repeat).drop(index=[2 * repeat])
-        table.to_csv(folder / "predictions_final.csv", index=False)
+        table.to_csv(folder / "predictions_folds.csv", index=False)
         runs.append(args)
     ids = repeat_predictions(run, 0)["id"].drop(index=[0, 2, 4])
     assert repeats.join_repeats(runs)["id"].tolist() == ids.tolist()

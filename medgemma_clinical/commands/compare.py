@@ -83,6 +83,7 @@ def read_predictions(
         raise InputError(f"{path}: no such file: name the folder of a finished stage")
     try:
         table = pd.read_csv(path, dtype={"id": str, "patient": str}, keep_default_na=False)
+        table = table.drop(columns="fold", errors="ignore")
         if model != "probability":
             table = table.rename(columns={"probability": model}, errors="raise")
         table = table[[*TESTED, *table.columns.drop(TESTED)]]

@@ -26,7 +26,7 @@ from medgemma_clinical.commands.command_line import EXIT_DONE, EXIT_INTERRUPTED
 from medgemma_clinical.commands.compare import read_predictions
 from medgemma_clinical.commands.flags import decision_options
 from medgemma_clinical.commands.logs import command_logging
-from medgemma_clinical.commands.report_content import describe_recalibration, training_content
+from medgemma_clinical.commands.report_content import training_content
 from medgemma_clinical.commands.results import predictions_csv, recommend, save_model
 from medgemma_clinical.data.fold_split import draw_folds, fold_dataset, foldable, site_folds
 from medgemma_clinical.data.training_data import Data
@@ -46,11 +46,12 @@ from medgemma_clinical.evaluation.baselines import (
 from medgemma_clinical.evaluation.decision import (
     DecisionOptions,
     DecisionRule,
+    choose_threshold,
     describe_threshold,
     fit_decision_rule,
 )
 from medgemma_clinical.evaluation.metrics import Array, log_odds
-from medgemma_clinical.evaluation.metrics_table import TESTED, Metrics
+from medgemma_clinical.evaluation.metrics_table import Metrics
 from medgemma_clinical.evaluation.report import write_report
 from medgemma_clinical.evaluation.suppress import suppress
 from medgemma_clinical.evaluation.tables import model_table
@@ -86,8 +87,7 @@ from medgemma_clinical.training.state import (
 
 logger = logging.getLogger(__name__)
 
-PREDICTIONS, FINAL_PREDICTIONS = "predictions_folds.csv", "predictions_final.csv"
-"""Out-of-fold risks, and the same by the decision rules of the ``--final`` model."""
+PREDICTIONS = "predictions_folds.csv"
 FOLD = "{fold}"
 """Stands in a flag's value for the number of the fold."""
 
@@ -227,7 +227,6 @@ class FoldResults(NamedTuple):
     """Out-of-fold predictions, and what is made of them."""
 
     table: pd.DataFrame  # joint predictions with their ``fold``
-    by_final: pd.DataFrame  # the same risks by the decision rules of the ``--final`` model
     metrics: Metrics
     config: Config
     page: ReportContent
@@ -248,15 +247,9 @@ def evaluate_folds(
     configs = [read_trained_config(path) for path in folders]
     rules = [{name: config["decision"], **config["models"]} for config in configs]
     options = decision_options(args, out_of_fold=True)
-    decided, decided_risks = decide(table, rules, fold_of_row, options)
-    rule = DecisionRule.from_config(decided)
-    # The rows that the handed-over model predicts positive, on the scale of each fold's risks.
-    limit = (log_odds(rule.threshold) - rule.intercept) / rule.slope
-    slope, intercept = (of_rows(rules, name, key, fold_of_row) for key in ("slope", "intercept"))
-    thresholds = expit(intercept + slope * limit)
-    metrics = outcome.evaluate(
-        table, args.seed, thresholds, split=fold_of_row, primary=args.primary
-    )
+    decided, table = decide(table, rules, fold_of_row, options)
+    threshold = decided["decision"]["threshold"]
+    metrics = outcome.evaluate(table, args.seed, threshold, split=fold_of_row, primary=args.primary)
     decided["best_model"] = recommend(table, name, decided["models"])
     if all("residual_weight" in content for content in contents):
         weights = [content["residual_weight"] for content in contents]
@@ -264,7 +257,7 @@ def evaluate_folds(
     content = {
         "stage": stage,
         **pooled_epochs(folders),
-        "threshold": rule.threshold,
+        "threshold": threshold,
         "calibration": {"method": args.calibrate, **decided["decision"]},
         "folds": metrics.to_json(),
         "decided": decided,
@@ -273,10 +266,9 @@ def evaluate_folds(
     first = folds_sentence(shown, len(folders))
     config: Config = {**configs[0], **decided, "metrics": content}
     tuned = [read_json(path / BASELINES).get("tuned") for path in folders]
-    page = folds_content(args, rows, positions, config, tuned, first, decided_risks[name])
-    by_final = pd.DataFrame({**table[TESTED], **decided_risks})
+    page = folds_content(args, rows, positions, config, tuned, first)
     table.insert(4, "fold", fold_of_row)  # behind the model's own column
-    return FoldResults(table, by_final, metrics, config, page)
+    return FoldResults(table, metrics, config, page)
 
 
 def write_fold_results(
@@ -289,7 +281,6 @@ def write_fold_results(
     """Join the test predictions of the folds; write the result files."""
     results = evaluate_folds(args, rows, fold, folders)
     write_text(folder / PREDICTIONS, predictions_csv(results.table))
-    write_text(folder / FINAL_PREDICTIONS, predictions_csv(results.by_final))
     write_json(folder / run_folder.METRICS, results.config["metrics"])
     write_page(folder, args, rows, results)
     metrics, config = results.metrics, results.config
@@ -337,26 +328,41 @@ def decide(
     rules: Sequence[Mapping[str, Json]],
     fold: NDArray[np.int64],
     options: DecisionOptions,
-) -> tuple[Config, dict[str, Array]]:
+) -> tuple[Config, pd.DataFrame]:
     """Fit decision rules to out-of-fold predictions; ``rules`` are per fold, ``fold`` is (n,).
 
-    Returns the keys that ``results.write_results`` fits to the validation part, and the risks (n,)
-    of all models by these rules.
+    Returns the keys that ``results.write_results`` fits to the validation part, and the table with
+    the risks of each fold by rules of the other folds, which choose the thresholds.
     """
-    labels, name = table["label"].to_numpy(float), str(table.columns[3])
-    raw = {}
+    labels, patients = table["label"].to_numpy(float), table["patient"].to_numpy(str)
+    name, raw = str(table.columns[3]), {}  # log-odds before the own recalibration of each fold
     for model in table.columns.intersection([*rules[0]]):
         slope, intercept = (of_rows(rules, model, key, fold) for key in ("slope", "intercept"))
         raw[model] = (log_odds(table[model].to_numpy()) - intercept) / slope
-    patients = table["patient"].to_numpy(str)
-    rule = fit_decision_rule(labels, raw[name], patients, options)
-    risks = {model: expit(raw[model]) for model in raw if model not in (name, ENSEMBLE)}
-    risk = rule.probability(raw[name])
-    rules_of_others = fit_rules(labels, name, risk, risks, patients, options)
-    models = {model: asdict(rule_of_model) for model, rule_of_model in rules_of_others.items()}
-    decided: Config = {"decision": asdict(rule), "models": models}
+
+    def fitted(rows: NDArray[np.bool_]) -> dict[str, DecisionRule]:
+        rule = fit_decision_rule(labels[rows], raw[name][rows], patients[rows], options)
+        risk, others = rule.probability(raw[name][rows]), baseline_risks(rows)
+        own = fit_rules(labels[rows], name, risk, others, patients[rows], options)
+        return {name: rule, **own}
+
+    def baseline_risks(rows: NDArray[np.bool_]) -> dict[str, Array]:
+        return {model: expit(raw[model][rows]) for model in raw if model not in (name, ENSEMBLE)}
+
+    crossed = table.copy()
+    for k in np.unique(fold):
+        by_others, rows = fitted(fold != k), fold == k
+        risk = by_others[name].probability(raw[name][rows])
+        for model, risks in model_risks(name, risk, baseline_risks(rows), by_others).items():
+            crossed.loc[rows, model] = risks
+    final = {
+        model: asdict(replace(rule, threshold=choose_threshold(options.threshold, labels, risk)))
+        for model, rule in fitted(np.ones(len(table), bool)).items()
+        for risk in [crossed[model].to_numpy()]
+    }
+    decided: Config = {"decision": final.pop(name), "models": final}
     decided["threshold_choice"] = options.threshold
-    return decided, model_risks(name, risk, risks, rules_of_others)
+    return decided, crossed
 
 
 def of_rows(
@@ -385,29 +391,23 @@ def folds_content(
     config: Config,
     tuned: Sequence[bool | None],
     first: str,
-    decided_risk: Array,
 ) -> ReportContent:
     """Return the page's content; ``config`` is a fold's with the joint decision rules.
 
-    ``tuned``: whether the baselines of each fold were tuned; ``decided_risk``: (n,) risks by the
-    rule of the model that is handed over.
+    ``tuned``: whether the baselines of each fold were tuned.
     """
     kind = "each site held out" if args.leave_out else "each patient held out"
     epochs = describe_epochs(config["metrics"]["averaged_epochs"])
     selection = describe_selection(config["members"] if config["stage"] == "trajectory" else 1)
-    recalibration = describe_recalibration(args.calibrate, "validation part of each fold")
-    recalibrated, final = [], DecisionRule.from_config(config)
-    if args.calibrate == "auto":
-        how = "Tests show no need to recalibrate the model of --final."
-        if final.is_moved:
-            changes = f"intercept {final.intercept:+.2f}, slope {final.slope:.2f}"
-            how = f"The model of --final is recalibrated: {changes}."
-        recalibration = f"These are the risks of the folds, as they are. {how}"
-    if args.calibrate == "auto" and final.is_moved:
-        recalibrated.append(
-            "The model that is handed over (--final) learns from all patients; its risks are "
-            "corrected by what these models show, and the threshold is one of corrected risks."
+    final = DecisionRule.from_config(config)
+    recalibration = "Risks are not recalibrated."
+    if final.is_moved:
+        recalibration = (
+            "The risks of each fold are recalibrated by what the other folds show, those of --final "
+            f"by all: intercept {final.intercept:+.2f}, slope {final.slope:.2f}."
         )
+    elif args.calibrate == "auto":
+        recalibration = "Tests show no need to recalibrate the risks."
     fingerprint, predicted = rows.fingerprint(), np.isin(np.arange(len(rows)), positions)
     if not predicted.all():
         rule = "without a value of a series that their fold reads"
@@ -434,10 +434,9 @@ def folds_content(
         threshold_choice=describe_threshold(
             args.threshold, "these rows, whose metrics at it are optimistic"
         ),
-        decided_risk=decided_risk,
         recalibration=recalibration,
         methods={"split": first, "recalibration": recalibration},
-        last=[*recalibrated, first],
+        last=[first],
         folds=len(tuned),
     )
 

@@ -17,7 +17,7 @@ import pandas as pd
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.compare import read_predictions
 from medgemma_clinical.commands.flags import tagged
-from medgemma_clinical.commands.folds import FINAL_PREDICTIONS
+from medgemma_clinical.commands.folds import PREDICTIONS
 from medgemma_clinical.commands.patients import (
     ChosenRow,
     choose_rows,
@@ -58,6 +58,7 @@ from medgemma_clinical.models.trained_model import TrainedModel
 
 logger = logging.getLogger(__name__)
 
+KINDS = "leave_out", "folds"
 VAL_PREDICTIONS = "predictions_val.csv"
 
 
@@ -165,7 +166,8 @@ def held_out_risks(trained: TrainedModel, checkpoint: Path, choice: str) -> pd.D
     stage = trained_model.folder_of_stage_1(path) if is_stage_1 else path.parent
     file = VAL_PREDICTIONS
     if of_folds(trained.config):
-        stage, file = stage.parent / f"folds_{stage.name}", FINAL_PREDICTIONS
+        of_sites, of_patients = (stage.parent / f"{kind}_{stage.name}" for kind in KINDS)
+        stage, file = of_sites if of_sites.is_dir() else of_patients, PREDICTIONS
     try:
         return read_predictions(stage, trained.name, file)
     except InputError as error:

@@ -102,7 +102,7 @@ def join_repeats(runs: Sequence[Namespace]) -> pd.DataFrame:
     paths = {f"repeat_{k}": run_folder.folds_folder(run) for k, run in enumerate(runs)}
     risks = {
         name: pd.read_csv(
-            path / folds.FINAL_PREDICTIONS, dtype=text, usecols=columns, keep_default_na=False
+            path / folds.PREDICTIONS, dtype=text, usecols=columns, keep_default_na=False
         ).set_index(TESTED)["probability"]
         for name, path in paths.items()
     }

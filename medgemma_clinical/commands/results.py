@@ -196,6 +196,11 @@ def apply_decisions(
             logit = part_scored.offset + weight * (part_scored.logit - part_scored.offset)
             scored[part] = replace(part_scored, logit=logit)
     rule = decision.fit_decision_rule(val.labels, scored["val"].logit, patients, options)
+    if options.recalibration == "platt" and not rule.is_moved:
+        logger.warning(
+            "not recalibrated: on the validation part events do not become more frequent with the "
+            "risk, or the risks separate them completely"
+        )
     decided |= {"decision": asdict(rule), "threshold_choice": options.threshold}
     return {part: replace(part_scored, rule=rule) for part, part_scored in scored.items()}, decided
 

@@ -130,13 +130,7 @@ def fit_decision_rule(
         method, updates = choose_update(labels, risk, patients, with_slope=with_slope)
         rule = DecisionRule(*updates[method])
     elif options.recalibration == "platt":
-        updates = fit_updates(labels, risk)
-        if BOTH not in updates:
-            logger.warning(
-                "not recalibrated: on the rows that choose the threshold events do not become more "
-                "frequent with the risk, or the risks separate them completely"
-            )
-        rule = DecisionRule(*updates.get(BOTH, (1.0, 0.0)))
+        rule = DecisionRule(*fit_updates(labels, risk).get(BOTH, (1.0, 0.0)))
     threshold = choose_threshold(options.threshold, labels, rule.probability(logit))
     return DecisionRule(rule.slope, rule.intercept, threshold)
 

@@ -89,12 +89,11 @@ def test_recalibration_mends_an_overconfident_model():
 
 
 @pytest.mark.parametrize("case", ["reversed", "separated"])
-def test_a_reversed_or_separated_validation_part_is_not_recalibrated(case, caplog):
+def test_a_reversed_or_separated_validation_part_is_not_recalibrated(case):
     truth, labels = drawn(4, 400)
     logit = -truth if case == "reversed" else np.where(labels == 1, 1, -1) + truth / 100
     rule = fit_decision_rule(labels, logit, np.arange(400), DecisionOptions("platt"))
     assert (rule.slope, rule.intercept) == (1, 0)
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
 @pytest.mark.parametrize(("events", "moved"), [(99, (False, True)), (100, (True, True))])

@@ -75,7 +75,7 @@ def distant_bins(evaluated: Evaluated) -> NDArray[np.intp] | None:
     """Return the bin (n,) of each row, of no small count, where these are hidden; else None."""
     if evaluated.cuts is None:
         return None
-    labels, risk, patients = label_risk_patient(evaluated.decided, evaluated.model)
+    labels, risk, patients = label_risk_patient(evaluated.rows, evaluated.model)
     cuts = np.array(evaluated.cuts[evaluated.model])
     below = np.array([(risk < cut).mean() for cut in cuts])
     nearest = [cuts[np.abs(below - share).argmin()] for share in shares_below(labels) if len(cuts)]

@@ -42,7 +42,7 @@ SHARES = "sensitivity", "specificity", "ppv", "npv", "positives"
 def decision(evaluated: Evaluated) -> Topic:
     """Return the topic."""
     content, names = evaluated.content, evaluated.names
-    rows, cuts = evaluated.decided, evaluated.cuts
+    rows, cuts = evaluated.rows, evaluated.cuts
     curve = decision_curve(rows, names, content.seed, cuts)
     shown = {content.threshold, *(x for x in SHOWN_THRESHOLDS if x <= curve.index.max())}
     table = threshold_table(rows, names, sorted(shown), content.seed, cuts)

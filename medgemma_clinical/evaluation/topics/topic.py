@@ -62,7 +62,6 @@ class ReportContent:
     seed: int  # of the bootstrap
     bands: pd.DataFrame  # subgroups of the evaluated rows: ordered categories, a column a grouping
     noun: str = "patients"  # what the rows are
-    decided_risk: Array | None = None  # (n,) to which the threshold applies; None: the rows' own
     recalibration: str = ""  # how the model that is handed over is recalibrated, in words
     flow: pd.DataFrame | None = None  # columns rule, removed, left
     split: pd.DataFrame | None = None  # a ``part_table``
@@ -117,12 +116,6 @@ class Evaluated:
         """Labels, (n,)."""
         return self.rows["label"].to_numpy(float)
 
-    @property
-    def decided(self) -> pd.DataFrame:
-        """The rows, with the risks to which the threshold applies."""
-        decided = self.content.decided_risk
-        return self.rows if decided is None else self.rows.assign(**{self.model: decided})
-
     @cached_property
     def cuts(self) -> dict[str, list[float]] | None:
         """Where small counts are hidden, all thresholds of ``names`` at which counts are shown."""
@@ -134,7 +127,7 @@ class Evaluated:
         return {
             name: distant_thresholds(
                 self.labels,
-                self.decided[name].to_numpy(float),
+                self.rows[name].to_numpy(float),
                 patients,
                 self.min_cell,
                 kept=kept.get(name, ()),
@@ -153,7 +146,7 @@ class Evaluated:
         if self.cuts is None:
             return [self.rows[name].to_numpy(float) for name in self.names]
         return [
-            np.searchsorted(cuts, self.decided[name], side="right").astype(float)
+            np.searchsorted(cuts, self.rows[name], side="right").astype(float)
             for name, cuts in self.cuts.items()
             if len(cuts) > 1
         ]
