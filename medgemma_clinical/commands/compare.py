@@ -154,7 +154,7 @@ def save_comparison(
     for aside in move_aside([table, page] if earlier != content else []):
         logger.info("an earlier result was moved to %s", aside)
     if unused := [name for name, numbers in cost.items() if numbers.get("residual_weight") == 0]:
-        weight_note = f"The language model has weight 0 beside stage 1 in: {', '.join(unused)}."
+        weight_note = f"The language model was not shown to add to stage 1 in: {', '.join(unused)}."
         sentences = [*sentences, weight_note]
     write_comparison(
         page,

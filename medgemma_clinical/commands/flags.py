@@ -113,7 +113,9 @@ def check_threshold(text: str) -> str:
         parse_threshold(text)
         return text
     goals = ", ".join(f"'{goal} 0.9'" for goal in GOALS)
-    raise argparse.ArgumentTypeError(f"{text!r}: give a risk within 0 and 1, or {goals}")
+    raise argparse.ArgumentTypeError(
+        f"{text!r}: give a risk within 0 and 1, such as 0.1, or {goals}"
+    )
 
 
 def decision_options(args: argparse.Namespace, *, out_of_fold: bool = False) -> DecisionOptions:

@@ -403,8 +403,8 @@ def folds_content(
     recalibration = "Risks are not recalibrated."
     if final.is_moved:
         recalibration = (
-            "The risks of each fold are recalibrated by what the other folds show, those of --final "
-            f"by all: intercept {final.intercept:+.2f}, slope {final.slope:.2f}."
+            "The risks of each fold are recalibrated by what the other folds show, those of "
+            f"--final by all: intercept {final.intercept:+.2f}, slope {final.slope:.2f}."
         )
     elif args.calibrate == "auto":
         recalibration = "Tests show no need to recalibrate the risks."

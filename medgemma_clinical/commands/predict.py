@@ -44,6 +44,7 @@ from medgemma_clinical.evaluation.demographics import demographics
 from medgemma_clinical.evaluation.report import write_report
 from medgemma_clinical.evaluation.topics.case_mix import case_mix
 from medgemma_clinical.evaluation.topics.topic import ReportContent
+from medgemma_clinical.evaluation.topics.written_reports import right_answers
 from medgemma_clinical.evaluation.updating import Updates, evaluate_updates
 from medgemma_clinical.evaluation.verdicts import at_threshold, sentences
 from medgemma_clinical.files import InputError, atomic, file_hash, locked, move_aside
@@ -300,10 +301,15 @@ def report_labelled(
     content = cohort_content(
         tally, model.config, dataset, new, medians, overlap, training, updates, request
     )
+    if model.stage == "generative" and name == model.trained.name:
+        seed, limit = request.seed, request.min_cell
+        answers = right_answers(rows, name, tally.rule.threshold, seed, limit)
+        content = replace(content, first=[*filter(None, [answers]), *content.first])
     path = report_path(request.predictions)
     beginning = at_threshold(content.threshold, content.threshold_choice)
     write_report(path, rows, metrics, content, outcome.topics, min_cell=request.min_cell)
     lines = "\n".join(map(str, sentences(metrics, beginning, noun)))
+    lines = "\n".join([*content.first, lines])
     logger.info("\n%s\n%s\nreport: %s", lines, note, path)
     return new, updates
 

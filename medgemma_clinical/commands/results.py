@@ -301,7 +301,7 @@ def few_events_advice(test: Metrics) -> str:
     """Return the way out where the test part has few events, in words."""
     if test.counts["minority_patients"] >= MIN_EVENTS:
         return ""
-    return "That is little: --folds 5 tests every patient once."
+    return "These are few events: --folds 5 tests every patient once."
 
 
 def metrics_for_tracker(config: Config) -> dict[str, float]:

@@ -68,11 +68,11 @@ def _normalized(name: str) -> str:
 
 def sex_of_column(name: str) -> str | None:
     """Return the sex of those with 1 in a static column: man, woman, or another word; else None."""
-    found = SEX_COLUMN.fullmatch(name)
-    if found is None:
-        return None
-    word = found[1].casefold()
-    return "man" if word in MALE else "woman" if word in FEMALE else word
+    found, bare = SEX_COLUMN.fullmatch(name), name.removeprefix("static_").casefold()
+    word = found[1].casefold() if found else bare if len(bare) > 1 else ""
+    if word in (*MALE, *FEMALE):
+        return "man" if word in MALE else "woman"
+    return word if found else None
 
 
 def is_site(name: str, *, is_category: bool = False) -> bool:

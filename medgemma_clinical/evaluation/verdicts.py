@@ -131,7 +131,7 @@ def sentences(
     if name := primary_baseline(metrics):
         row = metrics.row(name, "auroc")
         level = difference_verdict(row, minority)
-        compared = f"AUROC {value_text(row)}, {difference_text(row)} to this model"
+        compared = f"AUROC {value_text(row)}, minus this model's {difference_text(row)}"
         text = f"{COMPARED[level]} the simple model ({name}): that has {compared}."
         findings.append(Finding(None, text))  # a symbol would seem to praise this model
     # Another model that --use names is not in the ensemble.
@@ -140,7 +140,7 @@ def sentences(
         level = difference_verdict(row, minority)
         text = (
             f"{ADDS[level]} {row.reference} alone: AUROC {value_text(row)}, "
-            f"{difference_text(row)} to it."
+            f"minus that of the latter {difference_text(row)}."
         )
         findings.append(Finding(level, text))
     if "ici" in values.index:

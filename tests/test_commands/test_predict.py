@@ -411,6 +411,20 @@ def test_a_threshold_of_the_call_is_a_risk_or_chosen_on_the_validation_part(
             trainer.main([*words, wrong])
 
 
+def test_a_page_of_notes_begins_with_the_share_of_right_answers(runs, strangers, tmp_path, capsys):
+    rows = strangers.head(30).assign(**{LABEL: ["0", "1", "0"] * 10})
+    out = tmp_path / "out.csv"
+    lines = predicted(runs / "generative", write_data(rows, tmp_path / "rows.csv"), out)
+    right = (lines["prediction"] == rows[LABEL].astype(int).to_numpy()).mean()
+    sentence = f"Of 30 written reports {100 * right:.1f} ["
+    assert sentence in capsys.readouterr().out
+    page = out.with_suffix(".report.html").read_text()
+    assert page.index(sentence) < page.index("AUROC")
+    folded = predicted(runs / "generative", tmp_path / "rows.csv", out, "--use", "blend")
+    assert len(folded) == 30
+    assert sentence[:23] not in out.with_suffix(".report.html").read_text()
+
+
 @pytest.mark.parametrize("stage", STAGES[:2])
 def test_a_result_that_was_moved_aside_is_a_checkpoint(stage, runs, table, tmp_path):
     shutil.copytree(runs / stage, tmp_path / f"{stage}.1")

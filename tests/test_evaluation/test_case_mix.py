@@ -41,6 +41,8 @@ def test_subgroups_are_bands_of_static_features_without_any_context(age):
         ({"gender_männlich": [1, 0, 0]}, ["man", "woman", "woman"]),
         ({"sex d": [0, 0, 1], "sex m": [0, 1, 0], "sex w": [1, 0, 0]}, ["woman", "man", "d"]),
         ({"sex_divers": [0, 0, 1], "sex_f": [1, 0, 0]}, ["woman", "man", "divers"]),
+        ({"female": [1, 0, 0]}, ["woman", "man", "man"]),
+        ({"m": [1, 0, 0]}, [UNKNOWN] * 3),
         ({"sex m": [1, 0, 0], "sex w": [0, 1, 0]}, ["man", "woman", UNKNOWN]),
         ({"sex not known": [0, 0, 1], "sex female": [1, 0, 0]}, ["woman", "man", UNKNOWN]),
         ({"sex": [1, 2, 2], "sex hormone": [3, 4, 5]}, [UNKNOWN] * 3),

@@ -28,7 +28,8 @@ def scored(dataset, texts=None, first=0):
     ("answer", "risk", "said"),
     [
         ("yes", 0.182, "yes (risk 18.2 %, above the threshold of 11.0 %)."),
-        ("yes", 0.11, "yes (risk 11.0 %, above the threshold of 11.0 %)."),
+        ("yes", 0.11, "yes (risk 11 %, above the threshold of 11 %)."),
+        ("no", 0.10999, "no (risk 10.999 %, below the threshold of 11 %)."),
         ("no", 0.004, "no (risk 0.4 %, below the threshold of 11.0 %)."),
     ],
 )

@@ -43,8 +43,8 @@ def calibration_topic(evaluated: Evaluated) -> Topic:
         caption = (
             f"Calibration curve with its 95\xa0% band, and {sizes}. Where the band misses the "
             "dotted line, the risks are off; where it holds it, no fault is shown"
-            if smooth["low"].notna().any()
-            else f"Calibration curve, with too few events for a band, and {sizes}"
+            if len(smooth)
+            else f"Calibration in {sizes}; too few events for a curve"
         )
         figures["calibration"], numbers["calibration_curve"] = (plot, caption), smooth
     if cuts is None:
@@ -123,7 +123,7 @@ def smooth_curve(
 
     table = with_interval(*bootstrap(labels, patients, seed, statistic))
     table = table.rename(columns={"value": "observed"}).assign(predicted=at)
-    return table[["predicted", "observed", "low", "high"]].dropna(subset="observed")
+    return table[["predicted", "observed", "low", "high"]].dropna()
 
 
 def plot_calibration(table: pd.DataFrame, smooth: pd.DataFrame, risk: Array | None) -> plots.Plot:
@@ -131,18 +131,14 @@ def plot_calibration(table: pd.DataFrame, smooth: pd.DataFrame, risk: Array | No
     figure, panels = plots.new_figure((4,) if risk is None else (4, 1))
     axes = panels[0]
     x, y, low, high = (100 * table[name] for name in ("predicted", "observed", "low", "high"))
-    shown = smooth["predicted"] if risk is None else risk
-    top = min(100.0, 1.05 * np.nanmax([*x, *y, *high, 100 * shown.max()]))
+    shown = smooth["predicted"].to_numpy() if risk is None else risk
+    top = min(100.0, 1.05 * np.nanmax([*x, *y, *high, *(100 * shown)]))
     axes.plot([0, 100], [0, 100], label="ideal", **plots.DOTTED)
     percents = (100 * smooth[name] for name in ("predicted", "observed", "low", "high"))
     along, curve, lower, upper = percents
-    axes.fill_between(along, lower, upper, color=plots.MODEL, alpha=0.18, linewidth=0)
-    axes.plot(
-        along,
-        curve,
-        color=plots.MODEL,
-        label="observed" + (" [95 %]" if lower.notna().any() else ""),
-    )
+    if len(smooth):
+        axes.fill_between(along, lower, upper, color=plots.MODEL, alpha=0.18, linewidth=0)
+        axes.plot(along, curve, color=plots.MODEL, label="observed [95 %]")
     axes.vlines(x, low, high, color=plots.INK, linewidth=1)
     axes.plot(x, y, "o", label="bins [95 %]", color=plots.INK, markersize=4)
     axes.set(ylabel="observed, %", xlim=(-0.02 * top, top), ylim=(-0.02 * top, top))

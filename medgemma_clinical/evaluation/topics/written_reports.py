@@ -16,12 +16,12 @@ from medgemma_clinical.data.small_cells import count_patients, count_text
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.decision import Predictions
 from medgemma_clinical.evaluation.metrics import Array
-from medgemma_clinical.evaluation.metrics_table import bootstrap, with_interval
+from medgemma_clinical.evaluation.metrics_table import bootstrap, label_risk_patient, with_interval
 from medgemma_clinical.evaluation.report_review import ReportReview, review_report
-from medgemma_clinical.evaluation.suppress import any_small, blank
+from medgemma_clinical.evaluation.suppress import any_small, blank, splits_off_few
 from medgemma_clinical.evaluation.tables import METRIC_COLUMNS
 from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, Topic
-from medgemma_clinical.evaluation.verdicts import NO_VALUE, json_text, percent
+from medgemma_clinical.evaluation.verdicts import NO_VALUE, json_text, percent, value_text
 
 WRITTEN = {
     "reports": ("Reports", "written for the test part"),
@@ -77,9 +77,27 @@ def score_reports(
 
 def state_risk(text: str, outcome: str, risk: float, threshold: float) -> str:
     """Return a written report that states risk and threshold behind its yes or no."""
-    side = "above" if risk >= threshold else "below"
-    stated = f" (risk {percent(risk)}, {side} the threshold of {percent(threshold)})"
+    side, texts = "above" if risk >= threshold else "below", [percent(risk), percent(threshold)]
+    if texts[0] == texts[1]:  # more digits tell the side
+        texts = [f"{100 * x:.6g}\N{NO-BREAK SPACE}%" for x in (risk, threshold)]
+    stated = f" (risk {texts[0]}, {side} the threshold of {texts[1]})"
     return re.sub(rf"^{re.escape(outcome)}: (?:yes|no)\b", lambda found: found[0] + stated, text)
+
+
+def right_answers(
+    rows: pd.DataFrame, model: str, threshold: float, seed: int, min_cell: int
+) -> str:
+    """Return in a sentence how many reports of scored rows give the right yes or no.
+
+    These are the sides of the threshold; nothing where the share tells a small count.
+    """
+    labels, risk, patients = label_risk_patient(rows, model)
+    right = ((risk >= threshold) == labels).astype(float)
+    if splits_off_few(len(np.unique(patients)), right.mean(), min_cell):
+        return ""
+    drawn = bootstrap(labels, patients, seed, lambda w: {"right": w @ right / w.sum(axis=1)})
+    share = value_text(with_interval(*drawn).loc["right"], ".1f", 100)
+    return f"Of {len(rows):,} written reports {share} % give the right yes or no."
 
 
 def compare_words(text: str, target: str) -> list[tuple[str, bool]]:
