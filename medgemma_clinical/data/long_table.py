@@ -325,11 +325,12 @@ def check_texts(
     """Refuse numbers and texts that only a flag says how to read; log what is left out."""
     where = f"{file.path}, column {column}"
     texts = f"SELECT {item} AS item, unnest({duck.quoted(column)}) FROM {loaded}"
-    below, above, numeric, other = database.row(
+    below, above, numeric, other, with_unit = database.row(
         "SELECT count(*) FILTER (is_limit(text) AND text[1] IN ('<', '≤')), "
         "count(*) FILTER (is_limit(text) AND text[1] IN ('>', '≥')), "
         "count(*) FILTER (NOT is_limit(text) AND looks_numeric(text)), "
-        f"count(*) FILTER (NOT looks_numeric(text)) FROM ({texts})"
+        "count(*) FILTER (NOT looks_numeric(text)), count(*) FILTER (holds_unit(text)) "
+        f"FROM ({texts})"
     )
     problems = [] if request.decimal else unclear_signs(database, texts, file.separator)
     if numeric and not (request.decimal and request.bad_values):
@@ -338,7 +339,10 @@ def check_texts(
     if below + above and not request.below_limit:
         flag = '--below_limit half, value or drop (of "<5": 2.5, 5 or empty)'
         problems.append(f"{duck.cells(below + above)} at a limit: {flag}")
-    if other and not request.bad_values:
+    if with_unit:
+        advice = "write the unit in a column of its own"
+        problems.append(f"{duck.cells(with_unit)} with a unit behind the number: {advice}")
+    if other > with_unit and not request.bad_values:
         problems.append(f"{duck.cells(other)} not a number: --bad_values drop leaves it out")
     if problems:
         raise InputError(f"{where}: {'; '.join(problems)}")

@@ -304,6 +304,9 @@ THREE_DIGITS = "column Result: .* of Creatinine .*--decimal"
         (";", ("4,1", "s. Bem."), DROP, "1 (12h) -> 4.1 (24h)"),
         (";", ("0,250", "900"), {}, "0.25 (24h) -> 900 (36h)"),
         (";", ("1,250", "1,5"), {}, "1.25 (24h) -> 1.5 (36h)"),
+        (";", ("4,1 mmol/L", "900"), DROP, "column Result: 2 cells are with a unit"),
+        (";", ("<12%", "9"), DROP, "column Result: 2 cells are with a unit"),
+        (";", ("2 x positive", "9"), DROP, "1 (12h) -> 9 (36h)"),
         (";", ("2,25", "2.25"), {}, UNCLEAR),
         (",", ("2,25", "7"), {}, UNCLEAR),  # within quotes
         (",", ("2,25", "7"), {"decimal": "comma"}, "2.25 (24h) -> 7 (36h)"),

@@ -23,6 +23,10 @@ CREATE MACRO is_code(code, wanted) AS
 CREATE MACRO looks_numeric(cell) AS regexp_full_match(cell,
     '[<>≤≥]?=?\s*[+-]?(\d+[.,]?\d*|[.,]\d+|[1-9]\d{0,2}([.,''\p{Zs}]\d{3})+([.,]\d+)?)([eE][+-]?\d+)?');
 
+-- Whether a cell is a number with its unit behind it: 4,1 mmol/L, 12 %.
+CREATE MACRO holds_unit(cell) AS
+    regexp_full_match(cell, '[<>≤≥]?=?\s*[+-]?[\d.,]*\d\s*(%|mmHg|[[:alpha:]µμ°]+/[[:alnum:]µμ.*²]+)');
+
 -- The one sign of a number, and whether it may stand before thousands: 1,250.
 CREATE MACRO sign_of(cell) AS
     CASE WHEN looks_numeric(cell) THEN regexp_extract(cell, '^[^.,]*([.,])[^.,]*$', 1) ELSE '' END;
