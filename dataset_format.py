@@ -20,6 +20,7 @@ care, with a warning.
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,18 +44,27 @@ from medgemma_clinical.commands.command_line import (
     run_command,
 )
 from medgemma_clinical.commands.logs import command_logging
-from medgemma_clinical.data import checks, dka, duck, eicu, long_table, meds, mimic, texts
+from medgemma_clinical.data import (
+    checks,
+    distributions,
+    dka,
+    duck,
+    eicu,
+    long_table,
+    meds,
+    mimic,
+    texts,
+)
 from medgemma_clinical.data.analytes import GAP_ITEM
 from medgemma_clinical.data.cohort import COHORTS, DISCHARGED, ESCALATED, GAPS, OUTCOMES
 from medgemma_clinical.data.dka import LABEL, Description, read_description
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.overlap import describe_copies
+from medgemma_clinical.data.roles import sex_of_column
 from medgemma_clinical.data.split import Split
 from medgemma_clinical.data.texts import Clause, PromptOptions, plain
 from medgemma_clinical.data.trajectories import (
     AGE,
-    FLOW_COLUMNS,
-    SEX,
     ScoringRows,
     TrajectoryDataset,
 )
@@ -62,6 +72,8 @@ from medgemma_clinical.files import InputError, one_line
 from medgemma_clinical.training.signals import SIGNALS
 
 __all__ = ["Description", "InputError", "MIMICtrajectoryDataset", "main", "read_description"]
+
+logger = logging.getLogger(__name__)
 
 MAX_LEN, MAX_LEN_SEVERAL = 20, 64  # observations kept of one series, and of the union of several
 
@@ -82,8 +94,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         max_len: the most recent observations kept; by default 20 of one series, 64 of several.
         description: meaning of main series and label; by default read beside the file.
         require_labels: refuse a table without any label; False where new patients are scored.
-        series: names of the series to read, the main one first; rows without any value of them
-            are left out. None reads all.
+        series: names of the series to read, the main one first; None reads all. Rows without any
+            value of them are left out.
         label_column: the column of 0 and 1 to learn; None is ``label_escalation``.
         allow_duplicates: accept a split that has equal rows in two parts.
         site: column that names the hospital or unit of each row, for results by site.
@@ -136,13 +148,11 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self.parts = dka.parts_of(table, findings)
         reading = {"max_len": max_len, "label_column": label, "site": site}
         lengths = self._read(table, description, findings, series, reading)
-        without = pd.Series(~table.index.isin(self.numbers), table.index)
-        if not series:
-            column = str(self.measures[0].keys[0])
-            findings.reject(without, column, "no series of this row holds a value")
-        elif not len(self):
+        if not len(self):
             raise InputError(f"{self.source}: no row holds a value of {', '.join(self.features)}")
-        findings.counts["without a value are left out"] += int(without.sum())
+        if without := len(table) - len(self):
+            findings.counts["without a value are left out"] += without
+            self.add_rule("without a value", without)
         max_len = self.read_options["max_len"]
         if (lengths > max_len).any():
             findings.notes[checks.describe_cut(lengths, self.groups, max_len)] = None
@@ -165,7 +175,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self.question, self.outcome = about.question, about.outcome
         self.assumed_time_scale = about.time_scale is None
         self.time_scale = about.time_scale or self.time_scale
-        self.flow = pd.DataFrame(about.flow, columns=list(FLOW_COLUMNS)) if about.flow else None
+        self.flow = pd.DataFrame(about.flow) if about.flow else None
         self.measures = dka.find_features(table, about, series, self.source)
         self.features = tuple(feature.name for feature in self.measures)
         self.units = tuple(feature.unit or "" for feature in self.measures)
@@ -235,12 +245,13 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         description, inputs = read_description(source, findings), config["inputs"]
         baselines_read, reading = config.get("baseline_inputs", inputs), config["read_options"]
         label, site = reading.get("label_column", LABEL), reading.get("site")
-        static_used = {*inputs["static"], *baselines_read["static"], *AGE, *SEX, site}
+        static_used = {*inputs["static"], *baselines_read["static"], *AGE, site}
         for k, (table, progress) in enumerate(dka.read_tables(source, max_rows)):
             if k == 0:
                 description, missing = dka.as_trained(table, description, config, findings)
             static = {name for name in map(str, table) if name.startswith(dka.STATIC)}
-            chunk = table.drop(columns=static - static_used).assign(**dict.fromkeys(missing, ""))
+            unused = {name for name in static - static_used if sex_of_column(name) is None}
+            chunk = table.drop(columns=unused).assign(**dict.fromkeys(missing, ""))
             problem = f"have a {label} that is neither 0 nor 1: taken as unknown"
             findings.counts[problem] += len(dka.labels_of(chunk, label)[1])
             dataset = cls.__new__(cls)
@@ -331,17 +342,58 @@ def main(argv: Sequence[str] | None = None) -> int:
             show_values = arguments.pop("show_values")
             return run_command(lambda: check(**arguments), show_values=show_values)
         if earlier:
-            return run_command(lambda: make(command, like(earlier, argv)))
+            return run_command(lambda: make_like(earlier, like(earlier, argv)))
         return run_command(lambda: make(command, arguments))
 
 
 def like(earlier: Path, argv: Sequence[str] | None) -> dict[str, Any]:
     """Return the flags of a from_long with those of an earlier output in place of the defaults."""
-    stored = long_table.read_like(earlier)
+    stored, read_as = long_table.read_like(earlier)
+    words = ["from_long", "--table=", "--labels=", "--out="]
+    for name, value in stored.items():
+        words += [f"--{name}={x}" for x in (value if isinstance(value, list) else [value])]
+    try:
+        parsed = vars(build_parser().parse_known_args(words)[0])
+    except InputError as error:
+        raise InputError(f"--like {earlier}: {error}") from error
+    stored = {name: parsed[name] for name in stored} | {"read_as": read_as}
     arguments = vars(build_parser(stored).parse_args(argv))
     del arguments["command"]
     columns = (*stored.get("columns", ()), *arguments["columns"])  # a later one counts
     return {**arguments, "columns": columns}
+
+
+def make_like(earlier: Path, arguments: dict[str, Any]) -> int:
+    """Make a DKA file, and warn of what does not fit the earlier one that it is read like."""
+    out: Path = arguments["out"]
+    training = distributions.describe(medians_of(earlier)) if earlier.is_file() else None
+    code = make("from_long", arguments)
+    if training is None:
+        logger.info("%s: no such file: the values are not compared with it", earlier)
+    else:
+        checks.log_warnings(distributions.compare(training, medians_of(out)), str(out))
+    return code
+
+
+def medians_of(path: Path) -> pd.DataFrame:
+    """Return the medians of the rows of a DKA file, as ``distributions.row_medians`` does."""
+    findings, tables = Findings(str(path), strict=False), list[pd.DataFrame]()
+    about = read_description(path)
+    for table, _ in dka.read_tables(path):
+        features = dka.find_features(table, about, None, str(path))
+        columns = [str(feature.keys[0]) for feature in features]
+        owner, _, values = dka.parse_series(table, columns, findings)
+        static = [name for name in map(str, table) if name.startswith(dka.STATIC)]
+        numbers = {name: dka.numbers_of(table, name, findings) for name in static}
+        tables.append(
+            distributions.by_kind(
+                pd.DataFrame(values, columns=[feature.name for feature in features]),
+                owner,
+                pd.DataFrame(numbers, index=range(len(table))),
+                dka.patients_of(table, findings)[0].to_numpy(str),
+            )
+        )
+    return pd.concat(tables)
 
 
 def make(command: str, arguments: dict[str, Any]) -> int:
@@ -426,6 +478,8 @@ def build_parser(stored: Mapping[str, Any] | None = None) -> Parser:
     add("--below_limit", choices=("half", "value", "drop"), default="", help=limit)
     bad = "leave out values that are no numbers"
     add("--bad_values", choices=("drop",), default="", help=bad)
+    sign = "decimal sign; the other one groups thousands"
+    add("--decimal", choices=("comma", "point"), default="", help=sign)
     equal = "values of a series at one time: all, the last stored, or mean"
     add("--equal_times", choices=("keep", "last", "mean"), default="keep", help=equal)
     factor = "'ITEM:UNIT=NUMBER', repeatable: convert a unit"

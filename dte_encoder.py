@@ -190,12 +190,15 @@ class ClinicalODERNN(nn.Module):
         """The longest gap that the encoder accepts, in hours."""
         return MAX_SCALED_GAP * self.time_scale
 
-    def fit_normalizer(self, values: Tensor, observed: Tensor) -> None:
+    def fit_normalizer(
+        self, values: Tensor, observed: Tensor, groups: Tensor | None = None
+    ) -> None:
         """Fit the normal scores of each feature to the training split.
 
         Args:
             values: (..., F) in raw units.
             observed: (..., F) bool; only these entries count.
+            groups: (...,) int64, the patient of each row of values; None: each row is one.
 
         Raises:
             ValueError: wrong shapes or dtype, nothing observed at all, or an observed value that
@@ -208,11 +211,14 @@ class ClinicalODERNN(nn.Module):
             )
         if observed.dtype != torch.bool or not observed.any():
             raise ValueError("observed must be bool, and true somewhere in the training split")
+        if groups is not None and groups.shape != values.shape[:-1]:
+            raise ValueError(f"groups {tuple(groups.shape)}: one for each row of values")
         not_finite = (observed & ~values.isfinite()).reshape(-1, self.input_dim).any(0)
         if not_finite.any():
             raise ValueError(f"a value of feature {int(not_finite.nonzero()[0])} is not finite")
         entries = torch.where(observed, values.double(), math.nan)
-        self.scaler.fit(entries.reshape(-1, self.input_dim))
+        patients = None if groups is None else groups.reshape(-1)
+        self.scaler.fit(entries.reshape(-1, self.input_dim), patients)
 
     def forward(
         self, times: Tensor, values: Tensor, observed: Tensor, until: Tensor | None = None

@@ -62,6 +62,7 @@ from medgemma_clinical.commands import (
     flags,
     folds,
     python,
+    repeats,
     results,
     run_folder,
     run_log,
@@ -84,6 +85,7 @@ from medgemma_clinical.data.texts import SERIES_TEXT
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.decision import Predictions
+from medgemma_clinical.evaluation.recalibration import INTERCEPT, fit_updates
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.serving import export_merged
 from medgemma_clinical.inference.trajectory_model import Program, TrajectoryModel
@@ -151,7 +153,12 @@ def build_parser() -> Parser:
     add("--compare", "compare stage folders, paired", type=Path, nargs="+", metavar="RUN")
     add, switch = flags.adders(group, "stage1 llm text free")
     options = {"type": POSITIVE, "metavar": "N"}
-    add("--seeds", "repeat with N seeds and pool the results", "ablation", **options)
+    add(
+        "--seeds",
+        "repeat, or redraw the folds, with N seeds; pool the results",
+        "ablation folds",
+        **options,
+    )
     add, switch = flags.adders(group, "stage1 llm text cross_validate")
     options = {"type": number(int, 2, 20), "metavar": "K"}
     add("--folds", "K-fold cross-validation, each patient predicted once", "folds free", **options)
@@ -215,7 +222,10 @@ def build_parser() -> Parser:
     add("--patience", "early stopping patience in epochs", type=POSITIVE, default=10)
     options = {"type": number(int, 0, 2**32 - 1), "default": 0}
     add("--seed", "of split, weights, bootstrap", "predict compare demo default", **options)
-    add("--calibrate", "recalibrate on validation", choices=("none", "platt"), default="none")
+    options = {"choices": ("auto", "none", "platt"), "default": "auto"}
+    add("--calibrate", "recalibrate: auto where folds show a need, platt always", **options)
+    options = {"type": flags.check_threshold, "metavar": "RISK"}
+    add("--threshold", "0.1 or 'sensitivity 0.9'; by Youden's index", "predict", **options)
     options = {"type": RATE, "default": 1e-3}
     add("--encoder_lr", "learning rate of the ODE-RNN and its head", "-text", **options)
     add("--head_lr", "learning rate of stage 2's head", "-stage1", type=RATE, default=1e-3)
@@ -432,7 +442,7 @@ def trajectory_stage(args: Namespace, data: Data, model: Stage1) -> Stage:
 
 def llm_config(args: Namespace, data: Data, stage1: Stage1 | None, tokens: int) -> Config:
     """Return the config of stage 2 or 3's checkpoint; ``tokens`` is P."""
-    text_only: Config = {"encoder": None, "members": 0, "patients": {"series": {}, "static": {}}}
+    text_only: Config = {"encoder": None, "members": 0}
     text_only["inputs"] = {**data.description()["inputs"], "static": [], "prediction_time": False}
     return {
         "stage": args.mode,
@@ -468,7 +478,6 @@ def llm_stage(
     options = {"answers": args.mode == "generative", "max_tokens": args.max_text_tokens}
     text = TextCollator(dataset, tokenizer, data.prompts, **options)
     if checkpoint is not None:
-        config["patients"] = checkpoint.config["patients"]
         text.encode(stage1, model.tokens, device)  # frozen: once for the whole run
         risks = trained_model.stage1_risks(checkpoint, text)
     text.donors = donors
@@ -581,8 +590,10 @@ def fit(
             save_state(stage, state)
     bar.close()
     set_best(stage, state)
+    center(stage)
     run_log.record_average(progress, folder)
-    save_best(stage, state, folder)
+    if folder and distributed.processes().is_main_process:
+        stage.save(folder, stage.config)
     return state
 
 
@@ -676,6 +687,19 @@ def set_best(stage: Stage, state: TrainState) -> None:
             if not loss <= progress.limits[member]:
                 progress.averaged[member] = [lowest_epochs[member]]
         state.set_weights(state.mean_weights())
+
+
+def center(stage: Stage) -> None:
+    """Shift stage 1's logits until its risks of the training part agree with the events there.
+
+    The noise of dropout, which evaluation lacks, raises the risks of a rare event.
+    """
+    if isinstance(stage.model, Stage1):
+        batches = part_batches({"all": stage.batches["train"].rows}, stage.batch_size)["all"]
+        for member in stage.model.alone():
+            predictions = score_batches(member, batches, stage.collate)
+            _, shift = fit_updates(predictions.labels, predictions.probability)[INTERCEPT]
+            member.shift(shift)
 
 
 # --------------------------------------------------------------------------- training state
@@ -805,6 +829,8 @@ def run(args: Namespace, given: set[str]) -> int:
             return compare.run_compare(args, args.output_dir if "--output_dir" in given else None)
         if not args.demo:
             distributed.check_gpu()
+        if args.folds and args.seeds:
+            return repeats.run_repeats(args, read_dataset, train)
         if args.seeds:
             return several.run_seeds(args, read_dataset, train)
         if args.folds or args.leave_out:

@@ -66,7 +66,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
             are enough events.
 
     Attributes:
-        flow: how many registrations each rule removed; columns rule, removed, left.
+        flow: how many registrations each rule removed, and left: columns ``FLOW_COLUMNS``.
         registrations: all in the organ's file, by PX_ID: ``reason`` ("" where kept), ``label``.
 
     Raises:
@@ -146,7 +146,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         in_cohort = table["reason"] == ""
         table["label"] = table["label"].where(in_cohort)
         self.registrations, self.labels = table, table.loc[in_cohort, "label"].to_numpy(np.float64)
-        self._set_flow(MIN_EVENTS if require_labels else 0)
+        self._set_flow(MIN_EVENTS if require_labels else 0, cand["PERS_ID"])
         cohort, rows = cand[in_cohort], rows[rows["PX_ID"].map(in_cohort)]
         self.ids = cohort.index.to_numpy().astype(np.str_)
         self.groups = cohort["PERS_ID"].to_numpy().astype(np.str_)
@@ -163,11 +163,14 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         self.prediction_hours = np.full(len(self), definition.landmark * HOURS_A_DAY)
         return dialysis
 
-    def _set_flow(self, min_events: int) -> None:
+    def _set_flow(self, min_events: int, people: pd.Series) -> None:
         """Count what each rule removed; refuse a cohort of nobody or of too few events."""
         removed = self.registrations["reason"].value_counts(sort=False).drop("")
         flow = removed.rename_axis("rule").reset_index(name="removed")
-        self.flow = flow.assign(left=len(self.registrations) - flow["removed"].cumsum())
+        left = len(self.registrations) - flow["removed"].cumsum()
+        reason, rules = self.registrations["reason"], flow["rule"].tolist()
+        patients = [people[~reason.isin(rules[: k + 1])].nunique() for k in range(len(rules))]
+        self.flow = flow.assign(left=left, patients=patients)
         events = int(np.nansum(self.labels))
         if not len(self) or events < min_events:
             counts = "; ".join(f"{rule} {count}" for rule, count in removed.items() if count)

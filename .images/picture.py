@@ -2,7 +2,7 @@
 
     python medgemma_trainer.py --trajectory_only --output_dir runs \\
         --data_path medgemma_clinical/sample/physionet2012_bicarbonate.csv
-    python .images/picture.py --page runs/trajectory/report.html --height 990 \\
+    python .images/picture.py --page runs/trajectory/report.html --height 1090 \\
         --out .images/report.png
 
     zcat tests/data/physionet2012_chemistry.csv.gz | head -400 > runs/few.csv

@@ -66,7 +66,6 @@ def plain_metrics(labels, risk):
     return {
         "auroc": sklearn_metrics.roc_auc_score(labels, risk),
         "auprc": sklearn_metrics.average_precision_score(labels, risk),
-        "accuracy": sklearn_metrics.accuracy_score(labels, risk >= 0.5),
         "brier": brier,
         "log_loss": sklearn_metrics.log_loss(labels, risk),
         "brier_skill": 1 - brier / sklearn_metrics.brier_score_loss(labels, prevalence),

@@ -48,14 +48,17 @@ def save_blank(figure, place, **_):
 def quick(request):
     """Draw few samples and no figure: for a report both take longer than to train its model.
 
+    Each page is of the same day.
+
     A module that is about them has its own ``DRAWS``, and ``FIGURES = True``.
     """
-    from medgemma_clinical.evaluation import metrics, updating
+    from medgemma_clinical.evaluation import metrics, report, updating
 
     figures = getattr(request.module, "FIGURES", False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "REPLICATES", getattr(request.module, "DRAWS", DRAWS))
         patch.setattr(updating, "DIVISIONS", 2)
+        patch.setitem(report.PAGES.globals, "today", lambda: "2026-01-31")
         patch.setattr(Figure, "savefig", DRAW if figures else save_blank)
         yield
 

@@ -1,6 +1,7 @@
 """What the tests of pages share: predictions, the content of a report, and a page's tags."""
 
-import base64
+import html
+import re
 from html.parser import HTMLParser
 
 import numpy as np
@@ -65,14 +66,19 @@ def make_content(n=400, **more):
     labels, groups = np.tile([0.0, 0, 0, 1], 50), np.arange(200)
     split = {"train": groups[:100], "val": groups[100:120], "test": groups[120:]}
     share = {"value": 0.9, "low": 0.8, "high": 0.95}
-    shares = ("parse_share", "true_number_share", "right_trend_share", "inventing_share")
+    shares = ("right_answer_share", "parse_share", "true_number_share")
+    shares += ("right_trend_share", "inventing_share")
     mix = {"rows": 200.0, "patients": 200.0, "prevalence": 0.25, "women": 0.5}
     mix |= {"age_q1": 40.0, "age_median": 50.0, "age_q3": 60.0}
+    lactate = {"measured": 0.87, "levels": [0.05, 0.25, 0.5, 0.75, 0.95]}
+    lactate |= {"means": [0.6, 1.1, 1.7, 2.5, 6.2]}
+    few, sex = {"measured": 0.06, "levels": [0.5], "means": [3.2]}, {"measured": 1.0, "share": 0.5}
     parts = {
         "question": {"Outcome": OUTCOME},
         "data": {"Source": "file.csv"},
         "card": {"Model": "ODE-RNN", "SHA-256 of the data": "c0ffee"},
         "threshold": THRESHOLD,
+        "threshold_choice": "chosen by a rule on some rows",
         "seed": 0,
         "bands": make_bands(n),
         "flow": pd.DataFrame({"rule": ["no label"], "removed": [3], "left": [200]}),
@@ -82,7 +88,10 @@ def make_content(n=400, **more):
         "reports": {"reports": 80, "numbers_stated": 400, "invented": 2}
         | dict.fromkeys(shares, share),
         "methods": {"split": "By patient.", "sample_size": "5 patients", "training": "10 epochs."},
-        "case_mix": (mix, {**mix, "rows": 80.0, "patients": 80.0}),
+        "case_mix": (
+            {**mix, "series": {"lactate": lactate, "rare": few}, "static": {"static_sex": sex}},
+            {**mix, "rows": 80.0, "patients": 80.0, "series": {"lactate": lactate}},
+        ),
     }
     return ReportContent("A model", **{**parts, **more})
 
@@ -98,13 +107,13 @@ def write_page(root, rows=None, content=None, **options):
 
 
 class Page(HTMLParser):
-    """A page: tags that are still open, all tags with their attributes, and the visible text."""
+    """A page: tags that are still open, all tags with their attributes, and visible text."""
 
     VOID = ("meta", "link", "br", "img", "hr", "source")
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags, self.words = [], [], []
+        self.source, self.open, self.tags, self.words = text, [], [], []
         self.feed(text)
         self.close()
 
@@ -119,11 +128,8 @@ class Page(HTMLParser):
 
     def images(self):
         """Return the alternative text and the SVG source of each figure."""
-        prefix = "data:image/svg+xml;base64,"
-        found = [attributes for tag, attributes in self.tags if tag == "img"]
-        assert all(each["src"].startswith(prefix) for each in found)
-        decoded = [base64.b64decode(each["src"].removeprefix(prefix)).decode() for each in found]
-        return [(each["alt"], svg) for each, svg in zip(found, decoded, strict=True)]
+        image = re.compile(r'(<svg role="img" aria-label="(.*?)"(?:/>|.*?</svg>))', re.DOTALL)
+        return [(html.unescape(alt), svg) for svg, alt in image.findall(self.source)]
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
@@ -137,5 +143,5 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if "style" not in self.open:
+        if not {"style", "svg"} & {*self.open}:
             self.words.append(data)

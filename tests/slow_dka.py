@@ -60,7 +60,8 @@ def read_slowly(rows, series, most, *, chunk=False):
         row = {name: cell.strip() for name, cell in cells.items()}
         found = [observations(row[name]) if row[name] else [] for name in series]
         bad = {name for name, pairs in zip(series, found, strict=True) if pairs is None}
-        bad |= set() if any(row[name] for name in series) else {MAIN}
+        empty = not any(row[name] for name in series)  # leaves a training, and has no risk
+        bad |= {MAIN} if empty and chunk else set()
         text = {"true": "1", "false": "0"}.get(row[LABEL].lower(), row[LABEL])
         label = number(text) if text and number(text) in (0, 1) else None
         bad |= {LABEL} if label is None and not chunk else set()
@@ -71,6 +72,7 @@ def read_slowly(rows, series, most, *, chunk=False):
         name = next((x for x in (name, *numbered) if x not in names_before), name)
         names_before.add(name)
         bad |= set() if patient else {names[0]}
+        bad |= {column for column in names if re.search(r"[\x00-\x1f]", row[column])}
         patient = re.sub(r"^0*([0-9]+)(\.0+)?$", r"\1", patient)
         part = row.get("split", "").lower().replace("validation", "val")
         if "split" in row and not chunk:
@@ -84,10 +86,10 @@ def read_slowly(rows, series, most, *, chunk=False):
             if text and (numbers[column] is None or abs(numbers[column]) > largest):
                 bad.add(column)
         asked = numbers.get(HOURS)
-        if not bad and asked is not None:
+        if not (bad or empty) and asked is not None:
             bad |= {HOURS} if asked < max(hour for pairs in found for hour, _ in pairs) else set()
         wrong |= {(n, column) for column in bad}
-        if not bad:
+        if not (bad or empty):
             static = [numbers[column] for column in statics(row)]
             about = label, row.get("clinical_context", ""), part, asked, static
             content[n] = (name, patient, *about, union(found, most))

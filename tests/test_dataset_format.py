@@ -244,9 +244,7 @@ def test_further_series_suffice_and_the_first_is_the_main_one():
     chosen = MIMICtrajectoryDataset(table, series=["potassium"], outcome="AKI")
     assert (chosen.features, len(chosen)) == (("potassium",), 1)
     assert_refused(table, "--series_name", **NAMED)
-    assert_refused(
-        table.assign(**dict.fromkeys(columns, "")), f"row 0, column {re.escape(columns[0])}"
-    )
+    assert_refused(table.assign(**dict.fromkeys(columns, "")), "of creatinine, potassium")
     trained = {"features": ["creatinine", "potassium"], "units": ["mg/dL", ""], "inputs": NOTHING}
     for each in (table, table.rename(columns={columns[0]: SERIES})):
         ((rows,), _) = scored(each, **trained)
@@ -314,6 +312,24 @@ def test_a_column_that_seems_to_be_meant_brings_a_warning(name):
     table = table_of(["1 (0h)"], id="a", **{name: [cell]})
     warnings = MIMICtrajectoryDataset(table, description=GAP, series=["anion gap"]).warnings
     assert [meant in text and name in text for text in warnings] == [True] * bool(meant)
+
+
+@pytest.mark.parametrize(
+    ("column", "cells", "warns"),
+    [
+        ("static_Klinik nord", [0, 1, None], True),
+        ("static_hospital_id", [264, 300, 73], True),
+        ("static_site", [1, 2, 3], True),
+        ("static_hospital days", [1, 2, 3], False),
+        ("static_unit_cardiac", [0, 1, 1], False),
+        ("static_sitting", [0, 1, 1], False),
+    ],
+)
+def test_a_hospital_among_the_inputs_brings_a_warning(column, cells, warns, tmp_path):
+    table = table_of(["1 (0h)"] * 3, subject_id=["a", "b", "c"], **{column: cells})
+    for source in (table, write_table(table, tmp_path / "data.csv")):
+        warnings = MIMICtrajectoryDataset(source, description=GAP).warnings
+        assert [column in text for text in warnings] == [True] * warns
 
 
 def test_keys_of_columns_that_the_file_lacks_are_warnings():
@@ -521,6 +537,18 @@ def test_chosen_series_come_in_their_order_and_rows_without_them_are_left_out():
     assert_refused(THREE.assign(**{UREA: ""}), "Blood urea", series=["Blood urea"])
 
 
+def test_rows_without_any_value_are_left_out_and_counted_in_the_flow(caplog):
+    caplog.set_level(logging.INFO)
+    earlier = {"rule": "under 18", "removed": 2, "left": 4, "patients": 4}
+    table = pd.concat([THREE, THREE.iloc[:1].assign(**{SERIES: "", GLUCOSE: "", UREA: None})])
+    about = Description("Anion gap", "mEq/L", outcome="Escalation", flow=(earlier,))
+    dataset = MIMICtrajectoryDataset(table, description=about)
+    assert dataset.groups.tolist() == ["a", "b", "c"]
+    assert dataset.flow.to_numpy().tolist() == [[*earlier.values()], ["without a value", 1, 3, 3]]
+    assert "1 rows without a value are left out" in caplog.text
+    assert MIMICtrajectoryDataset(THREE).flow is None
+
+
 def test_a_quiet_file_brings_no_notice_and_the_formats_defaults(caplog):
     table = table_of(["1 (0h) -> 2 (1h) -> 0 (1h)", "3 (0h)"], subject_id=["a", "b"])
     with caplog.at_level(logging.INFO):
@@ -541,6 +569,16 @@ def test_contexts_may_be_empty_and_one_long_one_costs_no_memory_for_every_row():
     dataset = dataset_of(["1 (0h)"] * 1000, clinical_context=contexts)
     assert dataset.contexts[0] == ""
     assert dataset.contexts.nbytes < 1_000_000
+
+
+@pytest.mark.parametrize("column", ["id", "subject_id"])
+@pytest.mark.parametrize("name", ["A\rB", "x" * 301, "1.2345E+16"])
+def test_an_id_that_cannot_name_its_row_is_refused_and_never_breaks_a_line(column, name):
+    table = table_of(["1 (0h)"] * 2, **{"id": ["a", "b"], "subject_id": ["a", "b"], column: name})
+    assert_refused(table, f"row 0, column {column}: ")
+    chunks, findings = scored(table, inputs=NOTHING)
+    assert {*findings.problems} == {0, 1}
+    assert all(text.isprintable() for chunk in chunks for text in chunk.ids)
 
 
 def test_a_label_that_is_not_known_is_nan_and_one_at_least_is_required():

@@ -39,7 +39,7 @@ def test_a_label_of_another_name_goes_from_training_to_prediction(table, tmp_pat
     assert (config["outcome"], config["read_options"]["label_column"]) == ("Death", "label_death")
     out = tmp_path / "out.csv"
     assert len(predicted(folder / "trajectory", data, out)) == 120
-    assert "patients are in the training data" in capsys.readouterr().out
+    assert "are in the training data" in capsys.readouterr().out
     assert trainer.main(words(data, folder, *DEATH, "--resume", "--allow_duplicates")) == 0
     assert refused(capsys, words(data, folder, "--resume"), "patients with an event")
     table.assign(label_escalation=table["label_death"]).to_csv(data, index=False)

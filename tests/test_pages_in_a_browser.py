@@ -4,6 +4,7 @@ Needs ``pip install playwright`` and a Chromium: the system's, or that of ``play
 """
 
 import importlib.util
+import io
 import re
 import shutil
 from dataclasses import replace
@@ -12,18 +13,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 import pages
 import patient_rows
 from medgemma_clinical.evaluation.baselines import MEANINGS
 from medgemma_clinical.evaluation.metrics_table import evaluate
 from medgemma_clinical.evaluation.report import write_comparison
+from medgemma_clinical.evaluation.tables import COST
 
 FIGURES = True
 pytestmark = pytest.mark.browser
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-MAX_HEIGHT = 5500
+MAX_HEIGHT = 5800
 """Pixels of a page on a screen of 1280."""
 
 
@@ -57,13 +60,23 @@ def report(folder):
     return folder / "report.html"
 
 
+def external(folder):
+    """A report of several sites."""
+    sites = np.repeat(["a clinic of a longer name", "b", "c", "d"], 100)
+    content = pages.make_content(sites=sites, split=None, history=None, reports=None)
+    pages.write_page(folder, content=content)
+    return folder / "report.html"
+
+
 def comparison(folder):
     path = folder / "compare.html"
-    cost = pd.DataFrame({"tokens": {pages.MODEL: 1234.0}, "memory_mib": {pages.MODEL: 4321.0}})
+    cost = pd.DataFrame(12345.0, [pages.MODEL], [*COST])
+    rows = pages.make_rows()
+    rows = rows.assign(**{f"runs/of a longer name/{k}": rows["blend"] for k in range(9)})
     table = pd.DataFrame({"Split": ["seed 0"], pages.MODEL: ["0.700 [0.600, 0.800]"]})
     write_comparison(
         path,
-        evaluate(pages.make_rows(), 0),
+        evaluate(rows, 0, compared=rows.columns[-9:]),
         title="Models",
         sentences=["A sentence."],
         card={"Seed": "0"},
@@ -91,7 +104,7 @@ def patients(folder):
     return patient_rows.write_page(folder, first, many)
 
 
-@pytest.fixture(scope="module", params=[report, comparison, patients])
+@pytest.fixture(scope="module", params=[report, external, comparison, patients])
 def page(request, browser, tmp_path_factory):
     return request.param(tmp_path_factory.mktemp("page"))
 
@@ -110,20 +123,36 @@ MEASURE = """() => {
     }
     return [255, 255, 255];
   };
-  const ratio = each => {
-    const pair = [light(numbers(getComputedStyle(each).color)), light(ground(each))];
+  const ratio = (colour, each) => {
+    const pair = [light(numbers(colour)), light(ground(each))];
     return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
   };
+  const ink = each => getComputedStyle(each)[each instanceof SVGElement ? "fill" : "color"];
+  const colours = each => ["fill", "stroke"].map(name => getComputedStyle(each)[name])
+    .filter(colour => colour !== "none");
+  const drawn = [...document.querySelectorAll("svg g > :is(path, use)")]
+    .filter(each => colours(each).length > 0 && !each.outerHTML.includes("var(--grid)"));
   const texts = all.filter(each => shown(each) && [...each.childNodes]
     .some(node => node.nodeType === Node.TEXT_NODE && node.textContent.trim()));
-  const images = [...document.querySelectorAll("img")];
+  const images = [...document.querySelectorAll("svg")];
+  const ids = [...document.querySelectorAll("[id]")].map(each => each.id);
   return {
     wide: root.scrollWidth, high: root.scrollHeight, texts: texts.length,
-    faint: texts.filter(each => ratio(each) < 4.5).map(each => each.outerHTML.slice(0, 99)),
-    broken: images.filter(each => each.naturalWidth === 0 || each.alt.length < 20).length,
+    faint: texts.filter(each => ratio(ink(each), each) < 4.5)
+      .map(each => each.outerHTML.slice(0, 99)),
+    drawn: drawn.length,
+    pale: drawn.filter(each => colours(each).every(colour => ratio(colour, each) < 3))
+      .map(each => each.outerHTML.slice(0, 99)),
+    unnamed: images.filter(each => each.getAttribute("aria-label").length < 20).length,
+    doubled: ids.length - new Set(ids).size,
     verdict: Math.max(0, ...[...document.querySelectorAll("td .mark")]
       .map(each => each.getBoundingClientRect().right)),
-    scale: Math.min(...images.map(each => each.getBoundingClientRect().width / each.naturalWidth)),
+    cut: [...document.querySelectorAll(".scroll")]
+      .filter(each => each.scrollWidth > each.clientWidth).length,
+    scale: Math.min(...images.map(each => each.getScreenCTM().a * 72 / 96)),
+    auroc: Math.max(0, ...[...document.querySelectorAll("thead th")]
+      .filter(each => each.textContent.startsWith("AUROC"))
+      .map(each => each.getBoundingClientRect().right)),
   };
 }"""
 
@@ -143,10 +172,13 @@ def test_a_page_is_readable_on_phone_and_screen_in_light_and_dark(browser, page,
     assert found["wide"] == width
     assert found["texts"] > 10
     assert found["faint"] == []
-    assert found["broken"] == 0
-    assert found["verdict"] <= width, "seen without scrolling"
+    assert found["drawn"] > 10
+    assert found["pale"] == []
+    assert (found["unnamed"], found["doubled"]) == (0, 0)
+    assert max(found["auroc"], found["verdict"]) <= width, "seen without scrolling"
     assert found["scale"] > (0.66 if width < 1280 else 0.92)  # 12 pixels keep 8, or 11
     assert width < 1280 or found["high"] < MAX_HEIGHT
+    assert width < 1280 or not found["cut"], "each column is seen on a screen"
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -159,3 +191,31 @@ def test_a_page_prints_dark_on_white_on_five_sheets_at_most(browser, page, schem
     assert view.evaluate("getComputedStyle(document.body).color") == "rgb(29, 36, 48)"
     context.close()
     assert 1 <= len(re.findall(rb"/Type\s*/Page\b", printed)) <= 5
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_table_shows_that_it_scrolls_and_keeps_its_first_column(browser, tmp_path, scheme):
+    context = browser.new_context(viewport={"width": 390, "height": 900}, color_scheme=scheme)
+    view = context.new_page()
+    view.goto(report(tmp_path).as_uri())
+    table = view.locator(".scroll", has_text="Verdict")
+    first, (shade, ground) = [], ([], [])
+    for end in (0, 9999):
+        table.evaluate(f"each => each.scrollLeft = {end}")
+        first.append(table.locator("th").first.bounding_box()["x"])
+        pixels = np.array(Image.open(io.BytesIO(table.screenshot())).convert("L"), dtype=int)
+        shade.append(pixels[5, -1])
+        ground.append(pixels[5, pixels.shape[1] // 2])
+    context.close()
+    assert first[0] == first[1]
+    assert abs(shade[0] - ground[0]) > 40
+    assert abs(shade[1] - ground[1]) < 3
+
+
+@pytest.mark.parametrize(("width", "beside"), [(390, False), (1280, True)])
+def test_patients_stand_side_by_side_where_the_width_allows(browser, tmp_path, width, beside):
+    view = browser.new_page(viewport={"width": width, "height": 900})
+    view.goto(patients(tmp_path).as_uri())
+    first, second = (each.bounding_box() for each in view.locator(".patient").all())
+    view.close()
+    assert (first["y"] == second["y"]) == beside

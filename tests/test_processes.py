@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -166,3 +167,27 @@ if __name__ == "__main__":
     (patch := pytest.MonkeyPatch()).setattr(Figure, "savefig", save_blank)
     watch(".", patch)
     sys.exit(trainer.program())
+
+
+def test_a_worker_ends_when_its_parent_is_killed():
+    """As the kernel kills a process that takes too much memory."""
+    child = "import time; from medgemma_clinical.training import signals; "
+    child += "signals.begin_process('json'); print('begun', flush=True); time.sleep(600)"
+    code = "import subprocess, sys; worker = subprocess.Popen([sys.executable, '-c', sys.argv[1]], "
+    code += "stdout=subprocess.PIPE); worker.stdout.readline(); print(worker.pid, flush=True); "
+    command = [sys.executable, "-c", f"{code}worker.wait()", child]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    for _ in range(600):
+        if not _lives(worker):
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker outlives its parent")
+
+
+def _lives(pid):
+    status = Path(f"/proc/{pid}/stat")  # of a zombie Z, which nobody has waited for
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"

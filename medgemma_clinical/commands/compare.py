@@ -74,13 +74,16 @@ def model_names(runs: Sequence[Path]) -> list[str]:
     return [STAGE_NAMES.get(name, name) for name in names]
 
 
-def read_predictions(folder: Path, model: str = "probability") -> pd.DataFrame:
-    """Read test predictions: ``TESTED``, then risks; ``probability`` is renamed ``model``."""
-    path = folder / "predictions_test.csv"
+def read_predictions(
+    folder: Path, model: str = "probability", name: str = "predictions_test.csv"
+) -> pd.DataFrame:
+    """Read a file of predictions: ``TESTED``, then risks; ``probability`` is renamed ``model``."""
+    path = folder / name
     if not path.is_file():
         raise InputError(f"{path}: no such file: name the folder of a finished stage")
     try:
         table = pd.read_csv(path, dtype={"id": str, "patient": str}, keep_default_na=False)
+        table = table.drop(columns="fold", errors="ignore")
         if model != "probability":
             table = table.rename(columns={"probability": model}, errors="raise")
         table = table[[*TESTED, *table.columns.drop(TESTED)]]
@@ -151,7 +154,7 @@ def save_comparison(
     for aside in move_aside([table, page] if earlier != content else []):
         logger.info("an earlier result was moved to %s", aside)
     if unused := [name for name, numbers in cost.items() if numbers.get("residual_weight") == 0]:
-        weight_note = f"The language model has weight 0 beside stage 1 in: {', '.join(unused)}."
+        weight_note = f"The language model was not shown to add to stage 1 in: {', '.join(unused)}."
         sentences = [*sentences, weight_note]
     write_comparison(
         page,

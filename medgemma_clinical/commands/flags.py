@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.evaluation.decision import GOALS, DecisionOptions, parse_threshold
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.language_model import DEMO, INT8_REFUSED
 
@@ -103,6 +105,23 @@ def dataset_options(
         raise InputError(f"--{name}: not for --dataset {args.dataset}: leave it out")
     given = {option: getattr(args, option) for option in kind.options}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def check_threshold(text: str) -> str:
+    """Refuse what is no threshold; used as an argparse type."""
+    with contextlib.suppress(ValueError):
+        parse_threshold(text)
+        return text
+    goals = ", ".join(f"'{goal} 0.9'" for goal in GOALS)
+    raise argparse.ArgumentTypeError(
+        f"{text!r}: give a risk within 0 and 1, such as 0.1, or {goals}"
+    )
+
+
+def decision_options(args: argparse.Namespace, *, out_of_fold: bool = False) -> DecisionOptions:
+    """Return what the flags say of a decision rule; ``out_of_fold``: of all folds together."""
+    auto = "tests" if out_of_fold else "none"
+    return DecisionOptions(auto if args.calibrate == "auto" else args.calibrate, args.threshold)
 
 
 def check_quantization(text: str) -> str:

@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import joblib
 import numpy as np
@@ -24,8 +24,9 @@ from threadpoolctl import threadpool_limits
 from medgemma_clinical.commands import run_folder, several
 from medgemma_clinical.commands.command_line import EXIT_DONE, EXIT_INTERRUPTED
 from medgemma_clinical.commands.compare import read_predictions
+from medgemma_clinical.commands.flags import decision_options
 from medgemma_clinical.commands.logs import command_logging
-from medgemma_clinical.commands.report_content import describe_recalibration, training_content
+from medgemma_clinical.commands.report_content import training_content
 from medgemma_clinical.commands.results import predictions_csv, recommend, save_model
 from medgemma_clinical.data.fold_split import draw_folds, fold_dataset, foldable, site_folds
 from medgemma_clinical.data.training_data import Data
@@ -39,15 +40,23 @@ from medgemma_clinical.evaluation.baselines import (
     describe_tuning,
     fit_baselines,
     fit_rules,
+    model_risks,
     tune_baselines,
 )
-from medgemma_clinical.evaluation.decision import fit_decision_rule
-from medgemma_clinical.evaluation.metrics import log_odds
+from medgemma_clinical.evaluation.decision import (
+    DecisionOptions,
+    DecisionRule,
+    choose_threshold,
+    describe_threshold,
+    fit_decision_rule,
+)
+from medgemma_clinical.evaluation.metrics import Array, log_odds
 from medgemma_clinical.evaluation.metrics_table import Metrics
 from medgemma_clinical.evaluation.report import write_report
+from medgemma_clinical.evaluation.suppress import suppress
 from medgemma_clinical.evaluation.tables import model_table
 from medgemma_clinical.evaluation.topics.topic import ReportContent
-from medgemma_clinical.evaluation.verdicts import sentences
+from medgemma_clinical.evaluation.verdicts import at_threshold, sentences
 from medgemma_clinical.files import (
     InputError,
     RunFault,
@@ -214,6 +223,54 @@ def run_apart(title: str, args: Namespace, dataset: TrajectoryDataset, shown: bo
 # --------------------------------------------------------------------------- their results
 
 
+class FoldResults(NamedTuple):
+    """Out-of-fold predictions, and what is made of them."""
+
+    table: pd.DataFrame  # joint predictions with their ``fold``
+    metrics: Metrics
+    config: Config
+    page: ReportContent
+
+
+def evaluate_folds(
+    args: Namespace,
+    rows: TrajectoryDataset,
+    fold: NDArray[np.int64],  # (N,) of each row
+    folders: list[Path],  # of the folds
+) -> FoldResults:
+    """Evaluate the joint predictions of the folds."""
+    stage, outcome = folders[0].name, OUTCOMES[rows.outcome_kind]
+    name = STAGE_NAMES[stage]
+    contents = [read_json(path / run_folder.METRICS) for path in folders]
+    table, positions = join_folds(folders, name, rows)
+    fold_of_row = fold[positions]
+    configs = [read_trained_config(path) for path in folders]
+    rules = [{name: config["decision"], **config["models"]} for config in configs]
+    options = decision_options(args, out_of_fold=True)
+    decided, table = decide(table, rules, fold_of_row, options)
+    threshold = decided["decision"]["threshold"]
+    metrics = outcome.evaluate(table, args.seed, threshold, split=fold_of_row, primary=args.primary)
+    decided["best_model"] = recommend(table, name, decided["models"])
+    if all("residual_weight" in content for content in contents):
+        weights = [content["residual_weight"] for content in contents]
+        decided["residual_weight"] = float(np.median(weights))
+    content = {
+        "stage": stage,
+        **pooled_epochs(folders),
+        "threshold": threshold,
+        "calibration": {"method": args.calibrate, **decided["decision"]},
+        "folds": metrics.to_json(),
+        "decided": decided,
+    }
+    shown = Metrics.from_json(suppress(metrics.to_json(), args.min_cell))
+    first = folds_sentence(shown, len(folders))
+    config: Config = {**configs[0], **decided, "metrics": content}
+    tuned = [read_json(path / BASELINES).get("tuned") for path in folders]
+    page = folds_content(args, rows, positions, config, tuned, first)
+    table.insert(4, "fold", fold_of_row)  # behind the model's own column
+    return FoldResults(table, metrics, config, page)
+
+
 def write_fold_results(
     args: Namespace,
     rows: TrajectoryDataset,
@@ -222,52 +279,35 @@ def write_fold_results(
     folders: list[Path],  # of the folds
 ) -> None:
     """Join the test predictions of the folds; write the result files."""
-    stage, outcome = folders[0].name, OUTCOMES[rows.outcome_kind]
-    name = STAGE_NAMES[stage]
-    contents = [read_json(path / run_folder.METRICS) for path in folders]
-    table, positions = join_folds(folders, name, rows)
-    fold_of_row = fold[positions]
-    thresholds = np.array([content["threshold"] for content in contents])[fold_of_row]
-    metrics = outcome.evaluate(
-        table, args.seed, thresholds, split=fold_of_row, primary=args.primary
-    )
-    configs = [read_trained_config(path) for path in folders]
-    rules = [{name: config["decision"], **config["models"]} for config in configs]
-    decided = decide(table, rules, fold_of_row, args.calibrate)
-    decided["best_model"] = recommend(table, name, decided["models"])
-    if all("residual_weight" in content for content in contents):
-        weights = [content["residual_weight"] for content in contents]
-        decided["residual_weight"] = float(np.median(weights))
-    content = {
-        "stage": stage,
-        **pooled_epochs(folders),
-        "threshold": decided["decision"]["threshold"],
-        "calibration": {"method": args.calibrate, **decided["decision"]},
-        "folds": metrics.to_json(),
-        "decided": decided,
-    }
-    with_folds = table.copy()
-    with_folds.insert(4, "fold", fold_of_row)  # behind the model's own column
-    write_text(folder / PREDICTIONS, predictions_csv(with_folds))
-    write_json(folder / run_folder.METRICS, content)
+    results = evaluate_folds(args, rows, fold, folders)
+    write_text(folder / PREDICTIONS, predictions_csv(results.table))
+    write_json(folder / run_folder.METRICS, results.config["metrics"])
+    write_page(folder, args, rows, results)
+    metrics, config = results.metrics, results.config
+    logger.info("")
+    beginning = at_threshold(results.page.threshold, results.page.threshold_choice)
+    findings = sentences(metrics, beginning, rows.noun)
+    for line in (*findings, model_table(metrics).to_string(index=False)):
+        logger.info("%s", line)
+    logger.info("recommended (--use best): %s", describe_recommended(config))
     first = folds_sentence(metrics, len(folders))
-    config: Config = {**configs[0], **decided, "metrics": content}
-    tuned = [read_json(path / BASELINES).get("tuned") for path in folders]
+    logger.info("%s\nreport: %s", first, folder / "report.html")
+
+
+def write_page(
+    folder: Path, args: Namespace, rows: TrajectoryDataset, results: FoldResults
+) -> None:
+    """Write the report of the folds."""
     write_report(
         folder / "report.html",
-        table,
-        metrics,
-        folds_content(args, rows, positions, config, tuned, first),
-        outcome.topics,
+        results.table.drop(columns="fold"),
+        results.metrics,
+        results.page,
+        OUTCOMES[rows.outcome_kind].topics,
         min_cell=args.min_cell,
         list_patients=args.report_patients,
         folder=folder,
     )
-    logger.info("")
-    for line in (*sentences(metrics, rows.noun), model_table(metrics).to_string(index=False)):
-        logger.info("%s", line)
-    logger.info("recommended (--use best): %s", describe_recommended(config))
-    logger.info("%s\nreport: %s", first, folder / "report.html")
 
 
 def join_folds(
@@ -287,35 +327,60 @@ def decide(
     table: pd.DataFrame,
     rules: Sequence[Mapping[str, Json]],
     fold: NDArray[np.int64],
-    calibrate: str,
-) -> Config:
+    options: DecisionOptions,
+) -> tuple[Config, pd.DataFrame]:
     """Fit decision rules to out-of-fold predictions; ``rules`` are per fold, ``fold`` is (n,).
 
-    Returns the keys that ``results.write_results`` fits to the validation part.
+    Returns the keys that ``results.write_results`` fits to the validation part, and the table with
+    the risks of each fold by rules of the other folds, which choose the thresholds.
     """
-    labels, name = table["label"].to_numpy(float), str(table.columns[3])
-    raw = {}  # log-odds before each fold's recalibration
+    labels, patients = table["label"].to_numpy(float), table["patient"].to_numpy(str)
+    name, raw = str(table.columns[3]), {}  # log-odds before the own recalibration of each fold
     for model in table.columns.intersection([*rules[0]]):
-        slope, intercept = (
-            np.array([fold_rules[model][key] for fold_rules in rules])[fold]
-            for key in ("slope", "intercept")
-        )
+        slope, intercept = (of_rows(rules, model, key, fold) for key in ("slope", "intercept"))
         raw[model] = (log_odds(table[model].to_numpy()) - intercept) / slope
-    rule = fit_decision_rule(labels, raw[name], calibrate)
-    risks = {model: expit(raw[model]) for model in raw if model not in (name, ENSEMBLE)}
-    rules_of_others = fit_rules(labels, name, rule.probability(raw[name]), risks, calibrate)
-    models = {model: asdict(rule_of_model) for model, rule_of_model in rules_of_others.items()}
-    return {"decision": asdict(rule), "models": models}
+
+    def fitted(rows: NDArray[np.bool_]) -> dict[str, DecisionRule]:
+        rule = fit_decision_rule(labels[rows], raw[name][rows], patients[rows], options)
+        risk, others = rule.probability(raw[name][rows]), baseline_risks(rows)
+        own = fit_rules(labels[rows], name, risk, others, patients[rows], options)
+        return {name: rule, **own}
+
+    def baseline_risks(rows: NDArray[np.bool_]) -> dict[str, Array]:
+        return {model: expit(raw[model][rows]) for model in raw if model not in (name, ENSEMBLE)}
+
+    crossed = table.copy()
+    for k in np.unique(fold):
+        by_others, rows = fitted(fold != k), fold == k
+        risk = by_others[name].probability(raw[name][rows])
+        for model, risks in model_risks(name, risk, baseline_risks(rows), by_others).items():
+            crossed.loc[rows, model] = risks
+    final = {
+        model: asdict(replace(rule, threshold=choose_threshold(options.threshold, labels, risk)))
+        for model, rule in fitted(np.ones(len(table), bool)).items()
+        for risk in [crossed[model].to_numpy()]
+    }
+    decided: Config = {"decision": final.pop(name), "models": final}
+    decided["threshold_choice"] = options.threshold
+    return decided, crossed
+
+
+def of_rows(
+    rules: Sequence[Mapping[str, Json]], model: str, key: str, fold: NDArray[np.int64]
+) -> Array:
+    """Return a number of a model's decision rule in the fold of each row, (n,)."""
+    return np.array([fold_rules[model][key] for fold_rules in rules])[fold]
 
 
 def folds_sentence(metrics: Metrics, folds: int) -> str:
     """Return how the metrics of the folds were made, in a sentence, and how the folds differ."""
     auroc = metrics.row(metrics.models[0], "auroc")
+    hidden = np.isnan(auroc["min"])
+    spread = "" if hidden else f" (AUROC {auroc['min']:.3f} to {auroc['max']:.3f})"
     return (
         f"Each of these patients was predicted once, by the one of {folds} models that did not "
-        "learn from them: AUROC, AUPRC, accuracy, Brier score, Brier skill and log loss are means "
-        f"over the {folds} folds (AUROC {auroc['min']:.3f} to {auroc['max']:.3f}), all else is of "
-        "all rows."
+        "learn from them: AUROC, AUPRC, Brier score, Brier skill and log loss are means "
+        f"over the {folds} folds{spread}, all else is of all rows."
     )
 
 
@@ -334,6 +399,15 @@ def folds_content(
     kind = "each site held out" if args.leave_out else "each patient held out"
     epochs = describe_epochs(config["metrics"]["averaged_epochs"])
     selection = describe_selection(config["members"] if config["stage"] == "trajectory" else 1)
+    final = DecisionRule.from_config(config)
+    recalibration = "Risks are not recalibrated."
+    if final.is_moved:
+        recalibration = (
+            "The risks of each fold are recalibrated by what the other folds show, those of "
+            f"--final by all: intercept {final.intercept:+.2f}, slope {final.slope:.2f}."
+        )
+    elif args.calibrate == "auto":
+        recalibration = "Tests show no need to recalibrate the risks."
     fingerprint, predicted = rows.fingerprint(), np.isin(np.arange(len(rows)), positions)
     if not predicted.all():
         rule = "without a value of a series that their fold reads"
@@ -356,12 +430,13 @@ def folds_content(
             "the same rule, and fitted, on all patients",
             "Seed": str(args.seed),
         },
-        threshold=None,
-        methods={
-            "split": first,
-            "recalibration": describe_recalibration(args.calibrate, "validation part of each fold"),
-        },
-        first=[first],
+        threshold=config["decision"]["threshold"],
+        threshold_choice=describe_threshold(
+            args.threshold, "these rows, whose metrics at it are optimistic"
+        ),
+        recalibration=recalibration,
+        methods={"split": first, "recalibration": recalibration},
+        last=[first],
         folds=len(tuned),
     )
 

@@ -7,7 +7,7 @@ import itertools
 import logging
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,9 @@ import numpy as np
 import pandas as pd
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
+from medgemma_clinical.commands.compare import read_predictions
 from medgemma_clinical.commands.flags import tagged
+from medgemma_clinical.commands.folds import PREDICTIONS
 from medgemma_clinical.commands.patients import (
     ChosenRow,
     choose_rows,
@@ -25,31 +27,40 @@ from medgemma_clinical.commands.patients import (
 from medgemma_clinical.commands.report_content import report_content
 from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.commands.update import write_update
+from medgemma_clinical.data.distributions import row_medians
 from medgemma_clinical.data.findings import Findings, flow_lines
 from medgemma_clinical.data.overlap import TrainingPatients, both_hashes, patient_hashes
 from medgemma_clinical.data.small_cells import count_text
 from medgemma_clinical.data.texts import is_formula
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import peak_memory, processes, show_progress
+from medgemma_clinical.evaluation.decision import (
+    DecisionRule,
+    choose_threshold,
+    describe_threshold,
+    parse_threshold,
+)
 from medgemma_clinical.evaluation.demographics import demographics
 from medgemma_clinical.evaluation.report import write_report
 from medgemma_clinical.evaluation.topics.case_mix import case_mix
 from medgemma_clinical.evaluation.topics.topic import ReportContent
+from medgemma_clinical.evaluation.topics.written_reports import right_answers
 from medgemma_clinical.evaluation.updating import Updates, evaluate_updates
-from medgemma_clinical.evaluation.verdicts import sentences
+from medgemma_clinical.evaluation.verdicts import at_threshold, sentences
 from medgemma_clinical.files import InputError, atomic, file_hash, locked, move_aside
 from medgemma_clinical.inference.hub import check_folder
 from medgemma_clinical.inference.scoring import count_implausible, prediction_table, scoring_rows
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS, TrajectoryModel
 from medgemma_clinical.models import trained_model
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, Config, read_trajectory
+from medgemma_clinical.models.model_card import choosing_rows
 from medgemma_clinical.models.outcome import OUTCOMES
+from medgemma_clinical.models.trained_model import TrainedModel
 
 logger = logging.getLogger(__name__)
 
-PREDICTION_LIMITS = (
-    "The model was not changed for these rows: threshold and recalibration were chosen on"
-)
+KINDS = "leave_out", "folds"
+VAL_PREDICTIONS = "predictions_val.csv"
 
 
 def predict(args: Namespace, given: set[str]) -> int:
@@ -80,6 +91,8 @@ def predict(args: Namespace, given: set[str]) -> int:
     names = ("batch_size", "model_name", "quantization", "precision", "attention")
     options = {name: getattr(request, name) for name in names}
     model = TrajectoryModel.from_pretrained(request.checkpoint, **options)
+    if request.threshold is not None:
+        model.trained = with_threshold(model.trained, request.threshold, request.checkpoint)
     used = model.trained.model_named(request.use)
     baselines = model.trained.baselines.names if model.trained.baselines else []
     if request.primary and request.primary not in baselines:
@@ -129,6 +142,39 @@ def find_source(
     return source
 
 
+def with_threshold(trained: TrainedModel, choice: str, checkpoint: Path) -> TrainedModel:
+    """Return a model whose rules have another threshold: a goal is reached on held-out rows.
+
+    These are the rows that chose the threshold in training, whose risks the run folder holds.
+    """
+    rules = {name: asdict(rule) for name, rule in trained.rules.items()}
+    goal, _ = parse_threshold(choice)
+    table = held_out_risks(trained, checkpoint, choice) if goal else None
+    for name, rule in rules.items():
+        labels, risk = np.zeros(1), np.zeros(1)
+        if table is not None:
+            labels, risk = table["label"].to_numpy(float), table[name].to_numpy(float)
+        rule["threshold"] = choose_threshold(choice, labels, risk)
+    config: Config = {**trained.config, "threshold_choice": choice}
+    config["decision"], config["models"] = rules.pop(trained.name), rules
+    return replace(trained, config=config)
+
+
+def held_out_risks(trained: TrainedModel, checkpoint: Path, choice: str) -> pd.DataFrame:
+    """Read labels and risks of the rows that chose a model's threshold from its run folder."""
+    path = trained_model.checkpoint_path(checkpoint).absolute()
+    is_stage_1 = trained.config["stage"] == "trajectory"
+    stage = trained_model.folder_of_stage_1(path) if is_stage_1 else path.parent
+    file = VAL_PREDICTIONS
+    if of_folds(trained.config):
+        of_sites, of_patients = (stage.parent / f"{kind}_{stage.name}" for kind in KINDS)
+        stage, file = of_sites if of_sites.is_dir() else of_patients, PREDICTIONS
+    try:
+        return read_predictions(stage, trained.name, file)
+    except InputError as error:
+        raise InputError(f"--threshold '{choice}': {error}, or give a risk") from error
+
+
 def check_output(out: Path, source: Path) -> None:
     """Check that predictions can be written, and not over the rows to score."""
     if not out.absolute().parent.is_dir() or out.is_dir():
@@ -158,12 +204,13 @@ class PredictionTally:
     """Counts of scored rows; nothing is kept of rows without a label, the chosen ones apart."""
 
     models: dict[str, str]  # name: column; the used one first
-    threshold: float  # of the used one
+    rule: DecisionRule  # of the used one
     rows: int = 0
     scored: int = 0
     positive: int = 0
     formulas: int = 0  # ids that a spreadsheet would run
     labelled: list[pd.DataFrame] = field(default_factory=list)  # of each chunk, see ``add``
+    medians: list[pd.DataFrame] = field(default_factory=list)  # of the same rows
     chosen: list[ChosenRow] = field(default_factory=list)  # of the page of patients
 
     def add(self, lines: pd.DataFrame, rows: ScoringRows) -> None:
@@ -177,6 +224,7 @@ class PredictionTally:
         table = demographics(dataset).iloc[labelled].reset_index(drop=True)
         of_models = lines[[*self.models.values()]].set_axis([*self.models], axis=1)
         risks = of_models.iloc[rows.positions[labelled]].reset_index(drop=True).astype(float)
+        self.medians.append(row_medians(dataset).iloc[labelled])
         self.labelled.append(
             table.join(risks).assign(
                 patient=patient_hashes(dataset, labelled),
@@ -188,13 +236,13 @@ class PredictionTally:
         """Log the counts, and what a user should know of the output."""
         if "decision" not in model.config:
             text = "the checkpoint has no threshold, since its run was not finished: %g is used"
-            logger.warning(text, self.threshold)
+            logger.warning(text, self.rule.threshold)
         if self.formulas:
             text = "%d ids begin like a formula, which a spreadsheet would run: import them as text"
             logger.warning(text, self.formulas)
         logger.info(
             f"{self.rows:,} rows: {self.scored:,} scored, {self.positive:,} of them at or above "
-            f"the threshold {self.threshold:g}; {self.rows - self.scored:,} without a score"
+            f"the threshold {self.rule.threshold:g}; {self.rows - self.scored:,} without a score"
         )
 
 
@@ -205,7 +253,7 @@ def write_predictions(
     trained, path = model.trained, request.predictions
     used = trained.model_named(request.use)
     other_models = {name: trained.column(name) for name in trained.rules if name != used}
-    tally = PredictionTally({used: "probability", **other_models}, trained.rules[used].threshold)
+    tally = PredictionTally({used: "probability", **other_models}, trained.rules[used])
     with locked(path), atomic(path) as temporary:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             for rows in chunks:
@@ -217,7 +265,7 @@ def write_predictions(
                 if request.explain:
                     tally.chosen = choose_rows(tally.chosen, lines, scored, request.patients)
         for aside in move_aside([path, report_path(path), patients_path(path)]):
-            logger.info("an earlier file was moved to %s", aside)
+            logger.info("earlier file moved to %s", aside)
     return tally
 
 
@@ -247,13 +295,22 @@ def report_labelled(
     rows = pd.DataFrame({"id": patients, "label": new["label"], "patient": patients}).join(risks)
     outcome = OUTCOMES[dataset.outcome_kind]
     primary = request.primary or stored_primary(model.config)
-    metrics = outcome.evaluate(rows, request.seed, tally.threshold, primary=primary)
+    metrics = outcome.evaluate(rows, request.seed, tally.rule.threshold, primary=primary)
     updates = evaluate_updates(rows, name, request.seed)
-    content = cohort_content(tally, model.config, dataset, new, overlap, training, updates, request)
+    medians = pd.concat(tally.medians)[~in_training]
+    content = cohort_content(
+        tally, model.config, dataset, new, medians, overlap, training, updates, request
+    )
+    if model.stage == "generative" and name == model.trained.name:
+        seed, limit = request.seed, request.min_cell
+        answers = right_answers(rows, name, tally.rule.threshold, seed, limit)
+        content = replace(content, first=[*filter(None, [answers]), *content.first])
     path = report_path(request.predictions)
+    beginning = at_threshold(content.threshold, content.threshold_choice)
     write_report(path, rows, metrics, content, outcome.topics, min_cell=request.min_cell)
-    lines = "\n".join(map(str, sentences(metrics, noun)))
-    logger.info("\n%s\n%s\nreport: %s", note, lines, path)
+    lines = "\n".join(map(str, sentences(metrics, beginning, noun)))
+    lines = "\n".join([*content.first, lines])
+    logger.info("\n%s\n%s\nreport: %s", lines, note, path)
     return new, updates
 
 
@@ -262,23 +319,24 @@ def cohort_content(
     config: Config,
     dataset: TrajectoryDataset,
     rows: pd.DataFrame,
+    medians: pd.DataFrame,
     overlap: Overlap,
     training: TrainingPatients,
     updates: Updates | None,
     request: Namespace,
 ) -> ReportContent:
-    """Return what the page of an external cohort says; ``rows`` are those that are evaluated."""
+    """Return what the page of an external cohort says of the evaluated rows and their medians."""
     name, source, noun = next(iter(tally.models)), Path(dataset.source).name, overlap.noun
-    chosen_on = (
-        "the out-of-fold rows of its folds" if of_folds(config) else "its own validation part"
-    )
     labelled = overlap.old + overlap.new
     flow = [
         ("without a score", tally.rows - tally.scored, tally.scored),
         ("without a label", tally.scored - labelled, labelled),
         ("in the training data", overlap.old, overlap.new),
     ]
-    moved = ", moved by its update." if config.get("updated") else "."
+    rule, rows_of_choice = tally.rule, choosing_rows(config)
+    changes = f"intercept {rule.intercept:+.2f}, slope {rule.slope:.2f}"
+    recalibration = f"The risks were recalibrated on {rows_of_choice}: {changes}."
+    moved = "; an earlier update moved it." if config.get("updated") else "."
     return report_content(
         f"{config['outcome']}: {name} on the {noun} of {source}",
         dataset,
@@ -291,18 +349,19 @@ def cohort_content(
             "Missing values": "masked, never filled in",
         },
         card={
-            "Limits": f"{PREDICTION_LIMITS} {chosen_on}{moved}",
+            "Limits": f"The model was not changed for these rows{moved}",
             "Checkpoint": request.checkpoint.absolute().name,  # a page is shared: no path
             "Seed": f"{request.seed}, of the intervals",
         },
-        threshold=tally.threshold,
+        threshold=tally.rule.threshold,
         noun=noun,
-        chosen_on=chosen_on,
-        flow=pd.DataFrame(flow, columns=list(FLOW_COLUMNS)),
-        case_mix=(config["case_mix"], case_mix(rows)),
+        threshold_choice=describe_threshold(config.get("threshold_choice"), choosing_rows(config)),
+        flow=pd.DataFrame(flow, columns=list(FLOW_COLUMNS[:3])),
+        case_mix=(config["case_mix"], case_mix(rows, medians, request.min_cell)),
+        recalibration=recalibration if rule.is_moved else "",
         updates=updates,
         tries_updates=True,
-        first=[overlap.sentence(config, training, request.min_cell)],
+        last=[overlap.sentence(config, training, request.min_cell)],
     )
 
 
@@ -321,8 +380,11 @@ class Overlap(NamedTuple):
                 f"The checkpoint does not hold its training data: if these {self.noun} are in "
                 "them, the metrics are optimistic."
             )
-        count = count_text(self.old, min_cell).capitalize()
-        text = f"{count} {self.noun} are in the training data and left out of the metrics."
+        count, total = count_text(self.old, min_cell), self.old + self.new
+        which = f"{count.capitalize()} {self.noun} are"
+        if not min_cell:  # beside the patients that were tested, the total tells a small count
+            which = f"Of {total:,} {self.noun} {count} are"
+        text = f"{which} in the training data and left out of the metrics."
         if not self.old or of_folds(config):
             return text
         return (

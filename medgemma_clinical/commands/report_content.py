@@ -32,20 +32,23 @@ def report_content(
     args: Namespace,
     *,
     card: Mapping[str, str],  # first lines on the model
-    first: Iterable[str] = (),
+    last: Iterable[str] = (),
     **parts: Any,  # other fields of ``ReportContent``
 ) -> ReportContent:
     """Return what a page says beside its metrics, small counts of the configuration hidden."""
     shared = model_card.shareable(config, args.min_cell)
+    card = model_card.page_card(shared, card)
+    recommended = card.pop(model_card.RECOMMENDED, "")
     return ReportContent(
         title=title,
         question=dataset.task_description(),
-        card=model_card.page_card(shared, card),
+        card=card,
         seed=args.seed,
         bands=demographic_bands(patients),
         sites=None if dataset.sites is None else patients["site"].to_numpy(str),
         notice=model_card.built_in_notice(config),
-        first=[*filter(None, [*first, model_card.weight_0_sentence(shared)])],
+        first=[*filter(None, [model_card.weight_0_sentence(shared)])],
+        last=[*([f"{model_card.RECOMMENDED}: {recommended}."] if recommended else []), *last],
         **{"noun": dataset.noun, **parts},
     )
 

@@ -16,6 +16,7 @@ import pandas as pd
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 
+from medgemma_clinical.commands.flags import decision_options
 from medgemma_clinical.commands.report_content import training_content, training_methods
 from medgemma_clinical.commands.run_folder import METRICS
 from medgemma_clinical.data.training_data import Data
@@ -37,7 +38,7 @@ from medgemma_clinical.evaluation.report import write_report
 from medgemma_clinical.evaluation.tables import model_table
 from medgemma_clinical.evaluation.topics.topic import ReportContent
 from medgemma_clinical.evaluation.topics.written_reports import score_reports, written_sentence
-from medgemma_clinical.evaluation.verdicts import sentences, value_text
+from medgemma_clinical.evaluation.verdicts import at_threshold, sentences, value_text
 from medgemma_clinical.files import InputError, write_json, write_text
 from medgemma_clinical.inference.scoring import write_in_batches
 from medgemma_clinical.models.checkpoints import BASELINES, Config
@@ -55,7 +56,7 @@ SCORED = {"val": "validation", "test": "test"}
 
 
 MIN_EVENTS = 30
-"""Events of a test part below which a run names ``--folds``."""
+"""Patients with, and without, the event in a test part below which a run names ``--folds``."""
 
 
 @dataclass
@@ -80,7 +81,8 @@ def write_results(
 
     The first process also gets the metrics, within the configuration, and the baselines.
     """
-    predictions, decided = apply_decisions(scored, stage, data, args.calibrate)
+    options = decision_options(args)
+    predictions, decided = apply_decisions(scored, stage, data, options)
     is_writer = isinstance(stage.model, LLMWriter) and "test" in predictions
     texts = generate_reports(stage, predictions["test"]) if is_writer else {}
     # The caller tests a model without test part, as scikit-learn's tools do.
@@ -93,7 +95,7 @@ def write_results(
     both = np.sort(np.concatenate([data.split["train"], data.split["val"]]))
     taught = {"val": data.split["train"], "test": both}
     fitted = {part: fit_baselines(data.dataset, rows, settings) for part, rows in taught.items()}
-    tables, rules = prediction_tables(stage, data, predictions, fitted, args.calibrate)
+    tables, rules = prediction_tables(stage, data, predictions, fitted, options)
     baselines = fitted["test"]
     metrics = {
         part: outcome.evaluate(
@@ -112,7 +114,9 @@ def write_results(
         "best_model": recommend(tables["val"], STAGE_NAMES[stage.name], rules),
         "baseline_inputs": baselines.inputs,
     }
-    log_results(metrics, written.metrics, data.dataset.noun)
+    choice = decision.describe_threshold(args.threshold, "the validation part")
+    beginning = at_threshold(predictions["test"].rule.threshold, choice)
+    log_results(metrics, beginning, written.metrics, data.dataset.noun)
     logger.info("recommended (--use best): %s", describe_recommended(config))
     if folder:
         config["baselines_sha256"] = baselines.sha256
@@ -157,7 +161,7 @@ def metrics_content(
     """Return the content of ``metrics.json``."""
     rule = decided["decision"]
     calibration: dict[str, Any] = {"method": calibrate}
-    if (rule["slope"], rule["intercept"]) != (1.0, 0.0):
+    if decision.DecisionRule.from_config(decided).is_moved:
         calibration |= {"slope": rule["slope"], "intercept": rule["intercept"]}
     weight = {name: decided[name] for name in ("residual_weight",) if name in decided}
     return {
@@ -172,14 +176,17 @@ def metrics_content(
 
 
 def apply_decisions(
-    scored: dict[str, decision.Predictions], stage: Stage, data: Data, calibrate: str
+    scored: dict[str, decision.Predictions],
+    stage: Stage,
+    data: Data,
+    options: decision.DecisionOptions,
 ) -> tuple[dict[str, decision.Predictions], Config]:
     """Fit weight and decision rule to the validation part alone; apply both to all parts."""
     decided: Config = {}
     scored = {**scored}
     model, val = stage.model, scored["val"]
+    patients = data.dataset.groups[val.rows]
     if isinstance(model, TrajectoryLLM) and model.adds_stage1:
-        patients = data.dataset.groups[val.rows]
         weight = decision.fit_residual_weight(val.labels, val.offset, val.logit, patients)
         model.residual_weight = decided["residual_weight"] = weight
         how = "chosen" if weight else "not shown to add"
@@ -188,8 +195,13 @@ def apply_decisions(
         for part, part_scored in scored.items():
             logit = part_scored.offset + weight * (part_scored.logit - part_scored.offset)
             scored[part] = replace(part_scored, logit=logit)
-    rule = decision.fit_decision_rule(val.labels, scored["val"].logit, calibrate)
-    decided["decision"] = asdict(rule)
+    rule = decision.fit_decision_rule(val.labels, scored["val"].logit, patients, options)
+    if options.recalibration == "platt" and not rule.is_moved:
+        logger.warning(
+            "not recalibrated: on the validation part events do not become more frequent with the "
+            "risk, or the risks separate them completely"
+        )
+    decided |= {"decision": asdict(rule), "threshold_choice": options.threshold}
     return {part: replace(part_scored, rule=rule) for part, part_scored in scored.items()}, decided
 
 
@@ -198,7 +210,7 @@ def prediction_tables(
     data: Data,
     predictions: dict[str, decision.Predictions],
     baselines: dict[str, Baselines],  # by part
-    calibrate: str,
+    options: decision.DecisionOptions,
 ) -> tuple[dict[str, pd.DataFrame], dict[str, decision.DecisionRule]]:
     """Return a table for each part and the decision rules of the models beside the stages.
 
@@ -208,7 +220,9 @@ def prediction_tables(
     baseline_risks = {
         part: baselines[part].risks(dataset, scored.rows) for part, scored in predictions.items()
     }
-    rules = fit_rules(val.labels, name, val.probability, baseline_risks["val"], calibrate)
+    rules = fit_rules(
+        val.labels, name, val.probability, baseline_risks["val"], dataset.groups[val.rows], options
+    )
     tables = {}
     for part, scored in predictions.items():
         risks = model_risks(name, scored.probability, baseline_risks[part], rules)
@@ -262,22 +276,32 @@ def review_texts(
     lines, metrics = score_reports(data.dataset, texts, tested, args.seed)
     if not args.show_values:
         return Written(lines, metrics)
-    first = int(tested.labels.argmax())  # with the event
-    prompt = data.dataset.prompt(int(tested.rows[first]), stage.text.options)
-    return Written(lines, metrics, {**lines[first], "prompt": prompt})
+    drawn = int(np.random.default_rng(args.seed).integers(len(lines)))
+    prompt = data.dataset.prompt(int(tested.rows[drawn]), stage.text.options)
+    return Written(lines, metrics, {**lines[drawn], "prompt": prompt})
 
 
-def log_results(metrics: dict[str, Metrics], written: dict[str, Any] | None, noun: str) -> None:
+def log_results(
+    metrics: dict[str, Metrics], beginning: str, written: dict[str, Any] | None, noun: str
+) -> None:
     """Log the result of the test part in sentences, and the table of all models."""
     test, val = metrics["test"], metrics["val"]
     auroc = value_text(val.row(val.models[0], "auroc"))
     logger.info("\nTest part (validation AUROC %s):", auroc)
-    for line in (*sentences(test, noun), model_table(test).to_string(index=False)):
+    for line in (
+        *sentences(test, beginning, noun, few_events_advice(test)),
+        model_table(test).to_string(index=False),
+    ):
         logger.info("%s", line)
     if sentence := written_sentence(written):
         logger.info("%s", sentence)
-    if (events := test.counts["events"]) < MIN_EVENTS:
-        logger.info("%d events in the test part: --folds 5 predicts every patient once", events)
+
+
+def few_events_advice(test: Metrics) -> str:
+    """Return the way out where the test part has few events, in words."""
+    if test.counts["minority_patients"] >= MIN_EVENTS:
+        return ""
+    return "These are few events: --folds 5 tests every patient once."
 
 
 def metrics_for_tracker(config: Config) -> dict[str, float]:
@@ -311,6 +335,7 @@ def run_content(
     epochs = f"{epochs}: {describe_selection(len(averaged))}"
     if {*itertools.chain(*averaged)} == {1} and len(progress.history) > 1:
         epochs += "; training did not improve it after the first epoch"
+    methods = training_methods(stage, data, run)
     stage1_page = None
     if args.ode_checkpoint and config.get("residual_weight") == 0:
         beside = Path(args.ode_checkpoint).absolute().parent == args.output_dir.absolute()
@@ -332,8 +357,11 @@ def run_content(
             "Licence": licence(config),
         },
         threshold=config["decision"]["threshold"],
+        threshold_choice=decision.describe_threshold(args.threshold, "the validation part"),
+        recalibration=methods["recalibration"] if args.calibrate == "platt" else "",
         history=None if hides_metrics else progress.history or None,
         reports=config["metrics"].get("reports"),
         stage1_page=stage1_page,
-        methods=training_methods(stage, data, run),
+        advice=few_events_advice(Metrics.from_json(config["metrics"]["test"])),
+        methods=methods,
     )

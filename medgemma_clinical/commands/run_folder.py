@@ -57,6 +57,10 @@ SOFTWARE = ("versions", "code_sha256")
 """Keys of ``run.json`` that may change the last bits of a result."""
 
 
+class DifferentRunError(InputError):
+    """A folder holds the run of another command, data or model."""
+
+
 def stage_folder(args: Namespace) -> Any:
     """Return the folder of the stage that the flags choose; None where nothing is written."""
     name = "trajectory" if args.trajectory_only else args.mode
@@ -214,9 +218,9 @@ def clean(folder: Path) -> None:
 
 def begin(folder: Path, run: dict[str, Any]) -> None:
     """Create the folder of a new run; move an earlier one aside."""
-    for aside in files.move_aside(stage_paths(folder)):
+    for aside in files.move_aside(stage_paths(folder))[:1]:  # the folder; others have its number
         hint = "; --resume would have continued it" if state_paths(state_folder(aside)) else ""
-        logger.info("an earlier result was moved to %s%s", aside, hint)
+        logger.info("earlier result moved to %s%s", aside, hint)
     folder.mkdir()
     files.write_json(folder / "run.json", run)
 
@@ -234,7 +238,7 @@ def check_run(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     ]
     changes += [text for key, text in MATERIAL.items() if old_run[key] != run[key]]
     if changes:
-        raise InputError(
+        raise DifferentRunError(
             f"{folder}: that run differs: {'; '.join(changes)}: give the same command, "
             "or start without --resume"
         )
@@ -277,7 +281,9 @@ def progress_in(folder: Path, run: dict[str, Any]) -> str:
         if "results_sha256" in old_run:
             return "all"
         read_state(state_folder(folder))
-    except InputError as error:  # it is moved aside, and the run starts again
+    except DifferentRunError:  # it is moved aside, as is said there
+        return "none"
+    except InputError as error:  # damaged: it is moved aside, and the run starts again
         logger.warning("%s", error)
         return "none"
     return "part"

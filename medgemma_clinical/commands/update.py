@@ -12,9 +12,10 @@ import pandas as pd
 
 from medgemma_clinical.data.overlap import add_training_rows
 from medgemma_clinical.evaluation.metrics_table import MINORITY_PATIENTS
-from medgemma_clinical.evaluation.updating import CHOSEN, NOT_UPDATED, Updates, updated_rule
+from medgemma_clinical.evaluation.recalibration import NOT_UPDATED
+from medgemma_clinical.evaluation.updating import CHOSEN, Updates, updated_rule
 from medgemma_clinical.evaluation.verdicts import difference_text
-from medgemma_clinical.files import InputError, move_aside
+from medgemma_clinical.files import InputError, atomic, move_aside, owner_only
 from medgemma_clinical.inference.hub import save_model
 from medgemma_clinical.models.checkpoints import Config
 from medgemma_clinical.models.trained_model import TrainedModel
@@ -58,9 +59,10 @@ def write_update(
         hashes = rows["patient"].to_numpy(), np.stack(rows["rows"].tolist())
         train_patients = add_training_rows(train_patients, *hashes, labels)
     config = updated_config(trained, used, updates.slope, updates.intercept, about)
-    for aside in move_aside([folder]):
-        logger.info("an earlier model was moved to %s", aside)
-    save_model(replace(trained, config=config, train_patients=train_patients), folder)
+    with owner_only(), atomic(folder) as whole:
+        save_model(replace(trained, config=config, train_patients=train_patients), whole)
+        for aside in move_aside([folder]):  # a failure leaves the earlier model in its place
+            logger.info("earlier model moved to %s", aside)
     logger.info("updated model: %s", folder)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -47,6 +48,18 @@ FACTORS = {
 ``EQUIVALENT``. Source: molar masses of glucose 180.16, creatinine 113.12, lactate 90.08, nitrogen
 of urea 28.01 g/mol."""
 
+UNIT_RATIOS = {
+    r"creatinine?|kreatinin\w*|cr[eé]atinin\w*": (88.40,),  # umol/L to a mg/dL
+    r"glucose|glukose|glicose|glyc[eé]mie|blutzucker": (18.016,),  # mg/dL to a mmol/L
+    r"lactate?|laktat|lactato": (9.008,),  # mg/dL to a mmol/L
+    # mg/dL of nitrogen, and of urea, to a mmol/L of urea; urea to its nitrogen.
+    r"urea|bun|harnstoff\w*|ur[eé]e|ureia": (2.801, 6.006, 2.144),
+    r"h(a?e)?moglobin\w*|h(ä|é)moglobin\w*|hgb|hb": (10.0, 1.611, 16.11),  # g/L, g/dL, mmol/L
+    r"bilirubin\w*": (17.10,),  # umol/L to a mg/dL
+}
+"""Ratios of the units in use, by a word of a series' name, the whole of it.
+Source: molar masses as above; urea 60.06, bilirubin 584.7, haemoglobin's monomer 16,114 g/mol."""
+
 EQUIVALENT = {"meq/l": 1.0, "mmol/l": 1.0}  # factors of units for ions of one charge
 
 ANALYTES = {int(item): analyte for analyte in CHEMISTRY for item in analyte.keys}
@@ -59,6 +72,15 @@ def feature_of(analyte: Feature, gap_item: int, items: tuple[int | str, ...] = (
     # Another quantity than the reported gap: no model of one may pass for one of the other.
     name = f"{analyte.name} without potassium"
     return Feature(name, analyte.unit, (COMPUTED_GAP,), analyte.plausible)
+
+
+def unit_ratios(name: str) -> tuple[float, ...]:
+    """Return the ratios of the units in which laboratories give a series, none where unknown."""
+    words = re.findall(r"\w+", comparable(name))
+    return next(
+        (x for pattern, x in UNIT_RATIOS.items() if any(re.fullmatch(pattern, w) for w in words)),
+        (),
+    )
 
 
 def choose_features(names: Sequence[str], gap_item: int) -> list[Feature]:

@@ -13,12 +13,7 @@ from numpy.typing import NDArray
 from medgemma_clinical.data.findings import flow_lines
 from medgemma_clinical.data.leaks import describe_leaks
 from medgemma_clinical.data.sample_size import describe_sample_size
-from medgemma_clinical.data.small_cells import (
-    MIN_CELL,
-    count_patients,
-    minority_patients,
-    patients_behind,
-)
+from medgemma_clinical.data.small_cells import count_patients, minority_patients
 from medgemma_clinical.data.split import Split
 from medgemma_clinical.data.texts import with_space
 from medgemma_clinical.data.trajectories import TrajectoryDataset
@@ -124,7 +119,7 @@ def _check_parts(dataset: TrajectoryDataset, split: Split) -> list[str]:
     if dataset.parts is None and dataset.labels[test].sum() < TEST_EVENTS:
         problem = f"fewer than {TEST_EVENTS} events in the test part"
         logger.info("%s: --folds 5 tests the model on each patient once", problem)
-    warnings += describe_prediction_times(inputs, train)
+    check_prediction_times(inputs, train)
     return [*warnings, *describe_unusable(unusable), *describe_leaks(dataset, train)]
 
 
@@ -185,33 +180,13 @@ def _percentiles(numbers: NDArray[Any]) -> str:
 # --------------------------------------------------------------------------- suspicions
 
 
-def patients_behind_inputs(
-    dataset: TrajectoryDataset, train: NDArray[np.int64]
-) -> dict[str, dict[str, int]]:
-    """Count the training patients behind each series and static input whose mean stage 1 keeps."""
-    patients = pd.factorize(dataset.groups[train])[0]  # numbers are counted faster
-    columns = zip(dataset.static_inputs, dataset.static_values(train).T, strict=True)
-    static = {name: patients_behind(column, patients) for name, column in columns}
-    if dataset.hours_read is not None:
-        has_hours = ~np.isnan(dataset.hours_read[train])
-        static["prediction_hours"] = count_patients(patients, has_hours)
-    return {"series": dataset.series_patients(train), "static": static}
-
-
-def describe_prediction_times(dataset: TrajectoryDataset, train: NDArray[np.int64]) -> list[str]:
-    """Warn if few training patients have a prediction time (weights keep the mean); refuse if 0."""
-    count = patients_behind_inputs(dataset, train)["static"].get("prediction_hours", MIN_CELL)
-    if not count:
+def check_prediction_times(dataset: TrajectoryDataset, train: NDArray[np.int64]) -> None:
+    """Refuse prediction times that are read where no training patient has one."""
+    if dataset.hours_read is not None and np.isnan(dataset.hours_read[train]).all():
         raise InputError(
             f"{dataset.source}: no patient of the training part has a prediction time: fill the "
             "column prediction_hours, or leave it unread by --prediction_time off"
         )
-    if count >= MIN_CELL:
-        return []
-    return [
-        f"fewer than {MIN_CELL} training patients have prediction_hours: the weights keep their "
-        "mean, and push_to_hub refuses such a model"
-    ]
 
 
 def describe_unusable(unusable: Mapping[str, str]) -> list[str]:

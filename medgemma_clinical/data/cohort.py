@@ -295,7 +295,9 @@ def select_admissions(
     unused = [name for name, applies_here in applies.items() if not applies_here]
     titles = {name: text.format(request.min_observations) for name, text in RULES.items()}
     rules = database.frame("FROM rules ORDER BY stay").set_index("stay")
-    left, flow = duck.apply_rules(rules.drop(columns=unused).rename(columns=titles), tables.name)
+    patients = rules.pop("subject_id")
+    used = rules.drop(columns=unused).rename(columns=titles)
+    left, flow = duck.apply_rules(used, tables.name, patients)
     database.add("kept", left[left].index.to_frame())
     logger.info("cohort %s: %s", request.cohort, tables.cohorts[request.cohort])
     return flow

@@ -21,7 +21,13 @@ from numpy.typing import NDArray
 
 from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.findings import Findings
-from medgemma_clinical.data.roles import from_long_command
+from medgemma_clinical.data.roles import (
+    MAX_ID,
+    NO_ID,
+    SITE_INPUT,
+    from_long_command,
+    is_site,
+)
 from medgemma_clinical.data.split import PARTS
 from medgemma_clinical.data.texts import NUMBER, Reference
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, UNKNOWN
@@ -78,7 +84,7 @@ class Description:
     references: dict[str, Reference] = field(default_factory=dict)  # of further series
     prediction_time: str = ""  # when the question is asked, in words
     horizon: str = ""  # how far it looks ahead, in words
-    flow: tuple[dict[str, Any], ...] = ()  # rule, removed, left
+    flow: tuple[dict[str, Any], ...] = ()  # FLOW_COLUMNS
     labels: dict[str, dict[str, Any]] = field(default_factory=dict)  # outcome, question
     csv_sha256: str = ""  # of the table that it was written with
     time_scale: float | None = None  # hours that are one unit of time to the encoder
@@ -183,8 +189,8 @@ def _read_value(key: str, value: Any) -> Any:
             keys = ("outcome", "question")
             return {name: _read_keys(x, keys, f"labels.{name}.") for name, x in value.items()}
         case "flow":
-            counts = FLOW_COLUMNS[1:]
-            return tuple({"rule": x["rule"], **{k: int(x[k]) for k in counts}} for x in value)
+            known = [k for k in FLOW_COLUMNS[1:] if k != "patients" or k in value[0]]
+            return tuple({"rule": x["rule"], **{k: int(x[k]) for k in known}} for x in value)
         case "time_scale":
             return _range([0, value], both=True)[1]
     if not value.split() and key not in OPTIONAL_TEXTS:
@@ -365,6 +371,11 @@ def patients_of(table: pd.DataFrame, findings: Findings) -> tuple[pd.Series, NDA
     bad, column = patients == "", columns[0] if columns else ""
     findings.reject(bad, column, "is empty: name the patient of each row")
     names = texts[-1].where(texts[-1] != "", texts[0])
+    for column, text in zip(columns, texts, strict=False):
+        bad = text.str.contains(NO_ID) | (text.str.len() > MAX_ID)
+        problem = f"over {MAX_ID} characters, rounded (1.2E+16) or with control characters"
+        findings.reject(bad, column, problem, text)
+        names = names.mask(bad, names[bad].map(one_line))  # a table of predictions has its lines
     return patients, names.to_numpy(dtype=np.str_)
 
 
@@ -455,6 +466,10 @@ def note_columns(
     if not set(PATIENTS) & set(columns):
         warnings.append("no column subject_id: each row is a patient of its own")
     inputs = {*COLUMNS, label, site, *(feature.keys[0] for feature in series)}
+    static = [name for name in columns if name.startswith(STATIC)]
+    flags = {name for name in static if text_of(table, name).isin(["", *"01", "0.0", "1.0"]).all()}
+    if sites := [name for name in static if is_site(name, is_category=name in flags)]:
+        warnings.append(f"{join_names(sites, 3)}: {SITE_INPUT}")
     extra = [name for name in columns if name not in inputs and not name.startswith(STATIC)]
     if extra:
         findings.notes[f"columns not read: {join_names(extra, 10)}"] = None

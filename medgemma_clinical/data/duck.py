@@ -26,6 +26,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from medgemma_clinical.data.findings import flow_lines
+from medgemma_clinical.data.roles import MAX_ID, NO_ID
 from medgemma_clinical.files import InputError, RunFault, atomic, file_hash, locked, remove
 from medgemma_clinical.provenance import code_hash
 
@@ -139,6 +140,7 @@ FORMS = (".csv", ".csv.gz", ".parquet")
 
 LARGEST_WHOLE = 10**10  # of a key, and of an offset in minutes, which a timestamp holds
 MAX_WORD = 300  # characters kept of a unit, a code, a ward
+EXACT = 10**15  # Excel keeps 15 digits of a number
 
 MOMENT = r"\d{4}-\d\d-\d\d([ T]\d{1,2}:\d\d(:\d\d(\.\d+)?)?)?"
 """A time as text; DuckDB alone would drop AM, PM, a zone and any other word behind it."""
@@ -160,8 +162,10 @@ YES, NO = ("yes", "y", "true", "1", "1.0"), ("no", "n", "false", "0", "0.0")
 SAMPLE_ROWS = 1000  # of a column of times that are in ISO's order: the rest is taken to be so
 
 TEXTS = ("word", "id")
+LINE = "line of the file"  # a column that each table has: equal lines have equal numbers
 UNREADABLE = {
-    **dict.fromkeys(TEXTS, "empty"),
+    "word": "empty",
+    "id": f"empty, over {MAX_ID} characters, rounded (1.2E+16) or with control characters",
     "number": "not a number",
     "whole": "not a whole number",
     "label": "neither 0 nor 1, Yes nor No",
@@ -174,16 +178,19 @@ UNREADABLE = {
 class Column:
     """How a column is read."""
 
-    # A key of UNREADABLE, or ``value``: a number or a text. A ``time`` is cut to seconds, an
-    # ``instant`` is not; the ``id`` 10001.0 or 010001 is 10001.
+    # A key of UNREADABLE, or ``value``: a number or a text, or ``line`` of LINE. A ``time`` is cut
+    # to seconds, an ``instant`` is not; the ``id`` 10001.0 or 010001 is 10001.
     form: str
     may_be_empty: bool = False  # an empty word is an empty text
     optional: bool = False  # the file may lack it; its cells are empty then
     formats: tuple[str, ...] = ()  # of an instant that is not in the order of ISO
-    comma: bool = False  # a comma in a value is a decimal comma
+    decimal: str = ""  # sign of decimals in a value, ``comma`` or ``point``; empty: either
+    stored: str = "false"  # SQL for whether a value is stored as a number, not as a text
 
     def typed(self, raw: str) -> str:
         """Return SQL for the value of a raw cell, NULL (of a text: empty) where there is none."""
+        if self.form == "line":
+            return raw
         if self.form in TEXTS:
             word = f"coalesce(trim(left({raw}::VARCHAR, {MAX_WORD})), '')"
             number = r"'^0*(\d+)(\.0+)?$', '\1'"
@@ -201,11 +208,15 @@ class Column:
         if self.form == "label":
             return f"CASE WHEN lower({cell}) IN {YES} THEN 1 WHEN lower({cell}) IN {NO} THEN 0 END"
         if self.form == "value":
-            sign = f"regexp_extract({cell}, '[.,]')" if self.comma else "''"
-            cell = f"replace({cell}, ',', '.')" if self.comma else cell
-            number, empty = NUMBER.typed(cell), f"lower({cell}) IN ('', 'nan')"
-            text = f"CASE WHEN {number} IS NULL AND NOT {empty} THEN left({cell}, {MAX_WORD}) END"
-            return f"{{'number': {number}, 'text': {text}, 'sign': {sign}}}"
+            pointed = (
+                f"CASE WHEN {self.stored} THEN {cell} ELSE with_point({cell}, '{self.decimal}') END"
+            )
+            number, empty = NUMBER.typed(pointed), f"lower({cell}) IN ('', 'nan')"
+            text = f"left(CASE WHEN is_limit({pointed}) THEN {pointed} ELSE {cell} END, {MAX_WORD})"
+            text = f"CASE WHEN {number} IS NULL AND NOT {empty} THEN {text} END"
+            sign = f"CASE WHEN {self.stored} THEN '' ELSE sign_of({cell}) END"
+            sign = f"'sign': {sign}, 'thousands': may_be_thousands({cell})"
+            return f"{{'number': {number}, 'text': {text}, {sign}}}"
         number = f"nullif(TRY_CAST({cell} AS DOUBLE), 'nan'::DOUBLE)"  # NaN is above all numbers
         if self.form in ("number", "whole"):
             return number if self.form == "number" else f"TRY_CAST({number} AS BIGINT)"
@@ -216,6 +227,10 @@ class Column:
         if self.form == "value":
             return "false"
         is_wrong = f"{self.typed(raw)} = ''" if self.form in TEXTS else f"{self.typed(raw)} IS NULL"
+        if self.form == "id":
+            cell = f"trim({raw}::VARCHAR)"
+            no_id = f"length({cell}) > {MAX_ID} OR regexp_matches({cell}, '{NO_ID}')"
+            is_wrong += f" OR typeof({raw}) = 'VARCHAR' AND ({no_id})"  # others need no look
         if self.form == "whole":  # BIGINT has rounded 1.5; a CASE in `typed` would be slow
             number = f"TRY_CAST(trim({raw}::VARCHAR) AS DOUBLE)"
             is_wrong = f"coalesce({number} % 1 != 0 OR abs({number}) >= {LARGEST_WHOLE}, true)"
@@ -259,6 +274,7 @@ class TableFile:
     header: list[str]
     sha256: str
     separator: str = ","  # empty of an Excel file, which lies in a table of the database
+    rounded: tuple[str, ...] = ()  # columns of Excel with numbers of more digits than it keeps
 
     @property
     def is_parquet(self) -> bool:
@@ -266,8 +282,17 @@ class TableFile:
         return self.path.suffix.lower() == ".parquet"
 
     def raw(self, name: str) -> str:
-        """Return SQL for a column's raw cell, NULL where the file lacks it."""
+        """Return SQL for a column's raw cell, NULL where the file lacks it; of LINE for a hash."""
+        if name == LINE:
+            return f"hash({', '.join(map(quoted, map(str, range(len(self.header)))))})"
         return f'"{self.header.index(name)}"' if name in self.header else "NULL"
+
+    def value(self, name: str, decimal: str) -> Column:
+        """Return how a column of values is read."""
+        if not self.separator:
+            return Column("value", decimal=decimal, stored=f'"number {self.header.index(name)}"')
+        stored = f"typeof({self.raw(name)}) != 'VARCHAR'" if self.is_parquet else "false"
+        return Column("value", decimal=decimal, stored=stored)
 
     def rows(self) -> str:
         """Return SQL for the raw rows, their columns named by their position."""
@@ -318,9 +343,9 @@ def open_table(database: Database, path: Path, columns: Mapping[str, Column]) ->
             header = database.frame(f"DESCRIBE FROM {file.rows()}")["column_name"].tolist()
             file = TableFile(path, header, sha256)
         elif path.suffix.lower() == ".xlsx":
-            sheet = read_sheet(path)
+            header, sheet, rounded = read_sheet(path)
             database.add(quoted(str(path)), sheet)
-            file = TableFile(path, [str(name).strip() for name in sheet], sha256, "")
+            file = TableFile(path, header, sha256, "", rounded)
         else:
             unpack: Any = gzip.open if path.suffix.lower() == ".gz" else open
             headers = {}
@@ -334,15 +359,27 @@ def open_table(database: Database, path: Path, columns: Mapping[str, Column]) ->
     return file
 
 
-def read_sheet(path: Path) -> pd.DataFrame:
-    """Return the first sheet of an Excel file as texts."""
+def read_sheet(path: Path) -> tuple[list[str], pd.DataFrame, tuple[str, ...]]:
+    """Return header, cells and rounded columns of the first sheet of an Excel file.
+
+    The cells are texts; of each column K a column ``number K`` says which are stored as numbers.
+    """
     try:
-        sheet = pd.read_excel(path, dtype=object, engine="openpyxl")
+        with pd.ExcelFile(path, engine="openpyxl") as book:
+            first, *others = map(str, book.sheet_names)
+            # None and NA are words; pandas would rename a column that appears twice.
+            cells = pd.read_excel(book, header=None, dtype=object, keep_default_na=False)
     except ImportError:  # no requirement: needed for Excel alone
         raise InputError(f"{path}: reading Excel needs openpyxl: pip install openpyxl") from None
     except (BadZipFile, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a whole Excel file") from error
-    return sheet.astype("string")
+    if others:
+        logger.info("%s: sheet %r of %d is read", path, first, 1 + len(others))
+    header, sheet = [str(name).strip() for name in cells.iloc[:1].to_numpy().ravel()], cells[1:]
+    is_number = sheet.map(lambda cell: isinstance(cell, int | float)).astype(bool)
+    is_rounded = (sheet.where(is_number, 0).astype(float).abs() >= EXACT).any()
+    texts = sheet.rename(columns=str).astype("string").join(is_number.add_prefix("number "))
+    return header, texts, tuple(name for name, bad in zip(header, is_rounded, strict=True) if bad)
 
 
 def find_time(
@@ -463,14 +500,19 @@ def write_rows(rows: pd.DataFrame, description: dict[str, Any], out: Path) -> No
         json_file.write_text(f"{text}\n", encoding="utf-8")
 
 
-def apply_rules(candidates: pd.DataFrame, source: str) -> tuple[pd.Series, list[dict[str, Any]]]:
+def apply_rules(
+    candidates: pd.DataFrame,
+    source: str,
+    patients: pd.Series,  # (N,)
+) -> tuple[pd.Series, list[dict[str, Any]]]:
     """Remove rows by the first rule (column) that applies; return (N,) which are left, and flow."""
     left = pd.Series(True, index=candidates.index)
     flow = []
     for rule, matches in candidates.items():
         removed = int((left & matches).sum())
         left &= ~matches
-        flow.append({"rule": rule, "removed": removed, "left": int(left.sum())})
+        counts = {"removed": removed, "left": int(left.sum())}
+        flow.append({"rule": rule, **counts, "patients": patients[left].nunique()})
     lines = flow_lines(pd.DataFrame(flow))
     if not left.any():
         removed_by = "; ".join(" ".join(line.split()) for line in lines)

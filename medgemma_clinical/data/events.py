@@ -246,7 +246,17 @@ def make_rows(
     too_few = "no value" if fewest == 1 else f"fewer than {fewest} values"
     counts = cells[0]["observations"].reindex(labels.index)
     rules[f"{too_few} of {series[0].name} in the window"] = ~counts.ge(fewest)
-    left, flow = duck.apply_rules(pd.DataFrame(rules), f"--labels {request.labels}")
+    left, flow = duck.apply_rules(
+        pd.DataFrame(rules), f"--labels {request.labels}", labels["subject"]
+    )
+    lost = ~left if parts is None else ~left & labels["subject"].isin(parts.index)
+    if lost.any() and not keep_all:
+        is_event = labels["label"].eq(1)
+        shares = f"{lost.sum():,} of {len(lost):,} rows ({lost.mean():.1%})"
+        shares += f" and {(lost & is_event).sum():,} of {is_event.sum():,} events"
+        problem = f"are lost, with {too_few} of {series[0].name} in the window"
+        hours = plain(request.window_hours)
+        logger.info("%s %s: --window_hours %s sets its length", shares, problem, hours)
     labels = labels if keep_all else labels[left]
     titles = [MAIN_COLUMN, *(f"trajectory_{feature.title}" for feature in series[1:])]
     rows = pd.DataFrame(

@@ -16,12 +16,17 @@ from medgemma_clinical.data import duck, events
 from medgemma_clinical.data.dka import STATIC, comparable, join_names
 from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.roles import (
+    FEMALE,
     HINTS,
     LABEL_ROLES,
+    MALE,
     OPTIONAL,
     ROLES,
+    SITE_INPUT,
+    columns_alike,
     find_column,
     find_roles,
+    is_site,
 )
 from medgemma_clinical.data.texts import NUMBER
 from medgemma_clinical.files import InputError, one_line, read_json
@@ -30,12 +35,12 @@ logger = logging.getLogger(__name__)
 
 COMMAND, EVENT = "from_long", "Event"
 TIMES = ("prediction_time", "time", "storetime")
-MAX_SERIES, MAX_CATEGORIES, MAX_WORDS, MAX_LETTERS = 100, 20, 5, 30
+MAX_SERIES, MAX_CATEGORIES, MAX_WORDS, MAX_LETTERS = 100, 20, 10, 30
 LABEL = duck.Column("label", may_be_empty=True)
 LATER = re.compile(r"(.+?)\s*\+\s*(\d+(?:\.\d+)?)\s*(h|d)(?:ours?|ays?)?")
 FACTOR = re.compile(rf"(.*):(.*)=\s*({NUMBER})\s*")
+NOT_LIKE = {*("table", "labels", "out", "memory_limit", "threads"), "like", "read_as", "no_labels"}
 HOUR = duck.MICROSECONDS["hours"]
-MALE, FEMALE = ("male", "m"), ("female", "f")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +55,7 @@ class LongRequest(events.EventRequest):
     static: tuple[str, ...]
     below_limit: str
     bad_values: str
+    decimal: str
     equal_times: str
     factor: tuple[str, ...]
     like: Path | None
@@ -89,19 +95,22 @@ class LongRequest(events.EventRequest):
         return factors
 
 
-def read_like(path: Path) -> dict[str, Any]:
-    """Return the flags of an earlier output, from its description: new patients are read alike."""
+def read_like(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the flags of an earlier output, unchecked, and ``read_as`` from its description."""
     file = path.with_suffix(".json")
     try:
         content = read_json(file)
         arguments = dict(content["arguments"]) if content[duck.MADE_BY].endswith(COMMAND) else {}
+        read_as = {
+            kind: {str(name): tuple(map(str, texts)) for name, texts in by_name.items()}
+            for kind, by_name in arguments.pop("read_as", {}).items()
+        }
     except (OSError, ValueError, TypeError, LookupError, AttributeError):
         arguments = {}
     if not arguments:
         raise InputError(f"--like {path}: {file.name} is no description of an output of {COMMAND}")
-    flags = {field.name for field in fields(LongRequest)} - {"no_labels"}
-    values = {name: value for name, value in arguments.items() if name in flags}
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    flags = {field.name for field in fields(LongRequest)} - NOT_LIKE
+    return {k: value for k, value in arguments.items() if k in flags and value != ""}, read_as
 
 
 def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -119,7 +128,7 @@ def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
         categories = load_labels(database, labels, label_names, request, times["prediction_time"])
         times |= find_times(database, table, names, request)
         codes = [code for feature in chosen_series for code in feature.keys]
-        load_values(database, table, names, request, times, codes)
+        repeated = load_values(database, table, names, request, times, codes)
         items = chosen_series or find_items(database)
         events.name_codes(database, {"series": items})
         items = convert_units(database, items, factors, table.path)
@@ -134,7 +143,7 @@ def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
             static.set_index("number"),
             keep_all=request.no_labels,
         )
-        left_out = count_left_out(database, table.path)
+        left_out = {"repeated": repeated, **count_left_out(database, table.path)}
     usable = "values that were stored by then"
     if "storetime" not in names:
         usable = "values"
@@ -177,11 +186,24 @@ def find_columns(
             flags += "".join(HINTS.get(role, "") for role in missing)
             columns = f"the columns are {join_names(file.header)}"
             problems.append(f"{file.path}: --columns {flags}: {columns}")
+        for role, name in names.items():
+            check_alike(file, f"--columns {role}", name, mapped.get(role, ""), *roles[role])
+            if name in file.rounded and role not in (*TIMES, "value"):
+                problem = "numbers of 16 digits or more, which Excel has rounded: use texts, or CSV"
+                raise InputError(f"{file.path}, column {name}: {problem}")
     if problems:
         raise InputError("; ".join(problems))
     if request.equal_times == "last" and "storetime" not in names_of[0]:
         raise InputError("--equal_times last: needs a column storetime")
     return names_of[0], names_of[1]
+
+
+def check_alike(file: duck.TableFile, flag: str, column: str, *names: str) -> None:
+    """Refuse a column that others of the header are named like."""
+    if len(alike := columns_alike(file.header, column, *names)) > 1:
+        problem = f"the columns {join_names(alike)} are named alike"
+        advice = f"remove one, or name one by {flag}=COLUMN"
+        raise InputError(f"{file.path}, column {column}: {problem}: {advice}")
 
 
 def log_columns(file: duck.TableFile, names: Mapping[str, str]) -> None:
@@ -213,19 +235,33 @@ def load_values(
     request: LongRequest,
     times: Mapping[str, duck.Column],
     codes: Sequence[Any],
-) -> None:
-    """Make the view ``record`` of the values in the windows."""
+) -> int:
+    """Make the view ``record`` of the values in the windows; return how many were repeated."""
     roles = {
         "subject_id": events.SUBJECT,
         "item": duck.WORD,
-        "value": duck.Column("value", comma=file.separator == ";"),
+        "value": file.value(names["value"], request.decimal),
         "unit": duck.WORD_OR_EMPTY,
         **{role: replace(t, may_be_empty=role == "storetime") for role, t in times.items()},
     }
     columns = {name: roles[role] for role, name in names.items()}
+    columns[duck.LINE] = duck.Column("line", optional=True)
     log_columns(file, names)
     events.load_events(database, request, [file], names, columns, codes)
-    check_texts(database, "read", names["value"], file, request)
+    repeated = drop_repeated(database, file.path)
+    check_texts(database, "read", names["value"], file, request, duck.quoted(names["item"]))
+    return repeated
+
+
+def drop_repeated(database: duck.Database, path: Path) -> int:
+    """Keep one of equal lines; return how many others there were."""
+    lines, different = database.row(
+        f"SELECT count(*), count(DISTINCT {duck.quoted(duck.LINE)}) FROM read"
+    )
+    if different < lines:
+        database.run("CREATE OR REPLACE TABLE read AS SELECT DISTINCT * FROM read")
+        logger.info("%s: %s lines are repeated: dropped", path, f"{lines - different:,}")
+    return int(lines - different)
 
 
 def load_labels(
@@ -245,8 +281,11 @@ def load_labels(
             problem = f"no column of its own among {join_names(file.header)}"
             raise InputError(f"--static {feature.title}={feature.keys[0]}: {file.path}: {problem}")
         columns_of[feature.title] = column
+        check_alike(file, f"--static '{feature.title}'", column, str(feature.keys[0]))
+        if is_site(column) or is_site(feature.name):
+            logger.warning("warning: %s, column %s: %s", file.path, column, SITE_INPUT)
     log_columns(file, {**names, **columns_of})
-    columns = dict.fromkeys(columns_of.values(), duck.Column("value", comma=file.separator == ";"))
+    columns = {name: file.value(name, request.decimal) for name in columns_of.values()}
     columns |= {names["labels.subject_id"]: events.SUBJECT, names["prediction_time"]: time}
     columns |= {} if request.no_labels else {names["label"]: LABEL}
     duck.load_table(database, "answers", file, columns)
@@ -260,7 +299,12 @@ def load_labels(
         sql, categories[feature.title] = make_static(
             database, feature, columns_of[feature.title], file, request
         )
-        select |= sql
+        for name, column_sql in sql:
+            if comparable(name) in map(comparable, select):
+                where = f"{file.path}, column {columns_of[feature.title]}"
+                problem = "is the name of two columns: rename a category or a static feature"
+                raise InputError(f"{where}: {name} {problem}")
+            select[name] = column_sql
     columns_sql = ", ".join(f"{sql} AS {duck.quoted(name)}" for name, sql in select.items())
     database.run(f"CREATE TABLE label AS SELECT {columns_sql} FROM answers")
     events.add_windows(database, request, duck.MICROSECONDS.get(request.time_unit, 0))
@@ -271,41 +315,78 @@ def load_labels(
 
 
 def check_texts(
-    database: duck.Database, loaded: str, column: str, file: duck.TableFile, request: LongRequest
+    database: duck.Database,
+    loaded: str,
+    column: str,
+    file: duck.TableFile,
+    request: LongRequest,
+    item: str = "NULL",
 ) -> None:
-    """Refuse texts in place of numbers unless a flag says how they are read; count them."""
+    """Refuse numbers and texts that only a flag says how to read; log what is left out."""
     where = f"{file.path}, column {column}"
-    texts = f"SELECT unnest({duck.quoted(column)}) FROM {loaded}"
-    commas, points, below, above, other = database.row(
-        "SELECT count(*) FILTER (sign = ','), count(*) FILTER (sign = '.'), "
-        "count(*) FILTER (is_limit(text) AND text[1] IN ('<', '≤')), "
+    texts = f"SELECT {item} AS item, unnest({duck.quoted(column)}) FROM {loaded}"
+    below, above, numeric, other, with_unit = database.row(
+        "SELECT count(*) FILTER (is_limit(text) AND text[1] IN ('<', '≤')), "
         "count(*) FILTER (is_limit(text) AND text[1] IN ('>', '≥')), "
-        f"count(*) FILTER (NOT is_limit(text)) FROM ({texts})"
+        "count(*) FILTER (NOT is_limit(text) AND looks_numeric(text)), "
+        "count(*) FILTER (NOT looks_numeric(text)), count(*) FILTER (holds_unit(text)) "
+        f"FROM ({texts})"
     )
-    problems = []
-    if commas and points:
-        problems.append(f"{commas:,} numbers have a comma and {points:,} a point: write all alike")
+    problems = [] if request.decimal else unclear_signs(database, texts, file.separator)
+    if numeric and not (request.decimal and request.bad_values):
+        advice = "write all alike" if request.decimal else "--decimal comma or point"
+        problems.append(f"{numeric:,} cells look like numbers of another form: {advice}")
     if below + above and not request.below_limit:
         flag = '--below_limit half, value or drop (of "<5": 2.5, 5 or empty)'
         problems.append(f"{duck.cells(below + above)} at a limit: {flag}")
-    if other and not request.bad_values:
+    if with_unit:
+        advice = "write the unit in a column of its own"
+        problems.append(f"{duck.cells(with_unit)} with a unit behind the number: {advice}")
+    if other > with_unit and not request.bad_values:
         problems.append(f"{duck.cells(other)} not a number: --bad_values drop leaves it out")
     if problems:
         raise InputError(f"{where}: {'; '.join(problems)}")
     if below + above:
         counts = f"{below:,} values below a limit, {above:,} above one"
         logger.info("%s: %s: --below_limit %s", where, counts, request.below_limit)
-    if other:
+    if numeric + other:
         words = database.run(
-            f"SELECT text, count(*) FROM ({texts}) WHERE NOT is_limit(text) AND length(text) <= "
-            f"{MAX_LETTERS} AND NOT regexp_matches(text, '\\d') GROUP BY text ORDER BY 2 DESC, 1 "
-            f"LIMIT {MAX_WORDS + 1}"
+            "SELECT regexp_replace(text, '\\d+', '#', 'g') AS word, count(*) "
+            f"FROM ({texts}) WHERE NOT is_limit(text) AND length(text) <= {MAX_LETTERS} "
+            f"GROUP BY word ORDER BY 2 DESC, 1 LIMIT {MAX_WORDS + 1}"
         ).fetchall()
-        words = words if len(words) <= MAX_WORDS else []
-        dropped = [f'{count:,} values "{one_line(text)}"' for text, count in words]
-        rest = other - sum(count for _, count in words)
+        if len(words) > MAX_WORDS:  # a rare one may be a remark on a patient
+            words = [(word, count) for word, count in words[:MAX_WORDS] if count > 1]
+        dropped = [f'{count:,} values "{one_line(word)}"' for word, count in words]
+        rest = numeric + other - sum(count for _, count in words)
         dropped += [f"{rest:,} other texts"] if rest else []
         logger.info("%s: dropped %s", where, ", ".join(dropped))
+
+
+def unclear_signs(database: duck.Database, texts: str, separator: str) -> list[str]:
+    """Return what is unclear of the signs of numbers: decimals, or between thousands."""
+    rows = database.run(
+        "SELECT item, count(*) FILTER (sign = ','), count(*) FILTER (sign = '.'), "
+        "count(*) FILTER (sign != '' AND NOT thousands), "
+        "count(*) FILTER (sign = '' AND (number IS NOT NULL OR is_limit(text))) "
+        f"FROM ({texts}) GROUP BY item ORDER BY item"
+    ).fetchall()
+    commas, points, decimals = (sum(row[k] for row in rows) for k in (1, 2, 3))
+    is_text = separator in (";", "\t")  # where commas are free to be decimal
+    if commas and (points or not is_text):
+        counts = f"{commas:,} numbers have a comma and {points:,} a point"
+        return [f"{counts}: --decimal comma or point says which is decimal"]
+    unclear = [
+        item
+        for item, *signs, decimals_of_item, whole in rows
+        if sum(signs) and not decimals_of_item and (whole or (is_text and not decimals))
+    ]
+    if not unclear:
+        return []
+    items = f" of {join_names(unclear)}" if unclear != [None] else ""
+    sign = "comma" if commas else "point"
+    problem = f"each {sign}{items} has three digits behind it, as thousands have"
+    return [f"{problem}: --decimal comma or point says which is decimal"]
 
 
 def make_static(
@@ -314,8 +395,8 @@ def make_static(
     column: str,
     file: duck.TableFile,
     request: LongRequest,
-) -> tuple[dict[str, str], list[str]]:
-    """Return SQL of the columns of a static feature, and its categories: none where numbers."""
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return columns of a static feature with their SQL, and its categories: none of numbers."""
     where, cell = f"{file.path}, column {column}", duck.quoted(column)
     word = f"lower(coalesce({cell}.text, plain({cell}.number)))"
     words = request.read_as.get("static", {}).get(feature.title)
@@ -328,30 +409,30 @@ def make_static(
     if not words:
         check_texts(database, "answers", column, file, request)
         number = f"plain(coalesce({cell}.number, at_limit({cell}.text)))"
-        return {f"{STATIC}{feature.title}": number}, words
+        return [(f"{STATIC}{feature.title}", number)], words
     categories, columns = name_categories(feature.name, words)
-    is_category, sql = f"{word} IN ({', '.join(map(duck.literal, categories))})", {}
+    is_category, sql = f"{word} IN ({', '.join(map(duck.literal, categories))})", []
     (count,) = database.row(f"SELECT count(*) FROM answers WHERE NOT {is_category}")
     if count:
         logger.warning("warning: %s: %s of no known category: empty", where, duck.cells(count))
-    for name, ones in columns.items():
+    for name, ones in columns:
         logger.info("%s: %s is 1 for %s", where, name, one_line(", ".join(ones)))
         one = f"({word} IN ({', '.join(map(duck.literal, ones))}))::INTEGER::VARCHAR"
-        sql[name] = f"CASE WHEN {is_category} THEN {one} END"
+        sql.append((name, f"CASE WHEN {is_category} THEN {one} END"))
     return sql, words
 
 
 def name_categories(
     name: str, words: Sequence[str]
-) -> tuple[Sequence[str], dict[str, Sequence[str]]]:
+) -> tuple[Sequence[str], list[tuple[str, Sequence[str]]]]:
     """Return the categories, and those that are 1 in each column: one column for two of them."""
     for ones, zeros, title in ((duck.YES, duck.NO, name), (MALE, FEMALE, f"{name.lower()}_male")):
         if {*words} <= {*ones, *zeros}:
-            return (*ones, *zeros), {f"{STATIC}{title}": ones}
+            return (*ones, *zeros), [(f"{STATIC}{title}", ones)]
     with_column = words[1:] if len(words) == 2 else words
     titles = [" ".join(re.sub(r"[\[\],*=]", " ", word).split()) for word in with_column]
     pairs = zip(titles, with_column, strict=True)
-    return words, {f"{STATIC}{name} {title}": (word,) for title, word in pairs}
+    return words, [(f"{STATIC}{name} {title}", (word,)) for title, word in pairs]
 
 
 # ---------------------------------------------------------------------------- items

@@ -6,6 +6,10 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 
+MAX_ID = 300  # characters
+NO_ID = r"[\x00-\x1f\x7f-\x9f]|^[0-9](?:[.,][0-9]+)?[eE]\+[0-9]+$"
+"""Control characters, which end a line of a table, and a long number that Excel has rounded."""
+
 SUBJECT_NAMES = (
     *("subject_id", "subject", "patient_id", "patient", "patient_no", "patient_number"),
     *("mrn", "record_id", "pid", "id"),
@@ -26,6 +30,17 @@ LABEL_ROLES = {
     "prediction_time": ("prediction_time",),
     "label": ("label", "label_escalation", "outcome", "event"),
 }
+MALE, FEMALE = ("male", "m", "männlich"), ("female", "f", "w", "weiblich")
+SITE_COLUMN = re.compile(
+    r"(?:static_)?(?:hospital|site|cent(?:er|re)|clinic|facility|ward|department|klinik|krankenhaus|"
+    r"station|abteilung)(?:[ _]?(?:id|name|code|no))?([ _].+)?",
+    re.IGNORECASE,
+)
+SITE_INPUT = (
+    "a hospital or ward is an input: a model of it cannot read the file of another hospital, which "
+    "lacks its columns"
+)
+SEX_COLUMN = re.compile(r"static_(?:sex|gender|geschlecht)[ _](.+)", re.IGNORECASE)
 OPTIONAL = ("unit", "storetime")
 HINTS = {"prediction_time": ", or --prediction_time 'COLUMN + 48 h'", "label": ", or --no_labels"}
 
@@ -39,9 +54,31 @@ def find_column(header: Sequence[str], *names: str) -> str | None:
     return next((name for name in matches if name is not None), None)
 
 
+def columns_alike(header: Sequence[str], column: str, *names: str) -> list[str]:
+    """Return the columns that one of some names could mean as well as ``column``."""
+    if column in names:
+        return [name for name in header if name == column]
+    return [name for name in header if _normalized(name) == _normalized(column)]
+
+
 def _normalized(name: str) -> str:
     """Return ``patientid`` of ``Patient_ID``, ``result`` of ``Result (mg/dL)``."""
     return re.sub(r"[\W_]+", "", re.sub(r"[(\[].*", "", name)).casefold()
+
+
+def sex_of_column(name: str) -> str | None:
+    """Return the sex of those with 1 in a static column: man, woman, or another word; else None."""
+    found, bare = SEX_COLUMN.fullmatch(name), name.removeprefix("static_").casefold()
+    word = found[1].casefold() if found else bare if len(bare) > 1 else ""
+    if word in (*MALE, *FEMALE):
+        return "man" if word in MALE else "woman"
+    return word if found else None
+
+
+def is_site(name: str, *, is_category: bool = False) -> bool:
+    """Return whether a column names hospitals or wards, or one of them if it is a category's."""
+    found = SITE_COLUMN.fullmatch(name)
+    return found is not None and (is_category or not found[1])
 
 
 def find_roles(

@@ -10,8 +10,8 @@ MIN_CELL = 11
 the weights are shared, too. Source: CMS cell size suppression policy, no cell of 1 to 10."""
 
 
-def count_patients(groups: NDArray[np.generic], rows: NDArray[np.generic]) -> int:
-    """Count the different patients of some rows: ``groups`` (n,), ``rows`` a mask or positions."""
+def count_patients(groups: NDArray[np.generic], rows: NDArray[np.generic] | slice) -> int:
+    """Count the different patients of some rows of ``groups`` (n,): a mask, positions, a slice."""
     return len(np.unique(groups[rows]))
 
 

@@ -49,9 +49,8 @@ class Data:
         return self.dataset.time_scale
 
     def check_inputs(self) -> None:
-        """Warn of prediction times that few training patients have; refuse those that none has."""
-        warnings = checks.describe_prediction_times(self.dataset, self.split["train"])
-        checks.log_warnings(warnings, self.dataset.source)
+        """Refuse prediction times that no training patient has."""
+        checks.check_prediction_times(self.dataset, self.split["train"])
 
     def description(self) -> dict[str, Any]:
         """Return what a checkpoint stores of its data, without any patient in it."""
@@ -71,7 +70,6 @@ class Data:
             "has_patient_ids": dataset.has_patient_ids,
             "data_sha256": self.data_sha256,
             "rows_sha256": self.rows_sha256,
-            "patients": checks.patients_behind_inputs(dataset, self.split["train"]),
         }
 
     def training_patients(self) -> NDArray[np.int64]:

@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 FAR_OUT = 10.0
 """Without declared limits a value is implausible so many interquartile ranges outside."""
 
-FLOW_COLUMNS = ("rule", "removed", "left")
-"""Columns of ``flow``: a rule, the rows that it removed, the rows left after it."""
+FLOW_COLUMNS = ("rule", "removed", "left", "patients")
+"""Columns of ``flow``: a rule, rows that it removed, rows and, where known, patients left."""
 
 UNKNOWN = "not known"
 """Stands for an empty cell among the names of sites, and for an age or sex that is unknown."""
 
-AGE, SEX = ("static_age [years]", "static_age"), ("static_sex_male",)
-"""Names of the static features that hold age and sex, in every data set."""
+AGE = ("static_age [years]", "static_age")
+"""Names of the static feature that holds the age, in every data set."""
 
 Rows = NDArray[np.int64] | slice
 
@@ -307,9 +307,14 @@ class TrajectoryDataset:
     def keep_rows(self, mask: NDArray[np.bool_], rule: str) -> Self:
         """Return the rows that a mask marks; ``flow`` says that a rule removed the others."""
         rows = self.subset(np.flatnonzero(mask))
-        line = pd.DataFrame([(rule, len(self) - len(rows), len(rows))], columns=list(FLOW_COLUMNS))
-        rows.flow = line if self.flow is None else pd.concat([self.flow, line])
+        rows.add_rule(rule, len(self) - len(rows))
         return rows
+
+    def add_rule(self, rule: str, removed: int) -> None:
+        """Add a rule to ``flow``, and how many rows it has removed."""
+        counts = removed, len(self), self.n_patients
+        line = pd.DataFrame([(rule, *counts)], columns=list(FLOW_COLUMNS))
+        self.flow = line if self.flow is None else pd.concat([self.flow, line])
 
     def keep_measured(self, split: Split) -> tuple[Self, Split]:
         """Return the rows that hold a value of a series that is read, and their split."""

@@ -23,7 +23,11 @@ from sklearn.preprocessing import StandardScaler
 
 from medgemma_clinical.data.small_cells import minority_patients
 from medgemma_clinical.data.trajectories import Rows, TrajectoryDataset
-from medgemma_clinical.evaluation.decision import DecisionRule, fit_decision_rule
+from medgemma_clinical.evaluation.decision import (
+    DecisionOptions,
+    DecisionRule,
+    fit_decision_rule,
+)
 from medgemma_clinical.evaluation.metrics import Array, log_odds
 from medgemma_clinical.evaluation.simple_models import (
     WORD,
@@ -348,15 +352,21 @@ def model_risks(
 
 
 def fit_rules(
-    labels: Array, stage: str, risk: Array, baselines: Mapping[str, Array], calibrate: str
+    labels: Array,
+    stage: str,
+    risk: Array,
+    baselines: Mapping[str, Array],
+    patients: NDArray[Any],
+    options: DecisionOptions,
 ) -> dict[str, DecisionRule]:
-    """Fit the decision rule of each model beside the stage, on the validation part."""
+    """Fit the decision rule of each model beside the stage, on the rows that chose the stage's."""
     rules = {
-        name: fit_decision_rule(labels, log_odds(baseline_risk), calibrate)
+        name: fit_decision_rule(labels, log_odds(baseline_risk), patients, options)
         for name, baseline_risk in baselines.items()
     }
     risks = model_risks(stage, risk, baselines, {**rules, ENSEMBLE: DecisionRule()})
-    return {**rules, ENSEMBLE: fit_decision_rule(labels, log_odds(risks[ENSEMBLE]), calibrate)}
+    odds = log_odds(risks[ENSEMBLE])
+    return {**rules, ENSEMBLE: fit_decision_rule(labels, odds, patients, options)}
 
 
 def best_blend(names: Collection[str]) -> str | None:

@@ -15,16 +15,25 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from medgemma_clinical.evaluation.metrics import (
     Array,
-    calibration,
     clustered_error,
     log_odds,
     row_losses,
+)
+from medgemma_clinical.evaluation.recalibration import (
+    BOTH,
+    MIN_SLOPE_EVENTS,
+    choose_update,
+    fit_updates,
 )
 
 logger = logging.getLogger(__name__)
 
 RESIDUAL_WEIGHTS = np.linspace(0, 1, 11)
 """Weights of a language model's logit beside stage 1's that are tried on the validation part."""
+
+YOUDEN = "by Youden's index (sensitivity plus specificity)"
+GOALS = "sensitivity", "specificity"
+"""What ``--threshold`` may ask of a threshold."""
 
 MIN_CHOOSING_EVENTS = 100
 """Events of the rows from which on their losses choose the model that is recommended."""
@@ -51,6 +60,11 @@ class DecisionRule:
         if not (rule.slope > 0 and all(map(math.isfinite, asdict(rule).values()))):
             raise ValueError(f"decision rule {stored!r}: not three finite numbers, slope above 0")
         return rule
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether log-odds are recalibrated."""
+        return (self.slope, self.intercept) != (1.0, 0.0)
 
     def probability(self, logit: Array) -> Array:
         """Return the probability (n,) of log-odds (n,), both float64."""
@@ -93,25 +107,31 @@ class Predictions:
         return float(roc_auc_score(self.labels, self.probability))
 
 
-def fit_decision_rule(labels: Array, logit: Array, calibrate: str) -> DecisionRule:
-    """Fit recalibration (``platt`` or ``none``) and Youden's threshold on the validation part.
+@dataclass(frozen=True)
+class DecisionOptions:
+    """What the user chose of a decision rule."""
+
+    recalibration: str = "none"  # or platt, or tests: these choose whether and how
+    threshold: str | None = None  # as ``--threshold`` is written; None: Youden's
+
+
+def fit_decision_rule(
+    labels: Array, logit: Array, patients: NDArray[Any], options: DecisionOptions
+) -> DecisionRule:
+    """Fit recalibration and threshold on n rows that the model did not learn from.
 
     Source: Platt 1999, without the smoothed targets: the logistic fit whose slope and intercept
     measure calibration.
     """
     rule = DecisionRule()
-    if calibrate == "platt":
-        fit = calibration(labels, rule.probability(logit), np.ones((1, len(labels))))
-        slope, intercept = fit["calibration_slope"].item(), fit["calibration_intercept"].item()
-        if slope > 0:
-            rule = DecisionRule(slope, intercept)
-        else:  # NaN too
-            logger.warning(
-                "not recalibrated: on the validation part events do not become more frequent with "
-                "the risk (slope %.3g), or the risks separate them completely",
-                slope,
-            )
-    threshold = youden_threshold(labels, rule.probability(logit))
+    risk = rule.probability(logit)
+    if options.recalibration == "tests":
+        with_slope = labels.sum() >= MIN_SLOPE_EVENTS
+        method, updates = choose_update(labels, risk, patients, with_slope=with_slope)
+        rule = DecisionRule(*updates[method])
+    elif options.recalibration == "platt":
+        rule = DecisionRule(*fit_updates(labels, risk).get(BOTH, (1.0, 0.0)))
+    threshold = choose_threshold(options.threshold, labels, rule.probability(logit))
     return DecisionRule(rule.slope, rule.intercept, threshold)
 
 
@@ -152,6 +172,40 @@ def _near_lowest(losses: Array, patients: NDArray[Any]) -> NDArray[np.bool_]:
     return near
 
 
+def parse_threshold(text: str) -> tuple[str, float]:
+    """Read ``--threshold``: a goal, empty for the risk itself, and its number within (0, 1)."""
+    goal, _, number = text.strip().rpartition(" ")
+    value = float(number)
+    if goal not in ("", *GOALS) or not 0 < value < 1:
+        raise ValueError(text)
+    return goal, value
+
+
+def describe_threshold(choice: str | None, rows: str) -> str:
+    """Return how a threshold was chosen, on which rows, in words; None: by Youden's index."""
+    goal, value = ("", math.nan) if choice is None else parse_threshold(choice)
+    if choice is not None and not goal:
+        return "set by the user"
+    rule = f"for a {goal} of at least {100 * value:g} %" if goal else YOUDEN
+    return f"chosen {rule} on {rows}"
+
+
+def choose_threshold(choice: str | None, labels: Array, probability: Array) -> float:
+    """Return the threshold of a ``--threshold``, chosen on n rows; None: Youden's.
+
+    A goal gets the threshold that reaches it and is best for the other of both shares.
+    """
+    if choice is None:
+        return youden_threshold(labels, probability)
+    goal, value = parse_threshold(choice)
+    if not goal:
+        return value
+    false_rate, sensitivity, thresholds = roc_curve(labels, probability, drop_intermediate=False)
+    if goal == "sensitivity":  # it rises along the curve, specificity falls
+        return _midway(thresholds, np.flatnonzero(sensitivity >= value)[0])
+    return _midway(thresholds, np.flatnonzero(1 - false_rate >= value)[-1])
+
+
 def youden_threshold(labels: NDArray[Any], probability: NDArray[Any]) -> float:
     """Return the lowest threshold with the largest sensitivity + specificity.
 
@@ -160,5 +214,10 @@ def youden_threshold(labels: NDArray[Any], probability: NDArray[Any]) -> float:
     false_rate, sensitivity, thresholds = roc_curve(labels, probability, drop_intermediate=False)
     index = sensitivity - false_rate
     best = np.flatnonzero(np.isclose(index, index.max(), rtol=0, atol=1e-12))[-1]
-    lower = thresholds[best + 1] if best + 1 < len(thresholds) else 0.0
-    return float((thresholds[best] + lower) / 2)  # midway: rounding moves no row across
+    return _midway(thresholds, best)
+
+
+def _midway(thresholds: Array, k: np.intp) -> float:
+    """Return the middle of the falling risks k and k + 1: rounding moves no row across."""
+    lower = thresholds[k + 1] if k + 1 < len(thresholds) else 0.0
+    return float((min(thresholds[k], 1.0) + lower) / 2)  # scikit-learn's first is infinite

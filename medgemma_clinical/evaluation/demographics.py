@@ -10,22 +10,20 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.trajectories import AGE, SEX, UNKNOWN, TrajectoryDataset
+from medgemma_clinical.data.roles import sex_of_column
+from medgemma_clinical.data.trajectories import AGE, UNKNOWN, TrajectoryDataset
 
 AGE_EDGES = (18, 40, 60, 75)
 OBSERVATION_EDGES = (2, 3, 5, 10, 20)
 """Lowest age, and number of observations, of each subgroup of a report but the first."""
 
-SEXES = {1.0: "man", 0.0: "woman"}
-
 
 def demographics(dataset: TrajectoryDataset) -> pd.DataFrame:
     """Return observations, age (years), sex, label, patient, site of N rows; NaN where unknown."""
-    sexes = pd.Series(_static(dataset, SEX)).map(SEXES).fillna(UNKNOWN)
     columns = {
         "observations": dataset.lengths,
-        "age": _static(dataset, AGE),
-        "sex": pd.Categorical(sexes, ["woman", "man", UNKNOWN], ordered=True),
+        "age": _age(dataset),
+        "sex": _sex(dataset),
         "label": dataset.labels,
         "patient": dataset.groups,
         "site": dataset.sites,  # None without sites
@@ -33,12 +31,28 @@ def demographics(dataset: TrajectoryDataset) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def _static(dataset: TrajectoryDataset, names: Sequence[str]) -> NDArray[np.float64]:
-    """Return the first of some static features that the data have, (N,), NaN where unknown."""
-    for name in names:
+def _age(dataset: TrajectoryDataset) -> NDArray[np.float64]:
+    """Return the age of N rows, NaN where unknown."""
+    for name in AGE:
         if name in dataset.static_names:
             return dataset.static_table([name])[name].to_numpy()
     return np.full(len(dataset), np.nan)
+
+
+def _sex(dataset: TrajectoryDataset) -> pd.Series[Any]:
+    """Return the sex of N rows: woman, man, or another word that a static column has."""
+    words = {name: word for name in dataset.static_names if (word := sex_of_column(name))}
+    table = dataset.static_table([*words])
+    table = table.loc[:, table.isin([0.0, 1.0, np.nan]).all()]
+    words = {name: word for name, word in words.items() if name in table}
+    # Where columns name one of both sexes, those with 0 in each have the other one.
+    rest = {"woman", "man"} - {*words.values()}
+    sexes = pd.Series(rest.pop() if len(rest) == 1 else UNKNOWN, table.index)
+    for name, word in words.items():
+        sexes[table[name] == 1] = word
+    sexes[table.isna().any(axis=1)] = UNKNOWN
+    others = sorted({*words.values()} - {"woman", "man", UNKNOWN})
+    return sexes.astype(pd.CategoricalDtype(["woman", "man", *others, UNKNOWN], ordered=True))
 
 
 def demographic_bands(rows: pd.DataFrame) -> pd.DataFrame:

@@ -25,7 +25,7 @@ SPLINE_KNOTS = 0.05, 0.35, 0.65, 0.95
 
 
 def metrics(labels: Array, risk: Array, weights: Array) -> dict[str, Array]:
-    """Compute discrimination and accuracy of the risks.
+    """Compute discrimination and overall error of the risks.
 
     Args:
         labels: (n,) of 0 and 1.
@@ -33,8 +33,8 @@ def metrics(labels: Array, risk: Array, weights: Array) -> dict[str, Array]:
         weights: (R, n), how often each row counts in each weighting.
 
     Returns:
-        (R,) values of auroc, auprc (average precision), accuracy at a risk of 0.5, brier, log_loss
-        and brier_skill (gain over the prevalence as everyone's risk). Not finite where undefined:
+        (R,) values of auroc, auprc (average precision), brier, log_loss and
+        brier_skill (gain over the prevalence as everyone's risk). Not finite where undefined:
         auroc and brier_skill without both classes, auprc without events, all without weight.
 
     Source: scikit-learn's definitions; Brier 1950; Murphy 1973 for the skill.
@@ -60,7 +60,6 @@ def metrics(labels: Array, risk: Array, weights: Array) -> dict[str, Array]:
         return {
             "auroc": (non_events * (true - events / 2)).sum(axis=1) / (true[:, -1] * false[:, -1]),
             "auprc": (events * precision).sum(axis=1) / true[:, -1],
-            "accuracy": weights @ ((risk >= 0.5) == labels) / total,
             "brier": brier,
             "log_loss": weights @ losses / total,
             "brier_skill": 1 - brier / (prevalence * (1 - prevalence)),
@@ -125,12 +124,42 @@ def calibration(labels: Array, risk: Array, weights: Array) -> dict[str, Array]:
     }
 
 
-def calibration_error(labels: Array, risk: Array) -> dict[str, float]:
-    """Compute how far the risks lie from a flexible calibration curve.
+def calibration_curve(labels: Array, risk: Array, weights: Array, at: Array) -> Array:
+    """Compute a flexible calibration curve: the share of events that goes with a risk.
 
-    The curve is a logistic fit of the label on a restricted cubic spline of the logit of the risk,
-    with knots at its 5th, 35th, 65th and 95th percentile; a straight line where fewer than three
-    of these differ.
+    A logistic fit of the label on a restricted cubic spline of the logit of the risk, with knots at
+    its 5th, 35th, 65th and 95th percentile; a straight line where fewer than three of these differ.
+
+    Args:
+        labels: (n,) of 0 and 1.
+        risk: (n,) probability of the event.
+        weights: (R, n).
+        at: (G,) risks at which the curve is read.
+
+    Returns:
+        (R, G) shares; NaN where no finite fit exists.
+
+    Source: Harrell 2015, "Regression Modeling Strategies", section 2.4, for spline and knots.
+    """
+    scaled, mean, spread = _scaled(log_odds(risk))
+    knots = np.unique(np.quantile(scaled, SPLINE_KNOTS))
+    columns, points = (
+        _spline_columns(x, knots) if np.isfinite(spread) else np.ones((len(x), 1))
+        for x in (scaled, (log_odds(at) - mean) / spread)
+    )
+    # Orthogonal columns span the same curves, and Newton's steps stay small.
+    basis, triangle = np.linalg.qr(columns)
+    basis, points = (
+        np.sqrt(len(risk)) * basis,
+        np.sqrt(len(risk)) * points @ np.linalg.pinv(triangle),
+    )
+    start = fit_logistic(labels, basis.T, np.ones((1, len(risk))), np.zeros(basis.shape[1]))[0]
+    curve: Array = expit(fit_logistic(labels, basis.T, weights, start) @ points.T)
+    return curve
+
+
+def calibration_error(labels: Array, risk: Array) -> dict[str, float]:
+    """Compute how far the risks lie from their ``calibration_curve``.
 
     Args:
         labels: (n,) of 0 and 1.
@@ -141,16 +170,10 @@ def calibration_error(labels: Array, risk: Array) -> dict[str, float]:
         finite fit exists.
 
     Source: Austin and Steyerberg 2019, "The Integrated Calibration Index (ICI) and related metrics
-    for quantifying the calibration of logistic regression models", Statistics in Medicine 38:4051;
-    Harrell 2015, "Regression Modeling Strategies", section 2.4, for spline and knots.
+    for quantifying the calibration of logistic regression models", Statistics in Medicine 38:4051.
     """
-    scaled, _, spread = _scaled(log_odds(risk))
-    one = np.ones_like(risk)
-    columns = [one, scaled, *_spline_columns(scaled)] if np.isfinite(spread) else [one]
-    # Orthogonal columns span the same curves, and Newton's steps stay small.
-    basis = np.sqrt(len(risk)) * np.linalg.qr(np.stack(columns, axis=1))[0].T  # (p, n)
-    fitted = fit_logistic(labels, basis, one[None], np.zeros(len(basis)))[0]
-    distance = np.abs(expit(fitted @ basis) - risk)
+    curve = calibration_curve(labels, risk, np.ones((1, len(risk))), risk)[0]
+    distance = np.abs(curve - risk)
     values = distance.mean(), *np.quantile(distance, [0.5, 0.9])
     return dict(zip(("ici", "e50", "e90"), map(float, values), strict=True))
 
@@ -163,21 +186,23 @@ def _scaled(odds: Array) -> tuple[Array, float, float]:
     return (odds - mean) / spread, mean, spread
 
 
-def _spline_columns(x: Array) -> list[Array]:
-    """Return the curved columns of Harrell's restricted cubic spline of x (n,), none without."""
-    *inner, last, top = knots = np.unique(np.quantile(x, SPLINE_KNOTS))
+def _spline_columns(x: Array, knots: Array) -> Array:
+    """Return 1, x and the curved columns of Harrell's restricted cubic spline, (n, p)."""
+    columns = [np.ones_like(x), x]
     if len(knots) < 3:
-        return []
+        return np.stack(columns, axis=1)
+    *inner, last, top = knots
 
     def cube(knot: float) -> Array:
         cubes: Array = np.maximum(x - knot, 0) ** 3
         return cubes
 
-    return [
+    columns += [
         (cube(k) - (cube(last) * (top - k) - cube(top) * (last - k)) / (top - last))
         / (top - inner[0]) ** 2
         for k in inner
     ]
+    return np.stack(columns, axis=1)
 
 
 def log_odds(risk: Array | float) -> Array:

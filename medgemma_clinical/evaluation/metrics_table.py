@@ -26,6 +26,9 @@ TESTED = ["id", "label", "patient"]
 """Columns of a table of predictions that say what was predicted; each other one is a model."""
 
 COUNTS = ("n", "patients", "events", "minority_patients")
+FOLD_MINORITY = "fold_minority_patients"
+"""Counts of the rows, and of several splits the lowest of their ``minority_patients``."""
+
 VALUE = ["value", "low", "high"]
 DIFFERENCE = ["difference", "difference_low", "difference_high"]
 SPREAD = ["sd", "min", "max"]
@@ -46,6 +49,7 @@ class Metrics:
     """Metrics of the models on one part of the data, as in ``metrics.json``."""
 
     counts: dict[str, int]  # ``COUNTS``; minority: with the outcome that fewer patients have
+    # Of splits also ``FOLD_MINORITY``.
     # Index (model, metric); columns ``VALUE``, ``DIFFERENCE``, reference, of splits ``SPREAD``.
     # The difference is the model minus its reference, paired.
     table: pd.DataFrame
@@ -91,7 +95,7 @@ class Metrics:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
         """Read a part of ``metrics.json``; KeyError, TypeError or AttributeError if it is none."""
-        not_metrics = (*COUNTS, "model", "primary", "planned", "models")
+        not_metrics = (*COUNTS, FOLD_MINORITY, "model", "primary", "planned", "models")
         first = {name: metric for name, metric in content.items() if name not in not_metrics}
         models = {
             content["model"]: {"reference": content["model"], **first},
@@ -108,6 +112,7 @@ class Metrics:
         numbers = [*VALUE, *DIFFERENCE, *(name for name in SPREAD if name in table)]
         table = table.reindex(columns=[*numbers, "reference"])
         counts = {name: content[name] for name in COUNTS}
+        counts |= {name: content[name] for name in (FOLD_MINORITY,) if name in content}
         table = table.astype(dict.fromkeys(numbers, float))
         # Runs of earlier versions did not name what was planned.
         return cls(counts, table, content.get("primary"), content.get("planned", []))
@@ -174,15 +179,17 @@ def evaluate(
 
     # Patients are drawn once for all splits.
     value, drawn = bootstrap(labels, patients, seed, statistic)
-    behind = {} if positive is None else _patients_behind_shares(labels, positive, patients)
+    behind = {} if positive is None else patients_behind_shares(labels, positive, patients)
     table = with_interval(value, drawn, {(first, name): n for name, n in behind.items()})
     references = dict.fromkeys(risks, first)  # of the ensemble the best blend
     if ENSEMBLE in risks and first != ENSEMBLE:
         references[ENSEMBLE] = best_blend(risks) or first
     table[DIFFERENCE] = _differences(value, drawn, references)
     table.loc[first, DIFFERENCE] = np.nan
+    counts = count(labels, patients)
     if split is not None:
         table[SPREAD] = _spread(labels, risks, parts)
+        counts[FOLD_MINORITY] = min(minority_patients(labels[p], patients[p]) for p in parts)
     if positive is not None:  # A distance grows by the noise of the draws: it has no interval.
         for name, distance in calibration_error(labels, risk).items():
             table.loc[(first, name), "value"] = distance
@@ -191,7 +198,7 @@ def evaluate(
     plan = {primary, ENSEMBLE, *STAGE_NAMES.values(), *compared}
     planned = [name for name in risks if name in plan and name != first]
     table = table.rename_axis(["model", "metric"]).loc[list(risks)]
-    return Metrics(count(labels, patients), table, primary, planned)
+    return Metrics(counts, table, primary, planned)
 
 
 def _differences(
@@ -237,7 +244,7 @@ def _metrics_of_all(
     }
 
 
-def _patients_behind_shares(
+def patients_behind_shares(
     labels: Array, positive: NDArray[np.bool_], patients: NDArray[np.generic]
 ) -> dict[str, int]:
     """Return the patients in the denominator of each of ``confusion_shares``."""

@@ -29,8 +29,8 @@ NOTICE = "This page holds patients' data: do not share it. Only its owner can re
 MAX_HOURS = 96
 """A longer row has an axis of days."""
 
-WIDTHS = 11.5, 3.9
-"""Inches of the figure on a screen, and on a phone."""
+WIDTH = 4.8
+"""Inches of the figure on the page: two stand side by side on a screen, a phone shrinks it."""
 
 RISK_HEIGHT, FIGURE_MARGIN = 1.4, 0.4
 """Inches of the risk's panel, and of the labels of time."""
@@ -53,12 +53,12 @@ class Explanation:
     probability: float
     features: tuple[str, ...]  # F
     units: tuple[str, ...]  # F, empty where a feature has none
-    times: NDArray[np.float64]  # (L,) hours, not decreasing
+    times: NDArray[np.float64]  # (L,) hours on the clock of the data, not decreasing
     values: NDArray[np.float64]  # (L, F) raw units, NaN where not measured
     references: tuple[Reference | None, ...]  # F reference ranges
     spreads: NDArray[np.float64]  # (F,) standard deviation of training rows' last values, or NaN
     observations: tuple[str, ...]  # L texts, what was measured
-    hours: NDArray[np.float64]  # (n,)
+    hours: NDArray[np.float64]  # (n,) on the same clock
     risks: NDArray[np.float64]  # (n,) with what was known by then; the last is ``probability``
     static: dict[str, str]  # static features that were read
     without: dict[str, float | None]  # risk without a series; None where there is no score
@@ -71,10 +71,19 @@ class Explanation:
         """Name and hours of the unit of the time axis."""
         return ("hour", 1.0) if self.hours[-1] - self.hours[0] <= MAX_HOURS else ("day", 24.0)
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether a series with a value has a reference range, which the figure shows."""
+        measured = ~np.isnan(self.values).all(axis=0)
+        return any(np.array([bool(ends) for ends in self.references]) & measured)
+
+    def since_first(self, hours: Any) -> Any:
+        """Return times since the first value, in the unit of the time axis."""
+        return (hours - self.times[0]) / self.time_unit[1]
+
     def time_text(self, hours: float) -> str:
-        """Return a time with its unit, to two decimals."""
-        unit, length = self.time_unit
-        return f"{unit} {plain(round(hours / length, 2))}"
+        """Return a time since the first value with its unit, to two decimals."""
+        return f"{self.time_unit[0]} {plain(round(self.since_first(hours), 2))}"
 
     def changes(self) -> pd.DataFrame:
         """Return the risk after each observation and its change."""
@@ -115,10 +124,8 @@ def write_patients(
 ) -> None:
     """Write the page: one file without script; ``notes`` are sentences that stand first."""
     with plots.plot_style():
-        images = [
-            [plots.to_image(*plot_patient(row, outcome, threshold, width)) for width in WIDTHS]
-            for row in rows
-        ]
+        plotted = [plot_patient(row, outcome, threshold, WIDTH) for row in rows]
+        images = [plots.to_image(*plot) for plot in plotted]
     title, pairs = f"Patients: {outcome}", list(zip(rows, images, strict=True))
     words = {"threshold": threshold, "notes": notes, "method": method}
     write_text(path, render("patients", title=title, notice=NOTICE, rows=pairs, **words))
@@ -131,17 +138,17 @@ def plot_patient(row: Explanation, outcome: str, threshold: float, width: float 
     heights = [height] * len(measured) + [RISK_HEIGHT]
     figure, panels = plots.new_figure(heights, (width, sum(heights) + FIGURE_MARGIN))
     words = [_plot_series(axes, row, f) for f, axes in zip(measured, panels, strict=False)]
-    unit, length = row.time_unit
-    axes, hours, risks = panels[-1], row.hours / length, 100 * row.risks
+    axes, hours, risks = panels[-1], row.since_first(row.hours), 100 * row.risks
     axes.axhline(100 * threshold, color=plots.OTHER, linestyle="--", linewidth=1)
     axes.plot(hours, risks, "-", color=plots.MODEL, linewidth=1.5, drawstyle="steps-post")
     axes.plot(hours, risks, "o", color=plots.MODEL, markersize=4, clip_on=False)
     top = min(100.0, 1.15 * max(float(risks.max()), 200 * threshold))
-    axes.set(ylim=(0, top), xlabel=f"{unit}s")
+    axes.set(ylim=(0, top), xlabel=f"{row.time_unit[0]}s since the first value")
     axes.set_title(f"Risk in %; dashed: threshold {percent(threshold)}", **NAME)
     first, last, highest = map(percent, (row.risks[0], row.risks[-1], row.risks.max()))
     return figure, (
-        f"Series over time: {'; '.join(words)}. Below, the risk of {outcome}: {first} at "
+        f"Series over the {row.time_unit[0]}s since the first value: {'; '.join(words)}. "
+        f"Below, the risk of {outcome}: {first} at "
         f"{row.time_text(row.hours[0])}, {last} at {row.time_text(row.hours[-1])}, highest "
         f"{highest}; the threshold is {percent(threshold)}."
     )
@@ -173,9 +180,16 @@ def _plot_series(axes: Axes, row: Explanation, f: int) -> str:
     if row.references[f]:
         lower, upper = bottom if low is None else low, top if high is None else high
         axes.axhspan(lower, upper, color=plots.GRID, linewidth=0)
-    hours = times / row.time_unit[1]
     # Without clipping, a point on the edge of the panel is drawn whole.
-    axes.plot(hours, values, "o-", color=plots.INK, linewidth=1, markersize=4, clip_on=False)
+    axes.plot(
+        row.since_first(times),
+        values,
+        "o-",
+        color=plots.INK,
+        linewidth=1,
+        markersize=4,
+        clip_on=False,
+    )
     whole = bool((values == np.round(values)).all())  # states, grades, counts
     axes.yaxis.set_major_locator(MaxNLocator(2, min_n_ticks=2, integer=whole))
     name, unit = row.features[f], with_space(row.units[f])

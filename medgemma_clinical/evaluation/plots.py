@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import base64
+import html
 import io
 import logging
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -20,7 +21,19 @@ from medgemma_clinical.evaluation.metrics_table import DIFFERENCE, Metrics
 for chatty in ("matplotlib", "fontTools"):  # they log each font
     logging.getLogger(chatty).setLevel(logging.WARNING)
 
-INK, GRID, MODEL, OTHER = "#1d2430", "#d5dae2", "#0b6fa4", "#b4531f"
+COLOURS = {
+    "ink": "#1d2430",
+    "soft": "#566070",
+    "grid": "#d5dae2",
+    "model": "#0b6fa4",
+    "other": "#b4531f",
+    "better": "#17693a",
+    "undecided": "#855300",
+    "worse": "#a3211f",
+}
+"""Colours of figures, and of pages on a light screen, by their names in the pages' style."""
+
+INK, SOFT, GRID, MODEL, OTHER = (COLOURS[name] for name in list(COLOURS)[:5])
 
 STYLE = {
     "axes.axisbelow": True,
@@ -29,6 +42,7 @@ STYLE = {
     "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],
     "font.size": 9,
     "grid.color": GRID,
     "grid.linewidth": 0.6,
@@ -47,17 +61,19 @@ LINES: tuple[dict[str, Any], ...] = (
 )
 DOTTED: dict[str, Any] = {"color": INK, "linestyle": ":", "linewidth": 1}
 MARKS = {
-    verdicts.BETTER: ("^", "#17693a"),
-    verdicts.UNDECIDED: ("D", "#855300"),
-    verdicts.WORSE: ("v", "#a3211f"),
-    verdicts.TOO_FEW: ("o", "#566070"),
-    None: (".", "#566070"),
+    verdicts.BETTER: ("^", COLOURS["better"]),
+    verdicts.UNDECIDED: ("D", COLOURS["undecided"]),
+    verdicts.WORSE: ("v", COLOURS["worse"]),
+    verdicts.TOO_FEW: ("o", SOFT),
+    None: (".", SOFT),
 }
-"""Marker and colour of each verdict, and of none; the colours are those of pages on a light screen.
-"""
+"""Marker and colour of each verdict, and of none."""
 
 MIN_DIFFERENCE = 0.05
 """A forest plot reaches at least so far to both sides, so that noise looks small."""
+
+METADATA = ("Creator", "Date", "Format", "Type")
+"""What an SVG file would say of its making."""
 
 Plot = tuple[Figure, str]
 """A figure and its text alternative."""
@@ -69,10 +85,19 @@ class Image(NamedTuple):
     svg: bytes
     alt: str
 
-    @property
-    def source(self) -> str:
-        """The image as a page holds it inside itself."""
-        return f"data:image/svg+xml;base64,{base64.b64encode(self.svg).decode()}"
+    def inline(self, name: str) -> str:
+        """Return an element of a page, in the page's colours; ``name`` is unique on the page."""
+        svg = re.sub("<style.*?</style>", "", self.svg.decode())  # it would hold for the page
+        body = re.sub("<[^>]+>", lambda tag: _in_page(tag[0], name), svg.partition("<svg")[2])
+        return f'<svg role="img" aria-label="{html.escape(self.alt)}"{body}'
+
+
+def _in_page(tag: str, name: str) -> str:
+    """Give a tag of an SVG file ids of its own and the colours of the page."""
+    tag = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", tag)
+    for variable, colour in COLOURS.items():
+        tag = tag.replace(colour, f"var(--{variable})")
+    return tag.replace("fill: #ffffff", "fill: none")
 
 
 def plot_style() -> AbstractContextManager[None]:
@@ -101,7 +126,7 @@ def new_figure(
 def to_image(figure: Figure, alt: str) -> Image:
     """Turn a figure into an SVG image."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(METADATA))
     figure.set_layout_engine("none")  # found once; a file of another format keeps it
     return Image(buffer.getvalue(), alt)
 
@@ -140,7 +165,7 @@ def plot_forest(metrics: Metrics) -> Plot:
     texts = [n if beside == reference else f"{n} minus {beside}" for n, beside in besides.items()]
     axes.set_yticks(range(len(names) + 1), [f"{reference}, reference", *texts])
     axes.set(xlim=(-1.05 * widest, 1.05 * widest), ylim=(len(names) + 0.5, -0.5))
-    axes.set_xlabel("AUROC minus that of the reference [95 %]")
+    axes.set_xlabel("difference in AUROC [95 %]")
     axes.grid(visible=False, axis="y")  # it would hide the ends of the intervals
     alt = f"Forest plot: AUROC of each model minus that of {reference}, with intervals."
     return with_legend(figure) if names else figure, alt

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 
 import pandas as pd
@@ -35,6 +37,7 @@ from medgemma_clinical.evaluation.topics.written_reports import (
     written_sentence,
 )
 from medgemma_clinical.evaluation.verdicts import (
+    at_threshold,
     counts_text,
     multiplicity_sentence,
     percent,
@@ -54,7 +57,23 @@ INTERVALS = (
     f"95 % percentile intervals of {REPLICATES:,} draws of patients; exact intervals "
     "for shares of 0 and 1 at the threshold"
 )
-PAGES.globals.update(percent=percent, compare=compare_words, INTERVALS=INTERVALS)
+PAGES.globals.update(
+    percent=percent,
+    compare=compare_words,
+    today=date.today,
+    INTERVALS=INTERVALS,
+    COLOURS=plots.COLOURS,
+)
+
+
+def unbroken(text: str) -> str:
+    """Return a text in which no line breaks within an interval."""
+    return re.sub(
+        r"[\[(][-+]?\d[^\])]*[\])]", lambda found: found[0].replace(" ", "\N{NO-BREAK SPACE}"), text
+    )
+
+
+PAGES.filters["unbroken"] = unbroken
 
 
 def render(name: str, **content: object) -> str:
@@ -97,14 +116,17 @@ def write_report(
             write_text(folder / "tripod.md", tripod(content, shown, numbers))
     notices = [content.notice, PATIENTS_NOTICE if list_patients else ""]
     reports = suppress_reports(content.reports or {}, min_cell)
+    beginning = at_threshold(content.threshold, content.threshold_choice)
+    box = shown, beginning, content.noun, content.advice
+    findings = [] if has_few else sentences(*box)
     page = render(
         "report",
         title=content.title,
         notice=" ".join(filter(None, notices)),
         min_cell=min_cell,
         content=content,
-        first=[*filter(None, [*content.first, written_sentence(reports)])],
-        findings=[] if has_few else sentences(shown, content.noun),
+        first=[*filter(None, [written_sentence(reports), *content.first])],
+        findings=findings,
         has_few=has_few,
         sections=sections,
         images=images,
@@ -126,6 +148,7 @@ def tripod(content: ReportContent, metrics: Metrics, numbers: Mapping[str, pd.Da
             lines=defaultdict(list, lines),
             subgroups=[] if groups is None else groups.to_dict("records"),
             methods=defaultdict(str, content.methods or {}),
+            threshold=at_threshold(content.threshold, content.threshold_choice),
             **{"code": code, "number": count_text},
         )
     )

@@ -23,6 +23,9 @@ WORD = r"[^\W\d_]{2,}"
 
 END_OF_TREES = "\n\nend of trees\n"
 
+MAX_TREES, MAX_LEAVES = 1000, 255
+"""Bounds of what a file may hold: each split takes a pass over the rows."""
+
 LEFT, NAN = 2, 8
 """Bits of LightGBM's decision type: missing values go left; a branch of their own knows them."""
 
@@ -164,6 +167,8 @@ class Trees:
     def trees(self) -> list[Tree]:
         """The trees, checked."""
         blocks = self.text.removesuffix(END_OF_TREES).split("\nTree=")[1:]
+        if len(blocks) > MAX_TREES:
+            raise ValueError("too many trees")
         return [_read_tree(block, len(self.columns)) for block in blocks]
 
     def risks(self, table: pd.DataFrame) -> Array:
@@ -190,6 +195,8 @@ def _read_tree(block: str, columns: int) -> Tree:
     words = {name: text.split() for name, text in fields.items()}
     leaf = _array(words["leaf_value"], len(words["leaf_value"]))
     splits = len(leaf) - 1
+    if splits >= MAX_LEAVES:
+        raise ValueError("too many leaves")
     names = ("split_feature", "decision_type", "left_child", "right_child")
     feature, kind, left, right = (np.array(words[name], np.int64) for name in names)
     # Known or not is a split of its own, at infinity.

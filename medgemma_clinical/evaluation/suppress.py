@@ -5,21 +5,34 @@ Counts become texts and metrics null, so that what was hidden once can be hidden
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Container, Iterable
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from pandas.api.types import is_float_dtype
 
-from medgemma_clinical.data.small_cells import count_text
+from medgemma_clinical.data.small_cells import count_patients, count_text
+from medgemma_clinical.evaluation.metrics import Array
+from medgemma_clinical.evaluation.metrics_table import FOLD_MINORITY, SPREAD
 
-COUNTS = ("n", "rows", "patients", "events", "minority_patients", "left", "removed")
-AT_THRESHOLD = ("sensitivity", "specificity", "ppv", "npv", "positives", "accuracy")
+COUNTS = ("n", "rows", "patients", "events", "minority_patients", FOLD_MINORITY, "left", "removed")
+AT_THRESHOLD = ("sensitivity", "specificity", "ppv", "npv", "positives")
 SHARES = ["prevalence", "oe", "oe_low", "oe_high"]
 """Columns of a table that tell a hidden count, by another one."""
 
 NOT_SHOWN = "not shown"
+
+SHOWN_THRESHOLDS = 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7
+"""Risks whose lines the table of thresholds has, as far as the decision curve reaches."""
+
+THRESHOLDS = [
+    *SHOWN_THRESHOLDS,
+    *(k / 10**digits for digits in (5, 4, 3, 2) for k in range(10, 100)),
+]
+"""Risks at which curves may have points, where small counts are hidden; all have two digits."""
 
 Json = dict[str, Any]
 
@@ -36,8 +49,49 @@ def suppress(part: Json, min_cell: int) -> Json:
     models = part.get("models", {})
     every = {name for metrics in (part, *models.values()) for name in metrics}
     hidden = every if minority < min_cell else _telling(part, min_cell)
-    models = {name: blank(metrics, hidden) for name, metrics in models.items()}
-    return {**blank(part, hidden), **texts, "models": models}
+    # A metric of a fold of few events tells their ranks, and so do many digits of the mean.
+    spread = SPREAD if part.get(FOLD_MINORITY, 0) < min_cell else []
+    part, *others = (_rounded(blank(x, hidden), spread) for x in (part, *models.values()))
+    return {**part, **texts, "models": dict(zip(models, others, strict=True))}
+
+
+def _rounded(metrics: Json, hidden: Container[str]) -> Json:
+    """Return metrics with four digits, without the hidden numbers of each."""
+    return {
+        name: {
+            key: None if key in hidden else round(number, 4) if type(number) is float else number
+            for key, number in x.items()
+        }
+        if isinstance(x, dict) and name != "models"
+        else x
+        for name, x in metrics.items()
+    }
+
+
+def distant_thresholds(
+    labels: Array,  # (n,)
+    risk: Array,  # (n,)
+    patients: NDArray[np.generic],  # (n,)
+    min_cell: int,
+    thresholds: Iterable[float] = THRESHOLDS,  # the first ones go first
+    kept: Iterable[float] = (),  # known already
+) -> list[float]:
+    """Return thresholds of a risk, rising, between which no small count lies.
+
+    At least ``min_cell`` patients with, and without, the event lie below, between and above them.
+    """
+    names = np.unique(patients, return_inverse=True)[1]  # numbers are counted faster
+    chosen = [-np.inf, *sorted(kept), np.inf]
+
+    def is_large(low: float, high: float) -> bool:
+        part = (risk >= low) & (risk < high)
+        return all(count_patients(names, part & (labels == y)) >= min_cell for y in (0, 1))
+
+    for threshold in thresholds:
+        k = bisect(chosen, threshold)
+        if is_large(chosen[k - 1], threshold) and is_large(threshold, chosen[k]):
+            chosen.insert(k, threshold)
+    return chosen[1:-1]
 
 
 def _telling(part: Json, min_cell: int) -> set[str]:
@@ -45,14 +99,12 @@ def _telling(part: Json, min_cell: int) -> set[str]:
     patients = min(part["n"], part["patients"])
     events = part["events"] / part["n"] * patients
 
-    def tells(count: float, metrics: Json, name: str) -> bool:
-        share = metrics.get(name, {}).get("value")
+    def tells(count: float, name: str) -> bool:
+        share = part.get(name, {}).get("value")
         return share is not None and splits_off_few(count, share, min_cell)
 
-    if tells(events, part, "sensitivity") or tells(patients - events, part, "specificity"):
-        return set(AT_THRESHOLD)
-    models = [part, *part.get("models", {}).values()]
-    return {"accuracy"} if any(tells(patients, each, "accuracy") for each in models) else set()
+    is_small = tells(events, "sensitivity") or tells(patients - events, "specificity")
+    return set(AT_THRESHOLD) if is_small else set()
 
 
 def splits_off_few(count: float, share: float, min_cell: int) -> bool:

@@ -13,8 +13,11 @@ from medgemma_clinical.evaluation.metrics_table import Metrics
 METRICS = {
     "auroc": ("AUROC", ".3f", "how often an event ranks above a non-event; 0.5 is chance"),
     "auprc": ("AUPRC", ".3f", "mean precision over recall; the prevalence is chance"),
-    "accuracy": ("Accuracy at 0.5", ".3f", "share on the right side of a risk of 50 %"),
-    "calibration_slope": ("Slope", ".2f", "below 1 the risks are too extreme; 1 is ideal"),
+    "calibration_slope": (
+        "Slope",
+        ".2f",
+        "1 is ideal; below, risks are too extreme; above, too alike",
+    ),
     "calibration_in_the_large": ("In the large", "+.2f", "0 is ideal; below, risks are too high"),
     "ici": ("ICI", ".3f", "mean distance of the risks from the calibration curve; 0 is ideal"),
     "brier_skill": ("Brier skill", ".3f", "gain over the prevalence as everyone's risk"),
@@ -46,7 +49,8 @@ def model_cells(metrics: Metrics, cost: pd.DataFrame | None = None) -> pd.DataFr
     """Return ``model_table`` with its verdicts as such, which a page draws as marks."""
     reference, lines = metrics.models[0], []
     for model, row in metrics.metric("auroc").iterrows():
-        line: dict[str, Any] = {"Model": model, "Verdict": "the reference", MINUS: ""}
+        line: dict[str, Any] = {"Model": model, "AUROC [95 %]": verdicts.value_text(row)}
+        line |= {"Verdict": "the reference", MINUS: ""}
         if model != reference:
             beside = "" if row.reference == reference else f" to {row.reference}"
             line[MINUS] = verdicts.difference_text(row) + beside
@@ -55,7 +59,6 @@ def model_cells(metrics: Metrics, cost: pd.DataFrame | None = None) -> pd.DataFr
                 line["Verdict"] = verdicts.difference_verdict(
                     row, metrics.counts["minority_patients"]
                 )
-        line["AUROC [95 %]"] = verdicts.value_text(row)
         if "sd" in row:
             line["SD over splits"] = f"{row['sd']:.3f}"
         lines.append(line)
@@ -63,12 +66,10 @@ def model_cells(metrics: Metrics, cost: pd.DataFrame | None = None) -> pd.DataFr
     for name, title, form in (("auprc", "AUPRC", ".3f"), ("brier", "Brier", ".4f")):
         values = metrics.metric(name)["value"]
         table[title] = [verdicts.NO_VALUE if pd.isna(x) else f"{x:{form}}" for x in values]
-    costs = (pd.DataFrame() if cost is None else cost).reindex(metrics.models)
+    costs = pd.DataFrame(cost, metrics.models, [*COST]).astype(float)
     for name, (title, form) in COST.items():
-        if name in costs and costs[name].notna().any():
-            numbers = costs[name].astype(float)
-            table[title] = ["" if pd.isna(x) else f"{x:{form}}" for x in numbers]
-    return table
+        table[title] = ["" if pd.isna(x) else f"{x:{form}}" for x in costs[name]]
+    return table.loc[:, ~table.isin(["", verdicts.NO_VALUE]).all()]
 
 
 def model_table(metrics: Metrics, cost: pd.DataFrame | None = None) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""The result in words: four fixed sentences, and a symbol made of an interval."""
+"""The result in words: fixed sentences, and a symbol made of an interval."""
 
 from __future__ import annotations
 
@@ -90,6 +90,11 @@ def percent(value: float) -> str:
     return f"{number}\N{NO-BREAK SPACE}%"
 
 
+def at_threshold(threshold: float, choice: str) -> str:
+    """Return how a sentence about a threshold begins; ``choice`` is ``describe_threshold``'s."""
+    return f"At the threshold of {percent(threshold)}, {choice}"
+
+
 def primary_baseline(metrics: Metrics) -> str | None:
     """Return the baseline of the planned comparison; None where there is nothing to compare."""
     is_compared = metrics.primary in metrics.models[1:]
@@ -113,46 +118,115 @@ def counts_text(counts: Mapping[str, int], noun: str = "predictions") -> str:
     return f"{rows}{counts['patients']:,} patients, {counts['events']:,} with the event"
 
 
-def sentences(metrics: Metrics, noun: str = "predictions") -> list[Finding]:
-    """Return the result in words, without a baseline of a model alone; ``noun`` names the rows."""
-    counts, values = metrics.counts, metrics.of(metrics.models[0])
-    minority, row = counts["minority_patients"], values.loc["auroc"]
-    level = verdict(row.low, row.high, CHANCE, minority)
-    words = {BETTER: "better than", UNDECIDED: "not shown to differ from", WORSE: "worse than"}
-    few = f"too few to compare ({minority} patients have the rarer outcome) with"
-    text = (
-        f"AUROC {value_text(row)} on {counts_text(counts, noun)}: {words.get(level, few)} chance "
-        "(0.5)."
-    )
-    if row.low == 1:
-        text += " All are ranked correctly: the interval has no width."
-    findings = [Finding(level, text)]
+def sentences(
+    metrics: Metrics, beginning: str, noun: str = "predictions", advice: str = ""
+) -> list[Finding]:
+    """Return the result in words: ranking, other models, calibration, decision, certainty.
+
+    ``beginning`` is ``at_threshold``'s; ``noun`` names the rows;
+    ``advice`` is what helps where there are few events.
+    """
+    values, minority = metrics.of(metrics.models[0]), metrics.counts["minority_patients"]
+    findings = [_ranking(values.loc["auroc"], minority)]
     if name := primary_baseline(metrics):
         row = metrics.row(name, "auroc")
         level = difference_verdict(row, minority)
-        beside = {BETTER: "the baseline is better", WORSE: "this model is better"}
-        text = (
-            f"The baseline of the planned comparison, {name}, has AUROC {value_text(row)}; its "
-            f"AUROC minus that of this model is {difference_text(row)}: "
-            f"{beside.get(level, level.words)}."
-        )
+        compared = f"AUROC {value_text(row)}, minus this model's {difference_text(row)}"
+        text = f"{COMPARED[level]} the simple model ({name}): that has {compared}."
         findings.append(Finding(None, text))  # a symbol would seem to praise this model
-    if "ici" in values.index:
-        slope = value_text(values.loc["calibration_slope"], ".2f")
-        large = value_text(values.loc["calibration_in_the_large"], "+.2f")
-        text = (
-            f"Calibration: slope {slope} (1 is ideal), in the large {large} (0 is ideal), "
-            f"ICI {value_text(values.loc['ici'])} (0 is ideal)."
-        )
-        findings.append(Finding(None, text))
     # Another model that --use names is not in the ensemble.
     if ENSEMBLE in metrics.models[1:] and metrics.models[0] in STAGE_NAMES.values():
         row = metrics.row(ENSEMBLE, "auroc")
         level = difference_verdict(row, minority)
-        adds = {BETTER: "adds", UNDECIDED: "is not shown to add", WORSE: "takes away"}
         text = (
-            f"Beside {row.reference} this model {adds.get(level, 'has too few patients to tell')}: "
-            f"the ensemble of both has AUROC {value_text(row)}, difference {difference_text(row)}."
+            f"{ADDS[level]} {row.reference} alone: AUROC {value_text(row)}, "
+            f"minus that of the latter {difference_text(row)}."
         )
         findings.append(Finding(level, text))
+    if "ici" in values.index:
+        findings.append(Finding(None, _calibration(values)))
+    if "positives" in values.index and values.loc["positives"].value > 0:
+        findings.append(Finding(None, _decision(values, beginning, noun)))
+    findings.append(Finding(None, _certainty(values.loc["auroc"], metrics.counts, noun, advice)))
     return findings
+
+
+COMPARED = {
+    BETTER: "It ranks worse than",
+    UNDECIDED: "It is not shown to rank better or worse than",
+    WORSE: "It ranks better than",
+    TOO_FEW: "Too few events to compare it with",
+}
+"""By the verdict on the AUROC of the simple model minus that of this one."""
+
+ADDS = {
+    BETTER: "Both together (the ensemble) rank better than",
+    UNDECIDED: "Both together (the ensemble) are not shown to rank better than",
+    WORSE: "Both together (the ensemble) rank worse than",
+    TOO_FEW: "Too few events to say whether both together (the ensemble) rank better than",
+}
+RANKS = {0.9: "very well", 0.8: "well", 0.7: "fairly well", 0.0: "better than chance"}
+"""Words for an AUROC whose interval begins at this value or above."""
+
+WIDE_SLOPE = 0.5
+"""A slope whose interval is wider does not show that risks are right, nor that they are wrong."""
+
+
+def _ranking(auroc: Any, minority: int) -> Finding:
+    level = verdict(auroc.low, auroc.high, CHANCE, minority)
+    how = next(words for limit, words in RANKS.items() if not auroc.low < limit)
+    beginning = {
+        BETTER: f"It ranks {how}: of two patients, one with the event and one without it, the "
+        f"first has the higher risk in {percent(auroc.value)} of pairs,",
+        UNDECIDED: "It is not shown to rank better than chance:",
+        WORSE: "It ranks worse than chance:",
+        TOO_FEW: "Too few events to say how well it ranks:",
+    }
+    return Finding(level, f"{beginning[level]} AUROC {value_text(auroc)}; 0.5 is chance.")
+
+
+def _calibration(values: Any) -> str:
+    slope, large = values.loc["calibration_slope"], values.loc["calibration_in_the_large"]
+    faults = [
+        text
+        for is_shown, text in (
+            (slope.high < 1, "high risks are too high and low ones too low"),
+            (slope.low > 1, "high risks are too low and low ones too high"),
+            (large.high < 0, "they are too high on average"),
+            (large.low > 0, "they are too low on average"),
+        )
+        if is_shown
+    ]
+    if math.isnan(slope.value):
+        return "Too few events to say whether its risks may be taken literally."
+    points = f"{100 * values.loc['ici'].value:.1f} percentage points"
+    distance = f"from the observed share by {points} on average"
+    slope_text = f"slope {value_text(slope, '.2f')}, 1 is ideal"
+    if faults:
+        return (
+            f"Its risks may not be taken literally: {' and '.join(faults)}. They differ {distance} "
+            f"({slope_text})."
+        )
+    if not slope.high - slope.low < WIDE_SLOPE:
+        beginning = "Too few events to say whether its risks may be taken literally"
+    else:
+        beginning = "Its risks may be taken literally"
+    return f"{beginning}: they differ {distance} ({slope_text})."
+
+
+def _decision(values: Any, beginning: str, noun: str) -> str:
+    positives, right, found = (
+        values.loc[name].value for name in ("positives", "ppv", "sensitivity")
+    )
+    return (
+        f"{beginning}, {100 * positives:.1f} of 100 {noun} are predicted positive. Of these "
+        f"{percent(right)} have the event, and {percent(found)} of all events are among them."
+    )
+
+
+def _certainty(auroc: Any, counts: Mapping[str, int], noun: str, advice: str) -> str:
+    text = f"Tested on {counts_text(counts, noun)}"
+    if not math.isnan(auroc.low):
+        half = (auroc.high - auroc.low) / 2
+        text += f": chance alone may move the AUROC by about ±{half:.3f}"
+    return f"{text}. {advice}".strip()

@@ -18,11 +18,13 @@ import numpy as np
 from huggingface_hub import HfApi, snapshot_download
 
 from medgemma_clinical.data.small_cells import MIN_CELL
+from medgemma_clinical.data.summaries import summary_names
 from medgemma_clinical.evaluation.baselines import ENSEMBLE
 from medgemma_clinical.files import InputError, atomic, owner_only, write_text
 from medgemma_clinical.models import checkpoints
 from medgemma_clinical.models.checkpoints import BASELINES, CARD, TRAJECTORY_FILE, Config
 from medgemma_clinical.models.model_card import model_card, shareable
+from medgemma_clinical.models.scaler import Scaler
 from medgemma_clinical.models.trained_model import TrainedModel
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 
@@ -87,6 +89,23 @@ def shared_copy(
     save_model(shared, folder, model_card(config, repo_id, min_cell))
 
 
+def columns_of_few(trained: TrainedModel) -> list[str]:
+    """Return the columns of a model's scalers with a mean of fewer than ``MIN_CELL`` patients."""
+    features, inputs = trained.config["features"], trained.config["inputs"]
+    columns = {"scaler": features, "static_scaler": inputs["static"]}
+    columns["summary_scaler"] = summary_names(features, prediction_time=inputs["prediction_time"])
+    few = {
+        name: None
+        for path, scaler in trained.model.named_modules()
+        if isinstance(scaler, Scaler)
+        for name, keeps_few in zip(
+            columns[path.rpartition(".")[2]], scaler.means_of_few(), strict=True
+        )
+        if keeps_few
+    }
+    return list(few)
+
+
 def files_of(folder: Path) -> set[str]:
     """Return the paths, within a folder, of all that is no folder there."""
     paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
@@ -105,12 +124,12 @@ def push_model(
     """Upload a shared copy in place of an earlier model's files; see ``push_to_hub``."""
     if not REPO_ID.fullmatch(repo_id):
         raise InputError(f"{repo_id}: not an id of the hub: give user/name")
-    patients = trained.config.get("patients", {})
-    names = [name for kind in patients.values() for name, n in kind.items() if 0 < n < MIN_CELL]
+    names = columns_of_few(trained)
     if names and not allow_small_cells:
         raise InputError(
-            f"{repo_id}: fewer than {MIN_CELL} training patients stand behind {', '.join(names)}, "
-            "whose values the weights may reveal: train without, or pass allow_small_cells=True"
+            f"{repo_id}: fewer than {MIN_CELL} training patients stand behind a mean of "
+            f"{', '.join(names)}, or an earlier version did not count them: train again, without "
+            "an input of so few, or pass allow_small_cells=True"
         )
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as temporary:

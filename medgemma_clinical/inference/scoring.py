@@ -13,10 +13,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medgemma_clinical.data import checks, distributions
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import show_progress
 from medgemma_clinical.evaluation.report_review import review_report
+from medgemma_clinical.evaluation.topics.written_reports import state_risk
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.checkpoints import Config
 from medgemma_clinical.models.generation import rows_at_once, write_reports
@@ -27,6 +29,9 @@ from medgemma_clinical.models.trajectory import Stage1
 from medgemma_clinical.models.trajectory_llm import LLMWriter
 from medgemma_clinical.training.evaluate import outputs
 from medgemma_clinical.training.loaders import LengthBatches
+
+MAX_COMPARED = 100_000
+"""Rows of a file that are compared with the training data, the first ones."""
 
 NO_FORM = "the report does not have the expected form: do not rely on its text"
 """Problem of a row whose written report does not parse."""
@@ -48,8 +53,28 @@ def scoring_rows(
     findings: Findings,
     max_rows: int,
 ) -> Iterator[ScoringRows]:
-    """Read rows as the checkpoint reads them, ``max_rows`` at a time; a data set is taken whole."""
+    """Read rows as the checkpoint reads them, ``max_rows`` at a time; a data set is taken whole.
+
+    Warns, once all are read, of what does not fit the training data.
+    """
     check_kind(source)
+    medians: list[pd.DataFrame] = []
+    for rows in _read_rows(source, config, datasets, findings, max_rows):
+        if len(medians) * max_rows < MAX_COMPARED:  # files of any length fit
+            inputs = rows.dataset.with_inputs(**config["inputs"])
+            medians.append(distributions.row_medians(inputs))
+        yield rows
+    problems = distributions.compare(config.get("case_mix", {}), pd.concat(medians))
+    checks.log_warnings(problems, findings.source)
+
+
+def _read_rows(
+    source: Path | pd.DataFrame | TrajectoryDataset,
+    config: Config,
+    datasets: Mapping[str, type[TrajectoryDataset]],
+    findings: Findings,
+    max_rows: int,
+) -> Iterator[ScoringRows]:
     if not isinstance(source, TrajectoryDataset):
         yield from datasets[config["dataset"]].scoring_rows(source, config, findings, max_rows)
         return
@@ -172,7 +197,7 @@ def text_collator(dataset: TrajectoryDataset, trained: TrainedModel) -> TextColl
 
 
 def reports_of(scores: Scores, trained: TrainedModel, batch_size: int) -> list[str]:
-    """Return the reports that stage 3 writes for scored rows, M texts."""
+    """Return the reports that stage 3 writes for scored rows, M texts, as it writes them."""
     if scores.text is None:
         return []
     rows, max_tokens = scores.positions, trained.config["report_tokens"]
@@ -181,6 +206,14 @@ def reports_of(scores: Scores, trained: TrainedModel, batch_size: int) -> list[s
         trained.model, scores.text, rows, scores.positive, max_tokens, batch_size
     )
     return [reports[i] for i in rows.tolist()]
+
+
+def with_risks(reports: list[str], scores: Scores) -> list[str]:
+    """Return written reports, M texts, with the risk and its side of the threshold."""
+    outcome = scores.rows.dataset.outcome
+    threshold = scores.trained.rules[scores.used].threshold
+    pairs = zip(reports, scores.probability.tolist(), strict=True)
+    return [state_risk(text, outcome, risk, threshold) for text, risk in pairs]
 
 
 def write_in_batches(
@@ -226,12 +259,13 @@ def prediction_table(
     columns = outcome.columns(scores.probability, trained.rules[scores.used])
     writes = isinstance(trained.model, LLMWriter)
     if writes:
-        columns["report"] = np.array(reports_of(scores, trained, batch_size), dtype=object)
+        reports = reports_of(scores, trained, batch_size)
+        columns["report"] = np.array(with_risks(reports, scores), dtype=object)
     table = pd.DataFrame(columns, index=scored_rows.positions).reindex(range(len(rows.ids)))
     table.insert(0, "id", rows.ids)
     table["problem"] = [findings.problems.pop(number, "") for number in rows.numbers.tolist()]
     if writes:
-        texts = enumerate(columns["report"])
+        texts = enumerate(reports)
         parses = [review_report(scored_rows.dataset, i, text).parses for i, text in texts]
         table.loc[scored_rows.positions[~np.array(parses, dtype=bool)], "problem"] = NO_FORM
         findings.counts[f"have a score, but {NO_FORM}"] += len(parses) - sum(parses)

@@ -31,6 +31,7 @@ from medgemma_clinical.inference.scoring import (
     rows_as_read,
     score_rows,
     scoring_rows,
+    with_risks,
 )
 from medgemma_clinical.inference.serving import prompt_embeds
 from medgemma_clinical.models.checkpoints import Config, TrajectoryCheckpoint
@@ -248,7 +249,9 @@ class TrajectoryModel:
         """Return the reports of stage 3, N texts; their verdicts are those of ``predict``."""
         if self.stage != "generative":
             raise ValueError(f"write_reports needs a model of stage generative: {self.stage}")
-        reports = [reports_of(x, self.trained, self.batch_size) for x in self._scores(rows)]
+        reports = [
+            with_risks(reports_of(x, self.trained, self.batch_size), x) for x in self._scores(rows)
+        ]
         return [text for texts in reports for text in texts]
 
     @exact_kernels()

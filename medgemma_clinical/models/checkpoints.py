@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from medgemma_clinical import __version__
+from medgemma_clinical.data.distributions import row_medians
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, Baselines
 from medgemma_clinical.evaluation.decision import DecisionRule
@@ -104,8 +105,7 @@ class Config(TypedDict, total=False):
     has_patient_ids: bool  # whether the data name patients, or each row counts as one
     data_sha256: str  # of all that was read, before ``--max_samples``
     rows_sha256: str  # of labels, ids, patients and given split, whatever is read of the series
-    patients: dict[str, dict[str, int]]  # training patients behind each series and static feature
-    case_mix: dict[str, Any]  # counts, shares and quartiles of the training part
+    case_mix: dict[str, Any]  # counts, shares, quartiles and distributions of training
     encoder: Any  # arguments of ``ClinicalODERNN``; None where no stage 1 is read
     members: int  # encoders of stage 1, 0 where none is read
 
@@ -129,6 +129,7 @@ class Config(TypedDict, total=False):
 
     # Results, once training has ended.
     decision: dict[str, float]  # slope, intercept, threshold: ``DecisionRule`` of the stage
+    threshold_choice: str | None  # as ``--threshold`` was written; None: Youden's index
     models: dict[str, dict[str, float]]  # the same of each baseline and of the ensemble
     best_model: str  # recommended, ``--use best``
     metrics: dict[str, Any]  # content of ``metrics.json``
@@ -158,9 +159,10 @@ class TrajectoryCheckpoint:
 
 def describe_data(data: Data) -> Config:
     """Return what a checkpoint stores of its data, and the version of the program."""
-    training = demographics(data.dataset).iloc[data.split["train"]]
+    dataset, train = data.dataset, data.split["train"]
+    mix = case_mix(demographics(dataset).iloc[train], row_medians(dataset).iloc[train])
     description = cast(Config, data.description())
-    return {"version": __version__, **description, "case_mix": case_mix(training)}
+    return {"version": __version__, **description, "case_mix": mix}
 
 
 def describe_base(name: str) -> Config:

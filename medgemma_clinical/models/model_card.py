@@ -12,7 +12,11 @@ from huggingface_hub import ModelCard, ModelCardData
 from medgemma_clinical.data.small_cells import MIN_CELL, count_text
 from medgemma_clinical.data.texts import code
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
-from medgemma_clinical.evaluation.decision import MIN_CHOOSING_EVENTS
+from medgemma_clinical.evaluation.decision import (
+    MIN_CHOOSING_EVENTS,
+    DecisionRule,
+    describe_threshold,
+)
 from medgemma_clinical.evaluation.suppress import NOT_SHOWN, suppress
 from medgemma_clinical.evaluation.topics.case_mix import suppress_case_mix
 from medgemma_clinical.evaluation.topics.written_reports import suppress_reports
@@ -26,6 +30,8 @@ MODEL_LIMITS = (
     "hospital or another time. If treatment shapes the label, the model predicts treatment as well "
     "as disease. Metrics of a small test part vary by chance: read the interval, not the value."
 )
+
+RECOMMENDED = "Recommended (--use best)"
 
 METRICS_OF = ("validation", "test", "folds")
 """Parts of ``metrics.json``; a model of all patients has the folds' in place of the others."""
@@ -48,7 +54,6 @@ def shareable(config: Mapping[str, Any], min_cell: int) -> Any:
     hidden = {
         "updated": updated,
         "case_mix": suppress_case_mix(config["case_mix"], min_cell, hide_events=hide_events),
-        "patients": {"series": {}, "static": {}},
         "metrics": {**_without_tables(metrics), **parts},
     }
     return {**config, **{key: x for key, x in hidden.items() if key in config}}
@@ -66,7 +71,11 @@ def model_card(
     units = dict(zip(config["features"], config["units"], strict=True))
     series = config["inputs"].get("series", config["features"])
     shared = shareable(config, min_cell)
+    rows = choosing_rows(config)
+    is_moved = DecisionRule.from_config(config).is_moved
     words: dict[str, Any] = {
+        "threshold_choice": describe_threshold(config.get("threshold_choice"), rows),
+        "recalibration": f"by Platt's method on {rows}" if is_moved else "none",
         "config": shared,
         "model": describe_model(shared),
         "repo_id": repo_id,
@@ -77,6 +86,12 @@ def model_card(
     }
     path = str(Path(__file__).with_suffix(".md.j2"))
     return f"{ModelCard.from_template(ModelCardData(**_header(config)), path, **words)}\n"
+
+
+def choosing_rows(config: Mapping[str, Any]) -> str:
+    """Return the rows that chose a model's threshold and recalibration, in words."""
+    is_of_folds = "folds" in config.get("metrics", {})
+    return "the out-of-fold rows of its folds" if is_of_folds else "its own validation part"
 
 
 def _header(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,7 +135,7 @@ def describe_model(config: Mapping[str, Any]) -> dict[str, str]:
         dynamics = f", dynamics {dynamics}" if dynamics else ""
         lines["Stage 1"] = f"encoder ClinicalODERNN{dynamics}, members {config['members']}"
     if config.get("best_model"):
-        lines["Recommended (--use best)"] = describe_recommended(config)
+        lines[RECOMMENDED] = describe_recommended(config)
     if updated := config.get("updated"):
         counts = f"{count_text(updated['patients'])} patients, {count_text(updated['events'])} with"
         update = f"{updated['model']}, by its {updated['method']}, on {counts} the event"
@@ -167,7 +182,7 @@ def weight_0_sentence(config: Mapping[str, Any]) -> str:
     """Return the sentence of a page about a language model of weight 0; else nothing."""
     if config.get("residual_weight") != 0:
         return ""
-    return f"Weight of the language model: {describe_weight(config)}."
+    return "The language model was not shown to add to stage 1, so each risk is that of stage 1."
 
 
 def built_in_sentence(of: str = "") -> str:

@@ -17,6 +17,7 @@ from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
 from medgemma_clinical.evaluation.topics.calibration import calibration_topic
 from medgemma_clinical.evaluation.topics.decision_curve import decision
 from medgemma_clinical.evaluation.topics.discrimination import discrimination
+from medgemma_clinical.evaluation.topics.instability import instability
 from medgemma_clinical.evaluation.topics.model_comparison import model_comparison
 from medgemma_clinical.evaluation.topics.sites import sites
 from medgemma_clinical.evaluation.topics.subgroups import subgroups
@@ -55,6 +56,7 @@ LABEL = Outcome(
         calibration_topic,
         updates,
         decision,
+        instability,
         model_comparison,
         subgroups,
         sites,

@@ -129,16 +129,26 @@ class TrainedModel:
         return PromptOptions(**self.config["prompts"])
 
 
+def folder_of_stage_1(file: Path) -> Path:
+    """Return the folder that belongs to a file of stage 1; what was moved aside has a number."""
+    return file.with_name(file.stem.replace(Path(TRAJECTORY_FILE).stem, "trajectory"))
+
+
+def file_of_stage_1(folder: Path) -> Path:
+    """Return the file that belongs to a folder of stage 1, the inverse of ``folder_of_stage_1``."""
+    return folder.with_name(folder.name.replace("trajectory", Path(TRAJECTORY_FILE).stem) + ".pt")
+
+
 def checkpoint_path(path: Path) -> Path:
     """Return the checkpoint that ``path`` means: stage 1's file, or the folder of stage 2 or 3."""
-    beside = path.absolute().parent / TRAJECTORY_FILE
+    beside = file_of_stage_1(path.absolute())
     if path.is_file():
         return path
     if (path / "best").is_dir():
         return path / "best"
     if (path / MODULE_WEIGHTS).is_file():
         return path
-    if path.is_dir() and path.absolute().name == "trajectory" and beside.is_file():
+    if path.is_dir() and beside.is_file():
         return beside
     shared = path / TRAJECTORY_FILE  # in a run's folder, one of several models
     if shared.is_file() and not any((path / stage).is_dir() for stage in LLM_STAGES):

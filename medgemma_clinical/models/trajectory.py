@@ -181,18 +181,32 @@ class Stage1(nn.Module):
         for column in summaries.T:
             if patients_behind(column.numpy(), groups) < MIN_CELL:
                 column.fill_(math.nan)  # a summary of few patients is not read
-        static = torch.from_numpy(dataset.static_values(train))
+        static, patients = torch.from_numpy(dataset.static_values(train)), torch.from_numpy(groups)
+        of_values = patients.repeat_interleave(torch.from_numpy(dataset.lengths[train]))
         member: Any
         for member in self.members:
             try:
-                member.encoder.fit_normalizer(values, ~values.isnan())
+                member.encoder.fit_normalizer(values, ~values.isnan(), of_values)
             except ValueError as error:
                 names = ", ".join(dataset.features)
                 raise InputError(f"{error} (features: {names})") from error
-            member.head.summary_scaler.fit(summaries)
-            member.head.static_scaler.fit(static)
+            member.head.summary_scaler.fit(summaries, patients)
+            member.head.static_scaler.fit(static, patients)
             for layer in (member.head.output, member.head.summaries[-1]):
                 nn.init.constant_(layer.bias, prior_log_odds(data.prevalence()))
+
+    def alone(self) -> list[Stage1]:
+        """Return each member as a model of its own, of the same weights."""
+        members: Any = self.members
+        return [Stage1([(member.encoder, member.head)], self.outcome) for member in members]
+
+    @torch.no_grad()
+    def shift(self, logit: float) -> None:
+        """Add a number to the logit of each member."""
+        member: Any
+        for member in self.members:
+            for layer in (member.head.output, member.head.summaries[-1]):
+                layer.bias += logit
 
     def check_gaps(self, dataset: TrajectoryDataset) -> None:
         """Raise an ``InputError`` where the encoder does not accept a data set's longest gap."""

@@ -7,10 +7,15 @@ import importlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
 
 ENDING = (signal.SIGTERM, signal.SIGINT, *((signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()))
+
+
+SECONDS_BETWEEN = 1.0
+"""Between two looks of a worker whether its parent lives."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -22,10 +27,18 @@ class Stopped(KeyboardInterrupt):
 
 
 def begin_process(program: str) -> None:
-    """Load the script, a module's name, in a process that its parent ends."""
+    """Load the script, a module's name, in a process that ends with its parent."""
     # A terminal sends Ctrl-C to all processes: the one that waits ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
     importlib.import_module(program)
+
+
+def _end_with(parent: int) -> None:
+    """End this process once its parent is gone, which may have been killed."""
+    while os.getppid() == parent:
+        time.sleep(SECONDS_BETWEEN)
+    os._exit(1)
 
 
 class SignalHandler:

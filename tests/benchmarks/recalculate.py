@@ -29,7 +29,7 @@ LARGEST = 1e-6
 DRAWS = 400
 TESTED = ["id", "label", "patient", "fold"]
 TITLES = {
-    **{"auroc": "AUROC", "auprc": "AUPRC", "accuracy": "Accuracy at 0.5", "ici": "ICI"},
+    **{"auroc": "AUROC", "auprc": "AUPRC", "ici": "ICI"},
     **{"calibration_slope": "Slope", "calibration_in_the_large": "In the large"},
     **{"calibration_intercept": "Intercept", "e50": "E50", "e90": "E90", "brier": "Brier score"},
     **{"log_loss": "Log loss", "brier_skill": "Brier skill", "ppv": "PPV (%)", "npv": "NPV (%)"},
@@ -114,6 +114,8 @@ def check_page(page, table, threshold):
         shown, part = cells(page, site), (own["label"].to_numpy(float), own["probability"])
         values = [len(own), part[0].sum(), 100 * part[0].mean(), 100 * part[1].mean()]
         scales = [1, 1, 10, 10]
+        if len(shown) > 4:  # the AUROC stands first
+            shown = [*shown[1:5], shown[0], *shown[5:]]
         if len(shown) > 4 and any(char.isdigit() for char in shown[4]):
             values += [roc_auc_score(*part), part[0].sum() / part[1].sum()]
             values += [plain_calibration(part[0], part[1].to_numpy())["calibration_slope"]]

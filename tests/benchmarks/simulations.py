@@ -24,10 +24,11 @@ from scipy.stats import t
 
 from medgemma_clinical.data.fold_split import draw_folds
 from medgemma_clinical.evaluation import metrics as metrics_module
-from medgemma_clinical.evaluation import metrics_table, updating
+from medgemma_clinical.evaluation import metrics_table
 from medgemma_clinical.evaluation.metrics_table import DIFFERENCE, VALUE, evaluate
+from medgemma_clinical.evaluation.recalibration import BOTH, fit_updates
 from medgemma_clinical.evaluation.topics.sites import random_effects
-from medgemma_clinical.evaluation.updating import BOTH, CHOSEN, crosswise, evaluate_updates
+from medgemma_clinical.evaluation.updating import CHOSEN, crosswise, evaluate_updates
 from medgemma_clinical.evaluation.verdicts import BETTER, WORSE, difference_verdict
 
 
@@ -128,7 +129,7 @@ def simulate_updates(sets):
             pooled = crosswise(labels, expit(odds), patients, half, with_slope=True)[BOTH]
             one = np.ones((1, rows))
             before = metrics_module.calibration(labels, pooled.to_numpy(), one)
-            fits = updating.fit_updates(labels, expit(odds))
+            fits = fit_updates(labels, expit(odds))
             true = 0.7 / fits.get(BOTH, (1.0, 0.0))[0]
             page = updates.table["value"]
             slopes = [before["calibration_slope"].item()]

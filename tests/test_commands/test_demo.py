@@ -24,7 +24,8 @@ def finish(args):
     """Write what the demo reads of a finished stage, and say something."""
     logging.getLogger("medgemma_clinical").info("a line of the run")
     stage_folder(args).mkdir()
-    written = {"reports": 10, "parse_share": metric(0.6), "inventing_share": metric(0.2)}
+    written = {"reports": 10, "right_answer_share": metric(0.7), "parse_share": metric(0.6)}
+    written |= {"inventing_share": metric(0.2)}
     content = run_metrics(**({"reports": written} if args.mode == "generative" else {}))
     content |= {} if args.trajectory_only else {"residual_weight": 0}
     (stage_folder(args) / "metrics.json").write_text(json.dumps(content))

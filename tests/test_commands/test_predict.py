@@ -20,6 +20,7 @@ from language_models import TINY_MODEL
 from medgemma_clinical.commands import predict, results
 from medgemma_clinical.data.overlap import TrainingPatients
 from medgemma_clinical.evaluation import metrics
+from medgemma_clinical.evaluation.decision import choose_threshold
 from medgemma_clinical.files import json_hash
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory, save_trajectory
@@ -102,12 +103,12 @@ def test_metrics_are_those_of_the_labelled_rows(runs, strangers, tmp_path, capsy
     for text in (page, capsys.readouterr().out.replace("\xa0", " ")):
         assert f"AUROC {score:.3f} [" in text
         assert f"{known.sum()} patients" in text
-        assert "the ensemble of both has AUROC" in text
-    assert "comparison, blend with statics, has" in page, "as planned in training"
+        assert "the ensemble) " in text
+    assert "simple model (blend with statics)" in page, "as planned in training"
     assert not any(f">{i}<" in page for i in mixed["id"]), "no id of a patient"
     predicted(runs / "trajectory", tmp_path / "mixed.csv", out, "--primary", "last value")
     page = out.with_suffix(".report.html").read_text()
-    assert "comparison, last value, has" in page
+    assert "simple model (last value)" in page
     assert "--min_cell" in page
     few = write_data(strangers.head(9).assign(**{LABEL: "0"}), tmp_path / "few.csv")
     predicted(runs / "trajectory", few, out)
@@ -132,7 +133,7 @@ def test_rows_of_the_training_data_are_left_out_and_counted(
     for rows, left_out in ((both, trained), (turned, trained), (strangers, 0), (foreign, 0)):
         data, out = write_data(rows, tmp_path / "cohort.csv"), tmp_path / "out.csv"
         lines = predicted(runs / stage, data, out)
-        sentence = f"{left_out} patients are in the training data"
+        sentence = f"{left_out} are in the training data"
         shown, page = capsys.readouterr().out, out.with_suffix(".report.html").read_text()
         assert sentence in shown
         assert sentence in page
@@ -156,7 +157,7 @@ def test_an_equal_identifier_counts_only_where_both_files_have_some(
     monkeypatch.setattr(predict, "training_patients", lambda *_: training)
     data = write_data(changed, tmp_path / "cohort.csv")
     predicted(runs / "trajectory", data, tmp_path / "out.csv")
-    found = re.search(r"(\d+) patients are in the training", capsys.readouterr().out)
+    found = re.search(r"(\d+) are in the training", capsys.readouterr().out)
     parts = [runs / "trajectory" / f"predictions_{part}.csv" for part in ("val", "test")]
     trained = len(table) - sum(len(pd.read_csv(path)) for path in parts)
     assert found
@@ -195,6 +196,52 @@ def test_metrics_of_many_chunks_are_those_of_one(runs, strangers, tmp_path, monk
     pd.testing.assert_frame_equal(*evaluated, rtol=0, atol=1e-6)
 
 
+def in_another_unit(rows):
+    """The rows with their series ten times as high, as in another unit."""
+    cells = [re.sub(r"([\d.]+) \(", lambda m: f"{float(m[1]) * 10:g} (", x) for x in rows[SERIES]]
+    return rows.assign(**{SERIES: cells})
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_values_in_another_unit_warn_and_stand_in_the_case_mix(
+    stage, runs, strangers, tmp_path, capsys, caplog, monkeypatch
+):
+    monkeypatch.setitem(MEMORY_ROWS, stage, 7)
+
+    def warnings(rows, checkpoint=runs / stage):
+        caplog.clear()
+        data, out = write_data(rows, tmp_path / "new.csv"), tmp_path / "out.csv"
+        predicted(checkpoint, data, out)
+        shown = [line for line in capsys.readouterr().out.splitlines() if "median" in line]
+        model = trainer.TrajectoryModel.from_pretrained(checkpoint)
+        model.predictions(rows)
+        assert [x for x in caplog.messages if "median" in x and "DataFrame" in x] == [
+            line.replace(str(data), "DataFrame") for line in shown
+        ]
+        return shown
+
+    bare = strangers.head(30).drop(columns=LABEL)
+    assert warnings(bare) == []
+    (line,) = warnings(in_another_unit(bare))
+    assert ": Serum bicarbonate: median 2" in line
+    assert warnings(in_another_unit(bare).head(19)) == []
+    if stage != "trajectory":
+        folder = copy_of(runs, stage, tmp_path)
+        mix = read_trained_config(folder)["case_mix"]
+        numbers = {name: x for name, x in mix.items() if name not in ("series", "static")}
+        change_config(folder, case_mix=numbers)  # as an older checkpoint has it
+        assert warnings(in_another_unit(bare), folder) == []
+        return
+    warnings(in_another_unit(strangers))
+    page = (tmp_path / "out.report.html").read_text().replace("\xa0", " ")
+    cells = r"Serum bicarbonate</th><td>2\d.* to .*</td><td>(\d+) \((\d+) to (\d+)\)</td>"
+    here = list(map(int, re.search(cells, page).groups()))
+    dataset = trainer.MIMICtrajectoryDataset(in_another_unit(strangers))
+    medians = [np.median(values) for i in range(100) for *_, values in dataset.measured(i)]
+    assert here == pytest.approx(np.quantile(medians, [0.5, 0.25, 0.75]), rel=0.02)
+    assert '<th scope="row">weight [kg]</th><td>76 (' in page
+
+
 @pytest.mark.parametrize("size", [7, 10_000])
 def test_sites_of_the_labelled_rows_are_counted(size, runs, strangers, tmp_path, monkeypatch):
     monkeypatch.setitem(MEMORY_ROWS, "trajectory", size)
@@ -203,7 +250,8 @@ def test_sites_of_the_labelled_rows_are_counted(size, runs, strangers, tmp_path,
     out = tmp_path / "out.csv"
     predicted(runs / "trajectory", write_data(rows, tmp_path / "a.csv"), out, "--site", "ward")
     source = out.with_suffix(".report.html").read_text()
-    counts = dict(re.findall(r'<th scope="row">([^<]+)</th>\s*<td>(\d+)</td>', source))
+    cells = r'<th scope="row">([^<]+)</th>\s*(?:<td>[^<]*</td>\s*)??<td>(\d+)</td>'
+    counts = dict(re.findall(cells, source))
     assert {"not known": "25", "A": "48", "B": "25"}.items() <= counts.items()
 
 
@@ -334,6 +382,59 @@ def test_the_weight_of_the_language_model_lies_with_the_weights(stage, runs, tab
     assert not np.allclose(logits[0], logits[2], atol=1e-4)
     alone = predicted(tmp_path / TRAJECTORY_FILE, data, tmp_path / "stage_1.csv")["probability"]
     np.testing.assert_allclose(logits[0], np.log(alone / (1 - alone)), atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", ["trajectory", "classification"])
+def test_a_threshold_of_the_call_is_a_risk_or_chosen_on_the_validation_part(
+    stage, runs, table, tmp_path, capsys
+):
+    data, out = write_data(table.head(60), tmp_path / "few.csv"), tmp_path / "out.csv"
+    lines = predicted(runs / stage, data, out, "--threshold", "0.1", "--use", "blend")
+    assert (lines["prediction"] == (lines["probability"] >= 0.1)).all()
+    val = pd.read_csv(runs / stage / "predictions_val.csv")
+    labels, goal = val["label"].to_numpy(float), "specificity 0.7"
+    for name in ("probability", "blend"):
+        use = ("--use", name) if name == "blend" else ()
+        lines = predicted(runs / stage, data, out, "--threshold", goal, *use)
+        threshold = choose_threshold(goal, labels, val[name].to_numpy())
+        assert (lines["prediction"] == (lines["probability"] >= threshold)).all()
+        assert lines["prediction"].nunique() == 2
+    page = out.with_suffix(".report.html").read_text()
+    assert "for a specificity of at least 70 % on its own validation part" in page
+    alone = tmp_path / "alone"
+    trainer.TrajectoryModel.from_pretrained(runs / stage).save_pretrained(alone)
+    more = ("--model_name", TINY_MODEL, "--threshold")
+    words = command(alone, data, tmp_path / "no.csv", *more)
+    assert refused(capsys, [*words, goal], "--threshold", out=tmp_path / "no.csv")
+    for wrong in ("1.5", "0", "much", "accuracy 0.9", "sensitivity 90", "nan"):
+        with pytest.raises(SystemExit, match="2"):
+            trainer.main([*words, wrong])
+
+
+def test_a_page_of_notes_begins_with_the_share_of_right_answers(runs, strangers, tmp_path, capsys):
+    rows = strangers.head(30).assign(**{LABEL: ["0", "1", "0"] * 10})
+    out = tmp_path / "out.csv"
+    lines = predicted(runs / "generative", write_data(rows, tmp_path / "rows.csv"), out)
+    right = (lines["prediction"] == rows[LABEL].astype(int).to_numpy()).mean()
+    sentence = f"Of 30 written reports {100 * right:.1f} ["
+    assert sentence in capsys.readouterr().out
+    page = out.with_suffix(".report.html").read_text()
+    assert page.index(sentence) < page.index("AUROC")
+    folded = predicted(runs / "generative", tmp_path / "rows.csv", out, "--use", "blend")
+    assert len(folded) == 30
+    assert sentence[:23] not in out.with_suffix(".report.html").read_text()
+
+
+@pytest.mark.parametrize("stage", STAGES[:2])
+def test_a_result_that_was_moved_aside_is_a_checkpoint(stage, runs, table, tmp_path):
+    shutil.copytree(runs / stage, tmp_path / f"{stage}.1")
+    shutil.copy(runs / TRAJECTORY_FILE, tmp_path / "medgemma_trajectory_best.1.pt")
+    data, goal = write_data(table.head(9), tmp_path / "few.csv"), ("--threshold", "specificity 0.7")
+    lines = [
+        predicted(folder, data, tmp_path / "out.csv", *goal)
+        for folder in (runs / stage, tmp_path / f"{stage}.1")
+    ]
+    pd.testing.assert_frame_equal(*lines)
 
 
 @pytest.mark.parametrize("stage", ["trajectory", "generative"])

@@ -12,9 +12,15 @@ import medgemma_trainer as trainer
 from language_models import TINY_MODEL
 from medgemma_clinical.commands import report_content, results, run_folder
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, describe_tuning
-from medgemma_clinical.evaluation.decision import Predictions, youden_threshold
+from medgemma_clinical.evaluation.decision import (
+    DecisionOptions,
+    Predictions,
+    choose_threshold,
+    youden_threshold,
+)
 from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
+from medgemma_clinical.models.model_card import weight_0_sentence
 from medgemma_clinical.models.trained_model import read_trained_config
 from medgemma_clinical.training.state import describe_selection
 from pages import Page
@@ -61,15 +67,24 @@ def test_every_output_is_one_table_of_the_predictions(stage, runs):
     assert own["auroc"] == tracked["test_auroc"] == known["test"]["auroc"]["value"]
 
 
-def test_the_primary_baseline_is_the_one_that_was_named(dka_file, tmp_path, capsys):
+def test_primary_baseline_and_threshold_are_those_that_were_named(dka_file, tmp_path, capsys):
     words = ["--trajectory_only", "--trajectory_epochs=1", "--log_file=none"]
     words += ["--data_path", dka_file]
     words += ["--output_dir", tmp_path / "run", "--primary", "last value"]
+    words += ["--threshold", "specificity 0.8"]
     assert trainer.main([*map(str, words)]) == 0
-    assert "planned comparison, last value, has" in capsys.readouterr().out
+    assert "simple model (last value)" in capsys.readouterr().out
     known = read(tmp_path / "run" / "trajectory" / "metrics.json")["test"]
     assert known["primary"] == "last value"
     assert known["planned"] == ["last value", ENSEMBLE]
+    folder = tmp_path / "run" / "trajectory"
+    val, model = predictions_of(folder, "val"), trainer.TrajectoryModel.from_pretrained(folder)
+    assert model.config["threshold_choice"] == "specificity 0.8"
+    for name, rule in model.trained.rules.items():
+        labels, risk = val["label"].to_numpy(float), val[name].to_numpy()
+        assert rule.threshold == pytest.approx(choose_threshold("specificity 0.8", labels, risk))
+    page = Page((folder / "report.html").read_text()).text
+    assert "for a specificity of at least 80 % on the validation part" in page
 
 
 def test_baselines_of_the_test_part_learn_from_validation_rows_and_those_of_it_do_not(
@@ -244,7 +259,7 @@ def test_the_chosen_weight_is_kept_with_the_model_and_makes_its_predictions():
         stage = stage_of_patients(*flags)
         data = data_for(arguments("--model_name", TINY_MODEL, *flags), patients())
         predictions, decided = results.apply_decisions(
-            dict.fromkeys(PARTS, raw), stage, data, "none"
+            dict.fromkeys(PARTS, raw), stage, data, DecisionOptions()
         )
         weight = decided.get("residual_weight", 1.0)
         assert ("residual_weight" in decided) == weighs == (weight < 1)
@@ -254,20 +269,37 @@ def test_the_chosen_weight_is_kept_with_the_model_and_makes_its_predictions():
             assert predictions[part].logit == pytest.approx(weight * logit)
 
 
-def test_stage_3_shows_the_first_test_patient_with_the_event_where_values_may_be_shown(
-    calibrated, tmp_path
-):
-    place, _ = calibrated
+@pytest.fixture(scope="module")
+def notes(calibrated, tmp_path_factory):
+    """Stage 3 after one epoch, which adds nothing to its stage 1: folder, page, last values."""
+    (place, _), folder = calibrated, tmp_path_factory.mktemp("notes")
     words = ["--mode", "generative", "--data_path", str(place / "data.csv"), "--epochs", "1"]
     words += ["--ode_checkpoint", str(place / "none" / TRAJECTORY_FILE), "--model_name", TINY_MODEL]
-    words += ["--output_dir", str(tmp_path), "--log_file", "none"]
-    assert trainer.main([*words, "--show_values"]) == 0
-    page = Page((tmp_path / "generative" / "report.html").read_text()).text
-    test = predictions_of(tmp_path / "generative", "test")
+    words += ["--output_dir", str(folder), "--log_file", "none", "--show_values"]
+    assert trainer.main(words) == 0
     series = pd.read_csv(place / "data.csv").set_index("id")["clinical_trajectory"]
-    last = [series[each].split(" ")[-2] for each in test["id"]]
-    shown = [f"{value} (6h)" in page for value in last]
-    assert shown == [k == test["label"].argmax() for k in range(len(test))]
+    page = (folder / "generative" / "report.html").read_text()
+    return folder / "generative", page, series.str.split(" ").str[-2]
+
+
+def test_stage_3_shows_a_test_patient_drawn_by_seed_where_values_may_be_shown(notes):
+    folder, page, last = notes
+    test, text = predictions_of(folder, "test"), Page(page).text
+    drawn = np.random.default_rng(0).integers(len(test))
+    values = last[test["id"]].tolist()
+    assert [f"{value} (6h)" in text for value in values] == [x == values[drawn] for x in values]
+    assert f"risk {100 * test[STAGE_NAMES['generative']][drawn]:.1f}" in text
+
+
+def test_a_language_model_that_adds_nothing_is_one_sentence_and_the_results_are_folded(notes):
+    folder, page, _ = notes
+    config = read(folder / "metrics.json")
+    assert config["residual_weight"] == 0
+    sentence = weight_0_sentence(config)
+    assert sentence in Page(page).text
+    box, folded = page.index(sentence), page.index("The results of stage 1, again")
+    own = page.index("It ranks")
+    assert box < page.index("Written reports") < folded < own < page.index("</details>", own)
 
 
 def test_a_test_part_of_few_events_names_the_folds(caplog):
@@ -277,5 +309,7 @@ def test_a_test_part_of_few_events_names_the_folds(caplog):
         tested = {"id": "", "label": labels, "patient": np.arange(90).astype(str)}
         table = pd.DataFrame({**tested, "model": np.linspace(0, 1, 90)})
         with caplog.at_level("INFO"):
-            results.log_results({"val": evaluate(table, 0), "test": evaluate(table, 0)}, None, "x")
+            results.log_results(
+                {"val": evaluate(table, 0), "test": evaluate(table, 0)}, 0.5, None, "x"
+            )
         assert ("--folds" in caplog.text) == named

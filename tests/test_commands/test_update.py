@@ -1,12 +1,16 @@
 """``--predict --update``: a model that a hospital has moved to its own rows."""
 
+from unittest.mock import MagicMock
+
 import numpy as np
 import pandas as pd
 import pytest
 from scipy.special import logit
 
+import medgemma_trainer as trainer
 from conftest import SAMPLE
 from language_models import TINY_MODEL
+from medgemma_clinical.inference import hub
 from medgemma_clinical.inference.hub import shared_copy
 from medgemma_clinical.models.trained_model import read_trained_config
 from medgemma_trainer import TrajectoryModel
@@ -35,7 +39,7 @@ def spread(before, after):
     ("stage", "use"), [*((stage, "stage") for stage in STAGES[:2]), ("trajectory", "ensemble")]
 )
 def test_the_updated_model_loads_and_predicts_the_event_for_the_same_rows(
-    stage, use, runs, table, strangers, tmp_path, capsys
+    stage, use, runs, table, strangers, tmp_path, capsys, monkeypatch
 ):
     """Rows of the training data do not update it, and those that did are known to it."""
     rows = pd.concat([table.iloc[:40], strangers])
@@ -56,7 +60,7 @@ def test_the_updated_model_loads_and_predicts_the_event_for_the_same_rows(
     assert (updated["rows"], updated["patients"]) == (len(strangers) + held_out,) * 2
     assert updated["events"] >= (strangers[LABEL] == "1").sum()
     if stage == "trajectory":
-        assert f"{len(rows)} patients are in the training data" in told
+        assert f"{len(rows)} are in the training data" in told
         assert "No metrics" in told
     else:
         assert "does not hold its training data" in told
@@ -65,6 +69,11 @@ def test_the_updated_model_loads_and_predicts_the_event_for_the_same_rows(
         updates = ["--update", str(new)]
         predicted(runs / stage, data, tmp_path / "3.csv", *flags, *updates)
         assert (new.parent / "new.1").is_dir(), "an earlier model is moved aside"
+        kept = {path: path.read_bytes() for path in new.parent.rglob("*") if path.is_file()}
+        monkeypatch.setattr(hub, "write_text", MagicMock(side_effect=OSError(28, "No space")))
+        assert trainer.main(command(runs / stage, data, tmp_path / "4.csv", *flags, *updates)) == 3
+        assert {path: path.read_bytes() for path in kept} == kept
+        assert not (new.parent / "new.2").exists()
 
 
 def test_a_shared_copy_is_updated_twice_and_knows_the_rows_but_not_its_training(
@@ -87,7 +96,7 @@ def test_a_shared_copy_is_updated_twice_and_knows_the_rows_but_not_its_training(
 def test_where_tests_show_no_need_no_model_is_written(
     runs, strangers, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("medgemma_clinical.evaluation.updating.LEVEL", 0.0)
+    monkeypatch.setattr("medgemma_clinical.evaluation.recalibration.LEVEL", 0.0)
     data, new = write_data(strangers, tmp_path / "rows.csv"), tmp_path / "new"
     predicted(runs / "trajectory", data, tmp_path / "out.csv", "--update", str(new))
     assert f"--update {new}: not written" in capsys.readouterr().out

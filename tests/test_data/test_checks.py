@@ -61,7 +61,6 @@ RARE = {
     "trajectory_lactate": [f"{k} (0h)" for k in range(10)] + [""] * 190,
     "static_rare": [*range(10), *[NAN] * 190],
     "static_two": [1] * 10 + [0] * 190,
-    "prediction_hours": [4] * 10 + [NAN] * 190,
 }
 
 
@@ -74,7 +73,7 @@ RARE = {
         (["180 (0h) -> 21 (4h)"] * 200, {}, ["Anion gap: 200 of 400 values lie outside -5 to 60"]),
         (["20 (0h) -> 21 (9000h)"] * 200, {}, ["--time_scale 9000"]),
         (SOUND, {"static_same": 1}, ["static_same is not read"]),
-        (SOUND, RARE, ["lactate", "prediction_hours", "static_rare", "static_two"]),
+        (SOUND, RARE, ["lactate", "static_rare", "static_two"]),
         (SOUND, {"clinical_contexts": "54 years"}, ["clinical_context"]),
     ],
 )
@@ -100,7 +99,7 @@ def test_without_labels_a_file_is_ready_to_predict_on_and_rows_without_one_are_c
     some = np.where(np.arange(200) < 12, NAN, np.arange(200) % 2)
     rows = dataset_of(SOUND, label_escalation=some)
     messages, _ = checked(rows)
-    assert labelled_rows(rows).flow.to_numpy().tolist() == [["without a label", 12, 188]]
+    assert labelled_rows(rows).flow.to_numpy().tolist() == [["without a label", 12, 188, 188]]
     assert any("12 rows without a label" in line for line in messages)
     assert any(line.startswith("split") and "train 152 rows" in line for line in messages)
     assert messages[-1] == "ready, with warnings"  # of few patients in the test part

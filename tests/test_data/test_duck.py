@@ -301,8 +301,8 @@ def test_both_files_are_written_or_none_and_the_description_first(tmp_path, monk
 
 def test_each_candidate_is_removed_by_the_first_rule_that_applies():
     rules = pd.DataFrame({"first": [True, True, False], "second": [True, False, False]})
-    left, flow = duck.apply_rules(rules, "table")
+    left, flow = duck.apply_rules(rules, "table", pd.Series(["a", "b", "b"]))
     assert left.tolist() == [False, False, True]
-    assert [(rule["removed"], rule["left"]) for rule in flow] == [(2, 1), (0, 1)]
+    assert [[*rule.values()] for rule in flow] == [["first", 2, 1, 1], ["second", 0, 1, 1]]
     with pytest.raises(InputError, match="table: of 3 candidates none is left: 3 out"):
-        duck.apply_rules(rules.assign(first=True), "table")
+        duck.apply_rules(rules.assign(first=True), "table", pd.Series(["a", "b", "b"]))

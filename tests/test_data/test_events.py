@@ -292,7 +292,8 @@ def test_what_is_stored_after_the_prediction_time_is_not_known(tmp_path, caplog)
     table.loc[2, "storetime"] = pd.NaT
     rows, description = long_file(table, tmp_path, mini.label_table())
     assert rows["clinical_trajectory"][0] == "15 (6h)"
-    assert description["values"] == {"without a number": 1, "never stored": 1, "converted": 0}
+    counts = {"without a number": 1, "never stored": 1, "converted": 0}
+    assert description["values"] == {"repeated": 0, **counts}
     rows = long(table.drop(columns="storetime"), tmp_path, mini.label_table())
     assert rows["clinical_trajectory"][0] == "15 (6h) -> 16 (7h) -> 17 (8h)"
     assert "no storetime" in caplog.text

@@ -1,6 +1,8 @@
 """from_long on what people hold: a laboratory's export and a list of patients, each as it is."""
 
+import json
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -78,7 +80,30 @@ def trajectory(made):
     return rows["clinical_trajectory"].tolist()[0]
 
 
-# --------------------------------------------------------------------------- columns
+# --------------------------------------------------------------------------- lines and columns
+
+
+def test_lines_that_appear_twice_are_dropped_with_a_count(make, caplog):
+    """Lines that differ in any column are different measurements, whatever is read of them."""
+    caplog.set_level(logging.INFO)
+    table = labs("2", patients=1).assign(Sample=range(3))
+    again = pd.concat([table, table, table[:1], table[2:].assign(Sample=9)])
+    made = make(again, people(1))
+    assert trajectory(made) == "1 (0h) -> 1.5 (12h) -> 2 (24h) -> 2 (24h)"
+    assert made[1]["values"]["repeated"] == 4
+    assert "4 lines are repeated" in caplog.text
+
+
+def test_what_a_window_loses_is_said_with_its_events_and_the_flag(make, caplog):
+    caplog.set_level(logging.INFO)
+    late = START + pd.Timedelta("9D")
+    patients = people(4, Admitted=[START, late, START, late], **{"AKI stage 3": list("1100")})
+    make(labs(patients=4), patients)
+    lost = "2 of 4 rows (50.0%) and 1 of 2 events are lost"
+    assert f"{lost}, with no value of creatinine in the window: --window_hours 48" in caplog.text
+    caplog.clear()
+    make(labs(), people())
+    assert "lost" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -157,6 +182,60 @@ def test_a_name_is_found_whatever_its_case_and_signs_the_same_text_first():
     assert roles.find_column(["a"], "", "b") is None
 
 
+@pytest.mark.parametrize("ending", [".csv", ".xlsx"])
+@pytest.mark.parametrize(
+    ("names", "flags", "place"),
+    [
+        (("Result", "Result"), (), "labs.*, column Result: "),
+        (("Result (mg/dL)", "Result (mmol/L)"), (), r"labs.*, column Result \(mg/dL\): "),
+        (("Result (mg/dL)", "Result (mmol/L)"), ("value=Result (mmol/L)",), ""),
+        (("value", "Value"), (), ""),  # the usual name itself
+        (("Result", "Ward", "Ward"), (), ""),
+    ],
+)
+def test_a_column_that_is_read_has_a_name_of_its_own(names, flags, place, ending, make):
+    if ending == ".xlsx":
+        pytest.importorskip("openpyxl")
+    table = labs().assign(**{f"other{k}": "9" for k in range(len(names) - 1)})
+    table = table.set_axis([*table.columns[:3], *names], axis="columns")
+    flags = (*FLAGS["columns"], *flags)
+    if place:
+        with pytest.raises(InputError, match=place):
+            make(table, people(), ending, columns=flags)
+    else:
+        read = "9 (0h) -> 9 (12h)" if len(flags) > 1 else "1 (0h) -> 1.5 (12h)"
+        assert trajectory(make(table, people(), ending, columns=flags)) == read
+
+
+LONG, WRONG_ID = 10**16 + 3, r"column Patient: \d cells? "
+
+
+@pytest.mark.parametrize(
+    ("ids", "ending", "place"),
+    [
+        (["x" * 301, "x" * 302], ".csv", WRONG_ID),
+        (["x" * 299 + "1", "x" * 299 + "2"], ".csv", ""),
+        (["A\tB", "C"], ".csv", WRONG_ID),
+        (["1,2E+16", "1"], ".csv", WRONG_ID),
+        ([LONG, LONG + 16], ".xlsx", "column Patient: "),
+        ([str(LONG), str(LONG + 1)], ".xlsx", ""),
+        ([LONG, LONG + 1], ".csv", ""),
+    ],
+)
+def test_a_patient_keeps_the_whole_of_an_id_or_is_refused(ids, ending, place, make):
+    pytest.importorskip("openpyxl")
+    table, patients = labs(), people()
+    table["Patient"] = table["Patient"].map(dict(zip(patients["Patient"], ids, strict=True)))
+    patients["Patient"] = ids
+    for labels in (patients, people()):
+        if place:
+            with pytest.raises(InputError, match=place):
+                make(table, labels, ending)
+    if not place:
+        rows, _ = make(table, patients, ending)
+        assert rows["subject_id"].tolist() == [*map(str, ids)]
+
+
 # --------------------------------------------------------------------------- cells
 
 
@@ -210,24 +289,59 @@ def test_labels_may_be_words(pair, make):
     assert rows["label_escalation"].tolist() == [0, 1]
 
 
+UNCLEAR = "column Result: .*--decimal"
+DROP = {"bad_values": "drop"}
+PH = "7.35 (0h) -> 7.412 (12h) -> 7.3 (24h)"
+THREE_DIGITS = "column Result: .* of Creatinine .*--decimal"
+
+
 @pytest.mark.parametrize(
-    ("sep", "cells", "read"),
+    ("sep", "cells", "flags", "read"),
     [
-        (";", ("2,25", "<0,5"), "2.25 (24h) -> 0.25 (36h)"),
-        (";", ("1,200", "7"), "1.2 (24h) -> 7 (36h)"),
-        ("\t", ("2.25", "7"), "2.25 (24h) -> 7 (36h)"),
-        (";", ("2,25", "2.25"), None),
-        (",", ("2,25", "7"), None),  # within quotes
-        ("\t", ("1,200", "7"), None),
+        (";", ("2,25", "<0,5"), {}, "2.25 (24h) -> 0.25 (36h)"),
+        ("\t", ("2,25", "<0,5"), {}, "2.25 (24h) -> 0.25 (36h)"),
+        ("\t", ("2.25", "7"), {}, "2.25 (24h) -> 7 (36h)"),
+        (";", ("4,1", "s. Bem."), DROP, "1 (12h) -> 4.1 (24h)"),
+        (";", ("0,250", "900"), {}, "0.25 (24h) -> 900 (36h)"),
+        (";", ("1,250", "1,5"), {}, "1.25 (24h) -> 1.5 (36h)"),
+        (";", ("4,1 mmol/L", "900"), DROP, "column Result: 2 cells are with a unit"),
+        (";", ("<12%", "9"), DROP, "column Result: 2 cells are with a unit"),
+        (";", ("2 x positive", "9"), DROP, "1 (12h) -> 9 (36h)"),
+        (";", ("2,25", "2.25"), {}, UNCLEAR),
+        (",", ("2,25", "7"), {}, UNCLEAR),  # within quotes
+        (",", ("2,25", "7"), {"decimal": "comma"}, "2.25 (24h) -> 7 (36h)"),
+        (",", ("2,250", "7"), {"decimal": "point"}, "2250 (24h) -> 7 (36h)"),
+        (";", ("1,250", "900"), {}, THREE_DIGITS),
+        (";", ("1.234", "900"), DROP, THREE_DIGITS),
+        ("\t", ("1,200", "7"), {}, THREE_DIGITS),
+        (",", ("1.234", "900"), {}, THREE_DIGITS),
+        (";", ("1,250", "900"), {"decimal": "comma"}, "1.25 (24h) -> 900 (36h)"),
+        (";", ("1,250", "1,250.5"), {"decimal": "point"}, "1250 (24h) -> 1250.5 (36h)"),
+        (";", ("<1.234", "4,5"), {"decimal": "comma"}, "617 (24h) -> 4.5 (36h)"),
+        (";", ("150.000", "250.000", "180.000"), {}, UNCLEAR),  # nothing else has decimals
+        (";", ("7,350", "7,412", "7,300"), {}, PH),  # potassium has
+        (",", ("1,234,567", "7"), DROP, UNCLEAR),
+        (",", ("1 234", "7"), DROP, UNCLEAR),
+        (",", ("1 234", "7"), {"decimal": "point"}, "1234 (24h) -> 7 (36h)"),
+        (";", ("4.1", "4,5"), {"decimal": "comma"}, "column Result: 2 cells look like numbers"),
+        (";", ("4.1", "4,5"), {"decimal": "comma", **DROP}, "1 (12h) -> 4.5 (36h)"),
     ],
 )
-def test_a_comma_is_decimal_where_semicolons_separate_and_never_beside_a_point(
-    sep, cells, read, make
+def test_decimals_and_thousands_are_read_as_said_or_as_nothing_contradicts(
+    sep, cells, flags, read, make
 ):
-    table, flags = labs(*cells).replace({"1.5": "1"}), {"sep": sep, "below_limit": "half"}
-    if read is None:
-        with pytest.raises(InputError, match="column Result: "):
+    """An item with decimals says nothing of the thousands of another."""
+    potassium = labs("5.1" if "." in cells[0] else "5,1", patients=1).iloc[2:]
+    table = labs(*cells).replace({"1.5": "1"})
+    if len(cells) == 3:
+        table = table[table["Collected"] < START + pd.Timedelta("36h")].assign(Result=[*cells] * 2)
+    if sep == ";" and read in (THREE_DIGITS, PH):
+        table = pd.concat([table, potassium.assign(Analyte="Potassium")])
+    flags = {"sep": sep, "below_limit": "half", "series": (*SERIES, "K=Potassium"), **flags}
+    if read.startswith("column"):
+        with pytest.raises(InputError, match=read) as caught:
             make(table, people(), **flags)
+        assert "--bad_values" not in str(caught.value)
     else:
         assert trajectory(make(table, people(), **flags)).endswith(read)
 
@@ -261,17 +375,83 @@ def test_limits_and_other_texts_are_read_as_the_flags_say(flags, read, said, mak
         assert said in caplog.text
 
 
-@pytest.mark.parametrize("words", [("5.1 H", "x" * 31), tuple("abcdef")])
-def test_texts_that_may_tell_of_a_patient_are_counted_alone(words, make, caplog):
+@pytest.mark.parametrize("decimal", ["", "comma"])
+@pytest.mark.parametrize("ending", [".xlsx", ".parquet"])
+def test_a_number_that_is_stored_as_such_has_no_sign_to_ask_for(ending, decimal, make):
+    """A table with decimal commas may come with an Excel file of patients."""
+    pytest.importorskip("openpyxl")
+    table = labs(patients=1).assign(Result=[1.234, 900])
+    made = make(table, people(1, BMI=24.125), ending, static=("bmi=BMI",), decimal=decimal)
+    assert trajectory(made) == "1.234 (0h) -> 900 (12h)"
+    assert made[0]["static_bmi"].tolist() == ["24.125"]
+
+
+def german_export(patients=40):
+    """A laboratory's table as texts, and the numbers that they stand for by patient and item."""
+    rng, rows, numbers = np.random.default_rng(5), [], {}
+    forms = {
+        "Kalium": lambda x: f"{3 + 2 * x:.1f}",
+        "pH": lambda x: f"{7.2 + x / 4:.3f}",  # always three digits
+        "CK": lambda x: f"{round(2500 * x + 10):,}",  # thousands
+        "CRP": lambda x: f"<{1 + x:.1f}" if x < 0.3 else f"{9 * x:.2f}",
+    }
+    for p in range(patients):
+        for hours in np.sort(rng.choice(48, 9, replace=False)):
+            item = [*forms][hours % 4]
+            english = forms[item](rng.random())
+            text, time = english.translate(str.maketrans(",.", ".,")), f"{hours} h"
+            value = float(english.strip("<").replace(",", "")) / (1 + english.startswith("<"))
+            numbers.setdefault((f"P{p}", item), []).append((int(hours), value))
+            rows += [(f"P{p}", START + pd.Timedelta(time), item, text)] * rng.choice([1, 1, 2])
+            rows.append((f"P{p}", START + pd.Timedelta(time), item, "s. Bem."))
+    table = pd.DataFrame(rows, columns=["Pat.-Nr.", "Entnahme", "Parameter", "Ergebnis"])
+    return table.sample(frac=1, random_state=1), numbers
+
+
+@pytest.mark.parametrize(("ending", "sep"), [(".csv", ";"), (".csv", "\t"), (".xlsx", "")])
+def test_an_export_with_every_trap_is_refused_or_read_right_in_each_cell(ending, sep, make):
+    pytest.importorskip("openpyxl")
+    table, numbers = german_export()
+    smoking = ["None", "NA", "Raucher", "nie"] * 10
+    patients = people(40, Raucher=smoking).rename(columns={"Patient": "Pat.-Nr."})
+    names = ("subject_id=Pat.-Nr.", "time=Entnahme", "item=Parameter", "value=Ergebnis")
+    flags = {"columns": (*FLAGS["columns"], *names), "series": (), "static": ("smoking=Raucher",)}
+    flags |= {"below_limit": "half", **DROP, "sep": sep}
+    with pytest.raises(InputError, match=r"column Ergebnis: .*--decimal"):
+        make(table, patients, ending, **flags)
+    rows, about = make(table, patients, ending, decimal="comma", **flags)
+    items = [about["series"], *(name[11:] for name in rows.filter(like="trajectory_"))]
+    read = {}
+    for row in rows.fillna("").to_dict("records"):
+        for item, column in zip(items, rows.filter(like="trajectory"), strict=True):
+            pairs = re.findall(r"([\d.]+) \(([\d.]+)h\)", row[column])
+            if pairs:
+                read[row["subject_id"], item] = [(int(h), float(v)) for v, h in pairs]
+        static = {w: row[f"static_smoking {w.lower()}"] for w in {*smoking}}
+        assert static == {w: str(int(w == smoking[int(row["id"][1:3])])) for w in {*smoking}}
+    kept = {pair: values for pair, values in numbers.items() if (pair[0], items[0]) in numbers}
+    assert read == kept
+    assert about["values"]["repeated"] == table.duplicated().sum()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("5.1 H", "x" * 31), ['2 values "#.# H", 1 values "called by Z", 2 other texts']),
+        (tuple("abcdefghijkl"), ['2 values "j"', "5 other texts"]),
+        (tuple("abcdefghi"), ['1 values "called by Z"']),
+        ((*"abcdefgh", "3 a", "4 b"), ['2 values "# a"', "1 other texts"]),
+    ],
+)
+def test_texts_that_are_dropped_are_listed_without_their_numbers(words, said, make, caplog):
+    """Where texts are many, one of a single value may be a remark on a patient."""
     caplog.set_level(logging.INFO)
-    make(
-        labs(*words),
-        people(),
-        bad_values="drop",
-        window_hours=999.0,
-        prediction_time="Admitted + 9 d",
-    )
-    assert f"dropped {2 * len(words)} other texts" in caplog.text
+    table = labs(*words)
+    table.loc[0, "Result"] = "called by Z"
+    times = {"window_hours": 999.0, "prediction_time": "Admitted + 9 d"}
+    make(table, people(), **DROP, **times)
+    assert all(text in caplog.text for text in said)
+    assert ("called by Z" in caplog.text) == ("called by Z" in str(said))
 
 
 # --------------------------------------------------------------------------- static features
@@ -283,6 +463,7 @@ def test_texts_that_may_tell_of_a_patient_are_counted_alone(words, make, caplog)
         (["61", "70.5", ""], {"static_x [u]": ["61", "70.5", None]}),
         (["Yes", "no", ""], {"static_x": ["1", "0", None]}),
         (["F", "male", "M"], {"static_x_male": ["0", "1", "1"]}),
+        (["W", "männlich", "m"], {"static_x_male": ["0", "1", "1"]}),
         (["Ward", "ICU", "icu"], {"static_x ward": ["1", "0", "0"]}),
         (
             ["b", "a", "c"],
@@ -319,6 +500,18 @@ def test_static_features_that_cannot_be_read_are_refused(static, column, named, 
         assert made[0]["static_x"].tolist()[0] == "7"
 
 
+@pytest.mark.parametrize(
+    ("static", "cells", "name"),
+    [
+        (("x=Other",), ["grade 1", "grade=1", "no"], "static_x grade 1"),
+        (("X b=Age (years)", "x=Other"), ["a", "b", "c"], "static_x b"),
+    ],
+)
+def test_columns_of_one_name_are_refused(static, cells, name, make):
+    with pytest.raises(InputError, match=f"column Other: {name} "):
+        make(labs(patients=3), people(3, Other=cells), static=static)
+
+
 def test_more_than_twenty_categories_are_no_category(make):
     for count in (20, 21):
         patients = people(count, Other=[f"w{k}" for k in range(count)])
@@ -328,6 +521,16 @@ def test_more_than_twenty_categories_are_no_category(make):
         else:
             made = make(labs(patients=count), patients, static=("x=Other",))
             assert len(made[0].filter(like="static_").columns) == 20
+
+
+@pytest.mark.parametrize(
+    ("static", "warns"), [("x=Klinik", True), ("site=Sex", True), ("x=Sex", False)]
+)
+def test_a_hospital_among_the_static_features_brings_a_warning(static, warns, make, caplog):
+    make(labs(), people(Klinik=["nord", "west"]), static=(static,))
+    column = static.partition("=")[2]
+    warnings = [text for text in caplog.messages if f"patients.csv, column {column}: " in text]
+    assert [text.startswith("warning: ") for text in warnings] == [True] * warns
 
 
 # --------------------------------------------------------------------------- new patients
@@ -349,11 +552,35 @@ def test_excel_is_refused_in_one_line_where_it_cannot_be_read(tmp_path, make, mo
         def broken(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr(pd, "read_excel", broken)
+        monkeypatch.setattr(pd, "ExcelFile", broken)
         paths = {"table": tmp_path / "labs.xlsx", "labels": tmp_path / "labs.xlsx"}
         paths["table"].write_bytes(b"PK")
         with pytest.raises(InputError, match=named):
             make_rows("from_long", **paths, out=tmp_path / "out.csv", **FLAGS)
+
+
+WORDS = ["None", "NA", "Former"]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".xlsx"])
+def test_a_cell_that_says_none_is_a_word_in_every_kind_of_file(ending, make):
+    pytest.importorskip("openpyxl")
+    made = make(labs(patients=3), people(3, Smoking=WORDS), ending, static=("smoking=Smoking",))
+    assert {*made[0].filter(like="static_")} == {f"static_smoking {w.lower()}" for w in WORDS}
+
+
+def test_the_sheet_that_is_read_is_named(tmp_path, make, caplog):
+    pytest.importorskip("openpyxl")
+    caplog.set_level(logging.INFO)
+    with pd.ExcelWriter(tmp_path / "two.xlsx") as book:
+        for name in ("Jan", "Feb"):
+            labs().to_excel(book, sheet_name=name, index=False)
+    labels = save(people(), tmp_path / "patients.xlsx")
+    make_rows(
+        "from_long", table=tmp_path / "two.xlsx", labels=labels, out=tmp_path / "o.csv", **FLAGS
+    )
+    assert "two.xlsx: sheet 'Jan' of 2 is read" in caplog.text
+    assert "patients.xlsx: sheet" not in caplog.text
 
 
 def test_rows_without_a_label_are_kept_and_without_labels_there_is_no_column(make, caplog):
@@ -376,6 +603,44 @@ def test_a_new_patient_without_values_keeps_a_row_and_has_no_risk(make, caplog):
     assert rows.filter(like="trajectory").notna().sum(axis=1).tolist() == [1, 0, 0]
     assert about["flow"][-1]["left"] == 1
     assert "2 rows are kept without values" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("patients", "factor", "earlier", "warns"),
+    [
+        (20, 88.4, True, True),
+        (20, 1, True, False),
+        (19, 88.4, True, False),
+        (20, 88.4, False, False),  # the earlier file is not at hand
+    ],
+)
+def test_new_values_are_compared_with_the_earlier_file(
+    patients, factor, earlier, warns, tmp_path, capsys
+):
+    rng = np.random.default_rng(0)
+
+    def files(name, patients, factor):
+        values = labs("2", patients=patients)
+        level = factor * np.repeat(np.exp(rng.normal(0, 0.2, patients)), 3)
+        values["Result"] = (values["Result"].astype(float) * level).round(3)
+        values["Analyte"] = "crea"
+        tables = {f"{name}_labs": values, f"{name}_people": people(patients)}
+        return [str(save(table, tmp_path / f"{key}.csv")) for key, table in tables.items()]
+
+    old, new = files("old", 60, 1), files("new", patients, factor)
+    out = [str(tmp_path / name) for name in ("old.csv", "new.csv")]
+    words = ["from_long", "--columns", "label=AKI stage 3", "--prediction_time", "Admitted + 48 h"]
+    words += ["--window_hours", "48", "--table", old[0], "--labels", old[1], "--out", out[0]]
+    assert dataset_format.main(words) == 0
+    if not earlier:
+        Path(out[0]).unlink()
+    capsys.readouterr()
+    words = ["from_long", "--table", new[0], "--labels", new[1], "--like", out[0], "--no_labels"]
+    assert dataset_format.main([*words, "--out", out[1]]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "median" in line]
+    assert len(lines) == warns
+    assert all("new.csv: crea: median 13" in line for line in lines)
+    assert len(pd.read_csv(out[1])) == patients
 
 
 def test_new_patients_are_read_like_the_earlier_ones(tmp_path):
@@ -405,7 +670,7 @@ def test_new_patients_are_read_like_the_earlier_ones(tmp_path):
     ]
     words += ["--window_hours", "48", "--series", SERIES[0], "--static", STATIC[0]]
     words += ["--static", STATIC[1], "--static", "ward=Ward"]
-    words += ["--below_limit", "half", "--bad_values", "drop"]
+    words += ["--below_limit", "half", "--bad_values", "drop", "--decimal", "point"]
     assert dataset_format.main(words) == 0
     like = ["from_long", "--table", path["new_labs"], "--labels", path["new_patients"]]
     like += ["--like", out[0], "--no_labels"]
@@ -414,6 +679,11 @@ def test_new_patients_are_read_like_the_earlier_ones(tmp_path):
     assert Path(out[0]).read_bytes() == before
     assert dataset_format.main([*like, "--out", out[1]]) == 0
     first, rows = pd.read_csv(out[0]), pd.read_csv(out[1])
+    kept = json.loads(Path(out[1]).with_suffix(".json").read_text())["arguments"]
+    assert {k: kept[k] for k in ("decimal", "window_hours")} == {
+        "decimal": "point",
+        "window_hours": 48,
+    }
     assert [*rows] == [*first.drop(columns="label_escalation")]
     assert rows["clinical_trajectory"][0] == "1 (0h) -> 1.5 (12h) -> 0.15 (24h)"
     assert rows["prediction_time"][0] == "2024-03-06T08:00:00"
@@ -443,3 +713,35 @@ def test_new_patients_are_read_like_the_earlier_ones(tmp_path):
     assert dataset.features == ("crea",)
     assert dataset.static_names == ("static_age [years]",)
     assert pd.read_csv(out[2])["clinical_trajectory"][0].endswith("0.3 (24h)")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("window_hours", 1e300),
+        ("window_hours", None),
+        ("time_unit", "years"),
+        ("equal_times", "median"),
+        ("decimal", ";"),
+        ("min_observations", 0),
+        ("columns", [1]),
+        ("series", [{"a": 1}]),
+        ("factor", ["x"]),
+        ("read_as", {"times": 5}),
+        ("read_as", ["static"]),
+        ("read_as", {"static": {"x": 5}}),
+        ("memory_limit", "all"),  # of a machine, not taken
+    ],
+)
+def test_flags_of_an_earlier_output_are_checked_like_typed_ones(key, value, tmp_path, capsys):
+    paths = {"table": labs(), "labels": people()}
+    paths = {name: save(table, tmp_path / f"{name}.csv") for name, table in paths.items()}
+    rows, about = make_rows("from_long", **paths, out=tmp_path / "old.csv", **FLAGS)
+    rows.to_csv(tmp_path / "old.csv")
+    about["arguments"][key] = value
+    (tmp_path / "old.json").write_text(json.dumps(about))
+    words = [f"--{name}={path}" for name, path in paths.items()]
+    words += [f"--like={tmp_path / 'old.csv'}", f"--out={tmp_path / 'new.csv'}"]
+    assert dataset_format.main(["from_long", *words]) == (0 if key == "memory_limit" else 2)
+    error = capsys.readouterr().err
+    assert key == "memory_limit" or (error.count("\n") == 1 and (key in error or key == "read_as"))

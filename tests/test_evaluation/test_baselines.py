@@ -1,5 +1,6 @@
 """Simple models: fitted on the training part alone, on the data set's tables."""
 
+import contextlib
 import json
 import re
 from unittest import mock
@@ -333,6 +334,26 @@ HOSTILE_TREES = [
     {"num_cat": "1"},
     {"is_linear": "1"},
 ]
+
+
+@pytest.mark.parametrize(
+    ("leaves", "trees", "is_read"),
+    [(255, 1, True), (256, 1, False), (2, 1000, True), (2, 1001, False)],
+)
+def test_the_leaves_and_trees_of_a_file_are_bounded(leaves, trees, is_read):
+    columns = {
+        "split_feature": [0] * (leaves - 1),
+        "threshold": [0.5] * (leaves - 1),
+        "decision_type": [2] * (leaves - 1),
+        "left_child": [*range(1, leaves - 1), -1],
+        "right_child": range(-2, -1 - leaves, -1),
+        "leaf_value": [0.1] * leaves,
+    }
+    texts = {name: " ".join(map(str, column)) for name, column in columns.items()}
+    head, block, _ = trees_text(**texts).split("\n\n")
+    content = {"columns": ["a"], "text": "\n\n".join([head, *[block] * trees, "end of trees\n"])}
+    with contextlib.nullcontext() if is_read else pytest.raises(ValueError, match="too many"):
+        assert len(Trees.from_json(content).trees) == trees
 
 
 @pytest.mark.parametrize("changed", HOSTILE_TREES, ids=lambda each: " ".join(*each.items()))

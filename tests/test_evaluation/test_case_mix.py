@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from medgemma_clinical.data.distributions import row_medians
 from medgemma_clinical.data.trajectories import UNKNOWN
 from medgemma_clinical.evaluation.demographics import (
     AGE_EDGES,
@@ -32,6 +33,28 @@ def test_subgroups_are_bands_of_static_features_without_any_context(age):
     assert list(demographic_bands(demographics(dataset_of(CELLS, **context)))) == ["observations"]
 
 
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ({"sex w": [1, 0, np.nan]}, ["woman", "man", UNKNOWN]),
+        ({"Geschlecht weiblich": [1, 0, 0]}, ["woman", "man", "man"]),
+        ({"gender_männlich": [1, 0, 0]}, ["man", "woman", "woman"]),
+        ({"sex d": [0, 0, 1], "sex m": [0, 1, 0], "sex w": [1, 0, 0]}, ["woman", "man", "d"]),
+        ({"sex_divers": [0, 0, 1], "sex_f": [1, 0, 0]}, ["woman", "man", "divers"]),
+        ({"female": [1, 0, 0]}, ["woman", "man", "man"]),
+        ({"m": [1, 0, 0]}, [UNKNOWN] * 3),
+        ({"sex m": [1, 0, 0], "sex w": [0, 1, 0]}, ["man", "woman", UNKNOWN]),
+        ({"sex not known": [0, 0, 1], "sex female": [1, 0, 0]}, ["woman", "man", UNKNOWN]),
+        ({"sex": [1, 2, 2], "sex hormone": [3, 4, 5]}, [UNKNOWN] * 3),
+    ],
+)
+def test_a_column_of_each_sex_is_read_by_its_word(columns, expected):
+    names = {f"static_{name}": values for name, values in columns.items()}
+    rows = demographics(dataset_of(CELLS[:3], **names))
+    assert rows["sex"].tolist() == expected
+    assert rows["sex"].cat.categories[-1] == UNKNOWN
+
+
 def test_bands_begin_at_their_edges():
     edges = np.array([17.99, 18, 39.9, 40, 75, np.nan])
     expected = ["under 18", "18 to 39", "18 to 39", "40 to 59", "75 or older", UNKNOWN]
@@ -48,9 +71,12 @@ def test_case_mix_counts_known_values_only():
     quartiles = {"observations_q1": 1, "observations_median": 1.5, "observations_q3": 2.25}
     known = {"age_q1": 55, "age_median": 60, "age_q3": 65, "prevalence": 1 / 3, "women": 1 / 3}
     counts = {"rows": 4, "patients": 3}
-    rows = demographics(dataset)
-    assert case_mix(rows) == pytest.approx({**counts, **quartiles, **known})
-    assert set(case_mix(rows.iloc[3:])) == {*counts, *quartiles}
+    rows, medians = demographics(dataset), row_medians(dataset)
+    distributions = {"series": {}, "static": {}}  # of fewer than 11 patients
+    mix = case_mix(rows, medians)
+    assert {name: mix.pop(name) for name in distributions} == distributions
+    assert mix == pytest.approx({**counts, **quartiles, **known})
+    assert set(case_mix(rows.iloc[3:], medians.iloc[3:])) == {*counts, *quartiles, *distributions}
 
 
 @pytest.mark.parametrize("organ", ["kidney", "liver"])

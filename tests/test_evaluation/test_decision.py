@@ -16,8 +16,10 @@ from cohorts import plain_calibration
 from medgemma_clinical.evaluation.decision import (
     MIN_CHOOSING_EVENTS,
     RESIDUAL_WEIGHTS,
+    DecisionOptions,
     DecisionRule,
     Predictions,
+    choose_threshold,
     fit_decision_rule,
     fit_residual_weight,
     recommended_model,
@@ -46,10 +48,35 @@ def test_the_threshold_is_youdens_midway_to_the_next_lower_risk(rows):
     assert youden_threshold(labels, risk) == pytest.approx((best + lower) / 2)
 
 
+@settings(deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(1, 10)), min_size=2, max_size=30),
+    st.sampled_from([0.3, 0.5, 0.9]),
+)
+def test_a_goal_is_reached_by_the_threshold_that_is_best_for_the_other_share(rows, goal):
+    labels, risk = np.array(rows, dtype=float).T * [[1], [0.09]]
+    assume(len(np.unique(labels)) == 2)
+    shares = {
+        t: [recall_score(labels, risk >= t, pos_label=label) for label in (1, 0)]
+        for t in [*np.unique(risk), 2]
+    }
+    sensitive = max(t for t, (share, _) in shares.items() if share >= goal)
+    specific = min(t for t, (_, share) in shares.items() if share >= goal)
+    for name, best in (("sensitivity", sensitive), ("specificity", specific)):
+        found = choose_threshold(f"{name} {goal}", labels, risk)
+        assert ((risk >= found) == (risk >= best)).all()
+        assert 0 < found < 1
+    assert choose_threshold("0.25", labels, risk) == 0.25
+
+
 def test_recalibration_mends_an_overconfident_model():
     (truth, labels), (new_truth, new_labels) = drawn(0), drawn(1)
     sure, new_sure = 3 * truth + 1, 3 * new_truth + 1
-    before, after = (fit_decision_rule(labels, sure, way) for way in ("none", "platt"))
+    patients, kinds = np.arange(len(labels)), ("none", "platt", "tests")
+    before, after, tested = (
+        fit_decision_rule(labels, sure, patients, DecisionOptions(kind)) for kind in kinds
+    )
+    assert (tested.slope, tested.intercept) == (after.slope, after.intercept)
     assert (before.slope, before.intercept) == (1, 0)
     assert (after.slope, after.intercept) == pytest.approx((1 / 3, -1 / 3), abs=0.08)
     own = plain_calibration(labels, after.probability(sure))  # of the rows it was fitted to
@@ -62,12 +89,23 @@ def test_recalibration_mends_an_overconfident_model():
 
 
 @pytest.mark.parametrize("case", ["reversed", "separated"])
-def test_a_reversed_or_separated_validation_part_is_not_recalibrated(case, caplog):
+def test_a_reversed_or_separated_validation_part_is_not_recalibrated(case):
     truth, labels = drawn(4, 400)
     logit = -truth if case == "reversed" else np.where(labels == 1, 1, -1) + truth / 100
-    rule = fit_decision_rule(labels, logit, "platt")
+    rule = fit_decision_rule(labels, logit, np.arange(400), DecisionOptions("platt"))
     assert (rule.slope, rule.intercept) == (1, 0)
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+@pytest.mark.parametrize(("events", "moved"), [(99, (False, True)), (100, (True, True))])
+def test_tests_choose_a_slope_from_a_hundred_events_on_and_else_an_intercept(events, moved):
+    truth, labels = drawn(7, 3000)
+    kept = (labels == 0) | (labels.cumsum() <= events)
+    labels, logit = labels[kept], 3 * truth[kept]
+    rule = fit_decision_rule(labels, logit, np.arange(kept.sum()), DecisionOptions("tests"))
+    assert (rule.slope != 1, rule.intercept != 0) == moved
+    truth, labels = drawn(2)
+    right = fit_decision_rule(labels, truth, np.arange(4000), DecisionOptions("tests"))
+    assert not right.is_moved
 
 
 UNSOUND = [("slope", 0.0), ("slope", -1.0), ("slope", "steep"), ("intercept", math.inf)]

@@ -1,5 +1,6 @@
 """The page of patients: what it says, what it escapes, its figures, and its tables."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -31,7 +32,7 @@ def test_what_a_file_holds_stays_text_and_nothing_is_loaded(tmp_path):
     for text in ("<i>7</i> & $x$", "<u>f</u>: <u>v</u>", "<b>pH</b> 7.2"):
         assert text in page.text
     assert not {"i", "u", "s", "script"} & {tag for tag, _ in page.tags}
-    assert "http" not in source.replace("http-equiv", "")
+    assert "http" not in re.sub("http-equiv|http://www.w3.org", "", source)
 
 
 def test_the_figure_shows_the_measured_series_and_the_risk_and_says_so(tmp_path):
@@ -54,8 +55,19 @@ def test_the_figure_shows_the_measured_series_and_the_risk_and_says_so(tmp_path)
     assert ph.lines[0].get_xydata().tolist() == [[5, 7.2], [30, 7.3]]
     assert list(risk.lines[0].get_ydata()) == [pytest.approx(100 * THRESHOLD)] * 2
     assert risk.lines[-1].get_xydata()[-1].tolist() == [48, pytest.approx(40)]
-    days, _ = plot_patient(replace(ROW, hours=np.array([0, 5, 30, 240.0])), OUTCOME, THRESHOLD)
-    assert days.axes[-1].lines[-1].get_xydata()[-1, 0] == 10
+    later = replace(ROW, times=ROW.times + 7, hours=np.array([0, 5, 30, 240.0]) + 7)
+    days, _ = plot_patient(later, OUTCOME, THRESHOLD)
+    assert days.axes[-1].lines[-1].get_xydata()[-1, 0] == 10, "since the first value"
+    assert days.axes[0].lines[0].get_xydata()[0, 0] == 0
+    assert later.changes()["Time"].iloc[[0, -1]].tolist() == ["day 0", "day 10"]
+
+
+@pytest.mark.parametrize("references", [ROW.references, (None, None, (1, 2)), (None,) * 3])
+def test_a_reference_range_is_explained_where_it_is_drawn(references, tmp_path):
+    row = replace(ROW, references=references)
+    drawn = any(axes.patches for axes in plot_patient(row, OUTCOME, THRESHOLD)[0].axes)
+    assert drawn == ("Grey" in Page(write_page(tmp_path, row).read_text()).text)
+    assert drawn == (references == ROW.references)
 
 
 @pytest.mark.parametrize(

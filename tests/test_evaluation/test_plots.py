@@ -1,10 +1,13 @@
 """Figures: their curves are those of the model, in one style."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import same_color
 from matplotlib.figure import Figure
+from scipy.special import expit, logit
 
 from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.metrics import net_benefit
@@ -13,12 +16,18 @@ from medgemma_clinical.evaluation.topics.calibration import (
     calibration_table,
     plot_calibration,
     plot_risks,
+    smooth_curve,
 )
-from medgemma_clinical.evaluation.topics.decision_curve import decision_curve, plot_decision_curve
+from medgemma_clinical.evaluation.topics.decision_curve import (
+    TREAT_ALL,
+    decision_curve,
+    plot_decision_curve,
+    threshold_table,
+)
 from medgemma_clinical.evaluation.topics.discrimination import plot_precision_recall, plot_roc
 from medgemma_clinical.evaluation.topics.learning import plot_learning
 from medgemma_clinical.evaluation.verdicts import BETTER, UNDECIDED, WORSE
-from pages import MODEL, THRESHOLD, make_rows
+from pages import MODEL, THRESHOLD, Page, make_rows
 
 FIGURES = True
 
@@ -60,11 +69,58 @@ def test_the_calibration_curve_has_bins_of_equal_size():
     table = calibration_table(rows, MODEL, 0)
     assert table["n"].max() - table["n"].min() <= 1
     _, (risk,) = arrays(rows, MODEL)
-    figure, _ = plot_calibration(table, risk)
-    predicted, observed = lines_of(figure)["observed [95 %]"]
-    assert predicted == pytest.approx(100 * table["predicted"])
-    assert observed == pytest.approx(100 * table["observed"])
+    smooth = smooth_curve(rows, MODEL, 0)
+    figure, _ = plot_calibration(table, smooth, risk)
+    for name, drawn in (("bins [95 %]", table), ("observed [95 %]", smooth)):
+        predicted, observed = lines_of(figure)[name]
+        assert predicted == pytest.approx(100 * drawn["predicted"])
+        assert observed == pytest.approx(100 * drawn["observed"])
     assert sum(bar.get_height() for bar in figure.axes[1].patches) == len(rows)
+
+
+def test_the_smooth_curve_is_the_share_of_events_that_goes_with_a_risk():
+    rng = np.random.default_rng(3)
+    odds = rng.normal(-1, 1, 4000)
+    truth = lambda z: expit(0.3 + 0.6 * z)  # noqa: E731
+    rows = pd.DataFrame({"id": "", "label": rng.random(4000) < truth(odds)})
+    rows = rows.assign(label=rows["label"].astype(int), patient=np.arange(4000).astype(str))
+    curve = smooth_curve(rows.assign(**{MODEL: expit(odds)}), MODEL, 0)
+    ends = np.quantile(expit(odds), [0.01, 0.99])
+    assert curve["predicted"].iloc[[0, -1]].tolist() == pytest.approx(ends)
+    expected = truth(logit(curve["predicted"]))
+    assert np.abs(curve["observed"] - expected).max() < 0.05
+    assert curve["predicted"].is_monotonic_increasing
+    assert ((curve["low"] < expected) & (expected < curve["high"])).mean() > 0.8
+    assert (curve["high"] - curve["low"]).between(0.01, 0.2).all()
+
+
+def test_the_table_of_thresholds_counts_what_acting_at_each_brings(rows):
+    labels, risks = arrays(rows, MODEL, "blend")
+    cuts = [0.1, 0.35, 0.6]
+    table = threshold_table(rows, [MODEL, "blend"], cuts, 0)
+    values = table.pivot(index="threshold", columns="metric", values="value")
+    for cut, found in values.iterrows():
+        weight, n = cut / (1 - cut), len(rows)
+        positive = risks[0] >= cut
+        event = labels == 1
+        assert found["sensitivity"] == pytest.approx((positive & event).sum() / event.sum())
+        assert found["specificity"] == pytest.approx((~positive & ~event).sum() / (~event).sum())
+        assert found["positives"] == pytest.approx(positive.mean())
+        own, other, everyone = (
+            ((acted & event).sum() - weight * (acted & ~event).sum()) / n
+            for acted in (positive, risks[1] >= cut, np.ones(n, dtype=bool))
+        )
+        assert found["net benefit"] == pytest.approx(own)
+        assert found["minus blend"] == pytest.approx(own - other)
+        assert found[f"minus {TREAT_ALL}"] == pytest.approx(own - everyone)
+    known = table.dropna()
+    assert (known["low"] <= known["value"]).all()
+    assert (known["value"] <= known["high"]).all()
+    shown_at = {MODEL: [0.1, 0.6, 0.7], "blend": [0.35, 0.6]}
+    hidden = threshold_table(rows, [*shown_at], cuts, 0, shown_at)
+    assert hidden["threshold"].unique().tolist() == [0.1, 0.6]
+    assert hidden["threshold"][hidden["metric"] == "minus blend"].tolist() == [0.6]
+    assert threshold_table(rows, [*shown_at], cuts, 0, {MODEL: [], "blend": cuts}).empty
 
 
 def test_the_distribution_of_risks_holds_each_class_whole(rows):
@@ -145,13 +201,24 @@ def test_a_forest_plot_of_one_model_makes_no_drama_of_noise():
 
 
 def test_a_figure_has_the_same_bytes_each_time_and_leaves_users_words_alone():
-    images = []
+    images, words = [], f'cost $x$ id="a" {plots.INK} url(#a)'
     for _ in range(2):
         with plots.plot_style():
             figure, (axes,) = plots.new_figure()
-            axes.set_xlabel("cost $x$")
-            images.append(plots.to_image(figure, "alt"))
+            axes.plot([0, 1], [0, 1], "o-", color=plots.MODEL)
+            axes.set_xlabel(words)
+            images.append(plots.to_image(figure, f"<b> {words}"))
     assert images[0] == images[1]
+    page = Page(images[0].inline("roc"))
+    ((alt, svg),) = page.images()
+    assert alt == f"<b> {words}"
+    assert f">{words}<" in svg
+    tags = [value for _, attributes in page.tags[1:] for value in attributes.values()]
+    assert not re.search("#[0-9a-f]{6}", " ".join(tags)), "each colour is the page's"
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    references = re.findall(r"#([^\s)]+)", " ".join(tags))
+    assert {*references} <= {each for each in ids if each.startswith("roc-")}
+    assert {"model", "ink", "grid"} == {*re.findall(r"var\(--(\w+)\)", " ".join(tags))}
     assert axes.xaxis.label.get_parse_math() is False
     assert same_color(figure.get_facecolor(), "white")
     assert Figure().subplots().spines["top"].get_visible() is not False, "nothing leaks"

@@ -2,6 +2,7 @@
 
 import re
 from itertools import pairwise
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
@@ -12,10 +13,19 @@ from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import evaluate
 from medgemma_clinical.evaluation.report import PATIENTS_NOTICE, write_comparison
 from medgemma_clinical.evaluation.tables import model_table
-from medgemma_clinical.evaluation.verdicts import BETTER, NO_VALUE, UNDECIDED, WORSE, sentences
+from medgemma_clinical.evaluation.verdicts import (
+    BETTER,
+    NO_VALUE,
+    UNDECIDED,
+    WORSE,
+    at_threshold,
+    percent,
+    sentences,
+)
 from pages import MODEL, OUTCOME, THRESHOLD, Page, make_content, make_rows, write_page
 
 DRAWS = 200
+SVG = "{http://www.w3.org/2000/svg}"
 SECTIONS = ["Written reports", "Discrimination", "Calibration", "Decision curve", "Baselines"]
 SECTIONS += ["Subgroups", "Case mix", "Table 1", "Methods"]
 
@@ -86,7 +96,9 @@ def test_page_and_console_show_the_same_verdicts(tmp_path):
         seen.add(verdict)
     assert seen == {"", *map(str, verdicts)}
     box = Page(source).text.replace("\N{NO-BREAK SPACE}", " ").split("Discrimination")[0]
-    for finding in sentences(metrics):
+    for finding in sentences(
+        metrics, at_threshold(THRESHOLD, make_content(1).threshold_choice), "patients"
+    ):
         assert str(finding).replace("\N{NO-BREAK SPACE}", " ") in box
 
 
@@ -128,7 +140,8 @@ def test_no_table_holds_dashes_alone(min_cell, tmp_path):
     mix = {"patients": 30.0, "prevalence": 0.25}
     reports = {"reports": 30, "numbers_stated": 0, "invented": 0}
     share = dict.fromkeys(("value", "low", "high"))
-    shares = ("parse_share", "true_number_share", "right_trend_share", "inventing_share")
+    shares = ("right_answer_share", "parse_share", "true_number_share")
+    shares += ("right_trend_share", "inventing_share")
     content = make_content(30, case_mix=(mix, mix), reports=reports | dict.fromkeys(shares, share))
     source = write_page(tmp_path, make_rows(30), content, min_cell=min_cell)
     for table in re.findall("<table>(.*?)</table>", source, re.DOTALL):
@@ -140,7 +153,7 @@ def test_no_table_holds_dashes_alone(min_cell, tmp_path):
 def test_what_is_said_first_stands_first(tmp_path):
     content = make_content(60, notice="A <random> model.", first=["All <is> stage 1."])
     text = Page(write_page(tmp_path, make_rows(60), content, list_patients=True)).text
-    order = ["A <random> model.", PATIENTS_NOTICE, "All <is> stage 1.", "written reports", "AUROC"]
+    order = ["A <random> model.", PATIENTS_NOTICE, "written reports", "All <is> stage 1.", "AUROC"]
     positions = [text.index(words) for words in order]
     assert positions == sorted(positions)
 
@@ -169,7 +182,7 @@ def test_the_rows_with_the_largest_errors_are_named_only_if_patients_are_listed(
     assert "MARKER-patient" not in source
 
 
-def test_small_counts_are_hidden_and_curves_stay(figures, tmp_path):
+def test_small_counts_are_hidden_and_coarse_curves_stay(figures, tmp_path):
     rows = make_rows(400)
     exact, hidden = write_page(tmp_path, rows), write_page(tmp_path, rows, min_cell=17)
     assert "--min_cell N" in exact
@@ -177,20 +190,29 @@ def test_small_counts_are_hidden_and_curves_stay(figures, tmp_path):
     text = Page(hidden).text
     assert "--min_cell 17" in text
     assert "no label fewer than 17" in text, "the flow"
-    assert "size: few fewer than 17" in text, "a subgroup"
+    assert "size: few \N{EN DASH} fewer than 17" in text, "a subgroup"
     assert "training 100" in text
     assert "validation 20 fewer than 17" in text, "events of a part"
-    pairs = zip(Page(exact).images(), Page(hidden).images(), strict=True)
-    assert all(one == other for one, other in pairs)
+    (exact, known), (hidden, shown) = (zip(*Page(x).images(), strict=True) for x in (exact, hidden))
+    assert [name for name in exact if name not in hidden] == [
+        "Calibration curve with its band: share of events over the risk, and a histogram.",
+        "Histograms of the predicted risks of events and of non-events.",
+    ]
+    assert {*known} & {*shown} == {known[-1]}, "the learning curve"
+    few = Page(write_page(tmp_path, rows, min_cell=50)).images()
+    assert [name for name, _ in few] == [hidden[-1]], "too few points for a curve"
 
 
 def test_shares_at_the_threshold_go_where_one_of_the_four_cells_is_small(figures, tmp_path):
     rows = make_rows(400)
+    event = rows["label"] == 1
+    rows.loc[event & (rows[MODEL] < THRESHOLD) & (rows.index > 200), "label"] = 0
     missed = ((rows["label"] == 1) & (rows[MODEL] < THRESHOLD)).sum()
     shown = write_page(tmp_path, rows, min_cell=int(missed))
     hidden = write_page(tmp_path, rows, min_cell=int(missed) + 1)
-    assert "Sensitivity (%)" in Page(shown).text
-    assert "Sensitivity (%)" not in Page(hidden).text
+    line = f'<th scope="row">{percent(THRESHOLD)} (in use)</th>'
+    assert line in shown
+    assert line not in hidden
     roc, without = (Page(source).images()[0][1] for source in (shown, hidden))
     assert ">threshold<" in roc
     assert ">threshold<" not in without
@@ -218,15 +240,19 @@ def test_each_figure_and_each_table_is_also_a_file(figures, tmp_path):
     page, folder = Page(write_page(tmp_path, rows, folder=tmp_path)), tmp_path / "figures"
     assert not old.exists()
     drawn = [path for path in folder.iterdir() if path.suffix == ".svg"]
-    assert {path.read_text() for path in drawn} == {svg for _, svg in page.images()}
+    words = [set(re.findall("<text.*?>(.*?)</text>", svg)) for _, svg in page.images()]
+    assert all(ElementTree.parse(path).findtext(f".//{SVG}text") for path in drawn)
+    for path in drawn:
+        assert set(re.findall("<text.*?>(.*?)</text>", path.read_text())) in words
+        assert "var(" not in path.read_text()
     assert {path.stem for path in drawn} == {
         *("roc", "precision_recall", "calibration", "risk_distribution", "decision_curve"),
         "learning_curve",
     }
     assert all(path.with_suffix(".pdf").read_bytes()[:4] == b"%PDF" for path in drawn)
     assert {path.stem for path in folder.glob("*.csv")} == {
-        *("metrics", "models", "subgroups", "calibration", "decision_curve", "split", "flow"),
-        *("case_mix", "table_one"),
+        *("metrics", "models", "subgroups", "calibration", "calibration_curve", "split", "flow"),
+        *("decision_curve", "thresholds", "case_mix", "table_one"),
     }
     metrics = evaluate(rows, 0, THRESHOLD)
     table = pd.read_csv(folder / "metrics.csv", index_col=["model", "metric"])

@@ -8,7 +8,15 @@ import pytest
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
-from medgemma_clinical.evaluation.topics.sites import pool, random_effects, site_table
+from medgemma_clinical.evaluation import plots
+from medgemma_clinical.evaluation.topics.sites import (
+    plot_site_calibration,
+    plot_sites,
+    pool,
+    pooled_sentence,
+    random_effects,
+    site_table,
+)
 from pages import MODEL, Page, make_content, make_rows, write_page
 
 DRAWS = 1000
@@ -101,7 +109,9 @@ def test_the_page_shows_each_site_and_hides_small_counts(min_cell, tmp_path):
     sites = np.repeat(["north", "<i>south</i>", "west", "hamlet"], [300, 295, 90, 15])
     content = make_content(700, sites=sites)
     source = write_page(tmp_path, rows, content, min_cell=min_cell, folder=tmp_path)
-    cells = dict(re.findall(r'<th scope="row">([^<]+)</th>\s*<td>([^<]*)</td>', source))
+    cells = dict(
+        re.findall(r'<th scope="row">([^<]+)</th>\s*<td>.*?</td>\s*<td>([^<]*)</td>', source)
+    )
     assert cells["north"] == "300"
     assert cells["hamlet"] == ("fewer than 40" if min_cell else "15")
     known = 2 if min_cell else 3  # the west has fewer than 40 events
@@ -117,3 +127,17 @@ def test_the_page_shows_each_site_and_hides_small_counts(min_cell, tmp_path):
     assert (tmp_path / "figures" / "sites.svg").exists()
     alone = make_content(700, sites=np.arange(700).astype(str))
     assert "Nothing is pooled" in Page(write_page(tmp_path, rows, alone)).text
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_figures_show_each_site_and_an_interval_that_rests_on_few_sites_is_grey(count):
+    rows, sites = make_rows(1200), np.repeat([*"abcd"[:count]], 1200 // count)
+    table = site_table(rows, MODEL, sites, 0)
+    pooled = pool(table)
+    auroc, calibration = plot_sites(table, pooled)[0], plot_site_calibration(table)[0]
+    for figure, name in ((auroc, "auroc"), (calibration, "oe")):
+        drawn = [line.get_xdata() for line in figure.axes[0].lines if line.get_marker() == "s"]
+        assert np.concatenate(drawn) == pytest.approx(table[name])
+    (further,) = (line for line in auroc.axes[0].lines if line.get_marker() == "|")
+    assert (further.get_color() == plots.SOFT) == (count == 3)
+    assert ("3 sites only" in pooled_sentence(pooled, count)) == (count == 3)

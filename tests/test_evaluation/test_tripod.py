@@ -35,7 +35,7 @@ def test_each_item_stands_once_and_what_the_run_does_not_know_is_marked(filled, 
 
 
 def test_a_part_that_does_not_exist_is_left_out(filled):
-    nothing = dict.fromkeys(("flow", "split", "table_one", "methods", "threshold"))
+    nothing = dict.fromkeys(("flow", "split", "table_one", "methods"))
     _, answers = filled(make_rows(60, baselines=False), make_content(60, **nothing))
     assert answers["12a"] == answers["20c"] == "**for the author**"
     assert "no other model" in answers["12e"]

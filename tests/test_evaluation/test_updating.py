@@ -11,17 +11,19 @@ from sklearn.metrics import log_loss
 from medgemma_clinical.data.fold_split import draw_folds
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.evaluation.metrics import calibration
-from medgemma_clinical.evaluation.updating import (
+from medgemma_clinical.evaluation.recalibration import (
     BOTH,
-    CHOSEN,
     INTERCEPT,
     METHODS,
     NOT_UPDATED,
     choose_update,
     clustered_p_value,
+    fit_updates,
+)
+from medgemma_clinical.evaluation.updating import (
+    CHOSEN,
     crosswise,
     evaluate_updates,
-    fit_updates,
     updated_rule,
 )
 from pages import MODEL, Page, make_content, make_rows, write_page

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from medgemma_clinical.evaluation import verdicts
@@ -20,6 +21,7 @@ EDGES = [
     ((np.nan, np.nan), TOO_FEW),
 ]
 MODEL = STAGE_NAMES["trajectory"]
+AT = verdicts.at_threshold(0.115, "set by the user")
 CALIBRATION = {"calibration_slope": 0.873, "calibration_in_the_large": -0.117, "ici": 0.029}
 
 
@@ -48,29 +50,61 @@ def test_only_an_interval_that_excludes_the_limit_decides(ends, level):
     assert verdicts.verdict(*ends, 0, MINORITY_PATIENTS) == level
     assert verdicts.verdict(*ends, 0, MINORITY_PATIENTS - 1) == TOO_FEW
     others = {"blend": (0.71, ends), ENSEMBLE: (0.75, ends)}
-    found = sentences(result((0.5 + ends[0], 0.5 + ends[1]), others))
-    assert [finding.verdict for finding in found] == [level, None, None, level]
-    assert level.words in found[1].text or level == WORSE
-    found = sentences(result((0.8, 0.9), others, minority=9))
-    assert [finding.verdict for finding in found] == [TOO_FEW, None, None, TOO_FEW]
+    found = sentences(result((0.5 + ends[0], 0.5 + ends[1]), others), AT)
+    assert [finding.verdict for finding in found] == [level, None, level, None, None]
+    found = sentences(result((0.8, 0.9), others, minority=9), AT)
+    assert [finding.verdict for finding in found] == [TOO_FEW, None, TOO_FEW, None, None]
+
+
+@pytest.mark.parametrize(
+    ("slope", "large", "literal"),
+    [
+        ((0.9, 1.1), (-0.1, 0.1), "may be"),
+        ((0.5, 0.9), (-0.1, 0.1), "may not be"),
+        ((1.1, 1.4), (-0.1, 0.1), "may not be"),
+        ((0.9, 1.1), (0.1, 0.3), "may not be"),
+        ((0.9, 1.1), (-0.3, -0.1), "may not be"),
+        ((0.6, 1.4), (-0.1, 0.1), "Too few"),
+        ((np.nan, np.nan), (np.nan, np.nan), "Too few"),
+    ],
+)
+def test_risks_may_be_taken_literally_where_narrow_intervals_hold_the_ideal(slope, large, literal):
+    metrics = result((0.7, 0.9))
+    for name, ends in (("calibration_slope", slope), ("calibration_in_the_large", large)):
+        metrics.table.loc[(MODEL, name), ["low", "high"]] = ends
+    assert literal in sentences(metrics, AT)[1].text
+
+
+def test_the_decision_stands_in_counts_where_some_row_is_predicted_positive():
+    metrics = result((0.7, 0.9))
+    shares = {"positives": 0.256, "ppv": 0.412, "sensitivity": 0.803}
+    more = pd.DataFrame({"value": shares}).rename_axis("metric")
+    table = pd.concat([metrics.table, pd.concat({MODEL: more}, names=["model"])])
+    text = sentences(replace(metrics, table=table), AT, "stays")[2].text.replace("\xa0", " ")
+    numbers = "11.5 %", "25.6 of 100 stays", "41.2 %", "80.3 %"
+    assert [text.index(x) for x in numbers] == sorted(text.index(x) for x in numbers)
+    table.loc[(MODEL, "positives"), "value"] = 0
+    assert len(sentences(replace(metrics, table=table), AT)) == len(sentences(metrics, AT))
 
 
 def test_a_sentence_is_left_out_where_its_rows_are_missing():
     names = [name for name in STAGE_NAMES.values() if name != MODEL]
     stages = dict.fromkeys(names, (0.9, (0.1, 0.2)))
-    assert len(sentences(result((0.6, 0.8), calibrated=False))) == 1
-    assert len(sentences(result((0.6, 0.8), stages))) == 2
-    assert len(sentences(result((0.6, 0.8), {**stages, "last value": (0.6, (-0.2, -0.1))}))) == 2
-    assert len(sentences(result((0.6, 0.8), {**stages, "blend": (0.6, (-0.2, -0.1))}))) == 3
+    assert len(sentences(result((0.6, 0.8), calibrated=False), AT)) == 2
+    assert len(sentences(result((0.6, 0.8), stages), AT)) == 3
+    assert (
+        len(sentences(result((0.6, 0.8), {**stages, "last value": (0.6, (-0.2, -0.1))}), AT)) == 3
+    )
+    assert len(sentences(result((0.6, 0.8), {**stages, "blend": (0.6, (-0.2, -0.1))}), AT)) == 4
 
 
 @pytest.mark.parametrize("used", [ENSEMBLE, "last value"])
 def test_a_model_that_is_not_in_the_ensemble_has_no_sentence_on_it(used):
     others = {} if used == ENSEMBLE else {ENSEMBLE: (0.75, (0.1, 0.2))}
     metrics = result((0.6, 0.8), others)
-    assert len(sentences(metrics)) == 2 + len(others)
+    assert len(sentences(metrics, AT)) == 3 + len(others)
     metrics = replace(metrics, table=metrics.table.rename({MODEL: used}))  # by --use
-    assert len(sentences(metrics)) == 2
+    assert len(sentences(metrics, AT)) == 3
 
 
 def test_the_sentence_and_the_verdict_are_of_the_planned_baseline_alone():
@@ -79,7 +113,7 @@ def test_the_sentence_and_the_verdict_are_of_the_planned_baseline_alone():
     others = {"blend": (0.6, (-0.1, 0.1)), best: (0.9, ends), ENSEMBLE: (0.9, ends)}
     metrics = result((0.6, 0.8), others)
     assert verdicts.primary_baseline(metrics) == "blend"
-    assert best not in " ".join(map(str, sentences(metrics)))
+    assert best not in " ".join(map(str, sentences(metrics, AT)))
     assert verdicts.multiplicity_sentence(metrics)
     assert not verdicts.multiplicity_sentence(result((0.6, 0.8), {"blend": (0.6, ends)}))
     alone = replace(metrics, primary=metrics.models[0])  # --use blend

@@ -7,7 +7,11 @@ import pytest
 
 from medgemma_clinical.evaluation.decision import Predictions
 from medgemma_clinical.evaluation.report_review import ReportReview
-from medgemma_clinical.evaluation.topics.written_reports import report_metrics, score_reports
+from medgemma_clinical.evaluation.topics.written_reports import (
+    report_metrics,
+    score_reports,
+    state_risk,
+)
 from trajectories import dataset_of
 
 
@@ -20,6 +24,21 @@ def scored(dataset, texts=None, first=0):
     return score_reports(dataset, texts, predictions, seed=0)
 
 
+@pytest.mark.parametrize(
+    ("answer", "risk", "said"),
+    [
+        ("yes", 0.182, "yes (risk 18.2 %, above the threshold of 11.0 %)."),
+        ("yes", 0.11, "yes (risk 11 %, above the threshold of 11 %)."),
+        ("no", 0.10999, "no (risk 10.999 %, below the threshold of 11 %)."),
+        ("no", 0.004, "no (risk 0.4 %, below the threshold of 11.0 %)."),
+    ],
+)
+def test_a_note_states_the_risk_and_its_side_of_the_threshold(answer, risk, said):
+    text = state_risk(f"Death (any): {answer}. Death (any): yes.", "Death (any)", risk, 0.11)
+    assert text.replace("\xa0", " ") == f"Death (any): {said} Death (any): yes."
+    assert state_risk("Another form.", "Death (any)", risk, 0.11) == "Another form."
+
+
 def test_each_report_is_compared_with_its_patient():
     series = [[f"{8 + k + n * n} ({5 * n}h)" for n in range(1 + k % 5)] for k in range(16)]
     names = [f"patient {k}" for k in range(16)]
@@ -27,13 +46,18 @@ def test_each_report_is_compared_with_its_patient():
     lines, metrics = scored(dataset, first=3)
     for line, i in zip(json.loads(json.dumps(lines)), range(15, 2, -1), strict=True):
         text = dataset.report(i)
-        expected = {"id": f"patient {i}", "text": text, "target": text, "verdict": i % 2}
+        answer, rest = text.split(".", 1)
+        assert line["text"].startswith(f"{answer} (risk "), "behind yes or no"
+        assert line["text"].endswith(f"){'.' + rest}")
+        expected = {"id": f"patient {i}", "target": text, "verdict": i % 2}
         assert line.items() >= (expected | {"parses": True, "invented": 0}).items()
         assert line["probability"] == pytest.approx(1 / (1 + np.exp(1 - i / 10)))
     assert metrics["reports"] == 13
-    assert metrics["parse_share"]["value"] == metrics["true_number_share"]["value"] == 1
+    ones = ("right_answer_share", "parse_share", "true_number_share")
+    assert [metrics[name]["value"] for name in ones] == [1, 1, 1]
     _, metrics = scored(dataset, {i: dataset.report((i + 1) % 16) for i in range(16)})
     assert metrics["true_number_share"]["value"] < 0.5
+    assert metrics["right_answer_share"]["value"] == 0  # of the next patient, who has the other
     assert 0.5 < metrics["parse_share"]["value"] < 1  # one observation has no rate: another form
 
 

@@ -17,7 +17,13 @@ from hub_server import hub_on_this_machine
 from language_models import TINY_MODEL
 from medgemma_clinical.evaluation.baselines import WORDS
 from medgemma_clinical.files import InputError
-from medgemma_clinical.inference.hub import find_checkpoint, push_model, save_model, shared_copy
+from medgemma_clinical.inference.hub import (
+    columns_of_few,
+    find_checkpoint,
+    push_model,
+    save_model,
+    shared_copy,
+)
 from medgemma_clinical.models import trained_model
 from medgemma_clinical.models.checkpoints import (
     BASELINES,
@@ -26,7 +32,7 @@ from medgemma_clinical.models.checkpoints import (
     read_trajectory,
 )
 from medgemma_clinical.models.trained_model import load_trained_model
-from medgemma_trainer import TrajectoryModel, fit_classification
+from medgemma_trainer import TrajectoryModel, fit_classification, fit_trajectory
 from predicting import MARKER, VALUES
 from shared_metrics import run_metrics
 
@@ -43,8 +49,7 @@ STAGES = {"trajectory": STAGE_1, "classification": STAGE_2}
 @pytest.fixture(scope="module")
 def models(runs):
     """The model of each stage, finished, with 7 events of 60 in its test part."""
-    behind = {"series": {"x": 240, "never measured": 0}, "static": {}}
-    few = {"metrics": run_metrics(events=7), "patients": behind}
+    few = {"metrics": run_metrics(events=7)}
     found = {stage: load_trained_model(runs / stage, trainer.BUILDERS) for stage in STAGES}
     for each in found.values():
         each.config.update(few)
@@ -112,19 +117,58 @@ def test_exactly_the_files_of_a_checkpoint_are_sent_and_nothing_of_a_patient(
     assert f'TrajectoryModel.from_pretrained("{ID}")' in hub.files(ID)["README.md"].decode()
 
 
-def test_few_patients_behind_an_input_are_refused_unless_allowed(models, hub):
-    few = {"series": {"x": 240, "Rare": 3}, "static": {"static_gene": 10, "static_age": 11}}
-    trained = models["trajectory"]
-    trained = replace(trained, config={**trained.config, "patients": few})
+@pytest.mark.parametrize("behind", [10, None])
+@pytest.mark.parametrize("stage", STAGES)
+def test_few_patients_behind_a_mean_are_refused_unless_allowed(stage, behind, runs, hub, tmp_path):
+    """As many as counted; an earlier version counted none."""
+    trained = load_trained_model(runs / stage, trainer.BUILDERS)
+    trained.config.update(metrics=run_metrics(events=7))
+    weights = trained.model.state_dict()
+    (name, *_) = (name for name in weights if name.endswith("static_scaler.patients"))
+    if behind is None:
+        trained.model.load_state_dict({k: x for k, x in weights.items() if k != name})
+    else:
+        weights[name][0] = behind
     text = refusal(push_model, trained, ID)
-    assert "Rare, static_gene," in text
+    assert trained.config["inputs"]["static"][0] in text
     assert "allow_small_cells=True" in text
     assert not hub.requests
     push_model(trained, ID, allow_small_cells=True)
     config = load(ID).config
     assert config["metrics"]["test"]["events"] == 7
-    assert config["patients"] == few
     assert "with the event: 7" in hub.files(ID)["README.md"].decode()
+
+
+def numbers_in(content):
+    """All numbers of nested lists, tensors and texts."""
+    if isinstance(content, torch.Tensor):
+        return content.double().flatten().tolist()
+    if isinstance(content, dict):
+        return [x for part in (list(content), list(content.values())) for x in numbers_in(part)]
+    if isinstance(content, list | tuple):
+        return [x for part in content for x in numbers_in(part)]
+    return [float(x) for x in re.findall(r"\d+(?:\.\d+)?", str(content))]
+
+
+def test_no_number_of_a_shared_folder_is_that_of_one_patient_with_many_rows(tmp_path):
+    """Such a patient fills a bin of 20 values."""
+    rng, rows = np.random.default_rng(0), []
+    for i in range(160):
+        first, last, age = rng.normal([24, 24, 60], [3, 3, 10])
+        rows.append((i, f"{first:.1f} (0h) -> {last:.1f} (5h)", round(age), i % 3 == 0))
+    for k in range(45):
+        rows.append((999, f"91.37 (0h) -> 91.37 ({5 + k / 100:.2f}h)", 103.25, 0))
+    names = ["subject_id", "clinical_trajectory", "static_age", "label_escalation"]
+    table = pd.DataFrame(rows, columns=names)
+    parts = np.array([*["train"] * 7, "val", "test", "train"])
+    table["split"] = parts[table["subject_id"] % 10]
+    model = fit_trajectory(table, trajectory_epochs=1)
+    shared_copy(model.trained, tmp_path / "shared")
+    assert columns_of_few(model.trained) == []
+    content = torch.load(tmp_path / "shared" / TRAJECTORY_FILE, weights_only=True)
+    found = numbers_in([content, (tmp_path / "shared" / "README.md").read_text()])
+    assert len(found) > 10_000
+    assert not [x for x in found for value in (91.37, 103.25) if abs(x - value) < 1e-4]
 
 
 def test_a_public_repository_is_used_only_where_asked(models, hub):
@@ -166,6 +210,9 @@ def test_a_shared_folder_and_a_saved_one_hold_the_model_of_the_run(stage, models
     known = {k: x for k, x in models[stage].config.items() if "sha256" not in k}
     known["models"] = {k: x for k, x in known["models"].items() if k != WORDS}
     assert {k: x for k, x in saved.config.items() if "sha256" not in k} == known
+    for kind in ("series", "static"):
+        assert shared.config["case_mix"][kind] == known["case_mix"][kind]
+    assert known["case_mix"]["series"]["Serum bicarbonate"]["measured"] == 1
     assert shared.baselines is None
     assert saved.baselines.to_json() == replace(models[stage].baselines, words=None).to_json()
     if stage == "trajectory":
@@ -309,7 +356,6 @@ def test_the_snippets_of_the_page_run_as_they_stand(runs, hub, tmp_path, monkeyp
     Path("checkpoints_medgemma_dka").symlink_to(runs)
     push, load = re.findall(r"<!-- snippet -->\n```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     names = {}
-    monkeypatch.setattr("medgemma_clinical.inference.hub.MIN_CELL", 1)  # the runs have few patients
     monkeypatch.setattr(trained_model, "base_folder", lambda *_: TINY_MODEL)  # not on the hub
     exec(push, names)
     repository = hub.repositories["user/name"]

@@ -226,3 +226,11 @@ def test_several_series_are_read_by_name_and_others_ignored(tmp_path, capsys):
     assert np.abs(out.loc[own.index, "probability"] - own["probability"]).max() < 1e-6
     lacks, target = write_data(other.drop(columns="trajectory_pH"), data), tmp_path / "absent.csv"
     assert refused(capsys, command(run, lacks, target), "pH", "lactate", out=target)
+
+
+def test_columns_of_sex_stay_for_the_subgroups_and_others_go(runs, table):
+    config = trainer.TrajectoryModel.from_pretrained(runs / "trajectory").config
+    more = table.assign(**{"static_sex d": "0", "static_shoe": "43"})
+    (chunk,) = MIMICtrajectoryDataset.scoring_rows(more, config, Findings("DataFrame"), 1000)
+    names = chunk.dataset.static_names
+    assert ("static_sex d" in names, "static_shoe" in names) == (True, False)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
+from medgemma_clinical.data.small_cells import MIN_CELL
 from medgemma_clinical.models.scaler import BINS, MAX_SCORE, MIN_BIN, Scaler
 
 
@@ -104,3 +105,31 @@ def test_each_value_moves_one_knot_by_a_small_share(n):
     assert (np.count_nonzero(moves, axis=1) == 1).all()
     np.testing.assert_array_less(0.0, np.sum(moves, axis=1))
     np.testing.assert_array_less(moves, 0.501 / min(n, MIN_BIN))
+
+
+@pytest.mark.parametrize("values_a_patient", [1, 2, 3, 40])
+@pytest.mark.parametrize("heavy", [0, 45, 400])
+def test_each_number_that_is_kept_stands_for_twenty_values_of_eleven_patients(
+    heavy, values_a_patient
+):
+    """Of ``heavy`` equal values of one patient, above all others, none is left."""
+    rng = np.random.default_rng(4)
+    groups = np.append(np.arange(150).repeat(values_a_patient), [999] * heavy)
+    values = np.append(rng.normal(24, 3, 150 * values_a_patient), [91.37] * heavy)
+    scaler = Scaler(1)
+    scaler.fit(torch.from_numpy(values)[:, None], torch.from_numpy(groups))
+    order, knots = np.argsort(values, kind="stable"), scaler.knots[0].unique().double()
+    ordered, fewest, start = values[order], [], 0
+    for knot in knots.tolist():  # each is the mean of the next values
+        means = ordered[start:].cumsum() / np.arange(1, len(ordered) - start + 1)
+        (ends,) = np.nonzero(abs(means - knot) < 1e-5 * abs(knot))
+        members = order[start : start + 1 + ends[-1]]
+        assert len(members) >= MIN_BIN
+        fewest.append(len({*groups[members]}))
+        start += len(members)
+    assert start == len(values)
+    assert scaler.patients.item() == min(fewest) >= MIN_CELL
+    if not heavy and values_a_patient == 1:
+        plain = fitted(values)
+        assert torch.equal(plain.knots, scaler.knots)
+        assert plain.patients == scaler.patients

@@ -19,6 +19,34 @@ CREATE MACRO tidy(x) AS CAST(format('{:.10g}', x) AS DOUBLE);
 CREATE MACRO is_code(code, wanted) AS
     CASE WHEN ends_with(wanted, '*') THEN starts_with(code, left(wanted, -1)) ELSE code = wanted END;
 
+-- Whether a cell is a number or a limit, whatever its decimal sign and what stands between thousands.
+CREATE MACRO looks_numeric(cell) AS regexp_full_match(cell,
+    '[<>≤≥]?=?\s*[+-]?(\d+[.,]?\d*|[.,]\d+|[1-9]\d{0,2}([.,''\p{Zs}]\d{3})+([.,]\d+)?)([eE][+-]?\d+)?');
+
+-- Whether a cell is a number with its unit behind it: 4,1 mmol/L, 12 %.
+CREATE MACRO holds_unit(cell) AS
+    regexp_full_match(cell, '[<>≤≥]?=?\s*[+-]?[\d.,]*\d\s*(%|mmHg|[[:alpha:]µμ°]+/[[:alnum:]µμ.*²]+)');
+
+-- The one sign of a number, and whether it may stand before thousands: 1,250.
+CREATE MACRO sign_of(cell) AS
+    CASE WHEN looks_numeric(cell) THEN regexp_extract(cell, '^[^.,]*([.,])[^.,]*$', 1) ELSE '' END;
+CREATE MACRO may_be_thousands(cell) AS
+    regexp_full_match(cell, '[<>≤≥]?=?\s*[+-]?[1-9]\d{0,2}[.,]\d{3}');
+
+-- A number with a decimal point: of 'comma' or 'point' other signs stand between thousands, of ''
+-- either sign is the decimal one.
+CREATE MACRO without_thousands(cell) AS
+    CASE WHEN regexp_full_match(cell, '[<>≤≥]?=?\s*[+-]?[1-9]\d{0,2}([,''\p{Zs}]\d{3})+(\.\d+)?')
+        THEN regexp_replace(cell, '[,''\p{Zs}]', '', 'g')
+        ELSE cell
+    END;
+CREATE MACRO with_point(cell, decimal) AS CASE
+    WHEN NOT looks_numeric(cell) THEN cell
+    WHEN decimal = 'comma' THEN without_thousands(translate(cell, ',.', '.,'))
+    WHEN decimal = 'point' THEN without_thousands(cell)
+    ELSE replace(cell, ',', '.')
+END;
+
 -- A text at a limit of detection, "<0.3" or "> 500", and its value: half of a lower limit, or the limit.
 CREATE MACRO is_limit(text) AS regexp_full_match(text, '[<>≤≥]=?\s*\d+(\.\d+)?');
 CREATE MACRO at_limit(text) AS CASE

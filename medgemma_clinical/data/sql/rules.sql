@@ -21,6 +21,7 @@ chemistry AS (
 )
 SELECT
     stay,
+    stays.subject_id,
     NOT coalesce(age >= 18, false) AS not_adult,
     NOT (coded AND coalesce(coded_at <= time, true)) AS not_coded,
     first IS NULL AS no_value,

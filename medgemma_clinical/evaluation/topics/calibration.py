@@ -6,53 +6,93 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from medgemma_clinical.data.small_cells import count_patients
 from medgemma_clinical.evaluation import plots
-from medgemma_clinical.evaluation.metrics import Array
+from medgemma_clinical.evaluation.metrics import Array, calibration_curve
 from medgemma_clinical.evaluation.metrics_table import bootstrap, label_risk_patient, with_interval
+from medgemma_clinical.evaluation.suppress import distant_thresholds
 from medgemma_clinical.evaluation.tables import metric_table
 from medgemma_clinical.evaluation.topics.topic import Cells, Details, Evaluated, Topic
 
 MAX_BINS, EVENTS_A_BIN = 10, 5
+SHOWN_RISKS, CURVE_POINTS = (0.01, 0.99), 50
+"""Quantiles of the risks between which the curve is drawn, and its points."""
 
 
 def calibration_topic(evaluated: Evaluated) -> Topic:
     """Return the topic."""
-    metrics, content, risk = evaluated.metrics, evaluated.content, evaluated.risks[0]
-    bins = calibration_table(evaluated.rows, evaluated.model, content.seed)
+    metrics, content = evaluated.metrics, evaluated.content
+    rows, model = evaluated.rows, evaluated.model
+    bins = calibration_table(rows, model, content.seed, distant_bins(evaluated))
+    risk = rows[model].to_numpy(float)
+    cuts = None if evaluated.cuts is None else evaluated.cuts[model]
     pooled = f", the risks of {content.folds} models pooled" if content.folds else ""
     cells = metric_table(
         metrics, ["calibration_slope", "calibration_in_the_large", "ici", "brier_skill"]
     )
     further = metric_table(metrics, ["calibration_intercept", "e50", "e90", "brier", "log_loss"])
-    curve = "Calibration curve in bins of equal size; below it, a histogram of the risks"
+    figures, numbers = {}, {"calibration": bins}
+    if evaluated.has_curves:
+        ends = None if cuts is None else (cuts[0], cuts[-1])
+        smooth = smooth_curve(rows, model, content.seed, ends)
+        # A histogram would tell small counts.
+        plot = plot_calibration(bins, smooth, risk if cuts is None else None)
+        sizes = "bins of equal size; below, the risks" if cuts is None else "bins"
+        caption = (
+            f"Calibration curve with its 95\xa0% band, and {sizes}. Where the band misses the "
+            "dotted line, the risks are off; where it holds it, no fault is shown"
+            if len(smooth)
+            else f"Calibration in {sizes}; too few events for a curve"
+        )
+        figures["calibration"], numbers["calibration_curve"] = (plot, caption), smooth
+    if cuts is None:
+        plot = plot_risks(evaluated.labels, risk)
+        figures["risk_distribution"] = plot, "Distribution of the risks by outcome"
     return Topic(
         "Calibration",
         [
             f"Do the predicted risks come true? Of the {content.noun} with a risk of 20\xa0%, "
-            "20\xa0% should have the event."
+            "20\xa0% should have the event.",
+            *filter(None, [content.recalibration]),
         ],
         [Cells(cells, f"How well risks agree with what was observed{pooled}")],
-        {
-            "calibration": (plot_calibration(bins, risk), curve),
-            "risk_distribution": (
-                plot_risks(evaluated.labels, risk),
-                "Distribution of the risks by outcome",
-            ),
-        },
-        {"calibration": bins.drop(columns="n") if evaluated.min_cell else bins},
+        figures,
+        numbers,
         [Details("Further measures", table=Cells(further, "Further measures of the risks"))],
     )
 
 
-def calibration_table(rows: pd.DataFrame, model: str, seed: int) -> pd.DataFrame:
-    """Return n, mean risk and observed share of events in bins of equal size by rising risk."""
-    labels, risk, patients = label_risk_patient(rows, model)
+def shares_below(labels: Array) -> Array:
+    """Return the shares of the rows below the edges of bins of equal size, as events permit."""
     minority = min(labels.sum(), (1 - labels).sum())
     bins = int(np.clip(minority // EVENTS_A_BIN, 2, MAX_BINS))
-    edges = np.percentile(risk, np.linspace(0, 100, bins + 1))[1:-1]
-    index = np.searchsorted(edges, risk)  # as scikit-learn's calibration_curve bins
+    return np.linspace(0, 1, bins + 1)[1:-1]
+
+
+def distant_bins(evaluated: Evaluated) -> NDArray[np.intp] | None:
+    """Return the bin (n,) of each row, of no small count, where these are hidden; else None."""
+    if evaluated.cuts is None:
+        return None
+    labels, risk, patients = label_risk_patient(evaluated.rows, evaluated.model)
+    cuts = np.array(evaluated.cuts[evaluated.model])
+    below = np.array([(risk < cut).mean() for cut in cuts])
+    nearest = [cuts[np.abs(below - share).argmin()] for share in shares_below(labels) if len(cuts)]
+    edges = distant_thresholds(labels, risk, patients, evaluated.min_cell, nearest)
+    return np.searchsorted(edges, risk, side="right")
+
+
+def calibration_table(
+    rows: pd.DataFrame, model: str, seed: int, index: NDArray[np.intp] | None = None
+) -> pd.DataFrame:
+    """Return n, mean risk and observed share of events in bins by rising risk.
+
+    ``index`` (n,): the bin of each row; None: bins of equal size.
+    """
+    labels, risk, patients = label_risk_patient(rows, model)
+    if index is None:  # as scikit-learn's calibration_curve bins
+        index = np.searchsorted(np.quantile(risk, shares_below(labels)), risk)
     members = np.stack([index == k for k in np.unique(index)], axis=1)  # (n, bins)
 
     def statistic(weights: Array) -> dict[Any, Array]:
@@ -69,19 +109,47 @@ def calibration_table(rows: pd.DataFrame, model: str, seed: int) -> pd.DataFrame
     return table[["n", "predicted", "observed", "low", "high"]]
 
 
-def plot_calibration(table: pd.DataFrame, risk: Array) -> plots.Plot:
-    """Plot a ``calibration_table`` above a histogram of the risks."""
-    figure, (axes, below) = plots.new_figure((4, 1))
+def smooth_curve(
+    rows: pd.DataFrame, model: str, seed: int, ends: tuple[float, float] | None = None
+) -> pd.DataFrame:
+    """Return the flexible calibration curve: predicted risk, observed share, low and high."""
+    labels, risk, patients = label_risk_patient(rows, model)
+    first, last = np.quantile(risk, SHOWN_RISKS) if ends is None else ends
+    at = np.linspace(first, last, CURVE_POINTS)
+
+    def statistic(weights: Array) -> dict[Any, Array]:
+        curve = calibration_curve(labels, risk, weights, at)
+        return dict(enumerate(curve.T))
+
+    table = with_interval(*bootstrap(labels, patients, seed, statistic))
+    table = table.rename(columns={"value": "observed"}).assign(predicted=at)
+    return table[["predicted", "observed", "low", "high"]].dropna()
+
+
+def plot_calibration(table: pd.DataFrame, smooth: pd.DataFrame, risk: Array | None) -> plots.Plot:
+    """Plot a ``calibration_table`` and a ``smooth_curve``, above a histogram of known risks."""
+    figure, panels = plots.new_figure((4,) if risk is None else (4, 1))
+    axes = panels[0]
     x, y, low, high = (100 * table[name] for name in ("predicted", "observed", "low", "high"))
-    top = min(100.0, 1.05 * np.nanmax([*y, *high, 100 * risk.max()]))
+    shown = smooth["predicted"].to_numpy() if risk is None else risk
+    top = min(100.0, 1.05 * np.nanmax([*x, *y, *high, *(100 * shown)]))
     axes.plot([0, 100], [0, 100], label="ideal", **plots.DOTTED)
-    axes.vlines(x, low, high, color=plots.MODEL)
-    axes.plot(x, y, "o-", label="observed [95 %]", color=plots.MODEL, linewidth=1, markersize=5)
+    percents = (100 * smooth[name] for name in ("predicted", "observed", "low", "high"))
+    along, curve, lower, upper = percents
+    if len(smooth):
+        axes.fill_between(along, lower, upper, color=plots.MODEL, alpha=0.18, linewidth=0)
+        axes.plot(along, curve, color=plots.MODEL, label="observed [95 %]")
+    axes.vlines(x, low, high, color=plots.INK, linewidth=1)
+    axes.plot(x, y, "o", label="bins [95 %]", color=plots.INK, markersize=4)
     axes.set(ylabel="observed, %", xlim=(-0.02 * top, top), ylim=(-0.02 * top, top))
-    below.hist(100 * risk, np.linspace(0, top, 41).tolist(), color=plots.MODEL, alpha=0.5)
-    below.set(xlabel="predicted risk, %", ylabel="count", yticks=[])
-    alt = "Calibration curve: share of events over the predicted risk, and a histogram."
-    return plots.with_legend(figure), alt
+    panels[-1].set_xlabel("predicted risk, %")
+    alt = "Calibration curve with its band: share of events over the risk"
+    if risk is not None:
+        bins = np.linspace(0, top, 41).tolist()
+        panels[1].hist(100 * risk, bins, color=plots.MODEL, alpha=0.5)
+        panels[1].set(ylabel="count", yticks=[])
+        alt += ", and a histogram"
+    return plots.with_legend(figure), f"{alt}."
 
 
 def plot_risks(labels: Array, risk: Array) -> plots.Plot:

@@ -20,7 +20,10 @@ def cohort(evaluated: Evaluated) -> Topic:
     content, min_cell = evaluated.content, evaluated.min_cell
     numbers = {}
     if content.flow is not None:
-        numbers["flow"] = suppress_table(content.flow[["rule", "removed", "left"]], min_cell)
+        # Patients are known after each rule, or not counted; few removed ones show in differences.
+        flow = content.flow.dropna(axis=1)
+        flow = flow.drop(columns="patients", errors="ignore") if min_cell else flow
+        numbers["flow"] = suppress_table(flow, min_cell)
     if content.split is not None:
         split = suppress_table(content.split, min_cell)
         numbers["split"] = split.drop(columns="minority_patients", errors="ignore")
@@ -48,5 +51,11 @@ def part_table(
 
 def count_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
     """Return a table of counts, which may be suppressed, as text; its rows are called ``noun``."""
-    named = table.map(count_text).rename(columns={"rows": noun}).rename(columns=str.capitalize)
+    names = {
+        "rows": noun,
+        "removed": f"{noun} removed",
+        "left": f"{noun} left",
+        "patients": "patients left" if "left" in table else "patients",
+    }
+    named = table.map(count_text).rename(columns=names).rename(columns=str.capitalize)
     return named.loc[:, ~named.columns.duplicated()]

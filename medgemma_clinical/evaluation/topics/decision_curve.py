@@ -1,50 +1,147 @@
-"""What acting on the risks brings: net benefit over thresholds, and shares at the threshold."""
+"""What acting on the risks brings: shares at thresholds, and net benefit over them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from medgemma_clinical.evaluation import plots
-from medgemma_clinical.evaluation.metrics import Array, net_benefit
-from medgemma_clinical.evaluation.metrics_table import bootstrap, label_risk_patient, with_interval
-from medgemma_clinical.evaluation.tables import metric_table
-from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, Topic
-from medgemma_clinical.evaluation.verdicts import percent
+from medgemma_clinical.evaluation.metrics import Array, confusion_shares, net_benefit
+from medgemma_clinical.evaluation.metrics_table import (
+    bootstrap,
+    label_risk_patient,
+    patients_behind_shares,
+    with_interval,
+)
+from medgemma_clinical.evaluation.suppress import SHOWN_THRESHOLDS
+from medgemma_clinical.evaluation.tables import METRICS
+from medgemma_clinical.evaluation.topics.topic import (
+    Cells,
+    Details,
+    Evaluated,
+    Topic,
+)
+from medgemma_clinical.evaluation.verdicts import (
+    NO_VALUE,
+    at_threshold,
+    interval_text,
+    percent,
+)
+
+Cuts = Mapping[str, Sequence[float]] | None
+"""The thresholds at which each model is shown; None: at all."""
+
+TREAT_ALL = "treat all"
+SHARES = "sensitivity", "specificity", "ppv", "npv", "positives"
 
 
 def decision(evaluated: Evaluated) -> Topic:
     """Return the topic."""
-    content = evaluated.content
-    curve = decision_curve(evaluated.rows, evaluated.names, content.seed)
-    threshold = "each fold's own" if content.threshold is None else percent(content.threshold)
+    content, names = evaluated.content, evaluated.names
+    rows, cuts = evaluated.rows, evaluated.cuts
+    curve = decision_curve(rows, names, content.seed, cuts)
+    shown = {content.threshold, *(x for x in SHOWN_THRESHOLDS if x <= curve.index.max())}
+    table = threshold_table(rows, names, sorted(shown), content.seed, cuts)
     text = (
         "To act at a risk of 20\xa0% and above is to accept four false positives for one true "
         "positive. The net benefit is the share of true positives minus that of false positives, "
         "weighted at this rate. The model helps at thresholds where its curve lies above both "
-        "“treat all” and “treat none”. The threshold is a choice of the clinician, not of the data."
+        "“treat all” and “treat none”. What acting brings and costs should choose the threshold; "
+        "--threshold sets another one."
     )
-    names = ["sensitivity", "specificity", "ppv", "npv", "positives"]
-    caption = f"At Youden's threshold, {threshold}, chosen on {content.chosen_on}"
-    figure = plot_decision_curve(curve, evaluated.names), f"Decision curve{evaluated.beside}"
+    figures = {}
+    if evaluated.has_curves:
+        figure = plot_decision_curve(curve, names)
+        figures["decision_curve"] = figure, f"Decision curve{evaluated.beside}"
+    cells = threshold_cells(table, content.threshold)
+    beginning = at_threshold(content.threshold, content.threshold_choice)
+    meanings = {METRICS[name][0]: METRICS[name][2] for name in SHARES} | {
+        "Minus": "net benefit of this model minus that of another, or of predicting all positive"
+    }
     return Topic(
         "Decision curve",
         [text],
-        [Cells(metric_table(evaluated.metrics, names), caption)],
-        {"decision_curve": figure},
-        {"decision_curve": curve.reset_index()},
+        [Cells(cells, f"{beginning}, and at others", is_wide=True)],
+        figures,
+        {"decision_curve": curve.reset_index(), "thresholds": table},
+        [Details("What the columns are", terms=meanings)],
     )
 
 
-def decision_curve(rows: pd.DataFrame, models: list[str], seed: int) -> pd.DataFrame:
-    """Return net benefits by threshold risk; low and high are those of the first model."""
+def threshold_table(
+    rows: pd.DataFrame,
+    names: Sequence[str],
+    thresholds: Sequence[float],
+    seed: int,
+    cuts: Cuts = None,
+) -> pd.DataFrame:
+    """Return threshold, metric, value, low and high of the first model.
+
+    Metrics: shares, net benefit, and its difference to the other models and to treating all; each
+    at the thresholds in the ``cuts`` of its models, where there are any.
+    """
+    cuts = cuts or dict.fromkeys(names, thresholds)
+    thresholds = [threshold for threshold in thresholds if threshold in cuts[names[0]]]
+    if not thresholds:
+        return pd.DataFrame(columns=["threshold", "metric", "value", "low", "high"])
+    labels, risk, patients = label_risk_patient(rows, names[0])
+    risks = {name: rows[name].to_numpy(float) for name in names} | {TREAT_ALL: np.ones(len(rows))}
+    points = np.array(thresholds)
+
+    def statistic(weights: Array) -> dict[Any, Array]:
+        benefits = {name: net_benefit(labels, x, points, weights) for name, x in risks.items()}
+        values: dict[Any, Array] = {}
+        for k, threshold in enumerate(thresholds):
+            at: dict[str, Array] = confusion_shares(labels, risk >= threshold, weights)
+            at["net benefit"] = benefits[names[0]][:, k]
+            others = [name for name in names[1:] if threshold in cuts[name]]
+            for name in (*others, TREAT_ALL):
+                at[f"minus {name}"] = benefits[names[0]][:, k] - benefits[name][:, k]
+            values |= {(threshold, name): x for name, x in at.items()}
+        return values
+
+    behind: dict[Any, int] = {}
+    for threshold in thresholds:
+        of_shares = patients_behind_shares(labels, risk >= threshold, patients)
+        behind |= {(threshold, share): patients for share, patients in of_shares.items()}
+    table = with_interval(*bootstrap(labels, patients, seed, statistic), behind)
+    return table.rename_axis(["threshold", "metric"]).reset_index()
+
+
+def threshold_cells(table: pd.DataFrame, used: float) -> pd.DataFrame:
+    """Return a ``threshold_table`` as text, a line a threshold; the one that is ``used`` first."""
+    lines: list[dict[str, str]] = []
+    by_threshold = {float(str(threshold)): part for threshold, part in table.groupby("threshold")}
+    for threshold in sorted(by_threshold, key=lambda x: (x != used, x)):
+        part = by_threshold[threshold]
+        line = {"Threshold": percent(threshold) + " (in use)" * (threshold == used)}
+        for _, metric, value, low, high in part.itertuples(index=False):
+            if metric in SHARES:
+                line[METRICS[metric][0]] = interval_text(value, low, high, ".1f", 100)
+            else:
+                form = "+z.1f" if metric.startswith("minus") else "z.1f"
+                title = metric.capitalize() + " of 100 patients" * (metric == "net benefit")
+                line[title] = interval_text(value, low, high, form, 100)
+        lines.append(line)
+    return pd.DataFrame(lines).fillna(NO_VALUE)
+
+
+def decision_curve(
+    rows: pd.DataFrame, models: list[str], seed: int, cuts: Cuts = None
+) -> pd.DataFrame:
+    """Return net benefits by threshold risk; low and high are those of the first model.
+
+    Each model has them at the thresholds in its ``cuts``, where there are any.
+    """
     labels, risk, patients = label_risk_patient(rows, models[0])
     highest = min(0.99, max(0.05, 2 * labels.mean(), float(np.quantile(risk, 0.99))))
     thresholds = np.arange(1, math.floor(100 * highest) + 1) / 100  # up to those of use
+    for points in (cuts or {}).values():
+        thresholds = np.union1d(thresholds, [x for x in points if x <= highest])
 
     def statistic(weights: Array) -> dict[Any, Array]:
         benefit = net_benefit(labels, risk, thresholds, weights)
@@ -56,19 +153,23 @@ def decision_curve(rows: pd.DataFrame, models: list[str], seed: int) -> pd.DataF
     other_risks["treat_all"] = np.ones(len(rows))
     for name, other_risk in other_risks.items():
         table[name] = net_benefit(labels, other_risk, thresholds, np.ones((1, len(rows))))[0]
+    for name, points in (cuts or {}).items():
+        columns = [name, "low", "high"] if name == models[0] else [name]
+        table.loc[~table.index.isin(points), columns] = np.nan
     return table
 
 
 def plot_decision_curve(table: pd.DataFrame, models: Sequence[str]) -> plots.Plot:
     """Plot a ``decision_curve`` of the model and the baseline."""
     figure, (axes,) = plots.new_figure()
-    threshold = 100 * table.index.to_numpy()
+    table = table.set_axis(100 * table.index)
+    band = table[["low", "high"]].dropna()
     axes.fill_between(
-        threshold, table["low"], table["high"], color=plots.MODEL, alpha=0.18, linewidth=0
+        band.index, band["low"], band["high"], color=plots.MODEL, alpha=0.18, linewidth=0
     )
     for name, line in zip(models, plots.LINES, strict=False):
-        axes.plot(threshold, table[name], **line)
-    axes.plot(threshold, table["treat_all"], "-.", color=plots.INK, linewidth=1, label="treat all")
+        axes.plot(table[name].dropna(), **line)
+    axes.plot(table["treat_all"], "-.", color=plots.INK, linewidth=1, label="treat all")
     axes.axhline(0, label="treat none", **plots.DOTTED)
     top = 1.1 * max(table["treat_all"].max(), table["high"].max())
     axes.set(xlabel="threshold risk, %", ylabel="net benefit", ylim=(-0.25 * top, top))

@@ -15,28 +15,29 @@ from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, Topic
 
 def discrimination(evaluated: Evaluated) -> Topic:
     """Return the topic."""
-    labels, risks = evaluated.labels, evaluated.risks
+    labels, scores = evaluated.labels, evaluated.scores
     metrics, noun = evaluated.metrics, evaluated.content.noun
     value = metrics.of(evaluated.model)["value"]
-    roc = plot_roc(labels, risks, (1 - value["specificity"], value["sensitivity"]))
-    cells = metric_table(metrics, ["auroc", "auprc", "accuracy"])
+    point = 1 - value["specificity"], value["sensitivity"]
+    figures = {
+        "roc": (plot_roc(labels, scores, point), f"ROC curve{evaluated.beside}"),
+        "precision_recall": (plot_precision_recall(labels, scores), "Precision-recall curve"),
+    }
+    cells = metric_table(metrics, ["auroc", "auprc"])
     return Topic(
         "Discrimination",
         [f"Do {noun} with the event get a higher risk than {noun} without it?"],
         [Cells(cells, "How well the model ranks")],
-        {
-            "roc": (roc, f"ROC curve{evaluated.beside}"),
-            "precision_recall": (plot_precision_recall(labels, risks), "Precision-recall curve"),
-        },
+        figures if evaluated.has_curves else {},
         {"metrics": metrics.table.reset_index()},
     )
 
 
-def plot_roc(labels: Array, risks: Sequence[Array], point: tuple[float, float]) -> plots.Plot:
+def plot_roc(labels: Array, scores: Sequence[Array], point: tuple[float, float]) -> plots.Plot:
     """Plot the ROC curves of model and baseline, and the threshold's point if it is known."""
     figure, (axes,) = plots.new_figure()
-    for risk, line in zip(risks, plots.LINES, strict=False):
-        RocCurveDisplay.from_predictions(labels, risk, ax=axes).line_.set(**line)
+    for score, line in zip(scores, plots.LINES, strict=False):
+        RocCurveDisplay.from_predictions(labels, score, ax=axes).line_.set(**line)
     axes.plot([0, 1], [0, 1], label="chance", **plots.DOTTED)
     if not np.isnan(point).any():
         axes.plot(*point, "o", color=plots.MODEL, markersize=6, clip_on=False, label="threshold")
@@ -44,12 +45,12 @@ def plot_roc(labels: Array, risks: Sequence[Array], point: tuple[float, float]) 
     return plots.with_legend(figure), "ROC curve: sensitivity over 1 minus specificity."
 
 
-def plot_precision_recall(labels: Array, risks: Sequence[Array]) -> plots.Plot:
+def plot_precision_recall(labels: Array, scores: Sequence[Array]) -> plots.Plot:
     """Plot the precision-recall curves of the model and the baseline."""
     figure, (axes,) = plots.new_figure()
     draw = PrecisionRecallDisplay.from_predictions
-    for risk, line in zip(risks, plots.LINES, strict=False):
-        draw(labels, risk, ax=axes, drop_intermediate=True).line_.set(**line)
+    for score, line in zip(scores, plots.LINES, strict=False):
+        draw(labels, score, ax=axes, drop_intermediate=True).line_.set(**line)
     axes.axhline(labels.mean(), label="prevalence", **plots.DOTTED)
     axes.set(xlabel="recall (sensitivity)", ylabel="precision (PPV)")
     alt = "Precision-recall curve: precision over recall, beside the prevalence."

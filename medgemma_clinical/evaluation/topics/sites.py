@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
@@ -38,13 +40,18 @@ def sites(evaluated: Evaluated) -> Topic | None:
             "; random effects on its logit, by REML, with the interval of Hartung and Knapp, "
             "never narrower than that of a common effect"
         )
-    has_auroc = table["auroc"].notna().any()
+    figures = {}
+    if table["auroc"].notna().any():
+        figures["sites"] = plot_sites(table, pooled), caption
+    if table["oe"].notna().any():
+        calibration = "Calibration by site: below 1 the risks are too high"
+        figures["sites_calibration"] = plot_site_calibration(table), calibration
     cells = subgroups.subgroup_cells(table, content.noun)
     return Topic(
         "Sites",
         [pooled_sentence(pooled, len(table))],
         [Cells(cells, subgroups.subgroup_caption(content, "at each site"), is_wide=True)],
-        {"sites": (plot_sites(table, pooled), caption)} if has_auroc else {},
+        figures,
         {"sites": table, "sites_pooled": pd.DataFrame([pooled])},
     )
 
@@ -119,35 +126,56 @@ def pooled_sentence(pooled: dict[str, float], sites: int) -> str:
         return f"Nothing is pooled: fewer than {MIN_POOLED} sites have {need}."
     auroc = interval_text(pooled["value"], pooled["low"], pooled["high"])
     ends = [pooled["prediction_low"], pooled["prediction_high"]]
+    few = f", which rests on {MIN_POOLED} sites only and says little"
+    few = few if _rests_on_few(pooled) else ""
     return (
         f"Pooled over {pooled['sites']:.0f} of {sites} sites: AUROC {auroc}, I\N{SUPERSCRIPT TWO} "
-        f"{percent(pooled['i2'])}; 95 % of further sites: {ends[0]:.3f} to {ends[1]:.3f}. "
+        f"{percent(pooled['i2'])}; 95 % of further sites: {ends[0]:.3f} to {ends[1]:.3f}{few}. "
         "I\N{SUPERSCRIPT TWO} is the share of the spread between sites that is no chance."
     )
 
 
 def plot_sites(table: pd.DataFrame, pooled: Mapping[str, float]) -> plots.Plot:
     """Plot the AUROC of each site of a ``site_table`` that has one, and what ``pool`` returns."""
-    defined = table[table["auroc"].notna()]
-    value, low, high = (
-        defined[name].to_numpy(float) for name in ("auroc", "auroc_low", "auroc_high")
-    )
-    names, below = defined["site"].tolist(), len(defined)
-    figure, (axes,) = plots.new_figure(size=(5.5, 0.28 * below + 1.8))
-    look: dict[str, Any] = {"color": plots.MODEL, "label": "a site [95 %]", "markersize": 5}
-    axes.errorbar(value, range(below), xerr=[value - low, high - value], fmt="s", **look)
+    figure, axes, names = _plot_metric(table, "auroc", below=2)
     if not np.isnan(pooled["value"]):
-        names.append("pooled")
+        below = len(names)
         mean, *ends = (pooled[name] for name in ("value", "low", "high"))
         axes.axvline(mean, **plots.DOTTED)
-        look = {"color": plots.OTHER, "label": "pooled [95 %]", "markersize": 7}
+        look: dict[str, Any] = {"color": plots.OTHER, "label": "pooled [95 %]", "markersize": 7}
         axes.errorbar(mean, below, xerr=[[mean - ends[0]], [ends[1] - mean]], fmt="D", **look)
-        names.append("further sites")
         further = [pooled["prediction_low"], pooled["prediction_high"]]
-        axes.plot(further, [below + 1] * 2, "|-", color=plots.INK, label="95 % of further sites")
+        look = {"color": plots.SOFT, "linewidth": 0.8, "linestyle": ":"}
+        look = look if _rests_on_few(pooled) else {"color": plots.INK}
+        axes.plot(further, [below + 1] * 2, marker="|", label="95 % of further sites", **look)
+        names += ["pooled", "further sites"]
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="AUROC", ylim=(len(names) - 0.5, -0.5))
+    alt = "Forest plot: AUROC of each site, pooled, and of further sites."
+    return plots.with_legend(figure, 2), alt
+
+
+def plot_site_calibration(table: pd.DataFrame) -> plots.Plot:
+    """Plot observed by expected events of each site of a ``site_table`` that has them."""
+    figure, axes, names = _plot_metric(table, "oe")
+    axes.axvline(1, label="ideal", **plots.DOTTED)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="observed divided by expected events", ylim=(len(names) - 0.5, -0.5))
+    alt = "Forest plot: observed divided by expected events of each site, with intervals."
+    return plots.with_legend(figure, 2), alt
+
+
+def _plot_metric(table: pd.DataFrame, name: str, below: int = 0) -> tuple[Figure, Axes, list[str]]:
+    """Plot a metric of each site that has it, with room for more lines; return the sites, too."""
+    defined = table[table[name].notna()]
+    value, low, high = (defined[f"{name}{end}"].to_numpy(float) for end in ("", "_low", "_high"))
+    figure, (axes,) = plots.new_figure(size=(4.0, 0.28 * (len(defined) + below) + 1.2))
+    look: dict[str, Any] = {"color": plots.MODEL, "label": "a site [95 %]", "markersize": 5}
+    axes.errorbar(value, range(len(defined)), xerr=[value - low, high - value], fmt="s", **look)
     axes.grid(visible=False, axis="y")
-    return plots.with_legend(
-        figure
-    ), "Forest plot: AUROC of each site, pooled, and of further sites."
+    return figure, axes, defined["site"].tolist()
+
+
+def _rests_on_few(pooled: Mapping[str, float]) -> bool:
+    """Return whether the interval of further sites rests on as few sites as there can be."""
+    return pooled["sites"] == MIN_POOLED

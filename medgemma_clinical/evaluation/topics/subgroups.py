@@ -82,20 +82,25 @@ def subgroup_table(rows: pd.DataFrame, model: str, bands: pd.DataFrame, seed: in
 
 def subgroup_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
     """Return a ``subgroup_table`` or a ``site_table`` as text, with the metrics that any has."""
-    first = {"Site": table["site"]} if "site" in table else {}
-    first = first or {"Subgroup": table["group"] + ": " + table["level"]}
-    cells: dict[str, Any] = {
-        **first,
-        noun.capitalize(): table["n"].map(count_text),
-        "Events": table["events"].map(count_text),
-        "Observed": table["prevalence"].map(percent),
-        "Mean risk": table["risk"].map(percent),
-    }
+    is_site = "site" in table
+    cells = pd.DataFrame(
+        {
+            "Site" if is_site else "Subgroup": (
+                table["site"] if is_site else table["group"] + ": " + table["level"]
+            ),
+            noun.capitalize(): table["n"].map(count_text),
+            "Events": table["events"].map(count_text),
+            "Observed": table["prevalence"].map(percent),
+            "Mean risk": table["risk"].map(percent),
+        }
+    )
     for name, (title, form) in SUBGROUP_METRICS.items():
         if table[name].notna().any():
             numbers = (table[column] for column in (name, f"{name}_low", f"{name}_high"))
-            cells[f"{title} [95 %]"] = [
+            texts = [
                 interval_text(value, low, high, form)
                 for value, low, high in zip(*numbers, strict=True)
             ]
-    return pd.DataFrame(cells)
+            place = 1 if name == "auroc" else len(cells.columns)  # a phone shows two columns
+            cells.insert(place, f"{title} [95 %]", texts)
+    return cells

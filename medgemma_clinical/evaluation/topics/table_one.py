@@ -30,8 +30,8 @@ def table_one_topic(evaluated: Evaluated) -> Topic | None:
         content.table_one, evaluated.min_cell, hide_events=evaluated.hides_events
     )
     caption = (
-        "Count (share of the known) or median (quartiles); a series that is missing was never "
-        "measured"
+        f"Count (share of the known) or median (quartiles) of {content.noun}; a series that is "
+        "missing was never measured"
     )
     note = (
         f"A patient with {content.noun} of both kinds, with and without the event, counts in both "

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.metrics_table import Metrics
 from medgemma_clinical.evaluation.plots import Plot
+from medgemma_clinical.evaluation.suppress import distant_thresholds
 from medgemma_clinical.evaluation.updating import Updates
 from medgemma_clinical.evaluation.verdicts import primary_baseline
 
@@ -21,7 +24,7 @@ class Cells(NamedTuple):
 
     frame: pd.DataFrame
     caption: str
-    is_wide: bool = False  # no cell breaks its line; it stands above the figures
+    is_wide: bool = False  # it stands below the figures
 
 
 class Details(NamedTuple):
@@ -54,11 +57,12 @@ class ReportContent:
     question: Mapping[str, str]  # what is predicted, when, from what
     data: Mapping[str, str]
     card: Mapping[str, str]  # about the model; hashes and versions stand last
-    threshold: float | None  # None: each fold's own
+    threshold: float  # risk from which on the event is predicted
+    threshold_choice: str  # how it was chosen, on which rows
     seed: int  # of the bootstrap
     bands: pd.DataFrame  # subgroups of the evaluated rows: ordered categories, a column a grouping
     noun: str = "patients"  # what the rows are
-    chosen_on: str = "the validation part"  # rows that chose threshold and recalibration
+    recalibration: str = ""  # how the model that is handed over is recalibrated, in words
     flow: pd.DataFrame | None = None  # columns rule, removed, left
     split: pd.DataFrame | None = None  # a ``part_table``
     table_one: pd.DataFrame | None = None  # a ``table_one``
@@ -66,14 +70,19 @@ class ReportContent:
     reports: Mapping[str, Any] | None = None  # metrics of ``score_reports``
     example: Mapping[str, Any] | None = None  # prompt, text, target of a row
     stage1_page: str | None = None  # where the results are stage 1's: its page, empty if unknown
-    case_mix: tuple[dict[str, float], dict[str, float]] | None = None  # of training, of these rows
+    case_mix: tuple[dict[str, Any], dict[str, Any]] | None = None  # of training, of these rows
     sites: NDArray[Any] | None = None  # hospital or unit of each row
     updates: Updates | None = None  # of the decision rule in these rows
     tries_updates: bool = False  # whether there is a section on updates, with or without any
     methods: Mapping[str, str] | None = None  # what ``tripod.md`` says of the training
     notice: str = ""  # a banner
+    advice: str = ""  # what helps where there are few events
     first: Sequence[str] = ()  # sentences that the result begins with
+    last: Sequence[str] = ()  # sentences that it ends with
     folds: int = 0  # models whose risks of their own folds are evaluated together; 0: one model
+    # Of folds that were drawn several times: ``TESTED`` and a column of risks a repeat; a line a
+    # repeat, its threshold on these risks and its auroc.
+    repeats: tuple[pd.DataFrame, pd.DataFrame] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,10 +116,40 @@ class Evaluated:
         """Labels, (n,)."""
         return self.rows["label"].to_numpy(float)
 
+    @cached_property
+    def cuts(self) -> dict[str, list[float]] | None:
+        """Where small counts are hidden, all thresholds of ``names`` at which counts are shown."""
+        if not self.min_cell:
+            return None
+        is_shown = pd.notna(self.metrics.row(self.model, "sensitivity")["value"])
+        kept = {self.model: [self.content.threshold] if is_shown else []}
+        patients = self.rows["patient"].to_numpy(str)
+        return {
+            name: distant_thresholds(
+                self.labels,
+                self.rows[name].to_numpy(float),
+                patients,
+                self.min_cell,
+                kept=kept.get(name, ()),
+            )
+            for name in self.names
+        }
+
     @property
-    def risks(self) -> list[Array]:
-        """The risks of ``names``, (n,) each."""
-        return [self.rows[name].to_numpy(float) for name in self.names]
+    def has_curves(self) -> bool:
+        """Whether there are points enough for curves."""
+        return self.cuts is None or len(self.cuts[self.model]) > 1
+
+    @property
+    def scores(self) -> list[Array]:
+        """What ranks the rows as ``names`` do, (n,) each; equal between two of ``cuts``."""
+        if self.cuts is None:
+            return [self.rows[name].to_numpy(float) for name in self.names]
+        return [
+            np.searchsorted(cuts, self.rows[name], side="right").astype(float)
+            for name, cuts in self.cuts.items()
+            if len(cuts) > 1
+        ]
 
     @property
     def hides_events(self) -> bool:

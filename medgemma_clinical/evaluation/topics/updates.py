@@ -8,9 +8,10 @@ import pandas as pd
 
 from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.metrics_table import MINORITY_PATIENTS, TESTED
-from medgemma_clinical.evaluation.topics.calibration import calibration_table
+from medgemma_clinical.evaluation.recalibration import METHODS, MIN_SLOPE_EVENTS
+from medgemma_clinical.evaluation.topics.calibration import calibration_table, distant_bins
 from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, Topic
-from medgemma_clinical.evaluation.updating import CHOSEN, DIVISIONS, METHODS, MIN_SLOPE_EVENTS
+from medgemma_clinical.evaluation.updating import CHOSEN, DIVISIONS
 from medgemma_clinical.evaluation.verdicts import difference_text, value_text
 
 
@@ -27,7 +28,8 @@ def updates(evaluated: Evaluated) -> Topic | None:
         )
         return Topic(title, [text])
     updated = evaluated.rows[TESTED].join(content.updates.risks)
-    curves = {name: calibration_table(updated, name, content.seed) for name in METHODS}
+    bins = distant_bins(evaluated)  # of the model not updated, where small counts are hidden
+    curves = {name: calibration_table(updated, name, content.seed, bins) for name in METHODS}
     table = content.updates.table.reset_index()
     text = (
         "An update moves the log-odds of all risks alike, so it changes no ranking. Tests choose "

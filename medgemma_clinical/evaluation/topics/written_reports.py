@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from difflib import SequenceMatcher
@@ -15,15 +16,16 @@ from medgemma_clinical.data.small_cells import count_patients, count_text
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.decision import Predictions
 from medgemma_clinical.evaluation.metrics import Array
-from medgemma_clinical.evaluation.metrics_table import bootstrap, with_interval
+from medgemma_clinical.evaluation.metrics_table import bootstrap, label_risk_patient, with_interval
 from medgemma_clinical.evaluation.report_review import ReportReview, review_report
-from medgemma_clinical.evaluation.suppress import any_small, blank
+from medgemma_clinical.evaluation.suppress import any_small, blank, splits_off_few
 from medgemma_clinical.evaluation.tables import METRIC_COLUMNS
 from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, Topic
-from medgemma_clinical.evaluation.verdicts import NO_VALUE, json_text
+from medgemma_clinical.evaluation.verdicts import NO_VALUE, json_text, percent, value_text
 
 WRITTEN = {
     "reports": ("Reports", "written for the test part"),
+    "right_answer_share": ("Answers right (%)", "of the reports, those whose yes or no came true"),
     "parse_share": ("Expected form (%)", "of the reports, those of the form of the true ones"),
     "numbers_stated": ("Numbers stated", "in all reports"),
     "true_number_share": ("True numbers (%)", "of these, as in the true report"),
@@ -34,7 +36,7 @@ WRITTEN = {
 """Name and meaning of each metric."""
 
 REPORT_COUNTS: dict[str, tuple[str, ...]] = {
-    "reports": ("parse_share", "inventing_share", "right_trend_share"),
+    "reports": ("right_answer_share", "parse_share", "inventing_share", "right_trend_share"),
     "numbers_stated": ("true_number_share",),
     "invented": (),
 }
@@ -50,8 +52,7 @@ def written_reports(evaluated: Evaluated) -> Topic | None:
     return Topic(
         "Written reports",
         tables=[Cells(cells, "Each report beside the data and the true report")],
-        note="The outcome that a report states is that of the risk at the threshold: sensitivity "
-        "and specificity say how often it is right.",
+        note="The yes or no of a report is the risk's side of the threshold.",
     )
 
 
@@ -59,19 +60,44 @@ def score_reports(
     dataset: TrajectoryDataset, texts: dict[int, str], predictions: Predictions, seed: int
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Return the lines of ``generations_test.jsonl`` and the metrics; ``texts`` are by position."""
-    lines, reviews = [], []
+    lines, reviews, threshold = [], [], predictions.rule.threshold
     for i, probability in zip(predictions.rows.tolist(), predictions.probability, strict=True):
         review = review_report(dataset, i, texts[i])
         reviews.append(review)
         line = {
             "id": str(dataset.ids[i]),
-            "text": texts[i],
+            "text": state_risk(texts[i], dataset.outcome, probability, threshold),
             "target": dataset.report(i),
             "probability": float(probability),
         }
         lines.append(line | asdict(review))
     groups = dataset.groups[predictions.rows]
     return lines, report_metrics(reviews, predictions.labels, groups, seed)
+
+
+def state_risk(text: str, outcome: str, risk: float, threshold: float) -> str:
+    """Return a written report that states risk and threshold behind its yes or no."""
+    side, texts = "above" if risk >= threshold else "below", [percent(risk), percent(threshold)]
+    if texts[0] == texts[1]:  # more digits tell the side
+        texts = [f"{100 * x:.6g}\N{NO-BREAK SPACE}%" for x in (risk, threshold)]
+    stated = f" (risk {texts[0]}, {side} the threshold of {texts[1]})"
+    return re.sub(rf"^{re.escape(outcome)}: (?:yes|no)\b", lambda found: found[0] + stated, text)
+
+
+def right_answers(
+    rows: pd.DataFrame, model: str, threshold: float, seed: int, min_cell: int
+) -> str:
+    """Return in a sentence how many reports of scored rows give the right yes or no.
+
+    These are the sides of the threshold; nothing where the share tells a small count.
+    """
+    labels, risk, patients = label_risk_patient(rows, model)
+    right = ((risk >= threshold) == labels).astype(float)
+    if splits_off_few(len(np.unique(patients)), right.mean(), min_cell):
+        return ""
+    drawn = bootstrap(labels, patients, seed, lambda w: {"right": w @ right / w.sum(axis=1)})
+    share = value_text(with_interval(*drawn).loc["right"], ".1f", 100)
+    return f"Of {len(rows):,} written reports {share} % give the right yes or no."
 
 
 def compare_words(text: str, target: str) -> list[tuple[str, bool]]:
@@ -91,6 +117,7 @@ def report_metrics(
 
     reports, stated, invented = np.ones(len(reviews)), column("stated"), column("invented")
     ratios = {
+        "right_answer_share": ((column("verdict") == labels).astype(np.float64), reports),
         "parse_share": (column("parses"), reports),
         "true_number_share": (column("true"), stated),
         "right_trend_share": (column("right_trends"), column("trends")),
@@ -140,11 +167,12 @@ def written_sentence(reports: Mapping[str, Any] | None) -> str:
     """Return the result of written reports in one sentence; empty without reports."""
     if not reports or not reports["reports"]:
         return ""
-    names = ("parse_share", "inventing_share")
+    names = ("right_answer_share", "parse_share", "inventing_share")
     if any(reports[name]["value"] is None for name in names):  # hidden
         return ""
-    expected, inventing = (json_text(reports[name], ".1f", 100) for name in names)
+    right, expected, inventing = (json_text(reports[name], ".1f", 100) for name in names)
     return (
-        f"Of {count_text(reports['reports'])} written reports {expected} % have the expected form, "
-        f"and {inventing} % state a number that the patient's data do not hold."
+        f"Of {count_text(reports['reports'])} written reports {right} % give the right yes or no, "
+        f"{expected} % have the expected form, and {inventing} % state a number that the patient's "
+        "data do not hold."
     )

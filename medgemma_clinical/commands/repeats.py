@@ -1,0 +1,118 @@
+"""Folds that are drawn several times, for the stability of single risks: ``--folds --seeds``."""
+
+from __future__ import annotations
+
+import logging
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pandas as pd
+
+from medgemma_clinical.commands import folds, run_folder, several
+from medgemma_clinical.commands.command_line import EXIT_DONE
+from medgemma_clinical.commands.results import predictions_csv
+from medgemma_clinical.data.fold_split import draw_folds, foldable
+from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.distributed import processes
+from medgemma_clinical.evaluation.metrics_table import TESTED
+from medgemma_clinical.evaluation.topics.instability import (
+    instability_cells,
+    measure_instability,
+)
+from medgemma_clinical.files import InputError, read_json, write_json, write_text
+from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
+
+logger = logging.getLogger(__name__)
+
+PREDICTIONS = "predictions_repeats.csv"
+REPEAT = "{repeat}"
+"""Stands in a flag's value for the number of the repeat."""
+
+
+def run_repeats(
+    args: Namespace, read: Callable[[Namespace], TrajectoryDataset], train: several.Train
+) -> int:
+    """Run the unfinished repeats of ``--folds`` on the same patients; compare their risks."""
+    if args.seeds == 1:
+        raise InputError("--folds --seeds 1: nothing to compare: give --seeds 2 or more")
+    if args.ode_checkpoint and REPEAT not in str(args.ode_checkpoint):
+        raise InputError(
+            "--folds --seeds: each repeat has folds of its own, and so a stage 1: write {repeat} "
+            f"for its number, as in --ode_checkpoint {args.output_dir}/repeat_{{repeat}}/"
+            f"folds_trajectory/fold_{folds.FOLD}/{TRAJECTORY_FILE}"
+        )
+    # Drawn by the first seed: --max_samples takes the same patients in all repeats.
+    rows = foldable(read(args), args.max_samples, args.seed)
+    runs = [repeat_arguments(repeat, args) for repeat in range(args.seeds)]
+    for repeat, run in enumerate(runs):
+        logger.info("repeat %d of 0 to %d, seed %d", repeat, len(runs) - 1, run.seed)
+        if code := folds.run_folds(run, lambda _: rows, train):
+            return code
+    if processes().is_main_process:
+        write_repeat_results(args, rows, runs)
+    processes().wait_for_everyone()
+    return EXIT_DONE
+
+
+def repeat_arguments(repeat: int, args: Namespace) -> Namespace:
+    """Return the arguments of one repeat: its seed, its folder, ``{repeat}`` filled in.
+
+    The first repeat also trains the model of all patients, by its own folds.
+    """
+    changes = {"seed": args.seed + repeat, "seeds": None, "final": args.final and repeat == 0}
+    changes["output_dir"] = args.output_dir / f"repeat_{repeat}"
+    return Namespace(**{**vars(args), **several.filled(args, REPEAT, repeat), **changes})
+
+
+def write_repeat_results(
+    args: Namespace, rows: TrajectoryDataset, runs: Sequence[Namespace]
+) -> None:
+    """Write the risks of all repeats, how much they differ, and a page."""
+    contents = [read_json(run_folder.folds_folder(run) / run_folder.METRICS) for run in runs]
+    folder = args.output_dir / f"repeats_{contents[0]['stage']}"
+    folder.mkdir(exist_ok=True)
+    joined = join_repeats(runs)
+    risks = joined.drop(columns=TESTED)
+    described = joined.assign(mean=risks.mean(axis=1), sd=risks.std(axis=1))
+    table = described[[*TESTED, "mean", "sd", *risks]]
+    write_text(folder / PREDICTIONS, predictions_csv(table))  # the mean is its ``probability``
+    seeds = [run.seed for run in runs]
+    thresholds = [content["threshold"] for content in contents]
+    aurocs = [content["folds"]["auroc"]["value"] for content in contents]
+    by_repeat = pd.DataFrame({"seed": seeds, "threshold": thresholds, "auroc": aurocs})
+    measures = measure_instability(risks.to_numpy(float), by_repeat)
+    content = {"stage": contents[0]["stage"], "n": len(joined), "instability": measures}
+    write_json(folder / run_folder.METRICS, {**content, "repeats": by_repeat.to_dict("records")})
+    first = repeats_sentence(seeds)
+    fold = draw_folds(rows.groups, rows.labels, runs[0].folds, runs[0].seed)
+    fold_runs = [folds.fold_arguments(k, runs[0]) for k in range(runs[0].folds)]
+    folders = [run_folder.stage_folder(run) for run in fold_runs]
+    results = folds.evaluate_folds(runs[0], rows, fold, folders)
+    title, sentences = f"{results.page.title}, {len(runs)} repeats", [first, *results.page.last]
+    page = replace(results.page, title=title, last=sentences, repeats=(joined, by_repeat))
+    folds.write_page(folder, args, rows, results._replace(page=page))
+    logger.info("\n%s", instability_cells(measures, rows.noun).to_string(index=False))
+    logger.info("%s\nreport: %s", first, folder / "report.html")
+
+
+def join_repeats(runs: Sequence[Namespace]) -> pd.DataFrame:
+    """Return ``TESTED`` and a column of risks a repeat, of the rows that each repeat predicted."""
+    text, columns = {"id": str, "patient": str}, [*TESTED, "probability"]
+    paths = {f"repeat_{k}": run_folder.folds_folder(run) for k, run in enumerate(runs)}
+    risks = {
+        name: pd.read_csv(
+            path / folds.PREDICTIONS, dtype=text, usecols=columns, keep_default_na=False
+        ).set_index(TESTED)["probability"]
+        for name, path in paths.items()
+    }
+    return pd.concat(risks, axis=1, join="inner").reset_index()
+
+
+def repeats_sentence(seeds: Sequence[int]) -> str:
+    """Return what the page of the repeats shows."""
+    return (
+        f"Folds and initial weights were drawn {len(seeds)} times, by seeds {seeds[0]} to "
+        f"{seeds[-1]}: the section Instability shows how much the risks differ, all else is of "
+        "repeat 0."
+    )
