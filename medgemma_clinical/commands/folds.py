@@ -80,7 +80,7 @@ from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 from medgemma_clinical.training.signals import begin_process
 from medgemma_clinical.training.stage import Stage
 from medgemma_clinical.training.state import (
-    LOSS_TOLERANCE,
+    Progress,
     describe_epochs,
     describe_selection,
 )
@@ -451,9 +451,9 @@ def pooled_epochs(folders: Sequence[Path]) -> Json:
     """
     histories = [pd.read_json(folder / run_folder.HISTORY, lines=True) for folder in folders]
     losses = pd.concat([h.set_index("epoch")["val_loss"] for h in histories], axis=1)
-    pooled = losses.ffill().mean(axis=1)
-    good = pooled.index[pooled <= pooled.min() * (1 + LOSS_TOLERANCE)]
-    return {"averaged_epochs": good.tolist(), "validation_losses": pooled.tolist()}
+    pooled = losses.ffill().mean(axis=1).tolist()
+    (good,) = Progress(losses=[[loss] for loss in pooled]).good_epochs()
+    return {"averaged_epochs": good, "validation_losses": pooled}
 
 
 def with_final_epochs(stage: Stage, args: Namespace) -> Stage:

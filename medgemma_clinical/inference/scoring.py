@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -58,8 +58,13 @@ def scoring_rows(
     Warns, once all are read, of what does not fit the training data.
     """
     check_kind(source)
+    chunks: Iterable[ScoringRows]
+    if isinstance(source, TrajectoryDataset):
+        chunks = [_all_rows(source, config)]
+    else:
+        chunks = datasets[config["dataset"]].scoring_rows(source, config, findings, max_rows)
     medians: list[pd.DataFrame] = []
-    for rows in _read_rows(source, config, datasets, findings, max_rows):
+    for rows in chunks:
         if len(medians) * max_rows < MAX_COMPARED:  # files of any length fit
             inputs = rows.dataset.with_inputs(**config["inputs"])
             medians.append(distributions.row_medians(inputs))
@@ -68,20 +73,12 @@ def scoring_rows(
     checks.log_warnings(problems, findings.source)
 
 
-def _read_rows(
-    source: Path | pd.DataFrame | TrajectoryDataset,
-    config: Config,
-    datasets: Mapping[str, type[TrajectoryDataset]],
-    findings: Findings,
-    max_rows: int,
-) -> Iterator[ScoringRows]:
-    if not isinstance(source, TrajectoryDataset):
-        yield from datasets[config["dataset"]].scoring_rows(source, config, findings, max_rows)
-        return
+def _all_rows(source: TrajectoryDataset, config: Config) -> ScoringRows:
+    """Return the rows of a data set, with the checkpoint's question."""
     check_dataset(source, config)
     dataset, positions = copy.copy(source), np.arange(len(source))
     dataset.question = config["question"]
-    yield ScoringRows(source.ids, positions, dataset, positions, len(source))
+    return ScoringRows(source.ids, positions, dataset, positions, len(source))
 
 
 def check_dataset(dataset: TrajectoryDataset, config: Config) -> None:
