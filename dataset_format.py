@@ -478,6 +478,8 @@ def build_parser(stored: Mapping[str, Any] | None = None) -> Parser:
     add("--below_limit", choices=("half", "value", "drop"), default="", help=limit)
     bad = "leave out values that are no numbers"
     add("--bad_values", choices=("drop",), default="", help=bad)
+    encoding = "of CSV tables that are not UTF-8 (default: cp1252)"
+    add("--encoding", default="", metavar="NAME", help=encoding)
     sign = "decimal sign; the other one groups thousands"
     add("--decimal", choices=("comma", "point"), default="", help=sign)
     equal = "values of a series at one time: all, the last stored, or mean"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import glob
@@ -10,6 +11,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 import tempfile
 import zlib
@@ -51,9 +53,9 @@ class TableRequest:
 class Database:
     """A connection whose queries end at a signal, show their progress and raise one line."""
 
-    def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
-        """Hold the connection, and the one thread that uses it."""
-        self._connection = connection
+    def __init__(self, connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
+        """Hold the connection, the one thread that uses it, and a private folder."""
+        self._connection, self.folder = connection, folder
         self._thread = ThreadPoolExecutor(1)
 
     def run(self, sql: str, values: Mapping[str, Any] | None = None, *, title: str = "") -> Any:
@@ -125,7 +127,7 @@ def open_database(out: Path, memory_limit: str, threads: int) -> Iterator[Databa
         except duckdb.ParserException:
             problem = "must be a size such as 500MB or 2GB"
             raise InputError(f"--memory_limit {memory_limit}: {problem}") from None
-        with contextlib.closing(Database(opened)) as database:
+        with contextlib.closing(Database(opened, Path(spill))) as database:
             database.run(
                 "SET enable_progress_bar = true; SET enable_progress_bar_print = false; "
                 "SET TimeZone = 'UTC'; SET lock_configuration = true"
@@ -141,6 +143,8 @@ FORMS = (".csv", ".csv.gz", ".parquet")
 LARGEST_WHOLE = 10**10  # of a key, and of an offset in minutes, which a timestamp holds
 MAX_WORD = 300  # characters kept of a unit, a code, a ward
 EXACT = 10**15  # Excel keeps 15 digits of a number
+BLOCK = 2**20  # characters of a CSV that is copied
+WINDOWS = "cp1252"  # in which Excel writes a CSV that is not called UTF-8
 
 MOMENT = r"\d{4}-\d\d-\d\d([ T]\d{1,2}:\d\d(:\d\d(\.\d+)?)?)?"
 """A time as text; DuckDB alone would drop AM, PM, a zone and any other word behind it."""
@@ -275,6 +279,7 @@ class TableFile:
     sha256: str
     separator: str = ","  # empty of an Excel file, which lies in a table of the database
     rounded: tuple[str, ...] = ()  # columns of Excel with numbers of more digits than it keeps
+    utf8: Path | None = None  # copy of a CSV in another encoding
 
     @property
     def is_parquet(self) -> bool:
@@ -297,7 +302,7 @@ class TableFile:
     def rows(self) -> str:
         """Return SQL for the raw rows, their columns named by their position."""
         # Hive partitioning is off: a folder ``value=1000`` would replace the column ``value``.
-        path = literal(glob.escape(str(self.path)))
+        path = literal(glob.escape(str(self.utf8 or self.path)))
         if self.is_parquet or not self.separator:
             names = ", ".join(f'"{k}"' for k in range(len(self.header)))
             alias = f" AS t({names})" if names else ""
@@ -332,7 +337,12 @@ def find_file(folder: Path, name: str, flag: str) -> Path:
     return paths[0]
 
 
-def open_table(database: Database, path: Path, columns: Mapping[str, Column]) -> TableFile:
+def open_table(
+    database: Database,
+    path: Path,
+    columns: Mapping[str, Column],
+    encoding: str = "",  # of a CSV that is not UTF-8; empty: such a CSV is refused
+) -> TableFile:
     """Hash a file, read its header and check its columns."""
     if not path.is_file():  # a pipe would wait for ever
         raise InputError(f"{path}: no such file")
@@ -347,16 +357,50 @@ def open_table(database: Database, path: Path, columns: Mapping[str, Column]) ->
             database.add(quoted(str(path)), sheet)
             file = TableFile(path, header, sha256, "", rounded)
         else:
-            unpack: Any = gzip.open if path.suffix.lower() == ".gz" else open
+            utf8, found = None, find_encoding(path, encoding) if encoding else "utf-8"
+            if found != "utf-8":
+                utf8 = database.folder / f"{sha256}.csv"
+                copy_as_utf8(path, found, utf8)
             headers = {}
-            with unpack(path, "rt", encoding="utf-8-sig", newline="") as text:
+            with open_text(utf8 or path, "utf-8-sig") as text:
                 for mark in ",;\t":
                     text.seek(0)
                     headers[mark] = [n.strip() for n in next(csv.reader(text, delimiter=mark), [])]
             separator = max(headers, key=lambda mark: len(headers[mark]))
-            file = TableFile(path, headers[separator], sha256, separator)
+            file = TableFile(path, headers[separator], sha256, separator, utf8=utf8)
     file.check_columns(columns)
     return file
+
+
+def open_text(path: Path, encoding: str) -> Any:
+    """Open a text file, packed or not, with its line ends as they are."""
+    unpack: Any = gzip.open if path.suffix.lower() == ".gz" else open
+    return unpack(path, "rt", encoding=encoding, newline="")
+
+
+def find_encoding(path: Path, other: str) -> str:
+    """Return the encoding of a text file: UTF-16 by its mark, UTF-8, or else the other one."""
+    with open_text(path, "latin-1") as text:
+        if text.read(2).encode("latin-1") in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            return "utf-16"
+    for encoding in ("utf-8", other):
+        try:
+            with open_text(path, encoding) as text:
+                while text.read(BLOCK):
+                    pass
+        except LookupError:
+            raise InputError(f"--encoding {encoding}: no such encoding") from None
+        except UnicodeError:
+            continue
+        return encoding
+    raise InputError(f"{path}: neither UTF-8 nor {other}: name its encoding by --encoding")
+
+
+def copy_as_utf8(path: Path, encoding: str, copy: Path) -> None:
+    """Copy a text file that is in another encoding, for DuckDB reads few of them."""
+    logger.info("%s: not UTF-8: read as %s", path, encoding)
+    with open_text(path, encoding) as text, copy.open("w", encoding="utf-8", newline="") as out:
+        shutil.copyfileobj(text, out, BLOCK)
 
 
 def read_sheet(path: Path) -> tuple[list[str], pd.DataFrame, tuple[str, ...]]:

@@ -56,6 +56,7 @@ class LongRequest(events.EventRequest):
     below_limit: str
     bad_values: str
     decimal: str
+    encoding: str
     equal_times: str
     factor: tuple[str, ...]
     like: Path | None
@@ -121,8 +122,10 @@ def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
         raise InputError(f"--out {request.out}: --like reads it: choose another name")
     with duck.open_database(request.out, request.memory_limit, request.threads) as database:
         database.set(below_limit=request.below_limit)
-        table = duck.open_table(database, request.table, {})
-        labels = duck.open_table(database, request.labels, {})
+        table, labels = (
+            duck.open_table(database, path, {}, request.encoding or duck.WINDOWS)
+            for path in (request.table, request.labels)
+        )
         names, label_names = find_columns(table, labels, request)
         times = find_times(database, labels, label_names, request)
         categories = load_labels(database, labels, label_names, request, times["prediction_time"])

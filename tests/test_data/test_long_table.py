@@ -546,6 +546,37 @@ def test_every_kind_of_file_gives_the_same_rows(ending, make):
     pd.testing.assert_frame_equal(rows, expected)
 
 
+@pytest.mark.parametrize(
+    ("encoding", "flag", "place"),
+    [
+        *(("cp1252", "", ""), ("utf-8", "", ""), ("utf-8-sig", "cp1252", ""), ("utf-16", "", "")),
+        ("mac_roman", "mac_roman", ""),
+        ("gbk", "", "labs.csv.gz: "),
+        ("cp1252", "cp9", "--encoding cp9: "),
+    ],
+)
+def test_a_csv_is_read_in_the_encoding_that_it_has(encoding, flag, place, tmp_path, capsys):
+    item = "\u4e02" if encoding == "gbk" else "Kreatinin [µmol/L] hämolytisch"
+    table = labs().assign(Analyte=item).rename(columns={"Result": "Résultat"})
+    paths = {"table": tmp_path / "labs.csv.gz", "labels": tmp_path / "patients.csv"}
+    for path, content in zip(paths.values(), (table, people()), strict=True):
+        content.to_csv(path, index=False, encoding=encoding, sep=";")
+    words = [f"--{name}={path}" for name, path in paths.items()]
+    words += ["--columns", "value=Résultat", "label=AKI stage 3", "--series", f"crea={item}"]
+    words += ["--prediction_time", "Admitted + 48 h", "--window_hours", "48"]
+    words += ["--encoding", flag, "--out", str(tmp_path / "out.csv")]
+    if place:
+        assert dataset_format.main(["from_long", *words]) == 2
+        assert place in capsys.readouterr().err
+    else:
+        assert dataset_format.main(["from_long", *words]) == 0
+        assert len(pd.read_csv(tmp_path / "out.csv")) == 2
+        assert (f"read as {flag or encoding}" in capsys.readouterr().out) == (
+            encoding[:5] != "utf-8"
+        )
+    assert not [*tmp_path.glob("*spill*"), *tmp_path.glob(".*.csv")]
+
+
 def test_excel_is_refused_in_one_line_where_it_cannot_be_read(tmp_path, make, monkeypatch):
     for error, named in ((ImportError, "pip install openpyxl"), (ValueError, "Excel")):
 
