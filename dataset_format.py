@@ -480,6 +480,8 @@ def build_parser(stored: Mapping[str, Any] | None = None) -> Parser:
     add("--bad_values", choices=("drop",), default="", help=bad)
     encoding = "of CSV tables that are not UTF-8 (default: cp1252)"
     add("--encoding", default="", metavar="NAME", help=encoding)
+    sheet = "of an Excel file (default: first); again: of the next"
+    add("--sheet", action=Repeated, default=(), metavar="NAME", help=sheet)
     sign = "decimal sign; the other one groups thousands"
     add("--decimal", choices=("comma", "point"), default="", help=sign)
     equal = "values of a series at one time: all, the last stored, or mean"

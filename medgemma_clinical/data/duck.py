@@ -29,7 +29,15 @@ from tqdm import tqdm
 
 from medgemma_clinical.data.findings import flow_lines
 from medgemma_clinical.data.roles import MAX_ID, NO_ID
-from medgemma_clinical.files import InputError, RunFault, atomic, file_hash, locked, remove
+from medgemma_clinical.files import (
+    InputError,
+    RunFault,
+    atomic,
+    file_hash,
+    locked,
+    one_line,
+    remove,
+)
 from medgemma_clinical.provenance import code_hash
 
 logger = logging.getLogger(__name__)
@@ -279,12 +287,18 @@ class TableFile:
     sha256: str
     separator: str = ","  # empty of an Excel file, which lies in a table of the database
     rounded: tuple[str, ...] = ()  # columns of Excel with numbers of more digits than it keeps
+    sheets: tuple[str, ...] = ()  # of Excel: the one that is read, and the others
     utf8: Path | None = None  # copy of a CSV in another encoding
 
     @property
     def is_parquet(self) -> bool:
         """Whether the file is Parquet, not CSV."""
         return self.path.suffix.lower() == ".parquet"
+
+    @property
+    def sheet_table(self) -> str:
+        """SQL for the table of the database that holds the cells of an Excel file."""
+        return quoted(f"{self.path}: {self.sheets[0]}")
 
     def raw(self, name: str) -> str:
         """Return SQL for a column's raw cell, NULL where the file lacks it; of LINE for a hash."""
@@ -307,7 +321,7 @@ class TableFile:
             names = ", ".join(f'"{k}"' for k in range(len(self.header)))
             alias = f" AS t({names})" if names else ""
             if not self.separator:
-                return f"{quoted(str(self.path))}{alias}"
+                return f"{self.sheet_table}{alias}"
             return f"read_parquet({path}, hive_partitioning = false){alias}"
         columns = ", ".join(f"'{k}': 'VARCHAR'" for k in range(len(self.header)))
         return (
@@ -342,6 +356,7 @@ def open_table(
     path: Path,
     columns: Mapping[str, Column],
     encoding: str = "",  # of a CSV that is not UTF-8; empty: such a CSV is refused
+    sheet: str = "",  # of an Excel file; empty: the first
 ) -> TableFile:
     """Hash a file, read its header and check its columns."""
     if not path.is_file():  # a pipe would wait for ever
@@ -353,9 +368,9 @@ def open_table(
             header = database.frame(f"DESCRIBE FROM {file.rows()}")["column_name"].tolist()
             file = TableFile(path, header, sha256)
         elif path.suffix.lower() == ".xlsx":
-            header, sheet, rounded = read_sheet(path)
-            database.add(quoted(str(path)), sheet)
-            file = TableFile(path, header, sha256, "", rounded)
+            header, cells, rounded, sheets = read_sheet(path, sheet)
+            file = TableFile(path, header, sha256, "", rounded, sheets)
+            database.add(file.sheet_table, cells)
         else:
             utf8, found = None, find_encoding(path, encoding) if encoding else "utf-8"
             if found != "utf-8":
@@ -403,27 +418,37 @@ def copy_as_utf8(path: Path, encoding: str, copy: Path) -> None:
         shutil.copyfileobj(text, out, BLOCK)
 
 
-def read_sheet(path: Path) -> tuple[list[str], pd.DataFrame, tuple[str, ...]]:
-    """Return header, cells and rounded columns of the first sheet of an Excel file.
+def read_sheet(
+    path: Path, name: str
+) -> tuple[list[str], pd.DataFrame, tuple[str, ...], tuple[str, ...]]:
+    """Return header, cells, rounded columns and name of a sheet of an Excel file, and the others.
 
     The cells are texts; of each column K a column ``number K`` says which are stored as numbers.
     """
     try:
         with pd.ExcelFile(path, engine="openpyxl") as book:
-            first, *others = map(str, book.sheet_names)
+            names = [str(sheet) for sheet in book.sheet_names]
+            chosen = name or names[0]
+            if chosen not in names:
+                listed = ", ".join(map(one_line, names))
+                raise InputError(f"--sheet {name}: {path}: no such sheet among {listed}")
             # None and NA are words; pandas would rename a column that appears twice.
-            cells = pd.read_excel(book, header=None, dtype=object, keep_default_na=False)
+            cells = pd.read_excel(book, chosen, header=None, dtype=object, keep_default_na=False)
+    except InputError:
+        raise
     except ImportError:  # no requirement: needed for Excel alone
         raise InputError(f"{path}: reading Excel needs openpyxl: pip install openpyxl") from None
     except (BadZipFile, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a whole Excel file") from error
-    if others:
-        logger.info("%s: sheet %r of %d is read", path, first, 1 + len(others))
+    if len(names) > 1:
+        logger.info("%s: sheet %r of %d is read", path, chosen, len(names))
     header, sheet = [str(name).strip() for name in cells.iloc[:1].to_numpy().ravel()], cells[1:]
     is_number = sheet.map(lambda cell: isinstance(cell, int | float)).astype(bool)
     is_rounded = (sheet.where(is_number, 0).astype(float).abs() >= EXACT).any()
     texts = sheet.rename(columns=str).astype("string").join(is_number.add_prefix("number "))
-    return header, texts, tuple(name for name, bad in zip(header, is_rounded, strict=True) if bad)
+    rounded = tuple(name for name, bad in zip(header, is_rounded, strict=True) if bad)
+    names.remove(chosen)
+    return header, texts, rounded, (chosen, *names)
 
 
 def find_time(

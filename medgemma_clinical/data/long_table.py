@@ -57,6 +57,7 @@ class LongRequest(events.EventRequest):
     bad_values: str
     decimal: str
     encoding: str
+    sheet: tuple[str, ...]
     equal_times: str
     factor: tuple[str, ...]
     like: Path | None
@@ -122,10 +123,7 @@ def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
         raise InputError(f"--out {request.out}: --like reads it: choose another name")
     with duck.open_database(request.out, request.memory_limit, request.threads) as database:
         database.set(below_limit=request.below_limit)
-        table, labels = (
-            duck.open_table(database, path, {}, request.encoding or duck.WINDOWS)
-            for path in (request.table, request.labels)
-        )
+        table, labels = open_tables(database, request)
         names, label_names = find_columns(table, labels, request)
         times = find_times(database, labels, label_names, request)
         categories = load_labels(database, labels, label_names, request, times["prediction_time"])
@@ -172,6 +170,18 @@ def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
 # ---------------------------------------------------------------------------- tables
 
 
+def open_tables(database: duck.Database, request: LongRequest) -> list[duck.TableFile]:
+    """Open --table and --labels, an Excel file at the next --sheet, or at the last one."""
+    files, sheets = list[duck.TableFile](), [*request.sheet]
+    for path in (request.table, request.labels):
+        sheet = sheets[0] if sheets else ""
+        encoding = request.encoding or duck.WINDOWS
+        files.append(duck.open_table(database, path, {}, encoding, sheet))
+        if files[-1].sheets:
+            sheets = sheets[1:] or sheets
+    return files
+
+
 def find_columns(
     table: duck.TableFile, labels: duck.TableFile, request: LongRequest
 ) -> tuple[dict[str, str], dict[str, str]]:
@@ -188,6 +198,8 @@ def find_columns(
             flags = " ".join(f"{role}=?" for role in missing)
             flags += "".join(HINTS.get(role, "") for role in missing)
             columns = f"the columns are {join_names(file.header)}"
+            if file.sheets[1:]:
+                columns += f"; other sheets, by --sheet, are {join_names(file.sheets[1:])}"
             problems.append(f"{file.path}: --columns {flags}: {columns}")
         for role, name in names.items():
             check_alike(file, f"--columns {role}", name, mapped.get(role, ""), *roles[role])

@@ -600,18 +600,41 @@ def test_a_cell_that_says_none_is_a_word_in_every_kind_of_file(ending, make):
     assert {*made[0].filter(like="static_")} == {f"static_smoking {w.lower()}" for w in WORDS}
 
 
-def test_the_sheet_that_is_read_is_named(tmp_path, make, caplog):
+@pytest.mark.parametrize(
+    ("table", "labels", "sheets", "place"),
+    [
+        ("one.xlsx", "one.xlsx", ("Labs", "People"), ""),
+        ("labs.csv", "one.xlsx", ("People",), ""),
+        ("two.xlsx", "patients.xlsx", (), ""),  # the first of each
+        ("labs.csv", "one.xlsx", (), "one.xlsx: .*prediction_time=.*--sheet.* Labs, People"),
+        ("one.xlsx", "patients.xlsx", ("Labs",), "--sheet Labs: .*patients.xlsx: "),
+    ],
+)
+def test_an_excel_file_is_read_at_the_sheet_of_its_turn(
+    table, labels, sheets, place, tmp_path, caplog
+):
     pytest.importorskip("openpyxl")
     caplog.set_level(logging.INFO)
-    with pd.ExcelWriter(tmp_path / "two.xlsx") as book:
-        for name in ("Jan", "Feb"):
-            labs().to_excel(book, sheet_name=name, index=False)
-    labels = save(people(), tmp_path / "patients.xlsx")
-    make_rows(
-        "from_long", table=tmp_path / "two.xlsx", labels=labels, out=tmp_path / "o.csv", **FLAGS
-    )
-    assert "two.xlsx: sheet 'Jan' of 2 is read" in caplog.text
-    assert "patients.xlsx: sheet" not in caplog.text
+    info = pd.DataFrame({"Read me": ["of 2024"]})
+    books = {
+        "one.xlsx": {"Info": info, "Labs": labs(), "People": people()},
+        "two.xlsx": {"Jan": labs(), "Feb": labs()},
+        "patients.xlsx": {"Sheet1": people()},
+    }
+    for name, tables in books.items():
+        with pd.ExcelWriter(tmp_path / name) as book:
+            for sheet, content in tables.items():
+                content.to_excel(book, sheet_name=sheet, index=False)
+    save(labs(), tmp_path / "labs.csv")
+    paths = {"table": tmp_path / table, "labels": tmp_path / labels, "out": tmp_path / "o.csv"}
+    if place:
+        with pytest.raises(InputError, match=place):
+            make_rows("from_long", **paths, **FLAGS, sheet=sheets)
+    else:
+        made = make_rows("from_long", **paths, **FLAGS, sheet=sheets)
+        assert trajectory(made) == "1 (0h) -> 1.5 (12h)"
+        assert "patients.xlsx: sheet" not in caplog.text
+        assert ("two.xlsx: sheet 'Jan' of 2 is read" in caplog.text) == (table == "two.xlsx")
 
 
 def test_rows_without_a_label_are_kept_and_without_labels_there_is_no_column(make, caplog):
