@@ -470,6 +470,8 @@ def build_parser(stored: Mapping[str, Any] | None = None) -> Parser:
     static = "static feature 'age [years]=COLUMN' of --labels, repeatable"
     add("--static", action=Repeated, default=(), help=static)
     add("--no_labels", action="store_true", help="outcome not known: new patients")
+    word = "word of label 1, all others being 0 (default: Yes), repeatable"
+    add("--positive", action=Repeated, default=(), metavar="WORD", help=word)
     form = "strptime format of times, repeatable; by default found"
     add("--time_format", action=Repeated, default=(), metavar="FORMAT", help=form)
     units = tuple(duck.MICROSECONDS)

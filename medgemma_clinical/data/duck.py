@@ -170,7 +170,10 @@ ORDERS = [
 ]
 """Formats of times that are not in ISO's form; the first of each stands for all."""
 
-YES, NO = ("yes", "y", "true", "1", "1.0"), ("no", "n", "false", "0", "0.0")
+YES = ("yes", "y", "true", "1", "1.0", "ja", "j", "oui", "si", "sí")
+NO = ("no", "n", "false", "0", "0.0", "nein", "non")
+NOT_KNOWN = ("", "nan", "?", "-", "n/a", "na", "unknown", "unbekannt", "inconnu", "desconocido")
+"""Words of a label, in small letters: 1, 0 and neither."""
 SAMPLE_ROWS = 1000  # of a column of times that are in ISO's order: the rest is taken to be so
 
 TEXTS = ("word", "id")
@@ -196,7 +199,9 @@ class Column:
     may_be_empty: bool = False  # an empty word is an empty text
     optional: bool = False  # the file may lack it; its cells are empty then
     formats: tuple[str, ...] = ()  # of an instant that is not in the order of ISO
+    positive: tuple[str, ...] = ()  # words of the label 1, all others 0; empty: Yes and No
     decimal: str = ""  # sign of decimals in a value, ``comma`` or ``point``; empty: either
+    advice: str = ""  # for cells that cannot be read
     stored: str = "false"  # SQL for whether a value is stored as a number, not as a text
 
     def typed(self, raw: str) -> str:
@@ -218,7 +223,10 @@ class Column:
             time = f"CASE WHEN {is_time} THEN TRY_CAST({cell} AS TIMESTAMP) END"
             return f"date_trunc('second', {time})" if self.form == "time" else time
         if self.form == "label":
-            return f"CASE WHEN lower({cell}) IN {YES} THEN 1 WHEN lower({cell}) IN {NO} THEN 0 END"
+            ones = ", ".join(literal(word.strip().lower()) for word in self.positive or YES)
+            is_zero = f"NOT IN {NOT_KNOWN}" if self.positive else f"IN {NO}"
+            word = f"lower({cell})"
+            return f"CASE WHEN {word} IN ({ones}) THEN 1 WHEN {word} {is_zero} THEN 0 END"
         if self.form == "value":
             pointed = (
                 f"CASE WHEN {self.stored} THEN {cell} ELSE with_point({cell}, '{self.decimal}') END"
@@ -248,13 +256,15 @@ class Column:
             is_wrong = f"coalesce({number} % 1 != 0 OR abs({number}) >= {LARGEST_WHOLE}, true)"
         if not self.may_be_empty:
             return is_wrong
-        is_empty = f"coalesce(lower(trim({raw}::VARCHAR)), '') IN ('', 'nan')"
+        words = NOT_KNOWN if self.form == "label" else NOT_KNOWN[:2]
+        is_empty = f"coalesce(lower(trim({raw}::VARCHAR)), '') IN {words}"
         return "false" if self.form in TEXTS else f"NOT {is_empty} AND {is_wrong}"
 
     def problem(self, count: int) -> str:
         """Return what is wrong with some cells."""
         empty = "" if self.may_be_empty or self.form in TEXTS else "empty or "
-        return f"{cells(count)} {empty}{UNREADABLE[self.form]}"
+        advice = f": {self.advice}" if self.advice else ""
+        return f"{cells(count)} {empty}{UNREADABLE[self.form]}{advice}"
 
 
 KEY, NUMBER, TIME, WORD = (Column(form) for form in ("whole", "number", "time", "word"))

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 COMMAND, EVENT = "from_long", "Event"
 TIMES = ("prediction_time", "time", "storetime")
 MAX_SERIES, MAX_CATEGORIES, MAX_WORDS, MAX_LETTERS = 100, 20, 10, 30
-LABEL = duck.Column("label", may_be_empty=True)
+LABEL = duck.Column("label", may_be_empty=True, advice="--positive WORD names that of 1")
 LATER = re.compile(r"(.+?)\s*\+\s*(\d+(?:\.\d+)?)\s*(h|d)(?:ours?|ays?)?")
 FACTOR = re.compile(rf"(.*):(.*)=\s*({NUMBER})\s*")
 NOT_LIKE = {*("table", "labels", "out", "memory_limit", "threads"), "like", "read_as", "no_labels"}
@@ -56,6 +56,7 @@ class LongRequest(events.EventRequest):
     below_limit: str
     bad_values: str
     decimal: str
+    positive: tuple[str, ...]
     encoding: str
     sheet: tuple[str, ...]
     equal_times: str
@@ -302,8 +303,11 @@ def load_labels(
     log_columns(file, {**names, **columns_of})
     columns = {name: file.value(name, request.decimal) for name in columns_of.values()}
     columns |= {names["labels.subject_id"]: events.SUBJECT, names["prediction_time"]: time}
-    columns |= {} if request.no_labels else {names["label"]: LABEL}
+    if not request.no_labels:
+        columns[names["label"]] = replace(LABEL, positive=request.positive)
     duck.load_table(database, "answers", file, columns)
+    if request.positive and not request.no_labels:
+        check_positive(database, file, names["label"], request)
     _, delay = request.prediction_time_column()
     select = {
         "subject": duck.quoted(names["labels.subject_id"]),
@@ -402,6 +406,27 @@ def unclear_signs(database: duck.Database, texts: str, separator: str) -> list[s
     sign = "comma" if commas else "point"
     problem = f"each {sign}{items} has three digits behind it, as thousands have"
     return [f"{problem}: --decimal comma or point says which is decimal"]
+
+
+def check_positive(
+    database: duck.Database, file: duck.TableFile, column: str, request: LongRequest
+) -> None:
+    """Refuse a --positive that is no label, and log which words are 1 and 0."""
+    where = f"{file.path}, column {column}"
+    word = f"lower(trim({file.raw(column)}::VARCHAR))"
+    label = replace(LABEL, positive=request.positive).typed(file.raw(column))
+    select = f"SELECT {label} AS label, {word} AS word, count(*) AS count FROM {file.rows()}"
+    query = f"{select} GROUP BY ALL HAVING label IS NOT NULL ORDER BY count DESC, word"
+    rows = database.run(query).fetchall()
+    if not any(value for value, *_ in rows) and not request.like:
+        problem = "no cell holds it"
+        raise InputError(f"--positive {', '.join(request.positive)}: {where}: {problem}")
+    for value in (0, 1):
+        words = [(text, count) for label, text, count in rows if label == value]
+        if len(words) > MAX_WORDS:  # a rare one may be a remark on a patient
+            words = [(text, count) for text, count in words if count > 1]
+        shown = [f"{one_line(text[:MAX_LETTERS])} ({count:,})" for text, count in words]
+        logger.info("%s: %d is %s", where, value, join_names(shown, MAX_WORDS) or "no word")
 
 
 def make_static(

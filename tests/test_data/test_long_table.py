@@ -283,10 +283,31 @@ def test_days_or_months_come_first_in_a_whole_column_and_a_format_decides_where_
     assert trajectory(made) == "1 (0h) -> 1.5 (12h)"
 
 
-@pytest.mark.parametrize("pair", [("No", "Yes"), ("n", "Y"), ("FALSE", "true"), ("0", "1.0")])
-def test_labels_may_be_words(pair, make):
-    rows, _ = make(labs(), people(**{"AKI stage 3": pair}))
-    assert rows["label_escalation"].tolist() == [0, 1]
+@pytest.mark.parametrize(
+    ("cells", "positive", "labels"),
+    [
+        (("No", "Yes"), (), [0, 1]),
+        (("n", "Y"), (), [0, 1]),
+        (("FALSE", "true"), (), [0, 1]),
+        (("0", "1.0"), (), [0, 1]),
+        (("nein", "Ja", "unbekannt", ""), (), [0, 1, None, None]),
+        (("non", "oui"), (), [0, 1]),
+        (("No", "Sí", "si"), (), [0, 1, 1]),
+        (("home", "Died ", "ward", "?"), ("died",), [0, 1, 0, None]),
+        (("1", "2", "3", "it's"), ("2", "It's"), [0, 1, 0, 1]),
+        (("home", "died"), (), "column AKI stage 3: 2 cells .*--positive"),
+        (("home", "died"), ("dead",), "--positive dead: .*column AKI stage 3: "),
+    ],
+)
+def test_labels_may_be_words(cells, positive, labels, make):
+    table, patients = labs(patients=len(cells)), people(len(cells), **{"AKI stage 3": cells})
+    if isinstance(labels, str):
+        with pytest.raises(InputError, match=labels):
+            make(table, patients, positive=positive)
+    else:
+        rows, _ = make(table, patients, positive=positive)
+        read = rows["label_escalation"].astype(object)
+        assert read.where(read.notna(), None).tolist() == labels
 
 
 UNCLEAR = "column Result: .*--decimal"
@@ -462,6 +483,7 @@ def test_texts_that_are_dropped_are_listed_without_their_numbers(words, said, ma
     [
         (["61", "70.5", ""], {"static_x [u]": ["61", "70.5", None]}),
         (["Yes", "no", ""], {"static_x": ["1", "0", None]}),
+        (["ja", "Nein", ""], {"static_x": ["1", "0", None]}),
         (["F", "male", "M"], {"static_x_male": ["0", "1", "1"]}),
         (["W", "männlich", "m"], {"static_x_male": ["0", "1", "1"]}),
         (["Ward", "ICU", "icu"], {"static_x ward": ["1", "0", "0"]}),
