@@ -157,6 +157,9 @@ WINDOWS = "cp1252"  # in which Excel writes a CSV that is not called UTF-8
 MOMENT = r"\d{4}-\d\d-\d\d([ T]\d{1,2}:\d\d(:\d\d(\.\d+)?)?)?"
 """A time as text; DuckDB alone would drop AM, PM, a zone and any other word behind it."""
 
+ZONED = r"\d{4}-\d\d-\d\d[ T]\d{1,2}:\d\d(:\d\d(\.\d+)?)?( ?(Z|[+-]\d\d(:?\d\d)?))"
+"""A time as text with its zone, as ISO 8601 writes it."""
+
 MICROSECONDS = {"minutes": 60_000_000, "hours": 3_600_000_000, "days": 86_400_000_000}
 """Units of times that are numbers, counted from an arbitrary day."""
 
@@ -185,6 +188,7 @@ UNREADABLE = {
     "whole": "not a whole number",
     "label": "neither 0 nor 1, Yes nor No",
     **dict.fromkeys(("time", "instant"), "not a time such as 2150-01-31 08:30:00, without zone"),
+    "zoned": "not a time such as 2150-01-31T08:30:00+02:00",
     **dict.fromkeys(MICROSECONDS, "not a finite number"),
 }
 
@@ -193,12 +197,15 @@ UNREADABLE = {
 class Column:
     """How a column is read."""
 
-    # A key of UNREADABLE, or ``value``: a number or a text, or ``line`` of LINE. A ``time`` is cut
-    # to seconds, an ``instant`` is not; the ``id`` 10001.0 or 010001 is 10001.
+    # A key of UNREADABLE, or ``value``: a number or a text, ``text``: a whole one, ``zone``: of a
+    # time, or ``line`` of LINE. A ``time`` is cut to seconds, an ``instant`` is not; the ``id``
+    # 10001.0 or 010001 is 10001.
     form: str
     may_be_empty: bool = False  # an empty word is an empty text
     optional: bool = False  # the file may lack it; its cells are empty then
+    source: str = ""  # column of the file, by default that of the same name
     formats: tuple[str, ...] = ()  # of an instant that is not in the order of ISO
+    zoned: bool = False  # an instant with a zone, which becomes UTC
     positive: tuple[str, ...] = ()  # words of the label 1, all others 0; empty: Yes and No
     decimal: str = ""  # sign of decimals in a value, ``comma`` or ``point``; empty: either
     advice: str = ""  # for cells that cannot be read
@@ -214,10 +221,18 @@ class Column:
             return word if self.form == "word" else f"regexp_replace({word}, {number})"
         # As text 4.1 of 32 bits stays 4.1; without trim the reader itself would cast, and raise.
         cell = f"trim({raw}::VARCHAR)"
+        if self.form == "text":
+            return f"coalesce({cell}, '')"
+        if self.form == "zone":
+            return f"coalesce(nullif(zone_of({cell}), ''), 'Z')"
         if self.formats:
             formats = sorted(self.formats, key=lambda form: "%y" not in form)
             time = f"try_strptime({cell}, [{', '.join(map(literal, formats))}])::TIMESTAMP"
             return f"CASE WHEN year({time}) > 999 THEN {time} END"  # %Y takes 24 for the year 24
+        if self.zoned:
+            local = f"TRY_CAST(left({cell}, -length(zone_of({cell}))) AS TIMESTAMP)"
+            time = f"{local} - to_minutes(zone_minutes(zone_of({cell})))"
+            return f"CASE WHEN regexp_full_match({cell}, '{ZONED}') THEN {time} END"
         if self.form in ("time", "instant"):
             is_time = f"regexp_full_match({cell}, '{MOMENT}')"
             time = f"CASE WHEN {is_time} THEN TRY_CAST({cell} AS TIMESTAMP) END"
@@ -244,7 +259,7 @@ class Column:
 
     def is_wrong(self, raw: str) -> str:
         """Return SQL for whether a raw cell cannot be read, or is empty and may not be."""
-        if self.form == "value":
+        if self.form in ("value", "text", "zone"):
             return "false"
         is_wrong = f"{self.typed(raw)} = ''" if self.form in TEXTS else f"{self.typed(raw)} IS NULL"
         if self.form == "id":
@@ -264,7 +279,8 @@ class Column:
         """Return what is wrong with some cells."""
         empty = "" if self.may_be_empty or self.form in TEXTS else "empty or "
         advice = f": {self.advice}" if self.advice else ""
-        return f"{cells(count)} {empty}{UNREADABLE[self.form]}{advice}"
+        form = "zoned" if self.zoned and not self.formats else self.form
+        return f"{cells(count)} {empty}{UNREADABLE[form]}{advice}"
 
 
 KEY, NUMBER, TIME, WORD = (Column(form) for form in ("whole", "number", "time", "word"))
@@ -342,7 +358,8 @@ class TableFile:
 
     def check_columns(self, columns: Mapping[str, Column]) -> None:
         """Refuse a file that lacks a column."""
-        for name, column in columns.items():
+        for key, column in columns.items():
+            name = column.source or key
             if name not in self.header and not column.optional:
                 problem = "is it a table of another name or version?"
                 raise InputError(
@@ -466,7 +483,10 @@ def find_time(
 ) -> Column:
     """Return how all times of a column are written: in ISO's order, as given, or in another one."""
     orders = [tuple(formats)] if formats else ORDERS
-    ways = [Column("instant", formats=order) for order in ((), *orders)]
+    iso = [Column("instant"), Column("instant", zoned=True)]
+    zoned = [any("%z" in form for form in order) for order in orders]
+    pairs = zip(orders, zoned, strict=True)
+    ways = [*iso, *(Column("instant", formats=order, zoned=zone) for order, zone in pairs)]
     counts = ", ".join(f"count({way.typed('cell')})" for way in ways)
     cell, where = f"trim({file.raw(name)}::VARCHAR)", f"{file.path}, column {name}"
     for limit in (f"LIMIT {SAMPLE_ROWS}", ""):
@@ -474,8 +494,8 @@ def find_time(
         with readable(file.path):
             total, *fits = database.row(f"SELECT count(*), {counts} FROM ({select} {limit})")
         fit = [way for way, count in zip(ways, fits, strict=True) if count == total]
-        if ways[0] in fit:
-            return ways[0]
+        if fit and fit[0] in iso:
+            return fit[0]
     if not fit:
         count = total - max(fits)
         problem = f"{cells(count)} not a time such as 2150-01-31 08:30:00, as the others"
@@ -518,8 +538,9 @@ def load_table(
     keys: Sequence[str] = (),  # columns that are checked in rows that are not kept, too
 ) -> None:
     """Make a table of some columns of a file; refuse wrong cells, counted by column."""
-    raw = {column: file.raw(column) for column in columns}
-    is_wrong = {c: form.is_wrong(raw[c]) for c, form in columns.items() if c in file.header}
+    source = {column: form.source or column for column, form in columns.items()}
+    raw = {column: file.raw(name) for column, name in source.items()}
+    is_wrong = {c: form.is_wrong(raw[c]) for c, form in columns.items() if source[c] in file.header}
     # An OR a condition, not one around all: DuckDB then applies the cheap ones first.
     wrong_keys = [is_wrong[key] for key in keys]
     conditions = " AND ".join(f"({' OR '.join([condition, *wrong_keys])})" for condition in keep)
@@ -534,7 +555,8 @@ def load_table(
     counts = ", ".join(f"""count(*) FILTER ("is wrong"['{k}'])""" for k in range(len(is_wrong)))
     for column, count in zip(is_wrong, database.row(f"SELECT {counts} FROM {name}"), strict=True):
         if count:
-            raise InputError(f"{file.path}, column {column}: {columns[column].problem(count)}")
+            problem = columns[column].problem(count)
+            raise InputError(f"{file.path}, column {source[column]}: {problem}")
     database.run(f'ALTER TABLE {name} DROP COLUMN "is wrong"')
 
 

@@ -40,6 +40,7 @@ LABEL = duck.Column("label", may_be_empty=True, advice="--positive WORD names th
 LATER = re.compile(r"(.+?)\s*\+\s*(\d+(?:\.\d+)?)\s*(h|d)(?:ours?|ays?)?")
 FACTOR = re.compile(rf"(.*):(.*)=\s*({NUMBER})\s*")
 NOT_LIKE = {*("table", "labels", "out", "memory_limit", "threads"), "like", "read_as", "no_labels"}
+ZONE = " zone of the prediction time"  # no name of a header begins with a space
 HOUR = duck.MICROSECONDS["hours"]
 
 
@@ -129,6 +130,7 @@ def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
         times = find_times(database, labels, label_names, request)
         categories = load_labels(database, labels, label_names, request, times["prediction_time"])
         times |= find_times(database, table, names, request)
+        check_zones(times, {**label_names, **names}, table, labels)
         codes = [code for feature in chosen_series for code in feature.keys]
         repeated = load_values(database, table, names, request, times, codes)
         items = chosen_series or find_items(database)
@@ -244,6 +246,18 @@ def find_times(
     }
 
 
+def check_zones(
+    times: Mapping[str, duck.Column], names: Mapping[str, str], *files: duck.TableFile
+) -> None:
+    """Refuse times with a zone beside others without."""
+    zoned = [role for role, column in times.items() if column.zoned]
+    if 0 < len(zoned) < len(times):
+        paths = ", ".join(str(file.path) for file in files)
+        texts = [names[role] for role in times if role not in zoned]
+        problem = f"column {names[zoned[0]]}: times with a zone, without one in {join_names(texts)}"
+        raise InputError(f"{paths}: {problem}: export all in one zone")
+
+
 def load_values(
     database: duck.Database,
     file: duck.TableFile,
@@ -303,6 +317,9 @@ def load_labels(
     log_columns(file, {**names, **columns_of})
     columns = {name: file.value(name, request.decimal) for name in columns_of.values()}
     columns |= {names["labels.subject_id"]: events.SUBJECT, names["prediction_time"]: time}
+    zone = "''"
+    if time.zoned:
+        columns[ZONE], zone = duck.Column("zone", source=names["prediction_time"]), f'"{ZONE}"'
     if not request.no_labels:
         columns[names["label"]] = replace(LABEL, positive=request.positive)
     duck.load_table(database, "answers", file, columns)
@@ -313,6 +330,7 @@ def load_labels(
         "subject": duck.quoted(names["labels.subject_id"]),
         "prediction_time": f"{duck.quoted(names['prediction_time'])} + to_microseconds({delay})",
         "label": "NULL::INTEGER" if request.no_labels else duck.quoted(names["label"]),
+        "zone": zone,
     }
     for feature in static:
         sql, categories[feature.title] = make_static(

@@ -112,14 +112,18 @@ def open_files(
 def load_meds_labels(database: duck.Database, path: Path, hashes: dict[str, str]) -> None:
     """Make the table ``label``."""
     answers = ", ".join(ANSWERS)
-    database.run("CREATE TABLE label (subject VARCHAR, prediction_time TIMESTAMP, label INTEGER)")
+    database.run(
+        "CREATE TABLE label "
+        "(subject VARCHAR, prediction_time TIMESTAMP, label INTEGER, zone VARCHAR DEFAULT '')"
+    )
     for name, file in open_files(database, path, LABELS).items():
         if not {*file.header} & {*ANSWERS}:
             raise InputError(f"{file.path}: no column {answers}")
         hashes[f"labels: {name}"] = file.sha256
         duck.load_table(database, "answers", file, LABELS)
         database.run(
-            f"INSERT INTO label SELECT subject_id, prediction_time, coalesce({answers}) "
+            "INSERT INTO label (subject, prediction_time, label) "
+            f"SELECT subject_id, prediction_time, coalesce({answers}) "
             "FROM answers; DROP TABLE answers"
         )
 

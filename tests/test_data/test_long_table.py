@@ -253,6 +253,55 @@ def test_times_are_read_in_the_usual_forms(form, make):
     assert made[0]["prediction_time"].tolist() == ["2024-01-22T08:00:00"] * 2
 
 
+def in_berlin(table):
+    times = table.select_dtypes("datetime")
+    zoned = {name: times[name].dt.tz_localize("Europe/Berlin") for name in times}
+    return table.assign(**{name: [x.isoformat() for x in zoned[name]] for name in zoned})
+
+
+@pytest.mark.parametrize(
+    ("form", "flags", "shown"),
+    [
+        (lambda text: text, {}, "2024-04-01T08:00:00+01:00"),
+        (lambda text: text.str[:-3] + text.str[-2:], {}, "2024-04-01T08:00:00+0100"),
+        (
+            lambda text: pd.to_datetime(text, utc=True).dt.strftime("%Y-%m-%d %H:%M:%SZ"),
+            {},
+            "2024-04-01T07:00:00Z",
+        ),
+        (
+            lambda text: text.str.replace("T", " at "),
+            {"time_format": ("%Y-%m-%d at %H:%M:%S%z",)},
+            "2024-04-01T08:00:00+01:00",
+        ),
+    ],
+)
+def test_times_with_a_zone_count_true_hours_and_keep_their_zone(form, flags, shown, make):
+    """The clocks of Berlin went forward on 31 March 2024 at 2."""
+    start = pd.Timestamp("2024-03-30 08:00")
+    table = in_berlin(labs("2", "3").assign(Collected=lambda t: t["Collected"] - START + start))
+    patients = in_berlin(people(Admitted=start))
+    table["Collected"], patients["Admitted"] = form(table["Collected"]), form(patients["Admitted"])
+    made = make(table, patients, **flags)
+    assert trajectory(made) == "1 (0h) -> 1.5 (12h) -> 2 (23h) -> 3 (35h)"
+    assert made[0]["prediction_time"].tolist() == [shown] * 2
+    assert made[0]["id"].tolist() == [f"P0 {shown}", f"P1 {shown}"]
+
+
+@pytest.mark.parametrize("zoned", ["labs", "patients", "cell"])
+def test_times_with_a_zone_beside_others_without_are_refused(zoned, make):
+    table, patients = labs(), people()
+    if zoned == "labs":
+        table = in_berlin(table)
+    elif zoned == "patients":
+        patients = in_berlin(patients)
+    else:
+        table = in_berlin(table)
+        table.loc[1, "Collected"] = table.loc[1, "Collected"][:-6]
+    with pytest.raises(InputError, match=r"(labs|patients).csv.* column (Collected|Admitted): "):
+        make(table, patients)
+
+
 def test_one_late_day_of_a_long_column_decides(make):
     table = labs(patients=800).assign(Collected="3/4/2024")
     table.loc[1500, "Collected"] = "3/14/2024"

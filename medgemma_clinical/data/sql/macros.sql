@@ -6,6 +6,13 @@ CREATE MACRO plain(x) AS CASE
     ELSE rtrim(CAST(CAST(x AS DECIMAL(38, 20)) AS VARCHAR), '0')
 END;
 
+-- The zone at the end of a time, Z or +02:00, and the minutes that it is ahead of UTC.
+CREATE MACRO zone_of(cell) AS regexp_extract(cell, '(Z|[+-]\d\d(:?\d\d)?)$');
+CREATE MACRO zone_minutes(zone) AS CASE WHEN zone IN ('', 'Z') THEN 0 ELSE
+    (CASE WHEN zone[1] = '-' THEN -1 ELSE 1 END)
+    * (60 * CAST(zone[2:3] AS INTEGER) + coalesce(TRY_CAST(ltrim(zone[4:], ':') AS INTEGER), 0))
+END;
+
 CREATE MACRO hours_between(early, late) AS date_diff('second', early, late) / 3600;
 
 -- One observation of the DKA format: 24 (2.5h).

@@ -1,5 +1,5 @@
 -- Labels become windows; each step is one rule.
--- Read: label (subject, prediction_time, label).
+-- Read: label (subject, prediction_time, label, zone), the time in UTC if there is a zone.
 
 -- prediction: a label with its window, which ends at the prediction time.
 CREATE TABLE prediction AS
@@ -9,7 +9,7 @@ SELECT
     *,
     CASE WHEN getvariable('time_unit') > 0
         THEN plain(epoch_us(prediction_time) / getvariable('time_unit'))
-        ELSE replace(prediction_time::VARCHAR, ' ', 'T')
+        ELSE replace((prediction_time + to_minutes(zone_minutes(zone)))::VARCHAR, ' ', 'T') || zone
     END AS shown,
     prediction_time - to_microseconds(getvariable('width')) AS opens
 FROM label;
