@@ -261,7 +261,7 @@ def make_rows(
     titles = [MAIN_COLUMN, *(f"trajectory_{feature.title}" for feature in series[1:])]
     rows = pd.DataFrame(
         {
-            "id": labels["subject"] + " " + labels["shown"],
+            "id": labels.get("id", labels["subject"] + " " + labels["shown"]),
             "subject_id": labels["subject"],
             "prediction_time": labels["shown"],
             **{title: table["text"] for title, table in zip(titles, cells, strict=True)},

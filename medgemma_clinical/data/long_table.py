@@ -13,7 +13,8 @@ from typing import Any
 import pandas as pd
 
 from medgemma_clinical.data import duck, events
-from medgemma_clinical.data.dka import STATIC, comparable, join_names
+from medgemma_clinical.data.dka import HOURS, MAIN_COLUMN, STATIC, comparable, join_names
+from medgemma_clinical.data.dka import LABEL as LABEL_COLUMN
 from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.roles import (
     FEMALE,
@@ -21,7 +22,9 @@ from medgemma_clinical.data.roles import (
     LABEL_ROLES,
     MALE,
     OPTIONAL,
+    OTHER_SEX,
     ROLES,
+    SEX,
     SITE_INPUT,
     columns_alike,
     find_column,
@@ -34,13 +37,15 @@ from medgemma_clinical.files import InputError, one_line, read_json
 logger = logging.getLogger(__name__)
 
 COMMAND, EVENT = "from_long", "Event"
+WRITTEN = ("id", "subject_id", "prediction_time", MAIN_COLUMN, HOURS, LABEL_COLUMN)
 TIMES = ("prediction_time", "time", "storetime")
 MAX_SERIES, MAX_CATEGORIES, MAX_WORDS, MAX_LETTERS = 100, 20, 10, 30
 LABEL = duck.Column("label", may_be_empty=True, advice="--positive WORD names that of 1")
 LATER = re.compile(r"(.+?)\s*\+\s*(\d+(?:\.\d+)?)\s*(h|d)(?:ours?|ays?)?")
 FACTOR = re.compile(rf"(.*):(.*)=\s*({NUMBER})\s*")
 NOT_LIKE = {*("table", "labels", "out", "memory_limit", "threads"), "like", "read_as", "no_labels"}
-ZONE = " zone of the prediction time"  # no name of a header begins with a space
+# Columns beside those of a header, of which no name begins with a space.
+ZONE, KEPT, ID = " zone of the prediction time", " kept ", " id"
 HOUR = duck.MICROSECONDS["hours"]
 
 
@@ -54,6 +59,7 @@ class LongRequest(events.EventRequest):
     time_format: tuple[str, ...]
     no_labels: bool
     static: tuple[str, ...]
+    keep: tuple[str, ...]
     below_limit: str
     bad_values: str
     decimal: str
@@ -138,7 +144,9 @@ def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
         items = convert_units(database, items, factors, table.path)
         trajectories = events.make_trajectories(database, request, request.equal_times)
         series = items if chosen_series else choose_series(trajectories, items, table.path)
-        static = database.frame(f"SELECT COLUMNS('^(number|{STATIC}.*)$') FROM prediction")
+        columns = f"COLUMNS('(?s)^(number|{STATIC}.*|{KEPT}.*)$')"
+        static = database.frame(f"SELECT {columns} FROM prediction")
+        static.columns = static.columns.str.removeprefix(KEPT)
         rows, flow = events.make_rows(
             database,
             request,
@@ -224,10 +232,12 @@ def check_alike(file: duck.TableFile, flag: str, column: str, *names: str) -> No
         raise InputError(f"{file.path}, column {column}: {problem}: {advice}")
 
 
-def log_columns(file: duck.TableFile, names: Mapping[str, str]) -> None:
+def log_columns(file: duck.TableFile, names: Mapping[str, str], kept: Sequence[str] = ()) -> None:
     """Log which column is read as what, and those that are not read."""
     columns_read = ", ".join(f"{role}={one_line(name)}" for role, name in names.items())
-    columns_unread = join_names([name for name in file.header if name not in names.values()])
+    columns_read += f"; kept: {join_names(kept)}" if kept else ""
+    used = {*names.values(), *kept}
+    columns_unread = join_names([name for name in file.header if name not in used])
     logger.info("%s: %s; columns not read: %s", file.path, columns_read, columns_unread or "none")
 
 
@@ -314,9 +324,12 @@ def load_labels(
         check_alike(file, f"--static '{feature.title}'", column, str(feature.keys[0]))
         if is_site(column) or is_site(feature.name):
             logger.warning("warning: %s, column %s: %s", file.path, column, SITE_INPUT)
-    log_columns(file, {**names, **columns_of})
+    kept = find_kept(file, request)
+    log_columns(file, {**names, **columns_of}, kept)
     columns = {name: file.value(name, request.decimal) for name in columns_of.values()}
     columns |= {names["labels.subject_id"]: events.SUBJECT, names["prediction_time"]: time}
+    columns |= {KEPT + name: duck.Column("text", source=name) for name in kept}
+    columns |= {ID: duck.Column("word", source=names["id"])} if "id" in names else {}
     zone = "''"
     if time.zoned:
         columns[ZONE], zone = duck.Column("zone", source=names["prediction_time"]), f'"{ZONE}"'
@@ -331,6 +344,8 @@ def load_labels(
         "prediction_time": f"{duck.quoted(names['prediction_time'])} + to_microseconds({delay})",
         "label": "NULL::INTEGER" if request.no_labels else duck.quoted(names["label"]),
         "zone": zone,
+        **{KEPT + name: duck.quoted(KEPT + name) for name in kept},
+        **({"id": duck.quoted(ID)} if "id" in names else {}),
     }
     for feature in static:
         sql, categories[feature.title] = make_static(
@@ -426,6 +441,25 @@ def unclear_signs(database: duck.Database, texts: str, separator: str) -> list[s
     return [f"{problem}: --decimal comma or point says which is decimal"]
 
 
+def find_kept(file: duck.TableFile, request: LongRequest) -> list[str]:
+    """Return the columns of --keep, those that the table has if an earlier output names them."""
+    kept = list[str]()
+    for text in request.keep:
+        column = find_column(file.header, text)
+        if column is None and request.like:
+            logger.warning("warning: --keep %s: %s: no such column", text, file.path)
+            continue
+        where = f"--keep {text}: {file.path}"
+        if column is None:
+            raise InputError(f"{where}: no such column among {join_names(file.header)}")
+        check_alike(file, "--keep", column, text)
+        key = comparable(column)
+        if key in map(comparable, WRITTEN) or key.startswith(("trajectory", "static ")):
+            raise InputError(f"{where}, column {column}: is a name of the output: rename it")
+        kept += [] if column in kept else [column]
+    return kept
+
+
 def check_positive(
     database: duck.Database, file: duck.TableFile, column: str, request: LongRequest
 ) -> None:
@@ -484,8 +518,12 @@ def name_categories(
     name: str, words: Sequence[str]
 ) -> tuple[Sequence[str], list[tuple[str, Sequence[str]]]]:
     """Return the categories, and those that are 1 in each column: one column for two of them."""
-    for ones, zeros, title in ((duck.YES, duck.NO, name), (MALE, FEMALE, f"{name.lower()}_male")):
-        if {*words} <= {*ones, *zeros}:
+    is_sex = SEX.fullmatch(name) is not None
+    male = "sex_male" if is_sex else f"{name.lower()}_male"
+    known = {*MALE, *FEMALE, *(OTHER_SEX if is_sex else ())}  # a third sex leaves the cell empty
+    pairs_of_words = ((duck.YES, duck.NO, {*duck.YES, *duck.NO}, name), (MALE, FEMALE, known, male))
+    for ones, zeros, allowed, title in pairs_of_words:
+        if {*words} <= allowed:
             return (*ones, *zeros), [(f"{STATIC}{title}", ones)]
     with_column = words[1:] if len(words) == 2 else words
     titles = [" ".join(re.sub(r"[\[\],*=]", " ", word).split()) for word in with_column]

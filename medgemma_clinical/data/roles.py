@@ -29,8 +29,12 @@ LABEL_ROLES = {
     "labels.subject_id": SUBJECT_NAMES,
     "prediction_time": ("prediction_time",),
     "label": ("label", "label_escalation", "outcome", "event"),
+    "id": (),  # of a row, as a stay number
 }
-MALE, FEMALE = ("male", "m", "männlich"), ("female", "f", "w", "weiblich")
+MALE = ("male", "m", "man", "männlich", "mann")
+FEMALE = ("female", "f", "w", "woman", "weiblich", "frau")
+OTHER_SEX = ("d", "x", "o", "u", "diverse", "divers", "other", "unknown", "unbekannt")
+SEX = re.compile(r"sex|gender|geschlecht", re.IGNORECASE)
 SITE_COLUMN = re.compile(
     r"(?:static_)?(?:hospital|site|cent(?:er|re)|clinic|facility|ward|department|klinik|krankenhaus|"
     r"station|abteilung)(?:[ _]?(?:id|name|code|no))?([ _].+)?",
@@ -41,7 +45,7 @@ SITE_INPUT = (
     "lacks its columns"
 )
 SEX_COLUMN = re.compile(r"static_(?:sex|gender|geschlecht)[ _](.+)", re.IGNORECASE)
-OPTIONAL = ("unit", "storetime")
+OPTIONAL = ("unit", "storetime", "id")
 HINTS = {"prediction_time": ", or --prediction_time 'COLUMN + 48 h'", "label": ", or --no_labels"}
 
 

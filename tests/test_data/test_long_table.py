@@ -535,6 +535,7 @@ def test_texts_that_are_dropped_are_listed_without_their_numbers(words, said, ma
         (["ja", "Nein", ""], {"static_x": ["1", "0", None]}),
         (["F", "male", "M"], {"static_x_male": ["0", "1", "1"]}),
         (["W", "männlich", "m"], {"static_x_male": ["0", "1", "1"]}),
+        (["d", "m", "w"], {"static_x d": [*"100"], "static_x m": [*"010"], "static_x w": [*"001"]}),
         (["Ward", "ICU", "icu"], {"static_x ward": ["1", "0", "0"]}),
         (
             ["b", "a", "c"],
@@ -548,6 +549,58 @@ def test_static_features_are_numbers_or_columns_of_their_categories(cells, colum
     static = made[0].filter(like="static_").astype(object)
     assert static.where(static.notna(), None).to_dict("list") == columns
     assert all("[u]" in name or f"{name} is 1 for" in caplog.text for name in columns)
+
+
+@pytest.mark.parametrize("name", ["sex", "Gender", "Geschlecht"])
+@pytest.mark.parametrize(
+    ("cells", "male"),
+    [
+        (("m", "w", "d", ""), ["1", "0", None, None]),
+        (("male", "female", "diverse", "M"), ["1", "0", None, "1"]),
+        (("Frau", "weiblich", "unbekannt", "F"), ["0", "0", None, "0"]),
+    ],
+)
+def test_sex_is_one_column_whatever_its_words(name, cells, male, make):
+    rows, _ = make(labs(patients=4), people(4, Sex=cells), static=(f"{name}=Sex",))
+    static = rows.filter(like="static_").astype(object)
+    assert static.where(static.notna(), None).to_dict("list") == {"static_sex_male": male}
+
+
+def test_kept_columns_come_along_under_their_names(tmp_path, capsys):
+    """They serve as sites, as ids, as another label and as a split, and are no input."""
+    hospitals = ["St. Mary's", 'West, "new"', "", "Süd"]
+    parts = ["train", "val", "test", "train"]
+    kept = {"Hospital": hospitals, "split": parts, "Died <30d": [*"0110"]}
+    old = people(4, **kept).assign(**{"Case number": ["007", "7b", "8", "9"]})
+    paths = [save(labs(patients=4), tmp_path / "labs.csv"), save(old, tmp_path / "old.csv")]
+    out = [str(tmp_path / name) for name in ("out.csv", "new.csv")]
+    words = ["from_long", f"--table={paths[0]}", f"--labels={paths[1]}", f"--out={out[0]}"]
+    words += ["--prediction_time=Admitted + 48 h", "--window_hours=48"]
+    words += ["--columns", "label=AKI stage 3", "id=Case number"]
+    words += ["--keep", "hospital", "split", "--keep", "Died <30d", "Case number"]
+    assert dataset_format.main(words) == 0
+    rows = pd.read_csv(out[0], dtype=str, keep_default_na=False)
+    assert rows["id"].tolist() == ["007", "7b", "8", "9"]
+    assert rows["Case number"].tolist() == ["007", "7b", "8", "9"]
+    assert {name: rows[name].tolist() for name in kept} == kept
+    dataset = MIMICtrajectoryDataset(out[0], label_column="Died <30d", site="Hospital")
+    assert dataset.sites.tolist()[0] == "St. Mary's"
+    assert dataset.labels.tolist() == [0, 1, 1, 0]
+    assert dataset.ids.tolist() == ["007", "7b", "8", "9"]
+    assert dataset.parts.tolist() == parts
+    assert not dataset.static_names
+    new = save(old.drop(columns=["Died <30d", "AKI stage 3"]), tmp_path / "new_people.csv")
+    words = ["from_long", f"--table={paths[0]}", f"--labels={new}", f"--out={out[1]}"]
+    assert dataset_format.main([*words, "--like", out[0], "--no_labels"]) == 0
+    assert "--keep Died <30d: " in capsys.readouterr().out
+    assert pd.read_csv(out[1])["Hospital"].tolist()[0] == "St. Mary's"
+
+
+@pytest.mark.parametrize("name", ["Ward", "id", "Static_x", "Trajectory_y", "label escalation"])
+def test_a_column_is_kept_if_the_table_has_it_and_the_output_has_no_other(name, make):
+    columns = {} if name == "Ward" else {name: "x"}
+    with pytest.raises(InputError, match=rf"--keep {name}: .*patients.csv"):
+        make(labs(), people(**columns), keep=(name,))
 
 
 @pytest.mark.parametrize(
