@@ -147,7 +147,8 @@ def make_record(
         f"{cells['time']} AS time, {cells.get('storetime', cells['time'])} AS known, "
         f"CASE WHEN isfinite({value}) THEN coalesce(tidy({value} * factor), {value}) END AS value, "
         f"{unit} AS unit, factor IS NOT NULL AS converted FROM read LEFT JOIN factors "
-        f"ON factors.code::VARCHAR = {cells['item']} AND factors.unit::VARCHAR = {unit}"
+        f"ON comparable_unit(factors.code::VARCHAR) = comparable_unit({cells['item']}) "
+        f"AND comparable_unit(factors.unit::VARCHAR) = comparable_unit({unit})"
     )
 
 

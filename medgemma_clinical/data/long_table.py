@@ -46,6 +46,7 @@ FACTOR = re.compile(rf"(.*):(.*)=\s*({NUMBER})\s*")
 NOT_LIKE = {*("table", "labels", "out", "memory_limit", "threads"), "like", "read_as", "no_labels"}
 # Columns beside those of a header, of which no name begins with a space.
 ZONE, KEPT, ID = " zone of the prediction time", " kept ", " id"
+MICRO = ("\N{MICRO SIGN}", "\N{GREEK SMALL LETTER MU}")
 HOUR = duck.MICROSECONDS["hours"]
 
 
@@ -101,7 +102,9 @@ class LongRequest(events.EventRequest):
             match = FACTOR.fullmatch(text)
             if not match or not 0 < float(match[3]) < math.inf:
                 raise InputError(f"--factor {text}: write 'ITEM:UNIT=NUMBER', a number above 0")
-            factors[match[1].strip(), match[2].strip()] = float(match[3])
+            key = match[1].strip(), match[2].strip()
+            key = next((earlier for earlier in factors if alike(earlier, key)), key)
+            factors[key] = float(match[3])
         return factors
 
 
@@ -560,6 +563,12 @@ def choose_series(
     return series
 
 
+def alike(texts: Sequence[str], others: Sequence[str]) -> bool:
+    """Return whether units, or items, differ in their case or the sign of micro alone."""
+    first, second = ([text.replace(*MICRO).lower() for text in pair] for pair in (texts, others))
+    return first == second
+
+
 def convert_units(
     database: duck.Database,
     items: Sequence[Feature],
@@ -574,8 +583,8 @@ def convert_units(
         "ORDER BY name, converted, record.unit = '', count(*) DESC, code, record.unit"
     ).fetchall()
     for item, unit in factors:
-        units_of_item = [row_unit for *_, code, row_unit in rows if code == item]
-        if unit not in units_of_item:
+        units_of_item = [row_unit for *_, code, row_unit in rows if alike((code,), (item,))]
+        if not any(alike((unit,), (row_unit,)) for row_unit in units_of_item):
             units_text = join_names([x or "no unit" for x in units_of_item]) or "no value of it"
             problem = f"no value in a window has this item and this unit: there is {units_text}"
             logger.warning("warning: --factor '%s:%s=': %s", item, unit, problem)
@@ -585,7 +594,7 @@ def convert_units(
             problem = "all values are converted: give the unit"
             raise InputError(f"{path}: {problem} by --series '{name} [unit]'")
         target = units.setdefault(name, flag_unit or unit)
-        if converted == (unit == target):
+        if converted == alike((unit,), (target,)):
             problem = f"{name} has values in {target} and in {unit or 'no unit'}"
             problem = f"{name} is in this unit already" if converted else problem
             by = f"--factor '{code}:{unit}=NUMBER'"

@@ -524,6 +524,29 @@ def test_texts_that_are_dropped_are_listed_without_their_numbers(words, said, ma
     assert ("called by Z" in caplog.text) == ("called by Z" in str(said))
 
 
+@pytest.mark.parametrize(
+    ("units", "factor", "read"),
+    [
+        (("mg/dL", "mg/dl"), (), "1 (0h) -> 1.5 (12h)"),
+        (("MG/DL", "mg/dl"), (), "1 (0h) -> 1.5 (12h)"),
+        (("µmol/L", "\u03bcmol/l"), ("creatinine:UMOL/L=9",), "1 (0h) -> 1.5 (12h)"),
+        (("mg/dL", "umol/L"), ("creatinine:UMOL/l=2",), "1 (0h) -> 3 (12h)"),
+        (("mg/dL", "mg/l"), (), "labs.csv: "),
+    ],
+)
+def test_units_and_items_that_differ_in_case_alone_are_one(units, factor, read, make):
+    table = labs().assign(Unit=[*units] * 2, Analyte=["Creatinine", "CREATININE"] * 2)
+    columns = (*FLAGS["columns"], "unit=Unit")
+    for series in (("crea=creatinine",), ()):
+        if read.startswith("labs"):
+            with pytest.raises(InputError, match=read):
+                make(table, people(), columns=columns, series=series)
+        else:
+            made = make(table, people(), columns=columns, series=series, factor=factor)
+            assert trajectory(made) == read
+            assert made[1]["unit"] in units
+
+
 # --------------------------------------------------------------------------- static features
 
 

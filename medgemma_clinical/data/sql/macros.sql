@@ -22,9 +22,15 @@ CREATE MACRO observation(value, hours) AS
 -- A computed number without the digits that arithmetic leaves: 91.8816, not 91.88159999999999.
 CREATE MACRO tidy(x) AS CAST(format('{:.10g}', x) AS DOUBLE);
 
--- Whether a code is the wanted one, or begins like it up to its star.
-CREATE MACRO is_code(code, wanted) AS
-    CASE WHEN ends_with(wanted, '*') THEN starts_with(code, left(wanted, -1)) ELSE code = wanted END;
+-- A unit for comparison: mg/dL is mg/dl, and one of both signs of micro is the other.
+CREATE MACRO comparable_unit(unit) AS lower(translate(unit, 'µ', 'μ'));
+
+-- Whether a code is the wanted one, or begins like it up to its star; the case does not count.
+CREATE MACRO is_code(code, wanted) AS CASE
+    WHEN ends_with(wanted, '*') THEN
+        starts_with(comparable_unit(code), left(comparable_unit(wanted), -1))
+    ELSE comparable_unit(code) = comparable_unit(wanted)
+END;
 
 -- Whether a cell is a number or a limit, whatever its decimal sign and what stands between thousands.
 CREATE MACRO looks_numeric(cell) AS regexp_full_match(cell,
