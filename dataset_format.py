@@ -469,6 +469,8 @@ def build_parser(stored: Mapping[str, Any] | None = None) -> Parser:
     add("--prediction_time", default="", metavar="TIME", help=time)
     static = "static feature 'age [years]=COLUMN' of --labels, repeatable"
     add("--static", action=Repeated, default=(), help=static)
+    outcomes = "column of a label, repeatable; the first is the main label"
+    add("--outcome_column", action=Repeated, default=(), metavar="COLUMN", help=outcomes)
     keep = "columns of --labels to carry along under their names"
     add("--keep", action=Repeated, nargs="+", default=(), metavar="COLUMN", help=keep)
     add("--no_labels", action="store_true", help="outcome not known: new patients")

@@ -61,6 +61,7 @@ class LongRequest(events.EventRequest):
     no_labels: bool
     static: tuple[str, ...]
     keep: tuple[str, ...]
+    outcome_column: tuple[str, ...]
     below_limit: str
     bad_values: str
     decimal: str
@@ -91,6 +92,8 @@ class LongRequest(events.EventRequest):
                     problem = f"write ROLE=COLUMN, a role of {', '.join(roles)}"
                     raise InputError(f"--columns {text}: {problem}")
                 columns[role] = name
+        if self.outcome_column:
+            columns.setdefault("label", self.outcome_column[0])
         if self.prediction_time:
             columns["prediction_time"] = self.prediction_time_column()[0]
         return columns
@@ -147,8 +150,10 @@ def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
         items = convert_units(database, items, factors, table.path)
         trajectories = events.make_trajectories(database, request, request.equal_times)
         series = items if chosen_series else choose_series(trajectories, items, table.path)
-        columns = f"COLUMNS('(?s)^(number|{STATIC}.*|{KEPT}.*)$')"
+        columns = f"COLUMNS('(?s)^(number|{STATIC}.*|label_.*|{KEPT}.*)$')"
         static = database.frame(f"SELECT {columns} FROM prediction")
+        outcomes = find_outcomes(labels, label_names, request)
+        static = static.astype(dict.fromkeys(outcomes, "Int8"))
         static.columns = static.columns.str.removeprefix(KEPT)
         rows, flow = events.make_rows(
             database,
@@ -177,6 +182,7 @@ def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
     hashes = {table.path.name: table.sha256, f"labels/{labels.path.name}": labels.sha256}
     description = events.describe_rows(settled, series[0], usable, rows, flow)
     description["values"] = left_out
+    description["labels"] = {name: {"outcome": column} for name, column in outcomes.items()}
     rows = rows.drop(columns="label_escalation") if request.no_labels else rows
     return rows, description | duck.describe_origin(settled, COMMAND, hashes)
 
@@ -327,8 +333,9 @@ def load_labels(
         check_alike(file, f"--static '{feature.title}'", column, str(feature.keys[0]))
         if is_site(column) or is_site(feature.name):
             logger.warning("warning: %s, column %s: %s", file.path, column, SITE_INPUT)
-    kept = find_kept(file, request)
-    log_columns(file, {**names, **columns_of}, kept)
+    outcomes = find_outcomes(file, names, request)
+    kept = find_kept(file, request, [*WRITTEN, *outcomes])
+    log_columns(file, {**names, **columns_of, **outcomes}, kept)
     columns = {name: file.value(name, request.decimal) for name in columns_of.values()}
     columns |= {names["labels.subject_id"]: events.SUBJECT, names["prediction_time"]: time}
     columns |= {KEPT + name: duck.Column("text", source=name) for name in kept}
@@ -337,16 +344,20 @@ def load_labels(
     if time.zoned:
         columns[ZONE], zone = duck.Column("zone", source=names["prediction_time"]), f'"{ZONE}"'
     if not request.no_labels:
-        columns[names["label"]] = replace(LABEL, positive=request.positive)
+        label = replace(LABEL, positive=request.positive)
+        columns[names["label"]] = label
+        columns |= {name: replace(label, source=column) for name, column in outcomes.items()}
     duck.load_table(database, "answers", file, columns)
     if request.positive and not request.no_labels:
-        check_positive(database, file, names["label"], request)
+        for column in (names["label"], *outcomes.values()):
+            check_positive(database, file, column, request)
     _, delay = request.prediction_time_column()
     select = {
         "subject": duck.quoted(names["labels.subject_id"]),
         "prediction_time": f"{duck.quoted(names['prediction_time'])} + to_microseconds({delay})",
         "label": "NULL::INTEGER" if request.no_labels else duck.quoted(names["label"]),
         "zone": zone,
+        **{name: duck.quoted(name) for name in outcomes},
         **{KEPT + name: duck.quoted(KEPT + name) for name in kept},
         **({"id": duck.quoted(ID)} if "id" in names else {}),
     }
@@ -444,7 +455,27 @@ def unclear_signs(database: duck.Database, texts: str, separator: str) -> list[s
     return [f"{problem}: --decimal comma or point says which is decimal"]
 
 
-def find_kept(file: duck.TableFile, request: LongRequest) -> list[str]:
+def find_outcomes(
+    file: duck.TableFile, names: Mapping[str, str], request: LongRequest
+) -> dict[str, str]:
+    """Return the columns of --outcome_column, beside the label, by the name of their label."""
+    outcomes = dict[str, str]()
+    for text in request.outcome_column if not request.no_labels else ():
+        column, where = find_column(file.header, text), f"--outcome_column {text}: {file.path}"
+        if column is None:
+            raise InputError(f"{where}: no such column among {join_names(file.header)}")
+        check_alike(file, "--outcome_column", column, text)
+        words = re.sub(r"\W+", "_", column.lower()).strip("_")
+        name = f"label_{words.removeprefix('label_')}"
+        if column == names["label"] or outcomes.get(name) == column:
+            continue
+        if name in outcomes or name == LABEL_COLUMN or not words:
+            raise InputError(f"{where}: {name} is the name of two outcomes: rename one")
+        outcomes[name] = column
+    return outcomes
+
+
+def find_kept(file: duck.TableFile, request: LongRequest, taken: Sequence[str]) -> list[str]:
     """Return the columns of --keep, those that the table has if an earlier output names them."""
     kept = list[str]()
     for text in request.keep:
@@ -457,7 +488,7 @@ def find_kept(file: duck.TableFile, request: LongRequest) -> list[str]:
             raise InputError(f"{where}: no such column among {join_names(file.header)}")
         check_alike(file, "--keep", column, text)
         key = comparable(column)
-        if key in map(comparable, WRITTEN) or key.startswith(("trajectory", "static ")):
+        if key in map(comparable, taken) or key.startswith(("trajectory", "static ")):
             raise InputError(f"{where}, column {column}: is a name of the output: rename it")
         kept += [] if column in kept else [column]
     return kept

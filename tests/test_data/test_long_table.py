@@ -619,6 +619,42 @@ def test_kept_columns_come_along_under_their_names(tmp_path, capsys):
     assert pd.read_csv(out[1])["Hospital"].tolist()[0] == "St. Mary's"
 
 
+def test_further_outcomes_are_labels_that_the_trainer_reads(tmp_path):
+    words_of = {"ICU <7d": ["ja", "nein", "ja", ""], "Died": ["Ja", "ja", "nein", "nein"]}
+    old = people(4, **words_of).drop(columns="AKI stage 3")
+    paths = [save(labs(patients=4), tmp_path / "labs.csv"), save(old, tmp_path / "old.csv")]
+    out = [tmp_path / "out.csv", tmp_path / "like.csv", tmp_path / "new.csv"]
+    words = ["from_long", f"--table={paths[0]}", f"--labels={paths[1]}"]
+    flags = ["--prediction_time=Admitted + 48 h", "--window_hours=48", "--positive=ja"]
+    flags += ["--outcome_column=Died", "--outcome_column=icu <7d"]
+    assert dataset_format.main([*words, *flags, f"--out={out[0]}"]) == 0
+    assert dataset_format.main([*words, f"--like={out[0]}", f"--out={out[1]}"]) == 0
+    for path in out[:2]:
+        died = MIMICtrajectoryDataset(path)
+        icu = MIMICtrajectoryDataset(path, label_column="label_icu_7d", require_labels=False)
+        assert (died.outcome, icu.outcome) == ("Died", "ICU <7d")
+        assert died.labels.tolist() == [1, 1, 0, 0]
+        assert icu.labels.tolist()[:3] == [1, 0, 1]
+        assert np.isnan(icu.labels[3])
+    words[2] = f"--labels={save(old[['Patient', 'Admitted']], tmp_path / 'new_people.csv')}"
+    assert dataset_format.main([*words, f"--like={out[0]}", f"--out={out[2]}", "--no_labels"]) == 0
+    assert not [*pd.read_csv(out[2]).filter(like="label")]
+
+
+@pytest.mark.parametrize(
+    ("names", "place"),
+    [
+        (("AKI stage 3", "Sepsis"), "--outcome_column Sepsis: .*patients.csv: "),
+        (("AKI stage 3", "Died <7d", "Died >7d"), "--outcome_column Died >7d: .*patients.csv: "),
+        (("AKI stage 3", "Words"), "patients.csv, column Words: 2 cells "),
+    ],
+)
+def test_an_outcome_that_cannot_be_read_is_refused(names, place, make):
+    columns = {name: "0" for name in names if name != "Sepsis"} | {"Words": "home"}
+    with pytest.raises(InputError, match=place):
+        make(labs(), people(**columns), columns=(), outcome_column=names)
+
+
 @pytest.mark.parametrize("name", ["Ward", "id", "Static_x", "Trajectory_y", "label escalation"])
 def test_a_column_is_kept_if_the_table_has_it_and_the_output_has_no_other(name, make):
     columns = {} if name == "Ward" else {name: "x"}
