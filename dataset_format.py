@@ -471,6 +471,11 @@ def build_parser(stored: Mapping[str, Any] | None = None) -> Parser:
     add("--static", action=Repeated, default=(), help=static)
     outcomes = "column of a label, repeatable; the first is the main label"
     add("--outcome_column", action=Repeated, default=(), metavar="COLUMN", help=outcomes)
+    context = "column of --labels with a text for the context"
+    add("--context_column", default="", metavar="COLUMN", help=context)
+    notes = "table with patient, time and text, for the context"
+    add("--notes", type=Path, metavar="FILE", help=notes)
+    add_note_flags(add)
     keep = "columns of --labels to carry along under their names"
     add("--keep", action=Repeated, nargs="+", default=(), metavar="COLUMN", help=keep)
     add("--no_labels", action="store_true", help="outcome not known: new patients")

@@ -16,11 +16,13 @@ from medgemma_clinical.data import duck, events
 from medgemma_clinical.data.dka import HOURS, MAIN_COLUMN, STATIC, comparable, join_names
 from medgemma_clinical.data.dka import LABEL as LABEL_COLUMN
 from medgemma_clinical.data.feature import Feature
+from medgemma_clinical.data.notes import NoteText, add_notes, load_notes
 from medgemma_clinical.data.roles import (
     FEMALE,
     HINTS,
     LABEL_ROLES,
     MALE,
+    NOTE_ROLES,
     OPTIONAL,
     OTHER_SEX,
     ROLES,
@@ -36,7 +38,7 @@ from medgemma_clinical.files import InputError, one_line, read_json
 
 logger = logging.getLogger(__name__)
 
-COMMAND, EVENT = "from_long", "Event"
+COMMAND, EVENT, CONTEXT = "from_long", "Event", "clinical_context"
 WRITTEN = ("id", "subject_id", "prediction_time", MAIN_COLUMN, HOURS, LABEL_COLUMN)
 TIMES = ("prediction_time", "time", "storetime")
 MAX_SERIES, MAX_CATEGORIES, MAX_WORDS, MAX_LETTERS = 100, 20, 10, 30
@@ -62,6 +64,9 @@ class LongRequest(events.EventRequest):
     static: tuple[str, ...]
     keep: tuple[str, ...]
     outcome_column: tuple[str, ...]
+    context_column: str
+    notes: Path | None
+    max_note_words: int
     below_limit: str
     bad_values: str
     decimal: str
@@ -83,7 +88,7 @@ class LongRequest(events.EventRequest):
     def mapped(self) -> dict[str, str]:
         """Return the columns that are named by their role, empty where there is none."""
         columns: dict[str, str] = {}
-        roles = {**ROLES, **LABEL_ROLES}
+        roles = {**ROLES, **LABEL_ROLES, **NOTE_ROLES}
         begins = "|".join(map(re.escape, roles))
         for text in self.columns:
             for pair in re.split(rf",(?=\s*(?:{begins})\s*=)", text):
@@ -137,12 +142,15 @@ def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
         raise InputError(f"--out {request.out}: --like reads it: choose another name")
     with duck.open_database(request.out, request.memory_limit, request.threads) as database:
         database.set(below_limit=request.below_limit)
-        table, labels = open_tables(database, request)
-        names, label_names = find_columns(table, labels, request)
+        table, labels, *notes = files = open_tables(database, request)
+        names, label_names, *note_names = find_columns(files, request)
         times = find_times(database, labels, label_names, request)
         categories = load_labels(database, labels, label_names, request, times["prediction_time"])
         times |= find_times(database, table, names, request)
-        check_zones(times, {**label_names, **names}, table, labels)
+        for file, roles in zip(notes, note_names, strict=True):
+            times |= find_times(database, file, roles, request, "notes.")
+        all_names = {**label_names, **names, **(note_names[0] if notes else {})}
+        check_zones(times, all_names, files)
         codes = [code for feature in chosen_series for code in feature.keys]
         repeated = load_values(database, table, names, request, times, codes)
         items = chosen_series or find_items(database)
@@ -155,12 +163,18 @@ def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
         outcomes = find_outcomes(labels, label_names, request)
         static = static.astype(dict.fromkeys(outcomes, "Int8"))
         static.columns = static.columns.str.removeprefix(KEPT)
+        static = static.set_index("number").sort_index()
+        if CONTEXT in static and request.context_column:
+            words = static[CONTEXT].str.rstrip(". ").str.split()
+            static[CONTEXT] = words.str[-request.max_note_words :].str.join(" ")
+        for file, roles in zip(notes, note_names, strict=True):
+            add_context(database, static, file, roles, times, request)
         rows, flow = events.make_rows(
             database,
             request,
             series,
             trajectories,
-            static.set_index("number"),
+            static,
             keep_all=request.no_labels,
         )
         left_out = {"repeated": repeated, **count_left_out(database, table.path)}
@@ -175,11 +189,12 @@ def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
     settled = replace(
         request,
         outcome=outcome,
-        columns=tuple(f"{role}={name}" for role, name in {**names, **label_names}.items()),
+        columns=tuple(f"{role}={name}" for role, name in all_names.items()),
         series=tuple(f"{feature.title}={key}" for feature in series for key in feature.keys),
         read_as={"times": formats, "static": categories},
     )
-    hashes = {table.path.name: table.sha256, f"labels/{labels.path.name}": labels.sha256}
+    folders = ("", "labels/", "notes/")
+    hashes = {f"{folder}{x.path.name}": x.sha256 for folder, x in zip(folders, files, strict=False)}
     description = events.describe_rows(settled, series[0], usable, rows, flow)
     description["values"] = left_out
     description["labels"] = {name: {"outcome": column} for name, column in outcomes.items()}
@@ -191,9 +206,9 @@ def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
 
 
 def open_tables(database: duck.Database, request: LongRequest) -> list[duck.TableFile]:
-    """Open --table and --labels, an Excel file at the next --sheet, or at the last one."""
+    """Open --table, --labels, --notes, an Excel file at the next --sheet, or at the last one."""
     files, sheets = list[duck.TableFile](), [*request.sheet]
-    for path in (request.table, request.labels):
+    for path in filter(None, (request.table, request.labels, request.notes)):
         sheet = sheets[0] if sheets else ""
         encoding = request.encoding or duck.WINDOWS
         files.append(duck.open_table(database, path, {}, encoding, sheet))
@@ -202,15 +217,14 @@ def open_tables(database: duck.Database, request: LongRequest) -> list[duck.Tabl
     return files
 
 
-def find_columns(
-    table: duck.TableFile, labels: duck.TableFile, request: LongRequest
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the column of each role in both tables; ask for all that are missing in one line."""
+def find_columns(files: Sequence[duck.TableFile], request: LongRequest) -> list[dict[str, str]]:
+    """Return the column of each role in each table; ask for all that are missing in one line."""
     mapped, problems, names_of = request.mapped(), list[str](), []
     label_roles = {r: n for r, n in LABEL_ROLES.items() if r != "label" or not request.no_labels}
     subject = mapped.get("subject_id", "")
     label_roles["labels.subject_id"] = (subject, *label_roles["labels.subject_id"])
-    for file, roles in ((table, ROLES), (labels, label_roles)):
+    note_roles = {**NOTE_ROLES, "notes.subject_id": (subject, *NOTE_ROLES["notes.subject_id"])}
+    for file, roles in zip(files, (ROLES, label_roles, note_roles), strict=False):
         names = find_roles(file.header, roles, mapped)
         names_of.append(names)
         missing = [r for r in roles if r not in names and (r not in OPTIONAL or mapped.get(r))]
@@ -223,14 +237,14 @@ def find_columns(
             problems.append(f"{file.path}: --columns {flags}: {columns}")
         for role, name in names.items():
             check_alike(file, f"--columns {role}", name, mapped.get(role, ""), *roles[role])
-            if name in file.rounded and role not in (*TIMES, "value"):
+            if name in file.rounded and role.removeprefix("notes.") not in (*TIMES, "value"):
                 problem = "numbers of 16 digits or more, which Excel has rounded: use texts, or CSV"
                 raise InputError(f"{file.path}, column {name}: {problem}")
     if problems:
         raise InputError("; ".join(problems))
     if request.equal_times == "last" and "storetime" not in names_of[0]:
         raise InputError("--equal_times last: needs a column storetime")
-    return names_of[0], names_of[1]
+    return names_of
 
 
 def check_alike(file: duck.TableFile, flag: str, column: str, *names: str) -> None:
@@ -251,10 +265,15 @@ def log_columns(file: duck.TableFile, names: Mapping[str, str], kept: Sequence[s
 
 
 def find_times(
-    database: duck.Database, file: duck.TableFile, names: Mapping[str, str], request: LongRequest
+    database: duck.Database,
+    file: duck.TableFile,
+    names: Mapping[str, str],
+    request: LongRequest,
+    prefix: str = "",
 ) -> dict[str, duck.Column]:
     """Return how the times of each role are read."""
-    earlier, roles = request.read_as.get("times", {}), [role for role in TIMES if role in names]
+    earlier = request.read_as.get("times", {})
+    roles = [role for role in (prefix + name for name in TIMES) if role in names]
     if request.time_unit:
         return dict.fromkeys(roles, duck.Column(request.time_unit))
     return {
@@ -266,7 +285,7 @@ def find_times(
 
 
 def check_zones(
-    times: Mapping[str, duck.Column], names: Mapping[str, str], *files: duck.TableFile
+    times: Mapping[str, duck.Column], names: Mapping[str, str], files: Sequence[duck.TableFile]
 ) -> None:
     """Refuse times with a zone beside others without."""
     zoned = [role for role, column in times.items() if column.zoned]
@@ -334,11 +353,18 @@ def load_labels(
         if is_site(column) or is_site(feature.name):
             logger.warning("warning: %s, column %s: %s", file.path, column, SITE_INPUT)
     outcomes = find_outcomes(file, names, request)
-    kept = find_kept(file, request, [*WRITTEN, *outcomes])
-    log_columns(file, {**names, **columns_of, **outcomes}, kept)
+    context = find_context(file, request)
+    writes_context = bool(context or request.notes)
+    taken = [*WRITTEN, *outcomes, *((CONTEXT,) if writes_context else ())]
+    kept = find_kept(file, request, taken)
+    log_columns(file, {**names, **columns_of, **outcomes, **context}, kept)
     columns = {name: file.value(name, request.decimal) for name in columns_of.values()}
     columns |= {names["labels.subject_id"]: events.SUBJECT, names["prediction_time"]: time}
     columns |= {KEPT + name: duck.Column("text", source=name) for name in kept}
+    columns |= {
+        KEPT + role: NoteText(source=column, max_words=request.max_note_words)
+        for role, column in context.items()
+    }
     columns |= {ID: duck.Column("word", source=names["id"])} if "id" in names else {}
     zone = "''"
     if time.zoned:
@@ -358,7 +384,7 @@ def load_labels(
         "label": "NULL::INTEGER" if request.no_labels else duck.quoted(names["label"]),
         "zone": zone,
         **{name: duck.quoted(name) for name in outcomes},
-        **{KEPT + name: duck.quoted(KEPT + name) for name in kept},
+        **{KEPT + name: duck.quoted(KEPT + name) for name in (*kept, *context)},
         **({"id": duck.quoted(ID)} if "id" in names else {}),
     }
     for feature in static:
@@ -492,6 +518,37 @@ def find_kept(file: duck.TableFile, request: LongRequest, taken: Sequence[str]) 
             raise InputError(f"{where}, column {column}: is a name of the output: rename it")
         kept += [] if column in kept else [column]
     return kept
+
+
+def find_context(file: duck.TableFile, request: LongRequest) -> dict[str, str]:
+    """Return the column of --context_column, by the name that it gets."""
+    if not (text := request.context_column):
+        return {}
+    column = find_column(file.header, text)
+    if column is None:
+        columns = join_names(file.header)
+        problem = f"no such column among {columns}"
+        raise InputError(f"--context_column {text}: {file.path}: {problem}")
+    check_alike(file, "--context_column", column, text)
+    return {CONTEXT: column}
+
+
+def add_context(
+    database: duck.Database,
+    static: pd.DataFrame,  # by number of the prediction
+    file: duck.TableFile,
+    names: Mapping[str, str],
+    times: Mapping[str, duck.Column],
+    request: LongRequest,
+) -> None:
+    """Add the notes that were written by the prediction times to the context."""
+    log_columns(file, names)
+    roles = {"subject": "subject_id", "charted": "time", "stored": "storetime", "text": "text"}
+    columns = {x: names[f"notes.{y}"] for x, y in roles.items() if f"notes.{y}" in names}
+    forms = {x: times[f"notes.{y}"] for x, y in roles.items() if f"notes.{y}" in times}
+    load_notes(database, file, columns, events.SUBJECT, request.max_note_words, times=forms)
+    contexts = static.get(CONTEXT, pd.Series("", static.index))
+    static[CONTEXT] = add_notes(database, contexts, request.max_note_words)
 
 
 def check_positive(

@@ -152,10 +152,6 @@ def read_meds_notes(
     contexts: pd.Series,
 ) -> pd.Series:
     """Return the contexts with the notes that were written by their prediction times."""
-    database.run(
-        "CREATE VIEW target AS SELECT number, subject, NULL::BIGINT AS stay, start, "
-        "prediction_time FROM prediction JOIN clock USING (number)"
-    )
     names = {"subject": "subject_id", "charted": "time", "text": "text_value"}
     texts = [file for file in files if "text_value" in file.header]  # optional in MEDS
     if not texts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -37,11 +37,13 @@ def load_notes(
     subject: duck.Column,
     max_words: int,
     keep: Sequence[str] = (),
+    times: Mapping[str, duck.Column] | None = None,  # charted and stored, by default in ISO's order
 ) -> None:
     """Add notes of the subjects in ``target`` to ``note``: subject, written, stay, text, words."""
     time = duck.Column("instant", may_be_empty=True)
     # No row of a stay gets a note of that ``stay``, such as its discharge summary.
     forms = {"subject": subject, "charted": time, "stored": time, "stay": duck.KEY_OR_EMPTY}
+    forms |= {role: replace(form, may_be_empty=True) for role, form in (times or {}).items()}
     columns = {names[role]: form for role, form in forms.items() if role in names}
     columns[names["text"]] = NoteText(max_words=max_words)
     file.check_columns(columns)
@@ -55,6 +57,7 @@ def load_notes(
     day = f"date_trunc('day', {cells['charted']})"
     # A date without a time, and without a storing time, is known from the end of its day.
     charted = f"{cells['charted']} + to_days(({cells['charted']} = {day})::INTEGER)"
+    charted = cells["charted"] if forms["charted"].zoned else charted
     written_time = f"greatest({cells['charted']}, coalesce({cells['stored']}, {charted}))"
     database.run(
         "CREATE TABLE IF NOT EXISTS note "

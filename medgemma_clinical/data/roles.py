@@ -31,6 +31,12 @@ LABEL_ROLES = {
     "label": ("label", "label_escalation", "outcome", "event"),
     "id": (),  # of a row, as a stay number
 }
+NOTE_ROLES = {
+    "notes.subject_id": SUBJECT_NAMES,
+    "notes.time": TIME_NAMES,
+    "notes.storetime": ROLES["storetime"],
+    "notes.text": ("text", "note", "note_text", "report", "free_text"),
+}
 MALE = ("male", "m", "man", "männlich", "mann")
 FEMALE = ("female", "f", "w", "woman", "weiblich", "frau")
 OTHER_SEX = ("d", "x", "o", "u", "diverse", "divers", "other", "unknown", "unbekannt")
@@ -45,7 +51,7 @@ SITE_INPUT = (
     "lacks its columns"
 )
 SEX_COLUMN = re.compile(r"static_(?:sex|gender|geschlecht)[ _](.+)", re.IGNORECASE)
-OPTIONAL = ("unit", "storetime", "id")
+OPTIONAL = ("unit", "storetime", "id", "notes.storetime")
 HINTS = {"prediction_time": ", or --prediction_time 'COLUMN + 48 h'", "label": ", or --no_labels"}
 
 

@@ -655,6 +655,53 @@ def test_an_outcome_that_cannot_be_read_is_refused(names, place, make):
         make(labs(), people(**columns), columns=(), outcome_column=names)
 
 
+@pytest.mark.parametrize("zoned", [False, True])
+@pytest.mark.parametrize(
+    ("flags", "contexts"),
+    [
+        ({"context_column": "Remark"}, ["St. p. sepsis", ""]),
+        ({"notes": True}, ["Note (-2h): a b. Note (48h): c d", "Note (0h): e"]),
+        (
+            {"notes": True, "context_column": "Remark", "max_note_words": 3},
+            ["St. p. sepsis. Note (-2h): b. Note (48h): c d", "Note (0h): e"],
+        ),
+        ({"context_column": "Remark", "max_note_words": 1}, ["sepsis", ""]),
+    ],
+)
+def test_texts_and_notes_become_the_context(flags, contexts, zoned, tmp_path, make):
+    """A note counts if it was written by the prediction time, at 48 h, the newest words first."""
+    lines = [("P0", 48, "c\nd"), ("P0", -2, "a b."), ("P0", 49, "late"), ("P1", 0, "e")]
+    notes = pd.DataFrame(lines, columns=["MRN", "Written", "Text"])
+    notes["Written"] = START + pd.to_timedelta(notes["Written"], "h")
+    table, patients = labs(), people(Remark=["St. p.\nsepsis. ", ""])
+    if zoned:
+        notes, table, patients = map(in_berlin, (notes, table, patients))
+    if flags.get("notes"):
+        flags = {**flags, "notes": save(notes, tmp_path / "notes.csv")}
+    columns = (*FLAGS["columns"], "notes.time=Written")
+    rows, about = make(table, patients, columns=columns, **flags)
+    assert rows["clinical_context"].tolist() == contexts
+    assert ("notes/notes.csv" in about["tables_sha256"]) == ("notes" in flags)
+    rows, _ = make(table, patients, **flags | {"notes": None, "context_column": ""})
+    assert "clinical_context" not in rows
+
+
+@pytest.mark.parametrize(
+    ("flags", "place"),
+    [
+        ({"context_column": "Remark"}, "--context_column Remark: .*patients.csv: "),
+        ({"notes": "labs.csv"}, "labs.csv: --columns notes.text="),
+        ({"notes": "none.csv"}, "none.csv: "),
+        ({"context_column": "Sex", "keep": ("Clinical context",)}, "--keep Clinical context: "),
+    ],
+)
+def test_a_text_that_cannot_be_found_is_refused(flags, place, tmp_path, make):
+    if "notes" in flags:
+        flags = {"notes": tmp_path / flags["notes"]}
+    with pytest.raises(InputError, match=place):
+        make(labs(), people(**{"Clinical context": "x"}), **flags)
+
+
 @pytest.mark.parametrize("name", ["Ward", "id", "Static_x", "Trajectory_y", "label escalation"])
 def test_a_column_is_kept_if_the_table_has_it_and_the_output_has_no_other(name, make):
     columns = {} if name == "Ward" else {name: "x"}

@@ -21,6 +21,3 @@ FROM (
     LATERAL (SELECT events * predictions AS pairs)
 )
 GROUP BY batch;
-
--- clock: zero of the hours of each prediction, filled batch by batch.
-CREATE TABLE clock (number BIGINT, start TIMESTAMP);

@@ -14,6 +14,15 @@ SELECT
     prediction_time - to_microseconds(getvariable('width')) AS opens
 FROM label;
 
+-- clock: zero of the hours of each prediction, filled batch by batch.
+CREATE TABLE clock (number BIGINT, start TIMESTAMP);
+
+-- target: a prediction with the clock of its row, for notes; it is no stay.
+CREATE VIEW target AS
+SELECT number, subject, NULL::BIGINT AS stay, coalesce(start, opens) AS start, prediction_time
+FROM prediction
+LEFT JOIN clock USING (number);
+
 -- span: from the first window's beginning to the last prediction time; no other event is kept.
 CREATE TABLE span AS
 SELECT subject, any_value(person) AS person, min(opens) AS opens, max(prediction_time) AS closes
