@@ -108,7 +108,7 @@ class Database:
     def add(self, name: str, table: pd.DataFrame) -> None:
         """Copy a DataFrame into a table."""
         self._connection.register("incoming", table)
-        self.run(f"CREATE TABLE {name} AS SELECT * FROM incoming")
+        self.run(f"CREATE OR REPLACE TABLE {name} AS SELECT * FROM incoming")
         self._connection.unregister("incoming")
 
     def set(self, **variables: Any) -> None:
