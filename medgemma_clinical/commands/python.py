@@ -26,7 +26,7 @@ from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import check_gpu, check_launch, exact_kernels, set_environment
 from medgemma_clinical.files import InputError, owner_only, read_json
 from medgemma_clinical.inference.hub import find_checkpoint
-from medgemma_clinical.inference.scoring import check_kind
+from medgemma_clinical.inference.scoring import as_source
 from medgemma_clinical.inference.trajectory_model import (
     Program,
     Rows,
@@ -67,7 +67,8 @@ def fit_trajectory(rows: Rows, **flags: Any) -> TrajectoryModel:
     """Train stage 1: encoder and head, no language model.
 
     Args:
-        rows: a DataFrame or a file in the DKA format, or a data set.
+        rows: a table (a DataFrame, or one of polars or pyarrow) or a file in the DKA format, or a
+            data set.
         **flags: those of the command line without dashes, with the same defaults, as in
             ``trajectory_epochs=50``. Without ``output_dir`` nothing is written.
 
@@ -125,8 +126,7 @@ def cross_validate(
     the patients; baselines are fitted on the same folds.
 
     Args:
-        rows: a DataFrame or a file in the DKA format, or a data set; a column ``split`` is not
-            read.
+        rows: as for ``fit_trajectory``; a column ``split`` is not read.
         folds: number of parts into which the patients are split, stratified by the event.
         stage: "trajectory", "classification" or "generative".
         encoder: of the other stages: path of each fold's trained stage 1, ``{fold}`` in place of
@@ -219,14 +219,13 @@ def read_encoder(encoder: TrajectoryModel | str | Path) -> TrajectoryCheckpoint:
 
 def read_rows(rows: Rows, args: Namespace, keywords: Mapping[str, Any]) -> TrajectoryDataset:
     """Read the rows of a training; return a data set as given."""
-    check_kind(rows)
-    if not isinstance(rows, TrajectoryDataset):
-        source = Path(rows) if isinstance(rows, (str, os.PathLike)) else rows
+    source = as_source(rows)
+    if not isinstance(source, TrajectoryDataset):
         return TrajectoryModel.program.read(args, source)
-    if late := sorted(set(rows.options) & keywords.keys()):
+    if late := sorted(set(source.options) & keywords.keys()):
         raise InputError(f"the data set has been read: leave {', '.join(late)} out")
-    args.dataset = rows.name
-    return rows
+    args.dataset = source.name
+    return source
 
 
 def bind(program: Program) -> None:

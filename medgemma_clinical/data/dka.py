@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import pandas as pd
@@ -304,13 +304,38 @@ def _read_parquet(
     try:
         source, size, rows = parquet.ParquetFile(file), path.stat().st_size, 0
         for block in source.iter_batches(max_rows, columns=columns or None):
-            # A pandas index stays a column; integers stay integers beside missing ones.
-            table = block.to_pandas(ignore_metadata=True, integer_object_nulls=True)
+            table = _frame_of(block)
             table.index += rows
             rows += len(table)
             yield table.rename(columns=str.strip), size * rows // max(source.metadata.num_rows, 1)
     except (ArrowException, OSError) as error:
         raise InputError(f"{path}: not a whole Parquet file") from error
+
+
+class ArrowTable(Protocol):
+    """A table of any library that exports Arrow data, such as polars or pyarrow."""
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        """Return a stream of record batches."""
+
+
+def as_frame(source: Any) -> Any:
+    """Return the table of another library as a DataFrame, any other source as it is."""
+    if isinstance(source, pd.DataFrame) or not hasattr(source, "__arrow_c_stream__"):
+        return source
+    try:
+        import pyarrow  # no requirement: needed for Parquet and such tables alone
+    except ImportError as error:
+        table = f"a table of type {type(source).__name__}"
+        raise InputError(f"reading {table} needs pyarrow: pip install pyarrow") from error
+    return _frame_of(pyarrow.table(source))
+
+
+def _frame_of(block: Any) -> pd.DataFrame:
+    """Return a table or a record batch of pyarrow as a DataFrame."""
+    # A pandas index stays a column; integers stay integers beside missing ones.
+    frame: pd.DataFrame = block.to_pandas(ignore_metadata=True, integer_object_nulls=True)
+    return frame
 
 
 def plain_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -325,6 +350,7 @@ def text_of(table: pd.DataFrame, name: str) -> pd.Series:
     column = table[name] if name in table else pd.Series(None, table.index, dtype=object)
     is_filled = column.notna()
     if pd.api.types.is_float_dtype(column.dtype):
+        column = pd.Series(column.to_numpy(np.float64, na_value=np.nan), table.index)
         whole = is_filled & (column % 1 == 0) & (column.abs() < 2**53)
         column = column.astype(object).where(~whole, column.where(whole, 0).astype("int64"))
     return column.astype(str).where(is_filled, "").str.strip().astype(object)
