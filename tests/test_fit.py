@@ -26,6 +26,7 @@ from medgemma_trainer import (
     fit_generative,
     fit_trajectory,
 )
+from own_dataset import Lactate
 from srtr_dataset import SRTRTrajectoryDataset
 from srtr_files import synthetic_tables, write_folder
 
@@ -167,6 +168,19 @@ def test_fit__takes_a_data_set_that_was_read(tmp_path):
     np.testing.assert_allclose(model.predict_proba(dataset)[:, 1], expected, atol=1e-6)
     with pytest.raises(InputError, match="max_len"):
         fit_trajectory(dataset, max_len=5)
+
+
+def test_fit__takes_a_data_set_of_the_callers_class_to_the_end(tmp_path):
+    values = np.random.default_rng(0).uniform(0.5, 6, (120, 3)).round(1)
+    dataset = Lactate(values, values[:, -1] > 5)
+    model = fit_trajectory(dataset, **SHORT, output_dir=tmp_path)
+    written, part = tmp_path / "trajectory", dataset.subset(np.arange(9))
+    assert (written / "tripod.md").exists()
+    expected = TrajectoryModel.from_pretrained(written).predict_proba(part)
+    np.testing.assert_allclose(model.predict_proba(part), expected, rtol=0, atol=1e-6)
+    assert len(cross_validate(dataset, folds=2, **SHORT).predictions) == len(dataset)
+    with pytest.raises(InputError, match="lactate"):  # of which a path says nothing
+        model.predict_proba("rows.csv")
 
 
 def test_fit__is_one_training_at_a_time_and_goes_on_after_an_interrupt(rows, tmp_path):

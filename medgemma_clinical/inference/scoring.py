@@ -65,6 +65,8 @@ def scoring_rows(
     chunks: Iterable[ScoringRows]
     if isinstance(source, TrajectoryDataset):
         chunks = [_all_rows(source, config)]
+    elif config["dataset"] not in datasets:
+        raise InputError(f"{findings.source}: the model reads a data set {config['dataset']}")
     else:
         chunks = datasets[config["dataset"]].scoring_rows(source, config, findings, max_rows)
     medians: list[pd.DataFrame] = []
