@@ -7,6 +7,7 @@ import os
 import stat
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import huggingface_hub.constants
@@ -17,7 +18,7 @@ import pytest
 import medgemma_trainer as trainer
 from conftest import SAMPLE
 from language_models import TINY_MODEL
-from medgemma_clinical.commands import flags, python, results
+from medgemma_clinical.commands import flags, logs, results
 from medgemma_clinical.files import InputError
 from medgemma_trainer import (
     TrajectoryModel,
@@ -183,9 +184,14 @@ def test_fit__takes_a_data_set_of_the_callers_class_to_the_end(tmp_path):
         model.predict_proba("rows.csv")
 
 
-def test_fit__is_one_training_at_a_time_and_goes_on_after_an_interrupt(rows, tmp_path):
-    with python.FITTING, pytest.raises(RuntimeError):
-        fit_trajectory(rows, **SHORT)
+def test_fit__waits_for_the_training_of_another_thread(rows):
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(fit_trajectory, rows, **SHORT) for _ in range(2)]
+    risks = [fitted.result().predict_proba(rows) for fitted in both]
+    np.testing.assert_array_equal(*risks)
+
+
+def test_fit__goes_on_after_an_interrupt(rows, tmp_path):
     stopped = mock.patch.object(trainer, "step", side_effect=KeyboardInterrupt)
     with stopped, pytest.raises(KeyboardInterrupt) as caught:
         fit_trajectory(rows, **SHORT, output_dir=tmp_path)
@@ -203,3 +209,26 @@ def test_fit__logs_to_stderr_and_leaves_the_callers_logging(rows, tmp_path, capf
     out, error = capfd.readouterr()
     assert all("subject_id" in text for text in (log.read_text(), error))
     assert "epoch" not in out
+
+
+@pytest.mark.parametrize("name", ["", "medgemma_clinical"])
+@pytest.mark.parametrize("level", [logging.DEBUG, logging.INFO, logging.WARNING])
+def test_the_level_of_the_caller_holds_and_the_log_of_a_run_has_all(name, level, tmp_path):
+    caller, handler, levels = logging.getLogger(name), logging.Handler(), []
+    handler.emit = lambda record: levels.append(record.levelno)
+    all_levels = [logging.DEBUG, logging.INFO, logging.WARNING]
+
+    def log():
+        levels.clear()
+        for each in all_levels:
+            logging.getLogger("medgemma_clinical.part").log(each, "of level %d", each)
+        return levels
+
+    with logs.restored():
+        caller.handlers = [handler]
+        caller.setLevel(level)
+        with logs.recorded():
+            logs.RUN_LOG.open(tmp_path / "run.log")
+            assert log() == [each for each in all_levels if each >= level]
+        assert log() == [each for each in all_levels if each >= level]
+    assert (tmp_path / "run.log").read_text().count("of level") == 3

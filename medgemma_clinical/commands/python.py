@@ -195,19 +195,16 @@ def fitting(
     flags.check_flags(flags.complete(args), typed)
     check_launch()
     check_gpu()
-    check_output(args)
-    if not FITTING.acquire(blocking=False):
-        raise RuntimeError("another model is being trained in this process: wait for its end")
-    try:
+    with FITTING:  # a fit of another thread waits
+        check_output(args)
         kernels = exact_kernels(deterministic=args.deterministic)
-        with SIGNALS.installed(kills=False), kernels, recorded(), owner_only():
-            yield args
-    except KeyboardInterrupt as stop:
-        if args.output_dir:
-            stop.add_note(f"resume=True continues the run in {args.output_dir}")
-        raise
-    finally:
-        FITTING.release()
+        try:
+            with SIGNALS.installed(kills=False), kernels, recorded(), owner_only():
+                yield args
+        except KeyboardInterrupt as stop:
+            if args.output_dir:
+                stop.add_note(f"resume=True continues the run in {args.output_dir}")
+            raise
 
 
 def read_encoder(encoder: TrajectoryModel | str | Path) -> TrajectoryCheckpoint:
