@@ -142,7 +142,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         description = description or read_description(source, findings)
         description = dka.name_series(table, description, label, flags, findings)
         labels, wrong_labels = dka.labels_of(table, label)
-        findings.reject(pd.Series(True, wrong_labels.index), label, "not 0 or 1", wrong_labels)
+        wrong, problem = pd.Series(True, wrong_labels.index), "not 0 or 1: write 1 for the event"
+        findings.reject(wrong, label, problem, wrong_labels)
         if require_labels and np.isnan(labels).all():
             raise InputError(f"{one_line(findings.source)}, column {label}: no row has a label")
         self.allow_duplicates = allow_duplicates
@@ -415,7 +416,7 @@ def build_parser(stored: Mapping[str, Any] | None = None) -> Parser:
     about = "Check a DKA trajectory file, or make one from clinical tables."
     parser = Parser("dataset_format.py", description=about, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=VERSION)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{check,from_long,...}")
 
     def command(name: str, about: str) -> Callable[..., Any]:
         subparser = commands.add_parser(name, help=about, allow_abbrev=False, formatter_class=Help)

@@ -296,7 +296,8 @@ def read_dataset(args: Namespace, source: Path | pd.DataFrame | None = None) -> 
     source = getattr(args, kind.source_flag) if source is None else source
     if source is None or (isinstance(source, Path) and not os.path.exists(source)):
         problem = f"--dataset {args.dataset}" if source is None else f"{source}: no such file"
-        raise InputError(f"{problem}: give the data by --{kind.source_flag}")
+        advice = f"give the data by --{kind.source_flag}, or see sample data by --demo alone"
+        raise InputError(f"{problem}: {advice}")
     rows: TrajectoryDataset = kind(source, **flags.dataset_options(args, DATASETS))
     return rows
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import gzip
 import io
 import itertools
@@ -31,7 +30,7 @@ from medgemma_clinical.data.roles import (
 from medgemma_clinical.data.split import PARTS
 from medgemma_clinical.data.texts import NUMBER, Reference
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, UNKNOWN
-from medgemma_clinical.files import InputError, file_hash, one_line, read_json
+from medgemma_clinical.files import InputError, did_you_mean, file_hash, one_line, read_json
 
 MAIN_COLUMN, LABEL, HOURS = "clinical_trajectory", "label_escalation", "prediction_hours"
 STATIC = "static_"  # beginning of the name of a static feature's column
@@ -166,7 +165,7 @@ def _read_keys(content: Any, keys: Sequence[str], within: str = "") -> dict[str,
     values: dict[str, Any] = {}
     for key, value in content.items():
         if key not in keys and key not in ORIGIN:
-            hint = _hint(key, keys) or f": the keys are {', '.join(keys)}"
+            hint = did_you_mean(key, keys) or f": the keys are {', '.join(keys)}"
             raise InputError(f"key {within}{key}: no such key{hint}")
         try:
             values |= {key: _read_value(key, value)} if key in keys else {}
@@ -442,12 +441,6 @@ def join_names(names: Sequence[str], max_names: int = 20) -> str:
     return ", ".join(one_line(name[:200]) for name in names[:max_names]) + more
 
 
-def _hint(name: str, names: Sequence[str], likeness: float = 0.6) -> str:
-    by_lower_case = {x[:200].lower(): x for x in names}
-    near = difflib.get_close_matches(name[:200].lower(), by_lower_case, 1, likeness)
-    return f": did you mean {one_line(by_lower_case[near[0]][:200])}?" if near else ""
-
-
 def check_header(table: pd.DataFrame, source: str, label: str, *, labelled: bool) -> None:
     """Refuse a table without a series, or without the label where it has to be labelled."""
     columns = [*map(str, table)]
@@ -457,7 +450,9 @@ def check_header(table: pd.DataFrame, source: str, label: str, *, labelled: bool
     if missing:
         if command := from_long_command(columns, source):
             raise InputError(f"{source}: holds one value a row: make a file of it by {command}")
-        hint = f"{_hint(missing, columns)}; the columns are {join_names(columns)}"
+        hint = f"{did_you_mean(missing, columns)}; the columns are {join_names(columns)}"
+        if missing == label:
+            hint += "; rows without outcomes can only be scored, by --predict"
         if any(map(CELL.fullmatch, columns)):
             hint = ": row 1 holds data, no header"
         raise InputError(f"{source}, column {missing}: no such column{hint}")
@@ -500,7 +495,7 @@ def note_columns(
     if extra:
         findings.notes[f"columns not read: {join_names(extra, 10)}"] = None
     for name in (*COLUMNS, label):
-        if name not in columns and (hint := _hint(name, extra, 0.75)):
+        if name not in columns and (hint := did_you_mean(name, extra, 0.75)):
             warnings.append(f"no column {name}{hint}")
     findings.warnings |= dict.fromkeys(warnings)
 
