@@ -30,6 +30,7 @@ from medgemma_trainer import (
 from own_dataset import Lactate
 from srtr_dataset import SRTRTrajectoryDataset
 from srtr_files import synthetic_tables, write_folder
+from trajectories import LABEL
 
 SHORT = {"min_cell": 0, "trajectory_epochs": 1}
 LLM = {"min_cell": 0, "batch_size": 8, "model_name": TINY_MODEL, "epochs": 1}
@@ -182,6 +183,34 @@ def test_fit__takes_a_data_set_of_the_callers_class_to_the_end(tmp_path):
     assert len(cross_validate(dataset, folds=2, **SHORT).predictions) == len(dataset)
     with pytest.raises(InputError, match="lactate"):  # of which a path says nothing
         model.predict_proba("rows.csv")
+
+
+def test_fit__of_a_search_reads_no_test_part_fits_no_baseline_and_ends_when_told(
+    rows, runs, tmp_path, monkeypatch
+):
+    parts = ["train", "train", "train", "train", "val", "test"] * 10
+    table = rows.sort_values(LABEL).assign(split=parts)
+    changed = table.assign(**{LABEL: table[LABEL] ^ (table["split"] == "test")})
+    monkeypatch.setattr(results, "fit_baselines", None)
+    search = {"min_cell": 0, "trajectory_epochs": 4, "test": False, "baselines": False}
+    history = []
+
+    def on_epoch(metrics):
+        history.append(metrics)
+        return metrics["epoch"] == 2
+
+    trials = [fit_trajectory(x, **search, on_epoch=on_epoch) for x in (table, changed)]
+    trial = trials[0]
+    assert [metrics["epoch"] for metrics in history] == [1, 2, 1, 2]
+    assert len(trial.results()) == 1
+    assert trials[1].results().equals(trial.results())
+    tested = TrajectoryModel.from_pretrained(runs / "trajectory")
+    assert [model.results().columns.name for model in (trial, tested)] == ["validation", "test"]
+    trial.save_pretrained(tmp_path / "trial")
+    risks = TrajectoryModel.from_pretrained(tmp_path / "trial").predict_proba(rows)
+    np.testing.assert_allclose(trial.predict_proba(rows), risks, rtol=0, atol=1e-6)
+    with pytest.raises(InputError, match="output_dir"):
+        fit_trajectory(table, **search, output_dir=tmp_path / "run")
 
 
 def test_fit__waits_for_the_training_of_another_thread(rows):

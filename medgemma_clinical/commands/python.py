@@ -8,7 +8,7 @@ import os
 import tempfile
 import threading
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,23 @@ FITTING = threading.Lock()
 """Held while a model is trained: random generators, signals and log belong to one run."""
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What a search over settings leaves out of a training, and who may end it."""
+
+    test: bool = True  # whether the test part is scored
+    baselines: bool = True  # whether they are fitted
+    on_epoch: Callable[[dict[str, Any]], Any] | None = None  # a true value ends the training
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of the split that are scored."""
+        return ("val", "test") if self.test else ("val",)
+
+
+WHOLE_RUN = Trial()
+
+
 @dataclass(frozen=True, repr=False)
 class CrossValidation:
     """What ``cross_validate`` found.
@@ -56,19 +73,30 @@ class CrossValidation:
 
     def results(self) -> pd.DataFrame:
         """Return a row a model, as ``TrajectoryModel.results``."""
-        return results_table(self.metrics["folds"])
+        return results_table(self.metrics, "folds")
 
     def __repr__(self) -> str:
         """Return the results, not the patients."""
         return f"{type(self).__name__}:\n{self.results()}"
 
 
-def fit_trajectory(rows: Rows, **flags: Any) -> TrajectoryModel:
+def fit_trajectory(
+    rows: Rows,
+    *,
+    test: bool = True,
+    baselines: bool = True,
+    on_epoch: Callable[[dict[str, Any]], Any] | None = None,
+    **flags: Any,
+) -> TrajectoryModel:
     """Train stage 1: encoder and head, no language model.
 
     Args:
         rows: a table (a DataFrame, or one of polars or pyarrow) or a file in the DKA format, or a
             data set.
+        test: False leaves the test part unread, as a search over settings has to.
+        baselines: False fits none, which a search need not.
+        on_epoch: gets the metrics of each epoch, as in ``history.jsonl``; a true value ends the
+            training.
         **flags: those of the command line without dashes, with the same defaults, as in
             ``trajectory_epochs=50``. Without ``output_dir`` nothing is written.
 
@@ -79,17 +107,26 @@ def fit_trajectory(rows: Rows, **flags: Any) -> TrajectoryModel:
         TypeError: there is no such flag.
         InputError: a flag or the data are wrong; the text says where, and what to do.
     """
-    return fit({"trajectory_only": True}, rows, None, flags)
+    return fit({"trajectory_only": True}, rows, None, flags, Trial(test, baselines, on_epoch))
 
 
 def fit_classification(
-    rows: Rows, encoder: TrajectoryModel | str | Path | None = None, **flags: Any
+    rows: Rows,
+    encoder: TrajectoryModel | str | Path | None = None,
+    *,
+    test: bool = True,
+    baselines: bool = True,
+    on_epoch: Callable[[dict[str, Any]], Any] | None = None,
+    **flags: Any,
 ) -> TrajectoryModel:
     """Train stage 2: MedGemma reads soft prompt and text, a head gives a probability.
 
     Args:
         rows: as for ``fit_trajectory``.
         encoder: a trained stage 1, or where it lies; stays frozen. None trains a new one with it.
+        test: as for ``fit_trajectory``, with ``baselines`` and ``on_epoch``.
+        baselines: see ``test``.
+        on_epoch: see ``test``.
         **flags: as for ``fit_trajectory``, for example ``model_name``, ``epochs``, ``lora_rank``.
 
     Returns:
@@ -99,17 +136,25 @@ def fit_classification(
         TypeError: there is no such flag.
         InputError: a flag, the data, stage 1 or the language model are wrong.
     """
-    return fit({"mode": "classification"}, rows, encoder, flags)
+    trial = Trial(test, baselines, on_epoch)
+    return fit({"mode": "classification"}, rows, encoder, flags, trial)
 
 
 def fit_generative(
-    rows: Rows, encoder: TrajectoryModel | str | Path | None = None, **flags: Any
+    rows: Rows,
+    encoder: TrajectoryModel | str | Path | None = None,
+    *,
+    test: bool = True,
+    baselines: bool = True,
+    on_epoch: Callable[[dict[str, Any]], Any] | None = None,
+    **flags: Any,
 ) -> TrajectoryModel:
     """Train stage 3: MedGemma reads soft prompt and text, and writes a verdict with a report.
 
     Arguments, result and errors are those of ``fit_classification``.
     """
-    return fit({"mode": "generative"}, rows, encoder, flags)
+    trial = Trial(test, baselines, on_epoch)
+    return fit({"mode": "generative"}, rows, encoder, flags, trial)
 
 
 def cross_validate(
@@ -164,13 +209,16 @@ def fit(
     rows: Rows,
     encoder: TrajectoryModel | str | Path | None,
     keywords: dict[str, Any],
+    trial: Trial,
 ) -> TrajectoryModel:
     """Train the stage that ``stage``, its flags, chooses; see ``fit_classification``."""
+    if keywords.get("output_dir") is not None and not (trial.test and trial.baselines):
+        raise InputError("output_dir: a run folder has test part and baselines: leave it out")
     given = {} if encoder is None else {"ode_checkpoint": "encoder"}
     with fitting({**stage, **given}, keywords) as args:
         dataset = read_rows(rows, args, keywords)
         stage1 = None if encoder is None else read_encoder(encoder)
-        model = TrajectoryModel.program.train_stage(args, dataset, stage1)
+        model = TrajectoryModel.program.train_stage(args, dataset, stage1, trial)
     return model or TrajectoryModel.from_pretrained(stage_folder(args))
 
 

@@ -60,15 +60,15 @@ class Program(NamedTuple):
     train: Callable[..., int]  # of arguments and data; returns an exit code
 
 
-def results_table(part: Mapping[str, Any]) -> pd.DataFrame:
+def results_table(content: Mapping[str, Any], part: str) -> pd.DataFrame:
     """Return a part of ``metrics.json`` as ``TrajectoryModel.results`` describes it."""
-    metrics = Metrics.from_json(part)
+    metrics = Metrics.from_json(content[part])
     table = metrics.metric("auroc")[DIFFERENCE]
     for name in ("brier", "auprc", "auroc"):
         values = metrics.metric(name)[VALUE]
         values.columns = [name, f"{name}_low", f"{name}_high"]
         table = values.join(table)
-    return table.loc[metrics.models].rename_axis(None)
+    return table.loc[metrics.models].rename_axis(index=None, columns=part)
 
 
 class TrajectoryModel:
@@ -174,14 +174,14 @@ class TrajectoryModel:
         """Return the metrics of the model and of each baseline on a part.
 
         Args:
-            part: "test", "validation", or "folds" of a model of ``--final``; None takes "test" or
-                "folds", whichever there is.
+            part: "test", "validation", or "folds" of a model of ``--final``; None takes the first
+                of "test", "folds" and "validation" that there is.
 
         Returns:
-            A row a model, the model itself first. Columns auroc, auprc, brier with the ends of
-            their 95 % intervals, as in auroc_low and auroc_high; difference, difference_low and
-            difference_high of the AUROC, the row's minus the model's (of "ensemble", minus that
-            of the best blend). NaN where a metric is not defined.
+            A row a model, the model itself first; ``columns.name`` is the part. Columns auroc,
+            auprc, brier with the ends of their 95 % intervals, as in auroc_low and auroc_high;
+            difference, difference_low and difference_high of the AUROC, the row's minus the
+            model's (of "ensemble", minus that of the best blend). NaN where a metric is undefined.
 
         Raises:
             ValueError: another part, or the model was not tested.
@@ -191,7 +191,7 @@ class TrajectoryModel:
         parts = [name for name in ("test", "folds", "validation") if name in self.metrics]
         if part not in (None, *parts):
             raise ValueError(f"part {part!r}: choose from {', '.join(parts)}")
-        return results_table(self.metrics[part or parts[0]])
+        return results_table(self.metrics, part or parts[0])
 
     @property
     def classes_(self) -> NDArray[np.int64]:
