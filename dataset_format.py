@@ -90,7 +90,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
     time is NaN there.
 
     Args:
-        source: path of a CSV (.csv, .csv.gz) or Parquet file, or a DataFrame of the same columns.
+        source: path of a CSV (.csv, .csv.gz) or Parquet file, or a table of the same columns: a
+            DataFrame, or one of polars or pyarrow.
         max_len: the most recent observations kept; by default 20 of one series, 64 of several.
         description: meaning of main series and label; by default read beside the file.
         require_labels: refuse a table without any label; False where new patients are scored.
@@ -115,7 +116,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
 
     def __init__(
         self,
-        source: str | Path | pd.DataFrame,
+        source: str | Path | pd.DataFrame | dka.ArrowTable,
         max_len: int | None = None,
         *,
         description: Description | None = None,
@@ -131,6 +132,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         """Read, check and sort the whole source."""
         if max_len is not None and max_len < 1:
             raise InputError(f"--max_len {max_len}: must be at least 1")
+        source = dka.as_frame(source)
         label, is_frame = label_column or LABEL, isinstance(source, pd.DataFrame)
         findings = Findings("DataFrame" if is_frame else str(source))
         table = pd.concat([block for block, _ in dka.read_tables(source)])
@@ -140,7 +142,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         description = description or read_description(source, findings)
         description = dka.name_series(table, description, label, flags, findings)
         labels, wrong_labels = dka.labels_of(table, label)
-        findings.reject(pd.Series(True, wrong_labels.index), label, "not 0 or 1", wrong_labels)
+        wrong, problem = pd.Series(True, wrong_labels.index), "not 0 or 1: write 1 for the event"
+        findings.reject(wrong, label, problem, wrong_labels)
         if require_labels and np.isnan(labels).all():
             raise InputError(f"{one_line(findings.source)}, column {label}: no row has a label")
         self.allow_duplicates = allow_duplicates
@@ -413,7 +416,7 @@ def build_parser(stored: Mapping[str, Any] | None = None) -> Parser:
     about = "Check a DKA trajectory file, or make one from clinical tables."
     parser = Parser("dataset_format.py", description=about, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=VERSION)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{check,from_long,...}")
 
     def command(name: str, about: str) -> Callable[..., Any]:
         subparser = commands.add_parser(name, help=about, allow_abbrev=False, formatter_class=Help)

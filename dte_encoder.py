@@ -242,6 +242,7 @@ class ClinicalODERNN(nn.Module):
         """
         return self.run(self.plan(times, values, observed, until))
 
+    @torch.compiler.disable  # counts on the host; a compiled graph breaks here
     def plan(
         self, times: Tensor, values: Tensor, observed: Tensor, until: Tensor | None = None
     ) -> Plan:
@@ -285,6 +286,7 @@ class ClinicalODERNN(nn.Module):
         """
         return torch.cat([self.scaler(plan.last_value), plan.time_features], dim=1)
 
+    @torch.compiler.disable  # a loop of another length in each batch
     def _run_steps(self, read: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """Run all steps of a plan on the update's inputs ``read`` (P, R).
 

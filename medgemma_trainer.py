@@ -35,7 +35,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -296,7 +296,8 @@ def read_dataset(args: Namespace, source: Path | pd.DataFrame | None = None) -> 
     source = getattr(args, kind.source_flag) if source is None else source
     if source is None or (isinstance(source, Path) and not os.path.exists(source)):
         problem = f"--dataset {args.dataset}" if source is None else f"{source}: no such file"
-        raise InputError(f"{problem}: give the data by --{kind.source_flag}")
+        advice = f"give the data by --{kind.source_flag}, or see sample data by --demo alone"
+        raise InputError(f"{problem}: {advice}")
     rows: TrajectoryDataset = kind(source, **flags.dataset_options(args, DATASETS))
     return rows
 
@@ -537,11 +538,13 @@ def fit(
     *,
     resume: bool = False,
     save_every: int = 0,
+    on_epoch: Callable[[dict[str, Any]], Any] | None = None,
 ) -> TrainState:
     """Train with early stopping; leave the model with the mean weights of its good epochs.
 
     In a folder, the state is written before the first step, before each validation, at the end,
     every ``save_every`` steps and on a signal. Processes share each step; the first one writes.
+    ``on_epoch`` gets the metrics of each epoch, and ends the training by a true value.
     """
     state = set_up(stage)
     progress, batches = state.progress, stage.batches["train"]
@@ -584,7 +587,8 @@ def fit(
         run_log.record_epoch(stage, progress, predictions, folder, track, exhausted=exhausted)
         if predictions is not None:
             bar.set_postfix_str(f"val loss {predictions.loss:.3f}", refresh=False)
-        progress.over = exhausted or epoch == epochs
+        stopped = on_epoch is not None and bool(on_epoch({**progress.history[-1]}))
+        progress.over = exhausted or stopped or epoch == epochs
         progress.next_epoch()
         if progress.over:
             save_state(stage, state)
@@ -772,7 +776,10 @@ def train(args: Namespace, dataset: TrajectoryDataset | None = None) -> int:
 
 
 def train_stage(
-    args: Namespace, dataset: TrajectoryDataset, checkpoint: TrajectoryCheckpoint | None
+    args: Namespace,
+    dataset: TrajectoryDataset,
+    checkpoint: TrajectoryCheckpoint | None,
+    trial: python.Trial = python.WHOLE_RUN,
 ) -> TrajectoryModel | None:
     """Train one stage in its folder, or in memory; None after a dry run or a finished one."""
     data = run_folder.run_data(args, dataset, checkpoint)
@@ -788,15 +795,16 @@ def train_stage(
         dry_run(stage, args.seed)
         return None
     with run_folder.opened(args, folder, run_record) as track:
-        state = fit(stage, args.seed, folder, track, resume=args.resume, save_every=args.save_every)
+        saving: dict[str, Any] = {"resume": args.resume, "save_every": args.save_every}
+        state = fit(stage, args.seed, folder, track, **saving, on_epoch=trial.on_epoch)
         if args.final:  # trained on all patients: nothing is held out
             config, baselines = folds.write_final(stage, data, folder, args)
         else:  # the only place where test patients are scored
-            parts = [part for part in ("val", "test") if len(data.split[part])]
+            parts = [part for part in trial.parts if len(data.split[part])]
             predictions = {part: score(stage, part) for part in parts}
-            config, baselines = results.write_results(
-                predictions, stage, data, folder, state.progress, run_record, args
-            )
+            written = folder, state.progress, run_record, args
+            options: dict[str, Any] = {"with_baselines": trial.baselines}
+            config, baselines = results.write_results(predictions, stage, data, *written, **options)
         track(results.metrics_for_tracker(config), state.progress.steps)
         run_folder.finish_run(folder, stage.tokens, config.get("best_model"))
     model: Any = stage.model.eval()

@@ -307,7 +307,7 @@ def build_parser() -> Parser:
     """Return the parser of the command line."""
     parser = Parser("srtr_dataset.py", description="Check a folder of SRTR files.")
     parser.add_argument("--version", action="version", version=VERSION)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="check")
     about = "read a folder and print its summary"
     add = commands.add_parser("check", help=about, allow_abbrev=False).add_argument
     add("--data_dir", type=Path, required=True, help="folder with the SRTR files")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import glob
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -20,6 +21,8 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from medgemma_clinical.files import InputError
+
+logger = logging.getLogger(__name__)
 
 GPUS = "/dev/nvidia[0-9]*"
 """Linux shows NVIDIA's GPUs here, whatever torch thinks of them."""
@@ -95,7 +98,10 @@ def leave_together() -> None:
 
 
 def check_launch() -> None:
-    """Refuse a launch that asks to cut the model into parts: each process trains the whole one."""
+    """Refuse a launch that cuts the model into parts; warn of one with fewer processes than asked.
+
+    Each process trains the whole model.
+    """
     for variable, way in SHARDING.items():
         if os.environ.get(variable, "").lower() == "true":
             raise InputError(
@@ -103,6 +109,13 @@ def check_launch() -> None:
                 "trains a whole model: give distributed_type: MULTI_GPU there (see "
                 "medgemma_clinical/docs/training.md)"
             )
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    # accelerate sets an address for several processes, and starts one unless MPI starts them.
+    if on_cpu and "MASTER_ADDR" in os.environ and processes().num_processes == 1:
+        logger.warning(
+            "warning: accelerate has started one process, as it does on CPUs: "
+            "start several by torchrun --nproc_per_node N medgemma_trainer.py ..."
+        )
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import hashlib
 import itertools
 import json
@@ -51,6 +52,13 @@ def owner_only() -> Iterator[None]:
 def one_line(text: str) -> str:
     """Escape line breaks and unprintable characters as Python does: ``\\n``."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def did_you_mean(name: str, names: Iterable[str], likeness: float = 0.6) -> str:
+    """Return a question that offers the nearest of some names, empty where none is near."""
+    by_lower_case = {x[:200].lower(): x for x in names}
+    near = difflib.get_close_matches(name[:200].lower(), by_lower_case, 1, likeness)
+    return f": did you mean {one_line(by_lower_case[near[0]][:200])}?" if near else ""
 
 
 def file_hash(path: Path) -> str | None:

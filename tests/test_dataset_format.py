@@ -12,9 +12,11 @@ import pandas as pd
 import pytest
 
 import dataset_format
+from arrow_tables import ArrowStream
 from dataset_format import MAX_LEN_SEVERAL, Description, InputError, MIMICtrajectoryDataset
 from event_files import write_table
 from medgemma_clinical.data.dka import (
+    as_frame,
     find_features,
     numbers_of,
     read_description,
@@ -101,8 +103,10 @@ def test_what_is_no_table_is_refused(tmp_path, monkeypatch):
         assert_refused(source, "file|no rows")
     path.write_bytes(path.read_bytes()[:-20])
     assert_refused(path, "Parquet")
+    stream = ArrowStream(numbered(1))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert_refused(path, "pyarrow")
+    for source, place in ((path, "parquet"), (stream, "ArrowStream")):
+        assert_refused(source, f"{place}.* pyarrow")
 
 
 def test_cells_of_any_type_are_text(tmp_path):
@@ -117,7 +121,8 @@ def test_cells_of_any_type_are_text(tmp_path):
     table = pd.DataFrame({name: cells for name, (cells, _) in columns.items()})
     table["not read"] = [[1, 2], None, None]
     table.to_parquet(tmp_path / "data.parquet", row_group_size=2)
-    for source in (table, tmp_path / "data.parquet"):
+    arrow = table.drop(columns="not read").convert_dtypes(dtype_backend="pyarrow")
+    for source in (table, tmp_path / "data.parquet", arrow, as_frame(ArrowStream(table))):
         read = pd.concat([chunk for chunk, _ in read_tables(source, 2)])
         for name, (_, expected) in columns.items():
             assert text_of(read, name).tolist() == expected, name

@@ -87,6 +87,16 @@ def test_a_new_measurement_forgets_the_peak_before():
     assert distributed.peak_mib() < high - 150
 
 
+@pytest.mark.parametrize("missing", [None, "ACCELERATE_USE_CPU", "MASTER_ADDR"])
+def test_a_launch_on_the_cpu_that_made_one_process_of_several_says_so(missing, monkeypatch, caplog):
+    for name, value in {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.delenv(name, raising=False)
+        if name != missing:
+            monkeypatch.setenv(name, value)
+    distributed.check_launch()
+    assert ("torchrun" in caplog.text) == (missing is None)
+
+
 @pytest.mark.parametrize(("variable", "way"), SHARDING.items())
 def test_every_command_refuses_to_cut_a_model(variable, way, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

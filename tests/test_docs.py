@@ -31,10 +31,11 @@ PARSERS = {
 }
 OTHER_PROGRAMS = {
     *("--config_file", "--num_processes", "--user", "--ask-password", "--local-dir"),
+    "--nproc_per_node",
     *("--runner", "--dtype", "--enable-prompt-embeds", "--outtype", "--outfile", "--dist"),
     *("--approve", "--durations", "--editable", "--help", "--version"),
 }
-"""Flags of every parser, and those of accelerate, wget, hf, vLLM, llama.cpp, pip and pytest."""
+"""Flags of every parser, and those of accelerate, torchrun, wget, hf and other programs."""
 
 GENERATED = re.compile(r"(?<=<!-- generated -->\n).*?(?=<!-- end -->)", re.DOTALL)
 

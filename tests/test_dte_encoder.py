@@ -211,3 +211,20 @@ def test_a_solver_that_cannot_follow_the_states_is_named(solver):
     nn.init.constant_(encoder.field.inner.bias, math.nan)
     with pytest.raises(RunFault, match=solver):
         encoder(*make_batch())
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_compiled_encoder_breaks_its_graph_where_it_counts_steps(fused):
+    encoder, graphs = make_encoder().eval(), []
+    encoder.fused = fused
+
+    def backend(graph, _):
+        graphs.append(graph.print_readable(print_output=False))
+        return graph.forward
+
+    compiled = torch.compile(encoder, backend=backend)
+    for seed in range(2):
+        batch = make_batch(seed=seed)
+        assert torch.equal(compiled(*batch), encoder(*batch))
+    assert "dropout" in str(graphs)
+    assert "tanh" not in str(graphs)  # of the field, in a loop of another length each time

@@ -7,6 +7,7 @@ import os
 import stat
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import huggingface_hub.constants
@@ -17,7 +18,7 @@ import pytest
 import medgemma_trainer as trainer
 from conftest import SAMPLE
 from language_models import TINY_MODEL
-from medgemma_clinical.commands import flags, python, results
+from medgemma_clinical.commands import flags, logs, results
 from medgemma_clinical.files import InputError
 from medgemma_trainer import (
     TrajectoryModel,
@@ -26,8 +27,10 @@ from medgemma_trainer import (
     fit_generative,
     fit_trajectory,
 )
+from own_dataset import Lactate
 from srtr_dataset import SRTRTrajectoryDataset
 from srtr_files import synthetic_tables, write_folder
+from trajectories import LABEL
 
 SHORT = {"min_cell": 0, "trajectory_epochs": 1}
 LLM = {"min_cell": 0, "batch_size": 8, "model_name": TINY_MODEL, "epochs": 1}
@@ -169,9 +172,55 @@ def test_fit__takes_a_data_set_that_was_read(tmp_path):
         fit_trajectory(dataset, max_len=5)
 
 
-def test_fit__is_one_training_at_a_time_and_goes_on_after_an_interrupt(rows, tmp_path):
-    with python.FITTING, pytest.raises(RuntimeError):
-        fit_trajectory(rows, **SHORT)
+def test_fit__takes_a_data_set_of_the_callers_class_to_the_end(tmp_path):
+    values = np.random.default_rng(0).uniform(0.5, 6, (120, 3)).round(1)
+    dataset = Lactate(values, values[:, -1] > 5)
+    model = fit_trajectory(dataset, **SHORT, output_dir=tmp_path)
+    written, part = tmp_path / "trajectory", dataset.subset(np.arange(9))
+    assert (written / "tripod.md").exists()
+    expected = TrajectoryModel.from_pretrained(written).predict_proba(part)
+    np.testing.assert_allclose(model.predict_proba(part), expected, rtol=0, atol=1e-6)
+    assert len(cross_validate(dataset, folds=2, **SHORT).predictions) == len(dataset)
+    with pytest.raises(InputError, match="lactate"):  # of which a path says nothing
+        model.predict_proba("rows.csv")
+
+
+def test_fit__of_a_search_reads_no_test_part_fits_no_baseline_and_ends_when_told(
+    rows, runs, tmp_path, monkeypatch
+):
+    parts = ["train", "train", "train", "train", "val", "test"] * 10
+    table = rows.sort_values(LABEL).assign(split=parts)
+    changed = table.assign(**{LABEL: table[LABEL] ^ (table["split"] == "test")})
+    monkeypatch.setattr(results, "fit_baselines", None)
+    search = {"min_cell": 0, "trajectory_epochs": 4, "test": False, "baselines": False}
+    history = []
+
+    def on_epoch(metrics):
+        history.append(metrics)
+        return metrics["epoch"] == 2
+
+    trials = [fit_trajectory(x, **search, on_epoch=on_epoch) for x in (table, changed)]
+    trial = trials[0]
+    assert [metrics["epoch"] for metrics in history] == [1, 2, 1, 2]
+    assert len(trial.results()) == 1
+    assert trials[1].results().equals(trial.results())
+    tested = TrajectoryModel.from_pretrained(runs / "trajectory")
+    assert [model.results().columns.name for model in (trial, tested)] == ["validation", "test"]
+    trial.save_pretrained(tmp_path / "trial")
+    risks = TrajectoryModel.from_pretrained(tmp_path / "trial").predict_proba(rows)
+    np.testing.assert_allclose(trial.predict_proba(rows), risks, rtol=0, atol=1e-6)
+    with pytest.raises(InputError, match="output_dir"):
+        fit_trajectory(table, **search, output_dir=tmp_path / "run")
+
+
+def test_fit__waits_for_the_training_of_another_thread(rows):
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(fit_trajectory, rows, **SHORT) for _ in range(2)]
+    risks = [fitted.result().predict_proba(rows) for fitted in both]
+    np.testing.assert_array_equal(*risks)
+
+
+def test_fit__goes_on_after_an_interrupt(rows, tmp_path):
     stopped = mock.patch.object(trainer, "step", side_effect=KeyboardInterrupt)
     with stopped, pytest.raises(KeyboardInterrupt) as caught:
         fit_trajectory(rows, **SHORT, output_dir=tmp_path)
@@ -189,3 +238,26 @@ def test_fit__logs_to_stderr_and_leaves_the_callers_logging(rows, tmp_path, capf
     out, error = capfd.readouterr()
     assert all("subject_id" in text for text in (log.read_text(), error))
     assert "epoch" not in out
+
+
+@pytest.mark.parametrize("name", ["", "medgemma_clinical"])
+@pytest.mark.parametrize("level", [logging.DEBUG, logging.INFO, logging.WARNING])
+def test_the_level_of_the_caller_holds_and_the_log_of_a_run_has_all(name, level, tmp_path):
+    caller, handler, levels = logging.getLogger(name), logging.Handler(), []
+    handler.emit = lambda record: levels.append(record.levelno)
+    all_levels = [logging.DEBUG, logging.INFO, logging.WARNING]
+
+    def log():
+        levels.clear()
+        for each in all_levels:
+            logging.getLogger("medgemma_clinical.part").log(each, "of level %d", each)
+        return levels
+
+    with logs.restored():
+        caller.handlers = [handler]
+        caller.setLevel(level)
+        with logs.recorded():
+            logs.RUN_LOG.open(tmp_path / "run.log")
+            assert log() == [each for each in all_levels if each >= level]
+        assert log() == [each for each in all_levels if each >= level]
+    assert (tmp_path / "run.log").read_text().count("of level") == 3

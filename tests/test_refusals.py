@@ -370,6 +370,16 @@ OF_SRTR = [
 ]
 NAMED = "--series_name Creatinine --unit mg/dL"
 UNNAMED = ("--unit x", "--series_name= --unit x")  # the unit of no name
+FIRST_STEPS = [  # a slip, and what leads on
+    ("trainer", "", "dka_training_data.csv --data_path --demo"),
+    ("dataset", "", "check from_long"),
+    ("srtr", "", "check"),
+    ("trainer", "--trajectory-only --data_path data.csv", "--trajectory-only --trajectory_only"),
+    ("trainer", "--data-path=data.csv", "--data-path --data_path"),
+    ("dataset", "check data.csv --allow_duplicate", "--allow_duplicate --allow_duplicates"),
+    ("trainer", "--trajectory_only --data_path new.csv", f"{LABEL} --predict"),
+    ("trainer", "--data_path data.csv --model_name no/model", "no/model licence login demo"),
+]
 CASES = [
     *((f"trainer {words}", words.split()[0]) for words in VALUES),
     *((f"trainer {words}", places) for words, places in CONTRADICTIONS),
@@ -383,6 +393,7 @@ CASES = [
     *((LONG.format(words), places) for words, places in OF_LONG),
     *(((*SRTR.format("").split(), *pair), pair[0]) for pair in OF_SRTR),
     ("srtr check --data_dir missing", "missing"),
+    *((f"{words[0]} {words[1]}", words[2]) for words in FIRST_STEPS),
     ("srtr check --data_dir folder", "folder"),
     ("trainer --trajectory_only --dataset srtr --data_dir folder", "folder"),
     ("dataset check data.csv --series lactate", "--series"),

@@ -14,6 +14,7 @@ from sklearn.utils.multiclass import check_classification_targets, type_of_targe
 from sklearn.utils.validation import check_is_fitted
 
 from medgemma_clinical.commands.python import fit_trajectory
+from medgemma_clinical.data.dka import ArrowTable, as_frame
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.trajectory_model import TrajectoryModel
 
@@ -79,10 +80,11 @@ class TrajectoryClassifier(ClassifierMixin, BaseEstimator):
         tags.input_tags.string = tags.input_tags.allow_nan = True
         return tags
 
-    def fit(self, rows: pd.DataFrame, y: Any = None) -> Self:
+    def fit(self, rows: pd.DataFrame | ArrowTable, y: Any = None) -> Self:
         """Train on N rows; ``y`` (N,), two labels of any type, stands in for the label column."""
+        rows = as_frame(rows)
         if not isinstance(rows, pd.DataFrame):
-            raise InputError(f"rows of type {type(rows).__name__}: give a DataFrame, a row a stay")
+            raise InputError(f"rows of type {type(rows).__name__}: give a table, a row a stay")
         classes = np.array([0, 1])
         if y is not None:
             y = column_or_1d(y, warn=True)
@@ -103,12 +105,12 @@ class TrajectoryClassifier(ClassifierMixin, BaseEstimator):
         self.classes_ = classes
         return self
 
-    def predict_proba(self, rows: pd.DataFrame) -> NDArray[np.float64]:
+    def predict_proba(self, rows: pd.DataFrame | ArrowTable) -> NDArray[np.float64]:
         """Return the probabilities (N, 2) of each of ``classes_``."""
         check_is_fitted(self)
         return self.model_.predict_proba(rows)
 
-    def predict(self, rows: pd.DataFrame) -> NDArray[Any]:
+    def predict(self, rows: pd.DataFrame | ArrowTable) -> NDArray[Any]:
         """Return the likelier label of each row (N,); ``model_.predict`` goes by its threshold."""
         likelier = self.predict_proba(rows).argmax(axis=1)
         return self.classes_[likelier]

@@ -6,6 +6,7 @@ import argparse
 import logging
 import math
 import os
+import re
 import socket
 import ssl
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from medgemma_clinical import __version__
-from medgemma_clinical.files import InputError, RunFault, one_line, owner_only
+from medgemma_clinical.files import InputError, RunFault, did_you_mean, one_line, owner_only
 from medgemma_clinical.training.signals import SIGNALS
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,9 @@ SHOW_VALUES = "errors show the cell, stage 3's report a patient"
 USE = "--predict: stage, best or a baseline gives `probability`"
 MIN_CELL = "hide smaller counts in report.html (0 = show all)"
 VERSION = f"medgemma-clinical {__version__}"
+
+
+FLAG = re.compile(r"--\w+")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -42,6 +46,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Refuse wrong usage."""
         raise InputError(message)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse a command line, of a whole program or one command; name the first unknown word."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            word = unknown[0].partition("=")[0]
+            self.error(f"unrecognised {word}{did_you_mean(word, FLAG.findall(self.format_help()))}")
+        return parsed, unknown
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse a command line; exit with code 2 where its usage is wrong."""

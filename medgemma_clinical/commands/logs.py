@@ -64,6 +64,21 @@ class RunLog(MemoryHandler):
         self.flush()
 
 
+class CallersLogger(logging.Handler):
+    """Pass records on as the caller has set a logger: its level, its handlers, its parents."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        super().__init__()
+        self.logger = logging.Logger(logger.name, logger.level)
+        self.logger.parent, self.logger.handlers = logger.parent, logger.handlers
+        self.logger.propagate = logger.propagate
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass a record on, unless it is below the caller's level."""
+        if record.levelno >= self.logger.getEffectiveLevel():
+            self.logger.handle(record)
+
+
 RUN_LOG = RunLog(capacity=1)
 
 
@@ -78,15 +93,16 @@ def check_log_file(path: Path) -> None:
 @contextlib.contextmanager
 def restored() -> Iterator[None]:
     """Restore a caller's own logging after a block, and end the run's log."""
-    settings = [(logger, logger.handlers, logger.level) for logger in (logging.root, *OWN)]
+    loggers = (logging.root, *OWN)
+    settings = [(logger, logger.handlers, logger.level, logger.propagate) for logger in loggers]
     raises = logging.raiseExceptions
     try:
         yield
     finally:
         RUN_LOG.begin()
         logging.raiseExceptions = raises
-        for logger, handlers, level in settings:
-            logger.handlers = handlers
+        for logger, handlers, level, propagate in settings:
+            logger.handlers, logger.propagate = handlers, propagate
             logger.setLevel(level)
 
 
@@ -113,13 +129,10 @@ def command_logging(*, first: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recorded() -> Iterator[None]:
-    """Log a run that Python calls; show warnings on stderr where the caller does not log."""
-    warnings = logging.StreamHandler()
-    warnings.setLevel(logging.WARNING)
+    """Log a run that Python calls to its file in full, elsewhere as the caller has set logging."""
     with restored():
-        for logger in OWN:
-            handlers = [RUN_LOG] if logging.root.handlers else [RUN_LOG, warnings]
-            logger.handlers = [*logger.handlers, *handlers]
+        for logger in OWN:  # logging itself shows warnings where a caller sets nothing
+            logger.handlers, logger.propagate = [RUN_LOG, CallersLogger(logger)], False
             logger.setLevel(logging.DEBUG)
         yield
 

@@ -8,7 +8,7 @@ import os
 import tempfile
 import threading
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,7 @@ from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import check_gpu, check_launch, exact_kernels, set_environment
 from medgemma_clinical.files import InputError, owner_only, read_json
 from medgemma_clinical.inference.hub import find_checkpoint
-from medgemma_clinical.inference.scoring import check_kind
+from medgemma_clinical.inference.scoring import as_source
 from medgemma_clinical.inference.trajectory_model import (
     Program,
     Rows,
@@ -39,6 +39,23 @@ from medgemma_clinical.training.signals import SIGNALS
 
 FITTING = threading.Lock()
 """Held while a model is trained: random generators, signals and log belong to one run."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a search over settings leaves out of a training, and who may end it."""
+
+    test: bool = True  # whether the test part is scored
+    baselines: bool = True  # whether they are fitted
+    on_epoch: Callable[[dict[str, Any]], Any] | None = None  # a true value ends the training
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of the split that are scored."""
+        return ("val", "test") if self.test else ("val",)
+
+
+WHOLE_RUN = Trial()
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,18 +73,30 @@ class CrossValidation:
 
     def results(self) -> pd.DataFrame:
         """Return a row a model, as ``TrajectoryModel.results``."""
-        return results_table(self.metrics["folds"])
+        return results_table(self.metrics, "folds")
 
     def __repr__(self) -> str:
         """Return the results, not the patients."""
         return f"{type(self).__name__}:\n{self.results()}"
 
 
-def fit_trajectory(rows: Rows, **flags: Any) -> TrajectoryModel:
+def fit_trajectory(
+    rows: Rows,
+    *,
+    test: bool = True,
+    baselines: bool = True,
+    on_epoch: Callable[[dict[str, Any]], Any] | None = None,
+    **flags: Any,
+) -> TrajectoryModel:
     """Train stage 1: encoder and head, no language model.
 
     Args:
-        rows: a DataFrame or a file in the DKA format, or a data set.
+        rows: a table (a DataFrame, or one of polars or pyarrow) or a file in the DKA format, or a
+            data set.
+        test: False leaves the test part unread, as a search over settings has to.
+        baselines: False fits none, which a search need not.
+        on_epoch: gets the metrics of each epoch, as in ``history.jsonl``; a true value ends the
+            training.
         **flags: those of the command line without dashes, with the same defaults, as in
             ``trajectory_epochs=50``. Without ``output_dir`` nothing is written.
 
@@ -78,17 +107,26 @@ def fit_trajectory(rows: Rows, **flags: Any) -> TrajectoryModel:
         TypeError: there is no such flag.
         InputError: a flag or the data are wrong; the text says where, and what to do.
     """
-    return fit({"trajectory_only": True}, rows, None, flags)
+    return fit({"trajectory_only": True}, rows, None, flags, Trial(test, baselines, on_epoch))
 
 
 def fit_classification(
-    rows: Rows, encoder: TrajectoryModel | str | Path | None = None, **flags: Any
+    rows: Rows,
+    encoder: TrajectoryModel | str | Path | None = None,
+    *,
+    test: bool = True,
+    baselines: bool = True,
+    on_epoch: Callable[[dict[str, Any]], Any] | None = None,
+    **flags: Any,
 ) -> TrajectoryModel:
     """Train stage 2: MedGemma reads soft prompt and text, a head gives a probability.
 
     Args:
         rows: as for ``fit_trajectory``.
         encoder: a trained stage 1, or where it lies; stays frozen. None trains a new one with it.
+        test: as for ``fit_trajectory``, with ``baselines`` and ``on_epoch``.
+        baselines: see ``test``.
+        on_epoch: see ``test``.
         **flags: as for ``fit_trajectory``, for example ``model_name``, ``epochs``, ``lora_rank``.
 
     Returns:
@@ -98,17 +136,25 @@ def fit_classification(
         TypeError: there is no such flag.
         InputError: a flag, the data, stage 1 or the language model are wrong.
     """
-    return fit({"mode": "classification"}, rows, encoder, flags)
+    trial = Trial(test, baselines, on_epoch)
+    return fit({"mode": "classification"}, rows, encoder, flags, trial)
 
 
 def fit_generative(
-    rows: Rows, encoder: TrajectoryModel | str | Path | None = None, **flags: Any
+    rows: Rows,
+    encoder: TrajectoryModel | str | Path | None = None,
+    *,
+    test: bool = True,
+    baselines: bool = True,
+    on_epoch: Callable[[dict[str, Any]], Any] | None = None,
+    **flags: Any,
 ) -> TrajectoryModel:
     """Train stage 3: MedGemma reads soft prompt and text, and writes a verdict with a report.
 
     Arguments, result and errors are those of ``fit_classification``.
     """
-    return fit({"mode": "generative"}, rows, encoder, flags)
+    trial = Trial(test, baselines, on_epoch)
+    return fit({"mode": "generative"}, rows, encoder, flags, trial)
 
 
 def cross_validate(
@@ -125,8 +171,7 @@ def cross_validate(
     the patients; baselines are fitted on the same folds.
 
     Args:
-        rows: a DataFrame or a file in the DKA format, or a data set; a column ``split`` is not
-            read.
+        rows: as for ``fit_trajectory``; a column ``split`` is not read.
         folds: number of parts into which the patients are split, stratified by the event.
         stage: "trajectory", "classification" or "generative".
         encoder: of the other stages: path of each fold's trained stage 1, ``{fold}`` in place of
@@ -164,13 +209,16 @@ def fit(
     rows: Rows,
     encoder: TrajectoryModel | str | Path | None,
     keywords: dict[str, Any],
+    trial: Trial,
 ) -> TrajectoryModel:
     """Train the stage that ``stage``, its flags, chooses; see ``fit_classification``."""
+    if keywords.get("output_dir") is not None and not (trial.test and trial.baselines):
+        raise InputError("output_dir: a run folder has test part and baselines: leave it out")
     given = {} if encoder is None else {"ode_checkpoint": "encoder"}
     with fitting({**stage, **given}, keywords) as args:
         dataset = read_rows(rows, args, keywords)
         stage1 = None if encoder is None else read_encoder(encoder)
-        model = TrajectoryModel.program.train_stage(args, dataset, stage1)
+        model = TrajectoryModel.program.train_stage(args, dataset, stage1, trial)
     return model or TrajectoryModel.from_pretrained(stage_folder(args))
 
 
@@ -195,19 +243,16 @@ def fitting(
     flags.check_flags(flags.complete(args), typed)
     check_launch()
     check_gpu()
-    check_output(args)
-    if not FITTING.acquire(blocking=False):
-        raise RuntimeError("another model is being trained in this process: wait for its end")
-    try:
+    with FITTING:  # a fit of another thread waits
+        check_output(args)
         kernels = exact_kernels(deterministic=args.deterministic)
-        with SIGNALS.installed(kills=False), kernels, recorded(), owner_only():
-            yield args
-    except KeyboardInterrupt as stop:
-        if args.output_dir:
-            stop.add_note(f"resume=True continues the run in {args.output_dir}")
-        raise
-    finally:
-        FITTING.release()
+        try:
+            with SIGNALS.installed(kills=False), kernels, recorded(), owner_only():
+                yield args
+        except KeyboardInterrupt as stop:
+            if args.output_dir:
+                stop.add_note(f"resume=True continues the run in {args.output_dir}")
+            raise
 
 
 def read_encoder(encoder: TrajectoryModel | str | Path) -> TrajectoryCheckpoint:
@@ -219,14 +264,13 @@ def read_encoder(encoder: TrajectoryModel | str | Path) -> TrajectoryCheckpoint:
 
 def read_rows(rows: Rows, args: Namespace, keywords: Mapping[str, Any]) -> TrajectoryDataset:
     """Read the rows of a training; return a data set as given."""
-    check_kind(rows)
-    if not isinstance(rows, TrajectoryDataset):
-        source = Path(rows) if isinstance(rows, (str, os.PathLike)) else rows
+    source = as_source(rows)
+    if not isinstance(source, TrajectoryDataset):
         return TrajectoryModel.program.read(args, source)
-    if late := sorted(set(rows.options) & keywords.keys()):
+    if late := sorted(set(source.options) & keywords.keys()):
         raise InputError(f"the data set has been read: leave {', '.join(late)} out")
-    args.dataset = rows.name
-    return rows
+    args.dataset = source.name
+    return source
 
 
 def bind(program: Program) -> None:

@@ -100,11 +100,12 @@ def training_methods(stage: Stage, data: Data, run: dict[str, Any]) -> dict[str,
     encoder = stage.config["encoder"] or {}  # of a stage 1 that was trained before, too
     settings = {**arguments, "members": stage.config["members"], **encoder}
     texts = [f"{name} {settings[name]}" for name in names]
+    kept = dataset.read_options.get("max_len")
     return {
+        "preparation": f"Rows keep their latest {kept} observations." if kept else "",
         "split": f"Each patient is in one of three parts ({origin}): the training part fits the "
         "weights, the validation part chooses epochs and threshold and also teaches the baselines "
         "once their settings are chosen, the test part was scored once.",
-        "preparation": f"Rows keep their latest {dataset.read_options['max_len']} observations.",
         "unusable": "; ".join(f"{code(k)} ({why})" for k, why in data.unusable),
         "training": f"At most {stage.epochs} epochs, stopped after {stage.patience} without a "
         f"lower validation loss; steps of {run['rows_a_step'] * run['processes']} rows; AdamW with "

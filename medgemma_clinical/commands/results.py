@@ -76,8 +76,10 @@ def write_results(
     progress: Progress,
     run: dict[str, Any],
     args: Namespace,
+    *,
+    with_baselines: bool = True,
 ) -> tuple[Config, Baselines | None]:
-    """Write and log the results of validation and test part; each process must call.
+    """Write and log the results of the scored parts; each process must call.
 
     The first process also gets the metrics, within the configuration, and the baselines.
     """
@@ -86,24 +88,29 @@ def write_results(
     is_writer = isinstance(stage.model, LLMWriter) and "test" in predictions
     texts = generate_reports(stage, predictions["test"]) if is_writer else {}
     # The caller tests a model without test part, as scikit-learn's tools do.
-    if "test" not in predictions or not processes().is_main_process:
+    if not len(data.split["test"]) or not processes().is_main_process:
         return {**stage.config, **decided}, None
     outcome = OUTCOMES[data.dataset.outcome_kind]
-    settings = tune_baselines(data.dataset, data.split["train"], data.usable_static)
+    fitted: dict[str, Baselines] = {}
     # The validation part chooses thresholds and the recommended model by risks of models that have
     # not seen it. The models that are tested and kept learn from both parts.
     both = np.sort(np.concatenate([data.split["train"], data.split["val"]]))
     taught = {"val": data.split["train"], "test": both}
-    fitted = {part: fit_baselines(data.dataset, rows, settings) for part, rows in taught.items()}
+    if with_baselines:
+        settings = tune_baselines(data.dataset, data.split["train"], data.usable_static)
+        fitted = {k: fit_baselines(data.dataset, taught[k], settings) for k in predictions}
     tables, rules = prediction_tables(stage, data, predictions, fitted, options)
-    baselines = fitted["test"]
+    last = [*predictions][-1]  # the test part, unless it is left for a later call
+    baselines = fitted.get(last)
     metrics = {
         part: outcome.evaluate(
             table, args.seed, predictions[part].rule.threshold, primary=args.primary
         )
         for part, table in tables.items()
     }
-    written = review_texts(texts, stage, data, predictions["test"], args)
+    written = (
+        review_texts(texts, stage, data, predictions["test"], args) if is_writer else Written()
+    )
     config: Config = {
         **stage.config,
         **decided,
@@ -112,13 +119,13 @@ def write_results(
         ),
         "models": {name: asdict(rule) for name, rule in rules.items()},
         "best_model": recommend(tables["val"], STAGE_NAMES[stage.name], rules),
-        "baseline_inputs": baselines.inputs,
+        **({"baseline_inputs": baselines.inputs} if baselines else {}),
     }
     choice = decision.describe_threshold(args.threshold, "the validation part")
-    beginning = at_threshold(predictions["test"].rule.threshold, choice)
+    beginning = at_threshold(predictions[last].rule.threshold, choice)
     log_results(metrics, beginning, written.metrics, data.dataset.noun)
     logger.info("recommended (--use best): %s", describe_recommended(config))
-    if folder:
+    if folder and baselines:
         config["baselines_sha256"] = baselines.sha256
         save_model(folder, stage, config, baselines)
         for part, table in tables.items():
@@ -218,11 +225,11 @@ def prediction_tables(
     """
     name, dataset, val = STAGE_NAMES[stage.name], data.dataset, predictions["val"]
     baseline_risks = {
-        part: baselines[part].risks(dataset, scored.rows) for part, scored in predictions.items()
+        part: baselines[part].risks(dataset, scored.rows) if baselines else {}
+        for part, scored in predictions.items()
     }
-    rules = fit_rules(
-        val.labels, name, val.probability, baseline_risks["val"], dataset.groups[val.rows], options
-    )
+    patients = dataset.groups[val.rows]
+    rules = fit_rules(val.labels, name, val.probability, baseline_risks["val"], patients, options)
     tables = {}
     for part, scored in predictions.items():
         risks = model_risks(name, scored.probability, baseline_risks[part], rules)
@@ -284,13 +291,14 @@ def review_texts(
 def log_results(
     metrics: dict[str, Metrics], beginning: str, written: dict[str, Any] | None, noun: str
 ) -> None:
-    """Log the result of the test part in sentences, and the table of all models."""
-    test, val = metrics["test"], metrics["val"]
+    """Log the result of the last part in sentences, and the table of all models."""
+    *_, (part, tested) = metrics.items()
+    val = metrics["val"]
     auroc = value_text(val.row(val.models[0], "auroc"))
-    logger.info("\nTest part (validation AUROC %s):", auroc)
+    logger.info("\n%s part (validation AUROC %s):", SCORED[part].capitalize(), auroc)
     for line in (
-        *sentences(test, beginning, noun, few_events_advice(test)),
-        model_table(test).to_string(index=False),
+        *sentences(tested, beginning, noun, few_events_advice(tested)),
+        model_table(tested).to_string(index=False),
     ):
         logger.info("%s", line)
     if sentence := written_sentence(written):

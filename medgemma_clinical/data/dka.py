@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import gzip
 import io
 import itertools
@@ -13,7 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import pandas as pd
@@ -31,7 +30,7 @@ from medgemma_clinical.data.roles import (
 from medgemma_clinical.data.split import PARTS
 from medgemma_clinical.data.texts import NUMBER, Reference
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, UNKNOWN
-from medgemma_clinical.files import InputError, file_hash, one_line, read_json
+from medgemma_clinical.files import InputError, did_you_mean, file_hash, one_line, read_json
 
 MAIN_COLUMN, LABEL, HOURS = "clinical_trajectory", "label_escalation", "prediction_hours"
 STATIC = "static_"  # beginning of the name of a static feature's column
@@ -166,7 +165,7 @@ def _read_keys(content: Any, keys: Sequence[str], within: str = "") -> dict[str,
     values: dict[str, Any] = {}
     for key, value in content.items():
         if key not in keys and key not in ORIGIN:
-            hint = _hint(key, keys) or f": the keys are {', '.join(keys)}"
+            hint = did_you_mean(key, keys) or f": the keys are {', '.join(keys)}"
             raise InputError(f"key {within}{key}: no such key{hint}")
         try:
             values |= {key: _read_value(key, value)} if key in keys else {}
@@ -304,13 +303,38 @@ def _read_parquet(
     try:
         source, size, rows = parquet.ParquetFile(file), path.stat().st_size, 0
         for block in source.iter_batches(max_rows, columns=columns or None):
-            # A pandas index stays a column; integers stay integers beside missing ones.
-            table = block.to_pandas(ignore_metadata=True, integer_object_nulls=True)
+            table = _frame_of(block)
             table.index += rows
             rows += len(table)
             yield table.rename(columns=str.strip), size * rows // max(source.metadata.num_rows, 1)
     except (ArrowException, OSError) as error:
         raise InputError(f"{path}: not a whole Parquet file") from error
+
+
+class ArrowTable(Protocol):
+    """A table of any library that exports Arrow data, such as polars or pyarrow."""
+
+    def __arrow_c_stream__(self, requested_schema: object = None) -> object:
+        """Return a stream of record batches."""
+
+
+def as_frame(source: Any) -> Any:
+    """Return the table of another library as a DataFrame, any other source as it is."""
+    if isinstance(source, pd.DataFrame) or not hasattr(source, "__arrow_c_stream__"):
+        return source
+    try:
+        import pyarrow  # no requirement: needed for Parquet and such tables alone
+    except ImportError as error:
+        table = f"a table of type {type(source).__name__}"
+        raise InputError(f"reading {table} needs pyarrow: pip install pyarrow") from error
+    return _frame_of(pyarrow.table(source))
+
+
+def _frame_of(block: Any) -> pd.DataFrame:
+    """Return a table or a record batch of pyarrow as a DataFrame."""
+    # A pandas index stays a column; integers stay integers beside missing ones.
+    frame: pd.DataFrame = block.to_pandas(ignore_metadata=True, integer_object_nulls=True)
+    return frame
 
 
 def plain_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -325,6 +349,7 @@ def text_of(table: pd.DataFrame, name: str) -> pd.Series:
     column = table[name] if name in table else pd.Series(None, table.index, dtype=object)
     is_filled = column.notna()
     if pd.api.types.is_float_dtype(column.dtype):
+        column = pd.Series(column.to_numpy(np.float64, na_value=np.nan), table.index)
         whole = is_filled & (column % 1 == 0) & (column.abs() < 2**53)
         column = column.astype(object).where(~whole, column.where(whole, 0).astype("int64"))
     return column.astype(str).where(is_filled, "").str.strip().astype(object)
@@ -416,12 +441,6 @@ def join_names(names: Sequence[str], max_names: int = 20) -> str:
     return ", ".join(one_line(name[:200]) for name in names[:max_names]) + more
 
 
-def _hint(name: str, names: Sequence[str], likeness: float = 0.6) -> str:
-    by_lower_case = {x[:200].lower(): x for x in names}
-    near = difflib.get_close_matches(name[:200].lower(), by_lower_case, 1, likeness)
-    return f": did you mean {one_line(by_lower_case[near[0]][:200])}?" if near else ""
-
-
 def check_header(table: pd.DataFrame, source: str, label: str, *, labelled: bool) -> None:
     """Refuse a table without a series, or without the label where it has to be labelled."""
     columns = [*map(str, table)]
@@ -431,7 +450,9 @@ def check_header(table: pd.DataFrame, source: str, label: str, *, labelled: bool
     if missing:
         if command := from_long_command(columns, source):
             raise InputError(f"{source}: holds one value a row: make a file of it by {command}")
-        hint = f"{_hint(missing, columns)}; the columns are {join_names(columns)}"
+        hint = f"{did_you_mean(missing, columns)}; the columns are {join_names(columns)}"
+        if missing == label:
+            hint += "; rows without outcomes can only be scored, by --predict"
         if any(map(CELL.fullmatch, columns)):
             hint = ": row 1 holds data, no header"
         raise InputError(f"{source}, column {missing}: no such column{hint}")
@@ -474,7 +495,7 @@ def note_columns(
     if extra:
         findings.notes[f"columns not read: {join_names(extra, 10)}"] = None
     for name in (*COLUMNS, label):
-        if name not in columns and (hint := _hint(name, extra, 0.75)):
+        if name not in columns and (hint := did_you_mean(name, extra, 0.75)):
             warnings.append(f"no column {name}{hint}")
     findings.warnings |= dict.fromkeys(warnings)
 

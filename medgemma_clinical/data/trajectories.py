@@ -68,9 +68,9 @@ class TrajectoryDataset:
     """N trajectories with labels, patients and text; subclasses bring the clinical words."""
 
     name: ClassVar[str]  # the data set's key among the program's data sets, ``--dataset``
-    kind: ClassVar[str]  # the data's format, in a report's words
+    kind: ClassVar[str] = "other data"  # the data's format, in a report's words
     source_flag: ClassVar[str]  # the trainer's flag for the path of the data, without dashes
-    options: ClassVar[tuple[str, ...]]  # flags that the constructor takes as keywords, else None
+    options: ClassVar[tuple[str, ...]] = ()  # flags that the constructor takes as keywords
     outcome_kind: ClassVar[str] = "label"  # key of ``models.outcome.OUTCOMES``
     row_noun: ClassVar[str] = "stays"  # a clinician's word for rows, where patients have several
     report_hours: ClassVar[float] = 1.0  # hours that are one unit of time in reports
@@ -121,7 +121,7 @@ class TrajectoryDataset:
 
     def limits(self, feature: int) -> tuple[float, float] | None:
         """Return the declared plausible range of a feature, None where none is declared."""
-        raise NotImplementedError
+        return None
 
     def reference(self, feature: int) -> Reference | None:
         """Return the reference range of a feature in a healthy adult, None where unknown."""

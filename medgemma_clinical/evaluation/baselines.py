@@ -360,6 +360,8 @@ def fit_rules(
     options: DecisionOptions,
 ) -> dict[str, DecisionRule]:
     """Fit the decision rule of each model beside the stage, on the rows that chose the stage's."""
+    if not baselines:
+        return {}
     rules = {
         name: fit_decision_rule(labels, log_odds(baseline_risk), patients, options)
         for name, baseline_risk in baselines.items()

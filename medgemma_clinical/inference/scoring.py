@@ -14,6 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.data import checks, distributions
+from medgemma_clinical.data.dka import as_frame
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import show_progress
@@ -37,13 +38,17 @@ NO_FORM = "the report does not have the expected form: do not rely on its text"
 """Problem of a row whose written report does not parse."""
 
 
-def check_kind(source: object) -> None:
-    """Check that rows are of a type that can be read."""
-    if not isinstance(source, (str, os.PathLike, pd.DataFrame, TrajectoryDataset)):
+def as_source(rows: object) -> Path | pd.DataFrame | TrajectoryDataset:
+    """Return a caller's rows as a path, a DataFrame or a data set; refuse another type."""
+    if isinstance(rows, (str, os.PathLike)):
+        return Path(rows)
+    source = as_frame(rows)
+    if not isinstance(source, (pd.DataFrame, TrajectoryDataset)):
         raise InputError(
-            f"rows of type {type(source).__name__}: give a DataFrame, the path of a file or a "
-            "folder, or a data set"
+            f"rows of type {type(rows).__name__}: give a table, the path of a file or a folder, "
+            "or a data set"
         )
+    return source
 
 
 def scoring_rows(
@@ -57,10 +62,11 @@ def scoring_rows(
 
     Warns, once all are read, of what does not fit the training data.
     """
-    check_kind(source)
     chunks: Iterable[ScoringRows]
     if isinstance(source, TrajectoryDataset):
         chunks = [_all_rows(source, config)]
+    elif config["dataset"] not in datasets:
+        raise InputError(f"{findings.source}: the model reads a data set {config['dataset']}")
     else:
         chunks = datasets[config["dataset"]].scoring_rows(source, config, findings, max_rows)
     medians: list[pd.DataFrame] = []

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from sklearn.utils import ClassifierTags, Tags, TargetTags
 from torch import Tensor
 
+from medgemma_clinical.data.dka import ArrowTable
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import exact_kernels, find_device, set_environment
@@ -25,7 +26,7 @@ from medgemma_clinical.inference.explain import explain, risk_over_time
 from medgemma_clinical.inference.hub import find_checkpoint, push_model, save_model
 from medgemma_clinical.inference.scoring import (
     Scores,
-    check_kind,
+    as_source,
     prediction_table,
     reports_of,
     rows_as_read,
@@ -38,7 +39,7 @@ from medgemma_clinical.models.checkpoints import Config, TrajectoryCheckpoint
 from medgemma_clinical.models.language_model import ATTENTIONS, DTYPES, QUANTIZATIONS
 from medgemma_clinical.models.trained_model import Builders, TrainedModel, load_trained_model
 
-Rows = pd.DataFrame | str | os.PathLike[str] | TrajectoryDataset
+Rows = pd.DataFrame | ArrowTable | str | os.PathLike[str] | TrajectoryDataset
 """Rows to score: a table in the format of the training data, its path, or a data set."""
 
 BATCH_ROWS = {"trajectory": 256, "classification": 32, "generative": 32}
@@ -59,23 +60,24 @@ class Program(NamedTuple):
     train: Callable[..., int]  # of arguments and data; returns an exit code
 
 
-def results_table(part: Mapping[str, Any]) -> pd.DataFrame:
+def results_table(content: Mapping[str, Any], part: str) -> pd.DataFrame:
     """Return a part of ``metrics.json`` as ``TrajectoryModel.results`` describes it."""
-    metrics = Metrics.from_json(part)
+    metrics = Metrics.from_json(content[part])
     table = metrics.metric("auroc")[DIFFERENCE]
     for name in ("brier", "auprc", "auroc"):
         values = metrics.metric(name)[VALUE]
         values.columns = [name, f"{name}_low", f"{name}_high"]
         table = values.join(table)
-    return table.loc[metrics.models].rename_axis(None)
+    return table.loc[metrics.models].rename_axis(index=None, columns=part)
 
 
 class TrajectoryModel:
     """A trained model of stage 1, 2 or 3, in the manner of a fitted scikit-learn classifier.
 
     Import it from ``medgemma_trainer``; load a model by ``from_pretrained`` or train one by
-    ``fit_trajectory`` and its like. In all methods ``rows`` are N rows: a DataFrame or the path of
-    a file in the format of the training data, or a data set. A row that cannot be scored raises
+    ``fit_trajectory`` and its like. In all methods ``rows`` are N rows: a table (a DataFrame, or
+    one of polars or pyarrow) or the path of a file in the format of the training data, or a data
+    set. A row that cannot be scored raises
     ``InputError``; ``predictions`` alone lists it.
 
     Attributes:
@@ -172,14 +174,14 @@ class TrajectoryModel:
         """Return the metrics of the model and of each baseline on a part.
 
         Args:
-            part: "test", "validation", or "folds" of a model of ``--final``; None takes "test" or
-                "folds", whichever there is.
+            part: "test", "validation", or "folds" of a model of ``--final``; None takes the first
+                of "test", "folds" and "validation" that there is.
 
         Returns:
-            A row a model, the model itself first. Columns auroc, auprc, brier with the ends of
-            their 95 % intervals, as in auroc_low and auroc_high; difference, difference_low and
-            difference_high of the AUROC, the row's minus the model's (of "ensemble", minus that
-            of the best blend). NaN where a metric is not defined.
+            A row a model, the model itself first; ``columns.name`` is the part. Columns auroc,
+            auprc, brier with the ends of their 95 % intervals, as in auroc_low and auroc_high;
+            difference, difference_low and difference_high of the AUROC, the row's minus the
+            model's (of "ensemble", minus that of the best blend). NaN where a metric is undefined.
 
         Raises:
             ValueError: another part, or the model was not tested.
@@ -189,7 +191,7 @@ class TrajectoryModel:
         parts = [name for name in ("test", "folds", "validation") if name in self.metrics]
         if part not in (None, *parts):
             raise ValueError(f"part {part!r}: choose from {', '.join(parts)}")
-        return results_table(self.metrics[part or parts[0]])
+        return results_table(self.metrics, part or parts[0])
 
     @property
     def classes_(self) -> NDArray[np.int64]:
@@ -313,12 +315,11 @@ class TrajectoryModel:
             yield score_rows(chunk, self.trained, findings, self.batch_size, model)
 
     def _read(self, rows: Rows, *, strict: bool) -> tuple[Iterator[ScoringRows], Findings]:
-        check_kind(rows)
-        rows = Path(rows) if isinstance(rows, (str, os.PathLike)) else rows
-        source = rows.source if isinstance(rows, TrajectoryDataset) else rows
-        name = "DataFrame" if isinstance(source, pd.DataFrame) else str(source)
-        findings, max_rows = Findings(name, strict=strict), MEMORY_ROWS[self.stage]
-        return scoring_rows(rows, self.config, self.program.datasets, findings, max_rows), findings
+        source, max_rows = as_source(rows), MEMORY_ROWS[self.stage]
+        name = source.source if isinstance(source, TrajectoryDataset) else str(source)
+        name = "DataFrame" if isinstance(source, pd.DataFrame) else name
+        findings, datasets = Findings(name, strict=strict), self.program.datasets
+        return scoring_rows(source, self.config, datasets, findings, max_rows), findings
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the model, with its card, as a folder: new, or of an earlier model."""

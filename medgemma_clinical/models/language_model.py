@@ -95,10 +95,10 @@ def find_model(name: str, revision: str | None = None) -> Path:
         with quiet_libraries():
             return Path(snapshot_download(name, revision=revision, allow_patterns=READ_FILES))
     except Exception as error:  # of HTTP, of the disk and of the library's own
-        if isinstance(error, (GatedRepoError, RepositoryNotFoundError)):
-            advice = f"accept its licence at https://huggingface.co/{name}, then run hf auth login"
-        else:
-            advice = f"not in the cache, and not to be had ({type(error).__name__}): try again"
+        advice = f"accept its licence at https://huggingface.co/{name}, then run hf auth login"
+        if not isinstance(error, (GatedRepoError, RepositoryNotFoundError)):
+            problem = f"not in the cache, and the hub does not answer ({type(error).__name__})"
+            advice = f"{problem}: try again online; before the first download {advice}"
         raise InputError(f"--model_name {name}: {advice}; {DEMO} needs no download") from error
 
 

@@ -14,6 +14,7 @@ from sklearn.utils.estimator_checks import check_estimator
 from sklearn.utils.validation import validate_data
 
 import medgemma_trainer as trainer
+from arrow_tables import ArrowStream
 from conftest import SAMPLE
 from medgemma_clinical.files import InputError
 from medgemma_trainer import TrajectoryClassifier, fit_trajectory
@@ -90,7 +91,7 @@ def test_fit__trains_stage_1_of_the_same_flags_and_writes_nothing(
 def test_labels_beside_the_rows_stand_in_for_their_column(rows, model):
     expected = model.fit(rows).predict_proba(rows)
     words = np.where(rows[LABEL] == 1, "yes", "no")
-    for table in (rows.drop(columns=LABEL), rows.assign(**{LABEL: 0})):
+    for table in (rows.drop(columns=LABEL), ArrowStream(rows.assign(**{LABEL: 0}))):
         own = model.fit(table, words)
         np.testing.assert_array_equal(own.predict_proba(table), expected)
         assert own.classes_.tolist() == ["no", "yes"]

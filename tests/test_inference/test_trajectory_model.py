@@ -11,6 +11,7 @@ from sklearn.calibration import CalibratedClassifierCV, CalibrationDisplay
 from sklearn.frozen import FrozenEstimator
 from sklearn.metrics import RocCurveDisplay, roc_auc_score
 
+from arrow_tables import ArrowStream
 from dataset_format import MIMICtrajectoryDataset, read_description
 from medgemma_clinical.files import InputError
 from medgemma_trainer import TrajectoryModel
@@ -33,7 +34,7 @@ def test_predictions_are_those_of_the_command_whatever_holds_the_rows(
     data = write_data(table, tmp_path / "rows.csv")
     written = predicted(runs / stage, data, tmp_path / "out.csv")
     described = MIMICtrajectoryDataset(table, description=read_description(data))
-    for rows in (table, data, str(data), described):
+    for rows in (table, ArrowStream(table), data, str(data), described):
         probability = model.predict_proba(rows)
         assert (probability.shape, probability.dtype) == ((len(table), 2), np.float64)
         np.testing.assert_allclose(probability[:, 1], written["probability"], rtol=0, atol=1e-6)
