@@ -211,6 +211,8 @@ def test_fit__of_a_search_reads_no_test_part_fits_no_baseline_and_ends_when_told
     np.testing.assert_allclose(trial.predict_proba(rows), risks, rtol=0, atol=1e-6)
     with pytest.raises(InputError, match="output_dir"):
         fit_trajectory(table, **search, output_dir=tmp_path / "run")
+    with pytest.raises(InputError, match="on_epoch"):  # it would wait for itself
+        fit_trajectory(table, **search, on_epoch=lambda _: fit_trajectory(table, **search))
 
 
 def test_fit__waits_for_the_training_of_another_thread(rows):

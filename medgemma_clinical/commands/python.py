@@ -9,6 +9,7 @@ import tempfile
 import threading
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,8 +38,11 @@ from medgemma_clinical.models.checkpoints import TrajectoryCheckpoint, read_traj
 from medgemma_clinical.models.trained_model import checkpoint_path
 from medgemma_clinical.training.signals import SIGNALS
 
-FITTING = threading.Lock()
+FITTING = threading.RLock()
 """Held while a model is trained: random generators, signals and log belong to one run."""
+
+IN_FIT = ContextVar("IN_FIT", default=False)
+"""Whether this thread trains a model."""
 
 
 @dataclass(frozen=True)
@@ -244,8 +248,11 @@ def fitting(
     check_launch()
     check_gpu()
     with FITTING:  # a fit of another thread waits
+        if IN_FIT.get():
+            raise InputError("a model is being trained: on_epoch cannot train another")
         check_output(args)
         kernels = exact_kernels(deterministic=args.deterministic)
+        within = IN_FIT.set(True)
         try:
             with SIGNALS.installed(kills=False), kernels, recorded(), owner_only():
                 yield args
@@ -253,6 +260,8 @@ def fitting(
             if args.output_dir:
                 stop.add_note(f"resume=True continues the run in {args.output_dir}")
             raise
+        finally:
+            IN_FIT.reset(within)
 
 
 def read_encoder(encoder: TrajectoryModel | str | Path) -> TrajectoryCheckpoint:
