@@ -89,7 +89,13 @@ from medgemma_clinical.evaluation.recalibration import INTERCEPT, fit_updates
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.serving import export_merged
 from medgemma_clinical.inference.trajectory_model import Program, TrajectoryModel
-from medgemma_clinical.models import checkpoints, language_model, text_batches, trained_model
+from medgemma_clinical.models import (
+    checkpoints,
+    encoders,
+    language_model,
+    text_batches,
+    trained_model,
+)
 from medgemma_clinical.models.checkpoints import Config, TrajectoryCheckpoint, describe_data
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory import (
@@ -236,6 +242,9 @@ def build_parser() -> Parser:
     add("--ode_checkpoint", "pretrained ODE-RNN .pt (auto-freezes ODE-RNN)", tags, type=Path)
     switch("--freeze_ode", "freeze ODE-RNN without loading checkpoint", "-text keyword")
     add, switch = flags.adders(group, f"{flags.TRAINING} -text keyword stage1_file")
+    tags, options = "-ablation predict export", {"type": flags.parse_encoder}
+    options |= {"metavar": "PACKAGE.MODULE:CLASS"}
+    add("--encoder", "your own class in place of ClinicalODERNN", tags, **options)
     add("--time_scale", "hours; JSON or 72 (DKA), 8760 (kidney), 2160 (liver)", type=HOURS)
     add("--solver", "rk4, or adaptive", choices=SOLVERS, default="rk4")
     add("--dynamics", "state between observations", "-ablation", choices=DYNAMICS, default="ode")
@@ -312,7 +321,8 @@ def build_stage1(config: Config, seed: int = 0) -> Stage1:
     sizes = {"summaries": len(summaries), "static": len(inputs["static"])}
     for member in range(config["members"]):
         torch.manual_seed(distributed.derived_seed(seed, member))  # no two members start alike
-        encoder = ClinicalODERNN(**config["encoder"])
+        encoder_class = encoders.find_encoder(config.get("encoder_class"), ClinicalODERNN)
+        encoder = encoder_class(**config["encoder"])
         head = TrajectoryHead(encoder.hidden_dim, **sizes, dropout=encoder.dropout)
         members.append((encoder, head))
     return Stage1(members)
@@ -396,6 +406,7 @@ def make_stage(args: Namespace, data: Data, checkpoint: TrajectoryCheckpoint | N
 
 def make_stage1(args: Namespace, data: Data, checkpoint: TrajectoryCheckpoint | None) -> Any:
     """Return the stage 1 that learns or is read; None where a language model reads text alone."""
+    encoder_class = args.encoder and encoders.register(args.encoder)
     if checkpoint is not None:
         changed_flags = flags.changed(args, flags.tagged("stage1_file"))
         trained_model.check_stage1(checkpoint, data, changed_flags)
@@ -404,10 +415,12 @@ def make_stage1(args: Namespace, data: Data, checkpoint: TrajectoryCheckpoint | 
         return None
     else:
         data.check_inputs()
-        encoder: dict[str, Any] = {"input_dim": len(data.dataset.features), "hidden_dim": 64}
-        encoder |= {"time_scale": data.time_scale(args.time_scale), "solver": args.solver}
-        encoder |= {"dynamics": args.dynamics, "dropout": args.dropout}
-        config: Config = {"encoder": encoder, "members": args.members, **describe_data(data)}
+        encoder: dict[str, Any] = {"input_dim": len(data.dataset.features)}
+        encoder |= {"time_scale": data.time_scale(args.time_scale), "dropout": args.dropout}
+        if not encoder_class:
+            encoder |= {"hidden_dim": 64, "solver": args.solver, "dynamics": args.dynamics}
+        config: Config = {"encoder": encoder, "encoder_class": encoder_class}
+        config |= {"members": args.members, **describe_data(data)}
         model = build_stage1(config, args.seed)
         model.fit_scales(data)
         for member in model.members:

@@ -14,6 +14,7 @@ import torch
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.decision import GOALS, DecisionOptions, parse_threshold
 from medgemma_clinical.files import InputError
+from medgemma_clinical.models import encoders
 from medgemma_clinical.models.language_model import DEMO, INT8_REFUSED
 
 logger = logging.getLogger(__name__)
@@ -124,6 +125,14 @@ def decision_options(args: argparse.Namespace, *, out_of_fold: bool = False) -> 
     return DecisionOptions(auto if args.calibrate == "auto" else args.calibrate, args.threshold)
 
 
+def parse_encoder(text: str) -> str:
+    """Import the user's own encoder and return its name; used as an argparse type."""
+    try:
+        return encoders.register(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def check_quantization(text: str) -> str:
     """Refuse 8-bit weights with the reason; used as an argparse type."""
     if text == "int8":
@@ -149,6 +158,8 @@ def check_flags(args: argparse.Namespace, given: set[str]) -> None:
         for needed in flag.needs.split(", ") if flag.needs else ():
             if not given.intersection(needed.split(" or ")):
                 raise InputError(f"--{name} needs {needed}")
+    if args.encoder and (unread := sorted(given & {"--solver", "--dynamics"})):
+        raise InputError(f"--encoder has no use for {', '.join(unread)}: leave it out")
     if args.ablation and args.series_text == "none":
         raise InputError("--ablation: --series_text none leaves no text to compare with")
     if args.soft_prompt == "off" and has_stage1 and args.stage1_logit == "off":

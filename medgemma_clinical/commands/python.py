@@ -35,6 +35,7 @@ from medgemma_clinical.inference.trajectory_model import (
     results_table,
 )
 from medgemma_clinical.models.checkpoints import TrajectoryCheckpoint, read_trajectory
+from medgemma_clinical.models.encoders import register
 from medgemma_clinical.models.trained_model import checkpoint_path
 from medgemma_clinical.training.signals import SIGNALS
 
@@ -116,7 +117,7 @@ def fit_trajectory(
 
 def fit_classification(
     rows: Rows,
-    encoder: TrajectoryModel | str | Path | None = None,
+    encoder: TrajectoryModel | type | str | Path | None = None,
     *,
     test: bool = True,
     baselines: bool = True,
@@ -127,7 +128,8 @@ def fit_classification(
 
     Args:
         rows: as for ``fit_trajectory``.
-        encoder: a trained stage 1, or where it lies; stays frozen. None trains a new one with it.
+        encoder: a trained stage 1, or where it lies; stays frozen. None, or the class of an
+            encoder of your own, trains a new one with it.
         test: as for ``fit_trajectory``, with ``baselines`` and ``on_epoch``.
         baselines: see ``test``.
         on_epoch: see ``test``.
@@ -146,7 +148,7 @@ def fit_classification(
 
 def fit_generative(
     rows: Rows,
-    encoder: TrajectoryModel | str | Path | None = None,
+    encoder: TrajectoryModel | type | str | Path | None = None,
     *,
     test: bool = True,
     baselines: bool = True,
@@ -165,7 +167,7 @@ def cross_validate(
     rows: Rows,
     folds: int = 5,
     stage: str = "trajectory",
-    encoder: str | os.PathLike[str] | None = None,
+    encoder: type | str | os.PathLike[str] | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     **flags: Any,
 ) -> CrossValidation:
@@ -179,7 +181,7 @@ def cross_validate(
         folds: number of parts into which the patients are split, stratified by the event.
         stage: "trajectory", "classification" or "generative".
         encoder: of the other stages: path of each fold's trained stage 1, ``{fold}`` in place of
-            the fold's number.
+            the fold's number. Or a class of your own for new ones.
         output_dir: run folder; the same call goes on there after a stop. None keeps nothing.
         **flags: those of the command line without dashes, as for ``fit_trajectory``;
             ``leave_out="COLUMN"`` holds out each site of a column in place of folds, and
@@ -194,7 +196,8 @@ def cross_validate(
     """
     chosen = {"trajectory_only": True} if stage == "trajectory" else {"mode": stage}
     keywords = {**flags, "folds": None if flags.get("leave_out") else folds}
-    keywords |= {"output_dir": output_dir} | ({"ode_checkpoint": encoder} if encoder else {})
+    name = "encoder" if isinstance(encoder, type) else "ode_checkpoint"
+    keywords |= {"output_dir": output_dir} | ({name: encoder} if encoder else {})
     with contextlib.ExitStack() as stack:
         if output_dir is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -211,13 +214,15 @@ def cross_validate(
 def fit(
     stage: dict[str, Any],
     rows: Rows,
-    encoder: TrajectoryModel | str | Path | None,
+    encoder: TrajectoryModel | type | str | Path | None,
     keywords: dict[str, Any],
     trial: Trial,
 ) -> TrajectoryModel:
     """Train the stage that ``stage``, its flags, chooses; see ``fit_classification``."""
     if keywords.get("output_dir") is not None and not (trial.test and trial.baselines):
         raise InputError("output_dir: a run folder has test part and baselines: leave it out")
+    if isinstance(encoder, type):
+        keywords, encoder = {"encoder": encoder, **keywords}, None
     given = {} if encoder is None else {"ode_checkpoint": "encoder"}
     with fitting({**stage, **given}, keywords) as args:
         dataset = read_rows(rows, args, keywords)
@@ -242,6 +247,8 @@ def fitting(
     unused = [name for name in flags.tagged("folder") if keywords.get(name)]
     if keywords.get("output_dir") is None and unused:
         raise InputError(f"{', '.join(unused)}: give output_dir too, or leave it out")
+    if isinstance(keywords.get("encoder"), type):
+        keywords = {**keywords, "encoder": register(keywords["encoder"])}
     set_environment()
     args, typed = TrajectoryModel.program.parser.parse_keywords({**keywords, **stage})
     flags.check_flags(flags.complete(args), typed)
@@ -291,6 +298,8 @@ def bind(program: Program) -> None:
         signature = inspect.signature(function)
         *arguments, rest = signature.parameters.values()
         keyword = partial(rest.replace, kind=rest.KEYWORD_ONLY, annotation=rest.empty)
-        names = [name for name, flag in flags.FLAGS.items() if tags <= flag.tags]
+        # ``encoder`` of stages 2 and 3 is more than the flag.
+        names = [x for x in flags.tagged("keyword") if x not in signature.parameters]
+        names = [x for x in names if tags <= flags.FLAGS[x].tags]
         arguments += [keyword(name=name, default=flags.FLAGS[name].default) for name in names]
         function.__signature__ = signature.replace(parameters=arguments)

@@ -36,6 +36,7 @@ from medgemma_clinical.inference.scoring import (
 )
 from medgemma_clinical.inference.serving import prompt_embeds
 from medgemma_clinical.models.checkpoints import Config, TrajectoryCheckpoint
+from medgemma_clinical.models.encoders import register
 from medgemma_clinical.models.language_model import ATTENTIONS, DTYPES, QUANTIZATIONS
 from medgemma_clinical.models.trained_model import Builders, TrainedModel, load_trained_model
 
@@ -104,6 +105,7 @@ class TrajectoryModel:
         quantization: str | None = None,
         precision: str | None = None,
         attention: str = "sdpa",
+        encoder: type | str | None = None,
     ) -> Self:
         """Load a trained model.
 
@@ -117,6 +119,7 @@ class TrajectoryModel:
             quantization: of the base model, "nf4" or "none"; None takes that of the training.
             precision: "bf16" or "fp32"; None takes that of the training.
             attention: "sdpa" or "eager", as in transformers.
+            encoder: class of your own that it was trained with, which no checkpoint can import.
 
         Raises:
             InputError: there is no trained model, or it cannot be loaded.
@@ -131,6 +134,8 @@ class TrajectoryModel:
         if batch_size is not None and batch_size < 1:
             raise InputError(f"batch_size {batch_size}: at least 1")
         set_environment()
+        if encoder is not None:
+            register(encoder)
         trained = load_trained_model(
             find_checkpoint(checkpoint, revision),
             cls.program.builders,

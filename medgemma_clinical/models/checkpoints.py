@@ -41,6 +41,7 @@ from medgemma_clinical.files import (
     write_json,
     write_text,
 )
+from medgemma_clinical.models.encoders import encoder_name
 from medgemma_clinical.models.language_model import DEMO, HUB_ID, base_record
 from medgemma_clinical.models.model_card import model_card
 from medgemma_clinical.models.terms import terms_of
@@ -106,7 +107,8 @@ class Config(TypedDict, total=False):
     data_sha256: str  # of all that was read, before ``--max_samples``
     rows_sha256: str  # of labels, ids, patients and given split, whatever is read of the series
     case_mix: dict[str, Any]  # counts, shares, quartiles and distributions of training
-    encoder: Any  # arguments of ``ClinicalODERNN``; None where no stage 1 is read
+    encoder: Any  # arguments of the encoder's class; None where no stage 1 is read
+    encoder_class: str | None  # name of the user's own class; None: ``ClinicalODERNN``
     members: int  # encoders of stage 1, 0 where none is read
 
     # Stages 2 and 3.
@@ -172,7 +174,8 @@ def describe_base(name: str) -> Config:
 
 def stage1_config(model: Stage1) -> Config:
     """Return the keys of a checkpoint by which the script rebuilds a stage 1."""
-    return {"encoder": model.encoder.config, "members": len(model.members)}
+    name, members = encoder_name(model.encoder), len(model.members)
+    return {"encoder": model.encoder.config, "encoder_class": name, "members": members}
 
 
 def check_config(path: Path, config: Any, stages: tuple[str, ...]) -> None:

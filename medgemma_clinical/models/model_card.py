@@ -133,7 +133,8 @@ def describe_model(config: Mapping[str, Any]) -> dict[str, str]:
     if config["encoder"]:
         dynamics = config["encoder"].get("dynamics")
         dynamics = f", dynamics {dynamics}" if dynamics else ""
-        lines["Stage 1"] = f"encoder ClinicalODERNN{dynamics}, members {config['members']}"
+        name = config.get("encoder_class") or "ClinicalODERNN"
+        lines["Stage 1"] = f"encoder {name}{dynamics}, members {config['members']}"
     if config.get("best_model"):
         lines[RECOMMENDED] = describe_recommended(config)
     if updated := config.get("updated"):

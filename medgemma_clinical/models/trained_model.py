@@ -288,7 +288,8 @@ def check_stage1(checkpoint: TrajectoryCheckpoint, data: Data, flags: dict[str, 
             raise InputError(f"{path}: trained on {key} {value}, the data have {actual[key]}")
     inputs = {"facts": config["inputs"]["static"], **config["inputs"]}
     stored = {name: "on" if value else "off" for name, value in inputs.items()}
-    stored |= {"members": config["members"], **config["encoder"]}
+    stored |= {"encoder": config.get("encoder_class"), "members": config["members"]}
+    stored |= config["encoder"]
     for name, flag in flags.items():
         if flag != stored[name]:
             raise InputError(f"{path}: its --{name} is {stored[name]}: leave the flag out")
