@@ -171,6 +171,9 @@ def build_parser() -> Parser:
     options = {"metavar": "COLUMN"}
     add("--leave_out", "DKA: hold out each site of a column in turn", "leave_out free", **options)
     needs = "--folds or --leave_out"
+    options = {"type": WHOLE, "metavar": "K", "needs": needs}
+    tags = "-cross_validate folds leave_out"
+    add("--only_fold", "train fold K alone, from 0; then join them", tags, **options)
     switch("--final", "after the folds: train on all patients", "leave_out folds", needs=needs)
     add, switch = flags.adders(group, f"{flags.TRAINING} predict compare keyword")
     add("--primary", "baseline to compare with; the blend that reads most", metavar="NAME")

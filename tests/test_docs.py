@@ -32,6 +32,13 @@ PARSERS = {
 OTHER_PROGRAMS = {
     *("--config_file", "--num_processes", "--user", "--ask-password", "--local-dir"),
     "--nproc_per_node",
+    "--array",
+    "--gpus-per-node",
+    "--nnodes",
+    "--nodes",
+    "--ntasks-per-node",
+    "--rdzv_backend",
+    "--rdzv_endpoint",
     *("--runner", "--dtype", "--enable-prompt-embeds", "--outtype", "--outfile", "--dist"),
     *("--approve", "--durations", "--editable", "--help", "--version"),
 }

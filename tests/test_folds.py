@@ -234,7 +234,7 @@ def test_a_signal_ends_the_processes_of_the_folds_which_keep_their_states(data, 
         assert read_state(fold_folder(tmp_path, k) / "last")
 
 
-def test_the_same_command_goes_on_with_the_fold_that_was_stopped(
+def test_the_same_command_goes_on_with_the_fold_that_was_stopped_and_joins_what_others_trained(
     run, data, tmp_path, monkeypatch, capsys
 ):
     steps, step = [], trainer.step
@@ -250,11 +250,13 @@ def test_the_same_command_goes_on_with_the_fold_that_was_stopped(
         assert trainer.main(command(data, tmp_path)) == 143
     first = fold_folder(tmp_path, 0) / "predictions_test.csv"
     made = first.stat().st_mtime_ns
+    assert trainer.main(command(data, tmp_path, f"--folds={K}", "--only_fold=2")) == 0
     assert not (tmp_path / "folds_trajectory" / "metrics.json").exists()
+    assert trainer.main(command(data, tmp_path, f"--folds={K}", f"--only_fold={K}")) == 2
     capsys.readouterr()
     assert trainer.main(command(data, tmp_path)) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fold ")]
-    how = ["already there, ", "continued, ", ""]
+    how = ["already there, ", "continued, ", "already there, "]
     assert [line.split(": ")[1].partition("test")[0] for line in lines] == how
     assert first.stat().st_mtime_ns == made
     name = "folds_trajectory/predictions_folds.csv"

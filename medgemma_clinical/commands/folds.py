@@ -122,6 +122,10 @@ def run_folds(
     ]
     for fold_args in runs:  # a file that is missing shows before hours go into the others
         run_folder.given_stage1(fold_args)
+    if args.only_fold is not None:  # a task of a job array; the whole command joins the folds
+        if args.only_fold >= len(tasks):
+            raise InputError(f"--only_fold {args.only_fold}: the folds are 0 to {len(tasks) - 1}")
+        return train_folds(tasks[args.only_fold :][:1], train)
     if code := train_folds(tasks, train):
         return code
     if processes().is_main_process:
@@ -160,7 +164,7 @@ def stage1_of_all(folds_stage1: Path) -> Path:
 def fold_arguments(k: int, args: Namespace) -> Namespace:
     """Return the arguments of one fold's run: its folder, ``{fold}`` filled in."""
     changes: Json = {"output_dir": run_folder.folds_folder(args) / f"fold_{k}"}
-    changes |= {"folds": None, "leave_out": None, "final": False}
+    changes |= {"folds": None, "leave_out": None, "only_fold": None, "final": False}
     return Namespace(**{**vars(args), **several.filled(args, FOLD, k), **changes})
 
 
