@@ -166,7 +166,7 @@ def _read_keys(content: Any, keys: Sequence[str], within: str = "") -> dict[str,
     values: dict[str, Any] = {}
     for key, value in content.items():
         if key not in keys and key not in ORIGIN:
-            hint = _hint(key, keys) or f": the keys are {', '.join(keys)}"
+            hint = did_you_mean(key, keys) or f": the keys are {', '.join(keys)}"
             raise InputError(f"key {within}{key}: no such key{hint}")
         try:
             values |= {key: _read_value(key, value)} if key in keys else {}
@@ -416,7 +416,8 @@ def join_names(names: Sequence[str], max_names: int = 20) -> str:
     return ", ".join(one_line(name[:200]) for name in names[:max_names]) + more
 
 
-def _hint(name: str, names: Sequence[str], likeness: float = 0.6) -> str:
+def did_you_mean(name: str, names: Sequence[str], likeness: float = 0.6) -> str:
+    """Return a question for the most similar of some names, nothing where none is similar."""
     by_lower_case = {x[:200].lower(): x for x in names}
     near = difflib.get_close_matches(name[:200].lower(), by_lower_case, 1, likeness)
     return f": did you mean {one_line(by_lower_case[near[0]][:200])}?" if near else ""
@@ -431,7 +432,7 @@ def check_header(table: pd.DataFrame, source: str, label: str, *, labelled: bool
     if missing:
         if command := from_long_command(columns, source):
             raise InputError(f"{source}: holds one value a row: make a file of it by {command}")
-        hint = f"{_hint(missing, columns)}; the columns are {join_names(columns)}"
+        hint = f"{did_you_mean(missing, columns)}; the columns are {join_names(columns)}"
         if any(map(CELL.fullmatch, columns)):
             hint = ": row 1 holds data, no header"
         raise InputError(f"{source}, column {missing}: no such column{hint}")
@@ -474,7 +475,7 @@ def note_columns(
     if extra:
         findings.notes[f"columns not read: {join_names(extra, 10)}"] = None
     for name in (*COLUMNS, label):
-        if name not in columns and (hint := _hint(name, extra, 0.75)):
+        if name not in columns and (hint := did_you_mean(name, extra, 0.75)):
             warnings.append(f"no column {name}{hint}")
     findings.warnings |= dict.fromkeys(warnings)
 
