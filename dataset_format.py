@@ -417,6 +417,8 @@ def show_preview(arguments: dict[str, Any]) -> int:
     """Show what from_long would make, and write its flags with the open questions to a file."""
     out: Path | None = arguments["out"]
     check_needed("from_long", {**arguments, "out": True})
+    if out:
+        duck.check_target(out)
     with logs.collected() as records:
         request = long_table.LongRequest(**{**arguments, "out": out or Path("data.csv")})
         seen = preview.run(request, records.clear)
@@ -425,7 +427,8 @@ def show_preview(arguments: dict[str, Any]) -> int:
         logger.info(line)
     flags = {**preview.settled_flags(seen), "out": out}
     suggested = preview.suggested_flags(seen)
-    text = config.toml_text(flags, long_defaults(), seen.questions, suggested)
+    shown = ("window_hours",)  # which belongs to the prediction time
+    text = config.toml_text(flags, long_defaults(), seen.questions, suggested, shown)
     path = (out.parent if out else Path()) / CONFIG
     if not path.is_file() or path.read_text("utf-8") != text:
         for aside in move_aside([path]):

@@ -70,6 +70,7 @@ def toml_text(
     defaults: Mapping[str, Any],
     questions: Sequence[Question],
     suggested: Mapping[str, Sequence[str]],  # elements of lists, as comments
+    shown: Sequence[str],  # flags that are written with their default, too
 ) -> str:
     """Return a file of flags; what is open stands first, as comments."""
     guesses = {(x.flag, answer) for x in questions if x.guessed for answer in x.answers[:1]}
@@ -85,7 +86,7 @@ def toml_text(
             cells = [f"    {quoted(x)}{mark}" for x, mark in zip(value, marks, strict=True)]
             cells += [f"    # {text}" for text in comments]
             lines += [f"{name} = [", *cells, "]"] if cells else []
-        elif value != defaults[name]:
+        elif value != defaults[name] or name in shown:
             is_text = isinstance(value, str | Path)
             text = quoted(str(value)) if is_text else json.dumps(value)
             mark = "  # guessed" if (name, str(value)) in guesses else ""

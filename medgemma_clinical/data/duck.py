@@ -553,14 +553,24 @@ def find_time(
 
 def formats_used(database: Database, file: TableFile, name: str, column: Column) -> list[str]:
     """Return the formats that times have: one if it reads them all."""
-    if not column.formats:
-        return []
-    counts = [f"count({replace(column, formats=(x,)).typed('cell')})" for x in column.formats]
     cell = f"trim({file.raw(name)}::VARCHAR)"
     select = f"SELECT {cell} AS cell FROM {file.rows()} WHERE lower(cell) NOT IN ('', 'nan')"
-    total, *fits = database.row(f"SELECT count(*), {', '.join(counts)} FROM ({select})")
-    used = [form for form, count in zip(column.formats, fits, strict=True) if count]
-    return next(([x] for x, n in zip(column.formats, fits, strict=True) if n == total), used)
+
+    def match(forms: Sequence[str], limit: str) -> tuple[list[str], bool]:
+        """Return those of some formats that times have, and whether they read all."""
+        counts = [f"count({replace(column, formats=(form,)).typed('cell')})" for form in forms]
+        counts.append(f"count({replace(column, formats=tuple(forms)).typed('cell')})")
+        select_counts = f"SELECT count(*), {', '.join(counts)} FROM ({select} {limit})"
+        total, *fits, read = database.row(select_counts)
+        pairs = [*zip(forms, fits, strict=True)]
+        whole = [form for form, count in pairs if count == total]
+        return whole[:1] or [form for form, count in pairs if count], read == total
+
+    if not column.formats:
+        return []
+    sampled, _ = match(column.formats, f"LIMIT {SAMPLE_ROWS}")
+    used, is_whole = match(sampled, "")
+    return used if is_whole else match(column.formats, "")[0]
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from medgemma_clinical.data.texts import plain
 
 SAMPLE = 2_000  # lines of a table that are looked at; of patients all are
 MOST, SURE, SHARED = 0.9, 0.99, 0.2  # shares of cells that decide what a column holds
+MIN_SHARED = 1.5  # patients that have an item, on average
 MAX_HOURS = 24 * 30  # from a sample to its result
 UNIT = r"%|\S{1,6}/\S{1,8}|mmHg|°C|fL|pg"
 SUBJECT_ROLES = ("subject_id", "labels.subject_id", "notes.subject_id")
@@ -47,7 +48,9 @@ def time_of(cell: str) -> str:
     """Return SQL for the time of a cell in any form."""
     ways = [duck.Column("instant"), duck.Column("instant", zoned=True)]
     ways += [duck.Column("instant", formats=order) for order in duck.ORDERS]
-    return f"coalesce({', '.join(way.typed(cell) for way in ways)})"
+    # Most cells are no times, and to try all forms on them is slow.
+    may_be = f"length({cell}) BETWEEN 6 AND 40 AND {cell}[1] BETWEEN '0' AND '9'"
+    return f"CASE WHEN {may_be} THEN coalesce({', '.join(way.typed(cell) for way in ways)}) END"
 
 
 def look(database: duck.Database, file: duck.TableFile, sample: str, limit: str) -> list[Cells]:
@@ -88,8 +91,12 @@ def ask(
     subjects = find_subjects(database, files, cells_of, names_of)
     for k, (file, names, missing) in enumerate(zip(files, names_of, lacking, strict=True)):
         free = [x for x in cells_of[k] if x.name not in {*names.values(), *subjects[k]}]
-        find = (find_values, find_labels, find_notes)[k]
-        candidates = {SUBJECT_ROLES[k]: subjects[k], **find(database, file, free, names, files)}
+        if k == 0:
+            free = [x for x in free if x.name not in files[1].header]  # as a stay number
+            candidates = find_values(database, file, free, names, subjects[0])
+        else:
+            candidates = find_labels(free) if k == 1 else find_notes(free)
+        candidates[SUBJECT_ROLES[k]] = subjects[k]
         optional = [role for role in ("storetime", "unit") if not k and role not in names]
         for role in dict.fromkeys((*missing, *optional)):
             absent, found = mapped.get(role, ""), candidates.get(role, [])
@@ -192,21 +199,31 @@ def find_values(
     file: duck.TableFile,
     cells: Sequence[Cells],
     names: Mapping[str, str],
-    files: Sequence[duck.TableFile],
+    subjects: Sequence[str],
 ) -> dict[str, list[str]]:
     """Return the candidates of each role of a table of values."""
-    free = [x for x in cells if x.name not in files[1].header]  # as a stay number
-    times, found = find_times(free), dict[str, list[str]]()
+    times, found = find_times(cells), dict[str, list[str]]()
     found["time"] = times
     pair = [names["time"], *times] if "time" in names else times
     if len(pair) == 2 and is_stored(database, file, *pair):
         found |= {"time": pair[:1], "storetime": pair[1:]}
-    numbers = [x for x in free if x.name not in times and x.is_mostly(x.numbers, 0.5)]
+    numbers = [x for x in cells if x.name not in times and x.is_mostly(x.numbers, 0.5)]
     found["value"] = [x.name for x in [y for y in numbers if y.decimals] or numbers]
-    found["unit"] = [x.name for x in free if x.is_mostly(x.units, 0.5)][:1]
-    words = [x for x in free if x.is_words and x.name not in found["unit"]]
-    found["item"] = [x.name for x in words if 1 < x.different <= x.filled / 2]
+    found["unit"] = [x.name for x in cells if x.is_mostly(x.units, 0.5)][:1]
+    words = [x for x in cells if x.is_words and x.name not in found["unit"]]
+    words = [x for x in words if 1 < x.different <= x.filled / 2]
+    subject = names.get("subject_id", subjects[0] if subjects else "")
+    found["item"] = [x.name for x in words if is_shared(database, file, x.name, subject)]
     return found
+
+
+def is_shared(database: duck.Database, file: duck.TableFile, item: str, subject: str) -> bool:
+    """Return whether patients share the words of a column; their own names are no items."""
+    patient, word = (file.raw(name) for name in (subject, item))
+    pairs, words = database.row(
+        f"SELECT count(DISTINCT ({patient}, {word})), count(DISTINCT {word}) FROM sample_0"
+    )
+    return not subject or bool(pairs >= MIN_SHARED * words)
 
 
 def is_stored(database: duck.Database, file: duck.TableFile, first: str, second: str) -> bool:
@@ -219,25 +236,13 @@ def is_stored(database: duck.Database, file: duck.TableFile, first: str, second:
     return bool(share and share > SURE and hours < MAX_HOURS)
 
 
-def find_labels(
-    database: duck.Database,
-    file: duck.TableFile,
-    cells: Sequence[Cells],
-    names: Mapping[str, str],
-    files: Sequence[duck.TableFile],
-) -> dict[str, list[str]]:
+def find_labels(cells: Sequence[Cells]) -> dict[str, list[str]]:
     """Return the candidates of each role of a table of patients."""
     answers = [x.name for x in cells if x.is_mostly(x.answers) and x.different == 2]
     return {"prediction_time": find_times(cells), "label": answers}
 
 
-def find_notes(
-    database: duck.Database,
-    file: duck.TableFile,
-    cells: Sequence[Cells],
-    names: Mapping[str, str],
-    files: Sequence[duck.TableFile],
-) -> dict[str, list[str]]:
+def find_notes(cells: Sequence[Cells]) -> dict[str, list[str]]:
     """Return the candidates of each role of a table of notes."""
     texts = sorted((x for x in cells if x.is_words), key=lambda x: -x.length)
     return {"notes.time": find_times(cells), "notes.text": [x.name for x in texts[:1]]}

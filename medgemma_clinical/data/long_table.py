@@ -286,8 +286,8 @@ def find_columns(
             if name in file.rounded and role.removeprefix("notes.") not in (*TIMES, "value"):
                 problem = "numbers of 16 digits or more, which Excel has rounded: use texts, or CSV"
                 raise InputError(f"{file.path}, column {name}: {problem}")
-    if problems:
-        asked = guesses.ask(database, files, names_of, lacking, request) if guess else []
+    asked = guesses.ask(database, files, names_of, lacking, request) if guess else []
+    if problems or asked:
         raise OpenQuestions("; ".join(problems), asked)
     if request.equal_times == "last" and "storetime" not in names_of[0]:
         raise InputError("--equal_times last: needs a column storetime")
@@ -297,9 +297,14 @@ def find_columns(
 def check_alike(file: duck.TableFile, flag: str, column: str, *names: str) -> None:
     """Refuse a column that others of the header are named like."""
     if len(alike := columns_alike(file.header, column, *names)) > 1:
+        where = f"{file.path}, column {column}"
         problem = f"the columns {join_names(alike)} are named alike"
         advice = f"remove one, or name one by {flag}=COLUMN"
-        raise InputError(f"{file.path}, column {column}: {problem}: {advice}")
+        role = flag.removeprefix("--columns ")
+        answers = tuple(f"{role}={name}" for name in alike)
+        is_asked = role != flag and len({*alike}) == len(alike)
+        asked = [Question(f"{where}: {problem}", "columns", answers)] if is_asked else []
+        raise OpenQuestions(f"{where}: {problem}: {advice}", asked)
 
 
 def log_columns(file: duck.TableFile, names: Mapping[str, str], kept: Sequence[str] = ()) -> None:
@@ -747,16 +752,16 @@ def choose_series(
         raise OpenQuestions(f"{path}: {problem}: choose by --series", asked)
     series = [by_name[name] for name in names]
     if unnamed := [name for name in names if not events.is_name(name)]:
-        problem = f"{path}: items of which no series can have the name"
-        name = f"--series '{series_name(unnamed[0])} [unit]={unnamed[0]}'"
-        text = f"{problem}, {join_names(unnamed)}: name the series that are read, as {name}"
+        problem = f"{path}, item {join_names(unnamed)}: not the name of a column"
+        example = f"--series '{name_from(unnamed[0])} [unit]={unnamed[0]}'"
+        text = f"{problem}: name all series that are read, this one as {example}"
         raise OpenQuestions(text, ask_series(series, problem, guess=True))
     logger.info("series: %s", join_names([feature.title for feature in series]))
     return series
 
 
-def series_name(item: str) -> str:
-    """Return a name that a series can have, made of an item's."""
+def name_from(item: str) -> str:
+    """Return a name that a series or a static feature can have, made of another."""
     name = " ".join(re.sub(r"[\[\],*=\x00-\x1f]", " ", item).split())
     return name if events.is_name(name) else f"item {name}".strip()
 
@@ -766,7 +771,7 @@ def ask_series(items: Sequence[Feature], problem: str, *, guess: bool) -> list[Q
     asked = []
     for item in items:
         is_guess = guess and events.is_name(item.name)
-        title = replace(item, name=series_name(item.name)).title
+        title = replace(item, name=name_from(item.name)).title
         pairs = [(f"{title}={key}",) for key in item.keys]
         asked += [Question(problem, "series", pair, guessed=is_guess) for pair in pairs]
     return asked

@@ -12,7 +12,7 @@ import pandas as pd
 from medgemma_clinical.data import duck
 from medgemma_clinical.data.dka import MAIN_COLUMN, join_names, parse_series
 from medgemma_clinical.data.findings import Findings
-from medgemma_clinical.data.long_table import LongRequest, Reading, make_long
+from medgemma_clinical.data.long_table import LongRequest, Reading, make_long, name_from
 from medgemma_clinical.data.questions import OpenQuestions, Question
 from medgemma_clinical.data.texts import plain
 from medgemma_clinical.files import InputError, one_line
@@ -94,7 +94,7 @@ def suggested_flags(seen: Preview) -> dict[str, list[str]]:
         unread = [name for name in file.header if name not in columns.values()]
     return {
         "series": [] if seen.request.series else series,
-        "static": [f"NAME [unit]={name}" for name in unread],
+        "static": [f"{name_from(name)}={name}" for name in unread],
         "keep": unread,
     }
 
@@ -189,6 +189,6 @@ def describe_questions(questions: Sequence[Question]) -> list[str]:
         others = [x for question in asked for x in question.answers[1:]]
         shown = join_names(first, 3) or "VALUE"
         shown += f" (or {join_names(others, 6)})" if others else ""
-        lines.append(f"  --{flag} {shown}: {text}")
+        lines.append(f"  --{flag} {shown}: {text}" if flag else f"  no flag: {text}")
     head = "open questions, with the answers that this preview took:"
     return [head, *lines] if lines else []
