@@ -504,7 +504,8 @@ def read_sheet(
 def largest_sheet(path: Path) -> str:
     """Return the sheet of an Excel file with the most cells."""
     with pd.ExcelFile(path, engine="openpyxl") as book:
-        sizes = {str(name): book.parse(name, header=None).size for name in book.sheet_names}
+        names = [str(name) for name in book.sheet_names]
+        sizes = {name: pd.read_excel(book, name, header=None).size for name in names}
     return max(sizes, key=lambda name: sizes[name])
 
 

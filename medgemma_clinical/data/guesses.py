@@ -112,10 +112,12 @@ def ask(
             elif role == "label" and len(found) != 1:
                 asked.append(ask_label(file, found))
             elif found or role in missing:
+                is_subject = role in SUBJECT_ROLES
                 text = f"{file.path}: which column is {role}"
+                text += ", the patient, not the stay" if is_subject else ""
                 text += f", as there is no {absent}" if absent else ""
                 answers = tuple(f"{role}={name}" for name in found)
-                guessed = len(found) == 1 and not absent
+                guessed = len(found) == 1 and not absent and not is_subject
                 asked.append(Question(text, "columns", answers, guessed=guessed))
     return asked
 
@@ -161,9 +163,9 @@ def find_subjects(
     for cells, names, role in zip(cells_of, names_of, SUBJECT_ROLES, strict=False):
         ids = [x for x in cells if x.filled and not x.times and not x.decimals]
         may_be.append([x for x in ids if x.name == names.get(role, x.name)])
+    patients, named = may_be[1], SUBJECT_ROLES[1] in names_of[1]
     # A ward, or an age, is shared by many.
-    patients = [x for x in may_be[1] if x.different >= SHARED * x.filled]
-    patients = [x for x in may_be[1] if x.name in names_of[1].values()] or patients
+    patients = [x for x in patients if named or x.different >= SHARED * x.filled]
     found = []
     for k in range(len(files)):
         pairs = [(x, y) for x in may_be[k] for y in patients]

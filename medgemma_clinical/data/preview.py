@@ -90,10 +90,11 @@ def suggested_flags(seen: Preview) -> dict[str, list[str]]:
     """Return elements of lists that the user may want: series, and columns that are not read."""
     series = [f"{x.title}={key}" for x in seen.reading.series for key in x.keys]
     unread = list[str]()
-    for file, columns in zip(seen.reading.files[1:2], seen.reading.columns[1:2], strict=True):
+    for file, columns in zip(seen.reading.files[1:2], seen.reading.columns[1:2], strict=False):
         unread = [name for name in file.header if name not in columns.values()]
+    is_asked = any(question.flag == "series" for question in seen.questions)
     return {
-        "series": [] if seen.request.series else series,
+        "series": [] if seen.request.series or is_asked else series,
         "static": [f"{name_from(name)}={name}" for name in unread],
         "keep": unread,
     }
@@ -105,7 +106,8 @@ def suggested_flags(seen: Preview) -> dict[str, list[str]]:
 def describe(seen: Preview, notes: Sequence[str]) -> list[str]:
     """Return the lines of the screen; ``notes`` are what the run said."""
     lines = []
-    for file, columns in zip(seen.reading.files, seen.reading.columns, strict=False):
+    found = seen.reading.columns or [{} for _ in seen.reading.files]  # the run ended before
+    for file, columns in zip(seen.reading.files, found, strict=True):
         lines += describe_file(seen, file, columns)
     lines += describe_series(seen)
     lines += cut(notes)
