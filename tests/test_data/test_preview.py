@@ -300,7 +300,7 @@ def small(folder, table=None, people=None):
     """Two patients with two items at two times; keywords of columns replace them."""
     hours = pd.to_datetime(["2024-03-02 08:00", "2024-03-02 20:00"] * 4)
     labs = pd.DataFrame({"MRN": [*"AAAABBBB"], "Taken": hours, "What": [*"xxyy"] * 2})
-    labs = labs.assign(Level=[1.5, 2.5, 3.5, 4.5] * 2, **(table or {}))
+    labs = labs.assign(**{"Level": [1.5, 2.5, 3.5, 4.5] * 2, **(table or {})})
     patients = pd.DataFrame({"MRN": ["A", "B"], "Admitted": hours[0], "Died": ["yes", "no"]})
     for name, content in (("labs", labs), ("people", patients.assign(**(people or {})))):
         content.to_csv(folder / f"{name}.csv", index=False)
@@ -438,3 +438,53 @@ def test_a_preview_says_again_what_only_its_own_form_leaves_out():
     modules = (duck, long_table)
     assert all(any(hasattr(x, name) for x in modules) for name in dataset_format.DESCRIBED)
     assert preview.ROWS == 3
+
+
+def test_the_patient_is_asked_for_even_where_one_column_may_be(tmp_path, capsys):
+    words = small(tmp_path)
+    for name in ("labs", "people"):
+        table = pd.read_csv(tmp_path / f"{name}.csv").rename(columns={"MRN": "Case"})
+        table.to_csv(tmp_path / f"{name}.csv", index=False)
+    assert "--columns 'subject_id=Case': " in screen(capsys, *words)
+    assert '    # "subject_id=Case",' in (tmp_path / "import.toml").read_text()
+
+
+def test_a_column_of_results_is_found_where_no_other_is_missing(tmp_path, capsys):
+    stored = pd.to_datetime(["2024-03-02 09:00", "2024-03-02 21:00"] * 4)
+    words = [*small(tmp_path, table={"Back": stored}), "--columns", "time=Taken", "item=What"]
+    words += ["value=Level", "label=Died", "--prediction_time=Admitted + 24 h"]
+    assert "storetime          Back, guessed" in screen(capsys, *words)
+    stored = stored - pd.Timedelta("2h")  # before the sample was taken
+    small(tmp_path, table={"Back": stored})
+    assert "not read           Back" in screen(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("change", "static", "key"),
+    [
+        ({"people": {"Admitted": "03/02/2024"}, "table": {"Taken": "2.3.2024"}}, [], "time_format"),
+        (
+            {"people": {"BMI": ["24.125", "31.5"]}, "table": {"Level": "1,5"}},
+            ["bmi=BMI"],
+            "decimal",
+        ),
+    ],
+)
+def test_what_two_tables_write_in_two_ways_stays_as_it_is_found(change, static, key, tmp_path):
+    words = small(tmp_path, **change)
+    for name in ("labs", "people"):
+        pd.read_csv(tmp_path / f"{name}.csv", dtype=str).to_csv(
+            tmp_path / f"{name}.csv", index=False, sep=";"
+        )
+    flags = ["--columns", "time=Taken", "item=What", "value=Level", "label=Died"]
+    flags += ["--prediction_time=Admitted + 24 h", *(f"--static={x}" for x in static)]
+    if key == "time_format":
+        people = pd.read_csv(tmp_path / "people.csv", sep=";")
+        people.loc[1, "Admitted"] = "02/29/2024"
+        people.to_csv(tmp_path / "people.csv", sep=";", index=False)
+    assert from_long(*words, *flags) == 0
+    typed = (tmp_path / "out.csv").read_bytes()
+    assert from_long(*words, *flags, "--preview") == 0
+    assert key not in tomllib.loads((tmp_path / "import.toml").read_text())
+    assert from_long("--config", tmp_path / "import.toml") == 0
+    assert (tmp_path / "out.csv").read_bytes() == typed
