@@ -63,7 +63,7 @@ def look(database: duck.Database, file: duck.TableFile, sample: str, limit: str)
         cell = f"trim({file.raw(name)}::VARCHAR)"
         counts = database.row(
             "SELECT count(*), count(time), count(*) FILTER (looks_numeric(cell)), "
-            r"count(*) FILTER (regexp_full_match(cell, '\D*\d+[.,]\d+\D*')), "
+            r"count(*) FILTER (regexp_full_match(cell, '\D*\d+[.,]\d*[1-9]\d*\D*')), "
             f"count(*) FILTER (regexp_full_match(cell, '{UNIT}')), "
             f"count(*) FILTER (lower(cell) IN ({words})), count(DISTINCT lower(cell)), "
             f"coalesce(avg(length(cell)), 0), coalesce(avg(epoch(time)), 0) FROM "
@@ -103,7 +103,8 @@ def ask(
             if role in mapped and not absent:
                 continue  # the user says that there is none
             if absent:
-                near = [x for x in file.header if did_you_mean(absent, [x], 0.4)]
+                hint = did_you_mean(absent, file.header, 0.4)
+                near = [x for x in file.header if hint and did_you_mean(absent, [x], 0.4) == hint]
                 found = list(dict.fromkeys((*near, *found)))
             if role == "labels.subject_id" and found[:1] == subjects[0][:1]:
                 continue  # named alike: the answer to ``subject_id`` holds for both

@@ -355,16 +355,19 @@ def test_the_names_of_patients_are_no_items(tmp_path, capsys):
             ["people.csv: --columns prediction_time=?", "there is no Admission: did you mean Admi"],
         ),
         (["--columns", "time=Takn", "label=Died"], ["there is no Takn: did you mean Taken?"]),
+        (["--columns", "id=Admit", "label=Died"], ["there is no Admit: did you mean Admitted?"]),
         (["--columns", "value=zz", "label=Died"], ["there is no zz: the columns are MRN, Taken"]),
     ],
 )
 def test_a_column_that_is_not_there_is_named_with_the_nearest(words, parts, tmp_path, capsys):
+    """What is near is taken by the preview, whatever it holds."""
     files = small(tmp_path)
     assert from_long(*files, *words) == 2
     error = capsys.readouterr().err
     assert all(part in error for part in parts)
     text = screen(capsys, *files, *words)
     assert "there is no" in text.partition("open questions")[2]
+    assert ("--columns 'id=Admitted': " in text) == ("id=Admit" in words)
 
 
 @pytest.mark.parametrize(
