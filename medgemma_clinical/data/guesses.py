@@ -85,6 +85,8 @@ def ask(
     books = [(file, bool(missing)) for file, missing in zip(files, lacking, strict=True)]
     if not request.sheet and any(file.sheets[1:] and missing for file, missing in books):
         return [ask_sheet(file, missing) for file, missing in books if file.sheets]
+    if not any(lacking) and {*files[0].header} <= {*names_of[0].values(), *files[1].header}:
+        return []  # no column is left for a role that may be missing
     limits = ["" if k == 1 else f"LIMIT {SAMPLE}" for k in range(len(files))]
     cells_of = [look(database, x, f"sample_{k}", limits[k]) for k, x in enumerate(files)]
     mapped, asked = request.mapped(), list[Question]()
