@@ -31,6 +31,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medgemma_clinical.commands import config, logs
 from medgemma_clinical.commands.command_line import (
     POSITIVE,
     SHOW_VALUES,
@@ -43,7 +44,6 @@ from medgemma_clinical.commands.command_line import (
     number,
     run_command,
 )
-from medgemma_clinical.commands.logs import command_logging
 from medgemma_clinical.data import (
     checks,
     distributions,
@@ -53,6 +53,7 @@ from medgemma_clinical.data import (
     long_table,
     meds,
     mimic,
+    preview,
     texts,
 )
 from medgemma_clinical.data.analytes import GAP_ITEM
@@ -60,6 +61,7 @@ from medgemma_clinical.data.cohort import COHORTS, DISCHARGED, ESCALATED, GAPS, 
 from medgemma_clinical.data.dka import LABEL, Description, read_description
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.overlap import describe_copies
+from medgemma_clinical.data.questions import OpenQuestions
 from medgemma_clinical.data.roles import sex_of_column
 from medgemma_clinical.data.split import Split
 from medgemma_clinical.data.texts import Clause, PromptOptions, plain
@@ -68,7 +70,7 @@ from medgemma_clinical.data.trajectories import (
     ScoringRows,
     TrajectoryDataset,
 )
-from medgemma_clinical.files import InputError, one_line
+from medgemma_clinical.files import InputError, move_aside, one_line, write_text
 from medgemma_clinical.training.signals import SIGNALS
 
 __all__ = ["Description", "InputError", "MIMICtrajectoryDataset", "main", "read_description"]
@@ -336,34 +338,109 @@ REQUESTS: dict[str, tuple[type[duck.TableRequest], Callable[[Any], Any]]] = {
 """The request of each command that makes a DKA file, and what makes its rows."""
 
 
+CODES = "; --list_codes shows what can be a series"
+NEEDED = {
+    "from_meds": dict.fromkeys(("out", "labels", "series"), CODES),
+    "from_long": dict.fromkeys(("table", "labels", "out"), ""),
+}
+"""Flags without a default that are not typed with another way of use."""
+
+CONFIG = "import.toml"
+DESCRIBED = {"log_columns", "find_time", "copy_as_utf8", "read_sheet", "choose_series"}
+DESCRIBED |= {"apply_rules"}
+"""Functions that log what a preview shows in its own form."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return 0 when it is done, 2 for wrong input, 3 for a fault."""
     arguments = vars(build_parser().parse_args(argv))
-    command, earlier = arguments.pop("command"), arguments.get("like")
-    with command_logging():
+    command = arguments.pop("command")
+    with logs.command_logging():
         if command == "check":
             show_values = arguments.pop("show_values")
             return run_command(lambda: check(**arguments), show_values=show_values)
-        if earlier:
-            return run_command(lambda: make_like(earlier, like(earlier, argv)))
+        if command == "from_long":
+            return run_command(lambda: from_long(argv))
         return run_command(lambda: make(command, arguments))
 
 
-def like(earlier: Path, argv: Sequence[str] | None) -> dict[str, Any]:
-    """Return the flags of a from_long with those of an earlier output in place of the defaults."""
-    stored, read_as = long_table.read_like(earlier)
-    words = ["from_long", "--table=", "--labels=", "--out="]
-    for name, value in stored.items():
-        words += [f"--{name}={x}" for x in (value if isinstance(value, list) else [value])]
+def from_long(argv: Sequence[str] | None) -> int:
+    """Make a DKA file from a long table, or preview it."""
+    arguments = complete(argv)
+    is_preview, earlier = arguments.pop("preview"), arguments["like"]
+    del arguments["command"], arguments["config"]
+    if is_preview:
+        return show_preview(arguments)
     try:
-        parsed = vars(build_parser().parse_known_args(words)[0])
+        return make_like(earlier, arguments) if earlier else make("from_long", arguments)
+    except OpenQuestions as error:
+        raise InputError(f"{error}; --preview asks all such questions at once") from error
+
+
+def complete(argv: Sequence[str] | None) -> dict[str, Any]:
+    """Return the flags of a from_long: those typed, or else of --config, or else of --like."""
+    typed, defaults = vars(build_parser().parse_args(argv)), long_defaults()
+    stored, columns = dict[str, Any](), list[str]()
+    if path := typed["config"]:
+        words = config.read_words(path, defaults)
+        parsed = parse([word for of_flag in words.values() for word in of_flag], f"--config {path}")
+        stored = {name: parsed[name] for name in words}
+    if earlier := typed["like"] or stored.get("like"):
+        flags, read_as = long_table.read_like(earlier)
+        words = {
+            name: [f"--{name}={x}" for x in (value if isinstance(value, list) else [value])]
+            for name, value in flags.items()
+        }
+        parsed = parse(
+            [word for of_flag in words.values() for word in of_flag], f"--like {earlier}"
+        )
+        columns += parsed["columns"]
+        stored = {**{name: parsed[name] for name in flags}, "read_as": read_as, **stored}
+    columns += [*stored.get("columns", ()), *typed["columns"]]  # a later one counts
+    return {**vars(build_parser(stored).parse_args(argv)), "columns": tuple(columns)}
+
+
+def long_defaults() -> dict[str, Any]:
+    """Return the default of each flag of from_long that a file may hold."""
+    defaults = vars(build_parser().parse_args(["from_long"]))
+    return {
+        k: x for k, x in defaults.items() if k not in ("command", "config", "preview", "read_as")
+    }
+
+
+def parse(words: Sequence[str], where: str) -> dict[str, Any]:
+    """Return the flags of a from_long that a file holds, checked like typed ones."""
+    try:
+        return vars(build_parser().parse_known_args(["from_long", *words])[0])
     except InputError as error:
-        raise InputError(f"--like {earlier}: {error}") from error
-    stored = {name: parsed[name] for name in stored} | {"read_as": read_as}
-    arguments = vars(build_parser(stored).parse_args(argv))
-    del arguments["command"]
-    columns = (*stored.get("columns", ()), *arguments["columns"])  # a later one counts
-    return {**arguments, "columns": columns}
+        raise InputError(f"{where}: {error}") from error
+
+
+def show_preview(arguments: dict[str, Any]) -> int:
+    """Show what from_long would make, and write its flags with the open questions to a file."""
+    out: Path | None = arguments["out"]
+    check_needed("from_long", {**arguments, "out": True})
+    if out:
+        duck.check_target(out)
+    with logs.collected() as records:
+        request = long_table.LongRequest(**{**arguments, "out": out or Path("data.csv")})
+        seen = preview.run(request, records.clear)
+    notes = [record.getMessage() for record in records if record.funcName not in DESCRIBED]
+    for line in preview.describe(seen, notes):
+        logger.info(line)
+    flags = {**preview.settled_flags(seen), "out": out}
+    suggested = preview.suggested_flags(seen)
+    shown = ("window_hours",)  # which belongs to the prediction time
+    text = config.toml_text(flags, long_defaults(), seen.questions, suggested, shown)
+    path = (out.parent if out else Path()) / CONFIG
+    if not path.is_file() or path.read_text("utf-8") != text:
+        for aside in move_aside([path]):
+            logger.info("the earlier %s is now %s", path, aside)
+        write_text(path, text)
+    if seen.problem:
+        raise InputError(f"{seen.problem}; the flags so far are in {path}")
+    logger.info("%s holds these flags: review it, then run from_long --config %s", path, path)
+    return 0
 
 
 def make_like(earlier: Path, arguments: dict[str, Any]) -> int:
@@ -404,11 +481,16 @@ def make(command: str, arguments: dict[str, Any]) -> int:
     if arguments.pop("list_codes", False):
         limits = {name: arguments[name] for name in ("meds_dir", "memory_limit", "threads")}
         return meds.list_codes(**limits)
-    for name in ("out", "labels", "series") if command == "from_meds" else ():
-        if not arguments[name]:
-            raise InputError(f"--{name}: is needed; --list_codes shows what can be a series")
+    check_needed(command, arguments)
     request, make_rows = REQUESTS[command]
     return duck.make_file(request(**arguments), make_rows)
+
+
+def check_needed(command: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse a command without a flag that it needs and that need not be typed."""
+    for name in NEEDED.get(command, ()):
+        if not arguments[name]:
+            raise InputError(f"--{name}: is needed{NEEDED[command][name]}")
 
 
 def build_parser(stored: Mapping[str, Any] | None = None) -> Parser:
@@ -459,10 +541,14 @@ def build_parser(stored: Mapping[str, Any] | None = None) -> Parser:
     add("--list_codes", action="store_true", help="print all codes with counts, make no file")
 
     add = command("from_long", "make a file from a table with one value a row")
-    add("--table", type=Path, required=True, help="CSV, Excel or Parquet, one value a row")
+    shown = "show what would be read and made, write import.toml"
+    add("--preview", action="store_true", help=shown)
+    file = "flags of a TOML file, of which typed ones win"
+    add("--config", type=Path, metavar="import.toml", help=file)
+    add("--table", type=Path, help="CSV, Excel or Parquet, one value a row")
     labels = "table with patient, prediction time and label"
-    add("--labels", type=Path, required=True, help=labels)
-    add_output_flags(add)
+    add("--labels", type=Path, help=labels)
+    add_output_flags(add, required=False)
     like = "read as for this earlier output: its flags are the defaults"
     add("--like", type=Path, metavar="EARLIER.csv", help=like)
     add_event_flags(add)

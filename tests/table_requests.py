@@ -8,7 +8,7 @@ from dataset_format import REQUESTS, build_parser
 def table_request(command, **values):
     words = [f"--{name}={value}" for name, value in values.items() if isinstance(value, Path)]
     arguments = vars(build_parser().parse_args([command, *words])) | values
-    for name in ("command", "list_codes"):
+    for name in ("command", "list_codes", "preview", "config"):
         arguments.pop(name, None)
     return REQUESTS[command][0](**arguments)
 

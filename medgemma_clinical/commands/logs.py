@@ -128,6 +128,15 @@ def command_logging(*, first: bool = True) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def collected() -> Iterator[list[logging.LogRecord]]:
+    """Yield the records of a block, which go nowhere else."""
+    handler = MemoryHandler(sys.maxsize, sys.maxsize)
+    with restored():
+        logging.root.handlers = [handler]
+        yield handler.buffer
+
+
+@contextlib.contextmanager
 def recorded() -> Iterator[None]:
     """Log a run that Python calls to its file in full, elsewhere as the caller has set logging."""
     with restored():

@@ -49,7 +49,7 @@ FACTORS = {
 of urea 28.01 g/mol."""
 
 UNIT_RATIOS = {
-    r"creatinine?|kreatinin\w*|cr[eé]atinin\w*": (88.40,),  # umol/L to a mg/dL
+    r"crea|krea|creatinine?|kreatinin\w*|cr[eé]atinin\w*": (88.40,),  # umol/L to a mg/dL
     r"glucose|glukose|glicose|glyc[eé]mie|blutzucker": (18.016,),  # mg/dL to a mmol/L
     r"lactate?|laktat|lactato": (9.008,),  # mg/dL to a mmol/L
     # mg/dL of nitrogen, and of urea, to a mmol/L of urea; urea to its nitrogen.

@@ -17,7 +17,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from medgemma_clinical.data.findings import flow_lines
+from medgemma_clinical.data.questions import OpenQuestions, Question
 from medgemma_clinical.data.roles import MAX_ID, NO_ID
 from medgemma_clinical.files import (
     InputError,
@@ -315,6 +316,7 @@ class TableFile:
     rounded: tuple[str, ...] = ()  # columns of Excel with numbers of more digits than it keeps
     sheets: tuple[str, ...] = ()  # of Excel: the one that is read, and the others
     utf8: Path | None = None  # copy of a CSV in another encoding
+    encoding: str = ""  # of a CSV
 
     @property
     def is_parquet(self) -> bool:
@@ -409,15 +411,16 @@ def open_table(
                     text.seek(0)
                     headers[mark] = [n.strip() for n in next(csv.reader(text, delimiter=mark), [])]
             separator = max(headers, key=lambda mark: len(headers[mark]))
-            file = TableFile(path, headers[separator], sha256, separator, utf8=utf8)
+            header = headers[separator]
+            file = TableFile(path, header, sha256, separator, utf8=utf8, encoding=found)
     file.check_columns(columns)
     return file
 
 
-def open_text(path: Path, encoding: str) -> Any:
+def open_text(path: Path, encoding: str, errors: str = "strict") -> Any:
     """Open a text file, packed or not, with its line ends as they are."""
     unpack: Any = gzip.open if path.suffix.lower() == ".gz" else open
-    return unpack(path, "rt", encoding=encoding, newline="")
+    return unpack(path, "rt", encoding=encoding, errors=errors, newline="")
 
 
 def find_encoding(path: Path, other: str) -> str:
@@ -435,7 +438,27 @@ def find_encoding(path: Path, other: str) -> str:
         except UnicodeError:
             continue
         return encoding
-    raise InputError(f"{path}: neither UTF-8 nor {other}: name its encoding by --encoding")
+    problem = f"neither UTF-8 nor {other}: name its encoding by --encoding"
+    raise OpenQuestions(f"{path}: {problem}", [Question(f"{path}: {problem}", "encoding")])
+
+
+def check_damage(path: Path) -> None:
+    """Refuse UTF-8 with damaged characters: another encoding would alter all the whole ones."""
+    whole, damaged, line, first = 0, 0, 1, 0
+    with open_text(path, "utf-8", "surrogateescape") as text:
+        while block := text.read(BLOCK):
+            whole += len(re.findall(r"[^\x00-\x7f\udc80-\udcff]", block))
+            found = [match.start() for match in re.finditer(r"[\udc80-\udcff]", block)]
+            if found and not damaged:
+                first = line + block.count("\n", 0, found[0])
+            damaged += len(found)
+            line += block.count("\n")
+    if damaged and whole > damaged:  # cp1252 is hardly ever UTF-8 as well
+        problem = f"damaged characters in a file in UTF-8 ({damaged:,}, {whole:,} are whole)"
+        advice = f"correct it, or name its encoding, as --encoding {WINDOWS}"
+        where = f"{path}, line {first}"
+        asked = Question(f"{where}: {problem}", "encoding", (WINDOWS,))
+        raise OpenQuestions(f"{where}: {problem}: {advice}", [asked])
 
 
 def copy_as_utf8(path: Path, encoding: str, copy: Path) -> None:
@@ -478,6 +501,14 @@ def read_sheet(
     return header, texts, rounded, (chosen, *names)
 
 
+def largest_sheet(path: Path) -> str:
+    """Return the sheet of an Excel file with the most cells."""
+    with pd.ExcelFile(path, engine="openpyxl") as book:
+        names = [str(name) for name in book.sheet_names]
+        sizes = {name: pd.read_excel(book, name, header=None).size for name in names}
+    return max(sizes, key=lambda name: sizes[name])
+
+
 def find_time(
     database: Database, file: TableFile, name: str, formats: Sequence[str], earlier: Sequence[str]
 ) -> Column:
@@ -500,15 +531,47 @@ def find_time(
         count = total - max(fits)
         problem = f"{cells(count)} not a time such as 2150-01-31 08:30:00, as the others"
         form = "--time_format '%d.%m.%Y %H:%M', or --time_unit of numbers"
-        raise InputError(f"{where}: {problem}: name the form, as {form}")
+        used: list[str] = []
+        if formats:  # that another column has asked for
+            used = formats_used(database, file, name, find_time(database, file, name, (), ()))
+        asked = [Question(f"{where}: {problem}", "time_format", (x,)) for x in used]
+        asked = asked or [Question(f"{where}: {problem}", "time_format")]
+        raise OpenQuestions(f"{where}: {problem}: name the form, as {form}", asked)
     # Where each day may be a month, the first format of an earlier file decides.
     fit = [way for way in fit if [*way.formats[:1]] == [*earlier]] or fit
     if len(fit) > 1:
         form = "--time_format '%d/%m/%Y' or '%m/%d/%Y', with %H:%M or %I:%M %p if they have a time"
-        raise InputError(f"{where}: the day or the month may come first: say {form}")
+        problem = f"{where}: the day or the month may come first"
+        used_by = [formats_used(database, file, name, way) for way in fit]
+        count = min(map(len, used_by))
+        answers = [tuple(forms[k] for forms in used_by) for k in range(count)]
+        asked = [Question(problem, "time_format", of_one) for of_one in answers]
+        raise OpenQuestions(f"{problem}: say {form}", asked)
     if fit[0].formats in ORDERS:
         logger.info("%s: times as %s", where, fit[0].formats[0])
     return fit[0]
+
+
+def formats_used(database: Database, file: TableFile, name: str, column: Column) -> list[str]:
+    """Return the formats that times have: one if it reads them all."""
+    cell = f"trim({file.raw(name)}::VARCHAR)"
+    select = f"SELECT {cell} AS cell FROM {file.rows()} WHERE lower(cell) NOT IN ('', 'nan')"
+
+    def match(forms: Sequence[str], limit: str) -> tuple[list[str], bool]:
+        """Return those of some formats that times have, and whether they read all."""
+        counts = [f"count({replace(column, formats=(form,)).typed('cell')})" for form in forms]
+        counts.append(f"count({replace(column, formats=tuple(forms)).typed('cell')})")
+        select_counts = f"SELECT count(*), {', '.join(counts)} FROM ({select} {limit})"
+        total, *fits, read = database.row(select_counts)
+        pairs = [*zip(forms, fits, strict=True)]
+        whole = [form for form, count in pairs if count == total]
+        return whole[:1] or [form for form, count in pairs if count], read == total
+
+    if not column.formats:
+        return []
+    sampled, _ = match(column.formats, f"LIMIT {SAMPLE_ROWS}")
+    used, is_whole = match(sampled, "")
+    return used if is_whole else match(column.formats, "")[0]
 
 
 @contextlib.contextmanager

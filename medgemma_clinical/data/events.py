@@ -53,9 +53,14 @@ def make_feature(where: str, title: str, code: str) -> Feature:
     return Feature(name, unit, (code or name,))
 
 
+def is_name(name: str) -> bool:
+    """Return whether a column of a series can have a name."""
+    return NAME.fullmatch(name) is not None and re.fullmatch(NUMBER, name) is None
+
+
 def check_name(where: str, name: str) -> None:
     """Refuse a name that a column of a series cannot have."""
-    if not NAME.fullmatch(name) or re.fullmatch(NUMBER, name):
+    if not is_name(name):
         words = "name and unit in words without comma, bracket, star and ="
         raise InputError(f"{where}: write 'NAME [unit]=CODE', {words}")
 
@@ -253,7 +258,10 @@ def make_rows(
     lost = ~left if parts is None else ~left & labels["subject"].isin(parts.index)
     if lost.any() and not keep_all:
         is_event = labels["label"].eq(1)
+        patients = labels["subject"].nunique()
+        gone = patients - labels["subject"][~lost].nunique()
         shares = f"{lost.sum():,} of {len(lost):,} rows ({lost.mean():.1%})"
+        shares += f", {gone:,} of {patients:,} patients"
         shares += f" and {(lost & is_event).sum():,} of {is_event.sum():,} events"
         problem = f"are lost, with {too_few} of {series[0].name} in the window"
         hours = plain(request.window_hours)

@@ -5,18 +5,27 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from medgemma_clinical.data import duck, events
-from medgemma_clinical.data.dka import HOURS, MAIN_COLUMN, STATIC, comparable, join_names
+from medgemma_clinical.data import duck, events, guesses
+from medgemma_clinical.data.analytes import unit_ratios
+from medgemma_clinical.data.dka import (
+    HOURS,
+    MAIN_COLUMN,
+    STATIC,
+    comparable,
+    join_names,
+)
 from medgemma_clinical.data.dka import LABEL as LABEL_COLUMN
 from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.notes import NoteText, add_notes, load_notes
+from medgemma_clinical.data.questions import OpenQuestions, Question
 from medgemma_clinical.data.roles import (
     FEMALE,
     HINTS,
@@ -34,7 +43,7 @@ from medgemma_clinical.data.roles import (
     is_site,
 )
 from medgemma_clinical.data.texts import NUMBER
-from medgemma_clinical.files import InputError, one_line, read_json
+from medgemma_clinical.files import InputError, did_you_mean, one_line, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +125,18 @@ class LongRequest(events.EventRequest):
         return factors
 
 
+@dataclass
+class Reading:
+    """What the tables are taken for, as far as a run came; a preview shows it."""
+
+    guesses: bool = False  # columns of unknown names are guessed from their cells
+    files: list[duck.TableFile] = field(default_factory=list)
+    columns: list[dict[str, str]] = field(default_factory=list)  # of each file, by what it is
+    formats: dict[str, list[str]] = field(default_factory=dict)  # of times that are not in ISO's
+    signs: set[str] = field(default_factory=set)  # of decimals: comma or point
+    series: list[Feature] = field(default_factory=list)
+
+
 def read_like(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the flags of an earlier output, unchecked, and ``read_as`` from its description."""
     file = path.with_suffix(".json")
@@ -134,30 +155,44 @@ def read_like(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return {k: value for k, value in arguments.items() if k in flags and value != ""}, read_as
 
 
-def make_long(request: LongRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Return the rows of the DKA format, and their description."""
+def make_long(
+    request: LongRequest, reading: Reading | None = None
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Return the rows of the DKA format, and their description; fill ``reading``."""
+    reading = reading or Reading()
     chosen_series = events.parse_features("series", request.series, code_needed=False)
     factors = request.factors()
     if request.like and request.out.resolve() == request.like.resolve():
         raise InputError(f"--out {request.out}: --like reads it: choose another name")
     with duck.open_database(request.out, request.memory_limit, request.threads) as database:
         database.set(below_limit=request.below_limit)
-        table, labels, *notes = files = open_tables(database, request)
-        names, label_names, *note_names = find_columns(files, request)
+        reading.files = table, labels, *notes = files = open_tables(database, request)
+        reading.columns = find_columns(database, files, request, guess=reading.guesses)
+        names, label_names, *note_names = map(dict, reading.columns)
         times = find_times(database, labels, label_names, request)
-        categories = load_labels(database, labels, label_names, request, times["prediction_time"])
+        time = times["prediction_time"]
+        categories = load_labels(database, labels, label_names, request, time, reading)
         times |= find_times(database, table, names, request)
         for file, roles in zip(notes, note_names, strict=True):
             times |= find_times(database, file, roles, request, "notes.")
         all_names = {**label_names, **names, **(note_names[0] if notes else {})}
         check_zones(times, all_names, files)
+        if reading.guesses:
+            for file, roles in zip(files, (names, label_names, *note_names), strict=True):
+                forms = {role: times[role] for role in roles if role in times}
+                used = {r: duck.formats_used(database, file, roles[r], t) for r, t in forms.items()}
+                reading.formats |= used
         codes = [code for feature in chosen_series for code in feature.keys]
-        repeated = load_values(database, table, names, request, times, codes)
+        repeated = load_values(database, table, names, request, times, codes, reading)
         items = chosen_series or find_items(database)
         events.name_codes(database, {"series": items})
         items = convert_units(database, items, factors, table.path)
+        if not chosen_series:
+            by_item = [split_title(str(item.keys[0]))[1] for item in items]
+            items = [replace(x, unit=x.unit or y) for x, y in zip(items, by_item, strict=True)]
         trajectories = events.make_trajectories(database, request, request.equal_times)
         series = items if chosen_series else choose_series(trajectories, items, table.path)
+        reading.series = series
         columns = f"COLUMNS('(?s)^(number|{STATIC}.*|label_.*|{KEPT}.*)$')"
         static = database.frame(f"SELECT {columns} FROM prediction")
         outcomes = find_outcomes(labels, label_names, request)
@@ -212,14 +247,19 @@ def open_tables(database: duck.Database, request: LongRequest) -> list[duck.Tabl
         sheet = sheets[0] if sheets else ""
         encoding = request.encoding or duck.WINDOWS
         files.append(duck.open_table(database, path, {}, encoding, sheet))
+        if files[-1].encoding == duck.WINDOWS and not request.encoding:
+            duck.check_damage(path)
         if files[-1].sheets:
             sheets = sheets[1:] or sheets
     return files
 
 
-def find_columns(files: Sequence[duck.TableFile], request: LongRequest) -> list[dict[str, str]]:
+def find_columns(
+    database: duck.Database, files: Sequence[duck.TableFile], request: LongRequest, *, guess: bool
+) -> list[dict[str, str]]:
     """Return the column of each role in each table; ask for all that are missing in one line."""
-    mapped, problems, names_of = request.mapped(), list[str](), []
+    mapped, problems, names_of = request.mapped(), list[str](), list[dict[str, str]]()
+    lacking = list[list[str]]()
     label_roles = {r: n for r, n in LABEL_ROLES.items() if r != "label" or not request.no_labels}
     subject = mapped.get("subject_id", "")
     label_roles["labels.subject_id"] = (subject, *label_roles["labels.subject_id"])
@@ -228,10 +268,15 @@ def find_columns(files: Sequence[duck.TableFile], request: LongRequest) -> list[
         names = find_roles(file.header, roles, mapped)
         names_of.append(names)
         missing = [r for r in roles if r not in names and (r not in OPTIONAL or mapped.get(r))]
+        lacking.append(missing)
+        absent = [name for role in missing if (name := mapped.get(role))]
         if missing:
             flags = " ".join(f"{role}=?" for role in missing)
             flags += "".join(HINTS.get(role, "") for role in missing)
             columns = f"the columns are {join_names(file.header)}"
+            if absent:
+                near = did_you_mean(absent[0], file.header, 0.4)
+                columns = f"there is no {join_names(absent)}{near or ':'} {columns}"
             if file.sheets[1:]:
                 columns += f"; other sheets, by --sheet, are {join_names(file.sheets[1:])}"
             problems.append(f"{file.path}: --columns {flags}: {columns}")
@@ -240,8 +285,9 @@ def find_columns(files: Sequence[duck.TableFile], request: LongRequest) -> list[
             if name in file.rounded and role.removeprefix("notes.") not in (*TIMES, "value"):
                 problem = "numbers of 16 digits or more, which Excel has rounded: use texts, or CSV"
                 raise InputError(f"{file.path}, column {name}: {problem}")
-    if problems:
-        raise InputError("; ".join(problems))
+    asked = guesses.ask(database, files, names_of, lacking, request) if guess else []
+    if problems or asked:
+        raise OpenQuestions("; ".join(problems), asked)
     if request.equal_times == "last" and "storetime" not in names_of[0]:
         raise InputError("--equal_times last: needs a column storetime")
     return names_of
@@ -250,9 +296,14 @@ def find_columns(files: Sequence[duck.TableFile], request: LongRequest) -> list[
 def check_alike(file: duck.TableFile, flag: str, column: str, *names: str) -> None:
     """Refuse a column that others of the header are named like."""
     if len(alike := columns_alike(file.header, column, *names)) > 1:
+        where = f"{file.path}, column {column}"
         problem = f"the columns {join_names(alike)} are named alike"
         advice = f"remove one, or name one by {flag}=COLUMN"
-        raise InputError(f"{file.path}, column {column}: {problem}: {advice}")
+        role = flag.removeprefix("--columns ")
+        answers = tuple(f"{role}={name}" for name in alike)
+        is_asked = role != flag and len({*alike}) == len(alike)
+        asked = [Question(f"{where}: {problem}", "columns", answers)] if is_asked else []
+        raise OpenQuestions(f"{where}: {problem}: {advice}", asked)
 
 
 def log_columns(file: duck.TableFile, names: Mapping[str, str], kept: Sequence[str] = ()) -> None:
@@ -303,6 +354,7 @@ def load_values(
     request: LongRequest,
     times: Mapping[str, duck.Column],
     codes: Sequence[Any],
+    reading: Reading,
 ) -> int:
     """Make the view ``record`` of the values in the windows; return how many were repeated."""
     roles = {
@@ -317,7 +369,8 @@ def load_values(
     log_columns(file, names)
     events.load_events(database, request, [file], names, columns, codes)
     repeated = drop_repeated(database, file.path)
-    check_texts(database, "read", names["value"], file, request, duck.quoted(names["item"]))
+    item = duck.quoted(names["item"])
+    reading.signs |= check_texts(database, "read", names["value"], file, request, item)
     return repeated
 
 
@@ -338,6 +391,7 @@ def load_labels(
     names: Mapping[str, str],
     request: LongRequest,
     time: duck.Column,
+    reading: Reading,
 ) -> dict[str, list[str]]:
     """Make the table ``label`` and windows of it; return the categories of each static feature."""
     static = events.parse_features("static", request.static, code_needed=False)
@@ -357,7 +411,9 @@ def load_labels(
     writes_context = bool(context or request.notes)
     taken = [*WRITTEN, *outcomes, *((CONTEXT,) if writes_context else ())]
     kept = find_kept(file, request, taken)
-    log_columns(file, {**names, **columns_of, **outcomes, **context}, kept)
+    columns_read = {**names, **columns_of, **outcomes, **context}
+    log_columns(file, columns_read, kept)
+    reading.columns[1] = columns_read | {f"keep {name}": name for name in kept}
     columns = {name: file.value(name, request.decimal) for name in columns_of.values()}
     columns |= {names["labels.subject_id"]: events.SUBJECT, names["prediction_time"]: time}
     columns |= {KEPT + name: duck.Column("text", source=name) for name in kept}
@@ -373,6 +429,7 @@ def load_labels(
         label = replace(LABEL, positive=request.positive)
         columns[names["label"]] = label
         columns |= {name: replace(label, source=column) for name, column in outcomes.items()}
+        check_labels(database, file, [names["label"], *outcomes.values()], request)
     duck.load_table(database, "answers", file, columns)
     if request.positive and not request.no_labels:
         for column in (names["label"], *outcomes.values()):
@@ -389,7 +446,7 @@ def load_labels(
     }
     for feature in static:
         sql, categories[feature.title] = make_static(
-            database, feature, columns_of[feature.title], file, request
+            database, feature, columns_of[feature.title], file, request, reading
         )
         for name, column_sql in sql:
             if comparable(name) in map(comparable, select):
@@ -413,31 +470,42 @@ def check_texts(
     file: duck.TableFile,
     request: LongRequest,
     item: str = "NULL",
-) -> None:
-    """Refuse numbers and texts that only a flag says how to read; log what is left out."""
+) -> set[str]:
+    """Refuse what only a flag says how to read, log what is left out; return signs of decimals."""
     where = f"{file.path}, column {column}"
     texts = f"SELECT {item} AS item, unnest({duck.quoted(column)}) FROM {loaded}"
-    below, above, numeric, other, with_unit = database.row(
+    below, above, numeric, other, with_unit, commas, points = database.row(
         "SELECT count(*) FILTER (is_limit(text) AND text[1] IN ('<', '≤')), "
         "count(*) FILTER (is_limit(text) AND text[1] IN ('>', '≥')), "
         "count(*) FILTER (NOT is_limit(text) AND looks_numeric(text)), "
-        "count(*) FILTER (NOT looks_numeric(text)), count(*) FILTER (holds_unit(text)) "
-        f"FROM ({texts})"
+        "count(*) FILTER (NOT looks_numeric(text)), count(*) FILTER (holds_unit(text)), "
+        f"count(*) FILTER (sign = ','), count(*) FILTER (sign = '.') FROM ({texts})"
     )
-    problems = [] if request.decimal else unclear_signs(database, texts, file.separator)
+    asked = list[tuple[str, str, str, tuple[str, ...]]]()  # problem, advice, flag, its values
+    signs = ("comma", "point") if commas > points else ("point", "comma")
+    unclear = [] if request.decimal else unclear_signs(database, texts, file.separator)
+    asked += [(text, "", "decimal", signs) for text in unclear]
     if numeric and not (request.decimal and request.bad_values):
-        advice = "write all alike" if request.decimal else "--decimal comma or point"
-        problems.append(f"{numeric:,} cells look like numbers of another form: {advice}")
+        problem = f"{numeric:,} cells look like numbers of another form"
+        if request.decimal:
+            asked.append((problem, ": write all alike", "bad_values", ("drop",)))
+        else:
+            asked.append((problem, ": --decimal comma or point", "decimal", signs))
     if below + above and not request.below_limit:
-        flag = '--below_limit half, value or drop (of "<5": 2.5, 5 or empty)'
-        problems.append(f"{duck.cells(below + above)} at a limit: {flag}")
+        flag = ': --below_limit half, value or drop (of "<5": 2.5, 5 or empty)'
+        problem = f"{duck.cells(below + above)} at a limit"
+        asked.append((problem, flag, "below_limit", ("half", "value", "drop")))
     if with_unit:
-        advice = "write the unit in a column of its own"
-        problems.append(f"{duck.cells(with_unit)} with a unit behind the number: {advice}")
+        advice = ": write the unit in a column of its own"
+        problem = f"{duck.cells(with_unit)} with a unit behind the number"
+        asked.append((problem, advice, "", ()))
     if other > with_unit and not request.bad_values:
-        problems.append(f"{duck.cells(other)} not a number: --bad_values drop leaves it out")
-    if problems:
-        raise InputError(f"{where}: {'; '.join(problems)}")
+        problem = f"{duck.cells(other)} not a number"
+        asked.append((problem, ": --bad_values drop leaves it out", "bad_values", ("drop",)))
+    if asked:
+        problems = "; ".join(problem + advice for problem, advice, *_ in asked)
+        questions = [Question(f"{where}: {x}", flag, values) for x, _, flag, values in asked]
+        raise OpenQuestions(f"{where}: {problems}", questions)
     if below + above:
         counts = f"{below:,} values below a limit, {above:,} above one"
         logger.info("%s: %s: --below_limit %s", where, counts, request.below_limit)
@@ -453,6 +521,7 @@ def check_texts(
         rest = numeric + other - sum(count for _, count in words)
         dropped += [f"{rest:,} other texts"] if rest else []
         logger.info("%s: dropped %s", where, ", ".join(dropped))
+    return {name for name, count in (("comma", commas), ("point", points)) if count}
 
 
 def unclear_signs(database: duck.Database, texts: str, separator: str) -> list[str]:
@@ -551,6 +620,27 @@ def add_context(
     static[CONTEXT] = add_notes(database, contexts, request.max_note_words)
 
 
+def check_labels(
+    database: duck.Database, file: duck.TableFile, columns: Sequence[str], request: LongRequest
+) -> None:
+    """Refuse labels in words that only --positive explains, the rarest word first."""
+    label = replace(LABEL, positive=request.positive)
+    for column in columns:
+        raw = file.raw(column)
+        (count,) = database.row(
+            f"SELECT count(*) FILTER ({label.is_wrong(raw)}) FROM {file.rows()}"
+        )
+        if count:
+            word = f"trim({raw}::VARCHAR)"
+            select = f"SELECT {word}, count(*) FROM {file.rows()} GROUP BY 1 ORDER BY 2, 1"
+            found = database.run(select).fetchall()
+            words = [text for text, _ in found if (text or "").lower() not in duck.NOT_KNOWN]
+            problem = f"{file.path}, column {column}: {label.problem(count)}"
+            answers = tuple(words) if len(words) <= MAX_WORDS else ()
+            asked = Question(problem, "positive", answers, of_cells=True)
+            raise OpenQuestions(problem, [asked])
+
+
 def check_positive(
     database: duck.Database, file: duck.TableFile, column: str, request: LongRequest
 ) -> None:
@@ -578,6 +668,7 @@ def make_static(
     column: str,
     file: duck.TableFile,
     request: LongRequest,
+    reading: Reading,
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """Return columns of a static feature with their SQL, and its categories: none of numbers."""
     where, cell = f"{file.path}, column {column}", duck.quoted(column)
@@ -590,7 +681,7 @@ def make_static(
     if len(words) > MAX_CATEGORIES:
         raise InputError(f"{where}: {len(words):,} different texts, {MAX_CATEGORIES} may be")
     if not words:
-        check_texts(database, "answers", column, file, request)
+        reading.signs |= check_texts(database, "answers", column, file, request)
         number = f"plain(coalesce({cell}.number, at_limit({cell}.text)))"
         return [(f"{STATIC}{feature.title}", number)], words
     categories, columns = name_categories(feature.name, words)
@@ -631,24 +722,58 @@ def find_items(database: duck.Database) -> list[Feature]:
     select = "SELECT code FROM record GROUP BY code ORDER BY count(*) DESC, code"
     for (code,) in database.run(select).fetchall():
         spellings.setdefault(comparable(code), []).append(code)
-    return [Feature(codes[0], "", tuple(codes)) for codes in spellings.values()]
+    names = {key: split_title(codes[0])[0] for key, codes in spellings.items()}
+    counts = Counter(map(comparable, names.values()))
+    is_one = {key: counts[comparable(name)] == 1 for key, name in names.items()}
+    return [
+        Feature(names[key] if is_one[key] else codes[0], "", tuple(codes))
+        for key, codes in spellings.items()
+    ]
+
+
+def split_title(item: str) -> tuple[str, str]:
+    """Return name and unit of an item such as ``Kreatinin [µmol/L]``."""
+    match = events.TITLE.fullmatch(item)
+    return (match[1], match[2] or "") if match else (item, "")
 
 
 def choose_series(
     trajectories: pd.DataFrame, items: Sequence[Feature], path: Path
 ) -> list[Feature]:
     """Return the items with values in the windows, the one with most values first."""
+    by_name = {item.name: item for item in items}
     totals = trajectories.groupby("series")["observations"].sum()
     names = [*totals.sort_values(ascending=False, kind="stable").index]
     if not 1 <= len(names) <= MAX_SERIES:
         problem = f"{len(names):,} items have values in the windows, and 1 to {MAX_SERIES} may be"
-        raise InputError(f"{path}: {problem}: choose by --series")
-    for name in names:
-        events.check_name(f"{path}, item {name}", name)
-    by_name = {item.name: item for item in items}
+        most = [by_name[name] for name in names[:MAX_SERIES]]
+        asked = ask_series(most, f"{path}: {problem}", guess=False)
+        raise OpenQuestions(f"{path}: {problem}: choose by --series", asked)
     series = [by_name[name] for name in names]
+    if unnamed := [name for name in names if not events.is_name(name)]:
+        problem = f"{path}, item {join_names(unnamed)}: not the name of a column"
+        example = f"--series '{name_from(unnamed[0])} [unit]={unnamed[0]}'"
+        text = f"{problem}: name all series that are read, this one as {example}"
+        raise OpenQuestions(text, ask_series(series, problem, guess=True))
     logger.info("series: %s", join_names([feature.title for feature in series]))
     return series
+
+
+def name_from(item: str) -> str:
+    """Return a name that a series or a static feature can have, made of another."""
+    name = " ".join(re.sub(r"[\[\],*=\x00-\x1f]", " ", item).split())
+    return name if events.is_name(name) else f"item {name}".strip()
+
+
+def ask_series(items: Sequence[Feature], problem: str, *, guess: bool) -> list[Question]:
+    """Return a question for each item, which series it is; guess those whose name serves."""
+    asked = []
+    for item in items:
+        is_guess = guess and events.is_name(item.name)
+        title = replace(item, name=name_from(item.name)).title
+        pairs = [(f"{title}={key}",) for key in item.keys]
+        asked += [Question(problem, "series", pair, guessed=is_guess) for pair in pairs]
+    return asked
 
 
 def alike(texts: Sequence[str], others: Sequence[str]) -> bool:
@@ -677,6 +802,7 @@ def convert_units(
             problem = f"no value in a window has this item and this unit: there is {units_text}"
             logger.warning("warning: --factor '%s:%s=': %s", item, unit, problem)
     units: dict[str, str] = {}
+    asked = dict[str, Question]()  # by the text of the refusal
     for name, flag_unit, converted, code, unit in rows:  # values that are not converted come first
         if converted and not (flag_unit or name in units):
             problem = "all values are converted: give the unit"
@@ -686,8 +812,29 @@ def convert_units(
             problem = f"{name} has values in {target} and in {unit or 'no unit'}"
             problem = f"{name} is in this unit already" if converted else problem
             by = f"--factor '{code}:{unit}=NUMBER'"
-            raise InputError(f"{path}: {problem}: convert what is in another unit by {by}")
+            text = f"{path}: {problem}: convert what is in another unit by {by}"
+            number = suggest_factor(database, name, unit, target)
+            answers = (f"{code}:{unit}={number}",) if number and not converted else ()
+            asked[text] = Question(f"{path}: {problem}, by medians", "factor", answers)
+    if asked:
+        raise OpenQuestions(next(iter(asked)), [*asked.values()])
     return [replace(item, unit=units.get(item.name, item.unit)) for item in items]
+
+
+def suggest_factor(database: duck.Database, name: str, unit: str, target: str) -> str:
+    """Return what the medians of two units of an item suggest, by its known ratio if it has one."""
+    texts = ", ".join(
+        f"median(value) FILTER (record.unit = {duck.literal(x)})" for x in (unit, target)
+    )
+    of_item = f"named.name = {duck.literal(name)} AND NOT converted"
+    first, second = database.row(
+        f"SELECT {texts} FROM record JOIN named USING (code) WHERE {of_item}"
+    )
+    if not (first and second and second / first > 0):
+        return ""
+    ratio = second / first
+    known = [x for r in unit_ratios(name) for x in (r, 1 / r) if 0.7 < ratio / x < 1.4]
+    return f"{known[0] if known else ratio:.4g}"
 
 
 def count_left_out(database: duck.Database, path: Path) -> dict[str, int]:

@@ -365,7 +365,7 @@ CELLS |= dict.fromkeys(("subject_id", "item"), "")
         (renamed(), {"columns": ("value=valu",)}, "value=?"),
         (renamed(), {"columns": ("time=",)}, "--columns time="),
         (renamed(), {"columns": ("labels.subject_id=x",)}, "labels.csv"),
-        (lambda table: table.assign(item="x [mass]", unit=""), {}, "table.csv, item x [mass]: "),
+        (lambda table: table.assign(item="x, fast", unit=""), {}, "table.csv, item x, fast: "),
         (lambda table: table.loc[[0] * 101].assign(item=range(101)), {}, "101 items"),
     ],
 )

@@ -99,7 +99,7 @@ def test_what_a_window_loses_is_said_with_its_events_and_the_flag(make, caplog):
     late = START + pd.Timedelta("9D")
     patients = people(4, Admitted=[START, late, START, late], **{"AKI stage 3": list("1100")})
     make(labs(patients=4), patients)
-    lost = "2 of 4 rows (50.0%) and 1 of 2 events are lost"
+    lost = "2 of 4 rows (50.0%), 2 of 4 patients and 1 of 2 events are lost"
     assert f"{lost}, with no value of creatinine in the window: --window_hours 48" in caplog.text
     caplog.clear()
     make(labs(), people())

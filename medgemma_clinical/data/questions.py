@@ -1,0 +1,28 @@
+"""Questions on tables that a flag answers: a run refuses to guess, a preview goes on with one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from medgemma_clinical.files import InputError
+
+
+@dataclass(frozen=True)
+class Question:
+    """What only the user knows, and the flag that says it."""
+
+    text: str
+    flag: str
+    answers: tuple[str, ...] = ()  # possible values of the flag; a preview goes on with the first
+    guessed: bool = False  # there is one answer, by what the cells are
+    of_cells: bool = False  # the answers are words of cells, which no other file may hold
+
+
+class OpenQuestions(InputError):
+    """Wrong input that flags, or other ones, put right; a preview asks all of them together."""
+
+    def __init__(self, text: str, questions: Sequence[Question]) -> None:
+        """Keep the questions beside the text of the refusal."""
+        super().__init__(text)
+        self.questions = tuple(questions)
