@@ -40,6 +40,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+# First of all: the package sets what libraries read as they load.
+from medgemma_clinical.files import InputError
+
 # A harmless import warning: a kernel that speeds up 4-bit inference on a CPU is missing.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)
 
@@ -86,7 +89,6 @@ from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.decision import Predictions
 from medgemma_clinical.evaluation.recalibration import INTERCEPT, fit_updates
-from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.serving import export_merged
 from medgemma_clinical.inference.trajectory_model import Program, TrajectoryModel
 from medgemma_clinical.models import checkpoints, language_model, text_batches, trained_model

@@ -37,8 +37,6 @@ LONGEST_WAIT = timedelta(hours=2)
 
 def set_environment() -> None:
     """Set what libraries read; whatever begins work calls it, an import does not."""
-    # On a GPU: batches of many lengths leave no fragments. Read when CUDA starts.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # The hub learns nothing of the user.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Python tells of the semaphores that it clears up after processes which a signal has ended.
