@@ -40,6 +40,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+# First of all: the package sets what libraries read as they load.
+from medgemma_clinical.files import InputError
+
 # A harmless import warning: a kernel that speeds up 4-bit inference on a CPU is missing.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)
 
@@ -86,7 +89,6 @@ from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.decision import Predictions
 from medgemma_clinical.evaluation.recalibration import INTERCEPT, fit_updates
-from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.serving import export_merged
 from medgemma_clinical.inference.trajectory_model import Program, TrajectoryModel
 from medgemma_clinical.models import (
@@ -552,21 +554,22 @@ def fit(
     folder: Path | None = None,
     track: Track | None = None,
     *,
-    resume: bool = False,
+    resume: dict[str, Any] | None = None,
     save_every: int = 0,
     on_epoch: Callable[[dict[str, Any]], Any] | None = None,
 ) -> TrainState:
     """Train with early stopping; leave the model with the mean weights of its good epochs.
 
-    In a folder, the state is written before the first step, before each validation, at the end,
-    every ``save_every`` steps and on a signal. Processes share each step; the first one writes.
-    ``on_epoch`` gets the metrics of each epoch, and ends the training by a true value.
+    ``resume`` is the state of a stopped run. In a folder, the state is written before the first
+    step, before each validation, at the end, every ``save_every`` steps and on a signal. Processes
+    share each step; the first one writes. ``on_epoch`` gets the metrics of each epoch, and ends
+    the training by a true value.
     """
     state = set_up(stage)
     progress, batches = state.progress, stage.batches["train"]
     state.folder = run_folder.state_folder(folder) if folder else None
-    if resume and state.folder:
-        load_training_state(stage, state, read_state(state.folder))
+    if resume is not None:
+        load_training_state(stage, state, resume)
         save_best(stage, state, folder)
         run_folder.write_history(folder, progress.history)
     else:
@@ -627,7 +630,8 @@ def backward(stage: Stage, state: TrainState, rows: list[int]) -> tuple[Tensor, 
     passes = stage.passes(rows)
     for part in passes:
         is_last = part is passes[-1]  # processes exchange gradients in the last one
-        with contextlib.nullcontext() if is_last else accelerator.no_sync(state.model):
+        exchange = contextlib.nullcontext() if is_last else accelerator.no_sync(state.model)
+        with exchange, memory.advised(stage, part):
             output = state.model(send_to_device(stage.collate(part), accelerator.device))
             output.loss.sum().backward()
         losses.append(output.loss.detach().mean())
@@ -648,7 +652,6 @@ def step(state: TrainState, loss: Tensor, terms: int) -> bool:
             parameter.grad.mul_(state.accelerator.num_processes / total[1])
     norms = [clip_grad_norm_(group, LARGEST_NORM) for group in state.by_member()]
     norm = torch.stack(norms).max()
-    # The one time that a step waits for the device.
     all_loss, all_terms, stop, size = torch.cat([total, norm.double().view(1)]).tolist()
     if state.progress.count(all_loss, all_terms, size):
         state.optimizer.step()
@@ -662,8 +665,7 @@ def score(stage: Stage, part: str) -> Predictions:
     """Return the predictions of a part by the current weights."""
     batches = stage.batches[part]
     bar = distributed.show_progress(batches, f"{stage.name}: {results.SCORED[part]}", len(batches))
-    passes = (rows for batch in bar for rows in stage.passes(batch, len(batch)))
-    return score_batches(stage.model, passes, stage.collate)
+    return score_batches(stage.model, bar, stage.collate)
 
 
 def validate(stage: Stage, state: TrainState) -> Predictions:
@@ -755,6 +757,7 @@ def training_state(stage: Stage, state: TrainState) -> dict[str, Any]:
         "schedule": state.schedule.state_dict(),
         "progress": vars(state.progress),
         "random": gather_object([random]),
+        "passes": {"max_tokens": stage.max_tokens, "recomputes": stage.recomputes},
     }
 
 
@@ -805,13 +808,16 @@ def train_stage(
     if args.resume and run_folder.is_finished(folder, run_record):
         return None
     stage = folds.with_final_epochs(make_stage(args, data, checkpoint), args)
+    stopped = read_state(run_folder.state_folder(folder)) if args.resume else None
+    if stopped is not None:
+        memory.restore_passes(stage, stopped["passes"])
     run_log.log_run_summary(stage, data, args)
     memory.check_memory(stage, distributed.default_device())
     if args.dry_run:
         dry_run(stage, args.seed)
         return None
     with run_folder.opened(args, folder, run_record) as track:
-        saving: dict[str, Any] = {"resume": args.resume, "save_every": args.save_every}
+        saving: dict[str, Any] = {"resume": stopped, "save_every": args.save_every}
         state = fit(stage, args.seed, folder, track, **saving, on_epoch=trial.on_epoch)
         if args.final:  # trained on all patients: nothing is held out
             config, baselines = folds.write_final(stage, data, folder, args)

@@ -1,3 +1,9 @@
 """What the four top-level files use: data, evaluation, models, training, commands."""
 
+import os
+
+# Before any library loads: peft imports bitsandbytes, which starts CUDA, whose allocator reads this
+# once. Batches of many lengths then leave no fragments.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
 __version__ = "0.3.0"

@@ -8,7 +8,7 @@ import glob
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from medgemma_clinical.files import InputError
+from medgemma_clinical.files import InputError, RunFault, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +37,14 @@ SHARDING = {
 LONGEST_WAIT = timedelta(hours=2)
 """The other processes wait so long while the first one fits baselines and writes results."""
 
+TOO_LONG = (
+    "a single row does not fit the memory: train with shorter series or texts by --max_len, "
+    "--series_text or --max_text_tokens, or take --quantization nf4"
+)
+
 
 def set_environment() -> None:
     """Set what libraries read; whatever begins work calls it, an import does not."""
-    # On a GPU: batches of many lengths leave no fragments. Read when CUDA starts.
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     # The hub learns nothing of the user.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Python tells of the semaphores that it clears up after processes which a signal has ended.
@@ -161,6 +164,30 @@ def show_progress(items: Iterable[Any], title: str, total: int, done: int = 0) -
         delay=int(notebook) if terminal else 60,
         disable=not processes().is_main_process,
     )
+
+
+def compute_batches(
+    batches: Iterable[list[int]], compute: Callable[[list[int]], Any]
+) -> Iterator[tuple[list[int], Any]]:
+    """Yield rows and what is computed of them; a batch that does not fit the memory is halved."""
+    max_rows = sys.maxsize  # batches are sorted by length: none behind it has room for more
+    for batch in batches:
+        waiting = [batch]
+        while waiting:
+            rows = waiting.pop()
+            if len(rows) <= max_rows:
+                try:
+                    result = compute(rows)
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    if len(rows) == 1:
+                        raise RunFault(TOO_LONG) from error
+                else:
+                    yield rows, result
+                    continue
+                max_rows = -(-len(rows) // 2)
+            waiting += [rows[len(rows) // 2 :], rows[: len(rows) // 2]]
 
 
 def reset_peak_memory() -> None:

@@ -39,6 +39,12 @@ class RunFault(RuntimeError):
     """A fault of a run, not of its input; the text is one line for the user, exit code 3."""
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory was lacking, to torch, DuckDB, or cuBLAS for its workspace."""
+    kind, cublas_failed = type(error).__name__, "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+    return isinstance(error, MemoryError) or "OutOfMemory" in kind or cublas_failed
+
+
 @contextlib.contextmanager
 def owner_only() -> Iterator[None]:
     """Let new files belong to their owner alone for the length of a block: they hold patients."""

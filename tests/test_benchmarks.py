@@ -187,12 +187,15 @@ def test_encoder_startup_memory(monkeypatch, capsys):
     encoder.main(["--batch_sizes", "3", "--repeats", "1"])  # checks that all ways agree
     monkeypatch.setattr(startup, "ways", lambda _: {"empty": ["-c", ""]})
     startup.main(["--repeats", "1"])
-    small = {**memory.SHAPES["4B"], "hidden_size": 64, "intermediate_size": 128}
-    changed = {"SHAPES": {"4B": small}, "LAYERS": (1, 2), "LENGTHS": (16, 32)}
+    small = {"hidden_size": 64, "intermediate_size": 128}
+    shapes = {name: {**memory.SHAPES[name], **small} for name in ("4B", "Qwen3-8B")}
+    changed = {"SHAPES": shapes, "LAYERS": (1, 2), "LENGTH": 32}
     for name, value in changed.items():
         monkeypatch.setattr(memory, name, value)
     memory.main([])
-    assert "| T4, 16 GB | fp32 | 4B |" in capsys.readouterr().out
+    assert re.search(
+        r"\| T4, 16 GB \| fp32( \| [\d,]{3,} / [\d,]{3,}){2} \|", capsys.readouterr().out
+    )
 
 
 def test_gpu_toy(monkeypatch, capsys):

@@ -25,14 +25,22 @@ for name in ("connect", "connect_ex", "sendto"):
 for name in ("create_connection", "getaddrinfo", "gethostbyname"):
     guard(socket, name)
 
+class Watch:
+    def find_spec(self, name, *_):
+        if name == "bitsandbytes":  # starts CUDA, which reads it once
+            allocators.add(os.environ.get("PYTORCH_ALLOC_CONF"))
+
+allocators = set()
+sys.meta_path.insert(0, Watch())
 before = {*os.environ}
 import huggingface_hub.constants
 import torch
 import medgemma_trainer as trainer
 
 own = " ".join({*os.environ} - before)
-assert not re.search("TELEMETRY|TRACK|HF_|WANDB|MLFLOW|PYTORCH|CUBLAS", own), own
+assert not re.search("TELEMETRY|TRACK|HF_|WANDB|MLFLOW|CUBLAS", own), own
 assert not huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY, "an import is not a run"
+assert allocators == {"expandable_segments:True"}, allocators
 
 from matplotlib.figure import Figure
 from medgemma_clinical.evaluation import metrics

@@ -19,6 +19,7 @@ from faults import result_of
 from language_models import TINY_MODEL
 from medgemma_clinical.commands import results, run_folder
 from medgemma_clinical.files import locked
+from medgemma_clinical.training import memory
 from medgemma_clinical.training.loaders import LengthBatches
 from medgemma_clinical.training.state import read_state
 from predicting import refused
@@ -180,15 +181,25 @@ def test_states_come_every_so_many_steps_and_exact_kernels_change_nothing(
     assert result_of(tmp_path, "trajectory") == result_of(undisturbed / "trajectory", "trajectory")
 
 
-def test_a_run_resumes_with_its_steps_cut_otherwise(data, undisturbed, tmp_path, capsys):
-    """Of the same rows a step, with layers computed again: the same to rounding."""
-    stage, two = "classification", tmp_path / "two"
-    stop(words := command(stage, data, two), EPOCH + 3)
-    before, words = contents(two), [*words, "--resume", "--gradient_checkpointing"]
+def test_a_run_resumes_with_its_steps_cut_otherwise(
+    data, undisturbed, tmp_path, capsys, monkeypatch
+):
+    """Of the same rows a step, with layers computed again from then on: the same to rounding."""
+    stage, two, recomputes, check = "classification", tmp_path / "two", [], memory.check_memory
+
+    def checked(stage, device):
+        recomputes.append(stage.recomputes)
+        check(stage, device)
+
+    monkeypatch.setattr(memory, "check_memory", checked)
+    stop(words := command(stage, data, two), EPOCH + 2)
+    stop([*words, "--resume", "--gradient_checkpointing"], 1)
+    before, words = contents(two), [*words, "--resume"]
     assert refused(capsys, [*words, "--batch_size", "8"], "--batch_size")
     assert refused(capsys, [*words, "--gradient_accumulation", "1"], "--gradient_accumulation")
     assert contents(two) == before
     assert trainer.main([*words, "--batch_size", "8", "--gradient_accumulation", "1"]) == 0
+    assert recomputes == [False, True, True], "the state keeps it"
     folders = undisturbed / stage / stage, two / stage
     risks = [pd.read_csv(each / "predictions_test.csv")["probability"] for each in folders]
     np.testing.assert_allclose(*risks, atol=2e-5)

@@ -14,9 +14,12 @@ LENGTHS = np.random.default_rng(1).integers(1, 9, 58)
 
 
 class ToyModel(nn.Module):
-    """Learns in passes of at most ``room`` tokens; its first ``faults`` ones have no number."""
+    """Learns in passes of at most ``room`` tokens; its first ``faults`` ones have no number.
 
-    room, fault, faults = 1000, "", 0
+    Without gradients there is room for ``scoring_room`` tokens.
+    """
+
+    room, scoring_room, fault, faults = 1000, 1000, "", 0
 
     def __init__(self, dropout):
         super().__init__()
@@ -26,7 +29,7 @@ class ToyModel(nn.Module):
         self.base = nn.Linear(3, 4).requires_grad_(False)
 
     def forward(self, batch):
-        if self.training and batch["tokens"] > self.room:
+        if batch["tokens"] > (self.room if self.training else self.scoring_room):
             raise torch.OutOfMemoryError("CUDA out of memory")
         logit = self.head(self.encoder(self.base(batch["inputs"]))).squeeze(1)
         loss = binary_cross_entropy_with_logits(logit, batch["labels"], reduction="sum")

@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from medgemma_clinical import __version__
-from medgemma_clinical.files import InputError, RunFault, did_you_mean, one_line, owner_only
+from medgemma_clinical.files import (
+    InputError,
+    RunFault,
+    did_you_mean,
+    is_out_of_memory,
+    one_line,
+    owner_only,
+)
 from medgemma_clinical.training.signals import SIGNALS
 
 logger = logging.getLogger(__name__)
@@ -150,8 +157,8 @@ def describe_fault(error: Exception) -> str:
     kind = type(error).__name__
     if isinstance(error, RunFault):
         return str(error)
-    if isinstance(error, MemoryError) or "OutOfMemory" in kind:  # torch's and DuckDB's
-        return f"{kind}: use a smaller --batch_size or less data, or free memory"
+    if is_out_of_memory(error):
+        return f"{kind}: free memory, or use less data or a smaller model"
     if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)):
         return f"the network fails ({kind}): try again, or work offline"
     if isinstance(error, OSError) and error.errno:

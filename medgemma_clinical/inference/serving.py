@@ -97,12 +97,13 @@ def export_merged(
     best = check_mergeable(checkpoint)
     if os.path.lexists(folder) or not folder.absolute().parent.is_dir():
         raise InputError(f"--export_dir {folder}: give a new folder within one that exists")
-    trained = load_trained_model(best, builders, model_name)
+    cpu = torch.device("cpu")  # the whole weights need not fit the GPU that trained packed ones
+    trained = load_trained_model(best, builders, model_name, device=cpu)
     logits = proof_logits(trained)
     with locked(folder), atomic(folder) as temporary:
         write_merged(temporary, best, trained)
         del trained  # one model is in memory at a time
-        merged = load_trained_model(temporary, builders)
+        merged = load_trained_model(temporary, builders, device=cpu)
         llm = cast(PreTrainedModel, merged.model.llm)
         apart = (proof_logits(merged) - logits) / logits.std(dim=1, keepdim=True)
         difference = float(apart.abs().amax())

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 
+from medgemma_clinical.distributed import compute_batches
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory_llm import LLMWriter
 
@@ -17,8 +18,8 @@ ROWS_AT_ONCE = (64, 512)
 
 CPU_ROWS = 16
 
-PASS_BYTES = 150_000
-"""Memory of one prompt token while it is read, beside its keys and values; computed for 4B."""
+PASS_NUMBERS = 30
+"""Numbers, times the width, of a prompt token while it is read, beside its keys and values."""
 
 
 def rows_at_once(model: LLMWriter, collate: TextCollator, max_tokens: int) -> int:
@@ -26,11 +27,15 @@ def rows_at_once(model: LLMWriter, collate: TextCollator, max_tokens: int) -> in
     device, config = next(model.parameters()).device, model.llm.config
     if device.type != "cuda":
         return CPU_ROWS
-    cache_bytes = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim  # keys and values
+    token_bytes = model.llm.dtype.itemsize * (cached + PASS_NUMBERS * config.hidden_size)
     tokens = int(collate.lengths().max(initial=0)) + model.tokens + max_tokens
-    free_bytes = 0.8 * torch.cuda.mem_get_info(device)[0]
+    # What torch keeps cached is free for it, and used for the driver.
+    cache = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free_bytes = 0.8 * (torch.cuda.mem_get_info(device)[0] + cache)
     min_rows, max_rows = ROWS_AT_ONCE
-    return max(min_rows, min(max_rows, int(free_bytes / (tokens * (cache_bytes + PASS_BYTES)))))
+    return max(min_rows, min(max_rows, int(free_bytes / (tokens * token_bytes))))
 
 
 def write_reports(
@@ -43,22 +48,15 @@ def write_reports(
     """Write a report behind each verdict, (N,) by position; return reports by position."""
     device = next(model.parameters()).device
     texts: dict[int, str] = {}
-    for batch in batches:
-        waiting = [batch]
-        while waiting:
-            rows = waiting.pop()
-            batch_verdicts = verdicts[np.asarray(rows)]
-            prompts = send_to_device(collate.with_verdicts(rows, batch_verdicts), device)
-            try:
-                answers = model.write(prompts, max_tokens, collate.eos, collate.pad).tolist()
-            except torch.OutOfMemoryError:
-                if len(rows) == 1:
-                    raise
-                waiting += [rows[len(rows) // 2 :], rows[: len(rows) // 2]]
-                continue
-            # The model continues the verdict's word: report and prediction never disagree.
-            heads = [collate.stem + collate.words[int(verdict)] for verdict in batch_verdicts]
-            ids = [head + answer for head, answer in zip(heads, answers, strict=True)]
-            decoded = collate.tokenizer.batch_decode(ids, skip_special_tokens=True)
-            texts.update(zip(rows, decoded, strict=True))
+
+    def write(rows: list[int]) -> list[list[int]]:
+        prompts = send_to_device(collate.with_verdicts(rows, verdicts[np.asarray(rows)]), device)
+        return model.write(prompts, max_tokens, collate.eos, collate.pad).tolist()
+
+    for rows, answers in compute_batches(batches, write):
+        # The model continues the verdict's word: report and prediction never disagree.
+        heads = [collate.stem + collate.words[int(verdicts[row])] for row in rows]
+        ids = [head + answer for head, answer in zip(heads, answers, strict=True)]
+        decoded = collate.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        texts.update(zip(rows, decoded, strict=True))
     return texts

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import gather_object, send_to_device
 from torch import nn
 
+from medgemma_clinical.distributed import compute_batches
 from medgemma_clinical.evaluation.decision import Predictions
 from medgemma_clinical.models.trajectory import Output
 
@@ -21,9 +22,13 @@ def outputs(
     """Yield each batch and its ``Output``, in evaluation mode; no process waits for another."""
     model.eval()
     device = next(model.parameters()).device
-    for rows in batches:
+
+    def read(rows: list[int]) -> tuple[Any, Output]:
         batch = collate(rows)
-        yield batch, model(send_to_device(batch, device))
+        return batch, model(send_to_device(batch, device))
+
+    for _, pair in compute_batches(batches, read):
+        yield pair
 
 
 def score_batches(

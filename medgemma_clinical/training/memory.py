@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import reduce, send_to_device
 
-from medgemma_clinical.files import RunFault
+from medgemma_clinical.distributed import TOO_LONG
+from medgemma_clinical.files import RunFault, is_out_of_memory
 from medgemma_clinical.models.language_model import set_checkpointing
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 from medgemma_clinical.training.evaluate import outputs
@@ -22,29 +26,56 @@ KEPT_COPIES = 5
 MEMORY_MARGIN = 0.05
 """Share of the memory that a trial leaves free, for NCCL's buffers and fragments."""
 
-TOO_LONG = (
-    "a single row does not fit the memory: shorten series or text by --max_len, --series_text or "
-    "--max_text_tokens, or take --quantization nf4"
-)
+RECOMPUTE_TOKENS = 512
+"""Smaller passes take longer than gradient checkpointing: each pass unpacks all weights again."""
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether a pass did not fit; cuBLAS has a message of its own for its workspace."""
-    cublas_failed = "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
-    return cublas_failed or isinstance(error, torch.OutOfMemoryError)
+def recompute(stage: Stage) -> None:
+    """Compute layers again in the backward pass, from the largest passes on."""
+    assert isinstance(stage.model, TrajectoryLLM)
+    set_checkpointing(stage.model.llm)
+    stage.recomputes, stage.max_tokens = True, None
 
 
 def reduce_passes(stage: Stage, rows: list[int]) -> None:
-    """Reduce the rows a pass, after these did not fit in one; gradients stay the same."""
-    if len(rows) > 1:
-        stage.max_tokens = -(-len(rows) // 2) * int(stage.lengths[rows].max())
-        logger.info("memory: at most %d tokens a pass from now on", stage.max_tokens)
-    elif isinstance(stage.model, TrajectoryLLM) and not stage.recomputes:
-        set_checkpointing(stage.model.llm)
-        stage.recomputes, stage.max_tokens = True, None
+    """Reduce the memory of a pass, after these rows did not fit in one; gradients stay the same."""
+    tokens = -(-len(rows) // 2) * int(stage.lengths[rows].max())
+    is_small = len(rows) == 1 or tokens < RECOMPUTE_TOKENS
+    if is_small and isinstance(stage.model, TrajectoryLLM) and not stage.recomputes:
+        recompute(stage)
         logger.info("memory: gradient checkpointing is on from now on")
+    elif len(rows) > 1:
+        stage.max_tokens = tokens
+        logger.info("memory: at most %d tokens a pass from now on", stage.max_tokens)
     else:
         raise RunFault(TOO_LONG)
+
+
+def restore_passes(stage: Stage, passes: Mapping[str, Any]) -> None:
+    """Begin with the passes of a stopped run; with a new ``--gradient_checkpointing`` anew."""
+    if passes["recomputes"] and not stage.recomputes:
+        recompute(stage)
+    if passes["recomputes"] == stage.recomputes:
+        stage.max_tokens = passes["max_tokens"]
+
+
+@contextlib.contextmanager
+def advised(stage: Stage, rows: list[int]) -> Iterator[None]:
+    """Name what ``--resume`` accepts where a pass of these rows no longer fits the memory."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        advice, batches = "free some, then --resume", stage.batches["train"]
+        if isinstance(stage.model, TrajectoryLLM):
+            step_rows = batches.batch_size // batches.n_processes
+            longest = int(stage.lengths[longest_rows(stage, "train", 1)].max())
+            limit = len(rows) * int(stage.lengths[rows].max()) // (2 * longest)
+            size = max(d for d in range(1, max(1, limit) + 1) if step_rows % d == 0)
+            advice += f", with --batch_size {size} --gradient_accumulation {step_rows // size}"
+            advice += "" if stage.recomputes else " or --gradient_checkpointing"
+        raise RunFault(f"the GPU's memory is full: {advice}") from error
 
 
 def check_memory(stage: Stage, device: torch.device) -> None:
@@ -59,7 +90,7 @@ def check_memory(stage: Stage, device: torch.device) -> None:
         while not _fits(stage, rows := stage.passes(longest)[0], device):
             reduce_passes(stage, rows)
     longest = longest_rows(stage, "val", stage.batches["val"].batch_size)
-    for _ in outputs(model, stage.passes(longest, len(longest)), stage.collate):
+    for _ in outputs(model, [longest] if longest else [], stage.collate):
         pass
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -36,7 +36,7 @@ class Stage:
     text: TextCollator | None = None  # the tokenised rows; None without language model
     stage1_risks: NDArray[np.float64] | None = None  # (N,) by the stage 1 below a language model
     train_patients: NDArray[np.int64] | None = None  # hashes, of stage 1 only
-    max_tokens: int | None = None  # rows times tokens of the longest in one pass, once known
+    max_tokens: int | None = None  # rows times tokens of the longest in one pass, if limited
     final_epochs: list[int] | None = None  # that are averaged, where there is no validation part
     # Receives the seed, the number of an epoch, and which members of stage 1 still learn.
     begin_epoch: Callable[[int, int, list[bool]], None] = lambda seed, epoch, learn: None
@@ -47,9 +47,9 @@ class Stage:
         """Tokens that a language model reads of a training patient, mean; 0 without one."""
         return 0.0 if self.text is None else float(self.lengths[self.batches["train"].rows].mean())
 
-    def passes(self, rows: Sequence[int], size: int | None = None) -> list[list[int]]:
-        """Cut rows into those of each pass, of at most ``size`` or as many as a step's have."""
-        return cut_rows(rows, size or self.batch_size, self.lengths, self.max_tokens)
+    def passes(self, rows: Sequence[int]) -> list[list[int]]:
+        """Cut the rows of a step into those of each forward and backward pass."""
+        return cut_rows(rows, self.batch_size, self.lengths, self.max_tokens)
 
     @property
     def learning_parts(self) -> dict[str, list[nn.Parameter]]:

@@ -40,7 +40,7 @@ SKIPPED_ADVICE = (
     "version, --precision fp32, or another --batch_size"
 )
 
-STATE_FORMAT = 9
+STATE_FORMAT = 10
 """Rises when older states can no longer be resumed."""
 
 NEWEST, PREVIOUS = "newest.state", "previous.state"

@@ -21,6 +21,7 @@ from medgemma_clinical.evaluation import metrics
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.language_model import DEMO_FOLDER
 from medgemma_clinical.training.signals import Stopped
+from medgemma_clinical.training.state import read_state
 
 PATIENTS, TOY_PATIENTS, TRAINED = 500, 30, 120
 """Rows of the data, and how many the runs of the program take."""
@@ -206,7 +207,8 @@ def resume(plan, mode):
         with mock.patch.object(trainer, "step", stopping), contextlib.suppress(Stopped):
             fit("stopped")
             raise AssertionError("was not stopped")
-        resumed = fit("stopped", resume=True)
+        state = read_state(plan.folder / f"{mode}-stopped" / "last")
+        resumed = fit("stopped", resume=state)
     pairs = list(zip(whole.parameters, resumed.parameters, strict=True))
     assert all(torch.equal(a, b) for a, b in pairs), "other weights than the undisturbed run"
     one, two = ([epoch["val_loss"] for epoch in run.progress.history] for run in (whole, resumed))

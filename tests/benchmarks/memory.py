@@ -1,4 +1,4 @@
-"""Compute, without a GPU, what fits a card: memory of a training step in Gemma 3's shapes.
+"""Compute, without a GPU, what fits a card: memory of a training step in a model's shapes.
 
     python tests/benchmarks/memory.py
 
@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, Qwen3Config
 
 from medgemma_clinical.models.language_model import (
     DTYPES,
@@ -48,24 +48,25 @@ SHAPES = {
     "4B": dict(zip(SIZES, (2560, 10_240, 34, 8, 4, 256), strict=True)),
     "12B": dict(zip(SIZES, (3840, 15_360, 48, 16, 8, 256), strict=True)),
     "27B": dict(zip(SIZES, (5376, 21_504, 62, 32, 16, 128), strict=True)),
+    "Qwen3-8B": dict(zip(SIZES, (4096, 12_288, 36, 32, 8, 128), strict=True)),
 }
-"""Of Gemma 3's text part; MedGemma 4B and 1.5 4B have the first, MedGemma 27B the last.
+"""The first three of Gemma 3's text part, of which MedGemma 4B and 1.5 4B have the first, MedGemma
+27B the last. Qwen3-8B has other words, and an output that is not the embedding.
 
-Source: transformers, ``models/gemma3/convert_gemma3_weights.py``."""
+Source: transformers, ``models/gemma3/convert_gemma3_weights.py``; Qwen3-8B's ``config.json``."""
 
 CARDS = {
     "T4, 16 GB": (14.7, "fp32"),
+    "RTX 4060 Ti, 16 GB": (15.6, "bf16"),
     "L4, 24 GB": (22.0, "bf16"),
     "A100, 40 GB": (39.4, "bf16"),
     "A100 or H100, 80 GB": (79.1, "bf16"),
 }
 """GiB that torch has on a card, and the precision that the program chooses there."""
 
-LENGTHS = (128, 256, 512, 1024)
-"""Positions of a row: <bos>, soft tokens, text, padding. The longest is measured."""
-
-ROWS, ANSWERS, LAYERS = 16, 2048, (4, 5)
-"""Rows of a measured step, answer tokens of stage 3's loss, layers of the measured models."""
+ROWS, LENGTH, ANSWERS, LAYERS = 16, 1024, 2048, (4, 5)
+"""Rows of a measured step, positions of a row (<bos>, soft tokens, text, padding), answer tokens of
+stage 3's loss, layers of the measured models."""
 
 COPIES = 6
 """Of the adapter in float32: weights, gradients, two moments of AdamW, average, best epoch."""
@@ -102,6 +103,14 @@ class LiveStorages(TorchDispatchMode):
         self.live -= self.known.pop(key)
 
 
+def shape_config(shape, layers):
+    """Return the configuration of a shape with so many layers."""
+    sizes = {**SHAPES[shape], "num_hidden_layers": layers}
+    if shape.startswith("Qwen3"):
+        return Qwen3Config(**sizes, vocab_size=151_936, tie_word_embeddings=False)
+    return text_config(layers, **sizes)
+
+
 def text_config(layers, **sizes):
     """Return a configuration in the shape of 4B, with so many layers and some sizes changed."""
     known = {**SHAPES["4B"], "vocab_size": 262_208, "sliding_window": 1024}
@@ -122,9 +131,10 @@ def add_lora(model, dropout=0.0):
 
 def build(dtype, config):
     """Return the language model with an adapter as the program makes it, on the meta device."""
-    config.layer_types[-1] = "full_attention"  # the whole model has both kinds
+    config.layer_types[-1] = "full_attention"  # the whole of Gemma has both kinds
     with META:
-        model = Gemma3ForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa")
+        options = {"dtype": dtype, "attn_implementation": "sdpa"}
+        model = AutoModelForCausalLM.from_config(config, **options)
     return add_lora(model, 0.05).train()
 
 
@@ -226,9 +236,8 @@ class Sizes(NamedTuple):
 
 def measure(precision, shape="4B"):
     """Measure two models and add what each further layer adds."""
-    sizes = dict(SHAPES[shape])
-    further = sizes.pop("num_hidden_layers") - LAYERS[1]
-    models = [build(DTYPES[precision], text_config(layers, **sizes)) for layers in LAYERS]
+    further = SHAPES[shape]["num_hidden_layers"] - LAYERS[1]
+    models = [build(DTYPES[precision], shape_config(shape, layers)) for layers in LAYERS]
 
     def whole(measured):
         small, large = map(measured, models)
@@ -240,24 +249,21 @@ def measure(precision, shape="4B"):
             for model in models:
                 set_checkpointing(model)
         steps = [
-            whole(lambda model, padded=padded: measure_step(model, ROWS, LENGTHS[-1], padded)[1])
+            whole(lambda model, padded=padded: measure_step(model, ROWS, LENGTH, padded)[1])
             for padded in (True, False)
         ]
-        peak[checkpointing] = max(steps) / (ROWS * LENGTHS[-1])
+        peak[checkpointing] = max(steps) / (ROWS * LENGTH)
     learns = whole(lambda m: sum(p.numel() * 4 for p in m.parameters() if p.requires_grad))
     return Sizes(whole(weight_bytes), learns, answer_loss_peak(models[0]), peak)
 
 
 def card_table(measured):
-    """Return a line per card and shape: what fits, without / with checkpointing."""
-    lengths = " | ".join(f"{length:,} tokens" for length in LENGTHS)
-    lines = [f"| Card | Precision | Shape | Tokens per step | Rows of {lengths} |"]
-    lines.append("|---" * (4 + len(LENGTHS)) + "|")
+    """Return a line per card: the tokens that fit of each shape, without / with checkpointing."""
+    lines = [f"| Card | Precision | {' | '.join(SHAPES)} |", "|---" * (2 + len(SHAPES)) + "|"]
     for card, (memory, precision) in CARDS.items():
-        for shape in SHAPES:
-            fit = [measured[shape, precision].tokens(memory, each) for each in (False, True)]
-            cells = [" / ".join(f"{n // length:,}" for n in fit) for length in (1, *LENGTHS)]
-            lines.append(f"| {card} | {precision} | {shape} | {' | '.join(cells)} |")
+        fit = [measured[shape, precision] for shape in SHAPES]
+        cells = [f"{x.tokens(memory, False):,} / {x.tokens(memory, True):,}" for x in fit]
+        lines.append(f"| {card} | {precision} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

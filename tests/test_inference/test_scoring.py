@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import medgemma_trainer as trainer
 from conftest import SAMPLE
@@ -16,6 +17,7 @@ from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference import scoring
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS
+from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 from predicting import MARKER, SERIES, STAGES, command, predicted, refused, spoil, write_data
 
 STAGE_1 = STAGE_NAMES["trajectory"]
@@ -106,6 +108,32 @@ def test_a_report_that_does_not_parse_is_a_problem_and_the_score_stays(
     data = write_data(few.drop(index=3), data)
     strict = predicted(runs / "generative", data, tmp_path / "strict.csv", "--strict")
     assert (strict["problem"] != "").sum() == 5, "the row can be scored"
+
+
+@pytest.mark.parametrize("stage", ["classification", "generative"])
+def test_a_batch_that_does_not_fit_the_memory_is_scored_in_parts(
+    stage, runs, table, scored, tmp_path, monkeypatch, capsys
+):
+    """On the command line and from Python: the same risks, and one row that is too long."""
+    read, tries = TrajectoryLLM.read, []
+
+    def limited(model, batch, trajectory):
+        tries.append(len(batch["index"]))
+        if tries[-1] > room:
+            raise torch.OutOfMemoryError(MARKER)
+        return read(model, batch, trajectory)
+
+    monkeypatch.setattr(TrajectoryLLM, "read", limited)
+    few = table.head(16).drop(columns="label_escalation")
+    data, room = write_data(few, tmp_path / "few.csv"), 5
+    known = scored[stage].head(16)[["probability", "prediction"]]
+    same(predicted(runs / stage, data, tmp_path / "out.csv")[[*known]], known)
+    model = trainer.TrajectoryModel.from_pretrained(runs / stage)
+    np.testing.assert_allclose(model.predict_proba(few)[:, 1], known["probability"], atol=1e-6)
+    assert tries == [16, 8, 4, 4, 4, 4] * 2
+    room = 0
+    words = command(runs / stage, data, tmp_path / "none.csv")
+    assert refused(capsys, words, "--max_text_tokens", code=3, out=tmp_path / "none.csv")
 
 
 @pytest.mark.parametrize(("stage", "rows"), [("trajectory", 3), ("classification", 1000)])

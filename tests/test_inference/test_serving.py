@@ -31,6 +31,7 @@ from medgemma_clinical.files import InputError, RunFault
 from medgemma_clinical.inference import serving
 from medgemma_clinical.inference.scoring import score_rows
 from medgemma_clinical.inference.serving import export_merged, merge_adapter, prompt_embeds
+from medgemma_clinical.models import trained_model
 from medgemma_clinical.models.checkpoints import MERGED_MODEL, save_llm
 from medgemma_clinical.models.generation import write_reports
 from medgemma_clinical.models.text_batches import TextCollator, soft_tokens
@@ -204,8 +205,10 @@ def test_a_wrong_merge_is_refused_and_leaves_nothing(fault, kind, stages, out, m
     assert [path.name for path in out.parent.iterdir()] == [".out.lock"]
 
 
-def test_one_model_is_in_memory_at_a_time(stage, out, monkeypatch):
+def test_one_model_is_in_memory_at_a_time_and_none_on_a_gpu(stage, out, monkeypatch):
+    """A card that trains 27B in NF4 has no room for its merged weights."""
     seen = []
+    monkeypatch.setattr(trained_model, "default_device", lambda: torch.device("meta"))
 
     def load(*args, **kwargs):
         assert [ref() for ref in seen] == [None] * len(seen)

@@ -1,6 +1,7 @@
 """Reports that the language model writes behind the verdict of the decision rule."""
 
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from language_models import body_inputs, classifier_and_writer, disturb_adapter, plain_sequence
 from medgemma_clinical.evaluation.report_review import review_report
 from medgemma_clinical.files import RunFault
-from medgemma_clinical.models.generation import write_reports
+from medgemma_clinical.models.generation import rows_at_once, write_reports
 
 ROWS = [0, 3, 1, 2, 5]
 """Patients with 1, 9, 6, 2 and 5 observations."""
@@ -67,7 +68,12 @@ def test_write__states_that_are_not_finite_are_refused_by_one_check_a_batch(part
     assert len(seen) == 4  # not one check a token, for which a GPU would wait
 
 
-def test_write_reports__go_on_behind_the_verdicts_and_in_halves_without_memory(parts, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError(), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling")]
+)
+def test_write_reports__go_on_behind_the_verdicts_and_in_halves_without_memory(
+    error, parts, monkeypatch
+):
     _, model, collate = parts
     dataset, write, sizes = collate.dataset, model.write, []
     batches = [[3, 0, 11, 5, 2], [7, 12, 1]]
@@ -81,13 +87,31 @@ def test_write_reports__go_on_behind_the_verdicts_and_in_halves_without_memory(p
     def fits(batch, *more):
         sizes.append(len(batch["index"]))
         if sizes[-1] > limit:
-            raise torch.OutOfMemoryError
+            raise error
         return write(batch, *more)
 
     monkeypatch.setattr(model, "write", fits)
     limit = 2
     assert write_reports(model, collate, batches, VERDICTS, 5) == whole
-    assert sizes == [5, 2, 3, 1, 2, 3, 1, 2]
+    assert sizes == [5, 2, 3, 1, 2, 1, 2]  # what did not fit is not tried again
     limit = 0
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(RunFault, match="--max_text_tokens"):
         write_reports(model, collate, batches, VERDICTS, 5)
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 96), (torch.bfloat16, 193)])
+def test_rows_at_once__count_what_torch_keeps_cached_and_the_bytes_of_a_number(
+    dtype, rows, monkeypatch
+):
+    """After training the driver sees a full card; 66 GiB are free, 1,000 tokens of 4B a row."""
+    gib = 2**30
+    for name, size in (("reserved", 70 * gib), ("allocated", 5 * gib)):
+        monkeypatch.setattr(torch.cuda, f"memory_{name}", lambda _, size=size: size)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (gib, 79 * gib))
+    config = {"hidden_size": 2560, "num_hidden_layers": 34, "num_attention_heads": 10}
+    config |= {"num_key_value_heads": 4}  # heads of 256 numbers
+    gpu = SimpleNamespace(device=torch.device("cuda"))
+    model = SimpleNamespace(parameters=lambda: iter([gpu]), tokens=8)
+    model.llm = SimpleNamespace(config=SimpleNamespace(**config), dtype=dtype)
+    collate = SimpleNamespace(lengths=lambda: np.array([100, 692]))
+    assert rows_at_once(model, collate, 300) == rows

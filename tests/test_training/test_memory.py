@@ -1,7 +1,6 @@
 """Steps that do not fit the memory: the same in smaller passes, or with less in memory."""
 
 import contextlib
-import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 import medgemma_trainer as trainer
 from medgemma_clinical.files import RunFault
 from medgemma_clinical.training import memory
+from medgemma_clinical.training.state import read_state
 from stages import STAGE_1, stage_of_patients
 from toy_stage import LENGTHS, toy_stage
 
@@ -35,6 +35,15 @@ def limit_memory(stage, error=FULL, *, always=False):
 
     stage.model.register_forward_pre_hook(fail)
     return tries
+
+
+def raise_error(error):
+    """Return a hook that raises."""
+
+    def fail(*_):
+        raise error
+
+    return fail
 
 
 def take_step(stage):
@@ -66,7 +75,7 @@ def test_passes_of_any_size_are_one_large_batch(size, room, lengths, check_on_gp
     """As asked for, or where that does not fit: the mean is over rows, not over passes."""
     whole = toy_stage(size=24, dropout=0.0, lengths=lengths)
     cut = toy_stage(size=size, accumulate=24 // size, dropout=0.0, lengths=lengths)
-    cut.model.room, tries = room, []
+    cut.model.room, cut.model.scoring_room, tries = room, 3 * room, []
     check_on_gpu(cut)
     assert size * 8 == room or cut.max_tokens > room / 2, "no smaller than needed"
     cut.model.register_forward_pre_hook(lambda _, inputs: tries.append(inputs[0]))
@@ -77,7 +86,7 @@ def test_passes_of_any_size_are_one_large_batch(size, room, lengths, check_on_gp
     tries.clear()
     losses = [trainer.score(stage, "val").losses for stage in (whole, cut)]
     np.testing.assert_allclose(*losses, rtol=1e-6)
-    assert max(batch["tokens"] for batch in tries) <= (cut.max_tokens or math.inf)
+    assert max(batch["tokens"] for batch in tries) > min(room, 80), "as many as fit"
     weights = [trainer.fit(stage, 7).parameters for stage in (whole, cut)]
     torch.testing.assert_close(*weights, rtol=0, atol=1e-5)
 
@@ -121,7 +130,66 @@ def test_a_trial_of_the_longest_rows_leaves_only_the_way_that_fits(limited, chec
     longest = memory.longest_rows(stage, "train", 3)
     assert set(longest) <= set(stage.batches["train"].rows)
     assert min(stage.lengths[longest]) == sorted(stage.lengths[stage.batches["train"].rows])[-3]
-    assert tries == [longest, longest[:2], longest[:1], longest][: 4 * limited]
+    assert tries == [longest, longest][: 2 * limited], "cut, such passes would be small"
+
+
+def test_large_passes_are_cut_and_layers_are_computed_again_instead_of_small_ones(
+    check_on_gpu, monkeypatch
+):
+    monkeypatch.setattr(memory, "RECOMPUTE_TOKENS", 2 * 100)
+    stage = stage_of_patients(*FLAGS[:-1], "8")
+    stage.lengths = np.full_like(stage.lengths, 100)
+    tries = limit_memory(stage)
+    check_on_gpu(stage)
+    assert [len(rows) for rows in tries] == [8, 4, 2, 8]
+    assert (stage.recomputes, stage.max_tokens) == (True, None)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_ends_a_step_names_what_resume_accepts(accumulate):
+    """A trial has sized the passes; then something else takes memory."""
+    stage = stage_of_patients(*FLAGS[:-1], "6", "--gradient_accumulation", str(accumulate))
+    stage.lengths = np.full_like(stage.lengths, 100)
+    stage.model.register_forward_pre_hook(raise_error(FULL))
+    expected = f"--batch_size 3 --gradient_accumulation {2 * accumulate}"
+    with pytest.raises(RunFault, match=f"{expected} or --gradient_checkpointing"):
+        take_step(stage)
+    memory.recompute(stage)
+    stage.max_tokens = 200  # two rows a pass
+    with pytest.raises(RunFault, match=f"--batch_size 1 --gradient_accumulation {6 * accumulate}$"):
+        take_step(stage)
+
+
+def test_a_step_of_stage_1_and_another_error_name_no_flag():
+    for error, match in ((FULL, "--resume$"), (RuntimeError("another"), "^another$")):
+        stage = toy_stage()
+        stage.model.register_forward_pre_hook(raise_error(error))
+        with pytest.raises(RuntimeError, match=match):
+            take_step(stage)
+
+
+@pytest.mark.parametrize("room", [1000, 100, 16])
+def test_a_resumed_run_cuts_its_steps_as_the_stopped_one(room, check_on_gpu, tmp_path):
+    """Whatever else a card holds by then; where less fits, less."""
+    stage = toy_stage(size=24, lengths=LENGTHS)
+    stage.model.room = 64
+    check_on_gpu(stage)
+    trainer.fit(stage, 7, tmp_path)
+    again = toy_stage(size=24, lengths=LENGTHS)
+    again.model.room = room
+    memory.restore_passes(again, read_state(tmp_path / "last")["passes"])
+    check_on_gpu(again)
+    assert (again.max_tokens == stage.max_tokens) == (room >= 64)
+    assert again.max_tokens <= 64
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("flag", [False, True])
+def test_a_resumed_run_recomputes_as_before_and_where_the_flag_is_new(flag, before):
+    stage = stage_of_patients(*FLAGS, *["--gradient_checkpointing"] * flag)
+    memory.restore_passes(stage, {"recomputes": before, "max_tokens": 900})
+    assert checkpointing(stage) == stage.recomputes == (before or flag)
+    assert stage.max_tokens == (None if flag and not before else 900)
 
 
 def test_a_process_that_has_room_follows_one_that_has_not(check_on_gpu, monkeypatch):

@@ -133,10 +133,10 @@ def test_a_stopped_run_resumes_to_the_last_bit(end, save_every, whole, tmp_path,
             kept = [k for k in range(number) if k % 5 == 0 or (save_every and k % 2 == 0)]
             steps = number if end == "signal" else max(kept)
             assert read_state(last)["progress"]["steps"] == steps
-        assert fit(folder, seed=5, resume=True) == whole
+        assert fit(folder, seed=5, resume=read_state(last)) == whole
         states = contents_of(last)
         (folder / "best.pt").unlink()  # the state brings it back
-        assert fit(folder, seed=6, resume=True) == whole
+        assert fit(folder, seed=6, resume=read_state(last)) == whole
         assert contents_of(last) == states, "a finished one is not kept anew"
 
 
