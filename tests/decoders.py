@@ -1,6 +1,7 @@
 """Every tested type of language model, small and random: trained, resumed, loaded, exported."""
 
 import contextlib
+import itertools
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -54,7 +55,7 @@ KINDS = {
     "olmo2": Kind({}, "base model"),
     "phi3": Kind({}, "Phi 4"),
 }
-MODES = ("classification", "generative")
+MODES = {2: "classification", 3: "generative"}
 ROOT = Path(__file__).parents[1]
 STOP_AFTER = 2
 """Steps after which the run that is resumed is stopped, of four."""
@@ -139,7 +140,7 @@ def resume(case):
         assert torch.equal(stage.trainable_parameters()[name], weight), name
 
 
-def load(case):
+def reload(case):
     """Load the trained model again: it computes the same to the last bit."""
     again = load_trained_model(case.run, trainer.BUILDERS, str(case.base)).model
     expected, found = case.outputs(case.trained.model), case.outputs(again)
@@ -167,12 +168,12 @@ def card(case):
             assert licence.terms().notice.strip() in text
 
 
-STEPS = {"trains": train, "resumes": resume, "loads again": load, "exports": export, "card": card}
+STEPS = {"train": train, "resume": resume, "reload": reload, "export": export, "card": card}
 """The steps of a case, in their order."""
 
 
-COLUMNS = ("stage 2 trains", "stage 3 trains", "resumes", "loads again", "exports", "card")
-"""Of the matrix: steps of both stages, the first one of each."""
+COLUMNS = ("train 2", "train 3", "resume", "reload", "export", "card")
+"""Of the matrix: the steps of both stages, the first one of each by itself."""
 
 LABELS = {"nf4": "NF4", "none": "bf16"}
 
@@ -180,21 +181,18 @@ LABELS = {"nf4": "NF4", "none": "bf16"}
 def matrix(place):
     """Take all steps of all types; return the table of docs/training.md, and the errors."""
     head = ["Type", "Such as", *COLUMNS]
-    lines, failed = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"], {}
+    lines, failed = [f"|{'|'.join(head)}|", "|---" * len(head) + "|"], {}
     for decoder in TESTED:
-        kind, passed = decoder.types[-1], {column: [] for column in COLUMNS}
-        for quantization, label in LABELS.items():
-            errors = {}
-            for stage, mode in enumerate(MODES, start=2):
-                found = attempt(Case(place, kind, mode, quantization))
-                errors |= {
-                    f"stage {stage} {x}" if x == "trains" else x: e for x, e in found.items()
-                }
-            failed |= {(kind, label, step): error for step, error in errors.items()}
-            for column in COLUMNS:
-                passed[column] += [] if column in errors else [label]
-        cells = [", ".join(labels) or "no" for labels in passed.values()]
-        lines.append(f"| `{kind}` | `{decoder.example}` | {' | '.join(cells)} |")
+        kind, passed = decoder.types[-1], {column: [*LABELS.values()] for column in COLUMNS}
+        for (quantization, label), (stage, mode) in itertools.product(
+            LABELS.items(), MODES.items()
+        ):
+            for step, error in attempt(Case(place, kind, mode, quantization)).items():
+                column = f"{step} {stage}" if step == "train" else step
+                failed[kind, mode, label, step] = error
+                passed[column] = [each for each in passed[column] if each != label]
+        cells = ["yes" if len(x) == len(LABELS) else ", ".join(x) or "no" for x in passed.values()]
+        lines.append(f"|`{kind}`|`{decoder.example}`|{'|'.join(cells)}|")
     return "\n".join(lines) + "\n", failed
 
 

@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 
+from medgemma_clinical.models.language_model import cache_width
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory_llm import LLMWriter
 
@@ -26,8 +27,7 @@ def rows_at_once(model: LLMWriter, collate: TextCollator, max_tokens: int) -> in
     device, config = next(model.parameters()).device, model.llm.config
     if device.type != "cuda":
         return CPU_ROWS
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache_bytes = 4 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+    cache_bytes = 2 * cache_width(config)
     tokens = int(collate.lengths().max(initial=0)) + model.tokens + max_tokens
     free_bytes = 0.8 * torch.cuda.mem_get_info(device)[0]
     min_rows, max_rows = ROWS_AT_ONCE

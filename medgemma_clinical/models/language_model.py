@@ -244,6 +244,17 @@ def _known_hash(path: Path, size: int, changed: int) -> str | None:
     return file_hash(path)
 
 
+def cache_width(config: Any) -> int:
+    """Return how many numbers of a token all layers keep: its keys and values."""
+    layers = [config.per_layer_config[k] for k in range(config.num_hidden_layers)]
+    heads = [layer.num_key_value_heads for layer in layers]
+    sizes = [
+        getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+        for layer in layers
+    ]
+    return 2 * sum(n * size for n, size in zip(heads, sizes, strict=True))
+
+
 def set_checkpointing(model: PreTrainedModel) -> None:
     """Enable gradient checkpointing, to save memory."""
     prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"

@@ -30,7 +30,7 @@ from medgemma_clinical.models.decoders import (
     decoder_of,
     terms_of,
 )
-from medgemma_clinical.models.language_model import load_language_model
+from medgemma_clinical.models.language_model import cache_width, load_language_model
 from medgemma_clinical.models.terms import GEMMA_NOTICE, HAI_DEF_NOTICE
 from stages import arguments, data_for, make_stage
 
@@ -133,13 +133,17 @@ def test_the_adapter_learns_every_projection_and_names_the_commit_of_its_base(ba
     assert stored["revision"] == "0" * 40
 
 
-def test_rows_at_once__knows_the_width_of_a_head(base, monkeypatch):
+def test_rows_at_once__knows_what_a_token_keeps(base, monkeypatch):
     parts = classifier_and_writer(base)
     monkeypatch.setattr(generation, "ROWS_AT_ONCE", (1, 10**9))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10**9, 10**9))
     on_card = SimpleNamespace(device=torch.device("cuda"))
     model = SimpleNamespace(parameters=lambda: iter([on_card]), llm=parts.writer.llm, tokens=4)
     assert 1 < generation.rows_at_once(model, parts.collate, 100) < 10**9
+    with torch.no_grad():
+        layers = parts.writer.llm(input_ids=IDS[:1, :1], use_cache=True).past_key_values.layers
+    kept = sum(layer.keys.numel() + layer.values.numel() for layer in layers)
+    assert cache_width(parts.writer.llm.config) == kept
 
 
 # ------------------------------------------------------------------------------- refusals
