@@ -46,7 +46,9 @@ class Decoder:
 
 TESTED = (
     Decoder(("gemma3", "gemma3_text"), (HAI_DEF, GEMMA), "google/medgemma-4b-pt"),
-    Decoder(("gemma4", "gemma4_text"), (apache("Gemma 4", "gemma-4"),), "google/gemma-4-31B-it"),
+    Decoder(
+        ("gemma4", "gemma4_text"), (HAI_DEF, apache("Gemma 4", "gemma-4")), "google/gemma-4-31B-it"
+    ),
     Decoder(("llama",), (LLAMA,), "meta-llama/Llama-3.2-1B-Instruct"),
     Decoder(("qwen3",), (apache("Qwen3", "qwen3"),), "Qwen/Qwen3-0.6B"),
     Decoder(

@@ -23,9 +23,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--approve", action="store_true", help="keep the table")
     arguments = parser.parse_args(argv)
-    logging.disable(logging.WARNING)
+    logging.disable(logging.WARNING)  # each case would warn of the patients' column names
     with tempfile.TemporaryDirectory() as folder:
         table, failed = decoders.matrix(Path(folder))
+    logging.disable(logging.NOTSET)
     write(f"{table}\n{machine('torch', 'transformers', 'peft', 'bitsandbytes')}")
     for case, error in failed.items():
         write(f"- {', '.join(case)}: {type(error).__name__}: {error}")

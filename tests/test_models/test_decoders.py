@@ -208,6 +208,7 @@ HUB, FOLDER = {"base_sha256": None}, {"base_sha256": "0" * 64}
         ("qwen3", "Qwen/Qwen3-0.6B", HUB, "apache-2.0", "Qwen3 is licensed under the Apache"),
         ("qwen3", "jane/tuned", HUB, "other", "Qwen3 is licensed under the Apache"),
         ("gemma4", "google/gemma-4-31B-it", HUB, "apache-2.0", "Gemma 4 is licensed"),
+        ("gemma4_text", "google/gemma-4-31B", HUB, "apache-2.0", "Gemma 4 is licensed"),
         ("olmo2", "allenai/OLMo-2-0425-1B", HUB, "apache-2.0", "OLMo 2 is licensed"),
         ("mistral", "mistralai/Mistral-7B-v0.3", HUB, "apache-2.0", "Mistral is licensed"),
         ("mistral", "mistralai/Ministral-8B", HUB, "other", "Mistral is licensed"),
