@@ -93,6 +93,7 @@ from medgemma_clinical.inference.serving import export_merged
 from medgemma_clinical.inference.trajectory_model import Program, TrajectoryModel
 from medgemma_clinical.models import (
     checkpoints,
+    decoders,
     encoders,
     language_model,
     text_batches,
@@ -262,7 +263,8 @@ def build_parser() -> Parser:
     group = parser.add_argument_group("language model")
     add, switch = flags.adders(group, f"{flags.TRAINING} -stage1 keyword")
     base = "google/medgemma-4b-pt"
-    add("--model_name", "Gemma 3: hub id, folder, or demo", "predict export", default=base)
+    add("--model_name", "hub id, folder, or demo", "predict export", default=base)
+    switch("--allow_untested_model", "take a type of model that is not tested", "free")
     options = {"type": flags.check_quantization, "choices": llm.QUANTIZATIONS}
     add("--quantization", "nf4 on CUDA, else none", "predict", **options)
     options = {"choices": ("auto", *llm.DTYPES), "default": "auto"}
@@ -345,7 +347,7 @@ def build_llm(
     dropout: float = 0.0,
     seed: int = 0,
 ) -> tuple[LLMClassifier | LLMWriter, Any]:
-    """<bos> [P soft tokens] [text] -> Gemma 3 in NF4 with LoRA -> head or ``lm_head``; tokenizer.
+    """<bos> [P soft tokens] [text] -> LLM in NF4 with LoRA -> head or ``lm_head``; tokenizer.
 
     Training and loading both build here. ``config`` is the checkpoint's, ``base`` and ``revision``
     locate the base model, ``adapter`` is the folder of a trained one.
@@ -368,11 +370,12 @@ def build_llm(
         attention=attention,
     )
     torch.manual_seed(seed)
+    targets = decoders.decoder_of(llm.config.model_type).lora_targets
     lora = LoraConfig(  # Source: Hu et al. 2021, "LoRA"
         r=config["lora_rank"],
         lora_alpha=config["lora_alpha"],
         lora_dropout=dropout,
-        target_modules=list(language_model.LORA_TARGETS),  # seven projections of each layer
+        target_modules=targets,  # the projections of each layer
         task_type="CAUSAL_LM",
     )
     with language_model.quiet_libraries():
@@ -386,7 +389,7 @@ def build_llm(
         scale = language_model.embedding_rms(llm, tokenizer, config["question"])
         projection = SoftPrompt(stage1.encoder.hidden_dim, width, scale)
     _, no, yes = text_batches.verdict_words(tokenizer)
-    options: dict[str, Any] = {"tokens": tokens, "bos": int(tokenizer.bos_token_id)}
+    options: dict[str, Any] = {"tokens": tokens, "bos": tokenizer.bos_token_id}
     options |= {"verdict": (yes[0], no[0]), "adds_stage1": config["stage1_logit"]}
     options["residual_weight"] = config["residual_weight"]
     if config["stage"] == "generative":  # lm_head writes the report
@@ -487,6 +490,7 @@ def llm_stage(
 ) -> Stage:
     """Stages 2 and 3: LoRA, projection and stage 2's head learn; stage 1 too if not frozen."""
     dataset, device, donors, risks = data.dataset, distributed.default_device(), None, None
+    decoders.check_tested(args.model_name, allow_untested=args.allow_untested_model)
     if args.soft_prompt == "shuffled":
         donors = text_batches.other_patients(data.split, dataset.groups, args.seed)
     tokens = 0 if args.soft_prompt == "off" else args.num_prefix_tokens
@@ -517,7 +521,7 @@ def llm_stage(
         batches=part_batches(data.split, args.batch_size, args.gradient_accumulation, words),
         collate=text,
         batch_size=args.batch_size,
-        lengths=1 + soft + words,
+        lengths=1 + soft + words,  # at most: not every model has a <bos>
         epochs=args.epochs,
         patience=args.patience,
         config=config,

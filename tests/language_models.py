@@ -310,9 +310,10 @@ def plain_states(stage1, batch, row):
 
 
 def plain_sequence(model, batch, row):
-    """Lay out one row by hand: (1, S, D) of <bos>, its soft tokens, its text; no padding."""
+    """Lay out one row by hand: (1, S, D) of <bos>, if any, soft tokens, text; no padding."""
     embedding = model.llm.get_input_embeddings()
     soft = model.projection.linear(plain_states(model.stage1, batch, row)[-model.tokens :])
     soft = soft / soft.square().mean(-1, keepdim=True).sqrt() * model.projection.scale
     text = embedding(batch["input_ids"][row, batch["text_mask"][row]])
-    return torch.cat([embedding(torch.tensor([model.bos])), soft.to(text.dtype), text])[None]
+    first = [embedding(torch.tensor([model.bos]))] if model.bos is not None else []
+    return torch.cat([*first, soft.to(text.dtype), text])[None]

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import encoder
 import gpu
 import memory
+import model_types
 import mutants
 import nafld
 import pandas as pd
@@ -32,6 +33,7 @@ from matplotlib.figure import Figure
 from phrasings import TESTING, TRAINING, Patient, phrase
 from safetensors.torch import load_file
 
+import decoders
 import medgemma_trainer
 from dataset_format import MIMICtrajectoryDataset
 from language_models import TINY_MODEL
@@ -196,6 +198,18 @@ def test_encoder_startup_memory(monkeypatch, capsys):
     assert re.search(
         r"\| T4, 16 GB \| fp32( \| [\d,]{3,} / [\d,]{3,}){2} \|", capsys.readouterr().out
     )
+
+
+def test_model_types_shows_a_step_that_fails(monkeypatch, capsys):
+    def attempt(case):
+        broken = "phi3-generative-none" in case.run.name
+        return {"export": ValueError("another head"), "card": ValueError()} if broken else {}
+
+    monkeypatch.setattr(decoders, "attempt", attempt)
+    assert model_types.main([]) == 1
+    out = capsys.readouterr().out
+    assert "|`phi3`|`microsoft/Phi-4-mini-instruct`|yes|yes|yes|yes|NF4|NF4|\n" in out
+    assert "- phi3, generative, bf16, export: ValueError: another head" in out
 
 
 def test_gpu_toy(monkeypatch, capsys):

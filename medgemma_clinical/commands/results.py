@@ -42,9 +42,9 @@ from medgemma_clinical.evaluation.verdicts import at_threshold, sentences, value
 from medgemma_clinical.files import InputError, write_json, write_text
 from medgemma_clinical.inference.scoring import write_in_batches
 from medgemma_clinical.models.checkpoints import BASELINES, Config
+from medgemma_clinical.models.decoders import licence
 from medgemma_clinical.models.model_card import MODEL_LIMITS, describe_recommended
 from medgemma_clinical.models.outcome import OUTCOMES
-from medgemma_clinical.models.terms import licence
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
 from medgemma_clinical.training.stage import Stage
 from medgemma_clinical.training.state import Progress, describe_epochs, describe_selection

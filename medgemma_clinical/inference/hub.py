@@ -23,6 +23,7 @@ from medgemma_clinical.evaluation.baselines import ENSEMBLE
 from medgemma_clinical.files import InputError, atomic, owner_only, write_text
 from medgemma_clinical.models import checkpoints
 from medgemma_clinical.models.checkpoints import BASELINES, CARD, TRAJECTORY_FILE, Config
+from medgemma_clinical.models.decoders import terms_of
 from medgemma_clinical.models.model_card import model_card, shareable
 from medgemma_clinical.models.scaler import Scaler
 from medgemma_clinical.models.trained_model import TrainedModel
@@ -124,6 +125,10 @@ def push_model(
     """Upload a shared copy in place of an earlier model's files; see ``push_to_hub``."""
     if not REPO_ID.fullmatch(repo_id):
         raise InputError(f"{repo_id}: not an id of the hub: give user/name")
+    begins = terms_of(trained.config).name_begins
+    if not repo_id.rpartition("/")[2].startswith(begins):
+        problem = f"the licence of its base model asks for a name that begins with {begins}"
+        raise InputError(f"{repo_id}: {problem}: rename it")
     names = columns_of_few(trained)
     if names and not allow_small_cells:
         raise InputError(

@@ -38,9 +38,9 @@ from medgemma_clinical.models.checkpoints import (
     without_baselines,
     write_config,
 )
+from medgemma_clinical.models.decoders import terms_of
 from medgemma_clinical.models.language_model import base_record, quiet_libraries
 from medgemma_clinical.models.model_card import model_card
-from medgemma_clinical.models.terms import terms_of
 from medgemma_clinical.models.text_batches import chat_turns
 from medgemma_clinical.models.trained_model import (
     Builders,
@@ -61,7 +61,7 @@ number of layers: each adds a rounding error to the states, and such errors are 
 
 @torch.no_grad()
 def prompt_embeds(scores: Scores, trained: TrainedModel, batch_size: int) -> list[Tensor]:
-    """Embed <bos> [soft tokens] [text] of each scored row: (S, D) on the CPU, scaled by sqrt(D).
+    """Embed <bos> [soft tokens] [text] of each scored row: (S, D) on the CPU, scaled as it is read.
 
     In stage 3 the text ends with the verdict that the decision rule takes.
     """
@@ -160,7 +160,7 @@ def write_merged(folder: Path, best: Path, trained: TrainedModel) -> None:
     for settings in (vars(merged.config), tokenizer.init_kwargs):
         settings.pop("auto_map", None)  # names code that the base model brought, and is not read
     merged.generation_config = GenerationConfig(  # as the program continues a text
-        bos_token_id=int(tokenizer.bos_token_id),
+        bos_token_id=tokenizer.bos_token_id,
         pad_token_id=int(tokenizer.pad_token_id),
         eos_token_id=[int(tokenizer.eos_token_id), *chat_turns(tokenizer)[2]],
         do_sample=False,

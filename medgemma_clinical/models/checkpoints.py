@@ -41,10 +41,10 @@ from medgemma_clinical.files import (
     write_json,
     write_text,
 )
+from medgemma_clinical.models.decoders import terms_of
 from medgemma_clinical.models.encoders import encoder_name
-from medgemma_clinical.models.language_model import DEMO, HUB_ID, base_record
+from medgemma_clinical.models.language_model import DEMO, HUB_ID, base_record, base_type
 from medgemma_clinical.models.model_card import model_card
-from medgemma_clinical.models.terms import terms_of
 from medgemma_clinical.models.trajectory import Stage1
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 
@@ -113,6 +113,7 @@ class Config(TypedDict, total=False):
 
     # Stages 2 and 3.
     base_model: str  # hub id, name of a folder, or the built-in model
+    base_type: str  # its ``model_type``; older checkpoints, of Gemma 3, do not have it
     base_sha256: str | None  # of a base model in a folder
     base_revision: str | None  # commit of a base model on the hub
     base_weights: str  # pretrained, or random: a control
@@ -169,7 +170,7 @@ def describe_data(data: Data) -> Config:
 
 def describe_base(name: str) -> Config:
     """Return what a checkpoint stores of its base model."""
-    return cast(Config, base_record(name))
+    return cast(Config, {**base_record(name), "base_type": base_type(name)})
 
 
 def stage1_config(model: Stage1) -> Config:
@@ -324,6 +325,7 @@ def save_llm(folder: Path, model: TrajectoryLLM, config: Config) -> None:
         adapter = read_json(temporary / ADAPTER_CONFIG)
         adapter["target_modules"].sort()  # a set, written in any order
         adapter["base_model_name_or_path"] = config["base_model"]  # without the path of a folder
+        adapter["revision"] = config["base_revision"]
         write_json(temporary / ADAPTER_CONFIG, adapter)
         save_file(state, temporary / MODULE_WEIGHTS)
         write_text(temporary / NOTICE, terms_of(config).notice)

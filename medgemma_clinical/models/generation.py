@@ -10,6 +10,7 @@ from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 
 from medgemma_clinical.distributed import compute_batches
+from medgemma_clinical.models.language_model import cache_width
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory_llm import LLMWriter
 
@@ -27,8 +28,7 @@ def rows_at_once(model: LLMWriter, collate: TextCollator, max_tokens: int) -> in
     device, config = next(model.parameters()).device, model.llm.config
     if device.type != "cuda":
         return CPU_ROWS
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim  # keys and values
+    cached = cache_width(config)  # keys and values
     token_bytes = model.llm.dtype.itemsize * (cached + PASS_NUMBERS * config.hidden_size)
     tokens = int(collate.lengths().max(initial=0)) + model.tokens + max_tokens
     # What torch keeps cached is free for it, and used for the driver.

@@ -18,13 +18,14 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from transformers import (
+    AutoModelForCausalLM,
     BitsAndBytesConfig,
-    Gemma3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from medgemma_clinical.files import InputError, file_hash, json_hash, one_line, read_json
+from medgemma_clinical.models.text_batches import chat_turns
 from medgemma_clinical.provenance import PACKAGE
 
 logger = logging.getLogger(__name__)
@@ -42,9 +43,6 @@ QUANTIZATIONS = ("nf4", "none")
 ATTENTIONS = ("sdpa", "eager")
 BASE_WEIGHTS = ("pretrained", "random")
 """Choices of ``--quantization``, ``--attention`` and ``--base_weights``."""
-
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Projections of a language layer that an adapter changes."""
 
 INT8_REFUSED = (
     "int8 is known to make MedGemma produce unusable text (Google-Health/medgemma issue 5), and "
@@ -112,17 +110,22 @@ def load_language_model(
     weights: str = "pretrained",
     attention: str = "sdpa",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a frozen Gemma 3 text model, also out of a multimodal one, and its tokenizer.
+    """Load a frozen language model, also out of a multimodal one, and its tokenizer.
 
     ``nf4`` None does not quantise; ``weights`` "random" draws them, for a control.
     """
     assert nf4 is None or weights == "pretrained", "quantised weights cannot be random"
     folder = find_model(name, revision)
     check_base_model(name, folder)
-    options = {"quantization_config": nf4, "dtype": dtype, "device_map": {"": device}}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
     try:
         with quiet_libraries():
-            model = load_text_model(folder, attn_implementation=attention, **options)
+            config = text_config(folder)
+            if weights == "random":
+                model = draw_model(config, **options).to(device)
+            else:
+                options |= {"quantization_config": nf4, "device_map": {"": device}}
+                model = load_text_model(folder, config, **options)
             tokenizer = load_tokenizer(folder)
     except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
@@ -130,17 +133,26 @@ def load_language_model(
         text = " ".join(str(error).split())[:200] or type(error).__name__
         advice = "; python -m bitsandbytes checks whether this machine can quantise" if nf4 else ""
         raise InputError(f"--model_name {name}: cannot be loaded: {text}{advice}") from error
-    if weights == "random":
-        draw_weights(model)
     return model.requires_grad_(False).eval(), tokenizer
 
 
-def load_text_model(folder: Path, **options: Any) -> PreTrainedModel:
-    """Load the Gemma 3 text model of a folder; no code of a checkpoint runs."""
+def text_config(folder: Path) -> Any:
+    """Return the configuration of a folder's language model; refuse one without soft tokens."""
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    model, info = Gemma3ForCausalLM.from_pretrained(
+    config = config.get_text_config()
+    if getattr(config, "hidden_size_per_layer_input", 0):  # Gemma 4 E2B and E4B, Gemma 3n
+        raise ValueError(
+            f"{config.model_type} with per-layer embeddings, which soft tokens do not have: give "
+            "a larger model of its kind"
+        )
+    return config
+
+
+def load_text_model(folder: Path, config: Any, **options: Any) -> PreTrainedModel:
+    """Load the language model of a folder; no code of a checkpoint runs."""
+    model, info = AutoModelForCausalLM.from_pretrained(
         folder,
-        config=getattr(config, "text_config", config),
+        config=config,
         key_mapping={r"^(model\.)?language_model\.(model\.)?": "model."},  # if multimodal
         use_safetensors=True,
         trust_remote_code=False,
@@ -160,43 +172,48 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder; refuse one that does not restore text."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     ids = tokenizer("24 (0h)", add_special_tokens=False)["input_ids"]
-    special = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
-    if None in special or tokenizer.decode(ids) != "24 (0h)":
+    if tokenizer.eos_token_id is None or tokenizer.decode(ids) != "24 (0h)":
         raise ValueError("its tokenizer does not restore text")
+    if tokenizer.pad_token_id is None:  # padding is masked, whatever its id
+        tokenizer.pad_token = tokenizer.eos_token
+    chat_turns(tokenizer)  # refuses a template that has no turn for a prompt
     return tokenizer
 
 
 def check_base_model(name: str, folder: Path) -> None:
-    """Refuse a model that is no Gemma 3, or is quantised."""
-    try:
-        config = read_json(folder / "config.json")
-        text = config.get("text_config") or config
-        kind = config.get("model_type")
-        quantizations = [part.get("quantization_config") for part in (config, text)]
-        both_ways = text.get("use_bidirectional_attention")
-    except (OSError, json.JSONDecodeError, AttributeError) as error:
-        raise InputError(f"--model_name {name}: no config.json of a model") from error
+    """Refuse a model that reads text both ways, or is quantised."""
+    config = base_config(name, folder)
+    text = config.get("text_config") or config
+    quantizations = [part.get("quantization_config") for part in (config, text)]
     if (folder / "adapter_config.json").exists():
         raise InputError(f"--model_name {name}: holds an adapter: give its base model")
-    if kind not in ("gemma3", "gemma3_text") or both_ways:
-        model_kind = "an embedding model" if both_ways else str(kind)[:80]
-        raise InputError(
-            f"--model_name {name}: only Gemma 3 models: its config.json names {model_kind}: give "
-            "google/medgemma-4b-pt, google/medgemma-27b-text-it or another Gemma 3"
-        )
+    if text.get("use_bidirectional_attention") in (True, "all"):  # "vision": of images alone
+        raise InputError(f"--model_name {name}: an embedding model: give one that writes text")
     if any(quantization is not None for quantization in quantizations):
         raise InputError(f"--model_name {name}: quantised already: give the original weights")
 
 
-@torch.no_grad()
-def draw_weights(model: PreTrainedModel) -> None:
-    """Replace the weights by fixed random ones, as a Gemma 3 has before training."""
-    generator = torch.Generator().manual_seed(0)
-    for weights in model.parameters():
-        values = torch.zeros(weights.shape)  # norms multiply by 1 + weight
-        if weights.ndim > 1:
-            values.normal_(0, model.config.initializer_range, generator=generator)
-        weights.copy_(values)
+def base_config(name: str, folder: Path) -> dict[str, Any]:
+    """Return the content of a base model's config.json."""
+    try:
+        config: dict[str, Any] = read_json(folder / "config.json")
+        if all(isinstance(part, dict) for part in (config, config.get("text_config") or {})):
+            return config
+    except (OSError, json.JSONDecodeError, AttributeError) as error:
+        raise InputError(f"--model_name {name}: no config.json of a model") from error
+    raise InputError(f"--model_name {name}: no config.json of a model")
+
+
+def base_type(name: str, revision: str | None = None) -> str:
+    """Return the ``model_type`` of a base model."""
+    return str(base_config(name, find_model(name, revision)).get("model_type"))[:80]
+
+
+def draw_model(config: Any, **options: Any) -> PreTrainedModel:
+    """Return a model with fixed random weights, as its kind has before training."""
+    with torch.random.fork_rng(devices=[]):  # drawn on the CPU, so that they are always the same
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
 
 
 def base_name(name: str) -> str:
@@ -225,6 +242,17 @@ def content_hash(folder: Path) -> str:
 @cache
 def _known_hash(path: Path, size: int, changed: int) -> str | None:
     return file_hash(path)
+
+
+def cache_width(config: Any) -> int:
+    """Return how many numbers of a token all layers keep: its keys and values."""
+    layers = [config.per_layer_config[k] for k in range(config.num_hidden_layers)]
+    heads = [layer.num_key_value_heads for layer in layers]
+    sizes = [
+        getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+        for layer in layers
+    ]
+    return 2 * sum(n * size for n, size in zip(heads, sizes, strict=True))
 
 
 def set_checkpointing(model: PreTrainedModel) -> None:

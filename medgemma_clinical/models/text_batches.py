@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +26,13 @@ from medgemma_clinical.models.trajectory_llm import (
     latest_states,
 )
 
-START, END = "<start_of_turn>", "<end_of_turn>"
-"""Tokens of a chat with Gemma."""
+MARK = "@prompt@"
+"""What stands for a user's or a model's words while a chat template is read."""
+
+FIXED_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}"
+"""Put before a chat template: no prompt depends on the day on which it is made.
+
+Source: Llama 3.2's template names this day where it knows none."""
 
 SPARE_TOKENS = 16
 """Tokens that a written report may have beyond the longest one of the data."""
@@ -98,7 +105,7 @@ class TextCollator:
 
     def _prompt(self, i: int, options: PromptOptions) -> str:
         prompt = self.dataset.prompt(i, options)
-        return prompt.strip() if self.before else prompt  # as Gemma's template does
+        return prompt.strip() if self.before else prompt  # as most templates do
 
     def _read_answers(self) -> list[list[int]]:
         labels = self.dataset.labels.astype(int).tolist()
@@ -176,17 +183,21 @@ def verdict_words(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[i
 def chat_turns(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]]:
     """Return the ids around a user's words and at an answer's end; none for a model of plain text.
 
-    Source: Gemma's formatting, https://ai.google.dev/gemma/docs/core/prompt-structure.
+    They are those of the tokenizer's template, without the first token of every input.
     """
     if not tokenizer.chat_template:
         return [], [], []
-    # Gemma's own turns: a tokenizer's chat template is a program, and is not run.
-    turns = [f"{START}user\n", f"{END}\n{START}model\n"]
-    before, behind = tokenizer(turns, add_special_tokens=False)["input_ids"]
-    start, end = tokenizer.convert_tokens_to_ids([START, END])
-    if [before[0], behind[0]] != [start, end] or tokenizer.unk_token_id in (start, end):
-        return [], [], []
-    return before, behind, [end]
+    chat = [{"role": role, "content": MARK} for role in ("user", "assistant")]
+    template = FIXED_DAY + tokenizer.get_chat_template()
+    options: dict[str, Any] = {"tokenize": False, "enable_thinking": False}  # the answer is short
+    render = partial(tokenizer.apply_chat_template, chat_template=template, **options)
+    before, mark, behind = render(chat[:1], add_generation_prompt=True).partition(MARK)
+    if not mark or MARK in behind:
+        raise ValueError("its chat template does not show a user's words once")
+    before = before.removeprefix(tokenizer.bos_token or "")
+    end = render(chat).rpartition(MARK)[2].strip()
+    ids = tokenizer([before, behind, end], add_special_tokens=False)["input_ids"]
+    return ids[0], ids[1], [i for i in ids[2][:1] if i != tokenizer.eos_token_id]
 
 
 def other_patients(split: Split, groups: NDArray[np.str_], seed: int) -> NDArray[np.int64]:

@@ -2,10 +2,12 @@
 
 Letters: B patients, L observations, H state, P soft tokens, T text tokens, S positions of the
 sequence <bos> [soft tokens] [text], D width of the LLM, V vocabulary, N answer tokens of a batch.
+Some models have no <bos>: soft tokens then come first.
 """
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, NotRequired
 
@@ -59,12 +61,12 @@ class DecoderInput(NamedTuple):
 
 
 class SoftPrompt(nn.Module):
-    """Turn states into tokens of the RMS of Gemma's scaled embeddings."""
+    """Turn states into tokens of the RMS of the language model's embeddings."""
 
     scale: Tensor
 
     def __init__(self, hidden_dim: int, width: int, scale: float) -> None:
-        """Project from ``hidden_dim`` to ``width``; ``scale`` is the RMS of scaled embeddings."""
+        """Project from ``hidden_dim`` to ``width``; ``scale`` is the RMS of embeddings."""
         super().__init__()
         self.linear = nn.Linear(hidden_dim, width)
         self.register_buffer("scale", torch.tensor(scale))
@@ -101,14 +103,15 @@ class TrajectoryLLM(nn.Module):
         llm: PreTrainedModel,
         *,
         tokens: int,
-        bos: int,
+        bos: int | None,
         verdict: tuple[int, int],
         adds_stage1: bool = True,
         residual_weight: float = 1.0,
     ) -> None:
-        """Join stage 1 (None: text alone), projection (None: no soft prompt) and a Gemma 3.
+        """Join stage 1 (None: text alone), projection (None: no soft prompt) and language model.
 
-        ``tokens`` is P, ``bos`` begins every input, ``verdict`` are the ids of yes and no.
+        ``tokens`` is P, ``bos`` (None: nothing) begins every input, ``verdict`` are the ids of yes
+        and no.
         """
         super().__init__()
         self.stage1 = stage1
@@ -144,13 +147,14 @@ class TrajectoryLLM(nn.Module):
         """Lay out <bos> [soft tokens] [text] without holes; ``left`` puts the padding in front."""
         embedding = self.llm.get_input_embeddings()
         text = embedding(batch["input_ids"])  # (B, T, D)
-        first = batch["input_ids"].new_full((len(text), 1), self.bos)
-        slots, masks = [embedding(first)], [torch.ones_like(first, dtype=torch.bool)]
+        begin = [] if self.bos is None else [self.bos]
+        first = batch["input_ids"].new_tensor([begin]).expand(len(text), -1)  # (B, 1 or 0)
+        slots, masks = [embedding(first.long())], [torch.ones_like(first, dtype=torch.bool)]
         if trajectory is not None and self.projection is not None:
             slots.append(self.projection(trajectory.states).to(text.dtype))
             masks.append(trajectory.mask)
         text_start = torch.cat(masks, dim=1).sum(dim=1)
-        mask = torch.cat([*masks, batch["text_mask"]], dim=1)  # (B, 1 + P + T)
+        mask = torch.cat([*masks, batch["text_mask"]], dim=1)  # (B, S + holes)
         lengths = mask.sum(dim=1)
         longest = int(lengths.max())
         # A stable sort moves the holes to one side and keeps the order of the rest.
@@ -169,7 +173,8 @@ class TrajectoryLLM(nn.Module):
         embeddings = sequence.embeddings
         # Causal attention never looks at padding behind the text. Without a mask sixteen bits take
         # flash attention; float32 would take plain products, and a longer text needs the window's.
-        within_window = embeddings.shape[1] <= self.llm.config.sliding_window
+        window = getattr(self.llm.config, "sliding_window", None) or math.inf
+        within_window = embeddings.shape[1] <= window
         unmasked = within_window and embeddings.dtype == torch.bfloat16
         with adapters_in(embeddings.dtype, embeddings.device):
             result = self.llm.get_decoder()(
@@ -220,17 +225,29 @@ class LLMClassifier(TrajectoryLLM):
         return Output(self.outcome.loss(logit[None], labels), len(labels), logit, offset)
 
 
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Return logits as a model whose configuration limits them does; others as they are."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
 def answer_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, boost: Tensor, importance: Tensor, yes: int
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    boost: Tensor,
+    importance: Tensor,
+    yes: int,
+    cap: float | None = None,
 ) -> Tensor:
     """Return the weighted cross-entropy (sum over N) of states (N, D) by ``lm_head`` (V, D).
 
-    ``boost`` (N,) is added to the logit of the id ``yes``, ``importance`` (N,) weighs each token.
+    ``boost`` (N,) is added to the logit of the id ``yes``, ``importance`` (N,) weighs each token,
+    ``cap`` limits the logits.
     """
 
     # Made twice, in chunks: all logits would be larger than all else that a step keeps.
     def chunk_loss(hidden: Tensor, targets: Tensor, boost: Tensor, importance: Tensor) -> Tensor:
-        logits = functional.linear(hidden, weight).float()  # (rows, V)
+        logits = capped(functional.linear(hidden, weight).float(), cap)  # (rows, V)
         logits[:, yes] += boost
         losses = functional.cross_entropy(logits, targets, reduction="none")
         return (importance * losses).sum()
@@ -249,8 +266,12 @@ class LLMWriter(TrajectoryLLM):
     def residual(self, states: Tensor) -> Tensor:
         """Return the log-odds of yes against no in states (B, D): (B,) float32."""
         words = self.llm.get_output_embeddings().weight[list(self.verdict)].float()  # (2, D)
-        yes, no = functional.linear(states, words).unbind(1)
+        yes, no = capped(functional.linear(states, words), self.cap()).unbind(1)
         return yes - no
+
+    def cap(self) -> float | None:
+        """Return the limit of the logits, None for none."""
+        return getattr(self.llm.config, "final_logit_softcapping", None)
 
     def forward(self, batch: TextBatch) -> Output:
         """Return the weighted cross-entropy (sum over N, zero without answers) and the log-odds."""
@@ -267,6 +288,7 @@ class LLMWriter(TrajectoryLLM):
             # It is one token among a hundred copied ones.
             torch.where(is_verdict, float(VERDICT_WEIGHT), 1.0),
             self.verdict[0],
+            self.cap(),
         )
         # Causal attention hides the report itself at the token before the verdict.
         residual = self.residual(at_verdict(hidden, text_start, batch))

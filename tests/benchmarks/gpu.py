@@ -2,6 +2,7 @@
 
     python tests/benchmarks/gpu.py
     python tests/benchmarks/gpu.py --toy            # two narrow layers, also without a GPU
+    python tests/benchmarks/gpu.py --toy --model_type qwen3          # of another type of model
 
 Needs no network and no weights: random ones in the shape of MedGemma-4B are written to a temporary
 folder (8 GB, TMPDIR says where). Each step runs in a process of its own, so that a fault of the
@@ -67,10 +68,11 @@ A function returns its result as text, and after it the findings."""
 
 
 class Plan(NamedTuple):
-    """What the steps share: a folder, and whether the models have two narrow layers."""
+    """What the steps share: a folder, whether the models have two narrow layers, their type."""
 
     folder: Path
     toy: bool = False
+    model_type: str = "gemma3_text"
 
 
 def attempt(step, plan, sender):
@@ -112,13 +114,16 @@ def run_apart(step, plan):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--toy", action="store_true", help="two narrow layers, also without a GPU")
+    parser.add_argument("--model_type", default="gemma3_text", help="with --toy: as in config.json")
     arguments = parser.parse_args(argv)
+    if not arguments.toy and arguments.model_type != "gemma3_text":
+        parser.error("--model_type needs --toy")
     if torch.version.cuda is None:  # once, not in each step
         for module in MODULES:
             importlib.import_module(module)
     lines, failed, found = ["| Step | Result | Measured |", "|---|---|---|"], [], []
     with tempfile.TemporaryDirectory() as folder:
-        plan = Plan(Path(folder), arguments.toy)
+        plan = Plan(Path(folder), arguments.toy, arguments.model_type)
         for name, step in STEPS.items():
             began = time.perf_counter()
             state, result, findings, trace = run_apart(step, plan)

@@ -16,6 +16,7 @@ from memory import MIB, SHAPES, text_config
 from transformers import Gemma3ForCausalLM
 
 import medgemma_trainer as trainer
+from decoders import save_decoder
 from medgemma_clinical.distributed import default_device, exact_kernels
 from medgemma_clinical.evaluation import metrics
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
@@ -80,6 +81,10 @@ def write_models(plan):
     data = plan.folder / "data.csv"
     pd.read_csv(SAMPLE, nrows=TOY_PATIENTS if plan.toy else PATIENTS).to_csv(data, index=False)
     shutil.copy(SAMPLE.with_suffix(".json"), data.with_suffix(".json"))
+    if plan.model_type != "gemma3_text":
+        for name in ("model", "shallow"):
+            save_decoder(plan.folder / name, plan.model_type)
+        return [f"two layers of {plan.model_type}"]
     narrow = {"vocab_size": VOCABULARY, **NARROW} if plan.toy else {}
     layers = 2 if plan.toy else SHAPES["4B"]["num_hidden_layers"]
     shallow = {"vocab_size": VOCABULARY, "sliding_window": WINDOW, **narrow}

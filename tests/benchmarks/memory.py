@@ -32,9 +32,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, Qwen3Config
 
+from medgemma_clinical.models.decoders import LORA_TARGETS
 from medgemma_clinical.models.language_model import (
     DTYPES,
-    LORA_TARGETS,
     quiet_libraries,
     set_checkpointing,
 )

@@ -19,9 +19,9 @@ from language_models import COMMIT, PUBLISHED, classifier_and_writer, edit_json,
 from medgemma_clinical.commands.several import VARIANTS, variant_arguments
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models import language_model
+from medgemma_clinical.models.decoders import LORA_TARGETS
 from medgemma_clinical.models.language_model import (
     DEMO_FOLDER,
-    LORA_TARGETS,
     base_record,
     find_model,
 )
@@ -176,13 +176,13 @@ FAULTS = {
     "a tokenizer of another class": lambda base: edit_json(
         base / "tokenizer_config.json", tokenizer_class="BertTokenizer"
     ),
-    "no padding": lambda base: edit_json(base / "tokenizer_config.json", pad_token=None),
+    "no end": lambda base: edit_json(base / "tokenizer_config.json", eos_token=None),
     "a tokenizer without the digit 2": lose_digit,
     "an adapter": save_adapter,
 }
 CONFIGS = [
-    {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
     {"model_type": "gemma3n"},
+    {"model_type": "gemma3", "text_config": ["words"]},
     {"model_type": None},
     {"model_type": ["gemma3"] * 99},
     {"use_bidirectional_attention": True},  # of an embedding model
@@ -202,7 +202,7 @@ def test_load__refuses_a_folder_without_a_whole_model(fault, base):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_load__refuses_another_architecture_in_a_folder_and_on_the_hub(config, base, cache):
+def test_load__refuses_what_it_cannot_train_in_a_folder_and_on_the_hub(config, base, cache):
     edit_json(base / "config.json", **config)
     put_into_cache(cache, "some/model", base)
     assert_refused(base)

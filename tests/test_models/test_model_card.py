@@ -17,6 +17,7 @@ from language_models import classifier_and_writer, data_of, llm_config, patients
 from medgemma_clinical import __version__
 from medgemma_clinical.models import checkpoints
 from medgemma_clinical.models.checkpoints import describe_data
+from medgemma_clinical.models.decoders import licence, terms_of
 from medgemma_clinical.models.model_card import (
     built_in_notice,
     built_in_sentence,
@@ -25,7 +26,7 @@ from medgemma_clinical.models.model_card import (
     shareable,
     weight_0_sentence,
 )
-from medgemma_clinical.models.terms import GEMMA_NOTICE, HAI_DEF_NOTICE, licence, terms_of
+from medgemma_clinical.models.terms import GEMMA_NOTICE, HAI_DEF_NOTICE
 from shared_metrics import metric, run_metrics
 
 HUB, FOLDER = {"base_sha256": None, "base_revision": "0" * 40}, {"base_sha256": "0" * 64}

@@ -1,6 +1,7 @@
 """Prompts and reports as tokens: batches, long prompts, chat turns, states known ahead."""
 
 import copy
+import shutil
 from itertools import chain
 
 import numpy as np
@@ -8,12 +9,20 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from language_models import CPU, PREFIX, classifier_and_writer, patients, plain_states
+from chat_templates import END, START, TEMPLATE, TEMPLATES
+from language_models import (
+    CPU,
+    PREFIX,
+    TINY_MODEL,
+    classifier_and_writer,
+    patients,
+    plain_states,
+)
 from medgemma_clinical.data.texts import WHOLE_PROMPT
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models import text_batches
 from medgemma_clinical.models.language_model import DEMO_FOLDER
-from medgemma_clinical.models.text_batches import END, START, TextCollator, other_patients
+from medgemma_clinical.models.text_batches import TextCollator, chat_turns, other_patients
 from medgemma_clinical.models.trajectory_llm import IGNORED
 from trajectories import dataset_of
 
@@ -98,14 +107,6 @@ def test_collator__a_long_prompt_loses_its_oldest_observations_and_nothing_else(
     assert collator(dataset, max_tokens=15, refuse_long=False).too_long == [0, 1, 2, 3]
 
 
-TEMPLATE = """{{ bos_token }}{% for message in messages -%}
-{{ '<start_of_turn>' + message['role'] + '\n' + message['content'] | trim }}<end_of_turn>
-{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""
-"""Gemma 3's own, without images, system prompts and its checks."""
-
-ENDLESS = 4 * "{% for i in range(99999) %}" + 4 * "{% endfor %}"
-
-
 def chat_tokenizer(template, *tokens):
     """The tokenizer with a chat template and further tokens."""
     tokenizer = copy.deepcopy(TOKENIZER)
@@ -129,15 +130,29 @@ def test_collator__an_instruction_tuned_model_reads_a_users_turn():
     assert max(map(len, cut.prompt_ids)) <= 60  # the turns count too
 
 
-def test_chat_turns__a_template_is_not_run_and_without_the_tokens_the_text_is_plain():
-    def turns(*words):
-        return text_batches.chat_turns(chat_tokenizer(*words))
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_chat_turns__are_those_of_the_template_and_of_no_day(name):
+    template, tokens, *turns, end = TEMPLATES[name]
+    tokenizer = chat_tokenizer(template, *tokens)
+    before, behind, ends = chat_turns(tokenizer)
+    assert [tokenizer.decode(ids) for ids in (before, behind)] == turns
+    assert ends == ([] if end is None else [tokenizer.convert_tokens_to_ids(end)])
+    assert {*tokenizer.convert_tokens_to_ids(tokens)} >= {*before[:1], *ends}, "whole tokens"
+    dataset = patients()
+    collate = collator(dataset, tokenizer, answers=True)
+    assert collate.answer_ids[3][-1] == (ends or [tokenizer.eos_token_id])[-1]
+    if template:
+        assert tokenizer.decode(collate.prompt_ids[3]) == dataset.prompt(3).strip().join(turns)
 
-    expected = turns(TEMPLATE, START, END)
-    assert all(expected)
-    assert turns(ENDLESS, START, END) == expected
-    for words in ([TEMPLATE], [TEMPLATE, START], [TEMPLATE, END], [None, START, END]):
-        assert turns(*words) == ([], [], [])
+
+@pytest.mark.parametrize(
+    "template", ["no turn", "{{ messages }}{{ messages }}", "{{ raise_exception('x') }}", "{{"]
+)
+def test_chat_turns__a_template_without_a_users_turn_is_refused_with_its_model(template, tmp_path):
+    folder = shutil.copytree(TINY_MODEL, tmp_path / "base")
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(InputError, match="--model_name"):
+        classifier_and_writer(folder)
 
 
 def test_encode__a_frozen_encoder_is_run_once_and_its_states_equal_fresh_ones(monkeypatch):
