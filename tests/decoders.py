@@ -21,6 +21,7 @@ from medgemma_clinical.models.language_model import DEMO_FOLDER
 from medgemma_clinical.models.trained_model import load_trained_model
 from medgemma_clinical.models.trajectory_llm import LLMWriter
 from medgemma_clinical.training.signals import Stopped
+from medgemma_clinical.training.state import read_state
 from stages import arguments, data_for, make_stage
 
 SIZES = {
@@ -135,7 +136,7 @@ def resume(case):
     with mock.patch.object(trainer, "step", stopping), contextlib.suppress(Stopped):
         trainer.fit(stage, 0, folder, save_every=1)
         raise AssertionError("was not stopped")
-    trainer.fit(stage := case.stage(), 0, folder, resume=True)
+    trainer.fit(stage := case.stage(), 0, folder, resume=read_state(folder / "last"))
     for name, weight in case.trained.trainable_parameters().items():
         assert torch.equal(stage.trainable_parameters()[name], weight), name
 

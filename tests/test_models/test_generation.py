@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from transformers import Gemma3TextConfig
 
 from language_models import body_inputs, classifier_and_writer, disturb_adapter, plain_sequence
 from medgemma_clinical.evaluation.report_review import review_report
@@ -108,10 +109,10 @@ def test_rows_at_once__count_what_torch_keeps_cached_and_the_bytes_of_a_number(
     for name, size in (("reserved", 70 * gib), ("allocated", 5 * gib)):
         monkeypatch.setattr(torch.cuda, f"memory_{name}", lambda _, size=size: size)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (gib, 79 * gib))
-    config = {"hidden_size": 2560, "num_hidden_layers": 34, "num_attention_heads": 10}
-    config |= {"num_key_value_heads": 4}  # heads of 256 numbers
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256}
+    config = Gemma3TextConfig(hidden_size=2560, num_hidden_layers=34, **heads)
     gpu = SimpleNamespace(device=torch.device("cuda"))
     model = SimpleNamespace(parameters=lambda: iter([gpu]), tokens=8)
-    model.llm = SimpleNamespace(config=SimpleNamespace(**config), dtype=dtype)
+    model.llm = SimpleNamespace(config=config, dtype=dtype)
     collate = SimpleNamespace(lengths=lambda: np.array([100, 692]))
     assert rows_at_once(model, collate, 300) == rows
