@@ -48,7 +48,7 @@ def save_blank(figure, place, **_):
 def quick(request):
     """Draw few samples and no figure: for a report both take longer than to train its model.
 
-    Each page is of the same day.
+    Each page is of the same day, and no file waits for the disk.
 
     A module that is about them has its own ``DRAWS``, and ``FIGURES = True``.
     """
@@ -56,10 +56,21 @@ def quick(request):
 
     figures = getattr(request.module, "FIGURES", False)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
         patch.setattr(metrics, "REPLICATES", getattr(request.module, "DRAWS", DRAWS))
         patch.setattr(updating, "DIVISIONS", 2)
         patch.setitem(report.PAGES.globals, "today", lambda: "2026-01-31")
         patch.setattr(Figure, "savefig", DRAW if figures else save_blank)
+        yield
+
+
+@pytest.fixture(scope="module")
+def blank_report():
+    """Let runs write an empty page: composing one takes longer than a small training."""
+    from medgemma_clinical.commands import results
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "write_report", lambda path, *_, **__: path.touch())
         yield
 
 
