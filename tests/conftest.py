@@ -1,5 +1,6 @@
 """Shared by all tests: no network, small data in the user's format, one run of each stage."""
 
+import contextlib
 import os
 import signal
 import tempfile
@@ -64,13 +65,12 @@ def quick(request):
         yield
 
 
-@pytest.fixture(scope="module")
-def blank_report():
-    """Let runs write an empty page: composing one takes longer than a small training."""
+@contextlib.contextmanager
+def blank_reports():
+    """Let runs write empty pages: composing one takes longer than a small training."""
     from medgemma_clinical.commands import results
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results, "write_report", lambda path, *_, **__: path.touch())
+    with mock.patch.object(results, "write_report", lambda path, *_, **__: path.touch()):
         yield
 
 
