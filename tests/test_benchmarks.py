@@ -33,7 +33,6 @@ from phrasings import TESTING, TRAINING, Patient, phrase
 from safetensors.torch import load_file
 
 import medgemma_trainer
-from conftest import blank_reports
 from dataset_format import MIMICtrajectoryDataset
 from language_models import TINY_MODEL
 from medgemma_clinical.evaluation import metrics
@@ -48,13 +47,11 @@ def short_main(words):
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    """Write no page, draw few bootstrap samples, train stage 1 for one epoch, start no process."""
+    """Draw few bootstrap samples, train stage 1 for one epoch, start no process."""
     monkeypatch.setattr(medgemma_trainer, "main", short_main)
     for module in (reading, rivals):
         monkeypatch.setattr(module, "ProcessPoolExecutor", lambda *_: nullcontext(PROCESS))
     monkeypatch.setattr(metrics, "REPLICATES", 10)
-    with blank_reports():
-        yield
 
 
 def test_stage1_rivals_risk_over_time_srtr(tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 import medgemma_trainer as trainer
-from conftest import SAMPLE
+from conftest import SAMPLE, whole_reports
 from language_models import TINY_MODEL
 from medgemma_clinical.commands import flags, python, results
 from medgemma_clinical.files import InputError
@@ -66,7 +66,8 @@ def test_fit__trains_the_model_of_the_command_and_leaves_no_file(runs, tmp_path,
 
 def test_fit__writes_the_files_of_the_command_for_the_owner_alone(runs, tmp_path):
     words = {**SHORT, "trajectory_epochs": 2}  # one epoch alone has no learning curve
-    fit_trajectory(runs / "train.csv", **words, output_dir=tmp_path / "run")
+    with whole_reports():
+        fit_trajectory(runs / "train.csv", **words, output_dir=tmp_path / "run")
     names = [
         {path.name for path in (*folder.glob("*.pt"), *(folder / "trajectory").rglob("*"))}
         for folder in (runs, tmp_path / "run")

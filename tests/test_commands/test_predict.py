@@ -15,7 +15,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 import medgemma_trainer as trainer
-from conftest import SAMPLE, blank_reports
+from conftest import SAMPLE
 from language_models import TINY_MODEL
 from medgemma_clinical.commands import predict, results
 from medgemma_clinical.data.overlap import TrainingPatients
@@ -294,7 +294,7 @@ def models(asked, tmp_path_factory):
     stage1 = ["--trajectory_only", "--trajectory_epochs", "2", "--encoder_lr", "0.05"]
     stage1 += ["--members", "2"]
     upon = [*TINY, "--ode_checkpoint", str(place / TRAJECTORY_FILE)]
-    with blank_reports(), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(results.decision, "fit_residual_weight", lambda *_: 0.5)
         for flags in (
             stage1,
