@@ -20,6 +20,7 @@ from medgemma_clinical.training.signals import SIGNALS
 from medgemma_clinical.training.state import describe_epochs
 from predicting import refused
 
+
 @pytest.fixture
 def data(dka_file, tmp_path):
     path = tmp_path / "data.csv"
