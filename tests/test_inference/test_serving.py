@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from language_models import (
     LENGTHS,
+    PREFIX,
     bring_code,
     classifier_and_writer,
     data_of,
@@ -32,7 +33,7 @@ from medgemma_clinical.inference.scoring import score_rows
 from medgemma_clinical.inference.serving import export_merged, merge_adapter, prompt_embeds
 from medgemma_clinical.models.checkpoints import MERGED_MODEL, save_llm
 from medgemma_clinical.models.generation import write_reports
-from medgemma_clinical.models.text_batches import TextCollator
+from medgemma_clinical.models.text_batches import TextCollator, soft_tokens
 from medgemma_clinical.models.trained_model import load_trained_model
 from medgemma_clinical.models.trajectory_llm import LLMWriter
 from merged_models import BUILDERS, llm_config, save_base, save_stage, spoil_merge
@@ -288,6 +289,18 @@ def prompts_of(trained, dataset, rows=ROWS, batch_size=32):
     scoring = ScoringRows(chosen.ids, positions, chosen, positions, len(rows))
     scores = score_rows(scoring, trained, Findings("patients"), batch_size)
     return prompt_embeds(scores, trained, batch_size)
+
+
+@torch.no_grad()
+def test_prompts_of_stage_2_are_what_the_model_reads_without_padding(run):
+    trained = load(run, "classification")
+    text = collator(trained)
+    for row, prompt in zip(ROWS, prompts_of(trained, patients(), batch_size=2), strict=True):
+        expected = plain_sequence(trained.model, text([row]), 0)[0]
+        tokens = soft_tokens(text.dataset, PREFIX)[row]
+        assert prompt.shape == expected.shape
+        assert len(prompt) == 1 + tokens + len(text.prompt_ids[row] + text.stem)
+        assert torch.allclose(prompt, expected, atol=1e-4)
 
 
 @torch.no_grad()
