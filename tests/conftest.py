@@ -1,7 +1,9 @@
 """Shared by all tests: no network, small data in the user's format, one run of each stage."""
 
+import contextlib
 import os
 import signal
+import sys
 import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports transformers
@@ -48,18 +50,33 @@ def save_blank(figure, place, **_):
 def quick(request):
     """Draw few samples and no figure: for a report both take longer than to train its model.
 
-    Each page is of the same day.
+    Each page is of the same day, and no file waits for the disk.
 
-    A module that is about them has its own ``DRAWS``, and ``FIGURES = True``.
+    A module that is about them has its own ``DRAWS``, ``FIGURES = True``, and ``REPORTS = True``
+    where runs write a whole report rather than an empty file.
     """
     from medgemma_clinical.evaluation import metrics, report, updating
 
     figures = getattr(request.module, "FIGURES", False)
+    results = sys.modules.get("medgemma_clinical.commands.results")  # not for tests of no run
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
         patch.setattr(metrics, "REPLICATES", getattr(request.module, "DRAWS", DRAWS))
         patch.setattr(updating, "DIVISIONS", 2)
         patch.setitem(report.PAGES.globals, "today", lambda: "2026-01-31")
         patch.setattr(Figure, "savefig", DRAW if figures else save_blank)
+        if results and not getattr(request.module, "REPORTS", False):
+            patch.setattr(results, "write_report", lambda path, *_, **__: path.touch())
+        yield
+
+
+@contextlib.contextmanager
+def whole_reports():
+    """Let runs write their reports."""
+    from medgemma_clinical.commands import results
+    from medgemma_clinical.evaluation.report import write_report
+
+    with mock.patch.object(results, "write_report", write_report):
         yield
 
 
@@ -162,7 +179,7 @@ def train_all(table, folder):
     text += [str(folder / "medgemma_trajectory_best.pt")]
     weight = mock.patch.object(decision, "fit_residual_weight", return_value=1.0)  # 0 hides faults
     draws = mock.patch.object(metrics, "REPLICATES", DRAWS)
-    with draws, weight:
+    with draws, weight, whole_reports():
         with mock.patch.object(Figure, "savefig", DRAW):
             assert trainer.main(["--trajectory_only", "--trajectory_epochs", "3", *words]) == 0
         for mode in STAGES[1:]:

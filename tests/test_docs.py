@@ -127,7 +127,7 @@ def test_commands_of_the_pages_parse(script):
 def test_pages_name_only_flags_that_exist(page):
     parsers = [p for script in PARSERS for p in (PARSERS[script], *commands_of(script).values())]
     known = {name for p in parsers for a in flags_of(p) for name in a.option_strings}
-    for script in (*ROOT.glob("tests/benchmarks/*.py"), ROOT / "tests" / "faults.py"):
+    for script in ROOT.glob("tests/benchmarks/*.py"):
         known |= {*re.findall(r"add(?:_argument)?\(\s*\"(--\w+)\"", text_of(script))}
     assert {*re.findall(r"(?<![\w-])--\w[\w-]*", text_of(page))} <= known | OTHER_PROGRAMS
 

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 
 import medgemma_trainer as trainer
-from conftest import SAMPLE
+from conftest import SAMPLE, whole_reports
 from language_models import TINY_MODEL
 from medgemma_clinical.commands import flags, logs, results
 from medgemma_clinical.files import InputError
@@ -69,7 +69,8 @@ def test_fit__trains_the_model_of_the_command_and_leaves_no_file(runs, tmp_path,
 
 def test_fit__writes_the_files_of_the_command_for_the_owner_alone(runs, tmp_path):
     words = {**SHORT, "trajectory_epochs": 2}  # one epoch alone has no learning curve
-    fit_trajectory(runs / "train.csv", **words, output_dir=tmp_path / "run")
+    with whole_reports():
+        fit_trajectory(runs / "train.csv", **words, output_dir=tmp_path / "run")
     names = [
         {path.name for path in (*folder.glob("*.pt"), *(folder / "trajectory").rglob("*"))}
         for folder in (runs, tmp_path / "run")
@@ -143,9 +144,9 @@ def test_fit__stage_1_refuses_the_keywords_of_other_stages_and_all_are_in_the_si
 def test_fit__shows_a_bar_with_the_score_of_the_last_epoch_on_a_terminal(rows, capsys, monkeypatch):
     for shown in (True, False):
         monkeypatch.setattr(sys.stderr, "isatty", lambda shown=shown: shown)
-        fit_trajectory(rows, trajectory_epochs=20, patience=20)
+        fit_trajectory(rows, trajectory_epochs=3)
         text = capsys.readouterr().err
-        assert ("/20:" in text, "val loss " in text) == (shown, shown)
+        assert ("/3:" in text, "val loss " in text) == (shown, shown)
 
 
 def test_fit__takes_an_encoder_as_a_model_or_where_it_lies(runs, tmp_path):

@@ -5,11 +5,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 
+import joblib
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,6 +18,7 @@ from scipy.special import expit
 from sklearn.metrics import recall_score, roc_auc_score
 
 import medgemma_trainer as trainer
+from conftest import whole_reports
 from dataset_format import MIMICtrajectoryDataset
 from language_models import TINY_MODEL
 from medgemma_clinical.commands import folds, several
@@ -33,7 +34,6 @@ from medgemma_clinical.evaluation.decision import (
     youden_threshold,
 )
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
-from medgemma_clinical.provenance import ROOT
 from medgemma_clinical.training.state import LOSS_TOLERANCE, describe_selection, read_state
 from medgemma_trainer import TrajectoryModel, cross_validate
 from pages import Page
@@ -76,7 +76,8 @@ def run(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("folds")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(folds.joblib, "cpu_count", lambda: 1)
-        assert trainer.main(command(data, folder, f"--folds={K}", "--final")) == 0
+        with whole_reports():
+            assert trainer.main(command(data, folder, f"--folds={K}", "--final")) == 0
     return folder
 
 
@@ -202,9 +203,10 @@ def test_a_fold_that_is_held_out_changes_nothing_that_the_others_teach(run, data
 # --------------------------------------------------------------------------- processes, stops
 
 
-@pytest.mark.slow
 def test_two_processes_find_to_the_bit_what_one_does(run, data, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(folds.joblib, "cpu_count", lambda: 2)
+    forked = joblib.parallel_config("multiprocessing")  # a new interpreter imports for 6 s
+    monkeypatch.setattr(folds.joblib, "parallel_config", lambda *_, **__: forked)
     assert trainer.main(command(data, tmp_path)) == 0
     shown = [line for line in capfd.readouterr().out.splitlines() if line.startswith("fold ")]
     assert sorted(line.split(":")[0] for line in shown) == [f"fold {k}" for k in range(K)]
@@ -215,19 +217,32 @@ def test_two_processes_find_to_the_bit_what_one_does(run, data, tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_a_signal_ends_the_processes_of_the_folds_which_keep_their_states(data, tmp_path):
+def test_a_signal_ends_the_processes_of_the_folds_which_keep_their_states(
+    data, tmp_path, monkeypatch
+):
     words = [*command(data, tmp_path), "--trajectory_epochs=10000", "--patience=10000"]
-    program = [sys.executable, str(ROOT / "medgemma_trainer.py"), *words]
-    environment, pipe = {**os.environ, "LOKY_MAX_CPU_COUNT": "2"}, subprocess.PIPE
-    with subprocess.Popen(program, env=environment, stdout=pipe, stderr=pipe, text=True) as running:
-        place, began = tmp_path / "folds_trajectory", time.monotonic()
-        while len([*place.glob("fold_*/trajectory/history.jsonl")]) < 2:
-            assert running.poll() is None, running.stderr.read()
-            assert time.monotonic() < began + 300
-            time.sleep(0.1)
-        running.terminate()
-        _, error = running.communicate(timeout=60)  # its pipes are open while a process lives
-    assert running.returncode == 143
+    monkeypatch.setattr(folds.joblib, "cpu_count", lambda: 2)
+    receiver, sender = os.pipe()
+    if (child := os.fork()) == 0:
+        code = 99
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            os.dup2(sender, 2)
+            os.close(sender)
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            code = trainer.main(words)
+        finally:
+            os._exit(code)
+    os.close(sender)
+    place, began = tmp_path / "folds_trajectory", time.monotonic()
+    while len([*place.glob("fold_*/trajectory/history.jsonl")]) < 2:
+        assert os.waitpid(child, os.WNOHANG) == (0, 0)
+        assert time.monotonic() < began + 300
+        time.sleep(0.1)
+    os.kill(child, signal.SIGTERM)
+    with os.fdopen(receiver) as pipe:
+        error = pipe.read()  # it is open while a process lives
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
     assert error.startswith("error: interrupted: ")
     assert len(error.splitlines()) == 1
     for k in (0, 1):

@@ -116,11 +116,8 @@ def test_what_few_training_patients_have_changes_nothing_in_any_row(few):
     [
         (many(), many(), {"seed": 1, "max_len": 2}),  # the same file: by row number
         (many(**NAMED), many(**NAMED).replace("0h", "1h", regex=True).head(50), {"seed": 1}),
-        (many(), many(**NOTES), {"seed": 1}),
         (many(**NAMED), many(**NAMED), {"most": 30}),
-        (many(), many().head(50), {}),
         (many(), many().sample(frac=1, random_state=0, ignore_index=True), {}),
-        (many(**NAMED), many(), {"seed": 1}),
         (many(), many(**NAMED), {"seed": 1}),
     ],
 )

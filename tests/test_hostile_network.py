@@ -1,4 +1,4 @@
-"""No stage opens a connection or asks for a name; an import sets no telemetry variable."""
+"""No stage opens a connection or asks for a name; a run sends nothing about the user."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from language_models import save_text_checkpoint
 ROOT = Path(__file__).parent.parent
 
 GUARDED = """
-import os, re, socket, sys
+import os, re, socket, sys, time
 
 def guard(place, name):
     def refuse(*arguments, **_):
@@ -62,15 +62,25 @@ for words in (
 ):
     assert trainer.main(words) == 0, words
 print("attempts:", seen)
+
+time.sleep = lambda _: None  # no waiting
+for words in (["--trajectory_only", "--data_path", "no.csv"], ["--data_path", data]):
+    assert trainer.main(words) == 2, words
+assert seen, "the gated model was asked for"
+assert huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY
+assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
 """
 
 
 def test_all_stages_prediction_and_export_use_no_network(tmp_path):
+    """After them a picture that is no table, and the gated model at a hub that is not reached."""
+    (tmp_path / "no.csv").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
     model = save_text_checkpoint(tmp_path / "model")
     data = tmp_path / "data.csv"
     data.write_bytes(b"".join(SAMPLE.read_bytes().splitlines(keepends=True)[:151]))
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment |= {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "cache")}
+    environment["HF_ENDPOINT"] = "http://127.0.0.1:9"
     words = [str(path) for path in (data, model, tmp_path / "run")]
     done = subprocess.run(
         [sys.executable, "-c", GUARDED, *words],
@@ -80,4 +90,9 @@ def test_all_stages_prediction_and_export_use_no_network(tmp_path):
         env=environment,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines()[-1] == "attempts: []"
+    assert "attempts: []" in done.stdout.splitlines()
+    first, second = done.stderr.splitlines()[-2:]
+    assert "no.csv" in first
+    assert "--model_name" in second
+    assert "127.0.0.1" not in done.stdout
+    assert not list(tmp_path.glob("checkpoints*"))

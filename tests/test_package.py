@@ -13,7 +13,7 @@ from importlib.metadata import packages_distributions
 import pytest
 
 from medgemma_clinical import __version__
-from medgemma_clinical.models.language_model import DEMO_FOLDER
+from medgemma_clinical.commands.demo import SAMPLE_DATA
 from medgemma_clinical.provenance import ROOT, TOP_LEVEL
 
 PARTS = (*TOP_LEVEL, "pyproject.toml", "requirements.txt", "README.md", "LICENSE")
@@ -41,25 +41,24 @@ def installed(tmp_path_factory):
     return folder / "venv" / "bin"
 
 
-def run(command, folder):
-    options = {"env": {**os.environ, "PYTHONPATH": ""}, "stdout": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=folder, **options)
+def beside_code(package):
+    """Return the paths within a package of all files but code, and of the docs the pages alone."""
+    files = {path.relative_to(package) for path in package.rglob("*") if path.is_file()}
+    return {path for path in files if path.suffix not in (".py", ".pyc", ".ipynb")}
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_all_that_the_demo_needs(installed, tmp_path):
-    code = "from medgemma_trainer import TrajectoryModel; import medgemma_clinical as p; print(p)"
-    assert str(installed.parent) in run([installed / "python", "-c", code], tmp_path).stdout.read()
-    (writer,) = installed.parent.glob("lib/*/site-packages/medgemma_clinical/sample/writer")
-    assert {path.name for path in writer.iterdir()} == {p.name for p in DEMO_FOLDER.iterdir()}
-    program = installed / "medgemma-clinical"
-    version = run([program, "--version"], tmp_path).stdout.read()
-    assert version == f"medgemma-clinical {__version__}\n"
-    with run([program, "--demo", "--output_dir", "demo"], tmp_path) as demo:
-        assert any("$ medgemma-clinical --mode classification" in line for line in demo.stdout)
-        demo.kill()  # after stage 1
-    assert (tmp_path / "demo" / "trajectory" / "report.html").is_file()
-    known = json.loads((tmp_path / "demo" / "trajectory" / "run.json").read_text())
+def test_the_program_of_the_wheel_trains_on_the_sample_and_all_else_is_there_too(
+    installed, tmp_path
+):
+    (package,) = installed.parent.glob("lib/*/site-packages/medgemma_clinical")
+    assert beside_code(package) == beside_code(ROOT / "medgemma_clinical")
+    words = ["--trajectory_only", "--data_path", package / "sample" / SAMPLE_DATA.name]
+    words += ["--output_dir", "run", "--max_samples", "100", "--trajectory_epochs", "1"]
+    environment = {**os.environ, "PYTHONPATH": ""}
+    command = [installed / "medgemma-clinical", *words]
+    subprocess.run(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, check=True)
+    known = json.loads((tmp_path / "run" / "trajectory" / "run.json").read_text())
     assert (known["versions"]["medgemma-clinical"], known["git_commit"]) == (__version__, None)
 
 

@@ -8,16 +8,16 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from matplotlib.figure import Figure
 
 import medgemma_trainer as trainer
-from conftest import save_blank, sign_table
+from conftest import sign_table
 from faults import result_of
 from language_models import TINY_MODEL
 from medgemma_clinical import distributed
@@ -66,8 +66,11 @@ def die(patch):
     patch.setattr(trainer, "step", killed)
 
 
-def fork(folder, *runs, prepare=lambda patch: None):
-    """Do runs one after the other in two processes without a launcher; return codes and errors."""
+def fork(folder, *runs, prepare=lambda patch: None, launched=({}, {})):
+    """Do runs one after the other in two processes; return codes and errors.
+
+    ``launched``: what a launcher sets for each beside its number and the place to meet.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -78,7 +81,8 @@ def fork(folder, *runs, prepare=lambda patch: None):
             codes = [99]
             try:
                 own = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-                os.environ |= {**own, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+                os.environ |= {**launched[rank], **own}
                 sys.stderr = paths[rank].open("w", buffering=1)
                 AcceleratorState._reset_state(reset_partial_state=True)
                 distributed.processes.cache_clear()
@@ -90,19 +94,21 @@ def fork(folder, *runs, prepare=lambda patch: None):
     return codes, [path.read_text() for path in paths]
 
 
-def launch(folder, words):
-    """Let accelerate launch this file as the docs say; return what was printed."""
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """What accelerate, launched as the docs say, sets in the environment of two processes."""
+    folder = tmp_path_factory.mktemp("launched")
     page = (ROOT / "medgemma_clinical" / "docs" / "training.md").read_text()
     (shown,) = re.findall(r"^```yaml\n(.+?)^```", page, re.MULTILINE | re.DOTALL)
     (folder / "ddp.yaml").write_text(shown)
+    code = "import json, os; open(os.environ['RANK'], 'w').write(json.dumps({**os.environ}))"
+    (folder / "program.py").write_text(code)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "ddp.yaml"]
-    command += ["--num_processes", "2", "--main_process_port", "0", __file__, *words]
+    command += ["--num_processes", "2", "--main_process_port", "0", "program.py"]
     # A precision in accelerate's own configuration must not change the model's.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_MIXED_PRECISION": "bf16"}
-    options = {"env": environment, "capture_output": True, "text": True, "timeout": 600}
-    done = subprocess.run(command, cwd=folder, check=False, **options)
-    assert done.returncode == 0, done.stderr[-9000:]  # the cause stands above the launcher's words
-    return done.stdout
+    environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": "bf16"}
+    subprocess.run(command, cwd=folder, check=True, env=environment, capture_output=True)
+    return [json.loads((folder / str(rank)).read_text()) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
@@ -140,10 +146,16 @@ def test_a_run_of_which_a_process_died_resumes_to_the_same_result(place):
     assert one == two
 
 
-def test_two_processes_equal_one(place, monkeypatch):
+def test_two_processes_equal_one(place, launched, monkeypatch, capfd):
     """They skip the step together of which one has no loss."""
-    out = launch(place, words_for(place, "2", f"{WATCHED} --batch_size 2"))
-    assert out.count("epoch 1/") == 1, "one of several processes speaks"
+    for rank, environment in enumerate(launched):
+        own = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+        assert own.items() <= environment.items()
+    of_accelerate = [{k: x for k, x in each.items() if "ACCELERATE" in k} for each in launched]
+    words = words_for(place, "2", f"{WATCHED} --batch_size 2")
+    prepare = partial(watch, place)
+    assert fork(place, words, prepare=prepare, launched=of_accelerate)[0] == [0, 0]
+    assert capfd.readouterr().out.count("epoch 1/") == 1, "one of several processes speaks"
     watch(place, monkeypatch)
     assert trainer.main(words_for(place, "1", f"{WATCHED} --batch_size 4")) == 0
     one, two = (torch.load(place / f"{k}.pt") for k in (1, 2))
@@ -160,13 +172,6 @@ def test_two_processes_equal_one_in_stage_1_too(place):
     assert fork(place, words_for(place, "pair", f"{STAGE_1} --batch_size 4"))[0] == [0, 0]
     assert trainer.main(words_for(place, "single", f"{STAGE_1} --batch_size 8")) == 0
     assert_same_results(*(place / name / "trajectory" for name in ("single", "pair")))
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    (patch := pytest.MonkeyPatch()).setattr(Figure, "savefig", save_blank)
-    watch(".", patch)
-    sys.exit(trainer.program())
 
 
 def test_a_worker_ends_when_its_parent_is_killed():

@@ -208,7 +208,8 @@ def test_a_run_resumes_with_its_steps_cut_otherwise(
 
 
 def test_a_sample_of_the_fault_trials_ends_well():
-    assert faults.main(["--trials", "1", "--stages", "trajectory"]) == 0
+    kinds = ["killed at a write", "disk full"]
+    assert faults.main(["--trials", "1", "--stages", "trajectory", "--kinds", *kinds]) == 0
 
 
 def test_another_command_or_other_data_are_refused_and_nothing_changes(

@@ -7,10 +7,11 @@ import pandas as pd
 import pytest
 
 import medgemma_trainer as trainer
+from medgemma_clinical.evaluation import baselines
 from stages import arguments
 from trajectories import LABEL, SERIES
 
-ROWS, TRAIN, VAL = 700, 440, 80
+ROWS, TRAIN, VAL = 560, 360, 60
 SECOND = "trajectory_lactate [mmol/L]"
 
 
@@ -53,6 +54,12 @@ def stage_1_auroc(data, folder, *flags):
     assert trainer.main(words) == 0
     figures = json.loads((folder / "trajectory" / "metrics.json").read_text())
     return float(figures["test"]["auroc"]["value"])
+
+
+@pytest.fixture(autouse=True)
+def not_tuned(monkeypatch):
+    """Search no settings of baselines, which takes longer than to train the model."""
+    monkeypatch.setattr(baselines, "MIN_TUNED", ROWS)
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ WORDS = ["--trajectory_only", "--dataset", "srtr", "--log_file", "none"]
 
 
 def test_stage_1__learns_what_meld_decides(tmp_path):
-    folder = write_folder(tmp_path / "saf", *random_tables(500, "liver", seed=11))
-    words = [*WORDS, "--organ", "liver", "--data_dir", str(folder), "--trajectory_epochs", "4"]
+    folder = write_folder(tmp_path / "saf", *random_tables(300, "liver", seed=11))
+    words = [*WORDS, "--organ", "liver", "--data_dir", str(folder), "--trajectory_epochs", "6"]
     assert medgemma_trainer.main([*words, "--output_dir", str(tmp_path)]) == 0
     metrics = json.loads((tmp_path / "trajectory" / "metrics.json").read_text())
     assert metrics["test"]["auroc"]["value"] > 0.9

@@ -1,10 +1,5 @@
 """TrajectoryClassifier: scikit-learn's own checks, its tools on a DataFrame, its parameters."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import joblib
 import numpy as np
 import pandas as pd
@@ -19,7 +14,7 @@ from conftest import SAMPLE
 from medgemma_clinical.files import InputError
 from medgemma_trainer import TrajectoryClassifier, fit_trajectory
 
-ROOT, LABEL = Path(trainer.__file__).parent, "label_escalation"
+LABEL = "label_escalation"
 
 
 class OfArrays(TrajectoryClassifier):
@@ -43,7 +38,7 @@ class OfArrays(TrajectoryClassifier):
 
 def test_scikit_learns_checks_pass_but_for_those_that_it_skips(monkeypatch):
     monkeypatch.setattr("medgemma_clinical.data.trajectories.MIN_CELL", 1)  # some fit six rows
-    estimator = OfArrays(trajectory_epochs=4, encoder_lr=2e-2, allow_duplicates=True)
+    estimator = OfArrays(trajectory_epochs=2, encoder_lr=5e-2, allow_duplicates=True)
     results = check_estimator(estimator, on_skip=None, on_fail=None)
     assert len(results) > 40
     assert [x["check_name"] for x in results if x["status"] not in ("passed", "skipped")] == []
@@ -77,12 +72,8 @@ def test_fit__trains_stage_1_of_the_same_flags_and_writes_nothing(
     np.testing.assert_array_equal(own.predict_proba(rows), stage_1.predict_proba(rows))
     assert not list(tmp_path.iterdir())
     joblib.dump(own, "model.joblib")
-    rows.to_csv("rows.csv", index=False)
-    code = "import joblib, pandas; model = joblib.load('model.joblib')\n"
-    code += "print(model.predict_proba(pandas.read_csv('rows.csv'))[:, 1].sum())"
-    options = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "text": True}
-    elsewhere = subprocess.check_output([sys.executable, "-c", code], **options)
-    assert float(elsewhere) == pytest.approx(own.predict_proba(rows)[:, 1].sum(), rel=1e-6)
+    again = joblib.load("model.joblib")
+    np.testing.assert_array_equal(again.predict_proba(rows), own.predict_proba(rows))
     own.fit(rows).model_.save_pretrained(tmp_path / "kept")
     with pytest.raises(ValueError, match="not tested"):
         own.model_.results()

@@ -3,6 +3,7 @@
 import json
 import logging
 import shlex
+import sys
 
 import pytest
 
@@ -32,7 +33,15 @@ def finish(args):
     return 0
 
 
-def test_the_three_commands_that_are_shown_are_run(tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("name", "program"),
+    [
+        ("medgemma_trainer.py", "python medgemma_trainer.py"),
+        ("bin/medgemma-clinical", "medgemma-clinical"),
+    ],
+)
+def test_the_three_commands_that_are_shown_are_run(name, program, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [name])
     caplog.set_level(logging.INFO)
     made, encoder = [], tmp_path / TRAJECTORY_FILE
     args = arguments(tmp_path, "--seed", "4")
@@ -40,7 +49,7 @@ def test_the_three_commands_that_are_shown_are_run(tmp_path, caplog):
     stages = [(own.trajectory_only, own.mode, own.ode_checkpoint) for own in made]
     expected = [("classification", encoder), ("generative", encoder)]
     assert stages == [(True, "classification", None), *((False, *each) for each in expected)]
-    shown = [text.split("medgemma_trainer.py ")[1] for text in caplog.messages if "$" in text]
+    shown = [text.split(f"$ {program} ")[1] for text in caplog.messages if "$" in text]
     for own, words in zip(made, map(shlex.split, shown), strict=True):
         assert (own.demo, own.data_path, own.quantization) == (False, SAMPLE_DATA, "none")
         assert own.show_values, "the sample is open data"

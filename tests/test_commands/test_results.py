@@ -27,6 +27,7 @@ from pages import Page
 from predicting import MARKER, STAGES, VALUES, predicted, write_data
 from stages import arguments, data_for, make_stage, patients, stage_of_patients
 
+REPORTS = True
 PARTS = {"val": "validation", "test": "test"}
 STAGE_1 = STAGE_NAMES["trajectory"]
 

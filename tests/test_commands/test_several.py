@@ -60,6 +60,7 @@ def unbegun(monkeypatch):
     for name in ("given_stage1", "run_data", "run_record"):
         monkeypatch.setattr(run_folder, name, lambda *_: None)
     monkeypatch.setattr(run_folder, "progress_in", lambda folder, facts: "none")
+    monkeypatch.setattr(several, "reset_peak_memory", lambda: None)  # collects garbage
 
 
 def results_of(path):

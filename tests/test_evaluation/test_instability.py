@@ -77,7 +77,7 @@ def page_of(root, repeats, rows=None, **options):
     return write_page(root, rows, content, folder=root, **options)
 
 
-def test_the_page_states_the_measures_and_that_they_are_a_lower_bound(tmp_path, figures):
+def test_the_page_states_the_measures_and_that_they_are_a_lower_bound(tmp_path):
     table = make_repeats(make_rows())
     page, expected = Page(page_of(tmp_path, (table, EACH))), by_pandas(table, EACH)
     text = page.text.replace("\N{NO-BREAK SPACE}", " ")
@@ -107,7 +107,7 @@ def test_the_page_states_the_measures_and_that_they_are_a_lower_bound(tmp_path, 
     assert "Instability" not in page_of(tmp_path, None)
 
 
-def test_small_counts_and_single_rows_are_hidden(tmp_path, figures):
+def test_small_counts_and_single_rows_are_hidden(tmp_path):
     rows = make_rows()
     table = make_repeats(rows, spread=0)
     few = (rows[MODEL] > 0.3).to_numpy().nonzero()[0][:7]

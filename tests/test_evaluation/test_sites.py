@@ -125,8 +125,11 @@ def test_the_page_shows_each_site_and_hides_small_counts(min_cell, tmp_path):
     hidden = written["n"].astype(str).str.contains("[a-z]")
     assert written.loc[hidden, ["prevalence", "risk", "auroc", "oe"]].isna().all(axis=None)
     assert (tmp_path / "figures" / "sites.svg").exists()
-    alone = make_content(700, sites=np.arange(700).astype(str))
-    assert "Nothing is pooled" in Page(write_page(tmp_path, rows, alone)).text
+
+
+def test_sites_of_one_patient_each_are_not_pooled(tmp_path):
+    alone = make_content(60, sites=np.arange(60).astype(str))
+    assert "Nothing is pooled" in Page(write_page(tmp_path, make_rows(60), alone)).text
 
 
 @pytest.mark.parametrize("count", [3, 4])

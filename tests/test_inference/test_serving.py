@@ -109,7 +109,7 @@ def test_merged_weights_are_the_base_plus_the_adapter_to_the_bit(kind, base, tmp
 
 @pytest.mark.parametrize(
     ("kind", "stage_name"),
-    [*((kind, "generative") for kind in KINDS), ("float32", "classification")],
+    [*((kind, "generative") for kind in [*KINDS][:3]), ("float32", "classification")],
 )
 def test_the_exported_model_computes_what_the_trained_one_computes(
     kind, stage_name, base, out, tmp_path
@@ -139,7 +139,7 @@ def test_a_model_of_text_alone_is_exported(base, out, tmp_path):
 # ------------------------------------------------------------------------------- the folder
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["float32", "NF4 in bfloat16"])
 def test_the_folder_is_an_ordinary_one_of_transformers_and_names_nobody(kind, base, stages, out):
     export_merged(stages[kind], out, BUILDERS)
     files = {"config.json", "generation_config.json", "model.safetensors", "NOTICE"}
@@ -193,7 +193,7 @@ def test_of_a_multimodal_base_with_code_the_language_model_alone_is_written(out,
 @pytest.mark.parametrize(
     ("fault", "kind"),
     [
-        *(("a matrix is negated", kind) for kind in ("float32", "bfloat16", "NF4 in bfloat16")),
+        *(("a matrix is negated", "float32"), ("a matrix is negated", "bfloat16")),
         *(("the adapter is lost", "float32"), ("the adapter is lost", "NF4 in bfloat16")),
         *(("the head is no longer tied", "bfloat16"), ("not a number", "float32")),
     ],

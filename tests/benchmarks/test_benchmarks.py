@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import encoder
@@ -29,7 +30,6 @@ import stage1
 import startup
 import torch
 import train_writer
-from matplotlib.figure import Figure
 from phrasings import TESTING, TRAINING, Patient, phrase
 from safetensors.torch import load_file
 
@@ -49,12 +49,11 @@ def short_main(words):
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    """Draw no plots and few bootstrap samples, train stage 1 for one epoch, start no process."""
+    """Draw few bootstrap samples, train stage 1 for one epoch, start no process."""
     monkeypatch.setattr(medgemma_trainer, "main", short_main)
     for module in (reading, rivals):
         monkeypatch.setattr(module, "ProcessPoolExecutor", lambda *_: nullcontext(PROCESS))
     monkeypatch.setattr(metrics, "REPLICATES", 10)
-    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
 
 
 def test_stage1_rivals_risk_over_time_srtr(tmp_path, monkeypatch, capsys):
@@ -63,12 +62,12 @@ def test_stage1_rivals_risk_over_time_srtr(tmp_path, monkeypatch, capsys):
     parts = pd.read_csv(data)["split"].value_counts().to_dict()
     assert parts == {"train": 75, "test": 53, "val": 22}
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")
-    stage1.main(["--data", data, "--folds", "2"])
+    stage1.main(["--data", data, "--folds", "2", "--members", "2"])
     rivals.main(["--data", data, "--seeds", "1", "--models", "stage 1", "--epochs", "1"])
     risk_over_time.main(["--data", data])
     srtr.main(["--rows", "300"])
     out = capsys.readouterr().out
-    for word in ("with stage 1, 5", "seconds per epoch", "calibration_slope", "last MELD"):
+    for word in ("with stage 1, 2", "seconds per epoch", "calibration_slope", "last MELD"):
         assert word in out
 
     # PyPOTS goes on in silence when training fails, here after the first epoch.
@@ -140,7 +139,8 @@ def test_physionet2012(tmp_path, capsys):
         assert out.count(model) == 3  # the fold, and AUROC and AUPRC of all
 
 
-def test_phrasings_do_not_depend_on_the_label(tmp_path, capsys):
+def test_phrasings_do_not_depend_on_the_label(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(phrasings, "search", lambda model, *_: model)
     words = ["--rows", "90", "--seeds", "1", "--model_name", TINY_MODEL, "--epochs", "1"]
     phrasings.main(["--out", str(tmp_path), *words])
     assert phrasings.TRUE_SERIES in capsys.readouterr().out
@@ -167,6 +167,7 @@ def test_phrasing_tells_each_value_and_no_wrong_one(phrasing):
 
 def test_train_writer(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_writer, "ROWS", 4)
+    monkeypatch.setattr(train_writer, "check", partial(train_writer.check, tables=1))
     words = ["--out", str(tmp_path), "--steps", "2"]
     train_writer.main(words)
     first, *_, last = capsys.readouterr().out.splitlines()

@@ -1,7 +1,7 @@
 """Stop runs in every way, resume them, and compare with the undisturbed run.
 
 Usage:
-    python tests/faults.py --trials 100            # each of the three stages, each kind of fault
+    python tests/benchmarks/faults.py --trials 100  # each of the three stages, each kind of fault
 
 A run is a forked process of its own. It is killed at a random time or at one of its writes (counted
 by an audit hook, waits for the disk included), loses the disk, or gets signals. Afterwards
@@ -16,7 +16,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,8 +24,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[1:1] = [str(ROOT), str(ROOT / "tests")]
 
 import pandas as pd  # noqa: E402  (the threads are set before)
 import torch  # noqa: E402
@@ -48,32 +47,6 @@ STAGES = {
 KINDS = ("killed at a write", "killed at any time", "disk full", "signals")
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
-
-PROGRAM = """
-import os, pathlib, signal, sys
-sys.path.insert(0, {root!r})
-import torch
-torch.set_num_threads(1)
-from language_models import TINY_MODEL
-import medgemma_trainer as trainer
-{before}
-sys.exit(trainer.program())
-"""
-
-
-def launch(processes, words, folder, before=""):
-    """Start the program in so many processes, each of which runs the Python ``before`` first."""
-    program = folder / "program.py"
-    program.write_text(PROGRAM.format(root=str(ROOT), before=before))
-    command = [sys.executable]
-    if processes > 1:
-        # What accelerate launch does for several GPUs; for CPUs it would need mpirun.
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-        command += [str(processes)]
-    # A precision in accelerate's own configuration must not change the model's.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_MIXED_PRECISION": "bf16"}
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*command, str(program), *words], env=environment, **options)
 
 
 def result_of(folder, stage):
