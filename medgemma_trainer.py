@@ -283,6 +283,7 @@ def build_parser() -> Parser:
     add("--adapter_lr", "learning rate of the LoRA adapter", type=RATE, default=2e-4)
     add("--lora_rank", "LoRA r", type=number(int, *checkpoints.LORA_RANK), default=8)
     add("--lora_alpha", "LoRA alpha", type=POSITIVE, default=16)
+    switch("--compile_layers", "fuse the operations of each layer by torch.compile")
     add("--lora_dropout", "LoRA dropout", type=number(float, 0, 0.99), default=0.05)
 
     group = parser.add_argument_group("output")
@@ -506,6 +507,8 @@ def llm_stage(
     text.donors = donors
     if args.gradient_checkpointing:
         language_model.set_checkpointing(model.llm)
+    if args.compile_layers:
+        language_model.compile_layers(model.llm)
     if isinstance(model, LLMWriter):
         config["report_tokens"] = text.report_tokens()
     elif not model.adds_stage1:

@@ -262,6 +262,12 @@ def set_checkpointing(model: PreTrainedModel) -> None:
     getattr(model, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
 
 
+def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
+    """Compile each decoder layer, for batches of any length; the last bits change."""
+    for layer in model.get_decoder().layers:
+        layer.compile(dynamic=True, backend=backend)
+
+
 @torch.no_grad()
 def embedding_rms(model: PreTrainedModel, tokenizer: Any, question: str) -> float:
     """Return the root mean square of the scaled embeddings of what stands in every prompt."""

@@ -56,6 +56,7 @@ STEPS = {
     "Stage 3, dry run": ("gpu_steps.dry_run", "generative"),
     "Stage 2, speed and memory": ("gpu_kernels.measure_llm", "classification"),
     "Stage 3, speed and memory": ("gpu_kernels.measure_llm", "generative"),
+    "Stage 2, compiled layers": ("gpu_kernels.measure_compiled",),
     "Reports in a batch and one by one": ("gpu_steps.compare_reports",),
     "Stage 2 resumed": ("gpu_steps.resume", "classification"),
     "Stage 3 resumed": ("gpu_steps.resume", "generative"),

@@ -17,7 +17,7 @@ from transformers import Gemma3ForCausalLM
 import medgemma_trainer as trainer
 from medgemma_clinical.distributed import default_device
 from medgemma_clinical.models.decoders import decoder_of
-from medgemma_clinical.models.language_model import DTYPES, set_checkpointing
+from medgemma_clinical.models.language_model import DTYPES, compile_layers, set_checkpointing
 from medgemma_clinical.models.trajectory_llm import adapters_in
 
 LENGTHS = (24, 192, 320, 193)
@@ -207,6 +207,29 @@ def measure_llm(plan, mode):
             if not 1 / FACTOR <= peak / tokens / expected <= FACTOR:
                 findings.append(f"{mode}, {name}: peak {shown}")
     return ["; ".join(lines), *findings]
+
+
+def measure_compiled(plan):
+    """Time stage 2 with compiled layers, and compare its loss with that of plain ones."""
+    skip_without_gpu()
+    lines, losses = [], []
+    for compiled in (False, True):
+        _, _, make = stage_maker(*words_of(plan, "classification", "model"))
+        stage = make()
+        model = stage.model.to(default_device())
+        model.stage1.requires_grad_(False)
+        stage.text.encode(model.stage1, model.tokens, default_device())
+        if compiled:
+            compile_layers(model.llm)
+        batch = send_to_device(stage.collate(next(iter(stage.batches["val"]))), default_device())
+        with torch.no_grad():
+            losses.append(float(model.eval()(batch).loss))
+        took, batches, peak = time_steps(stage, 1 if plan.toy else LLM_STEPS, REPEATS)
+        rate = sum(map(positions, batches)) / len(batches) / statistics.median(took)
+        name = "compiled" if compiled else "plain"
+        lines.append(f"{name}: {rate:,.0f} tokens per second, {peak / MIB:,.0f} MiB")
+    lines.append(f"losses {losses[0]:.4f} and {losses[1]:.4f}")
+    return ["; ".join(lines)]
 
 
 def positions(batch):

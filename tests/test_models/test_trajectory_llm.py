@@ -11,6 +11,7 @@ from torch.nn import functional
 from language_models import PREFIX, body_inputs, classifier_and_writer, plain_sequence, plain_states
 from medgemma_clinical.data.trajectories import PromptOptions
 from medgemma_clinical.models import trajectory_llm
+from medgemma_clinical.models.language_model import compile_layers
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory_llm import IGNORED, VERDICT_WEIGHT, latest_states
 from stages import TINY, arguments, data_for, make_stage
@@ -222,3 +223,24 @@ def test_bf16__takes_no_mask_within_the_window_and_padding_still_changes_nothing
     assert (seen[0]["attention_mask"] is not None) == masked
     alone = torch.cat([model(collate([i])).logit for i in ROWS])
     torch.testing.assert_close(together, alone, rtol=0, atol=0.05 if precision == "bf16" else 1e-5)
+
+
+def test_compiled_layers_compute_the_same_and_are_compiled_once_for_all_lengths():
+    graphs, model = [], (parts := classifier_and_writer()).classifier.train()
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def gradients(rows):
+        model.zero_grad()
+        model(parts.collate(rows)).loss.backward()
+        return [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
+
+    batches = ROWS, ROWS[:3], ROWS[3:]
+    plain = [gradients(rows) for rows in batches]
+    compile_layers(model.llm, count)
+    for rows, expected in zip(batches, plain, strict=True):
+        for found, gradient in zip(gradients(rows), expected, strict=True):
+            assert_close(found, gradient)
+    assert 0 < len(graphs) <= 2 * model.llm.config.num_hidden_layers
