@@ -80,9 +80,10 @@ def fork(folder, *runs, prepare=lambda patch: None, launched=({}, {})):
         if children[-1] == 0:
             codes = [99]
             try:
-                own = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+                own = {"RANK": str(rank), "WORLD_SIZE": "2"}
                 own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                os.environ |= {**launched[rank], **own}
+                own["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # the launcher has ended
+                os.environ |= {"LOCAL_RANK": str(rank), **launched[rank], **own}
                 sys.stderr = paths[rank].open("w", buffering=1)
                 AcceleratorState._reset_state(reset_partial_state=True)
                 distributed.processes.cache_clear()
@@ -109,6 +110,24 @@ def launched(tmp_path_factory):
     environment = {**os.environ, "ACCELERATE_MIXED_PRECISION": "bf16"}
     subprocess.run(command, cwd=folder, check=True, env=environment, capture_output=True)
     return [json.loads((folder / str(rank)).read_text()) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory):
+    """What torchrun sets on each of two machines, which meet here."""
+    folder = tmp_path_factory.mktemp("machines")
+    code = "import json, os; open(os.environ['RANK'], 'w').write(json.dumps({**os.environ}))"
+    (folder / "program.py").write_text(code)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint, "program.py"]
+    begun = [subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait(60) for process in begun] == [0, 0]
+    environments = [json.loads((folder / str(rank)).read_text()) for rank in range(2)]
+    assert [each["LOCAL_RANK"] for each in environments] == ["0", "0"]
+    return environments
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +186,10 @@ def test_two_processes_equal_one(place, launched, monkeypatch, capfd):
     assert pd.read_json(two / "history.jsonl", lines=True)["skipped_steps"].sum() == 1
 
 
-def test_two_processes_equal_one_in_stage_1_too(place):
+def test_processes_of_two_machines_equal_one_in_stage_1(place, machines):
     """Each row is read up to the same earlier observation, whichever process reads it."""
-    assert fork(place, words_for(place, "pair", f"{STAGE_1} --batch_size 4"))[0] == [0, 0]
+    words = words_for(place, "pair", f"{STAGE_1} --batch_size 4")
+    assert fork(place, words, launched=machines)[0] == [0, 0]
     assert trainer.main(words_for(place, "single", f"{STAGE_1} --batch_size 8")) == 0
     assert_same_results(*(place / name / "trajectory" for name in ("single", "pair")))
 

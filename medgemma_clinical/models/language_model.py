@@ -263,7 +263,7 @@ def set_checkpointing(model: PreTrainedModel) -> None:
 
 
 def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
-    """Compile each decoder layer, for batches of any length; the last bits change."""
+    """Compile each decoder layer, for batches of any length; dropout then draws otherwise."""
     for layer in model.get_decoder().layers:
         layer.compile(dynamic=True, backend=backend)
 

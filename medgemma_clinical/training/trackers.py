@@ -18,7 +18,8 @@ from medgemma_clinical.files import InputError
 
 logger = logging.getLogger(__name__)
 
-TRACKERS = ("none", "tensorboard", "wandb", "mlflow")
+TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "aim", "dvclive", "trackio")
+"""Those of accelerate that can be told to take metrics alone, by its names."""
 
 Track = Callable[[Mapping[str, float], int], None]
 """Sends metrics and the optimizer step that they belong to."""
@@ -36,6 +37,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
         }
     },
     "mlflow": {"tags": {"mlflow.user": "", "mlflow.source.name": "medgemma_trainer.py"}},
+    "aim": {"capture_terminal_logs": False, "system_tracking_interval": None},
+    "dvclive": {"save_dvc_exp": False, "dvcyaml": None},
+    "trackio": {"auto_log_cpu": False, "auto_log_gpu": False, "embed": False},
 }
 """Without these, trackers would take along the terminal's text, command line, code and user."""
 
@@ -66,7 +70,7 @@ def tracking(name: str, folder: Path, numbers: Mapping[str, float]) -> Iterator[
     project = ProjectConfiguration(logging_dir=str(folder))
     cpu = not torch.cuda.is_available()
     accelerator = Accelerator(cpu=cpu, mixed_precision="no", log_with=name, project_config=project)
-    location = {"dir": str(folder)} if name == "wandb" else {}
+    location = {"dir": str(folder)} if name in ("wandb", "dvclive") else {}
     try:
         options = {name: {**OPTIONS.get(name, {}), **location}}
         accelerator.init_trackers(PROJECT, dict(numbers), options)

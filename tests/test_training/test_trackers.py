@@ -44,6 +44,12 @@ def test_a_tracker_gets_numbers_and_is_told_to_take_nothing_else(accelerator, tm
     with tracking("mlflow", tmp_path, {}):
         tags = accelerator.init_trackers.call_args.args[2]["mlflow"]["tags"]
     assert tags.keys() == {"mlflow.user", "mlflow.source.name"}
+    with tracking("aim", tmp_path, {}):
+        options = accelerator.init_trackers.call_args.args[2]["aim"]
+    assert options == {"capture_terminal_logs": False, "system_tracking_interval": None}
+    with tracking("dvclive", tmp_path, {}):
+        options = accelerator.init_trackers.call_args.args[2]["dvclive"]
+    assert options == {"save_dvc_exp": False, "dvcyaml": None, "dir": str(tmp_path)}
     assert not any("/" in tag or getpass.getuser() in tag for tag in tags.values())
 
 
