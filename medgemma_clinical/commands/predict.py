@@ -42,7 +42,7 @@ from medgemma_clinical.evaluation.decision import (
 )
 from medgemma_clinical.evaluation.demographics import demographics
 from medgemma_clinical.evaluation.report import write_report
-from medgemma_clinical.evaluation.topics.case_mix import case_mix
+from medgemma_clinical.evaluation.topics.cohort import case_mix
 from medgemma_clinical.evaluation.topics.topic import ReportContent
 from medgemma_clinical.evaluation.topics.written_reports import right_answers
 from medgemma_clinical.evaluation.updating import Updates, evaluate_updates

@@ -16,8 +16,7 @@ from medgemma_clinical.data.texts import code
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.demographics import demographic_bands, demographics
-from medgemma_clinical.evaluation.topics.cohort import part_table
-from medgemma_clinical.evaluation.topics.table_one import table_one
+from medgemma_clinical.evaluation.topics.cohort import part_table, table_one
 from medgemma_clinical.evaluation.topics.topic import ReportContent
 from medgemma_clinical.models import model_card
 from medgemma_clinical.models.checkpoints import Config

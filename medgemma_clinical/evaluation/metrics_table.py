@@ -40,8 +40,8 @@ MAX_UNDEFINED = 0.05
 MINORITY_PATIENTS = 10
 """Patients with, and without, the event that a verdict and a subgroup's AUROC need."""
 
-Statistic = Callable[[Array], dict[Any, Array]]
-"""From weights (R, n) to values (R,) by any key."""
+Statistic = Callable[[Array], Any]
+"""From weights (R, n) to values (R,) by any key, or to values (R, K) of K positions."""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from medgemma_clinical.evaluation import metrics as metrics_module
 from medgemma_clinical.evaluation import metrics_table
 from medgemma_clinical.evaluation.metrics_table import DIFFERENCE, VALUE, evaluate
 from medgemma_clinical.evaluation.recalibration import BOTH, fit_updates
-from medgemma_clinical.evaluation.topics.sites import random_effects
+from medgemma_clinical.evaluation.topics.subgroups import random_effects
 from medgemma_clinical.evaluation.updating import CHOSEN, crosswise, evaluate_updates
 from medgemma_clinical.evaluation.verdicts import BETTER, WORSE, difference_verdict
 
