@@ -16,10 +16,9 @@ from medgemma_clinical.data.texts import code
 from medgemma_clinical.evaluation import plots, tables
 from medgemma_clinical.evaluation.metrics import REPLICATES
 from medgemma_clinical.evaluation.metrics_table import Metrics
-from medgemma_clinical.evaluation.suppress import suppress
-from medgemma_clinical.evaluation.topics.cohort import case_mix_topic, cohort, table_one_topic
+from medgemma_clinical.evaluation.suppress import suppressed
+from medgemma_clinical.evaluation.topics import cohort
 from medgemma_clinical.evaluation.topics.discrimination import about_models
-from medgemma_clinical.evaluation.topics.largest_errors import largest_errors
 from medgemma_clinical.evaluation.topics.learning import learning
 from medgemma_clinical.evaluation.topics.subgroups import subgroup_cells
 from medgemma_clinical.evaluation.topics.topic import (
@@ -86,13 +85,13 @@ def write_report(
 ) -> None:
     """Write a report, and with a ``folder`` each figure, each table and ``tripod.md`` as files."""
     has_few = metrics.counts["minority_patients"] < min_cell
-    shown = Metrics.from_json(suppress(metrics.to_json(), min_cell))
+    shown = suppressed(metrics, min_cell)
     evaluated = Evaluated(rows, shown, content, min_cell, has_few, list_patients)
     builders: dict[str, Sequence[TopicBuilder]] = {
         "written": [written_reports],
-        "results": [*([] if has_few else topics), case_mix_topic],
-        "rows": [largest_errors, table_one_topic],
-        "methods": [cohort, learning],
+        "results": [*([] if has_few else topics), cohort.case_mix_topic],
+        "rows": [cohort.largest_errors, cohort.table_one_topic],
+        "methods": [cohort.cohort, learning],
     }
     with plots.plot_style():
         sections = {

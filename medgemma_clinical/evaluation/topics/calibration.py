@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from medgemma_clinical.data.small_cells import count_patients
 from medgemma_clinical.evaluation import plots
+from medgemma_clinical.evaluation.decision import METHODS, MIN_SLOPE_EVENTS
 from medgemma_clinical.evaluation.metrics import Array, calibration_curve
 from medgemma_clinical.evaluation.metrics_table import (
     MINORITY_PATIENTS,
@@ -19,7 +20,6 @@ from medgemma_clinical.evaluation.metrics_table import (
     label_risk_patient,
     with_interval,
 )
-from medgemma_clinical.evaluation.recalibration import METHODS, MIN_SLOPE_EVENTS
 from medgemma_clinical.evaluation.suppress import distant_thresholds
 from medgemma_clinical.evaluation.tables import metric_table
 from medgemma_clinical.evaluation.topics.topic import Cells, Details, Evaluated, Topic

@@ -19,6 +19,9 @@ from medgemma_clinical.evaluation.tables import PART_NAMES
 from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, Topic
 from medgemma_clinical.evaluation.verdicts import NO_VALUE, percent
 
+MAX_ERRORS = 10
+"""Rows that are listed."""
+
 
 def cohort(evaluated: Evaluated) -> Topic:
     """Return the topic, without tables where nothing is known."""
@@ -285,3 +288,17 @@ def _case_mix_text(mix: Mapping[str, Any], name: str) -> str:
     if name not in mix:
         return NO_VALUE
     return count_text(mix[name]) if name in ("rows", "patients") else percent(mix[name])
+
+
+def largest_errors(evaluated: Evaluated) -> Topic | None:
+    """Return the topic; None unless patients are listed."""
+    if not evaluated.list_patients:
+        return None
+    rows, model = evaluated.rows, evaluated.model
+    error = (rows["label"] - rows[model]).abs()
+    worst = rows.loc[error.sort_values(ascending=False, kind="stable").index[:MAX_ERRORS]]
+    outcome = worst["label"].map({1: "event", 0: "no event"})
+    risk = worst[model].map(percent)
+    cells = pd.DataFrame({"Id": worst["id"].astype(str), "Outcome": outcome, "Risk": risk})
+    caption = "The risks that are farthest from what happened"
+    return Topic("Largest errors", tables=[Cells(cells, caption)])

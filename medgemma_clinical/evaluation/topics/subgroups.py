@@ -220,8 +220,9 @@ def pooled_sentence(pooled: dict[str, float], sites: int) -> str:
         return f"Nothing is pooled: fewer than {MIN_POOLED} sites have {need}."
     auroc = interval_text(pooled["value"], pooled["low"], pooled["high"])
     ends = [pooled["prediction_low"], pooled["prediction_high"]]
-    few = f", which rests on {MIN_POOLED} sites only and says little"
-    few = few if _rests_on_few(pooled) else ""
+    few = ""
+    if pooled["sites"] == MIN_POOLED:
+        few = f", which rests on {MIN_POOLED} sites only and says little"
     return (
         f"Pooled over {pooled['sites']:.0f} of {sites} sites: AUROC {auroc}, I\N{SUPERSCRIPT TWO} "
         f"{percent(pooled['i2'])}; 95 % of further sites: {ends[0]:.3f} to {ends[1]:.3f}{few}. "
@@ -239,8 +240,9 @@ def plot_sites(table: pd.DataFrame, pooled: Mapping[str, float]) -> plots.Plot:
         look: dict[str, Any] = {"color": plots.OTHER, "label": "pooled [95 %]", "markersize": 7}
         axes.errorbar(mean, below, xerr=[[mean - ends[0]], [ends[1] - mean]], fmt="D", **look)
         further = [pooled["prediction_low"], pooled["prediction_high"]]
-        look = {"color": plots.SOFT, "linewidth": 0.8, "linestyle": ":"}
-        look = look if _rests_on_few(pooled) else {"color": plots.INK}
+        look = {"color": plots.INK}
+        if pooled["sites"] == MIN_POOLED:  # as few as there can be
+            look = {"color": plots.SOFT, "linewidth": 0.8, "linestyle": ":"}
         axes.plot(further, [below + 1] * 2, marker="|", label="95 % of further sites", **look)
         names += ["pooled", "further sites"]
     plots.name_lines(axes, names)
@@ -267,8 +269,3 @@ def _plot_metric(table: pd.DataFrame, name: str, below: int = 0) -> tuple[Figure
     look: dict[str, Any] = {"color": plots.MODEL, "label": "a site [95 %]", "markersize": 5}
     axes.errorbar(value, range(len(defined)), xerr=[value - low, high - value], fmt="s", **look)
     return figure, axes, defined["site"].tolist()
-
-
-def _rests_on_few(pooled: Mapping[str, float]) -> bool:
-    """Return whether the interval of further sites rests on as few sites as there can be."""
-    return pooled["sites"] == MIN_POOLED
