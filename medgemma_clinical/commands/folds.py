@@ -208,7 +208,7 @@ def run_apart(title: str, args: Namespace, dataset: TrajectoryDataset, shown: bo
 def evaluate_folds(
     args: Namespace, rows: TrajectoryDataset, fold: NDArray[np.int64]
 ) -> tuple[pd.DataFrame, Metrics, Config, ReportContent]:
-    """Return the joint predictions of the folds, (N,) of each row, and what is made of them."""
+    """Return the joint predictions, and what is made of them; ``fold`` (N,) is of each row."""
     runs = [fold_arguments(k, args) for k in range(fold.max() + 1)]
     folders = [run_folder.stage_folder(fold_args) for fold_args in runs]
     stage, outcome = folders[0].name, OUTCOMES[rows.outcome_kind]
@@ -243,7 +243,7 @@ def evaluate_folds(
 
 
 def write_fold_results(args: Namespace, rows: TrajectoryDataset, fold: NDArray[np.int64]) -> None:
-    """Join the test predictions of the folds, (N,) of each row; write the result files."""
+    """Join the test predictions of the folds; write the result files."""
     table, metrics, config, page = evaluate_folds(args, rows, fold)
     folder = run_folder.folds_folder(args)
     write_text(folder / PREDICTIONS, predictions_csv(table))
@@ -288,10 +288,10 @@ def decide(
         raw[model] = (log_odds(table[model].to_numpy()) - intercept) / slope
 
     def fitted(rows: NDArray[np.bool_]) -> dict[str, DecisionRule]:
-        on = patients[rows], options
-        rule = decision.fit_decision_rule(labels[rows], raw[name][rows], *on)
+        label, patient = labels[rows], patients[rows]
+        rule = decision.fit_decision_rule(label, raw[name][rows], patient, options)
         risk = rule.probability(raw[name][rows])
-        beside = baselines.fit_rules(labels[rows], name, risk, baseline_risks(rows), *on)
+        beside = baselines.fit_rules(label, name, risk, baseline_risks(rows), patient, options)
         return {name: rule, **beside}
 
     def baseline_risks(rows: NDArray[np.bool_]) -> dict[str, Array]:

@@ -53,8 +53,9 @@ def crosswise(
     updated = pd.DataFrame(dict.fromkeys((*decision.METHODS, CHOSEN), risk))
     for k in (0, 1):
         other, odds = half != k, log_odds(risk[half == k])
-        fitted_on = labels[other], risk[other], patients[other]
-        chosen_method, updates = decision.choose_update(*fitted_on, with_slope=with_slope)
+        chosen_method, updates = decision.choose_update(
+            labels[other], risk[other], patients[other], with_slope=with_slope
+        )
         for name in updated:
             method = chosen_method if name == CHOSEN else str(name)
             slope, intercept = updates.get(method, updates[decision.INTERCEPT])
@@ -81,11 +82,10 @@ def evaluate_updates(rows: pd.DataFrame, model: str, seed: int) -> Updates | Non
         losses += metrics.row_losses(labels, log_odds(values)) / DIVISIONS
         for k in (0, 1):  # pooled, the error of one half would cancel that of the other
             in_half = half == k
-            once = np.ones((1, in_half.sum()))
+            half_labels, once = labels[in_half], np.ones((1, in_half.sum()))
             for name, half_risk in zip(names, values[:, in_half], strict=True):
-                in_it = labels[in_half], half_risk
-                slope = metrics.calibration(*in_it, once)["calibration_slope"]
-                error = metrics.calibration_error(*in_it)["ici"]
+                slope = metrics.calibration(half_labels, half_risk, once)["calibration_slope"]
+                error = metrics.calibration_error(half_labels, half_risk)["ici"]
                 for metric, figure in (("calibration_slope", slope.item()), ("ici", error)):
                     halves.setdefault((name, metric), []).append(figure)
 
