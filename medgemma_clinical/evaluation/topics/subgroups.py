@@ -96,18 +96,14 @@ def subgroup_table(rows: pd.DataFrame, model: str, bands: pd.DataFrame, seed: in
 
 def subgroup_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
     """Return a ``subgroup_table`` or a ``site_table`` as text, with the metrics that any has."""
-    is_site = "site" in table
-    cells = pd.DataFrame(
-        {
-            "Site" if is_site else "Subgroup": (
-                table["site"] if is_site else table["group"] + ": " + table["level"]
-            ),
-            noun.capitalize(): table["n"].map(count_text),
-            "Events": table["events"].map(count_text),
-            "Observed": table["prevalence"].map(percent),
-            "Mean risk": table["risk"].map(percent),
-        }
-    )
+    if "site" in table:
+        cells = pd.DataFrame({"Site": table["site"]})
+    else:
+        cells = pd.DataFrame({"Subgroup": table["group"] + ": " + table["level"]})
+    cells[noun.capitalize()] = table["n"].map(count_text)
+    cells["Events"] = table["events"].map(count_text)
+    cells["Observed"] = table["prevalence"].map(percent)
+    cells["Mean risk"] = table["risk"].map(percent)
     for name, (title, form) in SUBGROUP_METRICS.items():
         if table[name].notna().any():
             numbers = (table[column] for column in (name, f"{name}_low", f"{name}_high"))

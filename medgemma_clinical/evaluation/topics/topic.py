@@ -16,12 +16,7 @@ from medgemma_clinical.evaluation.metrics_table import Metrics
 from medgemma_clinical.evaluation.plots import Plot
 from medgemma_clinical.evaluation.suppress import distant_thresholds
 from medgemma_clinical.evaluation.updating import Updates
-from medgemma_clinical.evaluation.verdicts import (
-    Finding,
-    at_threshold,
-    primary_baseline,
-    sentences,
-)
+from medgemma_clinical.evaluation.verdicts import Finding, at_threshold, primary_baseline, sentences
 
 
 class Cells(NamedTuple):
