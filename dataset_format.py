@@ -368,13 +368,16 @@ def from_long(argv: Sequence[str] | None) -> int:
     """Make a DKA file from a long table, or preview it."""
     arguments = complete(argv)
     is_preview, earlier = arguments.pop("preview"), arguments["like"]
-    del arguments["command"], arguments["config"]
+    file = arguments.pop("config")
+    del arguments["command"]
     if is_preview:
         return show_preview(arguments)
     try:
         return make_like(earlier, arguments) if earlier else make("from_long", arguments)
     except OpenQuestions as error:
-        raise InputError(f"{error}; --preview asks all such questions at once") from error
+        advice = "--preview asks all such questions at once"
+        advice = f"remove the # of the answers in {file}, or {advice}" if file else advice
+        raise InputError(f"{error}; {advice}") from error
 
 
 def complete(argv: Sequence[str] | None) -> dict[str, Any]:
@@ -430,7 +433,7 @@ def show_preview(arguments: dict[str, Any]) -> int:
         logger.info(line)
     flags = {**preview.settled_flags(seen), "out": out}
     suggested = preview.suggested_flags(seen)
-    shown = ("window_hours",)  # which belongs to the prediction time
+    shown = {"window_hours": "hours before the prediction time, of which values are read"}
     text = config.toml_text(flags, long_defaults(), seen.questions, suggested, shown)
     path = (out.parent if out else Path()) / CONFIG
     if not path.is_file() or path.read_text("utf-8") != text:

@@ -87,8 +87,7 @@ from medgemma_clinical.data.summaries import summary_names
 from medgemma_clinical.data.texts import SERIES_TEXT
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.evaluation.decision import Predictions
-from medgemma_clinical.evaluation.recalibration import INTERCEPT, fit_updates
+from medgemma_clinical.evaluation.decision import INTERCEPT, Predictions, fit_updates
 from medgemma_clinical.inference.serving import export_merged
 from medgemma_clinical.inference.trajectory_model import Program, TrajectoryModel
 from medgemma_clinical.models import (

@@ -11,8 +11,7 @@ from scipy.special import expit
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, blend
 from medgemma_clinical.evaluation.metrics_table import evaluate
 from medgemma_clinical.evaluation.report import write_report
-from medgemma_clinical.evaluation.topics.cohort import part_table
-from medgemma_clinical.evaluation.topics.table_one import table_one
+from medgemma_clinical.evaluation.topics.cohort import part_table, table_one
 from medgemma_clinical.evaluation.topics.topic import ReportContent
 from medgemma_clinical.models.outcome import LABEL
 from trajectories import dataset_of

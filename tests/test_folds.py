@@ -139,7 +139,8 @@ def test_each_fold_chooses_its_series_and_judges_the_rows_that_hold_one(data, tm
     table.loc[alone, "clinical_trajectory"] = ""
     table.to_csv(tmp_path / "rare.csv", index=False)
     words = command(tmp_path / "rare.csv", tmp_path, f"--folds={K}", "--final")
-    assert trainer.main([*words, "--trajectory_epochs=1"]) == 0
+    with whole_reports():
+        assert trainer.main([*words, "--trajectory_epochs=1"]) == 0
     found = predictions(tmp_path / "folds_trajectory" / "predictions_folds.csv")
     assert found["id"].tolist() == np.delete(rows.ids, alone).tolist()
     assert found["fold"].tolist() == np.delete(fold, alone).tolist()
@@ -416,7 +417,8 @@ def test_a_fold_is_recalibrated_by_the_others_and_a_final_model_by_all():
 
 def test_each_site_is_held_out_in_turn(data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("medgemma_clinical.data.fold_split.MIN_OUTCOMES", 5)
-    assert trainer.main(command(data, tmp_path, "--leave_out=ward")) == 0
+    with whole_reports():
+        assert trainer.main(command(data, tmp_path, "--leave_out=ward")) == 0
     table = predictions(tmp_path / "leave_out_trajectory" / "predictions_folds.csv")
     given = pd.read_csv(data, dtype=str)
     site = table["patient"].map(given.groupby("subject_id")["ward"].first())

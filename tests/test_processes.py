@@ -15,10 +15,10 @@ import pandas as pd
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from faults import result_of
 
 import medgemma_trainer as trainer
 from conftest import sign_table
-from faults import result_of
 from language_models import TINY_MODEL
 from medgemma_clinical import distributed
 from medgemma_clinical.models import generation

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 import medgemma_trainer as trainer
+from conftest import whole_reports
 from medgemma_clinical.commands import folds, repeats
 from medgemma_clinical.commands.flags import complete
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
@@ -46,7 +47,7 @@ def command(data, folder, *words):
 def run(data, tmp_path_factory):
     """The folder of a command with three repeats of two folds and a model of all patients."""
     folder = tmp_path_factory.mktemp("repeats")
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, whole_reports():
         patch.setattr(folds.joblib, "cpu_count", lambda: 1)
         assert trainer.main(command(data, folder, "--final")) == 0
     return folder

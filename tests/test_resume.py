@@ -7,15 +7,15 @@ import shutil
 import signal
 import stat
 
+import faults
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from faults import result_of
 
-import faults
 import medgemma_trainer as trainer
 from conftest import sign_table
-from faults import result_of
 from language_models import TINY_MODEL
 from medgemma_clinical.commands import results, run_folder
 from medgemma_clinical.files import locked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -19,6 +20,7 @@ from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.trajectory_model import TrajectoryModel
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class TrajectoryClassifier(ClassifierMixin, BaseEstimator):
     """Stage 1, encoder and head, as a scikit-learn classifier of the rows of a DataFrame.
 
@@ -35,43 +37,21 @@ class TrajectoryClassifier(ClassifierMixin, BaseEstimator):
         model_: the ``TrajectoryModel``.
     """
 
-    __module__ = "medgemma_trainer"  # as of ``TrajectoryModel``
-
-    def __init__(
-        self,
-        *,
-        trajectory_epochs: int = 100,
-        batch_size: int = 16,
-        encoder_lr: float = 1e-3,
-        dropout: float = 0.5,
-        patience: int = 10,
-        members: int = 1,
-        time_scale: float | None = None,
-        series: Sequence[str] | None = None,
-        max_len: int | None = None,
-        label_column: str = "label_escalation",
-        series_name: str | None = None,
-        unit: str | None = None,
-        outcome: str | None = None,
-        allow_duplicates: bool = False,
-        random_state: Any = 0,
-    ) -> None:
-        """Keep the parameters; see the class."""
-        self.trajectory_epochs = trajectory_epochs
-        self.batch_size = batch_size
-        self.encoder_lr = encoder_lr
-        self.dropout = dropout
-        self.patience = patience
-        self.members = members
-        self.time_scale = time_scale
-        self.series = series
-        self.max_len = max_len
-        self.label_column = label_column
-        self.series_name = series_name
-        self.unit = unit
-        self.outcome = outcome
-        self.allow_duplicates = allow_duplicates
-        self.random_state = random_state
+    trajectory_epochs: int = 100
+    batch_size: int = 16
+    encoder_lr: float = 1e-3
+    dropout: float = 0.5
+    patience: int = 10
+    members: int = 1
+    time_scale: float | None = None
+    series: Sequence[str] | None = None
+    max_len: int | None = None
+    label_column: str = "label_escalation"
+    series_name: str | None = None
+    unit: str | None = None
+    outcome: str | None = None
+    allow_duplicates: bool = False
+    random_state: Any = 0
 
     def __sklearn_tags__(self) -> Tags:
         """Return the tags by which scikit-learn knows a classifier of two classes of a table."""
@@ -114,3 +94,6 @@ class TrajectoryClassifier(ClassifierMixin, BaseEstimator):
         """Return the likelier label of each row (N,); ``model_.predict`` goes by its threshold."""
         likelier = self.predict_proba(rows).argmax(axis=1)
         return self.classes_[likelier]
+
+
+TrajectoryClassifier.__module__ = "medgemma_trainer"  # as of ``TrajectoryModel``

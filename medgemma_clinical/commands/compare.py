@@ -139,12 +139,10 @@ def save_comparison(
     metrics: Metrics,
     cost: dict[str, dict[str, float | None]],
     *,
-    title: str,
     card: dict[str, str],
-    notice: str = "",
     meanings: Mapping[str, str] = MEANINGS,
     sentences: Sequence[str] = (),
-    splits: pd.DataFrame | None = None,
+    **parts: Any,  # others of ``write_comparison``
 ) -> None:
     """Log a comparison; write ``PATH.json`` and ``PATH.html``; an earlier result is moved aside."""
     table, page = (path.with_name(f"{path.name}.{ending}") for ending in ("json", "html"))
@@ -159,13 +157,11 @@ def save_comparison(
     write_comparison(
         page,
         metrics,
-        title=title,
         sentences=sentences,
         card={**card, **describe_program()},
         models={name: meanings[name] for name in metrics.models if name in meanings},
-        notice=notice,
         cost=pd.DataFrame.from_dict(cost, orient="index"),
-        splits=splits,
+        **parts,
     )
     write_json(table, content)
     log_comparison(metrics, cost)

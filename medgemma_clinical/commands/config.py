@@ -70,7 +70,7 @@ def toml_text(
     defaults: Mapping[str, Any],
     questions: Sequence[Question],
     suggested: Mapping[str, Sequence[str]],  # elements of lists, as comments
-    shown: Sequence[str],  # flags that are written with their default, too
+    shown: Mapping[str, str],  # flags that are written with their default, too, and what they are
 ) -> str:
     """Return a file of flags; what is open stands first, as comments."""
     guesses = {(x.flag, answer) for x in questions if x.guessed for answer in x.answers[:1]}
@@ -90,6 +90,7 @@ def toml_text(
             is_text = isinstance(value, str | Path)
             text = quoted(str(value)) if is_text else json.dumps(value)
             mark = "  # guessed" if (name, str(value)) in guesses else ""
+            mark = f"  # {shown[name]}" if name in shown else mark
             lines.append(f"{name} = {text}{mark}")
         else:
             lines += [f"# {name} = {text}" for text in comments[:1]]

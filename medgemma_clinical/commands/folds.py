@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import joblib
 import numpy as np
@@ -27,36 +27,24 @@ from medgemma_clinical.commands.compare import read_predictions
 from medgemma_clinical.commands.flags import decision_options
 from medgemma_clinical.commands.logs import command_logging
 from medgemma_clinical.commands.report_content import training_content
-from medgemma_clinical.commands.results import predictions_csv, recommend, save_model
+from medgemma_clinical.commands.results import (
+    log_findings,
+    predictions_csv,
+    recommend,
+    save_model,
+    write_page,
+)
 from medgemma_clinical.data.fold_split import draw_folds, fold_dataset, foldable, site_folds
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import exact_kernels, processes, set_environment
-from medgemma_clinical.evaluation.baselines import (
-    ENSEMBLE,
-    STAGE_NAMES,
-    WORDS,
-    Baselines,
-    describe_tuning,
-    fit_baselines,
-    fit_rules,
-    model_risks,
-    tune_baselines,
-)
-from medgemma_clinical.evaluation.decision import (
-    DecisionOptions,
-    DecisionRule,
-    choose_threshold,
-    describe_threshold,
-    fit_decision_rule,
-)
+from medgemma_clinical.evaluation import baselines, decision
+from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, Baselines
+from medgemma_clinical.evaluation.decision import DecisionOptions, DecisionRule
 from medgemma_clinical.evaluation.metrics import Array, log_odds
 from medgemma_clinical.evaluation.metrics_table import Metrics
-from medgemma_clinical.evaluation.report import write_report
-from medgemma_clinical.evaluation.suppress import suppress
-from medgemma_clinical.evaluation.tables import model_table
+from medgemma_clinical.evaluation.suppress import suppressed
 from medgemma_clinical.evaluation.topics.topic import ReportContent
-from medgemma_clinical.evaluation.verdicts import at_threshold, sentences
 from medgemma_clinical.files import (
     InputError,
     RunFault,
@@ -79,11 +67,7 @@ from medgemma_clinical.models.trained_model import read_trained_config
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 from medgemma_clinical.training.signals import begin_process
 from medgemma_clinical.training.stage import Stage
-from medgemma_clinical.training.state import (
-    Progress,
-    describe_epochs,
-    describe_selection,
-)
+from medgemma_clinical.training.state import Progress, describe_epochs, describe_selection
 
 logger = logging.getLogger(__name__)
 
@@ -115,13 +99,12 @@ def run_folds(
     else:
         fold = draw_folds(rows.groups, rows.labels, args.folds, args.seed, rows.source)
     runs = [fold_arguments(k, args) for k in range(len(names) or args.folds)]
-    tasks = [
-        (f"fold {k}{f', site {names[k]}' if names else ''}", fold_args, dataset)
-        for k, fold_args in enumerate(runs)
-        for dataset in [fold_dataset(rows, fold, k, args.seed, names[k] if names else "")]
-    ]
-    for fold_args in runs:  # a file that is missing shows before hours go into the others
-        run_folder.given_stage1(fold_args)
+    tasks: list[Task] = []
+    for k, fold_args in enumerate(runs):
+        run_folder.given_stage1(fold_args)  # a missing one shows before hours go into the others
+        title = f"fold {k}, site {names[k]}" if names else f"fold {k}"
+        dataset = fold_dataset(rows, fold, k, args.seed, names[k] if names else "")
+        tasks.append((title, fold_args, dataset))
     if args.only_fold is not None:  # a task of a job array; the whole command joins the folds
         if args.only_fold >= len(tasks):
             raise InputError(f"--only_fold {args.only_fold}: the folds are 0 to {len(tasks) - 1}")
@@ -129,8 +112,7 @@ def run_folds(
     if code := train_folds(tasks, train):
         return code
     if processes().is_main_process:
-        folders = [run_folder.stage_folder(fold_args) for fold_args in runs]
-        write_fold_results(args, rows, fold, folder, folders)
+        write_fold_results(args, rows, fold)
     processes().wait_for_everyone()
     if not args.final:
         return EXIT_DONE
@@ -163,9 +145,9 @@ def stage1_of_all(folds_stage1: Path) -> Path:
 
 def fold_arguments(k: int, args: Namespace) -> Namespace:
     """Return the arguments of one fold's run: its folder, ``{fold}`` filled in."""
-    changes: Json = {"output_dir": run_folder.folds_folder(args) / f"fold_{k}"}
-    changes |= {"folds": None, "leave_out": None, "only_fold": None, "final": False}
-    return Namespace(**{**vars(args), **several.filled(args, FOLD, k), **changes})
+    folder = run_folder.folds_folder(args) / f"fold_{k}"
+    alone = {"folds": None, "leave_out": None, "only_fold": None, "final": False}
+    return several.filled(args, FOLD, k, output_dir=folder, **alone)
 
 
 # --------------------------------------------------------------------------- the folds' runs
@@ -227,25 +209,14 @@ def run_apart(title: str, args: Namespace, dataset: TrajectoryDataset, shown: bo
 # --------------------------------------------------------------------------- their results
 
 
-class FoldResults(NamedTuple):
-    """Out-of-fold predictions, and what is made of them."""
-
-    table: pd.DataFrame  # joint predictions with their ``fold``
-    metrics: Metrics
-    config: Config
-    page: ReportContent
-
-
 def evaluate_folds(
-    args: Namespace,
-    rows: TrajectoryDataset,
-    fold: NDArray[np.int64],  # (N,) of each row
-    folders: list[Path],  # of the folds
-) -> FoldResults:
-    """Evaluate the joint predictions of the folds."""
+    args: Namespace, rows: TrajectoryDataset, fold: NDArray[np.int64]
+) -> tuple[pd.DataFrame, Metrics, Config, ReportContent]:
+    """Return the joint predictions, and what is made of them; ``fold`` (N,) is of each row."""
+    runs = [fold_arguments(k, args) for k in range(fold.max() + 1)]
+    folders = [run_folder.stage_folder(fold_args) for fold_args in runs]
     stage, outcome = folders[0].name, OUTCOMES[rows.outcome_kind]
     name = STAGE_NAMES[stage]
-    contents = [read_json(path / run_folder.METRICS) for path in folders]
     table, positions = join_folds(folders, name, rows)
     fold_of_row = fold[positions]
     configs = [read_trained_config(path) for path in folders]
@@ -255,8 +226,9 @@ def evaluate_folds(
     threshold = decided["decision"]["threshold"]
     metrics = outcome.evaluate(table, args.seed, threshold, split=fold_of_row, primary=args.primary)
     decided["best_model"] = recommend(table, name, decided["models"])
-    if all("residual_weight" in content for content in contents):
-        weights = [content["residual_weight"] for content in contents]
+    contents = [read_json(path / run_folder.METRICS) for path in folders]
+    weights = [content["residual_weight"] for content in contents if "residual_weight" in content]
+    if len(weights) == len(folders):
         decided["residual_weight"] = float(np.median(weights))
     content = {
         "stage": stage,
@@ -266,52 +238,26 @@ def evaluate_folds(
         "folds": metrics.to_json(),
         "decided": decided,
     }
-    shown = Metrics.from_json(suppress(metrics.to_json(), args.min_cell))
-    first = folds_sentence(shown, len(folders))
+    first = folds_sentence(suppressed(metrics, args.min_cell), len(folders))
     config: Config = {**configs[0], **decided, "metrics": content}
     tuned = [read_json(path / BASELINES).get("tuned") for path in folders]
     page = folds_content(args, rows, positions, config, tuned, first)
     table.insert(4, "fold", fold_of_row)  # behind the model's own column
-    return FoldResults(table, metrics, config, page)
+    return table, metrics, config, page
 
 
-def write_fold_results(
-    args: Namespace,
-    rows: TrajectoryDataset,
-    fold: NDArray[np.int64],  # (N,) of each row
-    folder: Path,  # of the results
-    folders: list[Path],  # of the folds
-) -> None:
+def write_fold_results(args: Namespace, rows: TrajectoryDataset, fold: NDArray[np.int64]) -> None:
     """Join the test predictions of the folds; write the result files."""
-    results = evaluate_folds(args, rows, fold, folders)
-    write_text(folder / PREDICTIONS, predictions_csv(results.table))
-    write_json(folder / run_folder.METRICS, results.config["metrics"])
-    write_page(folder, args, rows, results)
-    metrics, config = results.metrics, results.config
+    table, metrics, config, page = evaluate_folds(args, rows, fold)
+    folder = run_folder.folds_folder(args)
+    write_text(folder / PREDICTIONS, predictions_csv(table))
+    write_json(folder / run_folder.METRICS, config["metrics"])
+    write_page(folder, table.drop(columns="fold"), metrics, page, rows.outcome_kind, args)
     logger.info("")
-    beginning = at_threshold(results.page.threshold, results.page.threshold_choice)
-    findings = sentences(metrics, beginning, rows.noun)
-    for line in (*findings, model_table(metrics).to_string(index=False)):
-        logger.info("%s", line)
+    log_findings(metrics, page.findings(metrics))
     logger.info("recommended (--use best): %s", describe_recommended(config))
-    first = folds_sentence(metrics, len(folders))
+    first = folds_sentence(metrics, page.folds)
     logger.info("%s\nreport: %s", first, folder / "report.html")
-
-
-def write_page(
-    folder: Path, args: Namespace, rows: TrajectoryDataset, results: FoldResults
-) -> None:
-    """Write the report of the folds."""
-    write_report(
-        folder / "report.html",
-        results.table.drop(columns="fold"),
-        results.metrics,
-        results.page,
-        OUTCOMES[rows.outcome_kind].topics,
-        min_cell=args.min_cell,
-        list_patients=args.report_patients,
-        folder=folder,
-    )
 
 
 def join_folds(
@@ -341,14 +287,16 @@ def decide(
     labels, patients = table["label"].to_numpy(float), table["patient"].to_numpy(str)
     name, raw = str(table.columns[3]), {}  # log-odds before the own recalibration of each fold
     for model in table.columns.intersection([*rules[0]]):
-        slope, intercept = (of_rows(rules, model, key, fold) for key in ("slope", "intercept"))
+        of_row = pd.DataFrame([fold_rules[model] for fold_rules in rules]).iloc[fold]
+        slope, intercept = of_row["slope"].to_numpy(float), of_row["intercept"].to_numpy(float)
         raw[model] = (log_odds(table[model].to_numpy()) - intercept) / slope
 
     def fitted(rows: NDArray[np.bool_]) -> dict[str, DecisionRule]:
-        rule = fit_decision_rule(labels[rows], raw[name][rows], patients[rows], options)
-        risk, others = rule.probability(raw[name][rows]), baseline_risks(rows)
-        own = fit_rules(labels[rows], name, risk, others, patients[rows], options)
-        return {name: rule, **own}
+        label, patient = labels[rows], patients[rows]
+        rule = decision.fit_decision_rule(label, raw[name][rows], patient, options)
+        risk = rule.probability(raw[name][rows])
+        beside = baselines.fit_rules(label, name, risk, baseline_risks(rows), patient, options)
+        return {name: rule, **beside}
 
     def baseline_risks(rows: NDArray[np.bool_]) -> dict[str, Array]:
         return {model: expit(raw[model][rows]) for model in raw if model not in (name, ENSEMBLE)}
@@ -357,23 +305,17 @@ def decide(
     for k in np.unique(fold):
         by_others, rows = fitted(fold != k), fold == k
         risk = by_others[name].probability(raw[name][rows])
-        for model, risks in model_risks(name, risk, baseline_risks(rows), by_others).items():
-            crossed.loc[rows, model] = risks
-    final = {
-        model: asdict(replace(rule, threshold=choose_threshold(options.threshold, labels, risk)))
-        for model, rule in fitted(np.ones(len(table), bool)).items()
-        for risk in [crossed[model].to_numpy()]
-    }
+        risks = baselines.model_risks(name, risk, baseline_risks(rows), by_others)
+        for model, model_risk in risks.items():
+            crossed.loc[rows, model] = model_risk
+    final = {}
+    for model, rule in fitted(np.ones(len(table), bool)).items():
+        risk = crossed[model].to_numpy()
+        threshold = decision.choose_threshold(options.threshold, labels, risk)
+        final[model] = asdict(replace(rule, threshold=threshold))
     decided: Config = {"decision": final.pop(name), "models": final}
     decided["threshold_choice"] = options.threshold
     return decided, crossed
-
-
-def of_rows(
-    rules: Sequence[Mapping[str, Json]], model: str, key: str, fold: NDArray[np.int64]
-) -> Array:
-    """Return a number of a model's decision rule in the fold of each row, (n,)."""
-    return np.array([fold_rules[model][key] for fold_rules in rules])[fold]
 
 
 def folds_sentence(metrics: Metrics, folds: int) -> str:
@@ -430,12 +372,12 @@ def folds_content(
             **several.NOT_IN_INTERVALS,
             "Epochs": f"each fold has {selection}; --final averages {epochs}, by the folds' pooled "
             "validation loss",
-            "Baselines": f"in each fold {describe_tuning(tuned)}; those of --final are tuned by "
-            "the same rule, and fitted, on all patients",
+            "Baselines": f"in each fold {baselines.describe_tuning(tuned)}; those of --final are "
+            "tuned by the same rule, and fitted, on all patients",
             "Seed": str(args.seed),
         },
         threshold=config["decision"]["threshold"],
-        threshold_choice=describe_threshold(
+        threshold_choice=decision.describe_threshold(
             args.threshold, "these rows, whose metrics at it are optimistic"
         ),
         recalibration=recalibration,
@@ -480,13 +422,12 @@ def write_final(
     if not processes().is_main_process:
         return config, None
     rows = data.split["train"]
-    fitted = fit_baselines(
-        data.dataset, rows, tune_baselines(data.dataset, rows, data.usable_static)
-    )
+    settings = baselines.tune_baselines(data.dataset, rows, data.usable_static)
+    fitted = baselines.fit_baselines(data.dataset, rows, settings)
     models = {name: model for name, model in fitted.models.items() if name in config["models"]}
-    words = fitted.words if WORDS in config["models"] else None
-    baselines = replace(fitted, models=models, words=words)  # those of all folds
-    config["models"] = {name: decided["models"][name] for name in [*baselines.names, ENSEMBLE]}
-    config |= {"baseline_inputs": baselines.inputs, "baselines_sha256": baselines.sha256}
-    save_model(folder, stage, config, baselines)
-    return config, baselines
+    words = fitted.words if baselines.WORDS in config["models"] else None
+    fitted = replace(fitted, models=models, words=words)  # those of all folds
+    config["models"] = {name: decided["models"][name] for name in [*fitted.names, ENSEMBLE]}
+    config |= {"baseline_inputs": fitted.inputs, "baselines_sha256": fitted.sha256}
+    save_model(folder, stage, config, fitted)
+    return config, fitted

@@ -34,19 +34,13 @@ from medgemma_clinical.data.small_cells import count_text
 from medgemma_clinical.data.texts import is_formula
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import peak_memory, processes, show_progress
-from medgemma_clinical.evaluation.decision import (
-    DecisionRule,
-    choose_threshold,
-    describe_threshold,
-    parse_threshold,
-)
+from medgemma_clinical.evaluation import decision
 from medgemma_clinical.evaluation.demographics import demographics
 from medgemma_clinical.evaluation.report import write_report
-from medgemma_clinical.evaluation.topics.case_mix import case_mix
+from medgemma_clinical.evaluation.topics.cohort import case_mix
 from medgemma_clinical.evaluation.topics.topic import ReportContent
 from medgemma_clinical.evaluation.topics.written_reports import right_answers
 from medgemma_clinical.evaluation.updating import Updates, evaluate_updates
-from medgemma_clinical.evaluation.verdicts import at_threshold, sentences
 from medgemma_clinical.files import InputError, atomic, file_hash, locked, move_aside
 from medgemma_clinical.inference.hub import check_folder
 from medgemma_clinical.inference.scoring import count_implausible, prediction_table, scoring_rows
@@ -123,10 +117,8 @@ def find_source(
     """Return the file or folder to read; refuse flags of another kind than the checkpoint's."""
     trained = {"dataset": config["dataset"], **config["read_options"]}
     dataset = datasets[config["dataset"]]
-    for name in (
-        "dataset",
-        *(option for kind in datasets.values() for option in kind.options),
-    ):
+    options = [option for kind in datasets.values() for option in kind.options]
+    for name in ("dataset", *options):
         value = getattr(request, name, None)
         is_new_site = name == "site" and name in dataset.options
         if value not in (None, trained.get(name)) and not is_new_site:
@@ -148,13 +140,13 @@ def with_threshold(trained: TrainedModel, choice: str, checkpoint: Path) -> Trai
     These are the rows that chose the threshold in training, whose risks the run folder holds.
     """
     rules = {name: asdict(rule) for name, rule in trained.rules.items()}
-    goal, _ = parse_threshold(choice)
+    goal, _ = decision.parse_threshold(choice)
     table = held_out_risks(trained, checkpoint, choice) if goal else None
     for name, rule in rules.items():
         labels, risk = np.zeros(1), np.zeros(1)
         if table is not None:
             labels, risk = table["label"].to_numpy(float), table[name].to_numpy(float)
-        rule["threshold"] = choose_threshold(choice, labels, risk)
+        rule["threshold"] = decision.choose_threshold(choice, labels, risk)
     config: Config = {**trained.config, "threshold_choice": choice}
     config["decision"], config["models"] = rules.pop(trained.name), rules
     return replace(trained, config=config)
@@ -204,7 +196,7 @@ class PredictionTally:
     """Counts of scored rows; nothing is kept of rows without a label, the chosen ones apart."""
 
     models: dict[str, str]  # name: column; the used one first
-    rule: DecisionRule  # of the used one
+    rule: decision.DecisionRule  # of the used one
     rows: int = 0
     scored: int = 0
     positive: int = 0
@@ -294,7 +286,9 @@ def report_labelled(
     risks = new[[*tally.models]].dropna(axis=1)  # NaN of a baseline that lacks a column
     rows = pd.DataFrame({"id": patients, "label": new["label"], "patient": patients}).join(risks)
     outcome = OUTCOMES[dataset.outcome_kind]
-    primary = request.primary or stored_primary(model.config)
+    trained = model.config.get("metrics", {})
+    planned = (trained.get("test") or trained.get("folds") or {}).get("primary")
+    primary = request.primary or planned
     metrics = outcome.evaluate(rows, request.seed, tally.rule.threshold, primary=primary)
     updates = evaluate_updates(rows, name, request.seed)
     medians = pd.concat(tally.medians)[~in_training]
@@ -306,10 +300,8 @@ def report_labelled(
         answers = right_answers(rows, name, tally.rule.threshold, seed, limit)
         content = replace(content, first=[*filter(None, [answers]), *content.first])
     path = report_path(request.predictions)
-    beginning = at_threshold(content.threshold, content.threshold_choice)
     write_report(path, rows, metrics, content, outcome.topics, min_cell=request.min_cell)
-    lines = "\n".join(map(str, sentences(metrics, beginning, noun)))
-    lines = "\n".join([*content.first, lines])
+    lines = "\n".join([*content.first, *map(str, content.findings(metrics))])
     logger.info("\n%s\n%s\nreport: %s", lines, note, path)
     return new, updates
 
@@ -333,7 +325,7 @@ def cohort_content(
         ("without a label", tally.scored - labelled, labelled),
         ("in the training data", overlap.old, overlap.new),
     ]
-    rule, rows_of_choice = tally.rule, choosing_rows(config)
+    rule, rows_of_choice, choice = tally.rule, choosing_rows(config), config.get("threshold_choice")
     changes = f"intercept {rule.intercept:+.2f}, slope {rule.slope:.2f}"
     recalibration = f"The risks were recalibrated on {rows_of_choice}: {changes}."
     moved = "; an earlier update moved it." if config.get("updated") else "."
@@ -353,9 +345,9 @@ def cohort_content(
             "Checkpoint": request.checkpoint.absolute().name,  # a page is shared: no path
             "Seed": f"{request.seed}, of the intervals",
         },
-        threshold=tally.rule.threshold,
+        threshold=rule.threshold,
         noun=noun,
-        threshold_choice=describe_threshold(config.get("threshold_choice"), choosing_rows(config)),
+        threshold_choice=decision.describe_threshold(choice, rows_of_choice),
         flow=pd.DataFrame(flow, columns=list(FLOW_COLUMNS[:3])),
         case_mix=(config["case_mix"], case_mix(rows, medians, request.min_cell)),
         recalibration=recalibration if rule.is_moved else "",
@@ -398,26 +390,18 @@ def of_folds(config: Config) -> bool:
     return "folds" in config.get("metrics", {})
 
 
-def stored_primary(config: Config) -> str | None:
-    """Return the baseline of the comparison that was planned in training; None where unknown."""
-    metrics = config.get("metrics", {})
-    part = metrics.get("test") or metrics.get("folds") or {}
-    return part.get("primary")
-
-
 def training_patients(trained: trained_model.TrainedModel, checkpoint: Path) -> TrainingPatients:
     """Return what is known of a model's training patients."""
-    if trained.train_patients is not None:
-        return TrainingPatients(trained.train_patients, bool(trained.config["has_patient_ids"]))
-    # Stages 2 and 3 store none, but share the training part of the stage 1 in their run.
-    folder = trained_model.checkpoint_path(checkpoint).absolute().parent
-    beside = folder.parent / TRAJECTORY_FILE
-    with contextlib.suppress(InputError, OSError):  # neither hinders a report
-        if file_hash(beside) == (read_run(folder) or {}).get("stage_1_sha256"):
-            stage1 = read_trajectory(beside)
-            same_rows = stage1.config["rows_sha256"] == trained.config["rows_sha256"]
-            if same_rows and stage1.train_patients is not None:
-                return TrainingPatients(
-                    stage1.train_patients, bool(stage1.config["has_patient_ids"])
-                )
-    return TrainingPatients(np.empty(0, np.int64), has_ids=False)
+    hashes, config = trained.train_patients, trained.config
+    if hashes is None:
+        # Stages 2 and 3 store none, but share the training part of the stage 1 in their run.
+        folder = trained_model.checkpoint_path(checkpoint).absolute().parent
+        beside = folder.parent / TRAJECTORY_FILE
+        with contextlib.suppress(InputError, OSError):  # neither hinders a report
+            if file_hash(beside) == (read_run(folder) or {}).get("stage_1_sha256"):
+                stage1 = read_trajectory(beside)
+                if stage1.config["rows_sha256"] == config["rows_sha256"]:
+                    hashes, config = stage1.train_patients, stage1.config
+    if hashes is None:
+        return TrainingPatients(np.empty(0, np.int64), has_ids=False)
+    return TrainingPatients(hashes, bool(config["has_patient_ids"]))

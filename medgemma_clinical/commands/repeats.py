@@ -11,7 +11,7 @@ import pandas as pd
 
 from medgemma_clinical.commands import folds, run_folder, several
 from medgemma_clinical.commands.command_line import EXIT_DONE
-from medgemma_clinical.commands.results import predictions_csv
+from medgemma_clinical.commands.results import predictions_csv, write_page
 from medgemma_clinical.data.fold_split import draw_folds, foldable
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes
@@ -60,9 +60,9 @@ def repeat_arguments(repeat: int, args: Namespace) -> Namespace:
 
     The first repeat also trains the model of all patients, by its own folds.
     """
-    changes = {"seed": args.seed + repeat, "seeds": None, "final": args.final and repeat == 0}
-    changes["output_dir"] = args.output_dir / f"repeat_{repeat}"
-    return Namespace(**{**vars(args), **several.filled(args, REPEAT, repeat), **changes})
+    folder, final = args.output_dir / f"repeat_{repeat}", args.final and repeat == 0
+    changes = {"seed": args.seed + repeat, "seeds": None, "output_dir": folder, "final": final}
+    return several.filled(args, REPEAT, repeat, **changes)
 
 
 def write_repeat_results(
@@ -84,35 +84,25 @@ def write_repeat_results(
     measures = measure_instability(risks.to_numpy(float), by_repeat)
     content = {"stage": contents[0]["stage"], "n": len(joined), "instability": measures}
     write_json(folder / run_folder.METRICS, {**content, "repeats": by_repeat.to_dict("records")})
-    first = repeats_sentence(seeds)
+    first = (
+        f"Folds and initial weights were drawn {len(seeds)} times, by seeds {seeds[0]} to "
+        f"{seeds[-1]}: the section Instability shows how much the risks differ, all else is of "
+        "repeat 0."
+    )
     fold = draw_folds(rows.groups, rows.labels, runs[0].folds, runs[0].seed)
-    fold_runs = [folds.fold_arguments(k, runs[0]) for k in range(runs[0].folds)]
-    folders = [run_folder.stage_folder(run) for run in fold_runs]
-    results = folds.evaluate_folds(runs[0], rows, fold, folders)
-    title, sentences = f"{results.page.title}, {len(runs)} repeats", [first, *results.page.last]
-    page = replace(results.page, title=title, last=sentences, repeats=(joined, by_repeat))
-    folds.write_page(folder, args, rows, results._replace(page=page))
+    tested, metrics, _, page = folds.evaluate_folds(runs[0], rows, fold)
+    title, sentences = f"{page.title}, {len(runs)} repeats", [first, *page.last]
+    page = replace(page, title=title, last=sentences, repeats=(joined, by_repeat))
+    write_page(folder, tested.drop(columns="fold"), metrics, page, rows.outcome_kind, args)
     logger.info("\n%s", instability_cells(measures, rows.noun).to_string(index=False))
     logger.info("%s\nreport: %s", first, folder / "report.html")
 
 
 def join_repeats(runs: Sequence[Namespace]) -> pd.DataFrame:
     """Return ``TESTED`` and a column of risks a repeat, of the rows that each repeat predicted."""
-    text, columns = {"id": str, "patient": str}, [*TESTED, "probability"]
-    paths = {f"repeat_{k}": run_folder.folds_folder(run) for k, run in enumerate(runs)}
-    risks = {
-        name: pd.read_csv(
-            path / folds.PREDICTIONS, dtype=text, usecols=columns, keep_default_na=False
-        ).set_index(TESTED)["probability"]
-        for name, path in paths.items()
-    }
+    risks, text = {}, {"id": str, "patient": str}
+    for k, run in enumerate(runs):
+        path = run_folder.folds_folder(run) / folds.PREDICTIONS
+        table = pd.read_csv(path, dtype=text, keep_default_na=False)
+        risks[f"repeat_{k}"] = table.set_index(TESTED)["probability"]
     return pd.concat(risks, axis=1, join="inner").reset_index()
-
-
-def repeats_sentence(seeds: Sequence[int]) -> str:
-    """Return what the page of the repeats shows."""
-    return (
-        f"Folds and initial weights were drawn {len(seeds)} times, by seeds {seeds[0]} to "
-        f"{seeds[-1]}: the section Instability shows how much the risks differ, all else is of "
-        "repeat 0."
-    )

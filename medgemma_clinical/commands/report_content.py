@@ -16,8 +16,7 @@ from medgemma_clinical.data.texts import code
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.demographics import demographic_bands, demographics
-from medgemma_clinical.evaluation.topics.cohort import part_table
-from medgemma_clinical.evaluation.topics.table_one import table_one
+from medgemma_clinical.evaluation.topics.cohort import part_table, table_one
 from medgemma_clinical.evaluation.topics.topic import ReportContent
 from medgemma_clinical.models import model_card
 from medgemma_clinical.models.checkpoints import Config
@@ -83,12 +82,6 @@ def training_content(
     )
 
 
-def describe_recalibration(calibrate: str, rows: str) -> str:
-    """Return how a model was recalibrated, on which rows."""
-    platt = f"Platt's method on the {rows}; all results are those after it."
-    return platt if calibrate == "platt" else "None."
-
-
 def training_methods(stage: Stage, data: Data, run: dict[str, Any]) -> dict[str, str]:
     """Return what ``tripod.md`` says of data and training, in sentences."""
     dataset, arguments = data.dataset, run["arguments"]
@@ -101,6 +94,7 @@ def training_methods(stage: Stage, data: Data, run: dict[str, Any]) -> dict[str,
     settings = {**arguments, "members": stage.config["members"], **encoder}
     texts = [f"{name} {settings[name]}" for name in names]
     kept = dataset.read_options.get("max_len")
+    platt = "Platt's method on the validation part; all results are those after it."
     return {
         "preparation": f"Rows keep their latest {kept} observations." if kept else "",
         "split": f"Each patient is in one of three parts ({origin}): the training part fits the "
@@ -111,7 +105,7 @@ def training_methods(stage: Stage, data: Data, run: dict[str, Any]) -> dict[str,
         f"lower validation loss; steps of {run['rows_a_step'] * run['processes']} rows; AdamW with "
         f"learning rates {', '.join(rates)}; {', '.join(texts)}. "
         "The program tunes none of these; run.json has every setting.",
-        "recalibration": describe_recalibration(arguments["calibrate"], "validation part"),
+        "recalibration": platt if arguments["calibrate"] == "platt" else "None.",
         # It tells the number of events.
         **({} if arguments["min_cell"] else {"sample_size": size}),
     }

@@ -7,7 +7,7 @@ import json
 import logging
 from argparse import Namespace
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from medgemma_clinical.evaluation.report import write_report
 from medgemma_clinical.evaluation.tables import model_table
 from medgemma_clinical.evaluation.topics.topic import ReportContent
 from medgemma_clinical.evaluation.topics.written_reports import score_reports, written_sentence
-from medgemma_clinical.evaluation.verdicts import at_threshold, sentences, value_text
+from medgemma_clinical.evaluation.verdicts import Finding, at_threshold, sentences, value_text
 from medgemma_clinical.files import InputError, write_json, write_text
 from medgemma_clinical.inference.scoring import write_in_batches
 from medgemma_clinical.models.checkpoints import BASELINES, Config
@@ -57,15 +57,6 @@ SCORED = {"val": "validation", "test": "test"}
 
 MIN_EVENTS = 30
 """Patients with, and without, the event in a test part below which a run names ``--folds``."""
-
-
-@dataclass
-class Written:
-    """What stage 3 wrote for the test part; empty of other stages."""
-
-    lines: list[dict[str, Any]] = field(default_factory=list)  # of ``generations_test.jsonl``
-    metrics: dict[str, Any] | None = None
-    example: dict[str, Any] | None = None  # the patient that a page shows
 
 
 def write_results(
@@ -108,22 +99,21 @@ def write_results(
         )
         for part, table in tables.items()
     }
-    written = (
-        review_texts(texts, stage, data, predictions["test"], args) if is_writer else Written()
-    )
+    lines: list[dict[str, Any]] = []
+    reports: dict[str, Any] | None = None
+    if is_writer:
+        lines, reports = score_reports(data.dataset, texts, predictions["test"], args.seed)
     config: Config = {
         **stage.config,
         **decided,
-        "metrics": metrics_content(
-            stage, progress, decided, metrics, written.metrics, args.calibrate
-        ),
+        "metrics": metrics_content(stage, progress, decided, metrics, reports, args.calibrate),
         "models": {name: asdict(rule) for name, rule in rules.items()},
         "best_model": recommend(tables["val"], STAGE_NAMES[stage.name], rules),
         **({"baseline_inputs": baselines.inputs} if baselines else {}),
     }
     choice = decision.describe_threshold(args.threshold, "the validation part")
     beginning = at_threshold(predictions[last].rule.threshold, choice)
-    log_results(metrics, beginning, written.metrics, data.dataset.noun)
+    log_results(metrics, beginning, reports, data.dataset.noun)
     logger.info("recommended (--use best): %s", describe_recommended(config))
     if folder and baselines:
         config["baselines_sha256"] = baselines.sha256
@@ -131,23 +121,37 @@ def write_results(
         for part, table in tables.items():
             write_text(folder / f"predictions_{part}.csv", predictions_csv(table))
         if is_writer:
-            lines = "".join(json.dumps(line) + "\n" for line in written.lines)
-            write_text(folder / "generations_test.jsonl", lines)
-        content = run_content(
-            stage, data, progress, config, run, args, predictions["test"].rows, baselines.tuned
-        )
-        write_report(
-            folder / "report.html",
-            tables["test"],
-            metrics["test"],
-            replace(content, example=written.example),
-            outcome.topics,
-            min_cell=args.min_cell,
-            list_patients=args.report_patients,
-            folder=folder,
-        )
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            write_text(folder / "generations_test.jsonl", text)
+        rows = predictions["test"].rows
+        content = run_content(stage, data, progress, config, run, args, rows, baselines.tuned)
+        if is_writer and args.show_values:
+            content = replace(content, example=example_report(stage, data, rows, lines, args.seed))
+        kind = data.dataset.outcome_kind
+        write_page(folder, tables["test"], metrics["test"], content, kind, args)
         logger.info("report: %s; %s", folder / "report.html", peak_memory())
     return config, baselines
+
+
+def write_page(
+    folder: Path,
+    table: pd.DataFrame,
+    metrics: Metrics,
+    content: ReportContent,
+    outcome_kind: str,
+    args: Namespace,
+) -> None:
+    """Write the report of trained models, on predictions of held-out rows."""
+    write_report(
+        folder / "report.html",
+        table,
+        metrics,
+        content,
+        OUTCOMES[outcome_kind].topics,
+        min_cell=args.min_cell,
+        list_patients=args.report_patients,
+        folder=folder,
+    )
 
 
 def save_model(folder: Path, stage: Stage, config: Config, baselines: Baselines) -> None:
@@ -274,18 +278,14 @@ def generate_reports(stage: Stage, predictions: decision.Predictions) -> dict[in
     return dict(gather_object(list(written.items())))
 
 
-def review_texts(
-    texts: dict[int, str], stage: Stage, data: Data, tested: decision.Predictions, args: Namespace
-) -> Written:
-    """Return what stage 3 wrote beside the true reports; nothing of a stage that writes none."""
-    if stage.text is None or not isinstance(stage.model, LLMWriter):
-        return Written()
-    lines, metrics = score_reports(data.dataset, texts, tested, args.seed)
-    if not args.show_values:
-        return Written(lines, metrics)
-    drawn = int(np.random.default_rng(args.seed).integers(len(lines)))
-    prompt = data.dataset.prompt(int(tested.rows[drawn]), stage.text.options)
-    return Written(lines, metrics, {**lines[drawn], "prompt": prompt})
+def example_report(
+    stage: Stage, data: Data, rows: NDArray[np.int64], lines: list[dict[str, Any]], seed: int
+) -> dict[str, Any]:
+    """Return a drawn line of ``generations_test.jsonl``, of these rows, with its prompt."""
+    assert stage.text is not None
+    drawn = int(np.random.default_rng(seed).integers(len(lines)))
+    prompt = data.dataset.prompt(int(rows[drawn]), stage.text.options)
+    return {**lines[drawn], "prompt": prompt}
 
 
 def log_results(
@@ -296,13 +296,15 @@ def log_results(
     val = metrics["val"]
     auroc = value_text(val.row(val.models[0], "auroc"))
     logger.info("\n%s part (validation AUROC %s):", SCORED[part].capitalize(), auroc)
-    for line in (
-        *sentences(tested, beginning, noun, few_events_advice(tested)),
-        model_table(tested).to_string(index=False),
-    ):
-        logger.info("%s", line)
+    log_findings(tested, sentences(tested, beginning, noun, few_events_advice(tested)))
     if sentence := written_sentence(written):
         logger.info("%s", sentence)
+
+
+def log_findings(metrics: Metrics, findings: Iterable[Finding]) -> None:
+    """Log a result in sentences, and the table of all models."""
+    for line in (*findings, model_table(metrics).to_string(index=False)):
+        logger.info("%s", line)
 
 
 def few_events_advice(test: Metrics) -> str:

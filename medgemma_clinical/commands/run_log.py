@@ -114,7 +114,7 @@ def record_epoch(
     record_average(progress, folder)
     if track is not None:
         track({name: x for name, x in metrics.items() if x is not None}, progress.steps)
-    log_epoch(stage, metrics, progress, exhausted=exhausted)
+    log_epoch(stage, progress, exhausted=exhausted)
 
 
 def record_average(progress: Progress, folder: Path | None) -> None:
@@ -124,10 +124,9 @@ def record_average(progress: Progress, folder: Path | None) -> None:
     write_history(folder, progress.history)
 
 
-def log_epoch(
-    stage: Stage, metrics: dict[str, Any], progress: Progress, *, exhausted: bool
-) -> None:
-    """Log the metrics of an epoch, of most epochs to the log file alone."""
+def log_epoch(stage: Stage, progress: Progress, *, exhausted: bool) -> None:
+    """Log the last line of the history, most epochs to the log file alone."""
+    metrics = progress.history[-1]
     epoch, skipped, train_loss = (metrics[k] for k in ("epoch", "skipped_steps", "train_loss"))
     every = math.ceil(stage.epochs / MAX_SHOWN)
     on_console = exhausted or epoch == stage.epochs or epoch % every == 0
@@ -135,11 +134,10 @@ def log_epoch(
     val = "no validation part"
     if metrics["val_loss"] is not None:
         val = f"val loss {metrics['val_loss']:.4f}, val AUROC {metrics['val_auroc']:.4f}"
-    averaged = describe_epochs(progress.history[-1]["averaged_epochs"])
     logger.log(
         logging.INFO if on_console else logging.DEBUG,
         f"epoch {epoch}/{stage.epochs}: train loss {loss}, {val}, {metrics['seconds']:.1f} s"
-        f", averaged: {averaged}",
+        f", averaged: {describe_epochs(metrics['averaged_epochs'])}",
     )
     if skipped:
         steps = len(stage.batches["train"])

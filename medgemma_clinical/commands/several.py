@@ -148,12 +148,8 @@ def run_ablation(
 def check_reference(name: str, stage_1: Path) -> None:
     """Check that the reference is a variant, or a baseline of a finished stage 1."""
     processes().wait_for_everyone()  # the first one writes the predictions
-    choices = [
-        *VARIANTS,
-        *compare.read_predictions(stage_1, STAGE_1_VARIANT).columns.drop(
-            [*TESTED, STAGE_1_VARIANT]
-        ),
-    ]
+    table = compare.read_predictions(stage_1, STAGE_1_VARIANT)
+    choices = [*VARIANTS, *table.columns.drop([*TESTED, STAGE_1_VARIANT])]
     if name not in choices:
         raise InputError(f"--reference {name}: choose from {', '.join(choices)}")
 
@@ -176,16 +172,12 @@ def compare_variants(
     folder.mkdir(exist_ok=True)
     table = compare.join_predictions(folders)
     write_text(folder / "predictions_test.csv", table.to_csv(index=False))
+    plan: dict[str, Any] = {"primary": args.primary, "compared": [*VARIANTS]}
+    metrics = evaluate(table, args.seed, reference=args.reference, **plan)
     with quiet_console() if quiet else contextlib.nullcontext():
         compare.save_comparison(
             folder / "ablation",
-            evaluate(
-                table,
-                args.seed,
-                reference=args.reference,
-                primary=args.primary,
-                compared=[*VARIANTS],
-            ),
+            metrics,
             {name: compare.cost_of(folder) for name, folder in folders.items()},
             title=f"{ADDS}: {outcome}",
             card={"Seed": str(args.seed)},
@@ -225,17 +217,18 @@ def run_seeds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], t
 
 def seed_arguments(seed: int, args: Namespace) -> Namespace:
     """Return the arguments of one seed's run: its number, its folder, ``{seed}`` filled in."""
-    changes = {"seed": seed, "seeds": None, "output_dir": args.output_dir / f"seed_{seed}"}
-    return Namespace(**{**vars(args), **filled(args, SEED, seed), **changes})
+    folder = args.output_dir / f"seed_{seed}"
+    return filled(args, SEED, seed, seed=seed, seeds=None, output_dir=folder)
 
 
-def filled(args: Namespace, mark: str, number: int) -> dict[str, Any]:
-    """Return the texts and paths among the arguments, a number in place of a mark."""
-    return {
+def filled(args: Namespace, mark: str, number: int, **changes: Any) -> Namespace:
+    """Return arguments with a number in place of a mark in texts and paths, and with changes."""
+    texts = {
         name: type(value)(str(value).replace(mark, str(number)))
         for name, value in vars(args).items()
         if isinstance(value, (str, Path))
     }
+    return Namespace(**{**vars(args), **texts, **changes})
 
 
 def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
@@ -248,10 +241,16 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
         costs = [read_json(path / "ablation.json")["cost"] for path in paths]
     else:
         reference = STAGE_NAMES[kind]
-        title, splits = reference.capitalize(), run_split_table(folders)
+        title = reference.capitalize()
+        aurocs = [
+            (seed, auroc_of(path, "validation"), auroc_of(path, "test"))
+            for seed, path in folders.items()
+        ]
+        columns = ["Seed", "Validation AUROC [95 %]", "Test AUROC [95 %]"]
+        splits = pd.DataFrame(aurocs, columns=columns)
         tables = [compare.read_predictions(path, reference) for path in paths]
         costs = [{reference: compare.cost_of(path)} for path in paths]
-    plan = {"primary": args.primary, "compared": [*VARIANTS]}
+    plan: dict[str, Any] = {"primary": args.primary, "compared": [*VARIANTS]}
     metrics = evaluate_splits(shared_models(tables), args.seed, reference, **plan)
     auroc = metrics.row(reference, "auroc")
     compare.save_comparison(
@@ -263,20 +262,11 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
             f"Over {len(folders)} splits the test AUROC of {reference} is {auroc['min']:.3f} to "
             f"{auroc['max']:.3f}, mean {value_text(auroc)}."
         ],
-        card={
-            "Seeds": f"{min(folders)} to {max(folders)}",
-            **NOT_IN_INTERVALS,
-        },
+        card={"Seeds": f"{min(folders)} to {max(folders)}", **NOT_IN_INTERVALS},
         meanings=MEANINGS | VARIANTS_ARE,
         notice=compare.built_in_models_notice({"all": vars(args)}),
         splits=splits,
     )
-
-
-def run_split_table(folders: dict[int, Path]) -> pd.DataFrame:
-    """Return the AUROC of each seed on its validation and its test part, in words."""
-    lines = [(seed, auroc_of(f, "validation"), auroc_of(f, "test")) for seed, f in folders.items()]
-    return pd.DataFrame(lines, columns=["Seed", "Validation AUROC [95 %]", "Test AUROC [95 %]"])
 
 
 def mean_cost(costs: list[dict[str, float | None]]) -> dict[str, float | None]:

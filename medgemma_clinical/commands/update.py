@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 
 from medgemma_clinical.data.overlap import add_training_rows
+from medgemma_clinical.evaluation.decision import NOT_UPDATED
 from medgemma_clinical.evaluation.metrics_table import MINORITY_PATIENTS
-from medgemma_clinical.evaluation.recalibration import NOT_UPDATED
 from medgemma_clinical.evaluation.updating import CHOSEN, Updates, updated_rule
 from medgemma_clinical.evaluation.verdicts import difference_text
 from medgemma_clinical.files import InputError, atomic, move_aside, owner_only

@@ -60,6 +60,10 @@ UNIT_RATIOS = {
 """Ratios of the units in use, by a word of a series' name, the whole of it.
 Source: molar masses as above; urea 60.06, bilirubin 584.7, haemoglobin's monomer 16,114 g/mol."""
 
+PREFIXES = {"": 1, "d": 1e-1, "c": 1e-2, "m": 1e-3, "u": 1e-6, "\N{MICRO SIGN}": 1e-6, "n": 1e-9}
+PREFIXES |= {"\N{GREEK SMALL LETTER MU}": 1e-6, "p": 1e-12, "k": 1e3}
+QUANTITY = re.compile(rf"({'|'.join(sorted(PREFIXES, reverse=True))})(g|mol|[lL]|I?U|eq|Eq)(?=/|$)")
+
 EQUIVALENT = {"meq/l": 1.0, "mmol/l": 1.0}  # factors of units for ions of one charge
 
 ANALYTES = {int(item): analyte for analyte in CHEMISTRY for item in analyte.keys}
@@ -81,6 +85,16 @@ def unit_ratios(name: str) -> tuple[float, ...]:
         (x for pattern, x in UNIT_RATIOS.items() if any(re.fullmatch(pattern, w) for w in words)),
         (),
     )
+
+
+def prefix_ratios(unit: str, target: str) -> tuple[float, ...]:
+    """Return the ratio of units that differ in their prefixes alone, as mg/dL and mg/L."""
+    parts = [QUANTITY.findall(text) for text in (unit, target)]
+    bases = [[base.lower() for _, base in part] for part in parts]
+    if len(parts[0]) != 2 or bases[0] != bases[1]:
+        return ()
+    one, other = (PREFIXES[above] / PREFIXES[below] for (above, _), (below, _) in parts)
+    return (one / other,)
 
 
 def choose_features(names: Sequence[str], gap_item: int) -> list[Feature]:

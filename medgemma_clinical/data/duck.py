@@ -174,7 +174,7 @@ ORDERS = [
 ]
 """Formats of times that are not in ISO's form; the first of each stands for all."""
 
-YES = ("yes", "y", "true", "1", "1.0", "ja", "j", "oui", "si", "sí")
+YES = ("yes", "y", "true", "1", "1.0", "ja", "j", "oui", "si", "sí", "sì")
 NO = ("no", "n", "false", "0", "0.0", "nein", "non")
 NOT_KNOWN = ("", "nan", "?", "-", "n/a", "na", "unknown", "unbekannt", "inconnu", "desconocido")
 """Words of a label, in small letters: 1, 0 and neither."""
@@ -501,10 +501,9 @@ def read_sheet(
     return header, texts, rounded, (chosen, *names)
 
 
-def largest_sheet(path: Path) -> str:
-    """Return the sheet of an Excel file with the most cells."""
+def largest_sheet(path: Path, names: Sequence[str]) -> str:
+    """Return the sheet with the most cells of some of an Excel file."""
     with pd.ExcelFile(path, engine="openpyxl") as book:
-        names = [str(name) for name in book.sheet_names]
         sizes = {name: pd.read_excel(book, name, header=None).size for name in names}
     return max(sizes, key=lambda name: sizes[name])
 

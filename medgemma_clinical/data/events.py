@@ -282,7 +282,8 @@ def make_rows(
     )
     if keep_all and not left.all():
         rows.loc[~left, [*titles, "prediction_hours"]] = None
-        logger.warning("warning: %d rows are kept without values: no risk", int((~left).sum()))
+        problem = f"{too_few} of {series[0].name}, as no row of a training has: kept without values"
+        logger.warning("warning: %d rows have %s and risk", int((~left).sum()), problem)
     if parts is not None:
         rows["split"] = labels["subject"].map(parts)
     if unlabelled := int(rows["label_escalation"].isna().sum()):

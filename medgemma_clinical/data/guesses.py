@@ -16,6 +16,7 @@ MOST, SURE, SHARED = 0.9, 0.99, 0.2  # shares of cells that decide what a column
 MIN_SHARED = 1.5  # patients that have an item, on average
 MAX_HOURS = 24 * 30  # from a sample to its result
 UNIT = r"%|\S{1,6}/\S{1,8}|mmHg|°C|fL|pg"
+OPTIONAL_ROLES = (("storetime", "unit"), (), ("notes.storetime",))
 SUBJECT_ROLES = ("subject_id", "labels.subject_id", "notes.subject_id")
 
 
@@ -84,7 +85,7 @@ def ask(
     """Return a question for each role without a column; that of one candidate is a guess."""
     books = [(file, bool(missing)) for file, missing in zip(files, lacking, strict=True)]
     if not request.sheet and any(file.sheets[1:] and missing for file, missing in books):
-        return [ask_sheet(file, missing) for file, missing in books if file.sheets]
+        return ask_sheets(books)
     if not any(lacking) and {*files[0].header} <= {*names_of[0].values(), *files[1].header}:
         return []  # no column is left for a role that may be missing
     limits = ["" if k == 1 else f"LIMIT {SAMPLE}" for k in range(len(files))]
@@ -97,9 +98,9 @@ def ask(
             free = [x for x in free if x.name not in files[1].header]  # as a stay number
             candidates = find_values(database, file, free, names, subjects[0])
         else:
-            candidates = find_labels(free) if k == 1 else find_notes(free)
+            candidates = find_labels(free) if k == 1 else find_notes(database, file, free, names)
         candidates[SUBJECT_ROLES[k]] = subjects[k]
-        optional = [role for role in ("storetime", "unit") if not k and role not in names]
+        optional = [role for role in OPTIONAL_ROLES[k] if role not in names]
         for role in dict.fromkeys((*missing, *optional)):
             absent, found = mapped.get(role, ""), candidates.get(role, [])
             if role in mapped and not absent:
@@ -125,11 +126,19 @@ def ask(
     return asked
 
 
-def ask_sheet(file: duck.TableFile, missing: bool) -> Question:
-    """Return the question which sheet is read, the largest where the first is no table."""
-    first = duck.largest_sheet(file.path) if missing and file.sheets[1:] else file.sheets[0]
-    answers = (first, *(name for name in file.sheets if name != first))
-    return Question(f"{file.path}: which sheet is read", "sheet", answers, guessed=True)
+def ask_sheets(books: Sequence[tuple[duck.TableFile, bool]]) -> list[Question]:
+    """Return which sheet of each workbook is read, the largest where the first is no table."""
+    asked, taken = list[Question](), list[tuple[Any, str]]()
+    for file, missing in books:
+        sheets = [name for name in file.sheets if (file.path, name) not in taken]
+        if sheets:
+            first = duck.largest_sheet(file.path, sheets) if missing else sheets[0]
+            taken.append((file.path, first))
+            answers = (first, *(name for name in sheets if name != first))
+            ordinal = f", table {len(asked) + 1} of these" if len(asked) else ""
+            text = f"{file.path}: which sheet is read{ordinal}"
+            asked.append(Question(text, "sheet", answers, guessed=True))
+    return asked
 
 
 def ask_prediction_time(
@@ -207,11 +216,7 @@ def find_values(
     subjects: Sequence[str],
 ) -> dict[str, list[str]]:
     """Return the candidates of each role of a table of values."""
-    times, found = find_times(cells), dict[str, list[str]]()
-    found["time"] = times
-    pair = [names["time"], *times] if "time" in names else times
-    if len(pair) == 2 and is_stored(database, file, *pair):
-        found |= {"time": pair[:1], "storetime": pair[1:]}
+    times, found = find_times(cells), find_pair(database, file, "sample_0", cells, names, "")
     numbers = [x for x in cells if x.name not in times and x.is_mostly(x.numbers, 0.5)]
     found["value"] = [x.name for x in [y for y in numbers if y.decimals] or numbers]
     found["unit"] = [x.name for x in cells if x.is_mostly(x.units, 0.5)][:1]
@@ -220,6 +225,22 @@ def find_values(
     subject = names.get("subject_id", subjects[0] if subjects else "")
     found["item"] = [x.name for x in words if is_shared(database, file, x.name, subject)]
     return found
+
+
+def find_pair(
+    database: duck.Database,
+    file: duck.TableFile,
+    sample: str,
+    cells: Sequence[Cells],
+    names: Mapping[str, str],
+    prefix: str,  # of the roles
+) -> dict[str, list[str]]:
+    """Return the candidates of the time, and of the storing time where there is one."""
+    times, time, stored = find_times(cells), f"{prefix}time", f"{prefix}storetime"
+    pair = [names[time], *times] if time in names else times
+    if len(pair) == 2 and is_stored(database, file, sample, *pair):
+        return {time: pair[:1], stored: pair[1:]}
+    return {time: times}
 
 
 def is_shared(database: duck.Database, file: duck.TableFile, item: str, subject: str) -> bool:
@@ -231,12 +252,14 @@ def is_shared(database: duck.Database, file: duck.TableFile, item: str, subject:
     return not subject or bool(pairs >= MIN_SHARED * words)
 
 
-def is_stored(database: duck.Database, file: duck.TableFile, first: str, second: str) -> bool:
+def is_stored(
+    database: duck.Database, file: duck.TableFile, sample: str, first: str, second: str
+) -> bool:
     """Return whether times are those of results: soon after the samples were taken."""
     early, late = (time_of(f"trim({file.raw(name)}::VARCHAR)") for name in (first, second))
     share, hours = database.row(
         f"SELECT avg((early <= late)::INTEGER), median(date_diff('hour', early, late)) "
-        f"FROM (SELECT {early} AS early, {late} AS late FROM sample_0)"
+        f"FROM (SELECT {early} AS early, {late} AS late FROM {sample})"
     )
     return bool(share and share > SURE and hours < MAX_HOURS)
 
@@ -247,7 +270,10 @@ def find_labels(cells: Sequence[Cells]) -> dict[str, list[str]]:
     return {"prediction_time": find_times(cells), "label": answers}
 
 
-def find_notes(cells: Sequence[Cells]) -> dict[str, list[str]]:
+def find_notes(
+    database: duck.Database, file: duck.TableFile, cells: Sequence[Cells], names: Mapping[str, str]
+) -> dict[str, list[str]]:
     """Return the candidates of each role of a table of notes."""
     texts = sorted((x for x in cells if x.is_words), key=lambda x: -x.length)
-    return {"notes.time": find_times(cells), "notes.text": [x.name for x in texts[:1]]}
+    found = find_pair(database, file, "sample_2", cells, names, "notes.")
+    return {**found, "notes.text": [x.name for x in texts[:1]]}

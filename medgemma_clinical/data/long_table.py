@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from medgemma_clinical.data import duck, events, guesses
-from medgemma_clinical.data.analytes import unit_ratios
+from medgemma_clinical.data.analytes import prefix_ratios, unit_ratios
 from medgemma_clinical.data.dka import (
     HOURS,
     MAIN_COLUMN,
@@ -57,7 +57,7 @@ FACTOR = re.compile(rf"(.*):(.*)=\s*({NUMBER})\s*")
 NOT_LIKE = {*("table", "labels", "out", "memory_limit", "threads"), "like", "read_as", "no_labels"}
 # Columns beside those of a header, of which no name begins with a space.
 ZONE, KEPT, ID = " zone of the prediction time", " kept ", " id"
-MICRO = ("\N{MICRO SIGN}", "\N{GREEK SMALL LETTER MU}")
+MICRO = re.compile("\N{MICRO SIGN}|\N{GREEK SMALL LETTER MU}|\\bmc(?=g)")  # written u, too
 HOUR = duck.MICROSECONDS["hours"]
 
 
@@ -164,6 +164,8 @@ def make_long(
     factors = request.factors()
     if request.like and request.out.resolve() == request.like.resolve():
         raise InputError(f"--out {request.out}: --like reads it: choose another name")
+    if request.notes is None and any(role.startswith("notes.") for role in request.mapped()):
+        logger.warning("warning: --like %s was made with notes: give those of now", request.like)
     with duck.open_database(request.out, request.memory_limit, request.threads) as database:
         database.set(below_limit=request.below_limit)
         reading.files = table, labels, *notes = files = open_tables(database, request)
@@ -274,6 +276,8 @@ def find_columns(
             flags = " ".join(f"{role}=?" for role in missing)
             flags += "".join(HINTS.get(role, "") for role in missing)
             columns = f"the columns are {join_names(file.header)}"
+            if sum(map(bool, file.header)) <= len(file.header) / 2:
+                columns = "row 1 is no header: remove the lines above that"
             if absent:
                 near = did_you_mean(absent[0], file.header, 0.4)
                 columns = f"there is no {join_names(absent)}{near or ':'} {columns}"
@@ -426,14 +430,9 @@ def load_labels(
     if time.zoned:
         columns[ZONE], zone = duck.Column("zone", source=names["prediction_time"]), f'"{ZONE}"'
     if not request.no_labels:
-        label = replace(LABEL, positive=request.positive)
-        columns[names["label"]] = label
-        columns |= {name: replace(label, source=column) for name, column in outcomes.items()}
-        check_labels(database, file, [names["label"], *outcomes.values()], request)
+        label = {names["label"]: names["label"], **outcomes}
+        columns |= find_positive(database, file, label, request)
     duck.load_table(database, "answers", file, columns)
-    if request.positive and not request.no_labels:
-        for column in (names["label"], *outcomes.values()):
-            check_positive(database, file, column, request)
     _, delay = request.prediction_time_column()
     select = {
         "subject": duck.quoted(names["labels.subject_id"]),
@@ -557,6 +556,9 @@ def find_outcomes(
     outcomes = dict[str, str]()
     for text in request.outcome_column if not request.no_labels else ():
         column, where = find_column(file.header, text), f"--outcome_column {text}: {file.path}"
+        if column is None and request.like:
+            logger.warning("warning: %s: no such column", where)
+            continue
         if column is None:
             raise InputError(f"{where}: no such column among {join_names(file.header)}")
         check_alike(file, "--outcome_column", column, text)
@@ -612,6 +614,9 @@ def add_context(
 ) -> None:
     """Add the notes that were written by the prediction times to the context."""
     log_columns(file, names)
+    if "notes.storetime" not in names:
+        problem = "no notes.storetime: notes count as known when written"
+        logger.warning("warning: %s: %s", file.path, problem)
     roles = {"subject": "subject_id", "charted": "time", "stored": "storetime", "text": "text"}
     columns = {x: names[f"notes.{y}"] for x, y in roles.items() if f"notes.{y}" in names}
     forms = {x: times[f"notes.{y}"] for x, y in roles.items() if f"notes.{y}" in times}
@@ -620,45 +625,51 @@ def add_context(
     static[CONTEXT] = add_notes(database, contexts, request.max_note_words)
 
 
-def check_labels(
-    database: duck.Database, file: duck.TableFile, columns: Sequence[str], request: LongRequest
-) -> None:
-    """Refuse labels in words that only --positive explains, the rarest word first."""
-    label = replace(LABEL, positive=request.positive)
-    for column in columns:
-        raw = file.raw(column)
+def find_positive(
+    database: duck.Database, file: duck.TableFile, columns: Mapping[str, str], request: LongRequest
+) -> dict[str, duck.Column]:
+    """Return how the label of each column is read: by those words of --positive that it holds.
+
+    Refuses words that only --positive explains, and one that no column holds.
+    """
+    found, unused = dict[str, duck.Column](), {word.strip().lower() for word in request.positive}
+    for name, column in columns.items():
+        raw, where = file.raw(column), f"{file.path}, column {column}"
+        cell = f"trim({raw}::VARCHAR)"
+        select = f"SELECT lower({cell}) AS word, count(*) AS count, min({cell}) FROM {file.rows()}"
+        words = database.run(f"{select} GROUP BY 1 ORDER BY count DESC, word").fetchall()
+        held = {word for word, *_ in words}
+        own = tuple(x for x in request.positive if x.strip().lower() in held)
+        unused -= {x.strip().lower() for x in own}
+        # New patients may have no event.
+        label = replace(LABEL, source=column, positive=request.positive if request.like else own)
+        found[name] = label
         (count,) = database.row(
             f"SELECT count(*) FILTER ({label.is_wrong(raw)}) FROM {file.rows()}"
         )
         if count:
-            word = f"trim({raw}::VARCHAR)"
-            select = f"SELECT {word}, count(*) FROM {file.rows()} GROUP BY 1 ORDER BY 2, 1"
-            found = database.run(select).fetchall()
-            words = [text for text, _ in found if (text or "").lower() not in duck.NOT_KNOWN]
-            problem = f"{file.path}, column {column}: {label.problem(count)}"
-            answers = tuple(words) if len(words) <= MAX_WORDS else ()
+            known = [text for word, _, text in words[::-1] if (word or "") not in duck.NOT_KNOWN]
+            given = f"--positive {', '.join(request.positive)}: " if request.positive else ""
+            problem = f"{given}{where}: {label.problem(count)}"
+            answers = tuple(known) if len(known) <= MAX_WORDS else ()
             asked = Question(problem, "positive", answers, of_cells=True)
             raise OpenQuestions(problem, [asked])
+        if own:
+            log_labels(where, words, own)
+    if unused and not request.like:
+        raise InputError(f"--positive {', '.join(sorted(unused))}: {file.path}: no outcome has it")
+    return found
 
 
-def check_positive(
-    database: duck.Database, file: duck.TableFile, column: str, request: LongRequest
-) -> None:
-    """Refuse a --positive that is no label, and log which words are 1 and 0."""
-    where = f"{file.path}, column {column}"
-    word = f"lower(trim({file.raw(column)}::VARCHAR))"
-    label = replace(LABEL, positive=request.positive).typed(file.raw(column))
-    select = f"SELECT {label} AS label, {word} AS word, count(*) AS count FROM {file.rows()}"
-    query = f"{select} GROUP BY ALL HAVING label IS NOT NULL ORDER BY count DESC, word"
-    rows = database.run(query).fetchall()
-    if not any(value for value, *_ in rows) and not request.like:
-        problem = "no cell holds it"
-        raise InputError(f"--positive {', '.join(request.positive)}: {where}: {problem}")
-    for value in (0, 1):
-        words = [(text, count) for label, text, count in rows if label == value]
-        if len(words) > MAX_WORDS:  # a rare one may be a remark on a patient
-            words = [(text, count) for text, count in words if count > 1]
-        shown = [f"{one_line(text[:MAX_LETTERS])} ({count:,})" for text, count in words]
+def log_labels(where: str, words: Sequence[tuple[str, int, str]], positive: Sequence[str]) -> None:
+    """Log which words of a column are 1 and 0."""
+    ones = {word.strip().lower() for word in positive}
+    known = [(word, count) for word, count, _ in words if (word or "") not in duck.NOT_KNOWN]
+    for value in (1, 0):
+        of_value = [(word, count) for word, count in known if (word in ones) == value]
+        if len(of_value) > MAX_WORDS:  # a rare one may be a remark on a patient
+            of_value = [(word, count) for word, count in of_value if count > 1]
+        shown = [f"{one_line(word[:MAX_LETTERS])} ({count:,})" for word, count in of_value]
         logger.info("%s: %d is %s", where, value, join_names(shown, MAX_WORDS) or "no word")
 
 
@@ -688,7 +699,8 @@ def make_static(
     is_category, sql = f"{word} IN ({', '.join(map(duck.literal, categories))})", []
     (count,) = database.row(f"SELECT count(*) FROM answers WHERE NOT {is_category}")
     if count:
-        logger.warning("warning: %s: %s of no known category: empty", where, duck.cells(count))
+        known = "neither female nor male" if SEX.fullmatch(feature.name) else "of no known category"
+        logger.warning("warning: %s: %s %s: empty", where, duck.cells(count), known)
     for name, ones in columns:
         logger.info("%s: %s is 1 for %s", where, name, one_line(", ".join(ones)))
         one = f"({word} IN ({', '.join(map(duck.literal, ones))}))::INTEGER::VARCHAR"
@@ -778,7 +790,7 @@ def ask_series(items: Sequence[Feature], problem: str, *, guess: bool) -> list[Q
 
 def alike(texts: Sequence[str], others: Sequence[str]) -> bool:
     """Return whether units, or items, differ in their case or the sign of micro alone."""
-    first, second = ([text.replace(*MICRO).lower() for text in pair] for pair in (texts, others))
+    first, second = ([MICRO.sub("u", text).lower() for text in pair] for pair in (texts, others))
     return first == second
 
 
@@ -813,16 +825,23 @@ def convert_units(
             problem = f"{name} is in this unit already" if converted else problem
             by = f"--factor '{code}:{unit}=NUMBER'"
             text = f"{path}: {problem}: convert what is in another unit by {by}"
-            number = suggest_factor(database, name, unit, target)
-            answers = (f"{code}:{unit}={number}",) if number and not converted else ()
-            asked[text] = Question(f"{path}: {problem}, by medians", "factor", answers)
+            asked[text] = Question(f"{path}: {problem}", "factor")
+            ratio = 0.0 if converted else ratio_of_medians(database, name, unit, target)
+            if ratio:
+                known = {*unit_ratios(name), *prefix_ratios(unit, target)}
+                known |= {1 / x for x in known}
+                near = [x for x in known if 0.7 < ratio / x < 1.4]
+                answer = f"{near[0]:.4g}" if len(near) == 1 else "NUMBER"
+                medians = f"{path}: {problem}, whose medians are as {ratio:.3g} to 1"
+                answers, assumed = (f"{code}:{unit}={x}" for x in (answer, f"{ratio:.4g}"))
+                asked[text] = Question(medians, "factor", (answers,), assumed)
     if asked:
         raise OpenQuestions(next(iter(asked)), [*asked.values()])
     return [replace(item, unit=units.get(item.name, item.unit)) for item in items]
 
 
-def suggest_factor(database: duck.Database, name: str, unit: str, target: str) -> str:
-    """Return what the medians of two units of an item suggest, by its known ratio if it has one."""
+def ratio_of_medians(database: duck.Database, name: str, unit: str, target: str) -> float:
+    """Return the ratio of an item's medians in two units, 0 where there is none."""
     texts = ", ".join(
         f"median(value) FILTER (record.unit = {duck.literal(x)})" for x in (unit, target)
     )
@@ -830,11 +849,7 @@ def suggest_factor(database: duck.Database, name: str, unit: str, target: str) -
     first, second = database.row(
         f"SELECT {texts} FROM record JOIN named USING (code) WHERE {of_item}"
     )
-    if not (first and second and second / first > 0):
-        return ""
-    ratio = second / first
-    known = [x for r in unit_ratios(name) for x in (r, 1 / r) if 0.7 < ratio / x < 1.4]
-    return f"{known[0] if known else ratio:.4g}"
+    return float(second / first) if first and second and second / first > 0 else 0.0
 
 
 def count_left_out(database: duck.Database, path: Path) -> dict[str, int]:

@@ -59,6 +59,8 @@ def load_notes(
     charted = f"{cells['charted']} + to_days(({cells['charted']} = {day})::INTEGER)"
     charted = cells["charted"] if forms["charted"].zoned else charted
     written_time = f"greatest({cells['charted']}, coalesce({cells['stored']}, {charted}))"
+    if times and "stored" in names:  # as of the values of from_long: empty means never
+        written_time = f"CASE WHEN {cells['stored']} IS NOT NULL THEN {written_time} END"
     database.run(
         "CREATE TABLE IF NOT EXISTS note "
         "(subject VARCHAR, written TIMESTAMP, stay BIGINT, text VARCHAR, words INTEGER); "

@@ -41,7 +41,8 @@ class Preview:
 
 def answered(request: LongRequest, question: Question) -> LongRequest:
     """Return the flags with the first answer to a question."""
-    current, answer = getattr(request, question.flag), question.answers[0]
+    current = getattr(request, question.flag)
+    answer = question.assumed or question.answers[0]
     value: Any = (*current, answer) if isinstance(current, tuple) else answer
     changed: dict[str, Any] = {question.flag: True if isinstance(current, bool) else value}
     return replace(request, **changed)
@@ -75,6 +76,9 @@ def settled_flags(seen: Preview) -> dict[str, Any]:
     """Return the flags that are given, guessed or recognised."""
     flags = {name: value for name, value in vars(seen.request).items() if name != "read_as"}
     reading = seen.reading
+    flags["columns"] = tuple({text.partition("=")[0]: text for text in flags["columns"]}.values())
+    if not flags["series"] and not any(x.flag == "series" for x in seen.questions):
+        flags["series"] = tuple(f"{x.title}={key}" for x in reading.series for key in x.keys)
     if any(file.encoding == duck.WINDOWS for file in reading.files):
         flags["encoding"] = flags["encoding"] or duck.WINDOWS
     if len(reading.signs) == 1:
@@ -87,14 +91,11 @@ def settled_flags(seen: Preview) -> dict[str, Any]:
 
 
 def suggested_flags(seen: Preview) -> dict[str, list[str]]:
-    """Return elements of lists that the user may want: series, and columns that are not read."""
-    series = [f"{x.title}={key}" for x in seen.reading.series for key in x.keys]
+    """Return elements of lists that the user may want: columns that are not read."""
     unread = list[str]()
     for file, columns in zip(seen.reading.files[1:2], seen.reading.columns[1:2], strict=False):
         unread = [name for name in file.header if name not in columns.values()]
-    is_asked = any(question.flag == "series" for question in seen.questions)
     return {
-        "series": [] if seen.request.series or is_asked else series,
         "static": [f"{name_from(name)}={name}" for name in unread],
         "keep": unread,
     }
@@ -158,7 +159,7 @@ def describe_series(seen: Preview) -> list[str]:
         return []
     series = seen.reading.series
     titles = [MAIN_COLUMN, *(f"trajectory_{feature.title}" for feature in series[1:])]
-    _, _, values = parse_series(seen.rows.fillna(""), titles, Findings("rows"))
+    _, _, values = parse_series(seen.rows[titles].fillna(""), titles, Findings("rows"))
     lines = []
     for feature, column in zip(series, values.T, strict=True):
         known = column[~np.isnan(column)]
@@ -191,6 +192,7 @@ def describe_questions(questions: Sequence[Question]) -> list[str]:
         others = [x for question in asked for x in question.answers[1:]]
         shown = join_names(first, 3) or "VALUE"
         shown += f" (or {join_names(others, 6)})" if others else ""
-        lines.append(f"  --{flag} {shown}: {text}" if flag else f"  no flag: {text}")
+        shown = "" if first == ["'true'"] else f" {shown}"  # a switch
+        lines.append(f"  --{flag}{shown}: {text}" if flag else f"  no flag: {text}")
     head = "open questions, with the answers that this preview took:"
     return [head, *lines] if lines else []

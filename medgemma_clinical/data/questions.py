@@ -14,7 +14,8 @@ class Question:
 
     text: str
     flag: str
-    answers: tuple[str, ...] = ()  # possible values of the flag; a preview goes on with the first
+    answers: tuple[str, ...] = ()  # possible values of the flag
+    assumed: str = ""  # with what a preview goes on, by default the first answer
     guessed: bool = False  # there is one answer, by what the cells are
     of_cells: bool = False  # the answers are words of cells, which no other file may hold
 

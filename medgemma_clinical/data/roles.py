@@ -37,8 +37,8 @@ NOTE_ROLES = {
     "notes.storetime": ROLES["storetime"],
     "notes.text": ("text", "note", "note_text", "report", "free_text"),
 }
-MALE = ("male", "m", "man", "männlich", "mann")
-FEMALE = ("female", "f", "w", "woman", "weiblich", "frau")
+MALE = ("male", "m", "man", "männlich", "mann", "homme", "hombre", "uomo")
+FEMALE = ("female", "f", "w", "woman", "weiblich", "frau", "femme", "mujer", "donna")
 OTHER_SEX = ("d", "x", "o", "u", "diverse", "divers", "other", "unknown", "unbekannt")
 SEX = re.compile(r"sex|gender|geschlecht", re.IGNORECASE)
 SITE_COLUMN = re.compile(

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from medgemma_clinical.data.roles import sex_of_column
 from medgemma_clinical.data.trajectories import AGE, UNKNOWN, TrajectoryDataset
@@ -20,23 +19,16 @@ OBSERVATION_EDGES = (2, 3, 5, 10, 20)
 
 def demographics(dataset: TrajectoryDataset) -> pd.DataFrame:
     """Return observations, age (years), sex, label, patient, site of N rows; NaN where unknown."""
+    age = next((name for name in AGE if name in dataset.static_names), None)
     columns = {
         "observations": dataset.lengths,
-        "age": _age(dataset),
+        "age": dataset.static_table([age])[age] if age else np.nan,
         "sex": _sex(dataset),
         "label": dataset.labels,
         "patient": dataset.groups,
         "site": dataset.sites,  # None without sites
     }
     return pd.DataFrame(columns)
-
-
-def _age(dataset: TrajectoryDataset) -> NDArray[np.float64]:
-    """Return the age of N rows, NaN where unknown."""
-    for name in AGE:
-        if name in dataset.static_names:
-            return dataset.static_table([name])[name].to_numpy()
-    return np.full(len(dataset), np.nan)
 
 
 def _sex(dataset: TrajectoryDataset) -> pd.Series[Any]:

@@ -40,8 +40,8 @@ MAX_UNDEFINED = 0.05
 MINORITY_PATIENTS = 10
 """Patients with, and without, the event that a verdict and a subgroup's AUROC need."""
 
-Statistic = Callable[[Array], dict[Any, Array]]
-"""From weights (R, n) to values (R,) by any key."""
+Statistic = Callable[[Array], Any]
+"""From weights (R, n) to values (R,) by any key, or to values (R, K) of K positions."""
 
 
 @dataclass(frozen=True)
@@ -77,18 +77,18 @@ class Metrics:
         """Return the content of a part of ``metrics.json``; what is undefined is None."""
         spread = [name for name in SPREAD if name in self.table]
         defined: Any = self.table.astype(object).where(self.table.notna(), None)
-        first, *compared = (defined.loc[model] for model in self.models)
+        first, *others = self.models
         models = {}
-        for model, rows in zip(self.models[1:], compared, strict=True):
+        for model in others:
+            rows = defined.loc[model]
             numbers = rows[VALUE + DIFFERENCE + spread].to_dict("index")
             models[model] = {"reference": rows["reference"].iloc[0], **numbers}
-        metrics_of_model = first[VALUE + spread].to_dict("index")
-        plan = {"primary": self.primary, "planned": self.planned}
         return {
             **self.counts,
-            "model": self.models[0],
-            **plan,
-            **metrics_of_model,
+            "model": first,
+            "primary": self.primary,
+            "planned": self.planned,
+            **defined.loc[first][VALUE + spread].to_dict("index"),
             "models": models,
         }
 

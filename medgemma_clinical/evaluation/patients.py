@@ -181,15 +181,8 @@ def _plot_series(axes: Axes, row: Explanation, f: int) -> str:
         lower, upper = bottom if low is None else low, top if high is None else high
         axes.axhspan(lower, upper, color=plots.GRID, linewidth=0)
     # Without clipping, a point on the edge of the panel is drawn whole.
-    axes.plot(
-        row.since_first(times),
-        values,
-        "o-",
-        color=plots.INK,
-        linewidth=1,
-        markersize=4,
-        clip_on=False,
-    )
+    look: dict[str, Any] = {"color": plots.INK, "linewidth": 1, "markersize": 4, "clip_on": False}
+    axes.plot(row.since_first(times), values, "o-", **look)
     whole = bool((values == np.round(values)).all())  # states, grades, counts
     axes.yaxis.set_major_locator(MaxNLocator(2, min_n_ticks=2, integer=whole))
     name, unit = row.features[f], with_space(row.units[f])

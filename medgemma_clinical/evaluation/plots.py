@@ -131,6 +131,18 @@ def to_image(figure: Figure, alt: str) -> Image:
     return Image(buffer.getvalue(), alt)
 
 
+def fill_band(axes: Axes, x: Any, low: Any, high: Any) -> None:
+    """Shade the interval of the model's curve."""
+    axes.fill_between(x, low, high, color=MODEL, alpha=0.18, linewidth=0)
+
+
+def name_lines(axes: Axes, names: Sequence[str]) -> None:
+    """Name the lines of a forest plot, from above."""
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")  # it would hide the ends of the intervals
+
+
 def with_legend(figure: Figure, columns: int = 3) -> Figure:
     """Put one legend above the panels, where it hides no curve."""
     for axes in figure.axes:
@@ -163,9 +175,7 @@ def plot_forest(metrics: Metrics) -> Plot:
     widest = np.nanmax([MIN_DIFFERENCE, *np.abs([*values, *lows, *highs])])
     besides = aurocs["reference"]
     texts = [n if beside == reference else f"{n} minus {beside}" for n, beside in besides.items()]
-    axes.set_yticks(range(len(names) + 1), [f"{reference}, reference", *texts])
-    axes.set(xlim=(-1.05 * widest, 1.05 * widest), ylim=(len(names) + 0.5, -0.5))
-    axes.set_xlabel("difference in AUROC [95 %]")
-    axes.grid(visible=False, axis="y")  # it would hide the ends of the intervals
+    name_lines(axes, [f"{reference}, reference", *texts])
+    axes.set(xlim=(-1.05 * widest, 1.05 * widest), xlabel="difference in AUROC [95 %]")
     alt = f"Forest plot: AUROC of each model minus that of {reference}, with intervals."
     return with_legend(figure) if names else figure, alt

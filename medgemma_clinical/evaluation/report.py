@@ -16,14 +16,11 @@ from medgemma_clinical.data.texts import code
 from medgemma_clinical.evaluation import plots, tables
 from medgemma_clinical.evaluation.metrics import REPLICATES
 from medgemma_clinical.evaluation.metrics_table import Metrics
-from medgemma_clinical.evaluation.suppress import suppress
-from medgemma_clinical.evaluation.topics.case_mix import case_mix_topic
-from medgemma_clinical.evaluation.topics.cohort import cohort
-from medgemma_clinical.evaluation.topics.largest_errors import largest_errors
+from medgemma_clinical.evaluation.suppress import suppressed
+from medgemma_clinical.evaluation.topics import cohort
+from medgemma_clinical.evaluation.topics.discrimination import about_models
 from medgemma_clinical.evaluation.topics.learning import learning
-from medgemma_clinical.evaluation.topics.model_comparison import about_models
 from medgemma_clinical.evaluation.topics.subgroups import subgroup_cells
-from medgemma_clinical.evaluation.topics.table_one import table_one_topic
 from medgemma_clinical.evaluation.topics.topic import (
     Cells,
     Evaluated,
@@ -36,13 +33,7 @@ from medgemma_clinical.evaluation.topics.written_reports import (
     written_reports,
     written_sentence,
 )
-from medgemma_clinical.evaluation.verdicts import (
-    at_threshold,
-    counts_text,
-    multiplicity_sentence,
-    percent,
-    sentences,
-)
+from medgemma_clinical.evaluation.verdicts import counts_text, multiplicity_sentence, percent
 from medgemma_clinical.files import atomic, write_text
 
 PAGES = Environment(
@@ -94,13 +85,13 @@ def write_report(
 ) -> None:
     """Write a report, and with a ``folder`` each figure, each table and ``tripod.md`` as files."""
     has_few = metrics.counts["minority_patients"] < min_cell
-    shown = Metrics.from_json(suppress(metrics.to_json(), min_cell))
+    shown = suppressed(metrics, min_cell)
     evaluated = Evaluated(rows, shown, content, min_cell, has_few, list_patients)
     builders: dict[str, Sequence[TopicBuilder]] = {
         "written": [written_reports],
-        "results": [*([] if has_few else topics), case_mix_topic],
-        "rows": [largest_errors, table_one_topic],
-        "methods": [cohort, learning],
+        "results": [*([] if has_few else topics), cohort.case_mix_topic],
+        "rows": [cohort.largest_errors, cohort.table_one_topic],
+        "methods": [cohort.cohort, learning],
     }
     with plots.plot_style():
         sections = {
@@ -116,9 +107,6 @@ def write_report(
             write_text(folder / "tripod.md", tripod(content, shown, numbers))
     notices = [content.notice, PATIENTS_NOTICE if list_patients else ""]
     reports = suppress_reports(content.reports or {}, min_cell)
-    beginning = at_threshold(content.threshold, content.threshold_choice)
-    box = shown, beginning, content.noun, content.advice
-    findings = [] if has_few else sentences(*box)
     page = render(
         "report",
         title=content.title,
@@ -126,7 +114,7 @@ def write_report(
         min_cell=min_cell,
         content=content,
         first=[*filter(None, [written_sentence(reports), *content.first])],
-        findings=findings,
+        findings=[] if has_few else content.findings(shown),
         has_few=has_few,
         sections=sections,
         images=images,
@@ -148,7 +136,7 @@ def tripod(content: ReportContent, metrics: Metrics, numbers: Mapping[str, pd.Da
             lines=defaultdict(list, lines),
             subgroups=[] if groups is None else groups.to_dict("records"),
             methods=defaultdict(str, content.methods or {}),
-            threshold=at_threshold(content.threshold, content.threshold_choice),
+            threshold=content.at_threshold,
             **{"code": code, "number": count_text},
         )
     )

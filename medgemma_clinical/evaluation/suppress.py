@@ -16,7 +16,7 @@ from pandas.api.types import is_float_dtype
 
 from medgemma_clinical.data.small_cells import count_patients, count_text
 from medgemma_clinical.evaluation.metrics import Array
-from medgemma_clinical.evaluation.metrics_table import FOLD_MINORITY, SPREAD
+from medgemma_clinical.evaluation.metrics_table import FOLD_MINORITY, SPREAD, Metrics
 
 COUNTS = ("n", "rows", "patients", "events", "minority_patients", FOLD_MINORITY, "left", "removed")
 AT_THRESHOLD = ("sensitivity", "specificity", "ppv", "npv", "positives")
@@ -53,6 +53,11 @@ def suppress(part: Json, min_cell: int) -> Json:
     spread = SPREAD if part.get(FOLD_MINORITY, 0) < min_cell else []
     part, *others = (_rounded(blank(x, hidden), spread) for x in (part, *models.values()))
     return {**part, **texts, "models": dict(zip(models, others, strict=True))}
+
+
+def suppressed(metrics: Metrics, min_cell: int) -> Metrics:
+    """Return metrics in which small counts, and what tells them, are hidden."""
+    return Metrics.from_json(suppress(metrics.to_json(), min_cell))
 
 
 def _rounded(metrics: Json, hidden: Container[str]) -> Json:

@@ -11,26 +11,14 @@ from numpy.typing import NDArray
 from scipy.special import expit, logit
 
 from medgemma_clinical.data.fold_split import draw_folds
+from medgemma_clinical.evaluation import decision, metrics
 from medgemma_clinical.evaluation.decision import DecisionRule
-from medgemma_clinical.evaluation.metrics import (
-    Array,
-    calibration,
-    calibration_error,
-    log_odds,
-    row_losses,
-)
+from medgemma_clinical.evaluation.metrics import Array, log_odds
 from medgemma_clinical.evaluation.metrics_table import (
     DIFFERENCE,
     MINORITY_PATIENTS,
     bootstrap,
     with_interval,
-)
-from medgemma_clinical.evaluation.recalibration import (
-    INTERCEPT,
-    METHODS,
-    MIN_SLOPE_EVENTS,
-    NOT_UPDATED,
-    choose_update,
 )
 
 CHOSEN = "as the tests choose"
@@ -62,14 +50,15 @@ def crosswise(
     with_slope: bool,
 ) -> pd.DataFrame:
     """Return the risks (n,) by each method, those of a half (0 or 1) fitted on the other one."""
-    updated = pd.DataFrame(dict.fromkeys((*METHODS, CHOSEN), risk))
+    updated = pd.DataFrame(dict.fromkeys((*decision.METHODS, CHOSEN), risk))
     for k in (0, 1):
         other, odds = half != k, log_odds(risk[half == k])
-        fitted_on = labels[other], risk[other]
-        chosen_method, updates = choose_update(*fitted_on, patients[other], with_slope=with_slope)
+        chosen_method, updates = decision.choose_update(
+            labels[other], risk[other], patients[other], with_slope=with_slope
+        )
         for name in updated:
             method = chosen_method if name == CHOSEN else str(name)
-            slope, intercept = updates.get(method, updates[INTERCEPT])
+            slope, intercept = updates.get(method, updates[decision.INTERCEPT])
             updated.loc[half == k, name] = expit(intercept + slope * odds)
     return updated
 
@@ -81,8 +70,8 @@ def evaluate_updates(rows: pd.DataFrame, model: str, seed: int) -> Updates | Non
     if min(event.sum(), len(event) - event.sum()) < 2 * MINORITY_PATIENTS:
         return None
     labels, risk = rows["label"].to_numpy(float), rows[model].to_numpy(float)
-    patients, with_slope = rows["patient"].to_numpy(str), labels.sum() >= MIN_SLOPE_EVENTS
-    names = (*METHODS, CHOSEN)
+    patients, with_slope = rows["patient"].to_numpy(str), labels.sum() >= decision.MIN_SLOPE_EVENTS
+    names = (*decision.METHODS, CHOSEN)
     halves: dict[Any, list[float]] = {}
     risks, losses = (np.zeros((len(names), len(rows))) for _ in range(2))  # means
     for division in np.random.default_rng(seed).integers(2**32, size=DIVISIONS).tolist():
@@ -90,13 +79,13 @@ def evaluate_updates(rows: pd.DataFrame, model: str, seed: int) -> Updates | Non
         updated = crosswise(labels, risk, patients, half, with_slope=with_slope)
         values = updated.to_numpy().T  # (methods, n)
         risks += values / DIVISIONS
-        losses += row_losses(labels, log_odds(values)) / DIVISIONS
+        losses += metrics.row_losses(labels, log_odds(values)) / DIVISIONS
         for k in (0, 1):  # pooled, the error of one half would cancel that of the other
             in_half = half == k
-            once = np.ones((1, in_half.sum()))
+            half_labels, once = labels[in_half], np.ones((1, in_half.sum()))
             for name, half_risk in zip(names, values[:, in_half], strict=True):
-                slope = calibration(labels[in_half], half_risk, once)["calibration_slope"]
-                error = calibration_error(labels[in_half], half_risk)["ici"]
+                slope = metrics.calibration(half_labels, half_risk, once)["calibration_slope"]
+                error = metrics.calibration_error(half_labels, half_risk)["ici"]
                 for metric, figure in (("calibration_slope", slope.item()), ("ici", error)):
                     halves.setdefault((name, metric), []).append(figure)
 
@@ -106,11 +95,11 @@ def evaluate_updates(rows: pd.DataFrame, model: str, seed: int) -> Updates | Non
 
     value, drawn = bootstrap(labels, patients, seed, statistic)
     table = with_interval(value, drawn)
-    none = NOT_UPDATED, "log_loss"
+    none = decision.NOT_UPDATED, "log_loss"
     table[DIFFERENCE] = with_interval(value - value[none], drawn.sub(drawn[none], axis=0))
     for key, figures in halves.items():
         table.loc[key, "value"] = np.mean([x for x in figures if np.isfinite(x)] or [np.nan])
-    method, updates = choose_update(labels, risk, patients, with_slope=with_slope)
+    method, updates = decision.choose_update(labels, risk, patients, with_slope=with_slope)
     by_method = pd.DataFrame(risks.T, columns=list(names), index=rows.index)
     return Updates(method, *updates[method], table.rename_axis(["method", "metric"]), by_method)
 

@@ -187,31 +187,26 @@ def _ranking(auroc: Any, minority: int) -> Finding:
 
 def _calibration(values: Any) -> str:
     slope, large = values.loc["calibration_slope"], values.loc["calibration_in_the_large"]
-    faults = [
-        text
-        for is_shown, text in (
-            (slope.high < 1, "high risks are too high and low ones too low"),
-            (slope.low > 1, "high risks are too low and low ones too high"),
-            (large.high < 0, "they are too high on average"),
-            (large.low > 0, "they are too low on average"),
-        )
-        if is_shown
-    ]
+    too_few = "Too few events to say whether its risks may be taken literally"
     if math.isnan(slope.value):
-        return "Too few events to say whether its risks may be taken literally."
-    points = f"{100 * values.loc['ici'].value:.1f} percentage points"
-    distance = f"from the observed share by {points} on average"
-    slope_text = f"slope {value_text(slope, '.2f')}, 1 is ideal"
+        return f"{too_few}."
+    faults = []
+    if slope.high < 1:
+        faults.append("high risks are too high and low ones too low")
+    if slope.low > 1:
+        faults.append("high risks are too low and low ones too high")
+    if large.high < 0:
+        faults.append("they are too high on average")
+    if large.low > 0:
+        faults.append("they are too low on average")
+    differ = (
+        f"differ from the observed share by {100 * values.loc['ici'].value:.1f} percentage "
+        f"points on average (slope {value_text(slope, '.2f')}, 1 is ideal)."
+    )
     if faults:
-        return (
-            f"Its risks may not be taken literally: {' and '.join(faults)}. They differ {distance} "
-            f"({slope_text})."
-        )
-    if not slope.high - slope.low < WIDE_SLOPE:
-        beginning = "Too few events to say whether its risks may be taken literally"
-    else:
-        beginning = "Its risks may be taken literally"
-    return f"{beginning}: they differ {distance} ({slope_text})."
+        return f"Its risks may not be taken literally: {' and '.join(faults)}. They {differ}"
+    is_narrow = slope.high - slope.low < WIDE_SLOPE
+    return f"{'Its risks may be taken literally' if is_narrow else too_few}: they {differ}"
 
 
 def _decision(values: Any, beginning: str, noun: str) -> str:

@@ -30,7 +30,7 @@ from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, Baselines
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.evaluation.demographics import demographics
-from medgemma_clinical.evaluation.topics.case_mix import case_mix
+from medgemma_clinical.evaluation.topics.cohort import case_mix
 from medgemma_clinical.files import (
     InputError,
     atomic,

@@ -18,7 +18,7 @@ from medgemma_clinical.evaluation.decision import (
     describe_threshold,
 )
 from medgemma_clinical.evaluation.suppress import NOT_SHOWN, suppress
-from medgemma_clinical.evaluation.topics.case_mix import suppress_case_mix
+from medgemma_clinical.evaluation.topics.cohort import suppress_case_mix
 from medgemma_clinical.evaluation.topics.written_reports import suppress_reports
 from medgemma_clinical.evaluation.verdicts import json_text
 from medgemma_clinical.models.decoders import licence, terms_of

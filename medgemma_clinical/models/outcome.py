@@ -14,15 +14,12 @@ from torch.nn import functional
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
-from medgemma_clinical.evaluation.topics.calibration import calibration_topic
+from medgemma_clinical.evaluation.topics.calibration import calibration_topic, updates
 from medgemma_clinical.evaluation.topics.decision_curve import decision
-from medgemma_clinical.evaluation.topics.discrimination import discrimination
+from medgemma_clinical.evaluation.topics.discrimination import discrimination, model_comparison
 from medgemma_clinical.evaluation.topics.instability import instability
-from medgemma_clinical.evaluation.topics.model_comparison import model_comparison
-from medgemma_clinical.evaluation.topics.sites import sites
-from medgemma_clinical.evaluation.topics.subgroups import subgroups
+from medgemma_clinical.evaluation.topics.subgroups import sites, subgroups
 from medgemma_clinical.evaluation.topics.topic import TopicBuilder
-from medgemma_clinical.evaluation.topics.updates import updates
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from scipy.stats import t
 from medgemma_clinical.data.fold_split import draw_folds
 from medgemma_clinical.evaluation import metrics as metrics_module
 from medgemma_clinical.evaluation import metrics_table
+from medgemma_clinical.evaluation.decision import BOTH, fit_updates
 from medgemma_clinical.evaluation.metrics_table import DIFFERENCE, VALUE, evaluate
-from medgemma_clinical.evaluation.recalibration import BOTH, fit_updates
-from medgemma_clinical.evaluation.topics.sites import random_effects
+from medgemma_clinical.evaluation.topics.subgroups import random_effects
 from medgemma_clinical.evaluation.updating import CHOSEN, crosswise, evaluate_updates
 from medgemma_clinical.evaluation.verdicts import BETTER, WORSE, difference_verdict
 

@@ -96,7 +96,7 @@ def test_a_shared_copy_is_updated_twice_and_knows_the_rows_but_not_its_training(
 def test_where_tests_show_no_need_no_model_is_written(
     runs, strangers, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("medgemma_clinical.evaluation.recalibration.LEVEL", 0.0)
+    monkeypatch.setattr("medgemma_clinical.evaluation.decision.LEVEL", 0.0)
     data, new = write_data(strangers, tmp_path / "rows.csv"), tmp_path / "new"
     predicted(runs / "trajectory", data, tmp_path / "out.csv", "--update", str(new))
     assert f"--update {new}: not written" in capsys.readouterr().out

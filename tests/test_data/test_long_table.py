@@ -24,6 +24,7 @@ FLAGS = {
     "prediction_time": "Admitted + 48 h",
     "window_hours": 48.0,
 }
+PREDICTED = ("--prediction_time=Admitted + 48 h", "--window_hours=48")
 AMERICAN = "%-m/%-d/%Y %-I:%M %p"
 
 
@@ -581,6 +582,7 @@ def test_static_features_are_numbers_or_columns_of_their_categories(cells, colum
         (("m", "w", "d", ""), ["1", "0", None, None]),
         (("male", "female", "diverse", "M"), ["1", "0", None, "1"]),
         (("Frau", "weiblich", "unbekannt", "F"), ["0", "0", None, "0"]),
+        (("femme", "homme", "mujer", "Donna"), ["0", "1", "0", "0"]),
     ],
 )
 def test_sex_is_one_column_whatever_its_words(name, cells, male, make):
@@ -625,7 +627,7 @@ def test_further_outcomes_are_labels_that_the_trainer_reads(tmp_path):
     paths = [save(labs(patients=4), tmp_path / "labs.csv"), save(old, tmp_path / "old.csv")]
     out = [tmp_path / "out.csv", tmp_path / "like.csv", tmp_path / "new.csv"]
     words = ["from_long", f"--table={paths[0]}", f"--labels={paths[1]}"]
-    flags = ["--prediction_time=Admitted + 48 h", "--window_hours=48", "--positive=ja"]
+    flags = [*PREDICTED, "--positive=ja"]
     flags += ["--outcome_column=Died", "--outcome_column=icu <7d"]
     assert dataset_format.main([*words, *flags, f"--out={out[0]}"]) == 0
     assert dataset_format.main([*words, f"--like={out[0]}", f"--out={out[1]}"]) == 0
@@ -636,6 +638,16 @@ def test_further_outcomes_are_labels_that_the_trainer_reads(tmp_path):
         assert died.labels.tolist() == [1, 1, 0, 0]
         assert icu.labels.tolist()[:3] == [1, 0, 1]
         assert np.isnan(icu.labels[3])
+    flags = [f"--outcome_column={name}" for name in ("Died", "ICU <7d")]
+    coded = old.assign(**{"ICU <7d": ["1", "0", "0", ""]})  # in other words than the first outcome
+    words[2] = f"--labels={save(coded, paths[1])}"
+    assert (
+        dataset_format.main([*words, *PREDICTED, "--positive=ja", *flags, f"--out={out[1]}"]) == 0
+    )
+    assert pd.read_csv(out[1])["label_icu_7d"].tolist()[:3] == [1, 0, 0]
+    words[2] = f"--labels={save(old[['Patient', 'Admitted', 'Died']], paths[1])}"
+    assert dataset_format.main([*words, f"--like={out[0]}", f"--out={out[2]}"]) == 0
+    assert [*pd.read_csv(out[2]).filter(like="label")] == ["label_escalation"]
     words[2] = f"--labels={save(old[['Patient', 'Admitted']], tmp_path / 'new_people.csv')}"
     assert dataset_format.main([*words, f"--like={out[0]}", f"--out={out[2]}", "--no_labels"]) == 0
     assert not [*pd.read_csv(out[2]).filter(like="label")]
@@ -888,7 +900,7 @@ def test_a_new_patient_without_values_keeps_a_row_and_has_no_risk(make, caplog, 
     assert rows["id"].str[:2].tolist() == ["P0", "P1", "P2"]
     assert rows.filter(like="trajectory").notna().sum(axis=1).tolist() == [1, 0, 0]
     assert about["flow"][-1]["left"] == 1
-    assert "2 rows are kept without values" in caplog.text
+    assert "2 rows have no value of creatinine" in caplog.text
     duck.write_rows(rows, about, tmp_path / "new.csv")
     assert dataset_format.main(["check", str(tmp_path / "new.csv")]) == 0
 

@@ -68,7 +68,7 @@ def screen(capsys, *words):
 
 def asked(text):
     """The flags of the open questions of a screen."""
-    return re.findall(r"^  --(\w+) ", text.partition("open questions")[2], re.MULTILINE)
+    return re.findall(r"^  --(\w+)[ :]", text.partition("open questions")[2], re.MULTILINE)
 
 
 # --------------------------------------------------------------------------- the screen
@@ -272,7 +272,7 @@ def test_every_flag_is_a_key(tmp_path):
     assert flags.keys() == fields
     path = tmp_path / "all.toml"
     written = {k: tuple(x) if isinstance(x, list) else x for k, x in flags.items()}
-    path.write_text(config.toml_text(written, defaults, [], {}, ()), encoding="utf-8-sig")
+    path.write_text(config.toml_text(written, defaults, [], {}, {}), encoding="utf-8-sig")
     assert tomllib.loads(path.read_text("utf-8-sig")) == flags
     words = [word for of_flag in config.read_words(path, defaults).values() for word in of_flag]
     read = dataset_format.parse(words, "")
@@ -325,7 +325,7 @@ def small(folder, table=None, people=None):
 def test_what_is_unclear_is_asked_with_its_flag_and_answers(change, flag, shown, tmp_path, capsys):
     text = screen(capsys, *small(tmp_path, **change))
     assert {*asked(text)} == {flag, "prediction_time"}
-    assert any(f"--{flag} " in line and shown in line for line in text.splitlines())
+    assert any(f"--{flag}" in line and shown in line for line in text.splitlines())
     assert tomllib.loads((tmp_path / "import.toml").read_text())
 
 
@@ -339,6 +339,71 @@ def test_more_items_than_series_are_asked_for_in_one_line(tmp_path, capsys):
     assert "and 97 more: " in text
     assert len(text.splitlines()) <= 40
     assert (tmp_path / "import.toml").read_text().count('    # "') == 100
+
+
+@pytest.mark.parametrize(
+    ("units", "levels", "number"),
+    [
+        (("mg/dL", "mg/L"), (1.5, 15.5), "10"),  # prefixes
+        (("\N{MICRO SIGN}mol/L", "nmol/L"), (1.5, 1400), "1000"),
+        (("mg/dL", "U/L"), (1.5, 2.0), "NUMBER"),  # nothing says how
+        (("mg/dL", "mg/L"), (1.5, 1.6), "NUMBER"),  # values that do not fit it
+        (("ug/L", "\N{GREEK SMALL LETTER MU}g/L"), (1.5, 1.6), None),  # one unit
+        (("umol/l", "\N{MICRO SIGN}mol/L"), (1.5, 1.6), None),
+    ],
+)
+def test_a_factor_is_proposed_only_where_it_is_known(units, levels, number, tmp_path, capsys):
+    cells = {"Unit": [*units, "U/L", "U/L"] * 2, "Level": [*levels, 4.5, 5.5] * 2}
+    words = small(tmp_path, table=cells)
+    text = screen(capsys, *words)
+    assert ("factor" in asked(text)) == (number is not None)
+    assert "2 rows of 2 patients, 1 events" in text
+    if number:
+        assert f'# "x:{units[0]}={number}",' in (tmp_path / "import.toml").read_text()
+
+
+def test_a_patient_without_a_label_and_new_ones_without_notes_are_told(tmp_path, capsys):
+    notes = pd.DataFrame({"MRN": ["A", "A", "B"], "Written": "2024-03-02 09:00"})
+    notes["Stored"] = ["2024-03-02 10:00", "2024-03-03 10:00", ""]
+    notes.assign(Text=["was well", "died", "nothing"]).to_csv(tmp_path / "notes.csv", index=False)
+    words = small(tmp_path, people={"Died": ["yes", ""]})
+    text = screen(capsys, *words, f"--notes={tmp_path / 'notes.csv'}", "--columns=label=Died")
+    assert "notes.storetime    Stored, guessed" in text
+    assert "1 of 2 rows have no label" in text
+    flags = ["--prediction_time=Admitted + 24 h", f"--notes={tmp_path / 'notes.csv'}"]
+    assert from_long(*words[:2], "--config", tmp_path / "import.toml", *flags) == 0
+    contexts = pd.read_csv(tmp_path / "out.csv")["clinical_context"].fillna("").tolist()
+    assert contexts == ["Note (2h): was well", ""]
+    capsys.readouterr()
+    like = ["--like", tmp_path / "out.csv", "--no_labels", f"--out={tmp_path / 'new.csv'}"]
+    assert from_long(*words[:2], *like) == 0
+    assert f"warning: --like {tmp_path / 'out.csv'} was made with notes" in capsys.readouterr().out
+
+
+def test_two_tables_of_one_workbook_are_two_sheets(tmp_path, capsys):
+    pytest.importorskip("openpyxl")
+    small(tmp_path)
+    book = tmp_path / "all.xlsx"
+    with pd.ExcelWriter(book) as writer:
+        pd.DataFrame({"Export of": ["2024"]}).to_excel(writer, sheet_name="About", index=False)
+        for name in ("people", "labs"):
+            table = pd.read_csv(tmp_path / f"{name}.csv")
+            table.to_excel(writer, sheet_name=name, index=False)
+    words = [f"--table={book}", f"--labels={book}", f"--out={tmp_path / 'out.csv'}"]
+    text = screen(capsys, *words)
+    assert "2 rows of 2 patients" in text
+    assert tomllib.loads((tmp_path / "import.toml").read_text())["sheet"] == ["labs", "people"]
+
+
+def test_a_file_with_open_questions_and_a_table_with_a_title_say_what_to_do(tmp_path, capsys):
+    words = small(tmp_path)
+    screen(capsys, *words)
+    assert from_long("--config", tmp_path / "import.toml") == 2
+    assert f"remove the # of the answers in {tmp_path / 'import.toml'}" in capsys.readouterr().err
+    text = (tmp_path / "labs.csv").read_text()
+    (tmp_path / "labs.csv").write_text(f"Export of 2024,,,\n{text}")
+    assert from_long(*words) == 2
+    assert "row 1 is no header" in capsys.readouterr().err
 
 
 def test_the_names_of_patients_are_no_items(tmp_path, capsys):

@@ -13,7 +13,7 @@ from medgemma_clinical.evaluation.demographics import (
     demographic_bands,
     demographics,
 )
-from medgemma_clinical.evaluation.topics.case_mix import case_mix
+from medgemma_clinical.evaluation.topics.cohort import case_mix
 from srtr_dataset import SRTRTrajectoryDataset
 from trajectories import dataset_of
 

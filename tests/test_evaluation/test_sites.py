@@ -9,7 +9,7 @@ from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
 from medgemma_clinical.evaluation import plots
-from medgemma_clinical.evaluation.topics.sites import (
+from medgemma_clinical.evaluation.topics.subgroups import (
     plot_site_calibration,
     plot_sites,
     pool,

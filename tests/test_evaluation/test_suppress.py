@@ -9,7 +9,7 @@ from medgemma_clinical.evaluation.suppress import (
     suppress,
     suppress_table,
 )
-from medgemma_clinical.evaluation.topics.case_mix import suppress_case_mix
+from medgemma_clinical.evaluation.topics.cohort import suppress_case_mix
 from medgemma_clinical.evaluation.topics.written_reports import suppress_reports
 
 FEW = "fewer than 11"

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from medgemma_clinical.evaluation.topics.table_one import (
+from medgemma_clinical.evaluation.topics.cohort import (
     suppress_table_one,
     table_one,
     table_one_cells,

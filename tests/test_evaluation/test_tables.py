@@ -7,8 +7,7 @@ import pytest
 from medgemma_clinical.evaluation import tables
 from medgemma_clinical.evaluation.metrics_table import evaluate
 from medgemma_clinical.evaluation.suppress import suppress_table
-from medgemma_clinical.evaluation.topics.case_mix import case_mix_cells
-from medgemma_clinical.evaluation.topics.cohort import count_cells, part_table
+from medgemma_clinical.evaluation.topics.cohort import case_mix_cells, count_cells, part_table
 from medgemma_clinical.evaluation.topics.subgroups import subgroup_cells, subgroup_table
 from medgemma_clinical.evaluation.verdicts import NO_VALUE, TOO_FEW
 from pages import MODEL, THRESHOLD, make_bands, make_rows

@@ -9,17 +9,17 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 
 from medgemma_clinical.data.fold_split import draw_folds
-from medgemma_clinical.evaluation.decision import DecisionRule
-from medgemma_clinical.evaluation.metrics import calibration
-from medgemma_clinical.evaluation.recalibration import (
+from medgemma_clinical.evaluation.decision import (
     BOTH,
     INTERCEPT,
     METHODS,
     NOT_UPDATED,
+    DecisionRule,
     choose_update,
     clustered_p_value,
     fit_updates,
 )
+from medgemma_clinical.evaluation.metrics import calibration
 from medgemma_clinical.evaluation.updating import (
     CHOSEN,
     crosswise,

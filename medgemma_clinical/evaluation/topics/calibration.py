@@ -1,7 +1,8 @@
-"""Whether risks come true: slope, ICI, and the share of events in bins of the risk."""
+"""Whether risks come true, as they are and after an update: slope, ICI, curve and bins."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,20 @@ from numpy.typing import NDArray
 
 from medgemma_clinical.data.small_cells import count_patients
 from medgemma_clinical.evaluation import plots
+from medgemma_clinical.evaluation.decision import METHODS, MIN_SLOPE_EVENTS
 from medgemma_clinical.evaluation.metrics import Array, calibration_curve
-from medgemma_clinical.evaluation.metrics_table import bootstrap, label_risk_patient, with_interval
+from medgemma_clinical.evaluation.metrics_table import (
+    MINORITY_PATIENTS,
+    TESTED,
+    bootstrap,
+    label_risk_patient,
+    with_interval,
+)
 from medgemma_clinical.evaluation.suppress import distant_thresholds
 from medgemma_clinical.evaluation.tables import metric_table
 from medgemma_clinical.evaluation.topics.topic import Cells, Details, Evaluated, Topic
+from medgemma_clinical.evaluation.updating import CHOSEN, DIVISIONS
+from medgemma_clinical.evaluation.verdicts import difference_text, value_text
 
 MAX_BINS, EVENTS_A_BIN = 10, 5
 SHOWN_RISKS, CURVE_POINTS = (0.01, 0.99), 50
@@ -95,18 +105,16 @@ def calibration_table(
         index = np.searchsorted(np.quantile(risk, shares_below(labels)), risk)
     members = np.stack([index == k for k in np.unique(index)], axis=1)  # (n, bins)
 
-    def statistic(weights: Array) -> dict[Any, Array]:
+    def observed(weights: Array) -> Array:
         with np.errstate(invalid="ignore"):
-            observed = (weights * labels) @ members / (weights @ members)
-        return dict(enumerate(observed.T))
+            return (weights * labels) @ members / (weights @ members)
 
     behind = {k: count_patients(patients, is_member) for k, is_member in enumerate(members.T)}
-    table = with_interval(*bootstrap(labels, patients, seed, statistic), behind)
+    table = with_interval(*bootstrap(labels, patients, seed, observed), behind)
     size = members.sum(axis=0)
-    table = table.rename(columns={"value": "observed"}).assign(
-        n=size, predicted=risk @ members / size
-    )
-    return table[["n", "predicted", "observed", "low", "high"]]
+    table.insert(0, "n", size)
+    table.insert(1, "predicted", risk @ members / size)
+    return table.rename(columns={"value": "observed"})
 
 
 def smooth_curve(
@@ -116,37 +124,32 @@ def smooth_curve(
     labels, risk, patients = label_risk_patient(rows, model)
     first, last = np.quantile(risk, SHOWN_RISKS) if ends is None else ends
     at = np.linspace(first, last, CURVE_POINTS)
-
-    def statistic(weights: Array) -> dict[Any, Array]:
-        curve = calibration_curve(labels, risk, weights, at)
-        return dict(enumerate(curve.T))
-
-    table = with_interval(*bootstrap(labels, patients, seed, statistic))
-    table = table.rename(columns={"value": "observed"}).assign(predicted=at)
-    return table[["predicted", "observed", "low", "high"]].dropna()
+    drawn = bootstrap(labels, patients, seed, lambda w: calibration_curve(labels, risk, w, at))
+    table = with_interval(*drawn).rename(columns={"value": "observed"})
+    table.insert(0, "predicted", at)
+    return table.dropna()
 
 
 def plot_calibration(table: pd.DataFrame, smooth: pd.DataFrame, risk: Array | None) -> plots.Plot:
     """Plot a ``calibration_table`` and a ``smooth_curve``, above a histogram of known risks."""
     figure, panels = plots.new_figure((4,) if risk is None else (4, 1))
-    axes = panels[0]
-    x, y, low, high = (100 * table[name] for name in ("predicted", "observed", "low", "high"))
-    shown = smooth["predicted"].to_numpy() if risk is None else risk
-    top = min(100.0, 1.05 * np.nanmax([*x, *y, *high, *(100 * shown)]))
+    axes, bins, smooth = panels[0], 100 * table, 100 * smooth
+    shown = smooth["predicted"] if risk is None else 100 * risk
+    highest = np.nanmax([*bins["predicted"], *bins["observed"], *bins["high"], *shown])
+    top = min(100.0, 1.05 * highest)
     axes.plot([0, 100], [0, 100], label="ideal", **plots.DOTTED)
-    percents = (100 * smooth[name] for name in ("predicted", "observed", "low", "high"))
-    along, curve, lower, upper = percents
     if len(smooth):
-        axes.fill_between(along, lower, upper, color=plots.MODEL, alpha=0.18, linewidth=0)
-        axes.plot(along, curve, color=plots.MODEL, label="observed [95 %]")
-    axes.vlines(x, low, high, color=plots.INK, linewidth=1)
-    axes.plot(x, y, "o", label="bins [95 %]", color=plots.INK, markersize=4)
+        plots.fill_band(axes, smooth["predicted"], smooth["low"], smooth["high"])
+        axes.plot("predicted", "observed", data=smooth, color=plots.MODEL, label="observed [95 %]")
+    axes.vlines(bins["predicted"], bins["low"], bins["high"], color=plots.INK, linewidth=1)
+    look: dict[str, Any] = {"label": "bins [95 %]", "color": plots.INK, "markersize": 4}
+    axes.plot(bins["predicted"], bins["observed"], "o", **look)
     axes.set(ylabel="observed, %", xlim=(-0.02 * top, top), ylim=(-0.02 * top, top))
     panels[-1].set_xlabel("predicted risk, %")
     alt = "Calibration curve with its band: share of events over the risk"
     if risk is not None:
-        bins = np.linspace(0, top, 41).tolist()
-        panels[1].hist(100 * risk, bins, color=plots.MODEL, alpha=0.5)
+        edges = np.linspace(0, top, 41).tolist()
+        panels[1].hist(100 * risk, edges, color=plots.MODEL, alpha=0.5)
         panels[1].set(ylabel="count", yticks=[])
         alt += ", and a histogram"
     return plots.with_legend(figure), f"{alt}."
@@ -155,13 +158,83 @@ def plot_calibration(table: pd.DataFrame, smooth: pd.DataFrame, risk: Array | No
 def plot_risks(labels: Array, risk: Array) -> plots.Plot:
     """Plot the distribution of the risks of the events above that of the non-events."""
     figure, panels = plots.new_figure((1, 1))
-    bins = np.linspace(0, min(100.0, 102 * risk.max()), 41).tolist()
+    edges = np.linspace(0, min(100.0, 102 * risk.max()), 41).tolist()
     classes = ((1, "events", plots.OTHER), (0, "non-events", plots.MODEL))
     for axes, (label, name, colour) in zip(panels, classes, strict=True):
         percents = 100 * risk[labels == label]
         weights = np.full(len(percents), 100 / len(percents))
-        axes.hist(percents, bins, weights=weights, color=colour, alpha=0.7)
+        axes.hist(percents, edges, weights=weights, color=colour, alpha=0.7)
         axes.axvline(float(np.median(percents)), **plots.DOTTED)
         axes.set_ylabel(f"% of {name}")
     panels[-1].set_xlabel("predicted risk, % (dotted: median)")
     return figure, "Histograms of the predicted risks of events and of non-events."
+
+
+def updates(evaluated: Evaluated) -> Topic | None:
+    """Return the topic; None where no update is tried."""
+    content, noun = evaluated.content, evaluated.content.noun
+    title = "Calibration after an update"
+    if not content.tries_updates:
+        return None
+    if content.updates is None:
+        text = (
+            "No update was tried: a half of these patients has fewer than "
+            f"{MINORITY_PATIENTS} with, or without, the event."
+        )
+        return Topic(title, [text])
+    updated = evaluated.rows[TESTED].join(content.updates.risks)
+    bins = distant_bins(evaluated)  # of the model not updated, where small counts are hidden
+    curves = {name: calibration_table(updated, name, content.seed, bins) for name in METHODS}
+    text = (
+        "An update moves the log-odds of all risks alike, so it changes no ranking. Tests choose "
+        f"it: {content.updates.method}. A slope takes {MIN_SLOPE_EVENTS} events. How good it is "
+        f"in new {noun} is estimated in halves: the risks of each half of the patients are updated "
+        f"by a fit on the other half, {DIVISIONS} times. “{CHOSEN.capitalize()}” chooses in each "
+        "half anew. Slope and ICI are those of each half by itself, averaged. Both halves have the "
+        "same share of events, which keeps the mean risk right whatever the update: compare the "
+        "log loss."
+    )
+    figure = (
+        plot_updates(curves),
+        "Calibration curves of the model not updated and after each update",
+    )
+    caption = f"The model not updated and updated on these {noun}"
+    return Topic(
+        title,
+        [text],
+        [Cells(update_cells(content.updates.table), caption)],
+        {"updates": figure},
+        {"updates": content.updates.table.reset_index()},
+    )
+
+
+def update_cells(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the table of ``Updates`` as text, a line a method."""
+    lines = []
+    for method in table.index.unique("method"):
+        loss = table.loc[(method, "log_loss")]
+        line = {"Update": method}
+        line["Slope"] = value_text(table.loc[(method, "calibration_slope")], ".2f")
+        line["ICI"] = value_text(table.loc[(method, "ici")])
+        line["Log loss [95 %]"] = value_text(loss, ".4f")
+        line["Change [95 %]"] = difference_text(loss, "+.4f")
+        lines.append(line)
+    cells = pd.DataFrame(lines)
+    cells.loc[0, "Change [95 %]"] = ""  # not updated: the reference of the others
+    return cells
+
+
+def plot_updates(curves: Mapping[str, pd.DataFrame]) -> plots.Plot:
+    """Plot a ``calibration_table`` of the model not updated, then of each update."""
+    figure, (axes,) = plots.new_figure()
+    ends = pd.concat(list(curves.values()))[["predicted", "observed"]].max()
+    axes.plot([0, 100 * ends.max()], [0, 100 * ends.max()], label="ideal", **plots.DOTTED)
+    lines = zip(
+        curves.items(), ("o-.", "s--", "D-"), (plots.INK, plots.OTHER, plots.MODEL), strict=True
+    )
+    for (name, table), form, colour in lines:
+        x, y = 100 * table["predicted"], 100 * table["observed"]
+        axes.plot(x, y, form, color=colour, linewidth=1, label=name)
+    axes.set(xlabel="predicted risk, %", ylabel="observed, %")
+    alt = "Calibration curves of the model not updated and after each update."
+    return plots.with_legend(figure, 2), alt

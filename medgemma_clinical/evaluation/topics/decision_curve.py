@@ -19,18 +19,8 @@ from medgemma_clinical.evaluation.metrics_table import (
 )
 from medgemma_clinical.evaluation.suppress import SHOWN_THRESHOLDS
 from medgemma_clinical.evaluation.tables import METRICS
-from medgemma_clinical.evaluation.topics.topic import (
-    Cells,
-    Details,
-    Evaluated,
-    Topic,
-)
-from medgemma_clinical.evaluation.verdicts import (
-    NO_VALUE,
-    at_threshold,
-    interval_text,
-    percent,
-)
+from medgemma_clinical.evaluation.topics.topic import Cells, Details, Evaluated, Topic
+from medgemma_clinical.evaluation.verdicts import NO_VALUE, percent, value_text
 
 Cuts = Mapping[str, Sequence[float]] | None
 """The thresholds at which each model is shown; None: at all."""
@@ -58,14 +48,13 @@ def decision(evaluated: Evaluated) -> Topic:
         figure = plot_decision_curve(curve, names)
         figures["decision_curve"] = figure, f"Decision curve{evaluated.beside}"
     cells = threshold_cells(table, content.threshold)
-    beginning = at_threshold(content.threshold, content.threshold_choice)
     meanings = {METRICS[name][0]: METRICS[name][2] for name in SHARES} | {
         "Minus": "net benefit of this model minus that of another, or of predicting all positive"
     }
     return Topic(
         "Decision curve",
         [text],
-        [Cells(cells, f"{beginning}, and at others", is_wide=True)],
+        [Cells(cells, f"{content.at_threshold}, and at others", is_wide=True)],
         figures,
         {"decision_curve": curve.reset_index(), "thresholds": table},
         [Details("What the columns are", terms=meanings)],
@@ -115,17 +104,15 @@ def threshold_table(
 def threshold_cells(table: pd.DataFrame, used: float) -> pd.DataFrame:
     """Return a ``threshold_table`` as text, a line a threshold; the one that is ``used`` first."""
     lines: list[dict[str, str]] = []
-    by_threshold = {float(str(threshold)): part for threshold, part in table.groupby("threshold")}
-    for threshold in sorted(by_threshold, key=lambda x: (x != used, x)):
-        part = by_threshold[threshold]
-        line = {"Threshold": percent(threshold) + " (in use)" * (threshold == used)}
-        for _, metric, value, low, high in part.itertuples(index=False):
-            if metric in SHARES:
-                line[METRICS[metric][0]] = interval_text(value, low, high, ".1f", 100)
-            else:
-                form = "+z.1f" if metric.startswith("minus") else "z.1f"
-                title = metric.capitalize() + " of 100 patients" * (metric == "net benefit")
-                line[title] = interval_text(value, low, high, form, 100)
+    for threshold in sorted(table["threshold"].unique(), key=lambda x: (x != used, x)):
+        line = {"Threshold": percent(threshold) + (" (in use)" if threshold == used else "")}
+        for row in table[table["threshold"] == threshold].itertuples():
+            title, form = row.metric.capitalize(), "+z.1f"
+            if row.metric == "net benefit":
+                title, form = "Net benefit of 100 patients", "z.1f"
+            elif row.metric in SHARES:
+                title, form, _ = METRICS[row.metric]
+            line[title] = value_text(row, form, 100)
         lines.append(line)
     return pd.DataFrame(lines).fillna(NO_VALUE)
 
@@ -142,13 +129,9 @@ def decision_curve(
     thresholds = np.arange(1, math.floor(100 * highest) + 1) / 100  # up to those of use
     for points in (cuts or {}).values():
         thresholds = np.union1d(thresholds, [x for x in points if x <= highest])
-
-    def statistic(weights: Array) -> dict[Any, Array]:
-        benefit = net_benefit(labels, risk, thresholds, weights)
-        return dict(zip(thresholds.tolist(), benefit.T, strict=True))
-
-    table = with_interval(*bootstrap(labels, patients, seed, statistic))
-    table = table.rename_axis("threshold").rename(columns={"value": models[0]})
+    drawn = bootstrap(labels, patients, seed, lambda w: net_benefit(labels, risk, thresholds, w))
+    index = pd.Index(thresholds, name="threshold")
+    table = with_interval(*drawn).set_index(index).rename(columns={"value": models[0]})
     other_risks = {name: rows[name].to_numpy(float) for name in models[1:]}
     other_risks["treat_all"] = np.ones(len(rows))
     for name, other_risk in other_risks.items():
@@ -164,9 +147,7 @@ def plot_decision_curve(table: pd.DataFrame, models: Sequence[str]) -> plots.Plo
     figure, (axes,) = plots.new_figure()
     table = table.set_axis(100 * table.index)
     band = table[["low", "high"]].dropna()
-    axes.fill_between(
-        band.index, band["low"], band["high"], color=plots.MODEL, alpha=0.18, linewidth=0
-    )
+    plots.fill_band(axes, band.index, band["low"], band["high"])
     for name, line in zip(models, plots.LINES, strict=False):
         axes.plot(table[name].dropna(), **line)
     axes.plot(table["treat_all"], "-.", color=plots.INK, linewidth=1, label="treat all")

@@ -1,16 +1,18 @@
-"""How well risks rank: AUROC, AUPRC and their curves."""
+"""How well risks rank: AUROC, AUPRC, their curves, and other models on the same rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from sklearn.metrics import PrecisionRecallDisplay, RocCurveDisplay
 
 from medgemma_clinical.evaluation import plots
+from medgemma_clinical.evaluation.baselines import MEANINGS
 from medgemma_clinical.evaluation.metrics import Array
-from medgemma_clinical.evaluation.tables import metric_table
-from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, Topic
+from medgemma_clinical.evaluation.tables import metric_table, model_cells
+from medgemma_clinical.evaluation.topics.topic import Cells, Details, Evaluated, Topic
+from medgemma_clinical.evaluation.verdicts import multiplicity_sentence
 
 
 def discrimination(evaluated: Evaluated) -> Topic:
@@ -55,3 +57,32 @@ def plot_precision_recall(labels: Array, scores: Sequence[Array]) -> plots.Plot:
     axes.set(xlabel="recall (sensitivity)", ylabel="precision (PPV)")
     alt = "Precision-recall curve: precision over recall, beside the prevalence."
     return plots.with_legend(figure), alt
+
+
+def model_comparison(evaluated: Evaluated) -> Topic:
+    """Return the topic."""
+    noun, metrics = evaluated.content.noun, evaluated.metrics
+    cells = model_cells(metrics)
+    numbers = {"models": cells}
+    if len(cells) == 1:
+        return Topic("Baselines", [f"None was scored on these {noun}."], numbers=numbers)
+    terms = {name: MEANINGS[name] for name in metrics.models if name in MEANINGS}
+    return Topic(
+        "Baselines",
+        [*filter(None, [multiplicity_sentence(metrics)])],
+        [Cells(cells, f"This model beside others on the same {noun}", is_wide=True)],
+        numbers=numbers,
+        details=[about_models(terms)],
+    )
+
+
+def about_models(terms: Mapping[str, str], more: str = "") -> Details:
+    """Return what the columns of ``model_cells`` and the models are."""
+    text = (
+        "“Minus reference” is the AUROC of a line minus that of the reference, paired by patient; "
+        "the reference of the ensemble is the blend. A line is better or worse only where the "
+        "whole interval lies on one side of zero. AUPRC is the mean precision over recall, whose "
+        "chance level is the prevalence; the Brier score is the mean squared distance of risk and "
+        f"outcome: less is better. {more}"
+    )
+    return Details("What columns and models are", text.strip(), terms=terms)

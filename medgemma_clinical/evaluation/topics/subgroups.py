@@ -1,13 +1,24 @@
-"""Discrimination and calibration in subgroups of the patients."""
+"""Discrimination and calibration in subgroups of the patients and at sites, a hospital or a unit.
+
+What sites have in common is a meta-analysis of their results.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from scipy.special import expit, logit
+from scipy.stats import norm, t
 
 from medgemma_clinical.data.small_cells import count_text
+from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.metrics import Array, calibration, metrics
 from medgemma_clinical.evaluation.metrics_table import (
     MINORITY_PATIENTS,
@@ -22,6 +33,9 @@ from medgemma_clinical.evaluation.verdicts import interval_text, percent
 
 SUBGROUP_METRICS = {"auroc": ("AUROC", ".3f"), "oe": ("O/E", ".2f"), "slope": ("Slope", ".2f")}
 """Name and format of the metrics of subgroups and sites."""
+
+MIN_POOLED = 3
+"""Sites that a pooled value and a prediction interval need."""
 
 
 def subgroups(evaluated: Evaluated) -> Topic:
@@ -82,18 +96,14 @@ def subgroup_table(rows: pd.DataFrame, model: str, bands: pd.DataFrame, seed: in
 
 def subgroup_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
     """Return a ``subgroup_table`` or a ``site_table`` as text, with the metrics that any has."""
-    is_site = "site" in table
-    cells = pd.DataFrame(
-        {
-            "Site" if is_site else "Subgroup": (
-                table["site"] if is_site else table["group"] + ": " + table["level"]
-            ),
-            noun.capitalize(): table["n"].map(count_text),
-            "Events": table["events"].map(count_text),
-            "Observed": table["prevalence"].map(percent),
-            "Mean risk": table["risk"].map(percent),
-        }
-    )
+    if "site" in table:
+        cells = pd.DataFrame({"Site": table["site"]})
+    else:
+        cells = pd.DataFrame({"Subgroup": table["group"] + ": " + table["level"]})
+    cells[noun.capitalize()] = table["n"].map(count_text)
+    cells["Events"] = table["events"].map(count_text)
+    cells["Observed"] = table["prevalence"].map(percent)
+    cells["Mean risk"] = table["risk"].map(percent)
     for name, (title, form) in SUBGROUP_METRICS.items():
         if table[name].notna().any():
             numbers = (table[column] for column in (name, f"{name}_low", f"{name}_high"))
@@ -104,3 +114,154 @@ def subgroup_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
             place = 1 if name == "auroc" else len(cells.columns)  # a phone shows two columns
             cells.insert(place, f"{title} [95 %]", texts)
     return cells
+
+
+def sites(evaluated: Evaluated) -> Topic | None:
+    """Return the topic; None without sites."""
+    content = evaluated.content
+    if content.sites is None:
+        return None
+    exact = site_table(evaluated.rows, evaluated.model, content.sites, content.seed)
+    table = suppress_table(exact, evaluated.min_cell)
+    pooled = pool(exact[table["auroc"].notna()])
+    caption = "AUROC by site"
+    if pooled["sites"] >= MIN_POOLED:
+        caption += (
+            "; random effects on its logit, by REML, with the interval of Hartung and Knapp, "
+            "never narrower than that of a common effect"
+        )
+    figures = {}
+    if table["auroc"].notna().any():
+        figures["sites"] = plot_sites(table, pooled), caption
+    if table["oe"].notna().any():
+        calibration = "Calibration by site: below 1 the risks are too high"
+        figures["sites_calibration"] = plot_site_calibration(table), calibration
+    cells = subgroup_cells(table, content.noun)
+    return Topic(
+        "Sites",
+        [pooled_sentence(pooled, len(table))],
+        [Cells(cells, subgroup_caption(content, "at each site"), is_wide=True)],
+        figures,
+        {"sites": table, "sites_pooled": pd.DataFrame([pooled])},
+    )
+
+
+def site_table(rows: pd.DataFrame, model: str, sites: NDArray[np.str_], seed: int) -> pd.DataFrame:
+    """Return the ``subgroup_table`` of ``sites`` (n,), with the AUROC's logit and its error ``se``.
+
+    Source: Debray et al. 2017, BMJ 356:i6460, for the error by the ends of the interval.
+    """
+    bands = pd.DataFrame({"site": pd.Categorical(sites)})
+    table = subgroup_table(rows, model, bands, seed).drop(columns="group")
+    table = table.rename(columns={"level": "site"})
+    # An AUROC of 0 or 1 has no logit: half a pair of patients is ranked otherwise.
+    half = 0.5 / (table["events"] * (table["n"] - table["events"]))
+    ends = table[["auroc", "auroc_low", "auroc_high"]].clip(half, 1 - half, axis=0)
+    table["logit"] = logit(ends["auroc"])
+    width = logit(ends["auroc_high"]) - logit(ends["auroc_low"])
+    table["se"] = (width / (2 * norm.ppf(0.975))).where(width > 0)
+    return table
+
+
+def pool(table: pd.DataFrame) -> dict[str, float]:
+    """Return the pooled AUROC, its intervals, ``i2``, ``tau2`` of its logit; NaN with few sites."""
+    estimates = table.dropna(subset=["logit", "se"])
+    pooled = random_effects(
+        estimates["logit"].to_numpy(float), estimates["se"].to_numpy(float) ** 2
+    )
+    scale = {name: float(expit(x)) for name, x in pooled.items() if name not in ("i2", "tau2")}
+    return {"sites": len(estimates), **pooled, **scale}
+
+
+def random_effects(effects: Array, variances: Array) -> dict[str, float]:
+    """Pool effects (k,) of known variances (k,) by a random-effects meta-analysis; NaN with few.
+
+    Source: Viechtbauer 2005 for the REML estimate of tau2; Hartung and Knapp 2001 for the interval,
+    Röver et al. 2015 for its lower bound; Higgins and Thompson 2002 for I2; Riley et al. 2011 for
+    the prediction interval.
+    """
+    k, nan = len(effects), float("nan")
+    ends = ("low", "high", "prediction_low", "prediction_high")
+    if k < MIN_POOLED:
+        return dict.fromkeys(("value", "i2", "tau2", *ends), nan)
+
+    def pooled(tau2: float) -> tuple[Array, float, float]:
+        weights = 1 / (variances + tau2)
+        mean = float(weights @ effects / weights.sum())
+        return weights, mean, float(weights @ (effects - mean) ** 2)
+
+    def loss(tau2: float) -> float:
+        weights, _, squares = pooled(tau2)
+        return float(np.log(weights.sum()) - np.log(weights).sum() + squares)
+
+    top = 10 * effects.var(ddof=1) + 1e-9
+    minimum = minimize_scalar(loss, bounds=(0, top), method="bounded", options={"xatol": 1e-9})
+    tau2 = float(minimum.x) if minimum.fun < loss(0) else 0.0
+    weights, mean, squares = pooled(tau2)
+    # At least the error of a common effect: where effects agree by chance, it would be 0.
+    error = np.sqrt(max(1.0, squares / (k - 1)) / weights.sum())
+    fixed = 1 / variances
+    typical = (k - 1) * fixed.sum() / (fixed.sum() ** 2 - (fixed**2).sum())
+    reach = t.ppf(0.975, k - 1) * error
+    beyond = t.ppf(0.975, k - 2) * np.sqrt(tau2 + error**2)  # 95 % of further sites
+    intervals = (mean - reach, mean + reach, mean - beyond, mean + beyond)
+    summary = {"value": mean, "i2": tau2 / (tau2 + typical), "tau2": tau2}
+    return summary | dict(zip(ends, map(float, intervals), strict=True))
+
+
+def pooled_sentence(pooled: dict[str, float], sites: int) -> str:
+    """Return the result of ``pool`` in words; ``sites``: how many there are."""
+    if pooled["sites"] < MIN_POOLED:
+        need = f"{MINORITY_PATIENTS} patients with, and {MINORITY_PATIENTS} without, the event"
+        return f"Nothing is pooled: fewer than {MIN_POOLED} sites have {need}."
+    auroc = interval_text(pooled["value"], pooled["low"], pooled["high"])
+    ends = [pooled["prediction_low"], pooled["prediction_high"]]
+    few = ""
+    if pooled["sites"] == MIN_POOLED:
+        few = f", which rests on {MIN_POOLED} sites only and says little"
+    return (
+        f"Pooled over {pooled['sites']:.0f} of {sites} sites: AUROC {auroc}, I\N{SUPERSCRIPT TWO} "
+        f"{percent(pooled['i2'])}; 95 % of further sites: {ends[0]:.3f} to {ends[1]:.3f}{few}. "
+        "I\N{SUPERSCRIPT TWO} is the share of the spread between sites that is no chance."
+    )
+
+
+def plot_sites(table: pd.DataFrame, pooled: Mapping[str, float]) -> plots.Plot:
+    """Plot the AUROC of each site of a ``site_table`` that has one, and what ``pool`` returns."""
+    figure, axes, names = _plot_metric(table, "auroc", below=2)
+    if not np.isnan(pooled["value"]):
+        below = len(names)
+        mean, *ends = (pooled[name] for name in ("value", "low", "high"))
+        axes.axvline(mean, **plots.DOTTED)
+        look: dict[str, Any] = {"color": plots.OTHER, "label": "pooled [95 %]", "markersize": 7}
+        axes.errorbar(mean, below, xerr=[[mean - ends[0]], [ends[1] - mean]], fmt="D", **look)
+        further = [pooled["prediction_low"], pooled["prediction_high"]]
+        look = {"color": plots.INK}
+        if pooled["sites"] == MIN_POOLED:  # as few as there can be
+            look = {"color": plots.SOFT, "linewidth": 0.8, "linestyle": ":"}
+        axes.plot(further, [below + 1] * 2, marker="|", label="95 % of further sites", **look)
+        names += ["pooled", "further sites"]
+    plots.name_lines(axes, names)
+    axes.set_xlabel("AUROC")
+    alt = "Forest plot: AUROC of each site, pooled, and of further sites."
+    return plots.with_legend(figure, 2), alt
+
+
+def plot_site_calibration(table: pd.DataFrame) -> plots.Plot:
+    """Plot observed by expected events of each site of a ``site_table`` that has them."""
+    figure, axes, names = _plot_metric(table, "oe")
+    axes.axvline(1, label="ideal", **plots.DOTTED)
+    plots.name_lines(axes, names)
+    axes.set_xlabel("observed divided by expected events")
+    alt = "Forest plot: observed divided by expected events of each site, with intervals."
+    return plots.with_legend(figure, 2), alt
+
+
+def _plot_metric(table: pd.DataFrame, name: str, below: int = 0) -> tuple[Figure, Axes, list[str]]:
+    """Plot a metric of each site that has it, with room for more lines; return the sites, too."""
+    defined = table[table[name].notna()]
+    value, low, high = (defined[f"{name}{end}"].to_numpy(float) for end in ("", "_low", "_high"))
+    figure, (axes,) = plots.new_figure(size=(4.0, 0.28 * (len(defined) + below) + 1.2))
+    look: dict[str, Any] = {"color": plots.MODEL, "label": "a site [95 %]", "markersize": 5}
+    axes.errorbar(value, range(len(defined)), xerr=[value - low, high - value], fmt="s", **look)
+    return figure, axes, defined["site"].tolist()

@@ -16,7 +16,7 @@ from medgemma_clinical.evaluation.metrics_table import Metrics
 from medgemma_clinical.evaluation.plots import Plot
 from medgemma_clinical.evaluation.suppress import distant_thresholds
 from medgemma_clinical.evaluation.updating import Updates
-from medgemma_clinical.evaluation.verdicts import primary_baseline
+from medgemma_clinical.evaluation.verdicts import Finding, at_threshold, primary_baseline, sentences
 
 
 class Cells(NamedTuple):
@@ -38,7 +38,7 @@ class Details(NamedTuple):
 
 @dataclass(frozen=True)
 class Topic:
-    """A section of a report, whose small counts are hidden: a topic is one file of this folder."""
+    """A section of a report, whose small counts are hidden."""
 
     title: str
     text: Sequence[str] = ()  # paragraphs
@@ -83,6 +83,15 @@ class ReportContent:
     # Of folds that were drawn several times: ``TESTED`` and a column of risks a repeat; a line a
     # repeat, its threshold on these risks and its auroc.
     repeats: tuple[pd.DataFrame, pd.DataFrame] | None = None
+
+    @property
+    def at_threshold(self) -> str:
+        """How a sentence about the threshold begins."""
+        return at_threshold(self.threshold, self.threshold_choice)
+
+    def findings(self, metrics: Metrics) -> list[Finding]:
+        """Return the result in words."""
+        return sentences(metrics, self.at_threshold, self.noun, self.advice)
 
 
 @dataclass(frozen=True)
