@@ -174,7 +174,8 @@ def test_fit__takes_a_data_set_that_was_read(tmp_path):
 def test_fit__takes_a_data_set_of_the_callers_class_to_the_end(tmp_path):
     values = np.random.default_rng(0).uniform(0.5, 6, (120, 3)).round(1)
     dataset = Lactate(values, values[:, -1] > 5)
-    model = fit_trajectory(dataset, **SHORT, output_dir=tmp_path)
+    with whole_reports():
+        model = fit_trajectory(dataset, **SHORT, output_dir=tmp_path)
     written, part = tmp_path / "trajectory", dataset.subset(np.arange(9))
     assert (written / "tripod.md").exists()
     expected = TrajectoryModel.from_pretrained(written).predict_proba(part)

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 import medgemma_trainer as trainer
+from conftest import whole_reports
 from language_models import bring_code, edit_json, rehash, save_text_checkpoint
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.language_model import content_hash
@@ -23,7 +24,8 @@ def place(runs, tmp_path_factory):
     data = write_data(pd.read_csv(runs / "train.csv", dtype=str), place / "train.csv")
     words = ["--data_path", str(data), "--output_dir", str(place / "out"), "--log_file", "none"]
     words += ["--epochs", "1", "--model_name", str(base)]
-    assert trainer.main([*words, "--ode_checkpoint", str(place / TRAJECTORY_FILE)]) == 0
+    with whole_reports():  # which name the model
+        assert trainer.main([*words, "--ode_checkpoint", str(place / TRAJECTORY_FILE)]) == 0
     return place
 
 
