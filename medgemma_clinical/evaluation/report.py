@@ -55,6 +55,7 @@ PAGES.globals.update(
     INTERVALS=INTERVALS,
     COLOURS=plots.COLOURS,
 )
+MARKDOWN = PAGES.overlay(autoescape=False)
 
 
 def unbroken(text: str) -> str:
@@ -126,19 +127,15 @@ def tripod(content: ReportContent, metrics: Metrics, numbers: Mapping[str, pd.Da
     """Return the items of TRIPOD+AI as Markdown, filled in; ``metrics`` may be suppressed."""
     lines = {name: table.to_dict("records") for name, table in numbers.items()}
     groups = subgroup_cells(numbers["subgroups"], content.noun) if "subgroups" in numbers else None
-    filled = (
-        PAGES.overlay(autoescape=False)
-        .get_template("tripod.md.j2")
-        .render(
-            content=content,
-            performance=tables.metric_table(metrics, [*tables.METRICS]).to_dict("records"),
-            others=", ".join(map(code, metrics.models[1:])),
-            lines=defaultdict(list, lines),
-            subgroups=[] if groups is None else groups.to_dict("records"),
-            methods=defaultdict(str, content.methods or {}),
-            threshold=content.at_threshold,
-            **{"code": code, "number": count_text},
-        )
+    filled = MARKDOWN.get_template("tripod.md.j2").render(
+        content=content,
+        performance=tables.metric_table(metrics, [*tables.METRICS]).to_dict("records"),
+        others=", ".join(map(code, metrics.models[1:])),
+        lines=defaultdict(list, lines),
+        subgroups=[] if groups is None else groups.to_dict("records"),
+        methods=defaultdict(str, content.methods or {}),
+        threshold=content.at_threshold,
+        **{"code": code, "number": count_text},
     )
     return f"{filled}\n"
 
