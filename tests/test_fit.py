@@ -7,6 +7,7 @@ import os
 import stat
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
@@ -144,7 +145,8 @@ def test_fit__stage_1_refuses_the_keywords_of_other_stages_and_all_are_in_the_si
 def test_fit__shows_a_bar_with_the_score_of_the_last_epoch_on_a_terminal(rows, capsys, monkeypatch):
     for shown in (True, False):
         monkeypatch.setattr(sys.stderr, "isatty", lambda shown=shown: shown)
-        fit_trajectory(rows, trajectory_epochs=3)
+        # A bar is drawn ten times a second: three epochs may take less.
+        fit_trajectory(rows, trajectory_epochs=3, on_epoch=lambda metrics: time.sleep(0.15))
         text = capsys.readouterr().err
         assert ("/3:" in text, "val loss " in text) == (shown, shown)
 

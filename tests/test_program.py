@@ -62,7 +62,7 @@ def test_the_winner_of_the_history_scores_what_the_files_say(stage, runs, tmp_pa
     assert metrics["averaged_epochs"] == [history["averaged_epochs"].iloc[-1]]
     assert metrics["averaged_epochs"][0] in (good, [lowest])
     paths = [runs / stage / f"predictions_{part}.csv" for part in ("val", "test")]
-    parts = [pd.read_csv(path, float_precision="round_trip") for path in paths]
+    parts = [pd.read_csv(path) for path in paths]
     rows = pd.read_csv(runs / "train.csv", dtype=str)
     rows = rows[rows["id"].isin(pd.concat(parts)["id"])]
     data = write_data(rows, tmp_path / "scored.csv")
