@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medgemma_clinical.data.competing_events import CompetingEvents
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.small_cells import MIN_CELL, count_patients, patients_behind
 from medgemma_clinical.data.split import Split, check_outcomes, draw_split, given_split
@@ -39,6 +40,10 @@ FAR_OUT = 10.0
 FLOW_COLUMNS = ("rule", "removed", "left", "patients")
 """Columns of ``flow``: a rule, rows that it removed, rows and, where known, patients left."""
 
+TARGETS = ("entry", "hours", "event")
+"""What is learned of times: hours from the prediction time at which a row begins to be watched, and
+ends; the event then, 0 where it is censored."""
+
 UNKNOWN = "not known"
 """Stands for an empty cell among the names of sites, and for an age or sex that is unknown."""
 
@@ -58,10 +63,12 @@ class Batch(TypedDict):
     summaries: Tensor  # (B, S) float32, NaN where unknown
     static: Tensor  # (B, K) float32, NaN where unknown
     labels: Tensor  # (B,) float32, NaN where unknown
+    targets: Tensor  # (B,) float32 labels, or (B, 3) of ``TARGETS``; NaN where unknown
     index: Tensor  # (B,) int64 into the data set
     plan: NotRequired[Any]  # what an encoder that plans computes ahead of these trajectories
     prefix_lengths: NotRequired[Tensor]  # (B,) int64 observations read a second time in training
     prefix_summaries: NotRequired[Tensor]  # (B, S) of these observations
+    prefix_targets: NotRequired[Tensor]  # as ``targets``, asked at the last of them
 
 
 class TrajectoryDataset:
@@ -71,20 +78,20 @@ class TrajectoryDataset:
     kind: ClassVar[str] = "other data"  # the data's format, in a report's words
     source_flag: ClassVar[str]  # the trainer's flag for the path of the data, without dashes
     options: ClassVar[tuple[str, ...]] = ()  # flags that the constructor takes as keywords
-    outcome_kind: ClassVar[str] = "label"  # key of ``models.outcome.OUTCOMES``
     row_noun: ClassVar[str] = "stays"  # a clinician's word for rows, where patients have several
     report_hours: ClassVar[float] = 1.0  # hours that are one unit of time in reports
 
     row_columns: ClassVar[tuple[str, ...]] = (
         *("labels", "ids", "groups", "contexts", "parts", "static", "prediction_hours"),
-        *("sites", "_summaries"),
+        *("sites", "events", "event_hours", "entry_hours", "_summaries"),
     )
     """Attributes with one entry a row; a subclass that has more names them too."""
 
     times: NDArray[np.float64]  # (all observations,) hours, not decreasing within a trajectory
     values: NDArray[np.float64]  # (all observations, F) raw units, NaN where not measured
     offsets: NDArray[np.int64]  # (N + 1,); trajectory i has rows offsets[i]:offsets[i + 1]
-    labels: NDArray[np.float64]  # (N,) of 0 and 1, NaN where unknown
+    # (N,) of 0 and 1, NaN where unknown; of times to events, whether event 1 was seen.
+    labels: NDArray[np.float64]
     ids: NDArray[np.str_]  # (N,) names of the rows in prediction files
     groups: NDArray[np.str_]  # (N,) patients; the rows of a patient are in one part of a split
     contexts: NDArray[np.object_]  # (N,) texts for a language model, may be empty
@@ -94,6 +101,12 @@ class TrajectoryDataset:
     data do not contain it."""
     parts: NDArray[np.str_] | None = None  # (N,) of train, val, test where the data bring a split
     parts_origin: str = "given by the column split"
+    competing_events: CompetingEvents | None = None  # None: the outcome is a label
+    events: NDArray[np.float64] | None = None
+    """(N,) 0 where the record ended before any event, else its number; NaN where unknown."""
+    event_hours: NDArray[np.float64] | None = None
+    """(N,) hours from the prediction time to the event, or to the end of the record."""
+    entry_hours: NDArray[np.float64] | None = None  # (N,) from which on events are seen; None: 0
     sites: NDArray[np.str_] | None = None  # (N,) hospitals or units, where they were asked for
     held_out: tuple[str, ...] = ("val", "test")  # parts of a drawn split; the other rows train
     _summaries: NDArray[np.float64] | None = None
@@ -178,6 +191,18 @@ class TrajectoryDataset:
         """The ``prediction_hours`` that a model reads, None without."""
         return self.prediction_hours if self.reads_prediction_time else None
 
+    @property
+    def outcome_kind(self) -> str:
+        """Key of ``models.outcome.OUTCOMES``."""
+        return "label" if self.competing_events is None else "time"
+
+    def targets(self) -> NDArray[np.float64]:
+        """Return what a model learns of each row: labels (N,), or ``TARGETS`` (N, 3)."""
+        if self.events is None or self.event_hours is None:
+            return self.labels
+        entry = np.zeros(len(self)) if self.entry_hours is None else self.entry_hours
+        return np.column_stack([entry, self.event_hours, self.events])
+
     def prediction_times(self, rows: Rows = slice(None)) -> NDArray[np.float64]:
         """Return when the question of some rows is asked; the last observation where unknown."""
         last = self.times[self.offsets[1:][rows] - 1]
@@ -251,6 +276,7 @@ class TrajectoryDataset:
             summaries=tensor(self.summaries()[index]),
             static=tensor(self.static_values(index)),
             labels=tensor(self.labels[index]),
+            targets=tensor(self.targets()[index]),
             index=torch.from_numpy(index),
         )
 
@@ -293,6 +319,9 @@ class TrajectoryDataset:
             is_unknown = np.isnan(self.prediction_hours)
             # An unknown prediction time stays unknown.
             beginning.prediction_hours = np.where(is_unknown, np.nan, beginning.last_times)
+        if self.event_hours is not None:  # nobody in the data has an event before the later moment
+            moved = self.prediction_times() - beginning.prediction_times()
+            beginning.entry_hours, beginning.event_hours = moved, self.event_hours + moved
         return beginning
 
     def sample_patients(self, max_patients: int, seed: int) -> Self:
@@ -490,13 +519,14 @@ class TrajectoryDataset:
         """Return a hash of all that a run can learn from: series, labels, patients, text, split."""
         numbers = [self.times, self.values, self.offsets, self.labels, self.static]
         numbers += [] if self.prediction_hours is None else [self.prediction_hours]
+        numbers += [] if self.competing_events is None else [self.targets()]
         texts = [self.ids, self.groups, self.contexts, self.parts]
         texts += [np.array(self.static_names)] if self.static_names else []
         return hash_columns(numbers, texts)
 
     def row_fingerprint(self) -> str:
         """Return a hash of who is in the data, whichever series and texts are read."""
-        return hash_columns([self.labels], [self.ids, self.groups, self.parts])
+        return hash_columns([self.targets()], [self.ids, self.groups, self.parts])
 
 
 @dataclass(frozen=True)
