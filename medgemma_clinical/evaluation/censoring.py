@@ -18,7 +18,7 @@ INTERVALS = 10
 """Intervals of follow-up with a hazard of their own; about as many rows are censored in each."""
 
 MIN_CENSORED = 10
-"""Rows censored before the horizon that a regression needs."""
+"""Patients censored before the horizon that a regression needs."""
 
 
 def censoring_survival(
@@ -46,7 +46,7 @@ def censoring_survival(
 
     Returns:
         (n,) probabilities, ``censoring`` of ``metrics_at``; Kaplan-Meier's where fewer than ten
-        rows are censored before the horizon.
+        patients are censored before the horizon.
 
     Source: Robins and Finkelstein 2000, Biometrics 56:779.
     """
@@ -55,7 +55,7 @@ def censoring_survival(
     clock = -np.log(kaplan_meier)
     end = clock.max()
     is_censored = is_censored & (clock < end)
-    if is_censored.sum() < MIN_CENSORED:
+    if len(np.unique(groups[is_censored])) < MIN_CENSORED:
         return kaplan_meier
     shares = np.arange(1, INTERVALS) / INTERVALS
     starts = np.quantile(clock[is_censored], shares, method="inverted_cdf")

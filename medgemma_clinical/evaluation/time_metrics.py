@@ -236,18 +236,16 @@ def _pseudo_values(table: _LifeTable, event: Array, weights: Array) -> Array:
     incidence = table.incidence(first)
     event_free = np.cumprod(1 - table.events / table.at_risk.clip(TINY), axis=1)
     later = np.where(event_free > 0, incidence[:, -1:] - incidence, 0) / event_free.clip(TINY)
-    others = np.maximum(table.at_risk - 1, 1)  # of the last row at risk none, and no event counts
-    others_free = _before(np.cumprod(1 - table.events / others, axis=1), 1.0)
-    others_incidence = _before(np.cumsum(others_free * first / others, axis=1), 0.0)
+    fewer = np.maximum(table.at_risk - 1, 1)  # 0 where no event counts
+    free_before = _before(np.cumprod(1 - table.events / fewer, axis=1), 1.0)
+    incidence_before = _before(np.cumsum(free_before * first / fewer, axis=1), 0.0)
     # (R, K) of a censored row; what the row's own event adds to the two counts is taken out again.
-    of_censored = (
-        others_incidence + others_free * (first + (others - table.events) * later) / others
-    )
-    of_event = others_free / others
-    without = of_censored[:, table.position]
-    without += np.where(event > 0, (of_event * later)[:, table.position], 0)
-    without -= np.where(event == 1, of_event[:, table.position], 0)
-    return table.total * incidence[:, -1:] - (table.total - 1) * without
+    of_censored = incidence_before + free_before * (first + (fewer - table.events) * later) / fewer
+    of_event = free_before / fewer
+    left_out = of_censored[:, table.position]
+    left_out += np.where(event > 0, (of_event * later)[:, table.position], 0)
+    left_out -= np.where(event == 1, of_event[:, table.position], 0)
+    return table.total * incidence[:, -1:] - (table.total - 1) * left_out
 
 
 def _cloglog(risk: Array) -> Array:

@@ -83,15 +83,16 @@ def test_a_value_that_is_unknown_can_tell_the_censoring():
     assert np.corrcoef(survival, true[0])[0, 1] > 0.9
 
 
-@pytest.mark.parametrize("censored", [0, 9])
-def test_few_censored_rows_leave_kaplan_meier(censored):
+@pytest.mark.parametrize("patients", [0, 9])
+def test_few_censored_patients_leave_kaplan_meier(patients):
     hours, event, inputs, *_ = waiting_list(300)
-    event = np.where(event == 0, 1, event)
-    event[np.flatnonzero(hours < HORIZON)[:censored]] = 0
-    survival = censoring_survival(hours, event == 0, inputs, HORIZON, np.arange(300), seed=0)
-    marginal = uncensored_probability(hours, event, HORIZON)
-    assert survival.tolist() == marginal.tolist()
-    assert (survival == 1).all() == (censored == 0)
+    early = np.flatnonzero(hours < HORIZON)[: 2 * patients]
+    event = np.isin(np.arange(300), early, invert=True).astype(float)
+    groups = np.arange(300)
+    groups[early] = np.arange(2 * patients) // 2  # two rows each
+    survival = censoring_survival(hours, event == 0, inputs, HORIZON, groups, seed=0)
+    assert survival.tolist() == uncensored_probability(hours, event, HORIZON).tolist()
+    assert (survival == 1).all() == (patients == 0)
 
 
 def test_equal_seeds_give_equal_folds():
