@@ -158,7 +158,7 @@ def test_what_ends_an_open_gap_and_when_is_written_for_cohorts_with_ketoacidosis
         for hour, values in gaps.items():
             for value in values:
                 mini.lab(hadm, hour, value)
-    mini.admit(99).lab(99, 1, 20, BICARBONATE).lab(99, 4, 20, BICARBONATE)
+    mini.admit(99).lab(99, 1, 20, BICARBONATE).lab(99, 4, 20, BICARBONATE).lab(99, 40, 9)
     folder = mini.write(tmp_path / "mimic")
     result = extracted(folder, ["death"], cohort="dka")
     columns = ["event", "event_hours"]
