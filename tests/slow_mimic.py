@@ -192,11 +192,11 @@ class Stay:
             if at <= time:
                 is_open = value > 12
             elif is_open and value <= 12:
-                return {"event": 1, "event_hours": round(between(time, at), 4)}
+                return {"event": 1, "event_hours": float(f"{between(time, at):.10g}")}
         if not is_open:
             return {"event": None, "event_hours": None}
         end = (2, self.died) if self.died else (3, self.ends)
-        return {"event": end[0], "event_hours": round(between(time, end[1]), 4)}
+        return {"event": end[0], "event_hours": float(f"{between(time, end[1]):.10g}")}
 
     def in_ketoacidosis(self, shown):
         """By glucose, bicarbonate and gap, all measured, and the pH where it is."""
