@@ -41,6 +41,16 @@ class CompetingEvents:
         return " or ".join(self.names[event - 1] for event in self.interventions)
 
     @property
+    def assumption(self) -> str:
+        """What a risk without interventions means, a sentence; empty where there is none."""
+        if not self.interventions:
+            return ""
+        return (
+            f"A risk without {self.interventions_text} is what would happen if nobody had it, and "
+            "assumes that nothing but what the model reads decides both who has it and the outcome."
+        )
+
+    @property
     def risk_names(self) -> tuple[str, ...]:
         """The names of the risks: at each horizon, then as if there were no intervention."""
         names = [f"risk_{name}" for name in self.horizon_names]
