@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+OUTCOME_KINDS = ("label", "time")
+"""What is learned of a row: a label, or the time of the first of some events."""
+
 HOURS_OF_UNIT = {"h": 1.0, "d": 24.0}
 """Hours of a unit in which horizons are given."""
 
