@@ -611,6 +611,14 @@ def build_parser(stored: Mapping[str, Any] | None = None) -> Parser:
     add("--static", action=Repeated, default=(), help=static)
     outcomes = "column of a label, repeatable; the first is the main label"
     add("--outcome_column", action=Repeated, default=(), metavar="COLUMN", help=outcomes)
+    end = "column of --labels: time of the event, or of the end of the record"
+    add("--event_time", default="", metavar="COLUMN", help=end)
+    event = "column of --labels: 0 (censored), 1, 2, ..., or words"
+    add("--event", default="", metavar="COLUMN", help=event)
+    words = "names of the events 1, 2, ...: the words of --event"
+    add("--event_names", action=Repeated, nargs="+", default=(), metavar="NAME", help=words)
+    decided = "events that a treatment decision brings, numbers or names"
+    add("--interventions", action=Repeated, nargs="+", default=(), metavar="EVENT", help=decided)
     context = "column of --labels with a text for the context"
     add("--context_column", default="", metavar="COLUMN", help=context)
     notes = "table with patient, time and text, for the context"
