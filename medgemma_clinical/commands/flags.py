@@ -125,20 +125,21 @@ def check_outcome(args: argparse.Namespace, dataset: TrajectoryDataset) -> None:
         raise InputError(f"--{next(iter(unread))}: not for times to events: leave it out")
 
 
-def parse_days(text: str) -> int | list[int]:
-    """Read days, several with commas; used as an argparse type."""
-    days = [int(day) for day in text.split(",")]
-    if min(days) < 1 or days != sorted({*days}):
-        raise argparse.ArgumentTypeError(f"{text!r}: give days from 1 on, rising")
-    return days if len(days) > 1 else days[0]
-
-
 def parse_hours(text: str) -> list[float]:
-    """Read rising hours with commas; used as an argparse type."""
-    hours = [float(hour) for hour in text.split(",")]
-    if not 0 < min(hours) <= max(hours) < math.inf or hours != sorted({*hours}):
-        raise argparse.ArgumentTypeError(f"{text!r}: give hours above 0, rising, such as 24,72")
-    return hours
+    """Read rising numbers above 0 with commas; used as an argparse type."""
+    with contextlib.suppress(ValueError):
+        numbers = [float(number) for number in text.split(",")]
+        if 0 < numbers[0] and numbers[-1] < math.inf and numbers == sorted({*numbers}):
+            return numbers
+    raise argparse.ArgumentTypeError(f"{text!r}: give rising numbers above 0, such as 24,72")
+
+
+def parse_days(text: str) -> int | list[int]:
+    """Read rising whole numbers above 0, several with commas; used as an argparse type."""
+    days = [int(day) for day in parse_hours(text) if day.is_integer()]
+    if len(days) != text.count(",") + 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give whole days, such as 90,365")
+    return days if len(days) > 1 else days[0]
 
 
 def check_threshold(text: str) -> str:

@@ -20,7 +20,11 @@ from medgemma_clinical.evaluation.metrics_table import (
     count,
     with_interval,
 )
-from medgemma_clinical.evaluation.time_metrics import check_horizon, metrics_of_draws
+from medgemma_clinical.evaluation.time_metrics import (
+    check_horizon,
+    metrics_of_draws,
+    uncensored_probability,
+)
 from medgemma_clinical.evaluation.verdicts import (
     CHANCE,
     TOO_FEW,
@@ -74,16 +78,19 @@ def uncensored_columns(
     events: CompetingEvents, dataset: TrajectoryDataset, censoring: str, seed: int
 ) -> dict[str, Array]:
     """Return the ``UNCENSORED`` columns of a data set, cross-fitted on its rows by patient."""
-    assert dataset.events is not None
-    assert dataset.event_hours is not None
+    hours, event = dataset.event_hours, dataset.events
+    assert hours is not None
+    assert event is not None
     tables = dataset.baseline_inputs()["logistic regression"], dataset.static
     inputs, columns = np.column_stack(tables), {}
     for name, (horizon, ends) in evaluated_events(events).items():
-        if ends or censoring == "regression":
-            is_censored = np.isin(dataset.events, [0, *ends])
-            columns[UNCENSORED + name] = censoring_survival(
-                dataset.event_hours, is_censored, inputs, horizon, dataset.groups, seed
-            )
+        options = inputs, horizon, dataset.groups, seed
+        if censoring == "regression":
+            columns[UNCENSORED + name] = censoring_survival(hours, event == 0, *options)
+        elif ends:
+            columns[UNCENSORED + name] = uncensored_probability(hours, event, horizon)
+        if ends:  # what leads to an intervention is not what ends a record
+            columns[UNCENSORED + name] *= censoring_survival(hours, np.isin(event, ends), *options)
     return columns
 
 
@@ -92,11 +99,11 @@ def check_horizons(dataset: TrajectoryDataset, rows: Any, part: str) -> None:
     events = dataset.competing_events
     if events is None or dataset.events is None or dataset.event_hours is None:
         return
-    for horizon, name in zip(events.horizons, events.horizon_names, strict=True):
+    for horizon in events.horizons:
         try:
             check_horizon(dataset.event_hours[rows], dataset.events[rows], horizon)
-        except ValueError as error:
-            raise InputError(f"{dataset.source}, {part} part, horizon {name}: {error}") from error
+        except ValueError as error:  # its horizons are hours
+            raise InputError(f"{dataset.source}, {part} part: {error}") from error
 
 
 def evaluate_times(rows: pd.DataFrame, events: CompetingEvents, seed: int) -> Metrics:

@@ -1,0 +1,158 @@
+"""Times to events in a run: its files, its predictions, and what is not there for them yet."""
+
+import argparse
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from conftest import whole_reports
+from medgemma_clinical.commands import flags
+from medgemma_clinical.data.competing_events import CompetingEvents
+from medgemma_clinical.evaluation.time_metrics import metrics_at
+from medgemma_trainer import TrajectoryModel, fit_trajectory, main
+from predicting import predicted, refused
+
+RISKS = ["risk_24h", "risk_72h", "risk_without_transplant_24h", "risk_without_transplant_72h"]
+EVENTS = ["event_hours", "event"]
+ABOUT = {"series": "MELD", "unit": "", "events": {"1": "death", "2": "transplant"}}
+
+
+def waiting(n=800, seed=0):
+    """Rows whose last value decides both hazards; the sickest are transplanted first."""
+    rng = np.random.default_rng(seed)
+    sick = rng.normal(size=n)
+    rates = np.exp([-5.1 + 0.9 * sick, -4.9 + 1.2 * sick, np.full(n, -5.8)])
+    times = rng.exponential(1 / rates)
+    values = [f"{20 + 3 * x:.1f} (0h) -> {20 + 5 * x:.1f} (6h)" for x in sick]
+    return pd.DataFrame(
+        {
+            "subject_id": [f"p{k}" for k in range(n)],
+            "clinical_trajectory": values,
+            "static_age [years]": rng.integers(20, 80, n),
+            "event_hours": times.min(axis=0).round(1),
+            "event": np.array([1, 2, 0])[times.argmin(axis=0)],
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def times(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("times")
+    waiting().to_csv(folder / "waiting.csv", index=False)
+    (folder / "waiting.json").write_text(json.dumps({**ABOUT, "interventions": [2]}))
+    words = ["--trajectory_only", "--data_path", folder / "waiting.csv", "--output_dir", folder]
+    words += ["--horizon_hours", "24,72", "--trajectory_epochs", 3, "--log_file", "none"]
+    with whole_reports():
+        assert main([*map(str, words)]) == 0
+    return folder
+
+
+def part(times, name="test"):
+    return pd.read_csv(times / "trajectory" / f"predictions_{name}.csv")
+
+
+def test_a_run_writes_the_risks_of_each_horizon_and_their_metrics(times):
+    table = part(times)
+    columns = ["id", *EVENTS, "probability", "patient", *RISKS]
+    assert [*table] == columns
+    np.testing.assert_allclose(table["probability"], table["risk_24h"], rtol=1e-9)
+    assert (table["risk_24h"] < table["risk_72h"]).all()
+    assert (table["risk_72h"] < table["risk_without_transplant_72h"]).all()
+    metrics = json.loads((times / "trajectory" / "metrics.json").read_text())["test"]
+    for risk, end, horizon in (("risk_24h", "", 24), ("risk_72h", "_72h", 72)):
+        found = metrics_at(table["event_hours"], table["event"], table[risk], horizon)
+        for name, value in found.items():
+            if np.isfinite(value):
+                assert metrics[name + end]["value"] == pytest.approx(value, rel=1e-9)
+    effective = metrics["effective_n_without_transplant_24h"]["value"]
+    assert 10 < effective < len(table)
+    assert metrics["events"] == ((table["event"] == 1) & (table["event_hours"] <= 24)).sum()
+    history = (times / "trajectory" / "history.jsonl").read_text().splitlines()
+    assert all(json.loads(line)["val_auroc"] is None for line in history)
+    page = (times / "trajectory" / "report.html").read_text()
+    events = CompetingEvents(("death", "transplant"), (24.0, 72.0), (2,))
+    assert events.assumption in page
+    assert all(risk in page for risk in RISKS)
+
+
+def test_predictions_of_rows_without_events_are_those_of_the_run(times, tmp_path):
+    table = part(times).set_index("id")
+    rows = waiting().set_index("subject_id", drop=False).loc[table.index].drop(columns=EVENTS)
+    rows.to_csv(tmp_path / "new.csv", index=False)
+    found = predicted(times / "trajectory", tmp_path / "new.csv", tmp_path / "out.csv")
+    assert [*found] == ["id", "probability", *RISKS, "problem"]
+    np.testing.assert_allclose(found.set_index("id")[RISKS], table[RISKS], rtol=1e-5)
+    model = TrajectoryModel.from_pretrained(times / "trajectory")
+    risk = model.predict_proba(tmp_path / "new.csv")[:, 1]
+    np.testing.assert_allclose(risk, found["probability"], rtol=1e-6)
+    over_time = model.risk_over_time(tmp_path / "new.csv").groupby("id", sort=False).last()
+    np.testing.assert_allclose(over_time["probability"], risk, rtol=1e-5)
+
+
+def test_what_happens_later_changes_no_prediction(times, tmp_path):
+    rows, altered = waiting(), waiting()
+    altered["event_hours"], altered["event"] = altered["event_hours"] + 7, 1
+    for name, table in (("rows", rows), ("altered", altered)):
+        table.to_csv(tmp_path / f"{name}.csv", index=False)
+    (tmp_path / "rows.json").write_text(json.dumps({**ABOUT, "interventions": [2]}))
+    (tmp_path / "altered.json").write_text(json.dumps({**ABOUT, "interventions": [2]}))
+    found = [
+        predicted(times / "trajectory", tmp_path / f"{name}.csv", tmp_path / f"{name}_out.csv")
+        for name in ("rows", "altered")
+    ]
+    pd.testing.assert_frame_equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--folds", "3"], "--folds"),
+        (["--threshold", "0.2"], "--threshold"),
+        (["--mode", "classification"], "--trajectory_only"),
+        (["--horizon_hours", "1000"], "horizon 1000"),
+    ],
+)
+def test_what_times_do_not_have_is_refused_in_one_line(times, tmp_path, capsys, words, expected):
+    line = ["--data_path", times / "waiting.csv", "--output_dir", tmp_path / "run"]
+    line += [] if "--mode" in words else ["--trajectory_only"]
+    line += [] if "--horizon_hours" in words else ["--horizon_hours", "24,72"]
+    assert refused(capsys, [*map(str, line), *words], expected, out=tmp_path / "run")
+    checkpoint = ["--checkpoint", times / "trajectory", "--data_path", times / "waiting.csv"]
+    checkpoint += ["--predict", "--predictions", tmp_path / "out.csv"]
+    if expected == "--threshold":
+        line = [*map(str, checkpoint), *words]
+        assert refused(capsys, line, expected, out=tmp_path / "out.csv")
+
+
+@pytest.mark.parametrize("text", ["24,x", "72,24", "0,24", "24,24", "24,inf", ""])
+def test_horizons_that_do_not_rise_are_no_horizons(text):
+    for parse in (flags.parse_hours, flags.parse_days):
+        with pytest.raises(argparse.ArgumentTypeError):
+            parse(text)
+    with pytest.raises(argparse.ArgumentTypeError):
+        flags.parse_days("1.5")
+    assert (flags.parse_days("365"), flags.parse_days("90,365")) == (365, [90, 365])
+    assert flags.parse_hours("24,72.5") == [24.0, 72.5]
+
+
+def test_weights_by_the_inputs_are_an_option(times, tmp_path):
+    rows, options = waiting(2000), {"trajectory_epochs": 1, "horizon_hours": [72]}
+    found = [
+        fit_trajectory(rows, **options, censoring=censoring).metrics["test"]
+        for censoring in ("km", "regression")
+    ]
+    assert found[0]["brier"]["value"] != found[1]["brier"]["value"]
+    assert found[0]["brier"]["value"] == pytest.approx(found[1]["brier"]["value"], rel=0.1)
+
+
+def test_training_ranks_and_its_risks_have_the_level_of_the_events():
+    options = {"horizon_hours": [24, 72], "batch_size": 32, "test": False}
+    model = fit_trajectory(waiting(900), trajectory_epochs=8, **options)
+    rows = waiting(2000, seed=9)
+    risk = model.predict_proba(rows.drop(columns=EVENTS))[:, 1]
+    by_then = (rows["event"] == 1) & (rows["event_hours"] <= 24)
+    assert roc_auc_score(by_then, risk) > 0.65
+    assert risk.mean() == pytest.approx(by_then.mean(), rel=0.3)
