@@ -129,7 +129,7 @@ def parse_hours(text: str) -> list[float]:
     """Read rising numbers above 0 with commas; used as an argparse type."""
     with contextlib.suppress(ValueError):
         numbers = [float(number) for number in text.split(",")]
-        if 0 < numbers[0] and numbers[-1] < math.inf and numbers == sorted({*numbers}):
+        if numbers[0] > 0 and numbers[-1] < math.inf and numbers == sorted({*numbers}):
             return numbers
     raise argparse.ArgumentTypeError(f"{text!r}: give rising numbers above 0, such as 24,72")
 

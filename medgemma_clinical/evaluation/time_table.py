@@ -14,7 +14,6 @@ from medgemma_clinical.evaluation.censoring import censoring_survival
 from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.metrics_table import (
     DIFFERENCE,
-    MINORITY_PATIENTS,
     Metrics,
     bootstrap,
     count,
