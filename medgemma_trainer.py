@@ -38,7 +38,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 # First of all: the package sets what libraries read as they load.
 from medgemma_clinical.files import InputError
@@ -87,7 +87,8 @@ from medgemma_clinical.data.summaries import summary_names
 from medgemma_clinical.data.texts import SERIES_TEXT
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.evaluation.decision import INTERCEPT, Predictions, fit_updates
+from medgemma_clinical.evaluation.decision import Predictions
+from medgemma_clinical.evaluation.time_table import check_horizons
 from medgemma_clinical.inference.serving import export_merged
 from medgemma_clinical.inference.trajectory_model import Program, TrajectoryModel
 from medgemma_clinical.models import (
@@ -99,12 +100,12 @@ from medgemma_clinical.models import (
     trained_model,
 )
 from medgemma_clinical.models.checkpoints import Config, TrajectoryCheckpoint, describe_data
+from medgemma_clinical.models.outcome import fit_outcome, outcome_of, prior_log_odds
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory import (
     Stage1,
     TrajectoryCollator,
     TrajectoryHead,
-    prior_log_odds,
 )
 from medgemma_clinical.models.trajectory_llm import LLMClassifier, LLMWriter, SoftPrompt
 from medgemma_clinical.training import memory
@@ -204,7 +205,12 @@ def build_parser() -> Parser:
     add("--data_path", "path to DKA CSV", "predict free -keyword", type=Path, default=path)
     add("--data_dir", "path to SRTR data directory", "predict free -keyword", type=Path)
     add("--landmark_days", "SRTR: prediction time after listing; 365, liver 90", type=WHOLE)
-    add("--horizon_days", "SRTR: days looked ahead; 365, liver 90", type=POSITIVE)
+    options = {"type": flags.parse_days, "metavar": "DAYS,DAYS"}
+    add("--horizon_days", "SRTR: days looked ahead; 365, liver 90", **options)
+    options = {"choices": ("label", "time")}
+    add("--outcome_kind", "a label, or time to events; label where there is one", **options)
+    options = {"type": flags.parse_hours, "metavar": "HOURS,HOURS"}
+    add("--horizon_hours", "DKA: with times, risks by these hours", **options)
     labels = ("negative", "exclude")
     add("--transplant", "SRTR: label 0, or row left out", choices=labels, default="negative")
     add("--label_column", "DKA: outcome column, 0 or 1", default=LABEL, metavar="NAME")
@@ -237,6 +243,8 @@ def build_parser() -> Parser:
     add("--calibrate", "recalibrate: auto where folds show a need, platt always", **options)
     options = {"type": flags.check_threshold, "metavar": "RISK"}
     add("--threshold", "0.1 or 'sensitivity 0.9'; by Youden's index", "predict", **options)
+    options = {"choices": ("km", "regression"), "default": "km"}
+    add("--censoring", "times: weights by Kaplan-Meier, or by the inputs", "-llm -text", **options)
     options = {"type": RATE, "default": 1e-3}
     add("--encoder_lr", "learning rate of the ODE-RNN and its head", "-text", **options)
     add("--head_lr", "learning rate of stage 2's head", "-stage1", type=RATE, default=1e-3)
@@ -315,6 +323,7 @@ def read_dataset(args: Namespace, source: Path | pd.DataFrame | None = None) -> 
         advice = f"give the data by --{kind.source_flag}, or see sample data by --demo alone"
         raise InputError(f"{problem}: {advice}")
     rows: TrajectoryDataset = kind(source, **flags.dataset_options(args, DATASETS))
+    flags.check_outcome(args, rows)
     return rows
 
 
@@ -325,14 +334,15 @@ def build_stage1(config: Config, seed: int = 0) -> Stage1:
     """Encoder and head of each member: series -> states (B, L + 1, 64) -> logit (B,)."""
     inputs, members = config["inputs"], []
     summaries = summary_names(config["features"], prediction_time=inputs["prediction_time"])
-    sizes = {"summaries": len(summaries), "static": len(inputs["static"])}
+    outcome = outcome_of(config)
+    sizes = {"summaries": len(summaries), "static": len(inputs["static"]), "width": outcome.width}
     for member in range(config["members"]):
         torch.manual_seed(distributed.derived_seed(seed, member))  # no two members start alike
         encoder_class = encoders.find_encoder(config.get("encoder_class"), ClinicalODERNN)
         encoder = encoder_class(**config["encoder"])
         head = TrajectoryHead(encoder.hidden_dim, **sizes, dropout=encoder.dropout)
         members.append((encoder, head))
-    return Stage1(members)
+    return Stage1(members, outcome)
 
 
 def build_llm(
@@ -429,6 +439,7 @@ def make_stage1(args: Namespace, data: Data, checkpoint: TrajectoryCheckpoint | 
             encoder |= {"hidden_dim": 64, "solver": args.solver, "dynamics": args.dynamics}
         config: Config = {"encoder": encoder, "encoder_class": encoder_class}
         config |= {"members": args.members, **describe_data(data)}
+        config |= cast(Config, fit_outcome(data).config)
         model = build_stage1(config, args.seed)
         model.fit_scales(data)
         for member in model.members:
@@ -458,6 +469,7 @@ def trajectory_stage(args: Namespace, data: Data, model: Stage1) -> Stage:
         patience=args.patience,
         config={"stage": "trajectory", **checkpoints.stage1_config(model), **describe_data(data)},
         save=save,
+        targets=data.dataset.targets(),
         train_patients=patients,
     )
 
@@ -722,12 +734,12 @@ def center(stage: Stage) -> None:
 
     The noise of dropout, which evaluation lacks, raises the risks of a rare event.
     """
-    if isinstance(stage.model, Stage1):
+    if isinstance(stage.model, Stage1) and stage.targets is not None:
         batches = part_batches({"all": stage.batches["train"].rows}, stage.batch_size)["all"]
         for member in stage.model.alone():
             predictions = score_batches(member, batches, stage.collate)
-            _, shift = fit_updates(predictions.labels, predictions.probability)[INTERCEPT]
-            member.shift(shift)
+            shift = member.outcome.shift(predictions, stage.targets[predictions.rows])
+            member.shift(torch.from_numpy(shift))
 
 
 # --------------------------------------------------------------------------- training state
@@ -817,6 +829,8 @@ def train_stage(
     stopped = read_state(run_folder.state_folder(folder)) if args.resume else None
     if stopped is not None:
         memory.restore_passes(stage, stopped["passes"])
+    for part in trial.parts:
+        check_horizons(data.dataset, data.split[part], results.SCORED[part])
     run_log.log_run_summary(stage, data, args)
     memory.check_memory(stage, distributed.default_device())
     if args.dry_run:

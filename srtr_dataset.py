@@ -7,8 +7,9 @@ DIR holds CAND_KIPA and STATHIST_KIPA (kidney) or CAND_LIIN and STATHIST_LIIN (l
 delivers them (.sas7bdat), or as CSV, Stata or Parquet, there or one folder down.
 
 At a landmark L days after listing, the question about each registration that still waits is: death,
-or removal because too sick, within the next H days? Inputs are the history rows that began by day
-L. A data set's times are hours since listing.
+or removal because too sick, within the next H days? Or, with ``--outcome_kind time``: what ends the
+wait, and when? Inputs are the history rows that began by day L. A data set's times are hours since
+listing.
 """
 
 from __future__ import annotations
@@ -22,9 +23,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from medgemma_clinical.commands.command_line import SHOW_VALUES, VERSION, Parser, run_command
+from medgemma_clinical.commands.command_line import (
+    SHOW_VALUES,
+    VERSION,
+    Parser,
+    names,
+    run_command,
+)
 from medgemma_clinical.commands.logs import command_logging
 from medgemma_clinical.data import checks, texts
+from medgemma_clinical.data.competing_events import OUTCOME_KINDS, CompetingEvents
 from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.srtr import cohort as waiting_list
@@ -55,10 +63,12 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         data_dir: folder with the SAF tables.
         organ: ``kidney`` or ``liver``.
         landmark_days: days after listing at which the question is asked; 365 kidney, 90 liver.
-        horizon_days: days that it looks ahead; 365 kidney, 90 liver.
+        horizon_days: days that it looks ahead; 365 kidney, 90 liver. Of times several, rising.
         max_len: only the most recent so many observations of a registration are kept.
         transplant: meaning of a transplant within the horizon: ``negative`` (label 0, a competing
             event) or ``exclude`` (left out).
+        outcome_kind: ``label``; or ``time``: what ends each registration, one of ``END_NAMES`` with
+            the transplant as an intervention, and when; the end of follow-up is censored.
         dialysis: where dialysis is read, ``history.FLAGS`` or another of these; None decides by the
             whole history table. A checkpoint keeps the training data's in ``read_options``.
         require_labels: leave out registrations whose label is unknown, and refuse folders with too
@@ -67,7 +77,8 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
 
     Attributes:
         flow: how many registrations each rule removed, and left: columns ``FLOW_COLUMNS``.
-        registrations: all in the organ's file, by PX_ID: ``reason`` ("" where kept), ``label``.
+        registrations: all in the organ's file, by PX_ID: ``reason`` ("" where kept), ``label``, of
+            times ``event`` and ``event_days`` from the landmark.
 
     Raises:
         InputError: files that cannot be read, no registration left, or fewer than ten events.
@@ -90,9 +101,10 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         organ: str = "kidney",
         *,
         landmark_days: int | None = None,
-        horizon_days: int | None = None,
+        horizon_days: int | Sequence[int] | None = None,
         max_len: int | None = None,
         transplant: str = "negative",
+        outcome_kind: str = "label",
         dialysis: str | None = None,
         require_labels: bool | None = True,
     ) -> None:
@@ -100,7 +112,10 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         days = ORGANS[organ].days if organ in ORGANS else 0
         landmark = days if landmark_days is None else landmark_days
         horizon = days if horizon_days is None else horizon_days
-        self.definition = waiting_list.CohortDefinition(organ, landmark, horizon, transplant)
+        self.definition = waiting_list.CohortDefinition(
+            organ, landmark, horizon, transplant, outcome_kind
+        )
+        horizons = self.definition.horizons
         max_len = MAX_LEN if max_len is None else max_len
         if max_len < 1:
             raise InputError(f"--max_len {max_len}: must be at least 1")
@@ -110,19 +125,28 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         self.units = tuple(str(feature.unit) for feature in self.measures)
         self.main = self.features.index(self.definition.organ.main)
         self.time_scale = days * HOURS_A_DAY
+        until = f"within {horizons[0]} days of" if len(horizons) == 1 else "after"
         self.question = (
-            f"Will this patient die or become too sick for a {organ} transplant within "
-            f"{horizon} days of day {landmark}?"
+            f"Will this patient die or become too sick for a {organ} transplant {until} "
+            f"day {landmark}?"
         )
+        if self.definition.of_times:
+            hours = tuple(days * HOURS_A_DAY for days in horizons)
+            interventions = (waiting_list.TRANSPLANT_END,)
+            self.competing_events = CompetingEvents(
+                waiting_list.END_NAMES, hours, interventions, unit="d"
+            )
         dialysis = self._read(Path(data_dir), max_len, dialysis, require_labels)
         self.read_options = {
             "organ": organ,
             "landmark_days": landmark,
-            "horizon_days": horizon,
+            "horizon_days": horizons[0],
             "transplant": transplant,
             "max_len": max_len,
             "dialysis": dialysis,
         }
+        if self.definition.of_times:
+            self.read_options |= {"horizon_days": [*horizons], "outcome_kind": outcome_kind}
 
     # ------------------------------------------------------------------ reading
 
@@ -146,6 +170,10 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         in_cohort = table["reason"] == ""
         table["label"] = table["label"].where(in_cohort)
         self.registrations, self.labels = table, table.loc[in_cohort, "label"].to_numpy(np.float64)
+        if definition.of_times:
+            ends = table[in_cohort]
+            self.events = ends["event"].to_numpy(np.float64)
+            self.event_hours = ends["event_days"].to_numpy(np.float64) * HOURS_A_DAY
         self._set_flow(MIN_EVENTS if require_labels else 0, cand["PERS_ID"])
         cohort, rows = cand[in_cohort], rows[rows["PX_ID"].map(in_cohort)]
         self.ids = cohort.index.to_numpy().astype(np.str_)
@@ -216,19 +244,20 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
 
     def task_description(self) -> dict[str, str]:
         """Return what is predicted, when, and the meaning of a transplant."""
-        definition = self.definition
+        definition, days = self.definition, " and ".join(map(str, self.definition.horizons))
+        transplant = "counts as no event (label 0), since it is a competing one"
+        if definition.of_times:
+            transplant = "is an event of its own, as is removal as improved or for another reason"
+        elif definition.transplant == "exclude":
+            transplant = "leaves the cohort"
         return {
             **super().task_description(),
             "Prediction time": (
                 f"day {definition.landmark} after listing for a {definition.organ_name}, of each "
                 "registration that still waits then; only what was recorded by that day is read"
             ),
-            "Horizon": f"{definition.horizon} days from then on",
-            "A transplant within the horizon": (
-                "counts as no event (label 0), since it is a competing one"
-                if definition.transplant == "negative"
-                else "leaves the cohort"
-            ),
+            "Horizon": f"{days} days from then on",
+            "A transplant within the horizon": transplant,
         }
 
     def baseline_inputs(self) -> dict[str, pd.DataFrame]:
@@ -313,10 +342,18 @@ def build_parser() -> Parser:
     add("--data_dir", type=Path, required=True, help="folder with the SRTR files")
     add("--organ", choices=tuple(ORGANS), default="kidney")
     add("--landmark_days", type=int, help="days after listing; 365 kidney, 90 liver")
-    add("--horizon_days", type=int, help="days looked ahead; 365 kidney, 90 liver")
+    horizons = "days looked ahead; 365 kidney, 90 liver; of times several"
+    add("--horizon_days", type=days, metavar="DAYS,DAYS", help=horizons)
     add("--transplant", choices=waiting_list.TRANSPLANT_CHOICES, default="negative")
+    kinds = "death or too sick by the horizon, or when each wait ends and why"
+    add("--outcome_kind", choices=OUTCOME_KINDS, default="label", help=kinds)
     add("--show_values", action="store_true", help=SHOW_VALUES)
     return parser
+
+
+def days(text: str) -> list[int]:
+    """Read whole numbers of days separated by commas; used as an argparse type."""
+    return [int(word) for word in names(text)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -159,8 +159,8 @@ class Extracted(NamedTuple):
         return str(self.rows.loc[hadm, "clinical_context"])
 
     def inputs(self):
-        """Every column but the labels, as text, of each admission."""
-        columns = [name for name in self.rows if not str(name).startswith("label_")]
+        """Every column but the outcomes, as text, of each admission."""
+        columns = [name for name in self.rows if not str(name).startswith(("label_", "event"))]
         cells = self.rows[columns].astype(str).itertuples()
         return {hadm: tuple(row) for hadm, *row in cells}
 

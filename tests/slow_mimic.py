@@ -178,8 +178,25 @@ class Stay:
             found[f"static_last_{name}"] = last[name] = latest
         found["clinical_context"] = self.context(there[-1] if there else None, since, last)
         found |= {f"label_{name}": label for name, label in labels.items()}
+        if cohort != "all":
+            found |= self.gap_event([v for v in values if v[2] == gap], time)
         event = any(labels[name] for name in outcome)
         return found | {"label_escalation": event}
+
+    def gap_event(self, series, time):
+        """What ends a gap that is open now, and when: its closing, else death or discharge."""
+        lowest, is_open = {}, False
+        for at, _, _, value in series:
+            lowest[at] = min(value, lowest.get(at, value))
+        for at, value in sorted(lowest.items()):
+            if at <= time:
+                is_open = value > 12
+            elif is_open and value <= 12:
+                return {"event": 1, "event_hours": float(f"{between(time, at):.10g}")}
+        if not is_open:
+            return {"event": None, "event_hours": None}
+        end = (2, self.died) if self.died else (3, self.ends)
+        return {"event": end[0], "event_hours": float(f"{between(time, end[1]):.10g}")}
 
     def in_ketoacidosis(self, shown):
         """By glucose, bicarbonate and gap, all measured, and the pH where it is."""

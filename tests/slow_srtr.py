@@ -10,8 +10,8 @@ DEATHS = ("CAN_DEATH_DT", "PERS_OPTN_DEATH_DT", "PERS_SSA_DEATH_DT")
 IMPOSSIBLE = (-30000.0, 45000.0)
 
 
-def decide_slowly(cand, history, organ, landmark=None, horizon=None, *, exclude=False):
-    """Return by PX_ID why each registration is left out, or its label."""
+def decide_slowly(cand, history, organ, landmark=None, horizon=None, *, exclude=False, times=False):
+    """Return by PX_ID why each registration is left out, or its label; of times event and days."""
     landmark = DAYS[organ] if landmark is None else landmark
     horizon = DAYS[organ] if horizon is None else horizon
     begins = history.groupby("PX_ID")["CANHX_BEGIN_DT"].min().to_dict()
@@ -23,12 +23,12 @@ def decide_slowly(cand, history, organ, landmark=None, horizon=None, *, exclude=
         known = {name: value for name, value in row.items() if pd.notna(value)}
         begin = begins.get(row["PX_ID"], np.inf)
         result[int(row["PX_ID"])] = decide_one(
-            known, begin, last, CODES[organ], landmark, horizon, exclude=exclude
+            known, begin, last, CODES[organ], landmark, horizon, exclude=exclude, times=times
         )
     return result
 
 
-def decide_one(row, begin, last, organ, landmark, horizon, *, exclude):
+def decide_one(row, begin, last, organ, landmark, horizon, *, exclude, times):
     code, removal, graft = map(row.get, ("CAN_REM_CD", "CAN_REM_DT", "REC_TX_DT"))
     if row.get("WL_ORG") != organ:
         return "other organ"
@@ -60,11 +60,14 @@ def decide_one(row, begin, last, organ, landmark, horizon, *, exclude):
     days = end - row["CAN_LISTING_DT"]
     if days <= landmark:
         return "ended by the landmark"
-    within = days <= landmark + horizon
+    within = days <= landmark + horizon and not times
     if within and kind == "transplant" and exclude:
         return "transplanted within the horizon"
     if within and kind == "other":
         return "censored within the horizon"
     if not begin <= row["CAN_LISTING_DT"] + landmark:
         return "no history row by the landmark"
+    if times:
+        other = 0 if code is None else 3 if code == 12 else 4
+        return {"event": 1, "transplant": 2, "other": other}[kind], days - landmark
     return float(within and kind == "event")

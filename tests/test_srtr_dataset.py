@@ -1,5 +1,7 @@
 """The SRTR data set: cohorts of whole folders, texts, scoring, no leaks, and the command."""
 
+import contextlib
+import json
 import logging
 import re
 
@@ -12,8 +14,10 @@ from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.evaluation.demographics import demographics
 from medgemma_clinical.files import InputError
+from slow_srtr import decide_slowly
 from srtr_dataset import ORGANS, SRTRTrajectoryDataset
 from srtr_files import (
+    DEATHS,
     LISTED,
     SUFFIX,
     SYNTHETIC,
@@ -127,6 +131,75 @@ def test_only_the_latest_rows_are_kept(tmp_path, caplog):
     i = dataset.ids.tolist().index("1")
     rows = slice(dataset.offsets[i], dataset.offsets[i + 1])
     assert dataset.times[rows].tolist() == [24 * day for day in range(15, 20)]
+
+
+KIND = {"outcome_kind": "time"}
+TIMES = {**KIND, "horizon_days": (90, 365)}
+
+
+@pytest.mark.parametrize("organ", ORGAN_NAMES)
+def test_times_are_those_of_everyone_at_the_landmark_and_agree_with_the_labels(organ, synthetic):
+    labelled, dataset = synthetic[organ], SRTRTrajectoryDataset(SYNTHETIC, organ, **KIND)
+    truth = decide_slowly(*synthetic_tables(organ), organ, times=True)
+    truth = {str(px): end for px, end in truth.items() if isinstance(end, tuple)}
+    ends = zip(dataset.events, dataset.event_hours / 24, strict=True)
+    assert dict(zip(dataset.ids, ends, strict=True)) == truth
+    assert {*np.unique(dataset.events)} == {0, 1, 2, 3, 4}
+    np.testing.assert_array_equal(dataset.labels, dataset.events == 1)
+    died = {px: event == 1 and days <= ORGANS[organ].days for px, (event, days) in truth.items()}
+    assert [died[px] for px in labelled.ids] == labelled.labels.tolist()
+    wanted, found = inputs(labelled), inputs(dataset)
+    assert {px: found[px] for px in wanted} == wanted
+
+
+def test_what_is_read_of_times_is_plain_and_reads_other_folders_the_same_way(tmp_path):
+    dataset = SRTRTrajectoryDataset(write_folder(tmp_path / "a", *filler()), "liver", **TIMES)
+    assert dataset.outcome_kind == "time"
+    assert "days" not in dataset.question
+    assert dataset.task_description()["Horizon"] == "90 and 365 days from then on"
+    assert dataset.competing_events.risk_names == (
+        *("risk_90d", "risk_365d", "risk_without_transplant_90d"),
+        "risk_without_transplant_365d",
+    )
+    options = json.loads(json.dumps(dataset.read_options))
+    assert options == dataset.read_options
+    new = [removed(7, 100, px=1), candidate(2, CAN_ENDWLFU=LISTED + 91)]
+    folder = write_folder(tmp_path / "b", new, [history_row(px, 0) for px in (1, 2)])
+    (scored,) = (chunk.dataset for chunk in score(dataset, folder, read_options=options))
+    assert scored.competing_events == dataset.competing_events
+    assert scored.targets().tolist() == [[0, 240, 4], [0, 24, 0]]
+    with pytest.raises(InputError, match="2 registrations left with 0 events"):
+        SRTRTrajectoryDataset(folder, "liver", **TIMES)
+
+
+def test_the_labels_options_are_as_they_were(tmp_path):
+    dataset = SRTRTrajectoryDataset(write_folder(tmp_path, *filler()), "liver", horizon_days=[30])
+    names = ["organ", "landmark_days", "horizon_days", "transplant", "max_len", "dialysis"]
+    assert [*dataset.read_options] == names
+    assert (dataset.outcome_kind, dataset.read_options["horizon_days"]) == ("label", 30)
+    assert (dataset.competing_events, dataset.events, dataset.event_hours) == (None, None, None)
+    assert dataset.targets() is dataset.labels
+
+
+OF_TIMES = ("--outcome_kind", "time")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--horizon_days", "90,365"], "--horizon_days 90,365: "),
+        (["--horizon_days", "365,90", *OF_TIMES], "--horizon_days 365,90: "),
+        (["--horizon_days", "90,90", *OF_TIMES], "--horizon_days 90,90: "),
+        (["--horizon_days", "0,90", *OF_TIMES], "--horizon_days 0: "),
+        (["--horizon_days", "9,x", *OF_TIMES], "argument --horizon_days: "),
+        (["--transplant", "exclude", *OF_TIMES], "--transplant exclude: "),
+    ],
+)
+def test_horizons_and_choices_that_do_not_go_together_are_refused(words, named, capsys):
+    with contextlib.suppress(SystemExit):
+        assert srtr_dataset.main(["check", "--data_dir", str(SYNTHETIC), *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {named}")
 
 
 def score(dataset, folder, **other):
@@ -285,6 +358,30 @@ def test_nothing_after_the_landmark_changes_an_input(what, random_cohort, tmp_pa
     shared = known.keys() & now.keys()  # who is asked depends on who still waits
     assert len(shared) == len(known) or (what == "columns of the end" and len(shared) > 12)
     assert all(known[px] == now[px] for px in shared)
+
+
+@pytest.mark.parametrize("organ", ORGAN_NAMES)
+def test_another_end_with_later_rows_changes_no_input_of_times(organ, tmp_path):
+    """Everybody dies, is transplanted or removed on another day, or still waits."""
+    cand, history = random_tables(150, organ, seed=6)
+    cand, history = cand[cand["CAN_SOURCE"] != "L"], history.copy()
+    before = SRTRTrajectoryDataset(
+        write_folder(tmp_path / "a", cand, history, organ), organ, **TIMES
+    )
+    rng, landmark = np.random.default_rng(2), cand["CAN_LISTING_DT"] + ORGANS[organ].days
+    waits = cand["PX_ID"].astype(str).isin(before.ids)
+    moved = cand[waits].assign(CAN_REM_CD=rng.choice([8, 13, 4, 12, 7, np.nan], waits.sum()))
+    days = (landmark[waits] + rng.integers(1, 900, waits.sum())).to_numpy()
+    moved[["CAN_REM_DT", "CAN_ENDWLFU"]] = np.column_stack([days, days])
+    moved["REC_TX_DT"] = np.where(moved["CAN_REM_CD"] == 4, days, np.nan)
+    for name in DEATHS:
+        moved[name] = np.where(moved["CAN_REM_CD"] == 8, days, days + rng.integers(1, 99))
+    late = history["CANHX_BEGIN_DT"] > history["PX_ID"].map(landmark.set_axis(cand["PX_ID"]))
+    kept = history[~late | (rng.random(len(late)) < 0.5)]
+    after = SRTRTrajectoryDataset(write_folder(tmp_path / "b", moved, kept, organ), organ, **TIMES)
+    assert inputs(after) == inputs(before)
+    assert (after.event_hours != before.event_hours).mean() > 0.9
+    assert (after.events != before.events).mean() > 0.5
 
 
 # ------------------------------------------------------------------- the command

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -106,6 +107,38 @@ def dataset_options(
         raise InputError(f"--{name}: not for --dataset {args.dataset}: leave it out")
     given = {option: getattr(args, option) for option in kind.options}
     return {name: value for name, value in given.items() if value is not None}
+
+
+TIMES_REFUSE = (
+    *("folds", "leave_out", "seeds", "ablation", "final", "threshold", "calibrate", "primary"),
+)
+"""Flags that wait for labels."""
+
+
+def check_outcome(args: argparse.Namespace, dataset: TrajectoryDataset) -> None:
+    """Refuse what is not there for times to events."""
+    if dataset.outcome_kind == "label":
+        return
+    if not args.trajectory_only:
+        raise InputError("times to events: stage 1 alone learns them: add --trajectory_only")
+    if unread := changed(args, TIMES_REFUSE):
+        raise InputError(f"--{next(iter(unread))}: not for times to events: leave it out")
+
+
+def parse_days(text: str) -> int | list[int]:
+    """Read days, several with commas; used as an argparse type."""
+    days = [int(day) for day in text.split(",")]
+    if min(days) < 1 or days != sorted({*days}):
+        raise argparse.ArgumentTypeError(f"{text!r}: give days from 1 on, rising")
+    return days if len(days) > 1 else days[0]
+
+
+def parse_hours(text: str) -> list[float]:
+    """Read rising hours with commas; used as an argparse type."""
+    hours = [float(hour) for hour in text.split(",")]
+    if not 0 < min(hours) <= max(hours) < math.inf or hours != sorted({*hours}):
+        raise argparse.ArgumentTypeError(f"{text!r}: give hours above 0, rising, such as 24,72")
+    return hours
 
 
 def check_threshold(text: str) -> str:

@@ -30,7 +30,6 @@ from medgemma_clinical.commands.report_content import training_content
 from medgemma_clinical.commands.results import (
     log_findings,
     predictions_csv,
-    recommend,
     save_model,
     write_page,
 )
@@ -62,7 +61,7 @@ from medgemma_clinical.models.checkpoints import (
     read_trajectory,
 )
 from medgemma_clinical.models.model_card import MODEL_LIMITS, describe_recommended
-from medgemma_clinical.models.outcome import OUTCOMES
+from medgemma_clinical.models.outcome import LABEL
 from medgemma_clinical.models.trained_model import read_trained_config
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 from medgemma_clinical.training.signals import begin_process
@@ -215,7 +214,7 @@ def evaluate_folds(
     """Return the joint predictions, and what is made of them; ``fold`` (N,) is of each row."""
     runs = [fold_arguments(k, args) for k in range(fold.max() + 1)]
     folders = [run_folder.stage_folder(fold_args) for fold_args in runs]
-    stage, outcome = folders[0].name, OUTCOMES[rows.outcome_kind]
+    stage, outcome = folders[0].name, LABEL
     name = STAGE_NAMES[stage]
     table, positions = join_folds(folders, name, rows)
     fold_of_row = fold[positions]
@@ -225,7 +224,7 @@ def evaluate_folds(
     decided, table = decide(table, rules, fold_of_row, options)
     threshold = decided["decision"]["threshold"]
     metrics = outcome.evaluate(table, args.seed, threshold, split=fold_of_row, primary=args.primary)
-    decided["best_model"] = recommend(table, name, decided["models"])
+    decided["best_model"] = outcome.recommend(table, name, [*decided["models"]])
     contents = [read_json(path / run_folder.METRICS) for path in folders]
     weights = [content["residual_weight"] for content in contents if "residual_weight" in content]
     if len(weights) == len(folders):
@@ -252,9 +251,9 @@ def write_fold_results(args: Namespace, rows: TrajectoryDataset, fold: NDArray[n
     folder = run_folder.folds_folder(args)
     write_text(folder / PREDICTIONS, predictions_csv(table))
     write_json(folder / run_folder.METRICS, config["metrics"])
-    write_page(folder, table.drop(columns="fold"), metrics, page, rows.outcome_kind, args)
+    write_page(folder, table.drop(columns="fold"), metrics, page, LABEL, args)
     logger.info("")
-    log_findings(metrics, page.findings(metrics))
+    log_findings(metrics, page.findings(metrics), LABEL)
     logger.info("recommended (--use best): %s", describe_recommended(config))
     first = folds_sentence(metrics, page.folds)
     logger.info("%s\nreport: %s", first, folder / "report.html")

@@ -48,7 +48,7 @@ from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS, Trajectory
 from medgemma_clinical.models import trained_model
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, Config, read_trajectory
 from medgemma_clinical.models.model_card import choosing_rows
-from medgemma_clinical.models.outcome import OUTCOMES
+from medgemma_clinical.models.outcome import outcome_of
 from medgemma_clinical.models.trained_model import TrainedModel
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,9 @@ def predict(args: Namespace, given: set[str]) -> int:
             "this program does not have"
         )
     trained_model.check_no_control(request.checkpoint, config)
+    is_time = "events" in config
+    if is_time and (request.update or request.threshold):
+        raise InputError("--update, --threshold: not for times to events: leave them out")
     source = find_source(request, config, datasets)
     check_output(request.predictions, source)
     if request.update:
@@ -103,6 +106,8 @@ def predict(args: Namespace, given: set[str]) -> int:
     logger.info("predictions: %s; %s", request.predictions, peak_memory())
     training = training_patients(model.trained, request.checkpoint)
     rows = first.dataset.with_inputs(**config["inputs"])
+    if is_time:
+        return EXIT_DONE
     labelled = report_labelled(tally, model, rows, request, training)
     if request.explain:
         explain_rows(tally.chosen, model, request, training)
@@ -210,7 +215,8 @@ class PredictionTally:
         dataset = rows.dataset
         self.rows += len(lines)
         self.scored += len(rows.positions)
-        self.positive += int(lines["prediction"].sum())
+        if "prediction" in lines:
+            self.positive += int(lines["prediction"].sum())
         self.formulas += sum(map(is_formula, lines["id"]))
         labelled = np.flatnonzero(~np.isnan(dataset.labels))
         table = demographics(dataset).iloc[labelled].reset_index(drop=True)
@@ -285,7 +291,7 @@ def report_labelled(
     name, patients = next(iter(tally.models)), new["patient"].astype(str)
     risks = new[[*tally.models]].dropna(axis=1)  # NaN of a baseline that lacks a column
     rows = pd.DataFrame({"id": patients, "label": new["label"], "patient": patients}).join(risks)
-    outcome = OUTCOMES[dataset.outcome_kind]
+    outcome = outcome_of(model.config)
     trained = model.config.get("metrics", {})
     planned = (trained.get("test") or trained.get("folds") or {}).get("primary")
     primary = request.primary or planned

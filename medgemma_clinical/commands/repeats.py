@@ -22,6 +22,7 @@ from medgemma_clinical.evaluation.topics.instability import (
 )
 from medgemma_clinical.files import InputError, read_json, write_json, write_text
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
+from medgemma_clinical.models.outcome import LABEL
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def write_repeat_results(
     tested, metrics, _, page = folds.evaluate_folds(runs[0], rows, fold)
     title, sentences = f"{page.title}, {len(runs)} repeats", [first, *page.last]
     page = replace(page, title=title, last=sentences, repeats=(joined, by_repeat))
-    write_page(folder, tested.drop(columns="fold"), metrics, page, rows.outcome_kind, args)
+    write_page(folder, tested.drop(columns="fold"), metrics, page, LABEL, args)
     logger.info("\n%s", instability_cells(measures, rows.noun).to_string(index=False))
     logger.info("%s\nreport: %s", first, folder / "report.html")
 

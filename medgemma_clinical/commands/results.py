@@ -23,7 +23,6 @@ from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import peak_memory, processes
 from medgemma_clinical.evaluation import decision
 from medgemma_clinical.evaluation.baselines import (
-    ENSEMBLE,
     STAGE_NAMES,
     Baselines,
     baseline_names,
@@ -35,16 +34,16 @@ from medgemma_clinical.evaluation.baselines import (
 )
 from medgemma_clinical.evaluation.metrics_table import Metrics
 from medgemma_clinical.evaluation.report import write_report
-from medgemma_clinical.evaluation.tables import model_table
+from medgemma_clinical.evaluation.time_table import UNCENSORED
 from medgemma_clinical.evaluation.topics.topic import ReportContent
 from medgemma_clinical.evaluation.topics.written_reports import score_reports, written_sentence
-from medgemma_clinical.evaluation.verdicts import Finding, at_threshold, sentences, value_text
+from medgemma_clinical.evaluation.verdicts import Finding, at_threshold, value_text
 from medgemma_clinical.files import InputError, write_json, write_text
 from medgemma_clinical.inference.scoring import write_in_batches
 from medgemma_clinical.models.checkpoints import BASELINES, Config
 from medgemma_clinical.models.decoders import licence
 from medgemma_clinical.models.model_card import MODEL_LIMITS, describe_recommended
-from medgemma_clinical.models.outcome import OUTCOMES
+from medgemma_clinical.models.outcome import Outcome, outcome_of
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
 from medgemma_clinical.training.stage import Stage
 from medgemma_clinical.training.state import Progress, describe_epochs, describe_selection
@@ -81,16 +80,16 @@ def write_results(
     # The caller tests a model without test part, as scikit-learn's tools do.
     if not len(data.split["test"]) or not processes().is_main_process:
         return {**stage.config, **decided}, None
-    outcome = OUTCOMES[data.dataset.outcome_kind]
+    outcome = outcome_of(stage.config)
     fitted: dict[str, Baselines] = {}
     # The validation part chooses thresholds and the recommended model by risks of models that have
     # not seen it. The models that are tested and kept learn from both parts.
     both = np.sort(np.concatenate([data.split["train"], data.split["val"]]))
     taught = {"val": data.split["train"], "test": both}
-    if with_baselines:
+    if with_baselines and outcome.has_baselines:
         settings = tune_baselines(data.dataset, data.split["train"], data.usable_static)
         fitted = {k: fit_baselines(data.dataset, taught[k], settings) for k in predictions}
-    tables, rules = prediction_tables(stage, data, predictions, fitted, options)
+    tables, rules = prediction_tables(stage, data, predictions, fitted, args)
     last = [*predictions][-1]  # the test part, unless it is left for a later call
     baselines = fitted.get(last)
     metrics = {
@@ -108,27 +107,27 @@ def write_results(
         **decided,
         "metrics": metrics_content(stage, progress, decided, metrics, reports, args.calibrate),
         "models": {name: asdict(rule) for name, rule in rules.items()},
-        "best_model": recommend(tables["val"], STAGE_NAMES[stage.name], rules),
+        "best_model": outcome.recommend(tables["val"], STAGE_NAMES[stage.name], [*rules]),
         **({"baseline_inputs": baselines.inputs} if baselines else {}),
     }
     choice = decision.describe_threshold(args.threshold, "the validation part")
     beginning = at_threshold(predictions[last].rule.threshold, choice)
-    log_results(metrics, beginning, reports, data.dataset.noun)
+    log_results(metrics, outcome, beginning, reports, data.dataset.noun)
     logger.info("recommended (--use best): %s", describe_recommended(config))
-    if folder and baselines:
-        config["baselines_sha256"] = baselines.sha256
+    if folder:
+        if baselines:
+            config["baselines_sha256"] = baselines.sha256
         save_model(folder, stage, config, baselines)
         for part, table in tables.items():
             write_text(folder / f"predictions_{part}.csv", predictions_csv(table))
         if is_writer:
             text = "".join(json.dumps(line) + "\n" for line in lines)
             write_text(folder / "generations_test.jsonl", text)
-        rows = predictions["test"].rows
-        content = run_content(stage, data, progress, config, run, args, rows, baselines.tuned)
+        rows, tuned = predictions["test"].rows, baselines.tuned if baselines else None
+        content = run_content(stage, data, progress, config, run, args, rows, tuned)
         if is_writer and args.show_values:
             content = replace(content, example=example_report(stage, data, rows, lines, args.seed))
-        kind = data.dataset.outcome_kind
-        write_page(folder, tables["test"], metrics["test"], content, kind, args)
+        write_page(folder, tables["test"], metrics["test"], content, outcome, args)
         logger.info("report: %s; %s", folder / "report.html", peak_memory())
     return config, baselines
 
@@ -138,7 +137,7 @@ def write_page(
     table: pd.DataFrame,
     metrics: Metrics,
     content: ReportContent,
-    outcome_kind: str,
+    outcome: Outcome,
     args: Namespace,
 ) -> None:
     """Write the report of trained models, on predictions of held-out rows."""
@@ -147,16 +146,17 @@ def write_page(
         table,
         metrics,
         content,
-        OUTCOMES[outcome_kind].topics,
+        outcome.topics,
         min_cell=args.min_cell,
         list_patients=args.report_patients,
         folder=folder,
     )
 
 
-def save_model(folder: Path, stage: Stage, config: Config, baselines: Baselines) -> None:
+def save_model(folder: Path, stage: Stage, config: Config, baselines: Baselines | None) -> None:
     """Write the best weights with their final configuration, baselines and metrics."""
-    write_text(folder / BASELINES, baselines.to_json())
+    if baselines:
+        write_text(folder / BASELINES, baselines.to_json())
     stage.save(folder, config)
     write_json(folder / METRICS, config["metrics"])
 
@@ -206,7 +206,7 @@ def apply_decisions(
         for part, part_scored in scored.items():
             logit = part_scored.offset + weight * (part_scored.logit - part_scored.offset)
             scored[part] = replace(part_scored, logit=logit)
-    rule = decision.fit_decision_rule(val.labels, scored["val"].logit, patients, options)
+    rule = outcome_of(stage.config).decide(scored["val"], patients, options)
     if options.recalibration == "platt" and not rule.is_moved:
         logger.warning(
             "not recalibrated: on the validation part events do not become more frequent with the "
@@ -221,12 +221,13 @@ def prediction_tables(
     data: Data,
     predictions: dict[str, decision.Predictions],
     baselines: dict[str, Baselines],  # by part
-    options: decision.DecisionOptions,
+    args: Namespace,
 ) -> tuple[dict[str, pd.DataFrame], dict[str, decision.DecisionRule]]:
     """Return a table for each part and the decision rules of the models beside the stages.
 
-    Columns: id, label, patient, then the risks of the model, stage 1, baselines and ensemble.
+    Columns: id, what happened, patient, then the risks of the model, stage 1, baselines, ensemble.
     """
+    outcome, options = outcome_of(stage.config), decision_options(args)
     name, dataset, val = STAGE_NAMES[stage.name], data.dataset, predictions["val"]
     baseline_risks = {
         part: baselines[part].risks(dataset, scored.rows) if baselines else {}
@@ -237,20 +238,14 @@ def prediction_tables(
     tables = {}
     for part, scored in predictions.items():
         risks = model_risks(name, scored.probability, baseline_risks[part], rules)
-        table = {"id": dataset.ids[scored.rows], "label": scored.labels.astype(int)}
-        table |= {"patient": dataset.groups[scored.rows], name: risks.pop(name)}
+        observed = outcome.observed(dataset, scored.rows, args.censoring, args.seed)
+        table = {"id": dataset.ids[scored.rows], **observed}
+        table |= {"patient": dataset.groups[scored.rows]} | outcome.risks(name, scored)
+        del risks[name]
         if stage.stage1_risks is not None:
             table[STAGE_NAMES["trajectory"]] = stage.stage1_risks[scored.rows]
         tables[part] = pd.DataFrame(table | risks)
     return tables, rules
-
-
-def recommend(table: pd.DataFrame, stage: str, others: Iterable[str]) -> str:
-    """Return the model of ``--use best``, by predictions of held-out rows."""
-    names = table.columns.intersection([stage, *others])
-    risks = {name: table[name].to_numpy(float) for name in names}
-    labels, patients = table["label"].to_numpy(float), table["patient"].to_numpy(str)
-    return decision.recommended_model(labels, risks, patients, [ENSEMBLE, stage])
 
 
 def check_primary(primary: str | None, data: Data) -> None:
@@ -262,9 +257,12 @@ def check_primary(primary: str | None, data: Data) -> None:
 
 def predictions_csv(table: pd.DataFrame) -> str:
     """Return a table of predictions as its file: the model's own column is ``probability``."""
-    id_, label, patient, model, *risks = table.columns
-    ordered = table[[id_, label, model, patient, *risks]]
-    return ordered.rename(columns={model: "probability"}).to_csv(index=False)
+    names = [name for name in map(str, table) if not name.startswith(UNCENSORED)]
+    place = names.index("patient")
+    model, risks = names[place + 1], names[place + 2 :]
+    ordered = table[[*names[:place], model, "patient", *risks]]
+    own = {name: name.removeprefix(f"{model} ") for name in risks}
+    return ordered.rename(columns=own | {model: "probability"}).to_csv(index=False)
 
 
 def generate_reports(stage: Stage, predictions: decision.Predictions) -> dict[int, str]:
@@ -289,21 +287,26 @@ def example_report(
 
 
 def log_results(
-    metrics: dict[str, Metrics], beginning: str, written: dict[str, Any] | None, noun: str
+    metrics: dict[str, Metrics],
+    outcome: Outcome,
+    beginning: str,
+    written: dict[str, Any] | None,
+    noun: str,
 ) -> None:
     """Log the result of the last part in sentences, and the table of all models."""
     *_, (part, tested) = metrics.items()
     val = metrics["val"]
     auroc = value_text(val.row(val.models[0], "auroc"))
     logger.info("\n%s part (validation AUROC %s):", SCORED[part].capitalize(), auroc)
-    log_findings(tested, sentences(tested, beginning, noun, few_events_advice(tested)))
+    words = beginning, noun, few_events_advice(tested)
+    log_findings(tested, outcome.sentences(tested, *words), outcome)
     if sentence := written_sentence(written):
         logger.info("%s", sentence)
 
 
-def log_findings(metrics: Metrics, findings: Iterable[Finding]) -> None:
+def log_findings(metrics: Metrics, findings: Iterable[Finding], outcome: Outcome) -> None:
     """Log a result in sentences, and the table of all models."""
-    for line in (*findings, model_table(metrics).to_string(index=False)):
+    for line in (*findings, outcome.table(metrics).to_string(index=False)):
         logger.info("%s", line)
 
 
@@ -374,4 +377,5 @@ def run_content(
         stage1_page=stage1_page,
         advice=few_events_advice(Metrics.from_json(config["metrics"]["test"])),
         methods=methods,
+        describe=outcome_of(config).sentences,
     )

@@ -133,7 +133,9 @@ def log_epoch(stage: Stage, progress: Progress, *, exhausted: bool) -> None:
     loss = "none" if train_loss is None else f"{train_loss:.4f}"  # no step was finite
     val = "no validation part"
     if metrics["val_loss"] is not None:
-        val = f"val loss {metrics['val_loss']:.4f}, val AUROC {metrics['val_auroc']:.4f}"
+        val = f"val loss {metrics['val_loss']:.4f}"
+        if metrics["val_auroc"] is not None:
+            val += f", val AUROC {metrics['val_auroc']:.4f}"
     logger.log(
         logging.INFO if on_console else logging.DEBUG,
         f"epoch {epoch}/{stage.epochs}: train loss {loss}, {val}, {metrics['seconds']:.1f} s"

@@ -78,6 +78,19 @@ ESCALATION = OutcomeText(
     "Escalation", "need escalation of care", "any of death, icu and unresolved"
 )
 
+GAP_EVENTS = ("anion gap closed", "death", "discharge")
+"""What ends an open anion gap: events 1, 2, 3. Not asked in the cohort all, whose gaps are mostly
+closed."""
+
+GAP_TIMES = OutcomeText(
+    "Anion gap closed",
+    "Will the anion gap close, at or below 12 mEq/L, in this admission?",
+    "of a gap above 12 mEq/L at the prediction time: hours from then on until it is first measured "
+    "at or below 12 (1), or else until death in hospital (2) or discharge alive (3), whatever the "
+    "horizon. Nobody is censored, since each admission ends. Empty where no gap is known to be "
+    "open at the prediction time",
+)
+
 GAPS = {
     "always": "sodium - chloride - bicarbonate, without potassium as in guidelines, for everyone",
     "reported": (
@@ -146,6 +159,11 @@ class CohortRequest(duck.TableRequest):
     def gap_item(self) -> int:
         """Item of the anion gap that is used."""
         return GAP_ITEMS[self.compute_gap]
+
+    @property
+    def events(self) -> tuple[str, ...]:
+        """Names of the events whose times are written, empty where gaps are mostly closed."""
+        return () if self.cohort == "all" else GAP_EVENTS
 
     @property
     def components(self) -> list[str]:
@@ -312,13 +330,15 @@ def make_cohort_rows(
     cells = database.frame("FROM cells").set_index(["stay", "position"])["cell"].unstack()
     cells = cells.reindex(columns=range(len(titles))).set_axis(titles, axis="columns")
     rows = database.frame("FROM row_columns ORDER BY stay").set_index("stay")
-    labels = [name for name in map(str, rows) if name.startswith("label_")]
+    if not request.events:
+        rows = rows.drop(columns=["event_hours", "event"])
+    outcomes = [name for name in map(str, rows) if name.startswith(("label_", "event"))]
     static = make_static_features(database, request, features, rows)
     rows = rows.rename(columns={"unit": "care_unit"}).drop(columns="hours_since_admission")
     keys = ["subject_id", "hadm_id", "id", "care_unit"]
-    middle = rows.drop(columns=[*keys, *labels])
-    rows = pd.concat([rows[keys], cells, middle, static, rows[labels]], axis="columns")
-    flags = [*labels, "static_sex_male"]
+    middle = rows.drop(columns=[*keys, *outcomes])
+    rows = pd.concat([rows[keys], cells, middle, static, rows[outcomes]], axis="columns")
+    flags = [name for name in (*outcomes, "static_sex_male") if name != "event_hours"]
     return rows.reset_index(drop=True).astype(dict.fromkeys(flags, "Int8"))
 
 
@@ -354,15 +374,23 @@ def describe_rows(
     outcome, question, definition = map(" or ".join, texts)
     ask, until = "Will the patient", f"within {plain(request.horizon_hours)} hours?"
     begin, rest = main.name[:1], main.name[1:]
+    labels = {
+        f"label_{name}": {"outcome": text.outcome, "question": f"{ask} {text.question} {until}"}
+        for name, text in OUTCOMES.items()
+    }
+    definitions = {f"label_{name}": text.definition for name, text in OUTCOMES.items()}
+    about_events = dict[str, Any]()
+    if request.events:
+        about_events["events"] = {str(k): name for k, name in enumerate(request.events, start=1)}
+        labels["event"] = {"outcome": GAP_TIMES.outcome, "question": GAP_TIMES.question}
+        definitions["event"] = GAP_TIMES.definition
     return {
         "series": (begin.upper() if rest == rest.lower() else begin) + rest,  # pH stays
         "unit": main.unit,
         "question": f"{ask} {question} {until}",
         "outcome": outcome,
-        "labels": {
-            f"label_{name}": {"outcome": text.outcome, "question": f"{ask} {text.question} {until}"}
-            for name, text in OUTCOMES.items()
-        },
+        "labels": labels,
+        **about_events,
         "plausible": main.plausible,
         "limits": {x.name: x.plausible for x in further},
         "reference": main.reference,
@@ -378,7 +406,7 @@ def describe_rows(
             "anion_gap": GAPS[request.compute_gap],
             "discharge": DISCHARGED[request.discharged],
             "label_escalation": definition,
-            **{f"label_{name}": text.definition for name, text in OUTCOMES.items()},
+            **definitions,
         },
         "source": tables.source,
         **duck.describe_origin(request, tables.command, tables.hashes),

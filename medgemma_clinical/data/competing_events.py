@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+OUTCOME_KINDS = ("label", "time")
+"""What is learned of a row: a label, or the time of the first of some events."""
+
 HOURS_OF_UNIT = {"h": 1.0, "d": 24.0}
 """Hours of a unit in which horizons are given."""
 
@@ -36,6 +39,16 @@ class CompetingEvents:
     def interventions_text(self) -> str:
         """The interventions in words, empty without any."""
         return " or ".join(self.names[event - 1] for event in self.interventions)
+
+    @property
+    def assumption(self) -> str:
+        """What a risk without interventions means, a sentence; empty where there is none."""
+        if not self.interventions:
+            return ""
+        return (
+            f"A risk without {self.interventions_text} is what would happen if nobody had it, and "
+            "assumes that nothing but what the model reads decides both who has it and the outcome."
+        )
 
     @property
     def risk_names(self) -> tuple[str, ...]:

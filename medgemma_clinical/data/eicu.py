@@ -7,8 +7,8 @@ Population: hospital stays of adults (18, an age of "> 89" as 90), one row each,
 Prediction time: as in from_mimic, 12 hours after the first value of the main series.
 Read: laboratory values (``lab``) of this window, known when they were last revised and not before
     the unit stay that files them begins; age, sex, unit, hours since that first stay. No notes.
-Label: as in from_mimic. A death is at the hospital discharge, since only that is known. Stays in
-    step-down units are no intensive care.
+Label, times: as in from_mimic. A death is at the hospital discharge, since only that is known.
+    Stays in step-down units are no intensive care.
 Exclusions: before all others hospital stays of unknown discharge status or age; then those of
     from_mimic in its order.
 """

@@ -52,6 +52,7 @@ class MedsRequest(events.EventRequest):
 
     meds_dir: Path
     context: tuple[str, ...]
+    event: tuple[str, ...]
     notes: tuple[str, ...]
     max_note_words: int
     no_splits: bool
@@ -65,6 +66,7 @@ def make_meds(request: MedsRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
         if comparable(feature.name) in AUTOMATIC:
             problem = "age and sex are in the context by themselves: give another name"
             raise InputError(f"--context {feature.title}: {problem}")
+    ends = events.parse_features("event", request.event)
     hashes: dict[str, str] = {}
     with duck.open_database(request.out, request.memory_limit, request.threads) as database:
         load_meds_labels(database, request.labels, hashes)
@@ -85,6 +87,8 @@ def make_meds(request: MedsRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
             )
         static = static.replace("", None).dropna(axis="columns", how="all")
         add_static_features(database, static, context)
+        if ends:
+            static = static.join(read_ends(database, files.values(), ends))
         parts = None if request.no_splits else read_parts(database, request.meds_dir, hashes)
         rows, flow = events.make_rows(database, request, series, trajectories, static, parts)
         for name, codes_of_series in database.run(
@@ -93,6 +97,8 @@ def make_meds(request: MedsRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
         ).fetchall():
             logger.info("series %s: %s", name, one_line(join_names(codes_of_series)))
     description = events.describe_rows(request, series[0], "events", rows, flow)
+    if ends:
+        description["events"] = {str(k): end.title for k, end in enumerate(ends, start=1)}
     return rows, description | duck.describe_origin(request, "from_meds", hashes)
 
 
@@ -172,6 +178,42 @@ def add_static_features(
         if column.isna().all() and not feature.unit:  # a code without numbers: its presence
             column = pd.Series(static.index.isin(column.index).astype(int), static.index)
         static[f"static_{feature.title}"] = column
+
+
+def read_ends(
+    database: duck.Database, files: Iterable[duck.TableFile], ends: Sequence[Feature]
+) -> pd.DataFrame:
+    """Return ``event_hours`` and ``event`` by number: what comes first, 0 for the last of a record.
+
+    Of two at one time the one that is named first counts. Nothing is known without a later event.
+    """
+    cases = [
+        f"WHEN {events.any_code('code', end.keys, 'false')} THEN {k}"
+        for k, end in enumerate(ends, start=1)
+    ]
+    parts = []
+    for file in files:
+        columns = {"subject": "subject_id", "code": "code", "time": "time"}
+        cells = [f"{EVENTS[name].typed(file.raw(name))} AS {key}" for key, name in columns.items()]
+        hours = "tidy((epoch_us({}(time)) - epoch_us(any_value(prediction_time))) / {})"
+        first, last = (hours.format(name, duck.MICROSECONDS["hours"]) for name in ("min", "max"))
+        select = (
+            f"SELECT number, CASE {' '.join(cases)} ELSE 0 END AS event, {first} AS first, "
+            f"{last} AS last FROM (SELECT {', '.join(cells)} FROM {file.rows()}) "
+            "JOIN prediction USING (subject) WHERE time > prediction_time GROUP BY ALL"
+        )
+        with duck.readable(file.path):
+            parts.append(database.frame(select))
+    later = pd.concat(parts)
+    last_hours = later.groupby("number")["last"].max()
+    seen = later[later["event"] > 0].sort_values(["first", "event"]).drop_duplicates("number")
+    seen = seen.set_index("number").reindex(last_hours.index)
+    for k, end in enumerate(ends, start=1):
+        if not (seen["event"] == k).any():
+            problem = "comes first for no subject of --labels after a prediction time"
+            logger.warning("warning: --event %s: %s", end.title, problem)
+    event = seen["event"].fillna(0).astype("Int8")
+    return pd.DataFrame({"event_hours": seen["first"].fillna(last_hours), "event": event})
 
 
 def read_parts(database: duck.Database, folder: Path, hashes: dict[str, str]) -> pd.Series:

@@ -12,6 +12,8 @@ Read: laboratory values charted within this window and stored by its end, from 2
 Label: within the next 72 hours (``--horizon_hours``) any of death in this admission; a stay in
     intensive care that begins, not asked of a patient who is there already; an anion gap above
     12 mEq/L that stays or comes back. A discharge alive before is a competing event, 0.
+Times, but for ``all``: of a gap open at the prediction time, hours until it is first measured at
+    or below 12 mEq/L (1), else until death (2) or discharge alive (3) ends the admission.
 Exclusions, in this order: under 18 or of unknown age; not coded (``dka``); no value of the main
     series known within a window; prediction time before the admission; dead by then; discharged by
     then; fewer than two values (``--min_observations``); not in ketoacidosis (``biochemical``); in

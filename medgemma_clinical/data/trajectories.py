@@ -63,12 +63,12 @@ class Batch(TypedDict):
     summaries: Tensor  # (B, S) float32, NaN where unknown
     static: Tensor  # (B, K) float32, NaN where unknown
     labels: Tensor  # (B,) float32, NaN where unknown
-    targets: Tensor  # (B,) float32 labels, or (B, 3) of ``TARGETS``; NaN where unknown
+    outcomes: Tensor  # (B,) float32 labels, or (B, 3) of ``TARGETS``; NaN where unknown
     index: Tensor  # (B,) int64 into the data set
     plan: NotRequired[Any]  # what an encoder that plans computes ahead of these trajectories
     prefix_lengths: NotRequired[Tensor]  # (B,) int64 observations read a second time in training
     prefix_summaries: NotRequired[Tensor]  # (B, S) of these observations
-    prefix_targets: NotRequired[Tensor]  # as ``targets``, asked at the last of them
+    prefix_outcomes: NotRequired[Tensor]  # as ``outcomes``, asked at the last of them
 
 
 class TrajectoryDataset:
@@ -193,7 +193,7 @@ class TrajectoryDataset:
 
     @property
     def outcome_kind(self) -> str:
-        """Key of ``models.outcome.OUTCOMES``."""
+        """``label``, or ``time`` of events that compete."""
         return "label" if self.competing_events is None else "time"
 
     def targets(self) -> NDArray[np.float64]:
@@ -276,7 +276,7 @@ class TrajectoryDataset:
             summaries=tensor(self.summaries()[index]),
             static=tensor(self.static_values(index)),
             labels=tensor(self.labels[index]),
-            targets=tensor(self.targets()[index]),
+            outcomes=tensor(self.targets()[index]),
             index=torch.from_numpy(index),
         )
 

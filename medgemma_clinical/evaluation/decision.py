@@ -92,6 +92,7 @@ class Predictions:
     logit: Array  # (n,) log-odds of the event as the model gives them
     rows: NDArray[np.int64]  # (n,) positions in the data set
     offset: Array  # (n,) the share of ``logit`` that stage 1 gives; zero where it gives none
+    hazards: Array | None = None  # (n, Q) of times to events; ``logit`` is of their first risk
     rule: DecisionRule = field(default_factory=DecisionRule)
 
     @property
@@ -109,8 +110,10 @@ class Predictions:
         """Which rows are predicted to have the event, (n,)."""
         return self.rule.positive(self.probability)
 
-    def auroc(self) -> float:
-        """Return the area under the ROC curve; both labels must be there."""
+    def auroc(self) -> float | None:
+        """Return the area under the ROC curve of both labels; None of times to events."""
+        if self.hazards is not None:
+            return None
         return float(roc_auc_score(self.labels, self.probability))
 
 

@@ -23,7 +23,7 @@ from medgemma_clinical.evaluation.topics.written_reports import state_risk
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.checkpoints import Config
 from medgemma_clinical.models.generation import rows_at_once, write_reports
-from medgemma_clinical.models.outcome import OUTCOMES
+from medgemma_clinical.models.outcome import outcome_of
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trained_model import TrainedModel
 from medgemma_clinical.models.trajectory import Stage1
@@ -129,6 +129,7 @@ class Scores:
     positions: NDArray[np.int64]  # (M,) of the rows in ``text``
     trained: TrainedModel
     used: str  # name of the model whose risk is the probability
+    hazards: NDArray[np.float64] | None = None  # (M, Q) of times to events
 
     @cached_property
     def risks(self) -> dict[str, NDArray[np.float64]]:
@@ -176,13 +177,20 @@ def score_rows(
         text = text_collator(rows.dataset, trained)
     lengths = rows.dataset.lengths if text is None else text.lengths()
     batches = LengthBatches(np.arange(len(lengths)), batch_size, lengths, shuffle=False)
-    logit = np.empty(len(lengths))
+    logit, hazards = np.empty(len(lengths)), None
     for batch, output in outputs(model, batches, text or rows.dataset.collate):
-        logit[batch["index"].numpy()] = output.logit.double().numpy(force=True)
+        index = batch["index"].numpy()
+        logit[index] = output.logit.double().numpy(force=True)
+        if output.hazards is not None:
+            found = output.hazards.double().numpy(force=True)
+            hazards = np.empty((len(lengths), found.shape[1])) if hazards is None else hazards
+            hazards[index] = found
     finite = np.isfinite(logit)
     rows = rows.without(~finite, "no finite score: its values are too extreme", findings)
     risk = trained.rule.probability(logit[finite])
-    return Scores(rows, risk, text, np.flatnonzero(finite), trained, used)
+    places = np.flatnonzero(finite)
+    hazards = None if hazards is None else hazards[finite]
+    return Scores(rows, risk, text, places, trained, used, hazards)
 
 
 def text_collator(dataset: TrajectoryDataset, trained: TrainedModel) -> TextCollator | None:
@@ -258,8 +266,8 @@ def prediction_table(
     """
     scores = score_rows(rows, trained, findings, batch_size, use)
     scored_rows = scores.rows
-    outcome = OUTCOMES[scored_rows.dataset.outcome_kind]
-    columns = outcome.columns(scores.probability, trained.rules[scores.used])
+    rule = trained.rules[scores.used]
+    columns = outcome_of(trained.config).columns(scores.probability, scores.hazards, rule)
     writes = isinstance(trained.model, LLMWriter)
     if writes:
         reports = reports_of(scores, trained, batch_size)

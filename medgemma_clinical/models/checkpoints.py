@@ -78,6 +78,7 @@ READING_ERRORS = (
 MEMBERS, PREFIX_TOKENS, LORA_RANK = (1, 32), (1, 4096), (1, 1024)
 """Bounds of ``--members``, ``--num_prefix_tokens`` and ``--lora_rank``."""
 
+MAX_CUTS = 100
 BOUNDS = {
     "members": MEMBERS[1],
     "num_prefix_tokens": PREFIX_TOKENS[1],
@@ -110,6 +111,7 @@ class Config(TypedDict, total=False):
     encoder: Any  # arguments of the encoder's class; None where no stage 1 is read
     encoder_class: str | None  # name of the user's own class; None: ``ClinicalODERNN``
     members: int  # encoders of stage 1, 0 where none is read
+    events: dict[str, Any]  # of times to events: their names, horizons, cut points of the hazards
 
     # Stages 2 and 3.
     base_model: str  # hub id, name of a folder, or the built-in model
@@ -176,7 +178,8 @@ def describe_base(name: str) -> Config:
 def stage1_config(model: Stage1) -> Config:
     """Return the keys of a checkpoint by which the script rebuilds a stage 1."""
     name, members = encoder_name(model.encoder), len(model.members)
-    return {"encoder": model.encoder.config, "encoder_class": name, "members": members}
+    stage1 = {"encoder": model.encoder.config, "encoder_class": name, "members": members}
+    return cast(Config, stage1 | model.outcome.config)
 
 
 def check_config(path: Path, config: Any, stages: tuple[str, ...]) -> None:
@@ -192,6 +195,7 @@ def check_config(path: Path, config: Any, stages: tuple[str, ...]) -> None:
             "features": 1 <= len(config["features"]) == len(config["units"]) <= 10_000,
             "static": len(config["inputs"]["static"]) <= 10_000,
             "series": series and type(series) is list and {*series} <= {*config["features"]},
+            "events": 1 <= len(config.get("events", {"cuts": [1]})["cuts"]) <= MAX_CUTS,
             "base_model": config.get("base_sha256") or HUB_ID.fullmatch(base),
             **{name: type(n) is int and 0 <= n <= BOUNDS[name] for name, n in counts.items()},
         }

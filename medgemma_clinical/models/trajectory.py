@@ -37,34 +37,31 @@ class Output(NamedTuple):
     terms: int  # patients, or answer tokens, weights included
     logit: Tensor  # (B,) float32, log-odds of the event
     offset: Tensor | None = None  # (B,) stage 1's share of the logit
-
-
-def prior_log_odds(prevalence: float) -> float:
-    """Return the log-odds of a share of events within (0, 1)."""
-    return math.log(prevalence / (1 - prevalence))
+    hazards: Tensor | None = None  # (B, Q) of times to events; ``logit`` is of their first risk
 
 
 class TrajectoryHead(nn.Module):
     """Two heads, whose logits are averaged: one reads states, one summaries, both statics."""
 
     def __init__(
-        self, hidden_dim: int, *, summaries: int, static: int, dropout: float = 0.0
+        self, hidden_dim: int, *, summaries: int, static: int, dropout: float = 0.0, width: int = 1
     ) -> None:
-        """Build the heads for H states, S summaries and K static features, which may be 0."""
+        """Build the heads for H states, S summaries, K static features (may be 0), Q logits."""
         super().__init__()
         self.attention = nn.Linear(hidden_dim, 1, bias=False)
-        self.output = nn.Linear(2 * hidden_dim, 1)
+        self.output = nn.Linear(2 * hidden_dim, width)
         self.dropout = nn.Dropout(dropout)
         self.static_scaler, self.summary_scaler = Scaler(static), Scaler(summaries)
-        self.static = network(2 * static, STATIC_WIDTH) if static else None
+        self.static = network(2 * static, STATIC_WIDTH, outputs=width) if static else None
         rates = SUMMARY_DROPOUT if dropout else (0.0, 0.0)
-        self.summaries = network(2 * (summaries + static), SUMMARY_WIDTH, *rates)
+        inputs = 2 * (summaries + static)
+        self.summaries = network(inputs, SUMMARY_WIDTH, *rates, outputs=width)
 
     def forward(self, states: Tensor, batch: Batch) -> Tensor:
-        """Return the logits (B, 2) float32 of both heads for states (B, L + 1, H).
+        """Return the logits (B, 2, Q) float32 of both heads for states (B, L + 1, H).
 
         The last state is that at the prediction time. In training the logits at an earlier
-        observation follow, where the batch names one: (2B, 2).
+        observation follow, where the batch names one: (2B, 2, Q).
         """
         is_observed = batch["observed"].any(dim=2)  # (B, L)
         observed, last, summaries = states[:, :-1], states[:, -1], batch["summaries"]
@@ -78,23 +75,28 @@ class TrajectoryHead(nn.Module):
             static = static.repeat(2, 1)
         scores = self.attention(observed).squeeze(2).masked_fill(~is_observed, -math.inf)  # (B, L)
         pooled = torch.einsum("bl,blh->bh", scores.softmax(dim=1), observed)
-        state_logit = self.output(self.dropout(torch.cat([pooled, last], dim=1)))  # (B, 1)
+        state_logit = self.output(self.dropout(torch.cat([pooled, last], dim=1)))  # (B, Q)
         if self.static is not None:
             state_logit = state_logit + self.static(static)
         table = torch.cat([masked(self.summary_scaler, summaries), static], dim=1)
-        return torch.cat([state_logit, self.summaries(table)], dim=1)
+        return torch.stack([state_logit, self.summaries(table)], dim=1)
 
 
 def network(
-    inputs: int, width: int, dropout: float = 0.0, hidden_dropout: float = 0.0
+    inputs: int,
+    width: int,
+    dropout: float = 0.0,
+    hidden_dropout: float = 0.0,
+    *,
+    outputs: int = 1,
 ) -> nn.Sequential:
-    """Return a network of one hidden layer from ``inputs`` columns to a number."""
+    """Return a network of one hidden layer of some ``width``."""
     return nn.Sequential(
         nn.Dropout(dropout),
         nn.Linear(inputs, width),
         nn.ReLU(),
         nn.Dropout(hidden_dropout),
-        nn.Linear(width, 1),
+        nn.Linear(width, outputs),
     )
 
 
@@ -104,12 +106,12 @@ def masked(scaler: Scaler, table: Tensor) -> Tensor:
     return torch.cat([z, (~table.isnan()).to(z)], dim=1)
 
 
-def training_loss(outcome: Outcome, logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the loss (N,) of both readings' logits (N, B, 2): of their mean, and of each alone."""
+def training_loss(outcome: Outcome, logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss (N,) of both readings' (N, B, 2, Q): of their mean, and of each alone."""
     # With many series the states would fit the training part before the summaries learn.
     # A reading that leans on the other fits what the other has left of the training part.
     both, first, second = (
-        outcome.loss(each, labels) for each in (logits.mean(dim=2), *logits.unbind(dim=2))
+        outcome.loss(each, targets) for each in (logits.mean(dim=2), *logits.unbind(dim=2))
     )
     return both / 2 + (first + second) / 4
 
@@ -122,7 +124,7 @@ class TrajectoryMember(nn.Module):
         self.encoder, self.head = encoder, head
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the states (B, L + 1, H) and both heads' logits (B, 2) of each patient."""
+        """Return the states (B, L + 1, H) and both heads' logits (B, 2, Q) of each patient."""
         states: Tensor = self.encoder.run(batch["plan"])
         return states, self.head(states, batch)
 
@@ -155,7 +157,7 @@ class Stage1(nn.Module):
         return {**batch, "plan": plan}
 
     def read(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the first member's states (B, L + 1, H) and the members' logits (N, B, 2)."""
+        """Return the first member's states (B, L + 1, H) and the members' logits (N, B, 2, Q)."""
         batch = batch if "plan" in batch else self.plan(batch)
         pairs = zip(self.members, self.learn, strict=True)
         outputs = [member(batch) for member, learns in pairs if learns or not self.training]
@@ -163,18 +165,21 @@ class Stage1(nn.Module):
 
     def forward(self, batch: Batch) -> Output:
         """Return each member's loss (sum over B) and the mean logit."""
-        logits, labels = self.read(batch)[1], batch["labels"]
-        moments = logits.shape[1] // len(labels)  # 2 with an earlier observation
+        logits, targets = self.read(batch)[1], batch["outcomes"]
+        size, has_earlier = len(targets), logits.shape[1] > len(targets)
         if self.training:
             # The risk at an earlier observation counts as much as that at the prediction time.
-            loss = training_loss(self.outcome, logits, labels.repeat(moments)) / moments
+            both = torch.cat([targets, batch["prefix_outcomes"]]) if has_earlier else targets
+            loss = training_loss(self.outcome, logits, both) / (1 + has_earlier)
         else:
-            loss = self.outcome.loss(logits.mean(dim=2), labels)
-        return Output(loss, len(labels), logits[:, : len(labels)].mean(dim=(0, 2)))
+            loss = self.outcome.loss(logits.mean(dim=2), targets)
+        logit, hazards = self.outcome.read(logits[:, :size].mean(dim=(0, 2)))
+        return Output(loss, size, logit, hazards=hazards)
 
     def fit_scales(self, data: Data) -> None:
-        """Fit scales and prevalence to the training part."""
+        """Fit scales, and the risk that training starts from, to the training part."""
         dataset, train = data.dataset, data.split["train"]
+        start = torch.from_numpy(self.outcome.start(dataset.targets()[train]))
         values = torch.from_numpy(dataset.values[dataset.rows_of(train)]).float()
         summaries = torch.from_numpy(dataset.summaries()[train])
         groups = pd.factorize(dataset.groups[train])[0]
@@ -193,7 +198,7 @@ class Stage1(nn.Module):
             member.head.summary_scaler.fit(summaries, patients)
             member.head.static_scaler.fit(static, patients)
             for layer in (member.head.output, member.head.summaries[-1]):
-                nn.init.constant_(layer.bias, prior_log_odds(data.prevalence()))
+                layer.bias.data.copy_(start)
 
     def alone(self) -> list[Stage1]:
         """Return each member as a model of its own, of the same weights."""
@@ -201,12 +206,12 @@ class Stage1(nn.Module):
         return [Stage1([(member.encoder, member.head)], self.outcome) for member in members]
 
     @torch.no_grad()
-    def shift(self, logit: float) -> None:
-        """Add a number to the logit of each member."""
+    def shift(self, logits: Tensor) -> None:
+        """Add numbers (Q,) to the logits of each member."""
         member: Any
         for member in self.members:
             for layer in (member.head.output, member.head.summaries[-1]):
-                layer.bias += logit
+                layer.bias += logits.to(layer.bias)
 
     def check_gaps(self, dataset: TrajectoryDataset) -> None:
         """Raise an ``InputError`` where the encoder does not accept a data set's longest gap."""
@@ -221,7 +226,7 @@ class TrajectoryCollator:
     def __init__(self, model: Stage1, dataset: TrajectoryDataset) -> None:
         """Store both; no earlier observation is drawn yet."""
         self.model, self.dataset = model, dataset
-        self.lengths = self.summaries = torch.empty(0)
+        self.lengths = self.summaries = self.targets = torch.empty(0)
 
     def begin_epoch(self, seed: int, epoch: int, learn: list[bool]) -> None:
         """Draw for an epoch of training, in which some of the members learn."""
@@ -234,7 +239,9 @@ class TrajectoryCollator:
         share = np.random.default_rng([seed, epoch]).random(len(self.dataset))
         lengths = 1 + (share * self.dataset.lengths).astype(np.int64)
         self.lengths = torch.from_numpy(lengths)
-        self.summaries = torch.from_numpy(self.dataset.up_to(lengths).summaries()).float()
+        earlier = self.dataset.up_to(lengths)
+        self.summaries = torch.from_numpy(earlier.summaries()).float()
+        self.targets = torch.from_numpy(earlier.targets()).float()
 
     def __call__(self, rows: Sequence[int]) -> Batch:
         """Return the batch of B positions."""
@@ -243,4 +250,5 @@ class TrajectoryCollator:
             return batch
         batch["prefix_lengths"] = self.lengths[batch["index"]]
         batch["prefix_summaries"] = self.summaries[batch["index"]]
+        batch["prefix_outcomes"] = self.targets[batch["index"]]
         return batch

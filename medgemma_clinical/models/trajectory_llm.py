@@ -80,14 +80,15 @@ class SoftPrompt(nn.Module):
 
 def latest_states(stage1: Stage1, batch: Batch, tokens: int) -> TrajectoryStates:
     """Encode a batch; keep each patient's latest ``tokens`` states, up to the prediction time."""
-    states, logits = stage1.read(batch)  # (B, L + 1, H), (N, B, 2)
+    states, logits = stage1.read(batch)  # (B, L + 1, H), (N, B, 2, 1)
     length = batch["observed"].any(dim=2).sum(1)  # (B,)
     row = torch.arange(len(states), device=states.device)
     later = batch["prediction_hours"] > batch["times"][row, length - 1]
     position = (length + later)[:, None] - tokens + torch.arange(tokens, device=states.device)
     # The state at the prediction time stands in the last column, behind the padding.
     column = torch.where(position == length[:, None], states.shape[1] - 1, position.clamp(min=0))
-    return TrajectoryStates(states[row[:, None], column], position >= 0, logits.mean(dim=(0, 2)))
+    logit, _ = stage1.outcome.read(logits.mean(dim=(0, 2)))
+    return TrajectoryStates(states[row[:, None], column], position >= 0, logit)
 
 
 class TrajectoryLLM(nn.Module):
@@ -222,7 +223,8 @@ class LLMClassifier(TrajectoryLLM):
         offset = self.offset(trajectory, hidden)
         residual = self.residual(at_verdict(hidden, text_start, batch))
         logit, labels = offset + self.residual_weight * residual, batch["labels"]  # (B,) each
-        return Output(self.outcome.loss(logit[None], labels), len(labels), logit, offset)
+        loss = self.outcome.loss(logit[None, :, None], labels)
+        return Output(loss, len(labels), logit, offset)
 
 
 def capped(logits: Tensor, cap: float | None) -> Tensor:

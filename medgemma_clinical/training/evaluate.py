@@ -38,18 +38,21 @@ def score_batches(
     results = []
     for batch, output in outputs(model, batches, collate):
         offset = torch.zeros_like(output.logit) if output.offset is None else output.offset
-        columns = batch["index"], batch["labels"], output.logit, offset
+        columns = [batch["index"], batch["labels"], output.logit, offset]
+        columns += [] if output.hazards is None else [output.hazards]
         arrays = [column.double().numpy(force=True) for column in columns]
         loss = output.loss.double().numpy(force=True)
         results.append((loss, int(output.terms), arrays))
     # Each process has scored its share of the batches; all get the whole.
     losses, terms, parts = zip(*gather_object(results), strict=True)
-    rows, labels, logit, share = (np.concatenate(column) for column in zip(*parts, strict=True))
+    rows, *columns = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.argsort(rows)
+    labels, logit, share, *hazards = (column[order] for column in columns)
     return Predictions(
         losses=sum(losses) / sum(terms),  # whatever the batches were
-        labels=labels[order],
-        logit=logit[order],
+        labels=labels,
+        logit=logit,
         rows=rows[order].astype(np.int64),
-        offset=share[order],
+        offset=share,
+        hazards=hazards[0] if hazards else None,
     )

@@ -35,6 +35,7 @@ class Stage:
     save: Callable[[Path, Config], None]  # writes the weights and a config as the best
     text: TextCollator | None = None  # the tokenised rows; None without language model
     stage1_risks: NDArray[np.float64] | None = None  # (N,) by the stage 1 below a language model
+    targets: NDArray[np.float64] | None = None  # of all rows, what stage 1 learns of them
     train_patients: NDArray[np.int64] | None = None  # hashes, of stage 1 only
     max_tokens: int | None = None  # rows times tokens of the longest in one pass, if limited
     final_epochs: list[int] | None = None  # that are averaged, where there is no validation part

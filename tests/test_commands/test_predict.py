@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -23,7 +22,7 @@ from medgemma_clinical.evaluation.decision import choose_threshold
 from medgemma_clinical.files import json_hash
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory, save_trajectory
-from medgemma_clinical.models.outcome import OUTCOMES
+from medgemma_clinical.models.outcome import LabelOutcome
 from medgemma_clinical.models.trained_model import read_trained_config
 from predicting import SERIES, STAGES, command, predicted, read_predictions, refused, write_data
 from srtr_dataset import SRTRTrajectoryDataset
@@ -183,11 +182,13 @@ def test_a_checkpoint_without_its_training_patients_says_so(runs, table, tmp_pat
 def test_metrics_of_many_chunks_are_those_of_one(runs, strangers, tmp_path, monkeypatch):
     rows = strangers.assign(subject_id=[f"p{k % 17}" for k in range(len(strangers))])
     data, evaluated = write_data(rows, tmp_path / "rows.csv"), []
-    kind = OUTCOMES["label"]
-    kept = replace(
-        kind, evaluate=lambda t, *x, **y: evaluated.append(t) or kind.evaluate(t, *x, **y)
-    )
-    monkeypatch.setitem(OUTCOMES, "label", kept)
+    evaluate = LabelOutcome.evaluate
+
+    def kept(kind, table, *rule, **plan):
+        evaluated.append(table)
+        return evaluate(kind, table, *rule, **plan)
+
+    monkeypatch.setattr(LabelOutcome, "evaluate", kept)
     for name, size in (("one", 10_000), ("many", 30)):
         monkeypatch.setitem(MEMORY_ROWS, "trajectory", size)
         predicted(runs / "trajectory", data, tmp_path / f"{name}.csv")

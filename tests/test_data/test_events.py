@@ -46,7 +46,8 @@ def make(request, tmp_path):
         flags = {"series": (GAP_SERIES,), **flags}
         if request.param == "from_meds":
             return meds(mini.write_meds(folder), **flags)
-        flags.pop("context", None)
+        for name in ("context", "event"):
+            flags.pop(name, None)
         return long(mini, folder, **flags)
 
     make_them.command = request.param
@@ -221,17 +222,21 @@ def test_nothing_after_the_prediction_time_changes_an_input(make):
     rng = np.random.default_rng(3)
     mini = random_events(rng)
     context = (f"lactate [mmol/L]={LACTATE}", "insulin=DRUG*")
-    flags = {"series": SERIES, "context": context}
+    flags = {"series": SERIES, "context": context, "event": (f"lactate={LACTATE}",)}
     if make.command == "from_long":
         flags["equal_times"] = "last"
     rows = make(mini, **flags).set_index("id").drop(columns="label_escalation")
     assert len(rows) > 30
+    ends = rows.reindex(columns=["event_hours", "event"])
+    rows = rows.drop(columns=[*ends], errors="ignore")
     labels = {name_of(label): label for label in mini.labels}
     for name in rows.index[::12]:
         changed = after(mini, labels[name], rng, stored=make.command == "from_long")
-        again = make(changed, **flags).set_index("id")
-        before, again = rows.loc[[name]], again.reindex(columns=rows.columns)
+        found = make(changed, **flags).set_index("id")
+        before, again = rows.loc[[name]], found.reindex(columns=rows.columns)
         pd.testing.assert_frame_equal(before, again, check_dtype=False)
+        if make.command == "from_meds":
+            assert found["event_hours"].tolist() != ends.loc[[name], "event_hours"].tolist()
 
 
 def test_threads_memory_batches_and_the_order_of_rows_change_no_byte(make, monkeypatch):
@@ -437,6 +442,65 @@ def test_labels_that_are_no_answer_and_times_with_a_zone_are_refused(values, nam
     table.to_parquet(folder / "task" / "deep" / "0.parquet")
     with pytest.raises(InputError, match=rf"0\.parquet.*{named}"):
         meds(folder)
+
+
+DEATH, LEFT = "MEDS_DEATH", "HOSPITAL_DISCHARGE//home"
+
+
+def ends_slowly(mini, kinds):
+    """By id, hours to the first later event of some codes and its number, else to the last."""
+    found = {}
+    for label in mini.labels:
+        start = moment(label["hours"])
+        later = [
+            (moment(event["hours"]), kinds.get(event["code"], 0))
+            for event in mini.events
+            if event["subject"] == label["subject"] and moment(event["hours"]) > start
+        ]
+        first = min((end for end in later if end[1]), default=max(later, default=None))
+        hours = first and (first[0] - start) / pd.Timedelta("1h")
+        found[name_of(label)] = first and (pytest.approx(hours, rel=1e-9), first[1])
+    return found
+
+
+def test_the_first_event_after_a_prediction_time_is_the_outcome_or_the_last_is_censored(tmp_path):
+    rng = np.random.default_rng(8)
+    mini = random_events(rng)
+    for subject in range(0, 30, 2):
+        mini.measure(subject, float(rng.uniform(20, 100)), None, DEATH)
+    for subject in range(0, 30, 3):
+        mini.measure(subject, 40.0, None, LEFT)
+    for subject in range(30, 50):  # two at one time
+        mini.ask(subject, 30).measure(subject, 12, 15)
+        for code in rng.permutation([DEATH, LEFT, LACTATE])[1:]:
+            mini.measure(subject, 40.0, None, str(code))
+    mini.ask(50, 30).measure(50, 12, 15).measure(50, 30, None, DEATH)  # at the prediction time
+    mini.ask(51, 30).measure(51, 12, 15).measure(51, 40, None, LEFT).measure(51, 40, None, DEATH)
+    mini.ask(52, 30).measure(52, 12, 15).measure(52, 45, 16)
+    event = (f"death={DEATH}", "left=HOSPITAL_DISCHARGE*", "left=TRANSFER*", f"high={LACTATE}")
+    flags = {"event": event, "no_splits": True}
+    rows, description = meds_file(mini.write_meds(tmp_path / "meds"), **flags)
+    expected = ends_slowly(mini, {DEATH: 1, LEFT: 2, LACTATE: 3})
+    pairs = rows[["event_hours", "event"]].astype(object).to_numpy()
+    found = [None if pd.isna(pair[0]) else tuple(pair) for pair in pairs]
+    assert found == [expected[name] for name in rows["id"]]
+    assert {*rows["event"].dropna()} == {0, 1, 2, 3}
+    assert found[-3:] == [None, (10, 1), (15, 0)]
+    assert description["events"] == {"1": "death", "2": "left", "3": "high"}
+    assert "label_escalation" in rows
+
+
+def test_without_event_flags_nothing_is_written_and_an_event_that_nobody_has_is_named(
+    folder, caplog
+):
+    rows, description = meds_file(folder)
+    assert not rows.filter(like="event").size
+    assert "events" not in description
+    rows = meds(folder, event=(f"death={DEATH}",))
+    assert rows[["event_hours", "event"]].isna().all(axis=None)
+    assert "warning: --event death: " in caplog.text
+    with pytest.raises(InputError, match="--event death: "):
+        meds(folder, event=("death",))
 
 
 def test_age_sex_values_and_presence_are_a_text_and_static_columns(tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from medgemma_clinical.data.cohort import OUTCOMES
@@ -132,7 +133,45 @@ def test_random_hospitals_are_read_as_slowly_read(number, tmp_path):
     result = extracted(write_tables(tmp_path / "mimic", tables), outcome, **request)
     rows = compare_with(stays, result, outcome, **request)
     assert "cohort" in request or result.description["values"] == counts
+    assert "cohort" not in request or rows["event"].nunique() > 1
     assert len(rows) > 3
+
+
+OPEN = {1: (20,), 4: (18,)}  # within the window, which ends at hour 13
+COURSES = [  # gaps by hour, hour of death, event and hours
+    (OPEN | {40: (9,)}, None, (1, 27)),
+    (OPEN | {40: (9,)}, 100, (1, 27)),
+    (OPEN | {40: (20, 12)}, None, (1, 27)),
+    (OPEN | {40: (20,), 150: (9,)}, None, (1, 137)),  # beyond the horizon
+    (OPEN, None, (3, 187)),
+    (OPEN | {40: (13,)}, 100.5, (2, 87.5)),
+    (OPEN | {100: (9,)}, 100, (1, 87)),
+    (OPEN | {12.5: (9,)}, None, None),  # closed then, though it is known later
+    ({1: (20,), 4: (9,), 40: (20,), 50: (9,)}, 100, None),
+]
+
+
+def test_what_ends_an_open_gap_and_when_is_written_for_cohorts_with_ketoacidosis(tmp_path):
+    mini = Mini()
+    for hadm, (gaps, death, _) in enumerate(COURSES):
+        mini.admit(hadm, end=death or 200, death=death)
+        for hour, values in gaps.items():
+            for value in values:
+                mini.lab(hadm, hour, value)
+    mini.admit(99).lab(99, 1, 20, BICARBONATE).lab(99, 4, 20, BICARBONATE).lab(99, 40, 9)
+    folder = mini.write(tmp_path / "mimic")
+    result = extracted(folder, ["death"], cohort="dka")
+    columns = ["event", "event_hours"]
+    assert [*result.rows.columns][-2:] == columns[::-1]
+    found = [None if pd.isna(row[0]) else tuple(row) for row in result.rows[columns].to_numpy()]
+    assert found == [expected for _, _, expected in COURSES]
+    names = {"1": "anion gap closed", "2": "death", "3": "discharge"}
+    assert result.description["events"] == names
+    unmeasured = extracted(folder, ["death"], cohort="dka", item="bicarbonate").rows
+    assert unmeasured[columns].isna().all(axis=None)
+    without = extracted(folder, ["death"], cohort="all")
+    assert not {*columns} & {*without.rows}
+    assert "events" not in without.description
 
 
 # --------------------------------------------------------------------------- same rows

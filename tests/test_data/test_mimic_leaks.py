@@ -134,3 +134,7 @@ def test_nothing_after_the_prediction_time_changes_a_letter(number, demo, tmp_pa
     assert {hadm: now[hadm] for hadm in both} == {hadm: inputs[hadm] for hadm in both}
     assert request.get("outcome") != ["death"] or inputs.keys() == now.keys()
     assert not after.rows.equals(before.rows), "the labels did change"
+    if "cohort" in request:
+        known = before.rows["event_hours"].dropna()
+        assert len(known) > 5
+        assert not after.rows["event_hours"].reindex(known.index).equals(known)

@@ -380,6 +380,45 @@ def test_apply_criteria_decides_as_a_slow_reading_of_each_registration(
     assert min(Counter(expected.values()).values()) >= 10
 
 
+@pytest.mark.parametrize(("organ", "landmark"), [("liver", 90), ("liver", 0), ("kidney", 365)])
+def test_ends_and_their_days_are_those_of_a_slow_reading_of_each_registration(organ, landmark):
+    rng = np.random.default_rng(landmark + 1)
+    rows = random_registrations(rng, ORGANS[organ].code, landmark, 90)
+    definition = CohortDefinition(organ, landmark, (30, 90), "negative", "time")
+    found = apply_criteria(table_of(*rows), definition)
+    history = pd.DataFrame({"PX_ID": range(len(rows)), "CANHX_BEGIN_DT": 0})
+    expected = decide_slowly(pd.DataFrame(rows), history, organ, landmark, times=True)
+    ends = zip(found["event"], found["event_days"], strict=True)
+    reasons = found["reason"].tolist()
+    ends = [reason or end for reason, end in zip(reasons, ends, strict=True)]
+    assert dict(zip(found.index, ends, strict=True)) == expected
+    assert (found["label"] == (found["event"] == 1)).all()
+    events = Counter(end[0] for end in expected.values() if isinstance(end, tuple))
+    assert min(events[event] for event in range(5)) >= 10
+    assert not {CENSORED, TRANSPLANTED} & {*reasons}
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [
+        (removed(8, 100, CAN_DEATH_DT=LISTED + 100), (1, 10)),
+        (removed(13, 100, PERS_SSA_DEATH_DT=LISTED + 100), (1, 10)),
+        (removed(4, 100, REC_TX_DT=LISTED + 100, PERS_OPTN_DEATH_DT=LISTED + 100), (2, 10)),
+        (removed(4, 100, REC_TX_DT=LISTED + 100, PERS_OPTN_DEATH_DT=LISTED + 101), (2, 10)),
+        (removed(23, 100, CAN_DEATH_DT=LISTED + 100), (2, 10)),
+        (removed(12, 100, PERS_SSA_DEATH_DT=LISTED + 101), (3, 10)),
+        (removed(7, 100), (4, 10)),
+        (removed(77, 100), (4, 10)),
+        (candidate(1, CAN_ENDWLFU=LISTED + 91, PERS_SSA_DEATH_DT=LISTED + 92), (0, 1)),
+        (candidate(1, CAN_ENDWLFU=LISTED + 4000), (0, 3910)),
+    ],
+)
+def test_the_first_of_what_ends_a_registration_is_its_event(end, expected):
+    definition = CohortDefinition("liver", 90, (90,), "negative", "time")
+    (found,) = apply_criteria(table_of(end), definition).to_dict("records")
+    assert (found["reason"], found["event"], found["event_days"]) == ("", *expected)
+
+
 def candidates_of(folder, *cand):
     write_folder(folder, list(cand), [history_row(1, 0)])
     return read_candidates(find_table(folder, "cand_liin"))

@@ -49,7 +49,7 @@ def test_head__reads_states_and_summaries_each_with_the_facts_unknown_ones_maske
         first = head.output(torch.cat([shares @ observed, states[row, -1]]))
         first = first + (plain(head.static, known["static"]) if static else 0)
         second = plain(head.summaries, torch.cat([known["summaries"], known["static"]]))
-        torch.testing.assert_close(logits[row], torch.cat([first, second]))
+        torch.testing.assert_close(logits[row, :, 0], torch.cat([first, second]))
 
 
 def plain(network, inputs):
@@ -137,9 +137,9 @@ def test_classifier__averages_logits_and_keeps_the_first_members_states_and_each
         assert not torch.isclose(one.logit, other.logit).any()
     output, (states, logits) = model(batch), model.read(batch)
     torch.testing.assert_close(output.logit, torch.stack([each.logit for each in own]).mean(0))
-    torch.testing.assert_close(output.logit, logits.mean(dim=(0, 2)))
+    torch.testing.assert_close(output.logit, logits.mean(dim=(0, 2, 3)))
     assert torch.equal(output.loss, torch.cat([each.loss for each in own]))
-    torch.testing.assert_close(output.loss, entropy(logits.mean(2), batch["labels"]))
+    torch.testing.assert_close(output.loss, entropy(logits.mean((2, 3)), batch["labels"]))
     assert output.terms == own[0].terms == len(ROWS)
     assert torch.equal(states, model.members[0](batch)[0])
 
@@ -176,8 +176,8 @@ def test_classifier__readings_and_an_earlier_observation_count_in_training_alone
     labels, expected = batch["labels"], model(end)
     assert torch.equal(model(batch).loss, expected.loss)
     model.train()
-    logits = model.read(batch)[1].unflatten(1, (2, len(ROWS)))  # (N, 2, B, 2)
-    torch.testing.assert_close(logits[:, 0], model.read(end)[1])
+    logits = model.read(batch)[1].squeeze(3).unflatten(1, (2, len(ROWS)))  # (N, 2, B, 2)
+    torch.testing.assert_close(logits[:, 0], model.read(end)[1].squeeze(3))
     each = [entropy(logits[..., k], labels) for k in range(2)]  # (N, 2)
     losses = entropy(logits.mean(3), labels) / 2 + sum(each) / 4
     for found, loss in ((model(batch), losses.mean(1)), (model(end), losses[:, 0])):

@@ -1,4 +1,5 @@
--- What happens within the horizon: after the prediction time, up to its end and including it.
+-- What happens within the horizon: after the prediction time, up to its end and including it. When an
+-- open gap closes has no horizon.
 
 -- Death in this hospital admission, and discharge alive.
 CREATE TABLE ends_of_stays AS
@@ -23,10 +24,10 @@ GROUP BY stay;
 -- The course of the anion gap, whenever it was stored: closed at or below 12 mEq/L (Kitabchi 2009,
 -- resolution of ketoacidosis). Of several values at one time a closed one decides.
 CREATE TABLE course AS
-SELECT stay, chart, chart <= time AS before, min(value) > 12 AS open
+SELECT stay, chart, chart <= time AS before, chart <= until AS within, min(value) > 12 AS open
 FROM converted JOIN windows USING (stay)
-WHERE item = getvariable('gap_item') AND chart <= until
-GROUP BY stay, chart, before;
+WHERE item = getvariable('gap_item')
+GROUP BY stay, chart, before, within;
 
 -- The gap at the prediction time, and what becomes of it.
 CREATE TABLE gap_outcome AS
@@ -37,13 +38,15 @@ WITH marks AS (
         max(chart) FILTER (before AND NOT open) AS last_closed,
         coalesce(last_closed > last_open, last_closed IS NOT NULL) AS closed_then,
         min(chart) FILTER (NOT before AND NOT open) AS closes,
-        max(chart) FILTER (NOT before AND open) AS open_later,
-        bool_or(NOT before) AS measured_again
+        max(chart) FILTER (NOT before AND open AND within) AS open_later,
+        bool_or(NOT before AND within) AS measured_again
     FROM course GROUP BY stay
 )
 SELECT
     stay,
-    coalesce(closed_then, false) OR closes IS NOT NULL AS closed,
+    closes,
+    coalesce(last_open IS NOT NULL AND NOT closed_then, false) AS open_then,
+    coalesce(closed_then OR closes <= until, false) AS closed,
     coalesce(open_later > CASE WHEN closed_then THEN time ELSE closes END, false) AS reopened,
     coalesce(measured_again, false) AS measured_again
 FROM windows LEFT JOIN marks USING (stay);

@@ -44,11 +44,17 @@ SELECT
         AS label_escalation,
     outcomes.death AS label_death,
     icu AS label_icu,
-    unresolved AS label_unresolved
+    unresolved AS label_unresolved,
+    -- What ends an open gap, of GAP_EVENTS, and when; NULL where none is known to be open.
+    CASE WHEN open_then THEN tidy(hours_between(time, coalesce(closes, ends))) END AS event_hours,
+    CASE WHEN open_then THEN
+        CASE WHEN closes IS NOT NULL THEN 1 WHEN stays.death IS NOT NULL THEN 2 ELSE 3 END
+    END AS event
 FROM kept
 JOIN stays USING (stay)
 JOIN windows USING (stay)
 JOIN outcomes USING (stay)
+JOIN gap_outcome USING (stay)
 LEFT JOIN (
     SELECT
         stay,

@@ -10,8 +10,9 @@ from medgemma_clinical.data.feature import Feature
 DIED = 8
 ADVERSE = frozenset({DIED, 13})  # 13: deteriorated, too sick
 TRANSPLANT = frozenset({4, 14, 15, 18, 19, 21, 22, 23, 43, 45})  # 21, 23: died in the procedure
+IMPROVED = 12  # so that a transplant is not needed
 ERROR = frozenset({10, 11, 16})  # listed in error, for antigens only, removed in error
-KNOWN = ADVERSE | TRANSPLANT | ERROR | {5, 6, 7, 9, 12, 17, 20, 24, 40}
+KNOWN = ADVERSE | TRANSPLANT | ERROR | {IMPROVED, 5, 6, 7, 9, 17, 20, 24, 40}
 
 # Other codes mean not measured. Source: SRTR SAF, CANHX_STAT_CD, CANHX_SRTR_LAB_MELD.
 ACTIVE = (4010, 4050, 4060, 6010, 6011, 6012, *range(6101, 6300))  # a liver's score: active

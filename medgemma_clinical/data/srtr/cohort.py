@@ -9,6 +9,10 @@ Read: rows of STATHIST that began by the landmark, the last one before listing s
 Label: within the next 365 (kidney) or 90 (liver) days, ``--horizon_days``, death on the list or
     removal as too sick (CAN_REM_CD 8, 13). A transplant before is a competing event, 0; a death on
     the day of the transplant is one of the procedure. A death after removal does not count.
+Times, with ``--outcome_kind time``: days from the landmark to that death or removal (1), a
+    transplant (2), removal as improved (3, CAN_REM_CD 12) or for another reason (4), whichever ends
+    the registration, by the same rules; 0 at the end of follow-up. Nobody is left out as
+    transplanted or censored.
 Exclusions, in this order: another organ; recipients of a living donor who were never listed; under
     18; listed or removed in error; an impossible date; no day of listing or removal; ended by the
     landmark; transplanted within the horizon (``--transplant exclude``); censored in it, by removal
@@ -18,6 +22,7 @@ Exclusions, in this order: another organ; recipients of a living donor who were 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +30,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medgemma_clinical.data.competing_events import OUTCOME_KINDS
 from medgemma_clinical.data.srtr import codes
 from medgemma_clinical.data.srtr.codes import CAND_COLUMNS, ORGANS, Organ
 from medgemma_clinical.data.srtr.saf import BAD_DATE, read_saf
@@ -39,6 +45,10 @@ TRANSPLANT_CHOICES = ("negative", "exclude")
 TRANSPLANTED, CENSORED = "transplanted within the horizon", "censored within the horizon"
 NO_ROW = "no history row by the landmark"
 
+END_NAMES = ("death or too sick", "transplant", "improved", "other removal")
+"""What ends a registration, events 1 to 4; a transplant is an intervention."""
+ADVERSE_END, TRANSPLANT_END, IMPROVED_END, OTHER_END = range(1, len(END_NAMES) + 1)
+
 AGE, SEX = "static_age [years]", "static_sex_male"
 DIALYSIS_YEARS = "static_years_of_dialysis [years]"
 """Static features that baselines read too."""
@@ -50,20 +60,40 @@ class CohortDefinition:
 
     organ_name: str  # one of ``ORGANS``
     landmark: int  # days after listing at which the question is asked
-    horizon: int  # days that it looks ahead
+    horizon: int | Sequence[int]  # days that it looks ahead; of times perhaps several, rising
     transplant: str  # within the horizon: ``negative`` (label 0, a competing event) or ``exclude``
+    outcome_kind: str = "label"  # ``label``, or ``time`` of each registration's end
 
     def __post_init__(self) -> None:
         """Check the values."""
         for name, value, choices in (
             ("organ", self.organ_name, tuple(ORGANS)),
             ("transplant", self.transplant, TRANSPLANT_CHOICES),
+            ("outcome_kind", self.outcome_kind, OUTCOME_KINDS),
         ):
             if value not in choices:
                 raise InputError(f"--{name} {value}: must be one of {', '.join(choices)}")
-        for name, days, least in (("landmark", self.landmark, 0), ("horizon", self.horizon, 1)):
+        horizons = [("horizon", days, 1) for days in self.horizons]
+        for name, days, least in (("landmark", self.landmark, 0), *horizons):
             if not least <= days <= MAX_DAYS:
                 raise InputError(f"--{name}_days {days}: must be from {least} to {MAX_DAYS}")
+        text = f"--horizon_days {','.join(map(str, self.horizons))}"
+        if not self.horizons or [*self.horizons] != sorted({*self.horizons}):
+            raise InputError(f"{text}: must be one or several rising numbers")
+        if len(self.horizons) > 1 and not self.of_times:
+            raise InputError(f"{text}: several need --outcome_kind time, a label has one")
+        if self.of_times and self.transplant == "exclude":
+            raise InputError("--transplant exclude: belongs to --outcome_kind label: leave it out")
+
+    @property
+    def horizons(self) -> tuple[int, ...]:
+        """All days at which risks are asked for."""
+        return (self.horizon,) if isinstance(self.horizon, int) else tuple(self.horizon)
+
+    @property
+    def of_times(self) -> bool:
+        """Whether the outcome is the time of each registration's end, not a label."""
+        return self.outcome_kind == "time"
 
     @property
     def organ(self) -> Organ:
@@ -100,13 +130,18 @@ def read_candidates(path: Path) -> pd.DataFrame:
 def apply_criteria(cand: pd.DataFrame, definition: CohortDefinition) -> pd.DataFrame:
     """Return the first ``reason`` to leave a registration out, "" where kept, and its ``label``.
 
+    Of times also ``event``, of ``END_NAMES`` or 0, and ``event_days`` from the landmark to it; the
+    label is then whether it is event 1.
+
     Source: SRTR SAF data dictionary; landmarking, van Houwelingen 2007.
     """
     ends = _ends(cand)
-    days = ends["day"] - cand["CAN_LISTING_DT"]
-    within = days <= definition.landmark + definition.horizon
-    excluded = within & ends["competing"] & (definition.transplant == "exclude")
-    censored = within & ~ends["adverse"] & ~ends["competing"]
+    days, event = ends["day"] - cand["CAN_LISTING_DT"], ends["event"]
+    # No horizon ends the wait for an event whose time is asked for.
+    within = definition.of_times | (days <= definition.landmark + definition.horizons[-1])
+    excluded = within & (event == TRANSPLANT_END) & (definition.transplant == "exclude")
+    is_known = event.isin([ADVERSE_END, TRANSPLANT_END]) | definition.of_times
+    censored = within & ~is_known
     rules = {
         "other organ": cand["WL_ORG"] != definition.organ.code,
         "living donor recipient, never listed": cand["CAN_SOURCE"] == "L",
@@ -121,12 +156,15 @@ def apply_criteria(cand: pd.DataFrame, definition: CohortDefinition) -> pd.DataF
     }
     reason = np.select([rule.to_numpy() for rule in rules.values()], list(rules), default="")
     reasons = pd.Categorical(reason, categories=["", *rules])
-    label = (within & ends["adverse"]).astype(float).mask(excluded | censored)
-    return pd.DataFrame({"reason": reasons, "label": label}, index=cand.index)
+    label = (within & (event == ADVERSE_END)).astype(float).mask(excluded | censored)
+    table = pd.DataFrame({"reason": reasons, "label": label}, index=cand.index)
+    if not definition.of_times:
+        return table
+    return table.assign(event=event.astype(float), event_days=days - definition.landmark)
 
 
 def _ends(cand: pd.DataFrame) -> pd.DataFrame:
-    """Find how each registration ends: removal (else last follow-up), transplant or death."""
+    """Find ``day`` and ``event`` of each end: removal (else last follow-up), transplant, death."""
     code, followed = cand["CAN_REM_CD"], cand["CAN_ENDWLFU"]
     last_day = cand[["CAN_LISTING_DT", "CAN_REM_DT", "CAN_ENDWLFU"]].max(axis=None)
     followed = followed.where(followed.notna() | code.notna(), last_day)
@@ -138,11 +176,14 @@ def _ends(cand: pd.DataFrame) -> pd.DataFrame:
     end = pd.concat([removed, transplant], axis=1).min(axis=1)
     death = death.where(death <= end)
     end = death.fillna(end)
-    competing = transplant == end  # a death on that day is one of the procedure, as codes 21, 23
-    too_sick = code.isin(codes.ADVERSE) & (removed == end)
-    return pd.DataFrame(
-        {"day": end, "competing": competing, "adverse": ~competing & (too_sick | (death == end))}
-    )
+    is_removed = code.notna() & (removed == end)
+    kinds = {
+        TRANSPLANT_END: transplant == end,  # a death on that day is one of the procedure: 21, 23
+        ADVERSE_END: (is_removed & code.isin(codes.ADVERSE)) | (death == end),
+        IMPROVED_END: is_removed & (code == codes.IMPROVED),
+        OTHER_END: is_removed,
+    }
+    return pd.DataFrame({"day": end, "event": np.select([*kinds.values()], [*kinds], default=0)})
 
 
 def contexts(cohort: pd.DataFrame, definition: CohortDefinition) -> NDArray[np.object_]:

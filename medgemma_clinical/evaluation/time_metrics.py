@@ -1,0 +1,347 @@
+"""Metrics of the risk of an event by a horizon, where events compete and rows are censored.
+
+Arrays in, numbers out. Letters: n rows, R weightings, K times, C kinds of events. ``hours`` (n,) is
+the time of the event or the end of follow-up, from the prediction time, and ``horizon`` has its
+unit; ``event`` (n,) is 0 where a row is censored, 1 for the event that the risk is about, and 2, 3,
+... for competing events. At the same time events come before censorings.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from medgemma_clinical.evaluation.metrics import PRECISION, Array, metrics
+
+MIN_UNCENSORED, MIN_AT_RISK = 0.05, 10
+"""Share of rows that are uncensored, and number of rows at risk, that a horizon needs."""
+
+MAX_WEIGHT = 0.99
+"""Quantile at which the weights of a regression are cut."""
+
+NEIGHBOURS, NEIGHBOUR_SHARE = 50, 0.05
+"""Rows on either side, and at least this share of all, that the calibration error averages."""
+
+MAX_STEPS, MAX_STEP = 100, 1.0
+
+MAX_CLOGLOG = 6.0
+"""Beyond it 1 - exp(-exp(x)) is 1 in float64."""
+
+TINY = 1e-300
+
+
+def metrics_at(
+    hours: ArrayLike,
+    event: ArrayLike,
+    risk: ArrayLike,
+    horizon: float,
+    *,
+    censoring: ArrayLike | None = None,
+) -> dict[str, float]:
+    """Compute discrimination, overall error and calibration of risks of event 1 by a horizon.
+
+    Args:
+        hours: (n,) time of the event or the end of follow-up.
+        event: (n,) 0 censored, 1 the event that the risk is about, 2, 3, ... competing events.
+        risk: (n,) probability of event 1 by the horizon.
+        horizon: above 0, in the unit of ``hours``.
+        censoring: (n,) probability of being uncensored just before the row's time or the horizon,
+            whichever is first, by a regression; by Kaplan-Meier where None.
+
+    Returns:
+        ``auroc`` of rows with event 1 by the horizon against all other rows; ``brier``;
+        ``scaled_brier``, the gain over the observed risk as everyone's; ``oe``, observed over mean
+        risk; ``intercept``, with the slope held at 1, and ``slope`` on the complementary log-log
+        scale; ``ici``, ``e50``, ``e90``: mean, median and 90th percentile of the distances between
+        mean and observed risk of rows of similar risk; ``observed``, the observed risk
+        (Aalen-Johansen; a weighted share with ``censoring``); ``effective_n``, the number of rows
+        that the weights are worth. NaN where undefined, such as the slope of equal risks.
+
+    Raises:
+        ValueError: the arrays do not fit together or hold impossible values, or the data cannot
+            answer the question at this horizon.
+
+    Source: van Geloven et al. 2022, "Validation of prediction models in the presence of competing
+    risks", BMJ 377:e069249; Blanche et al. 2013, Statistics in Medicine 32:5381, for the AUROC;
+    Gerds et al. 2014, Statistics in Medicine 33:3191, for pseudo-values of similar risks.
+    """
+    hours, event, risk = (np.asarray(x, dtype=np.float64) for x in (hours, event, risk))
+    uncensored = np.asarray(np.ones_like(hours) if censoring is None else censoring, np.float64)
+    if hours.ndim != 1 or not hours.shape == event.shape == risk.shape == uncensored.shape:
+        raise ValueError("hours, event, risk and censoring must be arrays of one length")
+    requirements = {
+        "hours must be finite and not negative": np.isfinite(hours) & (hours >= 0),
+        "event must be 0, 1, 2, ...": (event >= 0) & (event == np.floor(event)),
+        "risk must be within 0 and 1": (risk >= 0) & (risk <= 1),
+        "censoring must be above 0 and at most 1": (uncensored > 0) & (uncensored <= 1),
+    }
+    for requirement, met in requirements.items():
+        if not met.all():
+            raise ValueError(f"{requirement}: row {np.argmin(met)} is not")
+    check_horizon(hours, event, horizon)
+    weights, regression = np.ones((1, len(hours))), None if censoring is None else uncensored
+    values = metrics_of_draws(hours, event, risk, horizon, weights, regression)
+    return {name: float(value[0]) for name, value in values.items()}
+
+
+def check_horizon(hours: Array, event: Array, horizon: float) -> None:
+    """Raise ValueError where ``metrics_at`` has no answer at the horizon, whatever the risk."""
+    if not 0 < horizon < np.inf:
+        raise ValueError(f"horizon {horizon:g} is not a positive number")
+    at_risk = int((hours >= horizon).sum())
+    if at_risk < MIN_AT_RISK:
+        raise ValueError(
+            f"horizon {horizon:g}: {at_risk} rows are at risk then, {MIN_AT_RISK} are needed; "
+            "choose an earlier horizon"
+        )
+    uncensored = uncensored_probability(hours, event, horizon).min()
+    if uncensored < MIN_UNCENSORED:
+        raise ValueError(
+            f"horizon {horizon:g}: {uncensored:.1%} of the rows would be uncensored until then, "
+            f"{MIN_UNCENSORED:.0%} are needed; choose an earlier horizon"
+        )
+    if not ((event == 1) & (hours <= horizon)).any():
+        raise ValueError(f"horizon {horizon:g}: no row has event 1 by then; choose a later horizon")
+
+
+def metrics_of_draws(
+    hours: Array,
+    event: Array,
+    risk: Array,
+    horizon: float,
+    weights: Array,
+    censoring: Array | None = None,
+) -> dict[str, Array]:
+    """Return ``metrics_at`` (R,) under weights (R, n), which say how often each row counts.
+
+    Kaplan-Meier's weights, Aalen-Johansen's estimate and the pseudo-values are those of each
+    weighting. The weights are whole numbers: a pseudo-value leaves out one of them.
+    """
+    hours, event = _until(hours, event, horizon)
+    case = (event == 1).astype(np.float64)
+    has_status = (event > 0) | (hours == horizon)
+    if censoring is None:
+        table = _LifeTable(hours, event, weights)
+        inverse = has_status / table.uncensored[:, table.position].clip(TINY)
+        outcome, outcome_weights = _pseudo_values(table, event, weights), weights
+    else:
+        inverse = np.tile(has_status / censoring, (len(weights), 1))
+        inverse = np.minimum(inverse, _quantile(inverse, weights * has_status, MAX_WEIGHT))
+        outcome, outcome_weights = np.tile(case, (len(weights), 1)), weights * inverse
+    shares = weights * inverse
+    overall = metrics(case, risk, shares)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        observed = shares @ case / shares.sum(axis=1)
+        expected = outcome_weights @ risk / outcome_weights.sum(axis=1)
+        values = {
+            "auroc": overall["auroc"],
+            "brier": overall["brier"],
+            "scaled_brier": overall["brier_skill"],
+            "oe": observed / expected,
+            **_calibration(outcome, risk, outcome_weights),
+            **_calibration_error(outcome, risk, weights, outcome_weights),
+            "observed": observed,
+            "effective_n": shares.sum(axis=1) ** 2 / (shares * inverse).sum(axis=1),
+        }
+    return {name: np.where(np.isfinite(value), value, np.nan) for name, value in values.items()}
+
+
+def aalen_johansen(
+    hours: ArrayLike, event: ArrayLike, weights: Array | None = None
+) -> tuple[Array, Array]:
+    """Compute the cumulative incidence of each kind of event.
+
+    Args:
+        hours: (n,) time of the event or the end of follow-up.
+        event: (n,) 0 censored, 1, 2, ... the kinds of events.
+        weights: (R, n), how often each row counts in each weighting; each row once where None.
+
+    Returns:
+        The different times (K,), and the incidences up to and with them, (C, K); (R, C, K) with
+        weights.
+
+    Source: Aalen and Johansen 1978; as a sum of inverse probabilities of being uncensored,
+    Satten and Datta 2001, The American Statistician 55:207.
+    """
+    hours, event = np.asarray(hours, dtype=np.float64), np.asarray(event)
+    everyone = np.ones((1, len(hours))) if weights is None else weights
+    table = _LifeTable(hours, event, everyone)
+    counts = [table.sums(everyone * (event == kind)) for kind in range(1, int(event.max()) + 1)]
+    incidence = np.array([table.incidence(count) for count in counts]).reshape(
+        len(counts), *table.uncensored.shape
+    )
+    return np.unique(hours), incidence[:, 0] if weights is None else incidence.swapaxes(0, 1)
+
+
+def uncensored_probability(hours: Array, event: Array, horizon: float) -> Array:
+    """Return Kaplan-Meier's probability (n,) of ``censoring`` in ``metrics_at``.
+
+    Source: Kaplan and Meier 1958; a censored row counts as at risk of an event of the same time.
+    """
+    hours, event = _until(hours, event, horizon)
+    table = _LifeTable(hours, event, np.ones((1, len(hours))))
+    probability: Array = table.uncensored[0, table.position]
+    return probability
+
+
+def _until(hours: Array, event: Array, horizon: float) -> tuple[Array, Array]:
+    """Return the rows as if follow-up ended at the horizon."""
+    return np.minimum(hours, horizon), np.where(hours <= horizon, event, 0)
+
+
+class _LifeTable:
+    """Who is at risk, has an event or is censored at each of K times, in each of R weightings."""
+
+    def __init__(self, hours: Array, event: Array, weights: Array) -> None:
+        self.position = np.unique(hours, return_inverse=True)[1]  # (n,) of the time of each row
+        rows = self.sums(weights)
+        self.total = rows.sum(axis=1, keepdims=True)
+        self.at_risk = rows[:, ::-1].cumsum(axis=1)[:, ::-1]  # (R, K), as the two below
+        self.events = self.sums(weights * (event > 0))
+        event_free = (self.at_risk - self.events).clip(TINY)
+        steps = np.cumprod(1 - (rows - self.events) / event_free, axis=1)
+        self.uncensored = _before(steps, 1.0)  # the probability just before each time
+
+    def sums(self, values: Array) -> Array:
+        """Return the sums (R, K) of values (R, n) at each time."""
+        return _sums(values, self.position)
+
+    def incidence(self, counts: Array) -> Array:
+        """Return the cumulative incidence (R, K) of events that count (R, K) at each time."""
+        steps: Array = np.cumsum(counts / (self.total * self.uncensored).clip(TINY), axis=1)
+        return steps
+
+
+def _sums(values: Array, position: NDArray[np.int64]) -> Array:
+    """Return sums (R, K) of the values (R, n) of rows that share one of K positions (n,)."""
+    order = np.argsort(position, kind="stable")
+    firsts = np.flatnonzero(np.diff(position[order], prepend=-1))
+    return np.add.reduceat(values[:, order], firsts, axis=1)
+
+
+def _before(steps: Array, first: float) -> Array:
+    """Return a step function's values (R, K) just before each time."""
+    return np.pad(steps[:, :-1], ((0, 0), (1, 0)), constant_values=first)
+
+
+def _pseudo_values(table: _LifeTable, event: Array, weights: Array) -> Array:
+    """Return the pseudo-value (R, n) of each row's event 1 by the last time of the table.
+
+    N times the cumulative incidence of N rows, minus N - 1 times that without the row: the steps of
+    one row less at risk up to the row's time, then those of all rows.
+
+    Source: Andersen, Klein and Rosthoj 2003, Biometrika 90:15.
+    """
+    first = table.sums(weights * (event == 1))
+    incidence = table.incidence(first)
+    event_free = np.cumprod(1 - table.events / table.at_risk.clip(TINY), axis=1)
+    later = np.where(event_free > 0, incidence[:, -1:] - incidence, 0) / event_free.clip(TINY)
+    fewer = np.maximum(table.at_risk - 1, 1)  # 0 where no event counts
+    free_before = _before(np.cumprod(1 - table.events / fewer, axis=1), 1.0)
+    incidence_before = _before(np.cumsum(free_before * first / fewer, axis=1), 0.0)
+    # (R, K) of a censored row; what the row's own event adds to the two counts is taken out again.
+    of_censored = incidence_before + free_before * (first + (fewer - table.events) * later) / fewer
+    of_event = free_before / fewer
+    left_out = of_censored[:, table.position]
+    left_out += np.where(event > 0, (of_event * later)[:, table.position], 0)
+    left_out -= np.where(event == 1, of_event[:, table.position], 0)
+    return table.total * incidence[:, -1:] - (table.total - 1) * left_out
+
+
+def _cloglog(risk: Array) -> Array:
+    """Return log(-log(1 - risk)), risks of 0 and 1 moved by float64's precision."""
+    smallest = np.finfo(np.float64).eps
+    scaled: Array = np.log(-np.log1p(-risk.clip(smallest, 1 - smallest)))
+    return scaled
+
+
+def _calibration(outcome: Array, risk: Array, weights: Array) -> dict[str, Array]:
+    """Return intercept and slope (R,) of outcomes (R, n) on the risk's complementary log-log.
+
+    Source: ``geese`` of R's geepack with Gaussian variance, as van Geloven et al. 2022 use it.
+    """
+    scaled = _cloglog(risk)
+    mean, spread = float(scaled.mean()), float(scaled.std())
+    one = np.ones((1, len(risk)))
+    slope = np.full(len(weights), np.nan)
+    if spread > PRECISION * (1 + abs(mean)):  # else rounding is all
+        columns = np.concatenate([one, (scaled[None] - mean) / spread])
+        slope = fit_cloglog(outcome, columns, weights, [mean, spread])[:, 1] / spread
+    intercept = fit_cloglog(outcome, one, weights, [0.0], scaled)[:, 0]
+    return {"intercept": intercept, "slope": slope}
+
+
+def fit_cloglog(
+    outcome: Array, columns: Array, weights: Array, start: ArrayLike, offset: Array | float = 0.0
+) -> Array:
+    """Fit 1 - exp(-exp(offset + coefficients @ columns)) to outcomes (R, n) by least squares.
+
+    ``columns`` (p, n) are at about unit scale. Returns the coefficients (R, p) by Gauss and
+    Newton's method, NaN where no finite fit exists.
+    """
+    size = len(columns)
+    pairs = (columns[:, None] * columns).reshape(size**2, -1).T  # (n, p * p)
+    fitted = np.tile(np.asarray(start, dtype=np.float64), (len(weights), 1))
+    active = np.arange(len(weights))
+    for _ in range(MAX_STEPS):
+        exponential = np.exp((fitted[active] @ columns + offset).clip(max=MAX_CLOGLOG))
+        residual = outcome[active] + np.expm1(-exponential)
+        change = exponential * np.exp(-exponential)  # the derivative
+        weighted = weights[active] * change
+        score = (weighted * residual) @ columns.T
+        curvature = ((weighted * change) @ pairs).reshape(-1, size, size)
+        singular = ~(np.abs(np.linalg.det(curvature)) > 0)  # NaN too
+        curvature[singular] = np.eye(size)
+        steps = np.linalg.solve(curvature, score[:, :, None])[:, :, 0]
+        steps[singular] = np.nan
+        fitted[active] += steps.clip(-MAX_STEP, MAX_STEP)
+        active = active[(np.abs(steps) > PRECISION).any(axis=1)]  # NaN is false and stays NaN
+        if not len(active):
+            break
+    fitted[active] = np.nan
+    return fitted
+
+
+def _calibration_error(
+    outcome: Array, risk: Array, weights: Array, outcome_weights: Array
+) -> dict[str, Array]:
+    """Return mean and quantiles (R,) over rows of the distance between mean risk and mean outcome.
+
+    The means are those of neighbours by the rank of the risk, which is the same on all scales.
+    ``outcome`` (R, n) counts as ``outcome_weights`` (R, n) say, rows as ``weights`` (R, n).
+    """
+    position = np.unique(risk, return_inverse=True)[1]
+    rows, *sums = (
+        _sums(values, position)
+        for values in (weights, outcome_weights, outcome_weights * (outcome - risk))
+    )
+    stops = rows.cumsum(axis=1)
+    total = stops[:, -1:]
+    radius = np.maximum(NEIGHBOURS, NEIGHBOUR_SHARE * total)
+    low, high = np.maximum(stops - rows - radius, 0), np.minimum(stops + radius, total)
+    # The weightings stand one behind the other: one look-up serves all.
+    shift = np.pad((total + 1).cumsum(axis=0)[:-1], ((1, 0), (0, 0)))
+    places = (shift + np.pad(stops, ((0, 0), (1, 0)))).ravel()
+    cumulated = [np.pad(x.cumsum(axis=1), ((0, 0), (1, 0))).ravel() for x in sums]
+    weight, excess = (
+        np.interp(high + shift, places, x) - np.interp(low + shift, places, x) for x in cumulated
+    )
+    distance = np.abs(excess / weight)
+    middle, upper = (_quantile(distance, rows, q)[:, 0] for q in (0.5, 0.9))
+    return {"ici": (rows * distance).sum(axis=1) / total[:, 0], "e50": middle, "e90": upper}
+
+
+def _quantile(values: Array, weights: Array, q: float) -> Array:
+    """Return numpy's quantile (R, 1) of values (R, n) that are repeated as whole weights say."""
+    order = np.argsort(values, axis=1)
+    values = np.take_along_axis(values, order, axis=1)
+    stops = np.take_along_axis(weights, order, axis=1).cumsum(axis=1)
+    place = q * (stops[:, -1:] - 1)
+    low, high = (
+        np.take_along_axis(values, columns.clip(max=values.shape[1] - 1), axis=1)
+        for columns in (
+            (stops <= index).sum(axis=1, keepdims=True)
+            for index in (np.floor(place), np.floor(place) + 1)
+        )
+    )
+    return low + (place - np.floor(place)) * (high - low)

@@ -1,0 +1,164 @@
+"""Discrete-time hazards of events that compete: their loss, and the risks at each horizon.
+
+Letters: B patients, N members, C causes (the events), K intervals, Q = C * K, R risks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import brentq
+from scipy.special import expit
+from torch import Tensor
+from torch.nn import functional
+
+from medgemma_clinical.data.competing_events import CompetingEvents
+
+Array = NDArray[np.float64]
+
+MAX_INTERVALS, EVENTS_AN_INTERVAL = 8, 20
+"""Intervals up to the last horizon, and training events of the first cause that each needs."""
+
+SMALLEST = 1e-9
+"""Least cumulative hazard whose logarithm is taken."""
+
+MAX_SHIFT = 5.0
+
+
+class Watched(NamedTuple):
+    """How the rows were watched in each interval."""
+
+    exposure: Tensor  # (B, K) share of the interval in which a row was at risk
+    remaining: Tensor  # (B, K) share from the row's entry to the end of the interval
+    is_event: Tensor  # (B, C, K) whether the row ended there by this cause
+
+
+@dataclass(frozen=True)
+class Hazards:
+    """Cause-specific hazards, logistic in each of K intervals; Q logits describe a row.
+
+    A logit z gives the chance sigmoid(z) that a cause ends an interval that nothing else ends; the
+    cumulative hazard softplus(z) grows evenly within it.
+
+    Source: Tutz and Schmid 2016, "Modeling Discrete Time-to-Event Data", chapter 8; Kvamme and
+    Borgan 2021, "Continuous and discrete-time survival prediction with neural networks".
+    """
+
+    events: CompetingEvents
+    cuts: tuple[float, ...]  # (K,) hours at which the intervals end; all horizons are among them
+    null: tuple[float, ...]  # (C,) mean loss of a row by the same hazards for everyone, by cause
+
+    @classmethod
+    def fitted(cls, events: CompetingEvents, targets: Array) -> Self:
+        """Choose the cut points on the training part's ``TARGETS`` (n, 3)."""
+        hours, event = targets[:, 1], targets[:, 2]
+        times = hours[(event == 1) & (hours <= events.horizons[-1])]
+        parts = min(MAX_INTERVALS, len(times) // EVENTS_AN_INTERVAL)
+        inner = np.quantile(times, np.arange(1, parts) / parts) if parts > 1 else np.empty(0)
+        # Rounded, so that no cut point is the time of a patient.
+        rounded = [float(f"{hour:.2g}") for hour in inner]
+        cuts = sorted({*rounded, *events.horizons} - {0.0})
+        grid = cls(events, tuple(x for x in cuts if x <= events.horizons[-1]), ())
+        everyone = torch.from_numpy(grid.start(targets)).expand(1, len(targets), -1)
+        losses = grid.losses(everyone, torch.from_numpy(targets))
+        return cls(events, grid.cuts, tuple((losses[0] / len(targets)).tolist()))
+
+    @classmethod
+    def from_config(cls, stored: Mapping[str, Any]) -> Self:
+        """Read what ``config`` has written."""
+        return cls(
+            CompetingEvents.from_config(stored), tuple(stored["cuts"]), tuple(stored["null"])
+        )
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Plain types, for a checkpoint."""
+        plain = {**asdict(self.events), "cuts": self.cuts, "null": self.null}
+        return {name: list(x) if isinstance(x, tuple) else x for name, x in plain.items()}
+
+    @property
+    def width(self) -> int:
+        """Q."""
+        return len(self.events.names) * len(self.cuts)
+
+    @cached_property
+    def places(self) -> list[int]:
+        """Positions of the horizons among the cut points."""
+        return [self.cuts.index(horizon) for horizon in self.events.horizons]
+
+    def cumulative(self, logits: Tensor) -> Tensor:
+        """Return the cumulative hazard (..., C, K) of each interval for logits (..., Q)."""
+        return functional.softplus(logits.unflatten(-1, (-1, len(self.cuts))))
+
+    def watched(self, targets: Tensor) -> Watched:
+        """Return how rows with ``TARGETS`` (B, 3) were watched."""
+        entry, hours, event = targets[:, :, None].unbind(1)  # (B, 1) each
+        ends = targets.new_tensor(self.cuts)
+        begins = functional.pad(ends[:-1], (1, 0))
+        entered = torch.maximum(begins, entry)
+        exposure = (torch.minimum(ends, hours) - entered) / (ends - begins)
+        ended = (hours <= ends) & ((hours > begins) | (begins == 0))
+        causes = torch.arange(1, len(self.events.names) + 1, device=targets.device)
+        is_event = ended[:, None] & (event == causes)[:, :, None]
+        return Watched(exposure.clamp(min=0), (ends - entered) / (ends - begins), is_event)
+
+    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the negative log-likelihood (N, C), sums over B, of logits (N, B, Q)."""
+        watched = self.watched(targets)
+        hazard = self.cumulative(logits)  # (N, B, C, K)
+        chance = -torch.expm1(-(watched.remaining[:, None] * hazard).clamp(min=SMALLEST))
+        survived = watched.exposure[:, None] * hazard
+        return torch.where(watched.is_event, -chance.log(), survived).sum(dim=(1, 3))
+
+    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss (N,) of logits (N, B, Q), each cause relative to its null model."""
+        losses = self.losses(logits, targets)
+        return (losses / losses.new_tensor(self.null)).sum(dim=1)
+
+    def start(self, targets: Array) -> Array:
+        """Return the logits (Q,) that are the same for everyone and fit ``TARGETS`` (n, 3)."""
+        watched = self.watched(torch.from_numpy(targets))
+        events = watched.is_event.sum(dim=0)  # (C, K)
+        without = (watched.exposure[:, None] * ~watched.is_event).sum(dim=0)
+        logits: Array = torch.log((events + 0.5) / (without + 0.5)).flatten().numpy()
+        return logits
+
+    def shift(self, logits: Array, targets: Array) -> Array:
+        """Return what makes the logits (n, Q) of each cause fit ``TARGETS`` on average, (Q,)."""
+        exposure, _, is_event = (x.numpy() for x in self.watched(torch.from_numpy(targets)))
+        at_risk = np.where(is_event, 1, exposure[:, None])  # (n, C, K)
+        z = logits.reshape(at_risk.shape)
+
+        def excess(shift: float, cause: int) -> float:
+            """Return the expected minus the observed events of a cause."""
+            expected = at_risk[:, cause] * expit(z[:, cause] + shift)
+            return float(expected.sum() - is_event[:, cause].sum())
+
+        causes = range(len(self.events.names))
+        shifts = [brentq(excess, -MAX_SHIFT, MAX_SHIFT, (cause,)) for cause in causes]
+        return np.repeat(shifts, len(self.cuts))
+
+    def incidence(self, logits: Tensor, without: tuple[int, ...] = ()) -> Tensor:
+        """Return the cumulative incidence (..., C, K) at the cut points for logits (..., Q).
+
+        ``without`` names events that are taken not to happen.
+        """
+        hazard = self.cumulative(logits)
+        happens = [float(event not in without) for event in range(1, hazard.shape[-2] + 1)]
+        hazard = hazard * hazard.new_tensor(happens)[:, None]
+        total = hazard.sum(dim=-2, keepdim=True).clamp(min=SMALLEST)
+        before = torch.exp(total - total.cumsum(dim=-1))  # free of events at the begin of each
+        return (before * hazard * -torch.expm1(-total) / total).cumsum(dim=-1)
+
+    def risks(self, logits: Tensor) -> Tensor:
+        """Return the risks of event 1 (..., R), in the order of ``risk_names``."""
+        risks = [self.incidence(logits)[..., 0, self.places]]
+        if self.events.interventions:
+            risks.append(self.incidence(logits, self.events.interventions)[..., 0, self.places])
+        return torch.cat(risks, dim=-1)
