@@ -155,7 +155,8 @@ def test_new_rows_are_read_as_the_checkpoint_says_with_or_without_their_events()
     assert not findings.counts.total()
     for missing in (["event"], ["event", "event_hours"]):
         rows, _ = scored(events_table().drop(columns=missing))
-        assert rows.dataset.collate([0, 3])["outcomes"].isnan().tolist() == [[False, True, True]] * 2
+        unknown = rows.dataset.collate([0, 3])["outcomes"].isnan()
+        assert unknown.tolist() == [[False, True, True]] * 2
         assert np.isnan(rows.dataset.labels).all()
 
 
