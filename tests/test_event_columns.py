@@ -155,7 +155,8 @@ def test_new_rows_are_read_as_the_checkpoint_says_with_or_without_their_events()
     assert not findings.counts.total()
     for missing in (["event"], ["event", "event_hours"]):
         rows, _ = scored(events_table().drop(columns=missing))
-        assert rows.dataset.collate([0, 3])["targets"].isnan().tolist() == [[False, True, True]] * 2
+        unknown = rows.dataset.collate([0, 3])["outcomes"].isnan()
+        assert unknown.tolist() == [[False, True, True]] * 2
         assert np.isnan(rows.dataset.labels).all()
 
 
@@ -178,7 +179,7 @@ def test_a_future_that_is_altered_changes_no_input():
     assert before.fingerprint() != after.fingerprint()
     assert before.row_fingerprint() != after.row_fingerprint()
     batches = [dataset.collate(range(4)) for dataset in (before, after)]
-    for name in before.collate([0]).keys() - {"labels", "targets"}:
+    for name in before.collate([0]).keys() - {"labels", "outcomes"}:
         np.testing.assert_array_equal(batches[0][name], batches[1][name])
     np.testing.assert_array_equal(before.summaries(), after.summaries())
     assert [before.prompt(i) for i in range(4)] == [after.prompt(i) for i in range(4)]

@@ -736,10 +736,6 @@ class Cause(duck.Column):
         none = f"WHEN {cell} IN {CENSORED} THEN 0"
         return f"CASE {cases} {none} WHEN {is_number} THEN {number}::INTEGER END"
 
-    def is_wrong(self, raw: str) -> str:
-        """Return SQL for whether a raw cell is another word."""
-        return f"{self.typed(raw)} IS NULL"
-
 
 def find_causes(
     database: duck.Database, file: duck.TableFile, column: str, request: LongRequest
