@@ -10,7 +10,8 @@ Usage:
 The file has a column ``clinical_trajectory`` such as ``24 (0h) -> 20 (2h) -> 16 (4h)`` and a column
 ``label_escalation`` (0 or 1; ``--label_column`` names another). Each column
 ``trajectory_NAME [unit]`` is a further series of the same form with its own times, each column
-``static_NAME [unit]`` a static feature; ``subject_id`` (or ``id``), ``clinical_context``,
+``static_NAME [unit]`` a static feature; ``event_hours`` and ``event`` (0 censored, 1, 2, ...) are
+times to competing events in place of the label; ``subject_id`` (or ``id``), ``clinical_context``,
 ``prediction_hours`` and ``split`` are used when present. A JSON file of the same name beside it may
 say what the series and the outcome are (see ``Description``); without one, and without
 ``--series_name``, ``--unit`` and ``--outcome``, they are the anion gap in mEq/L and escalation of
@@ -24,6 +25,7 @@ import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,7 @@ from medgemma_clinical.data import (
 )
 from medgemma_clinical.data.analytes import GAP_ITEM
 from medgemma_clinical.data.cohort import COHORTS, DISCHARGED, ESCALATED, GAPS, OUTCOMES
+from medgemma_clinical.data.competing_events import CompetingEvents
 from medgemma_clinical.data.dka import LABEL, Description, read_description
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.overlap import describe_copies
@@ -103,6 +106,9 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         allow_duplicates: accept a split that has equal rows in two parts.
         site: column that names the hospital or unit of each row, for results by site.
         series_name, unit, outcome: main series and label 1, where no description says them.
+        outcome_kind: ``label``, or ``time`` of competing events; None: a label where its column
+            stands.
+        horizon_hours: hours from the prediction time, rising, at which risks are wanted; of times.
 
     Raises:
         InputError: names file, row and column of the first unreadable cell. Rows count as a
@@ -112,7 +118,10 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
     name = "dka"
     kind = "DKA format"
     source_flag = "data_path"
-    options = ("series", "max_len", "label_column", "allow_duplicates", "site", *dka.NAMING)
+    options = (
+        *("series", "max_len", "label_column", "allow_duplicates", "site", *dka.NAMING),
+        *("outcome_kind", "horizon_hours"),
+    )
     row_columns = (*TrajectoryDataset.row_columns, "numbers")
     time_scale = 72.0  # hours; resolution of ketoacidosis takes one to three days
 
@@ -130,6 +139,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         series_name: str | None = None,
         unit: str | None = None,
         outcome: str | None = None,
+        outcome_kind: str | None = None,
+        horizon_hours: Sequence[float] | None = None,
     ) -> None:
         """Read, check and sort the whole source."""
         if max_len is not None and max_len < 1:
@@ -138,16 +149,33 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         label, is_frame = label_column or LABEL, isinstance(source, pd.DataFrame)
         findings = Findings("DataFrame" if is_frame else str(source))
         table = pd.concat([block for block, _ in dka.read_tables(source)])
-        labelled = require_labels or label != LABEL
-        dka.check_header(table, one_line(findings.source), label, labelled=labelled)
+        if outcome_kind not in (None, "label", "time"):
+            raise InputError(f"--outcome_kind {outcome_kind}: must be label or time")
+        has_times = label == LABEL and LABEL not in table and {*dka.EVENT_COLUMNS} <= {*table}
+        is_time = outcome_kind == "time" or (outcome_kind is None and has_times)
+        columns = dka.EVENT_COLUMNS if is_time else (label,)
+        labelled = require_labels or label != LABEL or is_time
+        dka.check_header(table, one_line(findings.source), columns, labelled=labelled)
         flags = Description(series_name or "", unit or "", outcome=outcome or "")
         description = description or read_description(source, findings)
-        description = dka.name_series(table, description, label, flags, findings)
-        labels, wrong_labels = dka.labels_of(table, label)
-        wrong, problem = pd.Series(True, wrong_labels.index), "not 0 or 1: write 1 for the event"
-        findings.reject(wrong, label, problem, wrong_labels)
+        description = dka.name_series(table, description, columns[-1], flags, findings)
+        if is_time:
+            competing = dka.competing_events(table, description, horizon_hours, findings)
+            self.competing_events = competing
+            labels, _ = dka.events_of(table, len(competing.names), findings)
+        elif horizon_hours is not None:
+            problem = f"the outcome is the label {label}: --outcome_kind time"
+            raise InputError(f"--horizon_hours: {problem}")
+        else:
+            labels, wrong_labels = dka.labels_of(table, label)
+            wrong, problem = (
+                pd.Series(True, wrong_labels.index),
+                "not 0 or 1: write 1 for the event",
+            )
+            findings.reject(wrong, label, problem, wrong_labels)
         if require_labels and np.isnan(labels).all():
-            raise InputError(f"{one_line(findings.source)}, column {label}: no row has a label")
+            where = f"{one_line(findings.source)}, column {columns[-1]}"
+            raise InputError(f"{where}: no row has a label")
         self.allow_duplicates = allow_duplicates
         self.ids = dka.number_equal(dka.patients_of(table, findings)[1], findings)
         self.parts = dka.parts_of(table, findings)
@@ -161,7 +189,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         max_len = self.read_options["max_len"]
         if (lengths > max_len).any():
             findings.notes[checks.describe_cut(lengths, self.groups, max_len)] = None
-        dka.note_columns(table, label, self.description, findings, site)
+        dka.note_columns(table, columns, self.description, findings, site)
         self.warnings = tuple(findings.warnings)
         findings.log()
 
@@ -175,6 +203,9 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
     ) -> NDArray[np.int64]:
         """Read the rows that hold a value; return how many observations each had before the cut."""
         label, site = reading.get("label_column", LABEL), reading.get("site")
+        competing = self.competing_events
+        if competing:
+            label, description = dka.EVENT, replace(description, events=competing.names)
         self.source = one_line(findings.source)
         self.description = about = description.for_label(label)
         self.question, self.outcome = about.question, about.outcome
@@ -186,9 +217,16 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self.units = tuple(feature.unit or "" for feature in self.measures)
         default = MAX_LEN if len(self.features) == 1 else MAX_LEN_SEVERAL
         max_len = reading["max_len"] or default
-        self.read_options = {"max_len": max_len, "label_column": label}
+        self.read_options = {"max_len": max_len}
         self.numbers = table.index.to_numpy()
-        self.labels = dka.labels_of(table, label)[0]
+        if competing:
+            horizons, count = list(competing.horizons), len(competing.names)
+            self.read_options |= {"outcome_kind": "time", "horizon_hours": horizons}
+            self.events, self.event_hours = dka.events_of(table, count, findings)
+            self.labels = np.where(np.isnan(self.events), np.nan, self.events == 1)
+        else:
+            self.read_options["label_column"] = label
+            self.labels = dka.labels_of(table, label)[0]
         self.groups = dka.patients_of(table, findings)[0].to_numpy(dtype=np.str_)
         self.has_patient_ids = not set(dka.PATIENTS).isdisjoint(table)
         self.contexts = dka.text_of(table, "clinical_context").to_numpy(dtype=object)
@@ -257,9 +295,12 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             static = {name for name in map(str, table) if name.startswith(dka.STATIC)}
             unused = {name for name in static - static_used if sex_of_column(name) is None}
             chunk = table.drop(columns=unused).assign(**dict.fromkeys(missing, ""))
-            problem = f"have a {label} that is neither 0 nor 1: taken as unknown"
-            findings.counts[problem] += len(dka.labels_of(chunk, label)[1])
             dataset = cls.__new__(cls)
+            if events := config.get("events"):
+                dataset.competing_events = CompetingEvents.from_config(events)
+            else:
+                problem = f"have a {label} that is neither 0 nor 1: taken as unknown"
+                findings.counts[problem] += len(dka.labels_of(chunk, label)[1])
             ids = dka.number_equal(dka.patients_of(table, findings)[1], findings)
             dataset.ids, dataset.allow_duplicates = ids, None
             lengths = dataset._read(chunk, description, findings, config["features"], reading)
@@ -290,6 +331,9 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         task = super().task_description()
         task["Prediction time"] = self.description.prediction_time or task["Prediction time"]
         task["Horizon"] = self.description.horizon or task["Horizon"]
+        if self.competing_events:
+            names = ", ".join(self.competing_events.horizon_names)
+            task["Horizon"] = f"{names} from the prediction time"
         return task
 
     # ------------------------------------------------------------------ texts
@@ -512,6 +556,10 @@ def build_parser(stored: Mapping[str, Any] | None = None) -> Parser:
     add("--series", type=names, metavar="NAME,NAME", help="read these series only")
     add("--max_len", type=int, help="most recent observations kept of a row")
     add("--label_column", default=LABEL, metavar="NAME", help="column of 0 and 1 to learn")
+    kinds = "a label or times to events (default: a label where its column stands)"
+    add("--outcome_kind", choices=("label", "time"), help=kinds)
+    wanted = "hours at which risks are wanted; of times"
+    add("--horizon_hours", type=hours, metavar="HOURS,HOURS", help=wanted)
     add("--allow_duplicates", action="store_true", help="allow equal rows across the split")
     for name, text in dka.NAMING.items():
         add(f"--{name}", help=text)
@@ -565,6 +613,14 @@ def build_parser(stored: Mapping[str, Any] | None = None) -> Parser:
     add("--static", action=Repeated, default=(), help=static)
     outcomes = "column of a label, repeatable; the first is the main label"
     add("--outcome_column", action=Repeated, default=(), metavar="COLUMN", help=outcomes)
+    end = "column of --labels: time of the event, or of the end of the record"
+    add("--event_time", default="", metavar="COLUMN", help=end)
+    event = "column of --labels: 0 (censored), 1, 2, ..., or words"
+    add("--event", default="", metavar="COLUMN", help=event)
+    words = "names of the events 1, 2, ...: the words of --event"
+    add("--event_names", action=Repeated, nargs="+", default=(), metavar="NAME", help=words)
+    decided = "events that a treatment decision brings, numbers or names"
+    add("--interventions", action=Repeated, nargs="+", default=(), metavar="EVENT", help=decided)
     context = "column of --labels with a text for the context"
     add("--context_column", default="", metavar="COLUMN", help=context)
     notes = "table with patient, time and text, for the context"
@@ -604,6 +660,11 @@ def outcome(text: str) -> tuple[str, ...]:
         allowed = f"{ESCALATED}, or some of {', '.join(OUTCOMES)}"
         raise argparse.ArgumentTypeError(f"{text!r} must be {allowed}")
     return components
+
+
+def hours(text: str) -> list[float]:
+    """Split a comma-separated list of hours."""
+    return [HOURS(word) for word in text.split(",")]
 
 
 def name_tuple(text: str) -> tuple[str, ...]:

@@ -157,6 +157,8 @@ WRONG_VALUES = {
     "labels.label_death.outcom": ["x"],
     "flow": [3, [3], [{"rule": "a", "removed": 0}], [{"rule": "a", "removed": "x", "left": 1}]],
     "time_scale": [0, -1, NAN, 1e999, "x", None, [72]],
+    "events": [["a"], {}, {"0": "a"}, {"1": "a", "3": "b"}, {"1": "a", "2": "a"}, {"1": 5}, 3],
+    "interventions": [[1], [0], ["2"], [2.5], 2, [[2]]],
     "zzz": [1],
 }
 

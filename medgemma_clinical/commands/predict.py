@@ -204,7 +204,7 @@ class PredictionTally:
     rule: decision.DecisionRule  # of the used one
     rows: int = 0
     scored: int = 0
-    positive: int = 0
+    positive: int | None = None  # None where nothing is predicted but a risk
     formulas: int = 0  # ids that a spreadsheet would run
     labelled: list[pd.DataFrame] = field(default_factory=list)  # of each chunk, see ``add``
     medians: list[pd.DataFrame] = field(default_factory=list)  # of the same rows
@@ -216,7 +216,7 @@ class PredictionTally:
         self.rows += len(lines)
         self.scored += len(rows.positions)
         if "prediction" in lines:
-            self.positive += int(lines["prediction"].sum())
+            self.positive = (self.positive or 0) + int(lines["prediction"].sum())
         self.formulas += sum(map(is_formula, lines["id"]))
         labelled = np.flatnonzero(~np.isnan(dataset.labels))
         table = demographics(dataset).iloc[labelled].reset_index(drop=True)
@@ -238,10 +238,11 @@ class PredictionTally:
         if self.formulas:
             text = "%d ids begin like a formula, which a spreadsheet would run: import them as text"
             logger.warning(text, self.formulas)
-        logger.info(
-            f"{self.rows:,} rows: {self.scored:,} scored, {self.positive:,} of them at or above "
-            f"the threshold {self.rule.threshold:g}; {self.rows - self.scored:,} without a score"
-        )
+        above = ""
+        if self.positive is not None:
+            above = f", {self.positive:,} of them at or above the threshold {self.rule.threshold:g}"
+        without = f"{self.rows - self.scored:,} without a score"
+        logger.info(f"{self.rows:,} rows: {self.scored:,} scored{above}; {without}")
 
 
 def write_predictions(

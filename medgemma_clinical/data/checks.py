@@ -15,7 +15,7 @@ from medgemma_clinical.data.leaks import describe_leaks
 from medgemma_clinical.data.sample_size import describe_sample_size
 from medgemma_clinical.data.small_cells import count_patients, minority_patients
 from medgemma_clinical.data.split import Split
-from medgemma_clinical.data.texts import with_space
+from medgemma_clinical.data.texts import plain, with_space
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.files import InputError
 
@@ -26,6 +26,9 @@ SEED = 0  # seed of the logged split; the default of --seed
 MIN_COHORT_PATIENTS, MIN_TEST_EVENTS = 100, 10
 """Patients, and patients of the test part with and without the event, below which a check warns:
 with fewer, hardly any difference between models is larger than its interval."""
+
+MIN_EVENT_PATIENTS = 10
+"""Training patients that each of the competing events needs."""
 
 TEST_EVENTS = 200
 """Events of a test part below which folds are suggested. Source: Collins 2016, Stat Med 35:214."""
@@ -64,6 +67,7 @@ def _log_check(dataset: TrajectoryDataset, min_events: int) -> None:
         dataset = labelled_rows(dataset)
         rows, split, unread_series = rows_as_read(dataset, dataset.split(SEED))
         logger.info(describe_split(rows, split, SEED))
+        check_events(rows, split["train"])
         further = [*describe_unusable(unread_series), *_check_parts(rows, split)]
         log_warnings(further)
         warnings += further
@@ -152,6 +156,7 @@ def summarize(dataset: TrajectoryDataset) -> list[str]:
         *([] if dataset.flow is None else flow_lines(dataset.flow)),
         f"rows {len(dataset):,}, patients {dataset.n_patients:,}",
         f"outcome {dataset.outcome!r}: {events}",
+        *describe_events(dataset),
         f"observations a row: {_percentiles(dataset.lengths)}",
         f"span in hours: {_percentiles(spans)}",
     ]
@@ -169,6 +174,38 @@ def summarize(dataset: TrajectoryDataset) -> list[str]:
     return lines
 
 
+def describe_events(dataset: TrajectoryDataset) -> list[str]:
+    """Describe times to events in lines: rows by event, follow-up, censoring; none for labels."""
+    about, events, hours = dataset.competing_events, dataset.events, dataset.event_hours
+    if about is None or events is None or hours is None or np.isnan(events).all():
+        return []
+    hours, events = hours[~np.isnan(events)], events[~np.isnan(events)]
+    names = enumerate(("censored", *about.names))
+    counts = [f"{name} {(events == k).sum():,}" for k, name in names]
+    # To at most three digits, as a reader would choose them.
+    quartiles = [float(f"{hour:.3g}") for hour in np.quantile(hours, [0.25, 0.5, 0.75])]
+    at = np.unique([*about.horizons, *quartiles])
+    shares = zip(at.tolist(), uncensored(hours, events, at), strict=True)
+    watched = [f"{share:.1%} at {plain(hour)} h" for hour, share in shares]
+    return [
+        f"rows by event: {', '.join(counts)}",
+        f"hours to the event or the end of the record: {_percentiles(hours)}",
+        f"still watched, by Kaplan-Meier: {', '.join(watched)}",
+    ]
+
+
+def uncensored(
+    hours: NDArray[np.float64], events: NDArray[np.float64], at: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the share (n,) not censored by the hours ``at``, had there been no events."""
+    times, position = np.unique(hours, return_inverse=True)
+    ended, censored = np.bincount(position), np.bincount(position, events == 0)
+    # Of equal hours the events come first.
+    at_risk = len(hours) - np.cumsum(ended) + censored
+    survival = np.cumprod(1 - censored / np.maximum(at_risk, 1))
+    return np.append(1.0, survival)[np.searchsorted(times, at, side="right")]
+
+
 def _percentiles(numbers: NDArray[Any]) -> str:
     low, q1, median, q3, high = np.percentile(numbers, [1, 25, 50, 75, 99])
     return (
@@ -178,6 +215,20 @@ def _percentiles(numbers: NDArray[Any]) -> str:
 
 
 # --------------------------------------------------------------------------- suspicions
+
+
+def check_events(dataset: TrajectoryDataset, train: NDArray[np.int64]) -> None:
+    """Refuse competing events of which a model could learn nothing."""
+    if dataset.competing_events is None or dataset.events is None:
+        return
+    for event, name in enumerate(dataset.competing_events.names, start=1):
+        patients = count_patients(dataset.groups[train], dataset.events[train] == event)
+        if patients < MIN_EVENT_PATIENTS:
+            raise InputError(
+                f"{dataset.source}: fewer than {MIN_EVENT_PATIENTS} patients of the training part "
+                f"have event {event}, {name}: merge it with another event, whose number its rows "
+                "get in the column event; the numbers stay 1, 2, ..."
+            )
 
 
 def check_prediction_times(dataset: TrajectoryDataset, train: NDArray[np.int64]) -> None:

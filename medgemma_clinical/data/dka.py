@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medgemma_clinical.data.competing_events import CompetingEvents
 from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.roles import (
@@ -33,6 +34,7 @@ from medgemma_clinical.data.trajectories import FLOW_COLUMNS, UNKNOWN
 from medgemma_clinical.files import InputError, did_you_mean, file_hash, one_line, read_json
 
 MAIN_COLUMN, LABEL, HOURS = "clinical_trajectory", "label_escalation", "prediction_hours"
+EVENT_COLUMNS = EVENT_HOURS, EVENT = "event_hours", "event"
 STATIC = "static_"  # beginning of the name of a static feature's column
 PATIENTS = ("subject_id", "id")
 COLUMNS = (MAIN_COLUMN, *PATIENTS, "clinical_context", HOURS, "split")
@@ -49,6 +51,7 @@ CELL = re.compile(rf"{OBSERVATION}(?:(?:{ARROW}){OBSERVATION})*")
 MAX_VALUE = float(np.finfo(np.float32).max)
 MAX_HOUR = 1e6  # 114 years
 MAX_CELL = 2**26  # characters
+MAX_EVENT = 99  # number of an event that nothing names
 BLOCK_ROWS = 50_000  # rows that are read and parsed at a time: bounds the memory
 
 # --------------------------------------------------------------------------- description
@@ -87,13 +90,18 @@ class Description:
     labels: dict[str, dict[str, Any]] = field(default_factory=dict)  # outcome, question
     csv_sha256: str = ""  # of the table that it was written with
     time_scale: float | None = None  # hours that are one unit of time to the encoder
+    events: tuple[str, ...] = ()  # names of the events 1, 2, ...
+    interventions: tuple[int, ...] = ()  # those that a treatment decision brings
 
     def for_label(self, column: str) -> Description:
-        """Return the description with the outcome of a label column as its own."""
+        """Return the description with the outcome of a label column, or of events, as its own."""
         name = column.removeprefix("label_").replace("_", " ").strip() or column
         meaning: dict[str, Any] = {"outcome": name[:1].upper() + name[1:], "question": ""}
         if column == LABEL:
             meaning = {"outcome": self.outcome or USUAL.outcome, "question": self.question}
+        elif column == EVENT and self.events:
+            question = self.question if self.outcome == self.events[0] else ""
+            meaning = {"outcome": self.events[0], "question": question}
         elif column not in self.labels:
             meaning["horizon"] = ""
         meaning |= self.labels.get(column, {})
@@ -110,7 +118,7 @@ class Description:
             limits = self.plausible or other.plausible
             about = replace(about, series=other.series, unit=other.unit, plausible=limits)
             guesses.append(f"{MAIN_COLUMN} is taken for {Feature(other.series, other.unit).title}")
-        described = label in self.labels or (label == LABEL and self.outcome)
+        described = label in self.labels or {LABEL: self.outcome, EVENT: self.events}.get(label)
         if other.outcome and label in table and not described:
             about = replace(about, labels={**self.labels, label: {"outcome": other.outcome}})
             guesses.append(f"{label} is taken for {other.outcome}")
@@ -192,6 +200,15 @@ def _read_value(key: str, value: Any) -> Any:
             return tuple({"rule": x["rule"], **{k: int(x[k]) for k in known}} for x in value)
         case "time_scale":
             return _range([0, value], both=True)[1]
+        case "events":
+            names = [_read_value("outcome", value[str(k + 1)]) for k in range(len(value))]
+            if not 0 < len({*names}) == len(names) <= MAX_EVENT:
+                raise ValueError("no names, or equal ones")
+            return tuple(names)
+        case "interventions":
+            if not all(isinstance(event, int) and event > 1 for event in value):
+                raise ValueError("not numbers of events behind the first")
+            return tuple(sorted({*value}))
     if not value.split() and key not in OPTIONAL_TEXTS:
         raise ValueError("an empty text")
     return " ".join(value.split())
@@ -377,6 +394,47 @@ def labels_of(table: pd.DataFrame, label: str) -> tuple[NDArray[np.float64], pd.
     return labels, text[np.isnan(labels) & (text != "")]
 
 
+def events_of(
+    table: pd.DataFrame, max_event: int, findings: Findings
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return events and their hours, each (rows,), NaN where both cells are empty or missing."""
+    if not {*EVENT_COLUMNS} <= {*table}:
+        return np.full(len(table), np.nan), np.full(len(table), np.nan)
+    hours = numbers_of(table, EVENT_HOURS, findings, MAX_HOUR)
+    events = numbers_of(table, EVENT, findings)
+    problem = "before the prediction time: leave such rows out"
+    findings.reject(pd.Series(hours < 0, table.index), EVENT_HOURS, problem, table[EVENT_HOURS])
+    wrong = ~np.isnan(events) & ~((events >= 0) & (events <= max_event) & (events % 1 == 0))
+    problem = f"not 0 for censored or the number of an event, 1 to {max_event}"
+    findings.reject(pd.Series(wrong, table.index), EVENT, problem, table[EVENT])
+    single = pd.Series(np.isnan(hours) != np.isnan(events), table.index)
+    findings.reject(single, EVENT, f"this cell or {EVENT_HOURS} is empty: fill both or none")
+    return events, hours
+
+
+def competing_events(
+    table: pd.DataFrame,
+    about: Description,
+    horizon_hours: Sequence[float] | None,
+    findings: Findings,
+) -> CompetingEvents:
+    """Return what the events of a table are, by the description's names or by their numbers."""
+    horizons = np.atleast_1d(np.array([] if horizon_hours is None else horizon_hours, np.float64))
+    is_rising = (np.diff(horizons, prepend=0) > 0).all() and np.isfinite(horizons).all()
+    if not len(horizons) or not is_rising:
+        problem = "times to events need hours at which risks are wanted, rising, as 24,72"
+        raise InputError(f"--horizon_hours: {problem}")
+    events, _ = events_of(table, len(about.events) or MAX_EVENT, findings)
+    count = int(events.max(initial=1, where=~np.isnan(events)))
+    numbered = [f"event {k}" for k in range(1, count + 1)]
+    numbered[0] = about.labels.get(EVENT, {}).get("outcome", numbered[0])
+    names = about.events or tuple(numbered)
+    if about.interventions and about.interventions[-1] > len(names):
+        problem = f"there is no event {about.interventions[-1]} among {join_names(names)}"
+        raise InputError(f"{findings.source}: key interventions of the JSON file: {problem}")
+    return CompetingEvents(names, tuple(horizons.tolist()), about.interventions)
+
+
 def parts_of(table: pd.DataFrame, findings: Findings) -> NDArray[np.str_] | None:
     """Return the part of the split of each row as the data bring it, None where they do not."""
     if "split" not in table:
@@ -441,32 +499,34 @@ def join_names(names: Sequence[str], max_names: int = 20) -> str:
     return ", ".join(one_line(name[:200]) for name in names[:max_names]) + more
 
 
-def check_header(table: pd.DataFrame, source: str, label: str, *, labelled: bool) -> None:
-    """Refuse a table without a series, or without the label where it has to be labelled."""
+def check_header(
+    table: pd.DataFrame, source: str, outcome: Sequence[str], *, labelled: bool
+) -> None:
+    """Refuse a table without a series, or without outcome columns where it has to be labelled."""
     columns = [*map(str, table)]
     has_further = any(name.startswith("trajectory_") for name in columns)
-    needed = {MAIN_COLUMN: not has_further, label: labelled}
+    needed = {MAIN_COLUMN: not has_further, **dict.fromkeys(outcome, labelled)}
     missing = next((x for x, is_needed in needed.items() if is_needed and x not in columns), None)
     if missing:
         if command := from_long_command(columns, source):
             raise InputError(f"{source}: holds one value a row: make a file of it by {command}")
         hint = f"{did_you_mean(missing, columns)}; the columns are {join_names(columns)}"
-        if missing == label:
+        if missing in outcome:
             hint += "; rows without outcomes can only be scored, by --predict"
         if any(map(CELL.fullmatch, columns)):
             hint = ": row 1 holds data, no header"
         raise InputError(f"{source}, column {missing}: no such column{hint}")
-    if label.startswith(STATIC):
-        raise InputError(f"{source}, column {label}: a static feature cannot be the label")
+    if outcome[0].startswith(STATIC):
+        raise InputError(f"{source}, column {outcome[0]}: a static feature cannot be the label")
     for name in columns:
-        is_read = name in (*COLUMNS, label) or name.startswith(STATIC)
+        is_read = name in (*COLUMNS, *outcome) or name.startswith(STATIC)
         if is_read and columns.count(name) > 1:
             raise InputError(f"{source}, column {name}: appears twice: remove one")
 
 
 def note_columns(
     table: pd.DataFrame,
-    label: str,
+    outcome: Sequence[str],  # the columns that hold it
     description: Description,
     findings: Findings,
     site: str | None = None,
@@ -483,10 +543,12 @@ def note_columns(
     ]
     if description.series and MAIN_COLUMN not in columns:
         keys.append("series")
+    if description.events and EVENT not in columns:
+        keys.append("events")
     warnings = [f"key {key} of the JSON file: no such column" for key in keys]
     if not set(PATIENTS) & set(columns):
         warnings.append("no column subject_id: each row is a patient of its own")
-    inputs = {*COLUMNS, label, site, *(feature.keys[0] for feature in series)}
+    inputs = {*COLUMNS, *outcome, site, *(feature.keys[0] for feature in series)}
     static = [name for name in columns if name.startswith(STATIC)]
     flags = {name for name in static if text_of(table, name).isin(["", *"01", "0.0", "1.0"]).all()}
     if sites := [name for name in static if is_site(name, is_category=name in flags)]:
@@ -494,7 +556,7 @@ def note_columns(
     extra = [name for name in columns if name not in inputs and not name.startswith(STATIC)]
     if extra:
         findings.notes[f"columns not read: {join_names(extra, 10)}"] = None
-    for name in (*COLUMNS, label):
+    for name in (*COLUMNS, *outcome):
         if name not in columns and (hint := did_you_mean(name, extra, 0.75)):
             warnings.append(f"no column {name}{hint}")
     findings.warnings |= dict.fromkeys(warnings)
@@ -591,7 +653,9 @@ def as_trained(
 ) -> tuple[Description, list[str]]:
     """Complete a description from a checkpoint's; return it and the columns of absent series."""
     label, source = config["read_options"].get("label_column", LABEL), findings.source
-    check_header(table, source, label, labelled=False)
+    events = tuple(config["events"]["names"]) if config.get("events") else ()
+    label = EVENT if events else label
+    check_header(table, source, (label,), labelled=False)
     trained = [Feature(*pair) for pair in zip(config["features"], config["units"], strict=True)]
     features = {comparable(x.name): x for x in find_features(table, about, None, source)}
     main = next((x for x in trained if comparable(x.name) not in features), Feature(""))
@@ -626,6 +690,8 @@ def as_trained(
             problem = f", not {same[0]}" if same else "; its cells may be empty where unknown"
             raise InputError(f"{source}, column {name}: the model reads it{problem}")
     outcome, expected = about.for_label(label).outcome, config["outcome"]
+    if events and about.events:
+        outcome, expected = join_names(about.events), join_names(events)
     if label in table and outcome != expected:
         raise InputError(f"{source}, column {label}: is {outcome}, the model predicts {expected}")
     return about, missing

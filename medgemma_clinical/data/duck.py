@@ -188,6 +188,7 @@ UNREADABLE = {
     "number": "not a number",
     "whole": "not a whole number",
     "label": "neither 0 nor 1, Yes nor No",
+    "event": "neither 0 nor the number of an event: --event_names gives the words of 1, 2, ...",
     **dict.fromkeys(("time", "instant"), "not a time such as 2150-01-31 08:30:00, without zone"),
     "zoned": "not a time such as 2150-01-31T08:30:00+02:00",
     **dict.fromkeys(MICROSECONDS, "not a finite number"),

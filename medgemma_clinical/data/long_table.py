@@ -15,9 +15,13 @@ import pandas as pd
 
 from medgemma_clinical.data import duck, events, guesses
 from medgemma_clinical.data.analytes import prefix_ratios, unit_ratios
+from medgemma_clinical.data.dka import EVENT as EVENT_COLUMN
 from medgemma_clinical.data.dka import (
+    EVENT_COLUMNS,
+    EVENT_HOURS,
     HOURS,
     MAIN_COLUMN,
+    MAX_EVENT,
     STATIC,
     comparable,
     join_names,
@@ -27,6 +31,7 @@ from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.notes import NoteText, add_notes, load_notes
 from medgemma_clinical.data.questions import OpenQuestions, Question
 from medgemma_clinical.data.roles import (
+    EVENT_ROLES,
     FEMALE,
     HINTS,
     LABEL_ROLES,
@@ -49,14 +54,16 @@ logger = logging.getLogger(__name__)
 
 COMMAND, EVENT, CONTEXT = "from_long", "Event", "clinical_context"
 WRITTEN = ("id", "subject_id", "prediction_time", MAIN_COLUMN, HOURS, LABEL_COLUMN)
-TIMES = ("prediction_time", "time", "storetime")
+TIMES = ("prediction_time", "time", "storetime", "event_time")
 MAX_SERIES, MAX_CATEGORIES, MAX_WORDS, MAX_LETTERS = 100, 20, 10, 30
 LABEL = duck.Column("label", may_be_empty=True, advice="--positive WORD names that of 1")
+CENSORED = ("", "nan", "none", "censored", "alive", *duck.NO)
 LATER = re.compile(r"(.+?)\s*\+\s*(\d+(?:\.\d+)?)\s*(h|d)(?:ours?|ays?)?")
 FACTOR = re.compile(rf"(.*):(.*)=\s*({NUMBER})\s*")
 NOT_LIKE = {*("table", "labels", "out", "memory_limit", "threads"), "like", "read_as", "no_labels"}
 # Columns beside those of a header, of which no name begins with a space.
 ZONE, KEPT, ID = " zone of the prediction time", " kept ", " id"
+END, CAUSE = " end", " cause"
 MICRO = re.compile("\N{MICRO SIGN}|\N{GREEK SMALL LETTER MU}|\\bmc(?=g)")  # written u, too
 HOUR = duck.MICROSECONDS["hours"]
 
@@ -73,6 +80,10 @@ class LongRequest(events.EventRequest):
     static: tuple[str, ...]
     keep: tuple[str, ...]
     outcome_column: tuple[str, ...]
+    event_time: str
+    event: str
+    event_names: tuple[str, ...]
+    interventions: tuple[str, ...]
     context_column: str
     notes: Path | None
     max_note_words: int
@@ -110,7 +121,21 @@ class LongRequest(events.EventRequest):
             columns.setdefault("label", self.outcome_column[0])
         if self.prediction_time:
             columns["prediction_time"] = self.prediction_time_column()[0]
+        columns |= {role: name for role in EVENT_ROLES if (name := getattr(self, role))}
+        if bool(columns.get("event_time")) != bool(columns.get("event")):
+            raise InputError("--event_time, --event: give both: when, and what happened then")
         return columns
+
+    def unread_roles(self) -> set[str]:
+        """Return the roles of outcomes that are not read: all of new patients.
+
+        Beside times to events a label is read only where it is named.
+        """
+        mapped = self.mapped()
+        has_events, has_label = bool(mapped.get("event")), "label" in mapped
+        unread = set() if has_label or not has_events else {"label"}
+        unread |= set() if has_events else {*EVENT_ROLES}
+        return {"label", *EVENT_ROLES} if self.no_labels else unread
 
     def factors(self) -> dict[tuple[str, str], float]:
         """Return the factor of each item and unit."""
@@ -172,8 +197,7 @@ def make_long(
         reading.columns = find_columns(database, files, request, guess=reading.guesses)
         names, label_names, *note_names = map(dict, reading.columns)
         times = find_times(database, labels, label_names, request)
-        time = times["prediction_time"]
-        categories = load_labels(database, labels, label_names, request, time, reading)
+        categories = load_labels(database, labels, label_names, request, times, reading)
         times |= find_times(database, table, names, request)
         for file, roles in zip(notes, note_names, strict=True):
             times |= find_times(database, file, roles, request, "notes.")
@@ -215,6 +239,10 @@ def make_long(
             keep_all=request.no_labels,
         )
         left_out = {"repeated": repeated, **count_left_out(database, table.path)}
+    about_events = dict[str, Any]()
+    if EVENT_HOURS in rows:
+        rows, later, about_events = finish_events(rows, label_names, request)
+        flow = [*flow, *later]
     usable = "values that were stored by then"
     if "storetime" not in names:
         usable = "values"
@@ -222,6 +250,8 @@ def make_long(
     label, outcome = label_names.get("label", ""), request.outcome
     if outcome == EVENT and label and find_column(LABEL_ROLES["label"], label) is None:
         outcome = label
+    if outcome == EVENT and not label:
+        outcome = about_events.get("events", {}).get("1", outcome)
     formats = {role: column.formats[:1] for role, column in times.items()}
     settled = replace(
         request,
@@ -235,7 +265,8 @@ def make_long(
     description = events.describe_rows(settled, series[0], usable, rows, flow)
     description["values"] = left_out
     description["labels"] = {name: {"outcome": column} for name, column in outcomes.items()}
-    rows = rows.drop(columns="label_escalation") if request.no_labels else rows
+    rows = rows if label else rows.drop(columns=LABEL_COLUMN)
+    description |= about_events
     return rows, description | duck.describe_origin(settled, COMMAND, hashes)
 
 
@@ -262,7 +293,7 @@ def find_columns(
     """Return the column of each role in each table; ask for all that are missing in one line."""
     mapped, problems, names_of = request.mapped(), list[str](), list[dict[str, str]]()
     lacking = list[list[str]]()
-    label_roles = {r: n for r, n in LABEL_ROLES.items() if r != "label" or not request.no_labels}
+    label_roles = {r: n for r, n in LABEL_ROLES.items() if r not in request.unread_roles()}
     subject = mapped.get("subject_id", "")
     label_roles["labels.subject_id"] = (subject, *label_roles["labels.subject_id"])
     note_roles = {**NOTE_ROLES, "notes.subject_id": (subject, *NOTE_ROLES["notes.subject_id"])}
@@ -394,7 +425,7 @@ def load_labels(
     file: duck.TableFile,
     names: Mapping[str, str],
     request: LongRequest,
-    time: duck.Column,
+    times: Mapping[str, duck.Column],
     reading: Reading,
 ) -> dict[str, list[str]]:
     """Make the table ``label`` and windows of it; return the categories of each static feature."""
@@ -414,11 +445,13 @@ def load_labels(
     context = find_context(file, request)
     writes_context = bool(context or request.notes)
     taken = [*WRITTEN, *outcomes, *((CONTEXT,) if writes_context else ())]
+    taken += EVENT_COLUMNS if "event" in names else ()
     kept = find_kept(file, request, taken)
     columns_read = {**names, **columns_of, **outcomes, **context}
     log_columns(file, columns_read, kept)
     reading.columns[1] = columns_read | {f"keep {name}": name for name in kept}
     columns = {name: file.value(name, request.decimal) for name in columns_of.values()}
+    time = times["prediction_time"]
     columns |= {names["labels.subject_id"]: events.SUBJECT, names["prediction_time"]: time}
     columns |= {KEPT + name: duck.Column("text", source=name) for name in kept}
     columns |= {
@@ -429,19 +462,31 @@ def load_labels(
     zone = "''"
     if time.zoned:
         columns[ZONE], zone = duck.Column("zone", source=names["prediction_time"]), f'"{ZONE}"'
-    if not request.no_labels:
+    if "label" in names:
         label = {names["label"]: names["label"], **outcomes}
         columns |= find_positive(database, file, label, request)
-    duck.load_table(database, "answers", file, columns)
     _, delay = request.prediction_time_column()
+    prediction_time = f"{duck.quoted(names['prediction_time'])} + to_microseconds({delay})"
+    label_sql, event_sql = "NULL::INTEGER", dict[str, str]()
+    if "event" in names:
+        cause, end = duck.quoted(CAUSE), duck.quoted(END)
+        form = replace(times["event_time"], source=names["event_time"], may_be_empty=True)
+        columns |= {CAUSE: find_causes(database, file, names["event"], request), END: form}
+        # An empty cell is censored, but nothing is known where the time is empty, too.
+        known = f"CASE WHEN {cause} > 0 OR {end} IS NOT NULL THEN {cause} END"
+        hours = f"tidy((epoch_us({end}) - epoch_us({prediction_time})) / {HOUR})"
+        event_sql = {KEPT + EVENT_HOURS: hours, KEPT + EVENT_COLUMN: known}
+        label_sql = f"({known} = 1)::INTEGER"  # is counted as the event
+    duck.load_table(database, "answers", file, columns)
     select = {
         "subject": duck.quoted(names["labels.subject_id"]),
-        "prediction_time": f"{duck.quoted(names['prediction_time'])} + to_microseconds({delay})",
-        "label": "NULL::INTEGER" if request.no_labels else duck.quoted(names["label"]),
+        "prediction_time": prediction_time,
+        "label": duck.quoted(names["label"]) if "label" in names else label_sql,
         "zone": zone,
         **{name: duck.quoted(name) for name in outcomes},
         **{KEPT + name: duck.quoted(KEPT + name) for name in (*kept, *context)},
         **({"id": duck.quoted(ID)} if "id" in names else {}),
+        **event_sql,
     }
     for feature in static:
         sql, categories[feature.title] = make_static(
@@ -671,6 +716,73 @@ def log_labels(where: str, words: Sequence[tuple[str, int, str]], positive: Sequ
             of_value = [(word, count) for word, count in of_value if count > 1]
         shown = [f"{one_line(word[:MAX_LETTERS])} ({count:,})" for word, count in of_value]
         logger.info("%s: %d is %s", where, value, join_names(shown, MAX_WORDS) or "no word")
+
+
+@dataclass(frozen=True)
+class Cause(duck.Column):
+    """An event by its number, or by its word in ``names``; 0 where the record ended without."""
+
+    form: str = "event"
+    may_be_empty: bool = True
+    names: tuple[str, ...] = ()
+
+    def typed(self, raw: str) -> str:
+        """Return SQL for the number of a raw cell, NULL of another word."""
+        cell = f"lower(coalesce(trim({raw}::VARCHAR), ''))"
+        words = {duck.literal(name.lower()): k for k, name in enumerate(self.names, start=1)}
+        cases = " ".join(f"WHEN {cell} = {word} THEN {k}" for word, k in words.items())
+        number, largest = f"TRY_CAST({cell} AS DOUBLE)", len(self.names) or MAX_EVENT
+        is_number = f"{number} BETWEEN 1 AND {largest} AND {number} % 1 = 0"
+        none = f"WHEN {cell} IN {CENSORED} THEN 0"
+        return f"CASE {cases} {none} WHEN {is_number} THEN {number}::INTEGER END"
+
+    def is_wrong(self, raw: str) -> str:
+        """Return SQL for whether a raw cell is another word."""
+        return f"{self.typed(raw)} IS NULL"
+
+
+def find_causes(
+    database: duck.Database, file: duck.TableFile, column: str, request: LongRequest
+) -> Cause:
+    """Return how the events of a column are read; refuse words that nothing names."""
+    cause, raw = Cause(source=column, names=request.event_names), file.raw(column)
+    select = f"SELECT min(trim({raw}::VARCHAR)), count(*) AS count FROM {file.rows()}"
+    words = database.run(
+        f"{select} WHERE {cause.is_wrong(raw)} GROUP BY lower(trim({raw}::VARCHAR)) "
+        "ORDER BY count DESC, 1"
+    ).fetchall()
+    if words:
+        problem = f"{file.path}, column {column}: {cause.problem(sum(n for _, n in words))}"
+        answers = [(word,) for word, _ in words] if len(words) <= MAX_WORDS else [()]
+        asked = [Question(problem, "event_names", answer, of_cells=True) for answer in answers]
+        raise OpenQuestions(problem, asked)
+    return cause
+
+
+def finish_events(
+    rows: pd.DataFrame, names: Mapping[str, str], request: LongRequest
+) -> tuple[pd.DataFrame, list[dict[str, Any]], dict[str, Any]]:
+    """Leave out rows whose record ended before; return them, their flow, and what events mean."""
+    where, hours = f"{request.labels}, column {names['event_time']}", rows[EVENT_HOURS]
+    rows[EVENT_COLUMN] = rows[EVENT_COLUMN].astype("Int8")
+    if count := int((hours.isna() & rows[EVENT_COLUMN].notna()).sum()):
+        raise InputError(f"{where}: {duck.cells(count)} empty where {names['event']} is an event")
+    rule = "the event, or the end of the record, before the prediction time"
+    left, flow = duck.apply_rules(pd.DataFrame({rule: hours < 0}), where, rows["subject_id"])
+    rows = rows[left].reset_index(drop=True)
+    named = {str(k): name for k, name in enumerate(request.event_names, start=1)}
+    about: dict[str, Any] = {"events": named} if named else {}
+    numbers = {name.lower(): int(k) for k, name in named.items()}
+    largest = len(named) or int(rows[EVENT_COLUMN].fillna(0).max())
+    numbers |= {str(k): k for k in range(1, largest + 1)}
+    if len(numbers) < len(named) + largest:
+        raise InputError("--event_names: each event needs a name of its own, which is no number")
+    for text in request.interventions:
+        if numbers.get(text.lower(), 0) < 2:
+            problem = f"not the name or the number, 2 to {largest}, of an event"
+            raise InputError(f"--interventions {text}: {problem}")
+    brought = sorted({numbers[text.lower()] for text in request.interventions})
+    return rows, flow, {**about, "interventions": brought, "horizon": ""}
 
 
 def make_static(

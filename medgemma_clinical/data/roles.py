@@ -30,6 +30,8 @@ LABEL_ROLES = {
     "prediction_time": ("prediction_time",),
     "label": ("label", "label_escalation", "outcome", "event"),
     "id": (),  # of a row, as a stay number
+    "event_time": (),  # or the end of the record
+    "event": (),  # its number or word, by then
 }
 NOTE_ROLES = {
     "notes.subject_id": SUBJECT_NAMES,
@@ -51,8 +53,12 @@ SITE_INPUT = (
     "lacks its columns"
 )
 SEX_COLUMN = re.compile(r"static_(?:sex|gender|geschlecht)[ _](.+)", re.IGNORECASE)
-OPTIONAL = ("unit", "storetime", "id", "notes.storetime")
-HINTS = {"prediction_time": ", or --prediction_time 'COLUMN + 48 h'", "label": ", or --no_labels"}
+EVENT_ROLES = ("event_time", "event")
+OPTIONAL = ("unit", "storetime", "id", "notes.storetime", *EVENT_ROLES)
+HINTS = {
+    "prediction_time": ", or --prediction_time 'COLUMN + 48 h'",
+    "label": ", or --event_time and --event, or --no_labels",
+}
 
 
 def find_column(header: Sequence[str], *names: str) -> str | None:

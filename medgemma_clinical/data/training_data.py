@@ -94,6 +94,7 @@ def prepare_data(
     split = sample.split(seed)
     series = None if inputs is None else inputs.get("series", sample.features)
     sample, split, unusable_series = checks.rows_as_read(sample, split, series)
+    checks.check_events(sample, split["train"])
     unusable = sample.unusable_static(split["train"])
     if inputs is None:
         names = [name for name in sample.static_names if static and name not in unusable]

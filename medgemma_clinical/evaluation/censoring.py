@@ -1,6 +1,6 @@
-"""Weights for rows whose follow-up ends for reasons that the inputs tell: a regression of its end.
+"""Probability that a row's follow-up has not ended, where the inputs tell whose ends early.
 
-Several reasons, such as an intervention and the end of the record, get a regression each, and their
+Reasons to end, such as an intervention and the end of the record, get a regression each, and their
 probabilities are multiplied: what leads to a transplant is not what ends a record.
 """
 
@@ -15,10 +15,10 @@ from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.time_metrics import uncensored_probability
 
 INTERVALS = 10
-"""Pieces of follow-up, with about as many censored rows each, that have a hazard of their own."""
+"""Intervals of follow-up with a hazard of their own; about as many rows are censored in each."""
 
 MIN_CENSORED = 10
-"""Censored rows by the horizon that a regression needs."""
+"""Patients censored before the horizon that a regression needs."""
 
 
 def censoring_survival(
@@ -30,53 +30,51 @@ def censoring_survival(
     seed: int,
     folds: int = 5,
 ) -> Array:
-    """Compute the probability of being uncensored just before each row's time or the horizon.
+    """Compute the probability of being uncensored just before the row's time or the horizon.
 
-    A penalised logistic regression of censoring in each interval of follow-up on the interval and
-    the inputs. Each patient's probability is that of a regression on other patients.
+    A penalised logistic regression predicts the censoring in each interval of follow-up from the
+    interval and the inputs. It is fitted on other patients than those that it predicts.
 
     Args:
-        hours: (n,) time of the event, of the censoring or of an end for another reason.
-        is_censored: (n,) whether the follow-up ends for the reason that is modelled.
-        inputs: (n, p) known at the prediction time; NaN where unknown.
+        hours: (n,) time of the event or the end of follow-up.
+        is_censored: (n,) whether the follow-up ends for the modelled reason.
+        inputs: (n, p) what the censoring may depend on, NaN where unknown.
         horizon: in the unit of ``hours``.
         groups: (n,) patient of each row.
         seed: seed of the folds.
-        folds: number of parts that the patients are cut into.
+        folds: parts that the patients are cut into.
 
     Returns:
-        (n,) probabilities; Kaplan-Meier's where fewer than ten rows are censored by the horizon.
+        (n,) probabilities, ``censoring`` of ``metrics_at``; Kaplan-Meier's where fewer than ten
+        patients are censored before the horizon.
 
-    Source: Robins and Finkelstein 2000, Biometrics 56:779, for weights by a model of the censoring.
+    Source: Robins and Finkelstein 2000, Biometrics 56:779.
     """
-    km = uncensored_probability(hours, ~is_censored, horizon)
-    # Time as the average cumulative hazard: within an interval the hazard is then about constant.
-    clock = -np.log(km)
-    censored = is_censored & (hours < horizon) & (clock < clock.max())
-    if censored.sum() < MIN_CENSORED:
-        return km
-    quantiles = np.arange(1, INTERVALS) / INTERVALS
-    starts = np.quantile(clock[censored], quantiles, method="inverted_cdf")
-    edges = np.unique([0.0, *starts, clock.max()])
-    passed = ((clock[:, None] - edges[:-1]) / np.diff(edges)).clip(0, 1)  # (n, J) share that passed
-    ended = np.zeros(passed.shape, dtype=bool)
-    interval = np.searchsorted(edges, clock[censored], side="right") - 1
-    ended[censored, interval] = True
-    seen = np.where(ended, 1.0, passed)
+    kaplan_meier = uncensored_probability(hours, np.where(is_censored, 0.0, 1.0), horizon)
+    # Time as the mean cumulative hazard: within an interval the hazard is about constant then.
+    clock = -np.log(kaplan_meier)
+    end = clock.max()
+    is_censored = is_censored & (clock < end)
+    if len(np.unique(groups[is_censored])) < MIN_CENSORED:
+        return kaplan_meier
+    shares = np.arange(1, INTERVALS) / INTERVALS
+    starts = np.quantile(clock[is_censored], shares, method="inverted_cdf")
+    edges = np.unique([0.0, *starts, end])
+    exposure = ((clock[:, None] - edges[:-1]) / np.diff(edges)).clip(0, 1)  # (n, J)
+    last = np.searchsorted(edges[1:-1], clock, side="right")
+    censored = is_censored[:, None] & (last[:, None] == np.arange(exposure.shape[1]))
+    row_weights = np.where(censored, 1.0, exposure)
 
-    def table(rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Array:
-        return np.hstack([np.eye(passed.shape[1])[columns], inputs[rows]])
+    def table(rows: NDArray[np.int64], intervals: NDArray[np.int64]) -> Array:
+        return np.hstack([np.eye(exposure.shape[1])[intervals], inputs[rows]])
 
     survival = np.ones(len(hours))
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    for training, test in splitter.split(inputs, censored, groups):
-        row, column = np.nonzero(seen[training])
-        row = training[row]
-        weights = {"logisticregression__sample_weight": seen[row, column]}
-        model = regression().fit(table(row, column), ended[row, column], **weights)
-        row, column = np.nonzero(passed[test])
-        if len(row):
-            hazard = model.predict_proba(table(test[row], column))[:, 1]
-            log_survival = passed[test[row], column] * np.log1p(-hazard)
-            survival[test] = np.exp(np.bincount(row, log_survival, minlength=len(test)))
+    for train, test in splitter.split(inputs, is_censored, groups):
+        rows, intervals = np.nonzero(row_weights * np.isin(np.arange(len(hours)), train)[:, None])
+        weights = {"logisticregression__sample_weight": row_weights[rows, intervals]}
+        model = regression().fit(table(rows, intervals), censored[rows, intervals], **weights)
+        rows, intervals = np.nonzero(exposure * np.isin(np.arange(len(hours)), test)[:, None])
+        hazard = model.predict_proba(table(rows, intervals))[:, 1]
+        np.multiply.at(survival, rows, (1 - hazard) ** exposure[rows, intervals])
     return survival

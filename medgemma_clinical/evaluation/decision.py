@@ -92,8 +92,8 @@ class Predictions:
     logit: Array  # (n,) log-odds of the event as the model gives them
     rows: NDArray[np.int64]  # (n,) positions in the data set
     offset: Array  # (n,) the share of ``logit`` that stage 1 gives; zero where it gives none
-    hazards: Array | None = None  # (n, Q) of times to events; ``logit`` is of their first risk
     rule: DecisionRule = field(default_factory=DecisionRule)
+    hazards: Array | None = None  # (n, Q) of times to events; ``logit`` is of their first risk
 
     @property
     def loss(self) -> float:

@@ -80,7 +80,7 @@ def model_table(metrics: Metrics, cost: pd.DataFrame | None = None) -> pd.DataFr
 def metric_table(metrics: Metrics, names: Sequence[str]) -> pd.DataFrame:
     """Return what is known of metrics of the first model as text, with their meanings."""
     lines, values = [], metrics.of(metrics.models[0])
-    for name in values.index.intersection(names, sort=False):
+    for name in filter(values.index.__contains__, names):
         title, form, meaning = METRICS[name]
         text = verdicts.value_text(values.loc[name], form, 100 if title.endswith("(%)") else 1)
         lines += [(title, text, meaning)] if text != verdicts.NO_VALUE else []

@@ -66,23 +66,21 @@ def metrics_at(
     Gerds et al. 2014, Statistics in Medicine 33:3191, for pseudo-values of similar risks.
     """
     hours, event, risk = (np.asarray(x, dtype=np.float64) for x in (hours, event, risk))
-    kept = np.ones_like(hours) if censoring is None else np.asarray(censoring, dtype=np.float64)
-    if hours.ndim != 1 or not hours.shape == event.shape == risk.shape == kept.shape:
+    uncensored = np.asarray(np.ones_like(hours) if censoring is None else censoring, np.float64)
+    if hours.ndim != 1 or not hours.shape == event.shape == risk.shape == uncensored.shape:
         raise ValueError("hours, event, risk and censoring must be arrays of one length")
     requirements = {
         "hours must be finite and not negative": np.isfinite(hours) & (hours >= 0),
         "event must be 0, 1, 2, ...": (event >= 0) & (event == np.floor(event)),
         "risk must be within 0 and 1": (risk >= 0) & (risk <= 1),
-        "censoring must be above 0 and at most 1": (kept > 0) & (kept <= 1),
+        "censoring must be above 0 and at most 1": (uncensored > 0) & (uncensored <= 1),
     }
     for requirement, met in requirements.items():
         if not met.all():
             raise ValueError(f"{requirement}: row {np.argmin(met)} is not")
     check_horizon(hours, event, horizon)
-    weights = np.ones((1, len(hours)))
-    values = metrics_of_draws(
-        hours, event, risk, horizon, weights, None if censoring is None else kept
-    )
+    weights, regression = np.ones((1, len(hours))), None if censoring is None else uncensored
+    values = metrics_of_draws(hours, event, risk, horizon, weights, regression)
     return {name: float(value[0]) for name, value in values.items()}
 
 
@@ -93,13 +91,13 @@ def check_horizon(hours: Array, event: Array, horizon: float) -> None:
     at_risk = int((hours >= horizon).sum())
     if at_risk < MIN_AT_RISK:
         raise ValueError(
-            f"horizon {horizon:g}: {at_risk} rows are at risk then, at least {MIN_AT_RISK} are "
-            "needed; choose an earlier horizon"
+            f"horizon {horizon:g}: {at_risk} rows are at risk then, {MIN_AT_RISK} are needed; "
+            "choose an earlier horizon"
         )
     uncensored = uncensored_probability(hours, event, horizon).min()
     if uncensored < MIN_UNCENSORED:
         raise ValueError(
-            f"horizon {horizon:g}: {uncensored:.1%} of the rows are uncensored until then, at least "
+            f"horizon {horizon:g}: {uncensored:.1%} of the rows would be uncensored until then, "
             f"{MIN_UNCENSORED:.0%} are needed; choose an earlier horizon"
         )
     if not ((event == 1) & (hours <= horizon)).any():
@@ -121,26 +119,27 @@ def metrics_of_draws(
     """
     hours, event = _until(hours, event, horizon)
     case = (event == 1).astype(np.float64)
-    complete = (event > 0) | (hours == horizon)
+    has_status = (event > 0) | (hours == horizon)
     if censoring is None:
         table = _LifeTable(hours, event, weights)
-        inverse = complete / table.uncensored[:, table.position].clip(TINY)
-        outcome, counted = _pseudo_values(table, event, weights), weights
+        inverse = has_status / table.uncensored[:, table.position].clip(TINY)
+        outcome, outcome_weights = _pseudo_values(table, event, weights), weights
     else:
-        inverse = np.tile(complete / censoring, (len(weights), 1))
-        inverse = np.minimum(inverse, _quantile(inverse, weights * complete, MAX_WEIGHT))
-        outcome, counted = np.tile(case, (len(weights), 1)), weights * inverse
+        inverse = np.tile(has_status / censoring, (len(weights), 1))
+        inverse = np.minimum(inverse, _quantile(inverse, weights * has_status, MAX_WEIGHT))
+        outcome, outcome_weights = np.tile(case, (len(weights), 1)), weights * inverse
     shares = weights * inverse
     overall = metrics(case, risk, shares)
     with np.errstate(divide="ignore", invalid="ignore"):
         observed = shares @ case / shares.sum(axis=1)
+        expected = outcome_weights @ risk / outcome_weights.sum(axis=1)
         values = {
             "auroc": overall["auroc"],
             "brier": overall["brier"],
             "scaled_brier": overall["brier_skill"],
-            "oe": observed / (weights @ risk / weights.sum(axis=1)),
-            **_calibration(outcome, risk, counted),
-            **_calibration_error(outcome, risk, weights, counted),
+            "oe": observed / expected,
+            **_calibration(outcome, risk, outcome_weights),
+            **_calibration_error(outcome, risk, weights, outcome_weights),
             "observed": observed,
             "effective_n": shares.sum(axis=1) ** 2 / (shares * inverse).sum(axis=1),
         }
@@ -197,10 +196,11 @@ class _LifeTable:
         self.position = np.unique(hours, return_inverse=True)[1]  # (n,) of the time of each row
         rows = self.sums(weights)
         self.total = rows.sum(axis=1, keepdims=True)
-        self.at_risk = rows[:, ::-1].cumsum(axis=1)[:, ::-1]  # (R, K), as the next two
+        self.at_risk = rows[:, ::-1].cumsum(axis=1)[:, ::-1]  # (R, K), as the two below
         self.events = self.sums(weights * (event > 0))
-        left = (self.at_risk - self.events).clip(TINY)
-        self.uncensored = _before(np.cumprod(1 - (rows - self.events) / left, axis=1), 1.0)
+        event_free = (self.at_risk - self.events).clip(TINY)
+        steps = np.cumprod(1 - (rows - self.events) / event_free, axis=1)
+        self.uncensored = _before(steps, 1.0)  # the probability just before each time
 
     def sums(self, values: Array) -> Array:
         """Return the sums (R, K) of values (R, n) at each time."""
@@ -227,25 +227,24 @@ def _before(steps: Array, first: float) -> Array:
 def _pseudo_values(table: _LifeTable, event: Array, weights: Array) -> Array:
     """Return the pseudo-value (R, n) of each row's event 1 by the last time of the table.
 
-    N times the cumulative incidence of all N rows, minus N - 1 times that without the row. The
-    latter follows steps of one row less at risk up to the row's time, and those of all rows beyond.
+    N times the cumulative incidence of N rows, minus N - 1 times that without the row: the steps of
+    one row less at risk up to the row's time, then those of all rows.
 
     Source: Andersen, Klein and Rosthoj 2003, Biometrika 90:15.
     """
     first = table.sums(weights * (event == 1))
     incidence = table.incidence(first)
-    free = np.cumprod(1 - table.events / table.at_risk.clip(TINY), axis=1)
-    rest = np.where(free > TINY, (incidence[:, -1:] - incidence) / free.clip(TINY), 0.0)
-    fewer = np.maximum(table.at_risk - 1, 1)  # the last one at risk has no others left to count
-    reached = _before(np.cumprod(1 - table.events / fewer, axis=1), 1.0)
-    before = _before(np.cumsum(reached * first / fewer, axis=1), 0.0)
-    # Without a row that is censored; an event of the row itself is taken out again.
-    without = before + reached * (first + (fewer - table.events) * rest) / fewer
-    of_event = reached / fewer
-    left_out = without[:, table.position] + np.where(
-        event > 0, (of_event * rest)[:, table.position], 0.0
-    )
-    left_out -= np.where(event == 1, of_event[:, table.position], 0.0)
+    event_free = np.cumprod(1 - table.events / table.at_risk.clip(TINY), axis=1)
+    later = np.where(event_free > 0, incidence[:, -1:] - incidence, 0) / event_free.clip(TINY)
+    fewer = np.maximum(table.at_risk - 1, 1)  # 0 where no event counts
+    free_before = _before(np.cumprod(1 - table.events / fewer, axis=1), 1.0)
+    incidence_before = _before(np.cumsum(free_before * first / fewer, axis=1), 0.0)
+    # (R, K) of a censored row; what the row's own event adds to the two counts is taken out again.
+    of_censored = incidence_before + free_before * (first + (fewer - table.events) * later) / fewer
+    of_event = free_before / fewer
+    left_out = of_censored[:, table.position]
+    left_out += np.where(event > 0, (of_event * later)[:, table.position], 0)
+    left_out -= np.where(event == 1, of_event[:, table.position], 0)
     return table.total * incidence[:, -1:] - (table.total - 1) * left_out
 
 
@@ -286,10 +285,11 @@ def fit_cloglog(
     active = np.arange(len(weights))
     for _ in range(MAX_STEPS):
         exponential = np.exp((fitted[active] @ columns + offset).clip(max=MAX_CLOGLOG))
-        free = np.exp(-exponential)
-        change = weights[active] * exponential * free  # (r, n) weight times derivative
-        score = (change * (outcome[active] - 1 + free)) @ columns.T
-        curvature = ((change * exponential * free) @ pairs).reshape(-1, size, size)
+        residual = outcome[active] + np.expm1(-exponential)
+        change = exponential * np.exp(-exponential)  # the derivative
+        weighted = weights[active] * change
+        score = (weighted * residual) @ columns.T
+        curvature = ((weighted * change) @ pairs).reshape(-1, size, size)
         singular = ~(np.abs(np.linalg.det(curvature)) > 0)  # NaN too
         curvature[singular] = np.eye(size)
         steps = np.linalg.solve(curvature, score[:, :, None])[:, :, 0]
@@ -303,56 +303,45 @@ def fit_cloglog(
 
 
 def _calibration_error(
-    outcome: Array, risk: Array, weights: Array, counted: Array
+    outcome: Array, risk: Array, weights: Array, outcome_weights: Array
 ) -> dict[str, Array]:
-    """Return mean and quantiles (R,) of the distance of risks from outcomes of similar risks.
+    """Return mean and quantiles (R,) over rows of the distance between mean risk and mean outcome.
 
-    Rows are neighbours by the rank of their risk, on whatever scale. The distance is that between
-    mean outcome and mean risk of the neighbours, so that neighbours on one side alone, as the
-    highest risk has, are compared with their own risks.
-
-    Args:
-        outcome: (R, n).
-        risk: (n,).
-        weights: (R, n), how often each row counts.
-        counted: (R, n), the weight of each outcome.
+    The means are those of neighbours by the rank of the risk, which is the same on all scales.
+    ``outcome`` (R, n) counts as ``outcome_weights`` (R, n) say, rows as ``weights`` (R, n).
     """
     position = np.unique(risk, return_inverse=True)[1]
-    rows, weight, excess = (
-        _sums(values, position) for values in (weights, counted, counted * (outcome - risk))
+    rows, *sums = (
+        _sums(values, position)
+        for values in (weights, outcome_weights, outcome_weights * (outcome - risk))
     )
-    ends = rows.cumsum(axis=1)
-    total = ends[:, -1:]
+    stops = rows.cumsum(axis=1)
+    total = stops[:, -1:]
     radius = np.maximum(NEIGHBOURS, NEIGHBOUR_SHARE * total)
-    # One line of all weightings, each behind the one before: a single call looks up all of them.
-    shift = np.concatenate([[[0.0]], (total + 1).cumsum(axis=0)[:-1]])
-    places = (shift + np.pad(ends, ((0, 0), (1, 0)))).ravel()
-
-    def between(values: Array) -> Array:
-        """Return the sums (R, U) over the neighbours of each different risk."""
-        sums = np.pad(values.cumsum(axis=1), ((0, 0), (1, 0))).ravel()
-        low, high = np.maximum(ends - rows - radius, 0), np.minimum(ends + radius, total)
-        upper: Array = np.interp(high + shift, places, sums)
-        lower: Array = np.interp(low + shift, places, sums)
-        return upper - lower
-
-    distance = np.abs(between(excess) / between(weight))
-    mean = (rows * distance).sum(axis=1) / total[:, 0]
-    middle, high = (_quantile(distance, rows, q)[:, 0] for q in (0.5, 0.9))
-    return {"ici": mean, "e50": middle, "e90": high}
+    low, high = np.maximum(stops - rows - radius, 0), np.minimum(stops + radius, total)
+    # The weightings stand one behind the other: one look-up serves all.
+    shift = np.pad((total + 1).cumsum(axis=0)[:-1], ((1, 0), (0, 0)))
+    places = (shift + np.pad(stops, ((0, 0), (1, 0)))).ravel()
+    cumulated = [np.pad(x.cumsum(axis=1), ((0, 0), (1, 0))).ravel() for x in sums]
+    weight, excess = (
+        np.interp(high + shift, places, x) - np.interp(low + shift, places, x) for x in cumulated
+    )
+    distance = np.abs(excess / weight)
+    middle, upper = (_quantile(distance, rows, q)[:, 0] for q in (0.5, 0.9))
+    return {"ici": (rows * distance).sum(axis=1) / total[:, 0], "e50": middle, "e90": upper}
 
 
 def _quantile(values: Array, weights: Array, q: float) -> Array:
     """Return numpy's quantile (R, 1) of values (R, n) that are repeated as whole weights say."""
     order = np.argsort(values, axis=1)
     values = np.take_along_axis(values, order, axis=1)
-    ends = np.take_along_axis(weights, order, axis=1).cumsum(axis=1)
-    place = q * (ends[:, -1:] - 1)
-
-    def at(index: Array) -> Array:
-        """Return the value at an index of the repeated values."""
-        column = (ends <= index).sum(axis=1, keepdims=True)
-        return np.take_along_axis(values, column.clip(max=values.shape[1] - 1), axis=1)
-
-    low = at(np.floor(place))
-    return low + (place - np.floor(place)) * (at(np.floor(place) + 1) - low)
+    stops = np.take_along_axis(weights, order, axis=1).cumsum(axis=1)
+    place = q * (stops[:, -1:] - 1)
+    low, high = (
+        np.take_along_axis(values, columns.clip(max=values.shape[1] - 1), axis=1)
+        for columns in (
+            (stops <= index).sum(axis=1, keepdims=True)
+            for index in (np.floor(place), np.floor(place) + 1)
+        )
+    )
+    return low + (place - np.floor(place)) * (high - low)

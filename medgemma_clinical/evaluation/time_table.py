@@ -151,7 +151,7 @@ def time_table(metrics: Metrics, events: CompetingEvents) -> pd.DataFrame:
 
 
 def time_sentences(
-    metrics: Metrics, events: CompetingEvents, noun: str = "predictions", advice: str = ""
+    metrics: Metrics, events: CompetingEvents, noun: str = "predictions"
 ) -> list[Finding]:
     """Return the result in words: ranking, calibration at each horizon, certainty."""
     values, minority = metrics.of(metrics.models[0]), metrics.counts["minority_patients"]
@@ -172,6 +172,5 @@ def time_sentences(
         findings.append(Finding(None, text))
     if events.interventions:
         findings.append(Finding(None, events.assumption))
-    few = f" {advice}" if minority < MINORITY_PATIENTS else ""
-    findings.append(Finding(None, f"Tested on {counts_text(metrics.counts, noun)} by {by}.{few}"))
+    findings.append(Finding(None, f"Tested on {counts_text(metrics.counts, noun)} by {by}."))
     return findings

@@ -202,7 +202,7 @@ class TimeOutcome:
 
     def sentences(self, metrics: Metrics, *words: str) -> list[verdicts.Finding]:
         """Return metrics in words."""
-        return time_sentences(metrics, self.hazards.events, *words[1:])
+        return time_sentences(metrics, self.hazards.events, *words[1:2])
 
     def table(self, metrics: Metrics) -> pd.DataFrame:
         """Return metrics as a table of text."""

@@ -21,6 +21,7 @@ from medgemma_clinical.evaluation.decision import (
 from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.model_card import weight_0_sentence
+from medgemma_clinical.models.outcome import LABEL
 from medgemma_clinical.models.trained_model import read_trained_config
 from medgemma_clinical.training.state import describe_selection
 from pages import Page
@@ -310,7 +311,6 @@ def test_a_test_part_of_few_events_names_the_folds(caplog):
         tested = {"id": "", "label": labels, "patient": np.arange(90).astype(str)}
         table = pd.DataFrame({**tested, "model": np.linspace(0, 1, 90)})
         with caplog.at_level("INFO"):
-            results.log_results(
-                {"val": evaluate(table, 0), "test": evaluate(table, 0)}, 0.5, None, "x"
-            )
+            metrics = {part: evaluate(table, 0) for part in ("val", "test")}
+            results.log_results(metrics, LABEL, 0.5, None, "x")
         assert ("--folds" in caplog.text) == named

@@ -1,0 +1,339 @@
+"""Metrics with competing events and censoring: by hand, by other code, by populations of truth."""
+
+import numpy as np
+import pytest
+from scipy.optimize import least_squares
+from sklearn.metrics import brier_score_loss, roc_auc_score
+
+from cohorts import repeated
+from medgemma_clinical.evaluation.time_metrics import (
+    _calibration_error,
+    aalen_johansen,
+    check_horizon,
+    metrics_at,
+    metrics_of_draws,
+    uncensored_probability,
+)
+
+HOURS = np.array([1.0, 2, 2, 3, 4, 5, 6])
+EVENT = np.array([1, 0, 2, 1, 0, 2, 0])
+RISK = np.array([0.9, 0.5, 0.2, 0.3, 0.4, 0.4, 0.1])
+"""A table small enough for the values below, which were computed by hand."""
+
+HORIZON = 24.0
+
+
+def cloglog(risk):
+    return np.log(-np.log(1 - risk))
+
+
+def probability(scaled):
+    return 1 - np.exp(-np.exp(scaled))
+
+
+def population(rows, seed=0, censoring=0.02, step=0.0, effect=0.0):
+    """Draw hours, events and true risks by ``HORIZON`` from constant hazards of two causes.
+
+    ``effect`` is how much the log hazard of the censoring depends on what the risk depends on;
+    ``step`` rounds times up, which makes ties. Returns also the inputs and the hours and events
+    without censoring.
+    """
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=rows)
+    first, second = 0.01 * np.exp(x), np.full(rows, 0.02)
+    ends = rng.exponential(1 / np.stack([first, second]))
+    hours, event = ends.min(axis=0), 1 + ends.argmin(axis=0)
+    censored = np.inf
+    if censoring:
+        censored = rng.exponential(1 / (censoring * np.exp(effect * x)))
+    both = first + second
+    risk = first / both * (1 - np.exp(-HORIZON * both))
+    complete = hours, event
+    event, hours = np.where(censored < hours, 0, event), np.minimum(hours, censored)
+    if step:
+        hours = np.ceil(hours / step) * step
+    return hours, event, risk, x, complete
+
+
+def ones(hours):
+    return np.ones((1, len(hours)))
+
+
+def incidence_at(hours, event, horizon):
+    """Compute Aalen-Johansen's estimate for event 1 with a loop over times."""
+    free, incidence = 1.0, 0.0
+    for time in np.unique(hours[(hours <= horizon) & (event > 0)]):
+        at_risk, now = np.sum(hours >= time), hours == time
+        incidence += free * np.sum(now & (event == 1)) / at_risk
+        free *= 1 - np.sum(now & (event > 0)) / at_risk
+    return incidence
+
+
+def pseudo_values(hours, event, horizon):
+    """Leave each row out in turn."""
+    n = len(hours)
+    parts = [np.delete(np.arange(n), row) for row in range(n)]
+    without = [incidence_at(hours[part], event[part], horizon) for part in parts]
+    return n * incidence_at(hours, event, horizon) - (n - 1) * np.array(without)
+
+
+def plain_calibration(outcome, risk, weights):
+    """Compute intercept and slope by scipy."""
+    scaled, root = cloglog(risk), np.sqrt(weights)
+    settings = {"xtol": 1e-14, "ftol": 1e-14, "gtol": 1e-14}
+
+    def away(parameters):
+        return root * (outcome - probability(parameters[0] + parameters[-1] * scaled))
+
+    level = least_squares(lambda a: away([a[0], 1.0]), [0.0], **settings)
+    line = least_squares(away, [0.0, 1.0], **settings)
+    return {"intercept": level.x[0], "slope": line.x[1]}
+
+
+def test_a_table_computed_by_hand():
+    times, incidence = aalen_johansen(HOURS, EVENT)
+    assert times.tolist() == [1, 2, 3, 4, 5, 6]
+    first = [1 / 7, 1 / 7, 9 / 28, 9 / 28, 9 / 28, 9 / 28]
+    second = [0, 1 / 7, 1 / 7, 1 / 7, 23 / 56, 23 / 56]
+    assert incidence == pytest.approx(np.array([first, second]), abs=1e-12)
+    uncensored = [1, 1, 1, 4 / 5, 4 / 5, 8 / 15, 8 / 15]  # just before the time or the horizon
+    assert uncensored_probability(HOURS, EVENT, 5) == pytest.approx(uncensored, abs=1e-12)
+    values = metrics_of_draws(HOURS, EVENT, RISK, 5, ones(HOURS))
+    # Weights 1, 0, 1, 5/4, 0, 15/8, 15/8; rows 1 and 4 are cases.
+    brier = (0.01 + 0.04 + 0.49 * 5 / 4 + 0.16 * 15 / 8 + 0.01 * 15 / 8) / 7
+    assert values["observed"][0] == pytest.approx(9 / 28, abs=1e-12)
+    assert values["oe"][0] == pytest.approx(9 / 28 / 0.4, abs=1e-12)
+    assert values["brier"][0] == pytest.approx(brier, abs=1e-12)
+    assert values["scaled_brier"][0] == pytest.approx(1 - brier / (9 / 28 * 19 / 28), abs=1e-12)
+    assert values["auroc"][0] == pytest.approx((4.75 + 1.25 * 2.875) / (2.25 * 4.75), abs=1e-12)
+    squares = 1 + 1 + 25 / 16 + 2 * 225 / 64
+    assert values["effective_n"][0] == pytest.approx(49 / squares, abs=1e-12)
+
+
+def test_constant_hazards_have_the_closed_form():
+    hours, event, *_ = population(100_000, effect=0.0)
+    everyone = population(100_000, seed=1)[2].mean()
+    times, incidence = aalen_johansen(hours, event)
+    assert incidence[0, np.searchsorted(times, HORIZON) - 1] == pytest.approx(everyone, abs=0.005)
+    uncensored = uncensored_probability(hours, event, HORIZON)
+    assert uncensored == pytest.approx(np.exp(-0.02 * np.minimum(hours, HORIZON)), abs=0.005)
+
+
+@pytest.mark.parametrize("step", [0.0, 6.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_calibration_is_least_squares_of_pseudo_values_that_leave_each_row_out(step, seed):
+    hours, event, risk, *_ = population(80, seed=seed, step=step)
+    outcome = pseudo_values(hours, event, HORIZON)
+    expected = plain_calibration(outcome, risk, np.ones(80))
+    values = metrics_of_draws(hours, event, risk, HORIZON, ones(hours))
+    assert {name: values[name][0] for name in expected} == pytest.approx(expected, abs=1e-6)
+    assert values["observed"][0] == pytest.approx(incidence_at(hours, event, HORIZON), abs=1e-12)
+
+
+def test_calibration_error_averages_the_neighbours_of_each_row():
+    hours, event, risk, *_ = population(200)
+    risk = np.round(risk, 2)  # ties
+    outcome = pseudo_values(hours, event, HORIZON)
+    order = np.argsort(risk, kind="stable")
+    risks, excess = risk[order], (outcome - risk)[order]
+    for value in np.unique(risks):  # rows of equal risk are in no order
+        excess[risks == value] = excess[risks == value].mean()
+    distance = []
+    for value in risks:
+        first, last = np.flatnonzero(risks == value)[[0, -1]]
+        distance.append(abs(excess[max(first - 50, 0) : last + 51].mean()))
+    values = metrics_at(hours, event, risk, HORIZON)
+    assert values["ici"] == pytest.approx(np.mean(distance), abs=1e-12)
+    assert values["e50"] == pytest.approx(np.quantile(distance, 0.5), abs=1e-12)
+    assert values["e90"] == pytest.approx(np.quantile(distance, 0.9), abs=1e-12)
+
+
+def test_calibration_error_averages_a_twentieth_of_many_rows_on_either_side():
+    risk = np.arange(4000) / 4000
+    outcome = risk + (np.arange(4000) == 2000)  # one row is off by 1
+    values = _calibration_error(outcome[None], risk, np.ones((1, 4000)), np.ones((1, 4000)))
+    assert values["ici"][0] == pytest.approx(401 / 4000 / 401, abs=1e-12)
+
+
+@pytest.mark.parametrize("regression", [False, True])
+@pytest.mark.parametrize("step", [0.0, 4.0])
+def test_whole_weights_equal_repeated_rows(regression, step):
+    hours, event, risk, x, _ = population(150, step=step, effect=0.5)
+    risk = np.round(risk, 2)
+    censoring = np.exp(-0.02 * np.exp(0.5 * x) * np.minimum(hours, HORIZON)) if regression else None
+    weights = np.random.default_rng(0).multinomial(150, np.full(150, 1 / 150), 6).astype(float)
+    values = metrics_of_draws(hours, event, risk, HORIZON, weights, censoring)
+    times, incidence = aalen_johansen(hours, event, weights)
+    for draw, weight in enumerate(weights):
+        rows = repeated(weight)
+        given = censoring[rows] if regression else None
+        expected = metrics_at(hours[rows], event[rows], risk[rows], HORIZON, censoring=given)
+        assert {name: x[draw] for name, x in values.items()} == pytest.approx(expected, abs=1e-9)
+        own_times, own_incidence = aalen_johansen(hours[rows], event[rows])
+        at = np.isin(times, own_times)
+        assert incidence[draw][:, at] == pytest.approx(own_incidence, abs=1e-12)
+
+
+def test_without_censoring_the_values_are_those_of_the_labels():
+    hours, event, risk, *_ = population(500, censoring=0)
+    labels = (event == 1) & (hours <= HORIZON)
+    values = metrics_at(hours, event, risk, HORIZON)
+    assert values["auroc"] == pytest.approx(roc_auc_score(labels, risk), abs=1e-12)
+    assert values["brier"] == pytest.approx(brier_score_loss(labels, risk), abs=1e-12)
+    assert values["oe"] == pytest.approx(labels.mean() / risk.mean(), abs=1e-12)
+    assert values["effective_n"] == pytest.approx(500, abs=1e-9)
+    expected = plain_calibration(labels, risk, np.ones(500))
+    assert {name: values[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+    alike = metrics_at(hours, event, risk, HORIZON, censoring=np.ones(500))
+    assert alike == pytest.approx(values, abs=1e-9)
+
+
+@pytest.mark.parametrize(("shift", "slope"), [(0, 1), (1.0, 1), (-1.0, 1), (0.3, 2), (-0.5, 0.5)])
+def test_a_population_of_known_risks(shift, slope):
+    hours, event, true, _, complete = population(40_000)
+    risk = probability(shift + slope * cloglog(true))
+    values = metrics_at(hours, event, risk, HORIZON)
+    if slope == 1:
+        assert values["intercept"] == pytest.approx(-shift, abs=0.04)
+    assert values["slope"] == pytest.approx(1 / slope, rel=0.05)
+    assert values["oe"] == pytest.approx(true.mean() / risk.mean(), rel=0.03)
+    distance = np.abs(true - risk)
+    expected = distance.mean(), *np.quantile(distance, [0.5, 0.9])
+    assert [values[name] for name in ("ici", "e50", "e90")] == pytest.approx(expected, abs=0.012)
+    uncensored = metrics_at(*complete, risk, HORIZON)
+    for name in ("auroc", "brier", "scaled_brier"):
+        assert values[name] == pytest.approx(uncensored[name], abs=0.02), name
+
+
+def test_censoring_that_depends_on_the_risk_needs_its_own_probabilities():
+    hours, event, risk, x, _ = population(40_000, effect=0.7)
+    given = np.exp(-0.02 * np.exp(0.7 * x) * np.minimum(hours, HORIZON))
+    values = metrics_at(hours, event, risk, HORIZON, censoring=given)
+    assert values["oe"] == pytest.approx(1, abs=0.03)
+    assert values["slope"] == pytest.approx(1, abs=0.1)  # cut weights have a price
+    assert values["ici"] < 0.015
+    marginal = metrics_at(hours, event, risk, HORIZON)
+    assert marginal["oe"] < 0.9
+    assert marginal["slope"] < 0.85
+
+
+def test_weights_of_a_regression_are_cut_and_their_worth_is_shown():
+    hours, event, risk, x, _ = population(300, effect=0.5)
+    given = np.exp(-0.02 * np.exp(0.5 * x) * np.minimum(hours, HORIZON))
+    has_status = (event > 0) | (hours >= HORIZON)
+    given[np.flatnonzero(has_status)[0]] = 1e-9  # alone it would be worth all others
+    weights = np.where(has_status, 1 / given, 0)
+    weights = np.minimum(weights, np.quantile(weights[has_status], 0.99))
+    labels = (event == 1) & (hours <= HORIZON)
+    values = metrics_at(hours, event, risk, HORIZON, censoring=given)
+    assert values["effective_n"] == pytest.approx(weights.sum() ** 2 / (weights**2).sum())
+    assert values["observed"] == pytest.approx(weights @ labels / weights.sum())
+    assert values["oe"] == pytest.approx(weights @ labels / (weights @ risk))
+    assert values["auroc"] == pytest.approx(roc_auc_score(labels, risk, sample_weight=weights))
+    expected = plain_calibration(labels, risk, weights)
+    assert {name: values[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_happens_after_the_horizon_changes_nothing():
+    hours, event, risk, *_ = population(200)
+    later = hours >= HORIZON
+    others = np.where(later, HORIZON, hours), np.where(later, 0, event)  # the record ends there
+    expected = metrics_at(hours, event, risk, HORIZON)
+    assert metrics_at(*others, risk, HORIZON) == pytest.approx(expected, abs=1e-12)
+
+
+def test_events_at_0_equal_risks_certain_risks_and_a_single_cause_have_values():
+    hours, event, risk, *_ = population(200)
+    hours[event == 1] *= np.arange((event == 1).sum()) > 3
+    at_zero = metrics_at(hours, event, risk, HORIZON)
+    assert at_zero["observed"] == pytest.approx(incidence_at(hours, event, HORIZON))
+    assert np.isfinite([*at_zero.values()]).all()
+    equal = metrics_at(hours, event, np.full(200, 0.137219873), HORIZON)
+    assert np.isnan(equal.pop("slope"))
+    assert equal["auroc"] == 0.5
+    assert equal["ici"] == pytest.approx(abs(equal["observed"] - 0.137219873))
+    assert np.isfinite([*equal.values()]).all()
+    risk[:20], risk[20:40] = 0, 1
+    assert np.isfinite([*metrics_at(hours, event, risk, HORIZON).values()]).all()
+    single = metrics_at(hours, np.minimum(event, 1), risk, HORIZON)
+    free = np.prod(
+        [
+            1 - np.sum((hours == t) & (event > 0)) / np.sum(hours >= t)
+            for t in np.unique(hours[(event > 0) & (hours <= HORIZON)])
+        ]
+    )
+    assert single["observed"] == pytest.approx(1 - free)  # Kaplan-Meier's
+
+
+def test_no_finite_fit_is_nan():
+    hours, event = np.full(40, 30.0), np.zeros(40)
+    hours[:10], event[:10] = 1, 1
+    risk = np.where(event == 1, 0.6, 0.2) + np.linspace(0, 0.1, 40)  # separates them
+    values = metrics_at(hours, event, risk, HORIZON)
+    assert np.isnan(values["slope"])
+    assert np.isfinite(values["intercept"])
+    assert values["auroc"] == 1
+    nobody = metrics_of_draws(hours, event * 2, risk, HORIZON, ones(hours))
+    assert [name for name, x in nobody.items() if np.isnan(x[0])] == [
+        "auroc",
+        "scaled_brier",
+        "intercept",
+        "slope",
+    ]
+
+
+def altered(index, row, value):
+    arrays = [np.array(x, dtype=float) for x in population(200)[:3]]
+    arrays[index][row] = value
+    return *arrays, HORIZON
+
+
+REFUSALS = {
+    "everyone censored": (np.full(20, 30.0), np.zeros(20), np.full(20, 0.1), HORIZON),
+    "nobody followed so long": (*population(200)[:3], 10_000.0),
+    "nine at risk": (
+        np.repeat([1.0, 30.0], [20, 9]),
+        np.repeat([1, 2], [20, 9]),
+        np.full(29, 0.1),
+        24,
+    ),
+    "no event 1 by then": (np.full(40, 30.0), np.ones(40), np.full(40, 0.1), HORIZON),
+    "event 1 nowhere": (np.r_[5.0, np.full(39, 30.0)], np.full(40, 2), np.full(40, 0.1), HORIZON),
+    "most censored": (
+        np.r_[1.0, np.full(480, 5.0), np.full(20, 30.0)],
+        np.r_[1, np.zeros(500)],
+        np.full(501, 0.1),
+        HORIZON,
+    ),
+    "horizon 0": (*population(200)[:3], 0.0),
+    "horizon NaN": (*population(200)[:3], np.nan),
+    "other lengths": (*population(200)[:2], np.full(3, 0.1), HORIZON),
+    "negative time": altered(0, 7, -1),
+    "unknown time": altered(0, 7, np.nan),
+    "no kind of event": altered(1, 7, 0.5),
+    "unknown risk": altered(2, 7, np.nan),
+    "risk above 1": altered(2, 7, 1.1),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_cannot_be_answered_is_refused_in_one_line(case):
+    with pytest.raises(ValueError, match=r"hours|event|risk|horizon") as refusal:
+        metrics_at(*REFUSALS[case])
+    assert "\n" not in str(refusal.value)
+    if case in ("negative time", "no kind of event", "risk above 1"):
+        assert "row 7" in str(refusal.value)
+
+
+def test_the_last_horizon_that_is_answered():
+    hours, event = np.repeat([1.0, 30.0], [20, 10]), np.repeat([1, 2], [20, 10])
+    check_horizon(hours, event, 30.0)
+    hours, event = np.r_[1.0, np.full(380, 5.0), np.full(20, 30.0)], np.r_[1, np.zeros(400)]
+    check_horizon(hours, event, HORIZON)  # 20 of 400 are left: a twentieth
+
+
+@pytest.mark.parametrize("value", [0.0, 1.1, np.nan])
+def test_impossible_probabilities_of_censoring_are_refused(value):
+    hours, event, risk, *_ = population(200)
+    with pytest.raises(ValueError, match="row 3"):
+        metrics_at(hours, event, risk, HORIZON, censoring=np.where(np.arange(200) == 3, value, 1))
