@@ -585,8 +585,8 @@ def build_parser(stored: Mapping[str, Any] | None = None) -> Parser:
     add_output_flags(add, required=False)
     add_event_flags(add)
     add("--context", action=Repeated, default=(), help="static 'NAME [unit]=CODE', repeatable")
-    ends = "NAME=CODE of an event whose time is written, repeatable; first the one asked about"
-    add("--event", action=Repeated, default=(), metavar="NAME=CODE", help=ends)
+    ends = "'NAME=CODE' whose time is written, repeatable; first the event asked about"
+    add("--event", action=Repeated, default=(), help=ends)
     notes = "code of notes for the context, repeatable"
     add("--notes", action=Repeated, default=(), metavar="CODE", help=notes)
     add_note_flags(add)

@@ -87,7 +87,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
     name = "srtr"
     kind = "SRTR Standard Analysis Files"
     source_flag = "data_dir"
-    options = ("organ", "landmark_days", "horizon_days", "transplant", "max_len")
+    options = ("organ", "landmark_days", "horizon_days", "transplant", "max_len", "outcome_kind")
     outcome = "Death or too sick for transplant"
     report_hours = HOURS_A_DAY
     row_noun = "registrations"

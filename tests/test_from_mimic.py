@@ -4,6 +4,7 @@ import json
 import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import dataset_format
@@ -54,6 +55,21 @@ def test_flags_reach_the_extraction_and_the_data_set_reads_series_question_and_f
     )
     assert dataset.flow.to_dict("records") == about["flow"]
     assert demographics(dataset)["sex"].tolist() == ["woman"]
+
+
+def test_the_data_set_reads_when_an_open_gap_closes_where_times_are_asked_for(tmp_path):
+    mini = Mini().admit(1).settling(1).admit(2, end=60).lab(2, 1, 20).lab(2, 4, 9)
+    mini.admit(3, end=60, death=60).lab(3, 1, 20).lab(3, 4, 18)
+    out = tmp_path / "out.csv"
+    flags = ["--cohort", "dka", "--outcome", "death"]
+    assert dataset_format.main(words(mini.write(tmp_path / "mimic"), out, *flags)) == 0
+    assert MIMICtrajectoryDataset(out).outcome_kind == "label"
+    dataset = MIMICtrajectoryDataset(out, outcome_kind="time", horizon_hours=[24])
+    assert dataset.competing_events.names == ("anion gap closed", "death", "discharge")
+    np.testing.assert_array_equal(dataset.events, [1, np.nan, 2])
+    np.testing.assert_array_equal(dataset.event_hours, [27, np.nan, 47])
+    assert dataset.question.startswith("Will the anion gap close")
+    assert not dataset.warnings
 
 
 def test_the_command_writes_files_for_their_owner_and_shows_no_bar_without_a_terminal(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from medgemma_clinical.data import analytes, duck
+from medgemma_clinical.data.dka import EVENT, EVENT_COLUMNS, EVENT_HOURS
 from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.texts import plain
 from medgemma_clinical.files import InputError
@@ -331,14 +332,14 @@ def make_cohort_rows(
     cells = cells.reindex(columns=range(len(titles))).set_axis(titles, axis="columns")
     rows = database.frame("FROM row_columns ORDER BY stay").set_index("stay")
     if not request.events:
-        rows = rows.drop(columns=["event_hours", "event"])
-    outcomes = [name for name in map(str, rows) if name.startswith(("label_", "event"))]
+        rows = rows.drop(columns=[*EVENT_COLUMNS])
+    outcomes = [x for x in map(str, rows) if x.startswith("label_") or x in EVENT_COLUMNS]
     static = make_static_features(database, request, features, rows)
     rows = rows.rename(columns={"unit": "care_unit"}).drop(columns="hours_since_admission")
     keys = ["subject_id", "hadm_id", "id", "care_unit"]
     middle = rows.drop(columns=[*keys, *outcomes])
     rows = pd.concat([rows[keys], cells, middle, static, rows[outcomes]], axis="columns")
-    flags = [name for name in (*outcomes, "static_sex_male") if name != "event_hours"]
+    flags = [name for name in (*outcomes, "static_sex_male") if name != EVENT_HOURS]
     return rows.reset_index(drop=True).astype(dict.fromkeys(flags, "Int8"))
 
 
@@ -382,8 +383,8 @@ def describe_rows(
     about_events = dict[str, Any]()
     if request.events:
         about_events["events"] = {str(k): name for k, name in enumerate(request.events, start=1)}
-        labels["event"] = {"outcome": GAP_TIMES.outcome, "question": GAP_TIMES.question}
-        definitions["event"] = GAP_TIMES.definition
+        labels[EVENT] = {"outcome": GAP_TIMES.outcome, "question": GAP_TIMES.question}
+        definitions[EVENT] = GAP_TIMES.definition
     return {
         "series": (begin.upper() if rest == rest.lower() else begin) + rest,  # pH stays
         "unit": main.unit,

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from medgemma_clinical.data import duck, events
-from medgemma_clinical.data.dka import comparable, join_names
+from medgemma_clinical.data.dka import EVENT, EVENT_HOURS, comparable, join_names
 from medgemma_clinical.data.events import SUBJECT
 from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.notes import add_notes, load_notes
@@ -213,7 +213,7 @@ def read_ends(
             problem = "comes first for no subject of --labels after a prediction time"
             logger.warning("warning: --event %s: %s", end.title, problem)
     event = seen["event"].fillna(0).astype("Int8")
-    return pd.DataFrame({"event_hours": seen["first"].fillna(last_hours), "event": event})
+    return pd.DataFrame({EVENT_HOURS: seen["first"].fillna(last_hours), EVENT: event})
 
 
 def read_parts(database: duck.Database, folder: Path, hashes: dict[str, str]) -> pd.Series:

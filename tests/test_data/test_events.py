@@ -35,6 +35,7 @@ from medgemma_clinical.files import InputError
 from table_requests import make_rows
 
 SERIES = (GAP_SERIES, GLUCOSE_SERIES)
+DEATH, LEFT = "MEDS_DEATH", "HOSPITAL_DISCHARGE//home"
 
 
 @pytest.fixture(params=["from_meds", "from_long"])
@@ -108,16 +109,23 @@ def test_what_is_written_is_read(tmp_path):
         mini.ask(subject, 30, subject % 2).measure(subject, 8, None, "DRUG//x")
         mini.measure(subject, 9, 12.5 + subject).measure(subject, 8.5, 100, GLUCOSE)
         mini.measure(subject, 9, None, "NOTE//chest", text=f"shadow {subject}")
+        mini.measure(subject, 40 + subject, None, (DEATH, LEFT)[subject % 2])
     folder = mini.write_meds(tmp_path / "meds")
     words = ["from_meds", "--meds_dir", str(folder), "--labels", str(folder / "task")]
     words += ["--series", SERIES[0], "--series", SERIES[1], "--context", "x=DRUG*"]
     words += ["--notes", "NOTE*", "--outcome", "Death", "--out", str(tmp_path / "out.csv")]
+    words += ["--event", f"Death={DEATH}", "--event", "left=HOSPITAL*"]
     assert dataset_format.main(words) == 0
     dataset = MIMICtrajectoryDataset(tmp_path / "out.csv")
     assert (dataset.features, dataset.units) == (("anion gap", "glucose"), ("mEq/L", "mg/dL"))
     assert (len(dataset), dataset.outcome) == (40, "Death")
     assert dataset.contexts[0].startswith("x. Note (")
     assert dataset.limits(0) is None, "those of another series would be wrong"
+    times = MIMICtrajectoryDataset(tmp_path / "out.csv", outcome_kind="time", horizon_hours=[24])
+    assert times.competing_events.names == ("Death", "left")
+    ends = zip(times.events, times.event_hours, strict=True)
+    assert [*ends] == [(1 + k % 2, 10 + k) for k in range(40)]
+    assert times.question == dataset.question
     description = json.loads((tmp_path / "out.json").read_text())
     assert description["rows"] == {"rows": 40, "patients": 40, "events": 20}
     assert description["arguments"]["series"] == list(SERIES)
@@ -442,9 +450,6 @@ def test_labels_that_are_no_answer_and_times_with_a_zone_are_refused(values, nam
     table.to_parquet(folder / "task" / "deep" / "0.parquet")
     with pytest.raises(InputError, match=rf"0\.parquet.*{named}"):
         meds(folder)
-
-
-DEATH, LEFT = "MEDS_DEATH", "HOSPITAL_DISCHARGE//home"
 
 
 def ends_slowly(mini, kinds):
