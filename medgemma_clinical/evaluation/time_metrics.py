@@ -44,7 +44,7 @@ def metrics_at(
         hours: (n,) time of the event or the end of follow-up.
         event: (n,) 0 censored, 1 the event that the risk is about, 2, 3, ... competing events.
         risk: (n,) probability of event 1 by the horizon.
-        horizon: above 0, in the unit of ``hours``.
+        horizon: in the unit of ``hours``.
         censoring: (n,) probability of being uncensored just before the row's time or the horizon,
             whichever is first, by a regression; by Kaplan-Meier where None.
 
@@ -86,8 +86,6 @@ def metrics_at(
 
 def check_horizon(hours: Array, event: Array, horizon: float) -> None:
     """Raise ValueError where ``metrics_at`` has no answer at the horizon, whatever the risk."""
-    if not 0 < horizon < np.inf:
-        raise ValueError(f"horizon {horizon:g} is not a positive number")
     at_risk = int((hours >= horizon).sum())
     if at_risk < MIN_AT_RISK:
         raise ValueError(

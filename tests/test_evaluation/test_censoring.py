@@ -38,6 +38,8 @@ def test_the_probability_of_constant_hazards_is_recovered(step):
             hours, event == reason, inputs, HORIZON, np.arange(len(hours)), seed=0
         )
         assert ((survival > 0) & (survival <= 1)).all()
+        before_any = hours <= hours[event == reason].min()
+        assert (survival[before_any] == 1).all()
         assert np.abs(survival - true[reason]).mean() < 0.02
         marginal = uncensored_probability(hours, np.where(event == reason, 0, 1), HORIZON)
         assert np.abs(marginal - true[reason]).mean() > 0.03
