@@ -44,6 +44,7 @@ from medgemma_clinical.commands.command_line import (
     Repeated,
     names,
     number,
+    parse_hours,
     run_command,
 )
 from medgemma_clinical.data import (
@@ -559,7 +560,7 @@ def build_parser(stored: Mapping[str, Any] | None = None) -> Parser:
     kinds = "a label or times to events (default: a label where its column stands)"
     add("--outcome_kind", choices=("label", "time"), help=kinds)
     wanted = "hours at which risks are wanted; of times"
-    add("--horizon_hours", type=hours, metavar="HOURS,HOURS", help=wanted)
+    add("--horizon_hours", type=parse_hours, metavar="HOURS,HOURS", help=wanted)
     add("--allow_duplicates", action="store_true", help="allow equal rows across the split")
     for name, text in dka.NAMING.items():
         add(f"--{name}", help=text)
@@ -660,11 +661,6 @@ def outcome(text: str) -> tuple[str, ...]:
         allowed = f"{ESCALATED}, or some of {', '.join(OUTCOMES)}"
         raise argparse.ArgumentTypeError(f"{text!r} must be {allowed}")
     return components
-
-
-def hours(text: str) -> list[float]:
-    """Split a comma-separated list of hours."""
-    return [HOURS(word) for word in text.split(",")]
 
 
 def name_tuple(text: str) -> tuple[str, ...]:

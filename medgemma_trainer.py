@@ -205,11 +205,11 @@ def build_parser() -> Parser:
     add("--data_path", "path to DKA CSV", "predict free -keyword", type=Path, default=path)
     add("--data_dir", "path to SRTR data directory", "predict free -keyword", type=Path)
     add("--landmark_days", "SRTR: prediction time after listing; 365, liver 90", type=WHOLE)
-    options = {"type": flags.parse_days, "metavar": "DAYS,DAYS"}
+    options = {"type": command_line.parse_days, "metavar": "DAYS,DAYS"}
     add("--horizon_days", "SRTR: days looked ahead; 365, liver 90", **options)
     options = {"choices": ("label", "time")}
     add("--outcome_kind", "a label, or time to events; label where there is one", **options)
-    options = {"type": flags.parse_hours, "metavar": "HOURS,HOURS"}
+    options = {"type": command_line.parse_hours, "metavar": "HOURS,HOURS"}
     add("--horizon_hours", "DKA: with times, risks by these hours", **options)
     labels = ("negative", "exclude")
     add("--transplant", "SRTR: label 0, or row left out", choices=labels, default="negative")

@@ -27,7 +27,7 @@ from medgemma_clinical.commands.command_line import (
     SHOW_VALUES,
     VERSION,
     Parser,
-    names,
+    parse_days,
     run_command,
 )
 from medgemma_clinical.commands.logs import command_logging
@@ -343,17 +343,12 @@ def build_parser() -> Parser:
     add("--organ", choices=tuple(ORGANS), default="kidney")
     add("--landmark_days", type=int, help="days after listing; 365 kidney, 90 liver")
     horizons = "days looked ahead; 365 kidney, 90 liver; of times several"
-    add("--horizon_days", type=days, metavar="DAYS,DAYS", help=horizons)
+    add("--horizon_days", type=parse_days, metavar="DAYS,DAYS", help=horizons)
     add("--transplant", choices=waiting_list.TRANSPLANT_CHOICES, default="negative")
     kinds = "death or too sick by the horizon, or when each wait ends and why"
     add("--outcome_kind", choices=OUTCOME_KINDS, default="label", help=kinds)
     add("--show_values", action="store_true", help=SHOW_VALUES)
     return parser
-
-
-def days(text: str) -> list[int]:
-    """Read whole numbers of days separated by commas; used as an argparse type."""
-    return [int(word) for word in names(text)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from conftest import whole_reports
-from medgemma_clinical.commands import flags
+from medgemma_clinical.commands import command_line
 from medgemma_clinical.data.competing_events import CompetingEvents
 from medgemma_clinical.evaluation.time_metrics import metrics_at
 from medgemma_trainer import TrajectoryModel, fit_trajectory, main
@@ -129,13 +129,13 @@ def test_what_times_do_not_have_is_refused_in_one_line(times, tmp_path, capsys, 
 
 @pytest.mark.parametrize("text", ["24,x", "72,24", "0,24", "24,24", "24,inf", ""])
 def test_horizons_that_do_not_rise_are_no_horizons(text):
-    for parse in (flags.parse_hours, flags.parse_days):
+    for parse in (command_line.parse_hours, command_line.parse_days):
         with pytest.raises(argparse.ArgumentTypeError):
             parse(text)
     with pytest.raises(argparse.ArgumentTypeError):
-        flags.parse_days("1.5")
-    assert (flags.parse_days("365"), flags.parse_days("90,365")) == (365, [90, 365])
-    assert flags.parse_hours("24,72.5") == [24.0, 72.5]
+        command_line.parse_days("1.5")
+    assert (command_line.parse_days("365"), command_line.parse_days("90,365")) == (365, [90, 365])
+    assert command_line.parse_hours("24,72.5") == [24.0, 72.5]
 
 
 def test_weights_by_the_inputs_are_an_option(times, tmp_path):

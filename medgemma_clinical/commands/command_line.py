@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import math
 import os
@@ -131,6 +132,23 @@ class Repeated(argparse.Action):
         collected = () if collected is self.default else collected
         values = values if isinstance(values, list) else [values]
         setattr(namespace, self.dest, (*collected, *values))
+
+
+def parse_hours(text: str) -> list[float]:
+    """Read rising numbers above 0 with commas; used as an argparse type."""
+    with contextlib.suppress(ValueError):
+        numbers = [float(number) for number in text.split(",")]
+        if numbers[0] > 0 and numbers[-1] < math.inf and numbers == sorted({*numbers}):
+            return numbers
+    raise argparse.ArgumentTypeError(f"{text!r}: give rising numbers above 0, such as 24,72")
+
+
+def parse_days(text: str) -> int | list[int]:
+    """Read rising whole numbers above 0, several with commas; used as an argparse type."""
+    days = [int(day) for day in parse_hours(text) if day.is_integer()]
+    if len(days) != text.count(",") + 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give whole days, such as 90,365")
+    return days if len(days) > 1 else days[0]
 
 
 def run_command(action: Callable[[], int], *, show_values: bool = False) -> int:
