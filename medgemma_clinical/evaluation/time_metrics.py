@@ -22,7 +22,7 @@ MAX_WEIGHT = 0.99
 NEIGHBOURS, NEIGHBOUR_SHARE = 50, 0.05
 """Rows on either side, and at least this share of all, that the calibration error averages."""
 
-MAX_STEPS, MAX_STEP = 100, 1.0
+MAX_STEPS, MAX_STEP, NEAR = 100, 1.0, 0.3
 
 MAX_CLOGLOG = 6.0
 """Beyond it 1 - exp(-exp(x)) is 1 in float64."""
@@ -274,11 +274,10 @@ def fit_cloglog(
 ) -> Array:
     """Fit 1 - exp(-exp(offset + coefficients @ columns)) to outcomes (R, n) by least squares.
 
-    ``columns`` (p, n) are at about unit scale. Returns the coefficients (R, p) by Gauss and
-    Newton's method, NaN where no finite fit exists.
+    ``columns`` (p, n) are at about unit scale. Returns the coefficients (R, p) by Gauss-Newton
+    steps, near the end by Newton steps; NaN where no finite fit exists.
     """
-    size = len(columns)
-    pairs = (columns[:, None] * columns).reshape(size**2, -1).T  # (n, p * p)
+    pairs = (columns[:, None] * columns).reshape(-1, columns.shape[1]).T  # (n, p * p)
     fitted = np.tile(np.asarray(start, dtype=np.float64), (len(weights), 1))
     active = np.arange(len(weights))
     for _ in range(MAX_STEPS):
@@ -287,17 +286,31 @@ def fit_cloglog(
         change = exponential * np.exp(-exponential)  # the derivative
         weighted = weights[active] * change
         score = (weighted * residual) @ columns.T
-        curvature = ((weighted * change) @ pairs).reshape(-1, size, size)
-        singular = ~(np.abs(np.linalg.det(curvature)) > 0)  # NaN too
-        curvature[singular] = np.eye(size)
-        steps = np.linalg.solve(curvature, score[:, :, None])[:, :, 0]
-        steps[singular] = np.nan
+        curvature = (weighted * change) @ pairs
+        steps = _solve(curvature, score)
+        # The residuals' own curvature saves most steps, but leads astray far from the minimum.
+        curvature -= (weighted * residual * (1 - exponential)) @ pairs
+        near = np.flatnonzero((np.abs(steps) < NEAR).all(axis=1))
+        squares = curvature[near].reshape(len(near), *2 * [len(columns)])
+        near = near[(np.linalg.eigvalsh(squares) > 0).all(axis=1)]
+        steps[near] = _solve(curvature[near], score[near])
         fitted[active] += steps.clip(-MAX_STEP, MAX_STEP)
         active = active[(np.abs(steps) > PRECISION).any(axis=1)]  # NaN is false and stays NaN
         if not len(active):
             break
     fitted[active] = np.nan
     return fitted
+
+
+def _solve(curvature: Array, score: Array) -> Array:
+    """Return steps (R, p) from curvatures (R, p * p) and scores (R, p); NaN where singular."""
+    size = score.shape[1]
+    matrices = curvature.reshape(-1, size, size).copy()
+    singular = ~(np.abs(np.linalg.det(matrices)) > 0)  # NaN too
+    matrices[singular] = np.eye(size)
+    steps = np.linalg.solve(matrices, score[:, :, None])[:, :, 0].astype(np.float64)
+    steps[singular] = np.nan
+    return steps
 
 
 def _calibration_error(

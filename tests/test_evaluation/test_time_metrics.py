@@ -10,6 +10,7 @@ from medgemma_clinical.evaluation.time_metrics import (
     _calibration_error,
     aalen_johansen,
     check_horizon,
+    fit_cloglog,
     metrics_at,
     metrics_of_draws,
     uncensored_probability,
@@ -265,6 +266,31 @@ def test_events_at_0_equal_risks_certain_risks_and_a_single_cause_have_values():
         ]
     )
     assert single["observed"] == pytest.approx(1 - free)  # Kaplan-Meier's
+
+
+@pytest.mark.parametrize("shift", [-1.5, 0.0, 1.5])
+def test_a_fit_is_found_where_scipy_finds_one(shift):
+    hours, event, risk, *_ = population(60, seed=60, effect=0.5)
+    scaled = shift + 0.5 * cloglog(risk)  # risks that are far off, and few events
+    outcome = np.tile(pseudo_values(hours, event, HORIZON), (100, 1))
+    weights = np.random.default_rng(0).multinomial(60, np.full(60, 1 / 60), 100).astype(float)
+    z = (scaled - scaled.mean()) / scaled.std()
+    start = [scaled.mean(), scaled.std()]
+    fitted = fit_cloglog(outcome, np.stack([np.ones(60), z]), weights, start)
+    defined = 0
+    for weight, parameters in zip(weights, fitted, strict=True):
+        root = np.sqrt(weight)
+        expected = least_squares(
+            lambda p, root=root: root * (outcome[0] - probability((p[0] + p[1] * z).clip(max=6))),
+            start,
+            xtol=1e-14,
+            ftol=1e-14,
+            gtol=1e-14,
+        )
+        if np.abs(expected.x).max() < 8:  # beyond it the classes are about separated
+            defined += 1
+            assert parameters == pytest.approx(expected.x, rel=1e-4, abs=1e-4)
+    assert defined > 75
 
 
 def test_no_finite_fit_is_nan():
