@@ -1,6 +1,5 @@
 """The SRTR data set: cohorts of whole folders, texts, scoring, no leaks, and the command."""
 
-import contextlib
 import json
 import logging
 import re
@@ -181,25 +180,28 @@ def test_the_labels_options_are_as_they_were(tmp_path):
     assert dataset.targets() is dataset.labels
 
 
-OF_TIMES = ("--outcome_kind", "time")
-
-
 @pytest.mark.parametrize(
-    ("words", "named"),
+    ("flags", "named"),
     [
-        (["--horizon_days", "90,365"], "--horizon_days 90,365: "),
-        (["--horizon_days", "365,90", *OF_TIMES], "--horizon_days 365,90: "),
-        (["--horizon_days", "90,90", *OF_TIMES], "--horizon_days 90,90: "),
-        (["--horizon_days", "0,90", *OF_TIMES], "--horizon_days 0: "),
-        (["--horizon_days", "9,x", *OF_TIMES], "argument --horizon_days: "),
-        (["--transplant", "exclude", *OF_TIMES], "--transplant exclude: "),
+        ({"horizon_days": (90, 365)}, "--horizon_days 90,365: "),
+        ({"horizon_days": (365, 90), **KIND}, "--horizon_days 365,90: "),
+        ({"horizon_days": (90, 90), **KIND}, "--horizon_days 90,90: "),
+        ({"horizon_days": (), **KIND}, "--horizon_days : "),
+        ({"horizon_days": (0, 90), **KIND}, "--horizon_days 0: "),
+        ({"transplant": "exclude", **KIND}, "--transplant exclude: "),
+        ({"outcome_kind": "when"}, "--outcome_kind when: "),
     ],
 )
-def test_horizons_and_choices_that_do_not_go_together_are_refused(words, named, capsys):
-    with contextlib.suppress(SystemExit):
-        assert srtr_dataset.main(["check", "--data_dir", str(SYNTHETIC), *words]) == 2
+def test_horizons_and_choices_that_do_not_go_together_are_refused(flags, named):
+    with pytest.raises(InputError, match=f"^{re.escape(named)}[^\n]*$"):
+        SRTRTrajectoryDataset(SYNTHETIC, "liver", **flags)
+
+
+def test_the_command_refuses_several_horizons_of_a_label(capsys):
+    words = ["check", "--data_dir", str(SYNTHETIC), "--horizon_days", "90,365"]
+    assert srtr_dataset.main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: {named}")
+    assert line.startswith("error: --horizon_days 90,365: ")
 
 
 def score(dataset, folder, **other):
