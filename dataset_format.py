@@ -61,7 +61,7 @@ from medgemma_clinical.data import (
 )
 from medgemma_clinical.data.analytes import GAP_ITEM
 from medgemma_clinical.data.cohort import COHORTS, DISCHARGED, ESCALATED, GAPS, OUTCOMES
-from medgemma_clinical.data.competing_events import CompetingEvents
+from medgemma_clinical.data.competing_events import OUTCOME_KINDS, CompetingEvents
 from medgemma_clinical.data.dka import LABEL, Description, read_description
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.overlap import describe_copies
@@ -558,7 +558,7 @@ def build_parser(stored: Mapping[str, Any] | None = None) -> Parser:
     add("--max_len", type=int, help="most recent observations kept of a row")
     add("--label_column", default=LABEL, metavar="NAME", help="column of 0 and 1 to learn")
     kinds = "a label or times to events (default: a label where its column stands)"
-    add("--outcome_kind", choices=("label", "time"), help=kinds)
+    add("--outcome_kind", choices=OUTCOME_KINDS, help=kinds)
     wanted = "hours at which risks are wanted; of times"
     add("--horizon_hours", type=parse_hours, metavar="HOURS,HOURS", help=wanted)
     add("--allow_duplicates", action="store_true", help="allow equal rows across the split")

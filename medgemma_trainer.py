@@ -82,6 +82,7 @@ from medgemma_clinical.commands.python import (
     fit_generative,
     fit_trajectory,
 )
+from medgemma_clinical.data.competing_events import OUTCOME_KINDS
 from medgemma_clinical.data.dka import LABEL, NAMING
 from medgemma_clinical.data.summaries import summary_names
 from medgemma_clinical.data.texts import SERIES_TEXT
@@ -207,8 +208,10 @@ def build_parser() -> Parser:
     add("--landmark_days", "SRTR: prediction time after listing; 365, liver 90", type=WHOLE)
     options = {"type": command_line.parse_days, "metavar": "DAYS,DAYS"}
     add("--horizon_days", "SRTR: days looked ahead; 365, liver 90", **options)
-    options = {"choices": ("label", "time")}
+    options = {"choices": OUTCOME_KINDS}
     add("--outcome_kind", "a label, or time to events; label where there is one", **options)
+    removals = ("apart", "together")
+    add("--removals", "SRTR times: improved apart from other removals", choices=removals)
     options = {"type": command_line.parse_hours, "metavar": "HOURS,HOURS"}
     add("--horizon_hours", "DKA: with times, risks by these hours", **options)
     labels = ("negative", "exclude")

@@ -69,6 +69,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
             event) or ``exclude`` (left out).
         outcome_kind: ``label``; or ``time``: what ends each registration, one of ``END_NAMES`` with
             the transplant as an intervention, and when; the end of follow-up is censored.
+        removals: of times, whether removal as improved is an event ``apart`` from other removals.
         dialysis: where dialysis is read, ``history.FLAGS`` or another of these; None decides by the
             whole history table. A checkpoint keeps the training data's in ``read_options``.
         require_labels: leave out registrations whose label is unknown, and refuse folders with too
@@ -88,6 +89,8 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
     kind = "SRTR Standard Analysis Files"
     source_flag = "data_dir"
     options = ("organ", "landmark_days", "horizon_days", "transplant", "max_len", "outcome_kind")
+    options += ("removals",)
+    merging = "--removals together"
     outcome = "Death or too sick for transplant"
     report_hours = HOURS_A_DAY
     row_noun = "registrations"
@@ -105,6 +108,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         max_len: int | None = None,
         transplant: str = "negative",
         outcome_kind: str = "label",
+        removals: str = "apart",
         dialysis: str | None = None,
         require_labels: bool | None = True,
     ) -> None:
@@ -113,7 +117,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         landmark = days if landmark_days is None else landmark_days
         horizon = days if horizon_days is None else horizon_days
         self.definition = waiting_list.CohortDefinition(
-            organ, landmark, horizon, transplant, outcome_kind
+            organ, landmark, horizon, transplant, outcome_kind, removals
         )
         horizons = self.definition.horizons
         max_len = MAX_LEN if max_len is None else max_len
@@ -134,7 +138,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
             hours = tuple(days * HOURS_A_DAY for days in horizons)
             interventions = (waiting_list.TRANSPLANT_END,)
             self.competing_events = CompetingEvents(
-                waiting_list.END_NAMES, hours, interventions, unit="d"
+                self.definition.end_names, hours, interventions, unit="d"
             )
         dialysis = self._read(Path(data_dir), max_len, dialysis, require_labels)
         self.read_options = {
@@ -147,6 +151,7 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         }
         if self.definition.of_times:
             self.read_options |= {"horizon_days": [*horizons], "outcome_kind": outcome_kind}
+            self.read_options["removals"] = removals
 
     # ------------------------------------------------------------------ reading
 
@@ -347,6 +352,8 @@ def build_parser() -> Parser:
     add("--transplant", choices=waiting_list.TRANSPLANT_CHOICES, default="negative")
     kinds = "death or too sick by the horizon, or when each wait ends and why"
     add("--outcome_kind", choices=OUTCOME_KINDS, default="label", help=kinds)
+    removals = "of times: improved and other removals are two events, or one"
+    add("--removals", choices=waiting_list.REMOVALS, default="apart", help=removals)
     add("--show_values", action="store_true", help=SHOW_VALUES)
     return parser
 

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 import srtr_dataset
+from medgemma_clinical.data import checks
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.evaluation.demographics import demographics
@@ -151,6 +152,16 @@ def test_times_are_those_of_everyone_at_the_landmark_and_agree_with_the_labels(o
     assert {px: found[px] for px in wanted} == wanted
 
 
+def test_removals_may_be_one_event(synthetic):
+    apart = SRTRTrajectoryDataset(SYNTHETIC, "kidney", **KIND)
+    together = SRTRTrajectoryDataset(SYNTHETIC, "kidney", **KIND, removals="together")
+    np.testing.assert_array_equal(together.events, np.minimum(apart.events, 3))
+    assert together.competing_events.names == (*apart.competing_events.names[:2], "removal")
+    assert together.read_options == {**apart.read_options, "removals": "together"}
+    with pytest.raises(InputError, match=r"fewer than 10 patients .*--removals together"):
+        checks.check_events(apart, np.arange(5))
+
+
 def test_what_is_read_of_times_is_plain_and_reads_other_folders_the_same_way(tmp_path):
     dataset = SRTRTrajectoryDataset(write_folder(tmp_path / "a", *filler()), "liver", **TIMES)
     assert dataset.outcome_kind == "time"
@@ -190,6 +201,7 @@ def test_the_labels_options_are_as_they_were(tmp_path):
         ({"horizon_days": (0, 90), **KIND}, "--horizon_days 0: "),
         ({"transplant": "exclude", **KIND}, "--transplant exclude: "),
         ({"outcome_kind": "when"}, "--outcome_kind when: "),
+        ({"removals": "together"}, "--removals together: "),
     ],
 )
 def test_horizons_and_choices_that_do_not_go_together_are_refused(flags, named):

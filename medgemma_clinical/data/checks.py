@@ -226,8 +226,7 @@ def check_events(dataset: TrajectoryDataset, train: NDArray[np.int64]) -> None:
         if patients < MIN_EVENT_PATIENTS:
             raise InputError(
                 f"{dataset.source}: fewer than {MIN_EVENT_PATIENTS} patients of the training part "
-                f"have event {event}, {name}: merge it with another event, whose number its rows "
-                "get in the column event; the numbers stay 1, 2, ..."
+                f"have event {event}, {name}: merge it: {dataset.merging}"
             )
 
 

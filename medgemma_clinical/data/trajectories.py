@@ -79,6 +79,8 @@ class TrajectoryDataset:
     source_flag: ClassVar[str]  # the trainer's flag for the path of the data, without dashes
     options: ClassVar[tuple[str, ...]] = ()  # flags that the constructor takes as keywords
     row_noun: ClassVar[str] = "stays"  # a clinician's word for rows, where patients have several
+    merging: ClassVar[str] = "give it the number of another event in the column event"
+    """What to do where too few rows have one of the competing events."""
     report_hours: ClassVar[float] = 1.0  # hours that are one unit of time in reports
 
     row_columns: ClassVar[tuple[str, ...]] = (

@@ -47,6 +47,8 @@ NO_ROW = "no history row by the landmark"
 
 END_NAMES = ("death or too sick", "transplant", "improved", "other removal")
 """What ends a registration, events 1 to 4; a transplant is an intervention."""
+REMOVALS = ("apart", "together")
+"""Whether events 3 and 4 are one: few registrations end as improved."""
 ADVERSE_END, TRANSPLANT_END, IMPROVED_END, OTHER_END = range(1, len(END_NAMES) + 1)
 
 AGE, SEX = "static_age [years]", "static_sex_male"
@@ -63,6 +65,7 @@ class CohortDefinition:
     horizon: int | Sequence[int]  # days that it looks ahead; of times perhaps several, rising
     transplant: str  # within the horizon: ``negative`` (label 0, a competing event) or ``exclude``
     outcome_kind: str = "label"  # ``label``, or ``time`` of each registration's end
+    removals: str = "apart"  # of ``REMOVALS``
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -70,6 +73,7 @@ class CohortDefinition:
             ("organ", self.organ_name, tuple(ORGANS)),
             ("transplant", self.transplant, TRANSPLANT_CHOICES),
             ("outcome_kind", self.outcome_kind, OUTCOME_KINDS),
+            ("removals", self.removals, REMOVALS),
         ):
             if value not in choices:
                 raise InputError(f"--{name} {value}: must be one of {', '.join(choices)}")
@@ -84,11 +88,18 @@ class CohortDefinition:
             raise InputError(f"{text}: several need --outcome_kind time, a label has one")
         if self.of_times and self.transplant == "exclude":
             raise InputError("--transplant exclude: belongs to --outcome_kind label: leave it out")
+        if not self.of_times and self.removals == "together":
+            raise InputError("--removals together: belongs to --outcome_kind time: leave it out")
 
     @property
     def horizons(self) -> tuple[int, ...]:
         """All days at which risks are asked for."""
         return (self.horizon,) if isinstance(self.horizon, int) else tuple(self.horizon)
+
+    @property
+    def end_names(self) -> tuple[str, ...]:
+        """Names of the events 1, 2, ... that end a registration."""
+        return END_NAMES if self.removals == "apart" else (*END_NAMES[:2], "removal")
 
     @property
     def of_times(self) -> bool:
@@ -160,7 +171,8 @@ def apply_criteria(cand: pd.DataFrame, definition: CohortDefinition) -> pd.DataF
     table = pd.DataFrame({"reason": reasons, "label": label}, index=cand.index)
     if not definition.of_times:
         return table
-    return table.assign(event=event.astype(float), event_days=days - definition.landmark)
+    event = event.clip(upper=len(definition.end_names)).astype(float)
+    return table.assign(event=event, event_days=days - definition.landmark)
 
 
 def _ends(cand: pd.DataFrame) -> pd.DataFrame:
