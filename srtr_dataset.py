@@ -88,8 +88,10 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
     name = "srtr"
     kind = "SRTR Standard Analysis Files"
     source_flag = "data_dir"
-    options = ("organ", "landmark_days", "horizon_days", "transplant", "max_len", "outcome_kind")
-    options += ("removals",)
+    options = (
+        *("organ", "landmark_days", "horizon_days", "transplant", "max_len", "outcome_kind"),
+        "removals",
+    )
     merging = "--removals together"
     outcome = "Death or too sick for transplant"
     report_hours = HOURS_A_DAY
