@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import joblib
 import numpy as np
@@ -224,7 +224,7 @@ def evaluate_folds(
     decided, table = decide(table, rules, fold_of_row, options)
     threshold = decided["decision"]["threshold"]
     metrics = outcome.evaluate(table, args.seed, threshold, split=fold_of_row, primary=args.primary)
-    decided["best_model"] = outcome.recommend(table, name, [*decided["models"]])
+    decided |= cast(Config, outcome.recommend(table, name, [*decided["models"]]))
     contents = [read_json(path / run_folder.METRICS) for path in folders]
     weights = [content["residual_weight"] for content in contents if "residual_weight" in content]
     if len(weights) == len(folders):

@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -107,13 +107,14 @@ def write_results(
         **decided,
         "metrics": metrics_content(stage, progress, decided, metrics, reports, args.calibrate),
         "models": {name: asdict(rule) for name, rule in rules.items()},
-        "best_model": outcome.recommend(tables["val"], STAGE_NAMES[stage.name], [*rules]),
+        **cast(Config, outcome.recommend(tables["val"], STAGE_NAMES[stage.name], [*rules])),
         **({"baseline_inputs": baselines.inputs} if baselines else {}),
     }
     choice = decision.describe_threshold(args.threshold, "the validation part")
     beginning = at_threshold(predictions[last].rule.threshold, choice)
     log_results(metrics, outcome, beginning, reports, data.dataset.noun)
-    logger.info("recommended (--use best): %s", describe_recommended(config))
+    if "best_model" in config:
+        logger.info("recommended (--use best): %s", describe_recommended(config))
     if folder:
         if baselines:
             config["baselines_sha256"] = baselines.sha256
@@ -364,7 +365,7 @@ def run_content(
             "Limits": MODEL_LIMITS,
             "Parameters": f"{learned:,} trained of {sum(p.numel() for p in parameters):,}",
             "Epochs": epochs,
-            "Baselines": describe_tuning([tuned]),
+            **({} if tuned is None else {"Baselines": describe_tuning([tuned])}),
             **({} if hides_metrics else {"Validation AUROC": auroc}),
             "Seed": str(args.seed),
             "Licence": licence(config),

@@ -116,12 +116,13 @@ class LabelOutcome:
         positive = rule.positive(risk).astype(np.int64)
         return {"probability": risk, "prediction": pd.array(positive, dtype="Int64")}
 
-    def recommend(self, table: pd.DataFrame, stage: str, names: Sequence[str]) -> str:
-        """Return the model of ``--use best``, by predictions of held-out rows."""
+    def recommend(self, table: pd.DataFrame, stage: str, names: Sequence[str]) -> dict[str, str]:
+        """Return ``best_model``, that of ``--use best``, by predictions of held-out rows."""
         names = [name for name in table.columns if name in (stage, *names)]
         risks = {name: table[name].to_numpy(float) for name in names}
         labels, patients = table["label"].to_numpy(float), table["patient"].to_numpy(str)
-        return decision.recommended_model(labels, risks, patients, [ENSEMBLE, stage])
+        best = decision.recommended_model(labels, risks, patients, [ENSEMBLE, stage])
+        return {"best_model": best}
 
 
 @dataclass(frozen=True)
@@ -215,9 +216,9 @@ class TimeOutcome:
         assert hazards is not None
         return {"probability": risk, **self._risks(hazards)}
 
-    def recommend(self, table: pd.DataFrame, stage: str, names: Sequence[str]) -> str:
-        """Return the model of ``--use best``: there is no other yet."""
-        return stage
+    def recommend(self, table: pd.DataFrame, stage: str, names: Sequence[str]) -> dict[str, str]:
+        """Return nothing: there is no other model yet."""
+        return {}
 
 
 Outcome = LabelOutcome | TimeOutcome
