@@ -1,6 +1,6 @@
 """Discrete-time hazards of events that compete: their loss, and the risks at each horizon.
 
-Letters: B patients, N members, C causes (the events), K intervals, Q = C * K, R risks.
+Letters: B patients, N members, C causes (the events), K intervals, Q = C * (K + 1), R risks.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ class Watched(NamedTuple):
 
 @dataclass(frozen=True)
 class Hazards:
-    """Cause-specific hazards, logistic in each of K intervals; Q logits describe a row.
+    """Cause-specific hazards, logistic in each of K intervals; Q outputs describe a row.
 
-    A logit z gives the chance sigmoid(z) that a cause ends an interval that nothing else ends; the
+    Of each cause K outputs are of an interval each, and one is added to all of them: few rows with
+    a high hazard reach the late intervals, which learn from the early ones by it. A sum z gives the chance sigmoid(z) that a cause ends an interval that nothing else ends; the
     cumulative hazard softplus(z) grows evenly within it.
 
     Source: Tutz and Schmid 2016, "Modeling Discrete Time-to-Event Data", chapter 8; Kvamme and
@@ -85,16 +86,17 @@ class Hazards:
     @property
     def width(self) -> int:
         """Q."""
-        return len(self.events.names) * len(self.cuts)
+        return len(self.events.names) * (len(self.cuts) + 1)
 
     @cached_property
     def places(self) -> list[int]:
         """Positions of the horizons among the cut points."""
         return [self.cuts.index(horizon) for horizon in self.events.horizons]
 
-    def cumulative(self, logits: Tensor) -> Tensor:
-        """Return the cumulative hazard (..., C, K) of each interval for logits (..., Q)."""
-        return functional.softplus(logits.unflatten(-1, (-1, len(self.cuts))))
+    def cumulative(self, outputs: Tensor) -> Tensor:
+        """Return the cumulative hazard (..., C, K) of each interval for outputs (..., Q)."""
+        outputs = outputs.unflatten(-1, (-1, len(self.cuts) + 1))
+        return functional.softplus(outputs[..., :-1] + outputs[..., -1:])
 
     def watched(self, targets: Tensor) -> Watched:
         """Return how rows with ``TARGETS`` (B, 3) were watched."""
@@ -108,32 +110,34 @@ class Hazards:
         is_event = ended[:, None] & (event == causes)[:, :, None]
         return Watched(exposure.clamp(min=0), (ends - entered) / (ends - begins), is_event)
 
-    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the negative log-likelihood (N, C), sums over B, of logits (N, B, Q)."""
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the negative log-likelihood (N, C), sums over B, of outputs (N, B, Q)."""
         watched = self.watched(targets)
-        hazard = self.cumulative(logits)  # (N, B, C, K)
+        hazard = self.cumulative(outputs)  # (N, B, C, K)
         chance = -torch.expm1(-(watched.remaining[:, None] * hazard).clamp(min=SMALLEST))
         survived = watched.exposure[:, None] * hazard
         return torch.where(watched.is_event, -chance.log(), survived).sum(dim=(1, 3))
 
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss (N,) of logits (N, B, Q), each cause relative to its null model."""
-        losses = self.losses(logits, targets)
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss (N,) of outputs (N, B, Q), each cause relative to its null model."""
+        losses = self.losses(outputs, targets)
         return (losses / losses.new_tensor(self.null)).sum(dim=1)
 
     def start(self, targets: Array) -> Array:
-        """Return the logits (Q,) that are the same for everyone and fit ``TARGETS`` (n, 3)."""
+        """Return the outputs (Q,) that are the same for everyone and fit ``TARGETS`` (n, 3)."""
         watched = self.watched(torch.from_numpy(targets))
         events = watched.is_event.sum(dim=0)  # (C, K)
         without = (watched.exposure[:, None] * ~watched.is_event).sum(dim=0)
-        logits: Array = torch.log((events + 0.5) / (without + 0.5)).flatten().numpy()
-        return logits
+        logits = torch.log((events + 0.5) / (without + 0.5))
+        outputs: Array = functional.pad(logits, (0, 1)).flatten().numpy()
+        return outputs
 
-    def shift(self, logits: Array, targets: Array) -> Array:
-        """Return what makes the logits (n, Q) of each cause fit ``TARGETS`` on average, (Q,)."""
+    def shift(self, outputs: Array, targets: Array) -> Array:
+        """Return what makes the outputs (n, Q) of each cause fit ``TARGETS`` on average, (Q,)."""
         exposure, _, is_event = (x.numpy() for x in self.watched(torch.from_numpy(targets)))
         at_risk = np.where(is_event, 1, exposure[:, None])  # (n, C, K)
-        z = logits.reshape(at_risk.shape)
+        cumulative = self.cumulative(torch.from_numpy(outputs)).clamp(min=SMALLEST).numpy()
+        z = cumulative + np.log(-np.expm1(-cumulative))  # the inverse of softplus
 
         def excess(shift: float, cause: int) -> float:
             """Return the expected minus the observed events of a cause."""
@@ -142,23 +146,23 @@ class Hazards:
 
         causes = range(len(self.events.names))
         shifts = [brentq(excess, -MAX_SHIFT, MAX_SHIFT, (cause,)) for cause in causes]
-        return np.repeat(shifts, len(self.cuts))
+        return np.kron(shifts, np.eye(1, len(self.cuts) + 1, len(self.cuts))[0])
 
-    def incidence(self, logits: Tensor, without: tuple[int, ...] = ()) -> Tensor:
-        """Return the cumulative incidence (..., C, K) at the cut points for logits (..., Q).
+    def incidence(self, outputs: Tensor, without: tuple[int, ...] = ()) -> Tensor:
+        """Return the cumulative incidence (..., C, K) at the cut points for outputs (..., Q).
 
         ``without`` names events that are taken not to happen.
         """
-        hazard = self.cumulative(logits)
+        hazard = self.cumulative(outputs)
         happens = [float(event not in without) for event in range(1, hazard.shape[-2] + 1)]
         hazard = hazard * hazard.new_tensor(happens)[:, None]
         total = hazard.sum(dim=-2, keepdim=True).clamp(min=SMALLEST)
         before = torch.exp(total - total.cumsum(dim=-1))  # free of events at the begin of each
         return (before * hazard * -torch.expm1(-total) / total).cumsum(dim=-1)
 
-    def risks(self, logits: Tensor) -> Tensor:
+    def risks(self, outputs: Tensor) -> Tensor:
         """Return the risks of event 1 (..., R), in the order of ``risk_names``."""
-        risks = [self.incidence(logits)[..., 0, self.places]]
+        risks = [self.incidence(outputs)[..., 0, self.places]]
         if self.events.interventions:
-            risks.append(self.incidence(logits, self.events.interventions)[..., 0, self.places])
+            risks.append(self.incidence(outputs, self.events.interventions)[..., 0, self.places])
         return torch.cat(risks, dim=-1)

@@ -148,7 +148,7 @@ class TimeOutcome:
         return {"events": self.hazards.config}
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss (N,), a sum over B, of logits (N, B, Q) and ``TARGETS`` (B, 3)."""
+        """Return the loss (N,), a sum over B, of outputs (N, B, Q) and ``TARGETS`` (B, 3)."""
         return self.hazards.loss(logits, targets)
 
     def start(self, targets: Array) -> Array:

@@ -33,7 +33,8 @@ def slow_losses(grid, logits, targets):
         for cause in range(len(losses)):
             begin = 0.0
             for k, end in enumerate(grid.cuts):
-                hazard = math.log1p(math.exp(row[cause * len(grid.cuts) + k]))
+                place = cause * (len(grid.cuts) + 1)
+                hazard = math.log1p(math.exp(row[place + k] + row[place + len(grid.cuts)]))
                 entered, width = max(begin, entry), end - begin
                 ends_here = hours <= end and (hours > begin or k == 0)
                 if event == cause + 1 and ends_here:
@@ -54,7 +55,7 @@ ROWS = torch.tensor(
 
 
 def test_losses__are_those_of_each_interval_in_which_a_row_was_watched():
-    logits = torch.randn(2, len(ROWS), 9, generator=torch.Generator().manual_seed(0)).double()
+    logits = torch.randn(2, len(ROWS), 12, generator=torch.Generator().manual_seed(0)).double()
     found = GRID.losses(logits, ROWS)
     expected = [slow_losses(GRID, each, ROWS) for each in logits]
     np.testing.assert_allclose(found, expected, rtol=1e-12)
@@ -63,12 +64,12 @@ def test_losses__are_those_of_each_interval_in_which_a_row_was_watched():
 
 
 def test_losses__of_a_row_that_ended_before_it_was_watched_are_zero():
-    assert not GRID.losses(torch.zeros(1, 1, 9), torch.tensor([[80.0, 90, 1]])).any()
+    assert not GRID.losses(torch.zeros(1, 1, 12), torch.tensor([[80.0, 90, 1]])).any()
 
 
 def test_loss__has_finite_gradients_at_extreme_logits():
     for size in (-60.0, 60.0):
-        logits = torch.full((1, len(ROWS), 9), size, requires_grad=True)
+        logits = torch.full((1, len(ROWS), 12), size / 2, requires_grad=True)
         GRID.loss(logits, ROWS.float()).sum().backward()
         assert logits.grad.isfinite().all()
 
@@ -80,7 +81,7 @@ def test_start_and_shift__recover_the_incidence_of_constant_hazards():
     expected = [truth(24), truth(72), truth(24, without=(2,)), truth(72, without=(2,))]
     risks = grid.risks(torch.from_numpy(start))
     np.testing.assert_allclose(risks, expected, atol=0.003)
-    logits = np.tile(start + np.repeat([0.4, -0.3, 0.0], len(grid.cuts)), (len(targets), 1))
+    logits = np.tile(start + np.repeat([0.4, -0.3, 0.0], len(grid.cuts) + 1), (len(targets), 1))
     shift = grid.shift(logits, targets)
     np.testing.assert_allclose(grid.risks(torch.from_numpy(logits[0] + shift)), risks, atol=1e-4)
 
@@ -113,7 +114,7 @@ def test_fitted__cuts_at_horizons_and_quantiles_of_the_first_cause_but_at_no_pat
 
 
 def test_risks__rise_with_the_horizon_and_fall_where_others_compete():
-    logits = torch.randn(500, 9, generator=torch.Generator().manual_seed(1)).double() * 3
+    logits = torch.randn(500, 12, generator=torch.Generator().manual_seed(1)).double() * 3
     day, three_days, alone, three_alone = GRID.risks(logits).T
     assert (day <= three_days).all()
     assert (day <= alone).all()
