@@ -19,20 +19,21 @@ from medgemma_trainer import fit_trajectory
 
 HORIZONS = np.array([90.0, 365.0])
 LOG_RATES = {"death": (-7.0, 0.9), "transplant": (-6.6, 1.3), "removal": (-7.6, 0.0)}
-"""Log hazard a day at mean severity, and what a unit of severity adds."""
+"""Log hazard a day at a last score of 20, and what five points more add."""
 CENSORED, WATCHED = np.exp(-6.8), 1095.0  # a day; days at most
 
 
 def population(rows, seed):
     """Rows in the DKA format, and the true risks (rows, 4): with transplants, and without."""
     rng = np.random.default_rng(seed)
-    severity = rng.normal(size=rows)
-    cells = []
-    for level in severity:
+    severity, cells = np.empty(rows), []
+    for row in range(rows):
+        level = rng.normal()
         days = np.sort(rng.uniform(0, 90, rng.integers(3, 9))).round(1)
         scores = 20 + 5 * level + 4 * (days - 90) / 90 + rng.normal(size=len(days))
         pairs = zip(scores, 24 * days, strict=True)
         cells.append(" -> ".join(f"{score:.1f} ({hour:.1f}h)" for score, hour in pairs))
+        severity[row] = (scores[-1] - 20) / 5  # what decides stands in the series
     rates = np.exp([base + slope * severity for base, slope in LOG_RATES.values()])
     times, ends = rng.exponential(1 / rates), rng.exponential(1 / CENSORED, rows).clip(max=WATCHED)
     event = np.where(ends < times.min(axis=0), 0, 1 + times.argmin(axis=0))
