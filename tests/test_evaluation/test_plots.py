@@ -160,7 +160,7 @@ def test_the_learning_curve_shades_the_epochs_that_are_averaged_on_whole_axes():
     assert upper.get_ylim()[0] == 0
     assert lower.get_ylim() == (0.5, 1)
     assert plot_learning(epochs(0.37))[0].axes[1].get_ylim() == pytest.approx((0.3, 1))
-    assert plot_learning(epochs(None))[0].axes[1].get_ylim() == (0.5, 1)
+    assert len(plot_learning(epochs(None))[0].axes) == 1  # of times to events
 
 
 def test_the_forest_plot_shows_each_difference_with_its_verdict():
