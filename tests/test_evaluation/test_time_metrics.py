@@ -356,9 +356,9 @@ def test_what_cannot_be_answered_is_refused_in_one_line(case):
 
 def test_the_last_horizon_that_is_answered():
     hours, event = np.repeat([1.0, 30.0], [20, 10]), np.repeat([1, 2], [20, 10])
-    check_horizon(hours, event, 30.0)
+    assert check_horizon(hours, event, 30.0) is None
     hours, event = np.r_[1.0, np.full(380, 5.0), np.full(20, 30.0)], np.r_[1, np.zeros(400)]
-    check_horizon(hours, event, HORIZON)  # 20 of 400 are left: a twentieth
+    assert check_horizon(hours, event, HORIZON) is None  # 20 of 400 are left: a twentieth
 
 
 @pytest.mark.parametrize("value", [0.0, 1.1, np.nan])
