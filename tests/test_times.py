@@ -54,6 +54,10 @@ def part(times, name="test"):
     return pd.read_csv(times / "trajectory" / f"predictions_{name}.csv")
 
 
+def metrics_file(times):
+    return json.loads((times / "trajectory" / "metrics.json").read_text())
+
+
 def test_a_run_writes_the_risks_of_each_horizon_and_their_metrics(times):
     table = part(times)
     columns = ["id", *EVENTS, "probability", "patient", *RISKS]
@@ -61,7 +65,7 @@ def test_a_run_writes_the_risks_of_each_horizon_and_their_metrics(times):
     np.testing.assert_allclose(table["probability"], table["risk_24h"], rtol=1e-9)
     assert (table["risk_24h"] < table["risk_72h"]).all()
     assert (table["risk_72h"] < table["risk_without_transplant_72h"]).all()
-    metrics = json.loads((times / "trajectory" / "metrics.json").read_text())["test"]
+    metrics = metrics_file(times)["test"]
     for risk, end, horizon in (("risk_24h", "", 24), ("risk_72h", "_72h", 72)):
         found = metrics_at(table["event_hours"], table["event"], table[risk], horizon)
         for name, value in found.items():
@@ -70,6 +74,11 @@ def test_a_run_writes_the_risks_of_each_horizon_and_their_metrics(times):
     effective = metrics["effective_n_without_transplant_24h"]["value"]
     assert 10 < effective < len(table)
     assert metrics["events"] == ((table["event"] == 1) & (table["event_hours"] <= 24)).sum()
+    assert not {"threshold", "calibration"} & {*metrics_file(times)}
+    assert not (times / "trajectory" / "tripod.md").exists()
+    found = pd.Series({name: x["low"] for name, x in metrics.items() if name[:2] in ("ic", "e5")})
+    assert len(found) == 8
+    assert found.isna().all()  # distances have no interval
     history = (times / "trajectory" / "history.jsonl").read_text().splitlines()
     assert all(json.loads(line)["val_auroc"] is None for line in history)
     page = (times / "trajectory" / "report.html").read_text()
@@ -92,6 +101,18 @@ def test_predictions_of_rows_without_events_are_those_of_the_run(times, tmp_path
     np.testing.assert_allclose(over_time["probability"], risk, rtol=1e-5)
 
 
+def test_python_saves_and_lists_a_model_of_times_and_predicts_no_yes_or_no(times, tmp_path):
+    model = TrajectoryModel.from_pretrained(times / "trajectory")
+    model.save_pretrained(tmp_path / "saved")
+    rows = waiting(30).drop(columns=EVENTS)
+    again = TrajectoryModel.from_pretrained(tmp_path / "saved").predictions(rows)
+    pd.testing.assert_frame_equal(again, model.predictions(rows))
+    assert "threshold" not in (tmp_path / "saved" / "README.md").read_text()
+    assert model.results().loc["stage 1 (trajectory alone)", "auroc"] > 0.5
+    with pytest.raises(ValueError, match="threshold"):
+        model.predict(rows)
+
+
 def test_what_happens_later_changes_no_prediction(times, tmp_path):
     rows, altered = waiting(), waiting()
     altered["event_hours"], altered["event"] = altered["event_hours"] + 7, 1
@@ -112,7 +133,8 @@ def test_what_happens_later_changes_no_prediction(times, tmp_path):
         (["--folds", "3"], "--folds"),
         (["--threshold", "0.2"], "--threshold"),
         (["--mode", "classification"], "--trajectory_only"),
-        (["--horizon_hours", "1000"], "horizon 1000"),
+        (["--horizon_hours", "24,1000"], "horizon 1000"),
+        (["--seeds", "2"], "--seeds"),
     ],
 )
 def test_what_times_do_not_have_is_refused_in_one_line(times, tmp_path, capsys, words, expected):

@@ -54,6 +54,7 @@ from medgemma_clinical.models.trained_model import TrainedModel
 logger = logging.getLogger(__name__)
 
 KINDS = "leave_out", "folds"
+TIMES_REFUSE = "update", "threshold", "explain", "site", "primary"
 VAL_PREDICTIONS = "predictions_val.csv"
 
 
@@ -73,8 +74,8 @@ def predict(args: Namespace, given: set[str]) -> int:
         )
     trained_model.check_no_control(request.checkpoint, config)
     is_time = "events" in config
-    if is_time and (request.update or request.threshold):
-        raise InputError("--update, --threshold: not for times to events: leave them out")
+    if is_time and (unread := [name for name in TIMES_REFUSE if getattr(request, name)]):
+        raise InputError(f"--{unread[0]}: not for times to events: leave it out")
     source = find_source(request, config, datasets)
     check_output(request.predictions, source)
     if request.update:

@@ -179,8 +179,8 @@ def metrics_content(
     return {
         "stage": stage.name,
         "averaged_epochs": progress.averaged,
-        "threshold": rule["threshold"],
-        "calibration": calibration,
+        **({} if "events" in stage.config else {"threshold": rule["threshold"]}),
+        **({} if "events" in stage.config else {"calibration": calibration}),
         **{SCORED[part]: part_metrics.to_json() for part, part_metrics in metrics.items()},
         **weight,
         **({} if written is None else {"reports": written}),
@@ -379,4 +379,5 @@ def run_content(
         advice=few_events_advice(Metrics.from_json(config["metrics"]["test"])),
         methods=methods,
         describe=outcome_of(config).sentences,
+        has_tripod="events" not in config,
     )

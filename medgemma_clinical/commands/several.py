@@ -191,6 +191,8 @@ def compare_variants(
 
 def run_seeds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], train: Train) -> int:
     """Run the unfinished seeds from ``--seed`` on, each on its own split; pool the test parts."""
+    if args.outcome_kind == "time" or args.horizon_hours:
+        raise InputError("--seeds: not for times to events: leave it out")
     if args.ode_checkpoint and SEED not in str(args.ode_checkpoint):
         raise InputError(
             "--seeds: each seed has a split of its own, and so a stage 1: write {seed} for its "

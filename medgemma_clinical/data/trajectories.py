@@ -509,7 +509,7 @@ class TrajectoryDataset:
             moment = "at the hour that is given with each row"
         return {
             "Question": self.question,
-            "Outcome (label 1)": self.outcome,
+            f"Outcome ({'label' if self.competing_events is None else 'event'} 1)": self.outcome,
             "Prediction time": f"{moment}; the file does not say how that moment was chosen",
             "Horizon": "fixed by the labels; the file does not say it",
             "Series": ", ".join(inputs),

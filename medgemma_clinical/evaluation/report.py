@@ -105,7 +105,8 @@ def write_report(
         images = {name: plots.to_image(*plot) for name, plot in figures.items()}
         if folder is not None:
             _write_files(folder / "figures", figures, images, numbers)
-            write_text(folder / "tripod.md", tripod(content, shown, numbers))
+            if content.has_tripod:
+                write_text(folder / "tripod.md", tripod(content, shown, numbers))
     notices = [content.notice, PATIENTS_NOTICE if list_patients else ""]
     reports = suppress_reports(content.reports or {}, min_cell)
     page = render(

@@ -20,6 +20,7 @@ from medgemma_clinical.evaluation.metrics_table import (
     with_interval,
 )
 from medgemma_clinical.evaluation.time_metrics import (
+    MIN_AT_RISK,
     check_horizon,
     metrics_of_draws,
     uncensored_probability,
@@ -130,6 +131,11 @@ def evaluate_times(rows: pd.DataFrame, events: CompetingEvents, seed: int) -> Me
 
     by_first = ((event == 1) & (hours <= events.horizons[0])).astype(float)
     value, drawn = bootstrap(by_first, patients, seed, statistic)
+    for model, name in value.index:  # weights that few rows carry measure nothing
+        if name.startswith("effective_n") and value[model, name] < MIN_AT_RISK:
+            ending = name.removeprefix("effective_n")
+            names = [metric + ending for metric in TIME_METRICS if metric != "effective_n"]
+            value[value.index.isin([(model, metric) for metric in names])] = math.nan
     table = with_interval(value, drawn)
     without = table.index.get_level_values(1).str.startswith(tuple(DISTANCES))
     table.loc[without, ["low", "high"]] = math.nan
@@ -148,7 +154,7 @@ def time_table(metrics: Metrics, events: CompetingEvents) -> pd.DataFrame:
         values = metrics.of(model)
         for risk in events.risk_names:
             line = {"Model": model, "Risk": risk}
-            for metric in ("auroc", "scaled_brier", "oe", "slope"):
+            for metric in ("auroc", "scaled_brier", "oe", "slope", "effective_n"):
                 title, form, _ = TIME_METRICS[metric]
                 row = values.loc[metric_name(metric, risk, events)]
                 line[title] = value_text(row, form)

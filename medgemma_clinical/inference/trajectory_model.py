@@ -65,7 +65,8 @@ def results_table(content: Mapping[str, Any], part: str) -> pd.DataFrame:
     """Return a part of ``metrics.json`` as ``TrajectoryModel.results`` describes it."""
     metrics = Metrics.from_json(content[part])
     table = metrics.metric("auroc")[DIFFERENCE]
-    for name in ("brier", "auprc", "auroc"):
+    names = metrics.table.index.get_level_values("metric")
+    for name in filter(names.__contains__, ("brier", "auprc", "auroc")):
         values = metrics.metric(name)[VALUE]
         values.columns = [name, f"{name}_low", f"{name}_high"]
         table = values.join(table)
@@ -235,6 +236,8 @@ class TrajectoryModel:
 
         ``model``: as for ``predict_proba``, with its own threshold.
         """
+        if "events" in self.config:
+            raise ValueError("predict: times to events have risks, no threshold: use predictions")
         positive = [scores.positive for scores in self._scores(rows, model)]
         return np.concatenate(positive).astype(np.int64)
 

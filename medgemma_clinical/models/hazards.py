@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import brentq
-from scipy.special import expit
 from torch import Tensor
 from torch.nn import functional
 
@@ -28,6 +27,9 @@ MAX_INTERVALS, EVENTS_AN_INTERVAL = 8, 20
 SMALLEST = 1e-9
 """Least cumulative hazard whose logarithm is taken."""
 
+SMALLEST_NULL = 0.01
+"""Least loss of a null model: where nearly all rows end within an interval it may fall below 0."""
+
 MAX_SHIFT = 5.0
 
 
@@ -35,7 +37,6 @@ class Watched(NamedTuple):
     """How the rows were watched in each interval."""
 
     exposure: Tensor  # (B, K) share of the interval in which a row was at risk
-    remaining: Tensor  # (B, K) share from the row's entry to the end of the interval
     is_event: Tensor  # (B, C, K) whether the row ended there by this cause
 
 
@@ -44,8 +45,9 @@ class Hazards:
     """Cause-specific hazards, logistic in each of K intervals; Q outputs describe a row.
 
     Of each cause K outputs are of an interval each, and one is added to all of them: few rows with
-    a high hazard reach the late intervals, which learn from the early ones by it. A sum z gives the chance sigmoid(z) that a cause ends an interval that nothing else ends; the
-    cumulative hazard softplus(z) grows evenly within it.
+    a high hazard reach the late intervals, which learn from the early ones by it. A sum z gives
+    the chance sigmoid(z) that a cause ends an interval that nothing else ends; the cumulative
+    hazard softplus(z) grows evenly within it, and the likelihood is that of such times.
 
     Source: Tutz and Schmid 2016, "Modeling Discrete Time-to-Event Data", chapter 8; Kvamme and
     Borgan 2021, "Continuous and discrete-time survival prediction with neural networks".
@@ -68,7 +70,8 @@ class Hazards:
         grid = cls(events, tuple(x for x in cuts if x <= events.horizons[-1]), ())
         everyone = torch.from_numpy(grid.start(targets)).expand(1, len(targets), -1)
         losses = grid.losses(everyone, torch.from_numpy(targets))
-        return cls(events, grid.cuts, tuple((losses[0] / len(targets)).tolist()))
+        null = (losses[0] / len(targets)).clamp(min=SMALLEST_NULL)
+        return cls(events, grid.cuts, tuple(null.tolist()))
 
     @classmethod
     def from_config(cls, stored: Mapping[str, Any]) -> Self:
@@ -108,15 +111,15 @@ class Hazards:
         ended = (hours <= ends) & ((hours > begins) | (begins == 0))
         causes = torch.arange(1, len(self.events.names) + 1, device=targets.device)
         is_event = ended[:, None] & (event == causes)[:, :, None]
-        return Watched(exposure.clamp(min=0), (ends - entered) / (ends - begins), is_event)
+        return Watched(exposure.clamp(min=0), is_event)
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the negative log-likelihood (N, C), sums over B, of outputs (N, B, Q)."""
         watched = self.watched(targets)
         hazard = self.cumulative(outputs)  # (N, B, C, K)
-        chance = -torch.expm1(-(watched.remaining[:, None] * hazard).clamp(min=SMALLEST))
-        survived = watched.exposure[:, None] * hazard
-        return torch.where(watched.is_event, -chance.log(), survived).sum(dim=(1, 3))
+        log_hazard = hazard.clamp(min=SMALLEST).log()
+        losses = watched.exposure[:, None] * hazard - watched.is_event * log_hazard
+        return losses.sum(dim=(1, 3))
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss (N,) of outputs (N, B, Q), each cause relative to its null model."""
@@ -126,22 +129,20 @@ class Hazards:
     def start(self, targets: Array) -> Array:
         """Return the outputs (Q,) that are the same for everyone and fit ``TARGETS`` (n, 3)."""
         watched = self.watched(torch.from_numpy(targets))
-        events = watched.is_event.sum(dim=0)  # (C, K)
-        without = (watched.exposure[:, None] * ~watched.is_event).sum(dim=0)
-        logits = torch.log((events + 0.5) / (without + 0.5))
+        events, exposure = watched.is_event.sum(dim=0), watched.exposure.sum(dim=0)  # (C, K), (K,)
+        logits = torch.expm1((events + 0.5) / (exposure + 0.5)).log()
         outputs: Array = functional.pad(logits, (0, 1)).flatten().numpy()
         return outputs
 
     def shift(self, outputs: Array, targets: Array) -> Array:
         """Return what makes the outputs (n, Q) of each cause fit ``TARGETS`` on average, (Q,)."""
-        exposure, _, is_event = (x.numpy() for x in self.watched(torch.from_numpy(targets)))
-        at_risk = np.where(is_event, 1, exposure[:, None])  # (n, C, K)
+        exposure, is_event = (x.numpy() for x in self.watched(torch.from_numpy(targets)))
         cumulative = self.cumulative(torch.from_numpy(outputs)).clamp(min=SMALLEST).numpy()
         z = cumulative + np.log(-np.expm1(-cumulative))  # the inverse of softplus
 
         def excess(shift: float, cause: int) -> float:
             """Return the expected minus the observed events of a cause."""
-            expected = at_risk[:, cause] * expit(z[:, cause] + shift)
+            expected = exposure * np.logaddexp(0, z[:, cause] + shift)
             return float(expected.sum() - is_event[:, cause].sum())
 
         causes = range(len(self.events.names))

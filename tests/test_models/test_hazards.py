@@ -37,10 +37,9 @@ def slow_losses(grid, logits, targets):
                 hazard = math.log1p(math.exp(row[place + k] + row[place + len(grid.cuts)]))
                 entered, width = max(begin, entry), end - begin
                 ends_here = hours <= end and (hours > begin or k == 0)
+                losses[cause] += hazard * max(min(end, hours) - entered, 0) / width
                 if event == cause + 1 and ends_here:
-                    losses[cause] -= math.log(1 - math.exp(-hazard * (end - entered) / width))
-                else:
-                    losses[cause] += hazard * max(min(end, hours) - entered, 0) / width
+                    losses[cause] -= math.log(hazard)
                 begin = end
     return losses
 
@@ -124,6 +123,16 @@ def test_risks__rise_with_the_horizon_and_fall_where_others_compete():
     torch.testing.assert_close(incidence[..., -1].sum(dim=1) + free, torch.ones(500).double())
 
 
+def test_start__is_exact_in_an_interval_in_which_most_rows_end():
+    rates = (0.5 / 24, 3 / 24)
+    events = CompetingEvents(("death", "discharge"), (24.0,), (2,))
+    grid = Hazards(events, (24.0,), (1.0, 1.0))
+    targets = population(400_000, rates=rates)
+    risks = grid.risks(torch.from_numpy(grid.start(targets)))
+    expected = [truth(24, rates), truth(24, rates, without=(2,))]
+    np.testing.assert_allclose(risks, expected, atol=0.005)
+
+
 def test_early_observations__watched_from_the_prediction_time_on_give_the_same_hazards():
     rates, rng = (0.01, 0.02), np.random.default_rng(3)
     events = CompetingEvents(("death", "discharge"), (24.0, 72.0))
@@ -142,4 +151,7 @@ def test_config__is_plain_and_gives_the_same_grid_again():
     assert EVENTS.risk_names == (
         *("risk_24h", "risk_72h", "risk_without_transplant_24h", "risk_without_transplant_72h"),
     )
+    several = CompetingEvents(("x", "living donor", "deceased"), (24.0,), (2, 3))
+    assert several.risk_names[1] == "risk_without_living_donor_or_deceased_24h"
+    assert "living donor or deceased" in several.assumption
     assert CompetingEvents(("x",), (24.0, 8760.0), unit="d").horizon_names == ("1d", "365d")

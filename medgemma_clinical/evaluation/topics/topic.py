@@ -79,6 +79,7 @@ class ReportContent:
     advice: str = ""  # what helps where there are few events
     first: Sequence[str] = ()  # sentences that the result begins with
     last: Sequence[str] = ()  # sentences that it ends with
+    has_tripod: bool = True  # times to events have no ``tripod.md`` yet
     describe: Callable[..., list[Finding]] = sentences  # metrics in words
     folds: int = 0  # models whose risks of their own folds are evaluated together; 0: one model
     # Of folds that were drawn several times: ``TESTED`` and a column of risks a repeat; a line a
