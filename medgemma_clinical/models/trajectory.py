@@ -241,7 +241,7 @@ class TrajectoryCollator:
         self.lengths = torch.from_numpy(lengths)
         earlier = self.dataset.up_to(lengths)
         self.summaries = torch.from_numpy(earlier.summaries()).float()
-        self.targets = torch.from_numpy(earlier.targets()).float()
+        self.targets = torch.tensor(earlier.targets(), dtype=torch.float32)  # may be read-only
 
     def __call__(self, rows: Sequence[int]) -> Batch:
         """Return the batch of B positions."""
