@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from typing import Any
@@ -18,6 +19,8 @@ METHODS = ("fit_normalizer", "plan", "run")
 ENCODERS: dict[str, type[nn.Module]] = {}
 """The classes that the user gave to this process; a checkpoint names one and imports nothing."""
 
+logger = logging.getLogger(__name__)
+
 
 def register(encoder: type | str) -> str:
     """Keep a class, or that of a name "package.module:Class" of the user's; return the name."""
@@ -30,6 +33,11 @@ def register(encoder: type | str) -> str:
     if absent or not issubclass(encoder, nn.Module):
         needed = ", ".join((*MEMBERS, *METHODS))
         raise InputError(f"encoder {name}: not a torch.nn.Module with {needed}")
+    if encoder.__module__ == "__main__" and name not in ENCODERS:
+        text = (
+            "encoder %s: folds and the command line cannot load a class of a script or notebook: "
+        )
+        logger.warning(f"{text}put it into a module of its own", name)
     ENCODERS[name] = encoder
     return name
 

@@ -103,5 +103,6 @@ def terms_by_name(licences: tuple[Licence, ...], name: str, *, in_folder: bool) 
         return UNKNOWN
     every = [licence.terms() for licence in licences]
     sentences = (terms.sentence.replace("The", "If the", 1) for terms in every)
-    notices = "\n".join(terms.notice for terms in every)
+    pairs = zip(licences, every, strict=True)
+    notices = "\n".join(f"If the language model is {x.model}: {terms.notice}" for x, terms in pairs)
     return Terms(" ".join(sentences), notices, {"license": "other"})
