@@ -12,6 +12,7 @@ from conftest import whole_reports
 from medgemma_clinical.commands import command_line
 from medgemma_clinical.data.competing_events import CompetingEvents
 from medgemma_clinical.evaluation.time_metrics import metrics_at
+from medgemma_clinical.evaluation.time_table import evaluate_times
 from medgemma_trainer import TrajectoryModel, fit_trajectory, main
 from predicting import predicted, refused
 
@@ -178,3 +179,17 @@ def test_training_ranks_and_its_risks_have_the_level_of_the_events():
     by_then = (rows["event"] == 1) & (rows["event_hours"] <= 24)
     assert roc_auc_score(by_then, risk) > 0.65
     assert risk.mean() == pytest.approx(by_then.mean(), rel=0.3)
+
+
+def test_without_interventions_an_intervention_ends_the_record():
+    rows, events = waiting(300), CompetingEvents(("death", "transplant"), (24.0,), (2,))
+    rng = np.random.default_rng(0)
+    risks = {f"m {name}": rng.uniform(0.05, 0.5, 300) for name in events.risk_names}
+    weights = {"uncensored risk_without_transplant_24h": rng.uniform(0.5, 1, 300)}
+    table = rows[EVENTS].assign(id=rows["subject_id"], patient=rows["subject_id"])
+    found = evaluate_times(table.assign(**risks, **weights), events, 0).of("m")["value"]
+    ended = rows["event"].replace(2, 0)
+    risk, (censoring,) = risks["m risk_without_transplant_24h"], weights.values()
+    expected = metrics_at(rows["event_hours"], ended, risk, 24, censoring=censoring)
+    for name, value in expected.items():
+        assert found[f"{name}_without_transplant_24h"] == pytest.approx(value)
