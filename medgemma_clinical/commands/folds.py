@@ -342,7 +342,6 @@ def folds_content(
         methods={"split": first, "recalibration": recalibration},
         last=[first],
         folds=len(tuned),
-        describe=outcome_of(config).sentences,
     )
 
 
