@@ -8,6 +8,7 @@ import logging
 from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -43,7 +44,7 @@ from medgemma_clinical.inference.scoring import write_in_batches
 from medgemma_clinical.models.checkpoints import BASELINES, Config
 from medgemma_clinical.models.decoders import licence
 from medgemma_clinical.models.model_card import MODEL_LIMITS, describe_recommended
-from medgemma_clinical.models.outcome import Outcome, outcome_of
+from medgemma_clinical.models.outcome import Outcome, outcome_of, weighted
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
 from medgemma_clinical.training.stage import Stage
 from medgemma_clinical.training.state import Progress, describe_epochs, describe_selection
@@ -195,18 +196,17 @@ def apply_decisions(
 ) -> tuple[dict[str, decision.Predictions], Config]:
     """Fit weight and decision rule to the validation part alone; apply both to all parts."""
     decided: Config = {}
-    scored = {**scored}
     model, val = stage.model, scored["val"]
     patients = data.dataset.groups[val.rows]
     if isinstance(model, TrajectoryLLM) and model.adds_stage1:
-        weight = decision.fit_residual_weight(val.labels, val.offset, val.logit, patients)
+        targets, outcome = data.dataset.targets()[val.rows], model.outcome
+        functions = partial(outcome.row_losses, targets), partial(outcome.auroc, targets)
+        weight = decision.fit_residual_weight(val.offset, val.outputs, patients, *functions)
         model.residual_weight = decided["residual_weight"] = weight
         how = "chosen" if weight else "not shown to add"
         text = "weight of the language model beside stage 1: %g, %s on %d validation patients"
         logger.info(text, weight, how, len(np.unique(patients)))
-        for part, part_scored in scored.items():
-            logit = part_scored.offset + weight * (part_scored.logit - part_scored.offset)
-            scored[part] = replace(part_scored, logit=logit)
+        scored = {part: weighted(outcome, each, weight) for part, each in scored.items()}
     rule = outcome_of(stage.config).decide(scored["val"], patients, options)
     if options.recalibration == "platt" and not rule.is_moved:
         logger.warning(
@@ -243,8 +243,7 @@ def prediction_tables(
         table = {"id": dataset.ids[scored.rows], **observed}
         table |= {"patient": dataset.groups[scored.rows]} | outcome.risks(name, scored)
         del risks[name]
-        if stage.stage1_risks is not None:
-            table[STAGE_NAMES["trajectory"]] = stage.stage1_risks[scored.rows]
+        table |= {column: risk[scored.rows] for column, risk in stage.stage1_risks.items()}
         tables[part] = pd.DataFrame(table | risks)
     return tables, rules
 

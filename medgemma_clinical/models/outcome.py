@@ -1,19 +1,20 @@
 """What differs between kinds of outcome: one object a kind; nothing else asks which it is.
 
-Letters: B patients, N members, Q logits a patient, n rows.
+Letters: B patients, N members, Q logits a patient, W logits of a language model, n rows.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional
 
@@ -21,8 +22,9 @@ from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation import decision, tables, verdicts
 from medgemma_clinical.evaluation.baselines import ENSEMBLE
-from medgemma_clinical.evaluation.metrics import Array
+from medgemma_clinical.evaluation.metrics import Array, row_losses
 from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
+from medgemma_clinical.evaluation.time_metrics import metrics_of_draws
 from medgemma_clinical.evaluation.time_table import (
     evaluate_times,
     time_sentences,
@@ -48,6 +50,8 @@ class LabelOutcome:
     """An event, yes or no."""
 
     width: ClassVar[int] = 1  # Q
+    residual_width: ClassVar[int] = 1  # W
+    null_outputs: ClassVar[tuple[float, ...]] = (0.0,)  # (Q,) to which text alone is added
     config: ClassVar[dict[str, Any]] = {}  # keys of a checkpoint by which the kind is known again
     has_baselines: ClassVar[bool] = True
     topics: ClassVar[tuple[TopicBuilder, ...]] = (  # of a report on the risks, in their order
@@ -71,6 +75,18 @@ class LabelOutcome:
     def start(self, targets: Array) -> Array:
         """Return the logit (1,) that is the same for everyone and fits labels (n,)."""
         return np.array([prior_log_odds(float(targets.mean()))])
+
+    def added(self, residual: Tensor) -> Tensor:
+        """Return what a language model's logits (B, 1) add to stage 1's, (B, 1)."""
+        return residual
+
+    def row_losses(self, targets: Array, outputs: Array) -> Array:
+        """Return the cross-entropy (N, n) of labels (n,) and logits (N, n, 1)."""
+        return row_losses(targets, outputs[..., 0])
+
+    def auroc(self, targets: Array, outputs: Array) -> float:
+        """Return the area under the ROC curve of labels (n,) and logits (n, 1)."""
+        return float(roc_auc_score(targets, outputs[:, 0]))
 
     def shift(self, predictions: decision.Predictions, targets: Array) -> Array:
         """Return what makes the logits fit labels (n,) on average, (1,)."""
@@ -143,17 +159,43 @@ class TimeOutcome:
         return self.hazards.width
 
     @property
+    def residual_width(self) -> int:
+        """W, a number a cause."""
+        return len(self.hazards.events.names)
+
+    @property
+    def null_outputs(self) -> tuple[float, ...]:
+        """The outputs (Q,) to which those of text alone are added."""
+        return self.hazards.null_outputs
+
+    @property
     def config(self) -> dict[str, Any]:
         """Keys of a checkpoint by which the kind is known again."""
         return {"events": self.hazards.config}
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the loss (N,), a sum over B, of outputs (N, B, Q) and ``TARGETS`` (B, 3)."""
-        return self.hazards.loss(logits, targets)
+        return self.hazards.loss(logits, targets).sum(dim=1)
 
     def start(self, targets: Array) -> Array:
         """Return the logits (Q,) that are the same for everyone and fit ``TARGETS`` (n, 3)."""
         return self.hazards.start(targets)
+
+    def added(self, residual: Tensor) -> Tensor:
+        """Return the outputs (B, Q) that a language model's numbers (B, W) add to stage 1's."""
+        return self.hazards.added(residual)
+
+    def row_losses(self, targets: Array, outputs: Array) -> Array:
+        """Return the loss (N, n) of ``TARGETS`` (n, 3) and outputs (N, n, Q)."""
+        losses: Array = self.hazards.loss(*map(torch.from_numpy, (outputs, targets))).numpy()
+        return losses
+
+    def auroc(self, targets: Array, outputs: Array) -> float:
+        """Return the AUROC of the first risk for ``TARGETS`` (n, 3) and outputs (n, Q)."""
+        risk, horizon = next(iter(self._risks(outputs).values())), self.hazards.events.horizons[0]
+        weights, (_, hours, event) = np.ones((1, len(risk))), targets.T
+        found = metrics_of_draws(hours, event, risk, horizon, weights)
+        return float(found["auroc"][0])
 
     def shift(self, predictions: decision.Predictions, targets: Array) -> Array:
         """Return what makes the hazards fit ``TARGETS`` (n, 3) on average, (Q,)."""
@@ -223,6 +265,17 @@ class TimeOutcome:
 
 Outcome = LabelOutcome | TimeOutcome
 LABEL = LabelOutcome()
+
+
+def weighted(
+    outcome: Outcome, predictions: decision.Predictions, weight: float
+) -> decision.Predictions:
+    """Return the predictions of stage 1 and a language model of this weight."""
+    outputs = predictions.offset + weight * (predictions.outputs - predictions.offset)
+    logit, hazards = outcome.read(torch.from_numpy(outputs))
+    return replace(
+        predictions, logit=logit.numpy(), hazards=None if hazards is None else hazards.numpy()
+    )
 
 
 def fit_outcome(data: Data) -> Outcome:
