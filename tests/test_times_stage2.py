@@ -167,34 +167,34 @@ def test_without_stage_1_everyone_starts_at_the_risk_of_the_training_part(times,
         assert first["oe"] == pytest.approx(1, abs=0.03)
 
 
-def test_the_weight_is_that_of_the_lowest_loss_and_0_where_the_first_risk_ranks_no_better(times):
-    stage = stage_of(with_stage1(times))
-    outcome = stage.model.outcome
-    dataset = stage.collate.dataset
-    targets, rng = dataset.targets(), np.random.default_rng(0)
-    dies = (targets[:, 2] == 1) - 0.5
-    noise = outcome.added(torch.from_numpy(0.01 * rng.normal(size=(len(targets), 2)))).numpy()
-    offset = np.array(outcome.null_outputs) + noise
-    functions = [partial(f, targets) for f in (outcome.row_losses, outcome.auroc)]
+def test_the_weight_is_that_of_the_lowest_loss_and_0_where_the_first_risk_ranks_no_better(stage):
+    outcome, targets = stage.model.outcome, stage.collate.dataset.targets()
+    rng, dies = np.random.default_rng(0), (targets[:, 2] == 1) - 0.5
 
-    def weight(cause, numbers):
-        residual = np.zeros((len(targets), 2))
-        residual[:, cause] = numbers
-        added = outcome.added(torch.from_numpy(residual)).numpy()
-        return decision.fit_residual_weight(
-            offset, offset + added, np.arange(len(targets)), *functions
-        )
+    def added(numbers):
+        """Return what numbers of the first cause add to the outputs."""
+        both = np.column_stack([numbers, 0 * numbers])
+        return outcome.added(torch.from_numpy(both)).numpy()
 
-    assert weight(0, dies) == 1
-    assert 0.3 <= weight(0, 4 * dies) < 1
-    assert weight(0, -dies) == 0
-    assert weight(0, rng.normal(size=800)) == 0
+    def weight(numbers):
+        functions = [partial(f, targets) for f in (outcome.row_losses, outcome.auroc)]
+        patients, outputs = np.arange(len(targets)), offset + added(numbers)
+        return decision.fit_residual_weight(offset, outputs, patients, *functions)
+
+    offset = np.array(outcome.null_outputs) + added(0.01 * rng.normal(size=len(targets)))
+    assert weight(dies) == 1
+    assert 0.3 <= weight(4 * dies) < 1
+    assert weight(-dies) == 0
+    assert weight(rng.normal(size=len(targets))) == 0
     losses = outcome.row_losses(targets, offset[None])
     expected = outcome.loss(torch.from_numpy(offset[None]), torch.from_numpy(targets))
     assert losses.sum() == pytest.approx(expected.item())
     risk = outcome.hazards.risks(torch.from_numpy(offset))[:, 0].numpy()
     found = metrics_at(targets[:, 1], targets[:, 2], risk, 24)["auroc"]
     assert outcome.auroc(targets, offset) == pytest.approx(found)
+    offset -= added(np.ones(len(targets)))
+    assert outcome.row_losses(targets, offset[None]).sum() > losses.sum()
+    assert weight(np.ones(len(targets))) == 0  # a better level is no better order
 
 
 def test_a_saved_stage_2_predicts_what_the_run_did_and_its_weight_counts(times, tmp_path):
