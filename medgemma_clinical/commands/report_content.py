@@ -76,7 +76,7 @@ def training_content(
             "Static features": ", ".join(config["inputs"]["static"]) or "none are read",
         },
         flow=dataset.flow,
-        split=part_table(dataset.labels, dataset.groups, split),
+        split=part_table(dataset.labels, dataset.groups, split, dataset.event_kinds),
         table_one=table_one(dataset, {} if parts.get("folds") else split),
         **parts,
     )
