@@ -155,7 +155,7 @@ def suppress_table(table: pd.DataFrame, min_cell: int, by: str | None = None) ->
         if name == "events":  # those without it may be few
             hidden = small | few
         if name.startswith(EVENTS_OF):  # they add up to the rows
-            hidden = small | few.any()
+            hidden = small | bool(few.any())
         others = count[~hidden & (count > 0)]
         # The total and the other counts tell a single hidden one.
         if hidden.sum() == 1 and len(others) and name != "left":

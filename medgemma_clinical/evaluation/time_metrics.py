@@ -182,6 +182,35 @@ def uncensored_probability(hours: Array, event: Array, horizon: float) -> Array:
     return probability
 
 
+def observed_risk(
+    hours: Array,
+    event: Array,
+    horizon: float,
+    weights: Array,
+    members: NDArray[np.bool_],
+    censoring: Array | None = None,
+) -> Array:
+    """Return the observed risk (R, G) in groups of members (n, G) under weights (R, n).
+
+    It is Aalen-Johansen's estimate, a weighted share with ``censoring`` (n,) as in ``metrics_at``;
+    NaN where no row counts.
+    """
+    hours, event = _until(hours, event, horizon)
+    case, has_status = event == 1, (event > 0) | (hours == horizon)
+    with np.errstate(invalid="ignore"):
+        if censoring is not None:
+            limit = np.quantile(1 / censoring[has_status], MAX_WEIGHT)
+            shares = weights * has_status * np.minimum(1 / censoring, limit)
+            weighted: Array = (shares * case) @ members / (shares @ members)
+            return weighted
+        observed = []
+        for rows in members.T:
+            table = _LifeTable(hours[rows], event[rows], weights[:, rows])
+            counts = table.sums(weights[:, rows] * case[rows])
+            observed.append(table.incidence(counts)[:, -1] * table.total[:, 0] / table.total[:, 0])
+        return np.stack(observed, axis=1)
+
+
 def _until(hours: Array, event: Array, horizon: float) -> tuple[Array, Array]:
     """Return the rows as if follow-up ended at the horizon."""
     return np.minimum(hours, horizon), np.where(hours <= horizon, event, 0)

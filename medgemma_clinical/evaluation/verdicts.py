@@ -127,13 +127,7 @@ def sentences(
     ``advice`` is what helps where there are few events.
     """
     values, minority = metrics.of(metrics.models[0]), metrics.counts["minority_patients"]
-    findings = [_ranking(values.loc["auroc"], minority)]
-    if name := primary_baseline(metrics):
-        row = metrics.row(name, "auroc")
-        level = difference_verdict(row, minority)
-        compared = f"AUROC {value_text(row)}, minus this model's {difference_text(row)}"
-        text = f"{COMPARED[level]} the simple model ({name}): that has {compared}."
-        findings.append(Finding(None, text))  # a symbol would seem to praise this model
+    findings = [_ranking(values.loc["auroc"], minority), *comparison(metrics)]
     # Another model that --use names is not in the ensemble.
     if ENSEMBLE in metrics.models[1:] and metrics.models[0] in STAGE_NAMES.values():
         row = metrics.row(ENSEMBLE, "auroc")
@@ -149,6 +143,18 @@ def sentences(
         findings.append(Finding(None, _decision(values, beginning, noun)))
     findings.append(Finding(None, _certainty(values.loc["auroc"], metrics.counts, noun, advice)))
     return findings
+
+
+def comparison(metrics: Metrics) -> list[Finding]:
+    """Return the planned comparison in words, if there is one."""
+    name = primary_baseline(metrics)
+    if name is None:
+        return []
+    row = metrics.row(name, "auroc")
+    level = difference_verdict(row, metrics.counts["minority_patients"])
+    compared = f"AUROC {value_text(row)}, minus this model's {difference_text(row)}"
+    text = f"{COMPARED[level]} the simple model ({name}): that has {compared}."
+    return [Finding(None, text)]  # a symbol would seem to praise this model
 
 
 COMPARED = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -101,16 +101,32 @@ def calibration_table(
     ``index`` (n,): the bin of each row; None: bins of equal size.
     """
     labels, risk, patients = label_risk_patient(rows, model)
-    if index is None:  # as scikit-learn's calibration_curve bins
-        index = np.searchsorted(np.quantile(risk, shares_below(labels)), risk)
-    members = np.stack([index == k for k in np.unique(index)], axis=1)  # (n, bins)
 
-    def observed(weights: Array) -> Array:
+    def observed(weights: Array, members: NDArray[np.bool_]) -> Array:
         with np.errstate(invalid="ignore"):
             return (weights * labels) @ members / (weights @ members)
 
+    return binned(labels, risk, patients, seed, index, observed)
+
+
+def binned(
+    labels: Array,
+    risk: Array,
+    patients: NDArray[np.str_],
+    seed: int,
+    index: NDArray[np.intp] | None,
+    observed: Callable[[Array, NDArray[np.bool_]], Array],
+) -> pd.DataFrame:
+    """Return a ``calibration_table``.
+
+    ``observed`` takes weights (R, n) and the members (n, bins), and returns (R, bins).
+    """
+    if index is None:  # as scikit-learn's calibration_curve bins
+        index = np.searchsorted(np.quantile(risk, shares_below(labels)), risk)
+    members = np.stack([index == k for k in np.unique(index)], axis=1)  # (n, bins)
+    drawn = bootstrap(labels, patients, seed, lambda weights: observed(weights, members))
     behind = {k: count_patients(patients, is_member) for k, is_member in enumerate(members.T)}
-    table = with_interval(*bootstrap(labels, patients, seed, observed), behind)
+    table = with_interval(*drawn, behind)
     size = members.sum(axis=0)
     table.insert(0, "n", size)
     table.insert(1, "predicted", risk @ members / size)
