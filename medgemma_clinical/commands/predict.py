@@ -54,7 +54,7 @@ from medgemma_clinical.models.trained_model import TrainedModel
 logger = logging.getLogger(__name__)
 
 KINDS = "leave_out", "folds"
-TIMES_REFUSE = "update", "threshold", "explain", "site", "primary"
+TIMES_REFUSE = "update", "threshold", "site", "primary"
 VAL_PREDICTIONS = "predictions_val.csv"
 
 
@@ -107,9 +107,8 @@ def predict(args: Namespace, given: set[str]) -> int:
     logger.info("predictions: %s; %s", request.predictions, peak_memory())
     training = training_patients(model.trained, request.checkpoint)
     rows = first.dataset.with_inputs(**config["inputs"])
-    if is_time:
-        return EXIT_DONE
-    labelled = report_labelled(tally, model, rows, request, training)
+    if not is_time:
+        labelled = report_labelled(tally, model, rows, request, training)
     if request.explain:
         explain_rows(tally.chosen, model, request, training)
     if request.update:

@@ -204,7 +204,7 @@ class TrajectoryDataset:
         if self.competing_events is None or self.events is None:
             return {}
         kinds = {name: self.events == k for k, name in enumerate(self.competing_events.names, 1)}
-        return {**kinds, "censored": self.events == 0}
+        return kinds | ({"censored": self.events == 0} if (self.events == 0).any() else {})
 
     def targets(self) -> NDArray[np.float64]:
         """Return what a model learns of each row: labels (N,), or ``TARGETS`` (N, 3)."""

@@ -8,6 +8,8 @@ unit; ``event`` (n,) is 0 where a row is censored, 1 for the event that the risk
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -186,9 +188,9 @@ def observed_risk(
     hours: Array,
     event: Array,
     horizon: float,
+    censoring: Array | None,
     weights: Array,
     members: NDArray[np.bool_],
-    censoring: Array | None = None,
 ) -> Array:
     """Return the observed risk (R, G) in groups of members (n, G) under weights (R, n).
 
@@ -203,12 +205,34 @@ def observed_risk(
             shares = weights * has_status * np.minimum(1 / censoring, limit)
             weighted: Array = (shares * case) @ members / (shares @ members)
             return weighted
-        observed = []
-        for rows in members.T:
-            table = _LifeTable(hours[rows], event[rows], weights[:, rows])
-            counts = table.sums(weights[:, rows] * case[rows])
-            observed.append(table.incidence(counts)[:, -1] * table.total[:, 0] / table.total[:, 0])
-        return np.stack(observed, axis=1)
+        observed = np.full((len(weights), members.shape[1]), np.nan)
+        for k, rows in enumerate(members.T):
+            if rows.any():
+                counts = weights[:, rows]
+                table = _LifeTable(hours[rows], event[rows], counts)
+                incidence = table.incidence(table.sums(counts * case[rows]))
+                observed[:, k] = np.where(table.total > 0, incidence, np.nan)[:, -1]
+        return observed
+
+
+def net_benefit_at(
+    observed: Callable[[Array, NDArray[np.bool_]], Array],
+    risk: Array,
+    thresholds: Array,
+    weights: Array,
+) -> Array:
+    """Return the net benefit (R, K) of acting on a risk (n,) from thresholds (K,) on.
+
+    ``observed`` returns the ``observed_risk``: it decides how many positives are true.
+
+    Source: Vickers et al. 2008, "Extensions to decision curve analysis", BMC Medical Informatics
+    and Decision Making 8:53.
+    """
+    positive = risk[:, None] >= thresholds
+    share = weights @ positive / weights.sum(axis=1, keepdims=True)
+    true = share * np.nan_to_num(observed(weights, positive))
+    benefit: Array = true - (share - true) * thresholds / (1 - thresholds)
+    return benefit
 
 
 def _until(hours: Array, event: Array, horizon: float) -> tuple[Array, Array]:

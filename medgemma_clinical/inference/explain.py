@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.texts import plain
 from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
-from medgemma_clinical.evaluation.patients import Explanation
+from medgemma_clinical.evaluation.patients import Curves, Explanation
 from medgemma_clinical.inference.scoring import rows_as_read, score_rows, text_collator
+from medgemma_clinical.models.outcome import TimeOutcome, outcome_of
 from medgemma_clinical.models.trained_model import TrainedModel
 from medgemma_clinical.models.trajectory import TrajectoryMember
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
@@ -80,9 +81,21 @@ def explain(
         static=static_read(dataset, trained),
         without=risks_without_series(dataset, trained, batch_size),
         without_soft_prompt=risk_without_soft_prompt(dataset, trained),
+        curves=curves_after(rows, trained, batch_size),
         report=row.get("report"),
         problem=row["problem"],
     )
+
+
+def curves_after(rows: ScoringRows, trained: TrainedModel, batch_size: int) -> Curves | None:
+    """Return the cumulative incidences after the prediction of the first row; None of a label."""
+    outcome = outcome_of(trained.config)
+    if not isinstance(outcome, TimeOutcome):
+        return None
+    scored = score_rows(rows, trained, Findings(rows.dataset.source), batch_size).hazards
+    incidence = outcome.hazards.incidence(torch.from_numpy(scored))[0].numpy()
+    hours = np.array([0, *outcome.hazards.cuts])
+    return Curves(outcome.hazards.events, hours, np.pad(incidence, ((0, 0), (1, 0))))
 
 
 def static_read(dataset: TrajectoryDataset, trained: TrainedModel) -> dict[str, str]:

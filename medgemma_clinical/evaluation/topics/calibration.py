@@ -94,39 +94,30 @@ def distant_bins(evaluated: Evaluated) -> NDArray[np.intp] | None:
 
 
 def calibration_table(
-    rows: pd.DataFrame, model: str, seed: int, index: NDArray[np.intp] | None = None
+    rows: pd.DataFrame,
+    model: str,
+    seed: int,
+    index: NDArray[np.intp] | None = None,
+    observed: Callable[[Array, NDArray[np.bool_]], Array] | None = None,
 ) -> pd.DataFrame:
     """Return n, mean risk and observed share of events in bins by rising risk.
 
-    ``index`` (n,): the bin of each row; None: bins of equal size.
+    ``index`` (n,): the bin of each row; None: bins of equal size. ``observed`` takes weights (R, n)
+    and the bins' members (n, bins) and returns (R, bins); None: the share of the labels.
     """
     labels, risk, patients = label_risk_patient(rows, model)
-
-    def observed(weights: Array, members: NDArray[np.bool_]) -> Array:
-        with np.errstate(invalid="ignore"):
-            return (weights * labels) @ members / (weights @ members)
-
-    return binned(labels, risk, patients, seed, index, observed)
-
-
-def binned(
-    labels: Array,
-    risk: Array,
-    patients: NDArray[np.str_],
-    seed: int,
-    index: NDArray[np.intp] | None,
-    observed: Callable[[Array, NDArray[np.bool_]], Array],
-) -> pd.DataFrame:
-    """Return a ``calibration_table``.
-
-    ``observed`` takes weights (R, n) and the members (n, bins), and returns (R, bins).
-    """
     if index is None:  # as scikit-learn's calibration_curve bins
         index = np.searchsorted(np.quantile(risk, shares_below(labels)), risk)
     members = np.stack([index == k for k in np.unique(index)], axis=1)  # (n, bins)
-    drawn = bootstrap(labels, patients, seed, lambda weights: observed(weights, members))
+
+    def share(weights: Array) -> Array:
+        if observed is not None:
+            return observed(weights, members)
+        with np.errstate(invalid="ignore"):
+            return (weights * labels) @ members / (weights @ members)
+
     behind = {k: count_patients(patients, is_member) for k, is_member in enumerate(members.T)}
-    table = with_interval(*drawn, behind)
+    table = with_interval(*bootstrap(labels, patients, seed, share), behind)
     size = members.sum(axis=0)
     table.insert(0, "n", size)
     table.insert(1, "predicted", risk @ members / size)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.metrics import Array, confusion_shares, net_benefit
@@ -125,40 +124,32 @@ def threshold_cells(table: pd.DataFrame, used: float) -> pd.DataFrame:
 
 
 def decision_curve(
-    rows: pd.DataFrame, models: list[str], seed: int, cuts: Cuts = None
+    rows: pd.DataFrame,
+    models: list[str],
+    seed: int,
+    cuts: Cuts = None,
+    benefit: Callable[[Array, Array, Array], Array] | None = None,
 ) -> pd.DataFrame:
     """Return net benefits by threshold risk; low and high are those of the first model.
 
-    Each model has them at the thresholds in its ``cuts``, where there are any.
+    Each model has them at the thresholds in its ``cuts``, where there are any. ``benefit`` takes
+    risks (n,), thresholds and weights, and returns them as ``net_benefit``; None: of the labels.
     """
-    labels, _, patients = label_risk_patient(rows, models[0])
-    risks = {name: rows[name].to_numpy(float) for name in models}
-    return benefit_curve(labels, risks, patients, seed, partial(net_benefit, labels), cuts)
-
-
-def benefit_curve(
-    labels: Array,
-    risks: Mapping[str, Array],
-    patients: NDArray[np.str_],
-    seed: int,
-    benefit: Callable[[Array, Array, Array], Array],
-    cuts: Cuts = None,
-) -> pd.DataFrame:
-    """Return a ``decision_curve``; ``benefit`` takes risks, thresholds and weights (R, n)."""
-    first, *others = risks
-    risk = risks[first]
+    labels, risk, patients = label_risk_patient(rows, models[0])
+    benefit = benefit or partial(net_benefit, labels)
     highest = min(0.99, max(0.05, 2 * labels.mean(), float(np.quantile(risk, 0.99))))
     thresholds = np.arange(1, math.floor(100 * highest) + 1) / 100  # up to those of use
     for points in (cuts or {}).values():
         thresholds = np.union1d(thresholds, [x for x in points if x <= highest])
     drawn = bootstrap(labels, patients, seed, lambda w: benefit(risk, thresholds, w))
     index = pd.Index(thresholds, name="threshold")
-    table = with_interval(*drawn).set_index(index).rename(columns={"value": first})
-    other_risks = {name: risks[name] for name in others} | {"treat_all": np.ones(len(risk))}
+    table = with_interval(*drawn).set_index(index).rename(columns={"value": models[0]})
+    other_risks = {name: rows[name].to_numpy(float) for name in models[1:]}
+    other_risks["treat_all"] = np.ones(len(rows))
     for name, other_risk in other_risks.items():
-        table[name] = benefit(other_risk, thresholds, np.ones((1, len(risk))))[0]
+        table[name] = benefit(other_risk, thresholds, np.ones((1, len(rows))))[0]
     for name, points in (cuts or {}).items():
-        columns = [name, "low", "high"] if name == first else [name]
+        columns = [name, "low", "high"] if name == models[0] else [name]
         table.loc[~table.index.isin(points), columns] = np.nan
     return table
 
