@@ -5,7 +5,6 @@ Letters: L observations, F features, n risks: L, or L + 1 with a later predictio
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,8 @@ NOTICE = "This page holds patients' data: do not share it. Only its owner can re
 MAX_HOURS = 96
 """A longer row has an axis of days."""
 
-EVENT_COLOURS = (plots.MODEL, plots.SOFT, plots.OTHER, *list(plots.COLOURS.values())[5:])
+EVENT_COLOURS = (plots.MODEL, plots.OTHER, plots.SOFT, *list(plots.COLOURS.values())[5:])
+"""Of the events of a figure, in their order."""
 
 WIDTH = 4.8
 """Inches of the figure on the page: two stand side by side on a screen, a phone shrinks it."""
@@ -182,8 +182,8 @@ def plot_curves(curves: Curves) -> plots.Plot:
     """Draw the incidences of the events above each other, the first one lowest."""
     figure, (axes,) = plots.new_figure(size=(WIDTH, CURVES_HEIGHT))
     hours, names = HOURS_OF_UNIT[curves.events.unit], curves.events.names
-    x, colours = curves.hours / hours, itertools.islice(itertools.cycle(EVENT_COLOURS), len(names))
-    axes.stackplot(x, 100 * curves.incidence, labels=names, colors=[*colours])
+    x, layers = curves.hours / hours, 100 * curves.incidence
+    axes.stackplot(x, layers, labels=names, colors=EVENT_COLOURS)
     ticks = [horizon / hours for horizon in curves.events.horizons]
     for tick in ticks:
         axes.axvline(tick, **plots.DOTTED)

@@ -28,7 +28,7 @@ from medgemma_clinical.evaluation.topics.decision_curve import (
     decision_curve,
     plot_decision_curve,
 )
-from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, Topic, TopicBuilder
+from medgemma_clinical.evaluation.topics.topic import Cells, Details, Evaluated, Topic, TopicBuilder
 from medgemma_clinical.evaluation.verdicts import NO_VALUE, value_text
 
 EVENTS_A_GROUP = 10
@@ -48,15 +48,16 @@ def time_topics(events: CompetingEvents) -> tuple[TopicBuilder, ...]:
 def risks(events: CompetingEvents, evaluated: Evaluated) -> Topic:
     """Return the topic of the metrics of each risk."""
     values, lines = evaluated.metrics.of(evaluated.model), []
-    for metric, (title, form, meaning) in TIME_METRICS.items():
+    for metric, (title, form, _) in TIME_METRICS.items():
         keys = {name: metric_name(metric, name, events) for name in events.risk_names}
         texts = {
             name: value_text(values.loc[key], form) if key in values.index else NO_VALUE
             for name, key in keys.items()
         }
-        lines.append({"Metric": title, **texts, "Meaning": meaning})
+        lines.append({"Metric": title, **texts})
     table = pd.DataFrame(lines)
     table = table[(table[[*events.risk_names]] != NO_VALUE).any(axis=1)]
+    meanings = {title: meaning for title, _, meaning in TIME_METRICS.values()}
     text = (
         f"The risk of {events.names[0]} by each horizon, while {', '.join(events.names[1:])} "
         "may come first. Who is not watched for as long counts by weights, not as without it."
@@ -66,6 +67,7 @@ def risks(events: CompetingEvents, evaluated: Evaluated) -> Topic:
         [text, *filter(None, [events.assumption])],
         [Cells(table, "How good the risks are at each horizon [95 %]", is_wide=True)],
         numbers={"metrics": evaluated.metrics.table.reset_index()},
+        details=[Details("What the metrics are", terms=meanings)],
     )
 
 
