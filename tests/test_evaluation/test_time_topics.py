@@ -17,6 +17,7 @@ from medgemma_clinical.evaluation.topics import times
 from medgemma_clinical.evaluation.topics.calibration import calibration_table
 from medgemma_clinical.evaluation.topics.decision_curve import decision_curve
 from medgemma_clinical.evaluation.topics.topic import Evaluated
+from medgemma_clinical.evaluation.verdicts import value_text
 from pages import Page, make_content
 from test_evaluation.test_time_metrics import incidence_at
 from time_rows import EVENTS, MODEL, make_times
@@ -146,7 +147,11 @@ def test_a_report_has_these_sections_and_hides_small_counts(rows, metrics, tmp_p
         found[min_cell] = Page(path.read_text())
         bins = pd.read_csv(tmp_path / "figures" / "calibration.csv")
         assert {*bins["risk"]} == {*EVENTS.risk_names}
-        assert bins["n"].min() >= 2 * min_cell
+        for name, part in bins.groupby("risk"):
+            view, _ = times.at_horizon(EVENTS, evaluated(rows, metrics), name)
+            by_risk = view.labels[np.argsort(view.rows[MODEL].to_numpy())]
+            for own in np.split(by_risk, part["n"].cumsum())[:-1]:
+                assert min(own.sum(), (1 - own).sum()) >= min_cell
     names = {path.stem for path in (tmp_path / "figures").glob("*.svg")}
     calibration = {f"calibration_{name}" for name in EVENTS.risk_names}
     assert names == {"decision_curve", "learning_curve", *calibration}, "each step is an event"
@@ -172,7 +177,9 @@ def test_the_box_says_both_risks_their_difference_and_the_planned_comparison(row
         assert f"{100 * other:.1f}\xa0%" in text
         assert f"{100 * (other - mean):+.1f} percentage points" in text
     assert sum("(blend)" in text for text in texts) == 1
-    assert "Death by 72h without transplant: observed" in "\n".join(texts)
+    for title, end in (("Death by 72h", "72h"), ("Death by 72h without transplant", end)):
+        ratio = value_text(metrics.row(MODEL, f"oe_{end}"), ".2f")
+        assert f"{title}: observed over expected events {ratio}, slope" in "\n".join(texts)
     alone = time_sentences(replace(metrics, primary=None), EVENTS)
     assert not any("blend" in str(finding) for finding in alone)
     table = metrics.table.copy()
