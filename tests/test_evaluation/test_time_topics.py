@@ -177,7 +177,10 @@ def test_the_box_says_both_risks_their_difference_and_the_planned_comparison(row
         assert f"{100 * other:.1f}\xa0%" in text
         assert f"{100 * (other - mean):+.1f} percentage points" in text
     assert sum("(blend)" in text for text in texts) == 1
-    for title, end in (("Death by 72h", "72h"), ("Death by 72h without transplant", end)):
+    for title, end in (
+        ("Death by 72h", "72h"),
+        ("Death by 72h without transplant", "without_transplant_72h"),
+    ):
         ratio = value_text(metrics.row(MODEL, f"oe_{end}"), ".2f")
         assert f"{title}: observed over expected events {ratio}, slope" in "\n".join(texts)
     alone = time_sentences(replace(metrics, primary=None), EVENTS)
