@@ -191,6 +191,7 @@ def build_parser() -> Parser:
     add, switch = flags.adders(group, "predict")
     add("--checkpoint", "model to use: a stage folder, or stage 1's .pt", "export", type=Path)
     add("--predictions", "with --predict: CSV to write", type=Path)
+    add("--curves", "times: CSV of cumulative incidences to write", "free", type=Path)
     add("--use", command_line.USE, "free default", default="stage", metavar="NAME")
     add("--update", "with --predict: write a recalibrated model", "free", type=Path, metavar="DIR")
     switch("--strict", "with --predict: refuse rows it cannot score")
@@ -247,7 +248,12 @@ def build_parser() -> Parser:
     options = {"type": flags.check_threshold, "metavar": "RISK"}
     add("--threshold", "0.1 or 'sensitivity 0.9'; by Youden's index", "predict", **options)
     options = {"choices": ("km", "regression"), "default": "km"}
-    add("--censoring", "times: weights by Kaplan-Meier, or by the inputs", "-llm -text", **options)
+    add(
+        "--censoring",
+        "times: weights by Kaplan-Meier, or by the inputs",
+        "predict default",
+        **options,
+    )
     options = {"type": RATE, "default": 1e-3}
     add("--encoder_lr", "learning rate of the ODE-RNN and its head", "-text", **options)
     add("--head_lr", "learning rate of stage 2's head", "-stage1", type=RATE, default=1e-3)

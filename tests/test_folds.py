@@ -25,7 +25,7 @@ from medgemma_clinical.commands import folds, several
 from medgemma_clinical.commands.run_folder import stage_folder
 from medgemma_clinical.data.fold_split import draw_folds, fold_dataset, foldable
 from medgemma_clinical.data.overlap import patient_hashes
-from medgemma_clinical.evaluation.baselines import STAGE_NAMES, describe_tuning
+from medgemma_clinical.evaluation.baselines import STAGE_NAMES, decide_folds, describe_tuning
 from medgemma_clinical.evaluation.decision import (
     DecisionOptions,
     choose_threshold,
@@ -33,6 +33,7 @@ from medgemma_clinical.evaluation.decision import (
     recommended_model,
     youden_threshold,
 )
+from medgemma_clinical.evaluation.metrics import log_odds, row_losses
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from medgemma_clinical.training.state import LOSS_TOLERANCE, describe_selection, read_state
 from medgemma_trainer import TrajectoryModel, cross_validate
@@ -356,7 +357,9 @@ def test_a_final_model_has_the_rule_and_the_metrics_of_the_folds(run, data, tmp_
     assert new["probability_ensemble"].between(0, 1).all()
     risks = {name: table[name].to_numpy() for name in table.columns.intersection(["ensemble"])}
     labels, preferred = table["label"].to_numpy(float), ["ensemble", STAGE_1]
-    best = recommended_model(labels, {**risks, STAGE_1: risk}, table["patient"], preferred)
+    risks[STAGE_1] = risk
+    losses = row_losses(labels, log_odds(np.stack([*risks.values()])))
+    best = recommended_model([*risks], losses, labels.sum(), table["patient"], preferred)
     assert model.config["best_model"] == best
     assert f"{best}, " in (tmp_path / "copy/README.md").read_text()
     assert "out-of-fold rows" in (tmp_path / "copy/README.md").read_text()
@@ -393,12 +396,11 @@ def test_a_fold_is_recalibrated_by_the_others_and_a_final_model_by_all():
         for k, rule in enumerate(rules):
             rule[name] = {"slope": slope[k], "intercept": intercept[k]}
     table["ensemble"], options = 0.5, DecisionOptions("platt", "sensitivity 0.8")
-    found, crossed = folds.decide(table, rules, fold, options)
-    for name, rule in ((STAGE_1, found["decision"]), ("blend", found["models"]["blend"])):
+    found, crossed = decide_folds(table, rules, fold, options)
+    for name in (STAGE_1, "blend"):
+        rule = found[name]
         expected = fit_decision_rule(labels.astype(float), odds[name], fold, options)
-        assert (rule["slope"], rule["intercept"]) == pytest.approx(
-            (expected.slope, expected.intercept)
-        )
+        assert (rule.slope, rule.intercept) == pytest.approx((expected.slope, expected.intercept))
         for k in range(3):
             others = fold != k
             by_others = fit_decision_rule(
@@ -407,8 +409,8 @@ def test_a_fold_is_recalibrated_by_the_others_and_a_final_model_by_all():
             risk = by_others.probability(odds[name][~others])
             assert crossed[name][~others].to_numpy() == pytest.approx(risk)
         threshold = choose_threshold(options.threshold, labels.astype(float), crossed[name])
-        assert rule["threshold"] == pytest.approx(threshold)
-    assert found["models"].keys() == {"blend", "ensemble"}
+        assert rule.threshold == pytest.approx(threshold)
+    assert [*found] == [STAGE_1, "blend", "ensemble"]
     assert list(crossed) == list(table)
 
 

@@ -15,6 +15,7 @@ import medgemma_trainer as trainer
 from conftest import whole_reports
 from medgemma_clinical.commands import folds, repeats
 from medgemma_clinical.commands.flags import complete
+from medgemma_clinical.evaluation.metrics_table import TESTED
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from pages import Page
 from visits import cohort
@@ -174,7 +175,7 @@ def test_rows_that_some_repeat_does_not_predict_are_left_out(run, tmp_path):
         table.to_csv(folder / "predictions_folds.csv", index=False)
         runs.append(args)
     ids = repeat_predictions(run, 0)["id"].drop(index=[0, 2, 4])
-    assert repeats.join_repeats(runs)["id"].tolist() == ids.tolist()
+    assert repeats.join_repeats(runs, TESTED)["id"].tolist() == ids.tolist()
 
 
 def test_a_repeat_has_its_folder_its_seed_and_its_stage_1():

@@ -64,8 +64,9 @@ def metrics_file(times):
 
 def test_a_run_writes_the_risks_of_each_horizon_and_their_metrics(times):
     table = part(times)
-    columns = ["id", *EVENTS, "probability", "patient", *RISKS]
-    assert [*table] == columns
+    columns = ["id", *EVENTS, "probability", "patient", *RISKS, "Aalen-Johansen"]
+    assert [*table][:10] == columns
+    assert [*table][-5:] == ["ensemble", *(f"ensemble {risk}" for risk in RISKS)]
     np.testing.assert_allclose(table["probability"], table["risk_24h"], rtol=1e-9)
     assert (table["risk_24h"] < table["risk_72h"]).all()
     assert (table["risk_72h"] < table["risk_without_transplant_72h"]).all()
@@ -78,7 +79,9 @@ def test_a_run_writes_the_risks_of_each_horizon_and_their_metrics(times):
     effective = metrics["effective_n_without_transplant_24h"]["value"]
     assert 10 < effective < len(table)
     assert metrics["events"] == ((table["event"] == 1) & (table["event_hours"] <= 24)).sum()
-    assert not {"threshold", "calibration"} & {*metrics_file(times)}
+    val = part(times, "val")
+    case = (val["event"] == 1) & (val["event_hours"] <= 24)
+    assert (val.loc[case, "probability"] >= metrics_file(times)["threshold"]).any()
     assert not (times / "trajectory" / "tripod.md").exists()
     found = pd.Series({name: x["low"] for name, x in metrics.items() if name[:2] in ("ic", "e5")})
     assert len(found) == 8
@@ -96,7 +99,11 @@ def test_predictions_of_rows_without_events_are_those_of_the_run(times, tmp_path
     rows = waiting().set_index("subject_id", drop=False).loc[table.index].drop(columns=EVENTS)
     rows.to_csv(tmp_path / "new.csv", index=False)
     found = predicted(times / "trajectory", tmp_path / "new.csv", tmp_path / "out.csv")
-    assert [*found] == ["id", "probability", *RISKS, "problem"]
+    own = ["id", "probability", "prediction", *RISKS, "problem"]
+    assert [*found][:8] == own
+    others = [f"{risk}_Aalen_Johansen" for risk in RISKS]
+    assert [*found][8:12] == others
+    assert found["risk_72h_Aalen_Johansen"].nunique() == 1
     np.testing.assert_allclose(found.set_index("id")[RISKS], table[RISKS], rtol=1e-5)
     model = TrajectoryModel.from_pretrained(times / "trajectory")
     risk = model.predict_proba(tmp_path / "new.csv")[:, 1]
@@ -122,10 +129,12 @@ def test_python_saves_and_lists_a_model_of_times_and_predicts_no_yes_or_no(times
     rows = waiting(30).drop(columns=EVENTS)
     again = TrajectoryModel.from_pretrained(tmp_path / "saved").predictions(rows)
     pd.testing.assert_frame_equal(again, model.predictions(rows))
-    assert "threshold" not in (tmp_path / "saved" / "README.md").read_text()
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "| O/E without_transplant_72h |" in card
+    assert card.count("\n| `") == len(model.trained.rules) - 1
     assert model.results().loc["stage 1 (trajectory alone)", "auroc"] > 0.5
-    with pytest.raises(ValueError, match="threshold"):
-        model.predict(rows)
+    above = model.predict_proba(rows)[:, 1] >= model.threshold
+    assert (model.predict(rows) == above).all()
 
 
 def test_what_happens_later_changes_no_prediction(times, tmp_path):
@@ -145,8 +154,7 @@ def test_what_happens_later_changes_no_prediction(times, tmp_path):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--folds", "3"], "--folds"),
-        (["--threshold", "0.2"], "--threshold"),
+        (["--calibrate", "platt"], "--calibrate"),
         (["--mode", "classification"], "--trajectory_only"),
         (["--horizon_hours", "24,1000"], "horizon 1000"),
         (["--seeds", "2"], "--seeds"),
@@ -157,11 +165,6 @@ def test_what_times_do_not_have_is_refused_in_one_line(times, tmp_path, capsys, 
     line += [] if "--mode" in words else ["--trajectory_only"]
     line += [] if "--horizon_hours" in words else ["--horizon_hours", "24,72"]
     assert refused(capsys, [*map(str, line), *words], expected, out=tmp_path / "run")
-    checkpoint = ["--checkpoint", times / "trajectory", "--data_path", times / "waiting.csv"]
-    checkpoint += ["--predict", "--predictions", tmp_path / "out.csv"]
-    if expected == "--threshold":
-        line = [*map(str, checkpoint), *words]
-        assert refused(capsys, line, expected, out=tmp_path / "out.csv")
 
 
 @pytest.mark.parametrize("text", ["24,x", "72,24", "0,24", "24,24", "24,inf", ""])

@@ -22,6 +22,7 @@ from medgemma_clinical.evaluation.verdicts import counts_text
 from medgemma_clinical.files import InputError, move_aside, read_json, write_json
 from medgemma_clinical.models.language_model import DEMO
 from medgemma_clinical.models.model_card import built_in_sentence
+from medgemma_clinical.models.outcome import LABEL, Outcome
 from medgemma_clinical.provenance import describe_program
 
 logger = logging.getLogger(__name__)
@@ -75,9 +76,13 @@ def model_names(runs: Sequence[Path]) -> list[str]:
 
 
 def read_predictions(
-    folder: Path, model: str = "probability", name: str = "predictions_test.csv"
+    folder: Path,
+    model: str = "probability",
+    name: str = "predictions_test.csv",
+    *,
+    outcome: Outcome = LABEL,
 ) -> pd.DataFrame:
-    """Read a file of predictions: ``TESTED``, then risks; ``probability`` is renamed ``model``."""
+    """Read a file of predictions: what happened, then risks; those of the file are ``model``'s."""
     path = folder / name
     if not path.is_file():
         raise InputError(f"{path}: no such file: name the folder of a finished stage")
@@ -85,11 +90,14 @@ def read_predictions(
         table = pd.read_csv(path, dtype={"id": str, "patient": str}, keep_default_na=False)
         table = table.drop(columns="fold", errors="ignore")
         if model != "probability":
-            table = table.rename(columns={"probability": model}, errors="raise")
-        table = table[[*TESTED, *table.columns.drop(TESTED)]]
+            own = {file: risk for risk, file in outcome.columns(model, "").items()}
+            table = table.rename(columns=own, errors="raise")
+        table = table[[*outcome.tested, *table.columns.drop(outcome.tested)]]
         numbers = table.drop(columns=["id", "patient"]).astype(float)
-        sound = (numbers.ge(0) & numbers.le(1)).all(axis=None) and table["label"].isin([0, 1]).all()
-        if not sound or len(numbers.columns) < 2:
+        risks = numbers.drop(columns=outcome.tested, errors="ignore")
+        is_known = table["label"].isin([0, 1]).all() if "label" in table else True
+        sound = (risks.ge(0) & risks.le(1)).all(axis=None) and is_known
+        if not sound or not len(risks.columns):
             raise ValueError
     except KeyError as error:
         raise InputError(f"{path}: lacks a column: {error.args[0]}") from error

@@ -108,9 +108,7 @@ def dataset_options(
     return {name: value for name, value in given.items() if value is not None}
 
 
-TIMES_REFUSE = (
-    *("folds", "leave_out", "seeds", "ablation", "final", "threshold", "calibrate", "primary"),
-)
+TIMES_REFUSE = (*("ablation", "calibrate"),)
 """Flags that wait for labels."""
 
 

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,7 +18,6 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from scipy.special import expit
 from threadpoolctl import threadpool_limits
 
 from medgemma_clinical.commands import run_folder, several
@@ -39,8 +38,7 @@ from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import exact_kernels, processes, set_environment
 from medgemma_clinical.evaluation import baselines, decision
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, Baselines
-from medgemma_clinical.evaluation.decision import DecisionOptions, DecisionRule
-from medgemma_clinical.evaluation.metrics import Array, log_odds
+from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.evaluation.metrics_table import Metrics
 from medgemma_clinical.evaluation.suppress import suppressed
 from medgemma_clinical.evaluation.topics.topic import ReportContent
@@ -61,7 +59,7 @@ from medgemma_clinical.models.checkpoints import (
     read_trajectory,
 )
 from medgemma_clinical.models.model_card import MODEL_LIMITS, describe_recommended
-from medgemma_clinical.models.outcome import LABEL
+from medgemma_clinical.models.outcome import Outcome, outcome_of
 from medgemma_clinical.models.trained_model import read_trained_config
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 from medgemma_clinical.training.signals import begin_process
@@ -214,14 +212,17 @@ def evaluate_folds(
     """Return the joint predictions, and what is made of them; ``fold`` (N,) is of each row."""
     runs = [fold_arguments(k, args) for k in range(fold.max() + 1)]
     folders = [run_folder.stage_folder(fold_args) for fold_args in runs]
-    stage, outcome = folders[0].name, LABEL
-    name = STAGE_NAMES[stage]
-    table, positions = join_folds(folders, name, rows)
-    fold_of_row = fold[positions]
     configs = [read_trained_config(path) for path in folders]
+    stage, outcome = folders[0].name, outcome_of(configs[0])
+    name = STAGE_NAMES[stage]
+    table, positions = join_folds(folders, name, rows, outcome, args)
+    fold_of_row = fold[positions]
     rules = [{name: config["decision"], **config["models"]} for config in configs]
     options = decision_options(args, out_of_fold=True)
-    decided, table = decide(table, rules, fold_of_row, options)
+    final, table = outcome.decide_folds(table, rules, fold_of_row, options)
+    models = {model: asdict(rule) for model, rule in final.items()}
+    decided: Config = {"decision": models.pop(name), "models": models}
+    decided["threshold_choice"] = options.threshold
     threshold = decided["decision"]["threshold"]
     metrics = outcome.evaluate(table, args.seed, threshold, split=fold_of_row, primary=args.primary)
     decided |= cast(Config, outcome.recommend(table, name, [*decided["models"]]))
@@ -237,11 +238,11 @@ def evaluate_folds(
         "folds": metrics.to_json(),
         "decided": decided,
     }
-    first = folds_sentence(suppressed(metrics, args.min_cell), len(folders))
+    first = folds_sentence(suppressed(metrics, args.min_cell), outcome, len(folders))
     config: Config = {**configs[0], **decided, "metrics": content}
     tuned = [read_json(path / BASELINES).get("tuned") for path in folders]
     page = folds_content(args, rows, positions, config, tuned, first)
-    table.insert(4, "fold", fold_of_row)  # behind the model's own column
+    table.insert([*table].index(name) + 1, "fold", fold_of_row)
     return table, metrics, config, page
 
 
@@ -251,81 +252,39 @@ def write_fold_results(args: Namespace, rows: TrajectoryDataset, fold: NDArray[n
     folder = run_folder.folds_folder(args)
     write_text(folder / PREDICTIONS, predictions_csv(table))
     write_json(folder / run_folder.METRICS, config["metrics"])
-    write_page(folder, table.drop(columns="fold"), metrics, page, LABEL, args)
+    outcome = outcome_of(config)
+    write_page(folder, table.drop(columns="fold"), metrics, page, outcome, args)
     logger.info("")
-    log_findings(metrics, page.findings(metrics), LABEL)
+    log_findings(metrics, page.findings(metrics), outcome)
     logger.info("recommended (--use best): %s", describe_recommended(config))
-    first = folds_sentence(metrics, page.folds)
+    first = folds_sentence(metrics, outcome, page.folds)
     logger.info("%s\nreport: %s", first, folder / "report.html")
 
 
 def join_folds(
-    folders: list[Path], name: str, rows: TrajectoryDataset
+    folders: list[Path], name: str, rows: TrajectoryDataset, outcome: Outcome, args: Namespace
 ) -> tuple[pd.DataFrame, NDArray[np.int64]]:
     """Return the test predictions of all folds in the data's order, and their positions in it."""
-    tables = several.shared_models([read_predictions(path, name) for path in folders])
+    read = [read_predictions(path, name, outcome=outcome) for path in folders]
+    tables = several.shared_models(read)
     table = pd.concat(tables, ignore_index=True)
     # A row without a value of the series that its fold reads has no prediction.
     positions = pd.Series(np.arange(len(rows)), rows.ids)[table["id"].tolist()].to_numpy()
     table = table.iloc[np.argsort(positions)].reset_index(drop=True)
-    table["label"] = table["label"].astype(int)
-    return table, np.sort(positions)
+    positions = np.sort(positions)
+    observed = outcome.observed(rows, positions, args.censoring, args.seed)
+    return observed.join(table.drop(columns=outcome.tested)), positions
 
 
-def decide(
-    table: pd.DataFrame,
-    rules: Sequence[Mapping[str, Json]],
-    fold: NDArray[np.int64],
-    options: DecisionOptions,
-) -> tuple[Config, pd.DataFrame]:
-    """Fit decision rules to out-of-fold predictions; ``rules`` are per fold, ``fold`` is (n,).
-
-    Returns the keys that ``results.write_results`` fits to the validation part, and the table with
-    the risks of each fold by rules of the other folds, which choose the thresholds.
-    """
-    labels, patients = table["label"].to_numpy(float), table["patient"].to_numpy(str)
-    name, raw = str(table.columns[3]), {}  # log-odds before the own recalibration of each fold
-    for model in table.columns.intersection([*rules[0]]):
-        of_row = pd.DataFrame([fold_rules[model] for fold_rules in rules]).iloc[fold]
-        slope, intercept = of_row["slope"].to_numpy(float), of_row["intercept"].to_numpy(float)
-        raw[model] = (log_odds(table[model].to_numpy()) - intercept) / slope
-
-    def fitted(rows: NDArray[np.bool_]) -> dict[str, DecisionRule]:
-        label, patient = labels[rows], patients[rows]
-        rule = decision.fit_decision_rule(label, raw[name][rows], patient, options)
-        risk = rule.probability(raw[name][rows])
-        beside = baselines.fit_rules(label, name, risk, baseline_risks(rows), patient, options)
-        return {name: rule, **beside}
-
-    def baseline_risks(rows: NDArray[np.bool_]) -> dict[str, Array]:
-        return {model: expit(raw[model][rows]) for model in raw if model not in (name, ENSEMBLE)}
-
-    crossed = table.copy()
-    for k in np.unique(fold):
-        by_others, rows = fitted(fold != k), fold == k
-        risk = by_others[name].probability(raw[name][rows])
-        risks = baselines.model_risks(name, risk, baseline_risks(rows), by_others)
-        for model, model_risk in risks.items():
-            crossed.loc[rows, model] = model_risk
-    final = {}
-    for model, rule in fitted(np.ones(len(table), bool)).items():
-        risk = crossed[model].to_numpy()
-        threshold = decision.choose_threshold(options.threshold, labels, risk)
-        final[model] = asdict(replace(rule, threshold=threshold))
-    decided: Config = {"decision": final.pop(name), "models": final}
-    decided["threshold_choice"] = options.threshold
-    return decided, crossed
-
-
-def folds_sentence(metrics: Metrics, folds: int) -> str:
+def folds_sentence(metrics: Metrics, outcome: Outcome, folds: int) -> str:
     """Return how the metrics of the folds were made, in a sentence, and how the folds differ."""
     auroc = metrics.row(metrics.models[0], "auroc")
     hidden = np.isnan(auroc["min"])
     spread = "" if hidden else f" (AUROC {auroc['min']:.3f} to {auroc['max']:.3f})"
     return (
         f"Each of these patients was predicted once, by the one of {folds} models that did not "
-        "learn from them: AUROC, AUPRC, Brier score, Brier skill and log loss are means "
-        f"over the {folds} folds{spread}, all else is of all rows."
+        f"learn from them: {outcome.means_of_folds} are means over the {folds} folds{spread}, all "
+        "else is of all rows."
     )
 
 
@@ -421,8 +380,9 @@ def write_final(
     if not processes().is_main_process:
         return config, None
     rows = data.split["train"]
-    settings = baselines.tune_baselines(data.dataset, rows, data.usable_static)
-    fitted = baselines.fit_baselines(data.dataset, rows, settings)
+    outcome = outcome_of(stage.config)
+    settings = outcome.tune_baselines(data.dataset, rows, data.usable_static)
+    fitted = outcome.fit_baselines(data.dataset, rows, settings)
     models = {name: model for name, model in fitted.models.items() if name in config["models"]}
     words = fitted.words if baselines.WORDS in config["models"] else None
     fitted = replace(fitted, models=models, words=words)  # those of all folds

@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -37,10 +37,10 @@ from medgemma_clinical.distributed import peak_memory, processes, show_progress
 from medgemma_clinical.evaluation import decision
 from medgemma_clinical.evaluation.demographics import demographics
 from medgemma_clinical.evaluation.report import write_report
+from medgemma_clinical.evaluation.time_table import UNCENSORED
 from medgemma_clinical.evaluation.topics.cohort import case_mix
 from medgemma_clinical.evaluation.topics.topic import ReportContent
 from medgemma_clinical.evaluation.topics.written_reports import right_answers
-from medgemma_clinical.evaluation.updating import Updates, evaluate_updates
 from medgemma_clinical.files import InputError, atomic, file_hash, locked, move_aside
 from medgemma_clinical.inference.hub import check_folder
 from medgemma_clinical.inference.scoring import count_implausible, prediction_table, scoring_rows
@@ -48,13 +48,12 @@ from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS, Trajectory
 from medgemma_clinical.models import trained_model
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, Config, read_trajectory
 from medgemma_clinical.models.model_card import choosing_rows
-from medgemma_clinical.models.outcome import outcome_of
+from medgemma_clinical.models.outcome import Outcome, outcome_of
 from medgemma_clinical.models.trained_model import TrainedModel
 
 logger = logging.getLogger(__name__)
 
 KINDS = "leave_out", "folds"
-TIMES_REFUSE = "update", "threshold", "site", "primary"
 VAL_PREDICTIONS = "predictions_val.csv"
 
 
@@ -73,11 +72,10 @@ def predict(args: Namespace, given: set[str]) -> int:
             "this program does not have"
         )
     trained_model.check_no_control(request.checkpoint, config)
-    is_time = "events" in config
-    if is_time and (unread := [name for name in TIMES_REFUSE if getattr(request, name)]):
-        raise InputError(f"--{unread[0]}: not for times to events: leave it out")
     source = find_source(request, config, datasets)
-    check_output(request.predictions, source)
+    check_output(request, source)
+    if request.curves and not outcome_of(config).has_curves:
+        raise InputError("--curves: the model was trained on a label, not on times: leave it out")
     if request.update:
         check_folder(request.update, config)
     findings = Findings(str(source), strict=bool(request.strict))
@@ -107,8 +105,7 @@ def predict(args: Namespace, given: set[str]) -> int:
     logger.info("predictions: %s; %s", request.predictions, peak_memory())
     training = training_patients(model.trained, request.checkpoint)
     rows = first.dataset.with_inputs(**config["inputs"])
-    if not is_time:
-        labelled = report_labelled(tally, model, rows, request, training)
+    labelled = report_labelled(tally, model, rows, request, training)
     if request.explain:
         explain_rows(tally.chosen, model, request, training)
     if request.update:
@@ -148,10 +145,7 @@ def with_threshold(trained: TrainedModel, choice: str, checkpoint: Path) -> Trai
     goal, _ = decision.parse_threshold(choice)
     table = held_out_risks(trained, checkpoint, choice) if goal else None
     for name, rule in rules.items():
-        labels, risk = np.zeros(1), np.zeros(1)
-        if table is not None:
-            labels, risk = table["label"].to_numpy(float), table[name].to_numpy(float)
-        rule["threshold"] = decision.choose_threshold(choice, labels, risk)
+        rule["threshold"] = trained.outcome.choose_threshold(choice, table, name)
     config: Config = {**trained.config, "threshold_choice": choice}
     config["decision"], config["models"] = rules.pop(trained.name), rules
     return replace(trained, config=config)
@@ -167,17 +161,27 @@ def held_out_risks(trained: TrainedModel, checkpoint: Path, choice: str) -> pd.D
         of_sites, of_patients = (stage.parent / f"{kind}_{stage.name}" for kind in KINDS)
         stage, file = of_sites if of_sites.is_dir() else of_patients, PREDICTIONS
     try:
-        return read_predictions(stage, trained.name, file)
+        return read_predictions(stage, trained.name, file, outcome=trained.outcome)
     except InputError as error:
         raise InputError(f"--threshold '{choice}': {error}, or give a risk") from error
 
 
-def check_output(out: Path, source: Path) -> None:
+def outputs(request: Namespace) -> list[Path]:
+    """Return the tables to write: predictions, and curves where they are asked for."""
+    return [request.predictions, *filter(None, [request.curves])]
+
+
+def check_output(request: Namespace, source: Path) -> None:
     """Check that predictions can be written, and not over the rows to score."""
-    if not out.absolute().parent.is_dir() or out.is_dir():
-        raise InputError(f"--predictions {out}: name a file in a folder that exists")
-    if out.exists() and source.exists() and out.samefile(source):
-        raise InputError(f"--predictions {out}: holds the rows to score: choose another name")
+    for flag in ("predictions", "curves"):
+        if (out := getattr(request, flag)) is None:
+            continue
+        if not out.absolute().parent.is_dir() or out.is_dir():
+            raise InputError(f"--{flag} {out}: name a file in a folder that exists")
+        if out.exists() and source.exists() and out.samefile(source):
+            raise InputError(f"--{flag} {out}: holds the rows to score: choose another name")
+    if request.curves and request.curves.absolute() == request.predictions.absolute():
+        raise InputError(f"--curves {request.curves}: is the file of --predictions")
 
 
 def report_path(predictions: Path) -> Path:
@@ -200,7 +204,10 @@ def log_progress(chunks: Iterable[ScoringRows], source: Path) -> Iterator[Scorin
 class PredictionTally:
     """Counts of scored rows; nothing is kept of rows without a label, the chosen ones apart."""
 
-    models: dict[str, str]  # name: column; the used one first
+    used: str  # the model
+    columns: dict[str, str]  # of the predictions, by those of a table of risks
+    outcome: Outcome
+    censoring: tuple[str, int]  # how those who are not watched for long are weighed, and a seed
     rule: decision.DecisionRule  # of the used one
     rows: int = 0
     scored: int = 0
@@ -219,12 +226,18 @@ class PredictionTally:
             self.positive = (self.positive or 0) + int(lines["prediction"].sum())
         self.formulas += sum(map(is_formula, lines["id"]))
         labelled = np.flatnonzero(~np.isnan(dataset.labels))
-        table = demographics(dataset).iloc[labelled].reset_index(drop=True)
-        of_models = lines[[*self.models.values()]].set_axis([*self.models], axis=1)
+        if not len(labelled):
+            return
+        about = demographics(dataset).iloc[labelled].reset_index(drop=True)
+        of_models = lines[[*self.columns.values()]].set_axis([*self.columns], axis=1)
         risks = of_models.iloc[rows.positions[labelled]].reset_index(drop=True).astype(float)
         self.medians.append(row_medians(dataset).iloc[labelled])
+        observed = self.outcome.observed(dataset, labelled, *self.censoring)
+        observed = observed.drop(columns=[*about.columns.intersection(observed.columns)])
         self.labelled.append(
-            table.join(risks).assign(
+            about.join(observed)
+            .join(risks)
+            .assign(
                 patient=patient_hashes(dataset, labelled),
                 rows=list(both_hashes(dataset, labelled)),
             )
@@ -250,20 +263,25 @@ def write_predictions(
 ) -> PredictionTally:
     """Score rows chunk by chunk; the file appears at the end, earlier ones move aside."""
     trained, path = model.trained, request.predictions
-    used = trained.model_named(request.use)
-    other_models = {name: trained.column(name) for name in trained.rules if name != used}
-    tally = PredictionTally({used: "probability", **other_models}, trained.rules[used])
-    with locked(path), atomic(path) as temporary:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            for rows in chunks:
-                options = trained, findings, model.batch_size, used
-                lines, scored = prediction_table(rows, *options)
-                count_implausible(scored.dataset, findings)
-                lines.to_csv(file, index=False, header=tally.rows == 0)
-                tally.add(lines, scored)
-                if request.explain:
-                    tally.chosen = choose_rows(tally.chosen, lines, scored, request.patients)
-        for aside in move_aside([path, report_path(path), patients_path(path)]):
+    used, outcome = trained.model_named(request.use), trained.outcome
+    censoring = request.censoring or "km", request.seed
+    tally = PredictionTally(used, trained.columns(used), outcome, censoring, trained.rules[used])
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(path))
+        files = [
+            stack.enter_context(whole.open("w", encoding="utf-8", newline=""))
+            for whole in [stack.enter_context(atomic(out)) for out in outputs(request)]
+        ]
+        for rows in chunks:
+            lines, scores = prediction_table(rows, trained, findings, model.batch_size, used)
+            count_implausible(scores.rows.dataset, findings)
+            lines.to_csv(files[0], index=False, header=tally.rows == 0)
+            for file in files[1:]:
+                scores.curves().to_csv(file, index=False, header=tally.rows == 0)
+            tally.add(lines, scores.rows)
+            if request.explain:
+                tally.chosen = choose_rows(tally.chosen, lines, scores.rows, request.patients)
+        for aside in move_aside([*outputs(request), report_path(path), patients_path(path)]):
             logger.info("earlier file moved to %s", aside)
     return tally
 
@@ -274,30 +292,30 @@ def report_labelled(
     dataset: TrajectoryDataset,
     request: Namespace,
     training: TrainingPatients,
-) -> tuple[pd.DataFrame, Updates | None]:
+) -> tuple[pd.DataFrame, Any]:
     """Evaluate labelled rows that are not in the training data; return them."""
+    if not tally.labelled:
+        return pd.DataFrame(), None
     labelled = pd.concat(tally.labelled, ignore_index=True)
-    if labelled.empty:
-        return labelled, None
     hashes = labelled["patient"].to_numpy(), np.stack(labelled["rows"].tolist())
     in_training = training.include(*hashes, has_ids=dataset.has_patient_ids)
     new = labelled[~in_training].reset_index(drop=True)
     noun = "patients" if labelled["patient"].is_unique else dataset.row_noun
     overlap = Overlap(noun, int(in_training.sum()), len(new))
     note = overlap.sentence(model.config, training, 0)
-    if new["label"].nunique() < 2:
-        left = "of those that are left all have, or all lack, the event"
-        logger.info("%s No metrics: %s.", note, left if len(new) else "none left")
+    outcome = tally.outcome
+    if problem := outcome.evaluation_problem(new):
+        logger.info("%s No metrics: %s.", note, problem)
         return new, None
-    name, patients = next(iter(tally.models)), new["patient"].astype(str)
-    risks = new[[*tally.models]].dropna(axis=1)  # NaN of a baseline that lacks a column
-    rows = pd.DataFrame({"id": patients, "label": new["label"], "patient": patients}).join(risks)
-    outcome = outcome_of(model.config)
+    name, patients = tally.used, new["patient"].astype(str)
+    risks = new[[*tally.columns]].dropna(axis=1)  # NaN of a baseline that lacks a column
+    rows = new.assign(id=patients, patient=patients)[[*outcome.tested]]
+    rows = rows.join(new.filter(like=UNCENSORED)).join(risks)
     trained = model.config.get("metrics", {})
     planned = (trained.get("test") or trained.get("folds") or {}).get("primary")
     primary = request.primary or planned
     metrics = outcome.evaluate(rows, request.seed, tally.rule.threshold, primary=primary)
-    updates = evaluate_updates(rows, name, request.seed)
+    updates = outcome.evaluate_updates(rows, name, request.seed)
     medians = pd.concat(tally.medians)[~in_training]
     content = cohort_content(
         tally, model.config, dataset, new, medians, overlap, training, updates, request
@@ -321,11 +339,11 @@ def cohort_content(
     medians: pd.DataFrame,
     overlap: Overlap,
     training: TrainingPatients,
-    updates: Updates | None,
+    updates: Any,
     request: Namespace,
 ) -> ReportContent:
     """Return what the page of an external cohort says of the evaluated rows and their medians."""
-    name, source, noun = next(iter(tally.models)), Path(dataset.source).name, overlap.noun
+    name, source, noun = tally.used, Path(dataset.source).name, overlap.noun
     labelled = overlap.old + overlap.new
     flow = [
         ("without a score", tally.rows - tally.scored, tally.scored),

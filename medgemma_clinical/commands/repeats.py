@@ -15,14 +15,13 @@ from medgemma_clinical.commands.results import predictions_csv, write_page
 from medgemma_clinical.data.fold_split import draw_folds, foldable
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes
-from medgemma_clinical.evaluation.metrics_table import TESTED
 from medgemma_clinical.evaluation.topics.instability import (
     instability_cells,
     measure_instability,
 )
 from medgemma_clinical.files import InputError, read_json, write_json, write_text
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
-from medgemma_clinical.models.outcome import LABEL
+from medgemma_clinical.models.outcome import outcome_of
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +72,13 @@ def write_repeat_results(
     contents = [read_json(run_folder.folds_folder(run) / run_folder.METRICS) for run in runs]
     folder = args.output_dir / f"repeats_{contents[0]['stage']}"
     folder.mkdir(exist_ok=True)
-    joined = join_repeats(runs)
-    risks = joined.drop(columns=TESTED)
+    fold = draw_folds(rows.groups, rows.labels, runs[0].folds, runs[0].seed)
+    tested, metrics, config, page = folds.evaluate_folds(runs[0], rows, fold)
+    outcome = outcome_of(config)
+    joined = join_repeats(runs, outcome.tested)
+    risks = joined.drop(columns=outcome.tested)
     described = joined.assign(mean=risks.mean(axis=1), sd=risks.std(axis=1))
-    table = described[[*TESTED, "mean", "sd", *risks]]
+    table = described[[*outcome.tested, "mean", "sd", *risks]]
     write_text(folder / PREDICTIONS, predictions_csv(table))  # the mean is its ``probability``
     seeds = [run.seed for run in runs]
     thresholds = [content["threshold"] for content in contents]
@@ -90,20 +92,18 @@ def write_repeat_results(
         f"{seeds[-1]}: the section Instability shows how much the risks differ, all else is of "
         "repeat 0."
     )
-    fold = draw_folds(rows.groups, rows.labels, runs[0].folds, runs[0].seed)
-    tested, metrics, _, page = folds.evaluate_folds(runs[0], rows, fold)
     title, sentences = f"{page.title}, {len(runs)} repeats", [first, *page.last]
     page = replace(page, title=title, last=sentences, repeats=(joined, by_repeat))
-    write_page(folder, tested.drop(columns="fold"), metrics, page, LABEL, args)
+    write_page(folder, tested.drop(columns="fold"), metrics, page, outcome, args)
     logger.info("\n%s", instability_cells(measures, rows.noun).to_string(index=False))
     logger.info("%s\nreport: %s", first, folder / "report.html")
 
 
-def join_repeats(runs: Sequence[Namespace]) -> pd.DataFrame:
-    """Return ``TESTED`` and a column of risks a repeat, of the rows that each repeat predicted."""
+def join_repeats(runs: Sequence[Namespace], tested: list[str]) -> pd.DataFrame:
+    """Return what happened and a column of risks a repeat, of the rows that all predicted."""
     risks, text = {}, {"id": str, "patient": str}
     for k, run in enumerate(runs):
         path = run_folder.folds_folder(run) / folds.PREDICTIONS
         table = pd.read_csv(path, dtype=text, keep_default_na=False)
-        risks[f"repeat_{k}"] = table.set_index(TESTED)["probability"]
+        risks[f"repeat_{k}"] = table.set_index(tested)["probability"]
     return pd.concat(risks, axis=1, join="inner").reset_index()

@@ -20,6 +20,7 @@ from medgemma_clinical.evaluation.topics.cohort import part_table, table_one
 from medgemma_clinical.evaluation.topics.topic import ReportContent
 from medgemma_clinical.models import model_card
 from medgemma_clinical.models.checkpoints import Config
+from medgemma_clinical.models.outcome import outcome_of
 from medgemma_clinical.training.stage import Stage
 
 
@@ -48,6 +49,7 @@ def report_content(
         notice=model_card.built_in_notice(config),
         first=[*filter(None, [model_card.weight_0_sentence(shared)])],
         last=[*([f"{model_card.RECOMMENDED}: {recommended}."] if recommended else []), *last],
+        describe=outcome_of(config).sentences,
         **{"noun": dataset.noun, **parts},
     )
 

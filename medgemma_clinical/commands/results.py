@@ -25,12 +25,7 @@ from medgemma_clinical.evaluation import decision
 from medgemma_clinical.evaluation.baselines import (
     STAGE_NAMES,
     Baselines,
-    baseline_names,
     describe_tuning,
-    fit_baselines,
-    fit_rules,
-    model_risks,
-    tune_baselines,
 )
 from medgemma_clinical.evaluation.metrics_table import Metrics
 from medgemma_clinical.evaluation.report import write_report
@@ -43,7 +38,7 @@ from medgemma_clinical.inference.scoring import write_in_batches
 from medgemma_clinical.models.checkpoints import BASELINES, Config
 from medgemma_clinical.models.decoders import licence
 from medgemma_clinical.models.model_card import MODEL_LIMITS, describe_recommended
-from medgemma_clinical.models.outcome import Outcome, outcome_of
+from medgemma_clinical.models.outcome import Outcome, fit_outcome, outcome_of
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
 from medgemma_clinical.training.stage import Stage
 from medgemma_clinical.training.state import Progress, describe_epochs, describe_selection
@@ -73,23 +68,26 @@ def write_results(
 
     The first process also gets the metrics, within the configuration, and the baselines.
     """
-    options = decision_options(args)
-    predictions, decided = apply_decisions(scored, stage, data, options)
+    options, outcome = decision_options(args), outcome_of(stage.config)
+    observed = {
+        part: outcome.observed(data.dataset, part_scored.rows, args.censoring, args.seed)
+        for part, part_scored in scored.items()
+    }
+    predictions, decided = apply_decisions(scored, observed["val"], stage, options)
     is_writer = isinstance(stage.model, LLMWriter) and "test" in predictions
     texts = generate_reports(stage, predictions["test"]) if is_writer else {}
     # The caller tests a model without test part, as scikit-learn's tools do.
     if not len(data.split["test"]) or not processes().is_main_process:
         return {**stage.config, **decided}, None
-    outcome = outcome_of(stage.config)
     fitted: dict[str, Baselines] = {}
     # The validation part chooses thresholds and the recommended model by risks of models that have
     # not seen it. The models that are tested and kept learn from both parts.
     both = np.sort(np.concatenate([data.split["train"], data.split["val"]]))
     taught = {"val": data.split["train"], "test": both}
-    if with_baselines and outcome.has_baselines:
-        settings = tune_baselines(data.dataset, data.split["train"], data.usable_static)
-        fitted = {k: fit_baselines(data.dataset, taught[k], settings) for k in predictions}
-    tables, rules = prediction_tables(stage, data, predictions, fitted, args)
+    if with_baselines:
+        settings = outcome.tune_baselines(data.dataset, data.split["train"], data.usable_static)
+        fitted = {k: outcome.fit_baselines(data.dataset, taught[k], settings) for k in predictions}
+    tables, rules = prediction_tables(stage, data, predictions, observed, fitted, options)
     last = [*predictions][-1]  # the test part, unless it is left for a later call
     baselines = fitted.get(last)
     metrics = {
@@ -179,8 +177,8 @@ def metrics_content(
     return {
         "stage": stage.name,
         "averaged_epochs": progress.averaged,
-        **({} if "events" in stage.config else {"threshold": rule["threshold"]}),
-        **({} if "events" in stage.config else {"calibration": calibration}),
+        "threshold": rule["threshold"],
+        "calibration": calibration,
         **{SCORED[part]: part_metrics.to_json() for part, part_metrics in metrics.items()},
         **weight,
         **({} if written is None else {"reports": written}),
@@ -189,15 +187,15 @@ def metrics_content(
 
 def apply_decisions(
     scored: dict[str, decision.Predictions],
+    observed: pd.DataFrame,  # of the validation part
     stage: Stage,
-    data: Data,
     options: decision.DecisionOptions,
 ) -> tuple[dict[str, decision.Predictions], Config]:
     """Fit weight and decision rule to the validation part alone; apply both to all parts."""
     decided: Config = {}
     scored = {**scored}
     model, val = stage.model, scored["val"]
-    patients = data.dataset.groups[val.rows]
+    patients = observed["patient"].to_numpy(str)
     if isinstance(model, TrajectoryLLM) and model.adds_stage1:
         weight = decision.fit_residual_weight(val.labels, val.offset, val.logit, patients)
         model.residual_weight = decided["residual_weight"] = weight
@@ -207,7 +205,7 @@ def apply_decisions(
         for part, part_scored in scored.items():
             logit = part_scored.offset + weight * (part_scored.logit - part_scored.offset)
             scored[part] = replace(part_scored, logit=logit)
-    rule = outcome_of(stage.config).decide(scored["val"], patients, options)
+    rule = outcome_of(stage.config).decide(scored["val"], observed, options)
     if options.recalibration == "platt" and not rule.is_moved:
         logger.warning(
             "not recalibrated: on the validation part events do not become more frequent with the "
@@ -221,37 +219,36 @@ def prediction_tables(
     stage: Stage,
     data: Data,
     predictions: dict[str, decision.Predictions],
-    baselines: dict[str, Baselines],  # by part
-    args: Namespace,
+    observed: dict[str, pd.DataFrame],
+    baselines: dict[str, Baselines],  # by part, as the two others
+    options: decision.DecisionOptions,
 ) -> tuple[dict[str, pd.DataFrame], dict[str, decision.DecisionRule]]:
     """Return a table for each part and the decision rules of the models beside the stages.
 
     Columns: id, what happened, patient, then the risks of the model, stage 1, baselines, ensemble.
     """
-    outcome, options = outcome_of(stage.config), decision_options(args)
-    name, dataset, val = STAGE_NAMES[stage.name], data.dataset, predictions["val"]
-    baseline_risks = {
-        part: baselines[part].risks(dataset, scored.rows) if baselines else {}
+    outcome, name, tables = outcome_of(stage.config), STAGE_NAMES[stage.name], {}
+    beside = {
+        part: baselines[part].risks(data.dataset, scored.rows) if baselines else {}
         for part, scored in predictions.items()
     }
-    patients = dataset.groups[val.rows]
-    rules = fit_rules(val.labels, name, val.probability, baseline_risks["val"], patients, options)
-    tables = {}
+    val = outcome.forecast(predictions["val"])
+    rules = outcome.fit_rules(name, val, beside["val"], observed["val"], options)
     for part, scored in predictions.items():
-        risks = model_risks(name, scored.probability, baseline_risks[part], rules)
-        observed = outcome.observed(dataset, scored.rows, args.censoring, args.seed)
-        table = {"id": dataset.ids[scored.rows], **observed}
-        table |= {"patient": dataset.groups[scored.rows]} | outcome.risks(name, scored)
-        del risks[name]
+        forecasts = outcome.models(name, outcome.forecast(scored), beside[part], rules)
+        columns = outcome.risks(name, forecasts.pop(name))
         if stage.stage1_risks is not None:
-            table[STAGE_NAMES["trajectory"]] = stage.stage1_risks[scored.rows]
-        tables[part] = pd.DataFrame(table | risks)
+            forecasts = {STAGE_NAMES["trajectory"]: stage.stage1_risks[scored.rows]} | forecasts
+        for model, forecast in forecasts.items():
+            columns |= outcome.risks(model, forecast)
+        tables[part] = observed[part].join(pd.DataFrame(columns))
     return tables, rules
 
 
 def check_primary(primary: str | None, data: Data) -> None:
     """Refuse a ``--primary`` that is none of the baselines of these data, before the training."""
-    names = baseline_names(data.dataset, data.split["train"], data.usable_static)
+    outcome = fit_outcome(data)
+    names = outcome.baseline_names(data.dataset, data.split["train"], data.usable_static)
     if primary is not None and primary not in names:
         raise InputError(f"--primary {primary}: choose from {', '.join(names)}")
 
@@ -378,6 +375,5 @@ def run_content(
         stage1_page=stage1_page,
         advice=few_events_advice(Metrics.from_json(config["metrics"]["test"])),
         methods=methods,
-        describe=outcome_of(config).sentences,
-        has_tripod="events" not in config,
+        has_tripod=outcome_of(config).has_tripod,
     )

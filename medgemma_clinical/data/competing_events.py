@@ -36,6 +36,11 @@ class CompetingEvents:
         return tuple(f"{horizon / hours:g}{self.unit}" for horizon in self.horizons)
 
     @property
+    def horizon_risks(self) -> tuple[str, ...]:
+        """The names of the risks while all events compete, one a horizon."""
+        return self.risk_names[: len(self.horizons)]
+
+    @property
     def interventions_text(self) -> str:
         """The interventions in words, empty without any."""
         return " or ".join(self.names[event - 1] for event in self.interventions)

@@ -6,8 +6,8 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import lightgbm
 import numpy as np
@@ -26,6 +26,7 @@ from medgemma_clinical.data.trajectories import Rows, TrajectoryDataset
 from medgemma_clinical.evaluation.decision import (
     DecisionOptions,
     DecisionRule,
+    choose_threshold,
     fit_decision_rule,
 )
 from medgemma_clinical.evaluation.metrics import Array, log_odds
@@ -115,7 +116,10 @@ Folds = list[tuple[NDArray[np.int64], NDArray[np.int64]]]
 class Baselines:
     """Fitted baselines, which give the risks of any rows."""
 
-    models: dict[str, Regression | Trees]
+    regression: ClassVar[Any] = Regression
+    trees: ClassVar[Any] = Trees
+
+    models: dict[str, Any]  # of both classes
     words: Words | None
     inputs: dict[str, Any]  # what they read beside the series, as in ``Data.description``
     tuned: bool | None = None  # penalties and sizes, in folds; None in files that do not say it
@@ -133,15 +137,25 @@ class Baselines:
 
     def risks(self, dataset: TrajectoryDataset, rows: Rows = slice(None)) -> dict[str, Array]:
         """Return probabilities (n,) of baselines, then blends; NaN where the data lack columns."""
-        table, risks = self._table(dataset).iloc[rows], {}
-        for name, model in self.models.items():
-            has_columns = {*model.columns} <= {*table.columns}
-            risks[name] = model.risks(table) if has_columns else np.full(len(table), np.nan)
+        risks = self.risks_of_models(self.table(dataset).iloc[rows])
         if self.words:
             risks[WORDS] = self.words.risks(dataset.contexts[rows])
         return risks | {name: blend(risks[a], risks[b]) for name, (a, b) in self.pairs.items()}
 
-    def _table(self, dataset: TrajectoryDataset) -> pd.DataFrame:
+    def risks_of_models(self, table: pd.DataFrame) -> dict[str, Array]:
+        """Return what each of ``models`` says of the rows of a table; NaN where it lacks columns.
+
+        All columns are there for some rows, or for none.
+        """
+        risks = {}
+        for name, model in self.models.items():
+            missing = {*model.columns} - {*table.columns}
+            known = table.reindex(columns=[*table, *missing])
+            found = model.risks(known)
+            risks[name] = np.full_like(found, np.nan) if missing else found
+        return risks
+
+    def table(self, dataset: TrajectoryDataset) -> pd.DataFrame:
         """Return all columns that baselines may read, N rows, whatever the stage reads."""
         reads_time = self.inputs["prediction_time"] and dataset.prediction_hours is not None
         selected = dataset.with_inputs((), prediction_time=reads_time)
@@ -155,7 +169,8 @@ class Baselines:
         """Return the text of the file, in which each number is exact."""
         models = {name: to_plain(model) for name, model in self.models.items()}
         words = self.words and to_plain(self.words)
-        return json.dumps({**vars(self), "models": models, "words": words}) + "\n"
+        content = {**vars(self), "models": models, "words": words}
+        return json.dumps(content, default=np.ndarray.tolist) + "\n"
 
     @property
     def sha256(self) -> str:
@@ -165,16 +180,21 @@ class Baselines:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Check and return; see ``simple_models``."""
-        content = json.loads(text)
-        models: dict[str, Regression | Trees] = {
-            name: (Trees if "text" in fitted else Regression).from_json(fitted)
+        return cls(**cls.from_plain(json.loads(text)))
+
+    @classmethod
+    def from_plain(cls, content: Mapping[str, Any]) -> dict[str, Any]:
+        """Return checked fields of the class."""
+        models = {
+            name: (cls.trees if "text" in fitted else cls.regression).from_json(fitted)
             for name, fitted in content["models"].items()
         }
         words = content["words"] and Words.from_json(content["words"])
         static, time = read_names(content["inputs"]["static"]), content["inputs"]["prediction_time"]
         if (tuned := content.get("tuned")) not in (None, True, False):
             raise ValueError(f"tuned: {tuned!r}")
-        return cls(models, words, {"static": static, "prediction_time": bool(time)}, tuned)
+        inputs = {"static": static, "prediction_time": bool(time)}
+        return {"models": models, "words": words, "inputs": inputs, "tuned": tuned}
 
 
 @dataclass(frozen=True)
@@ -193,7 +213,9 @@ def tune_baselines(
     """Choose the settings of the baselines in folds of some rows, where these are enough."""
     labels, words = dataset.labels[train], frequent_words(dataset.contexts[train])
     folds = tuning_folds(labels, dataset.groups[train])
-    tables = {name: table.to_numpy()[train] for name, table in _inputs(dataset, static).items()}
+    tables = {
+        name: table.to_numpy()[train] for name, table in baseline_tables(dataset, static).items()
+    }
     boosted = [name for name in tables if name.startswith(BOOSTING)]
     trees = tuned_trees(tables[boosted[-1]], labels, folds)  # by the table with the most columns
     penalties: dict[str, float] = {}
@@ -212,7 +234,7 @@ def fit_baselines(
     """Fit the baselines on some rows."""
     labels = dataset.labels[rows]
     models: dict[str, Regression | Trees] = {}
-    for name, table in _inputs(dataset, settings.static).items():
+    for name, table in baseline_tables(dataset, settings.static).items():
         values, columns = table.to_numpy()[rows], [*table.columns]
         if name.startswith(BOOSTING):
             models[name] = Trees.of(fit_trees(values, labels, settings.trees), columns)
@@ -229,7 +251,7 @@ def fit_baselines(
     return Baselines(models, words, read, bool(settings.penalties))
 
 
-def _inputs(dataset: TrajectoryDataset, static: Sequence[str]) -> dict[str, pd.DataFrame]:
+def baseline_tables(dataset: TrajectoryDataset, static: Sequence[str]) -> dict[str, pd.DataFrame]:
     """Return the table (N rows) of each baseline but the words and the blends."""
     inputs, statics = {**dataset.baseline_inputs()}, dataset.static_table(static)
     if static:
@@ -302,7 +324,9 @@ def frequent_words(contexts: NDArray[np.object_]) -> list[str]:
     return []
 
 
-def tuned_trees(values: Array, labels: Array, folds: Folds) -> dict[str, Any]:
+def tuned_trees(
+    values: Array, labels: Array, folds: Folds, weights: Array | None = None
+) -> dict[str, Any]:
     """Return the settings of boosted trees whose log loss in the folds is the lowest.
 
     Source: Friedman 2002, "Stochastic gradient boosting"; Ke et al. 2017, "LightGBM".
@@ -312,7 +336,7 @@ def tuned_trees(values: Array, labels: Array, folds: Folds) -> dict[str, Any]:
         return {**rate, **USUAL_TREES}
 
     def lowest_loss(size: dict[str, Any]) -> tuple[float, int]:
-        table = lightgbm.Dataset(values, labels, free_raw_data=False)
+        table = lightgbm.Dataset(values, labels, weight=weights, free_raw_data=False)
         options: dict[str, Any] = {"folds": folds, "metrics": "binary_logloss"}
         options["callbacks"] = [lightgbm.early_stopping(TREES_WITHOUT_GAIN, verbose=False)]
         curves: Any = lightgbm.cv({**TREES, **rate, **size}, table, MAX_TREES, **options)
@@ -327,10 +351,13 @@ def tuned_trees(values: Array, labels: Array, folds: Folds) -> dict[str, Any]:
     return {**rate, **sizes[best], "trees": results[best][1]}
 
 
-def fit_trees(values: Array, labels: Array, settings: Mapping[str, Any]) -> lightgbm.Booster:
+def fit_trees(
+    values: Array, labels: Array, settings: Mapping[str, Any], weights: Array | None = None
+) -> lightgbm.Booster:
     """Return boosted trees of given settings, fitted."""
     size = {name: x for name, x in settings.items() if name != "trees"}
-    return lightgbm.train({**TREES, **size}, lightgbm.Dataset(values, labels), settings["trees"])
+    table = lightgbm.Dataset(values, labels, weight=weights)
+    return lightgbm.train({**TREES, **size}, table, settings["trees"])
 
 
 def blend(*risks: Array) -> Array:
@@ -369,6 +396,48 @@ def fit_rules(
     risks = model_risks(stage, risk, baselines, {**rules, ENSEMBLE: DecisionRule()})
     odds = log_odds(risks[ENSEMBLE])
     return {**rules, ENSEMBLE: fit_decision_rule(labels, odds, patients, options)}
+
+
+def decide_folds(
+    table: pd.DataFrame,
+    rules: Sequence[Mapping[str, Any]],
+    fold: NDArray[np.int64],
+    options: DecisionOptions,
+) -> tuple[dict[str, DecisionRule], pd.DataFrame]:
+    """Fit decision rules to out-of-fold predictions; ``rules`` are per fold, ``fold`` is (n,).
+
+    Returns the rules of the models, the stage's first, and the table with the risks of each fold by
+    rules of the other folds, which choose the thresholds.
+    """
+    labels, patients = table["label"].to_numpy(float), table["patient"].to_numpy(str)
+    name, raw = str(table.columns[3]), {}  # log-odds before the own recalibration of each fold
+    for model in table.columns.intersection([*rules[0]]):
+        of_row = pd.DataFrame([fold_rules[model] for fold_rules in rules]).iloc[fold]
+        slope, intercept = of_row["slope"].to_numpy(float), of_row["intercept"].to_numpy(float)
+        raw[model] = (log_odds(table[model].to_numpy()) - intercept) / slope
+
+    def fitted(rows: NDArray[np.bool_]) -> dict[str, DecisionRule]:
+        label, patient = labels[rows], patients[rows]
+        rule = fit_decision_rule(label, raw[name][rows], patient, options)
+        risk = rule.probability(raw[name][rows])
+        beside = fit_rules(label, name, risk, baseline_risks(rows), patient, options)
+        return {name: rule, **beside}
+
+    def baseline_risks(rows: NDArray[np.bool_]) -> dict[str, Array]:
+        return {model: expit(raw[model][rows]) for model in raw if model not in (name, ENSEMBLE)}
+
+    crossed = table.copy()
+    for k in np.unique(fold):
+        by_others, rows = fitted(fold != k), fold == k
+        risk = by_others[name].probability(raw[name][rows])
+        risks = model_risks(name, risk, baseline_risks(rows), by_others)
+        for model, model_risk in risks.items():
+            crossed.loc[rows, model] = model_risk
+    final = {}
+    for model, rule in fitted(np.ones(len(table), bool)).items():
+        threshold = choose_threshold(options.threshold, labels, crossed[model].to_numpy())
+        final[model] = replace(rule, threshold=threshold)
+    return final, crossed
 
 
 def best_blend(names: Collection[str]) -> str | None:

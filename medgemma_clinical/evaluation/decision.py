@@ -217,27 +217,30 @@ def fit_residual_weight(
     """
     tried = offset + RESIDUAL_WEIGHTS[:, None] * (logit - offset)  # (weights, n)
     # The smallest weight whose loss is within a standard error of the lowest.
-    index = int(np.argmax(_near_lowest(row_losses(labels, tried), patients)))
+    index = int(np.argmax(near_lowest(row_losses(labels, tried), patients)))
     improves = roc_auc_score(labels, tried[index]) > roc_auc_score(labels, offset)
     # 0 where the AUROC does not improve: on this part a language model never harms.
     return float(RESIDUAL_WEIGHTS[index]) if improves else 0.0
 
 
 def recommended_model(
-    labels: Array, risks: Mapping[str, Array], patients: NDArray[Any], preferred: Sequence[str]
+    names: Sequence[str],
+    losses: Array,  # (models, n) of rows that have not trained them
+    events: int,
+    patients: NDArray[Any],
+    preferred: Sequence[str],
 ) -> str:
     """Return the first preferred model with nearly the lowest log loss, else the model with the
-    lowest; ``preferred`` begins with the simplest. The n rows must not have trained the models."""
-    preferred = [name for name in preferred if name in risks]
-    if preferred and labels.sum() < MIN_CHOOSING_EVENTS:
+    lowest; ``preferred`` begins with the simplest."""
+    preferred = [name for name in preferred if name in names]
+    if preferred and events < MIN_CHOOSING_EVENTS:
         return preferred[0]  # losses of few events cannot tell models apart
-    losses = row_losses(labels, log_odds(np.stack([*risks.values()])))  # (models, n)
-    near = dict(zip(risks, _near_lowest(losses, patients), strict=True))
-    lowest = [*risks][losses.mean(axis=1).argmin()]
+    near = dict(zip(names, near_lowest(losses, patients), strict=True))
+    lowest = names[losses.mean(axis=1).argmin()]
     return next((name for name in preferred if near[name]), lowest)
 
 
-def _near_lowest(losses: Array, patients: NDArray[Any]) -> NDArray[np.bool_]:
+def near_lowest(losses: Array, patients: NDArray[Any]) -> NDArray[np.bool_]:
     """Return whose mean of losses (K, n) is within a standard error of the lowest, (K,)."""
     above = losses - losses[losses.mean(axis=1).argmin()]  # of the same rows
     # The error counts patients, not rows.
@@ -263,28 +266,34 @@ def describe_threshold(choice: str | None, rows: str) -> str:
     return f"chosen {rule} on {rows}"
 
 
-def choose_threshold(choice: str | None, labels: Array, probability: Array) -> float:
+def choose_threshold(
+    choice: str | None, labels: Array, probability: Array, weights: Array | None = None
+) -> float:
     """Return the threshold of a ``--threshold``, chosen on n rows; None: Youden's.
 
     A goal gets the threshold that reaches it and is best for the other of both shares.
     """
     if choice is None:
-        return youden_threshold(labels, probability)
+        return youden_threshold(labels, probability, weights)
     goal, value = parse_threshold(choice)
     if not goal:
         return value
-    false_rate, sensitivity, thresholds = roc_curve(labels, probability, drop_intermediate=False)
+    options: dict[str, Any] = {"sample_weight": weights, "drop_intermediate": False}
+    false_rate, sensitivity, thresholds = roc_curve(labels, probability, **options)
     if goal == "sensitivity":  # it rises along the curve, specificity falls
         return _midway(thresholds, np.flatnonzero(sensitivity >= value)[0])
     return _midway(thresholds, np.flatnonzero(1 - false_rate >= value)[-1])
 
 
-def youden_threshold(labels: NDArray[Any], probability: NDArray[Any]) -> float:
+def youden_threshold(
+    labels: NDArray[Any], probability: NDArray[Any], weights: Array | None = None
+) -> float:
     """Return the lowest threshold with the largest sensitivity + specificity.
 
     Source: Youden 1950, "Index for rating diagnostic tests".
     """
-    false_rate, sensitivity, thresholds = roc_curve(labels, probability, drop_intermediate=False)
+    options: dict[str, Any] = {"sample_weight": weights, "drop_intermediate": False}
+    false_rate, sensitivity, thresholds = roc_curve(labels, probability, **options)
     index = sensitivity - false_rate
     best = np.flatnonzero(np.isclose(index, index.max(), rtol=0, atol=1e-12))[-1]
     return _midway(thresholds, best)

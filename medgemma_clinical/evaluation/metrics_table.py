@@ -169,7 +169,7 @@ def evaluate(
     def statistic(weights: Array) -> dict[Any, Array]:
         by_part = [_metrics_of_all(labels, risks, weights, part) for part in parts]
         values_by_key = {
-            key: _mean_of_defined([part[key] for part in by_part]) for key in by_part[0]
+            key: mean_of_defined([part[key] for part in by_part]) for key in by_part[0]
         }
         if positive is not None:
             of_first = calibration(labels, risk, weights)
@@ -181,45 +181,54 @@ def evaluate(
     value, drawn = bootstrap(labels, patients, seed, statistic)
     behind = {} if positive is None else patients_behind_shares(labels, positive, patients)
     table = with_interval(value, drawn, {(first, name): n for name, n in behind.items()})
-    references = dict.fromkeys(risks, first)  # of the ensemble the best blend
-    if ENSEMBLE in risks and first != ENSEMBLE:
-        references[ENSEMBLE] = best_blend(risks) or first
-    table[DIFFERENCE] = _differences(value, drawn, references)
-    table.loc[first, DIFFERENCE] = np.nan
-    counts = count(labels, patients)
+    of_parts = None
     if split is not None:
-        table[SPREAD] = _spread(labels, risks, parts)
-        counts[FOLD_MINORITY] = min(minority_patients(labels[p], patients[p]) for p in parts)
+        one = np.ones((1, len(rows)))
+        of_parts = spread([_metrics_of_all(labels, risks, one, part) for part in parts])
     if positive is not None:  # A distance grows by the noise of the draws: it has no interval.
         for name, distance in calibration_error(labels, risk).items():
             table.loc[(first, name), "value"] = distance
+    counts = count_parts(labels, patients, parts)
+    return compared_models(table, value, drawn, [*risks], counts, of_parts, primary, compared)
+
+
+def compared_models(
+    table: pd.DataFrame,  # ``VALUE`` by model and metric
+    value: pd.Series[float],
+    drawn: pd.DataFrame,  # of ``bootstrap``, as ``value``
+    models: Sequence[str],  # the first is the reference
+    counts: dict[str, int],
+    of_parts: pd.DataFrame | None = None,  # ``SPREAD`` over several splits
+    primary: str | None = None,
+    compared: Sequence[str] = (),
+) -> Metrics:
+    """Add paired differences to the metrics of several models, and say which were planned."""
+    first, best = models[0], best_blend(models)
+    references = dict.fromkeys(models, first)  # of the ensemble the best blend
+    if ENSEMBLE in models[1:]:
+        references[ENSEMBLE] = best or first
+    keys = pd.MultiIndex.from_tuples([(references[model], name) for model, name in value.index])
+    beside = value.index.get_indexer(keys)
+    differences = value - value.to_numpy()[beside], drawn - drawn.to_numpy()[:, beside]
+    table[DIFFERENCE] = with_interval(*differences)
+    table.loc[first, DIFFERENCE] = np.nan
+    if of_parts is not None:
+        table[SPREAD] = of_parts
     table["reference"] = [references[model] for model, _ in table.index]
-    primary = primary if primary in risks else best_blend(risks)
+    primary = primary if primary in models else best
     plan = {primary, ENSEMBLE, *STAGE_NAMES.values(), *compared}
-    planned = [name for name in risks if name in plan and name != first]
-    table = table.rename_axis(["model", "metric"]).loc[list(risks)]
+    planned = [name for name in models if name in plan and name != first]
+    table = table.rename_axis(["model", "metric"]).loc[list(models)]
     return Metrics(counts, table, primary, planned)
 
 
-def _differences(
-    value: pd.Series[float], drawn: pd.DataFrame, references: Mapping[str, str]
-) -> pd.DataFrame:
-    """Return each metric minus that of the model's reference, paired, with intervals."""
-    keys = pd.MultiIndex.from_tuples([(references[model], name) for model, name in value.index])
-    beside = value.index.get_indexer(keys)
-    return with_interval(value - value.to_numpy()[beside], drawn - drawn.to_numpy()[:, beside])
-
-
-def _spread(
-    labels: Array, risks: Mapping[str, Array], parts: Sequence[NDArray[np.intp]]
-) -> pd.DataFrame:
+def spread(parts: Sequence[Mapping[Any, Array]]) -> pd.DataFrame:
     """Return standard deviation, lowest and highest of each metric over several parts."""
-    one = np.ones((1, len(labels)))
-    lines = pd.concat(pd.DataFrame(_metrics_of_all(labels, risks, one, part)) for part in parts)
+    lines = pd.concat(map(pd.DataFrame, parts))
     return lines.where(np.isfinite(lines)).agg(["std", "min", "max"]).T
 
 
-def _mean_of_defined(values: Sequence[Array]) -> Array:
+def mean_of_defined(values: Sequence[Array]) -> Array:
     """Return the mean (R,) of those of several arrays (R,) that are finite; NaN where none is."""
     is_finite = np.isfinite(values)
     with np.errstate(invalid="ignore"):
@@ -259,6 +268,16 @@ def evaluate_splits(
     """Compute the metrics of the same models on the test parts of several splits."""
     split = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
     return evaluate(pd.concat(tables), seed, reference=reference, split=split, **plan)
+
+
+def count_parts(
+    labels: Array, patients: NDArray[np.generic], parts: Sequence[NDArray[np.intp]]
+) -> dict[str, int]:
+    """Return the ``COUNTS`` of all rows, of several parts also ``FOLD_MINORITY``."""
+    counts = count(labels, patients)
+    if len(parts) > 1:
+        counts[FOLD_MINORITY] = min(minority_patients(labels[p], patients[p]) for p in parts)
+    return counts
 
 
 def count(labels: Array, patients: NDArray[np.generic]) -> dict[str, int]:

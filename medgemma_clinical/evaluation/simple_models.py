@@ -30,11 +30,11 @@ LEFT, NAN = 2, 8
 """Bits of LightGBM's decision type: missing values go left; a branch of their own knows them."""
 
 
-def _array(values: Any, size: int) -> Array:
-    """Return ``size`` finite numbers."""
+def read_array(values: Any, *shape: int) -> Array:
+    """Return finite numbers of a shape."""
     array = np.array(values, np.float64)
-    if array.shape != (size,) or not np.isfinite(array).all():
-        raise ValueError(f"not {size} finite numbers")
+    if array.shape != shape or not np.isfinite(array).all():
+        raise ValueError(f"not finite numbers of the shape {shape}")
     return array
 
 
@@ -75,25 +75,35 @@ class Regression:
             [*columns], means, marked, scaler.mean_, scaler.scale_, weights, model.intercept_
         )
 
-    def risks(self, table: pd.DataFrame) -> Array:
-        """Return the probability (N,) of each row of a table that has the columns."""
+    def scaled(self, table: pd.DataFrame) -> Array:
+        """Return what is weighed, (N, K + M)."""
         values = table[self.columns].to_numpy(np.float64)
         unknown = table[self.marked].isna().to_numpy(np.float64)
         filled = np.hstack([np.where(np.isnan(values), self.means, values), unknown])
-        odds = (filled - self.center) / self.scale @ self.coefficients + self.intercept
-        risks: Array = expit(odds)
+        scaled: Array = (filled - self.center) / self.scale
+        return scaled
+
+    def risks(self, table: pd.DataFrame) -> Array:
+        """Return the probability (N,) of each row of a table that has the columns."""
+        risks: Array = expit(self.scaled(table) @ self.coefficients + self.intercept)
         return risks
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
         """Check and return; see the module."""
         columns, marked = read_names(content["columns"]), read_names(content["marked"])
-        inner = [content[name] for name in ("center", "scale", "coefficients")]
-        center, scale, weights = (_array(x, len(columns) + len(marked)) for x in inner)
+        size = len(columns) + len(marked)
+        center, scale = (read_array(content[name], size) for name in ("center", "scale"))
         if not {*marked} <= {*columns} or not (scale > 0).all():
             raise ValueError("an unknown marked column, or a scale that is not above 0")
-        means, intercept = _array(content["means"], len(columns)), _array(content["intercept"], 1)
-        return cls(columns, means, marked, center, scale, weights, intercept)
+        means = read_array(content["means"], len(columns))
+        weights = cls.read_weights(content, size)
+        return cls(columns, means, marked, center, scale, *weights)
+
+    @classmethod
+    def read_weights(cls, content: Mapping[str, Any], size: int) -> tuple[Array, Array]:
+        """Check and return coefficients and intercept."""
+        return read_array(content["coefficients"], size), read_array(content["intercept"], 1)
 
 
 @dataclass(frozen=True)
@@ -115,10 +125,11 @@ class Words:
     def from_json(cls, content: Mapping[str, Any]) -> Self:
         """Check and return; see the module."""
         words = read_names(content["vocabulary"])
-        scale, weights = (_array(content[name], len(words)) for name in ("scale", "coefficients"))
+        names = ("scale", "coefficients")
+        scale, weights = (read_array(content[name], len(words)) for name in names)
         if not words or not (scale > 0).all():
             raise ValueError("no word, or a scale that is not above 0")
-        return cls(words, scale, weights, _array(content["intercept"], 1))
+        return cls(words, scale, weights, read_array(content["intercept"], 1))
 
 
 def word_table(vocabulary: Sequence[str], texts: NDArray[np.object_]) -> Any:
@@ -193,14 +204,15 @@ def _read_tree(block: str, columns: int) -> Tree:
     """Return a tree of LightGBM's text: no loop, no categories, nothing out of range."""
     fields = dict(line.split("=", 1) for line in block.split("\n")[1:] if line)
     words = {name: text.split() for name, text in fields.items()}
-    leaf = _array(words["leaf_value"], len(words["leaf_value"]))
+    leaf = read_array(words["leaf_value"], len(words["leaf_value"]))
     splits = len(leaf) - 1
     if splits >= MAX_LEAVES:
         raise ValueError("too many leaves")
     names = ("split_feature", "decision_type", "left_child", "right_child")
     feature, kind, left, right = (np.array(words[name], np.int64) for name in names)
     # Known or not is a split of its own, at infinity.
-    threshold = _array(np.nan_to_num(np.array(words["threshold"], np.float64), nan=np.nan), splits)
+    threshold = np.nan_to_num(np.array(words["threshold"], np.float64), nan=np.nan)
+    threshold = read_array(threshold, splits)
     own, children = np.arange(splits), np.stack([left, right])
     allowed = (
         splits >= 0 and fields["num_cat"] == fields["is_linear"] == "0",

@@ -9,11 +9,12 @@ unit; ``event`` (n,) is 0 where a row is censored, 1 for the event that the risk
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from medgemma_clinical.evaluation.metrics import PRECISION, Array, metrics
+from medgemma_clinical.evaluation.metrics import PRECISION, Array, confusion_shares, metrics
 
 MIN_UNCENSORED, MIN_AT_RISK = 0.05, 10
 """Share of rows that are uncensored, and number of rows at risk, that a horizon needs."""
@@ -117,33 +118,74 @@ def metrics_of_draws(
     Kaplan-Meier's weights, Aalen-Johansen's estimate and the pseudo-values are those of each
     weighting. The weights are whole numbers: a pseudo-value leaves out one of them.
     """
+    statuses = statuses_at(hours, event, horizon, weights, censoring)
+    return {
+        **statuses.ranking(risk),
+        **statuses.calibration(risk),
+        **statuses.calibration_error(risk),
+    }
+
+
+class Statuses(NamedTuple):
+    """What is known of n rows at a horizon, in each of R weightings, whatever the risk."""
+
+    case: Array  # (n,) whether event 1 was seen by then
+    weights: Array  # (R, n) how often each row counts
+    inverse: Array  # (R, n) of the probability of being watched until then; 0: status unknown
+    outcome: Array  # (R, n) pseudo-value, or ``case`` with weights of a regression
+    outcome_weights: Array  # (R, n) that go with it
+
+    @property
+    def shares(self) -> Array:
+        """How much each row of known status counts, (R, n)."""
+        return self.weights * self.inverse
+
+    def ranking(self, risk: Array) -> dict[str, Array]:
+        """Return AUROC, Brier score and its gain over the same risk for everyone, (R,) each."""
+        found = metrics(self.case, risk, self.shares)
+        scaled = found["brier_skill"]
+        return _finite(auroc=found["auroc"], brier=found["brier"], scaled_brier=scaled)
+
+    def calibration(self, risk: Array) -> dict[str, Array]:
+        """Return O/E, the observed risk, intercept, slope, rows that weights are worth, (R,)."""
+        shares = self.shares
+        with np.errstate(divide="ignore", invalid="ignore"):
+            observed = shares @ self.case / shares.sum(axis=1)
+            expected = self.outcome_weights @ risk / self.outcome_weights.sum(axis=1)
+            values = _calibration(self.outcome, risk, self.outcome_weights)
+            values["effective_n"] = shares.sum(axis=1) ** 2 / (shares * self.inverse).sum(axis=1)
+            return _finite(oe=observed / expected, observed=observed, **values)
+
+    def calibration_error(self, risk: Array) -> dict[str, Array]:
+        """Return ICI, E50 and E90, (R,) each."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = _calibration_error(self.outcome, risk, self.weights, self.outcome_weights)
+        return _finite(**values)
+
+    def confusion(self, positive: NDArray[np.bool_]) -> dict[str, Array]:
+        """Return sensitivity and the other shares (R,) at a threshold."""
+        return _finite(**confusion_shares(self.case, positive, self.shares))
+
+
+def _finite(**values: Array) -> dict[str, Array]:
+    return {name: np.where(np.isfinite(value), value, np.nan) for name, value in values.items()}
+
+
+def statuses_at(
+    hours: Array, event: Array, horizon: float, weights: Array, censoring: Array | None = None
+) -> Statuses:
+    """Return what is known of the rows at a horizon, under weights (R, n)."""
     hours, event = _until(hours, event, horizon)
     case = (event == 1).astype(np.float64)
     has_status = (event > 0) | (hours == horizon)
     if censoring is None:
         table = _LifeTable(hours, event, weights)
         inverse = has_status / table.uncensored[:, table.position].clip(TINY)
-        outcome, outcome_weights = _pseudo_values(table, event, weights), weights
-    else:
-        inverse = np.tile(has_status / censoring, (len(weights), 1))
-        inverse = np.minimum(inverse, _quantile(inverse, weights * has_status, MAX_WEIGHT))
-        outcome, outcome_weights = np.tile(case, (len(weights), 1)), weights * inverse
-    shares = weights * inverse
-    overall = metrics(case, risk, shares)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        observed = shares @ case / shares.sum(axis=1)
-        expected = outcome_weights @ risk / outcome_weights.sum(axis=1)
-        values = {
-            "auroc": overall["auroc"],
-            "brier": overall["brier"],
-            "scaled_brier": overall["brier_skill"],
-            "oe": observed / expected,
-            **_calibration(outcome, risk, outcome_weights),
-            **_calibration_error(outcome, risk, weights, outcome_weights),
-            "observed": observed,
-            "effective_n": shares.sum(axis=1) ** 2 / (shares * inverse).sum(axis=1),
-        }
-    return {name: np.where(np.isfinite(value), value, np.nan) for name, value in values.items()}
+        return Statuses(case, weights, inverse, _pseudo_values(table, event, weights), weights)
+    inverse = np.tile(has_status / censoring, (len(weights), 1))
+    inverse = np.minimum(inverse, _quantile(inverse, weights * has_status, MAX_WEIGHT))
+    outcome = np.tile(case, (len(weights), 1))
+    return Statuses(case, weights, inverse, outcome, weights * inverse)
 
 
 def aalen_johansen(
@@ -299,7 +341,7 @@ def _pseudo_values(table: _LifeTable, event: Array, weights: Array) -> Array:
     return table.total * incidence[:, -1:] - (table.total - 1) * left_out
 
 
-def _cloglog(risk: Array) -> Array:
+def cloglog(risk: Array) -> Array:
     """Return log(-log(1 - risk)), risks of 0 and 1 moved by float64's precision."""
     smallest = np.finfo(np.float64).eps
     scaled: Array = np.log(-np.log1p(-risk.clip(smallest, 1 - smallest)))
@@ -311,7 +353,7 @@ def _calibration(outcome: Array, risk: Array, weights: Array) -> dict[str, Array
 
     Source: ``geese`` of R's geepack with Gaussian variance, as van Geloven et al. 2022 use it.
     """
-    scaled = _cloglog(risk)
+    scaled = cloglog(risk)
     mean, spread = float(scaled.mean()), float(scaled.std())
     one = np.ones((1, len(risk)))
     slope = np.full(len(weights), np.nan)

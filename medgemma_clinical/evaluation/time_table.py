@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from medgemma_clinical.data.competing_events import CompetingEvents
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.censoring import censoring_survival
 from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.metrics_table import (
-    DIFFERENCE,
     Metrics,
     bootstrap,
-    count,
+    compared_models,
+    count_parts,
+    mean_of_defined,
+    spread,
     with_interval,
 )
 from medgemma_clinical.evaluation.time_metrics import (
     MIN_AT_RISK,
+    Statuses,
     check_horizon,
-    metrics_of_draws,
+    statuses_at,
     uncensored_probability,
 )
 from medgemma_clinical.evaluation.verdicts import (
@@ -75,6 +80,22 @@ def evaluated_events(events: CompetingEvents) -> dict[str, tuple[float, tuple[in
     }
 
 
+def statuses_of(
+    rows: pd.DataFrame,
+    events: CompetingEvents,
+    name: str,
+    weights: Array | None = None,  # (R, n); each row once where None
+    part: NDArray[np.intp] | slice = slice(None),
+) -> Statuses:
+    """Return what a table of predictions tells of a part of its rows at the horizon of a risk."""
+    horizon, ends = evaluated_events(events)[name]
+    hours, event = (rows[column].to_numpy(float)[part] for column in ("event_hours", "event"))
+    uncensored = rows.get(UNCENSORED + name)
+    given = None if uncensored is None else uncensored.to_numpy(float)[part]
+    weights = np.ones((1, len(hours))) if weights is None else weights[:, part]
+    return statuses_at(hours, np.where(np.isin(event, ends), 0.0, event), horizon, weights, given)
+
+
 def uncensored_columns(
     events: CompetingEvents, dataset: TrajectoryDataset, censoring: str, seed: int
 ) -> dict[str, Array]:
@@ -95,39 +116,83 @@ def uncensored_columns(
     return columns
 
 
-def check_horizons(dataset: TrajectoryDataset, rows: Any, part: str) -> None:
+def models_of(rows: pd.DataFrame, events: CompetingEvents) -> list[str]:
+    """Return the models with risks in a table of predictions, in its order."""
+    end = f" {events.risk_names[0]}"
+    return [
+        name.removesuffix(end)
+        for name in map(str, rows)
+        if name.endswith(end) and not name.startswith(UNCENSORED)
+    ]
+
+
+def check_horizons(dataset: TrajectoryDataset, rows: NDArray[np.int64], part: str) -> None:
     """Refuse a horizon that too few rows of a part are watched for."""
-    events = dataset.competing_events
-    if events is None or dataset.events is None or dataset.event_hours is None:
+    if (events := dataset.competing_events) is None or not len(rows):
         return
+    columns = {"event_hours": dataset.event_hours, "event": dataset.events}
+    observed = pd.DataFrame(columns).iloc[rows]
+    if problem := horizon_problem(observed, events):
+        raise InputError(f"{dataset.source}, {part} part: {problem}")
+
+
+def horizon_problem(observed: pd.DataFrame, events: CompetingEvents) -> str:
+    """Return why some rows cannot be evaluated at a horizon, empty where they can."""
+    hours, event = observed["event_hours"].to_numpy(float), observed["event"].to_numpy(float)
     for horizon in events.horizons:
         try:
-            check_horizon(dataset.event_hours[rows], dataset.events[rows], horizon)
+            check_horizon(hours, event, horizon)
         except ValueError as error:  # its horizons are hours
-            raise InputError(f"{dataset.source}, {part} part: {error}") from error
+            return str(error)
+    return ""
 
 
-def evaluate_times(rows: pd.DataFrame, events: CompetingEvents, seed: int) -> Metrics:
-    """Compute the metrics of all models' risks on n rows, with intervals.
+def evaluate_times(
+    rows: pd.DataFrame,
+    events: CompetingEvents,
+    seed: int,
+    threshold: float | Array | None = None,  # (n,) of several rules; of the first risk
+    split: NDArray[np.generic] | None = None,  # (n,); ranking and error are means over the splits
+    primary: str | None = None,  # by default the blend that reads most
+) -> Metrics:
+    """Compute the metrics of all models' risks on n rows, with intervals and paired differences.
 
     ``rows`` has ``OBSERVED``, a column ``MODEL RISK`` for each risk, and ``UNCENSORED`` ones.
     """
     hours, event = (rows[name].to_numpy(float) for name in ("event_hours", "event"))
     patients, first = rows["patient"].to_numpy(str), events.risk_names[0]
-    names = [name for name in map(str, rows) if not name.startswith(UNCENSORED)]
-    models = [name.removesuffix(f" {first}") for name in names if name.endswith(f" {first}")]
+    models = models_of(rows, events)
+    risks = {
+        (model, name): rows[f"{model} {name}"].to_numpy(float)
+        for model in models
+        for name in events.risk_names
+    }
+    parts = [np.arange(len(rows))]
+    if split is not None:
+        parts = [np.flatnonzero(split == label) for label in np.unique(split)]
+    positive = None if threshold is None else risks[models[0], first] >= threshold
+
+    def ranked(parts: Sequence[NDArray[np.intp]], weights: Array) -> dict[Any, Array]:
+        values = {}
+        for name in events.risk_names:
+            by_part = [(part, statuses_of(rows, events, name, weights, part)) for part in parts]
+            for model in models:
+                found = [x.ranking(risks[model, name][part]) for part, x in by_part]
+                for metric in found[0]:
+                    means = mean_of_defined([x[metric] for x in found])
+                    values[model, metric_name(metric, name, events)] = means
+        return values
 
     def statistic(weights: Array) -> dict[Any, Array]:
-        values = {}
-        for model in models:
-            for name, (horizon, ends) in evaluated_events(events).items():
-                ended = np.where(np.isin(event, ends), 0.0, event)
-                uncensored = rows.get(UNCENSORED + name)
-                given = None if uncensored is None else uncensored.to_numpy(float)
-                risk = rows[f"{model} {name}"].to_numpy(float)
-                found = metrics_of_draws(hours, ended, risk, horizon, weights, given)
-                for metric, drawn in found.items():
+        values = ranked(parts, weights)
+        for name in events.risk_names:
+            whole = statuses_of(rows, events, name, weights)
+            for model in models:
+                for metric, drawn in whole.calibration(risks[model, name]).items():
                     values[model, metric_name(metric, name, events)] = drawn
+            if positive is not None and name == first:
+                confusion = whole.confusion(positive)
+                values |= {(models[0], metric): drawn for metric, drawn in confusion.items()}
         return values
 
     by_first = ((event == 1) & (hours <= events.horizons[0])).astype(float)
@@ -137,15 +202,17 @@ def evaluate_times(rows: pd.DataFrame, events: CompetingEvents, seed: int) -> Me
             ending = name.removeprefix("effective_n")
             names = [metric + ending for metric in TIME_METRICS if metric != "effective_n"]
             value[value.index.isin([(model, metric) for metric in names])] = math.nan
-    table = with_interval(value, drawn)
-    without = table.index.get_level_values(1).str.startswith(tuple(DISTANCES))
-    table.loc[without, ["low", "high"]] = math.nan
-    beside = pd.MultiIndex.from_tuples([(models[0], name) for _, name in table.index])
-    at = value.index.get_indexer(beside)
-    table[DIFFERENCE] = with_interval(value - value.to_numpy()[at], drawn - drawn.to_numpy()[:, at])
-    table.loc[models[0], DIFFERENCE] = math.nan
-    table["reference"] = models[0]
-    return Metrics(count(by_first, patients), table.rename_axis(["model", "metric"]), None, [])
+    table, one, of_parts = with_interval(value, drawn), np.ones((1, len(rows))), None
+    for name in events.risk_names:  # a distance grows by the noise of the draws: no interval
+        for model in models:
+            if np.isfinite(value[model, metric_name("oe", name, events)]):
+                found = statuses_of(rows, events, name).calibration_error(risks[model, name])
+                for metric, distance in found.items():
+                    table.loc[(model, metric_name(metric, name, events)), "value"] = distance
+    if split is not None:
+        of_parts = spread([ranked([part], one) for part in parts])
+    counts = count_parts(by_first, patients, parts)
+    return compared_models(table, value, drawn, models, counts, of_parts, primary)
 
 
 def time_table(metrics: Metrics, events: CompetingEvents) -> pd.DataFrame:

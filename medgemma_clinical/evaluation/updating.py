@@ -20,6 +20,7 @@ from medgemma_clinical.evaluation.metrics_table import (
     bootstrap,
     with_interval,
 )
+from medgemma_clinical.evaluation.verdicts import difference_text
 
 CHOSEN = "as the tests choose"
 """The method that tests choose anew on each half: what the whole procedure brings."""
@@ -39,6 +40,11 @@ class Updates:
     # risks that are not updated. Updates of the other half of the patients predict a row.
     table: pd.DataFrame
     risks: pd.DataFrame  # (n, methods) mean over the divisions, for the figure
+
+    @property
+    def gain(self) -> str:
+        """Change of the log loss in halves that the update has not seen, as text."""
+        return difference_text(self.table.loc[(CHOSEN, "log_loss")], "+.4f")
 
 
 def crosswise(

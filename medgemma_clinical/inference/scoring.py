@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,12 +19,12 @@ from medgemma_clinical.data.dka import as_frame
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import show_progress
+from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.report_review import review_report
 from medgemma_clinical.evaluation.topics.written_reports import state_risk
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.checkpoints import Config
 from medgemma_clinical.models.generation import rows_at_once, write_reports
-from medgemma_clinical.models.outcome import outcome_of
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trained_model import TrainedModel
 from medgemma_clinical.models.trajectory import Stage1
@@ -124,27 +125,36 @@ class Scores:
     """M rows with a score."""
 
     rows: ScoringRows
-    stage_risk: NDArray[np.float64]  # (M,) probability by the stage itself
+    stage_forecast: Array  # what the stage itself says, as ``models.outcome`` describes it
     text: TextCollator | None  # of the prompts; None for stage 1 and without rows
     positions: NDArray[np.int64]  # (M,) of the rows in ``text``
     trained: TrainedModel
     used: str  # name of the model whose risk is the probability
-    hazards: NDArray[np.float64] | None = None  # (M, Q) of times to events
 
     @cached_property
-    def risks(self) -> dict[str, NDArray[np.float64]]:
-        """Probability (M,) of each model: the stage, the baselines, the ensemble."""
-        return self.trained.risks(self.rows.dataset, self.stage_risk)
+    def forecasts(self) -> dict[str, Array]:
+        """What each model says: the stage, the baselines, the ensemble."""
+        return self.trained.forecasts(self.rows.dataset, self.stage_forecast)
 
     @property
-    def probability(self) -> NDArray[np.float64]:
-        """Probability (M,) of the event."""
+    def forecast(self) -> Array:
+        """What the model says that is used."""
         if self.used == self.trained.name:
-            return self.stage_risk
-        if np.isnan(self.risks[self.used]).any():
+            return self.stage_forecast
+        if np.isnan(self.forecasts[self.used]).any():
             source = self.rows.dataset.source
             raise InputError(f"{source}: lacks columns that {self.used} reads: add them")
-        return self.risks[self.used]
+        return self.forecasts[self.used]
+
+    @cached_property
+    def probability(self) -> Array:
+        """Probability (M,) of the event, of times by the first horizon."""
+        return self.trained.risks(self.used, self.forecast)[self.used]
+
+    def curves(self, hours: Sequence[float] | None = None) -> pd.DataFrame:
+        """Return the cumulative incidences of the model that is used, a line each."""
+        ids = self.rows.ids[self.rows.positions]
+        return self.trained.curves(self.used, self.forecast, ids, hours)
 
     @property
     def positive(self) -> NDArray[np.bool_]:
@@ -187,10 +197,10 @@ def score_rows(
             hazards[index] = found
     finite = np.isfinite(logit)
     rows = rows.without(~finite, "no finite score: its values are too extreme", findings)
-    risk = trained.rule.probability(logit[finite])
     places = np.flatnonzero(finite)
     hazards = None if hazards is None else hazards[finite]
-    return Scores(rows, risk, text, places, trained, used, hazards)
+    forecast = trained.outcome.forecast_of(logit[finite], hazards, trained.rule)
+    return Scores(rows, forecast, text, places, trained, used)
 
 
 def text_collator(dataset: TrajectoryDataset, trained: TrainedModel) -> TextCollator | None:
@@ -259,15 +269,16 @@ def prediction_table(
     findings: Findings,
     batch_size: int,
     use: str = "stage",
-) -> tuple[pd.DataFrame, ScoringRows]:
-    """Return the rows of the prediction file, and the input rows with a score.
+) -> tuple[pd.DataFrame, Scores]:
+    """Return the rows of the prediction file, and the scores.
 
     Takes the problems of these rows out of the findings.
     """
     scores = score_rows(rows, trained, findings, batch_size, use)
     scored_rows = scores.rows
-    rule = trained.rules[scores.used]
-    columns = outcome_of(trained.config).columns(scores.probability, scores.hazards, rule)
+    positive = pd.array(scores.positive.astype(np.int64), dtype="Int64")
+    columns: dict[str, Any] = {"probability": scores.probability, "prediction": positive}
+    columns |= trained.risk_columns(scores.used, scores.forecast, "")
     writes = isinstance(trained.model, LLMWriter)
     if writes:
         reports = reports_of(scores, trained, batch_size)
@@ -280,7 +291,8 @@ def prediction_table(
         parses = [review_report(scored_rows.dataset, i, text).parses for i, text in texts]
         table.loc[scored_rows.positions[~np.array(parses, dtype=bool)], "problem"] = NO_FORM
         findings.counts[f"have a score, but {NO_FORM}"] += len(parses) - sum(parses)
-    risks = {trained.column(name): risk for name, risk in scores.risks.items()}
-    if scores.used == trained.name:
-        del risks[trained.column(trained.name)]
-    return table.join(pd.DataFrame(risks, index=scored_rows.positions)), scored_rows
+    risks: dict[str, Array] = {}
+    for model, forecast in scores.forecasts.items():
+        if model != trained.name or scores.used != trained.name:
+            risks |= trained.risk_columns(model, forecast, f"_{trained.ending(model)}")
+    return table.join(pd.DataFrame(risks, index=scored_rows.positions)), scores

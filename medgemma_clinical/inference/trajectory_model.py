@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn, Self
 
@@ -236,10 +236,32 @@ class TrajectoryModel:
 
         ``model``: as for ``predict_proba``, with its own threshold.
         """
-        if "events" in self.config:
-            raise ValueError("predict: times to events have risks, no threshold: use predictions")
         positive = [scores.positive for scores in self._scores(rows, model)]
         return np.concatenate(positive).astype(np.int64)
+
+    @exact_kernels()
+    def predict_cumulative_incidence(
+        self, rows: Rows, hours: Sequence[float] | None = None, model: str = "stage"
+    ) -> pd.DataFrame:
+        """Return how likely each event is by some hours, while the others compete with it.
+
+        Args:
+            rows: N rows.
+            hours: H numbers of hours from the prediction time, from 0 to the last horizon; None
+                takes the ends of the intervals in which the model has hazards.
+            model: as for ``predict_proba``.
+
+        Returns:
+            N x C x H lines: id, hour (float64), cause (name of the event), incidence (float64).
+
+        Raises:
+            InputError: the model was trained on a label.
+            ValueError: an hour is below 0 or beyond the last horizon.
+
+        Source: Aalen and Johansen 1978, of the model's hazards.
+        """
+        curves = [scores.curves(hours) for scores in self._scores(rows, model)]
+        return pd.concat(curves, ignore_index=True)
 
     @exact_kernels()
     def predictions(self, rows: Rows, model: str = "stage") -> pd.DataFrame:
@@ -247,7 +269,8 @@ class TrajectoryModel:
 
         Columns id, probability, prediction, of stage 3 report, problem, which is empty for a row
         with a score and, in stage 3, a report of the expected form, and probability_NAME of each
-        other model. ``model``: as for ``predict_proba``.
+        other model. Times to events have further columns; see docs/times.md. ``model``: as for
+        ``predict_proba``.
         """
         chunks, findings = self._read(rows, strict=False)
         options = self.trained, findings, self.batch_size, model

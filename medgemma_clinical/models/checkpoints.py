@@ -45,6 +45,7 @@ from medgemma_clinical.models.decoders import terms_of
 from medgemma_clinical.models.encoders import encoder_name
 from medgemma_clinical.models.language_model import DEMO, HUB_ID, base_record, base_type
 from medgemma_clinical.models.model_card import model_card
+from medgemma_clinical.models.outcome import outcome_of
 from medgemma_clinical.models.trajectory import Stage1
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 
@@ -141,6 +142,7 @@ class Config(TypedDict, total=False):
     baseline_inputs: dict[str, Any]  # what the baselines read, as ``inputs``
     baselines_sha256: str  # of ``baselines.json`` beside the checkpoint
     updated: dict[str, Any]  # rows and method of ``--update``
+    moves: dict[str, Any]  # slope and intercept by which it moved risks of times, by model and risk
 
     # config.json alone.
     format: int  # CHECKPOINT_FORMAT
@@ -246,7 +248,7 @@ def read_baselines(path: Path, config: Config) -> Baselines | None:
         content = file.read_bytes()
         if hashlib.sha256(content).hexdigest() != config["baselines_sha256"]:
             raise ValueError("another content")
-        baselines = Baselines.from_json(content.decode())
+        baselines = outcome_of(config).read_baselines(content.decode())
         rules = {
             name: DecisionRule.from_config({"decision": x}) for name, x in config["models"].items()
         }

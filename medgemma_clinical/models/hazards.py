@@ -5,9 +5,8 @@ Letters: B patients, N members, C causes (the events), K intervals, Q = C * (K +
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -91,11 +90,6 @@ class Hazards:
         """Q."""
         return len(self.events.names) * (len(self.cuts) + 1)
 
-    @cached_property
-    def places(self) -> list[int]:
-        """Positions of the horizons among the cut points."""
-        return [self.cuts.index(horizon) for horizon in self.events.horizons]
-
     def cumulative(self, outputs: Tensor) -> Tensor:
         """Return the cumulative hazard (..., C, K) of each interval for outputs (..., Q)."""
         outputs = outputs.unflatten(-1, (-1, len(self.cuts) + 1))
@@ -149,21 +143,26 @@ class Hazards:
         shifts = [brentq(excess, -MAX_SHIFT, MAX_SHIFT, (cause,)) for cause in causes]
         return np.kron(shifts, np.eye(1, len(self.cuts) + 1, len(self.cuts))[0])
 
-    def incidence(self, outputs: Tensor, without: tuple[int, ...] = ()) -> Tensor:
-        """Return the cumulative incidence (..., C, K) at the cut points for outputs (..., Q).
+    def incidence(
+        self, hazard: Tensor, hours: Sequence[float], without: tuple[int, ...] = ()
+    ) -> Tensor:
+        """Return the cumulative incidence (..., C, H) by some hours for hazards (..., C, K).
 
         ``without`` names events that are taken not to happen.
         """
-        hazard = self.cumulative(outputs)
         happens = [float(event not in without) for event in range(1, hazard.shape[-2] + 1)]
-        hazard = hazard * hazard.new_tensor(happens)[:, None]
-        total = hazard.sum(dim=-2, keepdim=True).clamp(min=SMALLEST)
+        ends, until = hazard.new_tensor(self.cuts), hazard.new_tensor(list(hours))
+        begins = functional.pad(ends[:-1], (1, 0))
+        passed = ((until[:, None] - begins) / (ends - begins)).clamp(0, 1)  # (H, K)
+        hazard = (hazard * hazard.new_tensor(happens)[:, None]).unsqueeze(-2) * passed
+        total = hazard.sum(dim=-3, keepdim=True).clamp(min=SMALLEST)  # (..., 1, H, K)
         before = torch.exp(total - total.cumsum(dim=-1))  # free of events at the begin of each
-        return (before * hazard * -torch.expm1(-total) / total).cumsum(dim=-1)
+        return (before * hazard * -torch.expm1(-total) / total).sum(dim=-1)
 
-    def risks(self, outputs: Tensor) -> Tensor:
+    def risks(self, hazard: Tensor) -> Tensor:
         """Return the risks of event 1 (..., R), in the order of ``risk_names``."""
-        risks = [self.incidence(outputs)[..., 0, self.places]]
-        if self.events.interventions:
-            risks.append(self.incidence(outputs, self.events.interventions)[..., 0, self.places])
+        horizons, interventions = self.events.horizons, self.events.interventions
+        risks = [self.incidence(hazard, horizons)[..., 0, :]]
+        if interventions:
+            risks.append(self.incidence(hazard, horizons, interventions)[..., 0, :])
         return torch.cat(risks, dim=-1)

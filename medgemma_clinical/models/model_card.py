@@ -23,6 +23,7 @@ from medgemma_clinical.evaluation.topics.written_reports import suppress_reports
 from medgemma_clinical.evaluation.verdicts import json_text
 from medgemma_clinical.models.decoders import licence, terms_of
 from medgemma_clinical.models.language_model import DEMO
+from medgemma_clinical.models.outcome import outcome_of
 from medgemma_clinical.models.terms import NOT_A_DEVICE
 from medgemma_clinical.provenance import describe_program
 
@@ -78,6 +79,7 @@ def model_card(
         "threshold_choice": describe_threshold(config.get("threshold_choice"), rows),
         "recalibration": f"by Platt's method on {rows}" if is_moved else "none",
         "config": shared,
+        "outcome": outcome_of(config),
         "model": describe_model(shared),
         "repo_id": repo_id,
         "source": json.dumps(repo_id or "FOLDER"),

@@ -1,33 +1,55 @@
 """What differs between kinds of outcome: one object a kind; nothing else asks which it is.
 
-Letters: B patients, N members, Q logits a patient, n rows.
+Letters: B patients, N members, Q logits a patient, n rows, C events, K intervals. A forecast is
+what a model says of n rows: probabilities (n,) of a label, cumulative hazards (n, C, K) of times.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
+from scipy.special import expit
 from torch import Tensor
 from torch.nn import functional
 
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.evaluation import decision, tables, verdicts
-from medgemma_clinical.evaluation.baselines import ENSEMBLE
-from medgemma_clinical.evaluation.metrics import Array
-from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
+from medgemma_clinical.evaluation import baselines, decision, tables, verdicts
+from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, Baselines, Settings
+from medgemma_clinical.evaluation.decision import DecisionOptions, DecisionRule, Predictions
+from medgemma_clinical.evaluation.metrics import Array, log_odds, row_losses
+from medgemma_clinical.evaluation.metrics_table import TESTED, Metrics, evaluate
+from medgemma_clinical.evaluation.time_baselines import (
+    Periods,
+    TimeBaselines,
+    blend_hazards,
+    fit_time_baselines,
+    periods_of,
+    time_baseline_names,
+    tune_time_baselines,
+)
 from medgemma_clinical.evaluation.time_table import (
+    OBSERVED,
+    TIME_METRICS,
     evaluate_times,
+    horizon_problem,
+    metric_name,
+    statuses_of,
     time_sentences,
     time_table,
     uncensored_columns,
+)
+from medgemma_clinical.evaluation.time_updates import (
+    TimeUpdates,
+    evaluate_time_updates,
+    moved_risk,
 )
 from medgemma_clinical.evaluation.topics.calibration import calibration_topic, updates
 from medgemma_clinical.evaluation.topics.decision_curve import decision as decision_topic
@@ -36,7 +58,16 @@ from medgemma_clinical.evaluation.topics.instability import instability
 from medgemma_clinical.evaluation.topics.subgroups import sites, subgroups
 from medgemma_clinical.evaluation.topics.times import time_topics
 from medgemma_clinical.evaluation.topics.topic import TopicBuilder
+from medgemma_clinical.evaluation.updating import Updates, evaluate_updates, updated_rule
+from medgemma_clinical.files import InputError
 from medgemma_clinical.models.hazards import Hazards
+
+Config = Any
+"""A checkpoint's configuration, ``checkpoints.Config``."""
+
+Moves = Mapping[str, Sequence[float]]
+NO_MOVES: Moves = {}
+"""Slope and intercept by which an update moves each risk of times, on the scale of hazards."""
 
 
 def prior_log_odds(prevalence: float) -> float:
@@ -49,7 +80,16 @@ class LabelOutcome:
 
     width: ClassVar[int] = 1  # Q
     config: ClassVar[dict[str, Any]] = {}  # keys of a checkpoint by which the kind is known again
-    has_baselines: ClassVar[bool] = True
+    has_tripod: ClassVar[bool] = True
+    has_curves: ClassVar[bool] = False  # of the risk over the hours to come
+    about: ClassVar[list[str]] = []  # what a card says of it
+    card_metrics: ClassVar[dict[str, str]] = {  # title: name
+        "AUROC": "auroc",
+        "AUPRC": "auprc",
+        "Brier score": "brier",
+    }
+    tested: ClassVar[list[str]] = TESTED  # columns of a table of predictions that are no risks
+    means_of_folds: ClassVar[str] = "AUROC, AUPRC, Brier score, Brier skill and log loss"
     topics: ClassVar[tuple[TopicBuilder, ...]] = (  # of a report on the risks, in their order
         discrimination,
         calibration_topic,
@@ -60,6 +100,8 @@ class LabelOutcome:
         subgroups,
         sites,
     )
+
+    # ------------------------------------------------------------------ what is learned
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the cross-entropy (N,), a sum over B, of logits (N, B, 1) and labels (B,)."""
@@ -72,7 +114,7 @@ class LabelOutcome:
         """Return the logit (1,) that is the same for everyone and fits labels (n,)."""
         return np.array([prior_log_odds(float(targets.mean()))])
 
-    def shift(self, predictions: decision.Predictions, targets: Array) -> Array:
+    def shift(self, predictions: Predictions, targets: Array) -> Array:
         """Return what makes the logits fit labels (n,) on average, (1,)."""
         fits = decision.fit_updates(targets, predictions.probability)
         return np.array([fits[decision.INTERCEPT][1]])
@@ -81,21 +123,156 @@ class LabelOutcome:
         """Return the log-odds (B,) of the event for logits (B, 1), and no hazards."""
         return logits.squeeze(1), None
 
+    # ------------------------------------------------------------------ baselines
+
+    def baseline_names(
+        self, dataset: TrajectoryDataset, train: NDArray[np.int64], static: Sequence[str]
+    ) -> list[str]:
+        """Return the names of the baselines that ``fit_baselines`` fits, in no order."""
+        return baselines.baseline_names(dataset, train, static)
+
+    def tune_baselines(
+        self, dataset: TrajectoryDataset, train: NDArray[np.int64], static: Sequence[str]
+    ) -> Settings:
+        """Choose the settings of the baselines in folds of some rows, where these are enough."""
+        return baselines.tune_baselines(dataset, train, static)
+
+    def fit_baselines(
+        self, dataset: TrajectoryDataset, rows: NDArray[np.int64], settings: Settings
+    ) -> Baselines:
+        """Fit the baselines on some rows."""
+        return baselines.fit_baselines(dataset, rows, settings)
+
+    def read_baselines(self, text: str) -> Baselines:
+        """Check and return the baselines of a file."""
+        return Baselines.from_json(text)
+
+    # ------------------------------------------------------------------ forecasts
+
+    def forecast(self, predictions: Predictions) -> Array:
+        """Return the forecast of the predicted rows, (n,)."""
+        return predictions.probability
+
+    def forecast_of(self, logit: Array, hazards: Array | None, rule: DecisionRule) -> Array:
+        """Return the forecast of log-odds (n,), recalibrated by a rule, (n,)."""
+        return rule.probability(logit)
+
+    def models(
+        self,
+        stage: str,
+        forecast: Array,
+        beside: Mapping[str, Array],
+        rules: Mapping[str, DecisionRule],
+        update: tuple[float, float] = (1.0, 0.0),  # slope and intercept that moved the stage
+    ) -> dict[str, Array]:
+        """Return the forecast of stage, baselines and ensemble, of which no update moves the last.
+
+        ``rules`` recalibrate all but the stage.
+        """
+        slope, intercept = update
+        before = forecast
+        if update != (1.0, 0.0):
+            before = expit((log_odds(forecast) - intercept) / slope)
+        return baselines.model_risks(stage, before, beside, rules) | {stage: forecast}
+
+    def first_risk(self, forecast: Array, moves: Moves = NO_MOVES) -> Array:
+        """Return the risk (n,) that thresholds cut."""
+        return forecast
+
+    def risks(self, name: str, forecast: Array, moves: Moves = NO_MOVES) -> dict[str, Array]:
+        """Return the columns of a table of predictions that hold the risks of a model."""
+        return {name: forecast}
+
+    def columns(self, name: str, ending: str) -> dict[str, str]:
+        """Return the columns of ``--predict`` by those of ``risks``; the used model's end in ""."""
+        return {name: f"probability{ending}"}
+
+    def curves(
+        self, forecast: Array, hours: Sequence[float] | None, moves: Moves
+    ) -> tuple[Array, Sequence[str], Array]:
+        """Refuse: a label has no time."""
+        raise InputError("no cumulative incidence: the model was trained on a label, not on times")
+
+    # ------------------------------------------------------------------ decisions
+
     def decide(
-        self, predictions: decision.Predictions, patients: NDArray[Any], options: Any
-    ) -> decision.DecisionRule:
+        self, predictions: Predictions, observed: pd.DataFrame, options: DecisionOptions
+    ) -> DecisionRule:
         """Fit recalibration and threshold to rows that the model did not learn from."""
+        patients = observed["patient"].to_numpy(str)
         return decision.fit_decision_rule(predictions.labels, predictions.logit, patients, options)
+
+    def fit_rules(
+        self,
+        stage: str,
+        forecast: Array,
+        beside: Mapping[str, Array],
+        observed: pd.DataFrame,
+        options: DecisionOptions,
+    ) -> dict[str, DecisionRule]:
+        """Fit the decision rule of each model beside the stage to the same rows."""
+        labels, patients = observed["label"].to_numpy(float), observed["patient"].to_numpy(str)
+        return baselines.fit_rules(labels, stage, forecast, beside, patients, options)
+
+    def decide_folds(
+        self,
+        table: pd.DataFrame,
+        rules: Sequence[Mapping[str, Any]],
+        fold: NDArray[np.int64],
+        options: DecisionOptions,
+    ) -> tuple[dict[str, DecisionRule], pd.DataFrame]:
+        """Fit decision rules to out-of-fold predictions; see ``baselines.decide_folds``."""
+        return baselines.decide_folds(table, rules, fold, options)
+
+    def choose_threshold(self, choice: str, table: pd.DataFrame | None, name: str) -> float:
+        """Return a model's threshold of a ``--threshold``, chosen on held-out predictions."""
+        labels, risk = np.zeros(1), np.zeros(1)
+        if table is not None:
+            labels, risk = table["label"].to_numpy(float), table[name].to_numpy(float)
+        return decision.choose_threshold(choice, labels, risk)
+
+    def recommend(self, table: pd.DataFrame, stage: str, names: Sequence[str]) -> dict[str, str]:
+        """Return ``best_model``, that of ``--use best``, by predictions of held-out rows."""
+        names = [name for name in table.columns if name in (stage, *names)]
+        labels, patients = table["label"].to_numpy(float), table["patient"].to_numpy(str)
+        losses = row_losses(labels, log_odds(table[names].to_numpy(float).T))
+        preferred, events = [ENSEMBLE, stage], int(labels.sum())
+        best = decision.recommended_model(names, losses, events, patients, preferred)
+        return {"best_model": best}
+
+    # ------------------------------------------------------------------ results
 
     def observed(
         self, dataset: TrajectoryDataset, rows: NDArray[np.int64], censoring: str, seed: int
-    ) -> dict[str, Any]:
-        """Return the columns of a table of predictions that say what happened."""
-        return {"label": dataset.labels[rows].astype(int)}
+    ) -> pd.DataFrame:
+        """Return the columns of a table of predictions that are no risks."""
+        labels = dataset.labels[rows].astype(int)
+        columns = {"id": dataset.ids[rows], "label": labels, "patient": dataset.groups[rows]}
+        return pd.DataFrame(columns)
 
-    def risks(self, name: str, predictions: decision.Predictions) -> dict[str, Array]:
-        """Return the columns of a table of predictions that hold the risks of a model."""
-        return {name: predictions.probability}
+    def evaluation_problem(self, observed: pd.DataFrame) -> str:
+        """Return why some rows have no metrics, empty where they have."""
+        if observed["label"].nunique() == 2:
+            return ""
+        left = "of those that are left all have, or all lack, the event"
+        return left if len(observed) else "none left"
+
+    def evaluate_updates(self, rows: pd.DataFrame, model: str, seed: int) -> Updates | None:
+        """Choose an update on known outcomes; None where there are too few."""
+        return evaluate_updates(rows, model, seed)
+
+    def updated(self, config: Config, used: str, rule: DecisionRule, updates: Any) -> Config:
+        """Return a configuration in which the rule of a model is updated."""
+        moved = asdict(updated_rule(rule, updates.slope, updates.intercept))
+        stage, earlier = STAGE_NAMES[config["stage"]], config.get("updated", {})
+        total = earlier.get("stage", [1.0, 0.0])  # so that the ensemble of the stage stays
+        if used != stage:
+            config = {**config, "models": {**config["models"], used: moved}}
+        else:
+            config = {**config, "decision": moved}
+            slope, intercept = updates.slope, updates.intercept
+            total = [slope * total[0], intercept + slope * total[1]]
+        return {**config, "updated": {"stage": total}}
 
     def evaluate(self, table: pd.DataFrame, seed: int, *rule: Any, **plan: Any) -> Metrics:
         """Return the metrics of a table of predictions."""
@@ -109,28 +286,16 @@ class LabelOutcome:
         """Return metrics as a table of text."""
         return tables.model_table(metrics)
 
-    def columns(
-        self, risk: Array, hazards: Array | None, rule: decision.DecisionRule
-    ) -> dict[str, Any]:
-        """Return the columns of ``--predict`` for n rows of this risk."""
-        positive = rule.positive(risk).astype(np.int64)
-        return {"probability": risk, "prediction": pd.array(positive, dtype="Int64")}
-
-    def recommend(self, table: pd.DataFrame, stage: str, names: Sequence[str]) -> dict[str, str]:
-        """Return ``best_model``, that of ``--use best``, by predictions of held-out rows."""
-        names = [name for name in table.columns if name in (stage, *names)]
-        risks = {name: table[name].to_numpy(float) for name in names}
-        labels, patients = table["label"].to_numpy(float), table["patient"].to_numpy(str)
-        best = decision.recommended_model(labels, risks, patients, [ENSEMBLE, stage])
-        return {"best_model": best}
-
 
 @dataclass(frozen=True)
 class TimeOutcome:
     """Times to events that compete."""
 
     hazards: Hazards
-    has_baselines: ClassVar[bool] = False
+    has_tripod: ClassVar[bool] = False
+    has_curves: ClassVar[bool] = True
+    tested: ClassVar[list[str]] = OBSERVED
+    means_of_folds: ClassVar[str] = "AUROC, Brier score and scaled Brier"
 
     @property
     def topics(self) -> tuple[TopicBuilder, ...]:
@@ -147,6 +312,36 @@ class TimeOutcome:
         """Keys of a checkpoint by which the kind is known again."""
         return {"events": self.hazards.config}
 
+    @property
+    def about(self) -> list[str]:
+        """What a card says of it."""
+        events = self.hazards.events
+        others = ", ".join(events.names[1:])
+        text = f"The risks are of {events.names[0]} by {', '.join(events.horizon_names)}"
+        return [
+            f"{text}, while others compete with it: {others}",
+            *filter(None, [events.assumption]),
+        ]
+
+    @property
+    def card_metrics(self) -> dict[str, str]:
+        """Titles and names of the metrics that a card lists."""
+        events = self.hazards.events
+        return {
+            f"{TIME_METRICS[metric][0]} {risk.removeprefix('risk_')}": metric_name(
+                metric, risk, events
+            )
+            for risk in events.risk_names
+            for metric in ("auroc", "oe")
+        }
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the risks."""
+        return self.hazards.events.risk_names
+
+    # ------------------------------------------------------------------ what is learned
+
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the loss (N,), a sum over B, of outputs (N, B, Q) and ``TARGETS`` (B, 3)."""
         return self.hazards.loss(logits, targets)
@@ -155,51 +350,213 @@ class TimeOutcome:
         """Return the logits (Q,) that are the same for everyone and fit ``TARGETS`` (n, 3)."""
         return self.hazards.start(targets)
 
-    def shift(self, predictions: decision.Predictions, targets: Array) -> Array:
+    def shift(self, predictions: Predictions, targets: Array) -> Array:
         """Return what makes the hazards fit ``TARGETS`` (n, 3) on average, (Q,)."""
         assert predictions.hazards is not None
         return self.hazards.shift(predictions.hazards, targets)
 
     def read(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the log-odds (B,) float64 of the first risk for logits (B, Q), and these."""
-        return torch.logit(self.hazards.risks(logits.double())[:, 0], eps=1e-12), logits
+        hazards = self.hazards.cumulative(logits.double())
+        return torch.logit(self.hazards.risks(hazards)[:, 0], eps=1e-12), logits
+
+    # ------------------------------------------------------------------ baselines
+
+    def periods(self, dataset: TrajectoryDataset, rows: NDArray[np.int64]) -> Periods:
+        """Return some rows in the intervals in which they were watched."""
+        watched = self.hazards.watched(torch.from_numpy(dataset.targets()[rows]))
+        return periods_of(watched.exposure.numpy(), watched.is_event.numpy())
+
+    def baseline_names(
+        self, dataset: TrajectoryDataset, train: NDArray[np.int64], static: Sequence[str]
+    ) -> list[str]:
+        """Return the names of the baselines that ``fit_baselines`` fits, in no order."""
+        return time_baseline_names(dataset, static)
+
+    def tune_baselines(
+        self, dataset: TrajectoryDataset, train: NDArray[np.int64], static: Sequence[str]
+    ) -> Settings:
+        """Choose the settings of the baselines in folds of some rows, where these are enough."""
+        return tune_time_baselines(dataset, train, static, self.periods(dataset, train))
+
+    def fit_baselines(
+        self, dataset: TrajectoryDataset, rows: NDArray[np.int64], settings: Settings
+    ) -> Baselines:
+        """Fit the baselines on some rows."""
+        periods = self.periods(dataset, rows)
+        return fit_time_baselines(dataset, rows, settings, periods, self.hazards.cuts)
+
+    def read_baselines(self, text: str) -> Baselines:
+        """Check and return the baselines of a file."""
+        read = TimeBaselines.from_json(text)
+        if read.null.shape != (len(self.hazards.events.names), len(self.hazards.cuts)):
+            raise ValueError("other events or intervals")
+        return read
+
+    # ------------------------------------------------------------------ forecasts
+
+    def forecast(self, predictions: Predictions) -> Array:
+        """Return the forecast of the predicted rows, (n, C, K)."""
+        return self.forecast_of(predictions.logit, predictions.hazards, predictions.rule)
+
+    def forecast_of(self, logit: Array, hazards: Array | None, rule: DecisionRule) -> Array:
+        """Return the forecast of outputs (n, Q), (n, C, K)."""
+        assert hazards is not None
+        found: Array = self.hazards.cumulative(torch.from_numpy(hazards)).numpy()
+        return found
+
+    def models(
+        self,
+        stage: str,
+        forecast: Array,
+        beside: Mapping[str, Array],
+        rules: Mapping[str, DecisionRule],
+        update: tuple[float, float] = (1.0, 0.0),
+    ) -> dict[str, Array]:
+        """Return the forecast of stage, baselines and ensemble."""
+        found = {stage: forecast, **beside}
+        if best := baselines.best_blend(beside):
+            found[ENSEMBLE] = blend_hazards(forecast, beside[best])
+        return found
+
+    def first_risk(self, forecast: Array, moves: Moves = NO_MOVES) -> Array:
+        """Return the risk (n,) of the first event by the first horizon, which thresholds cut."""
+        return self.risks("", forecast, moves)[""]
+
+    def risks(self, name: str, forecast: Array, moves: Moves = NO_MOVES) -> dict[str, Array]:
+        """Return the columns of a table of predictions that hold the risks of a model."""
+        risks = self.hazards.risks(torch.from_numpy(forecast)).numpy().T
+        found = {
+            k: moved_risk(x, *moves.get(k, ())) for k, x in zip(self.names, risks, strict=True)
+        }
+        return {name: found[self.names[0]], **{f"{name} {k}": x for k, x in found.items()}}
+
+    def columns(self, name: str, ending: str) -> dict[str, str]:
+        """Return the columns of ``--predict`` by those of ``risks``; the used model's end in ""."""
+        first = f"{self.names[0]}{ending}" if ending else "probability"
+        return {name: first, **{f"{name} {risk}": f"{risk}{ending}" for risk in self.names}}
+
+    def curves(
+        self, forecast: Array, hours: Sequence[float] | None, moves: Moves
+    ) -> tuple[Array, Sequence[str], Array]:
+        """Return some hours (H,), the C events, and their cumulative incidence (n, C, H).
+
+        None: the ends of the intervals. Between horizons a move of the first event is interpolated.
+        """
+        events, last = self.hazards.events, self.hazards.cuts[-1]
+        until = np.array(self.hazards.cuts if hours is None else hours, dtype=np.float64)
+        if until.ndim != 1 or not ((until >= 0) & (until <= last)).all():
+            raise ValueError(f"hours: numbers from 0 to the last horizon, {last:g}")
+        found = self.hazards.incidence(torch.from_numpy(forecast), until.tolist()).numpy()
+        if moves:
+            pairs = np.array([moves[name] for name in events.horizon_risks]).T  # (2, H)
+            move = [np.interp(until, events.horizons, x) for x in pairs]
+            found[:, 0] = moved_risk(found[:, 0], *move)
+        return until, events.names, found
+
+    # ------------------------------------------------------------------ decisions
 
     def decide(
-        self, predictions: decision.Predictions, patients: NDArray[Any], options: Any
-    ) -> decision.DecisionRule:
-        """Return the rule that leaves the risks as they are."""
-        return decision.DecisionRule()
+        self, predictions: Predictions, observed: pd.DataFrame, options: DecisionOptions
+    ) -> DecisionRule:
+        """Choose the threshold of the first risk; the risks stay as they are."""
+        return self._rule(self.first_risk(self.forecast(predictions)), observed, options.threshold)
+
+    def _rule(self, risk: Array, observed: pd.DataFrame, choice: str | None) -> DecisionRule:
+        statuses = statuses_of(observed, self.hazards.events, self.names[0])
+        known = statuses.inverse[0] > 0
+        weighed = statuses.case[known], risk[known], statuses.inverse[0, known]
+        return DecisionRule(threshold=decision.choose_threshold(choice, *weighed))
+
+    def fit_rules(
+        self,
+        stage: str,
+        forecast: Array,
+        beside: Mapping[str, Array],
+        observed: pd.DataFrame,
+        options: DecisionOptions,
+    ) -> dict[str, DecisionRule]:
+        """Choose the threshold of each model beside the stage on the same rows."""
+        found = self.models(stage, forecast, beside, {})
+        del found[stage]
+        return {
+            name: self._rule(self.first_risk(x), observed, options.threshold)
+            for name, x in (found.items() if beside else ())
+        }
+
+    def decide_folds(
+        self,
+        table: pd.DataFrame,
+        rules: Sequence[Mapping[str, Any]],
+        fold: NDArray[np.int64],
+        options: DecisionOptions,
+    ) -> tuple[dict[str, DecisionRule], pd.DataFrame]:
+        """Choose the thresholds on out-of-fold predictions, which stay as they are."""
+        found = {
+            name: self._rule(table[name].to_numpy(float), table, options.threshold)
+            for name in rules[0]
+            if name in table
+        }
+        return found, table
+
+    def choose_threshold(self, choice: str, table: pd.DataFrame | None, name: str) -> float:
+        """Return a model's threshold of a ``--threshold``, chosen on held-out predictions."""
+        if table is None:
+            return decision.parse_threshold(choice)[1]
+        return self._rule(table[name].to_numpy(float), table, choice).threshold
+
+    def recommend(self, table: pd.DataFrame, stage: str, names: Sequence[str]) -> dict[str, str]:
+        """Return ``best_model``, that of ``--use best``, by predictions of held-out rows."""
+        names = [name for name in table.columns if name in (stage, *names)]
+        losses, events = np.zeros((len(names), len(table))), 0
+        for risk in self.hazards.events.horizon_risks:
+            statuses = statuses_of(table, self.hazards.events, risk)
+            risks = table[[f"{name} {risk}" for name in names]].to_numpy(float).T
+            losses += statuses.inverse[0] * row_losses(statuses.case, log_odds(risks))
+            events = events or int(statuses.case.sum())  # by the first horizon
+        patients, preferred = table["patient"].to_numpy(str), [ENSEMBLE, stage]
+        best = decision.recommended_model(names, losses, events, patients, preferred)
+        return {"best_model": best}
+
+    # ------------------------------------------------------------------ results
 
     def observed(
         self, dataset: TrajectoryDataset, rows: NDArray[np.int64], censoring: str, seed: int
-    ) -> dict[str, Any]:
-        """Return the columns of a table of predictions that say what happened."""
+    ) -> pd.DataFrame:
+        """Return the columns of a table of predictions that are no risks."""
         assert dataset.events is not None
         assert dataset.event_hours is not None
-        columns = {"event_hours": dataset.event_hours[rows], "event": dataset.events[rows]}
-        return columns | uncensored_columns(
-            self.hazards.events, dataset.subset(rows), censoring, seed
-        )
+        columns = {"id": dataset.ids[rows], "event_hours": dataset.event_hours[rows]}
+        columns |= {"event": dataset.events[rows]}
+        options = dataset.subset(rows), censoring, seed
+        columns |= uncensored_columns(self.hazards.events, *options)
+        return pd.DataFrame({**columns, "patient": dataset.groups[rows]})
 
-    def risks(self, name: str, predictions: decision.Predictions) -> dict[str, Array]:
-        """Return the columns of a table of predictions that hold the risks of a model."""
-        assert predictions.hazards is not None
-        risks = self._risks(predictions.hazards)
-        return {name: predictions.probability, **{f"{name} {k}": x for k, x in risks.items()}}
+    def evaluation_problem(self, observed: pd.DataFrame) -> str:
+        """Return why some rows have no metrics, empty where they have."""
+        return horizon_problem(observed, self.hazards.events)
 
-    def _risks(self, hazards: Array) -> dict[str, Array]:
-        risks = self.hazards.risks(torch.from_numpy(hazards)).numpy().T
-        return dict(zip(self.hazards.events.risk_names, risks, strict=True))
+    def evaluate_updates(self, rows: pd.DataFrame, model: str, seed: int) -> TimeUpdates | None:
+        """Choose an update of each risk on known outcomes; None where there are too few."""
+        return evaluate_time_updates(rows, model, self.hazards.events, seed)
 
-    def evaluate(
-        self,
-        table: pd.DataFrame,
-        seed: int,
-        threshold: float | None = None,
-        primary: str | None = None,
-    ) -> Metrics:
+    def updated(self, config: Config, used: str, rule: DecisionRule, updates: Any) -> Config:
+        """Return a configuration in which the risks of a model are moved, and its threshold."""
+        stage, earlier = STAGE_NAMES[config["stage"]], config.get("moves", {})
+        moves = {}
+        for name, (slope, intercept) in updates.moves.items():
+            before = earlier.get(used, {}).get(name, (1.0, 0.0))
+            moves[name] = [slope * before[0], intercept + slope * before[1]]
+        threshold = moved_risk(np.array([rule.threshold]), *updates.moves[self.names[0]])
+        moved = asdict(replace(rule, threshold=float(threshold[0])))
+        config = {**config, "updated": {}, "moves": {**earlier, used: moves}}
+        if used != stage:
+            return {**config, "models": {**config["models"], used: moved}}
+        return {**config, "decision": moved}
+
+    def evaluate(self, table: pd.DataFrame, seed: int, *rule: Any, **plan: Any) -> Metrics:
         """Return the metrics of a table of predictions at each horizon."""
-        return evaluate_times(table, self.hazards.events, seed)
+        return evaluate_times(table, self.hazards.events, seed, *rule, **plan)
 
     def sentences(self, metrics: Metrics, *words: str) -> list[verdicts.Finding]:
         """Return metrics in words."""
@@ -208,17 +565,6 @@ class TimeOutcome:
     def table(self, metrics: Metrics) -> pd.DataFrame:
         """Return metrics as a table of text."""
         return time_table(metrics, self.hazards.events)
-
-    def columns(
-        self, risk: Array, hazards: Array | None, rule: decision.DecisionRule
-    ) -> dict[str, Any]:
-        """Return the columns of ``--predict`` for n rows of these hazards (n, Q)."""
-        assert hazards is not None
-        return {"probability": risk, **self._risks(hazards)}
-
-    def recommend(self, table: pd.DataFrame, stage: str, names: Sequence[str]) -> dict[str, str]:
-        """Return nothing: there is no other model yet."""
-        return {}
 
 
 Outcome = LabelOutcome | TimeOutcome

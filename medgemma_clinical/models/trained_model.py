@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from scipy.special import expit
 from transformers import PreTrainedTokenizerBase
 
 from medgemma_clinical.data.overlap import check_held_out
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
 from medgemma_clinical.distributed import default_device
-from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, Baselines, model_risks
+from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, Baselines
 from medgemma_clinical.evaluation.decision import DecisionRule
-from medgemma_clinical.evaluation.metrics import log_odds
+from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.files import InputError, read_json
 from medgemma_clinical.models.checkpoints import (
     LLM_STAGES,
@@ -43,6 +44,7 @@ from medgemma_clinical.models.checkpoints import (
     read_trajectory,
 )
 from medgemma_clinical.models.language_model import base_name, base_record
+from medgemma_clinical.models.outcome import NO_MOVES, Moves, Outcome, outcome_of
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory import Stage1
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
@@ -101,27 +103,61 @@ class TrainedModel:
         rules = {name: DecisionRule.from_config({"decision": stored[name]}) for name in names}
         return {self.name: self.rule, **rules}
 
-    def column(self, name: str) -> str:
-        """Return the column of a model's risk in predictions."""
-        is_stage = name == self.name
-        return "probability_" + ("stage" if is_stage else re.sub(r"\W+", "_", name))
+    @cached_property
+    def outcome(self) -> Outcome:
+        """What it predicts."""
+        return outcome_of(self.config)
+
+    def ending(self, name: str) -> str:
+        """Return the end of a model's columns in predictions, without its line."""
+        return "stage" if name == self.name else re.sub(r"\W+", "_", name)
+
+    def columns(self, used: str) -> dict[str, str]:
+        """Return the columns of predictions by those of a table of risks; the used model first."""
+        names = [used, *(name for name in self.rules if name != used)]
+        endings = {name: "" if name == used else f"_{self.ending(name)}" for name in names}
+        pairs = (self.outcome.columns(name, ending) for name, ending in endings.items())
+        return dict(itertools.chain(*(columns.items() for columns in pairs)))
 
     def model_named(self, use: str) -> str:
-        """Return the model that ``stage``, ``best``, a name or the end of its column means."""
+        """Return the model that ``stage``, ``best``, a name or the end of its columns means."""
         wanted = self.config.get("best_model", use) if use == "best" else use
         for name in self.rules:
-            if self.column(name) == self.column(wanted):
+            if self.ending(name) == self.ending(wanted):
                 return name
-        suffixes = [self.column(name).removeprefix("probability_") for name in self.rules]
+        suffixes = map(self.ending, self.rules)
         problem = "no such model" if self.baselines else "this copy of the model has no baselines"
         raise InputError(f"--use {use}: {problem}: choose from {', '.join(['best', *suffixes])}")
 
-    def risks(self, dataset: TrajectoryDataset, risk: NDArray[np.float64]) -> dict[str, Any]:
-        """Return the probability (n,) of each model; ``risk`` (n,) is the stage's own."""
-        baseline_risks = self.baselines.risks(dataset) if self.baselines else {}
-        slope, intercept = self.config.get("updated", {}).get("stage", (1.0, 0.0))
-        stage_risk = expit((log_odds(risk) - intercept) / slope)  # the ensemble is as it was
-        return model_risks(self.name, stage_risk, baseline_risks, self.rules) | {self.name: risk}
+    def forecasts(self, dataset: TrajectoryDataset, forecast: Array) -> dict[str, Array]:
+        """Return what each model says of n rows; ``forecast`` is the stage's own."""
+        beside = self.baselines.risks(dataset) if self.baselines else {}
+        update = tuple(self.config.get("updated", {}).get("stage", (1.0, 0.0)))
+        return self.outcome.models(self.name, forecast, beside, self.rules, update)
+
+    def moves(self, name: str) -> Moves:
+        """Return how updates have moved each risk of times of a model."""
+        moves: Moves = self.config.get("moves", {}).get(name, NO_MOVES)
+        return moves
+
+    def risks(self, name: str, forecast: Array) -> dict[str, Array]:
+        """Return the risks of a model by their columns in a table of risks, (n,) each."""
+        return self.outcome.risks(name, forecast, self.moves(name))
+
+    def curves(
+        self, name: str, forecast: Array, ids: NDArray[Any], hours: Sequence[float] | None = None
+    ) -> pd.DataFrame:
+        """Return the cumulative incidences of a model: columns id, hour, cause, incidence."""
+        until, events, found = self.outcome.curves(forecast, hours, self.moves(name))
+        index = pd.MultiIndex.from_product([range(len(ids)), events, until])
+        table = index.to_frame(index=False, name=["id", "cause", "hour"])
+        table["id"] = ids[table["id"]]
+        return table.assign(incidence=found.ravel())[["id", "hour", "cause", "incidence"]]
+
+    def risk_columns(self, name: str, forecast: Array, ending: str) -> dict[str, Array]:
+        """Return the risks of a model by their columns in predictions, (n,) each."""
+        columns = self.outcome.columns(name, ending)
+        return {columns[risk]: x for risk, x in self.risks(name, forecast).items()}
 
     @property
     def prompts(self) -> PromptOptions:

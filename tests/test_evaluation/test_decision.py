@@ -25,6 +25,7 @@ from medgemma_clinical.evaluation.decision import (
     recommended_model,
     youden_threshold,
 )
+from medgemma_clinical.evaluation.metrics import log_odds, row_losses
 
 
 def drawn(seed, rows=4000):
@@ -216,6 +217,11 @@ def rivals(rows=4000, seed=0):
     return labels, expit(logit), near, far
 
 
+def recommended(labels, risks, patients, preferred):
+    losses = row_losses(labels, log_odds(np.stack([*risks.values()])))
+    return recommended_model([*risks], losses, labels.sum(), patients, preferred)
+
+
 @pytest.mark.parametrize(
     ("models", "expected"),
     [
@@ -230,7 +236,7 @@ def test_the_simplest_of_nearly_the_lowest_loss_is_recommended(models, expected)
     known = dict(zip(("best", "near", "far"), risks, strict=True))
     found = {name: known[each] for name, each in models.items()}
     patients = np.arange(len(labels))
-    assert recommended_model(labels, found, patients, ["ensemble", "stage"]) == expected
+    assert recommended(labels, found, patients, ["ensemble", "stage"]) == expected
 
 
 @pytest.mark.parametrize(("more", "expected"), [(0, "other"), (-1, "ensemble")])
@@ -239,7 +245,7 @@ def test_losses_of_few_events_choose_no_model(more, expected):
     last = np.flatnonzero(labels == 1)[MIN_CHOOSING_EVENTS + more - 1] + 1
     found = {"ensemble": far[:last], "stage": far[:last], "other": best[:last]}
     patients, preferred = np.arange(last), ["ensemble", "stage"]
-    assert recommended_model(labels[:last], found, patients, preferred) == expected
+    assert recommended(labels[:last], found, patients, preferred) == expected
 
 
 def test_rows_of_the_same_patient_tell_models_apart_no_better():
@@ -248,8 +254,8 @@ def test_rows_of_the_same_patient_tell_models_apart_no_better():
     worse = expit(1.15 * np.log(best / (1 - best)) + 0.05)
     patients = np.arange(600)
     found = {"ensemble": worse, "other": best}
-    assert recommended_model(labels, found, patients, ["ensemble"]) == "ensemble"
+    assert recommended(labels, found, patients, ["ensemble"]) == "ensemble"
     copies = {name: risk.repeat(50) for name, risk in found.items()}
-    again = recommended_model(labels.repeat(50), copies, patients.repeat(50), ["ensemble"])
+    again = recommended(labels.repeat(50), copies, patients.repeat(50), ["ensemble"])
     assert again == "ensemble"
-    assert recommended_model(labels.repeat(50), copies, np.arange(30000), ["ensemble"]) == "other"
+    assert recommended(labels.repeat(50), copies, np.arange(30000), ["ensemble"]) == "other"

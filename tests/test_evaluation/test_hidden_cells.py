@@ -149,7 +149,7 @@ def test_ranges_over_folds_go_where_a_fold_has_few_events(events, shown):
     spreads = [x[name] for x in numbers for name in SPREAD if name in x]
     assert spreads
     assert any(x is not None for x in spreads) == shown
-    assert (" to 0." in folds_sentence(Metrics.from_json(known), 5)) == shown
+    assert (" to 0." in folds_sentence(Metrics.from_json(known), LABEL, 5)) == shown
     assert suppress(known, 11) == known
     config = {"metrics": {"folds": metrics.to_json()}, "case_mix": {}}
     assert shareable(config, 11)["metrics"]["folds"] == known

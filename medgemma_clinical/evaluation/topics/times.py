@@ -121,7 +121,7 @@ def group_table(events: CompetingEvents, evaluated: Evaluated) -> pd.DataFrame:
     times, incidences = aalen_johansen(end, event, members.astype(float))
     hours = np.union1d([0, *horizons], times[times <= horizons[-1]])
     steps = np.pad(incidences[:, 0], ((0, 0), (1, 0)))[:, np.searchsorted(times, hours, "right")]
-    risks = [f"{evaluated.model} {name}" for name in events.risk_names[: len(horizons)]]
+    risks = [f"{evaluated.model} {name}" for name in events.horizon_risks]
     tables = []
     for group, name, observed in zip(members, GROUPS[len(members) - 1], steps, strict=True):
         predicted = dict(zip(horizons, rows.loc[group, risks].mean(), strict=True))
