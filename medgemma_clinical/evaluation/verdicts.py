@@ -128,15 +128,6 @@ def sentences(
     """
     values, minority = metrics.of(metrics.models[0]), metrics.counts["minority_patients"]
     findings = [_ranking(values.loc["auroc"], minority), *comparison(metrics)]
-    # Another model that --use names is not in the ensemble.
-    if ENSEMBLE in metrics.models[1:] and metrics.models[0] in STAGE_NAMES.values():
-        row = metrics.row(ENSEMBLE, "auroc")
-        level = difference_verdict(row, minority)
-        text = (
-            f"{ADDS[level]} {row.reference} alone: AUROC {value_text(row)}, "
-            f"minus that of the latter {difference_text(row)}."
-        )
-        findings.append(Finding(level, text))
     if "ici" in values.index:
         findings.append(Finding(None, _calibration(values)))
     if "positives" in values.index and values.loc["positives"].value > 0:
@@ -146,15 +137,24 @@ def sentences(
 
 
 def comparison(metrics: Metrics) -> list[Finding]:
-    """Return the planned comparison in words, if there is one."""
-    name = primary_baseline(metrics)
-    if name is None:
-        return []
-    row = metrics.row(name, "auroc")
-    level = difference_verdict(row, metrics.counts["minority_patients"])
-    compared = f"AUROC {value_text(row)}, minus this model's {difference_text(row)}"
-    text = f"{COMPARED[level]} the simple model ({name}): that has {compared}."
-    return [Finding(None, text)]  # a symbol would seem to praise this model
+    """Return in words how the model, and the ensemble, compare with other models."""
+    findings, minority = [], metrics.counts["minority_patients"]
+    if name := primary_baseline(metrics):
+        row = metrics.row(name, "auroc")
+        level = difference_verdict(row, minority)
+        compared = f"AUROC {value_text(row)}, minus this model's {difference_text(row)}"
+        text = f"{COMPARED[level]} the simple model ({name}): that has {compared}."
+        findings.append(Finding(None, text))  # a symbol would seem to praise this model
+    # Another model that --use names is not in the ensemble.
+    if ENSEMBLE in metrics.models[1:] and metrics.models[0] in STAGE_NAMES.values():
+        row = metrics.row(ENSEMBLE, "auroc")
+        level = difference_verdict(row, minority)
+        text = (
+            f"{ADDS[level]} {row.reference} alone: AUROC {value_text(row)}, "
+            f"minus that of the latter {difference_text(row)}."
+        )
+        findings.append(Finding(level, text))
+    return findings
 
 
 COMPARED = {

@@ -28,6 +28,7 @@ from medgemma_clinical.evaluation.topics.decision_curve import (
     decision_curve,
     plot_decision_curve,
 )
+from medgemma_clinical.evaluation.topics.discrimination import model_comparison
 from medgemma_clinical.evaluation.topics.topic import Cells, Details, Evaluated, Topic, TopicBuilder
 from medgemma_clinical.evaluation.verdicts import NO_VALUE, value_text
 
@@ -42,7 +43,8 @@ LOOKS |= {"middle risk": (plots.INK, "--"), "high risk": (plots.OTHER, "-.")}
 
 def time_topics(events: CompetingEvents) -> tuple[TopicBuilder, ...]:
     """Return what builds the topics of these events, in their order."""
-    return tuple(partial(build, events) for build in (risks, incidence, calibration, decision))
+    builders = (risks, incidence, calibration, decision)
+    return *(partial(build, events) for build in builders), model_comparison
 
 
 def risks(events: CompetingEvents, evaluated: Evaluated) -> Topic:
@@ -153,7 +155,7 @@ def plot_incidence(table: pd.DataFrame, events: CompetingEvents) -> plots.Plot:
     plots.name_lines(below, names)
     below.set_title("at risk", loc="left", fontsize="medium", pad=3)
     below.grid(visible=False)
-    below.tick_params(length=0, labelbottom=False)
+    below.tick_params(length=0, labelbottom=False, pad=10)
     below.spines[:].set_visible(False)
     alt = f"Cumulative incidence of {events.names[0]} over time by group of risk, with predictions."
     return plots.with_legend(figure), alt
