@@ -101,7 +101,7 @@ from medgemma_clinical.models import (
     trained_model,
 )
 from medgemma_clinical.models.checkpoints import Config, TrajectoryCheckpoint, describe_data
-from medgemma_clinical.models.outcome import fit_outcome, outcome_of, prior_log_odds
+from medgemma_clinical.models.outcome import fit_outcome, outcome_of
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory import (
     Stage1,
@@ -250,7 +250,7 @@ def build_parser() -> Parser:
     options = {"choices": ("km", "regression"), "default": "km"}
     add(
         "--censoring",
-        "times: weights by Kaplan-Meier, or by the inputs",
+        "times: weights by Kaplan-Meier or the inputs",
         "predict default",
         **options,
     )
@@ -413,8 +413,9 @@ def build_llm(
     options["residual_weight"] = config["residual_weight"]
     if config["stage"] == "generative":  # lm_head writes the report
         return LLMWriter(stage1, projection, llm, **options), tokenizer
-    head = nn.Linear(width, 1)
-    return LLMClassifier(stage1, projection, llm, head=head, **options), tokenizer
+    outcome = outcome_of(config)
+    head = nn.Linear(width, outcome.residual_width)
+    return LLMClassifier(stage1, projection, llm, head=head, outcome=outcome, **options), tokenizer
 
 
 BUILDERS = trained_model.Builders(build_stage1, build_llm)
@@ -485,7 +486,7 @@ def trajectory_stage(args: Namespace, data: Data, model: Stage1) -> Stage:
 
 def llm_config(args: Namespace, data: Data, stage1: Stage1 | None, tokens: int) -> Config:
     """Return the config of stage 2 or 3's checkpoint; ``tokens`` is P."""
-    text_only: Config = {"encoder": None, "members": 0}
+    text_only: Config = {"encoder": None, "members": 0, **cast(Config, fit_outcome(data).config)}
     text_only["inputs"] = {**data.description()["inputs"], "static": [], "prediction_time": False}
     return {
         "stage": args.mode,
@@ -510,7 +511,8 @@ def llm_stage(
     args: Namespace, data: Data, stage1: Any, checkpoint: TrajectoryCheckpoint | None
 ) -> Stage:
     """Stages 2 and 3: LoRA, projection and stage 2's head learn; stage 1 too if not frozen."""
-    dataset, device, donors, risks = data.dataset, distributed.default_device(), None, None
+    dataset, device, donors = data.dataset, distributed.default_device(), None
+    risks: dict[str, Any] = {}
     decoders.check_tested(args.model_name, allow_untested=args.allow_untested_model)
     if args.soft_prompt == "shuffled":
         donors = text_batches.other_patients(data.split, dataset.groups, args.seed)
@@ -532,7 +534,9 @@ def llm_stage(
     if isinstance(model, LLMWriter):
         config["report_tokens"] = text.report_tokens()
     elif not model.adds_stage1:
-        nn.init.constant_(model.head.bias, prior_log_odds(data.prevalence()))
+        # The outputs that the head's are added to; of others ``null_outputs`` are the start.
+        start = model.outcome.start(dataset.targets()[data.split["train"]])
+        model.head.bias.data.copy_(torch.from_numpy(start).view(len(model.head.bias), -1)[:, -1])
     rates = {"projection": args.projection_lr, "llm": args.adapter_lr}
     rates |= {"stage1": args.encoder_lr, "head": args.head_lr}
     # Grouped by text alone: soft tokens count observations, so batches would differ in risk.

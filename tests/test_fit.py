@@ -138,7 +138,7 @@ def test_fit__stage_1_refuses_the_keywords_of_other_stages_and_all_are_in_the_si
         assert [name in each for each in keywords] == [False, True]
         with pytest.raises(TypeError, match=f"{name} is for stages 2 and 3"):
             fit_trajectory(rows, **{name: 3})
-    assert keywords[0] - keywords[1] == {"trajectory_epochs", "censoring"}
+    assert keywords[0] - keywords[1] == {"trajectory_epochs"}
     assert inspect.signature(fit_trajectory).parameters["trajectory_epochs"].default == 100
 
 

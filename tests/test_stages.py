@@ -61,7 +61,8 @@ def test_a_new_stage_2_predicts_what_stage_1_does(stage1):
     expected = score_batches(one.model, one.batches["test"], one.collate)
     found = score_batches(stage.model, stage.batches["test"], stage.collate)
     np.testing.assert_allclose(found.logit, expected.logit, atol=1e-6)
-    np.testing.assert_allclose(stage.stage1_risks[found.rows], expit(expected.logit), atol=1e-6)
+    (risk,) = stage.stage1_risks.values()
+    np.testing.assert_allclose(risk[found.rows], expit(expected.logit), atol=1e-6)
     assert np.std(expected.logit) > 0
     scored = outputs(stage.model, stage.batches["test"], stage.collate)
     assert not any(output.logit.requires_grad for _, output in scored)
@@ -214,9 +215,9 @@ def test_a_frozen_encoder_encodes_each_row_once_and_one_that_learns_each_batch_a
     learns = stage_of(f"{THREE} --encoder_lr 0.1 --batch_size 4 --dropout 0.4")
     assert rows == [len(patients())]
     for stage, dropped in ((frozen, False), (learns, True)):
-        again = [stage.model.train().trajectory(stage.collate(ROWS)).logit for _ in range(2)]
+        again = [stage.model.train().trajectory(stage.collate(ROWS)).outputs for _ in range(2)]
         assert torch.equal(*again) != dropped
-        assert torch.allclose(again[0], logit) != dropped
+        assert torch.allclose(again[0][:, 0], logit) != dropped
     before = learns.model.eval().trajectory(learns.collate([0, 1]))
     rows.clear()
     for stage, expected in ((frozen, 0), (learns, TRAINED + 4)):
@@ -226,7 +227,7 @@ def test_a_frozen_encoder_encodes_each_row_once_and_one_that_learns_each_batch_a
         assert sum(rows) == expected
     after = learns.model.eval().trajectory(learns.collate([0, 1]))
     assert not torch.allclose(before.states, after.states)
-    assert not torch.allclose(before.logit, after.logit)
+    assert not torch.allclose(before.outputs, after.outputs)
 
 
 def test_an_epoch_sends_no_position_through_the_layers_that_no_row_needs():

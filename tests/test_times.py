@@ -155,7 +155,7 @@ def test_what_happens_later_changes_no_prediction(times, tmp_path):
     ("words", "expected"),
     [
         (["--calibrate", "platt"], "--calibrate"),
-        (["--mode", "classification"], "--trajectory_only"),
+        (["--mode", "generative"], "--mode generative: not for times to events"),
         (["--horizon_hours", "24,1000"], "horizon 1000"),
         (["--seeds", "2"], "--seeds"),
     ],

@@ -116,8 +116,8 @@ def check_outcome(args: argparse.Namespace, dataset: TrajectoryDataset) -> None:
     """Refuse what is not there for times to events."""
     if dataset.outcome_kind == "label":
         return
-    if not args.trajectory_only:
-        raise InputError("times to events: stage 1 alone learns them: add --trajectory_only")
+    if args.mode == "generative" and not args.trajectory_only:
+        raise InputError("--mode generative: not for times to events: use --mode classification")
     if unread := changed(args, TIMES_REFUSE):
         raise InputError(f"--{next(iter(unread))}: not for times to events: leave it out")
 

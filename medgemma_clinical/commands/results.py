@@ -8,6 +8,7 @@ import logging
 from argparse import Namespace
 from collections.abc import Iterable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,7 +39,7 @@ from medgemma_clinical.inference.scoring import write_in_batches
 from medgemma_clinical.models.checkpoints import BASELINES, Config
 from medgemma_clinical.models.decoders import licence
 from medgemma_clinical.models.model_card import MODEL_LIMITS, describe_recommended
-from medgemma_clinical.models.outcome import Outcome, fit_outcome, outcome_of
+from medgemma_clinical.models.outcome import Outcome, fit_outcome, outcome_of, weighted
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
 from medgemma_clinical.training.stage import Stage
 from medgemma_clinical.training.state import Progress, describe_epochs, describe_selection
@@ -73,7 +74,7 @@ def write_results(
         part: outcome.observed(data.dataset, part_scored.rows, args.censoring, args.seed)
         for part, part_scored in scored.items()
     }
-    predictions, decided = apply_decisions(scored, observed["val"], stage, options)
+    predictions, decided = apply_decisions(scored, observed["val"], stage, data, options)
     is_writer = isinstance(stage.model, LLMWriter) and "test" in predictions
     texts = generate_reports(stage, predictions["test"]) if is_writer else {}
     # The caller tests a model without test part, as scikit-learn's tools do.
@@ -189,22 +190,22 @@ def apply_decisions(
     scored: dict[str, decision.Predictions],
     observed: pd.DataFrame,  # of the validation part
     stage: Stage,
+    data: Data,
     options: decision.DecisionOptions,
 ) -> tuple[dict[str, decision.Predictions], Config]:
     """Fit weight and decision rule to the validation part alone; apply both to all parts."""
     decided: Config = {}
-    scored = {**scored}
     model, val = stage.model, scored["val"]
     patients = observed["patient"].to_numpy(str)
     if isinstance(model, TrajectoryLLM) and model.adds_stage1:
-        weight = decision.fit_residual_weight(val.labels, val.offset, val.logit, patients)
+        targets, outcome = data.dataset.targets()[val.rows], model.outcome
+        functions = partial(outcome.row_losses, targets), partial(outcome.auroc, targets)
+        weight = decision.fit_residual_weight(val.offset, val.outputs, patients, *functions)
         model.residual_weight = decided["residual_weight"] = weight
         how = "chosen" if weight else "not shown to add"
         text = "weight of the language model beside stage 1: %g, %s on %d validation patients"
         logger.info(text, weight, how, len(np.unique(patients)))
-        for part, part_scored in scored.items():
-            logit = part_scored.offset + weight * (part_scored.logit - part_scored.offset)
-            scored[part] = replace(part_scored, logit=logit)
+        scored = {part: weighted(outcome, each, weight) for part, each in scored.items()}
     rule = outcome_of(stage.config).decide(scored["val"], observed, options)
     if options.recalibration == "platt" and not rule.is_moved:
         logger.warning(
@@ -237,8 +238,7 @@ def prediction_tables(
     for part, scored in predictions.items():
         forecasts = outcome.models(name, outcome.forecast(scored), beside[part], rules)
         columns = outcome.risks(name, forecasts.pop(name))
-        if stage.stage1_risks is not None:
-            forecasts = {STAGE_NAMES["trajectory"]: stage.stage1_risks[scored.rows]} | forecasts
+        columns |= {column: risk[scored.rows] for column, risk in stage.stage1_risks.items()}
         for model, forecast in forecasts.items():
             columns |= outcome.risks(model, forecast)
         tables[part] = observed[part].join(pd.DataFrame(columns))

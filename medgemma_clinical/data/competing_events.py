@@ -41,6 +41,12 @@ class CompetingEvents:
         return self.risk_names[: len(self.horizons)]
 
     @property
+    def words(self) -> str:
+        """The events, their horizons and the interventions in words."""
+        words = f"times to {', '.join(self.names)} by {', '.join(self.horizon_names)}"
+        return words + (f", without {self.interventions_text}" if self.interventions else "")
+
+    @property
     def interventions_text(self) -> str:
         """The interventions in words, empty without any."""
         return " or ".join(self.names[event - 1] for event in self.interventions)

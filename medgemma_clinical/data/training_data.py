@@ -37,10 +37,6 @@ class Data:
         """Series and static features that are not read, and why."""
         return [*self.unusable_series.items(), *self.unusable_static.items()]
 
-    def prevalence(self) -> float:
-        """Return the share of events in the training part."""
-        return float(self.dataset.labels[self.split["train"]].mean())
-
     def time_scale(self, hours: float | None) -> float:
         """Return a new encoder's unit of time in hours; warn where the data's own does not fit."""
         if hours is not None:

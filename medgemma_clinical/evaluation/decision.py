@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -91,7 +91,7 @@ class Predictions:
     labels: Array  # (n,) of 0 and 1
     logit: Array  # (n,) log-odds of the event as the model gives them
     rows: NDArray[np.int64]  # (n,) positions in the data set
-    offset: Array  # (n,) the share of ``logit`` that stage 1 gives; zero where it gives none
+    offset: Array  # (n, Q) the share of ``outputs`` that is not a language model's
     rule: DecisionRule = field(default_factory=DecisionRule)
     hazards: Array | None = None  # (n, Q) of times to events; ``logit`` is of their first risk
 
@@ -99,6 +99,11 @@ class Predictions:
     def loss(self) -> float:
         """Mean loss of the members."""
         return float(self.losses.mean())
+
+    @property
+    def outputs(self) -> Array:
+        """What the model gives, (n, Q): the log-odds of a label, or hazards."""
+        return self.logit[:, None] if self.hazards is None else self.hazards
 
     @property
     def probability(self) -> Array:
@@ -209,16 +214,20 @@ def clustered_p_value(
 
 
 def fit_residual_weight(
-    labels: Array, offset: Array, logit: Array, patients: NDArray[Any]
+    offset: Array,  # (n, Q) stage 1's outputs
+    outputs: Array,  # (n, Q) with all that a language model adds
+    patients: NDArray[Any],  # (n,)
+    losses: Callable[[Array], Array],  # (weights, n) of outputs (weights, n, Q)
+    auroc: Callable[[Array], float],  # of outputs (n, Q)
 ) -> float:
-    """Choose the weight of a language model's logit beside stage 1's ``offset``, (n,) each.
+    """Choose the weight of what a language model adds to stage 1's outputs.
 
     Source: Breiman et al. 1984, "Classification and Regression Trees", for the standard error.
     """
-    tried = offset + RESIDUAL_WEIGHTS[:, None] * (logit - offset)  # (weights, n)
+    tried = offset + RESIDUAL_WEIGHTS[:, None, None] * (outputs - offset)  # (weights, n, Q)
     # The smallest weight whose loss is within a standard error of the lowest.
-    index = int(np.argmax(near_lowest(row_losses(labels, tried), patients)))
-    improves = roc_auc_score(labels, tried[index]) > roc_auc_score(labels, offset)
+    index = int(np.argmax(near_lowest(losses(tried), patients)))
+    improves = auroc(tried[index]) > auroc(offset)
     # 0 where the AUROC does not improve: on this part a language model never harms.
     return float(RESIDUAL_WEIGHTS[index]) if improves else 0.0
 

@@ -162,7 +162,7 @@ def risk_without_soft_prompt(dataset: TrajectoryDataset, trained: TrainedModel) 
     batch = send_to_device(text([0]), trained.device)
     states = model.trajectory(batch)
     assert states is not None
-    batch["states"], batch["trajectory_logit"] = states.states, states.logit
+    batch["states"], batch["stage1_outputs"] = states.states, states.outputs
     batch["states_mask"] = torch.zeros_like(states.mask)
     logit = model(batch).logit.double().numpy(force=True)
     return float(trained.rule.probability(logit)[0])

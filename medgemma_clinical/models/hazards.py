@@ -55,6 +55,7 @@ class Hazards:
     events: CompetingEvents
     cuts: tuple[float, ...]  # (K,) hours at which the intervals end; all horizons are among them
     null: tuple[float, ...]  # (C,) mean loss of a row by the same hazards for everyone, by cause
+    null_outputs: tuple[float, ...] = ()  # (Q,) that give these hazards
 
     @classmethod
     def fitted(cls, events: CompetingEvents, targets: Array) -> Self:
@@ -67,22 +68,24 @@ class Hazards:
         rounded = [float(f"{hour:.2g}") for hour in inner]
         cuts = sorted({*rounded, *events.horizons} - {0.0})
         grid = cls(events, tuple(x for x in cuts if x <= events.horizons[-1]), ())
-        everyone = torch.from_numpy(grid.start(targets)).expand(1, len(targets), -1)
-        losses = grid.losses(everyone, torch.from_numpy(targets))
+        start = grid.start(targets)
+        everyone = torch.from_numpy(start).expand(1, len(targets), -1)
+        losses = grid.losses(everyone, torch.from_numpy(targets)).sum(dim=1)
         null = (losses[0] / len(targets)).clamp(min=SMALLEST_NULL)
-        return cls(events, grid.cuts, tuple(null.tolist()))
+        # Rounded, so that they tell no count of events.
+        return cls(events, grid.cuts, tuple(null.tolist()), tuple(start.round(2).tolist()))
 
     @classmethod
     def from_config(cls, stored: Mapping[str, Any]) -> Self:
         """Read what ``config`` has written."""
-        return cls(
-            CompetingEvents.from_config(stored), tuple(stored["cuts"]), tuple(stored["null"])
-        )
+        lists = [tuple(stored.get(name, ())) for name in ("cuts", "null", "null_outputs")]
+        return cls(CompetingEvents.from_config(stored), *lists)
 
     @property
     def config(self) -> dict[str, Any]:
         """Plain types, for a checkpoint."""
-        plain = {**asdict(self.events), "cuts": self.cuts, "null": self.null}
+        own = {"cuts": self.cuts, "null": self.null, "null_outputs": self.null_outputs}
+        plain = {**asdict(self.events), **own}
         return {name: list(x) if isinstance(x, tuple) else x for name, x in plain.items()}
 
     @property
@@ -107,18 +110,22 @@ class Hazards:
         is_event = ended[:, None] & (event == causes)[:, :, None]
         return Watched(exposure.clamp(min=0), is_event)
 
+    def added(self, numbers: Tensor) -> Tensor:
+        """Return the outputs (..., Q) that add a number (..., C) of each cause to all intervals."""
+        return functional.pad(numbers[..., None], (len(self.cuts), 0)).flatten(-2)
+
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the negative log-likelihood (N, C), sums over B, of outputs (N, B, Q)."""
+        """Return the negative log-likelihood (N, B, C) of outputs (N, B, Q)."""
         watched = self.watched(targets)
         hazard = self.cumulative(outputs)  # (N, B, C, K)
         log_hazard = hazard.clamp(min=SMALLEST).log()
         losses = watched.exposure[:, None] * hazard - watched.is_event * log_hazard
-        return losses.sum(dim=(1, 3))
+        return losses.sum(dim=3)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss (N,) of outputs (N, B, Q), each cause relative to its null model."""
+        """Return the loss (N, B) of outputs (N, B, Q), each cause relative to its null model."""
         losses = self.losses(outputs, targets)
-        return (losses / losses.new_tensor(self.null)).sum(dim=1)
+        return (losses / losses.new_tensor(self.null)).sum(dim=2)
 
     def start(self, targets: Array) -> Array:
         """Return the outputs (Q,) that are the same for everyone and fit ``TARGETS`` (n, 3)."""

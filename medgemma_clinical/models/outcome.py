@@ -1,7 +1,8 @@
 """What differs between kinds of outcome: one object a kind; nothing else asks which it is.
 
-Letters: B patients, N members, Q logits a patient, n rows, C events, K intervals. A forecast is
-what a model says of n rows: probabilities (n,) of a label, cumulative hazards (n, C, K) of times.
+Letters: B patients, N members, Q logits a patient, W logits of a language model, n rows, C events,
+K intervals. A forecast is what a model says of n rows: probabilities (n,) of a label, cumulative
+hazards (n, C, K) of times.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from scipy.special import expit
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional
 
@@ -35,6 +37,7 @@ from medgemma_clinical.evaluation.time_baselines import (
     time_baseline_names,
     tune_time_baselines,
 )
+from medgemma_clinical.evaluation.time_metrics import statuses_at
 from medgemma_clinical.evaluation.time_table import (
     OBSERVED,
     TIME_METRICS,
@@ -79,6 +82,8 @@ class LabelOutcome:
     """An event, yes or no."""
 
     width: ClassVar[int] = 1  # Q
+    residual_width: ClassVar[int] = 1  # W
+    null_outputs: ClassVar[tuple[float, ...]] = (0.0,)  # (Q,) to which text alone is added
     config: ClassVar[dict[str, Any]] = {}  # keys of a checkpoint by which the kind is known again
     has_tripod: ClassVar[bool] = True
     has_curves: ClassVar[bool] = False  # of the risk over the hours to come
@@ -113,6 +118,18 @@ class LabelOutcome:
     def start(self, targets: Array) -> Array:
         """Return the logit (1,) that is the same for everyone and fits labels (n,)."""
         return np.array([prior_log_odds(float(targets.mean()))])
+
+    def added(self, residual: Tensor) -> Tensor:
+        """Return what a language model's logits (B, 1) add to stage 1's, (B, 1)."""
+        return residual
+
+    def row_losses(self, targets: Array, outputs: Array) -> Array:
+        """Return the cross-entropy (N, n) of labels (n,) and logits (N, n, 1)."""
+        return row_losses(targets, outputs[..., 0])
+
+    def auroc(self, targets: Array, outputs: Array) -> float:
+        """Return the area under the ROC curve of labels (n,) and logits (n, 1)."""
+        return float(roc_auc_score(targets, outputs[:, 0]))
 
     def shift(self, predictions: Predictions, targets: Array) -> Array:
         """Return what makes the logits fit labels (n,) on average, (1,)."""
@@ -308,6 +325,16 @@ class TimeOutcome:
         return self.hazards.width
 
     @property
+    def residual_width(self) -> int:
+        """W, a number a cause."""
+        return len(self.hazards.events.names)
+
+    @property
+    def null_outputs(self) -> tuple[float, ...]:
+        """The outputs (Q,) to which those of text alone are added."""
+        return self.hazards.null_outputs
+
+    @property
     def config(self) -> dict[str, Any]:
         """Keys of a checkpoint by which the kind is known again."""
         return {"events": self.hazards.config}
@@ -344,11 +371,27 @@ class TimeOutcome:
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the loss (N,), a sum over B, of outputs (N, B, Q) and ``TARGETS`` (B, 3)."""
-        return self.hazards.loss(logits, targets)
+        return self.hazards.loss(logits, targets).sum(dim=1)
 
     def start(self, targets: Array) -> Array:
         """Return the logits (Q,) that are the same for everyone and fit ``TARGETS`` (n, 3)."""
         return self.hazards.start(targets)
+
+    def added(self, residual: Tensor) -> Tensor:
+        """Return the outputs (B, Q) that a language model's numbers (B, W) add to stage 1's."""
+        return self.hazards.added(residual)
+
+    def row_losses(self, targets: Array, outputs: Array) -> Array:
+        """Return the loss (N, n) of ``TARGETS`` (n, 3) and outputs (N, n, Q)."""
+        losses: Array = self.hazards.loss(*map(torch.from_numpy, (outputs, targets))).numpy()
+        return losses
+
+    def auroc(self, targets: Array, outputs: Array) -> float:
+        """Return the AUROC of the first risk for ``TARGETS`` (n, 3) and outputs (n, Q)."""
+        hazards, (_, hours, event) = self.hazards.cumulative(torch.from_numpy(outputs)), targets.T
+        once = np.ones((1, len(outputs)))
+        statuses = statuses_at(hours, event, self.hazards.events.horizons[0], once)
+        return float(statuses.ranking(self.first_risk(hazards.numpy()))["auroc"][0])
 
     def shift(self, predictions: Predictions, targets: Array) -> Array:
         """Return what makes the hazards fit ``TARGETS`` (n, 3) on average, (Q,)."""
@@ -569,6 +612,15 @@ class TimeOutcome:
 
 Outcome = LabelOutcome | TimeOutcome
 LABEL = LabelOutcome()
+
+
+def weighted(outcome: Outcome, predictions: Predictions, weight: float) -> Predictions:
+    """Return the predictions of stage 1 and a language model of this weight."""
+    outputs = predictions.offset + weight * (predictions.outputs - predictions.offset)
+    logit, hazards = outcome.read(torch.from_numpy(outputs))
+    return replace(
+        predictions, logit=logit.numpy(), hazards=None if hazards is None else hazards.numpy()
+    )
 
 
 def fit_outcome(data: Data) -> Outcome:

@@ -163,7 +163,7 @@ class TextCollator:
             source = index if self.donors is None else torch.from_numpy(self.donors)[index]
             batch["states"] = self.states.states[source]
             batch["states_mask"] = self.states.mask[source]
-            batch["trajectory_logit"] = self.states.logit[index]
+            batch["stage1_outputs"] = self.states.outputs[index]
         return batch
 
 

@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
+from medgemma_clinical.data.competing_events import CompetingEvents
 from medgemma_clinical.data.overlap import check_held_out
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
 from medgemma_clinical.distributed import default_device
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, Baselines
-from medgemma_clinical.evaluation.decision import DecisionRule
+from medgemma_clinical.evaluation.decision import DecisionRule, Predictions
 from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.files import InputError, read_json
 from medgemma_clinical.models.checkpoints import (
@@ -44,7 +45,7 @@ from medgemma_clinical.models.checkpoints import (
     read_trajectory,
 )
 from medgemma_clinical.models.language_model import base_name, base_record
-from medgemma_clinical.models.outcome import NO_MOVES, Moves, Outcome, outcome_of
+from medgemma_clinical.models.outcome import NO_MOVES, Moves, Outcome, outcome_of, weighted
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory import Stage1
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
@@ -303,11 +304,17 @@ def check_base(best: Path, config: Config, name: str) -> None:
         logger.warning(text, best, base, base_name(name))
 
 
-def stage1_risks(checkpoint: TrajectoryCheckpoint, text: TextCollator) -> NDArray[np.float64]:
-    """Return the probability (N,) that a frozen stage 1 itself gives each row."""
+def stage1_risks(
+    checkpoint: TrajectoryCheckpoint, text: TextCollator
+) -> dict[str, NDArray[np.float64]]:
+    """Return the columns (N,) of the risks that a frozen stage 1 itself gives each row."""
     assert text.states is not None
-    rule = DecisionRule.from_config(checkpoint.config)
-    return rule.probability(text.states.logit.double().numpy())
+    outcome, rule = outcome_of(checkpoint.config), DecisionRule.from_config(checkpoint.config)
+    outputs = text.states.outputs.double()
+    logit, rows, none = np.empty(len(outputs)), np.arange(len(outputs)), outputs[:0].numpy()
+    predictions = Predictions(none, none, logit, rows, outputs.numpy(), rule)
+    forecast = outcome.forecast(weighted(outcome, predictions, 0.0))
+    return outcome.risks(STAGE_NAMES["trajectory"], forecast)
 
 
 def check_stage1(checkpoint: TrajectoryCheckpoint, data: Data, flags: dict[str, Any]) -> None:
@@ -322,6 +329,11 @@ def check_stage1(checkpoint: TrajectoryCheckpoint, data: Data, flags: dict[str, 
     for key, value in stored.items():
         if value != actual[key]:
             raise InputError(f"{path}: trained on {key} {value}, the data have {actual[key]}")
+    events = CompetingEvents.from_config(config["events"]) if "events" in config else None
+    if events != data.dataset.competing_events:
+        both = events, data.dataset.competing_events
+        trained, given = ("a label" if each is None else each.words for each in both)
+        raise InputError(f"{path}: trained on {trained}, the data have {given}")
     inputs = {"facts": config["inputs"]["static"], **config["inputs"]}
     stored = {name: "on" if value else "off" for name, value in inputs.items()}
     stored |= {"encoder": config.get("encoder_class"), "members": config["members"]}

@@ -36,7 +36,7 @@ class Output(NamedTuple):
     loss: Tensor  # (N,) float32, of each member; N = 1 for a language model
     terms: int  # patients, or answer tokens, weights included
     logit: Tensor  # (B,) float32, log-odds of the event
-    offset: Tensor | None = None  # (B,) stage 1's share of the logit
+    offset: Tensor | None = None  # (B, Q) the share of the outputs that is not a language model's
     hazards: Tensor | None = None  # (B, Q) of times to events; ``logit`` is of their first risk
 
 

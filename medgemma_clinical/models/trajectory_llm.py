@@ -37,7 +37,7 @@ class TrajectoryStates(NamedTuple):
 
     states: Tensor  # (B, P, H) the latest P
     mask: Tensor  # (B, P) bool, False where a patient has fewer
-    logit: Tensor  # (B,) stage 1's log-odds
+    outputs: Tensor  # (B, Q) of stage 1: the log-odds of a label, or hazards
 
 
 class TextBatch(Batch):
@@ -49,7 +49,7 @@ class TextBatch(Batch):
     verdict: Tensor  # (B,) int64, position in the text of the token before the verdict
     states: NotRequired[Tensor]  # (B, P, H)
     states_mask: NotRequired[Tensor]  # (B, P) bool
-    trajectory_logit: NotRequired[Tensor]  # (B,)
+    stage1_outputs: NotRequired[Tensor]  # (B, Q)
 
 
 class DecoderInput(NamedTuple):
@@ -80,21 +80,20 @@ class SoftPrompt(nn.Module):
 
 def latest_states(stage1: Stage1, batch: Batch, tokens: int) -> TrajectoryStates:
     """Encode a batch; keep each patient's latest ``tokens`` states, up to the prediction time."""
-    states, logits = stage1.read(batch)  # (B, L + 1, H), (N, B, 2, 1)
+    states, logits = stage1.read(batch)  # (B, L + 1, H), (N, B, 2, Q)
     length = batch["observed"].any(dim=2).sum(1)  # (B,)
     row = torch.arange(len(states), device=states.device)
     later = batch["prediction_hours"] > batch["times"][row, length - 1]
     position = (length + later)[:, None] - tokens + torch.arange(tokens, device=states.device)
     # The state at the prediction time stands in the last column, behind the padding.
     column = torch.where(position == length[:, None], states.shape[1] - 1, position.clamp(min=0))
-    logit, _ = stage1.outcome.read(logits.mean(dim=(0, 2)))
-    return TrajectoryStates(states[row[:, None], column], position >= 0, logit)
+    return TrajectoryStates(states[row[:, None], column], position >= 0, logits.mean(dim=(0, 2)))
 
 
 class TrajectoryLLM(nn.Module):
     """Stage 1, soft prompt and adapted language model; the stages add their readout.
 
-    The two logits are added: the language model learns only what text and dynamics add.
+    Their outputs are added: the language model learns only what text and dynamics add.
     """
 
     def __init__(
@@ -108,6 +107,7 @@ class TrajectoryLLM(nn.Module):
         verdict: tuple[int, int],
         adds_stage1: bool = True,
         residual_weight: float = 1.0,
+        outcome: Outcome = LABEL,
     ) -> None:
         """Join stage 1 (None: text alone), projection (None: no soft prompt) and language model.
 
@@ -116,6 +116,7 @@ class TrajectoryLLM(nn.Module):
         """
         super().__init__()
         self.stage1 = stage1
+        self.outcome = outcome
         self.llm = llm
         self.projection = projection
         self.tokens, self.bos, self.verdict = tokens, bos, verdict
@@ -123,7 +124,7 @@ class TrajectoryLLM(nn.Module):
         self.residual_weight = residual_weight  # 1 while training, then fitted to validation
 
     def residual(self, states: Tensor) -> Tensor:
-        """Return the language model's share (B,) of the logit, from ``at_verdict`` (B, D)."""
+        """Return the language model's logits (B, W), from ``at_verdict`` (B, D)."""
         raise NotImplementedError
 
     def trajectory(self, batch: TextBatch) -> TrajectoryStates | None:
@@ -131,16 +132,15 @@ class TrajectoryLLM(nn.Module):
         if self.stage1 is None:
             return None
         if "states" in batch:
-            return TrajectoryStates(
-                batch["states"], batch["states_mask"], batch["trajectory_logit"]
-            )
+            return TrajectoryStates(batch["states"], batch["states_mask"], batch["stage1_outputs"])
         return latest_states(self.stage1, batch, self.tokens)
 
     def offset(self, trajectory: TrajectoryStates | None, hidden: Tensor) -> Tensor:
-        """Return stage 1's share (B,) of the logit, zero where it has none."""
+        """Return stage 1's share (B, Q) of the outputs, the same for everyone where it has none."""
         if trajectory is None or not self.adds_stage1:
-            return hidden.new_zeros(len(hidden), dtype=torch.float32)
-        return trajectory.logit
+            outputs = hidden.new_tensor(self.outcome.null_outputs, dtype=torch.float32)
+            return outputs.expand(len(hidden), -1)
+        return trajectory.outputs
 
     def embed(
         self, batch: TextBatch, trajectory: TrajectoryStates | None, *, left: bool = False
@@ -201,30 +201,28 @@ def at_verdict(hidden: Tensor, text_start: Tensor, batch: TextBatch) -> Tensor:
 class LLMClassifier(TrajectoryLLM):
     """Stage 2: a linear head on the last position; ``lm_head`` is never called."""
 
-    def __init__(
-        self, *parts: Any, head: nn.Linear, outcome: Outcome = LABEL, **options: Any
-    ) -> None:
-        """Join the parts; ``head`` maps the width D to one logit, and starts at zero."""
+    def __init__(self, *parts: Any, head: nn.Linear, **options: Any) -> None:
+        """Join the parts; ``head`` maps the width D to W logits, and starts at zero."""
         super().__init__(*parts, **options)
-        self.outcome = outcome
         self.head = head
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
 
     def residual(self, states: Tensor) -> Tensor:
-        """Return what the head reads in states (B, D): (B,) float32."""
+        """Return what the head reads in states (B, D): (B, W) float32."""
         residual: Tensor = self.head(states)
-        return residual.squeeze(1)
+        return residual
 
     def forward(self, batch: TextBatch) -> Output:
         """Return the loss (sum over B) and the logit of each patient."""
         trajectory = self.trajectory(batch)
         hidden, text_start = self.read(batch, trajectory)
         offset = self.offset(trajectory, hidden)
-        residual = self.residual(at_verdict(hidden, text_start, batch))
-        logit, labels = offset + self.residual_weight * residual, batch["labels"]  # (B,) each
-        loss = self.outcome.loss(logit[None, :, None], labels)
-        return Output(loss, len(labels), logit, offset)
+        residual = self.outcome.added(self.residual(at_verdict(hidden, text_start, batch)))
+        outputs = offset + self.residual_weight * residual  # (B, Q)
+        loss = self.outcome.loss(outputs[None], batch["outcomes"])
+        logit, hazards = self.outcome.read(outputs)
+        return Output(loss, len(outputs), logit, offset, hazards)
 
 
 def capped(logits: Tensor, cap: float | None) -> Tensor:
@@ -266,9 +264,9 @@ class LLMWriter(TrajectoryLLM):
     """Stage 3: the language model writes the report; ``lm_head`` reads the answer's states only."""
 
     def residual(self, states: Tensor) -> Tensor:
-        """Return the log-odds of yes against no in states (B, D): (B,) float32."""
+        """Return the log-odds of yes against no in states (B, D): (B, 1) float32."""
         words = self.llm.get_output_embeddings().weight[list(self.verdict)].float()  # (2, D)
-        yes, no = capped(functional.linear(states, words), self.cap()).unbind(1)
+        yes, no = capped(functional.linear(states, words), self.cap()).split(1, dim=1)
         return yes - no
 
     def cap(self) -> float | None:
@@ -286,7 +284,7 @@ class LLMWriter(TrajectoryLLM):
             hidden[row, text_start[row] + position - 1],  # a state predicts the token behind it
             self.llm.get_output_embeddings().weight,
             batch["targets"][row, position],
-            offset[row] * is_verdict,
+            offset[row, 0] * is_verdict,
             # It is one token among a hundred copied ones.
             torch.where(is_verdict, float(VERDICT_WEIGHT), 1.0),
             self.verdict[0],
@@ -295,7 +293,8 @@ class LLMWriter(TrajectoryLLM):
         # Causal attention hides the report itself at the token before the verdict.
         residual = self.residual(at_verdict(hidden, text_start, batch))
         terms = len(row) + (VERDICT_WEIGHT - 1) * int(is_verdict.sum())
-        return Output(loss[None], terms, offset + self.residual_weight * residual, offset)
+        logit = (offset + self.residual_weight * residual).squeeze(1)
+        return Output(loss[None], terms, logit, offset)
 
     @torch.no_grad()
     def write(self, batch: TextBatch, max_tokens: int, eos: list[int], pad: int) -> Tensor:

@@ -37,7 +37,8 @@ def score_batches(
     """Return the predictions of all rows, in the order of the data set; all processes must call."""
     results = []
     for batch, output in outputs(model, batches, collate):
-        offset = torch.zeros_like(output.logit) if output.offset is None else output.offset
+        none = torch.zeros_like(output.logit)[:, None]
+        offset = none if output.offset is None else output.offset
         columns = [batch["index"], batch["labels"], output.logit, offset]
         columns += [] if output.hazards is None else [output.hazards]
         arrays = [column.double().numpy(force=True) for column in columns]

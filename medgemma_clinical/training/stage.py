@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ class Stage:
     config: Config  # of the checkpoint; the decision rule joins it with the results
     save: Callable[[Path, Config], None]  # writes the weights and a config as the best
     text: TextCollator | None = None  # the tokenised rows; None without language model
-    stage1_risks: NDArray[np.float64] | None = None  # (N,) by the stage 1 below a language model
+    # Columns (N,) of a table of predictions, by the stage 1 below a language model.
+    stage1_risks: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     targets: NDArray[np.float64] | None = None  # of all rows, what stage 1 learns of them
     train_patients: NDArray[np.int64] | None = None  # hashes, of stage 1 only
     max_tokens: int | None = None  # rows times tokens of the longest in one pass, if limited

@@ -256,7 +256,7 @@ def test_a_language_model_that_adds_nothing_leaves_stage_1_as_it_is(calibrated, 
 def test_the_chosen_weight_is_kept_with_the_model_and_makes_its_predictions():
     labels, offset = np.tile([0.0, 1, 0, 1, 0, 1], 100), np.zeros(600)
     logit = np.tile([-1.0, 3, -1, 3, 2, -2], 100)
-    raw = Predictions(0.5, labels, logit, np.arange(600) % 16, offset)
+    raw = Predictions(0.5, labels, logit, np.arange(600) % 16, offset[:, None])
     for flags, weighs in (("--freeze_ode",), True), (("--soft_prompt", "off"), False):
         stage = stage_of_patients(*flags)
         data = data_for(arguments("--model_name", TINY_MODEL, *flags), patients())

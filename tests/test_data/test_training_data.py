@@ -69,7 +69,6 @@ def test_the_description_of_data_is_plain_and_holds_no_patient():
     read = {"static": ["static_age", "static_two"], "prediction_time": True}
     assert description["inputs"] == {**read, "series": ["Anion gap", "lactate"]}
     assert (description["dataset"], description["has_patient_ids"]) == ("dka", True)
-    assert data.prevalence() == pytest.approx(0.2)
     data.check_inputs()
     table.loc[:1, "subject_id"] = "one"  # with two rows
     assert data_of(table, max_len=64).description()["inputs"] == description["inputs"]

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -26,6 +27,7 @@ from medgemma_clinical.evaluation.decision import (
     youden_threshold,
 )
 from medgemma_clinical.evaluation.metrics import log_odds, row_losses
+from medgemma_clinical.models.outcome import LABEL
 
 
 def drawn(seed, rows=4000):
@@ -152,7 +154,13 @@ def added(rows, share, seed=0):
 
 def weight(labels, offset, logit):
     """Choose the weight where each row is a patient."""
-    return fit_residual_weight(labels, offset, logit, np.arange(len(labels)))
+    return weight_of(labels, offset, logit, np.arange(len(labels)))
+
+
+def weight_of(labels, offset, logit, patients):
+    """Choose the weight of some patients' rows."""
+    functions = partial(LABEL.row_losses, labels), partial(LABEL.auroc, labels)
+    return fit_residual_weight(offset[:, None], logit[:, None], patients, *functions)
 
 
 @pytest.mark.parametrize("patients", [4000, 12, 6])
@@ -170,7 +178,7 @@ def test_the_weight_is_the_smallest_within_a_standard_error_of_the_lowest_loss(p
     error = np.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / 4000
     expected = gaps.columns[gaps.mean() <= error][0]
     assert 0 < expected < losses.mean().idxmin()
-    assert fit_residual_weight(labels, offset, logit, names) == expected
+    assert weight_of(labels, offset, logit, names) == expected
     if patients == 4000:
         assert error.to_numpy() == pytest.approx(gaps.sem().to_numpy())
     else:
@@ -182,7 +190,7 @@ def test_more_rows_of_the_same_patients_do_not_change_the_weight():
     for seed in range(20):
         rows = added(120, 0.6, seed)
         copies = [np.tile(each, 4) for each in rows]
-        assert fit_residual_weight(*copies, np.tile(np.arange(120), 4)) == weight(*rows)
+        assert weight_of(*copies, np.tile(np.arange(120), 4)) == weight(*rows)
         changed += weight(*copies) > weight(*rows)  # as other patients they say more
     assert changed > 5
 

@@ -96,6 +96,7 @@ def test_load_trained_model__gives_the_saved_one_to_the_bit(path, stage, run, sa
 
 def test_load_trained_model__adds_what_training_added(run, saved):
     _, _, logit, offset, _ = saved.outputs["classification"]
+    offset = offset.squeeze(1)
     halved, alone = {"residual_weight": 0.5}, {"residual_weight": 1, "stage1_logit": False}
     for changes, expected in ((halved, (logit + offset) / 2), (alone, logit - offset)):
         small.rehash(run / BEST, **changes)

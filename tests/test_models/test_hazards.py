@@ -13,6 +13,10 @@ EVENTS = CompetingEvents(("death", "transplant", "improved"), (24.0, 72.0), (2,)
 GRID = Hazards(EVENTS, (10.0, 24.0, 72.0), (1.0, 2.0, 4.0))
 
 
+def risks_of(grid, outputs):
+    return grid.risks(grid.cumulative(outputs))
+
+
 def population(n, seed=0, rates=(0.01, 0.02, 0.005), censored=0.004):
     """Targets (n, 3) of constant hazards an hour."""
     rng = np.random.default_rng(seed)
@@ -55,11 +59,11 @@ ROWS = torch.tensor(
 
 def test_losses__are_those_of_each_interval_in_which_a_row_was_watched():
     logits = torch.randn(2, len(ROWS), 12, generator=torch.Generator().manual_seed(0)).double()
-    found = GRID.losses(logits, ROWS)
+    found = GRID.losses(logits, ROWS).sum(dim=1)
     expected = [slow_losses(GRID, each, ROWS) for each in logits]
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     weighted = (found / torch.tensor(GRID.null)).sum(dim=1)
-    torch.testing.assert_close(GRID.loss(logits, ROWS), weighted)
+    torch.testing.assert_close(GRID.loss(logits, ROWS).sum(dim=1), weighted)
 
 
 def test_losses__of_a_row_that_ended_before_it_was_watched_are_zero():
@@ -78,19 +82,23 @@ def test_start_and_shift__recover_the_incidence_of_constant_hazards():
     grid = Hazards.fitted(EVENTS, targets)
     start = grid.start(targets)
     expected = [truth(24), truth(72), truth(24, without=(2,)), truth(72, without=(2,))]
-    risks = grid.risks(torch.from_numpy(start))
+    risks = risks_of(grid, torch.from_numpy(start))
     np.testing.assert_allclose(risks, expected, atol=0.003)
     logits = np.tile(start + np.repeat([0.4, -0.3, 0.0], len(grid.cuts) + 1), (len(targets), 1))
     shift = grid.shift(logits, targets)
-    np.testing.assert_allclose(grid.risks(torch.from_numpy(logits[0] + shift)), risks, atol=1e-4)
+    np.testing.assert_allclose(
+        risks_of(grid, torch.from_numpy(logits[0] + shift)), risks, atol=1e-4
+    )
 
 
 def test_fitted__without_censoring_the_null_models_incidence_is_the_observed_one():
     targets = population(5_000, censored=1e-9)
     grid = Hazards.fitted(EVENTS, targets)
-    incidence = grid.incidence(torch.from_numpy(grid.start(targets)))
+    incidence = grid.incidence(
+        grid.cumulative(torch.from_numpy(grid.start(targets))), EVENTS.horizons
+    )
     for cause in range(3):
-        for place, horizon in zip(grid.places, EVENTS.horizons, strict=True):
+        for place, horizon in enumerate(EVENTS.horizons):
             observed = ((targets[:, 2] == cause + 1) & (targets[:, 1] <= horizon)).mean()
             assert incidence[cause, place].item() == pytest.approx(observed, abs=0.004)
 
@@ -108,17 +116,17 @@ def test_fitted__cuts_at_horizons_and_quantiles_of_the_first_cause_but_at_no_pat
     assert few.cuts == EVENTS.horizons
     assert np.diff(by).max() < 3 * np.median(np.diff(by))
     everyone = torch.from_numpy(grid.start(targets)).expand(1, len(targets), -1)
-    loss = grid.loss(everyone, torch.from_numpy(targets)) / len(targets)
+    loss = grid.loss(everyone, torch.from_numpy(targets)).mean(dim=1)
     assert loss.item() == pytest.approx(len(EVENTS.names))  # each cause relative to its null
 
 
 def test_risks__rise_with_the_horizon_and_fall_where_others_compete():
     logits = torch.randn(500, 12, generator=torch.Generator().manual_seed(1)).double() * 3
-    day, three_days, alone, three_alone = GRID.risks(logits).T
+    day, three_days, alone, three_alone = risks_of(GRID, logits).T
     assert (day <= three_days).all()
     assert (day <= alone).all()
     assert (three_days <= three_alone).all()
-    incidence = GRID.incidence(logits)
+    incidence = GRID.incidence(GRID.cumulative(logits), GRID.cuts)
     free = torch.exp(-GRID.cumulative(logits).sum(dim=(1, 2)))
     torch.testing.assert_close(incidence[..., -1].sum(dim=1) + free, torch.ones(500).double())
 
@@ -128,7 +136,7 @@ def test_start__is_exact_in_an_interval_in_which_most_rows_end():
     events = CompetingEvents(("death", "discharge"), (24.0,), (2,))
     grid = Hazards(events, (24.0,), (1.0, 1.0))
     targets = population(400_000, rates=rates)
-    risks = grid.risks(torch.from_numpy(grid.start(targets)))
+    risks = risks_of(grid, torch.from_numpy(grid.start(targets)))
     expected = [truth(24, rates), truth(24, rates, without=(2,))]
     np.testing.assert_allclose(risks, expected, atol=0.005)
 
@@ -140,10 +148,10 @@ def test_early_observations__watched_from_the_prediction_time_on_give_the_same_h
     moved = rng.uniform(0, 60, len(late))
     early = late + np.column_stack([moved, moved, 0 * moved])
     grid = Hazards.fitted(events, late)
-    both = [grid.risks(torch.from_numpy(grid.start(x))) for x in (late, early)]
+    both = [risks_of(grid, torch.from_numpy(grid.start(x))) for x in (late, early)]
     np.testing.assert_allclose(*both, atol=0.01)
     naive = early * [0, 1, 1]  # as if an event could have come before the prediction time
-    assert grid.risks(torch.from_numpy(grid.start(naive)))[0] < both[0][0] - 0.05
+    assert risks_of(grid, torch.from_numpy(grid.start(naive)))[0] < both[0][0] - 0.05
 
 
 def test_config__is_plain_and_gives_the_same_grid_again():

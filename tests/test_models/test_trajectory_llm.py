@@ -66,13 +66,14 @@ def test_soft_prompt__tokens_are_projections_as_large_as_scaled_embeddings(parts
 
 def test_latest_states__end_at_the_prediction_time_where_it_is_later(parts, batch):
     stage1 = parts.classifier.stage1
-    states, mask, logit = latest_states(stage1, batch, PREFIX)
+    states, mask, outputs = latest_states(stage1, batch, PREFIX)
     assert states.shape == (len(ROWS), PREFIX, stage1.encoder.hidden_dim)
     for row, patient in enumerate(ROWS):
         expected = plain_states(stage1, batch, row)[-PREFIX:]
         assert mask[row].tolist() == [k >= PREFIX - len(expected) for k in range(PREFIX)]
         assert_close(states[row, mask[row]], expected)
-        assert_close(logit[row : row + 1], stage1(parts.collate.dataset.collate([patient])).logit)
+        expected = stage1(parts.collate.dataset.collate([patient])).logit
+        assert_close(outputs[row], expected)
     dataset = parts.collate.dataset.subset(np.array([1, 1, 1, 3]))  # twins, and a longer row
     end = dataset.times[dataset.offsets[1] - 1]
     dataset.prediction_hours = np.array([end + 7, end, np.nan, np.nan])
@@ -113,7 +114,7 @@ def test_logits__are_read_at_the_last_position_before_the_report(parts, batch, k
     asked = TextCollator(*data, PromptOptions(), answers=False)(ROWS)  # no answer in sight
     output, without = model(batch), model(asked)
     assert_close(without.logit, output.logit)
-    assert_close(output.offset, model.stage1(batch).logit)
+    assert_close(output.offset[:, 0], model.stage1(batch).logit)
     yes, no = model.verdict
     for row in range(len(ROWS)):
         sequence = plain_sequence(model, asked, row)
@@ -123,7 +124,7 @@ def test_logits__are_read_at_the_last_position_before_the_report(parts, batch, k
         else:
             words = model.llm(inputs_embeds=sequence).logits[0, -1]
             own = words[yes] - words[no]
-        assert_close(output.logit[row], own + output.offset[row])
+        assert_close(output.logit[row], own + output.offset[row, 0])
     if kind == "writer":
         assert (without.loss.item(), without.terms) == (0.0, 0)
 
