@@ -842,8 +842,7 @@ def train_stage(
     stopped = read_state(run_folder.state_folder(folder)) if args.resume else None
     if stopped is not None:
         memory.restore_passes(stage, stopped["passes"])
-    for part in trial.parts:
-        check_horizons(data.dataset, data.split[part], results.SCORED[part])
+    check_horizons(data.dataset)
     run_log.log_run_summary(stage, data, args)
     memory.check_memory(stage, distributed.default_device())
     if args.dry_run:

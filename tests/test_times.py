@@ -15,7 +15,8 @@ from medgemma_clinical.data.competing_events import CompetingEvents
 from medgemma_clinical.evaluation.time_metrics import metrics_at
 from medgemma_clinical.evaluation.time_table import evaluate_times
 from medgemma_clinical.evaluation.verdicts import percent
-from medgemma_trainer import TrajectoryModel, fit_trajectory, main
+from medgemma_clinical.files import InputError
+from medgemma_trainer import TrajectoryClassifier, TrajectoryModel, fit_trajectory, main
 from pages import Page
 from predicting import predicted, refused
 
@@ -210,3 +211,112 @@ def test_without_interventions_an_intervention_ends_the_record():
     expected = metrics_at(rows["event_hours"], ended, risk, 24, censoring=censoring)
     for name, value in expected.items():
         assert found[f"{name}_without_transplant_24h"] == pytest.approx(value)
+
+
+# --------------------------------------------------------------------------- ways of use
+
+
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("folded")
+    waiting(600).to_csv(folder / "waiting.csv", index=False)
+    (folder / "waiting.json").write_text(json.dumps(ABOUT))
+    words = ["--trajectory_only", "--data_path", folder / "waiting.csv", "--output_dir", folder]
+    words += ["--horizon_hours", "24,72", "--trajectory_epochs", 2, "--log_file", "none"]
+    with whole_reports():
+        assert main([*map(str, words), "--folds", "2", "--final"]) == 0
+    return folder
+
+
+def test_folds_predict_each_row_once_and_final_learns_from_all(folded):
+    table = pd.read_csv(folded / "folds_trajectory" / "predictions_folds.csv")
+    rows = waiting(600).set_index("subject_id").loc[table["id"], EVENTS]
+    np.testing.assert_array_equal(table[EVENTS], rows)
+    assert sorted(table["id"]) == sorted(waiting(600)["subject_id"])
+    metrics = json.loads((folded / "folds_trajectory" / "metrics.json").read_text())
+    by_fold = []
+    for k, part in table.groupby("fold"):
+        own = pd.read_csv(folded / f"folds_trajectory/fold_{k}/trajectory/predictions_test.csv")
+        shared = [name for name in own if name in table]
+        pd.testing.assert_frame_equal(part[shared].reset_index(drop=True), own[shared])
+        by_fold.append(
+            metrics_at(part["event_hours"], part["event"], part["risk_72h"], 72)["auroc"]
+        )
+    found = metrics["folds"]
+    assert found["auroc_72h"]["value"] == pytest.approx(np.mean(by_fold))
+    whole = metrics_at(table["event_hours"], table["event"], table["risk_72h"], 72)
+    assert found["oe_72h"]["value"] == pytest.approx(whole["oe"])
+    assert found["effective_n_72h"]["value"] == pytest.approx(whole["effective_n"])
+    best = found["models"]["ensemble"]
+    assert best["reference"] == "blend with statics"
+    expected = best["auroc"]["value"] - found["models"][best["reference"]]["auroc"]["value"]
+    assert best["auroc"]["difference"] == pytest.approx(expected)
+    final = TrajectoryModel.from_pretrained(folded / "trajectory")
+    assert final.config["metrics"]["folds"]["auroc"] == found["auroc"]
+    assert final.threshold == metrics["threshold"]
+
+
+def test_a_cohort_is_reported_updated_and_reloaded(folded, tmp_path):
+    rows = waiting(900, seed=3)
+    rows["subject_id"] = "new" + rows["subject_id"]
+    rows["event_hours"] *= 2.5  # half as many events by each horizon
+    rows.to_csv(tmp_path / "new.csv", index=False)
+    (tmp_path / "new.json").write_text(json.dumps(ABOUT))
+    more = ["--update", str(tmp_path / "updated"), "--curves", str(tmp_path / "curves.csv")]
+    found = predicted(folded / "trajectory", tmp_path / "new.csv", tmp_path / "out.csv", *more)
+    page = (tmp_path / "out.report.html").read_text()
+    before = metrics_at(rows["event_hours"], rows["event"], found["risk_72h"], 72)
+    assert before["oe"] < 0.7
+    assert f"{before['oe']:.2f}" in page
+    model = TrajectoryModel.from_pretrained(tmp_path / "updated")
+    after = model.predictions(rows)
+    moved = metrics_at(rows["event_hours"], rows["event"], after["risk_72h"], 72)
+    assert moved["oe"] == pytest.approx(1, abs=0.02)
+    assert moved["auroc"] == pytest.approx(before["auroc"])
+    ensemble = [name for name in found if name.endswith("_ensemble")]
+    pd.testing.assert_frame_equal(after[ensemble], found[ensemble], rtol=1e-9)
+    assert (after["prediction"] == found["prediction"]).all()
+    curves = pd.read_csv(tmp_path / "curves.csv")
+    assert [*curves] == ["id", "hour", "cause", "incidence"]
+    at = curves[(curves["hour"] == 72) & (curves["cause"] == "death")].set_index("id")
+    np.testing.assert_allclose(at.loc[found["id"], "incidence"], found["risk_72h"], rtol=1e-9)
+    whole = curves.groupby(["id", "hour"])["incidence"].sum()
+    assert whole.between(0, 1).all()
+    again = model.predict_cumulative_incidence(rows.head(5), [0, 24, 50.5, 72])
+    first = again[again["cause"] == "death"].pivot(index="id", columns="hour", values="incidence")
+    expected = model.predictions(rows.head(5)).set_index("id").loc[first.index]
+    np.testing.assert_allclose(first[24.0], expected["risk_24h"], rtol=1e-9)
+    np.testing.assert_allclose(first[72.0], expected["risk_72h"], rtol=1e-9)
+    assert (first[0.0] < 1e-12).all()
+    assert first[50.5].between(first[24.0], first[72.0]).all()
+    with pytest.raises(ValueError, match="last horizon"):
+        model.predict_cumulative_incidence(rows.head(5), [100])
+
+
+def test_a_used_baseline_and_a_goal_are_those_of_the_folds(folded, tmp_path):
+    waiting(60, seed=4).drop(columns=EVENTS).to_csv(tmp_path / "new.csv", index=False)
+    words = folded / "trajectory", tmp_path / "new.csv", tmp_path / "out.csv"
+    found = predicted(*words, "--use", "Aalen-Johansen", "--threshold", "0.05")
+    assert found["probability"].nunique() == 1
+    assert found["prediction"].nunique() == 1
+    goal = predicted(*words, "--threshold", "sensitivity 0.9")
+    assert set(goal["prediction"]) == {0, 1}
+    table = pd.read_csv(folded / "folds_trajectory" / "predictions_folds.csv")
+    ends = goal.groupby("prediction")["probability"].agg(["min", "max"])
+    case = (table["event"] == 1) & (table["event_hours"] <= 24)
+    risk = table.loc[case, "probability"]  # nobody is censored before
+    assert (risk > ends.loc[0, "max"]).mean() >= 0.9 > (risk > ends.loc[1, "min"]).mean() - 0.1
+
+
+def test_labels_have_no_curves_and_the_classifier_takes_no_times(tmp_path, capsys):
+    rows = waiting(200).drop(columns=EVENTS)
+    rows["label_escalation"] = np.arange(200) % 2
+    model = fit_trajectory(rows, trajectory_epochs=1, output_dir=tmp_path / "run")
+    with pytest.raises(InputError, match="label"):
+        model.predict_cumulative_incidence(rows)
+    rows.to_csv(tmp_path / "rows.csv", index=False)
+    words = ["--predict", "--checkpoint", tmp_path / "run", "--data_path", tmp_path / "rows.csv"]
+    words += ["--predictions", tmp_path / "out.csv", "--curves", tmp_path / "curves.csv"]
+    assert refused(capsys, [*map(str, words)], "--curves", out=tmp_path / "out.csv")
+    with pytest.raises(InputError, match="times"):
+        TrajectoryClassifier().fit(waiting(200))

@@ -126,24 +126,23 @@ def models_of(rows: pd.DataFrame, events: CompetingEvents) -> list[str]:
     ]
 
 
-def check_horizons(dataset: TrajectoryDataset, rows: NDArray[np.int64], part: str) -> None:
-    """Refuse a horizon that too few rows of a part are watched for."""
-    if (events := dataset.competing_events) is None or not len(rows):
+def check_horizons(dataset: TrajectoryDataset) -> None:
+    """Refuse a horizon that too few rows are watched for."""
+    if (events := dataset.competing_events) is None:
         return
-    columns = {"event_hours": dataset.event_hours, "event": dataset.events}
-    observed = pd.DataFrame(columns).iloc[rows]
-    if problem := horizon_problem(observed, events):
-        raise InputError(f"{dataset.source}, {part} part: {problem}")
+    observed = pd.DataFrame({"event_hours": dataset.event_hours, "event": dataset.events})
+    for horizon in events.horizons:
+        if problem := horizon_problem(observed, horizon):
+            raise InputError(f"{dataset.source}: {problem}")
 
 
-def horizon_problem(observed: pd.DataFrame, events: CompetingEvents) -> str:
+def horizon_problem(observed: pd.DataFrame, horizon: float) -> str:
     """Return why some rows cannot be evaluated at a horizon, empty where they can."""
     hours, event = observed["event_hours"].to_numpy(float), observed["event"].to_numpy(float)
-    for horizon in events.horizons:
-        try:
-            check_horizon(hours, event, horizon)
-        except ValueError as error:  # its horizons are hours
-            return str(error)
+    try:
+        check_horizon(hours, event, horizon)
+    except ValueError as error:  # its horizons are hours
+        return str(error)
     return ""
 
 
@@ -197,11 +196,13 @@ def evaluate_times(
 
     by_first = ((event == 1) & (hours <= events.horizons[0])).astype(float)
     value, drawn = bootstrap(by_first, patients, seed, statistic)
-    for model, name in value.index:  # weights that few rows carry measure nothing
-        if name.startswith("effective_n") and value[model, name] < MIN_AT_RISK:
-            ending = name.removeprefix("effective_n")
-            names = [metric + ending for metric in TIME_METRICS if metric != "effective_n"]
-            value[value.index.isin([(model, metric) for metric in names])] = math.nan
+    for name, (horizon, _) in evaluated_events(events).items():
+        effective = value[models[0], metric_name("effective_n", name, events)]
+        # Few rows watched until then, or weights that few rows carry, measure nothing.
+        if effective < MIN_AT_RISK or horizon_problem(rows, horizon):
+            keys = {metric_name(metric, name, events) for metric in TIME_METRICS}
+            keys -= {metric_name("effective_n", name, events)}
+            value[value.index.get_level_values(1).isin(keys)] = math.nan
     table, one, of_parts = with_interval(value, drawn), np.ones((1, len(rows))), None
     for name in events.risk_names:  # a distance grows by the noise of the draws: no interval
         for model in models:

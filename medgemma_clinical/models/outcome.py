@@ -508,6 +508,8 @@ class TimeOutcome:
     def _rule(self, risk: Array, observed: pd.DataFrame, choice: str | None) -> DecisionRule:
         statuses = statuses_of(observed, self.hazards.events, self.names[0])
         known = statuses.inverse[0] > 0
+        if len({*statuses.case[known]}) < 2:
+            return DecisionRule()  # nothing to choose a threshold by
         weighed = statuses.case[known], risk[known], statuses.inverse[0, known]
         return DecisionRule(threshold=decision.choose_threshold(choice, *weighed))
 
@@ -577,7 +579,7 @@ class TimeOutcome:
 
     def evaluation_problem(self, observed: pd.DataFrame) -> str:
         """Return why some rows have no metrics, empty where they have."""
-        return horizon_problem(observed, self.hazards.events)
+        return horizon_problem(observed, self.hazards.events.horizons[0])
 
     def evaluate_updates(self, rows: pd.DataFrame, model: str, seed: int) -> TimeUpdates | None:
         """Choose an update of each risk on known outcomes; None where there are too few."""

@@ -163,6 +163,16 @@ def test_a_report_has_these_sections_and_hides_small_counts(rows, metrics, tmp_p
     assert len(view.cuts[MODEL]) > 1
 
 
+def test_a_risk_that_is_not_measured_has_no_figure(rows, metrics):
+    table = metrics.table.copy()
+    table.loc[(MODEL, ["oe", "oe_72h"]), "value"] = np.nan
+    fewer = evaluated(rows, replace(metrics, table=table))
+    assert [*times.calibration(EVENTS, fewer).figures] == [
+        f"calibration_{name}" for name in EVENTS.risk_names[2:]
+    ]
+    assert times.decision(EVENTS, fewer) is None
+
+
 def test_the_box_says_both_risks_their_difference_and_the_planned_comparison(rows, metrics):
     texts = [str(finding) for finding in time_sentences(metrics, EVENTS)]
     for by, risk, without in zip(

@@ -161,10 +161,18 @@ def plot_incidence(table: pd.DataFrame, events: CompetingEvents) -> plots.Plot:
     return plots.with_legend(figure), alt
 
 
-def calibration(events: CompetingEvents, evaluated: Evaluated) -> Topic:
-    """Return the topic of the calibration of each risk."""
+def is_measured(events: CompetingEvents, evaluated: Evaluated, name: str) -> bool:
+    """Return whether the rows have an answer at the horizon of a risk, which is not hidden."""
+    row = evaluated.metrics.row(evaluated.model, metric_name("oe", name, events))
+    return bool(pd.notna(row["value"]))
+
+
+def calibration(events: CompetingEvents, evaluated: Evaluated) -> Topic | None:
+    """Return the topic of the calibration of each risk; None where none is measured."""
     figures, numbers = {}, []
     for name, title in events.risk_titles.items():
+        if not is_measured(events, evaluated, name):
+            continue
         view, observed = at_horizon(events, evaluated, name)
         rows, index = view.rows, distant_bins(view)
         bins = calibration_table(rows, view.model, view.content.seed, index, observed)
@@ -173,6 +181,8 @@ def calibration(events: CompetingEvents, evaluated: Evaluated) -> Topic:
         risk = rows[view.model].to_numpy(float) if index is None else None
         plot = plot_calibration(bins, bins[:0], risk)
         figures[f"calibration_{name}"] = plot, f"{title[:1].upper()}{title[1:]}"
+    if not numbers:
+        return None
     text = (
         f"Do the predicted risks come true? In bins of {evaluated.content.noun} by rising risk, as "
         "many should have the event as the dotted line says."
@@ -184,7 +194,7 @@ def calibration(events: CompetingEvents, evaluated: Evaluated) -> Topic:
 def decision(events: CompetingEvents, evaluated: Evaluated) -> Topic | None:
     """Return the topic of the net benefit at the first horizon; None where it is hidden."""
     view, observed = at_horizon(events, evaluated, events.risk_names[0])
-    if not view.has_curves:
+    if not (is_measured(events, evaluated, events.risk_names[0]) and view.has_curves):
         return None
     benefit = partial(net_benefit_at, observed)
     curve = decision_curve(view.rows, view.names, view.content.seed, view.cuts, benefit)
