@@ -50,6 +50,7 @@ def report_content(
         first=[*filter(None, [model_card.weight_0_sentence(shared)])],
         last=[*([f"{model_card.RECOMMENDED}: {recommended}."] if recommended else []), *last],
         describe=outcome_of(config).sentences,
+        has_tripod=outcome_of(config).has_tripod,
         **{"noun": dataset.noun, **parts},
     )
 
