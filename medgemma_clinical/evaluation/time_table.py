@@ -195,7 +195,8 @@ def evaluate_times(
         return values
 
     by_first = ((event == 1) & (hours <= events.horizons[0])).astype(float)
-    value, drawn = bootstrap(by_first, patients, seed, statistic)
+    any_labels = np.resize([0.0, 1.0], len(rows))  # no draw depends on them
+    value, drawn = bootstrap(any_labels, patients, seed, statistic)
     for name, (horizon, _) in evaluated_events(events).items():
         effective = value[models[0], metric_name("effective_n", name, events)]
         # Few rows watched until then, or weights that few rows carry, measure nothing.
