@@ -17,10 +17,15 @@ from PIL import Image
 
 import pages
 import patient_rows
+import time_rows
+from medgemma_clinical.data.competing_events import CompetingEvents
 from medgemma_clinical.evaluation.baselines import MEANINGS
 from medgemma_clinical.evaluation.metrics_table import evaluate
-from medgemma_clinical.evaluation.report import write_comparison
+from medgemma_clinical.evaluation.patients import Curves
+from medgemma_clinical.evaluation.report import write_comparison, write_report
 from medgemma_clinical.evaluation.tables import COST
+from medgemma_clinical.evaluation.time_table import evaluate_times, time_sentences
+from medgemma_clinical.evaluation.topics.times import time_topics
 
 FIGURES = True
 pytestmark = pytest.mark.browser
@@ -104,7 +109,31 @@ def patients(folder):
     return patient_rows.write_page(folder, first, many)
 
 
-@pytest.fixture(scope="module", params=[report, external, comparison, patients])
+def times(folder):
+    """A report on times to events."""
+    rows, events = time_rows.make_times(), time_rows.EVENTS
+    metrics = replace(evaluate_times(rows, events, 0), primary="blend")
+    content = pages.make_content(
+        describe=lambda metrics, *_: time_sentences(metrics, events), case_mix=None, reports=None
+    )
+    write_report(folder / "report.html", rows, metrics, content, time_topics(events))
+    return folder / "report.html"
+
+
+def times_of_patients(folder):
+    """Two rows with the incidences of more events than usual."""
+    names = ("death", *(f"an event of a longer name {k}" for k in range(4)))
+    events = CompetingEvents(names, (24.0, 72.0))
+    incidence = np.outer(np.linspace(0.1, 0.25, 5), [0, 0.5, 0.8])
+    curves = Curves(events, np.array([0, 24.0, 72]), incidence)
+    row = replace(patient_rows.ROW, curves=curves)
+    return patient_rows.write_page(folder, row, replace(row, id="second"))
+
+
+PAGES = report, external, comparison, patients, times, times_of_patients
+
+
+@pytest.fixture(scope="module", params=PAGES)
 def page(request, browser, tmp_path_factory):
     return request.param(tmp_path_factory.mktemp("page"))
 

@@ -10,11 +10,14 @@ from sklearn.metrics import roc_auc_score
 
 from conftest import whole_reports
 from medgemma_clinical.commands import command_line
+from medgemma_clinical.commands.patients import patients_path
 from medgemma_clinical.data.competing_events import CompetingEvents
 from medgemma_clinical.evaluation.time_metrics import metrics_at
 from medgemma_clinical.evaluation.time_table import evaluate_times
+from medgemma_clinical.evaluation.verdicts import percent
 from medgemma_clinical.files import InputError
 from medgemma_trainer import TrajectoryClassifier, TrajectoryModel, fit_trajectory, main
+from pages import Page
 from predicting import predicted, refused
 
 RISKS = ["risk_24h", "risk_72h", "risk_without_transplant_24h", "risk_without_transplant_72h"]
@@ -108,6 +111,17 @@ def test_predictions_of_rows_without_events_are_those_of_the_run(times, tmp_path
     np.testing.assert_allclose(risk, found["probability"], rtol=1e-6)
     over_time = model.risk_over_time(tmp_path / "new.csv").groupby("id", sort=False).last()
     np.testing.assert_allclose(over_time["probability"], risk, rtol=1e-5)
+
+
+def test_the_page_of_patients_shows_the_incidence_of_each_event(times, tmp_path):
+    waiting(30).drop(columns=EVENTS).to_csv(tmp_path / "new.csv", index=False)
+    out = tmp_path / "out.csv"
+    found = predicted(times / "trajectory", tmp_path / "new.csv", out, "--explain")
+    text = Page(patients_path(out).read_text()).text.replace("\xa0", " ")
+    assert "Patients: death by 24h" in text
+    for row in found.nlargest(12, "probability").to_dict("records"):
+        first, last = (percent(row[name]).replace("\xa0", " ") for name in RISKS[:2])
+        assert f"Death {first} by 24h, {last} by 72h; transplant" in text
 
 
 def test_python_saves_and_lists_a_model_of_times_and_predicts_no_yes_or_no(times, tmp_path):

@@ -77,5 +77,8 @@ def explain_rows(
     checkpoint = {"Checkpoint": request.checkpoint.absolute().name}
     method = datasets[0].task_description() | checkpoint | model_card.describe_model(config)
     path, outcome = patients_path(request.predictions), config["outcome"]
+    if curves := rows[0].curves:
+        outcome = next(iter(curves.events.risk_titles.values()))
+        notes.append(f"Each risk over time is that of {outcome} from its own moment on.")
     write_patients(path, rows, outcome, model.threshold, [*filter(None, notes)], method)
     logger.info("patients: %s; the page holds patients' data: do not share it", path)

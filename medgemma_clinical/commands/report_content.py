@@ -50,6 +50,7 @@ def report_content(
         first=[*filter(None, [model_card.weight_0_sentence(shared)])],
         last=[*([f"{model_card.RECOMMENDED}: {recommended}."] if recommended else []), *last],
         describe=outcome_of(config).sentences,
+        has_tripod=outcome_of(config).has_tripod,
         **{"noun": dataset.noun, **parts},
     )
 
@@ -78,7 +79,7 @@ def training_content(
             "Static features": ", ".join(config["inputs"]["static"]) or "none are read",
         },
         flow=dataset.flow,
-        split=part_table(dataset.labels, dataset.groups, split),
+        split=part_table(dataset.labels, dataset.groups, split, dataset.event_kinds),
         table_one=table_one(dataset, {} if parts.get("folds") else split),
         **parts,
     )

@@ -375,5 +375,4 @@ def run_content(
         stage1_page=stage1_page,
         advice=few_events_advice(Metrics.from_json(config["metrics"]["test"])),
         methods=methods,
-        has_tripod=outcome_of(config).has_tripod,
     )

@@ -69,3 +69,10 @@ class CompetingEvents:
             word = re.sub(r"\W+", "_", self.interventions_text).strip("_")
             names += [f"risk_without_{word}_{name}" for name in self.horizon_names]
         return tuple(names)
+
+    @property
+    def risk_titles(self) -> dict[str, str]:
+        """The risks in words, by their names."""
+        titles = [f"{self.names[0]} by {name}" for name in self.horizon_names]
+        without = [f"{title} without {self.interventions_text}" for title in titles]
+        return dict(zip(self.risk_names, [*titles, *without], strict=False))

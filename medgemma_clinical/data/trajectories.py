@@ -198,6 +198,14 @@ class TrajectoryDataset:
         """``label``, or ``time`` of events that compete."""
         return "label" if self.competing_events is None else "time"
 
+    @property
+    def event_kinds(self) -> dict[str, NDArray[np.bool_]]:
+        """Which rows (N,) have each of the events that compete, or none; empty of a label."""
+        if self.competing_events is None or self.events is None:
+            return {}
+        kinds = {name: self.events == k for k, name in enumerate(self.competing_events.names, 1)}
+        return kinds | ({"censored": self.events == 0} if (self.events == 0).any() else {})
+
     def targets(self) -> NDArray[np.float64]:
         """Return what a model learns of each row: labels (N,), or ``TARGETS`` (N, 3)."""
         if self.events is None or self.event_hours is None:

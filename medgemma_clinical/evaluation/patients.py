@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from medgemma_clinical.data.competing_events import HOURS_OF_UNIT, CompetingEvents
 from medgemma_clinical.data.texts import Reference, plain, with_space
 from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.metrics import log_odds
@@ -29,11 +30,14 @@ NOTICE = "This page holds patients' data: do not share it. Only its owner can re
 MAX_HOURS = 96
 """A longer row has an axis of days."""
 
+EVENT_COLOURS = (plots.MODEL, plots.OTHER, plots.SOFT, *list(plots.COLOURS.values())[5:])
+"""Of the events of a figure, in their order."""
+
 WIDTH = 4.8
 """Inches of the figure on the page: two stand side by side on a screen, a phone shrinks it."""
 
-RISK_HEIGHT, FIGURE_MARGIN = 1.4, 0.4
-"""Inches of the risk's panel, and of the labels of time."""
+RISK_HEIGHT, FIGURE_MARGIN, CURVES_HEIGHT = 1.4, 0.4, 2.4
+"""Inches of the risk's panel, of the labels of time, and of the figure of times to events."""
 
 NAME: dict[str, Any] = {"loc": "left", "fontsize": "medium", "pad": 3}
 """Look of a name above its panel, where it takes no width."""
@@ -43,6 +47,24 @@ SERIES_HEIGHTS, ALL_SERIES = (0.7, 1.1), 5.0
 
 MAX_NAMED = 10
 """Lines of a figure that have a name and a colour each."""
+
+
+class Curves(NamedTuple):
+    """The cumulative incidence of each event after the prediction."""
+
+    events: CompetingEvents
+    hours: NDArray[np.float64]  # (K,) since the prediction, from 0 to the last horizon
+    incidence: NDArray[np.float64]  # (C, K)
+
+    @property
+    def words(self) -> str:
+        """The incidence of each event by the horizons."""
+        places = np.searchsorted(self.hours, self.events.horizons)
+        texts = []
+        for name, incidence in zip(self.events.names, self.incidence[:, places], strict=True):
+            pairs = zip(incidence.tolist(), self.events.horizon_names, strict=True)
+            texts.append(f"{name} {', '.join(f'{percent(x)} by {by}' for x, by in pairs)}")
+        return "; ".join(texts)
 
 
 @dataclass(frozen=True)
@@ -63,6 +85,7 @@ class Explanation:
     static: dict[str, str]  # static features that were read
     without: dict[str, float | None]  # risk without a series; None where there is no score
     without_soft_prompt: float | None = None  # None where it is the same
+    curves: Curves | None = None  # of times to events
     report: str | None = None  # of stage 3
     problem: str = ""  # of the report
 
@@ -126,7 +149,8 @@ def write_patients(
     with plots.plot_style():
         plotted = [plot_patient(row, outcome, threshold, WIDTH) for row in rows]
         images = [plots.to_image(*plot) for plot in plotted]
-    title, pairs = f"Patients: {outcome}", list(zip(rows, images, strict=True))
+        curves = [row.curves and plots.to_image(*plot_curves(row.curves)) for row in rows]
+    title, pairs = f"Patients: {outcome}", list(zip(rows, images, curves, strict=True))
     words = {"threshold": threshold, "notes": notes, "method": method}
     write_text(path, render("patients", title=title, notice=NOTICE, rows=pairs, **words))
 
@@ -152,6 +176,23 @@ def plot_patient(row: Explanation, outcome: str, threshold: float, width: float 
         f"{row.time_text(row.hours[0])}, {last} at {row.time_text(row.hours[-1])}, highest "
         f"{highest}; the threshold is {percent(threshold)}."
     )
+
+
+def plot_curves(curves: Curves) -> plots.Plot:
+    """Draw the incidences of the events above each other, the first one lowest."""
+    figure, (axes,) = plots.new_figure(size=(WIDTH, CURVES_HEIGHT))
+    hours, names = HOURS_OF_UNIT[curves.events.unit], curves.events.names
+    x, layers = curves.hours / hours, 100 * curves.incidence
+    axes.stackplot(x, layers, labels=names, colors=EVENT_COLOURS)
+    ticks = [horizon / hours for horizon in curves.events.horizons]
+    for tick in ticks:
+        axes.axvline(tick, **plots.DOTTED)
+    axes.set_xticks([0, *ticks])
+    unit = "days" if curves.events.unit == "d" else "hours"
+    axes.set(xlim=(0, ticks[-1]), ylim=(0, None), xlabel=f"{unit} after the prediction")
+    axes.set_title("Risk in %, events above each other; dotted: horizons", **NAME)
+    alt = f"Risk of each event over the {unit} after the prediction, stacked: {curves.words}."
+    return plots.with_legend(figure), alt
 
 
 def plot_risk_curves(curves: pd.DataFrame, outcome: str, threshold: float) -> Figure:

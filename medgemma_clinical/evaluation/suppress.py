@@ -19,6 +19,9 @@ from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.metrics_table import FOLD_MINORITY, SPREAD, Metrics
 
 COUNTS = ("n", "rows", "patients", "events", "minority_patients", FOLD_MINORITY, "left", "removed")
+EVENTS_OF = "events: "
+"""Beginning of the columns that count an event of several."""
+
 AT_THRESHOLD = ("sensitivity", "specificity", "ppv", "npv", "positives")
 SHARES = ["prevalence", "oe", "oe_low", "oe_high"]
 """Columns of a table that tell a hidden count, by another one."""
@@ -140,6 +143,7 @@ def suppress_table(table: pd.DataFrame, min_cell: int, by: str | None = None) ->
     minority = table.get("minority_patients", pd.Series(min_cell, table.index))
     table = table.drop(columns="minority_patients", errors="ignore")  # it tells the events
     counts = [name for name in COUNTS if name in table]
+    counts += [name for name in map(str, table) if name.startswith(EVENTS_OF)]
     shown = table.astype(dict.fromkeys(counts, object))
     floats = table.columns[[is_float_dtype(kind) for kind in table.dtypes]]
     shown[floats] = table[floats].round(3)  # more digits of an AUROC tell the events
@@ -147,8 +151,11 @@ def suppress_table(table: pd.DataFrame, min_cell: int, by: str | None = None) ->
     for name in counts:
         count = table[name]
         small = hidden = (count > 0) & (count < min_cell)
+        few = (minority > 0) & (minority < min_cell)
         if name == "events":  # those without it may be few
-            hidden = small | ((minority > 0) & (minority < min_cell))
+            hidden = small | few
+        if name.startswith(EVENTS_OF):  # they add up to the rows
+            hidden = small | bool(few.any())
         others = count[~hidden & (count > 0)]
         # The total and the other counts tell a single hidden one.
         if hidden.sum() == 1 and len(others) and name != "left":

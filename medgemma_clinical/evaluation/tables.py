@@ -64,6 +64,8 @@ def model_cells(metrics: Metrics, cost: pd.DataFrame | None = None) -> pd.DataFr
         lines.append(line)
     table = pd.DataFrame(lines)
     for name, title, form in (("auprc", "AUPRC", ".3f"), ("brier", "Brier", ".4f")):
+        if name not in metrics.of(reference).index:
+            continue  # times have no AUPRC
         values = metrics.metric(name)["value"]
         table[title] = [verdicts.NO_VALUE if pd.isna(x) else f"{x:{form}}" for x in values]
     costs = pd.DataFrame(cost, metrics.models, [*COST]).astype(float)

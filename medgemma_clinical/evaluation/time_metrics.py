@@ -8,6 +8,7 @@ unit; ``event`` (n,) is 0 where a row is censored, 1 for the event that the risk
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -223,6 +224,57 @@ def uncensored_probability(hours: Array, event: Array, horizon: float) -> Array:
     table = _LifeTable(hours, event, np.ones((1, len(hours))))
     probability: Array = table.uncensored[0, table.position]
     return probability
+
+
+def observed_risk(
+    hours: Array,
+    event: Array,
+    horizon: float,
+    censoring: Array | None,
+    weights: Array,
+    members: NDArray[np.bool_],
+) -> Array:
+    """Return the observed risk (R, G) in groups of members (n, G) under weights (R, n).
+
+    It is Aalen-Johansen's estimate, a weighted share with ``censoring`` (n,) as in ``metrics_at``;
+    NaN where no row counts.
+    """
+    hours, event = _until(hours, event, horizon)
+    case, has_status = event == 1, (event > 0) | (hours == horizon)
+    with np.errstate(invalid="ignore"):
+        if censoring is not None:
+            limit = np.quantile(1 / censoring[has_status], MAX_WEIGHT)
+            shares = weights * has_status * np.minimum(1 / censoring, limit)
+            weighted: Array = (shares * case) @ members / (shares @ members)
+            return weighted
+        observed = np.full((len(weights), members.shape[1]), np.nan)
+        for k, rows in enumerate(members.T):
+            if rows.any():
+                counts = weights[:, rows]
+                table = _LifeTable(hours[rows], event[rows], counts)
+                incidence = table.incidence(table.sums(counts * case[rows]))
+                observed[:, k] = np.where(table.total > 0, incidence, np.nan)[:, -1]
+        return observed
+
+
+def net_benefit_at(
+    observed: Callable[[Array, NDArray[np.bool_]], Array],
+    risk: Array,
+    thresholds: Array,
+    weights: Array,
+) -> Array:
+    """Return the net benefit (R, K) of acting on a risk (n,) from thresholds (K,) on.
+
+    ``observed`` returns the ``observed_risk``: it decides how many positives are true.
+
+    Source: Vickers et al. 2008, "Extensions to decision curve analysis", BMC Medical Informatics
+    and Decision Making 8:53.
+    """
+    positive = risk[:, None] >= thresholds
+    share = weights @ positive / weights.sum(axis=1, keepdims=True)
+    true = share * np.nan_to_num(observed(weights, positive))
+    benefit: Array = true - (share - true) * thresholds / (1 - thresholds)
+    return benefit
 
 
 def _until(hours: Array, event: Array, horizon: float) -> tuple[Array, Array]:

@@ -34,6 +34,7 @@ from medgemma_clinical.evaluation.verdicts import (
     CHANCE,
     TOO_FEW,
     Finding,
+    comparison,
     counts_text,
     percent,
     value_text,
@@ -234,7 +235,7 @@ def time_table(metrics: Metrics, events: CompetingEvents) -> pd.DataFrame:
 def time_sentences(
     metrics: Metrics, events: CompetingEvents, noun: str = "predictions"
 ) -> list[Finding]:
-    """Return the result in words: ranking, calibration at each horizon, certainty."""
+    """Return the result in words: ranking, baseline, calibration, interventions, certainty."""
     values, minority = metrics.of(metrics.models[0]), metrics.counts["minority_patients"]
     auroc, by = values.loc["auroc"], events.horizon_names[0]
     level = verdict(auroc.low, auroc.high, CHANCE, minority)
@@ -245,13 +246,27 @@ def time_sentences(
             f"has the higher risk in {percent(auroc.value)} of pairs: AUROC {value_text(auroc)}; "
             "0.5 is chance."
         )
-    findings = [Finding(level, text)]
-    for name in events.risk_names:
-        oe, slope = (values.loc[metric_name(k, name, events)] for k in ("oe", "slope"))
+    findings = [Finding(level, text), *comparison(metrics)]
+    means = []
+    for name, title in events.risk_titles.items():
+        observed, oe, slope = (
+            values.loc[metric_name(k, name, events)] for k in ("observed", "oe", "slope")
+        )
+        means.append(observed.value / oe.value if oe.value else math.nan)
         texts = value_text(oe, ".2f"), value_text(slope, ".2f")
-        text = f"{name}: observed over expected events {texts[0]}, slope {texts[1]}; 1 is ideal."
-        findings.append(Finding(None, text))
+        text = f"{title}: observed over expected events {texts[0]}, slope {texts[1]}; 1 is ideal."
+        findings.append(Finding(None, text[:1].upper() + text[1:]))
     if events.interventions:
+        pairs = zip(events.horizon_names, means, means[len(events.horizons) :], strict=False)
+        for horizon, mean, without in pairs:
+            if math.isnan(without - mean):
+                continue  # hidden, or too few rows
+            text = (
+                f"By {horizon} the mean risk of {events.names[0]} is {percent(mean)}. It would be "
+                f"{percent(without)} if nobody had {events.interventions_text}, a difference of "
+                f"{100 * (without - mean):+.1f} percentage points."
+            )
+            findings.append(Finding(None, text))
         findings.append(Finding(None, events.assumption))
     findings.append(Finding(None, f"Tested on {counts_text(metrics.counts, noun)} by {by}."))
     return findings

@@ -127,7 +127,18 @@ def sentences(
     ``advice`` is what helps where there are few events.
     """
     values, minority = metrics.of(metrics.models[0]), metrics.counts["minority_patients"]
-    findings = [_ranking(values.loc["auroc"], minority)]
+    findings = [_ranking(values.loc["auroc"], minority), *comparison(metrics)]
+    if "ici" in values.index:
+        findings.append(Finding(None, _calibration(values)))
+    if "positives" in values.index and values.loc["positives"].value > 0:
+        findings.append(Finding(None, _decision(values, beginning, noun)))
+    findings.append(Finding(None, _certainty(values.loc["auroc"], metrics.counts, noun, advice)))
+    return findings
+
+
+def comparison(metrics: Metrics) -> list[Finding]:
+    """Return in words how the model, and the ensemble, compare with other models."""
+    findings, minority = [], metrics.counts["minority_patients"]
     if name := primary_baseline(metrics):
         row = metrics.row(name, "auroc")
         level = difference_verdict(row, minority)
@@ -143,11 +154,6 @@ def sentences(
             f"minus that of the latter {difference_text(row)}."
         )
         findings.append(Finding(level, text))
-    if "ici" in values.index:
-        findings.append(Finding(None, _calibration(values)))
-    if "positives" in values.index and values.loc["positives"].value > 0:
-        findings.append(Finding(None, _decision(values, beginning, noun)))
-    findings.append(Finding(None, _certainty(values.loc["auroc"], metrics.counts, noun, advice)))
     return findings
 
 

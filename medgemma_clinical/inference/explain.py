@@ -11,10 +11,11 @@ import torch
 from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 
+from medgemma_clinical.data.competing_events import CompetingEvents
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.texts import plain
 from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
-from medgemma_clinical.evaluation.patients import Explanation
+from medgemma_clinical.evaluation.patients import Curves, Explanation
 from medgemma_clinical.inference.scoring import rows_as_read, score_rows, text_collator
 from medgemma_clinical.models.trained_model import TrainedModel
 from medgemma_clinical.models.trajectory import TrajectoryMember
@@ -22,6 +23,9 @@ from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 
 ROWS_AT_ONCE = 500
 """Rows whose prefixes are in memory at a time."""
+
+CURVE_POINTS = 50
+"""Of the cumulative incidences of a patient."""
 
 
 def risk_over_time(
@@ -80,9 +84,21 @@ def explain(
         static=static_read(dataset, trained),
         without=risks_without_series(dataset, trained, batch_size),
         without_soft_prompt=risk_without_soft_prompt(dataset, trained),
+        curves=curves_after(rows, trained, batch_size),
         report=row.get("report"),
         problem=row["problem"],
     )
+
+
+def curves_after(rows: ScoringRows, trained: TrainedModel, batch_size: int) -> Curves | None:
+    """Return the cumulative incidences after the prediction of the first row; None of a label."""
+    if not trained.outcome.has_curves:
+        return None
+    events = CompetingEvents.from_config(trained.config["events"])
+    hours = np.union1d(np.linspace(0, events.horizons[-1], CURVE_POINTS), events.horizons)
+    scores = score_rows(rows, trained, Findings(rows.dataset.source), batch_size)
+    incidence = scores.curves(hours.tolist())["incidence"].to_numpy()
+    return Curves(events, hours, incidence.reshape(-1, len(hours)))
 
 
 def static_read(dataset: TrajectoryDataset, trained: TrainedModel) -> dict[str, str]:

@@ -59,7 +59,7 @@ from medgemma_clinical.evaluation.topics.decision_curve import decision as decis
 from medgemma_clinical.evaluation.topics.discrimination import discrimination, model_comparison
 from medgemma_clinical.evaluation.topics.instability import instability
 from medgemma_clinical.evaluation.topics.subgroups import sites, subgroups
-from medgemma_clinical.evaluation.topics.times import times_topic
+from medgemma_clinical.evaluation.topics.times import time_topics
 from medgemma_clinical.evaluation.topics.topic import TopicBuilder
 from medgemma_clinical.evaluation.updating import Updates, evaluate_updates, updated_rule
 from medgemma_clinical.files import InputError
@@ -317,7 +317,7 @@ class TimeOutcome:
     @property
     def topics(self) -> tuple[TopicBuilder, ...]:
         """Sections of a report on the risks, in their order."""
-        return (times_topic(self.hazards.events),)
+        return time_topics(self.hazards.events)
 
     @property
     def width(self) -> int:

@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from medgemma_clinical.evaluation.patients import axis_limits, plot_patient
+from medgemma_clinical.data.competing_events import CompetingEvents
+from medgemma_clinical.evaluation.patients import Curves, axis_limits, plot_curves, plot_patient
 from medgemma_clinical.evaluation.verdicts import percent
 from pages import OUTCOME, Page
 from patient_rows import ROW, THRESHOLD, write_page
@@ -60,6 +61,22 @@ def test_the_figure_shows_the_measured_series_and_the_risk_and_says_so(tmp_path)
     assert days.axes[-1].lines[-1].get_xydata()[-1, 0] == 10, "since the first value"
     assert days.axes[0].lines[0].get_xydata()[0, 0] == 0
     assert later.changes()["Time"].iloc[[0, -1]].tolist() == ["day 0", "day 10"]
+
+
+def test_incidences_stand_above_each_other_and_are_read_at_the_horizons(tmp_path):
+    events = CompetingEvents(("death", "transplant"), (48.0, 240.0), unit="d")
+    incidence = np.array([[0, 0.1, 0.2, 0.3], [0, 0.2, 0.3, 0.6]])
+    curves = Curves(events, np.array([0, 24.0, 48, 240]), incidence)
+    figure, alt = plot_curves(curves)
+    first, second = (layer.get_paths()[0].vertices for layer in figure.axes[0].collections)
+    assert [first[:, 1].max(), second[:, 1].max()] == pytest.approx([30, 90])
+    assert first[:, 0].max() == second[:, 0].max() == 10
+    words = "death 20.0\xa0% by 2d, 30.0\xa0% by 10d; transplant 30.0\xa0% by 2d, 60.0\xa0% by 10d"
+    assert curves.words == words
+    assert words in alt
+    page = Page(write_page(tmp_path, replace(ROW, curves=curves), ROW).read_text())
+    assert len(page.images()) == 3
+    assert " ".join(f"D{words[1:]}.".split()) in page.text
 
 
 @pytest.mark.parametrize("references", [ROW.references, (None, None, (1, 2)), (None,) * 3])

@@ -4,7 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from medgemma_clinical.data.competing_events import CompetingEvents
+from medgemma_clinical.evaluation.suppress import suppress_table
 from medgemma_clinical.evaluation.topics.cohort import (
+    count_cells,
+    part_table,
     suppress_table_one,
     table_one,
     table_one_cells,
@@ -81,6 +85,44 @@ def test_rows_of_the_same_patients_are_called_stays():
         patients = len({k % 40 for k in np.flatnonzero(own)})
         expected = {"Stays": str(own.sum()), "Patients": str(patients)}
         assert cells[column].iloc[:2].to_dict() == expected
+
+
+def by_event(counts):
+    """The data set with so many rows of each event, the last ones censored."""
+    rows = dataset()
+    rows.competing_events = CompetingEvents(("death", "ICU discharge"), (24.0,))
+    rows.events = np.repeat([1.0, 2, 0], [*counts, N - sum(counts)])
+    return rows
+
+
+def test_times_to_events_have_a_group_for_each_event():
+    rows = by_event([30, 70])
+    table = table_one(rows, SPLIT)
+    cells = table_one_cells(table).set_index("Variable")
+    assert [*cells][:4] == ["All", "Death", "ICU discharge", "Censored"]
+    assert cells.loc["Patients"].tolist()[:4] == ["120", "30", "70", "20"]
+    death = pd.Series(COLUMNS["static_age [years]"])[:30]
+    line = table.set_index(["variable", "group"]).loc[("age [years]", "death")]
+    assert line["median"] == death.median()
+    shown = suppress_table_one(table, 21, hide_events=False)
+    hidden = numbers(shown, "Patients")
+    assert hidden["death"] is hidden["ICU discharge"] is hidden["censored"] is None
+    assert hidden["training"] == 60
+
+
+def test_the_parts_count_each_event_and_hide_all_where_one_is_rare():
+    rows = by_event([64, 36])
+    parts = part_table(rows.labels, rows.groups, SPLIT, rows.event_kinds)
+    cells = count_cells(parts.drop(columns="minority_patients"), "patients")
+    assert cells.to_numpy().tolist() == [
+        ["training", "60", "60", "0", "0"],
+        ["validation", "30", "4", "26", "0"],
+        ["test", "30", "0", "10", "20"],
+    ]
+    assert [*cells][2:] == ["Death", "ICU discharge", "Censored"]
+    shown = count_cells(suppress_table(parts, 5), "patients")
+    assert shown["Death"].tolist() == ["not shown", "fewer than 5", "not shown"]
+    assert {*shown["ICU discharge"], *shown["Censored"]} == {"not shown"}, "they add up"
 
 
 def numbers(shown, name, column="count"):

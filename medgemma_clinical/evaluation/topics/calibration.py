@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -94,23 +94,30 @@ def distant_bins(evaluated: Evaluated) -> NDArray[np.intp] | None:
 
 
 def calibration_table(
-    rows: pd.DataFrame, model: str, seed: int, index: NDArray[np.intp] | None = None
+    rows: pd.DataFrame,
+    model: str,
+    seed: int,
+    index: NDArray[np.intp] | None = None,
+    observed: Callable[[Array, NDArray[np.bool_]], Array] | None = None,
 ) -> pd.DataFrame:
     """Return n, mean risk and observed share of events in bins by rising risk.
 
-    ``index`` (n,): the bin of each row; None: bins of equal size.
+    ``index`` (n,): the bin of each row; None: bins of equal size. ``observed`` takes weights (R, n)
+    and the bins' members (n, bins) and returns (R, bins); None: the share of the labels.
     """
     labels, risk, patients = label_risk_patient(rows, model)
     if index is None:  # as scikit-learn's calibration_curve bins
         index = np.searchsorted(np.quantile(risk, shares_below(labels)), risk)
     members = np.stack([index == k for k in np.unique(index)], axis=1)  # (n, bins)
 
-    def observed(weights: Array) -> Array:
+    def share(weights: Array) -> Array:
+        if observed is not None:
+            return observed(weights, members)
         with np.errstate(invalid="ignore"):
             return (weights * labels) @ members / (weights @ members)
 
     behind = {k: count_patients(patients, is_member) for k, is_member in enumerate(members.T)}
-    table = with_interval(*bootstrap(labels, patients, seed, observed), behind)
+    table = with_interval(*bootstrap(labels, patients, seed, share), behind)
     size = members.sum(axis=0)
     table.insert(0, "n", size)
     table.insert(1, "predicted", risk @ members / size)

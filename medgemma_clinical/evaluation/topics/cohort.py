@@ -11,10 +11,15 @@ from numpy.typing import NDArray
 
 from medgemma_clinical.data import distributions
 from medgemma_clinical.data.dka import STATIC
-from medgemma_clinical.data.small_cells import MIN_CELL, count_text
+from medgemma_clinical.data.small_cells import MIN_CELL, count_patients, count_text
 from medgemma_clinical.data.trajectories import AGE, UNKNOWN, TrajectoryDataset
 from medgemma_clinical.evaluation.metrics_table import count
-from medgemma_clinical.evaluation.suppress import NOT_SHOWN, splits_off_few, suppress_table
+from medgemma_clinical.evaluation.suppress import (
+    EVENTS_OF,
+    NOT_SHOWN,
+    splits_off_few,
+    suppress_table,
+)
 from medgemma_clinical.evaluation.tables import PART_NAMES
 from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, Topic
 from medgemma_clinical.evaluation.verdicts import NO_VALUE, percent
@@ -47,13 +52,25 @@ def cohort(evaluated: Evaluated) -> Topic:
 
 
 def part_table(
-    labels: NDArray[Any], groups: NDArray[Any], split: Mapping[str, NDArray[Any]]
+    labels: NDArray[Any],
+    groups: NDArray[Any],
+    split: Mapping[str, NDArray[Any]],
+    kinds: Mapping[str, NDArray[np.bool_]] | None = None,  # ``event_kinds``
 ) -> pd.DataFrame:
-    """Return part, rows, patients, events and minority_patients of each part, as numbers."""
-    lines = [
-        {"part": PART_NAMES.get(part, part), **count(labels[rows], groups[rows])}
-        for part, rows in split.items()
-    ]
+    """Return part, rows, patients, events and minority_patients of each part, as numbers.
+
+    Of ``kinds`` there is a column each in place of the events.
+    """
+    lines = []
+    for part, rows in split.items():
+        counts = count(labels[rows], groups[rows])
+        if kinds:
+            names = {EVENTS_OF + name: of_kind[rows] for name, of_kind in kinds.items()}
+            del counts["events"]
+            patients = [count_patients(groups[rows], of_kind) for of_kind in names.values()]
+            counts["minority_patients"] = min(filter(None, patients), default=0)
+            counts |= {name: int(of_kind.sum()) for name, of_kind in names.items()}
+        lines.append({"part": PART_NAMES.get(part, part), **counts})
     return pd.DataFrame(lines).rename(columns={"n": "rows"})
 
 
@@ -65,8 +82,14 @@ def count_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
         "left": f"{noun} left",
         "patients": "patients left" if "left" in table else "patients",
     }
-    named = table.map(count_text).rename(columns=names).rename(columns=str.capitalize)
+    named = table.map(count_text).rename(columns=names).rename(columns=_capitalised)
     return named.loc[:, ~named.columns.duplicated()]
+
+
+def _capitalised(name: str) -> str:
+    """Return the name of a column with a capital; the rest of it is the user's."""
+    name = name.removeprefix(EVENTS_OF)
+    return name[:1].upper() + name[1:]
 
 
 ALL, OUTCOMES = "all", ("with the event", "without the event")
@@ -89,6 +112,8 @@ def table_one_topic(evaluated: Evaluated) -> Topic | None:
         f"A patient with {content.noun} of both kinds, with and without the event, counts in both "
         "of these columns."
     )
+    if not {*OUTCOMES} <= {*content.table_one["group"]}:
+        note = f"A patient with {content.noun} of several outcomes counts in each of their columns."
     return Topic(
         "Table 1",
         tables=[Cells(table_one_cells(table), caption, is_wide=True)],
@@ -102,13 +127,16 @@ def table_one(dataset: TrajectoryDataset, split: Mapping[str, NDArray[np.int64]]
     table = _variables(dataset)
     binary = table.isin([0.0, 1.0]).where(table.notna(), True).all() & table.notna().any()
     binary.iloc[len(dataset.static_names) :] = False  # series are numbers
-    groups = {ALL: np.arange(len(dataset))}
-    groups |= {name: np.flatnonzero(dataset.labels == 1 - k) for k, name in enumerate(OUTCOMES)}
-    groups |= {PART_NAMES.get(part, part): rows for part, rows in split.items()}
+    by_label = {name: dataset.labels == 1 - k for k, name in enumerate(OUTCOMES)}
+    outcomes = dataset.event_kinds or by_label
+    groups = [(ALL, ALL, np.arange(len(dataset)))]
+    groups += [("outcome", name, np.flatnonzero(of_kind)) for name, of_kind in outcomes.items()]
+    groups += [("part", PART_NAMES.get(part, part), rows) for part, rows in split.items()]
     tables = []
-    for group, rows in groups.items():
+    for side, group, rows in groups:
         members, patients = table.iloc[rows], len(np.unique(dataset.groups[rows]))
         size: dict[str, Any] = {"group": group, "rows": len(rows), "patients": patients}
+        size["side"] = side
         lines = members.quantile([0.25, 0.5, 0.75]).T.set_axis(QUARTILES, axis=1)
         lines[binary] = np.nan
         present = members.notna().sum()
@@ -119,7 +147,7 @@ def table_one(dataset: TrajectoryDataset, split: Mapping[str, NDArray[np.int64]]
         heads = {dataset.noun.capitalize(): len(rows), "Patients": patients}
         head = pd.DataFrame({"count": heads, "missing": 0}).assign(**size)
         tables.append(pd.concat([head, lines]))
-    columns = ["group", "rows", "patients", "missing", "count", "share", *QUARTILES]
+    columns = ["side", "group", "rows", "patients", "missing", "count", "share", *QUARTILES]
     return pd.concat(tables)[columns].rename_axis("variable").reset_index()
 
 
@@ -140,7 +168,7 @@ def table_one_cells(table: pd.DataFrame) -> pd.DataFrame:
     groups = {str(name): lines for name, lines in table.groupby("group", sort=False)}
     cells = {"Variable": groups[ALL]["variable"].tolist()}
     for name, lines in groups.items():
-        cells[name.capitalize()] = [_cell(line) for line in lines.to_dict("records")]
+        cells[_capitalised(name)] = [_cell(line) for line in lines.to_dict("records")]
     cells["Missing"] = ["" if n == 0 else count_text(n) for n in groups[ALL]["missing"]]
     return pd.DataFrame(cells)
 
@@ -158,15 +186,14 @@ def _cell(line: dict[Any, Any]) -> str:
 
 def suppress_table_one(table: pd.DataFrame, min_cell: int, *, hide_events: bool) -> pd.DataFrame:
     """Hide small counts of a ``table_one``, and what tells them; drop the sizes of its groups."""
-    sizes = table[["rows", "patients"]]
-    table = table.drop(columns=list(sizes))
+    sizes, sides = table[["rows", "patients"]], table["side"]
+    table = table.drop(columns=[*sizes, "side"])
     if min_cell == 0:
         return table
     known_rows, a_row = sizes["rows"] - table["missing"], sizes["patients"] / sizes["rows"]
     rest = ((1 - table["share"]) * known_rows).round(6)
     counts = [table["missing"], known_rows, table["count"], rest]
     small = pd.concat([(n > 0) & (n * a_row < min_cell) for n in counts], axis=1)
-    sides = table["group"].map(dict.fromkeys(OUTCOMES, "outcome") | {ALL: ALL}).fillna("part")
     category = table["variable"].str.split("[_ ]", regex=True).str[0]  # unit_medical, unit_surgical
     category = table["variable"].where(table["count"].isna(), category)
     # Counts of outcomes, parts and categories add up: a small one hides those beside it.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,14 @@ from medgemma_clinical.evaluation.verdicts import NO_VALUE, percent, value_text
 Cuts = Mapping[str, Sequence[float]] | None
 """The thresholds at which each model is shown; None: at all."""
 
+ACTING = (
+    "To act at a risk of 20\xa0% and above is to accept four false positives for one true "
+    "positive. The net benefit is the share of true positives minus that of false positives, "
+    "weighted at this rate. The model helps at thresholds where its curve lies above both "
+    "“treat all” and “treat none”."
+)
+"""What a decision curve shows."""
+
 TREAT_ALL = "treat all"
 SHARES = "sensitivity", "specificity", "ppv", "npv", "positives"
 
@@ -37,11 +46,8 @@ def decision(evaluated: Evaluated) -> Topic:
     shown = {content.threshold, *(x for x in SHOWN_THRESHOLDS if x <= curve.index.max())}
     table = threshold_table(rows, names, sorted(shown), content.seed, cuts)
     text = (
-        "To act at a risk of 20\xa0% and above is to accept four false positives for one true "
-        "positive. The net benefit is the share of true positives minus that of false positives, "
-        "weighted at this rate. The model helps at thresholds where its curve lies above both "
-        "“treat all” and “treat none”. What acting brings and costs should choose the threshold; "
-        "--threshold sets another one."
+        f"{ACTING} What acting brings and costs should choose the threshold; --threshold sets "
+        "another one."
     )
     figures = {}
     if evaluated.has_curves:
@@ -118,24 +124,30 @@ def threshold_cells(table: pd.DataFrame, used: float) -> pd.DataFrame:
 
 
 def decision_curve(
-    rows: pd.DataFrame, models: list[str], seed: int, cuts: Cuts = None
+    rows: pd.DataFrame,
+    models: list[str],
+    seed: int,
+    cuts: Cuts = None,
+    benefit: Callable[[Array, Array, Array], Array] | None = None,
 ) -> pd.DataFrame:
     """Return net benefits by threshold risk; low and high are those of the first model.
 
-    Each model has them at the thresholds in its ``cuts``, where there are any.
+    Each model has them at the thresholds in its ``cuts``, where there are any. ``benefit`` takes
+    risks (n,), thresholds and weights, and returns them as ``net_benefit``; None: of the labels.
     """
     labels, risk, patients = label_risk_patient(rows, models[0])
+    benefit = benefit or partial(net_benefit, labels)
     highest = min(0.99, max(0.05, 2 * labels.mean(), float(np.quantile(risk, 0.99))))
     thresholds = np.arange(1, math.floor(100 * highest) + 1) / 100  # up to those of use
     for points in (cuts or {}).values():
         thresholds = np.union1d(thresholds, [x for x in points if x <= highest])
-    drawn = bootstrap(labels, patients, seed, lambda w: net_benefit(labels, risk, thresholds, w))
+    drawn = bootstrap(labels, patients, seed, lambda w: benefit(risk, thresholds, w))
     index = pd.Index(thresholds, name="threshold")
     table = with_interval(*drawn).set_index(index).rename(columns={"value": models[0]})
     other_risks = {name: rows[name].to_numpy(float) for name in models[1:]}
     other_risks["treat_all"] = np.ones(len(rows))
     for name, other_risk in other_risks.items():
-        table[name] = net_benefit(labels, other_risk, thresholds, np.ones((1, len(rows))))[0]
+        table[name] = benefit(other_risk, thresholds, np.ones((1, len(rows))))[0]
     for name, points in (cuts or {}).items():
         columns = [name, "low", "high"] if name == models[0] else [name]
         table.loc[~table.index.isin(points), columns] = np.nan

@@ -1,38 +1,204 @@
-"""Times to events that compete: their metrics at each horizon."""
+"""Times to events that compete: metrics and calibration at each horizon, groups, net benefit."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
 import pandas as pd
 
-from medgemma_clinical.data.competing_events import CompetingEvents
-from medgemma_clinical.evaluation.time_table import TIME_METRICS, metric_name
-from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, Topic, TopicBuilder
+from medgemma_clinical.data.competing_events import HOURS_OF_UNIT, CompetingEvents
+from medgemma_clinical.evaluation import plots
+from medgemma_clinical.evaluation.metrics import Array
+from medgemma_clinical.evaluation.time_metrics import aalen_johansen, net_benefit_at, observed_risk
+from medgemma_clinical.evaluation.time_table import (
+    TIME_METRICS,
+    UNCENSORED,
+    evaluated_events,
+    metric_name,
+)
+from medgemma_clinical.evaluation.topics.calibration import (
+    calibration_table,
+    distant_bins,
+    plot_calibration,
+)
+from medgemma_clinical.evaluation.topics.decision_curve import (
+    ACTING,
+    decision_curve,
+    plot_decision_curve,
+)
+from medgemma_clinical.evaluation.topics.discrimination import model_comparison
+from medgemma_clinical.evaluation.topics.topic import Cells, Details, Evaluated, Topic, TopicBuilder
 from medgemma_clinical.evaluation.verdicts import NO_VALUE, value_text
 
+EVENTS_A_GROUP = 10
+"""Events by the last horizon that each group of risk needs."""
 
-def times_topic(events: CompetingEvents) -> TopicBuilder:
-    """Return what builds the topic of these events."""
+GROUPS = (("everyone",), ("low risk", "high risk"), ("low risk", "middle risk", "high risk"))
+LOOKS = {"everyone": (plots.MODEL, "-"), "low risk": (plots.MODEL, "-")}
+LOOKS |= {"middle risk": (plots.INK, "--"), "high risk": (plots.OTHER, "-.")}
+"""Names of one to three groups, and how their curves are drawn."""
 
-    def times(evaluated: Evaluated) -> Topic:
-        values, lines = evaluated.metrics.of(evaluated.model), []
-        for metric, (title, form, meaning) in TIME_METRICS.items():
-            keys = {name: metric_name(metric, name, events) for name in events.risk_names}
-            texts = {
-                name: value_text(values.loc[key], form) if key in values.index else NO_VALUE
-                for name, key in keys.items()
-            }
-            lines.append({"Metric": title, **texts, "Meaning": meaning})
-        table = pd.DataFrame(lines)
-        table = table[(table[[*events.risk_names]] != NO_VALUE).any(axis=1)]
-        text = (
-            f"The risk of {events.names[0]} by each horizon, while {', '.join(events.names[1:])} "
-            "may come first. Who is not watched for as long counts by weights, not as without it."
+
+def time_topics(events: CompetingEvents) -> tuple[TopicBuilder, ...]:
+    """Return what builds the topics of these events, in their order."""
+    builders = (risks, incidence, calibration, decision)
+    return *(partial(build, events) for build in builders), model_comparison
+
+
+def risks(events: CompetingEvents, evaluated: Evaluated) -> Topic:
+    """Return the topic of the metrics of each risk."""
+    values, lines = evaluated.metrics.of(evaluated.model), []
+    for metric, (title, form, _) in TIME_METRICS.items():
+        keys = {name: metric_name(metric, name, events) for name in events.risk_names}
+        texts = {
+            name: value_text(values.loc[key], form) if key in values.index else NO_VALUE
+            for name, key in keys.items()
+        }
+        lines.append({"Metric": title, **texts})
+    table = pd.DataFrame(lines)
+    table = table[(table[[*events.risk_names]] != NO_VALUE).any(axis=1)]
+    meanings = {title: meaning for title, _, meaning in TIME_METRICS.values()}
+    text = (
+        f"The risk of {events.names[0]} by each horizon, while {', '.join(events.names[1:])} "
+        "may come first. Who is not watched for as long counts by weights, not as without it."
+    )
+    return Topic(
+        "Risks",
+        [text, *filter(None, [events.assumption])],
+        [Cells(table, "How good the risks are at each horizon [95 %]", is_wide=True)],
+        numbers={"metrics": evaluated.metrics.table.reset_index()},
+        details=[Details("What the metrics are", terms=meanings)],
+    )
+
+
+def at_horizon(
+    events: CompetingEvents, evaluated: Evaluated, name: str
+) -> tuple[Evaluated, partial[Array]]:
+    """Return a risk as the model's, beside labels: event 1 by its horizon; and ``observed_risk``.
+
+    The latter takes weights (R, n) and members (n, G).
+    """
+    rows, (horizon, ends) = evaluated.rows, evaluated_events(events)[name]
+    hours, event = (rows[column].to_numpy(float) for column in ("event_hours", "event"))
+    event = np.where(np.isin(event, ends), 0.0, event)
+    given = rows.get(UNCENSORED + name)
+    censoring = None if given is None else given.to_numpy(float)
+    label = ((event == 1) & (hours <= horizon)).astype(float)
+    labelled = rows.assign(label=label, **{evaluated.model: rows[f"{evaluated.model} {name}"]})
+    observed = partial(observed_risk, hours, event, horizon, censoring)
+    return replace(evaluated, rows=labelled), observed
+
+
+def incidence(events: CompetingEvents, evaluated: Evaluated) -> Topic | None:
+    """Return the topic of groups by the first risk; None where small counts are hidden.
+
+    Each step of a curve is an event or a few.
+    """
+    if evaluated.min_cell:
+        return None
+    table = group_table(events, evaluated)
+    noun, name = evaluated.content.noun, events.names[0]
+    text = (
+        f"{noun.capitalize()} in groups of equal size by the first risk. Lines: the share with "
+        f"{name} by then (Aalen-Johansen); points: the mean risk. Numbers at risk stand below."
+    )
+    caption = f"Cumulative incidence of {name} by group of risk"
+    figure = plot_incidence(table, events), caption
+    numbers = {"cumulative_incidence": table}
+    return Topic("Cumulative incidence", [text], [], {"cumulative_incidence": figure}, numbers)
+
+
+def group_table(events: CompetingEvents, evaluated: Evaluated) -> pd.DataFrame:
+    """Return columns group, hours, observed, at_risk, and predicted: NaN but at horizons."""
+    rows, horizons = evaluated.rows, list(events.horizons)
+    end, event, risk = (
+        rows[name].to_numpy(float) for name in ("event_hours", "event", evaluated.model)
+    )
+    is_case = (event == 1) & (end <= horizons[-1])
+    groups = int(np.clip(is_case.sum() // EVENTS_A_GROUP, 1, len(GROUPS)))
+    index = np.searchsorted(np.quantile(risk, np.arange(1, groups) / groups), risk, side="right")
+    members = np.stack([index == k for k in np.unique(index)])  # (G, n)
+    times, incidences = aalen_johansen(end, event, members.astype(float))
+    hours = np.union1d([0, *horizons], times[times <= horizons[-1]])
+    steps = np.pad(incidences[:, 0], ((0, 0), (1, 0)))[:, np.searchsorted(times, hours, "right")]
+    risks = [f"{evaluated.model} {name}" for name in events.horizon_risks]
+    tables = []
+    for group, name, observed in zip(members, GROUPS[len(members) - 1], steps, strict=True):
+        predicted = dict(zip(horizons, rows.loc[group, risks].mean(), strict=True))
+        lines = pd.DataFrame({"group": name, "hours": hours, "observed": observed})
+        lines["at_risk"] = group.sum() - np.searchsorted(np.sort(end[group]), hours)
+        tables.append(lines.assign(predicted=lines["hours"].map(predicted)))
+    return pd.concat(tables, ignore_index=True)
+
+
+def plot_incidence(table: pd.DataFrame, events: CompetingEvents) -> plots.Plot:
+    """Plot a ``group_table`` above the numbers at risk."""
+    names = table["group"].unique().tolist()
+    figure, (axes, below) = plots.new_figure((5, 0.7 * len(names)), (4.0, 3.6))
+    table = table.assign(time=table["hours"] / HOURS_OF_UNIT[events.unit])
+    ticks = table[table["hours"].isin([0, *events.horizons])]
+    for k, name in enumerate(names):
+        rows, at = table[table["group"] == name], ticks[ticks["group"] == name]
+        colour, style = LOOKS[name]
+        axes.step(
+            rows["time"], 100 * rows["observed"], style, where="post", color=colour, label=name
         )
-        return Topic(
-            "Risks",
-            [text, *filter(None, [events.assumption])],
-            [Cells(table, "How good the risks are at each horizon [95 %]", is_wide=True)],
-            numbers={"metrics": evaluated.metrics.table.reset_index()},
-        )
+        axes.plot(at["time"], 100 * at["predicted"], "o", color=colour, markersize=5, clip_on=False)
+        for time, count in zip(at["time"], at["at_risk"], strict=True):
+            below.text(time, k, f"{count:,}", ha="center", va="center", color=colour)
+    axes.set(ylabel=f"{events.names[0]}, %", ylim=(0, None))
+    axes.set_xlabel("days" if events.unit == "d" else "hours")
+    axes.set_xticks(ticks["time"].unique())
+    axes.tick_params(labelbottom=True)
+    plots.name_lines(below, names)
+    below.set_title("at risk", loc="left", fontsize="medium", pad=3)
+    below.grid(visible=False)
+    below.tick_params(length=0, labelbottom=False, pad=10)
+    below.spines[:].set_visible(False)
+    alt = f"Cumulative incidence of {events.names[0]} over time by group of risk, with predictions."
+    return plots.with_legend(figure), alt
 
-    return times
+
+def is_measured(events: CompetingEvents, evaluated: Evaluated, name: str) -> bool:
+    """Return whether the rows have an answer at the horizon of a risk, which is not hidden."""
+    row = evaluated.metrics.row(evaluated.model, metric_name("oe", name, events))
+    return bool(pd.notna(row["value"]))
+
+
+def calibration(events: CompetingEvents, evaluated: Evaluated) -> Topic | None:
+    """Return the topic of the calibration of each risk; None where none is measured."""
+    figures, numbers = {}, []
+    for name, title in events.risk_titles.items():
+        if not is_measured(events, evaluated, name):
+            continue
+        view, observed = at_horizon(events, evaluated, name)
+        rows, index = view.rows, distant_bins(view)
+        bins = calibration_table(rows, view.model, view.content.seed, index, observed)
+        numbers.append(bins.assign(risk=name))
+        # A histogram would tell small counts.
+        risk = rows[view.model].to_numpy(float) if index is None else None
+        plot = plot_calibration(bins, bins[:0], risk)
+        figures[f"calibration_{name}"] = plot, f"{title[:1].upper()}{title[1:]}"
+    if not numbers:
+        return None
+    text = (
+        f"Do the predicted risks come true? In bins of {evaluated.content.noun} by rising risk, as "
+        "many should have the event as the dotted line says."
+    )
+    tables = {"calibration": pd.concat(numbers)}
+    return Topic("Calibration", [text], figures=figures, numbers=tables)
+
+
+def decision(events: CompetingEvents, evaluated: Evaluated) -> Topic | None:
+    """Return the topic of the net benefit at the first horizon; None where it is hidden."""
+    view, observed = at_horizon(events, evaluated, events.risk_names[0])
+    if not (is_measured(events, evaluated, events.risk_names[0]) and view.has_curves):
+        return None
+    benefit = partial(net_benefit_at, observed)
+    curve = decision_curve(view.rows, view.names, view.content.seed, view.cuts, benefit)
+    title = events.risk_titles[events.risk_names[0]]
+    figure = plot_decision_curve(curve, view.names), f"Decision curve: {title}{view.beside}"
+    numbers = {"decision_curve": curve.reset_index()}
+    return Topic("Decision curve", [ACTING], [], {"decision_curve": figure}, numbers)

@@ -132,7 +132,7 @@ class Evaluated:
         """Where small counts are hidden, all thresholds of ``names`` at which counts are shown."""
         if not self.min_cell:
             return None
-        is_shown = pd.notna(self.metrics.row(self.model, "sensitivity")["value"])
+        is_shown = pd.notna(self.metrics.of(self.model)["value"].get("sensitivity"))
         kept = {self.model: [self.content.threshold] if is_shown else []}
         patients = self.rows["patient"].to_numpy(str)
         return {

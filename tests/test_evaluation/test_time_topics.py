@@ -1,0 +1,202 @@
+"""Sections of a report on times: closed forms of their numbers, figures, words, small counts."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from cohorts import repeated
+from medgemma_clinical.evaluation.metrics import net_benefit
+from medgemma_clinical.evaluation.report import write_report
+from medgemma_clinical.evaluation.suppress import suppressed
+from medgemma_clinical.evaluation.time_metrics import metrics_at, net_benefit_at, observed_risk
+from medgemma_clinical.evaluation.time_table import evaluate_times, time_sentences
+from medgemma_clinical.evaluation.topics import times
+from medgemma_clinical.evaluation.topics.calibration import calibration_table
+from medgemma_clinical.evaluation.topics.decision_curve import decision_curve
+from medgemma_clinical.evaluation.topics.topic import Evaluated
+from medgemma_clinical.evaluation.verdicts import value_text
+from pages import Page, make_content
+from test_evaluation.test_time_metrics import incidence_at
+from time_rows import EVENTS, MODEL, make_times
+
+FIGURES = True
+FIRST = EVENTS.risk_names[0]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return make_times()
+
+
+@pytest.fixture(scope="module")
+def metrics(rows):
+    return replace(evaluate_times(rows, EVENTS, 0), primary="blend")
+
+
+def evaluated(rows, metrics, min_cell=0):
+    content = make_content(len(rows), threshold=math.nan)
+    return Evaluated(rows, suppressed(metrics, min_cell), content, min_cell, has_few=False)
+
+
+def uncensored(rows):
+    """The rows without censoring, and without events that compete."""
+    hours = np.where(rows["event"] == 1, rows["event_hours"], 1000.0)
+    return rows.assign(event_hours=hours, event=(rows["event"] == 1) * 1.0)
+
+
+def test_curves_of_groups_are_aalen_johansens_and_count_who_is_at_risk(rows, metrics):
+    table = times.group_table(EVENTS, evaluated(rows, metrics))
+    edges = np.quantile(rows[MODEL], [1 / 3, 2 / 3])
+    for k, name in enumerate(["low risk", "middle risk", "high risk"]):
+        own = rows[np.searchsorted(edges, rows[MODEL], side="right") == k]
+        found = table[table["group"] == name].set_index("hours")
+        hours, event = own["event_hours"].to_numpy(), own["event"].to_numpy()
+        for hour in (0, *EVENTS.horizons, *found.index[5:50:9]):
+            line = found.loc[hour]
+            assert line["observed"] == pytest.approx(incidence_at(hours, event, hour))
+            assert line["at_risk"] == (hours >= hour).sum()
+        means = [own[f"{MODEL} {risk}"].mean() for risk in EVENTS.risk_names[:2]]
+        assert found["predicted"].dropna().to_dict() == pytest.approx(
+            {24.0: means[0], 72.0: means[1]}
+        )
+    figure, alt = times.plot_incidence(table, EVENTS)
+    curve = figure.axes[0].lines[0]
+    own = table[table["group"] == "low risk"]
+    assert curve.get_ydata().tolist() == (100 * own["observed"]).tolist()
+    counts = own.loc[own["hours"].isin([0, 24, 72]), "at_risk"]
+    assert [text.get_text() for text in figure.axes[1].texts][:3] == [*map(str, counts)]
+    assert EVENTS.names[0] in alt
+
+
+@pytest.mark.parametrize(("cases", "groups"), [(9, 1), (25, 2), (60, 3)])
+def test_few_events_make_fewer_groups(rows, metrics, cases, groups):
+    few = rows["event"].where((rows["event"] != 1) | ((rows["event"] == 1).cumsum() <= cases), 2)
+    few = rows.assign(event=few, event_hours=rows["event_hours"].clip(upper=71))
+    assert times.group_table(EVENTS, evaluated(few, metrics))["group"].nunique() == groups
+
+
+@pytest.mark.parametrize("by_regression", [False, True])
+def test_observed_risks_are_those_of_the_table_and_of_each_group(rows, by_regression):
+    hours, event = rows["event_hours"].to_numpy(), rows["event"].to_numpy()
+    given = np.random.default_rng(1).uniform(0.3, 1, len(rows)) if by_regression else None
+    members = np.stack([np.ones(len(rows), bool), rows[MODEL] > 0.2, np.zeros(len(rows), bool)], 1)
+    drawn = np.random.default_rng(2).multinomial(len(rows), np.full(len(rows), 1 / len(rows)))
+    weights = np.stack([np.ones(len(rows)), drawn])
+    found = observed_risk(hours, event, 24.0, given, weights, members)
+    expected = metrics_at(hours, event, rows[MODEL], 24.0, censoring=given)["observed"]
+    assert found[0, 0] == pytest.approx(expected)
+    assert np.isnan(found[:, 2]).all()
+    if given is None:
+        again = repeated(drawn * members[:, 1])
+        assert found[1, 1] == pytest.approx(incidence_at(hours[again], event[again], 24.0))
+
+
+def test_without_censoring_bins_and_net_benefit_are_those_of_labels(rows, metrics):
+    view, observed = times.at_horizon(EVENTS, evaluated(uncensored(rows), metrics), FIRST)
+    assert view.labels.sum() == ((rows["event"] == 1) & (rows["event_hours"] <= 24)).sum()
+    for table, of_times in (
+        (
+            calibration_table(view.rows, MODEL, 0),
+            calibration_table(view.rows, MODEL, 0, None, observed),
+        ),
+        (
+            decision_curve(view.rows, view.names, 0),
+            decision_curve(view.rows, view.names, 0, None, lambda *x: net_benefit_at(observed, *x)),
+        ),
+    ):
+        pd.testing.assert_frame_equal(table, of_times)
+
+
+def test_true_positives_are_the_incidence_of_those_predicted_positive(rows, metrics):
+    view, observed = times.at_horizon(EVENTS, evaluated(rows, metrics), FIRST)
+    risk, ones = rows[MODEL].to_numpy(), np.ones((1, len(rows)))
+    (found,) = net_benefit_at(observed, risk, np.array([0.1, 0.3, 0.999]), ones)
+    hours, event = rows["event_hours"].to_numpy(), rows["event"].to_numpy()
+    for benefit, threshold in zip(found, (0.1, 0.3), strict=False):
+        positive = risk >= threshold
+        true = positive.mean() * incidence_at(hours[positive], event[positive], 24.0)
+        assert benefit == pytest.approx(
+            true - (positive.mean() - true) * threshold / (1 - threshold)
+        )
+    assert found[2] == 0, "nobody is predicted positive"
+    plain = net_benefit(view.labels, risk, np.array([0.1]), ones)[0, 0]
+    assert found[0] > plain, "a censored patient is no false positive"
+
+
+def test_the_risk_without_an_intervention_takes_it_for_the_end_of_a_record(rows, metrics):
+    name = EVENTS.risk_names[2]
+    view, observed = times.at_horizon(EVENTS, evaluated(rows, metrics), name)
+    assert view.rows[MODEL].equals(rows[f"{MODEL} {name}"])
+    everyone = np.ones((len(rows), 1), bool)
+    given = rows[f"uncensored {name}"].to_numpy()
+    event = rows["event"].replace(2, 0)
+    expected = metrics_at(rows["event_hours"], event, rows[MODEL], 24.0, censoring=given)
+    assert observed(np.ones((1, len(rows))), everyone)[0, 0] == pytest.approx(expected["observed"])
+
+
+def test_a_report_has_these_sections_and_hides_small_counts(rows, metrics, tmp_path):
+    topics, found = times.time_topics(EVENTS), {}
+    describe = lambda metrics, *_: time_sentences(metrics, EVENTS)  # noqa: E731
+    for min_cell in (0, 10):
+        path = tmp_path / f"{min_cell}.html"
+        content = make_content(len(rows), threshold=math.nan, describe=describe, has_tripod=False)
+        write_report(path, rows, metrics, content, topics, min_cell=min_cell, folder=tmp_path)
+        found[min_cell] = Page(path.read_text())
+        bins = pd.read_csv(tmp_path / "figures" / "calibration.csv")
+        assert {*bins["risk"]} == {*EVENTS.risk_names}
+        for name, part in bins.groupby("risk"):
+            view, _ = times.at_horizon(EVENTS, evaluated(rows, metrics), name)
+            by_risk = view.labels[np.argsort(view.rows[MODEL].to_numpy())]
+            for own in np.split(by_risk, part["n"].cumsum())[:-1]:
+                assert min(own.sum(), (1 - own).sum()) >= min_cell
+    names = {path.stem for path in (tmp_path / "figures").glob("*.svg")}
+    calibration = {f"calibration_{name}" for name in EVENTS.risk_names}
+    assert names == {"decision_curve", "learning_curve", *calibration}, "each step is an event"
+    assert "Cumulative incidence" in found[0].text
+    assert "Cumulative incidence" not in found[10].text
+    view, _ = times.at_horizon(EVENTS, evaluated(rows, metrics, 10), FIRST)
+    curve = pd.read_csv(tmp_path / "figures" / "decision_curve.csv").set_index("threshold")
+    assert {*curve[MODEL].dropna().index} <= {*view.cuts[MODEL]}
+    assert len(view.cuts[MODEL]) > 1
+
+
+def test_a_risk_that_is_not_measured_has_no_figure(rows, metrics):
+    table = metrics.table.copy()
+    table.loc[(MODEL, ["oe", "oe_72h"]), "value"] = np.nan
+    fewer = evaluated(rows, replace(metrics, table=table))
+    assert [*times.calibration(EVENTS, fewer).figures] == [
+        f"calibration_{name}" for name in EVENTS.risk_names[2:]
+    ]
+    assert times.decision(EVENTS, fewer) is None
+
+
+def test_the_box_says_both_risks_their_difference_and_the_planned_comparison(rows, metrics):
+    texts = [str(finding) for finding in time_sentences(metrics, EVENTS)]
+    for by, risk, without in zip(
+        ("24h", "72h"), EVENTS.risk_names, EVENTS.risk_names[2:], strict=False
+    ):
+        (text,) = (text for text in texts if text.startswith(f"By {by}"))
+        mean = rows[f"{MODEL} {risk}"].mean()
+        assert f"{100 * mean:.1f}\xa0%" in text
+        value = metrics.of(MODEL)["value"]
+        end = without.removeprefix("risk_")
+        other = value[f"observed_{end}"] / value[f"oe_{end}"]
+        assert f"{100 * other:.1f}\xa0%" in text
+        assert f"{100 * (other - mean):+.1f} percentage points" in text
+    assert sum("(blend)" in text for text in texts) == 1
+    for title, end in (
+        ("Death by 72h", "72h"),
+        ("Death by 72h without transplant", "without_transplant_72h"),
+    ):
+        ratio = value_text(metrics.row(MODEL, f"oe_{end}"), ".2f")
+        assert f"{title}: observed over expected events {ratio}, slope" in "\n".join(texts)
+    alone = time_sentences(replace(metrics, primary=None), EVENTS)
+    assert not any("blend" in str(finding) for finding in alone)
+    table = metrics.table.copy()
+    table.loc[(MODEL, "oe_without_transplant_24h"), "value"] = np.nan  # too few rows
+    fewer = [str(finding) for finding in time_sentences(replace(metrics, table=table), EVENTS)]
+    assert [text for text in texts if not text.startswith("By 24h")][-3:] == fewer[-3:]
+    assert not any("nan" in text or text.startswith("By 24h") for text in fewer)
