@@ -57,8 +57,9 @@ def metrics_at(
         risk; ``intercept``, with the slope held at 1, and ``slope`` on the complementary log-log
         scale; ``ici``, ``e50``, ``e90``: mean, median and 90th percentile of the distances between
         mean and observed risk of rows of similar risk; ``observed``, the observed risk
-        (Aalen-Johansen; a weighted share with ``censoring``); ``effective_n``, the number of rows
-        that the weights are worth. NaN where undefined, such as the slope of equal risks.
+        (Aalen-Johansen; a weighted share with ``censoring``); ``mean_risk``, the mean of ``risk``;
+        ``effective_n``, the number of rows that the weights are worth. NaN where undefined, such as
+        the slope of equal risks.
 
     Raises:
         ValueError: the arrays do not fit together or hold impossible values, or the data cannot
@@ -153,6 +154,7 @@ class Statuses(NamedTuple):
             observed = shares @ self.case / shares.sum(axis=1)
             expected = self.outcome_weights @ risk / self.outcome_weights.sum(axis=1)
             values = _calibration(self.outcome, risk, self.outcome_weights)
+            values["mean_risk"] = self.weights @ risk / self.weights.sum(axis=1)
             values["effective_n"] = shares.sum(axis=1) ** 2 / (shares * self.inverse).sum(axis=1)
             return _finite(oe=observed / expected, observed=observed, **values)
 

@@ -249,10 +249,10 @@ def time_sentences(
     findings = [Finding(level, text), *comparison(metrics)]
     means = []
     for name, title in events.risk_titles.items():
-        observed, oe, slope = (
-            values.loc[metric_name(k, name, events)] for k in ("observed", "oe", "slope")
+        mean, oe, slope = (
+            values.loc[metric_name(k, name, events)] for k in ("mean_risk", "oe", "slope")
         )
-        means.append(observed.value / oe.value if oe.value else math.nan)
+        means.append(mean.value)
         texts = value_text(oe, ".2f"), value_text(slope, ".2f")
         text = f"{title}: observed over expected events {texts[0]}, slope {texts[1]}; 1 is ideal."
         findings.append(Finding(None, text[:1].upper() + text[1:]))

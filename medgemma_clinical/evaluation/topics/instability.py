@@ -15,7 +15,6 @@ import pandas as pd
 
 from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.metrics import Array
-from medgemma_clinical.evaluation.metrics_table import TESTED
 from medgemma_clinical.evaluation.suppress import splits_off_few
 from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, Topic
 from medgemma_clinical.evaluation.verdicts import percent
@@ -30,7 +29,7 @@ def instability(evaluated: Evaluated) -> Topic | None:
     if content.repeats is None:
         return None
     table, by_repeat = content.repeats
-    risks = table.drop(columns=TESTED).to_numpy(float)
+    risks = table.filter(regex="^repeat_").to_numpy(float)
     measures = measure_instability(risks, by_repeat)
     patients = table["patient"].nunique()
     if evaluated.min_cell:  # more digits of an AUROC tell the events

@@ -5,7 +5,7 @@ What sites have in common is a meta-analysis of their results.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -38,10 +38,14 @@ MIN_POOLED = 3
 """Sites that a pooled value and a prediction interval need."""
 
 
-def subgroups(evaluated: Evaluated) -> Topic:
-    """Return the topic."""
+Measure = Callable[[NDArray[np.intp], Array], dict[str, Array]]
+"""From some rows and weights (R, n) to metrics (R,) of these rows, ``SUBGROUP_METRICS``."""
+
+
+def subgroups(evaluated: Evaluated, measure: Measure | None = None) -> Topic:
+    """Return the topic; ``measure`` is the label's where None."""
     content = evaluated.content
-    exact = subgroup_table(evaluated.rows, evaluated.model, content.bands, content.seed)
+    exact = subgroup_table(evaluated.rows, evaluated.model, content.bands, content.seed, measure)
     table = suppress_table(exact, evaluated.min_cell, by="group")
     cells = subgroup_cells(table, content.noun)
     return Topic(
@@ -58,10 +62,25 @@ def subgroup_caption(content: ReportContent, where: str) -> str:
     return f"{pooled} {where}; {about}"
 
 
-def subgroup_table(rows: pd.DataFrame, model: str, bands: pd.DataFrame, seed: int) -> pd.DataFrame:
+def subgroup_table(
+    rows: pd.DataFrame,
+    model: str,
+    bands: pd.DataFrame,
+    seed: int,
+    measure: Measure | None = None,  # of a label where None; else with the share ``observed``
+) -> pd.DataFrame:
     """Return counts, AUROC and calibration of each category in ``bands`` (n rows)."""
     labels, risk, patients = label_risk_patient(rows, model)
     lines: list[dict[str, Any]] = []
+
+    def of_label(members: NDArray[np.intp], weights: Array) -> dict[str, Array]:
+        part = labels[members], risk[members], weights[:, members]
+        values = {"auroc": metrics(*part)["auroc"]}
+        values["slope"] = calibration(*part)["calibration_slope"]
+        with np.errstate(invalid="ignore"):  # observed by expected events
+            values["oe"] = part[2] @ part[0] / (part[2] @ part[1])
+        return values
+
     scored = {}  # rows by line
     for group, column in bands.items():
         for level in column.cat.categories:
@@ -72,16 +91,16 @@ def subgroup_table(rows: pd.DataFrame, model: str, bands: pd.DataFrame, seed: in
                     scored[len(lines)] = members
                 # The observed and the predicted share of events.
                 mean = {"prevalence": labels[members].mean(), "risk": risk[members].mean()}
+                if measure:
+                    once = measure(members, np.ones((1, len(rows))))
+                    mean["prevalence"] = once["observed"].item()
                 lines.append({"group": str(group), "level": str(level), **counts, **mean})
 
     def statistic(weights: Array) -> dict[Any, Array]:
         values: dict[Any, Array] = {}
         for k, members in scored.items():
-            part = labels[members], risk[members], weights[:, members]
-            values[k, "auroc"] = metrics(*part)["auroc"]
-            values[k, "slope"] = calibration(*part)["calibration_slope"]
-            with np.errstate(invalid="ignore"):  # observed by expected events
-                values[k, "oe"] = part[2] @ part[0] / (part[2] @ part[1])
+            found = (measure or of_label)(members, weights)
+            values |= {(k, name): found[name] for name in SUBGROUP_METRICS}
         return values
 
     table = pd.DataFrame(lines)
@@ -116,12 +135,12 @@ def subgroup_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
     return cells
 
 
-def sites(evaluated: Evaluated) -> Topic | None:
-    """Return the topic; None without sites."""
+def sites(evaluated: Evaluated, measure: Measure | None = None) -> Topic | None:
+    """Return the topic; None without sites. ``measure`` is the label's where None."""
     content = evaluated.content
     if content.sites is None:
         return None
-    exact = site_table(evaluated.rows, evaluated.model, content.sites, content.seed)
+    exact = site_table(evaluated.rows, evaluated.model, content.sites, content.seed, measure)
     table = suppress_table(exact, evaluated.min_cell)
     pooled = pool(exact[table["auroc"].notna()])
     caption = "AUROC by site"
@@ -146,13 +165,19 @@ def sites(evaluated: Evaluated) -> Topic | None:
     )
 
 
-def site_table(rows: pd.DataFrame, model: str, sites: NDArray[np.str_], seed: int) -> pd.DataFrame:
+def site_table(
+    rows: pd.DataFrame,
+    model: str,
+    sites: NDArray[np.str_],
+    seed: int,
+    measure: Measure | None = None,
+) -> pd.DataFrame:
     """Return the ``subgroup_table`` of ``sites`` (n,), with the AUROC's logit and its error ``se``.
 
     Source: Debray et al. 2017, BMJ 356:i6460, for the error by the ends of the interval.
     """
     bands = pd.DataFrame({"site": pd.Categorical(sites)})
-    table = subgroup_table(rows, model, bands, seed).drop(columns="group")
+    table = subgroup_table(rows, model, bands, seed, measure).drop(columns="group")
     table = table.rename(columns={"level": "site"})
     # An AUROC of 0 or 1 has no logit: half a pair of patients is ranked otherwise.
     half = 0.5 / (table["events"] * (table["n"] - table["events"]))

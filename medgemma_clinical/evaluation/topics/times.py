@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from medgemma_clinical.data.competing_events import HOURS_OF_UNIT, CompetingEvents
 from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.metrics import Array
+from medgemma_clinical.evaluation.tables import metric_table
 from medgemma_clinical.evaluation.time_metrics import aalen_johansen, net_benefit_at, observed_risk
 from medgemma_clinical.evaluation.time_table import (
     TIME_METRICS,
     UNCENSORED,
     evaluated_events,
     metric_name,
+    statuses_of,
 )
+from medgemma_clinical.evaluation.time_updates import TimeUpdates
 from medgemma_clinical.evaluation.topics.calibration import (
     calibration_table,
     distant_bins,
@@ -25,10 +30,13 @@ from medgemma_clinical.evaluation.topics.calibration import (
 )
 from medgemma_clinical.evaluation.topics.decision_curve import (
     ACTING,
+    SHARES,
     decision_curve,
     plot_decision_curve,
 )
 from medgemma_clinical.evaluation.topics.discrimination import model_comparison
+from medgemma_clinical.evaluation.topics.instability import instability
+from medgemma_clinical.evaluation.topics.subgroups import sites, subgroups
 from medgemma_clinical.evaluation.topics.topic import Cells, Details, Evaluated, Topic, TopicBuilder
 from medgemma_clinical.evaluation.verdicts import NO_VALUE, value_text
 
@@ -43,8 +51,14 @@ LOOKS |= {"middle risk": (plots.INK, "--"), "high risk": (plots.OTHER, "-.")}
 
 def time_topics(events: CompetingEvents) -> tuple[TopicBuilder, ...]:
     """Return what builds the topics of these events, in their order."""
-    builders = (risks, incidence, calibration, decision)
-    return *(partial(build, events) for build in builders), model_comparison
+    own = risks, incidence, calibration, updates, decision
+    builders = [
+        *(partial(build, events) for build in own),
+        instability,
+        model_comparison,
+        *(partial(in_groups, events, build) for build in (subgroups, sites)),
+    ]
+    return tuple(builders)
 
 
 def risks(events: CompetingEvents, evaluated: Evaluated) -> Topic:
@@ -191,6 +205,35 @@ def calibration(events: CompetingEvents, evaluated: Evaluated) -> Topic | None:
     return Topic("Calibration", [text], figures=figures, numbers=tables)
 
 
+def updates(events: CompetingEvents, evaluated: Evaluated) -> Topic | None:
+    """Return the topic of what moving the risks brings; None where it is not tried."""
+    found = evaluated.content.updates
+    if not isinstance(found, TimeUpdates):
+        return None
+    text = (
+        "An update moves each risk on the complementary log-log scale, by pseudo-values. The "
+        "simplest move is taken whose log loss, in halves of the patients that it has not seen, is "
+        f"within one standard error of the lowest: {found.method}. Change of the log loss there: "
+        f"{found.gain}."
+    )
+    return Topic("Calibration after an update", [text])
+
+
+def in_groups(events: CompetingEvents, build: Any, evaluated: Evaluated) -> Topic | None:
+    """Return the topic of subgroups or sites at the first horizon."""
+    name = events.risk_names[0]
+    view, _ = at_horizon(events, evaluated, name)
+    risk = view.rows[view.model].to_numpy(float)
+
+    def measure(members: NDArray[np.intp], weights: Array) -> dict[str, Array]:
+        statuses = statuses_of(view.rows, events, name, weights, members)
+        return statuses.ranking(risk[members]) | statuses.calibration(risk[members])
+
+    topic = build(view, measure)
+    text = f"{events.risk_titles[name][:1].upper()}{events.risk_titles[name][1:]}."
+    return topic and replace(topic, text=[text, *topic.text])
+
+
 def decision(events: CompetingEvents, evaluated: Evaluated) -> Topic | None:
     """Return the topic of the net benefit at the first horizon; None where it is hidden."""
     view, observed = at_horizon(events, evaluated, events.risk_names[0])
@@ -201,4 +244,5 @@ def decision(events: CompetingEvents, evaluated: Evaluated) -> Topic | None:
     title = events.risk_titles[events.risk_names[0]]
     figure = plot_decision_curve(curve, view.names), f"Decision curve: {title}{view.beside}"
     numbers = {"decision_curve": curve.reset_index()}
-    return Topic("Decision curve", [ACTING], [], {"decision_curve": figure}, numbers)
+    cells = Cells(metric_table(evaluated.metrics, SHARES), view.content.at_threshold)
+    return Topic("Decision curve", [ACTING], [cells], {"decision_curve": figure}, numbers)

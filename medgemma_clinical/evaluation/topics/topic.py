@@ -15,7 +15,6 @@ from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.metrics_table import Metrics
 from medgemma_clinical.evaluation.plots import Plot
 from medgemma_clinical.evaluation.suppress import distant_thresholds
-from medgemma_clinical.evaluation.updating import Updates
 from medgemma_clinical.evaluation.verdicts import Finding, at_threshold, primary_baseline, sentences
 
 
@@ -72,7 +71,7 @@ class ReportContent:
     stage1_page: str | None = None  # where the results are stage 1's: its page, empty if unknown
     case_mix: tuple[dict[str, Any], dict[str, Any]] | None = None  # of training, of these rows
     sites: NDArray[Any] | None = None  # hospital or unit of each row
-    updates: Updates | None = None  # of the decision rule in these rows
+    updates: Any = None  # of the decision rule in these rows
     tries_updates: bool = False  # whether there is a section on updates, with or without any
     methods: Mapping[str, str] | None = None  # what ``tripod.md`` says of the training
     notice: str = ""  # a banner
