@@ -38,8 +38,8 @@ from medgemma_clinical.evaluation.verdicts import difference_text, value_text
 FOLDS = 5
 COX, FINE_GRAY, FOREST, NULL = "cause-specific Cox", "Fine-Gray", "forest", "Aalen-Johansen"
 PENALTIES = [
-    {"penalty": "lasso", "n_lambda": 12, "lambda_min_ratio": 0.03},
-    {"penalty": "ridge", "lambdas": 10 ** np.linspace(1, -2.5, 10)},
+    {"penalty": "lasso", "n_lambda": 8, "lambda_min_ratio": 0.03},
+    {"penalty": "ridge", "lambdas": 10 ** np.linspace(0.5, -2, 6)},
 ]
 TREES, TREES_TO_CHOOSE = 500, 60
 LEAVES, COLUMNS = (10, 30, 100), ("sqrt", 0.3)
