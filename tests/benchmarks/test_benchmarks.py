@@ -30,6 +30,7 @@ import splits
 import srtr
 import stage1
 import startup
+import times
 import torch
 import train_writer
 from phrasings import TESTING, TRAINING, Patient, phrase
@@ -40,6 +41,7 @@ import medgemma_trainer
 from dataset_format import MIMICtrajectoryDataset
 from language_models import TINY_MODEL
 from medgemma_clinical.evaluation import metrics
+from medgemma_clinical.evaluation.time_metrics import aalen_johansen
 
 MAIN = medgemma_trainer.main
 PROCESS = SimpleNamespace(submit=lambda f, *a: SimpleNamespace(result=lambda: f(*a)))
@@ -150,6 +152,15 @@ def test_classical(tmp_path, monkeypatch, capsys):
     models = ["ensemble", "stage 1 (trajectory alone)", "Aalen-Johansen"] * 2
     assert [line.split(" | ")[1] for line in lines] == models
     assert "+0.000 [+0.000, +0.000]" in lines[1]
+
+
+@pytest.mark.parametrize("write", [times.write_table, times.write_srtr])
+def test_times_have_the_true_risk(tmp_path, write):
+    _, dataset, labels, truth = write(tmp_path, 3000, 0)
+    hours, incidence = aalen_johansen(dataset.event_hours, dataset.events)
+    observed = [incidence[0][hours <= 24 * days][-1] for days in times.HORIZONS]
+    assert observed == pytest.approx(truth.loc[dataset.ids, [0, 1]].mean().tolist(), abs=0.02)
+    assert all(len(each) < len(dataset) for each in labels)
 
 
 STAY = """Time,Parameter,Value

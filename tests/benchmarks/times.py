@@ -110,7 +110,7 @@ def write_table(folder, rows, seed):
 def write_srtr(folder, rows, seed):
     """The same of a list in the files of SRTR."""
     *tables, truth = waiting_list(rows, seed)
-    write_folder(folder, *tables)
+    write_folder(folder, *tables, ending=".parquet")
     options = {"landmark_days": LANDMARK, "outcome_kind": "time", "removals": "together"}
     times = SRTRTrajectoryDataset(folder, "liver", horizon_days=[*map(int, HORIZONS)], **options)
     labels = [
