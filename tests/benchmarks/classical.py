@@ -41,7 +41,7 @@ PENALTIES = [
     {"penalty": "lasso", "n_lambda": 8, "lambda_min_ratio": 0.03},
     {"penalty": "ridge", "lambdas": 10 ** np.linspace(0.5, -2, 6)},
 ]
-TREES, TREES_TO_CHOOSE = 500, 60
+TREES, TREES_TO_CHOOSE = 200, 50
 LEAVES, COLUMNS = (10, 30, 100), ("sqrt", 0.3)
 
 
