@@ -91,6 +91,13 @@ def cohort(people, values, events):
         before = len(people)
         people = people[kept.reindex(people.index)]
         flow.append({"rule": rule, "removed": before - len(people), "left": len(people)})
+    table = inputs(people, values, events)
+    table["label_escalation"] = died.reindex(people.index).astype(int)
+    return table, flow
+
+
+def inputs(people, values, events):
+    """Return what is known of people (their ids the index) at the prediction time, a row each."""
     cells = series_cells(values).reindex(people.index, fill_value="")
     table = cells.rename(columns=SERIES)[list(SERIES.values())]
     table.insert(0, "subject_id", people.index)
@@ -106,8 +113,7 @@ def cohort(people, values, events):
         table[f"static_{name.replace(' ', '_')}"] = has.astype(int)
     table["clinical_context"] = contexts(people, history)
     table["prediction_hours"] = 24 * INDEX
-    table["label_escalation"] = died.reindex(people.index).astype(int)
-    return table, flow
+    return table
 
 
 def dated_values(values):

