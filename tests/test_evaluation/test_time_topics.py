@@ -173,6 +173,24 @@ def test_a_risk_that_is_not_measured_has_no_figure(rows, metrics):
     assert times.decision(EVENTS, fewer) is None
 
 
+def test_a_site_has_its_own_metrics_at_the_first_horizon(rows, metrics):
+    at = np.where(np.arange(len(rows)) % 3 == 0, "north", "south")
+    site = replace(evaluated(rows, metrics).content, sites=at)
+    view = replace(evaluated(rows, metrics), content=site)
+    names = [build.args[1] for build in times.time_topics(EVENTS)[-2:]]
+    assert [build.__name__ for build in names] == ["subgroups", "sites"]
+    topic = times.time_topics(EVENTS)[-1](view)
+    table = topic.numbers["sites"].set_index("site")
+    for name, risk in (("north", at == "north"), ("south", at == "south")):
+        own = rows[risk]
+        horizon = EVENTS.horizons[0]
+        found = metrics_at(own["event_hours"], own["event"], own[f"{MODEL} {FIRST}"], horizon)
+        line = table.loc[name]
+        for metric in ("auroc", "oe", "slope"):
+            assert line[metric] == pytest.approx(found[metric])
+        assert line["prevalence"] == pytest.approx(found["observed"])
+
+
 def test_the_box_says_both_risks_their_difference_and_the_planned_comparison(rows, metrics):
     texts = [str(finding) for finding in time_sentences(metrics, EVENTS)]
     for by, risk, without in zip(
@@ -181,9 +199,7 @@ def test_the_box_says_both_risks_their_difference_and_the_planned_comparison(row
         (text,) = (text for text in texts if text.startswith(f"By {by}"))
         mean = rows[f"{MODEL} {risk}"].mean()
         assert f"{100 * mean:.1f}\xa0%" in text
-        value = metrics.of(MODEL)["value"]
-        end = without.removeprefix("risk_")
-        other = value[f"observed_{end}"] / value[f"oe_{end}"]
+        other = rows[f"{MODEL} {without}"].mean()
         assert f"{100 * other:.1f}\xa0%" in text
         assert f"{100 * (other - mean):+.1f} percentage points" in text
     assert sum("(blend)" in text for text in texts) == 1
@@ -196,7 +212,7 @@ def test_the_box_says_both_risks_their_difference_and_the_planned_comparison(row
     alone = time_sentences(replace(metrics, primary=None), EVENTS)
     assert not any("blend" in str(finding) for finding in alone)
     table = metrics.table.copy()
-    table.loc[(MODEL, "oe_without_transplant_24h"), "value"] = np.nan  # too few rows
+    table.loc[(MODEL, "mean_risk_without_transplant_24h"), "value"] = np.nan  # hidden
     fewer = [str(finding) for finding in time_sentences(replace(metrics, table=table), EVENTS)]
     assert [text for text in texts if not text.startswith("By 24h")][-3:] == fewer[-3:]
     assert not any("nan" in text or text.startswith("By 24h") for text in fewer)

@@ -52,7 +52,7 @@ LOOKS |= {"middle risk": (plots.INK, "--"), "high risk": (plots.OTHER, "-.")}
 def time_topics(events: CompetingEvents) -> tuple[TopicBuilder, ...]:
     """Return what builds the topics of these events, in their order."""
     own = risks, incidence, calibration, updates, decision
-    builders = [
+    builders: list[TopicBuilder] = [
         *(partial(build, events) for build in own),
         instability,
         model_comparison,
