@@ -61,7 +61,7 @@ from medgemma_clinical.evaluation.topics.instability import instability
 from medgemma_clinical.evaluation.topics.subgroups import sites, subgroups
 from medgemma_clinical.evaluation.topics.times import time_topics
 from medgemma_clinical.evaluation.topics.topic import TopicBuilder
-from medgemma_clinical.evaluation.updating import Updates, evaluate_updates, updated_rule
+from medgemma_clinical.evaluation.updating import evaluate_updates, updated_rule
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.hazards import Hazards
 
@@ -106,6 +106,16 @@ class LabelOutcome:
         sites,
     )
 
+    baseline_names = staticmethod(baselines.baseline_names)
+    tune_baselines = staticmethod(baselines.tune_baselines)
+    fit_baselines = staticmethod(baselines.fit_baselines)
+    read_baselines = Baselines.from_json
+    decide_folds = staticmethod(baselines.decide_folds)
+    evaluate = staticmethod(evaluate)
+    evaluate_updates = staticmethod(evaluate_updates)
+    sentences = staticmethod(verdicts.sentences)
+    table = staticmethod(tables.model_table)
+
     # ------------------------------------------------------------------ what is learned
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -139,30 +149,6 @@ class LabelOutcome:
     def read(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the log-odds (B,) of the event for logits (B, 1), and no hazards."""
         return logits.squeeze(1), None
-
-    # ------------------------------------------------------------------ baselines
-
-    def baseline_names(
-        self, dataset: TrajectoryDataset, train: NDArray[np.int64], static: Sequence[str]
-    ) -> list[str]:
-        """Return the names of the baselines that ``fit_baselines`` fits, in no order."""
-        return baselines.baseline_names(dataset, train, static)
-
-    def tune_baselines(
-        self, dataset: TrajectoryDataset, train: NDArray[np.int64], static: Sequence[str]
-    ) -> Settings:
-        """Choose the settings of the baselines in folds of some rows, where these are enough."""
-        return baselines.tune_baselines(dataset, train, static)
-
-    def fit_baselines(
-        self, dataset: TrajectoryDataset, rows: NDArray[np.int64], settings: Settings
-    ) -> Baselines:
-        """Fit the baselines on some rows."""
-        return baselines.fit_baselines(dataset, rows, settings)
-
-    def read_baselines(self, text: str) -> Baselines:
-        """Check and return the baselines of a file."""
-        return Baselines.from_json(text)
 
     # ------------------------------------------------------------------ forecasts
 
@@ -231,16 +217,6 @@ class LabelOutcome:
         labels, patients = observed["label"].to_numpy(float), observed["patient"].to_numpy(str)
         return baselines.fit_rules(labels, stage, forecast, beside, patients, options)
 
-    def decide_folds(
-        self,
-        table: pd.DataFrame,
-        rules: Sequence[Mapping[str, Any]],
-        fold: NDArray[np.int64],
-        options: DecisionOptions,
-    ) -> tuple[dict[str, DecisionRule], pd.DataFrame]:
-        """Fit decision rules to out-of-fold predictions; see ``baselines.decide_folds``."""
-        return baselines.decide_folds(table, rules, fold, options)
-
     def choose_threshold(self, choice: str, table: pd.DataFrame | None, name: str) -> float:
         """Return a model's threshold of a ``--threshold``, chosen on held-out predictions."""
         labels, risk = np.zeros(1), np.zeros(1)
@@ -274,10 +250,6 @@ class LabelOutcome:
         left = "of those that are left all have, or all lack, the event"
         return left if len(observed) else "none left"
 
-    def evaluate_updates(self, rows: pd.DataFrame, model: str, seed: int) -> Updates | None:
-        """Choose an update on known outcomes; None where there are too few."""
-        return evaluate_updates(rows, model, seed)
-
     def updated(self, config: Config, used: str, rule: DecisionRule, updates: Any) -> Config:
         """Return a configuration in which the rule of a model is updated."""
         moved = asdict(updated_rule(rule, updates.slope, updates.intercept))
@@ -290,18 +262,6 @@ class LabelOutcome:
             slope, intercept = updates.slope, updates.intercept
             total = [slope * total[0], intercept + slope * total[1]]
         return {**config, "updated": {"stage": total}}
-
-    def evaluate(self, table: pd.DataFrame, seed: int, *rule: Any, **plan: Any) -> Metrics:
-        """Return the metrics of a table of predictions."""
-        return evaluate(table, seed, *rule, **plan)
-
-    def sentences(self, metrics: Metrics, *words: str) -> list[verdicts.Finding]:
-        """Return metrics in words; ``words`` are those of ``verdicts.sentences``."""
-        return verdicts.sentences(metrics, *words)
-
-    def table(self, metrics: Metrics) -> pd.DataFrame:
-        """Return metrics as a table of text."""
-        return tables.model_table(metrics)
 
 
 @dataclass(frozen=True)
