@@ -53,9 +53,10 @@ def quick(request):
     Each page is of the same day, and no file waits for the disk.
 
     A module that is about them has its own ``DRAWS``, ``FIGURES = True``, and ``REPORTS = True``
-    where runs write a whole report rather than an empty file.
+    where runs write a whole report rather than an empty file. ``TUNES = False``: no settings of
+    baselines are searched.
     """
-    from medgemma_clinical.evaluation import metrics, report, updating
+    from medgemma_clinical.evaluation import baselines, metrics, report, updating
 
     figures = getattr(request.module, "FIGURES", False)
     results = sys.modules.get("medgemma_clinical.commands.results")  # not for tests of no run
@@ -63,6 +64,8 @@ def quick(request):
         patch.setattr(os, "fsync", lambda _: None)
         patch.setattr(metrics, "REPLICATES", getattr(request.module, "DRAWS", DRAWS))
         patch.setattr(updating, "DIVISIONS", 2)
+        if not getattr(request.module, "TUNES", True):
+            patch.setattr(baselines, "MIN_TUNED", 10**9)
         patch.setitem(report.PAGES.globals, "today", lambda: "2026-01-31")
         patch.setattr(Figure, "savefig", DRAW if figures else save_blank)
         if results and not getattr(request.module, "REPORTS", False):

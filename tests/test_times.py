@@ -22,6 +22,7 @@ from predicting import predicted, refused
 
 RISKS = ["risk_24h", "risk_72h", "risk_without_transplant_24h", "risk_without_transplant_72h"]
 EVENTS = ["event_hours", "event"]
+TUNES = False
 ABOUT = {"series": "MELD", "unit": "", "events": {"1": "death", "2": "transplant"}}
 
 
@@ -181,6 +182,7 @@ def test_horizons_that_do_not_rise_are_no_horizons(text):
 
 def test_weights_by_the_inputs_are_an_option(times, tmp_path):
     rows, options = waiting(2000), {"trajectory_epochs": 1, "horizon_hours": [72]}
+    options["baselines"] = False
     found = [
         fit_trajectory(rows, **options, censoring=censoring).metrics["test"]
         for censoring in ("km", "regression")
@@ -190,7 +192,7 @@ def test_weights_by_the_inputs_are_an_option(times, tmp_path):
 
 
 def test_training_ranks_and_its_risks_have_the_level_of_the_events():
-    options = {"horizon_hours": [24, 72], "batch_size": 32, "test": False}
+    options = {"horizon_hours": [24, 72], "batch_size": 32, "test": False, "baselines": False}
     model = fit_trajectory(waiting(900), trajectory_epochs=8, **options)
     rows = waiting(2000, seed=9)
     risk = model.predict_proba(rows.drop(columns=EVENTS))[:, 1]

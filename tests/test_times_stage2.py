@@ -27,7 +27,7 @@ from stages import arguments, data_for, make_stage, train_epoch
 from test_resume import stop
 from test_times import ABOUT, EVENTS, RISKS, waiting
 
-STAGE_1 = "stage 1 (trajectory alone)"
+STAGE_1, TUNES = "stage 1 (trajectory alone)", False
 ROWS = range(8)
 
 

@@ -92,6 +92,8 @@ def read_predictions(
         if model != "probability":
             own = {file: risk for risk, file in outcome.columns(model, "").items()}
             table = table.rename(columns=own, errors="raise")
+        if missing := [name for name in outcome.tested if name not in table]:
+            raise KeyError(missing[0] + (", as it is of times" if "event" in table else ""))
         table = table[[*outcome.tested, *table.columns.drop(outcome.tested)]]
         numbers = table.drop(columns=["id", "patient"]).astype(float)
         risks = numbers.drop(columns=outcome.tested, errors="ignore")

@@ -260,8 +260,9 @@ def test_the_chosen_weight_is_kept_with_the_model_and_makes_its_predictions():
     for flags, weighs in (("--freeze_ode",), True), (("--soft_prompt", "off"), False):
         stage = stage_of_patients(*flags)
         data = data_for(arguments("--model_name", TINY_MODEL, *flags), patients())
+        observed = LABEL.observed(data.dataset, raw.rows, "km", 0)
         predictions, decided = results.apply_decisions(
-            dict.fromkeys(PARTS, raw), stage, data, DecisionOptions()
+            dict.fromkeys(PARTS, raw), observed, stage, data, DecisionOptions()
         )
         weight = decided.get("residual_weight", 1.0)
         assert ("residual_weight" in decided) == weighs == (weight < 1)

@@ -30,7 +30,7 @@ def explained(model, table):
     (rows,) = scoring_rows(table, model.config, trainer.DATASETS, findings, len(table))
     lines, scored = prediction_table(rows, model.trained, findings, 32)
     return [
-        explain(line, scored.dataset.subset(np.array([k])), model.trained, 32)
+        explain(line, scored.rows.dataset.subset(np.array([k])), model.trained, 32)
         for k, line in enumerate(lines.to_dict("records"))
     ]
 
