@@ -236,17 +236,20 @@ def test_the_check_shows_events_follow_up_and_censoring(tmp_path, capsys):
 def test_a_cause_of_few_training_patients_is_refused_and_may_be_merged(caplog):
     caplog.set_level(logging.INFO)
     table = population().assign(split=(["train"] * 8 + ["val", "test"]) * 30)
-    rare = np.flatnonzero(table["split"].eq("train") & table["event"].eq(2))[10:]
-    table.loc[rare, "event"] = 0
+    ten, rest = np.split(np.flatnonzero(table["split"].eq("train") & table["event"].eq(2)), [10])
+    table.loc[rest, "event"], table.loc[ten, "event_hours"] = 0, 1.0
+    late = table.assign(event_hours=table["event_hours"].where(~table.index.isin(ten[:1]), 1e4))
     patients = {"max_samples": 0, "seed": 0, "prompts": PromptOptions()}
     assert len(prepare_data(read(table), **patients).dataset) == 300
+    with pytest.raises(InputError, match="event 2"):  # it happens after the last horizon
+        prepare_data(read(late), **patients)
     table.loc[table["event"].eq(2) & table["split"].eq("train"), "subject_id"] = "p0"
     table["split"] = np.where(table["subject_id"].eq("p0"), "train", table["split"])
     for use in (
         lambda: prepare_data(read(table), **patients),
         lambda: checks.check(lambda: read(table, allow_duplicates=True)),
     ):
-        with pytest.raises(InputError, match="event 2, transplant: merge"):
+        with pytest.raises(InputError, match="event 2, transplant, by"):
             use()
     merged = read(table.assign(event=table["event"].clip(upper=1)), GAP)
     assert merged.competing_events.names == ("event 1",)

@@ -320,5 +320,5 @@ def test_labels_have_no_curves_and_the_classifier_takes_no_times(tmp_path, capsy
     words = ["--predict", "--checkpoint", tmp_path / "run", "--data_path", tmp_path / "rows.csv"]
     words += ["--predictions", tmp_path / "out.csv", "--curves", tmp_path / "curves.csv"]
     assert refused(capsys, [*map(str, words)], "--curves", out=tmp_path / "out.csv")
-    with pytest.raises(InputError, match="times"):
+    with pytest.raises(InputError, match="label_escalation"):
         TrajectoryClassifier().fit(waiting(200))

@@ -77,9 +77,8 @@ class TrajectoryClassifier(ClassifierMixin, BaseEstimator):
             rows = rows.assign(**{self.label_column: codes})
         flags: dict[str, Any] = {"max_samples": 0, **self.get_params(deep=False)}
         kind, seed = TrajectoryModel.program.datasets["dka"], flags.pop("random_state")
-        dataset = kind(rows, **{name: flags.pop(name, None) for name in kind.options})
-        if dataset.outcome_kind != "label":
-            raise InputError("TrajectoryClassifier: takes a label, not times: use fit_trajectory")
+        options = {name: flags.pop(name, None) for name in kind.options}
+        dataset = kind(rows, **{**options, "outcome_kind": "label"})  # times need fit_trajectory
         dataset.held_out = ("val",)
         drawn = not isinstance(seed, (int, np.integer))
         flags["seed"] = check_random_state(seed).randint(2**31) if drawn else seed

@@ -40,7 +40,7 @@ def write_update(
     labels, text = rows["label"].to_numpy(float), "change of the log loss by an update"
     logger.info("%s, in halves that it has not seen: %s", text, updates.gain)
     if updates.method == NOT_UPDATED:
-        text = "--update %s: not written: tests show no need to update %s on these rows"
+        text = "--update %s: not written: these rows show no need to update %s"
         logger.warning(text, folder, used)
         return
     logger.info("update of %s by its %s", used, updates.method)

@@ -219,14 +219,16 @@ def _percentiles(numbers: NDArray[Any]) -> str:
 
 def check_events(dataset: TrajectoryDataset, train: NDArray[np.int64]) -> None:
     """Refuse competing events of which a model could learn nothing."""
-    if dataset.competing_events is None or dataset.events is None:
+    if dataset.competing_events is None:
         return
+    _, hours, events = dataset.targets()[train].T
+    by_then = hours <= dataset.competing_events.horizons[-1]
     for event, name in enumerate(dataset.competing_events.names, start=1):
-        patients = count_patients(dataset.groups[train], dataset.events[train] == event)
+        patients = count_patients(dataset.groups[train], by_then & (events == event))
         if patients < MIN_EVENT_PATIENTS:
             raise InputError(
                 f"{dataset.source}: fewer than {MIN_EVENT_PATIENTS} patients of the training part "
-                f"have event {event}, {name}: merge it: {dataset.merging}"
+                f"have event {event}, {name}, by the last horizon: merge it: {dataset.merging}"
             )
 
 

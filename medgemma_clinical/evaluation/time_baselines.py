@@ -22,8 +22,11 @@ from medgemma_clinical.data.trajectories import Rows, TrajectoryDataset
 from medgemma_clinical.evaluation.baselines import (
     BLEND,
     BOOSTING,
+    ENSEMBLE,
+    LOGISTIC,
     PENALTIES,
     PENALTY,
+    STATISTICS,
     WITH_STATICS,
     Baselines,
     Settings,
@@ -39,6 +42,14 @@ from medgemma_clinical.evaluation.time_metrics import aalen_johansen
 NULL = "Aalen-Johansen"
 """The baseline that gives everyone the same risks."""
 
+TIME_MEANINGS = {
+    NULL: "the same risks for everyone",
+    LOGISTIC: f"a multinomial regression in each interval of follow-up on {STATISTICS}",
+    BOOSTING: f"decision trees of each event in each interval of follow-up on {STATISTICS}",
+    BLEND: f"the mean hazards of {LOGISTIC} and {BOOSTING}",
+    ENSEMBLE: "the mean hazards of this model and of the blend with the most inputs",
+}
+
 INTERVAL = "interval of follow-up"
 """Column of boosted trees."""
 
@@ -47,6 +58,9 @@ UNPENALISED = 30.0
 
 MAX_INTERVALS = 64
 """Bound of what a file may hold."""
+
+UNSEEN = -30.0
+"""Log-odds of an outcome that the fitted rows do not have."""
 
 SMALLEST = 1e-9
 """Least cumulative hazard of an event in an interval."""
@@ -59,12 +73,13 @@ class Periods(NamedTuple):
     interval: NDArray[np.int64]  # (M,)
     event: NDArray[np.int64]  # (M,) number of the event that ended the row in the interval, 0 none
     weight: Array  # (M,) share of the interval, 1 with an event
+    shape: tuple[int, int]  # C and K
 
     def of(self, rows: NDArray[np.int64]) -> Periods:
         """Return those of some rows."""
         chosen = np.isin(self.row, rows)
-        row, interval, event, weight = self
-        return Periods(row[chosen], interval[chosen], event[chosen], weight[chosen])
+        row, interval, event, weight, shape = self
+        return Periods(row[chosen], interval[chosen], event[chosen], weight[chosen], shape)
 
 
 def periods_of(exposure: Array, is_event: NDArray[np.bool_]) -> Periods:
@@ -72,7 +87,8 @@ def periods_of(exposure: Array, is_event: NDArray[np.bool_]) -> Periods:
     event = (is_event * np.arange(1, is_event.shape[1] + 1)[:, None]).sum(axis=1)
     weight = np.where(event > 0, 1.0, exposure)
     row, interval = np.nonzero(weight)
-    return Periods(row, interval, event[row, interval], weight[row, interval])
+    shape = is_event.shape[1], is_event.shape[2]
+    return Periods(row, interval, event[row, interval], weight[row, interval], shape)
 
 
 def hazards_of(chances: Array) -> Array:
@@ -211,7 +227,7 @@ def tune_time_baselines(
         str(event): tuned_trees(
             values, (periods.event == event).astype(float), within, periods.weight
         )
-        for event in range(1, periods.event.max() + 1)
+        for event in range(1, periods.shape[0] + 1)
     }
     penalties: dict[str, float] = {}
     for name in [name for name in tables if name not in boosted and folds]:
@@ -273,16 +289,19 @@ def fit_regressions(
     scaler, rows = StandardScaler(), np.unique(periods.row)
     scaler.fit(imputer.fit_transform(values[rows]))
     scaled = scaler.transform(imputer.transform(values))
-    intervals = np.eye(int(periods.interval.max()) + 1)
+    outcomes, intervals = periods.shape[0] + 1, np.eye(periods.shape[1])
     design = np.hstack([scaled[periods.row], UNPENALISED * intervals[periods.interval]])
     marked = [columns[k] for k in imputer.indicator_.features_]
     scales = imputer.statistics_, marked, scaler.mean_, scaler.scale_
     model = LogisticRegression(max_iter=2000, warm_start=True)
     for penalty in penalties:
         model.set_params(C=penalty).fit(design, periods.event, sample_weight=periods.weight)
-        fitted = np.hstack([model.coef_, model.intercept_[:, None]])
-        if len(fitted) == 1:  # of one event alone scikit-learn gives its log-odds
-            fitted = np.vstack([np.zeros_like(fitted), fitted])
+        found = np.hstack([model.coef_, model.intercept_[:, None]])
+        if len(found) == 1:  # of two outcomes scikit-learn gives the log-odds
+            found = np.vstack([np.zeros_like(found), found])
+        fitted = np.zeros((outcomes, found.shape[1]))
+        fitted[:, -1] = UNSEEN  # what these rows do not have
+        fitted[model.classes_] = found
         weights, of_intervals, of_all = np.split(fitted, [scaled.shape[1], -1], axis=1)
         intercepts = (of_all + UNPENALISED * of_intervals).T
         yield PeriodRegression([*columns], *scales, weights, intercepts)

@@ -25,6 +25,7 @@ from medgemma_clinical.evaluation.metrics_table import (
 )
 from medgemma_clinical.evaluation.time_metrics import (
     MIN_AT_RISK,
+    MIN_UNCENSORED,
     Statuses,
     check_horizon,
     statuses_at,
@@ -113,7 +114,8 @@ def uncensored_columns(
             columns[UNCENSORED + name] = uncensored_probability(hours, event, horizon)
         if ends:  # what leads to an intervention is not what ends a record
             columns[UNCENSORED + name] *= censoring_survival(hours, np.isin(event, ends), *options)
-    return columns
+    # A row of which hardly any is left would count for all others.
+    return {name: column.clip(MIN_UNCENSORED) for name, column in columns.items()}
 
 
 def models_of(rows: pd.DataFrame, events: CompetingEvents) -> list[str]:
@@ -255,6 +257,8 @@ def time_sentences(
         means.append(mean.value)
         texts = value_text(oe, ".2f"), value_text(slope, ".2f")
         text = f"{title}: observed over expected events {texts[0]}, slope {texts[1]}; 1 is ideal."
+        if math.isnan(oe.value):
+            text = f"{title}: not measured, as too few are watched until then, or no event is seen."
         findings.append(Finding(None, text[:1].upper() + text[1:]))
     if events.interventions:
         pairs = zip(events.horizon_names, means, means[len(events.horizons) :], strict=False)

@@ -15,7 +15,11 @@ from medgemma_clinical.evaluation import decision
 from medgemma_clinical.evaluation.metrics import Array, log_odds, row_losses
 from medgemma_clinical.evaluation.metrics_table import MINORITY_PATIENTS, bootstrap, with_interval
 from medgemma_clinical.evaluation.time_metrics import Statuses, cloglog, fit_cloglog
-from medgemma_clinical.evaluation.time_table import statuses_of
+from medgemma_clinical.evaluation.time_table import (
+    evaluated_events,
+    horizon_problem,
+    statuses_of,
+)
 from medgemma_clinical.evaluation.updating import DIVISIONS
 from medgemma_clinical.evaluation.verdicts import value_text
 
@@ -71,7 +75,10 @@ def evaluate_time_updates(
     methods, moves, change = {}, {}, np.zeros(len(rows))
     divisions = np.random.default_rng(seed).integers(2**32, size=DIVISIONS).tolist()
     halves = [draw_folds(patients, case, 2, division) for division in divisions]
-    for name in events.risk_names:
+    for name, (horizon, _) in evaluated_events(events).items():
+        if horizon_problem(rows, horizon):
+            methods[name], moves[name] = decision.NOT_UPDATED, (1.0, 0.0)
+            continue
         risk, whole = rows[f"{model} {name}"].to_numpy(float), statuses_of(rows, events, name)
         with_slope = whole.case.sum() >= decision.MIN_SLOPE_EVENTS
         tried = decision.METHODS if with_slope else decision.METHODS[:2]

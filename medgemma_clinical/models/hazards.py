@@ -146,8 +146,13 @@ class Hazards:
             expected = exposure * np.logaddexp(0, z[:, cause] + shift)
             return float(expected.sum() - is_event[:, cause].sum())
 
-        causes = range(len(self.events.names))
-        shifts = [brentq(excess, -MAX_SHIFT, MAX_SHIFT, (cause,)) for cause in causes]
+        def root(cause: int) -> float:
+            """Return the shift without excess, a bound where none has none."""
+            if excess(-MAX_SHIFT, cause) >= 0:
+                return -MAX_SHIFT
+            return float(brentq(excess, -MAX_SHIFT, MAX_SHIFT, (cause,)))
+
+        shifts = [root(cause) for cause in range(len(self.events.names))]
         return np.kron(shifts, np.eye(1, len(self.cuts) + 1, len(self.cuts))[0])
 
     def incidence(

@@ -7,6 +7,8 @@ hazards (n, C, K) of times.
 
 from __future__ import annotations
 
+import itertools
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -64,6 +66,8 @@ from medgemma_clinical.evaluation.topics.topic import TopicBuilder
 from medgemma_clinical.evaluation.updating import evaluate_updates, updated_rule
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.hazards import Hazards
+
+logger = logging.getLogger(__name__)
 
 Config = Any
 """A checkpoint's configuration, ``checkpoints.Config``."""
@@ -306,7 +310,7 @@ class TimeOutcome:
         others = ", ".join(events.names[1:])
         text = f"The risks are of {events.names[0]} by {', '.join(events.horizon_names)}"
         return [
-            f"{text}, while others compete with it: {others}",
+            text + (f", while others compete with it: {others}" if others else ""),
             *filter(None, [events.assumption]),
         ]
 
@@ -432,6 +436,10 @@ class TimeOutcome:
         found = {
             k: moved_risk(x, *moves.get(k, ())) for k, x in zip(self.names, risks, strict=True)
         }
+        n = len(self.hazards.events.horizons)
+        for earlier, later in itertools.pairwise(self.names if moves else ()):
+            if later != self.names[n % len(self.names)]:  # a risk does not fall with time
+                found[later] = np.maximum(found[earlier], found[later])
         return {name: found[self.names[0]], **{f"{name} {k}": x for k, x in found.items()}}
 
     def columns(self, name: str, ending: str) -> dict[str, str]:
@@ -453,8 +461,13 @@ class TimeOutcome:
         found = self.hazards.incidence(torch.from_numpy(forecast), until.tolist()).numpy()
         if moves:
             pairs = np.array([moves[name] for name in events.horizon_risks]).T  # (2, H)
-            move = [np.interp(until, events.horizons, x) for x in pairs]
-            found[:, 0] = moved_risk(found[:, 0], *move)
+            slope, intercept = (np.interp(until, events.horizons, x) for x in pairs)
+            order = np.argsort(until)
+            first = moved_risk(found[:, 0], slope, intercept)[:, order]
+            first = np.maximum.accumulate(first, axis=1)[:, np.argsort(order)]
+            # The others share what it leaves.
+            found[:, 1:] *= ((1 - first) / (1 - found[:, 0]).clip(1e-12))[:, None]
+            found[:, 0] = first
         return until, events.names, found
 
     # ------------------------------------------------------------------ decisions
@@ -468,8 +481,11 @@ class TimeOutcome:
     def _rule(self, risk: Array, observed: pd.DataFrame, choice: str | None) -> DecisionRule:
         statuses = statuses_of(observed, self.hazards.events, self.names[0])
         known = statuses.inverse[0] > 0
-        if len({*statuses.case[known]}) < 2:
-            return DecisionRule()  # nothing to choose a threshold by
+        chosen = decision.parse_threshold(choice) if choice else ("goal", 0.5)
+        if len({*statuses.case[known]}) < 2 and chosen[0]:
+            text = "nothing to choose a threshold by before the first horizon: %g is taken"
+            logger.warning(text, DecisionRule().threshold)
+            return DecisionRule()
         weighed = statuses.case[known], risk[known], statuses.inverse[0, known]
         return DecisionRule(threshold=decision.choose_threshold(choice, *weighed))
 

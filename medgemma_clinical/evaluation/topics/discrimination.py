@@ -59,14 +59,14 @@ def plot_precision_recall(labels: Array, scores: Sequence[Array]) -> plots.Plot:
     return plots.with_legend(figure), alt
 
 
-def model_comparison(evaluated: Evaluated) -> Topic:
+def model_comparison(evaluated: Evaluated, meanings: Mapping[str, str] = MEANINGS) -> Topic:
     """Return the topic."""
     noun, metrics = evaluated.content.noun, evaluated.metrics
     cells = model_cells(metrics)
     numbers = {"models": cells}
     if len(cells) == 1:
         return Topic("Baselines", [f"None was scored on these {noun}."], numbers=numbers)
-    terms = {name: MEANINGS[name] for name in metrics.models if name in MEANINGS}
+    terms = {name: meanings[name] for name in metrics.models if name in meanings}
     return Topic(
         "Baselines",
         [*filter(None, [multiplicity_sentence(metrics)])],

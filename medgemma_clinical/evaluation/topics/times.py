@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from medgemma_clinical.data.competing_events import HOURS_OF_UNIT, CompetingEvents
 from medgemma_clinical.evaluation import plots
+from medgemma_clinical.evaluation.baselines import MEANINGS
 from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.tables import metric_table
+from medgemma_clinical.evaluation.time_baselines import TIME_MEANINGS
 from medgemma_clinical.evaluation.time_metrics import aalen_johansen, net_benefit_at, observed_risk
 from medgemma_clinical.evaluation.time_table import (
     TIME_METRICS,
@@ -55,7 +57,7 @@ def time_topics(events: CompetingEvents) -> tuple[TopicBuilder, ...]:
     builders: list[TopicBuilder] = [
         *(partial(build, events) for build in own),
         instability,
-        model_comparison,
+        partial(model_comparison, meanings=MEANINGS | TIME_MEANINGS),
         *(partial(in_groups, events, build) for build in (subgroups, sites)),
     ]
     return tuple(builders)
@@ -74,9 +76,11 @@ def risks(events: CompetingEvents, evaluated: Evaluated) -> Topic:
     table = pd.DataFrame(lines)
     table = table[(table[[*events.risk_names]] != NO_VALUE).any(axis=1)]
     meanings = {title: meaning for title, _, meaning in TIME_METRICS.values()}
+    others = ", ".join(events.names[1:])
     text = (
-        f"The risk of {events.names[0]} by each horizon, while {', '.join(events.names[1:])} "
-        "may come first. Who is not watched for as long counts by weights, not as without it."
+        f"The risk of {events.names[0]} by each horizon"
+        f"{f', while {others} may come first' if others else ''}. Who is not watched for "
+        "as long counts by weights, not as without it."
     )
     return Topic(
         "Risks",
