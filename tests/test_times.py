@@ -9,11 +9,12 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from conftest import whole_reports
+from dataset_format import Description, MIMICtrajectoryDataset
 from medgemma_clinical.commands import command_line
 from medgemma_clinical.commands.patients import patients_path
 from medgemma_clinical.data.competing_events import CompetingEvents
-from medgemma_clinical.evaluation.time_metrics import metrics_at
-from medgemma_clinical.evaluation.time_table import evaluate_times
+from medgemma_clinical.evaluation.time_metrics import MIN_UNCENSORED, metrics_at
+from medgemma_clinical.evaluation.time_table import evaluate_times, uncensored_columns
 from medgemma_clinical.evaluation.verdicts import percent
 from medgemma_clinical.files import InputError
 from medgemma_trainer import TrajectoryClassifier, TrajectoryModel, fit_trajectory, main
@@ -140,7 +141,7 @@ def test_python_saves_and_lists_a_model_of_times_and_predicts_no_yes_or_no(times
 
 
 def test_what_happens_later_changes_no_prediction(times, tmp_path):
-    rows, altered = waiting(), waiting()
+    rows, altered = waiting(150), waiting(150)
     altered["event_hours"], altered["event"] = altered["event_hours"] + 7, 1
     for name, table in (("rows", rows), ("altered", altered)):
         table.to_csv(tmp_path / f"{name}.csv", index=False)
@@ -322,3 +323,17 @@ def test_labels_have_no_curves_and_the_classifier_takes_no_times(tmp_path, capsy
     assert refused(capsys, [*map(str, words)], "--curves", out=tmp_path / "out.csv")
     with pytest.raises(InputError, match="label_escalation"):
         TrajectoryClassifier().fit(waiting(200))
+
+
+def test_no_row_counts_for_more_than_twenty():
+    """Who is surely transplanted at once has next to no chance of not being so."""
+    rows, rng = waiting(400), np.random.default_rng(0)
+    sick = rows["clinical_trajectory"].str.extract(r"-> ([\d.]+)")[0].astype(float) > 22
+    rows.loc[sick, "event"], rows.loc[sick, "event_hours"] = 2, rng.uniform(1, 20, sick.sum())
+    late = np.flatnonzero(sick)[:2]
+    rows.loc[late, "event"], rows.loc[late, "event_hours"] = 1, 23.0
+    about = Description(series="MELD", events=("death", "transplant"), interventions=(2,))
+    data = MIMICtrajectoryDataset(rows, description=about, horizon_hours=[24.0])
+    chances = uncensored_columns(data.competing_events, data, "km", 0)
+    (column,) = chances.values()
+    assert column.min() == MIN_UNCENSORED
