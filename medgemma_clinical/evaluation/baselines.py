@@ -325,9 +325,15 @@ def frequent_words(contexts: NDArray[np.object_]) -> list[str]:
 
 
 def tuned_trees(
-    values: Array, labels: Array, folds: Folds, weights: Array | None = None
+    values: Array,
+    labels: Array,
+    folds: Folds,
+    weights: Array | None = None,
+    given: Sequence[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Return the settings of boosted trees whose log loss in the folds is the lowest.
+
+    ``given`` are sizes to be tried in place of all.
 
     Source: Friedman 2002, "Stochastic gradient boosting"; Ke et al. 2017, "LightGBM".
     """
@@ -343,10 +349,11 @@ def tuned_trees(
         losses: list[float] = curves["valid binary_logloss-mean"]
         return min(losses), int(np.argmin(losses)) + 1
 
-    sizes = [*SIZES]
+    sizes = [*(given or SIZES)]
     results = [lowest_loss(size) for size in sizes]
-    sizes.append({**sizes[results.index(min(results))], **FEWER_ROWS})
-    results.append(lowest_loss(sizes[-1]))
+    if given is None:
+        sizes.append({**sizes[results.index(min(results))], **FEWER_ROWS})
+        results.append(lowest_loss(sizes[-1]))
     best = results.index(min(results))
     return {**rate, **sizes[best], "trees": results[best][1]}
 

@@ -26,6 +26,7 @@ from medgemma_clinical.evaluation.baselines import (
     LOGISTIC,
     PENALTIES,
     PENALTY,
+    SIZES,
     STATISTICS,
     WITH_STATICS,
     Baselines,
@@ -80,6 +81,14 @@ class Periods(NamedTuple):
         chosen = np.isin(self.row, rows)
         row, interval, event, weight, shape = self
         return Periods(row[chosen], interval[chosen], event[chosen], weight[chosen], shape)
+
+    def joined(self) -> Periods:
+        """Return each row once, in one interval as long as all: enough to choose a penalty by."""
+        rows, last = np.unique(self.row[::-1], return_index=True)
+        event = self.event[::-1][last]
+        share = np.bincount(self.row, self.weight)[rows] / self.shape[1]
+        weight = np.where(event > 0, 1.0, share)
+        return Periods(rows, np.zeros_like(rows), event, weight, (self.shape[0], 1))
 
 
 def periods_of(exposure: Array, is_event: NDArray[np.bool_]) -> Periods:
@@ -223,13 +232,15 @@ def tune_time_baselines(
     }
     boosted = [name for name in tables if name.startswith(BOOSTING)]
     values = with_interval(tables[boosted[-1]], periods)
-    trees = {
-        str(event): tuned_trees(
-            values, (periods.event == event).astype(float), within, periods.weight
-        )
-        for event in range(1, periods.shape[0] + 1)
-    }
+    trees: dict[str, Any] = {}
+    sizes = None  # those of event 1 serve all; each event has its own number of trees
+    for event in range(1, periods.shape[0] + 1):
+        is_event = (periods.event == event).astype(float)
+        found = tuned_trees(values, is_event, within, periods.weight, sizes)
+        trees[str(event)] = found
+        sizes = sizes or [{name: found[name] for name in SIZES[0]}]
     penalties: dict[str, float] = {}
+    periods = periods.joined()
     for name in [name for name in tables if name not in boosted and folds]:
         losses = np.sum([fold_losses(tables[name], periods, *fold) for fold in folds], axis=0)
         penalties[name] = PENALTIES[PENALTY][int(losses.argmin())]

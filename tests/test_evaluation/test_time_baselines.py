@@ -53,6 +53,14 @@ def test_a_row_stands_in_the_intervals_in_which_it_was_watched():
     ]
 
 
+def test_a_joined_row_has_its_last_event_and_its_share_of_all_intervals():
+    hours, event = np.array([30.0, 30.0, 100.0, 24.0]), np.array([0.0, 2.0, 0.0, 1.0])
+    found = periods(hours, event)[0].joined()
+    assert found.event.tolist() == [0, 2, 0, 1]
+    assert found.weight.tolist() == pytest.approx([1.25 / 3, 1, 1, 1])
+    assert found.shape == (2, 1)
+
+
 def test_hazards_within_an_interval_return_the_chances():
     rates, days = np.array([0.02, 0.05]), 7.0
     free = np.exp(-rates.sum() * days)
