@@ -305,6 +305,13 @@ def fit_regressions(
     marked = [columns[k] for k in imputer.indicator_.features_]
     scales = imputer.statistics_, marked, scaler.mean_, scaler.scale_
     model = LogisticRegression(max_iter=2000, warm_start=True)
+    joined = periods.joined()
+    if periods.shape[1] > 1 and {*joined.event} == {*periods.event}:
+        # From the fit to joined rows a third of the steps remain.
+        model.set_params(C=penalties[0])
+        model.fit(scaled[joined.row], joined.event, sample_weight=joined.weight)
+        beside = np.zeros((len(model.coef_), periods.shape[1]))
+        model.coef_ = np.hstack([model.coef_, beside])
     for penalty in penalties:
         model.set_params(C=penalty).fit(design, periods.event, sample_weight=periods.weight)
         found = np.hstack([model.coef_, model.intercept_[:, None]])
