@@ -184,11 +184,11 @@ def test_metrics_of_many_chunks_are_those_of_one(runs, strangers, tmp_path, monk
     data, evaluated = write_data(rows, tmp_path / "rows.csv"), []
     evaluate = LabelOutcome.evaluate
 
-    def kept(kind, table, *rule, **plan):
+    def kept(table, *rule, **plan):
         evaluated.append(table)
-        return evaluate(kind, table, *rule, **plan)
+        return evaluate(table, *rule, **plan)
 
-    monkeypatch.setattr(LabelOutcome, "evaluate", kept)
+    monkeypatch.setattr(LabelOutcome, "evaluate", staticmethod(kept))
     for name, size in (("one", 10_000), ("many", 30)):
         monkeypatch.setitem(MEMORY_ROWS, "trajectory", size)
         predicted(runs / "trajectory", data, tmp_path / f"{name}.csv")
