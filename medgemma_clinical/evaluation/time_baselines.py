@@ -207,7 +207,7 @@ class TimeBaselines(Baselines):
 
 def blend_hazards(*hazards: Array) -> Array:
     """Return the mean hazards of several models, (n, C, K) each."""
-    # The mean of logarithms is lower: its risks were too low in three cohorts.
+    # The mean of logarithms is lower, and so would be the risks.
     blended: Array = np.mean(hazards, axis=0)
     return blended
 
