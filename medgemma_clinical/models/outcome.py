@@ -182,10 +182,6 @@ class LabelOutcome:
             before = expit((log_odds(forecast) - intercept) / slope)
         return baselines.model_risks(stage, before, beside, rules) | {stage: forecast}
 
-    def first_risk(self, forecast: Array, moves: Moves = NO_MOVES) -> Array:
-        """Return the risk (n,) that thresholds cut."""
-        return forecast
-
     def risks(self, name: str, forecast: Array, moves: Moves = NO_MOVES) -> dict[str, Array]:
         """Return the columns of a table of predictions that hold the risks of a model."""
         return {name: forecast}
@@ -481,8 +477,9 @@ class TimeOutcome:
     def _rule(self, risk: Array, observed: pd.DataFrame, choice: str | None) -> DecisionRule:
         statuses = statuses_of(observed, self.hazards.events, self.names[0])
         known = statuses.inverse[0] > 0
-        chosen = decision.parse_threshold(choice) if choice else ("goal", 0.5)
-        if len({*statuses.case[known]}) < 2 and chosen[0]:
+        if choice and not decision.parse_threshold(choice)[0]:  # the risk itself
+            return DecisionRule(threshold=decision.parse_threshold(choice)[1])
+        if len({*statuses.case[known]}) < 2:
             text = "nothing to choose a threshold by before the first horizon: %g is taken"
             logger.warning(text, DecisionRule().threshold)
             return DecisionRule()
