@@ -311,8 +311,8 @@ def stage1_risks(
     assert text.states is not None
     outcome, rule = outcome_of(checkpoint.config), DecisionRule.from_config(checkpoint.config)
     outputs = text.states.outputs.double()
-    logit, rows, none = np.empty(len(outputs)), np.arange(len(outputs)), outputs[:0].numpy()
-    predictions = Predictions(none, none, logit, rows, outputs.numpy(), rule)
+    rows, none = np.arange(len(outputs)), outputs[:0].numpy()
+    predictions = Predictions(none, none, outputs[:, 0].numpy(), rows, outputs.numpy(), rule)
     forecast = outcome.forecast(weighted(outcome, predictions, 0.0))
     return outcome.risks(STAGE_NAMES["trajectory"], forecast)
 
