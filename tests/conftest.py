@@ -1,6 +1,7 @@
 """Shared by all tests: no network, small data in the user's format, one run of each stage."""
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -58,6 +59,7 @@ def quick(request):
     """
     from medgemma_clinical.evaluation import baselines, metrics, report, updating
 
+    gc.freeze()  # a collection need not look at what was imported
     figures = getattr(request.module, "FIGURES", False)
     results = sys.modules.get("medgemma_clinical.commands.results")  # not for tests of no run
     with pytest.MonkeyPatch.context() as patch:

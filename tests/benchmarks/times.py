@@ -135,7 +135,8 @@ def line(true, risk):
     tenths = np.array_split(np.argsort(risk, kind="stable"), 10)
     gaps = [abs(risk[rows].mean() - true[rows].mean()) for rows in tenths]
     sickest = true >= np.quantile(true, 0.8)
-    numbers = [true.mean(), risk.mean(), true.mean() / risk.mean(), np.polyfit(*curves, 1)[0]]
+    slope = np.polyfit(*curves, 1)[0] if np.ptp(curves[0]) > 1e-6 else np.nan  # none of one risk
+    numbers = [true.mean(), risk.mean(), true.mean() / risk.mean(), slope]
     numbers += [np.abs(risk - true).mean(), max(gaps)]
     return [f"{x:.3f}" for x in numbers] + [f"{(risk - true)[sickest].mean():+.3f}"]
 

@@ -66,6 +66,7 @@ def test_hazards_within_an_interval_return_the_chances():
     free = np.exp(-rates.sum() * days)
     chances = np.array([[free, *(rates / rates.sum() * (1 - free))]])
     np.testing.assert_allclose(hazards_of(chances)[:, 0], rates * days)
+    assert (hazards_of(np.array([[1.0, 0.0, 0.0]])) > 0).all()  # its logarithm is taken
 
 
 def test_the_null_model_has_the_incidences_of_aalen_and_johansen():
@@ -162,6 +163,23 @@ def test_baselines_find_the_risks_of_a_known_population(fitted):
     assert distance["gradient boosting with statics"] < 0.04
     assert distance[NULL] > 0.08
     assert risks["blend"].mean() == pytest.approx(truth.mean(), rel=0.08)
+
+
+def test_trees_count_an_interval_by_the_share_of_it_that_was_watched():
+    """Of a constant hazard, most rows censored; the trees know nothing of the rows."""
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"clinical_trajectory": ["20 (0h) -> 20 (6h)"] * 800})
+    times, censored = rng.exponential(60.0, (2, 800)), rng.uniform(0, 72, 800)
+    table["event_hours"] = np.minimum(times.min(axis=0), censored)
+    table["event"] = np.where(times.min(axis=0) < censored, 1 + times.argmin(axis=0), 0)
+    options = {"outcome_kind": "time", "horizon_hours": [72.0]}
+    dataset = MIMICtrajectoryDataset(table, **options)
+    grid = TimeOutcome(Hazards(dataset.competing_events, (72.0,), (1.0, 1.0)))
+    rows, (found, _) = np.arange(800), periods(table["event_hours"], table["event"], (72.0,))
+    settings = grid.tune_baselines(dataset, rows, [])
+    hazards = grid.fit_baselines(dataset, rows, settings).risks(dataset)["gradient boosting"]
+    shares = np.bincount(found.event, found.weight)[1:] / found.weight.sum()
+    np.testing.assert_allclose(1 - np.exp(-hazards[0].sum()), shares.sum(), rtol=0.02)
 
 
 def test_kept_baselines_give_the_same_hazards(fitted):

@@ -61,6 +61,24 @@ def test_a_level_needs_no_slope_where_events_are_few():
     assert found.moves["risk_24h"][0] == 1
 
 
+def test_rows_that_were_not_watched_until_the_horizon_are_not_free_of_the_event():
+    """As such they would speak for risks that are too low."""
+    rows, _ = cohort(3000, 2, move=(1.0, -0.7), ends=25.0)
+    assert (rows.loc[rows["event_hours"] < 72, "event"] == 0).mean() > 0.5
+    found = evaluate_time_updates(rows, "m", EVENTS, 0)
+    assert decision.NOT_UPDATED not in found.methods.values()
+    assert found.gain.startswith("-")
+
+
+def test_a_threshold_does_not_depend_on_rows_whose_outcome_is_not_known():
+    outcome = TimeOutcome(Hazards(EVENTS, EVENTS.horizons, (1.0, 1.0)))
+    rows, _ = cohort(2000, 3, ends=30.0)
+    rows["m"] = rows["m risk_24h"]
+    first = outcome.choose_threshold("specificity 0.8", rows, "m")
+    rows.loc[(rows["event"] == 0) & (rows["event_hours"] <= 24), "m"] = 0.99
+    assert outcome.choose_threshold("specificity 0.8", rows, "m") == first
+
+
 def test_a_horizon_that_nobody_reaches_is_not_moved():
     rows, _ = cohort(2000, move=(1.0, 1.0))
     is_late = rows["event_hours"] > 30
