@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+import spreadsheet
 
 import dataset_format
 import medgemma_trainer
@@ -16,9 +17,13 @@ from conftest import SAMPLE
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "medgemma_clinical" / "docs"
 SNIPPET = re.compile(r"<!-- snippet -->\n```python\n(.*?)```", re.DOTALL)
-COMMAND = re.compile(r"^python (\w+)\.py ((?:[^\n]*\\\n)*[^\n]*)", re.MULTILINE)
-STEP = re.compile(f"{SNIPPET.pattern}|{COMMAND.pattern}", re.DOTALL | re.MULTILINE)
-MAIN = {"dataset_format": dataset_format.main, "medgemma_trainer": medgemma_trainer.main}
+COMMAND = re.compile(r"^python ([\w/]+)\.py ((?:[^\n]*\\\n)*[^\n]*)", re.MULTILINE)
+MAIN = {
+    "dataset_format": dataset_format.main,
+    "medgemma_trainer": medgemma_trainer.main,
+    "tests/benchmarks/spreadsheet": spreadsheet.main,
+}
+QUICK = {"--trajectory_only": "--trajectory_epochs=2", "--out .": "--rows=120"}
 
 
 @pytest.fixture(autouse=True)
@@ -54,12 +59,9 @@ def test_snippets_of_readme_and_python_page():
 def test_commands_of_a_page(page, begin, end, made):
     Path("tests").symlink_to(ROOT / "tests")
     text = (DOCS / page).read_text(encoding="utf-8").split(begin)[1].split(end)[0]
-    for snippet, script, words in STEP.findall(text.replace('.csv.gz")', '.csv.gz", nrows=120)')):
-        if snippet:
-            exec(snippet, {})
-        else:
-            quick = ["--trajectory_epochs=2"] if "--trajectory_only" in words else []
-            assert MAIN[script](shlex.split(words.replace("\\\n", " ")) + quick) == 0
+    for script, words in COMMAND.findall(text):
+        quick = [flag for known, flag in QUICK.items() if known in words]
+        assert MAIN[script](shlex.split(words.replace("\\\n", " ")) + quick) == 0
     assert Path(made).is_file()
 
 
