@@ -74,7 +74,7 @@ FOLDS, MIN_TUNED = 5, 100
 which on they are: with fewer a fold has too few events to tell settings apart."""
 
 PENALTY = "logisticregression__C"
-PENALTIES = {PENALTY: [0.003, 0.01, 0.03, 0.1, 0.3, 1]}
+PENALTIES = {PENALTY: [0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1]}
 
 TREES: dict[str, Any] = {
     "objective": "binary",
