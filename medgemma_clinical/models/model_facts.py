@@ -57,18 +57,14 @@ def model_facts(config: Mapping[str, Any], min_cell: int = MIN_CELL) -> str:
     content: dict[str, Any] = {}
     for path, names in ELEMENTS.items():
         group, _, part = path.partition("/")
+        for_owner = {x: OWNER + re.sub("(?<!^)([A-Z])", r" \1", x).lower() for x in names.split()}
         known = facts | metrics.get(part, {})
-        texts = {name: known.get(name, OWNER + _words(name)) for name in names.split()}
+        texts = {name: known.get(name, text) for name, text in for_owner.items()}
         content[group] = content.get(group, {}) | ({part: texts} if part else texts)
     root = Element("AppliedModelCard", xmlns="https://mc.chai.org/v0.2/schema.xsd")
     _add(root, {**content, "Bibliography": f"{OWNER}references"})
     indent(root)
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{tostring(root, encoding="unicode")}\n'
-
-
-def _words(name: str) -> str:
-    """Return the name of an element as words."""
-    return re.sub("(?<!^)(?=[A-Z])", " ", name).lower()
 
 
 def _add(parent: Element, content: Mapping[str, Any]) -> None:
@@ -87,7 +83,8 @@ def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
     model, mix = describe_model(config), config["case_mix"]
     question, outcome = config["question"], outcome_of(config)
     units = dict(zip(config["features"], config["units"], strict=True))
-    series = [f"{x} [{units[x]}]" for x in config["inputs"].get("series", config["features"])]
+    series = config["inputs"].get("series", config["features"])
+    series = [f"{x} [{units[x]}]" if units[x] else x for x in series]
     counts = [f"{key}: {count_text(mix[key])}" for key in ("rows", "patients") if key in mix]
     if "prevalence" in mix:
         counts.append(f"with the event: {100 * mix['prevalence']:.1f} %")
@@ -125,11 +122,11 @@ def _key_metrics(config: Mapping[str, Any]) -> dict[str, Any]:
     tested = metrics[part] if part else {}
     models = {"this model": tested, **tested.get("models", {})}
     first = {f"{title}, {x}": models[x].get(k) for x in models for title, k in titles.items()}
-    others = {k: x for k, x in tested.items() if isinstance(x, dict) and "value" in x}
+    own = {k: x for k, x in tested.items() if k not in ("models", *titles.values())}
     groups = {
         "UsefulnessUsabilityEfficacy": first,
         "FairnessEquity": {"Metrics by subgroup, from the table of the report": None},
-        "SafetyReliability": {k: x for k, x in others.items() if k not in titles.values()},
+        "SafetyReliability": {k: x for k, x in own.items() if isinstance(x, dict)},
     }
     counts = [f"{x}: {count_text(tested[k])}" for k, x in COUNTS.items() if k in tested]
     known = {
