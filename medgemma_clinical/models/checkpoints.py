@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from medgemma_clinical import __version__
-from medgemma_clinical.data.distributions import row_medians
+from medgemma_clinical.data.distributions import describe, last_values, row_medians
 from medgemma_clinical.data.small_cells import MIN_CELL
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, Baselines
@@ -110,7 +110,8 @@ class Config(TypedDict, total=False):
     has_patient_ids: bool  # whether the data name patients, or each row counts as one
     data_sha256: str  # of all that was read, before ``--max_samples``
     rows_sha256: str  # of labels, ids, patients and given split, whatever is read of the series
-    case_mix: dict[str, Any]  # counts, shares, quartiles and distributions of training
+    case_mix: dict[str, Any]  # counts, shares, quartiles and distributions of training; ``last``:
+    # distributions of the last values
     encoder: Any  # arguments of the encoder's class; None where no stage 1 is read
     encoder_class: str | None  # name of the user's own class; None: ``ClinicalODERNN``
     members: int  # encoders of stage 1, 0 where none is read
@@ -140,6 +141,7 @@ class Config(TypedDict, total=False):
     threshold_choice: str | None  # as ``--threshold`` was written; None: Youden's index
     models: dict[str, dict[str, float]]  # the same of each baseline and of the ensemble
     best_model: str  # recommended, ``--use best``
+    reference: dict[str, Any]  # calibration of each model on held-out rows, to monitor it by
     metrics: dict[str, Any]  # content of ``metrics.json``
     baseline_inputs: dict[str, Any]  # what the baselines read, as ``inputs``
     baselines_sha256: str  # of ``baselines.json`` beside the checkpoint
@@ -170,6 +172,7 @@ def describe_data(data: Data) -> Config:
     """Return what a checkpoint stores of its data, and the version of the program."""
     dataset, train = data.dataset, data.split["train"]
     mix = case_mix(demographics(dataset).iloc[train], row_medians(dataset).iloc[train])
+    mix["last"] = describe(last_values(dataset).iloc[train])
     description = cast(Config, data.description())
     return {"version": __version__, **description, "case_mix": mix}
 
