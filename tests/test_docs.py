@@ -40,6 +40,7 @@ OTHER_PROGRAMS = {
     "--rdzv_backend",
     "--rdzv_endpoint",
     *("--runner", "--dtype", "--enable-prompt-embeds", "--outtype", "--outfile", "--dist"),
+    *("--app-dir", "--factory"),
     *("--approve", "--durations", "--editable", "--help", "--version"),
 }
 """Flags of every parser, and those of accelerate, torchrun, wget, hf and other programs."""

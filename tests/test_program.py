@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score
 
 import medgemma_trainer as trainer
+from chai_card import read_facts
 from conftest import sign_table, whole_reports
 from language_models import TINY_MODEL
 from medgemma_clinical.commands import run_log
+from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.model_card import built_in_sentence
 from medgemma_clinical.training.state import LOSS_TOLERANCE
@@ -23,7 +25,7 @@ from stages import arguments, data_for, make_stage
 
 FILES = {"run.json", "history.jsonl", "metrics.json", "report.html", "baselines.json"}
 FILES |= {"predictions_val.csv", "predictions_test.csv", "figures", "tripod.md"}
-BEST = {"adapter", "modules.safetensors", "config.json", "README.md", "NOTICE"}
+BEST = {"adapter", "modules.safetensors", "config.json", "README.md", "NOTICE", "model_facts.xml"}
 EXTRA = {"classification": {"best"}, "generative": {"best", "generations_test.jsonl"}}
 
 
@@ -35,7 +37,12 @@ def test_the_run_folder_holds_what_is_promised_and_makes_the_run_repeatable(runs
     shown = {p.name for p in runs.iterdir() if not p.name.startswith(".")}
     assert shown == {TRAJECTORY_FILE, *STAGES, "train.csv", "train.json"}
     for stage in STAGES:
-        assert {p.name for p in (runs / stage).iterdir()} == FILES | EXTRA.get(stage, set())
+        extra = EXTRA.get(stage, {"model_facts.xml"})
+        assert {p.name for p in (runs / stage).iterdir()} == FILES | extra
+        (path,) = (runs / stage).rglob("model_facts.xml")
+        known = dict(read_facts(path.read_text()))
+        assert STAGE_NAMES[stage] in known["BasicInfo/ModelName"]
+        assert known["KeyMetrics/SafetyReliability/TestType"] != "Not tested"
         facts = read(runs / stage / "run.json")
         assert facts["seed"] == 0
         assert facts["arguments"]["data_path"] == str(runs / "train.csv")

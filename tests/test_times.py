@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from chai_card import read_facts
 from conftest import whole_reports
 from dataset_format import Description, MIMICtrajectoryDataset
 from medgemma_clinical.commands import command_line
@@ -63,6 +64,13 @@ def part(times, name="test"):
 
 def metrics_file(times):
     return json.loads((times / "trajectory" / "metrics.json").read_text())
+
+
+def test_the_facts_of_a_run_name_each_horizon(times):
+    facts = read_facts((times / "trajectory" / "model_facts.xml").read_text())
+    assert "KeyMetrics/UsefulnessUsabilityEfficacy/Results/MetricResult/Label" in dict(facts)
+    assert {"AUROC 24h, this model", "O/E 72h, this model"} <= {text for _, text in facts}
+    assert "transplant" in dict(facts)["TrustIngredients/AISystemFacts/OutcomesAndOutputs"]
 
 
 def test_a_run_writes_the_risks_of_each_horizon_and_their_metrics(times):

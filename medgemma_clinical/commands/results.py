@@ -36,9 +36,10 @@ from medgemma_clinical.evaluation.topics.written_reports import score_reports, w
 from medgemma_clinical.evaluation.verdicts import Finding, at_threshold, value_text
 from medgemma_clinical.files import InputError, write_json, write_text
 from medgemma_clinical.inference.scoring import write_in_batches
-from medgemma_clinical.models.checkpoints import BASELINES, Config
+from medgemma_clinical.models.checkpoints import BASELINES, FACTS, Config
 from medgemma_clinical.models.decoders import licence
 from medgemma_clinical.models.model_card import MODEL_LIMITS, describe_recommended
+from medgemma_clinical.models.model_facts import model_facts
 from medgemma_clinical.models.outcome import Outcome, fit_outcome, outcome_of, weighted
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
 from medgemma_clinical.training.stage import Stage
@@ -101,12 +102,14 @@ def write_results(
     reports: dict[str, Any] | None = None
     if is_writer:
         lines, reports = score_reports(data.dataset, texts, predictions["test"], args.seed)
+    held_out = pd.concat(tables.values()), [STAGE_NAMES[stage.name], *rules]
     config: Config = {
         **stage.config,
         **decided,
         "metrics": metrics_content(stage, progress, decided, metrics, reports, args.calibrate),
         "models": {name: asdict(rule) for name, rule in rules.items()},
         **cast(Config, outcome.recommend(tables["val"], STAGE_NAMES[stage.name], [*rules])),
+        **cast(Config, outcome.references(*held_out)),
         **({"baseline_inputs": baselines.inputs} if baselines else {}),
     }
     choice = decision.describe_threshold(args.threshold, "the validation part")
@@ -158,6 +161,8 @@ def save_model(folder: Path, stage: Stage, config: Config, baselines: Baselines 
     if baselines:
         write_text(folder / BASELINES, baselines.to_json())
     stage.save(folder, config)
+    if stage.name == "trajectory":  # stages 2 and 3 have theirs beside the card
+        write_text(folder / FACTS, model_facts(config))
     write_json(folder / METRICS, config["metrics"])
 
 

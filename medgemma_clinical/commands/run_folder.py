@@ -37,7 +37,7 @@ RUN_FORMAT = 5
 METRICS, HISTORY = "metrics.json", "history.jsonl"
 
 RESULTS = (
-    *(METRICS, HISTORY, "report.html", "tripod.md", "baselines.json"),
+    *(METRICS, HISTORY, "report.html", "tripod.md", "baselines.json", checkpoints.FACTS),
     *("predictions_val.csv", "predictions_test.csv", "generations_test.jsonl"),
 )
 """What a finished run leaves in its folder beside the best weights."""

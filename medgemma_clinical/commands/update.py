@@ -56,7 +56,9 @@ def write_update(
     if train_patients is not None:
         hashes = rows["patient"].to_numpy(), np.stack(rows["rows"].tolist())
         train_patients = add_training_rows(train_patients, *hashes, labels)
-    config: Config = trained.outcome.updated(trained.config, used, trained.rules[used], updates)
+    config: Config = trained.outcome.updated(
+        trained.config, used, trained.rules[used], updates, rows
+    )
     has_hashes = trained.train_patients is not None and len(trained.train_patients) > 0
     # Whether the hashes of training patients are those of all.
     complete = has_hashes and trained.config.get("updated", {}).get("complete", True)

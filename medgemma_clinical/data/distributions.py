@@ -46,19 +46,28 @@ SMALL_RATIO, MIN_SMALL = 3.0, 60
 # ------------------------------------------------------------------ of a cohort
 
 
-def row_medians(dataset: TrajectoryDataset) -> pd.DataFrame:
+def row_medians(dataset: TrajectoryDataset, statistic: str = "median") -> pd.DataFrame:
     """Return the inputs of a model, (N, F + K), by kind and name; the index is the patient."""
     read = dataset.series_read
     values = pd.DataFrame(dataset.values[:, read], columns=[dataset.features[f] for f in read])
     static = dataset.static_table(dataset.static_inputs)
-    return by_kind(values, dataset.owner, static, dataset.groups)
+    return by_kind(values, dataset.owner, static, dataset.groups, statistic)
+
+
+def last_values(dataset: TrajectoryDataset) -> pd.DataFrame:
+    """Return the last known value of each series, and the rest as ``row_medians`` does."""
+    return row_medians(dataset, "last")
 
 
 def by_kind(
-    values: pd.DataFrame, owner: NDArray[np.int64], static: pd.DataFrame, patients: NDArray[Any]
+    values: pd.DataFrame,
+    owner: NDArray[np.int64],
+    static: pd.DataFrame,
+    patients: NDArray[Any],
+    statistic: str = "median",
 ) -> pd.DataFrame:
-    """Return the medians of N rows: ``values`` of observations (n, F), ``owner`` their row (n,)."""
-    series = values.groupby(owner).median().reindex(range(len(patients)))
+    """Return a statistic of N rows: ``values`` of observations (n, F), ``owner`` their row (n,)."""
+    series = values.groupby(owner).agg(statistic).reindex(range(len(patients)))
     table = pd.concat({"series": series, "static": static}, axis=1)
     return table.set_axis(pd.Index(patients), axis=0)
 

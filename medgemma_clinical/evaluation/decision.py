@@ -200,10 +200,7 @@ def clustered_p_value(
     Source: Chandler and Bate 2007, "Inference for clustered data using the independence
     loglikelihood", Biometrika 94:167, equation 17.
     """
-    risk = expit(offset + fit @ columns)
-    bread = np.linalg.inv((risk * (1 - risk) * columns) @ columns.T)
-    sums = patient_sums((labels - risk) * columns, patients)  # (patients, p)
-    clustered = bread @ (sums.T @ sums) @ bread * len(sums) / (len(sums) - 1)
+    clustered, bread = clustered_covariance(labels, columns, offset, patients, fit)
     distance, chosen = (fit - null)[tested], np.ix_(tested, tested)
     # Wald statistics with clustered and with usual errors scale the ratio.
     wald = [distance @ np.linalg.solve(v[chosen], distance) for v in (clustered, bread)]
@@ -211,6 +208,23 @@ def clustered_p_value(
     with np.errstate(invalid="ignore"):
         ratio = 2 * (losses[0] - losses[1]) * wald[0] / wald[1]
     return float(chi2.sf(ratio, len(tested)))
+
+
+def clustered_covariance(
+    labels: Array,  # (n,)
+    columns: Array,  # (p, n)
+    offset: Array,  # (n,) log-odds that are added to those of the columns
+    patients: NDArray[np.generic],  # (n,)
+    fit: Array,  # (p,) coefficients
+) -> tuple[Array, Array]:
+    """Return the covariance (p, p) of logistic coefficients, clustered by patient, and the usual.
+
+    Source: Liang and Zeger 1986, "Longitudinal data analysis using generalized linear models".
+    """
+    risk = expit(offset + fit @ columns)
+    bread: Array = np.linalg.inv((risk * (1 - risk) * columns) @ columns.T)
+    sums = patient_sums((labels - risk) * columns, patients)  # (patients, p)
+    return bread @ (sums.T @ sums) @ bread * len(sums) / (len(sums) - 1), bread
 
 
 def fit_residual_weight(

@@ -24,13 +24,13 @@ from medgemma_clinical.files import InputError, atomic, owner_only, write_text
 from medgemma_clinical.models import checkpoints
 from medgemma_clinical.models.checkpoints import BASELINES, CARD, TRAJECTORY_FILE, Config
 from medgemma_clinical.models.decoders import terms_of
-from medgemma_clinical.models.model_card import model_card, shareable
+from medgemma_clinical.models.model_card import shareable
 from medgemma_clinical.models.scaler import Scaler
 from medgemma_clinical.models.trained_model import TrainedModel
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 
 SHARED_FILES = [TRAJECTORY_FILE, *checkpoints.HASHED_FILES, checkpoints.CONFIG]
-SHARED_FILES += [checkpoints.NOTICE, CARD]
+SHARED_FILES += [checkpoints.NOTICE, CARD, checkpoints.FACTS]
 REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 """Form of a repository's id, which a path may have too."""
 
@@ -56,7 +56,9 @@ def check_folder(folder: Path, config: Config) -> None:
         raise InputError(f"{folder}: exists and holds other files: name a new folder")
 
 
-def save_model(trained: TrainedModel, folder: Path, card: str | None = None) -> None:
+def save_model(
+    trained: TrainedModel, folder: Path, min_cell: int = MIN_CELL, repo_id: str | None = None
+) -> None:
     """Write a model as a folder that loads again, new or in place of an earlier model."""
     config, model = trained.config, trained.model
     check_folder(folder, config)
@@ -75,7 +77,7 @@ def save_model(trained: TrainedModel, folder: Path, card: str | None = None) -> 
             temporary.mkdir()
             path = temporary / TRAJECTORY_FILE
             checkpoints.save_trajectory(path, model.state_dict(), config, trained.train_patients)
-        write_text(temporary / CARD, card or model_card(config))
+        checkpoints.write_card(temporary, config, repo_id, min_cell)
         if baselines is not None:
             write_text(temporary / BASELINES, baselines.to_json())
 
@@ -87,7 +89,7 @@ def shared_copy(
     config = shareable(trained.config, min_cell)
     no_patients = np.empty(0, np.int64)
     shared = replace(trained, config=config, train_patients=no_patients, baselines=None)
-    save_model(shared, folder, model_card(config, repo_id, min_cell))
+    save_model(shared, folder, min_cell, repo_id)
 
 
 def columns_of_few(trained: TrainedModel) -> list[str]:

@@ -2,7 +2,7 @@
 
     DIR/language_model/       config.json, model.safetensors, tokenizer, generation_config.json
     DIR/modules.safetensors   encoder, projection and heads, as in best/
-    DIR/config.json  DIR/README.md  DIR/NOTICE
+    DIR/config.json  DIR/README.md  DIR/model_facts.xml  DIR/NOTICE
 
 The folder is a checkpoint like best/: the program loads it without the base model.
 """
@@ -28,7 +28,6 @@ from medgemma_clinical.distributed import peak_memory, processes
 from medgemma_clinical.files import InputError, RunFault, atomic, locked, write_text
 from medgemma_clinical.inference.scoring import Scores
 from medgemma_clinical.models.checkpoints import (
-    CARD,
     MERGED_MODEL,
     MODULE_WEIGHTS,
     NOTICE,
@@ -36,11 +35,11 @@ from medgemma_clinical.models.checkpoints import (
     is_merged,
     read_config,
     without_baselines,
+    write_card,
     write_config,
 )
 from medgemma_clinical.models.decoders import terms_of
 from medgemma_clinical.models.language_model import base_record, quiet_libraries
-from medgemma_clinical.models.model_card import model_card
 from medgemma_clinical.models.text_batches import chat_turns
 from medgemma_clinical.models.trained_model import (
     Builders,
@@ -178,4 +177,4 @@ def write_merged(folder: Path, best: Path, trained: TrainedModel) -> None:
     base: dict[str, Any] = {**base_record(str(folder / MERGED_MODEL)), "quantization": "none"}
     base["precision"] = "fp32" if merged.dtype == torch.float32 else "bf16"
     write_config(folder, cast(Config, {**without_baselines(config), **base, **origin}))
-    write_text(folder / CARD, model_card(config | origin))
+    write_card(folder, cast(Config, config | origin))

@@ -2,8 +2,8 @@
 
 Stage 1 is one file: encoders with their normalisers, heads, configuration, hashes of the patients
 that trained. Stages 2 and 3 are a folder: adapter/ (PEFT), modules.safetensors (all parts beside
-the language model), config.json, README.md, NOTICE. With a merged adapter the folder holds a whole
-language model in adapter's place.
+the language model), config.json, README.md, model_facts.xml, NOTICE. With a merged adapter the
+folder holds a whole language model in adapter's place.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from medgemma_clinical import __version__
-from medgemma_clinical.data.distributions import row_medians
+from medgemma_clinical.data.distributions import describe, last_values, row_medians
+from medgemma_clinical.data.small_cells import MIN_CELL
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, Baselines
 from medgemma_clinical.evaluation.decision import DecisionRule
@@ -45,6 +46,7 @@ from medgemma_clinical.models.decoders import terms_of
 from medgemma_clinical.models.encoders import encoder_name
 from medgemma_clinical.models.language_model import DEMO, HUB_ID, base_record, base_type
 from medgemma_clinical.models.model_card import model_card
+from medgemma_clinical.models.model_facts import model_facts
 from medgemma_clinical.models.outcome import outcome_of
 from medgemma_clinical.models.trajectory import Stage1
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
@@ -59,7 +61,7 @@ CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter/adapter_config.json"
 ADAPTER_WEIGHTS = "adapter/adapter_model.safetensors"
 MODULE_WEIGHTS = "modules.safetensors"
-NOTICE, CARD = "NOTICE", "README.md"
+NOTICE, CARD, FACTS = "NOTICE", "README.md", "model_facts.xml"
 BASELINES, MAX_BASELINES = "baselines.json", 2**26
 """File of a stage's baselines, never shared, and its largest size in bytes."""
 
@@ -108,7 +110,8 @@ class Config(TypedDict, total=False):
     has_patient_ids: bool  # whether the data name patients, or each row counts as one
     data_sha256: str  # of all that was read, before ``--max_samples``
     rows_sha256: str  # of labels, ids, patients and given split, whatever is read of the series
-    case_mix: dict[str, Any]  # counts, shares, quartiles and distributions of training
+    case_mix: dict[str, Any]  # counts, shares, quartiles and distributions of training; ``last``:
+    # distributions of the last values
     encoder: Any  # arguments of the encoder's class; None where no stage 1 is read
     encoder_class: str | None  # name of the user's own class; None: ``ClinicalODERNN``
     members: int  # encoders of stage 1, 0 where none is read
@@ -138,6 +141,7 @@ class Config(TypedDict, total=False):
     threshold_choice: str | None  # as ``--threshold`` was written; None: Youden's index
     models: dict[str, dict[str, float]]  # the same of each baseline and of the ensemble
     best_model: str  # recommended, ``--use best``
+    reference: dict[str, Any]  # calibration of each model on held-out rows, to monitor it by
     metrics: dict[str, Any]  # content of ``metrics.json``
     baseline_inputs: dict[str, Any]  # what the baselines read, as ``inputs``
     baselines_sha256: str  # of ``baselines.json`` beside the checkpoint
@@ -168,6 +172,7 @@ def describe_data(data: Data) -> Config:
     """Return what a checkpoint stores of its data, and the version of the program."""
     dataset, train = data.dataset, data.split["train"]
     mix = case_mix(demographics(dataset).iloc[train], row_medians(dataset).iloc[train])
+    mix["last"] = describe(last_values(dataset).iloc[train])
     description = cast(Config, data.description())
     return {"version": __version__, **description, "case_mix": mix}
 
@@ -335,8 +340,16 @@ def save_llm(folder: Path, model: TrajectoryLLM, config: Config) -> None:
         write_json(temporary / ADAPTER_CONFIG, adapter)
         save_file(state, temporary / MODULE_WEIGHTS)
         write_text(temporary / NOTICE, terms_of(config).notice)
-        write_text(temporary / CARD, model_card(config))
+        write_card(temporary, config)
         write_config(temporary, config)
+
+
+def write_card(
+    folder: Path, config: Config, repo_id: str | None = None, min_cell: int = MIN_CELL
+) -> None:
+    """Write the card of a model and its facts, without small counts."""
+    write_text(folder / CARD, model_card(config, repo_id, min_cell))
+    write_text(folder / FACTS, model_facts(config, min_cell))
 
 
 def write_config(folder: Path, config: Config) -> None:

@@ -88,7 +88,7 @@ def model_card(
         **{"code": code, "names": names, "number": count_text, "interval": json_text},
     }
     path = str(Path(__file__).with_suffix(".md.j2"))
-    return f"{ModelCard.from_template(ModelCardData(**_header(config)), path, **words)}\n"
+    return f"{ModelCard.from_template(ModelCardData(**card_header(config)), path, **words)}\n"
 
 
 def choosing_rows(config: Mapping[str, Any]) -> str:
@@ -97,7 +97,7 @@ def choosing_rows(config: Mapping[str, Any]) -> str:
     return "the out-of-fold rows of its folds" if is_of_folds else "its own validation part"
 
 
-def _header(config: Mapping[str, Any]) -> dict[str, Any]:
+def card_header(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the keys of the card's header, by which the hub finds and shows a model."""
     tags = ["clinical", "time-series", "irregular-time-series", "risk-prediction"]
     keys = {"library_name": "pytorch", **terms_of(config).header}

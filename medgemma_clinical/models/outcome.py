@@ -30,6 +30,7 @@ from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, Baseli
 from medgemma_clinical.evaluation.decision import DecisionOptions, DecisionRule, Predictions
 from medgemma_clinical.evaluation.metrics import Array, log_odds, row_losses
 from medgemma_clinical.evaluation.metrics_table import TESTED, Metrics, evaluate
+from medgemma_clinical.evaluation.reference import reference
 from medgemma_clinical.evaluation.time_baselines import (
     Periods,
     TimeBaselines,
@@ -233,6 +234,12 @@ class LabelOutcome:
         best = decision.recommended_model(names, losses, events, patients, preferred)
         return {"best_model": best}
 
+    def references(self, table: pd.DataFrame, names: Sequence[str]) -> dict[str, Any]:
+        """Return ``reference``, how models are calibrated in a table of held-out predictions."""
+        labels, patients = table["label"].to_numpy(float), table["patient"].to_numpy(str)
+        found = {name: reference(labels, table[name].to_numpy(float), patients) for name in names}
+        return {"reference": {name: entry for name, entry in found.items() if entry is not None}}
+
     # ------------------------------------------------------------------ results
 
     def observed(
@@ -250,11 +257,18 @@ class LabelOutcome:
         left = "of those that are left all have, or all lack, the event"
         return left if len(observed) else "none left"
 
-    def updated(self, config: Config, used: str, rule: DecisionRule, updates: Any) -> Config:
-        """Return a configuration in which the rule of a model is updated."""
+    def updated(
+        self, config: Config, used: str, rule: DecisionRule, updates: Any, rows: pd.DataFrame
+    ) -> Config:
+        """Return a configuration in which the rule of a model is updated on labelled rows."""
         moved = asdict(updated_rule(rule, updates.slope, updates.intercept))
         stage, earlier = STAGE_NAMES[config["stage"]], config.get("updated", {})
         total = earlier.get("stage", [1.0, 0.0])  # so that the ensemble of the stage stays
+        odds = log_odds(rows[used].to_numpy(float))
+        risk = DecisionRule(updates.slope, updates.intercept).probability(odds)
+        kept = {name: x for name, x in config.get("reference", {}).items() if name != used}
+        kept |= self.references(rows.assign(**{used: risk}), [used])["reference"]
+        config = {**config, "reference": kept}
         if used != stage:
             config = {**config, "models": {**config["models"], used: moved}}
         else:
@@ -536,6 +550,10 @@ class TimeOutcome:
         best = decision.recommended_model(names, losses, events, patients, preferred)
         return {"best_model": best}
 
+    def references(self, table: pd.DataFrame, names: Sequence[str]) -> dict[str, Any]:
+        """Return nothing: times are not monitored."""
+        return {}
+
     # ------------------------------------------------------------------ results
 
     def observed(
@@ -558,7 +576,9 @@ class TimeOutcome:
         """Choose an update of each risk on known outcomes; None where there are too few."""
         return evaluate_time_updates(rows, model, self.hazards.events, seed)
 
-    def updated(self, config: Config, used: str, rule: DecisionRule, updates: Any) -> Config:
+    def updated(
+        self, config: Config, used: str, rule: DecisionRule, updates: Any, rows: pd.DataFrame
+    ) -> Config:
         """Return a configuration in which the risks of a model are moved, and its threshold."""
         stage, earlier = STAGE_NAMES[config["stage"]], config.get("moves", {})
         moves = {}

@@ -10,6 +10,7 @@ from scipy.special import logit
 import medgemma_trainer as trainer
 from conftest import SAMPLE
 from language_models import TINY_MODEL
+from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.inference import hub
 from medgemma_clinical.inference.hub import shared_copy
 from medgemma_clinical.models.trained_model import read_trained_config
@@ -54,6 +55,11 @@ def test_the_updated_model_loads_and_predicts_the_event_for_the_same_rows(
     others = before.filter(regex=f"^probability_(?!words|{use})")  # no copy holds words
     pd.testing.assert_frame_equal(after[others.columns], others, rtol=0, atol=1e-6)
     told, updated = capsys.readouterr().out, read_trained_config(new)["updated"]
+    used = use if use == "ensemble" else STAGE_NAMES[stage]
+    calibrated = read_trained_config(new)["reference"]
+    assert {*calibrated} == {used}, "the 20 held-out rows of the training are too few"
+    assert calibrated[used]["slope"] == pytest.approx(1, abs=0.05)
+    assert calibrated[used]["patients"] == updated["patients"]
     trained = (runs / stage).parent / "trajectory"
     held_out = pd.concat(pd.read_csv(trained / f"predictions_{x}.csv") for x in ("val", "test"))
     held_out = rows["subject_id"].isin(held_out["patient"].astype(str)).iloc[:40].sum()

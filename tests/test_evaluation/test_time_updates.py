@@ -94,8 +94,9 @@ def test_two_updates_of_a_model_are_one_after_the_other_and_touch_no_other_model
     config = {"stage": "trajectory", "models": {"blend": {}}, "decision": {}}
     rule, moves = DecisionRule(threshold=0.2), []
     for seed in range(2):
-        found = evaluate_time_updates(cohort(3000, seed, move=(0.7, 0.5))[0], "m", EVENTS, 0)
-        config = outcome.updated(config, used, rule, found)
+        rows = cohort(3000, seed, move=(0.7, 0.5))[0]
+        found = evaluate_time_updates(rows, "m", EVENTS, 0)
+        config = outcome.updated(config, used, rule, found, rows)
         moves.append(found.moves)
         stored = config["decision"] if used == STAGE else config["models"][used]
         rule = DecisionRule.from_config({"decision": stored})

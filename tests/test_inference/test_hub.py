@@ -38,9 +38,9 @@ from shared_metrics import run_metrics
 
 PAGE = Path(__file__).parents[2] / "medgemma_clinical" / "docs" / "sharing.md"
 ID = "jane/anion-gap"
-STAGE_1 = {TRAJECTORY_FILE, "README.md"}
+STAGE_1 = {TRAJECTORY_FILE, "README.md", "model_facts.xml"}
 STAGE_2 = {
-    *("config.json", "modules.safetensors", "NOTICE", "README.md"),
+    *("config.json", "modules.safetensors", "NOTICE", "README.md", "model_facts.xml"),
     *("adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
 }
 STAGES = {"trajectory": STAGE_1, "classification": STAGE_2}
@@ -114,6 +114,7 @@ def test_exactly_the_files_of_a_checkpoint_are_sent_and_nothing_of_a_patient(
         assert mark not in sent
     assert config["metrics"]["test"]["events"] == "fewer than 11"
     assert "with the event: fewer than 11" in hub.files(ID)["README.md"].decode()
+    assert "with the event: fewer than 11" in hub.files(ID)["model_facts.xml"].decode()
     assert f'TrajectoryModel.from_pretrained("{ID}")' in hub.files(ID)["README.md"].decode()
 
 
@@ -137,6 +138,7 @@ def test_few_patients_behind_a_mean_are_refused_unless_allowed(stage, behind, ru
     config = load(ID).config
     assert config["metrics"]["test"]["events"] == 7
     assert "with the event: 7" in hub.files(ID)["README.md"].decode()
+    assert "with the event: 7<" in hub.files(ID)["model_facts.xml"].decode()
 
 
 def numbers_in(content):
@@ -166,7 +168,8 @@ def test_no_number_of_a_shared_folder_is_that_of_one_patient_with_many_rows(tmp_
     shared_copy(model.trained, tmp_path / "shared")
     assert columns_of_few(model.trained) == []
     content = torch.load(tmp_path / "shared" / TRAJECTORY_FILE, weights_only=True)
-    found = numbers_in([content, (tmp_path / "shared" / "README.md").read_text()])
+    texts = [(tmp_path / "shared" / x).read_text() for x in ("README.md", "model_facts.xml")]
+    found = numbers_in([content, *texts])
     assert len(found) > 10_000
     assert not [x for x in found for value in (91.37, 103.25) if abs(x - value) < 1e-4]
 

@@ -144,7 +144,7 @@ def test_the_folder_is_an_ordinary_one_of_transformers_and_names_nobody(kind, ba
     export_merged(stages[kind], out, BUILDERS)
     files = {"config.json", "generation_config.json", "model.safetensors", "NOTICE"}
     files |= {"tokenizer.json", "tokenizer_config.json"}
-    beside = {"config.json", "modules.safetensors", "NOTICE", "README.md"}
+    beside = {"config.json", "modules.safetensors", "NOTICE", "README.md", "model_facts.xml"}
     assert written(out) == beside | {f"{MERGED_MODEL}/{name}" for name in files}
     assert "quantization_config" not in json.loads((out / MERGED_MODEL / "config.json").read_text())
     weights = load_file(out / MERGED_MODEL / "model.safetensors")

@@ -106,7 +106,7 @@ def test_load_trained_model__adds_what_training_added(run, saved):
 def test_save_llm__writes_what_was_learned_and_no_patient(saved):
     best, llm = saved.run / BEST, load(saved.run / BEST).model.llm
     files = {path.relative_to(best).as_posix() for path in best.rglob("*") if path.is_file()}
-    assert files == {*HASHED, CONFIG, checkpoints.CARD, checkpoints.NOTICE}
+    assert files == {*HASHED, CONFIG, checkpoints.CARD, checkpoints.FACTS, checkpoints.NOTICE}
     learned = {key.split(".")[0] for key in load_file(best / MODULES)}
     assert learned == {"stage1", "projection", "head"}
     assert len(load_file(best / ADAPTER)) == 2 * 7 * 2

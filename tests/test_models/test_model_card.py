@@ -1,4 +1,4 @@
-"""The model card: a header that the hub reads, metrics without small counts, no markup of data."""
+"""Model card and facts: a header for the hub, a schema, no small counts, no markup of data."""
 
 import copy
 import difflib
@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import medgemma_trainer as trainer
+from chai_card import read_facts
 from language_models import classifier_and_writer, data_of, llm_config, patients, stage1_for
 from medgemma_clinical import __version__
 from medgemma_clinical.models import checkpoints
@@ -26,6 +27,7 @@ from medgemma_clinical.models.model_card import (
     shareable,
     weight_0_sentence,
 )
+from medgemma_clinical.models.model_facts import OWNER, model_facts
 from medgemma_clinical.models.terms import GEMMA_NOTICE, HAI_DEF_NOTICE
 from shared_metrics import metric, run_metrics
 
@@ -84,6 +86,11 @@ def header(config):
     return card.data.to_dict()
 
 
+def facts_of(config):
+    """The facts that were checked by the schema."""
+    return read_facts(model_facts(config))
+
+
 # ------------------------------------------------------------------ header and terms
 
 
@@ -135,6 +142,31 @@ def test_cards_are_approved(finished, assert_approved):
     assert_approved("model_card", "\n".join(text).replace(__version__, "VERSION"))
 
 
+def test_facts_are_approved(finished, assert_approved):
+    text = []
+    unfinished = stage1_config(data_sha256="0" * 64)
+    for config in (finished | {"data_sha256": "0" * 64}, unfinished):
+        text += [f"==== {config['stage']}", *(f"{k}: {x}" for k, x in facts_of(config))]
+    assert_approved("model_facts", "\n".join([*text, ""]).replace(__version__, "VERSION"))
+
+
+@pytest.mark.parametrize("stage", ["trajectory", "classification", "generative"])
+def test_facts_of_each_stage_with_and_without_metrics_are_valid(stage, finished):
+    for part in (["test", "validation"], ["folds"], []):
+        metrics = dict.fromkeys(part, finished["metrics"]["test"])
+        config = {**finished, "stage": stage, "metrics": {**finished["metrics"], **metrics}}
+        for name in {"test", "validation"}.difference(part):
+            del config["metrics"][name]
+        facts = dict(facts_of(config))
+        kind = facts["KeyMetrics/UsefulnessUsabilityEfficacy/TestType"]
+        assert ("cross-validation" in kind) == ("folds" in part)
+        assert "TrustIngredients/AISystemFacts/FoundationModels" in facts, "has a base model"
+        assert facts["BasicInfo/ModelDeveloper"].startswith(OWNER)
+    facts_of({key: x for key, x in finished.items() if key not in ("metrics", "decision")})
+    with pytest.raises(Exception, match="ReleaseInfo"):
+        read_facts(model_facts(finished).replace("ReleaseInfo>", "Release>"))
+
+
 def test_weight_0_is_a_sentence_of_a_page(finished):
     assert "each risk is that of stage 1" in weight_0_sentence({**finished, "residual_weight": 0.0})
     assert weight_0_sentence(finished) == ""
@@ -176,6 +208,11 @@ def test_small_counts_leave_neither_on_the_card_nor_in_the_configuration(finishe
     assert model_card(shared) == card
     assert shareable(few, 0) == few
     assert "with the event: 7" in model_card(few, min_cell=0)
+    facts = model_facts(few)
+    assert "with the event: fewer than 11" in facts
+    assert not re.search(r"\b(7|0\.7|0\.4|0\.9|25\.0)\b", " ".join(x for _, x in read_facts(facts)))
+    assert model_facts(shared) == facts
+    assert "with the event: 7<" in model_facts(few, min_cell=0)
 
 
 # ------------------------------------------------------------------ markup from data
@@ -201,3 +238,10 @@ def test_words_of_data_break_neither_header_nor_text(text, finished):
     assert header(config) == header(same)
     plain, expected = (re.sub("`[^`\n]+`", "CODE", model_card(each)) for each in (config, same))
     assert plain == expected
+    assert len(facts_of(config)) == len(facts_of(same))
+
+
+def test_facts_hold_no_character_that_xml_forbids(finished):
+    name = "a\0\x0b\ud800\uffff<b>&amp;"
+    facts = dict(facts_of({**finished, "outcome": name}))
+    assert facts["BasicInfo/ModelName"].startswith("a????<b>&amp;,".replace("?", "\ufffd"))
