@@ -60,6 +60,9 @@ ADAPTER_CONFIG = "adapter/adapter_config.json"
 ADAPTER_WEIGHTS = "adapter/adapter_model.safetensors"
 MODULE_WEIGHTS = "modules.safetensors"
 NOTICE, CARD = "NOTICE", "README.md"
+LEDGER = "medgemma_trajectory_best.aggregates.json"
+"""File beside stage 1's that knows the rows of its aggregates by hashes."""
+
 BASELINES, MAX_BASELINES = "baselines.json", 2**26
 """File of a stage's baselines, never shared, and its largest size in bytes."""
 
@@ -361,6 +364,17 @@ def hashed_files(config: Config) -> tuple[str, ...]:
 
 def _modules(model: TrajectoryLLM) -> nn.ModuleDict:
     return nn.ModuleDict({name: part for name, part in model.named_children() if name != "llm"})
+
+
+def weights_sha256(model: Stage1 | TrajectoryLLM) -> str:
+    """Return the hash of trained weights, which is the same for each copy of a model."""
+    weights = model.state_dict() if isinstance(model, Stage1) else _modules(model).state_dict()
+    if isinstance(model, TrajectoryLLM) and isinstance(model.llm, PeftModel):
+        weights |= get_peft_model_state_dict(model.llm, save_embedding_layers=False)
+    digest = hashlib.sha256()
+    for name, tensor in weights.items():
+        digest.update(name.encode() + tensor.float().numpy(force=True).tobytes())
+    return digest.hexdigest()
 
 
 def load_modules(model: TrajectoryLLM, folder: Path) -> None:
