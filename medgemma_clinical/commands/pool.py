@@ -11,11 +11,9 @@ from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.evaluation.aggregate import (
     pool_sites,
     read_estimates,
-    read_groups,
     three_digits,
 )
 from medgemma_clinical.evaluation.sites_page import pooled_cells, write_sites
-from medgemma_clinical.evaluation.topics.cohort import case_mix_cells
 from medgemma_clinical.files import (
     InputError,
     json_hash,
@@ -55,11 +53,11 @@ def run_pool(paths: Sequence[Path], output_dir: Path) -> int:
     table, page = output_dir / "sites.json", output_dir / "sites.html"
     for aside in move_aside([table, page]):
         logger.info("earlier file moved to %s", aside)
-    results = {"pooled": pooled.to_dict("records"), "sites": estimates.to_dict("records")}
-    write_json(table, {"format": FORMAT, "model": content["model"], **three_digits(results)})
+    results = {"pooled": pooled.reset_index(), "sites": estimates}
+    tables = {name: three_digits(found.to_dict("records")) for name, found in results.items()}
+    write_json(table, {"format": FORMAT, "model": content["model"], **tables})
     write_sites(page, sites, estimates, pooled)
-    cells = pooled_cells(pooled[pooled["model"] == content["model"]["name"]])
-    text = cells.drop(columns="Model").to_string(index=False)
+    text = pooled_cells(pooled.loc[content["model"]["name"]]).to_string(index=False)
     logger.info("\n%s\nresults: %s, %s", text, page, table)
     return EXIT_DONE
 
@@ -73,8 +71,6 @@ def read_aggregate(path: Path) -> Any:
         if (version := content["format"]) != FORMAT:
             raise InputError(f"--pool {path}: of format {version!s:.20}, not {FORMAT}")
         read_estimates(content)
-        read_groups(content)
-        case_mix_cells({path.stem: content["case_mix"]}, "patients")
         texts = [content["version"], *(content["model"][key] for key in SAME_MODEL)]
         if not all(isinstance(text, str) and len(text) <= 100 for text in texts):
             raise ValueError

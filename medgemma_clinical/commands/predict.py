@@ -186,8 +186,11 @@ def check_output(request: Namespace, source: Path) -> None:
             continue
         if not out.absolute().parent.is_dir() or out.is_dir():
             raise InputError(f"--{flag} {out}: name a file in a folder that exists")
-        if out.exists() and source.exists() and out.samefile(source):
-            raise InputError(f"--{flag} {out}: holds the rows to score: choose another name")
+        inputs = filter(Path.exists, [source, source.with_suffix(".json")])  # its description
+        if out.exists() and any(map(out.samefile, inputs)):
+            raise InputError(
+                f"--{flag} {out}: describes the rows to score, or holds them: rename it"
+            )
         if flag != "predictions" and out.absolute() == request.predictions.absolute():
             raise InputError(f"--{flag} {out}: is the file of --predictions")
 

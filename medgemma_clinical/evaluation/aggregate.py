@@ -24,14 +24,14 @@ from medgemma_clinical.evaluation.metrics_table import (
     with_interval,
 )
 from medgemma_clinical.evaluation.suppress import distant_thresholds
-from medgemma_clinical.evaluation.topics.cohort import case_mix, suppress_case_mix
+from medgemma_clinical.evaluation.topics.cohort import case_mix, case_mix_cells, suppress_case_mix
 from medgemma_clinical.evaluation.topics.subgroups import random_effects
 
 METRICS: dict[str, tuple[float, float]]
 METRICS = dict.fromkeys(("auroc", "auprc", "brier", "mean_risk", "observed"), (0, 1))
 METRICS |= {"brier_skill": (-1000, 1), "log_loss": (0, 1000), "oe": (0.001, 1000)}
-METRICS |= dict.fromkeys(("calibration_in_the_large", "calibration_slope"), (-1000, 1000))
-"""Metrics of an aggregate, with bounds of their values in a file."""
+METRICS |= dict.fromkeys(("intercept", "slope"), (-1000, 1000))
+"""Metrics of an aggregate, with bounds of their values in a file; intercept: slope held at 1."""
 
 REACH = norm.ppf(0.975)
 HALF_DIGIT = 5e-4
@@ -59,11 +59,12 @@ def aggregate(
     def statistic(weights: Array) -> dict[Any, Array]:
         values: dict[Any, Array] = {}
         for name, risk in risks.items():
-            found = metrics(labels, risk, weights) | calibration(labels, risk, weights)
-            found |= {"mean_risk": weights @ risk, "observed": weights @ labels}
+            found, fit = (f(labels, risk, weights) for f in (metrics, calibration))
+            found["intercept"] = fit["calibration_in_the_large"]
+            found["slope"] = fit["calibration_slope"]
+            total = weights.sum(axis=1)
+            found |= {"mean_risk": weights @ risk / total, "observed": weights @ labels / total}
             found["oe"] = found["observed"] / found["mean_risk"]
-            for share in ("mean_risk", "observed"):
-                found[share] = found[share] / weights.sum(axis=1)
             values |= {(name, metric): found[metric] for metric in METRICS}
         return values
 
@@ -118,32 +119,27 @@ def unscaled(metric: Any, x: pd.Series[float]) -> pd.Series[float]:
 
 
 def read_estimates(content: Any) -> pd.DataFrame:
-    """Return the metrics of an aggregate; an error of any type where it is none."""
+    """Return the checked metrics of an aggregate; an error of any type where it is none."""
     numbers = {"value": float, "variance": float}
     table = pd.DataFrame(content["metrics"])[["model", "metric", *numbers]].astype(numbers)
-    bounds = pd.DataFrame([METRICS[name] for name in table["metric"]])
-    sound = table["value"].between(bounds[0], bounds[1]) | table["value"].isna()
+    low, high = np.transpose([METRICS[name] for name in table["metric"]])
+    sound = table["value"].between(low, high) | table["value"].isna()
     sound &= table["variance"].between(1e-12, 1e6) | table["variance"].isna()
-    models = table["model"].unique()
     sizes = [content[name] for name in ("patients", "events", "non_events")]
-    if (
-        not sound.all()
-        or table.duplicated(["model", "metric"]).any()
-        or len(table) != len(models) * len(METRICS)
-        or content["model"]["name"] not in models
-        or not all(type(n) is int and 0 < n < 10**9 for n in [*sizes, content["min_cell"] + 1])
-    ):
-        raise ValueError
+    groups = [group for group in content["groups"] if group["model"]]
+    shares = [group[name] for group in groups for name in ("risk", "observed")]
+    is_sound = (
+        sound.all()
+        and not table.duplicated(["model", "metric"]).any()
+        and len(table) == table["model"].nunique() * len(METRICS)
+        and content["model"]["name"] in table["model"].unique()
+        and all(type(n) is int and 0 < n < 10**9 for n in [*sizes, content["min_cell"] + 1])
+        and all(0 <= share <= 1 for share in shares)
+    )
+    if not is_sound:
+        raise ValueError("out of bounds")
+    case_mix_cells({"site": content["case_mix"]}, "patients")  # raises where it is none
     return table
-
-
-def read_groups(content: Any) -> pd.DataFrame:
-    """Return the risk groups of the stage in an aggregate; an error of any type where none."""
-    shares = {"risk": float, "observed": float}
-    table = pd.DataFrame(content["groups"], columns=["model", *shares]).astype(shares)
-    if not table[[*shares]].isin(table[[*shares]].clip(0, 1)).all(axis=None):
-        raise ValueError
-    return table[table["model"] == content["model"]["name"]]
 
 
 def pool_sites(sites: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -159,15 +155,11 @@ def pool_sites(sites: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
     for end, sign in (("low", -1), ("high", 1)):
         reach = effect + sign * REACH * np.sqrt(table["variance"])
         table[end] = unscaled(table["metric"], reach)
-    lines = []
-    for (model, metric), part in table.assign(effect=effect).groupby(
-        ["model", "metric"], sort=False
-    ):
+    lines = {}
+    for key, part in table.assign(effect=effect).groupby(["model", "metric"], sort=False):
         estimates = part[["effect", "variance"]].dropna().to_numpy()
         found = pd.Series(random_effects(*estimates.T))
         spread = found[["i2", "tau2"]]
-        pooled = unscaled(pd.Series(metric, found.index), found)
-        lines.append(
-            {"model": model, "metric": metric, "sites": len(estimates), **pooled, **spread}
-        )
-    return table, pd.DataFrame(lines)
+        pooled = unscaled(pd.Series(key[1], found.index), found)
+        lines[key] = {"sites": len(estimates), **pooled, **spread}
+    return table, pd.DataFrame.from_dict(lines, "index").rename_axis(["model", "metric"])
