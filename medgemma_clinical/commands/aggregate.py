@@ -15,10 +15,13 @@ from medgemma_clinical.data.small_cells import MIN_CELL, minority_patients
 from medgemma_clinical.evaluation.aggregate import aggregate, three_digits
 from medgemma_clinical.evaluation.metrics_table import MINORITY_PATIENTS, TESTED
 from medgemma_clinical.files import InputError, move_aside, read_json, write_json
-from medgemma_clinical.models.checkpoints import LEDGER, READING_ERRORS, TRAJECTORY_FILE
+from medgemma_clinical.models.checkpoints import READING_ERRORS
 from medgemma_clinical.models.trained_model import TrainedModel, checkpoint_path
 
 logger = logging.getLogger(__name__)
+
+LEDGER = ".aggregates.json"
+"""End of the name of the file beside a checkpoint that knows the rows of its aggregates."""
 
 
 def write_aggregate(
@@ -45,8 +48,8 @@ def write_aggregate(
     about: dict[str, Any] = {"name": trained.name, "outcome": trained.config["outcome"]}
     about |= {"threshold": three_digits(trained.rule.threshold), **trained.identity()}
     best = checkpoint_path(checkpoint).resolve()
-    name = LEDGER if best.name == TRAJECTORY_FILE else f"{best.stem}.aggregates.json"
-    remember(best.with_name(name), path, hashes_of(rows, medians), min_cell)
+    ledger = best.with_name(best.name + LEDGER)
+    remember(ledger, path, hashes_of(rows, medians), min_cell)
     for aside in move_aside([path]):
         logger.info("earlier file moved to %s", aside)
     write_json(path, {"format": FORMAT, "version": __version__, "model": about, **found})

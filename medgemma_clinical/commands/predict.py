@@ -186,11 +186,11 @@ def check_output(request: Namespace, source: Path) -> None:
             continue
         if not out.absolute().parent.is_dir() or out.is_dir():
             raise InputError(f"--{flag} {out}: name a file in a folder that exists")
-        inputs = filter(Path.exists, [source, source.with_suffix(".json")])  # its description
+        described = source.parent / f"{Path(source.name.removesuffix('.gz')).stem}.json"
+        inputs = filter(Path.exists, [source, described])
         if out.exists() and any(map(out.samefile, inputs)):
-            raise InputError(
-                f"--{flag} {out}: describes the rows to score, or holds them: rename it"
-            )
+            problem = "holds the rows to score, or their description: choose another name"
+            raise InputError(f"--{flag} {out}: {problem}")
         if flag != "predictions" and out.absolute() == request.predictions.absolute():
             raise InputError(f"--{flag} {out}: is the file of --predictions")
 

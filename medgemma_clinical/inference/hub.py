@@ -22,7 +22,7 @@ from medgemma_clinical.data.summaries import summary_names
 from medgemma_clinical.evaluation.baselines import ENSEMBLE
 from medgemma_clinical.files import InputError, atomic, owner_only, write_text
 from medgemma_clinical.models import checkpoints
-from medgemma_clinical.models.checkpoints import BASELINES, CARD, LEDGER, TRAJECTORY_FILE, Config
+from medgemma_clinical.models.checkpoints import BASELINES, CARD, TRAJECTORY_FILE, Config
 from medgemma_clinical.models.decoders import terms_of
 from medgemma_clinical.models.model_card import model_card, shareable
 from medgemma_clinical.models.scaler import Scaler
@@ -51,7 +51,7 @@ def check_folder(folder: Path, config: Config) -> None:
     if checkpoints.is_merged(config):
         raise InputError("an export, which holds a whole language model: copy its folder instead")
     files = files_of(folder) if folder.is_dir() else {""}
-    model_files = {*SHARED_FILES, BASELINES, LEDGER}
+    model_files = {*SHARED_FILES, BASELINES}
     if os.path.lexists(folder) and (files - model_files or (files and CARD not in files)):
         raise InputError(f"{folder}: exists and holds other files: name a new folder")
 

@@ -60,9 +60,6 @@ ADAPTER_CONFIG = "adapter/adapter_config.json"
 ADAPTER_WEIGHTS = "adapter/adapter_model.safetensors"
 MODULE_WEIGHTS = "modules.safetensors"
 NOTICE, CARD = "NOTICE", "README.md"
-LEDGER = "medgemma_trajectory_best.aggregates.json"
-"""File beside stage 1's that knows the rows of its aggregates by hashes."""
-
 BASELINES, MAX_BASELINES = "baselines.json", 2**26
 """File of a stage's baselines, never shared, and its largest size in bytes."""
 

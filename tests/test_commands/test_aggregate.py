@@ -13,8 +13,9 @@ from conftest import SAMPLE
 from language_models import TINY_MODEL
 from medgemma_clinical.commands import pool
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES
+from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.hub import save_model, shared_copy
-from medgemma_clinical.models.checkpoints import LEDGER, TRAJECTORY_FILE
+from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.outcome import LabelOutcome
 from pages import make_rows
 from predicting import SERIES, command, predicted, refused, write_data
@@ -22,6 +23,7 @@ from site_files import make_site, parts
 
 LABEL = "label_escalation"
 STAGE = STAGE_NAMES["trajectory"]
+LEDGER = f"{TRAJECTORY_FILE}.aggregates.json"
 DEEP = "[" * 100_000
 
 
@@ -155,6 +157,10 @@ def test_few_patients_times_and_a_damaged_ledger_are_refused(
     assert not path.exists()
     for other in (out, data, data.with_suffix(".json"), tmp_path / "missing" / "x.json"):
         assert refused(capsys, command(model, data, out, "--aggregate", str(other)), "--aggregate")
+    zipped = tmp_path / "few.csv.gz"
+    few.to_csv(zipped, index=False)
+    beside = command(model, zipped, out, "--aggregate", str(data.with_suffix(".json")))
+    assert refused(capsys, beside, "--aggregate")
     monkeypatch.setattr(LabelOutcome, "has_curves", True)
     assert refused(capsys, words, "--aggregate")
 
@@ -183,11 +189,12 @@ def test_copies_of_a_model_are_one_model_and_an_update_is_another(stage, runs, t
     assert moved["baselines_sha256"] != first["baselines_sha256"]
 
 
-def test_a_ledger_does_not_hinder_a_model_from_being_replaced(model, runs):
+def test_no_model_is_written_over_a_ledger(model, runs):
     (model / LEDGER).write_text("{}")
     trained = trainer.TrajectoryModel.from_pretrained(runs / "trajectory").trained
-    save_model(trained, model)
-    assert (model / TRAJECTORY_FILE).exists()
+    with pytest.raises(InputError, match="other files"):
+        save_model(trained, model)
+    assert (model / LEDGER).exists()
 
 
 # --------------------------------------------------------------------------- pool
