@@ -64,6 +64,7 @@ from medgemma_clinical.commands import (
     compare,
     flags,
     folds,
+    pool,
     python,
     repeats,
     results,
@@ -161,6 +162,9 @@ def build_parser() -> Parser:
     add("--reference", "--ablation: reference model", default="stage 1", metavar="NAME")
     add, switch = flags.adders(group, "compare")
     add("--compare", "compare stage folders, paired", type=Path, nargs="+", metavar="RUN")
+    add, switch = flags.adders(group, "pool")
+    options = {"type": Path, "nargs": "+", "metavar": "SITE.json", "needs": "--output_dir"}
+    add("--pool", "pool what sites wrote by --aggregate", **options)
     add, switch = flags.adders(group, "stage1 llm text free")
     options = {"type": POSITIVE, "metavar": "N"}
     add(
@@ -194,6 +198,8 @@ def build_parser() -> Parser:
     add("--curves", "times: CSV of cumulative incidences to write", "free", type=Path)
     add("--use", command_line.USE, "free default", default="stage", metavar="NAME")
     add("--update", "with --predict: write a recalibrated model", "free", type=Path, metavar="DIR")
+    options = {"type": Path, "metavar": "JSON"}
+    add("--aggregate", "with --predict: write what sites can pool", "free", **options)
     switch("--strict", "with --predict: refuse rows it cannot score")
     switch("--explain", "with --predict: page of single patients", "free")
     options = {"type": names, "metavar": "ID,ID", "needs": "--explain"}
@@ -304,7 +310,7 @@ def build_parser() -> Parser:
 
     group = parser.add_argument_group("output")
     add, switch = flags.adders(group, f"{flags.TRAINING} keyword")
-    tags = "compare demo free"
+    tags = "compare pool demo free"
     add("--output_dir", "run folder; ./checkpoints_medgemma_{dataset}", tags, type=Path)
     switch("--report_patients", "list the largest errors in report.html", "free folder")
     add("--min_cell", command_line.MIN_CELL, "predict default free", type=WHOLE, default=0)
@@ -889,6 +895,8 @@ def run(args: Namespace, given: set[str]) -> int:
     with SIGNALS.installed(), distributed.exact_kernels(deterministic=args.deterministic):
         if args.compare:
             return compare.run_compare(args, args.output_dir if "--output_dir" in given else None)
+        if args.pool:
+            return pool.run_pool(args.pool, args.output_dir)
         if not args.demo:
             distributed.check_gpu()
         if args.folds and args.seeds:

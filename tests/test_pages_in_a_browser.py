@@ -17,12 +17,15 @@ from PIL import Image
 
 import pages
 import patient_rows
+import site_files
 import time_rows
 from medgemma_clinical.data.competing_events import CompetingEvents
+from medgemma_clinical.evaluation.aggregate import pool_sites
 from medgemma_clinical.evaluation.baselines import MEANINGS
 from medgemma_clinical.evaluation.metrics_table import evaluate
 from medgemma_clinical.evaluation.patients import Curves
 from medgemma_clinical.evaluation.report import write_comparison, write_report
+from medgemma_clinical.evaluation.sites_page import write_sites
 from medgemma_clinical.evaluation.tables import COST
 from medgemma_clinical.evaluation.time_table import evaluate_times, time_sentences
 from medgemma_clinical.evaluation.topics.times import time_topics
@@ -92,6 +95,15 @@ def comparison(folder):
     return path
 
 
+def pooled(folder):
+    """What sites say together, of long names and with many inputs."""
+    names = "a hospital of a longer name", "b", "c", "d"
+    contents = map(site_files.make_site, site_files.parts(pages.make_rows(1600)))
+    sites = dict(zip(names, contents, strict=True))
+    write_sites(folder / "sites.html", sites, *pool_sites(sites))
+    return folder / "sites.html"
+
+
 def patients(folder):
     """Two rows with all that a card can hold, one of them with many series."""
     first = replace(patient_rows.ROW, report="pH 7.2 " * 40, without_soft_prompt=0.45)
@@ -130,7 +142,7 @@ def times_of_patients(folder):
     return patient_rows.write_page(folder, row, replace(row, id="second"))
 
 
-PAGES = report, external, comparison, patients, times, times_of_patients
+PAGES = report, external, comparison, pooled, patients, times, times_of_patients
 
 
 @pytest.fixture(scope="module", params=PAGES)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from medgemma_clinical.commands.aggregate import write_aggregate
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.compare import read_predictions
 from medgemma_clinical.commands.flags import tagged
@@ -76,6 +77,8 @@ def predict(args: Namespace, given: set[str]) -> int:
     check_output(request, source)
     if request.curves and not outcome_of(config).has_curves:
         raise InputError("--curves: the model was trained on a label, not on times: leave it out")
+    if request.aggregate and outcome_of(config).has_curves:
+        raise InputError("--aggregate: not for times to events: leave it out")
     if request.update:
         check_folder(request.update, config)
     findings = Findings(str(source), strict=bool(request.strict))
@@ -109,7 +112,12 @@ def predict(args: Namespace, given: set[str]) -> int:
     if request.explain:
         explain_rows(tally.chosen, model, request, training)
     if request.update:
-        write_update(request.update, model.trained, used, *labelled, file_hash(source))
+        labels, hashed = (labelled.rows, labelled.updates), file_hash(source)
+        write_update(request.update, model.trained, used, *labels, hashed)
+    if request.aggregate:
+        found = model.trained, labelled.rows, labelled.medians
+        limit = request.min_cell if "--min_cell" in given else None
+        write_aggregate(request.aggregate, request.checkpoint, *found, limit, request.seed)
     return EXIT_DONE
 
 
@@ -173,15 +181,18 @@ def outputs(request: Namespace) -> list[Path]:
 
 def check_output(request: Namespace, source: Path) -> None:
     """Check that predictions can be written, and not over the rows to score."""
-    for flag in ("predictions", "curves"):
+    for flag in ("predictions", "curves", "aggregate"):
         if (out := getattr(request, flag)) is None:
             continue
         if not out.absolute().parent.is_dir() or out.is_dir():
             raise InputError(f"--{flag} {out}: name a file in a folder that exists")
-        if out.exists() and source.exists() and out.samefile(source):
-            raise InputError(f"--{flag} {out}: holds the rows to score: choose another name")
-    if request.curves and request.curves.absolute() == request.predictions.absolute():
-        raise InputError(f"--curves {request.curves}: is the file of --predictions")
+        described = source.parent / f"{Path(source.name.removesuffix('.gz')).stem}.json"
+        inputs = filter(Path.exists, [source, described])
+        if out.exists() and any(map(out.samefile, inputs)):
+            problem = "holds the rows to score, or their description: choose another name"
+            raise InputError(f"--{flag} {out}: {problem}")
+        if flag != "predictions" and out.absolute() == request.predictions.absolute():
+            raise InputError(f"--{flag} {out}: is the file of --predictions")
 
 
 def report_path(predictions: Path) -> Path:
@@ -286,27 +297,36 @@ def write_predictions(
     return tally
 
 
+class Labelled(NamedTuple):
+    """Labelled rows that are not in the training data, their medians and updates on them."""
+
+    rows: pd.DataFrame
+    medians: pd.DataFrame
+    updates: Any = None
+
+
 def report_labelled(
     tally: PredictionTally,
     model: TrajectoryModel,
     dataset: TrajectoryDataset,
     request: Namespace,
     training: TrainingPatients,
-) -> tuple[pd.DataFrame, Any]:
+) -> Labelled:
     """Evaluate labelled rows that are not in the training data; return them."""
     if not tally.labelled:
-        return pd.DataFrame(), None
+        return Labelled(pd.DataFrame(), pd.DataFrame())
     labelled = pd.concat(tally.labelled, ignore_index=True)
     hashes = labelled["patient"].to_numpy(), np.stack(labelled["rows"].tolist())
     in_training = training.include(*hashes, has_ids=dataset.has_patient_ids)
-    new = labelled[~in_training].reset_index(drop=True)
+    new, medians = labelled[~in_training].reset_index(drop=True), pd.concat(tally.medians)
+    medians = medians[~in_training]
     noun = "patients" if labelled["patient"].is_unique else dataset.row_noun
     overlap = Overlap(noun, int(in_training.sum()), len(new))
     note = overlap.sentence(model.config, training, 0)
     outcome = tally.outcome
     if problem := outcome.evaluation_problem(new):
         logger.info("%s No metrics: %s.", note, problem)
-        return new, None
+        return Labelled(new, medians)
     name, patients = tally.used, new["patient"].astype(str)
     risks = new[[*tally.columns]].dropna(axis=1)  # NaN of a baseline that lacks a column
     rows = new.assign(id=patients, patient=patients)[[*outcome.tested]]
@@ -316,7 +336,6 @@ def report_labelled(
     primary = request.primary or planned
     metrics = outcome.evaluate(rows, request.seed, tally.rule.threshold, primary=primary)
     updates = outcome.evaluate_updates(rows, name, request.seed)
-    medians = pd.concat(tally.medians)[~in_training]
     content = cohort_content(
         tally, model.config, dataset, new, medians, overlap, training, updates, request
     )
@@ -328,7 +347,7 @@ def report_labelled(
     write_report(path, rows, metrics, content, outcome.topics, min_cell=request.min_cell)
     lines = "\n".join([*content.first, *map(str, content.findings(metrics))])
     logger.info("\n%s\n%s\nreport: %s", lines, note, path)
-    return new, updates
+    return Labelled(new, medians, updates)
 
 
 def cohort_content(

@@ -373,6 +373,17 @@ def _modules(model: TrajectoryLLM) -> nn.ModuleDict:
     return nn.ModuleDict({name: part for name, part in model.named_children() if name != "llm"})
 
 
+def weights_sha256(model: Stage1 | TrajectoryLLM) -> str:
+    """Return the hash of trained weights, which is the same for each copy of a model."""
+    weights = model.state_dict() if isinstance(model, Stage1) else _modules(model).state_dict()
+    if isinstance(model, TrajectoryLLM) and isinstance(model.llm, PeftModel):
+        weights |= get_peft_model_state_dict(model.llm, save_embedding_layers=False)
+    digest = hashlib.sha256()
+    for name, tensor in weights.items():
+        digest.update(name.encode() + tensor.float().numpy(force=True).tobytes())
+    return digest.hexdigest()
+
+
 def load_modules(model: TrajectoryLLM, folder: Path) -> None:
     """Load the parts of stage 2 or 3 beside the language model into ``model``, every key."""
     try:

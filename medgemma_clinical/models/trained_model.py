@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +25,10 @@ from medgemma_clinical.data.overlap import check_held_out
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
 from medgemma_clinical.distributed import default_device
-from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, Baselines
+from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, WORDS, Baselines
 from medgemma_clinical.evaluation.decision import DecisionRule, Predictions
 from medgemma_clinical.evaluation.metrics import Array
-from medgemma_clinical.files import InputError, read_json
+from medgemma_clinical.files import InputError, json_hash, read_json
 from medgemma_clinical.models.checkpoints import (
     LLM_STAGES,
     MERGED_MODEL,
@@ -43,6 +42,7 @@ from medgemma_clinical.models.checkpoints import (
     read_baselines,
     read_config,
     read_trajectory,
+    weights_sha256,
 )
 from medgemma_clinical.models.language_model import base_name, base_record
 from medgemma_clinical.models.outcome import NO_MOVES, Moves, Outcome, outcome_of, weighted
@@ -78,13 +78,22 @@ class TrainedModel:
     def checkpoint(self) -> TrajectoryCheckpoint:
         """Return a stage 1 as ``read_trajectory`` returns that of a file."""
         assert self.train_patients is not None
-        weights, digest = self.model.state_dict(), hashlib.sha256()
-        for name, tensor in weights.items():
-            digest.update(name.encode() + tensor.numpy(force=True).tobytes())
-        path = Path("the encoder")
+        weights, digest = self.model.state_dict(), weights_sha256(self.model)
         return TrajectoryCheckpoint(
-            self.config, weights, self.train_patients, path, digest.hexdigest()
+            self.config, weights, self.train_patients, Path("the encoder"), digest
         )
+
+    def identity(self) -> dict[str, str | None]:
+        """Return hashes that are equal where copies give equal risks: the stage's, the others'."""
+        rules = {name: [rule.slope, rule.intercept] for name, rule in self.rules.items()}
+        own = [weights_sha256(self.model), rules.pop(self.name), self.config.get("residual_weight")]
+        hashes: dict[str, str | None] = {"sha256": json_hash(own), "baselines_sha256": None}
+        if self.baselines:  # of which a copy lacks the words
+            file = replace(self.baselines, words=None).sha256
+            rules.pop(WORDS, None)
+            update = self.config.get("updated", {}).get("stage")
+            hashes["baselines_sha256"] = json_hash([file, rules, update])
+        return hashes
 
     @property
     def rule(self) -> DecisionRule:

@@ -22,6 +22,7 @@ import nafld
 import pandas as pd
 import phrasings
 import physionet2012
+import pool
 import pytest
 import reading
 import risk_over_time
@@ -60,7 +61,7 @@ def fast(monkeypatch):
     monkeypatch.setattr(metrics, "REPLICATES", 10)
 
 
-def test_stage1_rivals_risk_over_time_srtr(tmp_path, monkeypatch, capsys):
+def test_stage1_rivals_risk_over_time_srtr_pool(tmp_path, monkeypatch, capsys):
     splits.main(["--out", str(tmp_path), "--seeds", "1", "--rows", "150"])
     data = str(tmp_path / "split_0.csv")
     parts = pd.read_csv(data)["split"].value_counts().to_dict()
@@ -73,6 +74,11 @@ def test_stage1_rivals_risk_over_time_srtr(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     for word in ("with stage 1, 2", "seconds per epoch", "calibration_slope", "last MELD"):
         assert word in out
+
+    pool.main([])
+    out = capsys.readouterr().out
+    assert "Pooled over 4 of 4 sites" in out
+    assert "Slope" in out
 
     # PyPOTS goes on in silence when training fails, here after the first epoch.
     failing = SimpleNamespace(fit=lambda *_: None, best_epoch=1, patience=10)

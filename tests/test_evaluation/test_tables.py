@@ -69,7 +69,7 @@ def test_parts_of_the_split_are_counted():
 def test_counts_are_of_rows_and_of_patients_where_these_differ(noun):
     parts = part_table(np.array([1.0, 0]), np.array(["a", "a"]), {"train": np.arange(2)})
     flow = pd.DataFrame({"rule": ["no label"], "removed": [3], "left": [200]})
-    mix = case_mix_cells({"rows": 200, "patients": 80}, {}, noun)["Case mix"]
+    mix = case_mix_cells({"here": {"rows": 200, "patients": 80}}, noun)["Case mix"]
     names = list(dict.fromkeys([noun.capitalize(), "Patients"]))
     assert mix.tolist() == names
     assert count_cells(parts, noun).columns.tolist()[1:-2] == names
@@ -78,7 +78,9 @@ def test_counts_are_of_rows_and_of_patients_where_these_differ(noun):
 
 def test_case_mixes_stand_side_by_side():
     mix = {"patients": 4000.0, "prevalence": 0.25, "age_q1": 40.0, "age_median": 50, "age_q3": 60.0}
-    table = case_mix_cells(mix, {"women": 0.5}, "patients").set_index("Case mix")
+    table = case_mix_cells(
+        {"Training data": mix, "Scored here": {"women": 0.5}}, "patients"
+    ).set_index("Case mix")
     assert table.loc["Patients"].tolist() == ["4,000", NO_VALUE]
     assert table.loc["Age in years, median (quartiles)"].tolist() == ["50 (40 to 60)", NO_VALUE]
     assert table.loc["Women"].tolist() == [NO_VALUE, "50.0\N{NO-BREAK SPACE}%"]

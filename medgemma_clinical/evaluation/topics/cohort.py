@@ -226,7 +226,8 @@ def case_mix_topic(evaluated: Evaluated) -> Topic | None:
         suppress_case_mix(mix, evaluated.min_cell, hide_events=evaluated.hides_events)
         for mix in content.case_mix
     )
-    cells = case_mix_cells(development, here, content.noun)
+    mixes = {"Training data": development, "Scored here": here}
+    cells = case_mix_cells(mixes, content.noun)
     caption = (
         f"The training data beside these {content.noun}. Series and static features: median "
         "(quartiles) of the patients' medians, or the share of 1"
@@ -272,23 +273,21 @@ def suppress_case_mix(
     return {name: x for name, x in mix.items() if name not in {"women", *hidden}}
 
 
-def case_mix_cells(
-    development: Mapping[str, Any], here: Mapping[str, Any], noun: str
-) -> pd.DataFrame:
-    """Return what is known of two results of ``case_mix`` as text; a dash: of one alone."""
+def case_mix_cells(cohorts: Mapping[str, Mapping[str, Any]], noun: str) -> pd.DataFrame:
+    """Return what is known of the ``case_mix`` of cohorts as text; a dash: not known of one."""
     titles = ({"rows": noun.capitalize()} if noun != "patients" else {}) | CASE_MIX
-    mixes = development, here
+    mixes = [*cohorts.values()]
     lines = [
         (title, *(_case_mix_text(mix, name) for mix in mixes)) for name, title in titles.items()
     ]
     for kind in ("series", "static"):
-        features, here_too = (mix.get(kind, {}) for mix in mixes)
-        for name in {**features, **here_too}:
-            if name in AGE and "age_median" in development:
+        features = [mix.get(kind, {}) for mix in mixes]
+        for name in {name: None for entries in features for name in entries}:
+            if name in AGE and "age_median" in mixes[0]:
                 continue  # it has a line already
-            texts = _entry_text(features.get(name)), _entry_text(here_too.get(name))
+            texts = (_entry_text(entries.get(name)) for entries in features)
             lines.append((name.removeprefix(STATIC), *texts))
-    table = pd.DataFrame(lines, columns=["Case mix", "Training data", "Scored here"])
+    table = pd.DataFrame(lines, columns=["Case mix", *cohorts])
     return table[(table.iloc[:, 1:] != NO_VALUE).any(axis=1)]
 
 

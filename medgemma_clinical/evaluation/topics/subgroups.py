@@ -6,6 +6,7 @@ What sites have in common is a meta-analysis of their results.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -143,6 +144,13 @@ def sites(evaluated: Evaluated, measure: Measure | None = None) -> Topic | None:
     exact = site_table(evaluated.rows, evaluated.model, content.sites, content.seed, measure)
     table = suppress_table(exact, evaluated.min_cell)
     pooled = pool(exact[table["auroc"].notna()])
+    about = subgroup_caption(content, "at each site")
+    numbers = {"sites": table, "sites_pooled": pd.DataFrame([pooled])}
+    return replace(site_topic(table, pooled, content.noun, about), numbers=numbers)
+
+
+def site_topic(table: pd.DataFrame, pooled: Mapping[str, float], noun: str, about: str) -> Topic:
+    """Return the topic of a ``site_table`` and its ``pool``; ``about`` is the table's caption."""
     caption = "AUROC by site"
     if pooled["sites"] >= MIN_POOLED:
         caption += (
@@ -155,14 +163,8 @@ def sites(evaluated: Evaluated, measure: Measure | None = None) -> Topic | None:
     if table["oe"].notna().any():
         calibration = "Calibration by site: below 1 the risks are too high"
         figures["sites_calibration"] = plot_site_calibration(table), calibration
-    cells = subgroup_cells(table, content.noun)
-    return Topic(
-        "Sites",
-        [pooled_sentence(pooled, len(table))],
-        [Cells(cells, subgroup_caption(content, "at each site"), is_wide=True)],
-        figures,
-        {"sites": table, "sites_pooled": pd.DataFrame([pooled])},
-    )
+    cells = Cells(subgroup_cells(table, noun), about, is_wide=True)
+    return Topic("Sites", [pooled_sentence(pooled, len(table))], [cells], figures)
 
 
 def site_table(
@@ -234,7 +236,7 @@ def random_effects(effects: Array, variances: Array) -> dict[str, float]:
     return summary | dict(zip(ends, map(float, intervals), strict=True))
 
 
-def pooled_sentence(pooled: dict[str, float], sites: int) -> str:
+def pooled_sentence(pooled: Mapping[str, float], sites: int) -> str:
     """Return the result of ``pool`` in words; ``sites``: how many there are."""
     if pooled["sites"] < MIN_POOLED:
         need = f"{MINORITY_PATIENTS} patients with, and {MINORITY_PATIENTS} without, the event"

@@ -1,0 +1,83 @@
+"""Pool what several sites have written about one model, without their rows: ``--pool``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from medgemma_clinical.commands.command_line import EXIT_DONE
+from medgemma_clinical.evaluation.aggregate import (
+    pool_sites,
+    read_estimates,
+    three_digits,
+)
+from medgemma_clinical.evaluation.sites_page import pooled_cells, write_sites
+from medgemma_clinical.files import (
+    InputError,
+    json_hash,
+    move_aside,
+    one_line,
+    read_json,
+    write_json,
+)
+from medgemma_clinical.models.checkpoints import READING_ERRORS
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Rises when aggregates of earlier versions cannot be pooled with new ones."""
+
+MAX_SIZE = 2**22
+"""Bytes of an aggregate."""
+
+SAME_MODEL = "sha256", "outcome", "name"
+
+
+def run_pool(paths: Sequence[Path], output_dir: Path) -> int:
+    """Pool the aggregates of several sites; write ``sites.json`` and ``sites.html``."""
+    sites: dict[str, Any] = {}
+    for path in paths:
+        site, content = one_line(path.stem), read_aggregate(path)
+        for other, earlier in sites.items():
+            if site == other or json_hash(content) == json_hash(earlier):
+                raise InputError(f"--pool {path}: the same as {other}: give each site once")
+            if any(content["model"][key] != earlier["model"][key] for key in SAME_MODEL):
+                raise InputError(f"--pool {path}: of another model than {other}: leave it out")
+        sites[site] = content
+    if len(sites) < 2:
+        raise InputError("--pool: name the files of two sites or more")
+    estimates, pooled = pool_sites(sites)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    table, page = output_dir / "sites.json", output_dir / "sites.html"
+    for aside in move_aside([table, page]):
+        logger.info("earlier file moved to %s", aside)
+    results = {"pooled": pooled.reset_index(), "sites": estimates}
+    tables = {name: three_digits(found.to_dict("records")) for name, found in results.items()}
+    write_json(table, {"format": FORMAT, "model": content["model"], **tables})
+    write_sites(page, sites, estimates, pooled)
+    text = pooled_cells(pooled.loc[content["model"]["name"]]).to_string(index=False)
+    logger.info("\n%s\nresults: %s, %s", text, page, table)
+    return EXIT_DONE
+
+
+def read_aggregate(path: Path) -> Any:
+    """Return the content of a file of ``--aggregate``, checked."""
+    try:
+        if path.stat().st_size > MAX_SIZE:
+            raise ValueError
+        content = read_json(path)
+        if (version := content["format"]) != FORMAT:
+            raise InputError(f"--pool {path}: of format {version!s:.20}, not {FORMAT}")
+        read_estimates(content)
+        texts = [content["version"], *(content["model"][key] for key in SAME_MODEL)]
+        if not all(isinstance(text, str) and len(text) <= 100 for text in texts):
+            raise ValueError
+        hash(content["model"]["baselines_sha256"])  # TypeError of a list
+    except InputError:
+        raise
+    except READING_ERRORS as error:
+        text = "not a file of --predict --aggregate, or damaged"
+        raise InputError(f"--pool {path}: {text}") from error
+    return content
