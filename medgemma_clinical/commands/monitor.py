@@ -139,13 +139,6 @@ def read_rows(
         raise InputError(f"{args.outcomes}: line {line}: an id that stands twice: leave one")
     known = {"label": "label", "date": args.date}
     found = {kind: parsed(outcomes, args.outcomes, x, kind) for kind, x in known.items()}
-    if args.site is not None:
-        found["site"] = outcomes.get(args.site)
-        if found["site"] is None:
-            found["site"] = pd.Series("", outcomes.index)
-            if args.site not in rows:
-                raise InputError(f"--site {args.site}: {args.outcomes}: line 1: no such column")
-            rows["site"] = rows[args.site]
     of_ids = pd.DataFrame(found).set_index(outcomes["id"]).reindex(rows["id"]).set_axis(rows.index)
     counts = {
         "later predictions of the same id, left out": len(everyone) - len(rows),
@@ -157,8 +150,11 @@ def read_rows(
     notes += ["inputs: not checked"] if last is None else []
     joined = rows[["risk"]].assign(label=of_ids["label"], date=of_ids["date"].fillna(rows["date"]))
     if args.site is not None:
-        site = of_ids["site"].replace("", None).fillna(rows.get("site"))
-        joined["site"] = site.replace("", None).fillna("unknown")
+        source = outcomes if args.site in outcomes else rows
+        if args.site not in source:
+            raise InputError(f"--site {args.site}: {args.outcomes}: line 1: no such column")
+        sites = source.set_index("id")[args.site].reindex(rows["id"]).set_axis(rows.index)
+        joined["site"] = sites.replace("", None).fillna("unknown")
     return joined, last, name, notes
 
 

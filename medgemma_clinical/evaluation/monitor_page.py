@@ -54,17 +54,18 @@ def marked_text(line: Any, form: str, *, interval: bool = True) -> str:
     """Return a value of ``Monitored.table`` as text, behind a mark where it is beyond a limit."""
     if np.isnan(line.value):
         return NO_VALUE
-    ends = (line.low, line.high) if interval else (np.nan, np.nan)
+    low, high = (line.low, line.high) if interval else (np.nan, np.nan)
     marks = {"low": line.value < line.limit_low, "high": line.value > line.limit_high}
     found = [SIDES[side] for side, is_beyond in marks.items() if is_beyond]
-    return "\N{NO-BREAK SPACE}".join([*found, interval_text(line.value, *ends, form)])
+    return "\N{NO-BREAK SPACE}".join([*found, interval_text(line.value, low, high, form)])
 
 
 def period_cells(monitored: Monitored) -> pd.DataFrame:
     """Return a line a period: counts and all metrics as text."""
     lines = []
     of_all = monitored.table[monitored.table["site"] == ""].set_index(["period", "metric"])
-    for count in monitored.counts[monitored.counts["site"] == ""].itertuples():
+    counts: Any = monitored.counts[monitored.counts["site"] == ""].itertuples()
+    for count in counts:
         known = f"{count.known:,}{'' if count.is_complete else ', waiting'}"
         line = {"Period": count.period, "Patients": f"{count.patients:,}", "Known": known}
         for name, (heading, form) in METRICS.items():
@@ -111,11 +112,12 @@ def plot_metric(of_all: pd.DataFrame, name: str, waiting: Sequence[str]) -> plot
     value, low, high = lines[["value", "low", "high"]].to_numpy(float).T
     is_waiting = lines["period"].isin(waiting).to_numpy()
     beyond = (outside(lines, "low") | outside(lines, "high")).to_numpy() & ~is_waiting
-    for rows, look in (
+    looks: list[tuple[Any, dict[str, Any]]] = [
         (~is_waiting & ~beyond, {"color": plots.MODEL}),
         (beyond, {"color": plots.COLOURS["worse"]}),
         (is_waiting, {"color": plots.SOFT, "markerfacecolor": "none"}),
-    ):
+    ]
+    for rows, look in looks:
         errors = [(value - low)[rows], (high - value)[rows]]
         axes.errorbar(x[rows], value[rows], yerr=errors, fmt="o", markersize=4, **look)
     step = -(-len(lines) // MAX_TICKS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -57,6 +57,12 @@ RANKED = ("slope", "auroc")
 LIMITS = ["limit_low", "limit_high"]
 LINE = ["period", "site", "metric", *VALUE, *LIMITS]
 PROBLEM = ["period", "name", "problem"]
+ARMS = ("stop", "refit", "recalibrate")
+"""What a rule may say, what goes first."""
+
+MAX_NAMED = 3
+"""Inputs of a verdict."""
+
 YEARS = 2000
 """Simulated stable years."""
 
@@ -74,12 +80,12 @@ class MonitorRule:
     @classmethod
     def checked(cls, content: Mapping[str, Any]) -> Self:
         """Return the rule of a file's keys; ValueError names what is wrong."""
-        kinds = {field.name: type(field.default) for field in fields(cls)}
+        kinds = {name: type(default) for name, default in asdict(cls()).items()}
         for name, value in content.items():
             if name not in kinds:
                 raise ValueError(f"unknown key {name}: the keys are {', '.join(kinds)}")
             low, high = RULE_BOUNDS[name]
-            is_number = type(value) is int or (type(value) is kinds[name] and math.isfinite(value))
+            is_number = type(value) is int or type(value) is kinds[name]
             if not (is_number and low <= value <= high):
                 noun = "whole number" if kinds[name] is int else "number"
                 raise ValueError(f"{name}: give a {noun} from {low:g} to {high:g}")
@@ -236,8 +242,8 @@ def period_limits(
         values_of_one = values_of_one[np.isfinite(values_of_one)]
         level = levels.auroc if name == "auroc" else levels.oe
         if len(values_of_one) > REPLICATES / 2:
-            ends = (("lower", level), ("higher", 1 - level))
-            lines[name] = [np.quantile(values_of_one, x, method=how) for how, x in ends]
+            low = np.quantile(values_of_one, level, method="lower")
+            lines[name] = [low, np.quantile(values_of_one, 1 - level, method="higher")]
     return pd.DataFrame.from_dict(lines, orient="index", columns=LIMITS)
 
 
@@ -349,8 +355,10 @@ def compare_inputs(
     entries = {name: x for kind in ("series", "static") for name, x in training[kind].items()}
     lines, problems = [], []
     for period, part in inputs.groupby(periods):
-        for name in filter(entries.__contains__, part):
-            entry, column = entries[name], part[name].to_numpy(float)
+        for name, entry in entries.items():
+            if name not in part:
+                continue
+            column = part[name].to_numpy(float)
             values, share = column[~np.isnan(column)], entry["measured"]
             measured = *_share(len(values), len(column)), share / RARE, min(1, share * RARE)
             lines.append((period, "", f"measured: {name}", *measured))
@@ -396,7 +404,7 @@ def _cusum_of(
     sums = rows[["date", "period"]].assign(signal="")
     for name, of_side in zip(("higher", "lower"), steps, strict=True):
         sums[name], signals = cusum(of_side, limit)
-        sums.iloc[signals, sums.columns.get_loc("signal")] = name
+        sums.loc[sums.index[signals], "signal"] = name
     return sums
 
 
@@ -411,14 +419,14 @@ def _arms(
     of_all = table[(table["site"] == "") & table["period"].isin(complete)]
     lines = dict(list(of_all.groupby("metric")))
     none = of_all.iloc[:0]
-    texts = [f"{x.name}: {x.problem}, in {x.period}" for x in problems.itertuples(index=False)]
+    texts = [f"{name} in {period}: {text}" for period, name, text in problems.to_numpy()]
+    texts[MAX_NAMED:] = [f"{len(texts) - MAX_NAMED} more"] * (len(texts) > MAX_NAMED)
     refit = _run_outside(lines.get("auroc", none), ["low"], rule.consecutive)
     recalibrate = [_run_outside(lines.get("oe", none), ["low", "high"], rule.consecutive)]
     for x in sums[sums["period"].isin(complete) & (sums["signal"] != "")].tail(1).itertuples():
         recalibrate.append(f"the CUSUM for {x.signal} odds signals on {x.date:%Y-%m-%d}")
-    arms = {"stop": texts, "refit": [refit], "recalibrate": recalibrate}
-    reasons = {name: "; ".join(filter(None, parts)) for name, parts in arms.items()}
-    return [Arm(name, reason) for name, reason in reasons.items() if reason]
+    reasons = ("; ".join(filter(None, parts)) for parts in (texts, [refit], recalibrate))
+    return [Arm(name, reason) for name, reason in zip(ARMS, reasons, strict=True) if reason]
 
 
 # ------------------------------------------------------------------ all together
@@ -454,8 +462,10 @@ def monitor(
             if not has_ranks(risk[known], reference, rule):
                 table.loc[[*RANKED]] = np.nan
             about = {"period": name, "site": site}
-            tables.append(table.rename_axis("metric").reset_index().assign(**about))
             numbers = {"patients": len(part), "known": int(known.sum())}
+            for counted, number in numbers.items():
+                table.loc[counted, "value"] = number
+            tables.append(table.rename_axis("metric").reset_index().assign(**about))
             counts.append({**about, **numbers, "is_complete": known.mean() >= rule.known})
     problems = pd.DataFrame(columns=PROBLEM)
     if inputs is not None:

@@ -140,7 +140,7 @@ def test_a_series_in_another_unit_stops(scored, checkpoint, tmp_path, capsys):
     inputs.loc[300:, "Serum bicarbonate"] *= 10
     inputs.to_csv(inputs_path(out), index=False)
     lines, table = run(capsys, out, checkpoint, scored[1], tmp_path)
-    assert lines[0].startswith("monitor: stop: Serum bicarbonate: median ")
+    assert lines[0].startswith("monitor: stop: Serum bicarbonate in 2026-04: median ")
     median = table[table["metric"] == "median: Serum bicarbonate"]
     assert (median["value"] > median["limit_high"].astype(float)).tolist() == [0, 0, 0, 1]
 
