@@ -76,6 +76,7 @@ from medgemma_clinical.commands.classifier import TrajectoryClassifier
 from medgemma_clinical.commands.command_line import POSITIVE, RATE, WHOLE, Parser, names, number
 from medgemma_clinical.commands.demo import run_demo
 from medgemma_clinical.commands.logs import RUN_LOG, command_logging
+from medgemma_clinical.commands.monitor import rule_config, run_monitor
 from medgemma_clinical.commands.predict import predict
 from medgemma_clinical.commands.python import (
     cross_validate,
@@ -90,6 +91,7 @@ from medgemma_clinical.data.texts import SERIES_TEXT
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.decision import Predictions
+from medgemma_clinical.evaluation.monitoring import PERIODS
 from medgemma_clinical.evaluation.time_table import check_horizons
 from medgemma_clinical.inference.serving import export_merged
 from medgemma_clinical.inference.trajectory_model import Program, TrajectoryModel
@@ -193,10 +195,15 @@ def build_parser() -> Parser:
     add("--export", "write stage 2 or 3 with LoRA merged", choices=("merged",), needs=needs)
     add("--export_dir", "with --export: folder to write", type=Path)
     add, switch = flags.adders(group, "predict")
-    add("--checkpoint", "model to use: a stage folder, or stage 1's .pt", "export", type=Path)
+    add(
+        "--checkpoint",
+        "model to use: a stage folder, or stage 1's .pt",
+        "export monitor",
+        type=Path,
+    )
     add("--predictions", "with --predict: CSV to write", type=Path)
     add("--curves", "times: CSV of cumulative incidences to write", "free", type=Path)
-    add("--use", command_line.USE, "free default", default="stage", metavar="NAME")
+    add("--use", command_line.USE, "free default monitor", default="stage", metavar="NAME")
     add("--update", "with --predict: write a recalibrated model", "free", type=Path, metavar="DIR")
     options = {"type": Path, "metavar": "JSON"}
     add("--aggregate", "with --predict: write what sites can pool", "free", **options)
@@ -204,6 +211,15 @@ def build_parser() -> Parser:
     switch("--explain", "with --predict: page of single patients", "free")
     options = {"type": names, "metavar": "ID,ID", "needs": "--explain"}
     add("--patients", "with --explain: only these rows", "free", **options)
+
+    add, switch = flags.adders(group, "monitor")
+    needs = "--checkpoint, --outcomes, --date, --output_dir"
+    options = {"type": Path, "nargs": "+", "metavar": "CSV", "needs": needs}
+    add("--monitor", "judge predictions by their outcomes", **options)
+    add("--outcomes", "with --monitor: CSV of id, label and a date", type=Path)
+    add("--date", "with --monitor: column of the date", metavar="COLUMN")
+    options = {"choices": tuple(PERIODS), "default": "month"}
+    add("--period", "with --monitor: what is judged together", **options)
 
     group = parser.add_argument_group("data")
     add, switch = flags.adders(group, f"{flags.TRAINING} keyword")
@@ -227,7 +243,7 @@ def build_parser() -> Parser:
     switch("--allow_duplicates", "DKA: allow equal rows across the split", "free")
     for name, text in NAMING.items():
         add(f"--{name}", text)
-    add("--site", "DKA: column of hospitals or units", "predict free", metavar="COLUMN")
+    add("--site", "DKA: column of hospitals or units", "predict monitor free", metavar="COLUMN")
     add("--series", "DKA: read these series only", type=names, metavar="NAME,NAME")
     add("--max_len", "latest observations kept; 20, several series 64, SRTR 50", type=POSITIVE)
     add("--series_text", "series in the prompt", "-stage1", choices=SERIES_TEXT, default="all")
@@ -236,7 +252,7 @@ def build_parser() -> Parser:
     options = {"type": POSITIVE}
     add("--max_text_tokens", "longer prompts lose their oldest values", "-stage1", **options)
     add("--max_samples", "max patients (0 = all)", type=WHOLE, default=10000)
-    switch("--show_values", command_line.SHOW_VALUES, "predict export free -keyword")
+    switch("--show_values", command_line.SHOW_VALUES, "predict export monitor free -keyword")
 
     group = parser.add_argument_group("training")
     add, switch = flags.adders(group, f"{flags.TRAINING} keyword")
@@ -248,11 +264,12 @@ def build_parser() -> Parser:
     switch("--gradient_checkpointing", "less memory, a third more time", "-stage1 free")
     add("--patience", "early stopping patience in epochs", type=POSITIVE, default=10)
     options = {"type": number(int, 0, 2**32 - 1), "default": 0}
-    add("--seed", "of split, weights, bootstrap", "predict compare demo default", **options)
+    add("--seed", "of split, weights, bootstrap", "predict compare monitor demo default", **options)
     options = {"choices": ("auto", "none", "platt"), "default": "auto"}
     add("--calibrate", "recalibrate: auto where folds show a need, platt always", **options)
     options = {"type": flags.check_threshold, "metavar": "RISK"}
     add("--threshold", "0.1 or 'sensitivity 0.9'; by Youden's index", "predict", **options)
+    add("--monitor_rule", "TOML: when --monitor says what", "-ablation", type=Path)
     options = {"choices": ("km", "regression"), "default": "km"}
     add(
         "--censoring",
@@ -310,7 +327,7 @@ def build_parser() -> Parser:
 
     group = parser.add_argument_group("output")
     add, switch = flags.adders(group, f"{flags.TRAINING} keyword")
-    tags = "compare pool demo free"
+    tags = "compare pool monitor demo free"
     add("--output_dir", "run folder; ./checkpoints_medgemma_{dataset}", tags, type=Path)
     switch("--report_patients", "list the largest errors in report.html", "free folder")
     add("--min_cell", command_line.MIN_CELL, "predict default free", type=WHOLE, default=0)
@@ -483,7 +500,12 @@ def trajectory_stage(args: Namespace, data: Data, model: Stage1) -> Stage:
         lengths=data.dataset.lengths,
         epochs=args.trajectory_epochs,
         patience=args.patience,
-        config={"stage": "trajectory", **checkpoints.stage1_config(model), **describe_data(data)},
+        config={
+            "stage": "trajectory",
+            **checkpoints.stage1_config(model),
+            **describe_data(data),
+            **rule_config(args, model.outcome),
+        },
         save=save,
         targets=data.dataset.targets(),
         train_patients=patients,
@@ -509,6 +531,7 @@ def llm_config(args: Namespace, data: Data, stage1: Stage1 | None, tokens: int) 
         "residual_weight": 1.0,
         "prompts": asdict(data.prompts),
         **describe_data(data),
+        **rule_config(args, fit_outcome(data)),
         **(text_only if stage1 is None else checkpoints.stage1_config(stage1)),
     }
 
@@ -897,6 +920,8 @@ def run(args: Namespace, given: set[str]) -> int:
             return compare.run_compare(args, args.output_dir if "--output_dir" in given else None)
         if args.pool:
             return pool.run_pool(args.pool, args.output_dir)
+        if args.monitor:
+            return run_monitor(args, given)
         if not args.demo:
             distributed.check_gpu()
         if args.folds and args.seeds:

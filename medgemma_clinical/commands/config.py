@@ -26,6 +26,18 @@ def kind_of(default: Any) -> type:
     return type(default) if isinstance(default, bool | tuple) else str
 
 
+def read_toml(path: Path, where: str) -> dict[str, Any]:
+    """Read a TOML file; ``where`` begins the message about one that cannot be read."""
+    try:
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{where}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not a text file in UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{where}: not in TOML's form: {error}") from error
+
+
 def read_words(path: Path, defaults: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return each flag of a file as words of a command line; ``defaults`` are of all flags.
 
@@ -33,14 +45,7 @@ def read_words(path: Path, defaults: Mapping[str, Any]) -> dict[str, list[str]]:
         InputError: no such file, no TOML, an unknown key, or a value of another type.
     """
     where = f"--config {path}"
-    try:
-        content = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise InputError(f"{where}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not a text file in UTF-8") from error
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{where}: not in TOML's form: {error}") from error
+    content = read_toml(path, where)
     words = dict[str, list[str]]()
     for name, value in content.items():
         if name not in defaults:

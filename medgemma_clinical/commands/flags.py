@@ -19,7 +19,10 @@ from medgemma_clinical.models.language_model import DEMO, INT8_REFUSED
 
 logger = logging.getLogger(__name__)
 
-WAYS = {name: f"--{name}" for name in ("predict", "export", "compare", "pool", "demo", "dry_run")}
+WAYS = {
+    name: f"--{name}"
+    for name in ("predict", "export", "monitor", "compare", "pool", "demo", "dry_run")
+}
 WAYS |= {name: f"--{name}" for name in ("leave_out", "folds", "ablation")}
 WAYS |= {"stage1": "--trajectory_only"}
 """Ways of use, each with the flag that chooses it; as a tag, a way reads the flag."""
@@ -108,7 +111,7 @@ def dataset_options(
     return {name: value for name, value in given.items() if value is not None}
 
 
-TIMES_REFUSE = (*("ablation", "calibrate"),)
+TIMES_REFUSE = (*("ablation", "calibrate", "monitor_rule"),)
 """Flags that wait for labels."""
 
 

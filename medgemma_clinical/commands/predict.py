@@ -8,6 +8,7 @@ import logging
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from medgemma_clinical.commands.patients import (
 from medgemma_clinical.commands.report_content import report_content
 from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.commands.update import write_update
-from medgemma_clinical.data.distributions import row_medians
+from medgemma_clinical.data.distributions import last_values, row_medians
 from medgemma_clinical.data.findings import Findings, flow_lines
 from medgemma_clinical.data.overlap import TrainingPatients, both_hashes, patient_hashes
 from medgemma_clinical.data.small_cells import count_text
@@ -175,8 +176,24 @@ def held_out_risks(trained: TrainedModel, checkpoint: Path, choice: str) -> pd.D
 
 
 def outputs(request: Namespace) -> list[Path]:
-    """Return the tables to write: predictions, and curves where they are asked for."""
-    return [request.predictions, *filter(None, [request.curves])]
+    """Return the tables to write: predictions, inputs, and curves where they are asked for."""
+    return [request.predictions, inputs_path(request.predictions), *filter(None, [request.curves])]
+
+
+def inputs_path(predictions: Path) -> Path:
+    """Return the path of the last values beside a file of predictions."""
+    return predictions.with_suffix(".inputs.csv")
+
+
+def input_lines(rows: ScoringRows, config: Config) -> pd.DataFrame:
+    """Return id, last known value of each input of the model, and whether it was measured."""
+    last = last_values(rows.dataset.with_inputs(**config["inputs"])).droplevel(0, axis=1)
+    last = last.set_axis(rows.positions, axis=0).reindex(range(len(rows.ids)))
+    measured = last.notna().astype(int).add_suffix(" measured")
+    columns = [column for name in last for column in (name, f"{name} measured")]
+    lines = last.join(measured)[columns]
+    lines.insert(0, "id", rows.ids)
+    return lines
 
 
 def check_output(request: Namespace, source: Path) -> None:
@@ -186,9 +203,10 @@ def check_output(request: Namespace, source: Path) -> None:
             continue
         if not out.absolute().parent.is_dir() or out.is_dir():
             raise InputError(f"--{flag} {out}: name a file in a folder that exists")
+        written = [out, inputs_path(out)] if flag == "predictions" else [out]
         described = source.parent / f"{Path(source.name.removesuffix('.gz')).stem}.json"
-        inputs = filter(Path.exists, [source, described])
-        if out.exists() and any(map(out.samefile, inputs)):
+        inputs = [path for path in (source, described) if path.exists()]
+        if any(x.exists() and any(map(x.samefile, inputs)) for x in written):
             problem = "holds the rows to score, or their description: choose another name"
             raise InputError(f"--{flag} {out}: {problem}")
         if flag != "predictions" and out.absolute() == request.predictions.absolute():
@@ -277,6 +295,7 @@ def write_predictions(
     used, outcome = trained.model_named(request.use), trained.outcome
     censoring = request.censoring or "km", request.seed
     tally = PredictionTally(used, trained.columns(used), outcome, censoring, trained.rules[used])
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(path))
         files = [
@@ -286,8 +305,10 @@ def write_predictions(
         for rows in chunks:
             lines, scores = prediction_table(rows, trained, findings, model.batch_size, used)
             count_implausible(scores.rows.dataset, findings)
-            lines.to_csv(files[0], index=False, header=tally.rows == 0)
-            for file in files[1:]:
+            written = lines.assign(predicted_at=now), input_lines(rows, trained.config)
+            for table, file in zip(written, files, strict=False):
+                table.to_csv(file, index=False, header=tally.rows == 0)
+            for file in files[2:]:
                 scores.curves().to_csv(file, index=False, header=tally.rows == 0)
             tally.add(lines, scores.rows)
             if request.explain:

@@ -151,11 +151,12 @@ def compare(training: Distributions, rows: pd.DataFrame) -> list[str]:
         for kind in ("series", "static")
         for name, entry in training.get(kind, {}).items()
         if (kind, name) in patients
-        for problem in _compare_column(name, entry, patients[kind, name].to_numpy(float))
+        for problem in compare_column(name, entry, patients[kind, name].to_numpy(float))
     ]
 
 
-def _compare_column(name: str, entry: Mapping[str, Any], column: NDArray[np.float64]) -> list[str]:
+def compare_column(name: str, entry: Mapping[str, Any], column: NDArray[np.float64]) -> list[str]:
+    """Return what of one value a patient does not fit a stored distribution."""
     values, problems = column[~np.isnan(column)], []
     n, usual = len(values), entry["measured"]
     share, expected = n / max(1, len(column)), usual * len(column)
@@ -180,18 +181,23 @@ def percent(share: float) -> str:
 
 
 def _is_usual(entry: Mapping[str, Any], median: float) -> bool:
-    """Return whether a median lies in the middle 98 % of the training patients."""
+    low, high = usual_range(entry)
+    rounding = 1e-5 * abs(median)
+    return low - rounding <= median <= high + rounding
+
+
+def usual_range(entry: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the ends of the middle 98 % of the training patients; infinite where not known."""
     if "share" in entry:
-        return 0 <= median <= 1
+        return 0.0, 1.0
     levels, means = entry["levels"], entry["means"]
-    if len(means) == 1:  # of fewer than 22 patients: their spread is not known
-        return True
+    if len(means) == 1:  # of fewer than 22 patients
+        return -np.inf, np.inf
     middle, z = quantile(entry, 0.5), NormalDist().inv_cdf
     # Few patients make large groups: their ends lie further in, by those of a normal distribution.
     reach = max(1.0, z(0.01) / z(levels[0]))
     low, high = (middle + reach * (mean - middle) for mean in (means[0], means[-1]))
-    rounding = 1e-5 * abs(median)
-    return bool(low - rounding <= median <= high + rounding)
+    return low, high
 
 
 def fits_a_factor(name: str, entry: Mapping[str, Any], values: NDArray[np.float64]) -> bool:

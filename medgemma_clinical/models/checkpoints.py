@@ -141,6 +141,7 @@ class Config(TypedDict, total=False):
     threshold_choice: str | None  # as ``--threshold`` was written; None: Youden's index
     models: dict[str, dict[str, float]]  # the same of each baseline and of the ensemble
     best_model: str  # recommended, ``--use best``
+    monitor_rule: dict[str, Any]  # ``MonitorRule`` of a label
     reference: dict[str, Any]  # calibration of each model on held-out rows, to monitor it by
     metrics: dict[str, Any]  # content of ``metrics.json``
     baseline_inputs: dict[str, Any]  # what the baselines read, as ``inputs``

@@ -17,6 +17,7 @@ from medgemma_clinical.evaluation.decision import (
     DecisionRule,
     describe_threshold,
 )
+from medgemma_clinical.evaluation.monitoring import MonitorRule
 from medgemma_clinical.evaluation.suppress import NOT_SHOWN, suppress
 from medgemma_clinical.evaluation.topics.cohort import suppress_case_mix
 from medgemma_clinical.evaluation.topics.written_reports import suppress_reports
@@ -80,6 +81,9 @@ def model_card(
         "recalibration": f"by Platt's method on {rows}" if is_moved else "none",
         "config": shared,
         "outcome": outcome_of(config),
+        "monitor_rule": MonitorRule.checked(rule).words
+        if (rule := config.get("monitor_rule"))
+        else "",
         "model": describe_model(shared),
         "repo_id": repo_id,
         "source": json.dumps(repo_id or "FOLDER"),

@@ -120,7 +120,7 @@ class TrainedModel:
 
     def ending(self, name: str) -> str:
         """Return the end of a model's columns in predictions, without its line."""
-        return "stage" if name == self.name else re.sub(r"\W+", "_", name)
+        return column_ending(name, self.name)
 
     def columns(self, used: str) -> dict[str, str]:
         """Return the columns of predictions by those of a table of risks; the used model first."""
@@ -173,6 +173,11 @@ class TrainedModel:
     def prompts(self) -> PromptOptions:
         """The options of the prompts that trained the model, of stages 2 and 3."""
         return PromptOptions(**self.config["prompts"])
+
+
+def column_ending(name: str, stage: str) -> str:
+    """Return the end of a model's columns in predictions, beside a stage."""
+    return "stage" if name == stage else re.sub(r"\W+", "_", name)
 
 
 def folder_of_stage_1(file: Path) -> Path:

@@ -17,6 +17,7 @@ import encoder
 import gpu
 import memory
 import model_types
+import monitor
 import mutants
 import nafld
 import pandas as pd
@@ -41,7 +42,8 @@ import decoders
 import medgemma_trainer
 from dataset_format import MIMICtrajectoryDataset
 from language_models import TINY_MODEL
-from medgemma_clinical.evaluation import metrics
+from medgemma_clinical.evaluation import metrics, monitoring
+from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.time_metrics import aalen_johansen
 
 MAIN = medgemma_trainer.main
@@ -86,6 +88,26 @@ def test_stage1_rivals_risk_over_time_srtr_pool(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pypots.classification", package)
     with pytest.raises(RuntimeError, match="epoch 2"):
         rivals.train_rival("GRU-D", data, 0, 50, 1.0)
+
+
+def test_monitor_says_something_each_month(runs, table, tmp_path, monkeypatch, capsys):
+    content = torch.load(runs / "medgemma_trajectory_best.pt", weights_only=True)
+    known = {"patients": 50, "intercept": 0.0, "slope": 1.0}
+    known["covariance"] = [[0.02, 0.01], [0.01, 0.01]]
+    content["config"]["reference"] = {STAGE_NAMES["trajectory"]: known}
+    checkpoint = tmp_path / "medgemma_trajectory_best.pt"
+    torch.save(content, checkpoint)
+    for name, value in {"MONTHS": 14, "YEARS": 1, "SIZE": 20}.items():
+        monkeypatch.setattr(monitor, name, value)
+    for name in ("YEARS", "REPLICATES"):
+        monkeypatch.setattr(monitoring, name, 50)
+    table.to_csv(tmp_path / "rows.csv", index=False)
+    words = ["--checkpoint", str(checkpoint), "--data", str(tmp_path / "rows.csv")]
+    monitor.main([*words, "--column", "clinical_trajectory", "--factor", "10"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if line.count("|") == 2]) == 6 * 12
+    assert sum(" stop: Serum bicarbonate in 2027-02: " in line for line in lines) == 2
+    assert lines[-1].startswith("1 stable years: ")
 
 
 def test_nafld_reads_nothing_after_the_prediction_time(tmp_path, monkeypatch):

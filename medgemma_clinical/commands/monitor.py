@@ -1,0 +1,226 @@
+"""Judge a model after its go-live by predictions and their outcomes: ``--monitor``."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from medgemma_clinical.commands.command_line import EXIT_DONE
+from medgemma_clinical.commands.config import read_toml
+from medgemma_clinical.commands.predict import inputs_path
+from medgemma_clinical.evaluation.baselines import STAGE_NAMES
+from medgemma_clinical.evaluation.monitor_page import monitor_page
+from medgemma_clinical.evaluation.monitoring import MonitorRule, monitor
+from medgemma_clinical.files import InputError, locked, move_aside, write_text
+from medgemma_clinical.inference.trajectory_model import TrajectoryModel
+from medgemma_clinical.models.checkpoints import Config
+from medgemma_clinical.models.model_card import page_card
+from medgemma_clinical.models.outcome import Outcome, outcome_of
+from medgemma_clinical.models.trained_model import column_ending, read_trained_config
+
+logger = logging.getLogger(__name__)
+
+PREDICTED_AT = "predicted_at"
+
+
+def read_rule(path: Path | None) -> MonitorRule:
+    """Return the rule of ``--monitor_rule``; the default one without a file."""
+    if path is None:
+        return MonitorRule()
+    try:
+        return MonitorRule.checked(read_toml(path, where := f"--monitor_rule {path}"))
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def run_monitor(args: Namespace, given: set[str]) -> int:
+    """Write ``monitor.html`` and ``monitor.csv``; log the verdict first."""
+    config = read_trained_config(args.checkpoint)
+    if outcome_of(config).has_curves:
+        raise InputError("--monitor: the model was trained on times, not on a label")
+    use = args.use if "--use" in given else None
+    rows, inputs, name, notes = read_rows(args, config, use)
+    stage = STAGE_NAMES[config["stage"]]
+    reference = config.get("reference", {}).get(name)
+    if reference is None:
+        raise InputError(
+            f"--checkpoint {args.checkpoint}: holds no calibration of {name}: fewer than 11 "
+            "held-out patients had, or lacked, the event, or an earlier version wrote it: train "
+            "again, with --folds where there are few"
+        )
+    rule = MonitorRule.checked(config.get("monitor_rule", {}))
+    own_rule = config["decision"] if name == stage else config["models"][name]
+    result = monitor(
+        rows,
+        inputs,
+        threshold=own_rule["threshold"],
+        reference=reference,
+        training=config["case_mix"].get("last", {"series": {}, "static": {}}),
+        rule=rule,
+        period=args.period,
+        seed=args.seed,
+    )
+    if any(arm.name == "recalibrate" for arm in result.arms):
+        notes.insert(0, f"To recalibrate: {update_command(args.checkpoint, config, name)}")
+    level = f"{100 * result.levels.oe:.2g} % (O/E and others), {100 * result.levels.auroc:.2g} %"
+    card = {
+        "Rule, fixed at training": rule.words,
+        "Limits": f"Beyond each lie {level} (AUROC) of simulated stable periods; CUSUM limit "
+        f"{result.levels.cusum:.3g}. False alarms in {100 * result.levels.false_alarms:.2g} % of "
+        f"simulated stable years",
+        "Development cohort": f"{reference['patients']:,} held-out patients: intercept "
+        f"{reference['intercept']:+.2f}, slope {reference['slope']:.2f}",
+        "Slope and AUROC": f"Of periods with at least {rule.min_expected} expected events",
+        "Threshold": f"{own_rule['threshold']:.4g}",
+    }
+    page = monitor_page(
+        result, f"{config['outcome']}: {name} after go-live", notes, page_card(config, card)
+    )
+    paths = [args.output_dir / f"monitor.{ending}" for ending in ("html", "csv")]
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    with locked(paths[0]):
+        asides = move_aside(paths)
+        write_text(paths[0], page)
+        write_text(paths[1], result.table.to_csv(index=False))
+    logger.info("monitor: %s", result.verdict)
+    lines = [f"also {arm.name}: {arm.reason}" for arm in result.arms[1:]]
+    lines += [*notes, *(f"earlier file moved to {path}" for path in asides), f"page: {paths[0]}"]
+    logger.info("%s", "\n".join(lines))
+    return EXIT_DONE
+
+
+def update_command(checkpoint: Path, config: Config, name: str) -> str:
+    """Return the command that recalibrates a model on newly labelled rows."""
+    flag = TrajectoryModel.program.datasets[config["dataset"]].source_flag
+    words = ["python", "medgemma_trainer.py", "--predict", "--checkpoint", str(checkpoint)]
+    words += [f"--{flag}", "LABELLED_ROWS", "--predictions", "UPDATE.csv"]
+    words += ["--update", str(checkpoint.with_name(f"{checkpoint.stem}_updated"))]
+    if name != STAGE_NAMES[config["stage"]]:
+        words += ["--use", column_ending(name, STAGE_NAMES[config["stage"]])]
+    return shlex.join(words)
+
+
+# ------------------------------------------------------------------ what is read
+
+
+def read_rows(
+    args: Namespace, config: Config, use: str | None
+) -> tuple[pd.DataFrame, pd.DataFrame | None, str, list[str]]:
+    """Return predictions with outcomes, last values, the model's name, and what was left out."""
+    tables, inputs, names = [], [], set[str]()
+    for path in args.monitor:
+        table = read_table(path, ["id", "probability", PREDICTED_AT])
+        column, name = risk_column(table, path, use, config)
+        names.add(name)
+        columns = {"risk": parsed(table, path, column, "risk")}
+        columns["date"] = parsed(table, path, PREDICTED_AT, "date")
+        tables.append(table.assign(**columns, unscored=columns["risk"].isna()))
+        if (beside := inputs_path(path)).is_file():
+            inputs.append(read_inputs(beside, table))
+    if len(names) > 1:
+        raise InputError(f"--monitor: the risks are of {' and of '.join(names)}: give --use")
+    everyone = pd.concat(tables, ignore_index=True)
+    if everyone["unscored"].all():
+        raise InputError(f"{args.monitor[0]}: no row has a score")
+    last = pd.concat(inputs, ignore_index=True) if len(inputs) == len(tables) else None
+    # A row without a score may have been predicted again, once its values had come.
+    rows = everyone.sort_values(["unscored", "date"], kind="stable").drop_duplicates("id")
+    outcomes = read_table(args.outcomes, ["id", "label", args.date])
+    if (twice := outcomes["id"].duplicated()).any():
+        line = int(twice.argmax()) + 2
+        raise InputError(f"{args.outcomes}: line {line}: an id that stands twice: leave one")
+    known = {"label": "label", "date": args.date}
+    found = {kind: parsed(outcomes, args.outcomes, x, kind) for kind, x in known.items()}
+    of_ids = pd.DataFrame(found).set_index(outcomes["id"]).reindex(rows["id"]).set_axis(rows.index)
+    counts = {
+        "later predictions of the same id, left out": len(everyone) - len(rows),
+        "patients without a score": int(rows["unscored"].sum()),
+        "patients without a line of outcomes": int((~rows["id"].isin(outcomes["id"])).sum()),
+        "ids of outcomes without a prediction": int((~outcomes["id"].isin(rows["id"])).sum()),
+    }
+    notes = [f"{text}: {count:,}" for text, count in counts.items() if count]
+    notes += ["inputs: not checked"] if last is None else []
+    joined = rows[["risk"]].assign(label=of_ids["label"], date=of_ids["date"].fillna(rows["date"]))
+    if args.site is not None:
+        source = outcomes if args.site in outcomes else rows
+        if args.site not in source:
+            raise InputError(f"--site {args.site}: {args.outcomes}: line 1: no such column")
+        sites = source.set_index("id")[args.site].reindex(rows["id"]).set_axis(rows.index)
+        joined["site"] = sites.replace("", None).fillna("unknown")
+    return joined, last, name, notes
+
+
+def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
+    """Read a CSV file as text; refuse one without some columns."""
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except ValueError as error:  # pandas' and Unicode's
+        raise InputError(f"{path}: not a CSV file in UTF-8") from error
+    if missing := [name for name in columns if name not in table]:
+        raise InputError(f"{path}: line 1: no column {missing[0]}")
+    return table
+
+
+RULES = {"risk": "a number from 0 to 1", "label": "0, 1 or empty", "date": "an ISO date"}
+
+
+def parsed(table: pd.DataFrame, path: Path, column: str, kind: str) -> pd.Series[Any]:
+    """Parse a column of text by ``RULES``; refuse the first cell that is of another form."""
+    cells = table[column]
+    if kind == "date":
+        values: Any = pd.to_datetime(cells, format="ISO8601", utc=True, errors="coerce")
+        wrong = values.isna()
+    else:
+        values = pd.to_numeric(cells, errors="coerce")
+        is_right = values.isin([0, 1]) if kind == "label" else values.between(0, 1)
+        wrong = ~is_right & (cells != "")
+    if wrong.any():
+        k = int(wrong.argmax())
+        text = f"{path}: line {k + 2}: column {column}: give {RULES[kind]}"
+        raise InputError(text, value=cells.iloc[k])
+    return values
+
+
+def read_inputs(path: Path, predictions: pd.DataFrame) -> pd.DataFrame:
+    """Read the last values beside some predictions, NaN where not measured."""
+    table = read_table(path, ["id"])
+    if table["id"].tolist() != predictions["id"].tolist():
+        raise InputError(f"{path}: its ids are not those of the predictions: take both of one run")
+    names = [name for name in table if f"{name} measured" in table]
+    return table[names].apply(pd.to_numeric, errors="coerce")
+
+
+def risk_column(
+    table: pd.DataFrame, path: Path, use: str | None, config: Config
+) -> tuple[str, str]:
+    """Return the column of a model's risks, and its name; without ``use`` that of probability."""
+    stage = STAGE_NAMES[config["stage"]]
+    columns = {
+        name: f"probability_{column_ending(name, stage)}" for name in config.get("models", {})
+    }
+    columns[stage] = "probability_stage" if "probability_stage" in table else "probability"
+    columns = {name: column for name, column in columns.items() if column in table}
+    if use is None:
+        chosen = [x for x in columns if table[columns[x]].equals(table["probability"])]
+    else:
+        wanted = config.get("best_model", stage) if use == "best" else use
+        chosen = [x for x in columns if column_ending(wanted, stage) == column_ending(x, stage)]
+    if not chosen:
+        choices = ", ".join(column_ending(name, stage) for name in columns)
+        raise InputError(f"{path}: no column of this model: choose by --use from {choices}")
+    return columns[chosen[-1]], chosen[-1]
+
+
+def rule_config(args: Namespace, outcome: Outcome) -> Config:
+    """Return what a checkpoint stores of ``--monitor_rule``; nothing of times."""
+    return {} if outcome.has_curves else {"monitor_rule": asdict(read_rule(args.monitor_rule))}

@@ -1,0 +1,221 @@
+"""``--monitor``: what it reads, refuses and writes; ``--monitor_rule`` in a checkpoint."""
+
+import re
+import stat
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import medgemma_trainer as trainer
+from conftest import SAMPLE
+from medgemma_clinical.commands.predict import inputs_path
+from medgemma_clinical.evaluation import monitoring
+from medgemma_clinical.evaluation.baselines import STAGE_NAMES
+from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
+from medgemma_clinical.models.trained_model import read_trained_config
+from pages import Page
+from predicting import MARKER, predicted, refused, write_data
+from trajectories import LABEL
+
+STAGE = STAGE_NAMES["trajectory"]
+REFERENCE = {"patients": 500, "intercept": 0.0, "slope": 1.0}
+REFERENCE |= {"covariance": [[0.02, 0.01], [0.01, 0.01]], "edges": []}
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    monkeypatch.setattr(monitoring, "REPLICATES", 100)
+    monkeypatch.setattr(monitoring, "YEARS", 200)
+    monkeypatch.setattr("medgemma_clinical.evaluation.metrics.REPLICATES", 50)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(runs, tmp_path_factory):
+    """The stage 1 of ``runs``, as if enough held-out patients had been there."""
+    content = torch.load(runs / TRAJECTORY_FILE, weights_only=True)
+    names = [STAGE, *content["config"]["models"]]
+    content["config"]["reference"] = dict.fromkeys(names, REFERENCE)
+    path = tmp_path_factory.mktemp("monitored") / TRAJECTORY_FILE
+    torch.save(content, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def scored(runs, tmp_path_factory):
+    """Predictions of 400 new rows by the command line, and their outcomes over four months."""
+    rows = pd.read_csv(SAMPLE, dtype=str).iloc[200:600].reset_index(drop=True)
+    folder = tmp_path_factory.mktemp("scored")
+    data = write_data(rows.drop(columns=LABEL), folder / "new.csv")
+    predicted(runs / "trajectory", data, folder / "out.csv")
+    days = pd.Timestamp("2026-01-01") + pd.to_timedelta(np.arange(400) * 120 // 400, unit="D")
+    outcomes = pd.DataFrame({"id": rows["subject_id"], "label": rows[LABEL]})
+    outcomes["admitted"] = days.strftime("%Y-%m-%d")
+    outcomes["ward"] = np.where(np.arange(400) % 2, "A", "B")
+    return folder / "out.csv", outcomes
+
+
+def words_of(predictions, checkpoint, outcomes, folder, *more):
+    path = folder / "outcomes.csv"
+    outcomes.to_csv(path, index=False)
+    words = ["--monitor", str(predictions), "--checkpoint", str(checkpoint)]
+    words += ["--outcomes", str(path), "--date", "admitted"]
+    return [*words, "--output_dir", str(folder / "out"), *more]
+
+
+def run(capsys, *arguments):
+    """Return the console's lines, and the table."""
+    capsys.readouterr()
+    words = words_of(*arguments)
+    assert trainer.main(words) == 0
+    table = pd.read_csv(arguments[3] / "out" / "monitor.csv", keep_default_na=False)
+    return capsys.readouterr().out.splitlines(), table
+
+
+def test_predictions_say_when_and_the_inputs_lie_beside_for_their_owner(scored):
+    predictions, _ = scored
+    table, inputs = pd.read_csv(predictions), pd.read_csv(inputs_path(predictions))
+    assert [*table][-1] == "predicted_at"
+    assert table["predicted_at"].nunique() == 1
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", table["predicted_at"][0])
+    assert stat.S_IMODE(inputs_path(predictions).stat().st_mode) == 0o600
+    assert inputs["id"].equals(table["id"])
+    rows = pd.read_csv(SAMPLE).iloc[200:600].reset_index(drop=True)
+    last = rows["clinical_trajectory"].str.extract(r"([\d.]+) \([\d.]+h\)$")[0].astype(float)
+    assert inputs["Serum bicarbonate"].tolist() == last.tolist()
+    assert inputs["Serum bicarbonate measured"].eq(1).all()
+    name = "static_weight [kg]"
+    pd.testing.assert_series_equal(inputs[name], rows[name], check_dtype=False)
+    assert inputs[f"{name} measured"].equals(rows[name].notna().astype(int))
+
+
+def test_the_first_line_is_the_verdict_and_the_files_are_whole(
+    scored, checkpoint, tmp_path, capsys
+):
+    lines, table = run(capsys, scored[0], checkpoint, scored[1], tmp_path, "--site", "ward")
+    assert lines[0] == "monitor: no action"
+    assert {*table["site"]} == {"", "A", "B"}
+    assert sorted({*table["period"]}) == ["2026-01", "2026-02", "2026-03", "2026-04"]
+    page = Page((tmp_path / "out" / "monitor.html").read_text())
+    assert "Treatment that the model prompts" in page.text
+    raised = scored[1].assign(label="1")
+    raised.loc[::3, "label"] = "0"
+    lines, _ = run(capsys, scored[0], checkpoint, raised, tmp_path)
+    assert lines[0].startswith("monitor: ")
+    assert any("recalibrate" in line for line in lines)
+    update = next(line for line in lines if "--update" in line)
+    assert f"--predict --checkpoint {checkpoint} --data_path" in update
+    assert (tmp_path / "out" / "monitor.1.html").is_file(), "the earlier page is moved aside"
+
+
+def test_ids_count_once_and_what_is_left_out_is_counted(scored, checkpoint, tmp_path, capsys):
+    predictions, outcomes = scored
+    later = pd.read_csv(predictions, dtype=str)
+    later["predicted_at"], later["probability"] = "2030-01-01", "0.999"
+    later.loc[0, "id"], later.loc[1, "probability"] = "stranger", ""
+    inputs = pd.read_csv(inputs_path(predictions), dtype=str)
+    inputs.loc[0, "id"] = "stranger"
+    later.to_csv(tmp_path / "later.csv", index=False)
+    inputs.to_csv(tmp_path / "later.inputs.csv", index=False)
+    words = words_of(predictions, checkpoint, outcomes, tmp_path)
+    words.insert(2, str(tmp_path / "later.csv"))
+    assert trainer.main([*words, "--use", "stage"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "later predictions of the same id, left out: 399" in lines
+    assert "patients without a line of outcomes: 1" in lines
+    table = pd.read_csv(tmp_path / "out" / "monitor.csv")
+    assert table["period"].max() == "2030-01", "no line of outcomes: the time of the prediction"
+    few = run(capsys, predictions, checkpoint, outcomes.head(300), tmp_path)[0]
+    assert "patients without a line of outcomes: 100" in few
+    (tmp_path / "alone.csv").write_bytes(predictions.read_bytes())
+    alone = run(capsys, tmp_path / "alone.csv", checkpoint, outcomes, tmp_path)[0]
+    assert "inputs: not checked" in alone
+
+
+def test_a_series_in_another_unit_stops(scored, checkpoint, tmp_path, capsys):
+    out = tmp_path / "out.csv"
+    out.write_bytes(scored[0].read_bytes())
+    inputs = pd.read_csv(inputs_path(scored[0]))
+    inputs.loc[300:, "Serum bicarbonate"] *= 10
+    inputs.to_csv(inputs_path(out), index=False)
+    lines, table = run(capsys, out, checkpoint, scored[1], tmp_path)
+    assert lines[0].startswith("monitor: stop: Serum bicarbonate in 2026-04: median ")
+    median = table[table["metric"] == "median: Serum bicarbonate"]
+    assert (median["value"] > median["limit_high"].astype(float)).tolist() == [0, 0, 0, 1]
+
+
+def test_the_model_of_the_risks_is_found_and_may_be_chosen(runs, scored, checkpoint, tmp_path):
+    rows = pd.read_csv(SAMPLE, dtype=str).iloc[200:600].drop(columns=LABEL)
+    data = write_data(rows, tmp_path / "new.csv")
+    predicted(runs / "trajectory", data, tmp_path / "p.csv", "--use", "ensemble")
+    words = words_of(tmp_path / "p.csv", checkpoint, scored[1], tmp_path)
+    for more, name in (((), "ensemble"), (("--use", "stage"), STAGE)):
+        assert trainer.main([*words, *more]) == 0
+        assert f": {name} after go-live" in (tmp_path / "out" / "monitor.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("file", "column", "cell"),
+    [
+        ("outcomes", "label", f"{MARKER}"),
+        ("outcomes", "label", "2"),
+        ("outcomes", "admitted", "03/04/2026"),
+        ("outcomes", "admitted", ""),
+        ("outcomes", "id", "132752"),
+        ("predictions", "probability", "1.2"),
+        ("predictions", "predicted_at", f"{MARKER}"),
+    ],
+)
+def test_a_wrong_cell_is_refused_with_file_and_line(
+    file, column, cell, scored, checkpoint, tmp_path, capsys
+):
+    tables = {"outcomes": scored[1].copy(), "predictions": pd.read_csv(scored[0], dtype=str)}
+    tables[file].loc[4, column] = tables[file].loc[2, "id"] if column == "id" else cell
+    tables["predictions"].to_csv(tmp_path / "p.csv", index=False)
+    words = words_of(tmp_path / "p.csv", checkpoint, tables["outcomes"], tmp_path)
+    name = "outcomes.csv" if file == "outcomes" else "p.csv"
+    assert refused(capsys, words, name, "line 6", out=tmp_path / "out" / "monitor.html")
+    assert MARKER not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("fault", ["date", "site", "outcomes", "use", "calibration", "inputs"])
+def test_what_is_not_there_is_refused(fault, runs, scored, checkpoint, tmp_path, capsys):
+    words = words_of(scored[0], checkpoint, scored[1], tmp_path)
+    if fault == "date":
+        words[words.index("admitted")] = "discharged"
+    elif fault == "site":
+        words += ["--site", "region"]
+    elif fault == "outcomes":
+        (tmp_path / "outcomes.csv").unlink()
+    elif fault == "use":
+        words += ["--use", "oracle"]
+    elif fault == "calibration":
+        words[words.index(str(checkpoint))] = str(runs / "trajectory")
+    else:
+        (tmp_path / "p.csv").write_bytes(scored[0].read_bytes())
+        pd.read_csv(inputs_path(scored[0])).head(7).to_csv(tmp_path / "p.inputs.csv", index=False)
+        words[1] = str(tmp_path / "p.csv")
+    assert refused(capsys, words, out=tmp_path / "out" / "monitor.html")
+
+
+# ------------------------------------------------------------------ the rule
+
+
+@pytest.mark.parametrize(
+    "text", ["known = 2", "kwnon = 0.9", "known = ", "known = 'all'", "false_alarms = 0"]
+)
+def test_a_wrong_rule_is_refused_before_the_training(text, tmp_path, capsys):
+    (tmp_path / "rule.toml").write_text(text)
+    words = ["--trajectory_only", "--data_path", str(SAMPLE), "--output_dir", str(tmp_path / "r")]
+    words += ["--monitor_rule", str(tmp_path / "rule.toml"), "--log_file", "none"]
+    assert refused(capsys, words, "rule.toml")
+    assert not (tmp_path / "r").exists()
+    assert refused(capsys, [*words[:-3], str(tmp_path / "no.toml"), *words[-2:]], "no.toml")
+
+
+def test_the_rule_of_a_training_is_kept_and_stands_in_the_card(runs):
+    for stage in ("trajectory", "classification"):
+        assert read_trained_config(runs / stage)["monitor_rule"]["consecutive"] == 2
+    card = (runs / "classification" / "best" / "README.md").read_text()
+    assert "Recalibrate when observed divided by expected events" in card

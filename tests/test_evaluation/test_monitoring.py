@@ -1,0 +1,285 @@
+"""A model after its go-live: limits, CUSUM, levels of false alarms, and the arms of the rule."""
+
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.special import expit, logit
+from scipy.stats import binomtest
+from sklearn.metrics import brier_score_loss, roc_auc_score
+
+from medgemma_clinical.data.distributions import describe
+from medgemma_clinical.evaluation import monitoring
+from medgemma_clinical.evaluation.monitoring import (
+    MonitorRule,
+    alarm_levels,
+    compare_inputs,
+    cusum,
+    cusum_steps,
+    doubled,
+    draw_labels,
+    measure,
+    monitor,
+    period_limits,
+    period_names,
+)
+from medgemma_clinical.evaluation.reference import reference
+
+NOTHING = {"series": {}, "static": {}}
+RULE = MonitorRule()
+
+
+def risks(n, seed=0):
+    return expit(np.random.default_rng(seed).normal(-1.2, 1, n))
+
+
+def development(n=1500, seed=0):
+    risk = risks(n, seed)
+    labels = (np.random.default_rng(seed + 1).random(n) < risk).astype(float)
+    return reference(labels, risk, np.arange(n))
+
+
+def cohort(periods=12, size=80, seed=2, begin=99, odds_ratio=1.0, ranks=True):
+    """Patients by month, whose odds change, or whose risks say nothing, from a month on."""
+    rng, n = np.random.default_rng(seed), periods * size
+    odds, month = rng.normal(-1.2, 1, n), np.arange(n) // size
+    changed = month >= begin
+    true = odds + np.log(odds_ratio) * changed
+    if not ranks:
+        true = np.where(changed, rng.permutation(odds), odds)
+    dates = pd.Timestamp("2026-01-01", tz="UTC") + pd.to_timedelta(month * 31, unit="D")
+    labels = (rng.random(n) < expit(true)).astype(float)
+    return pd.DataFrame({"date": dates, "risk": expit(odds), "label": labels})
+
+
+def monitored(rows, inputs=None, training=NOTHING, period="month", rule=RULE, **more):
+    options = {"threshold": 0.3, "reference": development(), "training": training, "seed": 0}
+    return monitor(rows, inputs, rule=rule, period=period, **options, **more)
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    """A few hundred draws: the program has more, for narrower errors."""
+    monkeypatch.setattr(monitoring, "REPLICATES", 200)
+    monkeypatch.setattr(monitoring, "YEARS", 400)
+    monkeypatch.setattr("medgemma_clinical.evaluation.metrics.REPLICATES", 100)
+
+
+# ------------------------------------------------------------------ numbers
+
+
+def test_metrics_of_a_period_are_those_of_known_outcomes_and_positives_of_all():
+    rows = cohort(1, 200)
+    labels, risk = rows["label"].to_numpy(), rows["risk"].to_numpy()
+    table = measure(np.append(labels, np.nan), np.append(risk, 0.9), 0.3, 0)
+    assert table.loc["positives", "value"] == pytest.approx(100 * ((risk >= 0.3).sum() + 1) / 201)
+    observed = binomtest(int(labels.sum()), 200)
+    ends = observed.statistic, *observed.proportion_ci()
+    assert table.loc["oe"].tolist() == pytest.approx(np.array(ends) / risk.mean())
+    assert table.loc["auroc", "value"] == pytest.approx(roc_auc_score(labels, risk))
+    assert table.loc["brier", "value"] == pytest.approx(brier_score_loss(labels, risk))
+    assert (table["low"] < table["value"]).all()
+    assert (table["value"] < table["high"]).all()
+    one_class = measure(np.zeros(5), risk[:5], 0.3, 0)
+    assert one_class["value"].notna().tolist() == [True, True, *[False] * 5]
+
+
+def test_drawn_labels_have_the_metrics_of_each_draw():
+    """Rows with either label, weighted, give all draws at once."""
+    risk = risks(60)
+    labels = draw_labels(logit(risk), np.array([[0.3, 0.8], [-0.5, 1.2]]), np.random.default_rng(0))
+    values = monitoring._values(*doubled(risk, labels))
+    for k, drawn in enumerate(labels):
+        alone = monitoring._values(drawn, risk, np.ones((1, 60)))
+        for name, value in alone.items():
+            assert values[name][k] == pytest.approx(value.item(), abs=1e-6), name
+
+
+def test_limits_hold_a_stable_period_and_widen_with_a_small_cohort():
+    risk, rng = risks(150), np.random.default_rng(0)
+    levels = monitoring.Levels(0.05, 0.05, 5.0, 0.05)
+    limits = period_limits(risk, development(), levels, rng)
+    new = [(np.random.default_rng(k).random(150) < risk).sum() / risk.sum() for k in range(300)]
+    inside = np.mean(
+        [limits.loc["oe", "limit_low"] <= x <= limits.loc["oe", "limit_high"] for x in new]
+    )
+    assert inside == pytest.approx(0.9, abs=0.06)
+    small = period_limits(risk, development(150), levels, rng)
+    widths = [x["limit_high"] - x["limit_low"] for x in (limits, small)]
+    assert (widths[1] > widths[0]).all()
+
+
+def test_the_cusum_is_the_loop_over_patients_and_starts_again_after_a_signal():
+    risk = risks(400)
+    labels = (np.random.default_rng(3).random(400) < expit(logit(risk) + 1)).astype(float)
+    for steps in cusum_steps(labels, risk, 2.0):
+        total, expected, signals = 0.0, [], []
+        for k, step in enumerate(steps):
+            total = max(0.0, total + step)
+            expected.append(total)
+            if total >= 3:
+                signals.append(k)
+                total = 0.0
+        sums, found = cusum(steps, 3)
+        assert sums == pytest.approx(expected)
+        assert found.tolist() == signals
+    assert len(cusum(cusum_steps(labels, risk, 2.0)[0], 3)[1]) > 1
+
+
+def test_the_step_of_a_patient_is_the_likelihood_ratio_of_changed_odds():
+    changed = expit(logit(0.2) + np.log(2))
+    (event,), (none,) = (cusum_steps(np.array([y]), np.array([0.2]), 2.0)[0] for y in (1.0, 0.0))
+    assert event == pytest.approx(np.log(changed / 0.2))
+    assert none == pytest.approx(np.log((1 - changed) / 0.8))
+
+
+# ------------------------------------------------------------------ false alarms
+
+
+def test_all_arms_together_alarm_in_the_chosen_share_of_other_stable_years():
+    """Years of the same truth, drawn apart: outcomes, and what the cohort leaves possible."""
+    known, rng = development(600), np.random.default_rng(5)
+    pool = risks(2000)
+    levels = alarm_levels(pool, 60, 4, known, RULE, rng)
+    assert 0.03 <= levels.false_alarms <= 0.05
+    alarms, years = 0, 150
+    for year in range(years):
+        fit = monitoring.draw_calibrations(known, 1, rng)
+        of_year = rng.choice(pool, (4, 60))
+        labels = [draw_labels(logit(p), fit, rng) for p in of_year]
+        sides = []
+        for p, y in zip(of_year, labels, strict=True):
+            limits = period_limits(p, known, levels, np.random.default_rng(year)).loc["oe"]
+            value = y.sum() / p.sum()
+            sides.append(int(value > limits["limit_high"]) - int(value < limits["limit_low"]))
+        is_outside = any(a == b != 0 for a, b in pairwise(sides))
+        stable = monitoring.stable_risk(of_year.ravel(), known)
+        steps = cusum_steps(np.hstack(labels)[0], stable, RULE.odds_ratio)
+        alarms += is_outside or any(len(cusum(x, levels.cusum)[1]) for x in steps)
+    assert alarms / years <= 0.09
+
+
+# ------------------------------------------------------------------ arms
+
+
+def test_a_stable_model_needs_no_action_and_late_outcomes_wait():
+    rows = cohort()
+    assert monitored(rows).verdict == "no action"
+    late = rows.assign(label=rows["label"].where(rows["date"] < "2026-10-15"))
+    found = monitored(late)
+    assert found.verdict.startswith("no action; waiting for outcomes of 2026-1")
+    assert found.sums["date"].max() < pd.Timestamp("2026-10-15", tz="UTC")
+    assert monitored(late.assign(label=np.nan)).verdict == "waiting for outcomes"
+
+
+def test_outcomes_of_a_tenth_are_not_needed():
+    rows = cohort()
+    unknown = np.arange(len(rows)) % 80 < 8  # 8 of 80 in each month
+    assert not monitored(rows.assign(label=rows["label"].mask(unknown))).waiting
+    unknown = np.arange(len(rows)) % 80 < 9
+    assert len(monitored(rows.assign(label=rows["label"].mask(unknown))).waiting) == 12
+
+
+@pytest.mark.parametrize("odds_ratio", [2.5, 0.25])
+def test_changed_odds_recalibrate(odds_ratio):
+    found = monitored(cohort(begin=6, odds_ratio=odds_ratio))
+    assert [arm.name for arm in found.arms] == ["recalibrate"]
+    assert "CUSUM" in found.verdict
+    assert "O/E" in found.verdict
+    assert found.sums.loc[found.sums["signal"] != "", "date"].min() > pd.Timestamp(
+        "2026-06", tz="UTC"
+    )
+    assert monitored(cohort(begin=11, odds_ratio=odds_ratio)).verdict.count("O/E") == 0, "one month"
+
+
+def test_lost_discrimination_refits_first():
+    found = monitored(cohort(size=200, begin=6, ranks=False))
+    assert found.arms[0].name == "refit"
+    assert "AUROC" in found.verdict
+
+
+def test_what_happened_more_than_a_year_ago_is_over():
+    later = cohort(14)
+    later["date"] += pd.Timedelta(days=93)
+    found = monitored(pd.concat([cohort(3, begin=0, odds_ratio=4), later], ignore_index=True))
+    assert (found.sums["signal"] == "higher").any()
+    assert found.verdict == "no action"
+
+
+def test_slope_and_auroc_need_events():
+    table = monitored(cohort(3, 20)).table.set_index("metric")
+    assert table.loc[["slope", "auroc"], "value"].isna().all()
+    assert table.loc["oe", "value"].notna().all()
+
+
+def test_an_input_that_changes_its_unit_or_is_no_longer_measured_stops():
+    rows, rng = cohort(), np.random.default_rng(0)
+    values = pd.DataFrame(
+        {"glucose": rng.normal(140, 30, len(rows)), "lactate": rng.gamma(2, 1, len(rows))}
+    )
+    columns = pd.concat({"series": values}, axis=1)
+    training = {"static": {}, **describe(columns)}
+    recent = rows["date"] > "2026-10-15"
+    assert monitored(rows, values, training).verdict == "no action"
+    for name, change, text in (("glucose", 1 / 18, "unit"), ("lactate", np.nan, "never measured")):
+        spoilt = values.assign(**{name: values[name] * np.where(recent, change, 1)})
+        found = monitored(cohort(begin=6, odds_ratio=3), spoilt, training)
+        assert [arm.name for arm in found.arms] == ["stop", "recalibrate"]
+        assert name in found.verdict
+        assert text in found.verdict
+        repaired = spoilt.where(rows["date"] < "2026-11-15", values)
+        assert monitored(rows, repaired, training).verdict == "no action", "it is right again"
+        lines, problems = compare_inputs(spoilt, period_names(rows["date"], "month"), training)
+        assert {*problems["period"]} == {*period_names(rows["date"][recent], "month")}
+        share = lines[lines["metric"] == f"measured: {name}"].set_index("period")["value"]
+        assert share["2026-01"] == 1
+
+
+def test_sites_have_values_and_limits_and_do_not_decide():
+    rows, other = cohort(4, 160), cohort(4, 20, begin=0, odds_ratio=6)
+    both = pd.concat([rows.assign(site="A"), other.assign(site="B")], ignore_index=True)
+    table = monitored(both).table
+    of_b = table[(table["site"] == "B") & (table["metric"] == "oe")]
+    assert (of_b["value"] > of_b["limit_high"]).sum() > 2
+    assert {*table["site"]} == {"", "A", "B"}
+
+
+@pytest.mark.parametrize(
+    ("period", "expected"),
+    [
+        ("week", ["2026-03-02", "2026-03-02", "2026-03-09"]),
+        ("month", ["2026-03"] * 3),
+        ("quarter", ["2026Q1"] * 3),
+    ],
+)
+def test_periods_sort_by_their_names(period, expected):
+    dates = pd.to_datetime(pd.Series(["2026-03-02", "2026-03-08", "2026-03-09"]), utc=True)
+    assert period_names(dates, period).tolist() == expected
+
+
+# ------------------------------------------------------------------ the rule
+
+
+def test_a_rule_has_documented_defaults_and_its_words():
+    assert MonitorRule.checked({}) == RULE
+    rule = MonitorRule.checked({"known": 1, "odds_ratio": 3, "consecutive": 3})
+    assert (rule.known, rule.odds_ratio, rule.false_alarms) == (1, 3, 0.05)
+    assert "in 3 consecutive periods" in rule.words
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({"knwon": 0.9}, "knwon"),
+        ({"known": "0.9"}, "known"),
+        ({"known": 0.2}, "known"),
+        ({"consecutive": 2.0}, "consecutive"),
+        ({"consecutive": True}, "consecutive"),
+        ({"odds_ratio": float("nan")}, "odds_ratio"),
+        ({"false_alarms": 0}, "false_alarms"),
+    ],
+)
+def test_a_rule_of_other_keys_types_or_bounds_is_refused(content, named):
+    with pytest.raises(ValueError, match=named):
+        MonitorRule.checked(content)
