@@ -13,6 +13,7 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from medgemma_clinical.data.small_cells import MIN_CELL, count_text
 from medgemma_clinical.evaluation.decision import describe_threshold
+from medgemma_clinical.evaluation.monitoring import MonitorRule
 from medgemma_clinical.models.decoders import licence
 from medgemma_clinical.models.model_card import (
     MODEL_LIMITS,
@@ -92,6 +93,8 @@ def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
     if "decision" in config:
         choice = describe_threshold(config.get("threshold_choice"), choosing_rows(config))
         risk += f"; predicted from {config['decision']['threshold']:.4g} on, {choice}"
+    rule = config.get("monitor_rule")
+    care = {} if rule is None else {"OngoingMaintenance": MonitorRule.checked(rule).words}
     base = ("Language model", "Its revision, or the SHA-256 of its files")
     return {
         "ModelName": f"{config['outcome']}, {model['Model']}",
@@ -112,6 +115,7 @@ def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
         f"{', '.join(config['inputs']['static']) or 'none'}. Out: a probability from 0 to 1.",
         "DevelopmentDataCharacterization": f"Training part: {', '.join(counts) or 'not shown'}",
         "ThirdPartyInformation": licence(config),
+        **care,
     }
 
 
