@@ -68,8 +68,6 @@ def run_monitor(args: Namespace, given: set[str]) -> int:
         period=args.period,
         seed=args.seed,
     )
-    if any(arm.name == "recalibrate" for arm in result.arms):
-        notes.insert(0, f"To recalibrate: {update_command(args.checkpoint, config, name)}")
     level = f"{100 * result.levels.oe:.2g} % (O/E and others), {100 * result.levels.auroc:.2g} %"
     card = {
         "Rule, fixed at training": rule.words,
@@ -92,6 +90,8 @@ def run_monitor(args: Namespace, given: set[str]) -> int:
         write_text(paths[1], result.table.to_csv(index=False))
     logger.info("monitor: %s", result.verdict)
     lines = [f"also {arm.name}: {arm.reason}" for arm in result.arms[1:]]
+    if any(arm.name == "recalibrate" for arm in result.arms):  # a page is shared: no path
+        lines.append(f"to recalibrate: {update_command(args.checkpoint, config, name)}")
     lines += [*notes, *(f"earlier file moved to {path}" for path in asides), f"page: {paths[0]}"]
     logger.info("%s", "\n".join(lines))
     return EXIT_DONE

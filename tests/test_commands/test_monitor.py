@@ -14,9 +14,12 @@ from medgemma_clinical.commands.predict import inputs_path
 from medgemma_clinical.evaluation import monitoring
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
+from medgemma_clinical.models.hazards import Hazards
+from medgemma_clinical.models.outcome import TimeOutcome
 from medgemma_clinical.models.trained_model import read_trained_config
 from pages import Page
 from predicting import MARKER, predicted, refused, write_data
+from time_rows import EVENTS
 from trajectories import LABEL
 
 STAGE = STAGE_NAMES["trajectory"]
@@ -179,7 +182,9 @@ def test_a_wrong_cell_is_refused_with_file_and_line(
     assert MARKER not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("fault", ["date", "site", "outcomes", "use", "calibration", "inputs"])
+@pytest.mark.parametrize(
+    "fault", ["date", "site", "outcomes", "use", "calibration", "inputs", "times"]
+)
 def test_what_is_not_there_is_refused(fault, runs, scored, checkpoint, tmp_path, capsys):
     words = words_of(scored[0], checkpoint, scored[1], tmp_path)
     if fault == "date":
@@ -192,6 +197,12 @@ def test_what_is_not_there_is_refused(fault, runs, scored, checkpoint, tmp_path,
         words += ["--use", "oracle"]
     elif fault == "calibration":
         words[words.index(str(checkpoint))] = str(runs / "trajectory")
+    elif fault == "times":
+        content, path = torch.load(checkpoint, weights_only=True), tmp_path / TRAJECTORY_FILE
+        hazards = Hazards(EVENTS, EVENTS.horizons, (1.0, 1.0))
+        content["config"] |= TimeOutcome(hazards).config
+        torch.save(content, path)
+        words[words.index(str(checkpoint))] = str(path)
     else:
         (tmp_path / "p.csv").write_bytes(scored[0].read_bytes())
         pd.read_csv(inputs_path(scored[0])).head(7).to_csv(tmp_path / "p.inputs.csv", index=False)

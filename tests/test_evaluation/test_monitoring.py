@@ -173,6 +173,30 @@ def test_a_stable_model_needs_no_action_and_late_outcomes_wait():
     assert monitored(late.assign(label=np.nan)).verdict == "waiting for outcomes"
 
 
+def test_the_cusum_waits_with_the_first_period_that_waits():
+    rows = cohort(4)
+    second = period_names(rows["date"], "month") == "2026-02"
+    found = monitored(rows.assign(label=rows["label"].mask(second)))
+    assert found.waiting == ["2026-02"]
+    assert {*found.sums["period"]} == {"2026-01"}
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([1.6, 1.7, 1.0], "O/E 1.60 in 1 (limits 0.70 to 1.40) and 1.70 in 2"),
+        ([1.6, 0.5, 1.6], ""),
+        ([1.6, 1.0, 1.6], ""),
+        ([0.5, 0.6, 0.6], "O/E 0.60 in 2 (limits 0.70 to 1.40) and 0.60 in 3"),
+    ],
+)
+def test_a_run_lies_on_one_side_and_the_last_one_is_named(values, words):
+    lines = pd.DataFrame({"metric": "oe", "period": ["1", "2", "3"], "value": values})
+    lines = lines.assign(limit_low=0.7, limit_high=1.4)
+    found = monitoring._run_outside(lines, ["low", "high"], 2)
+    assert found.startswith(words) if words else not found
+
+
 def test_outcomes_of_a_tenth_are_not_needed():
     rows = cohort()
     unknown = np.arange(len(rows)) % 80 < 8  # 8 of 80 in each month
