@@ -10,6 +10,7 @@ import pytest
 import medgemma_trainer as trainer
 from conftest import whole_reports
 from language_models import bring_code, edit_json, rehash, save_text_checkpoint
+from medgemma_clinical.commands.predict import inputs_path
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.language_model import content_hash
 from predicting import STAGES, command, read_predictions, refused, write_data
@@ -65,12 +66,14 @@ def test_predict__refuses_a_folder_without_its_base_model_or_with_endless_counts
     assert trainer.main(command(stage, data, out)) == 0
     expected = read_predictions(out)
     out.unlink()
+    inputs_path(out).unlink()
     (stage / "run.json").unlink()
     assert refused(capsys, command(stage, data, out), str(stage), "gemma", "--model_name", out=out)
     moved = shutil.copytree(place / "models" / "gemma", tmp_path / "moved")
     assert trainer.main(command(stage, data, out, "--model_name", str(moved))) == 0
     pd.testing.assert_frame_equal(read_predictions(out), expected)
     out.unlink()
+    inputs_path(out).unlink()
     rehash(stage / "best", num_prefix_tokens=10**9)
     assert refused(capsys, command(stage, data, out), str(stage), "num_prefix_tokens", out=out)
 

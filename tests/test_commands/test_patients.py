@@ -8,6 +8,7 @@ import pytest
 from conftest import SAMPLE
 from language_models import TINY_MODEL
 from medgemma_clinical.commands.patients import MAX_ROWS, patients_path
+from medgemma_clinical.commands.predict import inputs_path
 from medgemma_clinical.evaluation.verdicts import percent
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS
 from medgemma_trainer import TrajectoryModel
@@ -44,14 +45,15 @@ def test_the_page_shows_what_the_stage_has_and_all_other_files_are_as_without_it
     data, plain, more = (tmp_path / name for name in ("rows.csv", "plain.csv", "more.csv"))
     new = pd.read_csv(SAMPLE, dtype=str)[200:208].assign(label_escalation=["0", "1"] * 4)
     write_data(pd.concat([table.head(4), new.assign(id=[f"new {k}" for k in range(8)])]), data)
-    predicted(runs / stage, data, plain)
+    expected = predicted(runs / stage, data, plain)
     assert not patients_path(plain).exists(), "the page is never written unless asked for"
     lines = predicted(runs / stage, data, more, "--explain", "--patients=row 3, row 1")
-    assert more.read_bytes() == plain.read_bytes()
+    pd.testing.assert_frame_equal(lines, expected)
+    assert inputs_path(more).read_bytes() == inputs_path(plain).read_bytes()
     reports = [out.with_suffix(".report.html").read_bytes() for out in (plain, more)]
     assert reports[0] == reports[1]
     assert {path.name for path in tmp_path.glob("more*")} == {
-        *("more.csv", "more.report.html", "more.patients.html")
+        *("more.csv", "more.inputs.csv", "more.report.html", "more.patients.html")
     }
     assert shown(more) == ["row 3", "row 1"], "in the order given"
     page = Page(patients_path(more).read_text())
