@@ -268,7 +268,7 @@ def build_parser() -> Parser:
     options = {"choices": ("auto", "none", "platt"), "default": "auto"}
     add("--calibrate", "recalibrate: auto where folds show a need, platt always", **options)
     options = {"type": flags.check_threshold, "metavar": "RISK"}
-    add("--threshold", "0.1 or 'sensitivity 0.9'; by Youden's index", "predict", **options)
+    add("--threshold", "0.1 or 'sensitivity 0.9'; by Youden's index", "predict monitor", **options)
     add("--monitor_rule", "TOML: when --monitor says what", "-ablation", type=Path)
     options = {"choices": ("km", "regression"), "default": "km"}
     add(

@@ -110,6 +110,14 @@ def atomic(path: Path) -> Iterator[Path]:
         remove(temporary)
 
 
+def make_output_dir(folder: Path) -> None:
+    """Make the folder of ``--output_dir``, unless there is one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"--output_dir {folder}: is a file: name a folder") from error
+
+
 def clean(folder: Path) -> None:
     """Remove half-written files of killed runs; restore a folder killed within its replacement."""
     for path in folder.glob(f".*{REPLACED}"):

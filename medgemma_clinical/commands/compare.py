@@ -19,7 +19,7 @@ from medgemma_clinical.evaluation.metrics_table import TESTED, Metrics, evaluate
 from medgemma_clinical.evaluation.report import write_comparison
 from medgemma_clinical.evaluation.tables import model_table
 from medgemma_clinical.evaluation.verdicts import counts_text
-from medgemma_clinical.files import InputError, move_aside, read_json, write_json
+from medgemma_clinical.files import InputError, make_output_dir, move_aside, read_json, write_json
 from medgemma_clinical.models.language_model import DEMO
 from medgemma_clinical.models.model_card import built_in_sentence
 from medgemma_clinical.models.outcome import LABEL, Outcome
@@ -44,7 +44,7 @@ def run_compare(args: Namespace, output_dir: Path | None) -> int:
     if output_dir is None:
         log_comparison(metrics, cost)
         return EXIT_DONE
-    output_dir.mkdir(parents=True, exist_ok=True)
+    make_output_dir(output_dir)
     records = {name: read_run(folder) or {} for name, folder in folders.items()}
     outcomes = dict.fromkeys(run["data"]["outcome"] for run in records.values() if "data" in run)
     arguments = {name: run.get("arguments", {}) for name, run in records.items()}

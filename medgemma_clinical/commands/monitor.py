@@ -9,15 +9,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.config import read_toml
 from medgemma_clinical.commands.predict import inputs_path
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
+from medgemma_clinical.evaluation.decision import parse_threshold
 from medgemma_clinical.evaluation.monitor_page import monitor_page
 from medgemma_clinical.evaluation.monitoring import MonitorRule, monitor
-from medgemma_clinical.files import InputError, locked, move_aside, write_text
+from medgemma_clinical.files import InputError, locked, make_output_dir, move_aside, write_text
 from medgemma_clinical.inference.trajectory_model import TrajectoryModel
 from medgemma_clinical.models.checkpoints import Config
 from medgemma_clinical.models.model_card import page_card
@@ -58,10 +60,21 @@ def run_monitor(args: Namespace, given: set[str]) -> int:
         )
     rule = MonitorRule.checked(config.get("monitor_rule", {}))
     own_rule = config["decision"] if name == stage else config["models"][name]
+    threshold = own_rule["threshold"]
+    if "--threshold" in given:
+        goal, threshold = parse_threshold(args.threshold)
+        if goal:
+            raise InputError(f"--threshold '{args.threshold}': give the risk")
+    alerts = rows["prediction"].dropna()
+    if others := int((alerts != (rows["risk"] >= threshold)[alerts.index]).sum()):
+        raise InputError(
+            f"--monitor: {others:,} predictions are not by the threshold {threshold:.4g}: give "
+            "that of --predict by --threshold, or leave out the files of another model"
+        )
     result = monitor(
         rows,
         inputs,
-        threshold=own_rule["threshold"],
+        threshold=threshold,
         reference=reference,
         training=config["case_mix"].get("last", {"series": {}, "static": {}}),
         rule=rule,
@@ -77,13 +90,13 @@ def run_monitor(args: Namespace, given: set[str]) -> int:
         "Development cohort": f"{reference['patients']:,} held-out patients: intercept "
         f"{reference['intercept']:+.2f}, slope {reference['slope']:.2f}",
         "Slope and AUROC": f"Of periods with at least {rule.min_expected} expected events",
-        "Threshold": f"{own_rule['threshold']:.4g}",
+        "Threshold": f"{threshold:.4g}",
     }
     page = monitor_page(
         result, f"{config['outcome']}: {name} after go-live", notes, page_card(config, card)
     )
     paths = [args.output_dir / f"monitor.{ending}" for ending in ("html", "csv")]
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    make_output_dir(args.output_dir)
     with locked(paths[0]):
         asides = move_aside(paths)
         write_text(paths[0], page)
@@ -120,7 +133,9 @@ def read_rows(
         table = read_table(path, ["id", "probability", PREDICTED_AT])
         column, name = risk_column(table, path, use, config)
         names.add(name)
-        columns = {"risk": parsed(table, path, column, "risk")}
+        columns = {"risk": parsed(table, path, column, "risk"), "prediction": np.nan}
+        if column == "probability" and "prediction" in table:
+            columns["prediction"] = parsed(table, path, "prediction", "label")
         columns["date"] = parsed(table, path, PREDICTED_AT, "date")
         tables.append(table.assign(**columns, unscored=columns["risk"].isna()))
         if (beside := inputs_path(path)).is_file():
@@ -148,7 +163,9 @@ def read_rows(
     }
     notes = [f"{text}: {count:,}" for text, count in counts.items() if count]
     notes += ["inputs: not checked"] if last is None else []
-    joined = rows[["risk"]].assign(label=of_ids["label"], date=of_ids["date"].fillna(rows["date"]))
+    joined = rows[["risk", "prediction"]].assign(
+        label=of_ids["label"], date=of_ids["date"].fillna(rows["date"])
+    )
     if args.site is not None:
         source = outcomes if args.site in outcomes else rows
         if args.site not in source:
@@ -171,6 +188,7 @@ def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
     return table
 
 
+YEARS = 1900, 2200
 RULES = {"risk": "a number from 0 to 1", "label": "0, 1 or empty", "date": "an ISO date"}
 
 
@@ -179,7 +197,7 @@ def parsed(table: pd.DataFrame, path: Path, column: str, kind: str) -> pd.Series
     cells = table[column]
     if kind == "date":
         values: Any = pd.to_datetime(cells, format="ISO8601", utc=True, errors="coerce")
-        wrong = values.isna()
+        wrong = ~values.dt.year.between(*YEARS)
     else:
         values = pd.to_numeric(cells, errors="coerce")
         is_right = values.isin([0, 1]) if kind == "label" else values.between(0, 1)

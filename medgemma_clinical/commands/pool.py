@@ -17,6 +17,7 @@ from medgemma_clinical.evaluation.sites_page import pooled_cells, write_sites
 from medgemma_clinical.files import (
     InputError,
     json_hash,
+    make_output_dir,
     move_aside,
     one_line,
     read_json,
@@ -49,7 +50,7 @@ def run_pool(paths: Sequence[Path], output_dir: Path) -> int:
     if len(sites) < 2:
         raise InputError("--pool: name the files of two sites or more")
     estimates, pooled = pool_sites(sites)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    make_output_dir(output_dir)
     table, page = output_dir / "sites.json", output_dir / "sites.html"
     for aside in move_aside([table, page]):
         logger.info("earlier file moved to %s", aside)

@@ -39,7 +39,6 @@ def monitor_page(
         "monitor",
         title=title,
         notice="",
-        min_cell=0,
         verdict=monitored.verdict,
         arms=monitored.arms[1:],
         notes=notes,
@@ -55,8 +54,7 @@ def marked_text(line: Any, form: str, *, interval: bool = True) -> str:
     if np.isnan(line.value):
         return NO_VALUE
     low, high = (line.low, line.high) if interval else (np.nan, np.nan)
-    marks = {"low": line.value < line.limit_low, "high": line.value > line.limit_high}
-    found = [SIDES[side] for side, is_beyond in marks.items() if is_beyond]
+    found = [SIDES[side] for side in SIDES if outside(line, side)]
     return "\N{NO-BREAK SPACE}".join([*found, interval_text(line.value, low, high, form)])
 
 

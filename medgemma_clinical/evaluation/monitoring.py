@@ -60,6 +60,9 @@ PROBLEM = ["period", "name", "problem"]
 ARMS = ("stop", "refit", "recalibrate")
 """What a rule may say, what goes first."""
 
+ROUNDING = 1e-6
+"""Share of a value that is no distance: few events have few values, which limits often equal."""
+
 MAX_NAMED = 3
 """Inputs of a verdict."""
 
@@ -147,11 +150,10 @@ class Monitored:
         """The result in one line."""
         waiting = self.waiting
         wait = f"waiting for outcomes of {', '.join(waiting)}" if waiting else ""
-        if self.arms:
-            return f"{self.arms[0].name}: {self.arms[0].reason}"
-        if not self.counts["is_complete"].any():
+        if not self.arms and not self.counts["is_complete"].any():
             return "waiting for outcomes"
-        return "; ".join(filter(None, ["no action", wait]))
+        found = [f"{arm.name}: {arm.reason}" for arm in self.arms[:1]] or ["no action"]
+        return "; ".join(filter(None, [*found, wait]))
 
     @property
     def waiting(self) -> list[str]:
@@ -178,7 +180,7 @@ def measure(labels: Array, risk: Array, threshold: float, seed: int) -> pd.DataF
     is_known = ~np.isnan(labels)
     labels, risk = labels[is_known], risk[is_known]
     if len(labels):
-        found["oe"] = _share(int(labels.sum()), len(labels)) / risk.mean()
+        found["oe"] = _share(int(labels.sum()), len(labels)) * len(labels) / risk.sum()
     table = pd.DataFrame.from_dict(found, orient="index", columns=VALUE)
 
     def statistic(weights: Array) -> dict[str, Array]:
@@ -369,10 +371,10 @@ def compare_inputs(
     return pd.DataFrame(lines, columns=LINE), pd.DataFrame(problems, columns=PROBLEM)
 
 
-def outside(lines: pd.DataFrame, side: str) -> pd.Series[bool]:
-    """Return which values lie beyond their limit, ``low`` or ``high``."""
-    beyond = lines["value"].lt if side == "low" else lines["value"].gt
-    return beyond(lines[f"limit_{side}"])
+def outside(lines: Any, side: str) -> Any:
+    """Return which values lie beyond their limit, ``low`` or ``high``; on it is within."""
+    distance = lines.limit_low - lines.value if side == "low" else lines.value - lines.limit_high
+    return distance > ROUNDING * abs(lines.value)
 
 
 def _run_outside(lines: pd.DataFrame, sides: Sequence[str], consecutive: int) -> str:
@@ -474,8 +476,8 @@ def monitor(
     table = pd.concat(tables).reindex(columns=LINE).replace([np.inf, -np.inf], np.nan)
     count = pd.DataFrame(counts)
     of_all = count[count["site"] == ""].set_index("period")["is_complete"]
-    until_first_wait = of_all[of_all.cumprod().astype(bool)]
-    sums = _cusum_of(scored, [*until_first_wait.index], reference, rule, levels.cusum)
+    # Not to the first period that waits alone: some outcomes never come.
+    sums = _cusum_of(scored, [*of_all[of_all].index], reference, rule, levels.cusum)
     sizes = rows["period"].value_counts(sort=False)
     now = max(sizes[sizes >= MIN_MEASURED].index, default="")
     complete = [*of_all[of_all].index[-per_year:]]

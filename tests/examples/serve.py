@@ -47,11 +47,11 @@ def make_app(checkpoint, mapping, logs, clock=lambda: datetime.now(UTC)) -> Fast
     app = FastAPI(title=outcome)
 
     def score(row):
-        with lock:  # one prediction at a time
-            return model.predictions(pd.DataFrame([row])).iloc[0]
+        return model.predictions(pd.DataFrame([row])).iloc[0]
 
     def probe():
-        return score(made_up_row(mapping))["problem"]
+        with lock:
+            return score(made_up_row(mapping))["problem"]
 
     if problem := probe():
         raise ValueError(f"the mapping does not fit the model: {problem}")
@@ -84,8 +84,9 @@ def make_app(checkpoint, mapping, logs, clock=lambda: datetime.now(UTC)) -> Fast
             return operation_outcome(str(error), 422)
         except (KeyError, TypeError, ValueError, AttributeError):
             return operation_outcome("not a patient and a Bundle of observations in R4", 422)
-        scored = score(row)
-        log.write(row, scored, now)
+        with lock:  # one prediction at a time, and its lines in both files together
+            scored = score(row)
+            log.write(row, scored, now)
         logger.info("one prediction, %s", "scored" if scored["problem"] == "" else "not scored")
         return {"cards": [make_card(scored, outcome, about, model.threshold)]}
 

@@ -158,6 +158,19 @@ def test_the_model_of_the_risks_is_found_and_may_be_chosen(runs, scored, checkpo
         assert f": {name} after go-live" in (tmp_path / "out" / "monitor.html").read_text()
 
 
+def test_alerts_and_net_benefit_are_at_the_threshold_of_the_predictions(
+    runs, scored, checkpoint, tmp_path, capsys
+):
+    rows = pd.read_csv(SAMPLE, dtype=str).iloc[200:600].drop(columns=LABEL)
+    data, out = write_data(rows, tmp_path / "new.csv"), tmp_path / "p.csv"
+    threshold = str(predicted(runs / "trajectory", data, out)["probability"].quantile(0.8))
+    found = predicted(runs / "trajectory", data, out, "--threshold", threshold)
+    assert refused(capsys, words_of(out, checkpoint, scored[1], tmp_path), "--threshold")
+    _, table = run(capsys, out, checkpoint, scored[1], tmp_path, "--threshold", threshold)
+    shares = table.loc[(table["metric"] == "positives") & (table["site"] == ""), "value"]
+    assert shares.astype(float).mean() == pytest.approx(100 * found["prediction"].mean(), abs=0.1)
+
+
 @pytest.mark.parametrize(
     ("file", "column", "cell"),
     [
@@ -165,6 +178,7 @@ def test_the_model_of_the_risks_is_found_and_may_be_chosen(runs, scored, checkpo
         ("outcomes", "label", "2"),
         ("outcomes", "admitted", "03/04/2026"),
         ("outcomes", "admitted", ""),
+        ("outcomes", "admitted", "0026-03-02"),
         ("outcomes", "id", "132752"),
         ("predictions", "probability", "1.2"),
         ("predictions", "predicted_at", f"{MARKER}"),
@@ -183,7 +197,8 @@ def test_a_wrong_cell_is_refused_with_file_and_line(
 
 
 @pytest.mark.parametrize(
-    "fault", ["date", "site", "outcomes", "use", "calibration", "inputs", "times"]
+    "fault",
+    ["date", "site", "outcomes", "use", "calibration", "inputs", "times", "threshold", "file"],
 )
 def test_what_is_not_there_is_refused(fault, runs, scored, checkpoint, tmp_path, capsys):
     words = words_of(scored[0], checkpoint, scored[1], tmp_path)
@@ -195,6 +210,10 @@ def test_what_is_not_there_is_refused(fault, runs, scored, checkpoint, tmp_path,
         (tmp_path / "outcomes.csv").unlink()
     elif fault == "use":
         words += ["--use", "oracle"]
+    elif fault == "threshold":
+        words += ["--threshold", "0.97"]
+    elif fault == "file":
+        (tmp_path / "out").write_text("a file")
     elif fault == "calibration":
         words[words.index(str(checkpoint))] = str(runs / "trajectory")
     elif fault == "times":

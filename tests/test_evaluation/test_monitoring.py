@@ -173,12 +173,29 @@ def test_a_stable_model_needs_no_action_and_late_outcomes_wait():
     assert monitored(late.assign(label=np.nan)).verdict == "waiting for outcomes"
 
 
-def test_the_cusum_waits_with_the_first_period_that_waits():
+def test_the_cusum_passes_over_a_period_that_waits_perhaps_for_ever():
     rows = cohort(4)
     second = period_names(rows["date"], "month") == "2026-02"
     found = monitored(rows.assign(label=rows["label"].mask(second)))
     assert found.waiting == ["2026-02"]
-    assert {*found.sums["period"]} == {"2026-01"}
+    assert {*found.sums["period"]} == {*found.counts["period"]} - {"2026-02"}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_value_on_its_limit_is_within(seed):
+    """Limits of few events are values that occur; both are computed of other sums."""
+    rng = np.random.default_rng(seed)
+    size = 80 + 7 * seed
+    risk = rng.beta(1, 9, size)
+    levels = monitoring.Levels(0.05, 0.05, 5.0, 0.05)
+    limits = period_limits(risk, development(), levels, rng).loc["oe"]
+    for side in ("low", "high"):
+        events = round(limits[f"limit_{side}"] * risk.sum())
+        for more, expected in ((0, False), (1, True)):
+            n = events + (more if side == "high" else -more)
+            labels = np.repeat([1.0, 0.0], [n, size - n])
+            line = measure(labels, risk, 0.1, 0).join(limits.to_frame("oe").T).loc["oe"]
+            assert monitoring.outside(line, side) == expected
 
 
 @pytest.mark.parametrize(
