@@ -133,7 +133,8 @@ def read_rows(
         table = read_table(path, ["id", "probability", PREDICTED_AT])
         column, name = risk_column(table, path, use, config)
         names.add(name)
-        columns = {"risk": parsed(table, path, column, "risk"), "prediction": np.nan}
+        columns: dict[str, Any] = {"risk": parsed(table, path, column, "risk")}
+        columns["prediction"] = np.nan
         if column == "probability" and "prediction" in table:
             columns["prediction"] = parsed(table, path, "prediction", "label")
         columns["date"] = parsed(table, path, PREDICTED_AT, "date")
