@@ -10,6 +10,7 @@ import tempfile
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any test imports transformers
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # beside which an error would not be one line
 os.environ["OMP_NUM_THREADS"] = "1"  # of what tests start, too: the cores have tests to run
+os.environ["LOKY_MAX_CPU_COUNT"] = "1"  # folds in this process: a new one imports for seconds
 
 from pathlib import Path
 from unittest import mock

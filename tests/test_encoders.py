@@ -11,7 +11,6 @@ import medgemma_trainer as trainer
 from conftest import SAMPLE
 from gru_d import GRUD
 from language_models import TINY_MODEL
-from medgemma_clinical.commands import folds
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models import encoders
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
@@ -89,8 +88,7 @@ def test_the_command_line_imports_the_class_that_it_is_given(rows, tmp_path, mon
         assert "encoder" in capsys.readouterr().err
 
 
-def test_folds_take_a_class(tmp_path, monkeypatch):
-    monkeypatch.setattr(folds.joblib, "cpu_count", lambda: 1)
+def test_folds_take_a_class(tmp_path):
     rows = pd.read_csv(SAMPLE, nrows=120)
     cross_validate(rows, folds=2, encoder=GRUD, output_dir=tmp_path, **SHORT)
     stage_1 = read_trajectory(tmp_path / "folds_trajectory" / "fold_1" / TRAJECTORY_FILE)

@@ -19,7 +19,7 @@ import pytest
 import medgemma_trainer as trainer
 from conftest import SAMPLE, whole_reports
 from language_models import TINY_MODEL
-from medgemma_clinical.commands import flags, folds, logs, results
+from medgemma_clinical.commands import flags, logs, results
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.outcome import LabelOutcome
 from medgemma_trainer import (
@@ -174,8 +174,7 @@ def test_fit__takes_a_data_set_that_was_read(tmp_path):
         fit_trajectory(dataset, max_len=5)
 
 
-def test_fit__takes_a_data_set_of_the_callers_class_to_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(folds.joblib, "cpu_count", lambda: 1)
+def test_fit__takes_a_data_set_of_the_callers_class_to_the_end(tmp_path):
     values = np.random.default_rng(0).uniform(0.5, 6, (120, 3)).round(1)
     dataset = Lactate(values, values[:, -1] > 5)
     with whole_reports():

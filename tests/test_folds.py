@@ -65,20 +65,12 @@ def command(data, folder, *words):
     return ["--trajectory_only", *place, *WORDS, *words]
 
 
-@pytest.fixture(autouse=True)
-def one_process(monkeypatch):
-    """Train the folds in this process."""
-    monkeypatch.setattr(folds.joblib, "cpu_count", lambda: 1)
-
-
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
     """The folder of a command with three folds and a model of all patients."""
     folder = tmp_path_factory.mktemp("folds")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folds.joblib, "cpu_count", lambda: 1)
-        with whole_reports():
-            assert trainer.main(command(data, folder, f"--folds={K}", "--final")) == 0
+    with whole_reports():
+        assert trainer.main(command(data, folder, f"--folds={K}", "--final")) == 0
     return folder
 
 

@@ -20,7 +20,7 @@ import srtr_dataset
 from conftest import SAMPLE
 from dataset_format import MIMICtrajectoryDataset
 from language_models import TINY_MODEL, rehash
-from medgemma_clinical.commands import demo, folds, predict
+from medgemma_clinical.commands import demo, predict
 from medgemma_clinical.files import write_json
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_trainer import TrajectoryModel
@@ -565,7 +565,6 @@ def test_random_command_lines_give_one_line_and_no_traceback(made, tmp_path, mon
     for module, name in ((trainer, "validate"), (trainer, "backward")):
         monkeypatch.setattr(module, name, start)
     monkeypatch.setattr(predict, "write_predictions", start)
-    monkeypatch.setattr(folds.joblib, "cpu_count", lambda: 1)  # in this process
     monkeypatch.setattr(demo, "SETTINGS", {**demo.SETTINGS, "data_path": made / "data.csv"})
     monkeypatch.chdir(tmp_path)
     restore()

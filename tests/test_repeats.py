@@ -31,12 +31,6 @@ def data(tmp_path_factory):
     return path
 
 
-@pytest.fixture(autouse=True)
-def one_process(monkeypatch):
-    """Train the folds in this process."""
-    monkeypatch.setattr(folds.joblib, "cpu_count", lambda: 1)
-
-
 def command(data, folder, *words):
     flags = [f"--data_path={data}", f"--output_dir={folder}", "--log_file=none", f"--seed={SEED}"]
     flags += ["--trajectory_epochs=2", "--encoder_lr=0.05", f"--max_samples={PATIENTS}"]
@@ -48,8 +42,7 @@ def command(data, folder, *words):
 def run(data, tmp_path_factory):
     """The folder of a command with three repeats of two folds and a model of all patients."""
     folder = tmp_path_factory.mktemp("repeats")
-    with pytest.MonkeyPatch.context() as patch, whole_reports():
-        patch.setattr(folds.joblib, "cpu_count", lambda: 1)
+    with whole_reports():
         assert trainer.main(command(data, folder, "--final")) == 0
     return folder
 

@@ -19,7 +19,7 @@ from medgemma_clinical.evaluation import metrics, monitoring
 from medgemma_clinical.evaluation.monitoring import MonitorRule, monitor
 from medgemma_clinical.inference.scoring import prediction_table, scoring_rows
 
-MONTHS, SIZE, YEARS = 24, 100, 200
+FIRST, MONTHS, SIZE, YEARS = 3, 24, 100, 200
 
 
 def scored(model, table):
@@ -113,11 +113,11 @@ def simulate(args):
             rows.loc[after, "risk"] = changed[0]["risk"].to_numpy()[picks[after]]
             inputs.iloc[after] = changed[1].to_numpy()[picks[after]]
         rows["date"] = dates
-        for now in range(3, MONTHS + 1):
+        for now in range(FIRST, MONTHS + 1):
             known = rows.assign(label=rows["label"].where(month <= now - late))[month <= now]
             found = monitor(known, inputs.astype(float), **options)
             write(f"{title} | {now} | {found.verdict}")
-            if now == 3:
+            if now == FIRST:
                 write(str(found.levels))
     alarms = []
     for seed in range(YEARS):
