@@ -42,11 +42,10 @@ import decoders
 import medgemma_trainer
 from dataset_format import MIMICtrajectoryDataset
 from language_models import TINY_MODEL
-from medgemma_clinical.evaluation import metrics, monitoring
+from medgemma_clinical.evaluation import baselines, metrics, monitoring
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.time_metrics import aalen_johansen
 
-TUNES = False
 MAIN = medgemma_trainer.main
 PROCESS = SimpleNamespace(submit=lambda f, *a: SimpleNamespace(result=lambda: f(*a)))
 
@@ -57,11 +56,12 @@ def short_main(words):
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch):
-    """Draw few bootstrap samples, train stage 1 for one epoch, start no process."""
+    """Draw few bootstrap samples, tune nothing, train stage 1 for one epoch, start no process."""
     monkeypatch.setattr(medgemma_trainer, "main", short_main)
     for module in (reading, rivals):
         monkeypatch.setattr(module, "ProcessPoolExecutor", lambda *_: nullcontext(PROCESS))
     monkeypatch.setattr(metrics, "REPLICATES", 10)
+    monkeypatch.setattr(baselines, "MIN_TUNED", 10**9)
 
 
 def test_stage1_rivals_risk_over_time_srtr_pool(tmp_path, monkeypatch, capsys):
