@@ -46,17 +46,21 @@ SMALL_RATIO, MIN_SMALL = 3.0, 60
 # ------------------------------------------------------------------ of a cohort
 
 
-def row_medians(dataset: TrajectoryDataset, statistic: str = "median") -> pd.DataFrame:
+def row_medians(dataset: TrajectoryDataset) -> pd.DataFrame:
     """Return the inputs of a model, (N, F + K), by kind and name; the index is the patient."""
-    read = dataset.series_read
-    values = pd.DataFrame(dataset.values[:, read], columns=[dataset.features[f] for f in read])
-    static = dataset.static_table(dataset.static_inputs)
-    return by_kind(values, dataset.owner, static, dataset.groups, statistic)
+    return _row_values(dataset, "median")
 
 
 def last_values(dataset: TrajectoryDataset) -> pd.DataFrame:
     """Return the last known value of each series, and the rest as ``row_medians`` does."""
-    return row_medians(dataset, "last")
+    return _row_values(dataset, "last")
+
+
+def _row_values(dataset: TrajectoryDataset, statistic: str) -> pd.DataFrame:
+    read = dataset.series_read
+    values = pd.DataFrame(dataset.values[:, read], columns=[dataset.features[f] for f in read])
+    static = dataset.static_table(dataset.static_inputs)
+    return by_kind(values, dataset.owner, static, dataset.groups, statistic)
 
 
 def by_kind(

@@ -27,14 +27,11 @@ def monitor_page(
         figures = {name: plot_metric(of_all, name, monitored.waiting) for name in METRICS}
         figures["cusum"] = plot_cusum(monitored)
         images = {name: plots.to_image(*figure) for name, figure in figures.items()}
-    tables = [
-        Cells(period_cells(monitored), "All patients by period [95 %]", is_wide=True),
-        *(
-            Cells(site_cells(monitored.table, name), f"{METRICS[name][0]} by site and period")
-            for name in ("oe", "auroc")
-            if (site_cells(monitored.table, name).iloc[:, 1:] != NO_VALUE).any(axis=None)
-        ),
-    ]
+    tables = [Cells(period_cells(monitored), "All patients by period [95 %]", is_wide=True)]
+    for name in ("oe", "auroc"):
+        cells = site_cells(monitored.table, name)
+        if (cells.iloc[:, 1:] != NO_VALUE).any(axis=None):
+            tables.append(Cells(cells, f"{METRICS[name][0]} by site and period"))
     return render(
         "monitor",
         title=title,
