@@ -6,12 +6,12 @@ import contextlib
 import copy
 import logging
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import joblib
 import numpy as np
@@ -39,7 +39,7 @@ from medgemma_clinical.distributed import exact_kernels, processes, set_environm
 from medgemma_clinical.evaluation import baselines, decision
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, Baselines
 from medgemma_clinical.evaluation.decision import DecisionRule
-from medgemma_clinical.evaluation.metrics_table import Metrics
+from medgemma_clinical.evaluation.metrics_table import Drawn, Metrics, compared_models
 from medgemma_clinical.evaluation.suppress import suppressed
 from medgemma_clinical.evaluation.topics.topic import ReportContent
 from medgemma_clinical.files import (
@@ -206,25 +206,41 @@ def run_apart(title: str, args: Namespace, dataset: TrajectoryDataset, shown: bo
 # --------------------------------------------------------------------------- their results
 
 
+class FoldResults(NamedTuple):
+    """The joint predictions of the folds, and what is made of them."""
+
+    table: pd.DataFrame
+    drawn: Drawn
+    metrics: Metrics
+    config: Config
+    page: ReportContent
+
+
 def evaluate_folds(
-    args: Namespace, rows: TrajectoryDataset, fold: NDArray[np.int64]
-) -> tuple[pd.DataFrame, Metrics, Config, ReportContent]:
-    """Return the joint predictions, and what is made of them; ``fold`` (N,) is of each row."""
+    args: Namespace,
+    rows: TrajectoryDataset,
+    fold: NDArray[np.int64],  # (N,)
+    ids: Collection[str] | None = None,  # of these rows alone
+) -> FoldResults:
+    """Evaluate the joint predictions of the folds, and decide by them."""
     runs = [fold_arguments(k, args) for k in range(fold.max() + 1)]
     folders = [run_folder.stage_folder(fold_args) for fold_args in runs]
     configs = [read_trained_config(path) for path in folders]
     stage, outcome = folders[0].name, outcome_of(configs[0])
     name = STAGE_NAMES[stage]
-    table, positions = join_folds(folders, name, rows, outcome, args)
+    table, positions = join_folds(folders, name, rows, outcome, args, ids)
     fold_of_row = fold[positions]
     rules = [{name: config["decision"], **config["models"]} for config in configs]
     options = decision_options(args, out_of_fold=True)
-    final, table = outcome.decide_folds(table, rules, fold_of_row, options)
+    final, table, recalibrated = outcome.decide_folds(table, rules, fold_of_row, options)
     models = {model: asdict(rule) for model, rule in final.items()}
     decided: Config = {"decision": models.pop(name), "models": models}
     decided["threshold_choice"] = options.threshold
     threshold = decided["decision"]["threshold"]
-    metrics = outcome.evaluate(table, args.seed, threshold, split=fold_of_row, primary=args.primary)
+    drawn = outcome.draw_metrics(
+        table, args.seed, threshold, split=fold_of_row, recalibrated=recalibrated
+    )
+    metrics = compared_models(drawn, args.primary)
     decided |= cast(Config, outcome.recommend(table, name, [*decided["models"]]))
     decided |= cast(Config, outcome.references(table, [name, *decided["models"]]))
     contents = [read_json(path / run_folder.METRICS) for path in folders]
@@ -243,18 +259,20 @@ def evaluate_folds(
     config: Config = {**configs[0], **decided, "metrics": content}
     tuned = [read_json(path / BASELINES).get("tuned") for path in folders]
     page = folds_content(args, rows, positions, config, tuned, first)
+    if recalibrated is not None:
+        page = replace(page, before=recalibrated.before)
     table.insert([*table].index(name) + 1, "fold", fold_of_row)
-    return table, metrics, config, page
+    return FoldResults(table, drawn, metrics, config, page)
 
 
 def write_fold_results(args: Namespace, rows: TrajectoryDataset, fold: NDArray[np.int64]) -> None:
     """Join the test predictions of the folds; write the result files."""
-    table, metrics, config, page = evaluate_folds(args, rows, fold)
+    table, _, metrics, config, page = evaluate_folds(args, rows, fold)
     folder = run_folder.folds_folder(args)
     write_text(folder / PREDICTIONS, predictions_csv(table))
     write_json(folder / run_folder.METRICS, config["metrics"])
     outcome = outcome_of(config)
-    write_page(folder, table.drop(columns="fold"), metrics, page, outcome, args)
+    write_page(folder, table.drop(columns="fold"), metrics, page, outcome.topics, args)
     logger.info("")
     log_findings(metrics, page.findings(metrics), outcome)
     logger.info("recommended (--use best): %s", describe_recommended(config))
@@ -263,12 +281,19 @@ def write_fold_results(args: Namespace, rows: TrajectoryDataset, fold: NDArray[n
 
 
 def join_folds(
-    folders: list[Path], name: str, rows: TrajectoryDataset, outcome: Outcome, args: Namespace
+    folders: list[Path],
+    name: str,
+    rows: TrajectoryDataset,
+    outcome: Outcome,
+    args: Namespace,
+    ids: Collection[str] | None,
 ) -> tuple[pd.DataFrame, NDArray[np.int64]]:
     """Return the test predictions of all folds in the data's order, and their positions in it."""
     read = [read_predictions(path, name, outcome=outcome) for path in folders]
     tables = several.shared_models(read)
     table = pd.concat(tables, ignore_index=True)
+    if ids is not None:
+        table = table[table["id"].isin(ids)]
     # A row without a value of the series that its fold reads has no prediction.
     positions = pd.Series(np.arange(len(rows)), rows.ids)[table["id"].tolist()].to_numpy()
     table = table.iloc[np.argsort(positions)].reset_index(drop=True)
@@ -308,8 +333,10 @@ def folds_content(
     recalibration = "Risks are not recalibrated."
     if final.is_moved:
         recalibration = (
-            "The risks of each fold are recalibrated by what the other folds show, those of "
-            f"--final by all: intercept {final.intercept:+.2f}, slope {final.slope:.2f}."
+            "Tests on these rows chose to recalibrate: the risks of --final are moved by "
+            f"intercept {final.intercept:+.2f} and slope {final.slope:.2f}, fitted on all rows. "
+            "Slope, level and ICI are those before; all other metrics are of risks that are moved, "
+            "each fold's by what the other folds show."
         )
     elif args.calibrate == "auto":
         recalibration = "Tests show no need to recalibrate the risks."
@@ -328,7 +355,6 @@ def folds_content(
         args,
         card={
             "Limits": MODEL_LIMITS,
-            **several.NOT_IN_INTERVALS,
             "Epochs": f"each fold has {selection}; --final averages {epochs}, by the folds' pooled "
             "validation loss",
             "Baselines": f"in each fold {baselines.describe_tuning(tuned)}; those of --final are "
@@ -343,6 +369,7 @@ def folds_content(
         methods={"split": first, "recalibration": recalibration},
         last=[first],
         folds=len(tuned),
+        leaves_out=bool(args.leave_out),
     )
 
 

@@ -6,22 +6,28 @@ import logging
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 
 from medgemma_clinical.commands import folds, run_folder, several
 from medgemma_clinical.commands.command_line import EXIT_DONE
-from medgemma_clinical.commands.results import predictions_csv, write_page
+from medgemma_clinical.commands.results import log_findings, predictions_csv, write_page
 from medgemma_clinical.data.fold_split import draw_folds, foldable
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes
+from medgemma_clinical.evaluation.metrics_table import compared_models, mean_of_repeats
 from medgemma_clinical.evaluation.topics.instability import (
+    instability,
     instability_cells,
     measure_instability,
+    repeat_metrics,
 )
+from medgemma_clinical.evaluation.verdicts import percent
 from medgemma_clinical.files import InputError, read_json, write_json, write_text
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.outcome import outcome_of
+from medgemma_clinical.models.trained_model import read_trained_config
 
 logger = logging.getLogger(__name__)
 
@@ -68,33 +74,56 @@ def repeat_arguments(repeat: int, args: Namespace) -> Namespace:
 def write_repeat_results(
     args: Namespace, rows: TrajectoryDataset, runs: Sequence[Namespace]
 ) -> None:
-    """Write the risks of all repeats, how much they differ, and a page."""
+    """Write the risks of all repeats, how much they differ, and a page of their mean metrics."""
     contents = [read_json(run_folder.folds_folder(run) / run_folder.METRICS) for run in runs]
     folder = args.output_dir / f"repeats_{contents[0]['stage']}"
     folder.mkdir(exist_ok=True)
-    fold = draw_folds(rows.groups, rows.labels, runs[0].folds, runs[0].seed)
-    tested, metrics, config, page = folds.evaluate_folds(runs[0], rows, fold)
-    outcome = outcome_of(config)
+    first_fold = run_folder.stage_folder(folds.fold_arguments(0, runs[0]))
+    outcome = outcome_of(read_trained_config(first_fold))
     joined = join_repeats(runs, outcome.tested)
     risks = joined.drop(columns=outcome.tested)
     described = joined.assign(mean=risks.mean(axis=1), sd=risks.std(axis=1))
     table = described[[*outcome.tested, "mean", "sd", *risks]]
     write_text(folder / PREDICTIONS, predictions_csv(table))  # the mean is its ``probability``
+    results = []
+    for run in runs:
+        fold = draw_folds(rows.groups, rows.labels, run.folds, run.seed)
+        results.append(folds.evaluate_folds(run, rows, fold, {*joined["id"]}))
+    metrics = compared_models(mean_of_repeats([result.drawn for result in results]), args.primary)
     seeds = [run.seed for run in runs]
-    thresholds = [content["threshold"] for content in contents]
+    thresholds = pd.Series([content["threshold"] for content in contents])
     aurocs = [content["folds"]["auroc"]["value"] for content in contents]
     by_repeat = pd.DataFrame({"seed": seeds, "threshold": thresholds, "auroc": aurocs})
     measures = measure_instability(risks.to_numpy(float), by_repeat)
-    content = {"stage": contents[0]["stage"], "n": len(joined), "instability": measures}
-    write_json(folder / run_folder.METRICS, {**content, "repeats": by_repeat.to_dict("records")})
+    content = {
+        "stage": contents[0]["stage"],
+        "n": len(joined),
+        "folds": metrics.to_json(),
+        "instability": measures,
+        "repeats": by_repeat.to_dict("records"),
+    }
+    write_json(folder / run_folder.METRICS, content)
     first = (
         f"Folds and initial weights were drawn {len(seeds)} times, by seeds {seeds[0]} to "
-        f"{seeds[-1]}: the section Instability shows how much the risks differ, all else is of "
-        "repeat 0."
+        f"{seeds[-1]}: each metric is the mean over the repeats, whose own pages "
+        "(repeat_0/, ...) have figures and subgroups. --final takes the folds of repeat 0."
     )
-    title, sentences = f"{page.title}, {len(runs)} repeats", [first, *page.last]
-    page = replace(page, title=title, last=sentences, repeats=(joined, by_repeat))
-    write_page(folder, tested.drop(columns="fold"), metrics, page, outcome, args)
+    ends = percent(thresholds.min()), percent(thresholds.max())
+    page = replace(
+        results[0].page,
+        title=f"{results[0].page.title}, {len(runs)} repeats",
+        last=[first],
+        repeats=(joined, by_repeat),
+        threshold=float(thresholds.mean()),
+        threshold_choice=f"the mean of those of the repeats ({ends[0]} to {ends[1]})",
+        recalibration="Whether the risks of a repeat are recalibrated stands on its own page.",
+    )
+    tested = results[0].table.drop(columns="fold")
+    mean = described.set_index("id")["mean"][tested["id"]].to_numpy()
+    topics = partial(repeat_metrics, table=outcome.table), instability
+    write_page(folder, tested.assign(**{metrics.models[0]: mean}), metrics, page, topics, args)
+    logger.info("")
+    log_findings(metrics, page.findings(metrics), outcome)
     logger.info("\n%s", instability_cells(measures, rows.noun).to_string(index=False))
     logger.info("%s\nreport: %s", first, folder / "report.html")
 

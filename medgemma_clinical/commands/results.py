@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from medgemma_clinical.evaluation.baselines import (
 from medgemma_clinical.evaluation.metrics_table import Metrics
 from medgemma_clinical.evaluation.report import write_report
 from medgemma_clinical.evaluation.time_table import UNCENSORED
-from medgemma_clinical.evaluation.topics.topic import ReportContent
+from medgemma_clinical.evaluation.topics.topic import ReportContent, TopicBuilder
 from medgemma_clinical.evaluation.topics.written_reports import score_reports, written_sentence
 from medgemma_clinical.evaluation.verdicts import Finding, at_threshold, value_text
 from medgemma_clinical.files import InputError, write_json, write_text
@@ -130,7 +130,7 @@ def write_results(
         content = run_content(stage, data, progress, config, run, args, rows, tuned)
         if is_writer and args.show_values:
             content = replace(content, example=example_report(stage, data, rows, lines, args.seed))
-        write_page(folder, tables["test"], metrics["test"], content, outcome, args)
+        write_page(folder, tables["test"], metrics["test"], content, outcome.topics, args)
         logger.info("report: %s; %s", folder / "report.html", peak_memory())
     return config, baselines
 
@@ -140,7 +140,7 @@ def write_page(
     table: pd.DataFrame,
     metrics: Metrics,
     content: ReportContent,
-    outcome: Outcome,
+    topics: Sequence[TopicBuilder],
     args: Namespace,
 ) -> None:
     """Write the report of trained models, on predictions of held-out rows."""
@@ -149,7 +149,7 @@ def write_page(
         table,
         metrics,
         content,
-        outcome.topics,
+        topics,
         min_cell=args.min_cell,
         list_patients=args.report_patients,
         folder=folder,

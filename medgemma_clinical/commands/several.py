@@ -32,14 +32,6 @@ Train = Callable[[Namespace, TrajectoryDataset], int]
 SEED = "{seed}"
 """Stands in a flag's value for the number of the seed."""
 
-NOT_IN_INTERVALS = {
-    "Not in the intervals": (
-        "the change with split and training, which the standard deviation over the splits (SD) "
-        "shows; the intervals treat the trained models as fixed"
-    )
-}
-"""Line of the page of several models of one method: seeds or folds."""
-
 ADDS = "What each part of the model adds"
 
 STAGE_1_VARIANT = "stage 1"
@@ -252,8 +244,18 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
         splits = pd.DataFrame(aurocs, columns=columns)
         tables = [compare.read_predictions(path, reference) for path in paths]
         costs = [{reference: compare.cost_of(path)} for path in paths]
-    plan: dict[str, Any] = {"primary": args.primary, "compared": [*VARIANTS]}
-    metrics = evaluate_splits(shared_models(tables), args.seed, reference, **plan)
+    # An ablation has its stage 1 beside it.
+    runs = [path.parent / "trajectory" if args.ablation else path for path in paths]
+    trained = [read_json(run / "run.json")["split"]["train"]["n"] for run in runs]
+    patients_a_row = np.mean([table["patient"].nunique() / len(table) for table in tables])
+    metrics = evaluate_splits(
+        shared_models(tables),
+        args.seed,
+        reference,
+        trained=float(patients_a_row * np.mean(trained)),
+        primary=args.primary,
+        compared=[*VARIANTS],
+    )
     auroc = metrics.row(reference, "auroc")
     compare.save_comparison(
         args.output_dir / f"seeds_{kind}",
@@ -264,7 +266,7 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
             f"Over {len(folders)} splits the test AUROC of {reference} is {auroc['min']:.3f} to "
             f"{auroc['max']:.3f}, mean {value_text(auroc)}."
         ],
-        card={"Seeds": f"{min(folders)} to {max(folders)}", **NOT_IN_INTERVALS},
+        card={"Seeds": f"{min(folders)} to {max(folders)}"},
         meanings=MEANINGS | VARIANTS_ARE,
         notice=compare.built_in_models_notice({"all": vars(args)}),
         splits=splits,

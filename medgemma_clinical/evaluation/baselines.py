@@ -26,6 +26,7 @@ from medgemma_clinical.data.trajectories import Rows, TrajectoryDataset
 from medgemma_clinical.evaluation.decision import (
     DecisionOptions,
     DecisionRule,
+    Recalibrated,
     choose_threshold,
     fit_decision_rule,
 )
@@ -410,11 +411,11 @@ def decide_folds(
     rules: Sequence[Mapping[str, Any]],
     fold: NDArray[np.int64],
     options: DecisionOptions,
-) -> tuple[dict[str, DecisionRule], pd.DataFrame]:
+) -> tuple[dict[str, DecisionRule], pd.DataFrame, Recalibrated]:
     """Fit decision rules to out-of-fold predictions; ``rules`` are per fold, ``fold`` is (n,).
 
-    Returns the rules of the models, the stage's first, and the table with the risks of each fold by
-    rules of the other folds, which choose the thresholds.
+    Returns the rules of the models, the stage's first, the table with the risks of each fold by
+    rules of the other folds, which choose the thresholds, and the stage's risks before and after.
     """
     labels, patients = table["label"].to_numpy(float), table["patient"].to_numpy(str)
     name, raw = str(table.columns[3]), {}  # log-odds before the own recalibration of each fold
@@ -444,7 +445,7 @@ def decide_folds(
     for model, rule in fitted(np.ones(len(table), bool)).items():
         threshold = choose_threshold(options.threshold, labels, crossed[model].to_numpy())
         final[model] = replace(rule, threshold=threshold)
-    return final, crossed
+    return final, crossed, Recalibrated(expit(raw[name]), final[name])
 
 
 def best_blend(names: Collection[str]) -> str | None:

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +81,30 @@ class DecisionRule:
     def positive(self, probability: Array) -> NDArray[np.bool_]:
         """Return which of n probabilities predict the event."""
         return probability >= self.threshold
+
+
+class Recalibrated(NamedTuple):
+    """Risks (n,) of a model, and the rule that was fitted on the rows that measure it."""
+
+    before: Array
+    rule: DecisionRule
+
+    @property
+    def after(self) -> Array:
+        """The risks (n,) by the rule."""
+        return self.rule.probability(log_odds(self.before))
+
+    def expected(self, labels: Array, weights: Array) -> dict[str, Array]:
+        """Return slope and level (R,) of the rule in new rows: 1 and 0, with the rule's error.
+
+        The rule is refitted under weights (R, n), and tried on all rows.
+        """
+        fit = calibration(labels, self.after, weights)
+        slope = fit["calibration_slope"]
+        return {
+            "calibration_slope": slope if self.rule.slope == 1 else 1 / slope,
+            "calibration_in_the_large": -fit["calibration_in_the_large"],
+        }
 
 
 @dataclass(frozen=True)

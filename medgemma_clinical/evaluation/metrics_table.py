@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.special import expit, logit
 from scipy.stats import binomtest
 
 from medgemma_clinical.data.small_cells import count_patients, minority_patients
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, best_blend
+from medgemma_clinical.evaluation.decision import Recalibrated
 from medgemma_clinical.evaluation.metrics import (
     Array,
     bootstrap_weights,
@@ -34,11 +36,23 @@ DIFFERENCE = ["difference", "difference_low", "difference_high"]
 SPREAD = ["sd", "min", "max"]
 """Columns of the table; the last ones, over several splits, only where there are several."""
 
+SHARED_TRAINING = 1.4
+"""Multiple of Nadeau and Bengio's term by which models that learn from each other's test patients
+widen an interval; ``tests/benchmarks/simulations.py`` chose it."""
+
+ON_LOGIT = ("auroc", "auprc", "mean_risk", "sensitivity", "specificity", "ppv", "npv", "positives")
+NOT_WIDENED = ("observed", "effective_n")
+"""Beginnings of the names of metrics that are widened on the logit scale, and of those that are no
+result of a model."""
+
 MAX_UNDEFINED = 0.05
 """Share of the draws in which a metric may be undefined; beyond it there is no interval."""
 
 MINORITY_PATIENTS = 10
 """Patients with, and without, the event that a verdict and a subgroup's AUROC need."""
+
+EXPECTED = "expected_"
+"""Beginning of the names of metrics of a rule that was fitted on the rows themselves."""
 
 Statistic = Callable[[Array], Any]
 """From weights (R, n) to values (R,) by any key, or to values (R, K) of K positions."""
@@ -55,6 +69,7 @@ class Metrics:
     table: pd.DataFrame
     primary: str | None  # the baseline that the first model is compared with, whatever its result
     planned: list[str]  # compared by a choice before the results; other models get no verdict
+    widening: float = 1.0  # of the intervals, see ``widening_of``
 
     @property
     def models(self) -> list[str]:
@@ -88,6 +103,7 @@ class Metrics:
             "model": first,
             "primary": self.primary,
             "planned": self.planned,
+            "widening": self.widening,
             **defined.loc[first][VALUE + spread].to_dict("index"),
             "models": models,
         }
@@ -95,7 +111,7 @@ class Metrics:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
         """Read a part of ``metrics.json``; KeyError, TypeError or AttributeError if it is none."""
-        not_metrics = (*COUNTS, FOLD_MINORITY, "model", "primary", "planned", "models")
+        not_metrics = {*COUNTS, FOLD_MINORITY, "model", "primary", "planned", "widening", "models"}
         first = {name: metric for name, metric in content.items() if name not in not_metrics}
         models = {
             content["model"]: {"reference": content["model"], **first},
@@ -114,8 +130,9 @@ class Metrics:
         counts = {name: content[name] for name in COUNTS}
         counts |= {name: content[name] for name in (FOLD_MINORITY,) if name in content}
         table = table.astype(dict.fromkeys(numbers, float))
-        # Runs of earlier versions did not name what was planned.
-        return cls(counts, table, content.get("primary"), content.get("planned", []))
+        # Runs of earlier versions did not name what was planned, and widened no interval.
+        plan = content.get("primary"), content.get("planned", []), content.get("widening", 1.0)
+        return cls(counts, table, *plan)
 
 
 def bootstrap(
@@ -128,16 +145,22 @@ def bootstrap(
 
 
 def with_interval(
-    value: pd.Series[float], drawn: pd.DataFrame, behind: Mapping[Any, int] | None = None
+    value: pd.Series[float],
+    drawn: pd.DataFrame,
+    behind: Mapping[Any, int] | None = None,
+    widening: float = 1.0,
 ) -> pd.DataFrame:
-    """Return value, low and high by key: the 95 % percentile interval of the draws.
+    """Return value, low and high by key: the 95 % percentile interval of the draws, widened.
 
     Source: Efron and Tibshirani 1993, percentile method; Clopper and Pearson 1934.
     """
     drawn = drawn.where(np.isfinite(drawn))
     ends = drawn.quantile([0.025, 0.975]).T
-    ends.columns = pd.Index(VALUE[1:])
-    ends[(drawn.isna().mean() > MAX_UNDEFINED) | ~np.isfinite(value)] = np.nan
+    ends[drawn.isna().mean() > MAX_UNDEFINED] = np.nan
+    ends = ends.set_axis(VALUE[1:], axis=1).reindex(value.index)
+    ends[~np.isfinite(value)] = np.nan
+    if widening > 1:
+        ends = ends.apply(_widen, args=(value, widening))
     # The draws of a share of 0 or 1 do not vary: it gets the exact interval of its patients.
     for key, patients in (behind or {}).items():
         if value[key] in (0, 1):
@@ -147,16 +170,96 @@ def with_interval(
     return ends
 
 
+def _widen(end: pd.Series[float], value: pd.Series[float], widening: float) -> pd.Series[float]:
+    """Move an end of intervals away from the values, AUROC and shares on the logit scale."""
+    names = end.index.get_level_values(-1).astype(str)
+    moved = value + widening * (end - value)
+    is_share = names.str.startswith(ON_LOGIT)
+    moved[is_share] = moved[is_share].clip(0, 1)
+    has_logit = is_share & end.between(0, 1, "neither") & value.between(0, 1, "neither")
+    odds = logit(value[has_logit])
+    moved[has_logit] = expit(odds + widening * (logit(end[has_logit]) - odds))
+    return moved.where(~names.str.startswith(NOT_WIDENED), end)
+
+
+def widening_of(
+    patients: NDArray[np.generic], split: NDArray[np.generic] | None, trained: float | None = None
+) -> float:
+    """Return the factor by which intervals of results over several splits are widened.
+
+    Draws of patients do not show that models which learn from each other's test patients err
+    together. Repeats of the folds test no more patients, so they narrow no interval.
+
+    Args:
+        patients: (n,) patient of each row.
+        split: (n,) split that tests the row; None: one model tests all, and nothing is widened.
+        trained: patients that each model learned from; None: all that its split does not test.
+
+    Source: Nadeau and Bengio 2003, "Inference for the generalization error", Machine Learning
+    52:239.
+    """
+    if split is None:
+        return 1.0
+    everyone = len(np.unique(patients))
+    tested = np.array([len(np.unique(patients[split == k])) for k in np.unique(split)])
+    learned = trained or np.maximum(everyone - tested, 1)
+    ratio = everyone * (tested / learned).sum() / tested.sum()
+    return float(np.sqrt(1 + SHARED_TRAINING * ratio))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Metrics of several models on n rows by model and metric, also in draws of patients."""
+
+    value: pd.Series[float]  # the reference's first
+    draws: pd.DataFrame  # without the metrics that have no interval
+    counts: dict[str, int]
+    behind: dict[Any, int]  # patients in the denominators of shares
+    of_parts: pd.DataFrame | None  # ``SPREAD`` over several splits
+    widening: float
+
+
+def mean_of_repeats(repeats: Sequence[Drawn]) -> Drawn:
+    """Return the means over several predictions of the same rows, in the same draws of patients."""
+    first, columns = repeats[0], repeats[0].draws.columns
+    values = pd.concat([repeat.value for repeat in repeats], axis=1)
+    draws = mean_of_defined([repeat.draws[columns].to_numpy() for repeat in repeats])
+    behind = {key: min(repeat.behind[key] for repeat in repeats) for key in first.behind}
+    return replace(
+        first,
+        value=values.mean(axis=1),
+        draws=pd.DataFrame(draws, columns=columns),
+        behind=behind,
+        of_parts=spread([repeat.value.to_frame().T for repeat in repeats]),
+    )
+
+
 def evaluate(
     rows: pd.DataFrame,  # ``TESTED``, then the risk of each model
     seed: int,
     threshold: float | Array | None = None,  # (n,) of several rules; gives calibration and shares
     reference: str | None = None,  # by default the first model
-    split: NDArray[np.generic] | None = None,  # (n,); metrics are means over the splits
+    split: NDArray[np.generic] | None = None,  # (n,) K folds, over whose metrics means are taken
     primary: str | None = None,  # by default the blend that reads most
     compared: Sequence[str] = (),  # planned comparisons beside stages and ensemble
+    trained: float | None = None,  # patients that a model learned from: see ``widening_of``
 ) -> Metrics:
     """Compute the metrics of all models on n rows, with intervals and paired differences."""
+    drawn = draw_metrics(rows, seed, threshold, split, reference=reference, trained=trained)
+    return compared_models(drawn, primary, compared)
+
+
+def draw_metrics(
+    rows: pd.DataFrame,
+    seed: int,
+    threshold: float | Array | None = None,
+    split: NDArray[np.generic] | None = None,
+    *,
+    reference: str | None = None,
+    trained: float | None = None,
+    recalibrated: Recalibrated | None = None,
+) -> Drawn:
+    """Compute the metrics of all models on n rows and in draws of patients; see ``evaluate``."""
     risks = {str(name): rows[name].to_numpy(float) for name in rows.columns.drop(TESTED)}
     first = reference or next(iter(risks))
     risks = {first: risks[first], **risks}
@@ -165,6 +268,8 @@ def evaluate(
     if split is not None:
         parts = [np.flatnonzero(split == label) for label in np.unique(split)]
     positive = None if threshold is None else risk >= threshold
+    before = risk if recalibrated is None else recalibrated.before
+    moved = recalibrated if recalibrated and recalibrated.rule.is_moved else None
 
     def statistic(weights: Array) -> dict[Any, Array]:
         by_part = [_metrics_of_all(labels, risks, weights, part) for part in parts]
@@ -172,54 +277,62 @@ def evaluate(
             key: mean_of_defined([part[key] for part in by_part]) for key in by_part[0]
         }
         if positive is not None:
-            of_first = calibration(labels, risk, weights)
+            of_first = calibration(labels, before, weights)
             of_first |= confusion_shares(labels, positive, weights)
+            if moved:
+                expected = moved.expected(labels, weights)
+                of_first |= {EXPECTED + name: values for name, values in expected.items()}
             values_by_key |= {(first, name): values for name, values in of_first.items()}
         return values_by_key
 
     # Patients are drawn once for all splits.
     value, drawn = bootstrap(labels, patients, seed, statistic)
-    behind = {} if positive is None else patients_behind_shares(labels, positive, patients)
-    table = with_interval(value, drawn, {(first, name): n for name, n in behind.items()})
-    of_parts = None
+    behind, of_parts = {}, None
+    if positive is not None:
+        shares = patients_behind_shares(labels, positive, patients)
+        behind = {(first, name): n for name, n in shares.items()}
+        # A distance grows by the noise of the draws: it has no interval.
+        for name, distance in calibration_error(labels, before).items():
+            value[first, name] = distance
+        if moved:
+            distances = calibration_error(labels, moved.after)
+            value[first, f"{EXPECTED}ici"] = distances["ici"]
     if split is not None:
         one = np.ones((1, len(rows)))
         of_parts = spread([_metrics_of_all(labels, risks, one, part) for part in parts])
-    if positive is not None:  # A distance grows by the noise of the draws: it has no interval.
-        for name, distance in calibration_error(labels, risk).items():
-            table.loc[(first, name), "value"] = distance
-    counts = count_parts(labels, patients, parts)
-    return compared_models(table, value, drawn, [*risks], counts, of_parts, primary, compared)
+    counts, widening = count_parts(labels, patients, parts), widening_of(patients, split, trained)
+    return Drawn(value, drawn, counts, behind, of_parts, widening)
 
 
 def compared_models(
-    table: pd.DataFrame,  # ``VALUE`` by model and metric
-    value: pd.Series[float],
-    drawn: pd.DataFrame,  # of ``bootstrap``, as ``value``
-    models: Sequence[str],  # the first is the reference
-    counts: dict[str, int],
-    of_parts: pd.DataFrame | None = None,  # ``SPREAD`` over several splits
-    primary: str | None = None,
-    compared: Sequence[str] = (),
+    drawn: Drawn, primary: str | None = None, compared: Sequence[str] = ()
 ) -> Metrics:
-    """Add paired differences to the metrics of several models, and say which were planned."""
+    """Return the metrics of several models with intervals and paired differences to a reference.
+
+    ``primary`` and ``compared`` name what was planned, as ``evaluate`` takes them.
+    """
+    value, draws = drawn.value, drawn.draws
+    models = list(dict.fromkeys(value.index.get_level_values(0)))
     first, best = models[0], best_blend(models)
     references = dict.fromkeys(models, first)  # of the ensemble the best blend
     if ENSEMBLE in models[1:]:
         references[ENSEMBLE] = best or first
+    table = with_interval(value, draws, drawn.behind, drawn.widening)
     keys = pd.MultiIndex.from_tuples([(references[model], name) for model, name in value.index])
-    beside = value.index.get_indexer(keys)
-    differences = value - value.to_numpy()[beside], drawn - drawn.to_numpy()[:, beside]
-    table[DIFFERENCE] = with_interval(*differences)
+    difference = value.to_numpy() - value.reindex(keys).to_numpy()
+    drawn_difference = draws.reindex(columns=value.index).to_numpy() - draws.reindex(columns=keys)
+    drawn_difference.columns = pd.RangeIndex(len(keys))  # a difference is no share
+    ends = with_interval(pd.Series(difference), drawn_difference, widening=drawn.widening)
+    table[DIFFERENCE] = ends.to_numpy()
     table.loc[first, DIFFERENCE] = np.nan
-    if of_parts is not None:
-        table[SPREAD] = of_parts
+    if drawn.of_parts is not None:
+        table[SPREAD] = drawn.of_parts
     table["reference"] = [references[model] for model, _ in table.index]
     primary = primary if primary in models else best
     plan = {primary, ENSEMBLE, *STAGE_NAMES.values(), *compared}
     planned = [name for name in models if name in plan and name != first]
-    table = table.rename_axis(["model", "metric"]).loc[list(models)]
-    return Metrics(counts, table, primary, planned)
+    table = table.rename_axis(["model", "metric"]).loc[models]
+    return Metrics(drawn.counts, table, primary, planned, drawn.widening)
 
 
 def spread(parts: Sequence[Mapping[Any, Array]]) -> pd.DataFrame:

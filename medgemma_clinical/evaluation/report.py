@@ -44,15 +44,10 @@ PAGES = Environment(
     undefined=StrictUndefined,
 )
 PATIENTS_NOTICE = "This page names patients: do not share it."
-INTERVALS = (
-    f"95 % percentile intervals of {REPLICATES:,} draws of patients; exact intervals "
-    "for shares of 0 and 1 at the threshold"
-)
 PAGES.globals.update(
     percent=percent,
     compare=compare_words,
     today=date.today,
-    INTERVALS=INTERVALS,
     COLOURS=plots.COLOURS,
 )
 MARKDOWN = PAGES.overlay(autoescape=False)
@@ -66,6 +61,21 @@ def unbroken(text: str) -> str:
 
 
 PAGES.filters["unbroken"] = unbroken
+
+
+def describe_intervals(metrics: Metrics) -> str:
+    """Return how the intervals of a page were made, in words."""
+    text = (
+        f"95 % percentile intervals of {REPLICATES:,} draws of patients; exact intervals "
+        "for shares of 0 and 1 at the threshold"
+    )
+    if metrics.widening == 1:
+        return f"{text}; the trained model is taken as fixed"
+    return (
+        f"{text}; those of metrics and differences are {metrics.widening:.2f} times as wide, as "
+        "the models learn from each other's test patients (after Nadeau and Bengio 2003); shares "
+        "of events and counts are not widened"
+    )
 
 
 def render(name: str, **content: object) -> str:
@@ -112,6 +122,7 @@ def write_report(
     page = render(
         "report",
         title=content.title,
+        intervals=describe_intervals(metrics),
         notice=" ".join(filter(None, notices)),
         min_cell=min_cell,
         content=content,
@@ -182,6 +193,7 @@ def write_comparison(
     page = render(
         "comparison",
         title=title,
+        intervals=describe_intervals(metrics),
         notice=notice,
         min_cell=0,
         sentences=sentences,

@@ -21,6 +21,13 @@ METRICS = {
     "calibration_in_the_large": ("In the large", "+.2f", "0 is ideal; below, risks are too high"),
     "ici": ("ICI", ".3f", "mean distance of the risks from the calibration curve; 0 is ideal"),
     "brier_skill": ("Brier skill", ".3f", "gain over the prevalence as everyone's risk"),
+    "expected_calibration_slope": ("Slope", ".2f", "of new patients; 1 by construction"),
+    "expected_calibration_in_the_large": (
+        "In the large",
+        "+.2f",
+        "of new patients; 0 by construction",
+    ),
+    "expected_ici": ("ICI", ".3f", "on these rows, which taught the rule: in new ones larger"),
     "calibration_intercept": ("Intercept", "+.2f", "log-odds of the event at a risk of 50 %"),
     "e50": ("E50", ".3f", "median of these distances"),
     "e90": ("E90", ".3f", "90th percentile of these distances"),

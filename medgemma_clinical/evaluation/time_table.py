@@ -15,13 +15,14 @@ from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation.censoring import censoring_survival
 from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.metrics_table import (
+    Drawn,
     Metrics,
     bootstrap,
     compared_models,
     count_parts,
     mean_of_defined,
     spread,
-    with_interval,
+    widening_of,
 )
 from medgemma_clinical.evaluation.time_metrics import (
     MIN_AT_RISK,
@@ -148,15 +149,14 @@ def horizon_problem(observed: pd.DataFrame, horizon: float) -> str:
     return ""
 
 
-def evaluate_times(
+def draw_time_metrics(
     rows: pd.DataFrame,
     events: CompetingEvents,
     seed: int,
     threshold: float | Array | None = None,  # (n,) of several rules; of the first risk
-    split: NDArray[np.generic] | None = None,  # (n,); ranking and error are means over the splits
-    primary: str | None = None,  # by default the blend that reads most
-) -> Metrics:
-    """Compute the metrics of all models' risks on n rows, with intervals and paired differences.
+    split: NDArray[np.generic] | None = None,  # (n,) K folds; ranking and error are means over them
+) -> Drawn:
+    """Compute the metrics of all models' risks on n rows and in draws of patients.
 
     ``rows`` has ``OBSERVED``, a column ``MODEL RISK`` for each risk, and ``UNCENSORED`` ones.
     """
@@ -206,17 +206,23 @@ def evaluate_times(
             keys = {metric_name(metric, name, events) for metric in TIME_METRICS}
             keys -= {metric_name("effective_n", name, events)}
             value[value.index.get_level_values(1).isin(keys)] = math.nan
-    table, one, of_parts = with_interval(value, drawn), np.ones((1, len(rows))), None
     for name in events.risk_names:  # a distance grows by the noise of the draws: no interval
         for model in models:
             if np.isfinite(value[model, metric_name("oe", name, events)]):
                 found = statuses_of(rows, events, name).calibration_error(risks[model, name])
                 for metric, distance in found.items():
-                    table.loc[(model, metric_name(metric, name, events)), "value"] = distance
+                    value[model, metric_name(metric, name, events)] = distance
+    of_parts = None
     if split is not None:
+        one = np.ones((1, len(rows)))
         of_parts = spread([ranked([part], one) for part in parts])
-    counts = count_parts(by_first, patients, parts)
-    return compared_models(table, value, drawn, models, counts, of_parts, primary)
+    counts, widening = count_parts(by_first, patients, parts), widening_of(patients, split)
+    return Drawn(value, drawn, counts, {}, of_parts, widening)
+
+
+def evaluate_times(rows: pd.DataFrame, events: CompetingEvents, *rule: Any, **plan: Any) -> Metrics:
+    """Return ``draw_time_metrics`` with intervals and paired differences."""
+    return compared_models(draw_time_metrics(rows, events, *rule), **plan)
 
 
 def time_table(metrics: Metrics, events: CompetingEvents) -> pd.DataFrame:

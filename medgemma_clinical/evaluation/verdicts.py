@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES
-from medgemma_clinical.evaluation.metrics_table import MINORITY_PATIENTS, Metrics
+from medgemma_clinical.evaluation.metrics_table import EXPECTED, MINORITY_PATIENTS, Metrics
 
 NO_VALUE = "\N{EN DASH}"
 CHANCE = 0.5
@@ -192,9 +192,13 @@ def _ranking(auroc: Any, minority: int) -> Finding:
 
 
 def _calibration(values: Any) -> str:
-    slope, large = values.loc["calibration_slope"], values.loc["calibration_in_the_large"]
-    too_few = "Too few events to say whether its risks may be taken literally"
-    if math.isnan(slope.value):
+    # A rule that these rows taught fits them by construction: only its interval says something.
+    is_moved = f"{EXPECTED}ici" in values.index
+    names = ("calibration_slope", "calibration_in_the_large", "ici")
+    slope, large, ici = (values.loc[(EXPECTED if is_moved else "") + name] for name in names)
+    risks = "Its recalibrated risks" if is_moved else "Its risks"
+    too_few = f"Too few events to say whether {risks[0].lower()}{risks[1:]} may be taken literally"
+    if math.isnan(slope.low):
         return f"{too_few}."
     faults = []
     if slope.high < 1:
@@ -206,13 +210,13 @@ def _calibration(values: Any) -> str:
     if large.low > 0:
         faults.append("they are too low on average")
     differ = (
-        f"differ from the observed share by {100 * values.loc['ici'].value:.1f} percentage "
-        f"points on average (slope {value_text(slope, '.2f')}, 1 is ideal)."
+        f"differ from the observed share by {100 * ici.value:.1f} percentage points on average "
+        f"(slope {value_text(slope, '.2f')}, 1 is ideal)."
     )
     if faults:
-        return f"Its risks may not be taken literally: {' and '.join(faults)}. They {differ}"
+        return f"{risks} may not be taken literally: {' and '.join(faults)}. They {differ}"
     is_narrow = slope.high - slope.low < WIDE_SLOPE
-    return f"{'Its risks may be taken literally' if is_narrow else too_few}: they {differ}"
+    return f"{f'{risks} may be taken literally' if is_narrow else too_few}: they {differ}"
 
 
 def _decision(values: Any, beginning: str, noun: str) -> str:

@@ -29,7 +29,13 @@ from medgemma_clinical.evaluation import baselines, decision, tables, verdicts
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, Baselines, Settings
 from medgemma_clinical.evaluation.decision import DecisionOptions, DecisionRule, Predictions
 from medgemma_clinical.evaluation.metrics import Array, log_odds, row_losses
-from medgemma_clinical.evaluation.metrics_table import TESTED, Metrics, evaluate
+from medgemma_clinical.evaluation.metrics_table import (
+    TESTED,
+    Drawn,
+    Metrics,
+    draw_metrics,
+    evaluate,
+)
 from medgemma_clinical.evaluation.reference import reference
 from medgemma_clinical.evaluation.time_baselines import (
     Periods,
@@ -44,6 +50,7 @@ from medgemma_clinical.evaluation.time_metrics import statuses_at
 from medgemma_clinical.evaluation.time_table import (
     OBSERVED,
     TIME_METRICS,
+    draw_time_metrics,
     evaluate_times,
     horizon_problem,
     metric_name,
@@ -60,7 +67,6 @@ from medgemma_clinical.evaluation.time_updates import (
 from medgemma_clinical.evaluation.topics.calibration import calibration_topic, updates
 from medgemma_clinical.evaluation.topics.decision_curve import decision as decision_topic
 from medgemma_clinical.evaluation.topics.discrimination import discrimination, model_comparison
-from medgemma_clinical.evaluation.topics.instability import instability
 from medgemma_clinical.evaluation.topics.subgroups import sites, subgroups
 from medgemma_clinical.evaluation.topics.times import time_topics
 from medgemma_clinical.evaluation.topics.topic import TopicBuilder
@@ -105,7 +111,6 @@ class LabelOutcome:
         calibration_topic,
         updates,
         decision_topic,
-        instability,
         model_comparison,
         subgroups,
         sites,
@@ -117,6 +122,7 @@ class LabelOutcome:
     read_baselines = Baselines.from_json
     decide_folds = staticmethod(baselines.decide_folds)
     evaluate = staticmethod(evaluate)
+    draw_metrics = staticmethod(draw_metrics)
     evaluate_updates = staticmethod(evaluate_updates)
     sentences = staticmethod(verdicts.sentences)
     table = staticmethod(tables.model_table)
@@ -522,14 +528,14 @@ class TimeOutcome:
         rules: Sequence[Mapping[str, Any]],
         fold: NDArray[np.int64],
         options: DecisionOptions,
-    ) -> tuple[dict[str, DecisionRule], pd.DataFrame]:
+    ) -> tuple[dict[str, DecisionRule], pd.DataFrame, None]:
         """Choose the thresholds on out-of-fold predictions, which stay as they are."""
         found = {
             name: self._rule(table[name].to_numpy(float), table, options.threshold)
             for name in rules[0]
             if name in table
         }
-        return found, table
+        return found, table, None
 
     def choose_threshold(self, choice: str, table: pd.DataFrame | None, name: str) -> float:
         """Return a model's threshold of a ``--threshold``, chosen on held-out predictions."""
@@ -595,6 +601,12 @@ class TimeOutcome:
     def evaluate(self, table: pd.DataFrame, seed: int, *rule: Any, **plan: Any) -> Metrics:
         """Return the metrics of a table of predictions at each horizon."""
         return evaluate_times(table, self.hazards.events, seed, *rule, **plan)
+
+    def draw_metrics(
+        self, table: pd.DataFrame, seed: int, threshold: float, split: Array, recalibrated: None
+    ) -> Drawn:
+        """Return the metrics of out-of-fold predictions, before intervals are made."""
+        return draw_time_metrics(table, self.hazards.events, seed, threshold, split)
 
     def sentences(self, metrics: Metrics, *words: str) -> list[verdicts.Finding]:
         """Return metrics in words."""

@@ -5,6 +5,9 @@
 Populations of known truth. Each line has the rule of this program beside the one that it replaced:
 - folds: metrics outside of their own interval where folds have few events, when draws that lack an
   event in some fold are thrown away;
+- fold_verdicts: how often an AUROC of folds misses the truth and two equal models differ, and the
+  power for a difference of 0.03;
+- recalibration: the slope of folds before a rule that tests chose, and of the rule in new rows;
 - verdicts: how often one of eight equal baselines is called better or worse than an equal model,
   when the best of them is compared;
 - updates: the slope after an update on the page beside the true one, when both halves are pooled;
@@ -13,20 +16,33 @@ Populations of known truth. Each line has the rule of this program beside the on
 """
 
 import argparse
+import itertools
 import sys
+from dataclasses import asdict
 from unittest import mock
 
 import numpy as np
 import pandas as pd
 from common import write  # first: it sets the path
+from scipy.optimize import brentq
 from scipy.special import expit
 from scipy.stats import t
+from sklearn.linear_model import LogisticRegression
 
 from medgemma_clinical.data.fold_split import draw_folds
 from medgemma_clinical.evaluation import metrics as metrics_module
 from medgemma_clinical.evaluation import metrics_table
-from medgemma_clinical.evaluation.decision import BOTH, fit_updates
-from medgemma_clinical.evaluation.metrics_table import DIFFERENCE, VALUE, evaluate
+from medgemma_clinical.evaluation.baselines import STAGE_NAMES, decide_folds
+from medgemma_clinical.evaluation.decision import BOTH, DecisionOptions, DecisionRule, fit_updates
+from medgemma_clinical.evaluation.metrics_table import (
+    DIFFERENCE,
+    EXPECTED,
+    VALUE,
+    compared_models,
+    draw_metrics,
+    evaluate,
+    mean_of_repeats,
+)
 from medgemma_clinical.evaluation.topics.subgroups import random_effects
 from medgemma_clinical.evaluation.updating import CHOSEN, crosswise, evaluate_updates
 from medgemma_clinical.evaluation.verdicts import BETTER, WORSE, difference_verdict
@@ -84,6 +100,127 @@ def simulate_folds(sets):
                     seen += len(value)
         counts = {when: share(count, seen / 2) for when, count in outside.items()}
         write(f"folds: 300 patients, {events} events, {folds} folds: outside {counts}")
+
+
+# --------------------------------------------------------------------------- folds and verdicts
+
+STRENGTH = {
+    (200, 6): (0.0, 0.56, 0.65),
+    (200, 16): (0.0, 0.71, 0.86),
+    (1000, 6): (0.0, 0.41, 0.53),
+    (1000, 16): (0.0, 0.5, 0.62),
+}
+"""Coefficient of one column, by rows and columns: AUROC 0.5, 0.60 and 0.63 out-of-fold."""
+
+
+def draw_rows(rng, rows, events, columns, strength, other, *, agree):
+    """Return inputs of two models, and labels; they agree where they share half of the columns."""
+    x = rng.normal(size=(2, rows, columns))
+    if agree:
+        x[1, :, : columns // 2] = x[0, :, : columns // 2]
+        odds = strength * x[0, :, 0] + (other - strength) * x[1, :, -1]
+    else:
+        odds = strength * x[0, :, 0] + other * x[1, :, 0]
+    level = brentq(lambda a: expit(a + odds).mean() - events / rows, -20, 20)
+    return x, (rng.random(rows) < expit(level + odds)).astype(float)
+
+
+def out_of_fold(x, labels, fold):
+    """Return the risk of each row by a regression on the other folds."""
+    risk = np.zeros(len(labels))
+    for k in np.unique(fold):
+        model = LogisticRegression().fit(x[fold != k], labels[fold != k])
+        risk[fold == k] = model.predict_proba(x[fold == k])[:, 1]
+    return risk
+
+
+def fold_results(rows, events, columns, folds, sets, *, agree, strength=0.0, other=0.0, repeats=1):
+    """Return AUROC of a model, and another's minus it, with low and high, a line a data set."""
+    lines = []
+    for seed in range(sets):
+        rng, names = np.random.default_rng(seed), np.arange(rows).astype(str)
+        x, labels = draw_rows(rng, rows, events, columns, strength, other, agree=agree)
+        drawn = []
+        for repeat in range(repeats):
+            fold = draw_folds(names, labels, folds, 1000 * repeat + seed)
+            risks = {name: out_of_fold(x[k], labels, fold) for k, name in enumerate(("a", "b"))}
+            drawn.append(draw_metrics(predictions(labels, **risks), 0, split=fold))
+        table = compared_models(mean_of_repeats(drawn)).table
+        lines.append([*table.loc[("a", "auroc"), VALUE], *table.loc[("b", "auroc"), DIFFERENCE]])
+    return np.array(lines).T
+
+
+def false_verdicts(rows, events, columns, folds, sets, *, agree=False, signal=0, repeats=1):
+    """Return how many of some sets have an AUROC beside the truth, and two equal models unequal."""
+    strength = STRENGTH[rows, columns][signal]
+    design = {"agree": agree, "strength": strength, "other": strength, "repeats": repeats}
+    value, low, high, _, below, above = fold_results(rows, events, columns, folds, sets, **design)
+    truth = value.mean() if signal else 0.5
+    return {
+        "auroc": int(((low > truth) | (high < truth)).sum()),
+        "difference": int(((below > 0) | (above < 0)).sum()),
+    }
+
+
+def simulate_fold_verdicts(sets):
+    designs = itertools.product(((200, 40), (1000, 150)), (6, 16), (5, 10), (False, True), (0, 1))
+    for (rows, events), columns, folds, agree, signal in designs:
+        wrong = false_verdicts(rows, events, columns, folds, sets, agree=agree, signal=signal)
+        design = {"agree": agree, "strength": STRENGTH[rows, columns][1]}
+        design["other"] = STRENGTH[rows, columns][2]
+        found = fold_results(rows, events, columns, folds, sets, **design)
+        write(
+            f"fold verdicts: {rows} rows, {events} events, {columns} columns, {folds} folds, "
+            f"models {'agree' if agree else 'differ'}, AUROC {0.6 if signal else 0.5}: wrong AUROC "
+            f"{share(wrong['auroc'], sets)}, wrong difference {share(wrong['difference'], sets)}; "
+            f"power for a difference of {found[3].mean():.3f}: {share((found[4] > 0).sum(), sets)}"
+        )
+    for repeats in (3, 10):
+        wrong = false_verdicts(200, 40, 6, 5, sets, repeats=repeats)
+        write(f"fold verdicts: {repeats} repeats on noise, 200 rows, 40 events: {wrong} of {sets}")
+
+
+# --------------------------------------------------------------------------- recalibrated folds
+
+
+def recalibrated_folds(rows, slope, sets):
+    """Return slopes of folds whose risks are too extreme, a line a data set."""
+    lines, stage = [], STAGE_NAMES["trajectory"]
+    for seed in range(sets):
+        rng = np.random.default_rng(seed)
+        odds, fold = rng.normal(-1.9, 1.2, rows), rng.permutation(np.arange(rows) % 5)
+        labels = rng.random(rows) < expit(-1.75 * (1 - slope) + slope * odds)
+        table = predictions(labels, **{stage: expit(odds)})
+        rules = [{stage: asdict(DecisionRule())}] * 5
+        final, table, recalibrated = decide_folds(table, rules, fold, DecisionOptions("tests"))
+        rule = final[stage]
+        drawn = draw_metrics(table, seed, rule.threshold, split=fold, recalibrated=recalibrated)
+        own = compared_models(drawn).of(stage)
+        name = f"{EXPECTED if rule.is_moved else ''}calibration_slope"
+        delivered = slope / rule.slope
+        lines.append(
+            {
+                "is_moved": rule.is_moved,
+                "has_slope": rule.slope != 1,
+                "before": own.value["calibration_slope"],
+                "expected": own.value[name],
+                "delivered": delivered,
+                "is_covered": own.low[name] <= delivered <= own.high[name],
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def simulate_recalibration(sets):
+    for rows, slope in ((800, 1.0), (800, 0.85), (800, 0.75), (2000, 0.85), (2000, 0.75)):
+        for is_moved, found in recalibrated_folds(rows, slope, sets).groupby("is_moved"):
+            ends = found[["before", "delivered"]].quantile([0.025, 0.5, 0.975]).round(2)
+            write(
+                f"recalibration: {rows} rows, true slope {slope}, the rule moves "
+                f"{'risks' if is_moved else 'nothing'} in {share(len(found), sets)}: slope before "
+                f"{ends['before'].tolist()}, delivered {ends['delivered'].tolist()}, within its "
+                f"interval in {share(found['is_covered'].sum(), len(found))}"
+            )
 
 
 # --------------------------------------------------------------------------- verdicts
@@ -176,6 +313,8 @@ def simulate_sites(sets):
 
 SIMULATIONS = {
     "folds": simulate_folds,
+    "fold_verdicts": simulate_fold_verdicts,
+    "recalibration": simulate_recalibration,
     "verdicts": simulate_verdicts,
     "updates": simulate_updates,
     "sites": simulate_sites,

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import simulations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit, logit
@@ -15,7 +16,16 @@ from sklearn.metrics import roc_auc_score
 from cohorts import blended, cohort, coverage, plain_metrics, plain_table, predictions, samples_of
 from medgemma_clinical.evaluation import metrics as metrics_module
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
-from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate, with_interval
+from medgemma_clinical.evaluation.metrics_table import (
+    SHARED_TRAINING,
+    Metrics,
+    compared_models,
+    draw_metrics,
+    evaluate,
+    mean_of_repeats,
+    widening_of,
+    with_interval,
+)
 from medgemma_clinical.evaluation.topics.calibration import calibration_table
 from medgemma_clinical.evaluation.topics.decision_curve import decision_curve
 from medgemma_clinical.evaluation.topics.subgroups import subgroup_table
@@ -30,9 +40,11 @@ DIFFERENCE = ["difference", "difference_low", "difference_high"]
 @pytest.mark.parametrize(("threshold", "splits"), [(0.3, 1), (None, 1), (None, 2)])
 def test_the_table_equals_a_loop_over_the_draws(threshold, splits):
     rows = blended()
-    split = None if splits == 1 else np.arange(len(rows)) % splits
+    split = None if splits == 1 else pd.factorize(rows["patient"])[0] % splits
     found = evaluate(rows, 7, threshold, split=split)
     value, draws = plain_table(rows, 7, threshold, split)
+    factor = 1 if splits == 1 else np.sqrt(1 + SHARED_TRAINING * splits / (splits - 1))
+    assert found.widening == pytest.approx(factor)
     assert set(found.table.index) == set(value.index)
     assert found.models == list(rows.columns[3:])
     for key, line in found.table.iterrows():
@@ -40,14 +52,87 @@ def test_the_table_equals_a_loop_over_the_draws(threshold, splits):
         if key[1] in ("ici", "e50", "e90"):
             assert line[INTERVAL].isna().all(), "a distance grows by the noise of the draws"
         else:
-            assert tuple(line[INTERVAL]) == pytest.approx(draws[key].quantile(ENDS), abs=1e-5)
+            ends = widened(value[key], draws[key].quantile(ENDS), factor, key[1])
+            assert tuple(line[INTERVAL]) == pytest.approx(ends, abs=1e-5)
         minus = "blend with statics" if key[0] == "ensemble" else "model", key[1]
         assert line["reference"] == minus[0]
         if key[0] == "model":
             assert line[DIFFERENCE].isna().all()
             continue
-        paired = value[key] - value[minus], *(draws[key] - draws[minus]).quantile(ENDS)
+        difference = value[key] - value[minus]
+        ends = (draws[key] - draws[minus]).quantile(ENDS)
+        paired = difference, *(difference + factor * (ends - difference))
         assert tuple(line[DIFFERENCE]) == pytest.approx(paired, abs=1e-9)
+
+
+def widened(value, ends, factor, name):
+    """Return the ends of an interval, moved away from its value, of a share as log-odds."""
+    if name in ("auroc", "auprc"):
+        return expit(logit(value) + factor * (logit(ends) - logit(value)))
+    return value + factor * (ends - value)
+
+
+def test_folds_widen_by_what_they_learn_from_each_other_and_repeats_narrow_nothing():
+    patients, fold = np.arange(100), np.arange(100) % 5
+    assert widening_of(patients, None) == 1
+    five = widening_of(patients, fold)
+    assert five == pytest.approx(np.sqrt(1 + SHARED_TRAINING * 5 / 4))
+    assert five >= np.sqrt(1 + 5 / 4), "Nadeau and Bengio's factor is the least"
+    thrice = np.concatenate([fold, 5 + fold[::-1], 10 + fold])
+    assert widening_of(np.tile(patients, 3), thrice) == pytest.approx(five)
+    rows = np.repeat(patients, 4)  # rows of a patient are no further patients
+    assert widening_of(rows, np.repeat(fold, 4)) == pytest.approx(five)
+    sites = np.repeat([0, 1, 2], [50, 30, 20])
+    of_sites = 50 / 50 + 30 / 70 + 20 / 80
+    assert widening_of(patients, sites) == pytest.approx(np.sqrt(1 + SHARED_TRAINING * of_sites))
+    two_splits, tested = np.repeat([0, 1], 10), np.arange(20)
+    assert widening_of(tested, two_splits, 80) == pytest.approx(np.sqrt(1 + 1.4 * 20 / 80))
+
+
+def test_shares_of_events_and_counts_are_not_widened_and_a_widened_share_stays_a_share():
+    keys = pd.MultiIndex.from_product([["m"], ["auroc", "sensitivity", "oe", "observed_24h"]])
+    drawn = pd.DataFrame([[0.90, 0.9, 0.4, 0.1], [1.0, 1.0, 1.0, 0.3]], columns=keys)
+    value = pd.Series([0.99, 1.0, 0.8, 0.2], keys)
+    before, after = with_interval(value, drawn), with_interval(value, drawn, widening=1.5)
+    assert (after.loc["m", "observed_24h"] == before.loc["m", "observed_24h"]).all()
+    assert after.low["m", "oe"] == pytest.approx(0.8 + 1.5 * (before.low["m", "oe"] - 0.8))
+    assert after[["low", "high"]].iloc[:2].stack().between(0, 1).all()
+    assert (after.low < before.low).iloc[:3].all()
+
+
+def test_noise_is_rarely_called_a_result_in_folds(monkeypatch):
+    """Without widening 13 of these 100 intervals exclude 0.5, and 14 equal models differ."""
+    monkeypatch.setattr(metrics_module, "REPLICATES", 200)
+    wrong = simulations.false_verdicts(200, 40, columns=6, folds=5, sets=100)
+    assert max(wrong.values()) <= 5, wrong
+
+
+def test_what_a_rule_of_the_folds_promises_holds_its_own_error(monkeypatch):
+    monkeypatch.setattr(metrics_module, "REPLICATES", 200)
+    found = simulations.recalibrated_folds(rows=800, slope=0.75, sets=40)
+    moved = found[found["is_moved"]]
+    assert len(moved) >= 20
+    assert moved["before"].median() == pytest.approx(0.75, abs=0.1)  # not near 1
+    expected = moved["expected"][moved["has_slope"]].to_numpy()
+    assert expected == pytest.approx(1, abs=1e-6), "the rows that chose a slope fit it"
+    assert moved["is_covered"].mean() >= 0.9
+    assert moved["delivered"].std() > 0.02, "the rule errs"
+
+
+def test_the_mean_of_repeats_is_that_of_their_values_and_draws():
+    rows, fold = blended(), np.arange(120) % 3
+    other = rows.assign(model=rows["model"] ** 2)
+    drawn = [draw_metrics(table, 0, 0.3, split=fold) for table in (rows, other)]
+    found = compared_models(mean_of_repeats(drawn))
+    each = [compared_models(one).table for one in drawn]
+    for name in ("auroc", "sensitivity", "calibration_slope", "ici", "log_loss"):
+        values = [table.value["model", name] for table in each]
+        line = found.table.loc["model", name]
+        assert line.value == pytest.approx(np.mean(values))
+        assert (line["min"], line["max"]) == pytest.approx((min(values), max(values)))
+    same = compared_models(mean_of_repeats([drawn[0]] * 2)).table
+    pd.testing.assert_frame_equal(same[VALUE + DIFFERENCE], each[0][VALUE + DIFFERENCE])
+    assert found.counts == compared_models(drawn[0]).counts
 
 
 @pytest.mark.parametrize(
@@ -105,7 +190,8 @@ def test_metrics_of_folds_with_few_events_lie_within_their_intervals(events, fol
         assert ((low <= value) & (value <= high)).all()
     own, pooled = table.loc["model"], evaluate(rows, 0, 0.05).of("model")
     for name in ("brier", "log_loss"):  # defined in each fold and draw, so that nothing is left out
-        assert tuple(own.loc[name, VALUE]) == pytest.approx(tuple(pooled.loc[name, VALUE]), rel=0.1)
+        assert own.value[name] == pytest.approx(pooled.value[name], rel=0.1)
+        assert (own.high - own.low)[name] > 1.4 * (pooled.high - pooled.low)[name]
 
 
 def test_a_fold_without_a_class_is_left_out_where_it_has_no_value():
@@ -203,6 +289,7 @@ def test_json_holds_counts_the_model_and_the_others_and_null_where_undefined():
     rows = predictions((labels, np.linspace(0.1, 0.9, 40), (np.arange(40) // 2).astype(str)))
     found = evaluate(rows.assign(other=0.5), 0, 0.95)
     content = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert content.pop("widening") == 1
     counts = {"n": 40, "patients": 20, "events": 20, "minority_patients": 10}
     assert found.counts == {name: content.pop(name) for name in counts} == counts
     assert [content.pop(key) for key in ("model", "primary", "planned")] == ["model", None, []]

@@ -14,6 +14,7 @@ from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.decision import METHODS, MIN_SLOPE_EVENTS
 from medgemma_clinical.evaluation.metrics import Array, calibration_curve
 from medgemma_clinical.evaluation.metrics_table import (
+    EXPECTED,
     MINORITY_PATIENTS,
     TESTED,
     bootstrap,
@@ -30,18 +31,27 @@ MAX_BINS, EVENTS_A_BIN = 10, 5
 SHOWN_RISKS, CURVE_POINTS = (0.01, 0.99), 50
 """Quantiles of the risks between which the curve is drawn, and its points."""
 
+FITTED = "calibration_slope", "calibration_in_the_large", "ici"
+ABOUT_EXPECTED = (
+    "Expected of the recalibrated model: near ideal by construction, as these rows chose its rule; "
+    "the interval holds the error of the rule"
+)
+
 
 def calibration_topic(evaluated: Evaluated) -> Topic:
     """Return the topic."""
     metrics, content = evaluated.metrics, evaluated.content
     rows, model = evaluated.rows, evaluated.model
+    if content.before is not None:
+        rows = rows.assign(**{model: content.before})
     bins = calibration_table(rows, model, content.seed, distant_bins(evaluated))
     risk = rows[model].to_numpy(float)
     cuts = None if evaluated.cuts is None else evaluated.cuts[model]
     pooled = f", the risks of {content.folds} models pooled" if content.folds else ""
-    cells = metric_table(
-        metrics, ["calibration_slope", "calibration_in_the_large", "ici", "brier_skill"]
-    )
+    expected = metric_table(metrics, [EXPECTED + name for name in FITTED])
+    if len(expected):
+        pooled += ", before the recalibration"
+    cells = metric_table(metrics, [*FITTED, "brier_skill"])
     further = metric_table(metrics, ["calibration_intercept", "e50", "e90", "brier", "log_loss"])
     figures, numbers = {}, {"calibration": bins}
     if evaluated.has_curves:
@@ -67,7 +77,10 @@ def calibration_topic(evaluated: Evaluated) -> Topic:
             "20\xa0% should have the event.",
             *filter(None, [content.recalibration]),
         ],
-        [Cells(cells, f"How well risks agree with what was observed{pooled}")],
+        [
+            Cells(cells, f"How well risks agree with what was observed{pooled}"),
+            *([Cells(expected, ABOUT_EXPECTED)] if len(expected) else []),
+        ],
         figures,
         numbers,
         [Details("Further measures", table=Cells(further, "Further measures of the risks"))],

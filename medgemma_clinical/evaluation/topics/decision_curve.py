@@ -42,9 +42,10 @@ def decision(evaluated: Evaluated) -> Topic:
     """Return the topic."""
     content, names = evaluated.content, evaluated.names
     rows, cuts = evaluated.rows, evaluated.cuts
-    curve = decision_curve(rows, names, content.seed, cuts)
+    widening = evaluated.metrics.widening
+    curve = decision_curve(rows, names, content.seed, cuts, widening=widening)
     shown = {content.threshold, *(x for x in SHOWN_THRESHOLDS if x <= curve.index.max())}
-    table = threshold_table(rows, names, sorted(shown), content.seed, cuts)
+    table = threshold_table(rows, names, sorted(shown), content.seed, cuts, widening)
     text = (
         f"{ACTING} What acting brings and costs should choose the threshold; --threshold sets "
         "another one."
@@ -73,6 +74,7 @@ def threshold_table(
     thresholds: Sequence[float],
     seed: int,
     cuts: Cuts = None,
+    widening: float = 1.0,
 ) -> pd.DataFrame:
     """Return threshold, metric, value, low and high of the first model.
 
@@ -103,7 +105,7 @@ def threshold_table(
     for threshold in thresholds:
         of_shares = patients_behind_shares(labels, risk >= threshold, patients)
         behind |= {(threshold, share): patients for share, patients in of_shares.items()}
-    table = with_interval(*bootstrap(labels, patients, seed, statistic), behind)
+    table = with_interval(*bootstrap(labels, patients, seed, statistic), behind, widening)
     return table.rename_axis(["threshold", "metric"]).reset_index()
 
 
@@ -129,6 +131,7 @@ def decision_curve(
     seed: int,
     cuts: Cuts = None,
     benefit: Callable[[Array, Array, Array], Array] | None = None,
+    widening: float = 1.0,
 ) -> pd.DataFrame:
     """Return net benefits by threshold risk; low and high are those of the first model.
 
@@ -143,7 +146,8 @@ def decision_curve(
         thresholds = np.union1d(thresholds, [x for x in points if x <= highest])
     drawn = bootstrap(labels, patients, seed, lambda w: benefit(risk, thresholds, w))
     index = pd.Index(thresholds, name="threshold")
-    table = with_interval(*drawn).set_index(index).rename(columns={"value": models[0]})
+    table = with_interval(*drawn, widening=widening).set_index(index)
+    table = table.rename(columns={"value": models[0]})
     other_risks = {name: rows[name].to_numpy(float) for name in models[1:]}
     other_risks["treat_all"] = np.ones(len(rows))
     for name, other_risk in other_risks.items():

@@ -6,7 +6,7 @@ or machine learning methods", Biometrical Journal 65:2200302.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import combinations
 from typing import Any
 
@@ -15,7 +15,9 @@ import pandas as pd
 
 from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.metrics import Array
+from medgemma_clinical.evaluation.metrics_table import Metrics
 from medgemma_clinical.evaluation.suppress import splits_off_few
+from medgemma_clinical.evaluation.tables import METRICS, metric_table
 from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, Topic
 from medgemma_clinical.evaluation.verdicts import percent
 
@@ -23,11 +25,22 @@ CHANGES = ("changes", "changes_of_two", "changes_at_mean_threshold")
 """Measures that are shares of the rows."""
 
 
-def instability(evaluated: Evaluated) -> Topic | None:
-    """Return the topic; None without repeats."""
+def repeat_metrics(evaluated: Evaluated, table: Callable[[Metrics], pd.DataFrame]) -> Topic:
+    """Return the topic of metrics that are means over repeats; ``table`` lays out all models."""
+    metrics = evaluated.metrics
+    own, models = metric_table(metrics, [*METRICS]), table(metrics)
+    return Topic(
+        "Means over the repeats",
+        ["SD over splits is that of the repeats: it says nothing of other patients."],
+        [Cells(own, "Metrics of the model"), Cells(models, "The model beside others", True)],
+        numbers={"metrics": metrics.table.reset_index(), "models": models},
+    )
+
+
+def instability(evaluated: Evaluated) -> Topic:
+    """Return the topic."""
     content = evaluated.content
-    if content.repeats is None:
-        return None
+    assert content.repeats is not None
     table, by_repeat = content.repeats
     risks = table.filter(regex="^repeat_").to_numpy(float)
     measures = measure_instability(risks, by_repeat)

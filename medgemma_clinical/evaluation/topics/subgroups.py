@@ -46,7 +46,8 @@ Measure = Callable[[NDArray[np.intp], Array], dict[str, Array]]
 def subgroups(evaluated: Evaluated, measure: Measure | None = None) -> Topic:
     """Return the topic; ``measure`` is the label's where None."""
     content = evaluated.content
-    exact = subgroup_table(evaluated.rows, evaluated.model, content.bands, content.seed, measure)
+    rows, widening = evaluated.rows, evaluated.metrics.widening
+    exact = subgroup_table(rows, evaluated.model, content.bands, content.seed, measure, widening)
     table = suppress_table(exact, evaluated.min_cell, by="group")
     cells = subgroup_cells(table, content.noun)
     return Topic(
@@ -69,6 +70,7 @@ def subgroup_table(
     bands: pd.DataFrame,
     seed: int,
     measure: Measure | None = None,  # of a label where None; else with the share ``observed``
+    widening: float = 1.0,  # of the intervals
 ) -> pd.DataFrame:
     """Return counts, AUROC and calibration of each category in ``bands`` (n rows)."""
     labels, risk, patients = label_risk_patient(rows, model)
@@ -104,8 +106,10 @@ def subgroup_table(
             values |= {(k, name): found[name] for name in SUBGROUP_METRICS}
         return values
 
-    table = pd.DataFrame(lines)
-    intervals = with_interval(*bootstrap(labels, patients, seed, statistic)) if scored else None
+    table, intervals = pd.DataFrame(lines), None
+    if scored:
+        drawn = bootstrap(labels, patients, seed, statistic)
+        intervals = with_interval(*drawn, widening=widening)
     for name in SUBGROUP_METRICS:
         columns = [name, f"{name}_low", f"{name}_high"]
         table[columns] = (
@@ -141,7 +145,9 @@ def sites(evaluated: Evaluated, measure: Measure | None = None) -> Topic | None:
     content = evaluated.content
     if content.sites is None:
         return None
-    exact = site_table(evaluated.rows, evaluated.model, content.sites, content.seed, measure)
+    # A site that was held out is tested by one model, which learned from none of its patients.
+    rows, widening = evaluated.rows, 1.0 if content.leaves_out else evaluated.metrics.widening
+    exact = site_table(rows, evaluated.model, content.sites, content.seed, measure, widening)
     table = suppress_table(exact, evaluated.min_cell)
     pooled = pool(exact[table["auroc"].notna()])
     about = subgroup_caption(content, "at each site")
@@ -173,13 +179,14 @@ def site_table(
     sites: NDArray[np.str_],
     seed: int,
     measure: Measure | None = None,
+    widening: float = 1.0,
 ) -> pd.DataFrame:
     """Return the ``subgroup_table`` of ``sites`` (n,), with the AUROC's logit and its error ``se``.
 
     Source: Debray et al. 2017, BMJ 356:i6460, for the error by the ends of the interval.
     """
     bands = pd.DataFrame({"site": pd.Categorical(sites)})
-    table = subgroup_table(rows, model, bands, seed, measure).drop(columns="group")
+    table = subgroup_table(rows, model, bands, seed, measure, widening).drop(columns="group")
     table = table.rename(columns={"level": "site"})
     # An AUROC of 0 or 1 has no logit: half a pair of patients is ranked otherwise.
     half = 0.5 / (table["events"] * (table["n"] - table["events"]))

@@ -37,7 +37,6 @@ from medgemma_clinical.evaluation.topics.decision_curve import (
     plot_decision_curve,
 )
 from medgemma_clinical.evaluation.topics.discrimination import model_comparison
-from medgemma_clinical.evaluation.topics.instability import instability
 from medgemma_clinical.evaluation.topics.subgroups import sites, subgroups
 from medgemma_clinical.evaluation.topics.topic import Cells, Details, Evaluated, Topic, TopicBuilder
 from medgemma_clinical.evaluation.verdicts import NO_VALUE, value_text
@@ -56,7 +55,6 @@ def time_topics(events: CompetingEvents) -> tuple[TopicBuilder, ...]:
     own = risks, incidence, calibration, updates, decision
     builders: list[TopicBuilder] = [
         *(partial(build, events) for build in own),
-        instability,
         partial(model_comparison, meanings=MEANINGS | TIME_MEANINGS),
         *(partial(in_groups, events, build) for build in (subgroups, sites)),
     ]
@@ -244,7 +242,8 @@ def decision(events: CompetingEvents, evaluated: Evaluated) -> Topic | None:
     if not (is_measured(events, evaluated, events.risk_names[0]) and view.has_curves):
         return None
     benefit = partial(net_benefit_at, observed)
-    curve = decision_curve(view.rows, view.names, view.content.seed, view.cuts, benefit)
+    widening = view.metrics.widening
+    curve = decision_curve(view.rows, view.names, view.content.seed, view.cuts, benefit, widening)
     title = events.risk_titles[events.risk_names[0]]
     figure = plot_decision_curve(curve, view.names), f"Decision curve: {title}{view.beside}"
     numbers = {"decision_curve": curve.reset_index()}

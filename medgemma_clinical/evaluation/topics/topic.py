@@ -61,6 +61,7 @@ class ReportContent:
     seed: int  # of the bootstrap
     bands: pd.DataFrame  # subgroups of the evaluated rows: ordered categories, a column a grouping
     noun: str = "patients"  # what the rows are
+    before: Array | None = None  # risks (n,) before the recalibration: their calibration is shown
     recalibration: str = ""  # how the model that is handed over is recalibrated, in words
     flow: pd.DataFrame | None = None  # columns rule, removed, left
     split: pd.DataFrame | None = None  # a ``part_table``
@@ -71,6 +72,7 @@ class ReportContent:
     stage1_page: str | None = None  # where the results are stage 1's: its page, empty if unknown
     case_mix: tuple[dict[str, Any], dict[str, Any]] | None = None  # of training, of these rows
     sites: NDArray[Any] | None = None  # hospital or unit of each row
+    leaves_out: bool = False  # each site by a model of the other sites
     updates: Any = None  # of the decision rule in these rows
     tries_updates: bool = False  # whether there is a section on updates, with or without any
     methods: Mapping[str, str] | None = None  # what ``tripod.md`` says of the training
