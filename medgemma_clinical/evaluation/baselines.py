@@ -77,8 +77,8 @@ which on they are: with fewer a fold has too few events to tell settings apart."
 PENALTY = "logisticregression__C"
 PENALTIES = {PENALTY: [0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1]}
 
+BINARY = {"objective": "binary", "metric": "binary_logloss"}
 TREES: dict[str, Any] = {
-    "objective": "binary",
     "min_data_in_leaf": 20,
     "min_sum_hessian_in_leaf": 1e-3,
     "bagging_freq": 1,
@@ -330,9 +330,10 @@ def tuned_trees(
     labels: Array,
     folds: Folds,
     weights: Array | None = None,
+    objective: Mapping[str, Any] = BINARY,
     given: Sequence[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Return the settings of boosted trees whose log loss in the folds is the lowest.
+    """Return the settings of boosted trees whose loss in the folds is the lowest.
 
     ``given`` are sizes to be tried in place of all.
 
@@ -344,10 +345,10 @@ def tuned_trees(
 
     def lowest_loss(size: dict[str, Any]) -> tuple[float, int]:
         table = lightgbm.Dataset(values, labels, weight=weights, free_raw_data=False)
-        options: dict[str, Any] = {"folds": folds, "metrics": "binary_logloss"}
-        options["callbacks"] = [lightgbm.early_stopping(TREES_WITHOUT_GAIN, verbose=False)]
-        curves: Any = lightgbm.cv({**TREES, **rate, **size}, table, MAX_TREES, **options)
-        losses: list[float] = curves["valid binary_logloss-mean"]
+        stop = lightgbm.early_stopping(TREES_WITHOUT_GAIN, verbose=False)
+        settings = {**TREES, **objective, **rate, **size}
+        curves: Any = lightgbm.cv(settings, table, MAX_TREES, folds=folds, callbacks=[stop])
+        losses: list[float] = curves[f"valid {objective['metric']}-mean"]
         return min(losses), int(np.argmin(losses)) + 1
 
     sizes = [*(given or SIZES)]
@@ -360,12 +361,16 @@ def tuned_trees(
 
 
 def fit_trees(
-    values: Array, labels: Array, settings: Mapping[str, Any], weights: Array | None = None
+    values: Array,
+    labels: Array,
+    settings: Mapping[str, Any],
+    weights: Array | None = None,
+    objective: Mapping[str, Any] = BINARY,
 ) -> lightgbm.Booster:
     """Return boosted trees of given settings, fitted."""
     size = {name: x for name, x in settings.items() if name != "trees"}
     table = lightgbm.Dataset(values, labels, weight=weights)
-    return lightgbm.train({**TREES, **size}, table, settings["trees"])
+    return lightgbm.train({**TREES, **objective, **size}, table, settings["trees"])
 
 
 def blend(*risks: Array) -> Array:

@@ -20,6 +20,9 @@ CHUNK_CELLS = 2**20
 
 NEWTON_STEPS, PRECISION, MAX_STEP = 40, 1e-9, 1.0
 
+MIN_DIFFERENT = 20
+"""Different risks that a calibration slope needs, such as those of the same risk in each fold."""
+
 SPLINE_KNOTS = 0.05, 0.35, 0.65, 0.95
 """Quantiles at which the calibration curve may bend. Source: Harrell 2015, table 2.3."""
 
@@ -104,7 +107,8 @@ def calibration(labels: Array, risk: Array, weights: Array) -> dict[str, Array]:
         weights: (R, n).
 
     Returns:
-        (R,) values by name; NaN where no finite fit exists.
+        (R,) values by name; NaN where no finite fit exists. Slope and intercept need 20 different
+        risks.
 
     Source: Cox 1958; Steyerberg 2019, "Clinical Prediction Models", chapter 15.
     """
@@ -116,12 +120,19 @@ def calibration(labels: Array, risk: Array, weights: Array) -> dict[str, Array]:
     fitted = fit_logistic(labels, columns, weights, start)  # (R, 2)
     start = fit_logistic(labels, columns[:1], everyone, [0.0], odds)[0]
     level = fit_logistic(labels, columns[:1], weights, start, odds)[:, 0]
+    if not has_slope(odds):
+        fitted[:] = np.nan
     slope = fitted[:, 1] / spread
     return {
         "calibration_slope": slope,
         "calibration_intercept": fitted[:, 0] - slope * mean,
         "calibration_in_the_large": level,
     }
+
+
+def has_slope(scaled: Array) -> bool:
+    """Return whether risks on a scale (n,) differ enough to have a slope, rounding apart."""
+    return len(np.unique(scaled.round(9))) >= MIN_DIFFERENT
 
 
 def calibration_curve(labels: Array, risk: Array, weights: Array, at: Array) -> Array:

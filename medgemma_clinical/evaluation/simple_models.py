@@ -145,10 +145,10 @@ class Tree(NamedTuple):
     missing_left: NDArray[np.bool_]  # (S,)
     left: NDArray[np.int64]  # (S,)
     right: NDArray[np.int64]  # (S,)
-    leaf: Array  # (S + 1,) log-odds
+    leaf: Array  # (S + 1,) log-odds, or logarithms of rates
 
-    def odds(self, values: Array) -> Array:
-        """Return the leaf's log-odds (N,) of each row of values (N, K)."""
+    def leaves(self, values: Array) -> Array:
+        """Return the leaf's number (N,) of each row of values (N, K)."""
         at = np.full(len(values), 0 if len(self.feature) else ~0)
         for k, feature in enumerate(self.feature):  # children come later
             here = np.flatnonzero(at == k)
@@ -182,13 +182,17 @@ class Trees:
             raise ValueError("too many trees")
         return [_read_tree(block, len(self.columns)) for block in blocks]
 
-    def risks(self, table: pd.DataFrame) -> Array:
-        """Return the probability (N,) of each row of a table that has the columns."""
+    def totals(self, table: pd.DataFrame) -> Array:
+        """Return the sum (N,) of all trees for each row of a table that has the columns."""
         values = table[self.columns].to_numpy(np.float64)
         total = np.zeros(len(values))
         for tree in self.trees:
-            total += tree.odds(values)
-        risks: Array = expit(total)
+            total += tree.leaves(values)
+        return total
+
+    def risks(self, table: pd.DataFrame) -> Array:
+        """Return the probability (N,) of each row of a table that has the columns."""
+        risks: Array = expit(self.totals(table))
         return risks
 
     @classmethod

@@ -13,9 +13,8 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.special import softmax
 from sklearn.impute import SimpleImputer
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import PoissonRegressor
 from sklearn.preprocessing import StandardScaler
 
 from medgemma_clinical.data.trajectories import Rows, TrajectoryDataset
@@ -36,7 +35,7 @@ from medgemma_clinical.evaluation.baselines import (
     tuned_trees,
     tuning_folds,
 )
-from medgemma_clinical.evaluation.metrics import Array, log_odds, row_losses
+from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.simple_models import Regression, Trees, read_array, read_names
 from medgemma_clinical.evaluation.time_metrics import aalen_johansen
 
@@ -45,7 +44,7 @@ NULL = "Aalen-Johansen"
 
 TIME_MEANINGS = {
     NULL: "the same risks for everyone",
-    LOGISTIC: f"a multinomial regression in each interval of follow-up on {STATISTICS}",
+    LOGISTIC: f"a Poisson regression of each event in each interval of follow-up on {STATISTICS}",
     BOOSTING: f"decision trees of each event in each interval of follow-up on {STATISTICS}",
     BLEND: f"the mean hazards of {LOGISTIC} and {BOOSTING}",
     ENSEMBLE: "the mean hazards of this model and of the blend with the most inputs",
@@ -54,84 +53,65 @@ TIME_MEANINGS = {
 INTERVAL = "interval of follow-up"
 """Column of boosted trees."""
 
-UNPENALISED = 30.0
-"""Scale of the columns of intervals in a regression: their penalty is a 900th of the others'."""
+POISSON = {"objective": "poisson", "metric": "poisson", "poisson_max_delta_step": 1e-6}
+"""Trees of events per exposure, by Newton's steps as those of labels: LightGBM halves them."""
 
-MAX_INTERVALS = 64
-"""Bound of what a file may hold."""
+SMALLEST, LARGEST = 1e-9, 100.0
+"""Bounds of the cumulative hazard of an event in an interval."""
 
-UNSEEN = -30.0
-"""Log-odds of an outcome that the fitted rows do not have."""
+SHORTEST = 1e-6
+"""Least exposure of a row with an event: one may come as an interval begins."""
 
-SMALLEST = 1e-9
-"""Least cumulative hazard of an event in an interval."""
+MAX_PASSES, SAME = 20, 1e-3
+"""Turns in which a regression is fitted, at most, and the change of a hazard that ends them."""
 
 
 class Periods(NamedTuple):
     """Rows in the intervals in which they were watched."""
 
-    row: NDArray[np.int64]  # (M,)
-    interval: NDArray[np.int64]  # (M,)
-    event: NDArray[np.int64]  # (M,) number of the event that ended the row in the interval, 0 none
-    weight: Array  # (M,) share of the interval, 1 with an event
-    shape: tuple[int, int]  # C and K
+    exposure: Array  # (N, K) share of the interval, up to an event
+    is_event: NDArray[np.bool_]  # (N, C, K) whether the event ended the row in the interval
 
     def of(self, rows: NDArray[np.int64]) -> Periods:
         """Return those of some rows."""
-        chosen = np.isin(self.row, rows)
-        row, interval, event, weight, shape = self
-        return Periods(row[chosen], interval[chosen], event[chosen], weight[chosen], shape)
+        return Periods(self.exposure[rows], self.is_event[rows])
 
-    def joined(self) -> Periods:
-        """Return each row once, in one interval as long as all: enough to choose a penalty by."""
-        rows, last = np.unique(self.row[::-1], return_index=True)
-        event = self.event[::-1][last]
-        share = np.bincount(self.row, self.weight)[rows] / self.shape[1]
-        weight = np.where(event > 0, 1.0, share)
-        return Periods(rows, np.zeros_like(rows), event, weight, (self.shape[0], 1))
+    @property
+    def level(self) -> Array:
+        """The cumulative hazards (C, K) that are the same for everyone."""
+        return rates_of(self.is_event.sum(axis=0), self.exposure.sum(axis=0))
 
 
 def periods_of(exposure: Array, is_event: NDArray[np.bool_]) -> Periods:
     """Return the intervals of N rows by exposure (N, K) and events (N, C, K)."""
-    event = (is_event * np.arange(1, is_event.shape[1] + 1)[:, None]).sum(axis=1)
-    weight = np.where(event > 0, 1.0, exposure)
-    row, interval = np.nonzero(weight)
-    shape = is_event.shape[1], is_event.shape[2]
-    return Periods(row, interval, event[row, interval], weight[row, interval], shape)
+    return Periods(np.maximum(exposure, SHORTEST * is_event.any(axis=1)), is_event)
 
 
-def hazards_of(chances: Array) -> Array:
-    """Return cumulative hazards (..., C, K) from chances (..., K, C + 1) of none, and of each.
+def rates_of(events: Array | NDArray[np.bool_], exposure: Array) -> Array:
+    """Return events per exposure, which are never 0: an event that no row has stays possible."""
+    rates = np.zeros(events.shape)
+    return SMALLEST + np.divide(events, exposure, out=rates, where=exposure > 0)
 
-    Within an interval hazards are constant: events share its total as they share the chances.
-    """
-    total = -np.log(chances[..., :1].clip(1e-300))
-    shares = chances[..., 1:] / (1 - chances[..., :1]).clip(1e-300)
-    hazards: Array = (total * shares).clip(SMALLEST).swapaxes(-1, -2)
+
+def hazards_of(log_hazards: Array) -> Array:
+    """Return cumulative hazards within bounds."""
+    hazards: Array = np.exp(log_hazards.clip(*np.log([SMALLEST, LARGEST])))
     return hazards
 
 
 class PeriodRegression(Regression):
-    """A multinomial regression: an intercept for each interval and outcome, (K, C + 1)."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """C and K."""
-        intervals, outcomes = self.intercept.shape
-        return outcomes - 1, intervals
+    """A Poisson regression of each of C events, with an intercept for each of K intervals."""
 
     def risks(self, table: pd.DataFrame) -> Array:
         """Return cumulative hazards (N, C, K) of the rows of a table that has the columns."""
-        odds = self.scaled(table) @ self.coefficients.T  # (N, C + 1)
-        return hazards_of(softmax(odds[:, None] + self.intercept, axis=2))
+        return hazards_of((self.scaled(table) @ self.coefficients.T)[..., None] + self.intercept)
 
     @classmethod
     def read_weights(cls, content: Mapping[str, Any], size: int) -> tuple[Array, Array]:
-        """Check and return coefficients (C + 1, P) and intercepts."""
-        intercepts = np.array(content["intercept"], np.float64)
-        intervals, outcomes = intercepts.shape
-        weights = read_array(content["coefficients"], outcomes, size)
-        return weights, read_array(intercepts, intervals, outcomes)
+        """Check and return coefficients (C, P) and intercepts (C, K)."""
+        levels = content["intercept"]
+        weights = read_array(content["coefficients"], len(levels), size)
+        return weights, read_array(levels, len(levels), len(levels[0]))
 
 
 @dataclass(frozen=True)
@@ -140,7 +120,7 @@ class PeriodTrees:
 
     columns: list[str]
     text: list[str]  # of each event, as in ``Trees``
-    intervals: int
+    intercept: Array  # (C, K) log-hazards to which the trees of a row add
 
     @cached_property
     def events(self) -> list[Trees]:
@@ -150,26 +130,18 @@ class PeriodTrees:
             raise ValueError("no trees")
         return models
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """C and K."""
-        return len(self.text), self.intervals
-
     def risks(self, table: pd.DataFrame) -> Array:
         """Return cumulative hazards (N, C, K) of the rows of a table that has the columns."""
-        intervals = [table.assign(**{INTERVAL: k}) for k in range(self.intervals)]
-        chances = np.array([[model.risks(x) for model in self.events] for x in intervals])
-        chances /= chances.sum(axis=1, keepdims=True).clip(1)  # (K, C, N), fitted one by one
-        none = 1 - chances.sum(axis=1, keepdims=True)
-        return hazards_of(np.concatenate([none, chances], axis=1).transpose(2, 0, 1))
+        intervals = [table.assign(**{INTERVAL: k}) for k in range(self.intercept.shape[1])]
+        totals = np.array([[model.totals(x) for x in intervals] for model in self.events])
+        return hazards_of(totals.transpose(2, 0, 1) + self.intercept)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
         """Check and return; see ``simple_models``."""
-        intervals = int(content["intervals"])
-        if not 1 <= intervals <= MAX_INTERVALS:
-            raise ValueError(f"{intervals} intervals")
-        model = cls(read_names(content["columns"]), [*map(str, content["text"])], intervals)
+        text, levels = [*map(str, content["text"])], content["intercept"]
+        intercept = read_array(levels, len(text), len(levels[0]))
+        model = cls(read_names(content["columns"]), text, intercept)
         assert model.events
         return model
 
@@ -200,7 +172,8 @@ class TimeBaselines(Baselines):
         """Return checked fields of the class."""
         null = np.array(content["null"], np.float64)
         read = super().from_plain(content) | {"null": read_array(null, *null.shape)}
-        if not (null > 0).all() or any(m.shape != null.shape for m in read["models"].values()):
+        shapes = {model.intercept.shape for model in read["models"].values()}
+        if not (null > 0).all() or shapes != {null.shape}:
             raise ValueError("hazards of different shapes, or not above 0")
         return read
 
@@ -223,24 +196,22 @@ def tune_time_baselines(
 ) -> Settings:
     """Choose the settings of the baselines in folds of some rows; ``periods`` are of these."""
     folds = tuning_folds(dataset.labels[train], dataset.groups[train])
-    within = [
-        (np.flatnonzero(np.isin(periods.row, a)), np.flatnonzero(np.isin(periods.row, b)))
-        for a, b in folds
-    ]
     tables = {
         name: table.to_numpy()[train] for name, table in baseline_tables(dataset, static).items()
     }
     boosted = [name for name in tables if name.startswith(BOOSTING)]
-    values = with_interval(tables[boosted[-1]], periods)
-    trees: dict[str, Any] = {}
-    sizes = None  # those of event 1 serve all; each event has its own number of trees
-    for event in range(1, periods.shape[0] + 1):
-        is_event = (periods.event == event).astype(float)
-        found = tuned_trees(values, is_event, within, periods.weight, sizes)
-        trees[str(event)] = found
-        sizes = sizes or [{name: found[name] for name in SIZES[0]}]
+    widest, expected = tables[boosted[-1]], periods.exposure @ periods.level[0]
+    # A size is chosen by event 1 and with each row once; each event has its own number of trees.
+    rates = rates_of(periods.is_event[:, 0].any(axis=1), expected)
+    found = tuned_trees(widest, rates, folds, expected, POISSON)
+    sizes = [{name: found[name] for name in SIZES[0]}]
+    row, values, targets = person_periods(widest, periods)
+    within = [(np.flatnonzero(np.isin(row, a)), np.flatnonzero(np.isin(row, b))) for a, b in folds]
+    trees = {
+        str(event): tuned_trees(values, rates, within, expected, POISSON, sizes)
+        for event, (rates, expected) in enumerate(targets, 1)
+    }
     penalties: dict[str, float] = {}
-    periods = periods.joined()
     for name in [name for name in tables if name not in boosted and folds]:
         losses = np.sum([fold_losses(tables[name], periods, *fold) for fold in folds], axis=0)
         penalties[name] = PENALTIES[PENALTY][int(losses.argmin())]
@@ -250,17 +221,16 @@ def tune_time_baselines(
 def fold_losses(
     values: Array, periods: Periods, train: NDArray[np.int64], test: NDArray[np.int64]
 ) -> list[float]:
-    """Return the log loss of event 1 in some rows of values (N, P), for each penalty.
+    """Return the negative log-likelihood of event 1 in some rows of values (N, P), by penalty.
 
     That of all events would be the most frequent one's.
     """
-    held_out, losses = periods.of(test), []
-    columns, scaled = [*range(values.shape[1])], pd.DataFrame(values)
-    for model in fit_regressions(values, periods.of(train), PENALTIES[PENALTY], columns):
-        odds = (model.scaled(scaled) @ model.coefficients.T)[held_out.row]
-        chance = softmax(odds + model.intercept[held_out.interval], axis=1)[:, 1]
-        of_rows = row_losses((held_out.event == 1).astype(float), log_odds(chance))
-        losses.append(float(held_out.weight @ of_rows))
+    first = Periods(periods.exposure, periods.is_event[:, :1])
+    exposure, is_event = first.of(test)
+    columns, losses = [*range(values.shape[1])], []
+    for model in fit_regressions(values[train], first.of(train), PENALTIES[PENALTY], columns):
+        hazards = model.risks(pd.DataFrame(values[test]))
+        losses.append(float((exposure[:, None] * hazards - is_event * np.log(hazards)).sum()))
     return losses
 
 
@@ -278,12 +248,7 @@ def fit_time_baselines(
     for name, table in baseline_tables(dataset, settings.static).items():
         values, columns = table.to_numpy()[rows], [*table.columns]
         if name.startswith(BOOSTING):
-            read, columns, texts = with_interval(values, periods), [*columns, INTERVAL], []
-            for event, size in settings.trees.items():
-                is_event = (periods.event == int(event)).astype(float)
-                booster = fit_trees(read, is_event, size, periods.weight)
-                texts.append(Trees.of(booster, columns).text)
-            models[name] = PeriodTrees(columns, texts, len(cuts))
+            models[name] = fit_period_trees(values, periods, settings.trees, columns)
         else:
             penalties = [settings.penalties.get(name, 1.0)]
             (models[name],) = fit_regressions(values, periods, penalties, columns)
@@ -292,50 +257,91 @@ def fit_time_baselines(
     return TimeBaselines(models, None, inputs, bool(settings.penalties), null=null)
 
 
+def fit_period_trees(
+    values: Array, periods: Periods, settings: Mapping[str, Any], columns: Sequence[str]
+) -> PeriodTrees:
+    """Return the trees of each event, of given settings, fitted on rows of values (N, P)."""
+    _, values, targets = person_periods(values, periods)
+    columns, texts = [*columns, INTERVAL], []
+    for size, (rates, expected) in zip(settings.values(), targets, strict=True):
+        booster = fit_trees(values, rates, size, expected, POISSON)
+        texts.append(Trees.of(booster, columns).text)
+    return PeriodTrees(columns, texts, np.log(periods.level))
+
+
 def fit_regressions(
     values: Array, periods: Periods, penalties: Sequence[float], columns: Sequence[Any]
 ) -> Iterator[PeriodRegression]:
-    """Yield the regression of each penalty, fitted in the intervals of some rows of (N, P)."""
+    """Yield the regression of each penalty, fitted on the periods of rows of values (N, P)."""
     imputer = SimpleImputer(add_indicator=True, keep_empty_features=True)
-    scaler, rows = StandardScaler(), np.unique(periods.row)
-    scaler.fit(imputer.fit_transform(values[rows]))
-    scaled = scaler.transform(imputer.transform(values))
-    outcomes, intervals = periods.shape[0] + 1, np.eye(periods.shape[1])
-    design = np.hstack([scaled[periods.row], UNPENALISED * intervals[periods.interval]])
+    scaler = StandardScaler()
+    scaled = scaler.fit_transform(imputer.fit_transform(values))
     marked = [columns[k] for k in imputer.indicator_.features_]
     scales = imputer.statistics_, marked, scaler.mean_, scaler.scale_
-    model = LogisticRegression(max_iter=2000, warm_start=True)
-    joined = periods.joined()
-    if periods.shape[1] > 1 and {*joined.event} == {*periods.event}:
-        # From the fit to joined rows a third of the steps remain.
-        model.set_params(C=penalties[0])
-        model.fit(scaled[joined.row], joined.event, sample_weight=joined.weight)
-        beside = np.zeros((len(model.coef_), periods.shape[1]))
-        model.coef_ = np.hstack([model.coef_, beside])
+    exposure, events = periods.exposure, periods.is_event.swapaxes(0, 1)
+    models = [PoissonRegressor(max_iter=1000, tol=1e-5, warm_start=True) for _ in events]
     for penalty in penalties:
-        model.set_params(C=penalty).fit(design, periods.event, sample_weight=periods.weight)
-        found = np.hstack([model.coef_, model.intercept_[:, None]])
-        if len(found) == 1:  # of two outcomes scikit-learn gives the log-odds
-            found = np.vstack([np.zeros_like(found), found])
-        fitted = np.zeros((outcomes, found.shape[1]))
-        fitted[:, -1] = UNSEEN  # what these rows do not have
-        fitted[model.classes_] = found
-        weights, of_intervals, of_all = np.split(fitted, [scaled.shape[1], -1], axis=1)
-        intercepts = (of_all + UNPENALISED * of_intervals).T
+        fitted = [
+            fit_event(model, scaled, exposure, is_event, penalty)
+            for model, is_event in zip(models, events, strict=True)
+        ]
+        weights, intercepts = map(np.array, zip(*fitted, strict=True))
         yield PeriodRegression([*columns], *scales, weights, intercepts)
 
 
-def with_interval(values: Array, periods: Periods) -> Array:
-    """Return the values (N, P) of the row, and the interval, of each of M, (M, P + 1)."""
-    return np.column_stack([values[periods.row], periods.interval])
+def fit_event(
+    model: PoissonRegressor,
+    scaled: Array,
+    exposure: Array,
+    is_event: NDArray[np.bool_],
+    penalty: float,
+) -> tuple[Array, Array]:
+    """Return coefficients (P,) and intercepts (K,) of an event that ended rows (N, K).
+
+    The hazard of an interval is its level times what the row makes of it. By turns, these are
+    fitted to each other: a row has its events at the exposure in all intervals times their levels.
+
+    Source: Holford 1980, "The analysis of rates and of survivorship using log-linear models",
+    Biometrics 36:299.
+    """
+    of_row, of_interval = is_event.any(axis=1), is_event.sum(axis=0)
+    level = rates_of(of_interval, exposure.sum(axis=0))
+    for _ in range(MAX_PASSES):
+        expected, before = exposure @ level, level
+        model.set_params(alpha=1 / (penalty * expected.sum()))  # as the inverse C of labels
+        model.fit(scaled, rates_of(of_row, expected), sample_weight=expected)
+        level = rates_of(of_interval, model.predict(scaled) @ exposure)
+        if np.allclose(level, before, rtol=SAME, atol=0):
+            break
+    return model.coef_, model.intercept_ + np.log(level)
+
+
+def person_periods(
+    values: Array, periods: Periods
+) -> tuple[NDArray[np.int64], Array, list[tuple[Array, Array]]]:
+    """Return a row for each interval in which one of values (N, P) was watched, M in all.
+
+    Which of N it is, (M,), its values and interval, (M, P + 1), and for each event the rate and the
+    weight, (M,) each: events per expected events, and these, if everyone had the same hazards.
+    """
+    row, interval = np.nonzero(periods.exposure)
+    expected = periods.exposure[row, interval] * periods.level[:, interval]  # (C, M)
+    rates = rates_of(periods.is_event[row, :, interval].T, expected)
+    targets = [*zip(rates, expected, strict=True)]
+    return row, np.column_stack([values[row], interval]), targets
 
 
 def null_hazards(hours: Array, event: Array, cuts: Sequence[float]) -> Array:
-    """Return the cumulative hazards (C, K) by which everyone has Aalen-Johansen's incidences."""
+    """Return the cumulative hazards (C, K) by which everyone has Aalen-Johansen's incidences.
+
+    Within an interval hazards are constant: events share its total as they share the chances.
+    """
     times, incidence = aalen_johansen(hours, event)
     reached = np.searchsorted(times, cuts, side="right")
     incidence = np.pad(incidence, ((0, 0), (1, 0)))[:, reached]  # (C, K) by the cuts
     steps = np.diff(incidence, prepend=0.0)
     free = 1 - incidence.sum(axis=0) + steps.sum(axis=0)  # (K,) of events before each interval
-    chances = steps / free.clip(1e-300)
-    return hazards_of(np.vstack([1 - chances.sum(axis=0), chances]).clip(0).T)
+    chances = (steps / free.clip(1e-300)).clip(0)
+    some = chances.sum(axis=0)
+    hazards: Array = -np.log((1 - some).clip(1e-300)) * chances / some.clip(1e-300)
+    return hazards.clip(SMALLEST)

@@ -14,7 +14,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from medgemma_clinical.evaluation.metrics import PRECISION, Array, confusion_shares, metrics
+from medgemma_clinical.evaluation.metrics import (
+    PRECISION,
+    Array,
+    confusion_shares,
+    has_slope,
+    metrics,
+)
 
 MIN_UNCENSORED, MIN_AT_RISK = 0.05, 10
 """Share of rows that are uncensored, and number of rows at risk, that a horizon needs."""
@@ -59,7 +65,7 @@ def metrics_at(
         mean and observed risk of rows of similar risk; ``observed``, the observed risk
         (Aalen-Johansen; a weighted share with ``censoring``); ``mean_risk``, the mean of ``risk``;
         ``effective_n``, the number of rows that the weights are worth. NaN where undefined, such as
-        the slope of equal risks.
+        the slope of few different risks.
 
     Raises:
         ValueError: the arrays do not fit together or hold impossible values, or the data cannot
@@ -166,7 +172,10 @@ class Statuses(NamedTuple):
 
     def confusion(self, positive: NDArray[np.bool_]) -> dict[str, Array]:
         """Return sensitivity and the other shares (R,) at a threshold."""
-        return _finite(**confusion_shares(self.case, positive, self.shares))
+        found = confusion_shares(self.case, positive, self.shares)
+        with np.errstate(invalid="ignore"):
+            found["positives"] = self.weights @ positive / self.weights.sum(axis=1)  # all are known
+        return _finite(**found)
 
 
 def _finite(**values: Array) -> dict[str, Array]:
@@ -359,7 +368,7 @@ def _calibration(outcome: Array, risk: Array, weights: Array) -> dict[str, Array
     mean, spread = float(scaled.mean()), float(scaled.std())
     one = np.ones((1, len(risk)))
     slope = np.full(len(weights), np.nan)
-    if spread > PRECISION * (1 + abs(mean)):  # else rounding is all
+    if has_slope(scaled):
         columns = np.concatenate([one, (scaled[None] - mean) / spread])
         slope = fit_cloglog(outcome, columns, weights, [mean, spread])[:, 1] / spread
     intercept = fit_cloglog(outcome, one, weights, [0.0], scaled)[:, 0]

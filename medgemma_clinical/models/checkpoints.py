@@ -262,7 +262,8 @@ def read_baselines(path: Path, config: Config) -> Baselines | None:
             raise ValueError("other models")
     except READING_ERRORS as error:
         raise InputError(
-            f"{file}: damaged, or not of {path}: restore it, or copy the model elsewhere without it"
+            f"{file}: damaged, of an earlier version, or not of {path}: restore it, or copy the "
+            "model elsewhere without it"
         ) from error
     return baselines
 

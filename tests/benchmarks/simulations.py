@@ -12,7 +12,9 @@ Populations of known truth. Each line has the rule of this program beside the on
   when the best of them is compared;
 - updates: the slope after an update on the page beside the true one, when both halves are pooled;
 - sites: how often the interval of a pooled AUROC is narrower than that of a common effect, and how
-  often it holds the truth, without its lower bound.
+  often it holds the truth, without its lower bound;
+- periods: risks of death by 72 hours, with transplants and without, by baselines of times minus the
+  true ones, when a row that ends by any event counts a whole interval at risk.
 """
 
 import argparse
@@ -23,13 +25,16 @@ from unittest import mock
 
 import numpy as np
 import pandas as pd
+import torch
 from common import write  # first: it sets the path
 from scipy.optimize import brentq
 from scipy.special import expit
 from scipy.stats import t
 from sklearn.linear_model import LogisticRegression
 
+from medgemma_clinical.data.competing_events import CompetingEvents
 from medgemma_clinical.data.fold_split import draw_folds
+from medgemma_clinical.evaluation import baselines, metrics_table
 from medgemma_clinical.evaluation import metrics as metrics_module
 from medgemma_clinical.evaluation import metrics_table
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES, decide_folds
@@ -42,10 +47,17 @@ from medgemma_clinical.evaluation.metrics_table import (
     draw_metrics,
     evaluate,
     mean_of_repeats,
+from medgemma_clinical.evaluation.decision import BOTH, fit_updates
+from medgemma_clinical.evaluation.metrics_table import DIFFERENCE, VALUE, evaluate
+from medgemma_clinical.evaluation.time_baselines import (
+    fit_period_trees,
+    fit_regressions,
+    periods_of,
 )
 from medgemma_clinical.evaluation.topics.subgroups import random_effects
 from medgemma_clinical.evaluation.updating import CHOSEN, crosswise, evaluate_updates
 from medgemma_clinical.evaluation.verdicts import BETTER, WORSE, difference_verdict
+from medgemma_clinical.models.hazards import Hazards
 
 
 def predictions(labels, **risks):
@@ -311,6 +323,89 @@ def simulate_sites(sets):
         write(f"sites, {sites} that do not differ: before {words[0]}; now {words[1]}")
 
 
+# --------------------------------------------------------------------------- periods
+
+RATES = {
+    "as many of each": (0.006, 0.008, 0.010, 0.004),
+    "more censoring": (0.006, 0.008, 0.010, 0.02),
+    "rare deaths": (0.002, 0.02, 0.01, 0.02),
+}
+"""Hazards an hour of death, transplant, discharge and censoring at inputs of 0."""
+
+CUTS = {1: (72.0,), 2: (24.0, 72.0), 8: (5.0, 10.0, 15.0, 24.0, 34.0, 45.0, 57.0, 72.0)}
+"""Ends of so many intervals."""
+
+WAITING = CompetingEvents(("death", "transplant", "discharge"), (72.0,), (2,))
+
+
+def regression_hazards(table, periods):
+    (model,) = fit_regressions(table.to_numpy(), periods, [1.0], [*table])
+    return model.risks(table)
+
+
+def tree_hazards(table, periods):
+    usual = dict.fromkeys("123", baselines.USUAL_TREES)
+    return fit_period_trees(table.to_numpy(), periods, usual, [*table]).risks(table)
+
+
+def former_hazards(table, periods):
+    """A multinomial regression of the events, which count a whole interval at risk."""
+    is_event, intervals = periods.is_event, np.eye(periods.exposure.shape[1])
+    weight = np.where(is_event.any(axis=1), 1.0, periods.exposure)
+    row, interval = np.nonzero(weight)
+    events = (is_event * np.arange(1, is_event.shape[1] + 1)[:, None]).sum(axis=1)
+    design = np.hstack([table.to_numpy()[row], 30 * intervals[interval]])
+    model = LogisticRegression(max_iter=2000)
+    model.fit(design, events[row, interval], sample_weight=weight[row, interval])
+    chances = np.array(
+        [
+            model.predict_proba(np.hstack([table.to_numpy(), np.tile(30 * one, (len(table), 1))]))
+            for one in intervals
+        ]
+    )
+    none = chances[..., :1]
+    return (-np.log(none) * chances[..., 1:] / (1 - none)).transpose(1, 2, 0)
+
+
+BASELINES = {"before": former_hazards, "regression": regression_hazards, "trees": tree_hazards}
+
+
+def risk_distances(rows, intervals, rates, baseline, seed=1):
+    """Predicted minus true risks, mean and mean of the sickest tenth: (with, without) transplants.
+
+    Two inputs decide log-linear hazards; the first makes death and transplant more likely.
+    """
+    rng = np.random.default_rng(seed)
+    x, y = rng.normal(size=(2, rows))
+    slopes = [0.8 * x + 0.5 * y, 0.9 * x, -0.5 * x, 0 * x]
+    hazards = np.array(rates)[:, None] * np.exp(slopes)
+    times = rng.exponential(1 / hazards)
+    hours, event = times.min(axis=0), np.array([1.0, 2.0, 3.0, 0.0])[times.argmin(axis=0)]
+    grid = Hazards(WAITING, CUTS[intervals], (1.0, 1.0, 1.0))
+    watched = grid.watched(torch.from_numpy(np.column_stack([0 * hours, hours, event])))
+    periods = periods_of(watched.exposure.numpy(), watched.is_event.numpy())
+    found = BASELINES[baseline](pd.DataFrame({"x": x, "y": y}), periods)
+    found, distances = grid.risks(torch.from_numpy(found)).numpy().T, []
+    for risk, happening in zip(found, ([0, 1, 2], [0, 2]), strict=True):
+        total = hazards[happening].sum(axis=0)
+        true = hazards[0] / total * (1 - np.exp(-72 * total))
+        sickest = true > np.quantile(true, 0.9)
+        distances.append([(risk - true).mean(), (risk - true)[sickest].mean()])
+    return np.array(distances)
+
+
+def simulate_periods(sets):
+    for intervals in CUTS:
+        for name, rates in RATES.items():
+            for baseline in BASELINES:
+                found = risk_distances(300 * sets, intervals, rates, baseline)
+                texts = ["{:+.3f}, sickest tenth {:+.3f}".format(*pair) for pair in found]
+                write(
+                    f"periods, {300 * sets} rows, {name}, {intervals} intervals, {baseline}: risk "
+                    f"{texts[0]}; without transplants {texts[1]}"
+                )
+
+
 SIMULATIONS = {
     "folds": simulate_folds,
     "fold_verdicts": simulate_fold_verdicts,
@@ -318,6 +413,7 @@ SIMULATIONS = {
     "verdicts": simulate_verdicts,
     "updates": simulate_updates,
     "sites": simulate_sites,
+    "periods": simulate_periods,
 }
 
 

@@ -100,8 +100,8 @@ def test_separated_classes_and_equal_risks_have_no_slope(case):
 
 @pytest.mark.parametrize(("scale", "shift"), [(1, 0), (1, 0.7), (1, -0.7), (2, 0.5), (0.5, -1)])
 def test_calibration_of_a_population_of_known_risks(scale, shift):
-    true = np.repeat([0.1, 0.25, 0.5, 0.75], 20)
-    labels = (np.arange(80) % 20 < 20 * true).astype(float)  # 2, 5, 10 and 15 events of 20
+    events = np.repeat(np.arange(1, 40), 40)  # of 40 rows each
+    true, labels = events / 40, (np.arange(len(events)) % 40 < events).astype(float)
     risk = expit(scale * logit(true) + shift)
     found = {name: each[0] for name, each in calibration(labels, risk, ones(labels)).items()}
     assert found["calibration_slope"] == pytest.approx(1 / scale, abs=1e-8)
@@ -140,14 +140,26 @@ def test_the_standard_error_of_a_mean_counts_patients():
     assert copied == pytest.approx(alone)
 
 
+@pytest.mark.parametrize("values", [19, 20])
+def test_slope_and_intercept_need_twenty_different_risks(values):
+    risk = np.linspace(0.1, 0.9, values)[np.arange(400) % values]
+    labels = (np.random.default_rng(0).random(400) < risk).astype(float)
+    found = calibration(labels, risk, np.vstack([ones(labels), weightings(labels, 3)]))
+    for name in ("calibration_slope", "calibration_intercept"):
+        assert (np.isfinite(found[name]) == (values == 20)).all(), name
+    assert np.isfinite(found["calibration_in_the_large"]).all()
+
+
 def test_certain_risks_have_a_finite_calibration():
-    labels, risk = np.array([1.0, 0, 1, 0]), np.array([0.0, 0, 1, 1])
+    labels, risk = np.tile([1.0, 0, 1, 0], 6), np.linspace(0.2, 0.8, 24)
+    risk[:4] = 0, 0, 1, 1
     assert np.isfinite(list(calibration(labels, risk, ones(labels)).values())).all()
 
 
 def test_a_weighting_without_a_class_is_undefined_without_a_warning(recwarn):
-    labels, risk = np.array([1.0, 0, 0, 1]), np.array([0.4, 0.2, 0.6, 0.5])
-    weights = np.array([[0.0, 1, 2, 0], [1, 0, 0, 1], [1, 1, 1, 1]])
+    labels = np.tile([1.0, 0, 0, 1], 6)
+    risk = np.tile([0.4, 0.2, 0.6, 0.5], 6) + np.arange(24) / 1000
+    weights = np.tile([[0.0, 1, 2, 0], [1, 0, 0, 1], [1, 1, 1, 1]], 6)
     found = metrics(labels, risk, weights) | calibration(labels, risk, weights)
     for name in ("auroc", "brier_skill", "calibration_slope", "calibration_in_the_large"):
         assert np.isfinite(found[name]).tolist() == [False, False, True], name

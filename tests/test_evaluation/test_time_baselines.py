@@ -5,20 +5,21 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import simulations
 import torch
-from scipy.special import softmax
-from sklearn.linear_model import LogisticRegression
+from scipy.optimize import minimize
 
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.data.competing_events import CompetingEvents
 from medgemma_clinical.evaluation import baselines
 from medgemma_clinical.evaluation.time_baselines import (
     NULL,
+    fit_period_trees,
     fit_regressions,
     fold_losses,
-    hazards_of,
     null_hazards,
     periods_of,
+    person_periods,
 )
 from medgemma_clinical.evaluation.time_metrics import aalen_johansen
 from medgemma_clinical.models.hazards import Hazards
@@ -43,30 +44,44 @@ def periods(hours, event, cuts=CUTS):
 
 
 def test_a_row_stands_in_the_intervals_in_which_it_was_watched():
-    hours, event = np.array([30.0, 30.0, 100.0, 24.0]), np.array([0.0, 2.0, 1.0, 1.0])
-    found = np.column_stack(periods(hours, event)[0][:4]).tolist()
-    assert found == [
-        *([0, 0, 0, 1], [0, 1, 0, 0.25]),  # censored a quarter into the second
-        *([1, 0, 0, 1], [1, 1, 2, 1]),
-        *([2, 0, 0, 1], [2, 1, 0, 1], [2, 2, 0, 1]),
-        [3, 0, 1, 1],
+    hours, event = np.array([30.0, 30.0, 100.0, 24.0, 0.0]), np.array([0.0, 2.0, 1.0, 1.0, 2.0])
+    found = periods(hours, event)[0]
+    assert found.exposure.tolist() == [
+        [1, 0.25, 0],
+        [1, 0.25, 0],  # up to the event
+        [1, 1, 1],
+        [1, 0, 0],
+        [pytest.approx(0, abs=1e-5), 0, 0],
     ]
+    assert found.exposure[4, 0] > 0  # it has an event at once
+    assert np.argwhere(found.is_event).tolist() == [[1, 1, 1], [3, 0, 0], [4, 1, 0]]
 
 
-def test_a_joined_row_has_its_last_event_and_its_share_of_all_intervals():
-    hours, event = np.array([30.0, 30.0, 100.0, 24.0]), np.array([0.0, 2.0, 0.0, 1.0])
-    found = periods(hours, event)[0].joined()
-    assert found.event.tolist() == [0, 2, 0, 1]
-    assert found.weight.tolist() == pytest.approx([1.25 / 3, 1, 1, 1])
-    assert found.shape == (2, 1)
+def test_a_person_period_has_events_per_expected_events():
+    hours, event = np.array([30.0, 30.0, 12.0, 24.0]), np.array([0.0, 2.0, 1.0, 1.0])
+    row, values, targets = person_periods(
+        np.array([[5.0], [6.0], [7.0], [8.0]]), periods(hours, event)[0]
+    )
+    assert row.tolist() == [0, 0, 1, 1, 2, 3]
+    assert values.tolist() == [[5, 0], [5, 1], [6, 0], [6, 1], [7, 0], [8, 0]]
+    first, second = 2 / 3.5, 1 / 0.5  # hazards of everyone: of event 1 early, of event 2 later
+    np.testing.assert_allclose(targets[0][1], [first, 0, first, 0, first / 2, first], atol=1e-8)
+    np.testing.assert_allclose(targets[1][1], [0, second / 4, 0, second / 4, 0, 0], atol=1e-8)
+    for event, (rates, expected) in enumerate(targets, 1):
+        events = [[0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 0, 0]][event - 1]
+        np.testing.assert_allclose(rates * expected, events, atol=1e-8)
 
 
-def test_hazards_within_an_interval_return_the_chances():
-    rates, days = np.array([0.02, 0.05]), 7.0
-    free = np.exp(-rates.sum() * days)
-    chances = np.array([[free, *(rates / rates.sum() * (1 - free))]])
-    np.testing.assert_allclose(hazards_of(chances)[:, 0], rates * days)
-    assert (hazards_of(np.array([[1.0, 0.0, 0.0]])) > 0).all()  # its logarithm is taken
+def test_an_event_that_no_row_has_stays_possible():
+    x, _, hours, event = population(300)
+    found, _ = periods(hours, np.where(event == 2, 0, event))
+    (model,) = fit_regressions(x[:, None], found, [1.0], ["x"])
+    trees = fit_period_trees(x[:, None], found, dict.fromkeys("12", baselines.USUAL_TREES), ["x"])
+    table = pd.DataFrame({"x": [-1e6, 0.0, 1e6]})
+    for hazards in (model.risks(table), trees.risks(table)):
+        assert (hazards > 0).all()  # their logarithms are taken
+        assert np.isfinite(hazards).all()
+        assert hazards[:, -1].max() < 1e-6
 
 
 def test_the_null_model_has_the_incidences_of_aalen_and_johansen():
@@ -78,7 +93,7 @@ def test_the_null_model_has_the_incidences_of_aalen_and_johansen():
     np.testing.assert_allclose(grid.incidence(null, CUTS), expected, rtol=1e-12)
 
 
-def test_a_regression_is_the_multinomial_one_of_person_periods():
+def test_a_regression_has_the_exact_likelihood_of_constant_hazards():
     x, _, hours, event = population(600)
     table = np.column_stack([x, np.where(x > 1, np.nan, x**2)])
     found, _ = periods(hours, event)
@@ -86,13 +101,17 @@ def test_a_regression_is_the_multinomial_one_of_person_periods():
     filled = np.where(np.isnan(table), np.nanmean(table, axis=0), table)
     filled = np.column_stack([filled, np.isnan(table[:, 1])])
     scaled = (filled - filled.mean(axis=0)) / filled.std(axis=0)
-    design = np.column_stack([scaled[found.row], 30 * np.eye(3)[found.interval]])
-    plain = LogisticRegression(C=0.1, max_iter=5000, tol=1e-8)
-    plain.fit(design, found.event, sample_weight=found.weight)
-    new = np.column_stack([np.repeat(scaled[:5], 3, axis=0), 30 * np.tile(np.eye(3), (5, 1))])
-    expected = hazards_of(plain.predict_proba(new).reshape(5, 3, 3))
-    risks = model.risks(pd.DataFrame(table[:5], columns=["x", "square"]))
-    np.testing.assert_allclose(risks, expected, rtol=2e-3)
+    hazards = model.risks(pd.DataFrame(table, columns=["x", "square"]))
+    for cause in (0, 1):
+
+        def loss(numbers, cause=cause):
+            log_hazard = numbers[:3] + (scaled @ numbers[3:])[:, None]
+            lost = found.exposure * np.exp(log_hazard) - found.is_event[:, cause] * log_hazard
+            return lost.sum() + (numbers[3:] ** 2).sum() / (2 * 0.1)
+
+        best = minimize(loss, np.r_[-2, -2, -2, 0, 0, 0], method="BFGS").x
+        expected = np.exp(best[:3] + (scaled @ best[3:])[:, None])
+        np.testing.assert_allclose(hazards[:, cause], expected, rtol=5e-3)
 
 
 def test_the_penalty_is_chosen_by_the_first_event():
@@ -102,21 +121,22 @@ def test_the_penalty_is_chosen_by_the_first_event():
     second = np.exp(-4 + values[:, :10].sum(axis=1) / 2)
     times = rng.exponential(1 / np.array([np.full(1500, np.exp(-6.0)), second]))
     hours, event = times.min(axis=0), 1.0 + times.argmin(axis=0)
-    found, _ = periods(hours, event)
     parts = np.arange(0, 1000), np.arange(1000, 1500)
-    losses = fold_losses(values, found, *parts)
-    assert int(np.argmin(losses)) <= 1
-    models = fit_regressions(
-        values, found.of(parts[0]), baselines.PENALTIES[baselines.PENALTY], [*range(30)]
+    losses, frequent = (
+        fold_losses(values, periods(hours, numbers)[0], *parts) for numbers in (event, 3 - event)
     )
-    held_out, every = found.of(parts[1]), []
-    for model in models:
-        odds = model.scaled(pd.DataFrame(values))[held_out.row] @ model.coefficients.T
-        chances = softmax(odds + model.intercept[held_out.interval], axis=1)
-        every.append(
-            -(held_out.weight * np.log(chances[np.arange(len(odds)), held_out.event])).sum()
-        )
-    assert int(np.argmin(every)) > int(np.argmin(losses))
+    assert int(np.argmin(losses)) <= 1
+    assert int(np.argmin(frequent)) > int(np.argmin(losses))
+
+
+@pytest.mark.parametrize("baseline", ["regression", "trees"])
+@pytest.mark.parametrize("intervals", [1, 2])
+def test_risks_without_interventions_are_true_in_wide_intervals(intervals, baseline):
+    """Of a rare death, beside frequent other ends that few of the sickest outlive."""
+    rates = simulations.RATES["rare deaths"]
+    of_all, of_sickest = simulations.risk_distances(6000, intervals, rates, baseline)[1]
+    assert abs(of_all) < 0.01
+    assert abs(of_sickest) < 0.06
 
 
 def with_times(n=3000, seed=0):
@@ -178,8 +198,7 @@ def test_trees_count_an_interval_by_the_share_of_it_that_was_watched():
     rows, (found, _) = np.arange(800), periods(table["event_hours"], table["event"], (72.0,))
     settings = grid.tune_baselines(dataset, rows, [])
     hazards = grid.fit_baselines(dataset, rows, settings).risks(dataset)["gradient boosting"]
-    shares = np.bincount(found.event, found.weight)[1:] / found.weight.sum()
-    np.testing.assert_allclose(1 - np.exp(-hazards[0].sum()), shares.sum(), rtol=0.02)
+    np.testing.assert_allclose(hazards[0], found.level, rtol=0.02)
 
 
 def test_kept_baselines_give_the_same_hazards(fitted):
@@ -205,7 +224,8 @@ def test_a_blend_is_the_mean_of_the_hazards(fitted):
         lambda content: content["null"].pop(),
         lambda content: content["null"][0].append(1.0),
         lambda content: content["null"][0].__setitem__(0, -1.0),
-        lambda content: content["models"]["gradient boosting"].update(intervals=10**9),
+        lambda content: content["models"]["gradient boosting"]["intercept"].pop(),
+        lambda content: content["models"]["gradient boosting"]["intercept"][0].pop(),
         lambda content: content["models"]["gradient boosting"]["text"].pop(),
         lambda content: content["models"]["last value"]["intercept"].pop(),
         lambda content: content["models"]["last value"]["coefficients"].pop(),

@@ -13,6 +13,7 @@ from medgemma_clinical.evaluation.time_metrics import (
     fit_cloglog,
     metrics_at,
     metrics_of_draws,
+    statuses_at,
     uncensored_probability,
 )
 
@@ -187,6 +188,33 @@ def test_without_censoring_the_values_are_those_of_the_labels():
     assert {name: values[name] for name in expected} == pytest.approx(expected, abs=1e-6)
     alike = metrics_at(hours, event, risk, HORIZON, censoring=np.ones(500))
     assert alike == pytest.approx(values, abs=1e-9)
+
+
+@pytest.mark.parametrize("values", [19, 20])
+def test_a_slope_needs_twenty_different_risks(values):
+    hours, event, risk, *_ = population(600)
+    steps = np.quantile(risk, np.linspace(0, 1, values))
+    found = metrics_at(hours, event, steps[np.searchsorted(steps, risk)], HORIZON)
+    assert np.isfinite(found["slope"]) == (values == 20)
+    assert np.isfinite(found["intercept"])
+
+
+def test_who_is_predicted_positive_needs_no_weights():
+    hours, event, risk, *_ = population(300)
+    weights = np.vstack([ones(hours), np.random.default_rng(0).integers(0, 4, 300)])
+    statuses, positive = statuses_at(hours, event, HORIZON, weights), risk > 0.2
+    found = statuses.confusion(positive)
+    expected = (weights * positive).sum(axis=1) / weights.sum(axis=1)
+    np.testing.assert_allclose(found["positives"], expected)
+
+
+def test_weights_are_equal_where_all_are_watched_until_the_horizon():
+    hours, event, risk, *_ = population(300, censoring=0)
+    event[hours > HORIZON] = 0  # censored, all later
+    statuses = statuses_at(hours, event, HORIZON, ones(hours))
+    assert (statuses.inverse == 1).all()
+    labels, positive = (event == 1) & (hours <= HORIZON), risk > 0.2
+    assert statuses.confusion(positive)["sensitivity"] == pytest.approx(positive[labels].mean())
 
 
 @pytest.mark.parametrize(("shift", "slope"), [(0, 1), (1.0, 1), (-1.0, 1), (0.3, 2), (-0.5, 0.5)])
