@@ -8,7 +8,7 @@ which stable periods differ. Letters: n patients, R draws.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Self
 
@@ -58,11 +58,8 @@ RANKED = ("slope", "auroc")
 LIMITS = ["limit_low", "limit_high"]
 LINE = ["period", "site", "metric", *VALUE, *LIMITS]
 PROBLEM = ["period", "name", "problem"]
-ACTIONS = ("stop", "refit", "recalibrate")
-"""What a rule may say, what goes first."""
-
 CHANGES = {"refit": [("auroc", "low")], "recalibrate": [("oe", "low"), ("oe", "high")]}
-"""Metrics and limits beyond which consecutive periods call for an action."""
+"""Metrics and limits beyond which consecutive periods call for an action, after ``stop``."""
 
 ROUNDING = 1e-6
 """Share of a value that is no distance: few events have few values, which limits often equal."""
@@ -274,18 +271,15 @@ def stable_risk(risk: Array, reference: Mapping[str, Any]) -> Array:
 # ------------------------------------------------------------------ CUSUM and false alarms
 
 
-def cusum_steps(labels: Array, risk: Array, rule: MonitorRule) -> Array:
-    """Return what each patient of a period adds to the sums for higher and lower odds, (2, ..., n).
+def cusum_steps(labels: Array, risk: Array, odds_ratio: float) -> Array:
+    """Return what each patient adds to the sums for higher and for lower odds, (2, ..., n).
 
-    ``labels`` (..., n); ``risk`` (..., n) where nothing has changed. The divisor makes a period's
-    sum the log-likelihood ratio of its events, normally distributed, with its shift integrated out.
+    ``labels`` (..., n); ``risk`` (..., n) where nothing has changed.
     Source: Steiner et al. 2000, "Monitoring surgical performance using risk-adjusted cumulative
     sum charts".
     """
-    ratios = [rule.odds_ratio, 1 / rule.odds_ratio]
-    steps = np.stack([labels * np.log(r) - np.log(1 - risk + r * risk) for r in ratios])
-    variance = (risk * (1 - risk)).sum(axis=-1, keepdims=True)
-    return steps / (1 + rule.period_sd**2 * variance)
+    ratios = [odds_ratio, 1 / odds_ratio]
+    return np.stack([labels * np.log(r) - np.log(1 - risk + r * risk) for r in ratios])
 
 
 def cusum(steps: Array, limit: float) -> tuple[Array, NDArray[np.int64]]:
@@ -322,7 +316,7 @@ def alarm_levels(
         oe[years] = labels.sum(axis=2) / risks.sum(axis=1)
         for k in np.flatnonzero(ranked):
             auroc[years, k] = metrics(*doubled(risks[k], drawn[k]))["auroc"]
-        steps = cusum_steps(labels, stable_risk(risks, reference), rule)
+        steps = cusum_steps(labels, stable_risk(risks, reference), rule.odds_ratio)
         sums = steps.reshape(2, len(years), -1).cumsum(axis=2)
         lowest = np.minimum(np.minimum.accumulate(sums, axis=2), 0)
         highest[years] = (sums - lowest).max(axis=(0, 2))
@@ -422,18 +416,20 @@ def _inputs_words(problems: pd.DataFrame, checked: Sequence[str], periods: Seque
     changed = problems[problems["period"].isin(periods)].drop_duplicates("name")
     if len(changed):
         return f"changed inputs: {_named(changed)}"
-    all_fit = {*periods} <= {*checked}
-    found = "inputs fit the training data" if all_fit else "inputs not checked"
+    found = "inputs fit the training data" if {*periods} <= {*checked} else "inputs not checked"
     return f"{found} in {_span(sorted(periods))}"
 
 
-def _longer(rows: pd.DataFrame, period: str, is_enough: Callable[[pd.DataFrame], bool]) -> str:
-    """Return the shortest longer period of which some is enough, in words."""
+def _longer(
+    scored: pd.DataFrame, period: str, reference: Mapping[str, Any], rule: MonitorRule
+) -> str:
+    """Return the shortest longer period of which some has events enough, in words."""
     names = [*PERIODS]
     for name in names[names.index(period) + 1 :]:
-        if any(is_enough(part) for _, part in rows.groupby(period_names(rows["date"], name))):
+        risks = scored["risk"].groupby(period_names(scored["date"], name))
+        if any(has_ranks(risk, reference, rule) for _, risk in risks):
             return f"take --period {name}"
-    return "too few patients in any period"
+    return "too few events in any period"
 
 
 def _cusum_of(
@@ -445,11 +441,8 @@ def _cusum_of(
 ) -> pd.DataFrame:
     """Return ``Monitored.sums`` of the patients of some periods."""
     rows = scored[scored["period"].isin(periods) & scored["label"].notna()]
-    parts = [np.zeros((2, 0))]
-    for _, part in rows.groupby("period"):
-        risk = stable_risk(part["risk"].to_numpy(float), reference)
-        parts.append(cusum_steps(part["label"].to_numpy(float), risk, rule))
-    steps = np.hstack(parts)
+    risk = stable_risk(rows["risk"].to_numpy(float), reference)
+    steps = cusum_steps(rows["label"].to_numpy(float), risk, rule.odds_ratio)
     sums = rows[["date", "period"]].assign(signal="")
     for name, of_side in zip(("higher", "lower"), steps, strict=True):
         sums[name], signals = cusum(of_side, limit)
@@ -535,12 +528,9 @@ def monitor(
     not_judged = []
     unranked = of_judged.loc[of_judged["metric"] == "auroc", "value"].isna().to_numpy()
     if len(unranked) and _longest(unranked[None], rule.consecutive)[0]:
-        longer = _longer(scored, period, lambda x: has_ranks(x["risk"], reference, rule))
+        longer = _longer(scored, period, reference, rule)
         not_judged.append(f"slope and AUROC not judged: {longer}")
-    if inputs is None:
+    if not checked:
         not_judged.append("inputs not checked")
-    elif not checked:
-        longer = _longer(rows, period, lambda x: len(x) >= MIN_MEASURED)
-        not_judged.append(f"inputs not checked: {longer}")
     now = checked[-1] if checked else ""
     return Monitored(table, count, sums, levels, problems, now, actions, "; ".join(not_judged))

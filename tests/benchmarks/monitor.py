@@ -119,7 +119,9 @@ def simulate(args):
         rows, inputs = (x.iloc[picks].reset_index(drop=True) for x in as_is)
         found = monitor(rows[["label", "risk"]].assign(date=dates), inputs, **options)
         alarms.append([action.name for action in found.actions])
-    counts = {name: sum(name in names for names in alarms) for name in monitoring.ACTIONS}
+    counts = {
+        name: sum(name in names for names in alarms) for name in ("stop", *monitoring.CHANGES)
+    }
     write(f"{YEARS} stable years: {sum(map(bool, alarms))} with an alarm, {counts}")
 
 

@@ -205,7 +205,7 @@ def alarms(labels, risk, known, levels, rule, limits):
     auroc = area(labels, rankdata(risk, axis=1))
     beyond = [oe < low - 1e-6, oe > high + 1e-6, auroc < lowest - 1e-6]
     below, above, ranks = ((x[:, 1:] & x[:, :-1]).any(axis=1) for x in beyond)
-    steps = monitoring.cusum_steps(labels, monitoring.stable_risk(risk, known), rule)
+    steps = monitoring.cusum_steps(labels, monitoring.stable_risk(risk, known), rule.odds_ratio)
     years = steps.reshape(2, len(labels), -1).swapaxes(0, 1)
     signals = [any(len(monitoring.cusum(x, levels.cusum)[1]) for x in year) for year in years]
     return np.array([below | above, ranks, signals])

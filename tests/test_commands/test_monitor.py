@@ -97,7 +97,7 @@ def test_the_first_line_is_the_verdict_and_the_files_are_whole(
     scored, checkpoint, tmp_path, capsys
 ):
     lines, table = run(capsys, scored[0], checkpoint, scored[1], tmp_path, "--site", "ward")
-    assert lines[0].startswith("monitor: no action; slope and AUROC not judged: take --period")
+    assert lines[0] == "monitor: no action"
     assert {*table["site"]} == {"", "A", "B"}
     assert sorted({*table["period"]}) == ["2026-01", "2026-02", "2026-03", "2026-04"]
     page = Page((tmp_path / "out" / "monitor.html").read_text())
