@@ -251,8 +251,8 @@ def period_limits(
     lines = {}
     for name, column in table.dropna(axis=1, thresh=REPLICATES // 2 + 1).items():
         level = levels.auroc if name == "auroc" else levels.oe
-        ends = zip((level, 1 - level), ("lower", "higher"), strict=True)
-        lines[name] = [column.quantile(share, interpolation=end) for share, end in ends]
+        high = column.quantile(1 - level, interpolation="higher")
+        lines[name] = [column.quantile(level, interpolation="lower"), high]
     return pd.DataFrame.from_dict(lines, orient="index", columns=LIMITS)
 
 
@@ -427,7 +427,7 @@ def _longer(
     names = [*PERIODS]
     for name in names[names.index(period) + 1 :]:
         risks = scored["risk"].groupby(period_names(scored["date"], name))
-        if any(has_ranks(risk, reference, rule) for _, risk in risks):
+        if any(has_ranks(risk.to_numpy(float), reference, rule) for _, risk in risks):
             return f"take --period {name}"
     return "too few events in any period"
 
@@ -465,7 +465,7 @@ def _actions(
         if name == "recalibrate":
             for x in signals.drop_duplicates("signal").itertuples():
                 when = f"first in {x.period} ({x.date:%Y-%m-%d})"
-                found.append((f"the CUSUM for {x.signal} odds signals {when}", [x.period]))
+                found.append((f"the CUSUM for {x.signal} odds signals {when}", [str(x.period)]))
         if found:
             inputs = _inputs_words(problems, checked, [x for _, names in found for x in names])
             actions.append(Action(name, "; ".join(words for words, _ in found), inputs))
@@ -526,7 +526,7 @@ def monitor(
     checked = [] if inputs is None else [*sizes[sizes >= MIN_MEASURED].index]
     actions = _actions(of_judged, signals, problems, checked, rule)
     not_judged = []
-    unranked = of_judged.loc[of_judged["metric"] == "auroc", "value"].isna().to_numpy()
+    unranked = of_judged.loc[of_judged["metric"] == "auroc", "value"].isna().to_numpy(float)
     if len(unranked) and _longest(unranked[None], rule.consecutive)[0]:
         longer = _longer(scored, period, reference, rule)
         not_judged.append(f"slope and AUROC not judged: {longer}")
