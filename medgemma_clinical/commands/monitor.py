@@ -85,8 +85,8 @@ def run_monitor(args: Namespace, given: set[str]) -> int:
     card = {
         "Rule, fixed at training": rule.words,
         "Limits": f"Beyond each lie {level} (AUROC) of simulated stable periods; CUSUM limit "
-        f"{result.levels.cusum:.3g}. False alarms in {100 * result.levels.false_alarms:.2g} % of "
-        f"simulated stable years",
+        f"{result.levels.cusum:.3g}. O/E, AUROC or CUSUM alarm in "
+        f"{100 * result.levels.false_alarms:.2g} % of simulated stable years",
         "Development cohort": f"{reference['patients']:,} held-out patients: intercept "
         f"{reference['intercept']:+.2f}, slope {reference['slope']:.2f}",
         "Slope and AUROC": f"Of periods with at least {rule.min_expected} expected events",
@@ -102,8 +102,8 @@ def run_monitor(args: Namespace, given: set[str]) -> int:
         write_text(paths[0], page)
         write_text(paths[1], result.table.to_csv(index=False))
     logger.info("monitor: %s", result.verdict)
-    lines = [f"also {arm.name}: {arm.reason}" for arm in result.arms[1:]]
-    if any(arm.name == "recalibrate" for arm in result.arms):  # a page is shared: no path
+    lines = [f"also: {action.words}" for action in result.actions[1:]]
+    if any(x.name == "recalibrate" for x in result.actions):  # a page is shared: no path
         lines.append(f"to recalibrate: {update_command(args.checkpoint, config, name)}")
     lines += [*notes, *(f"earlier file moved to {path}" for path in asides), f"page: {paths[0]}"]
     logger.info("%s", "\n".join(lines))
@@ -163,7 +163,6 @@ def read_rows(
         "ids of outcomes without a prediction": int((~outcomes["id"].isin(rows["id"])).sum()),
     }
     notes = [f"{text}: {count:,}" for text, count in counts.items() if count]
-    notes += ["inputs: not checked"] if last is None else []
     joined = rows[["risk", "prediction"]].assign(
         label=of_ids["label"], date=of_ids["date"].fillna(rows["date"])
     )

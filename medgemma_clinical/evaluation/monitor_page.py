@@ -28,16 +28,19 @@ def monitor_page(
         figures["cusum"] = plot_cusum(monitored)
         images = {name: plots.to_image(*figure) for name, figure in figures.items()}
     tables = [Cells(period_cells(monitored), "All patients by period [95 %]", is_wide=True)]
-    for name in ("oe", "auroc"):
+    levels = {"oe": monitored.levels.oe, "auroc": monitored.levels.auroc}
+    for name, level in levels.items():
         cells = site_cells(monitored.table, name)
-        if (cells.iloc[:, 1:] != NO_VALUE).any(axis=None):
-            tables.append(Cells(cells, f"{METRICS[name][0]} by site and period"))
+        if shown := int((cells.iloc[:, 1:] != NO_VALUE).to_numpy().sum()):
+            caption = f"{METRICS[name][0]} by site and period: of {shown} values of stable sites "
+            tables.append(Cells(cells, f"{caption}about {2 * level * shown:.1f} would be marked"))
     return render(
         "monitor",
         title=title,
         notice="",
         verdict=monitored.verdict,
-        arms=monitored.arms[1:],
+        actions=monitored.actions[1:],
+        within={METRICS[name][0]: percent(1 - 2 * level) for name, level in levels.items()},
         notes=notes,
         images=images,
         tables=tables,

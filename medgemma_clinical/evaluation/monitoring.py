@@ -1,7 +1,8 @@
 """Whether a model still holds after its go-live: metrics by period, their limits, and a rule.
 
 Limits are made from the development cohort: outcomes of a period's own risks are drawn by the
-calibration there, ``reference``, whose uncertainty is drawn, too. Letters: n patients, R draws.
+calibration there, ``reference``, whose uncertainty is drawn, too, as are shifts of the log-odds by
+which stable periods differ. Letters: n patients, R draws.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ RANKED = ("slope", "auroc")
 LIMITS = ["limit_low", "limit_high"]
 LINE = ["period", "site", "metric", *VALUE, *LIMITS]
 PROBLEM = ["period", "name", "problem"]
-ARMS = ("stop", "refit", "recalibrate")
-"""What a rule may say, what goes first."""
+CHANGES = {"refit": [("auroc", "low")], "recalibrate": [("oe", "low"), ("oe", "high")]}
+"""Metrics and limits beyond which consecutive periods call for an action, after ``stop``."""
 
 ROUNDING = 1e-6
 """Share of a value that is no distance: few events have few values, which limits often equal."""
@@ -72,12 +73,13 @@ YEARS = 2000
 
 @dataclass(frozen=True)
 class MonitorRule:
-    """When a period is judged and when an arm applies; fixed before a model is used."""
+    """When a period is judged and what calls for an action; fixed before a model is used."""
 
     known: float = 0.9  # share of the outcomes from which on a period is judged
     consecutive: int = 2  # periods outside a limit, on the same side
     odds_ratio: float = 2.0  # which the CUSUM seeks, and its inverse
-    false_alarms: float = 0.05  # share of stable years with an alarm of any arm
+    period_sd: float = 0.2  # of the log-odds, between the periods of a stable year
+    false_alarms: float = 0.05  # share of stable years with an alarm of O/E, AUROC or CUSUM
     min_expected: int = 10  # events, and non-events, of a period that has slope and AUROC
 
     @classmethod
@@ -102,9 +104,10 @@ class MonitorRule:
             f"on the same side, in {self.consecutive} consecutive periods, or when a CUSUM of odds "
             f"{self.odds_ratio:g} times as high or low signals; refit when the AUROC lies below "
             f"its limit in {self.consecutive} consecutive periods; stop when an input is no longer "
-            "measured or changes its unit. A period is judged once "
-            f"{100 * self.known:g} % of its outcomes are known, the last year counts, and in a "
-            f"stable year the arms together alarm in at most {100 * self.false_alarms:g} %."
+            f"measured or changes its unit. A period is judged once {100 * self.known:g} % of its "
+            "outcomes are known, and the last year counts. In at most "
+            f"{100 * self.false_alarms:g} % of stable years O/E, AUROC or CUSUM alarm; periods of "
+            f"such a year are assumed to differ by an SD of {self.period_sd:g} of the log-odds."
         )
 
 
@@ -112,6 +115,7 @@ RULE_BOUNDS = {
     "known": (0.5, 1),
     "consecutive": (1, 12),
     "odds_ratio": (1.1, 10),
+    "period_sd": (0, 1),
     "false_alarms": (0.01, 0.5),
     "min_expected": (1, 1000),
 }
@@ -126,11 +130,17 @@ class Levels(NamedTuple):
     false_alarms: float  # share of the simulated years with an alarm
 
 
-class Arm(NamedTuple):
+class Action(NamedTuple):
     """What a rule says is to be done, and why."""
 
     name: str  # stop, refit or recalibrate
     reason: str
+    inputs: str = ""  # whether they changed in the same periods
+
+    @property
+    def words(self) -> str:
+        """The action in one line, the inputs first."""
+        return "; ".join(filter(None, [self.inputs, f"{self.name}: {self.reason}"]))
 
 
 @dataclass(frozen=True)
@@ -143,17 +153,17 @@ class Monitored:
     levels: Levels
     problems: pd.DataFrame  # ``PROBLEM``, inputs that do not fit the training
     now: str  # the last period of patients enough to judge their inputs, or empty
-    arms: list[Arm]  # that apply, the first one goes first
+    actions: list[Action]  # that apply, the first one goes first
+    not_judged: str  # in no period, and which one would do
 
     @property
     def verdict(self) -> str:
         """The result in one line."""
-        waiting = self.waiting
-        wait = f"waiting for outcomes of {', '.join(waiting)}" if waiting else ""
-        if not self.arms and not self.counts["is_complete"].any():
+        wait = f"waiting for outcomes of {', '.join(self.waiting)}" if self.waiting else ""
+        if not self.actions and not self.counts["is_complete"].any():
             return "waiting for outcomes"
-        found = [f"{arm.name}: {arm.reason}" for arm in self.arms[:1]] or ["no action"]
-        return "; ".join(filter(None, [*found, wait]))
+        words = [self.actions[0].words] if self.actions else ["no action", self.not_judged]
+        return "; ".join(filter(None, [*words, wait]))
 
     @property
     def waiting(self) -> list[str]:
@@ -216,10 +226,11 @@ def draw_calibrations(reference: Mapping[str, Any], size: int, rng: Generator) -
     return rng.multivariate_normal(mean, reference["covariance"], size, **options)
 
 
-def draw_labels(odds: Array, calibrations: Array, rng: Generator) -> Array:
-    """Draw labels (R, n) of log-odds (n,) by calibrations (R, 2)."""
+def draw_labels(odds: Array, calibrations: Array, period_sd: float, rng: Generator) -> Array:
+    """Draw labels (R, n) of a period's log-odds (n,) by calibrations (R, 2) and its shift."""
     intercept, slope = calibrations.T[:, :, None]
-    return (rng.random((len(calibrations), len(odds))) < expit(intercept + slope * odds)) * 1.0
+    shifted = intercept + rng.normal(0, period_sd, intercept.shape) + slope * odds
+    return (rng.random(shifted.shape) < expit(shifted)) * 1.0
 
 
 def doubled(risk: Array, labels: Array) -> tuple[Array, Array, Array]:
@@ -228,24 +239,20 @@ def doubled(risk: Array, labels: Array) -> tuple[Array, Array, Array]:
 
 
 def period_limits(
-    risk: Array, reference: Mapping[str, Any], levels: Levels, rng: Generator
+    risk: Array, reference: Mapping[str, Any], levels: Levels, rule: MonitorRule, rng: Generator
 ) -> pd.DataFrame:
     """Return ``LIMITS`` by metric of patients with known outcomes, as in a stable period."""
-    found: dict[str, list[Array]] = {name: [] for name in LIMITED}
-    odds, calibrations = log_odds(risk), draw_calibrations(reference, REPLICATES, rng)
+    odds, calibrations, parts = log_odds(risk), draw_calibrations(reference, REPLICATES, rng), []
     for part in np.array_split(calibrations, math.ceil(2 * REPLICATES * len(risk) / CHUNK_CELLS)):
-        labels = draw_labels(odds, part, rng)
+        labels = draw_labels(odds, part, rule.period_sd, rng)
         values = {"oe": labels.sum(axis=1) / risk.sum(), **_values(*doubled(risk, labels))}
-        for name in LIMITED:
-            found[name].append(values[name])
+        parts.append(pd.DataFrame(values))
+    table = pd.concat(parts).replace([np.inf, -np.inf], np.nan)
     lines = {}
-    for name, parts in found.items():
-        values_of_one = np.concatenate(parts)
-        values_of_one = values_of_one[np.isfinite(values_of_one)]
+    for name, column in table.dropna(axis=1, thresh=REPLICATES // 2 + 1).items():
         level = levels.auroc if name == "auroc" else levels.oe
-        if len(values_of_one) > REPLICATES / 2:
-            low = np.quantile(values_of_one, level, method="lower")
-            lines[name] = [low, np.quantile(values_of_one, 1 - level, method="higher")]
+        high = column.quantile(1 - level, interpolation="higher")
+        lines[name] = [column.quantile(level, interpolation="lower"), high]
     return pd.DataFrame.from_dict(lines, orient="index", columns=LIMITS)
 
 
@@ -267,7 +274,7 @@ def stable_risk(risk: Array, reference: Mapping[str, Any]) -> Array:
 def cusum_steps(labels: Array, risk: Array, odds_ratio: float) -> Array:
     """Return what each patient adds to the sums for higher and for lower odds, (2, ..., n).
 
-    ``labels`` (..., n); ``risk`` (n,) where nothing has changed.
+    ``labels`` (..., n); ``risk`` (..., n) where nothing has changed.
     Source: Steiner et al. 2000, "Monitoring surgical performance using risk-adjusted cumulative
     sum charts".
     """
@@ -297,37 +304,33 @@ def alarm_levels(
     rule: MonitorRule,
     rng: Generator,
 ) -> Levels:
-    """Choose levels by simulated stable years, in which each arm alarms about equally often."""
+    """Choose levels by simulated stable years; each check has its share of the false alarms."""
     risks = rng.choice(risk, (per_year, size))
-    calibrations, ranked = draw_calibrations(reference, YEARS, rng), np.zeros(per_year, dtype=bool)
+    ranked = np.array([has_ranks(of_period, reference, rule) for of_period in risks])
+    calibrations = draw_calibrations(reference, YEARS, rng)
     oe, auroc = np.zeros((2, YEARS, per_year))
     highest = np.zeros(YEARS)
-    for years in np.array_split(np.arange(YEARS), math.ceil(2 * YEARS * size / CHUNK_CELLS)):
-        total, lowest = np.zeros((2, 2, len(years)))  # of the sums for higher and lower odds
-        for k, of_period in enumerate(risks):
-            labels = draw_labels(log_odds(of_period), calibrations[years], rng)
-            oe[years, k] = labels.sum(axis=1) / of_period.sum()
-            if has_ranks(of_period, reference, rule):
-                ranked[k] = True
-                auroc[years, k] = metrics(*doubled(of_period, labels))["auroc"]
-            steps = cusum_steps(labels, stable_risk(of_period, reference), rule.odds_ratio)
-            sums = total[:, :, None] + steps.cumsum(axis=2)
-            low = np.minimum(lowest[:, :, None], np.minimum.accumulate(sums, axis=2))
-            highest[years] = np.maximum(highest[years], (sums - low).max(axis=(0, 2)))
-            total, lowest = sums[:, :, -1], low[:, :, -1]
-    # Level of an arm at which a year would just alarm; the smaller, the rarer.
+    for years in np.array_split(np.arange(YEARS), math.ceil(2 * YEARS * risks.size / CHUNK_CELLS)):
+        drawn = [draw_labels(log_odds(x), calibrations[years], rule.period_sd, rng) for x in risks]
+        labels = np.stack(drawn, axis=1)  # (years, periods, n)
+        oe[years] = labels.sum(axis=2) / risks.sum(axis=1)
+        for k in np.flatnonzero(ranked):
+            auroc[years, k] = metrics(*doubled(risks[k], drawn[k]))["auroc"]
+        steps = cusum_steps(labels, stable_risk(risks, reference), rule.odds_ratio)
+        sums = steps.reshape(2, len(years), -1).cumsum(axis=2)
+        lowest = np.minimum(np.minimum.accumulate(sums, axis=2), 0)
+        highest[years] = (sums - lowest).max(axis=(0, 2))
     below = np.where(ranked, _tails(np.where(np.isfinite(auroc), auroc, 1.0)), 1.0)
+    sides = (_longest(_tails(sign * oe), rule.consecutive) for sign in (1, -1))
+    # Level of a check at which a year would just alarm; the smaller, the rarer.
+    years_of = [np.minimum(*sides), _longest(below, rule.consecutive), -highest]
+    share = rule.false_alarms / (2 + ranked.any())
     levels = [
-        np.minimum(*(_longest(_tails(sign * oe), rule.consecutive) for sign in (1, -1))),
-        _longest(below, rule.consecutive),
-        -highest,
+        x[x < np.quantile(x, share, method="higher")].max(initial=least)
+        for x, least in zip(years_of, (0.0, 0.0, -np.inf), strict=True)
     ]
-    rarity = np.stack([rankdata(x, method="max") for x in levels]) / YEARS
-    of_years = np.sort(rarity.min(axis=0))
-    share = of_years[of_years < of_years[int(rule.false_alarms * YEARS)]].max(initial=0.0)
-    rarest = zip(levels, rarity, (0.0, 0.0, -np.inf), strict=True)
-    oe_level, auroc_level, negative = (x[r <= share].max(initial=least) for x, r, least in rarest)
-    return Levels(oe_level, auroc_level, -negative, float((of_years <= share).mean()))
+    alarms = np.any([x <= level for x, level in zip(years_of, levels, strict=True)], axis=0)
+    return Levels(levels[0], levels[1], -levels[2], float(alarms.mean()))
 
 
 def _tails(values: Array) -> Array:
@@ -343,7 +346,7 @@ def _longest(tails: Array, consecutive: int) -> Array:
     return lowest
 
 
-# ------------------------------------------------------------------ inputs and arms
+# ------------------------------------------------------------------ inputs and actions
 
 
 def compare_inputs(
@@ -377,19 +380,56 @@ def outside(lines: Any, side: str) -> Any:
     return distance > ROUNDING * abs(lines.value)
 
 
-def _run_outside(lines: pd.DataFrame, sides: Sequence[str], consecutive: int) -> str:
-    """Return the last periods in a row, lines of one metric, beyond a limit, in words."""
-    title, form = METRICS[lines["metric"].iloc[0]] if len(lines) else ("", "")
-    for end in range(len(lines), consecutive - 1, -1):
-        run = lines.iloc[end - consecutive : end]
-        if any(outside(run, side).all() for side in sides):
-            texts = [
-                f"{x.value:{form}} in {x.period} (limits {x.limit_low:{form}} to "
-                f"{x.limit_high:{form}})"
-                for x in run.itertuples()
-            ]
-            return f"{title} {' and '.join(texts)}"
-    return ""
+def _runs_outside(
+    lines: pd.DataFrame, metric: str, side: str, consecutive: int
+) -> list[tuple[str, list[str]]]:
+    """Return runs of so many periods beyond a limit of a metric, in words, and the periods."""
+    lines, limit = lines[lines["metric"] == metric], f"limit_{side}"
+    beyond = outside(lines, side)
+    (title, form), where = METRICS[metric], {"low": "below", "high": "above"}[side]
+    runs = []
+    for _, run in lines[beyond].groupby((~beyond).cumsum()[beyond]):
+        if len(run) >= consecutive:
+            names = run["period"].tolist()
+            value, ends = (
+                _span([f"{x:{form}}" for x in sorted(run[name])]) for name in ("value", limit)
+            )
+            words = f"{title} {where} its limit in {_span(names)}: {value} (limit {ends})"
+            runs.append((words, names))
+    return runs
+
+
+def _span(texts: Sequence[str]) -> str:
+    """Return the first and the last of some texts."""
+    return texts[0] if texts[0] == texts[-1] else f"{texts[0]} to {texts[-1]}"
+
+
+def _named(problems: pd.DataFrame) -> str:
+    """Return the first inputs of ``PROBLEM`` in words."""
+    texts = [f"{name} in {period}: {text}" for period, name, text in problems.to_numpy()]
+    texts[MAX_NAMED:] = [f"{len(texts) - MAX_NAMED} more"] * (len(texts) > MAX_NAMED)
+    return "; ".join(texts)
+
+
+def _inputs_words(problems: pd.DataFrame, checked: Sequence[str], periods: Sequence[str]) -> str:
+    """Return whether inputs changed in some periods; only those of ``checked`` tell."""
+    changed = problems[problems["period"].isin(periods)].drop_duplicates("name")
+    if len(changed):
+        return f"changed inputs: {_named(changed)}"
+    found = "inputs fit the training data" if {*periods} <= {*checked} else "inputs not checked"
+    return f"{found} in {_span(sorted(periods))}"
+
+
+def _longer(
+    scored: pd.DataFrame, period: str, reference: Mapping[str, Any], rule: MonitorRule
+) -> str:
+    """Return the shortest longer period of which some has events enough, in words."""
+    names = [*PERIODS]
+    for name in names[names.index(period) + 1 :]:
+        risks = scored["risk"].groupby(period_names(scored["date"], name))
+        if any(has_ranks(risk.to_numpy(float), reference, rule) for _, risk in risks):
+            return f"take --period {name}"
+    return "too few events in any period"
 
 
 def _cusum_of(
@@ -410,25 +450,26 @@ def _cusum_of(
     return sums
 
 
-def _arms(
-    table: pd.DataFrame,
-    sums: pd.DataFrame,
+def _actions(
+    of_judged: pd.DataFrame,  # lines of the last year
+    signals: pd.DataFrame,  # of its CUSUM
     problems: pd.DataFrame,
-    complete: Sequence[str],
+    checked: Sequence[str],  # periods whose inputs are compared, of which the last one may stop
     rule: MonitorRule,
-) -> list[Arm]:
-    """Return the arms that apply; ``complete``: periods of the last year, ``problems`` of now."""
-    of_all = table[(table["site"] == "") & table["period"].isin(complete)]
-    lines = dict(list(of_all.groupby("metric")))
-    none = of_all.iloc[:0]
-    texts = [f"{name} in {period}: {text}" for period, name, text in problems.to_numpy()]
-    texts[MAX_NAMED:] = [f"{len(texts) - MAX_NAMED} more"] * (len(texts) > MAX_NAMED)
-    refit = _run_outside(lines.get("auroc", none), ["low"], rule.consecutive)
-    recalibrate = [_run_outside(lines.get("oe", none), ["low", "high"], rule.consecutive)]
-    for x in sums[sums["period"].isin(complete) & (sums["signal"] != "")].tail(1).itertuples():
-        recalibrate.append(f"the CUSUM for {x.signal} odds signals on {x.date:%Y-%m-%d}")
-    reasons = ("; ".join(filter(None, parts)) for parts in (texts, [refit], recalibrate))
-    return [Arm(name, reason) for name, reason in zip(ARMS, reasons, strict=True) if reason]
+) -> list[Action]:
+    """Return the actions that apply."""
+    now = _named(problems[problems["period"].isin(checked[-1:])])
+    actions = [Action("stop", now)] if now else []
+    for name, changes in CHANGES.items():
+        found = [run for x in changes for run in _runs_outside(of_judged, *x, rule.consecutive)]
+        if name == "recalibrate":
+            for x in signals.drop_duplicates("signal").itertuples():
+                when = f"first in {x.period} ({x.date:%Y-%m-%d})"
+                found.append((f"the CUSUM for {x.signal} odds signals {when}", [str(x.period)]))
+        if found:
+            inputs = _inputs_words(problems, checked, [x for _, names in found for x in names])
+            actions.append(Action(name, "; ".join(words for words, _ in found), inputs))
+    return actions
 
 
 # ------------------------------------------------------------------ all together
@@ -460,7 +501,7 @@ def monitor(
             known = ~np.isnan(labels)
             table = measure(labels, risk, threshold, seed)
             if known.any():
-                table = table.join(period_limits(risk[known], reference, levels, rng))
+                table = table.join(period_limits(risk[known], reference, levels, rule, rng))
             if not has_ranks(risk[known], reference, rule):
                 table.loc[[*RANKED]] = np.nan
             about = {"period": name, "site": site}
@@ -478,8 +519,18 @@ def monitor(
     of_all = count[count["site"] == ""].set_index("period")["is_complete"]
     # Not to the first period that waits alone: some outcomes never come.
     sums = _cusum_of(scored, [*of_all[of_all].index], reference, rule, levels.cusum)
+    last_year = [*of_all[of_all].index[-per_year:]]
+    of_judged = table[(table["site"] == "") & table["period"].isin(last_year)]
+    signals = sums[sums["period"].isin(last_year) & (sums["signal"] != "")]
     sizes = rows["period"].value_counts(sort=False)
-    now = max(sizes[sizes >= MIN_MEASURED].index, default="")
-    complete = [*of_all[of_all].index[-per_year:]]
-    arms = _arms(table, sums, problems[problems["period"] == now], complete, rule)
-    return Monitored(table, count, sums, levels, problems, now, arms)
+    checked = [] if inputs is None else [*sizes[sizes >= MIN_MEASURED].index]
+    actions = _actions(of_judged, signals, problems, checked, rule)
+    not_judged = []
+    unranked = of_judged.loc[of_judged["metric"] == "auroc", "value"].isna().to_numpy(float)
+    if len(unranked) and _longest(unranked[None], rule.consecutive)[0]:
+        longer = _longer(scored, period, reference, rule)
+        not_judged.append(f"slope and AUROC not judged: {longer}")
+    if not checked:
+        not_judged.append("inputs not checked")
+    now = checked[-1] if checked else ""
+    return Monitored(table, count, sums, levels, problems, now, actions, "; ".join(not_judged))

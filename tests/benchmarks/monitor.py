@@ -10,7 +10,7 @@ from unittest import mock
 
 import numpy as np
 import pandas as pd
-from common import write
+from common import still, write
 
 import medgemma_trainer as trainer
 from medgemma_clinical.commands.predict import input_lines
@@ -47,12 +47,6 @@ def draw(rows, rng, months, doubled_from=99):
     dates = pd.Timestamp("2026-01-01", tz="UTC") + pd.to_timedelta((month - 1) * 30.5, unit="D")
     dates += pd.to_timedelta(rng.uniform(0, 28, len(month)), unit="D")
     return np.concatenate(picks), month, dates
-
-
-def still(labels, risk, weights):
-    """Return no calibration: that of a period decides nothing and takes most of the time."""
-    names = ("calibration_in_the_large", "calibration_slope")
-    return dict.fromkeys(names, np.zeros(len(weights)))
 
 
 def main(argv=None):
@@ -124,8 +118,10 @@ def simulate(args):
         picks, _, dates = draw(as_is[0], np.random.default_rng(1000 + seed), 12)
         rows, inputs = (x.iloc[picks].reset_index(drop=True) for x in as_is)
         found = monitor(rows[["label", "risk"]].assign(date=dates), inputs, **options)
-        alarms.append([arm.name for arm in found.arms])
-    counts = {name: sum(name in arms for arms in alarms) for name in monitoring.ARMS}
+        alarms.append([action.name for action in found.actions])
+    counts = {
+        name: sum(name in names for names in alarms) for name in ("stop", *monitoring.CHANGES)
+    }
     write(f"{YEARS} stable years: {sum(map(bool, alarms))} with an alarm, {counts}")
 
 

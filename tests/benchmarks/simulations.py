@@ -15,6 +15,8 @@ Populations of known truth. Each line has the rule of this program beside the on
   often it holds the truth, without its lower bound;
 - periods: risks of death by 72 hours, with transplants and without, by baselines of times minus the
   true ones, when a row that ends by any event counts a whole interval at risk.
+- monitoring: years in which O/E, AUROC or CUSUM of a model in use alarm, where its months are held
+  to be equal.
 """
 
 import argparse
@@ -31,6 +33,9 @@ from scipy.optimize import brentq
 from scipy.special import expit
 from scipy.stats import t
 from sklearn.linear_model import LogisticRegression
+from common import still, write  # first: it sets the path
+from scipy.special import expit, logit
+from scipy.stats import rankdata, t
 
 from medgemma_clinical.data.competing_events import CompetingEvents
 from medgemma_clinical.data.fold_split import draw_folds
@@ -54,6 +59,10 @@ from medgemma_clinical.evaluation.time_baselines import (
     fit_regressions,
     periods_of,
 )
+from medgemma_clinical.evaluation import metrics_table, monitoring
+from medgemma_clinical.evaluation.decision import BOTH, fit_updates
+from medgemma_clinical.evaluation.metrics_table import DIFFERENCE, VALUE, evaluate
+from medgemma_clinical.evaluation.reference import reference
 from medgemma_clinical.evaluation.topics.subgroups import random_effects
 from medgemma_clinical.evaluation.updating import CHOSEN, crosswise, evaluate_updates
 from medgemma_clinical.evaluation.verdicts import BETTER, WORSE, difference_verdict
@@ -403,6 +412,73 @@ def simulate_periods(sets):
                 write(
                     f"periods, {300 * sets} rows, {name}, {intervals} intervals, {baseline}: risk "
                     f"{texts[0]}; without transplants {texts[1]}"
+# --------------------------------------------------------------------------- monitoring
+
+LEVEL, SPREAD, MONTHS, YEARS = -2.2, 1.1, 12, 20
+TRUTHS = {
+    "months of SD 0.2": (lambda odds: odds, 0.2),
+    "equal months": (lambda odds: odds, 0.0),
+    "odds x 1.65": (lambda odds: odds + np.log(1.65), 0.2),
+    "odds x 2.5": (lambda odds: odds + np.log(2.5), 0.2),
+    "slope 0.6": (lambda odds: LEVEL + 0.11 + 0.6 * (odds - LEVEL), 0.2),
+    "AUROC 0.5": (lambda odds: np.full_like(odds, logit(0.149)), 0.2),
+}
+"""True log-odds of those of the model, and the SD between months."""
+
+
+def area(labels, ranks):
+    """Return the AUROC (years, months) of labels (years, months, n); NaN without an event."""
+    events, n = labels.sum(axis=2), ranks.shape[1]
+    above = (labels * ranks).sum(axis=2) - events * (events + 1) / 2
+    return np.where(events > 0, above / np.maximum(events * (n - events), 1), np.nan)
+
+
+def alarms(labels, risk, known, levels, rule, limits):
+    """Return whether O/E, AUROC and CUSUM of years alarm, (3, years); labels (years, months, n)."""
+    low, high, lowest = limits
+    oe = labels.sum(axis=2) / risk.sum(axis=1)
+    auroc = area(labels, rankdata(risk, axis=1))
+    beyond = [oe < low - 1e-6, oe > high + 1e-6, auroc < lowest - 1e-6]
+    below, above, ranks = ((x[:, 1:] & x[:, :-1]).any(axis=1) for x in beyond)
+    steps = monitoring.cusum_steps(labels, monitoring.stable_risk(risk, known), rule.odds_ratio)
+    years = steps.reshape(2, len(labels), -1).swapaxes(0, 1)
+    signals = [any(len(monitoring.cusum(x, levels.cusum)[1]) for x in year) for year in years]
+    return np.array([below | above, ranks, signals])
+
+
+def hospital(seed, size, patients, rule, truths=tuple(TRUTHS)):
+    """Return the ``alarms`` of a hospital of so many patients a month, and of development."""
+    rng = np.random.default_rng(seed)
+    odds = rng.normal(LEVEL, SPREAD, patients)
+    labels = (rng.random(patients) < expit(odds)).astype(float)
+    known = reference(labels, expit(odds), np.arange(patients))
+    odds = rng.normal(LEVEL, SPREAD, (MONTHS, size))
+    risk = expit(odds)
+    levels = monitoring.alarm_levels(risk.ravel(), size, MONTHS, known, rule, rng)
+    with mock.patch.object(monitoring, "calibration", still):
+        tables = [monitoring.period_limits(month, known, levels, rule, rng) for month in risk]
+    limits = np.array([[*x.loc["oe"], x.loc["auroc", "limit_low"]] for x in tables]).T
+    limits[2, [not monitoring.has_ranks(month, known, rule) for month in risk]] = -np.inf
+    found = {}
+    for name in truths:
+        true, sd = TRUTHS[name]
+        chance = expit(true(odds) + rng.normal(0, sd, (YEARS, MONTHS, 1)))
+        drawn = (rng.random(chance.shape) < chance).astype(float)
+        found[name] = alarms(drawn, risk, known, levels, rule, limits)
+    return found
+
+
+def simulate_monitoring(sets):
+    for size, patients in ((30, 1500), (100, 1500), (400, 5000)):
+        for when, sd in (("before", 0), ("now", 0.2)):
+            rule = monitoring.MonitorRule(period_sd=sd)
+            found = [hospital(seed, size, patients, rule) for seed in range(max(1, sets // 10))]
+            for name in TRUTHS:
+                years = np.hstack([alarmed[name] for alarmed in found])
+                checks = [share(x.sum(), years.shape[1]) for x in (years.any(axis=0), *years)]
+                write(
+                    f"monitoring, {size} a month, {name}, {when}: {checks[0]} of {years.shape[1]} "
+                    f"years alarm (O/E {checks[1]}, AUROC {checks[2]}, CUSUM {checks[3]})"
                 )
 
 
@@ -414,6 +490,7 @@ SIMULATIONS = {
     "updates": simulate_updates,
     "sites": simulate_sites,
     "periods": simulate_periods,
+    "monitoring": simulate_monitoring,
 }
 
 
