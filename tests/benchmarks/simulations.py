@@ -12,9 +12,10 @@ Populations of known truth. Each line has the rule of this program beside the on
   when the best of them is compared;
 - updates: the slope after an update on the page beside the true one, when both halves are pooled;
 - sites: how often the interval of a pooled AUROC is narrower than that of a common effect, and how
-  often it holds the truth, without its lower bound;
+  often it holds the truth, without its lower bound; how often the prediction interval holds the
+  true effect of a further site;
 - periods: risks of death by 72 hours, with transplants and without, by baselines of times minus the
-  true ones, when a row that ends by any event counts a whole interval at risk.
+  true ones, when a row that ends by any event counts a whole interval at risk;
 - monitoring: years in which O/E, AUROC or CUSUM of a model in use alarm, where its months are held
   to be equal.
 """
@@ -28,20 +29,16 @@ from unittest import mock
 import numpy as np
 import pandas as pd
 import torch
-from common import write  # first: it sets the path
-from scipy.optimize import brentq
-from scipy.special import expit
-from scipy.stats import t
-from sklearn.linear_model import LogisticRegression
 from common import still, write  # first: it sets the path
+from scipy.optimize import brentq
 from scipy.special import expit, logit
 from scipy.stats import rankdata, t
+from sklearn.linear_model import LogisticRegression
 
 from medgemma_clinical.data.competing_events import CompetingEvents
 from medgemma_clinical.data.fold_split import draw_folds
-from medgemma_clinical.evaluation import baselines, metrics_table
+from medgemma_clinical.evaluation import baselines, metrics_table, monitoring
 from medgemma_clinical.evaluation import metrics as metrics_module
-from medgemma_clinical.evaluation import metrics_table
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES, decide_folds
 from medgemma_clinical.evaluation.decision import BOTH, DecisionOptions, DecisionRule, fit_updates
 from medgemma_clinical.evaluation.metrics_table import (
@@ -52,17 +49,13 @@ from medgemma_clinical.evaluation.metrics_table import (
     draw_metrics,
     evaluate,
     mean_of_repeats,
-from medgemma_clinical.evaluation.decision import BOTH, fit_updates
-from medgemma_clinical.evaluation.metrics_table import DIFFERENCE, VALUE, evaluate
+)
+from medgemma_clinical.evaluation.reference import reference
 from medgemma_clinical.evaluation.time_baselines import (
     fit_period_trees,
     fit_regressions,
     periods_of,
 )
-from medgemma_clinical.evaluation import metrics_table, monitoring
-from medgemma_clinical.evaluation.decision import BOTH, fit_updates
-from medgemma_clinical.evaluation.metrics_table import DIFFERENCE, VALUE, evaluate
-from medgemma_clinical.evaluation.reference import reference
 from medgemma_clinical.evaluation.topics.subgroups import random_effects
 from medgemma_clinical.evaluation.updating import CHOSEN, crosswise, evaluate_updates
 from medgemma_clinical.evaluation.verdicts import BETTER, WORSE, difference_verdict
@@ -330,6 +323,23 @@ def simulate_sites(sets):
             for k in (0, 1)
         ]
         write(f"sites, {sites} that do not differ: before {words[0]}; now {words[1]}")
+    sets = 15 * sets // 2
+    for tau2 in (0.02, 0.05, 0.2):
+        held = {sites: further_held(sites, tau2, sets) for sites in (5, 10, 20, 40)}
+        counts = ", ".join(f"{share(n, sets)} with {sites}" for sites, n in held.items())
+        write(f"sites, tau2 {tau2}: prediction interval holds a further site in {counts} sites")
+
+
+def further_held(sites, tau2, sets):
+    """Count the sets of sites whose prediction interval holds the true effect of another site."""
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(sets):
+        variances = rng.uniform(0.01, 0.1, sites)
+        effects = rng.normal(size=sites) * np.sqrt(variances + tau2)
+        found = random_effects(effects, variances)
+        further = rng.normal() * np.sqrt(tau2)
+        held += found["prediction_low"] <= further <= found["prediction_high"]
+    return held
 
 
 # --------------------------------------------------------------------------- periods
@@ -412,6 +422,9 @@ def simulate_periods(sets):
                 write(
                     f"periods, {300 * sets} rows, {name}, {intervals} intervals, {baseline}: risk "
                     f"{texts[0]}; without transplants {texts[1]}"
+                )
+
+
 # --------------------------------------------------------------------------- monitoring
 
 LEVEL, SPREAD, MONTHS, YEARS = -2.2, 1.1, 12, 20
