@@ -867,29 +867,32 @@ def train_stage(
     folder = run_folder.stage_folder(args)
     if args.resume and run_folder.is_finished(folder, run_record):
         return None
-    stage = folds.with_final_epochs(make_stage(args, data, checkpoint), args)
-    stopped = read_state(run_folder.state_folder(folder)) if args.resume else None
-    if stopped is not None:
-        memory.restore_passes(stage, stopped["passes"])
-    check_horizons(data.dataset)
-    run_log.log_run_summary(stage, data, args)
-    memory.check_memory(stage, distributed.default_device())
-    if args.dry_run:
-        dry_run(stage, args.seed)
-        return None
-    with run_folder.opened(args, folder, run_record) as track:
-        saving: dict[str, Any] = {"resume": stopped, "save_every": args.save_every}
-        state = fit(stage, args.seed, folder, track, **saving, on_epoch=trial.on_epoch)
-        if args.final:  # trained on all patients: nothing is held out
-            config, baselines = folds.write_final(stage, data, folder, args)
-        else:  # the only place where test patients are scored
-            parts = [part for part in trial.parts if len(data.split[part])]
-            predictions = {part: score(stage, part) for part in parts}
-            written = folder, state.progress, run_record, args
-            options: dict[str, Any] = {"with_baselines": trial.baselines}
-            config, baselines = results.write_results(predictions, stage, data, *written, **options)
-        track(results.metrics_for_tracker(config), state.progress.steps)
-        run_folder.finish_run(folder, stage.tokens, config.get("best_model"))
+    with distributed.few_threads(stage1=args.trajectory_only):
+        stage = folds.with_final_epochs(make_stage(args, data, checkpoint), args)
+        stopped = read_state(run_folder.state_folder(folder)) if args.resume else None
+        if stopped is not None:
+            memory.restore_passes(stage, stopped["passes"])
+        check_horizons(data.dataset)
+        run_log.log_run_summary(stage, data, args)
+        memory.check_memory(stage, distributed.default_device())
+        if args.dry_run:
+            dry_run(stage, args.seed)
+            return None
+        with run_folder.opened(args, folder, run_record) as track:
+            saving: dict[str, Any] = {"resume": stopped, "save_every": args.save_every}
+            state = fit(stage, args.seed, folder, track, **saving, on_epoch=trial.on_epoch)
+            if args.final:  # trained on all patients: nothing is held out
+                config, baselines = folds.write_final(stage, data, folder, args)
+            else:  # the only place where test patients are scored
+                parts = [part for part in trial.parts if len(data.split[part])]
+                predictions = {part: score(stage, part) for part in parts}
+                written = folder, state.progress, run_record, args
+                options: dict[str, Any] = {"with_baselines": trial.baselines}
+                config, baselines = results.write_results(
+                    predictions, stage, data, *written, **options
+                )
+            track(results.metrics_for_tracker(config), state.progress.steps)
+            run_folder.finish_run(folder, stage.tokens, config.get("best_model"))
     model: Any = stage.model.eval()
     tokenizer, hashes = stage.text and stage.text.tokenizer, stage.train_patients
     return TrajectoryModel(trained_model.TrainedModel(model, config, tokenizer, hashes, baselines))

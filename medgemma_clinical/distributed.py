@@ -18,6 +18,7 @@ import huggingface_hub.constants
 import numpy as np
 import torch
 from accelerate import PartialState
+from threadpoolctl import threadpool_limits
 from tqdm.auto import tqdm
 
 from medgemma_clinical.files import InputError, RunFault, is_out_of_memory
@@ -145,6 +146,28 @@ def exact_kernels(*, deterministic: bool = False) -> Iterator[None]:
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
         torch.use_deterministic_algorithms(before)
         strict.fill_uninitialized_memory = filled
+
+
+def stage1_threads() -> int:
+    """Return the threads that stage 1 computes with: those of OMP_NUM_THREADS, else one."""
+    # Its steps are small: more threads gain little, and beside other work each step waits for all.
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # of nested loops a list
+    return max(1, int(first)) if first.isdecimal() else 1
+
+
+@contextlib.contextmanager
+def few_threads(*, stage1: bool = True) -> Iterator[None]:
+    """Compute a block of stage 1, or of baselines, with its threads; of others as torch does."""
+    if not stage1:
+        yield
+        return
+    before, threads = torch.get_num_threads(), stage1_threads()
+    torch.set_num_threads(threads)
+    try:
+        with threadpool_limits(threads):  # of numpy, which stands behind the regressions
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def show_progress(items: Iterable[Any], title: str, total: int, done: int = 0) -> tqdm[Any]:

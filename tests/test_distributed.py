@@ -5,10 +5,11 @@ from datetime import timedelta
 
 import pytest
 import torch
+from threadpoolctl import threadpool_info
 
 import medgemma_trainer as trainer
 from medgemma_clinical import distributed
-from medgemma_clinical.distributed import SHARDING, derived_seed, exact_kernels
+from medgemma_clinical.distributed import SHARDING, derived_seed, exact_kernels, few_threads
 from medgemma_clinical.files import InputError
 
 COMMANDS = (
@@ -67,6 +68,36 @@ def test_exact_kernels_are_on_within_the_block_alone(deterministic):
         work()
     assert kernels() == ["medium", True, False, True]
     torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize(
+    ("given", "threads"),
+    [(None, 1), ("", 1), ("many", 1), ("0", 1), ("1", 1), ("3", 3), ("3,2", 3)],
+)
+def test_stage_1_computes_with_one_thread_unless_the_user_says_how_many(
+    given, threads, monkeypatch
+):
+    def used():
+        return torch.get_num_threads(), *(pool["num_threads"] for pool in threadpool_info())
+
+    def work(**stage):
+        with few_threads(**stage):
+            seen.append(used())
+            raise ZeroDivisionError
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    torch.set_num_threads(2)
+    try:
+        before, seen = used(), []
+        for stage in ({}, {"stage1": False}):
+            with pytest.raises(ZeroDivisionError):
+                work(**stage)
+        assert {*seen[0]} == {threads}
+        assert seen[1] == used() == before
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_processes_wait_two_hours_for_the_first_and_draw_from_seeds_of_their_own(monkeypatch):

@@ -43,6 +43,7 @@ def test_two_columns_are_times_to_events_with_the_names_of_the_description():
     np.testing.assert_array_equal(dataset.labels, [0, 1, 0, NAN])
     expected = [(0, 9, 0), (0, 0, 1), (0, 30.5, 2), (0, NAN, NAN)]
     np.testing.assert_array_equal(dataset.targets(), expected)
+    np.testing.assert_array_equal(dataset.targets(np.array([1])), expected[1:2])
     names = ("death", "transplant")
     assert dataset.competing_events == CompetingEvents(names, (24.0, 72.0), (2,))
     assert (dataset.outcome_kind, dataset.outcome) == ("time", "death")

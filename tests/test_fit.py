@@ -15,6 +15,7 @@ import huggingface_hub.constants
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import medgemma_trainer as trainer
 from conftest import SAMPLE, whole_reports
@@ -222,6 +223,24 @@ def test_fit__waits_for_the_training_of_another_thread(rows):
     with ThreadPoolExecutor(2) as pool:
         both = [pool.submit(fit_trajectory, rows, **SHORT) for _ in range(2)]
     risks = [fitted.result().predict_proba(rows) for fitted in both]
+    np.testing.assert_array_equal(*risks)
+
+
+def test_fit__and_predictions_take_one_thread_and_the_caller_keeps_his(rows, monkeypatch):
+    def seen(*_):
+        threads.add(torch.get_num_threads())
+
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    risks, threads = [], set()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        try:
+            with torch.nn.modules.module.register_module_forward_hook(seen):
+                model = fit_trajectory(rows, **SHORT, test=False, baselines=False, on_epoch=seen)
+                risks.append(model.predict_proba(rows))
+            assert (threads, torch.get_num_threads()) == ({1}, count)
+        finally:
+            torch.set_num_threads(1)
     np.testing.assert_array_equal(*risks)
 
 

@@ -1,5 +1,6 @@
 """--folds, --leave_out and --final: every patient is predicted once, by a model of the others."""
 
+import contextlib
 import copy
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import sys
 import tempfile
 import time
+from argparse import Namespace
 
 import joblib
 import numpy as np
@@ -208,6 +210,30 @@ def test_two_processes_find_to_the_bit_what_one_does(run, data, tmp_path, monkey
         assert_equal(state(fold_folder(tmp_path, k)), state(fold_folder(run, k)))
     name = "folds_trajectory/predictions_folds.csv"
     assert (tmp_path / name).read_bytes() == (run / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [(None, (1, 4)), ("2", (2, 2)), ("3", ()), ("8", ())]
+)
+def test_folds_share_the_cores_by_the_threads_of_each(given, expected, monkeypatch):
+    def config(*_, inner_max_num_threads, **__):
+        begun.append(inner_max_num_threads)
+        return contextlib.nullcontext()
+
+    def parallel(jobs, **_):
+        begun.append(jobs)
+        return list
+
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if given is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    begun, tasks = [], [("fold", Namespace(trajectory_only=True), None)] * 5
+    joblib_of_folds = {"cpu_count": lambda: 4, "parallel_config": config, "Parallel": parallel}
+    for name, value in joblib_of_folds.items():
+        monkeypatch.setattr(folds.joblib, name, value)
+    monkeypatch.setattr(folds, "first_code", lambda codes: 0)
+    assert folds.train_folds(tasks, None) == 0
+    assert tuple(begun) == expected
 
 
 @pytest.mark.slow

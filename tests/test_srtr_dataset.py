@@ -188,7 +188,7 @@ def test_the_labels_options_are_as_they_were(tmp_path):
     assert [*dataset.read_options] == names
     assert (dataset.outcome_kind, dataset.read_options["horizon_days"]) == ("label", 30)
     assert (dataset.competing_events, dataset.events, dataset.event_hours) == (None, None, None)
-    assert dataset.targets() is dataset.labels
+    np.testing.assert_array_equal(dataset.targets(), dataset.labels)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 from argparse import Namespace
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,7 +17,6 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from medgemma_clinical.commands import run_folder, several
 from medgemma_clinical.commands.command_line import EXIT_DONE, EXIT_INTERRUPTED
@@ -35,7 +33,13 @@ from medgemma_clinical.commands.results import (
 from medgemma_clinical.data.fold_split import draw_folds, fold_dataset, foldable, site_folds
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.distributed import exact_kernels, processes, set_environment
+from medgemma_clinical.distributed import (
+    exact_kernels,
+    few_threads,
+    processes,
+    set_environment,
+    stage1_threads,
+)
 from medgemma_clinical.evaluation import baselines, decision
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, Baselines
 from medgemma_clinical.evaluation.decision import DecisionRule
@@ -152,16 +156,15 @@ def fold_arguments(k: int, args: Namespace) -> Namespace:
 
 def train_folds(tasks: Sequence[Task], train: several.Train) -> int:
     """Train the folds one after the other; on a CPU train those of stage 1 in parallel."""
-    jobs = min(len(tasks), joblib.cpu_count())
-    if not tasks[0][1].trajectory_only:
+    # Each has the threads of a stage 1 alone: no result depends on the number of processes.
+    threads = stage1_threads()
+    jobs = min(len(tasks), joblib.cpu_count() // threads)
+    alone = jobs <= 1 or torch.cuda.is_available() or processes().num_processes > 1
+    if alone or not tasks[0][1].trajectory_only:
         return first_code(several.run_or_continue(*task, train) for task in tasks)
-    # Stage 1 has one thread everywhere: no result depends on the number of processes.
-    if jobs == 1 or torch.cuda.is_available() or processes().num_processes > 1:
-        with one_thread():
-            return first_code(several.run_or_continue(*task, train) for task in tasks)
     begin = partial(begin_process, TrajectoryModel.__module__)
     try:
-        with joblib.parallel_config("loky", initializer=begin):
+        with joblib.parallel_config("loky", initializer=begin, inner_max_num_threads=threads):
             # No array goes through a file: they hold patients.
             parallel = joblib.Parallel(jobs, batch_size=1, max_nbytes=None)
             has_console = any(handler.get_name() == "console" for handler in logging.root.handlers)
@@ -183,23 +186,11 @@ def first_code(codes: Iterable[int]) -> int:
     return next((code for code in codes if code != EXIT_DONE), EXIT_DONE)
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute with one thread for the length of a block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with threadpool_limits(1):
-            yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def run_apart(title: str, args: Namespace, dataset: TrajectoryDataset, shown: bool) -> int:
     """Train a fold in a process of its own; see ``run_or_continue``; ``shown``: on the console."""
     set_environment()
     kernels = exact_kernels(deterministic=args.deterministic)
-    with one_thread(), owner_only(), kernels, command_logging(first=shown):
+    with owner_only(), kernels, command_logging(first=shown):
         return several.run_or_continue(title, args, dataset, TrajectoryModel.program.train)
 
 
@@ -409,8 +400,9 @@ def write_final(
         return config, None
     rows = data.split["train"]
     outcome = outcome_of(stage.config)
-    settings = outcome.tune_baselines(data.dataset, rows, data.usable_static)
-    fitted = outcome.fit_baselines(data.dataset, rows, settings)
+    with few_threads():
+        settings = outcome.tune_baselines(data.dataset, rows, data.usable_static)
+        fitted = outcome.fit_baselines(data.dataset, rows, settings)
     models = {name: model for name, model in fitted.models.items() if name in config["models"]}
     words = fitted.words if baselines.WORDS in config["models"] else None
     fitted = replace(fitted, models=models, words=words)  # those of all folds

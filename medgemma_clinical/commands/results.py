@@ -21,7 +21,7 @@ from medgemma_clinical.commands.flags import decision_options
 from medgemma_clinical.commands.report_content import training_content, training_methods
 from medgemma_clinical.commands.run_folder import METRICS
 from medgemma_clinical.data.training_data import Data
-from medgemma_clinical.distributed import peak_memory, processes
+from medgemma_clinical.distributed import few_threads, peak_memory, processes
 from medgemma_clinical.evaluation import decision
 from medgemma_clinical.evaluation.baselines import (
     STAGE_NAMES,
@@ -86,10 +86,14 @@ def write_results(
     # not seen it. The models that are tested and kept learn from both parts.
     both = np.sort(np.concatenate([data.split["train"], data.split["val"]]))
     taught = {"val": data.split["train"], "test": both}
-    if with_baselines:
-        settings = outcome.tune_baselines(data.dataset, data.split["train"], data.usable_static)
-        fitted = {k: outcome.fit_baselines(data.dataset, taught[k], settings) for k in predictions}
-    tables, rules = prediction_tables(stage, data, predictions, observed, fitted, options)
+    with few_threads():
+        if with_baselines:
+            settings = outcome.tune_baselines(data.dataset, data.split["train"], data.usable_static)
+            fitted = {
+                part: outcome.fit_baselines(data.dataset, taught[part], settings)
+                for part in predictions
+            }
+        tables, rules = prediction_tables(stage, data, predictions, observed, fitted, options)
     last = [*predictions][-1]  # the test part, unless it is left for a later call
     baselines = fitted.get(last)
     metrics = {

@@ -206,12 +206,13 @@ class TrajectoryDataset:
         kinds = {name: self.events == k for k, name in enumerate(self.competing_events.names, 1)}
         return kinds | ({"censored": self.events == 0} if (self.events == 0).any() else {})
 
-    def targets(self) -> NDArray[np.float64]:
-        """Return what a model learns of each row: labels (N,), or ``TARGETS`` (N, 3)."""
+    def targets(self, rows: Rows = slice(None)) -> NDArray[np.float64]:
+        """Return what a model learns of some rows: labels (N,), or ``TARGETS`` (N, 3)."""
         if self.events is None or self.event_hours is None:
-            return self.labels
-        entry = np.zeros(len(self)) if self.entry_hours is None else self.entry_hours
-        return np.column_stack([entry, self.event_hours, self.events])
+            return self.labels[rows]
+        hours = self.event_hours[rows]
+        entry = np.zeros(len(hours)) if self.entry_hours is None else self.entry_hours[rows]
+        return np.column_stack([entry, hours, self.events[rows]])
 
     def prediction_times(self, rows: Rows = slice(None)) -> NDArray[np.float64]:
         """Return when the question of some rows is asked; the last observation where unknown."""
@@ -286,7 +287,7 @@ class TrajectoryDataset:
             summaries=tensor(self.summaries()[index]),
             static=tensor(self.static_values(index)),
             labels=tensor(self.labels[index]),
-            outcomes=tensor(self.targets()[index]),
+            outcomes=tensor(self.targets(index)),
             index=torch.from_numpy(index),
         )
 

@@ -18,7 +18,7 @@ from medgemma_clinical.data import checks, distributions
 from medgemma_clinical.data.dka import as_frame
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
-from medgemma_clinical.distributed import show_progress
+from medgemma_clinical.distributed import few_threads, show_progress
 from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.report_review import review_report
 from medgemma_clinical.evaluation.topics.written_reports import state_risk
@@ -188,13 +188,14 @@ def score_rows(
     lengths = rows.dataset.lengths if text is None else text.lengths()
     batches = LengthBatches(np.arange(len(lengths)), batch_size, lengths, shuffle=False)
     logit, hazards = np.empty(len(lengths)), None
-    for batch, output in outputs(model, batches, text or rows.dataset.collate):
-        index = batch["index"].numpy()
-        logit[index] = output.logit.double().numpy(force=True)
-        if output.hazards is not None:
-            found = output.hazards.double().numpy(force=True)
-            hazards = np.empty((len(lengths), found.shape[1])) if hazards is None else hazards
-            hazards[index] = found
+    with few_threads(stage1=isinstance(model, Stage1)):
+        for batch, output in outputs(model, batches, text or rows.dataset.collate):
+            index = batch["index"].numpy()
+            logit[index] = output.logit.double().numpy(force=True)
+            if output.hazards is not None:
+                found = output.hazards.double().numpy(force=True)
+                hazards = np.empty((len(lengths), found.shape[1])) if hazards is None else hazards
+                hazards[index] = found
     finite = np.isfinite(logit)
     rows = rows.without(~finite, "no finite score: its values are too extreme", findings)
     places = np.flatnonzero(finite)

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from medgemma_clinical.data.split import Split
 from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
+from medgemma_clinical.distributed import few_threads
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.trajectory import Stage1
 from medgemma_clinical.models.trajectory_llm import (
@@ -119,6 +120,7 @@ class TextCollator:
         pairs = zip(self.prompt_ids, self.answer_ids, strict=True)
         return np.array([len(prompt) + len(self.stem) + len(answer) for prompt, answer in pairs])
 
+    @few_threads()
     @torch.no_grad()
     def encode(self, stage1: Stage1, tokens: int, device: torch.device) -> None:
         """Encode every row once by a frozen stage 1; batches then bring the states along."""

@@ -24,7 +24,7 @@ from medgemma_clinical.data.competing_events import CompetingEvents
 from medgemma_clinical.data.overlap import check_held_out
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
-from medgemma_clinical.distributed import default_device
+from medgemma_clinical.distributed import default_device, few_threads
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, WORDS, Baselines
 from medgemma_clinical.evaluation.decision import DecisionRule, Predictions
 from medgemma_clinical.evaluation.metrics import Array
@@ -139,6 +139,7 @@ class TrainedModel:
         problem = "no such model" if self.baselines else "this copy of the model has no baselines"
         raise InputError(f"--use {use}: {problem}: choose from {', '.join(['best', *suffixes])}")
 
+    @few_threads()
     def forecasts(self, dataset: TrajectoryDataset, forecast: Array) -> dict[str, Array]:
         """Return what each model says of n rows; ``forecast`` is the stage's own."""
         beside = self.baselines.risks(dataset) if self.baselines else {}

@@ -35,7 +35,7 @@ class Output(NamedTuple):
     # A sum over ``terms``, so that no mean depends on how rows fall into batches.
     loss: Tensor  # (N,) float32, of each member; N = 1 for a language model
     terms: int  # patients, or answer tokens, weights included
-    logit: Tensor  # (B,) float32, log-odds of the event
+    logit: Tensor  # (B,) float32, log-odds of the event; of stage 1 in training none
     offset: Tensor | None = None  # (B, Q) the share of the outputs that is not a language model's
     hazards: Tensor | None = None  # (B, Q) of times to events; ``logit`` is of their first risk
 
@@ -110,9 +110,8 @@ def training_loss(outcome: Outcome, logits: Tensor, targets: Tensor) -> Tensor:
     """Return the loss (N,) of both readings' (N, B, 2, Q): of their mean, and of each alone."""
     # With many series the states would fit the training part before the summaries learn.
     # A reading that leans on the other fits what the other has left of the training part.
-    both, first, second = (
-        outcome.loss(each, targets) for each in (logits.mean(dim=2), *logits.unbind(dim=2))
-    )
+    readings = torch.cat([logits.mean(dim=2), *logits.unbind(dim=2)])  # (3N, B, Q)
+    both, first, second = outcome.loss(readings, targets).chunk(3)
     return both / 2 + (first + second) / 4
 
 
@@ -164,16 +163,16 @@ class Stage1(nn.Module):
         return outputs[0][0], torch.stack([logits for _, logits in outputs])
 
     def forward(self, batch: Batch) -> Output:
-        """Return each member's loss (sum over B) and the mean logit."""
+        """Return each member's loss (sum over B) and, but in training, the mean logit."""
         logits, targets = self.read(batch)[1], batch["outcomes"]
         size, has_earlier = len(targets), logits.shape[1] > len(targets)
         if self.training:
             # The risk at an earlier observation counts as much as that at the prediction time.
             both = torch.cat([targets, batch["prefix_outcomes"]]) if has_earlier else targets
             loss = training_loss(self.outcome, logits, both) / (1 + has_earlier)
-        else:
-            loss = self.outcome.loss(logits.mean(dim=2), targets)
-        logit, hazards = self.outcome.read(logits[:, :size].mean(dim=(0, 2)))
+            return Output(loss, size, logits.new_empty(0))
+        loss = self.outcome.loss(logits.mean(dim=2), targets)
+        logit, hazards = self.outcome.read(logits.mean(dim=(0, 2)))
         return Output(loss, size, logit, hazards=hazards)
 
     def fit_scales(self, data: Data) -> None:

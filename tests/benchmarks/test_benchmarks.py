@@ -32,6 +32,7 @@ import splits
 import srtr
 import stage1
 import startup
+import threads
 import times
 import torch
 import train_writer
@@ -90,6 +91,13 @@ def test_stage1_rivals_risk_over_time_srtr_pool(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pypots.classification", package)
     with pytest.raises(RuntimeError, match="epoch 2"):
         rivals.train_rival("GRU-D", data, 0, 50, 1.0)
+
+
+def test_threads_times_each_load_with_each_number(capsys):
+    threads.main(["--rows", "400", "--repeats", "1", "--threads", "1"])
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "| 1 |" in line]
+    assert [line[0].strip("| ") for line in lines] == ["labels"] * 2 + ["times"] * 2
+    assert torch.get_num_threads() == 1
 
 
 def test_monitor_says_something_each_month(runs, table, tmp_path, monkeypatch, capsys):

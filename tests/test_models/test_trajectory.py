@@ -182,8 +182,7 @@ def test_classifier__readings_and_an_earlier_observation_count_in_training_alone
     losses = entropy(logits.mean(3), labels) / 2 + sum(each) / 4
     for found, loss in ((model(batch), losses.mean(1)), (model(end), losses[:, 0])):
         torch.testing.assert_close(found.loss, loss)
-        torch.testing.assert_close(found.logit, expected.logit)
-        assert found.terms == len(ROWS)
+        assert (found.terms, len(found.logit)) == (len(ROWS), 0)
 
 
 @pytest.mark.parametrize("timed", [True, False])
@@ -238,3 +237,22 @@ def test_classifier__plan_and_company_change_no_logit_and_one_plan_serves_all(th
     assert len(plans) == 1
     alone = torch.cat([model(dataset.collate([row])).logit for row in ROWS])
     torch.testing.assert_close(alone, together, rtol=0, atol=1e-5)
+
+
+def test_a_pass_is_the_same_with_one_thread_and_two():
+    table = np.random.default_rng(0).normal(20, 5, (400, 6)).round(3)
+    dataset = dataset_of([" -> ".join(f"{v} ({k}h)" for k, v in enumerate(row)) for row in table])
+    model = stage1_for(dataset).train()
+    batch, found = drawn(model, dataset, range(len(dataset))), []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            torch.manual_seed(0)
+            model.zero_grad()
+            loss = model(batch).loss.sum() / len(dataset)
+            loss.backward()
+        finally:
+            torch.set_num_threads(1)
+        found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
