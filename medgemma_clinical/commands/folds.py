@@ -225,7 +225,7 @@ def evaluate_folds(
     decided["threshold_choice"] = options.threshold
     threshold = decided["decision"]["threshold"]
     metrics = outcome.evaluate(table, args.seed, threshold, split=fold_of_row, primary=args.primary)
-    decided |= cast(Config, outcome.recommend(table, name, [*decided["models"]]))
+    decided |= cast(Config, outcome.recommend(table, metrics, name, [*decided["models"]]))
     decided |= cast(Config, outcome.references(table, [name, *decided["models"]]))
     contents = [read_json(path / run_folder.METRICS) for path in folders]
     weights = [content["residual_weight"] for content in contents if "residual_weight" in content]

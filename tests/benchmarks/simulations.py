@@ -9,7 +9,8 @@ Populations of known truth. Each line has the rule of this program beside the on
   when the best of them is compared;
 - updates: the slope after an update on the page beside the true one, when both halves are pooled;
 - sites: how often the interval of a pooled AUROC is narrower than that of a common effect, and how
-  often it holds the truth, without its lower bound.
+  often it holds the truth, without its lower bound; how often the prediction interval holds the
+  true effect of a further site.
 """
 
 import argparse
@@ -172,6 +173,23 @@ def simulate_sites(sets):
             for k in (0, 1)
         ]
         write(f"sites, {sites} that do not differ: before {words[0]}; now {words[1]}")
+    sets = 15 * sets // 2
+    for tau2 in (0.02, 0.05, 0.2):
+        held = {sites: further_held(sites, tau2, sets) for sites in (5, 10, 20, 40)}
+        counts = ", ".join(f"{share(n, sets)} with {sites}" for sites, n in held.items())
+        write(f"sites, tau2 {tau2}: prediction interval holds a further site in {counts} sites")
+
+
+def further_held(sites, tau2, sets):
+    """Count the sets of sites whose prediction interval holds the true effect of another site."""
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(sets):
+        variances = rng.uniform(0.01, 0.1, sites)
+        effects = rng.normal(size=sites) * np.sqrt(variances + tau2)
+        found = random_effects(effects, variances)
+        further = rng.normal() * np.sqrt(tau2)
+        held += found["prediction_low"] <= further <= found["prediction_high"]
+    return held
 
 
 SIMULATIONS = {
