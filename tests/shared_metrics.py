@@ -13,6 +13,7 @@ def run_metrics(events=20, n=60, **more):
         **{"n": n, "patients": n, "events": events, "minority_patients": min(events, n - events)},
         **{"model": "stage 1 (trajectory alone)", **ranking, **calibration},
         **{"sensitivity": metric(3 / 7), "specificity": metric(0.9)},
+        "primary": "last value",
         "models": {"last value": {"reference": "stage 1 (trajectory alone)", **ranking}},
     }
     return {

@@ -36,6 +36,8 @@ from medgemma_clinical.evaluation.decision import (
     youden_threshold,
 )
 from medgemma_clinical.evaluation.metrics import log_odds, row_losses
+from medgemma_clinical.evaluation.metrics_table import Metrics
+from medgemma_clinical.evaluation.verdicts import planned_above_chance
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from medgemma_clinical.training.state import LOSS_TOLERANCE, describe_selection, read_state
 from medgemma_trainer import TrajectoryModel, cross_validate
@@ -377,9 +379,10 @@ def test_a_final_model_has_the_rule_and_the_metrics_of_the_folds(run, data, tmp_
     labels, preferred = table["label"].to_numpy(float), ["ensemble", STAGE_1]
     risks[STAGE_1] = risk
     losses = row_losses(labels, log_odds(np.stack([*risks.values()])))
-    best = recommended_model([*risks], losses, labels.sum(), table["patient"], preferred)
+    planned = planned_above_chance(Metrics.from_json(folds_metrics))
+    best = recommended_model([*risks], losses, labels.sum(), table["patient"], preferred, planned)
     assert model.config["best_model"] == best
-    assert f"{best}, " in (tmp_path / "copy/README.md").read_text()
+    assert f"(--use best): `{best or 'none'}" in (tmp_path / "copy/README.md").read_text()
     assert "out-of-fold rows" in (tmp_path / "copy/README.md").read_text()
     goal = "specificity 0.7"
     words += ["--predictions", str(tmp_path / "goal.csv"), "--threshold", goal]

@@ -232,7 +232,7 @@ def evaluate_folds(
         table, args.seed, threshold, split=fold_of_row, recalibrated=recalibrated
     )
     metrics = compared_models(drawn, args.primary)
-    decided |= cast(Config, outcome.recommend(table, name, [*decided["models"]]))
+    decided |= cast(Config, outcome.recommend(table, metrics, name, [*decided["models"]]))
     decided |= cast(Config, outcome.references(table, [name, *decided["models"]]))
     contents = [read_json(path / run_folder.METRICS) for path in folders]
     weights = [content["residual_weight"] for content in contents if "residual_weight" in content]

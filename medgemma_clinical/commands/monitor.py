@@ -24,7 +24,11 @@ from medgemma_clinical.inference.trajectory_model import TrajectoryModel
 from medgemma_clinical.models.checkpoints import Config
 from medgemma_clinical.models.model_card import page_card
 from medgemma_clinical.models.outcome import Outcome, outcome_of
-from medgemma_clinical.models.trained_model import column_ending, read_trained_config
+from medgemma_clinical.models.trained_model import (
+    column_ending,
+    read_trained_config,
+    wanted_model,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -231,8 +235,8 @@ def risk_column(
     if use is None:
         chosen = [x for x in columns if table[columns[x]].equals(table["probability"])]
     else:
-        wanted = config.get("best_model", stage) if use == "best" else use
-        chosen = [x for x in columns if column_ending(wanted, stage) == column_ending(x, stage)]
+        wanted = column_ending(wanted_model(config, use), stage)
+        chosen = [x for x in columns if column_ending(x, stage) == wanted]
     if not chosen:
         choices = ", ".join(column_ending(name, stage) for name in columns)
         raise InputError(f"{path}: no column of this model: choose by --use from {choices}")

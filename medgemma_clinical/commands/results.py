@@ -106,13 +106,14 @@ def write_results(
     reports: dict[str, Any] | None = None
     if is_writer:
         lines, reports = score_reports(data.dataset, texts, predictions["test"], args.seed)
-    held_out = pd.concat(tables.values()), [STAGE_NAMES[stage.name], *rules]
+    name = STAGE_NAMES[stage.name]
+    held_out = pd.concat(tables.values()), [name, *rules]
     config: Config = {
         **stage.config,
         **decided,
         "metrics": metrics_content(stage, progress, decided, metrics, reports, args.calibrate),
         "models": {name: asdict(rule) for name, rule in rules.items()},
-        **cast(Config, outcome.recommend(tables["val"], STAGE_NAMES[stage.name], [*rules])),
+        **cast(Config, outcome.recommend(tables["val"], metrics["val"], name, [*rules])),
         **cast(Config, outcome.references(*held_out)),
         **({"baseline_inputs": baselines.inputs} if baselines else {}),
     }

@@ -276,15 +276,15 @@ def recommended_model(
     events: int,
     patients: NDArray[Any],
     preferred: Sequence[str],
-) -> str:
+    planned: str | None,
+) -> str | None:
     """Return the first preferred model with nearly the lowest log loss, else the model with the
-    lowest; ``preferred`` begins with the simplest."""
-    preferred = [name for name in preferred if name in names]
-    if preferred and events < MIN_CHOOSING_EVENTS:
-        return preferred[0]  # losses of few events cannot tell models apart
+    lowest; ``preferred`` begins with the simplest. Of few events return ``planned``."""
+    if events < MIN_CHOOSING_EVENTS:
+        return planned  # losses of few events cannot tell models apart
     near = dict(zip(names, near_lowest(losses, patients), strict=True))
     lowest = names[losses.mean(axis=1).argmin()]
-    return next((name for name in preferred if near[name]), lowest)
+    return next((name for name in preferred if near.get(name)), lowest)
 
 
 def near_lowest(losses: Array, patients: NDArray[Any]) -> NDArray[np.bool_]:

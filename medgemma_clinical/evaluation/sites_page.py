@@ -12,7 +12,13 @@ import pandas as pd
 from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.report import render
 from medgemma_clinical.evaluation.topics.cohort import case_mix_cells
-from medgemma_clinical.evaluation.topics.subgroups import MIN_POOLED, SUBGROUP_METRICS, site_topic
+from medgemma_clinical.evaluation.topics.subgroups import (
+    FURTHER_SITES,
+    MIN_POOLED,
+    SUBGROUP_METRICS,
+    prediction_text,
+    site_topic,
+)
 from medgemma_clinical.evaluation.topics.topic import Cells, Topic
 from medgemma_clinical.evaluation.verdicts import interval_text, percent
 from medgemma_clinical.files import write_text
@@ -26,9 +32,9 @@ def pooled_cells(pooled: pd.DataFrame) -> pd.DataFrame:
         value, further = "not pooled", ""
         if line["sites"] >= MIN_POOLED:
             value = interval_text(line["value"], line["low"], line["high"], form)
-            further = f"{line['prediction_low']:{form}} to {line['prediction_high']:{form}}"
+            further = prediction_text(line, form)
         lines.append([title, f"{line['sites']:.0f}", value, further, percent(line["i2"])])
-    names = ["Metric", "Sites", "Pooled [95 %]", "95 % of further sites"]
+    names = ["Metric", "Sites", "Pooled [95 %]", FURTHER_SITES.capitalize()]
     return pd.DataFrame(lines, columns=[*names, "I\N{SUPERSCRIPT TWO}"])
 
 

@@ -101,6 +101,15 @@ def primary_baseline(metrics: Metrics) -> str | None:
     return metrics.primary if is_compared else None
 
 
+def planned_above_chance(metrics: Metrics) -> str | None:
+    """Return the planned comparison if it is shown to rank better than chance, else None."""
+    if (name := primary_baseline(metrics)) is None:
+        return None
+    auroc = metrics.row(name, "auroc")
+    level = verdict(auroc.low, auroc.high, CHANCE, metrics.counts["minority_patients"])
+    return name if level is BETTER else None
+
+
 def multiplicity_sentence(metrics: Metrics) -> str:
     """Return how to read the differences that have no verdict; nothing where all have one."""
     if len(metrics.models) - 1 == len(metrics.planned):

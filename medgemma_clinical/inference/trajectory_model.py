@@ -224,7 +224,7 @@ class TrajectoryModel:
     def predict_proba(self, rows: Rows, model: str = "stage") -> NDArray[np.float64]:
         """Return the probabilities (N, 2) float64 of no event and of the event.
 
-        ``model``: "stage"; "best", the recommended one; "ensemble" or a baseline,
+        ``model``: "stage"; "best", the recommended one, if there is one; "ensemble" or a baseline,
         by its name in ``results`` or the end of its column in ``predictions``.
         """
         events = np.concatenate([scores.probability for scores in self._scores(rows, model)])

@@ -140,7 +140,7 @@ class Config(TypedDict, total=False):
     decision: dict[str, float]  # slope, intercept, threshold: ``DecisionRule`` of the stage
     threshold_choice: str | None  # as ``--threshold`` was written; None: Youden's index
     models: dict[str, dict[str, float]]  # the same of each baseline and of the ensemble
-    best_model: str  # recommended, ``--use best``
+    best_model: str | None  # recommended, ``--use best``; None: none is
     monitor_rule: dict[str, Any]  # ``MonitorRule`` of a label
     reference: dict[str, Any]  # calibration of each model on held-out rows, to monitor it by
     metrics: dict[str, Any]  # content of ``metrics.json``

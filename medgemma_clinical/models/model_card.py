@@ -142,7 +142,7 @@ def describe_model(config: Mapping[str, Any]) -> dict[str, str]:
         dynamics = f", dynamics {dynamics}" if dynamics else ""
         name = config.get("encoder_class") or "ClinicalODERNN"
         lines["Stage 1"] = f"encoder {name}{dynamics}, members {config['members']}"
-    if config.get("best_model"):
+    if "best_model" in config:
         lines[RECOMMENDED] = describe_recommended(config)
     if updated := config.get("updated"):
         counts = f"{count_text(updated['patients'])} patients, {count_text(updated['events'])} with"
@@ -154,17 +154,27 @@ def describe_model(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def describe_recommended(config: Mapping[str, Any]) -> str:
-    """Return the model that ``--use best`` means, which rows chose it, and how."""
+    """Return the model that ``--use best`` means, which rows chose it, and how, or why none is."""
     metrics, name = config.get("metrics", {}), config["best_model"]
     part = "folds" if "folds" in metrics else "validation"
     rows = {"folds": "out-of-fold rows", "validation": "validation rows"}[part]
-    events = metrics.get(part, {}).get("events")
+    tested = metrics.get(part, {})
+    events, planned = tested.get("events"), tested.get("primary")
+    few = (
+        "no model is recommended for its results: fewer than "
+        f"{MIN_CHOOSING_EVENTS} events in the {rows} cannot choose between models"
+    )
+    if name is None:
+        problem = "there is no planned comparison"
+        if planned is not None:
+            problem = f"the planned comparison ({planned}) is not shown to rank better than chance"
+        return f"none; {few}, and {problem}"
     if events in (None, NOT_SHOWN):
         return str(name)
     if isinstance(events, int) and events >= MIN_CHOOSING_EVENTS:
         return f"{name}, by the log loss on {rows} with {count_text(events)} events"
-    reason = f"fewer than {MIN_CHOOSING_EVENTS} events in the {rows}"
-    return f"{name}, not chosen by its results: {reason}"
+    kind = ", the planned comparison" if name == planned else ""  # earlier versions took others
+    return f"{name}{kind}; {few}"
 
 
 def page_card(config: Mapping[str, Any], lines: Mapping[str, str]) -> dict[str, str]:

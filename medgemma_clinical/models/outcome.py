@@ -231,13 +231,16 @@ class LabelOutcome:
             labels, risk = table["label"].to_numpy(float), table[name].to_numpy(float)
         return decision.choose_threshold(choice, labels, risk)
 
-    def recommend(self, table: pd.DataFrame, stage: str, names: Sequence[str]) -> dict[str, str]:
-        """Return ``best_model``, that of ``--use best``, by predictions of held-out rows."""
+    def recommend(
+        self, table: pd.DataFrame, metrics: Metrics, stage: str, names: Sequence[str]
+    ) -> dict[str, str | None]:
+        """Return ``best_model``, that of ``--use best``, by held-out rows and their metrics."""
         names = [name for name in table.columns if name in (stage, *names)]
         labels, patients = table["label"].to_numpy(float), table["patient"].to_numpy(str)
         losses = row_losses(labels, log_odds(table[names].to_numpy(float).T))
-        preferred, events = [ENSEMBLE, stage], int(labels.sum())
-        best = decision.recommended_model(names, losses, events, patients, preferred)
+        preferred, events = [ENSEMBLE, stage], metrics.counts["events"]
+        planned = verdicts.planned_above_chance(metrics)
+        best = decision.recommended_model(names, losses, events, patients, preferred, planned)
         return {"best_model": best}
 
     def references(self, table: pd.DataFrame, names: Sequence[str]) -> dict[str, Any]:
@@ -543,17 +546,20 @@ class TimeOutcome:
             return decision.parse_threshold(choice)[1]
         return self._rule(table[name].to_numpy(float), table, choice).threshold
 
-    def recommend(self, table: pd.DataFrame, stage: str, names: Sequence[str]) -> dict[str, str]:
-        """Return ``best_model``, that of ``--use best``, by predictions of held-out rows."""
+    def recommend(
+        self, table: pd.DataFrame, metrics: Metrics, stage: str, names: Sequence[str]
+    ) -> dict[str, str | None]:
+        """Return ``best_model``, that of ``--use best``, by held-out rows and their metrics."""
         names = [name for name in table.columns if name in (stage, *names)]
-        losses, events = np.zeros((len(names), len(table))), 0
+        losses = np.zeros((len(names), len(table)))
         for risk in self.hazards.events.horizon_risks:
             statuses = statuses_of(table, self.hazards.events, risk)
             risks = table[[f"{name} {risk}" for name in names]].to_numpy(float).T
             losses += statuses.inverse[0] * row_losses(statuses.case, log_odds(risks))
-            events = events or int(statuses.case.sum())  # by the first horizon
         patients, preferred = table["patient"].to_numpy(str), [ENSEMBLE, stage]
-        best = decision.recommended_model(names, losses, events, patients, preferred)
+        events = metrics.counts["events"]  # by the first horizon
+        planned = verdicts.planned_above_chance(metrics)
+        best = decision.recommended_model(names, losses, events, patients, preferred, planned)
         return {"best_model": best}
 
     def references(self, table: pd.DataFrame, names: Sequence[str]) -> dict[str, Any]:

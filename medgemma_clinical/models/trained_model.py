@@ -131,9 +131,9 @@ class TrainedModel:
 
     def model_named(self, use: str) -> str:
         """Return the model that ``stage``, ``best``, a name or the end of its columns means."""
-        wanted = self.config.get("best_model", use) if use == "best" else use
+        wanted = self.ending(wanted_model(self.config, use))
         for name in self.rules:
-            if self.ending(name) == self.ending(wanted):
+            if self.ending(name) == wanted:
                 return name
         suffixes = map(self.ending, self.rules)
         problem = "no such model" if self.baselines else "this copy of the model has no baselines"
@@ -174,6 +174,17 @@ class TrainedModel:
     def prompts(self) -> PromptOptions:
         """The options of the prompts that trained the model, of stages 2 and 3."""
         return PromptOptions(**self.config["prompts"])
+
+
+def wanted_model(config: Config, use: str) -> str:
+    """Return the model that ``--use`` means, of ``best`` the recommended one; refuse none."""
+    wanted = config.get("best_model", use) if use == "best" else use
+    if wanted is None:
+        raise InputError(
+            "--use best: no model is recommended, since few events cannot choose one: name a model "
+            "by --use NAME, as in --use stage, or train on more data"
+        )
+    return wanted
 
 
 def column_ending(name: str, stage: str) -> str:

@@ -158,6 +158,14 @@ def test_the_model_of_the_risks_is_found_and_may_be_chosen(runs, scored, checkpo
         assert f": {name} after go-live" in (tmp_path / "out" / "monitor.html").read_text()
 
 
+def test_no_recommended_model_is_refused(scored, checkpoint, tmp_path, capsys):
+    content = torch.load(checkpoint, weights_only=True)
+    content["config"]["best_model"] = None
+    torch.save(content, tmp_path / "none.pt")
+    words = words_of(scored[0], tmp_path / "none.pt", scored[1], tmp_path, "--use", "best")
+    assert refused(capsys, words, "--use best", "--use NAME", out=tmp_path / "out" / "monitor")
+
+
 def test_alerts_and_net_benefit_are_at_the_threshold_of_the_predictions(
     runs, scored, checkpoint, tmp_path, capsys
 ):

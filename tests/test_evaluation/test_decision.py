@@ -27,7 +27,9 @@ from medgemma_clinical.evaluation.decision import (
     youden_threshold,
 )
 from medgemma_clinical.evaluation.metrics import log_odds, row_losses
-from medgemma_clinical.models.outcome import LABEL
+from medgemma_clinical.models.hazards import Hazards
+from medgemma_clinical.models.outcome import LABEL, TimeOutcome
+from time_rows import EVENTS, MODEL, make_times
 
 
 def drawn(seed, rows=4000):
@@ -225,9 +227,9 @@ def rivals(rows=4000, seed=0):
     return labels, expit(logit), near, far
 
 
-def recommended(labels, risks, patients, preferred):
+def recommended(labels, risks, patients, preferred, planned=None):
     losses = row_losses(labels, log_odds(np.stack([*risks.values()])))
-    return recommended_model([*risks], losses, labels.sum(), patients, preferred)
+    return recommended_model([*risks], losses, labels.sum(), patients, preferred, planned)
 
 
 @pytest.mark.parametrize(
@@ -247,13 +249,35 @@ def test_the_simplest_of_nearly_the_lowest_loss_is_recommended(models, expected)
     assert recommended(labels, found, patients, ["ensemble", "stage"]) == expected
 
 
-@pytest.mark.parametrize(("more", "expected"), [(0, "other"), (-1, "ensemble")])
-def test_losses_of_few_events_choose_no_model(more, expected):
+@pytest.mark.parametrize("planned", ["stage", None])
+@pytest.mark.parametrize("more", [0, -1])
+def test_losses_of_few_events_choose_no_model(more, planned):
     labels, best, _, far = rivals()
     last = np.flatnonzero(labels == 1)[MIN_CHOOSING_EVENTS + more - 1] + 1
     found = {"ensemble": far[:last], "stage": far[:last], "other": best[:last]}
     patients, preferred = np.arange(last), ["ensemble", "stage"]
-    assert recommended(labels[:last], found, patients, preferred) == expected
+    name = recommended(labels[:last], found, patients, preferred, planned)
+    assert name == (planned if more else "other")
+
+
+@pytest.mark.parametrize("ranks", [True, False])
+@pytest.mark.parametrize("kind", ["label", "times"])
+def test_of_few_events_the_blend_is_recommended_if_it_ranks_better_than_chance(kind, ranks):
+    if kind == "times":
+        outcome, table = TimeOutcome(Hazards(EVENTS, EVENTS.horizons, (1.0, 1.0))), make_times(600)
+    else:
+        logit, labels = drawn(0, 400)
+        outcome, names = LABEL, np.arange(400).astype(str)
+        table = pd.DataFrame({"id": names, "label": labels, "patient": names})
+        table = table.assign(**{MODEL: expit(logit), "blend": expit(logit - 1)})
+    if not ranks:
+        columns = [name for name in table if name.startswith("blend")]
+        mixed = np.random.default_rng(2).permutation(len(table))
+        table[columns] = table[columns].to_numpy()[mixed]
+    metrics = outcome.evaluate(table, 0)
+    assert 10 < metrics.counts["events"] < MIN_CHOOSING_EVENTS
+    best = outcome.recommend(table, metrics, MODEL, ["blend"])
+    assert best == {"best_model": "blend" if ranks else None}
 
 
 def test_rows_of_the_same_patient_tell_models_apart_no_better():

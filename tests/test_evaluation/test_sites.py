@@ -8,7 +8,7 @@ import pytest
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
 
-from medgemma_clinical.evaluation import plots
+from medgemma_clinical.evaluation.sites_page import pooled_cells
 from medgemma_clinical.evaluation.topics.subgroups import (
     plot_site_calibration,
     plot_sites,
@@ -54,7 +54,7 @@ def test_published_trials_are_pooled_as_metafor_pools_them():
 
 
 def test_few_or_equal_sites_have_the_intervals_that_they_can_have():
-    for k, missing in ((0, 7), (2, 7), (3, 0)):
+    for k, missing in ((0, 7), (2, 7), (3, 2), (4, 2), (5, 0)):
         found = random_effects(*(each[:k] for each in bcg()))
         assert sum(map(np.isnan, found.values())) == missing
     equal = random_effects(np.full(4, 0.8), np.array([0.1, 0.2, 0.1, 0.3]))
@@ -100,7 +100,7 @@ def test_a_site_has_its_own_auroc_and_few_patients_have_none():
     found = pool(table.reset_index())
     assert found["sites"] == 3
     assert found["low"] < roc_auc_score(rows["label"], rows[MODEL]) < found["high"]
-    assert found["prediction_low"] <= found["low"]
+    assert np.isnan(found["prediction_low"])
 
 
 @pytest.mark.parametrize("min_cell", [0, 40])
@@ -132,15 +132,28 @@ def test_sites_of_one_patient_each_are_not_pooled(tmp_path):
     assert "Nothing is pooled" in Page(write_page(tmp_path, make_rows(60), alone)).text
 
 
-@pytest.mark.parametrize("count", [3, 4])
-def test_figures_show_each_site_and_an_interval_that_rests_on_few_sites_is_grey(count):
-    rows, sites = make_rows(1200), np.repeat([*"abcd"[:count]], 1200 // count)
+@pytest.mark.parametrize("count", [4, 5])
+def test_pages_say_where_further_sites_lie_from_five_sites_on(count):
+    rows, sites = make_rows(1200), np.repeat([*"abcde"[:count]], 1200 // count)
     table = site_table(rows, MODEL, sites, 0)
     pooled = pool(table)
     auroc, calibration = plot_sites(table, pooled)[0], plot_site_calibration(table)[0]
     for figure, name in ((auroc, "auroc"), (calibration, "oe")):
         drawn = [line.get_xdata() for line in figure.axes[0].lines if line.get_marker() == "s"]
         assert np.concatenate(drawn) == pytest.approx(table[name])
-    (further,) = (line for line in auroc.axes[0].lines if line.get_marker() == "|")
-    assert (further.get_color() == plots.SOFT) == (count == 3)
-    assert ("3 sites only" in pooled_sentence(pooled, count)) == (count == 3)
+    ends = [pooled["prediction_low"], pooled["prediction_high"]]
+    further = [line.get_xdata() for line in auroc.axes[0].lines if line.get_marker() == "|"]
+    assert [list(x) for x in further] == ([ends] if count == 5 else [])
+    sentence = pooled_sentence(pooled, count)
+    assert ("about 90 % of further sites: " in sentence) == (count == 5)
+    assert ("too few sites" in sentence) == (count == 4)
+    metrics = pd.DataFrame(dict.fromkeys(("auroc", "oe", "slope"), pooled)).T
+    cells = pooled_cells(metrics)["About 90 % of further sites"]
+    assert (cells == "too few sites").all() == (count == 4)
+
+
+def test_a_site_without_an_interval_is_not_called_one_of_few_patients():
+    pooled = pool(pd.DataFrame({"logit": [1.0, 1.1, 9.0], "se": [0.1, 0.1, np.nan]}))
+    sentence = pooled_sentence(pooled, 3)
+    assert "Nothing is pooled" in sentence
+    assert "10 patients" not in sentence

@@ -120,6 +120,25 @@ def test_the_sentence_and_the_verdict_are_of_the_planned_baseline_alone():
     assert verdicts.primary_baseline(alone) is None
 
 
+@pytest.mark.parametrize(
+    ("low", "minority", "primary", "expected"),
+    [
+        (0.501, MINORITY_PATIENTS, "blend", "blend"),
+        (0.5, MINORITY_PATIENTS, "blend", None),
+        (0.501, MINORITY_PATIENTS - 1, "blend", None),
+        (np.nan, MINORITY_PATIENTS, "blend", None),
+        (0.501, MINORITY_PATIENTS, None, None),
+    ],
+)
+def test_the_planned_comparison_is_above_chance_as_its_interval_is(
+    low, minority, primary, expected
+):
+    others = {"blend": (0.7, (-0.1, 0.1)), "last value": (0.9, (0.1, 0.2))}
+    metrics = replace(result((0.6, 0.8), others, minority), primary=primary)
+    metrics.table.loc[("blend", "auroc"), "low"] = low
+    assert verdicts.planned_above_chance(metrics) == expected
+
+
 def test_numbers_are_written_with_their_interval_or_a_dash():
     assert verdicts.interval_text(0.7042, 0.6317, 0.77).split() == ["0.704", "[0.632,", "0.770]"]
     assert verdicts.interval_text(0.7, 0.6, 0.8, "+.1f", 100).split()[1:] == ["[+60.0,", "+80.0]"]

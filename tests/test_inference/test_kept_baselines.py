@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import medgemma_trainer as trainer
 from conftest import SAMPLE
@@ -13,6 +14,8 @@ from language_models import TINY_MODEL, rehash
 from medgemma_clinical.data.summaries import SINCE_LAST
 from medgemma_clinical.evaluation.baselines import BOOSTING, ENSEMBLE, LOGISTIC, STAGE_NAMES
 from medgemma_clinical.evaluation.decision import MIN_CHOOSING_EVENTS, youden_threshold
+from medgemma_clinical.evaluation.metrics_table import Metrics
+from medgemma_clinical.evaluation.verdicts import planned_above_chance
 from medgemma_clinical.files import InputError, file_hash
 from medgemma_clinical.models import checkpoints
 from medgemma_clinical.models.checkpoints import BASELINES, TRAJECTORY_FILE
@@ -144,8 +147,7 @@ def test_use_gives_another_model_the_probability_and_its_own_threshold(stage, ru
     folder, config = runs / stage, read_trained_config(runs / stage)
     own, model = predicted(folder, new, tmp_path / "own.csv"), None
     rules = config["models"]
-    for name, use in ((ENSEMBLE, "ensemble"), (STATICS, STATICS.replace(" ", "_")), (None, "best")):
-        name = name or config["best_model"]
+    for name, use in ((ENSEMBLE, "ensemble"), (STATICS, STATICS.replace(" ", "_"))):
         found = predicted(folder, new, tmp_path / "out.csv", "--use", use)
         if name == STAGE_NAMES[stage]:
             pd.testing.assert_frame_equal(found, own)
@@ -169,12 +171,34 @@ def test_use_is_refused_by_one_line(more, runs, new, tmp_path, capsys):
     assert refused(capsys, words, f"--use {more[1]}", out=tmp_path / "out.csv")
 
 
+@pytest.mark.parametrize("name", [ENSEMBLE, STATICS, None])
+def test_use_best_takes_the_recommended_model_and_none_is_refused(
+    name, place, new, tmp_path, capsys
+):
+    content = torch.load(place / TRAJECTORY_FILE, weights_only=True)
+    content["config"]["best_model"] = name
+    torch.save(content, place / TRAJECTORY_FILE)
+    model = TrajectoryModel.from_pretrained(place / "trajectory")
+    out = tmp_path / "out.csv"
+    words = command(place / "trajectory", new, out, "--use", "best")
+    if name is None:
+        assert refused(capsys, words, "--use best", "--use NAME", out=out)
+        with pytest.raises(InputError, match="--use NAME"):
+            model.predict_proba(new, "best")
+        assert len(model.predict_proba(new, "stage")) == len(pd.read_csv(new))
+        return
+    found = predicted(place / "trajectory", new, out, "--use", "best")
+    np.testing.assert_allclose(model.predict_proba(new, name)[:, 1], found["probability"])
+    np.testing.assert_allclose(model.predict_proba(new, "best")[:, 1], found["probability"])
+
+
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_recommended_model_of_few_events_is_the_ensemble(stage, runs):
+def test_the_recommended_model_of_few_events_is_the_planned_comparison_or_none(stage, runs):
     config, folder = read_trained_config(runs / stage), runs / stage
     val = pd.read_csv(folder / "predictions_val.csv")
     assert val["label"].sum() < MIN_CHOOSING_EVENTS
-    assert config["best_model"] == ENSEMBLE
+    metrics = Metrics.from_json(read(folder / "metrics.json")["validation"])
+    assert config["best_model"] == planned_above_chance(metrics)
     for text in (model_card(config), (folder / "report.html").read_text()):
         assert f"fewer than {MIN_CHOOSING_EVENTS} events in the validation rows" in text
     assert read(folder / "run.json")["best_model"] == config["best_model"]

@@ -23,6 +23,7 @@ from medgemma_clinical.models.model_card import (
     built_in_notice,
     built_in_sentence,
     code,
+    describe_recommended,
     model_card,
     shareable,
     weight_0_sentence,
@@ -74,7 +75,7 @@ def finished():
         **HUB,
     }
     more["case_mix"] = {"rows": 640.0, "patients": 600.0, "prevalence": 0.25}
-    more["best_model"] = "ensemble"
+    more["best_model"] = "last value"
     more["metrics"] = run_metrics(reports={**reports, "inventing_share": metric(0.3)})
     return json.loads(json.dumps({**config, **more}))
 
@@ -178,6 +179,29 @@ def test_a_run_with_the_built_in_model_has_a_notice(finished):
     assert built_in_notice({**own, **FOLDER}) == "", "a folder of this name"
     assert built_in_notice(finished) == ""
     assert built_in_notice({"stage": "trajectory"}) == ""
+
+
+@pytest.mark.parametrize(
+    ("best", "events", "primary", "expected"),
+    [
+        ("blend", 99, "blend", ["blend, the planned comparison", "no model", "fewer than 100"]),
+        ("ensemble", 99, "blend", ["ensemble; no model", "fewer than 100"]),
+        ("blend", "fewer than 11", "blend", ["blend, the planned comparison", "fewer than 100"]),
+        (None, 99, "blend", ["none", "no model", "fewer than 100", "comparison (blend) is not"]),
+        (None, "not shown", "blend", ["none", "no model", "fewer than 100"]),
+        (None, 99, None, ["none", "no model", "fewer than 100", "no planned comparison"]),
+        ("ensemble", 100, "blend", ["ensemble, by the log loss"]),
+        ("ensemble", "not shown", "blend", ["ensemble"]),
+    ],
+)
+@pytest.mark.parametrize("part", ["validation", "folds"])
+def test_a_model_of_few_events_is_not_recommended_for_its_results(
+    part, best, events, primary, expected
+):
+    metrics = {part: {"events": events, "primary": primary}}
+    text = describe_recommended({"best_model": best, "metrics": metrics})
+    assert all(words in text for words in expected)
+    assert ("no model is recommended for its results" in text) == ("fewer than 100" in expected)
 
 
 @pytest.mark.parametrize("repo_id", [None, "jane/anion-gap"])

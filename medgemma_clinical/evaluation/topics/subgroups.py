@@ -5,6 +5,7 @@ What sites have in common is a meta-analysis of their results.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -36,8 +37,15 @@ SUBGROUP_METRICS = {"auroc": ("AUROC", ".3f"), "oe": ("O/E", ".2f"), "slope": ("
 """Name and format of the metrics of subgroups and sites."""
 
 MIN_POOLED = 3
-"""Sites that a pooled value and a prediction interval need."""
+"""Sites that a pooled value needs."""
 
+MIN_PREDICTED = 5
+"""Sites that a prediction interval needs."""
+
+FURTHER_SITES = "about 90 % of further sites"
+"""What a prediction interval of 95 % covers, by simulation, where tau2 is estimated."""
+
+TOO_FEW_SITES = "too few sites"
 
 Measure = Callable[[NDArray[np.intp], Array], dict[str, Array]]
 """From some rows and weights (R, n) to metrics (R,) of these rows, ``SUBGROUP_METRICS``."""
@@ -212,7 +220,7 @@ def random_effects(effects: Array, variances: Array) -> dict[str, float]:
 
     Source: Viechtbauer 2005 for the REML estimate of tau2; Hartung and Knapp 2001 for the interval,
     Röver et al. 2015 for its lower bound; Higgins and Thompson 2002 for I2; Riley et al. 2011 for
-    the prediction interval.
+    the prediction interval, Partlett and Riley 2017 for what it covers.
     """
     k, nan = len(effects), float("nan")
     ends = ("low", "high", "prediction_low", "prediction_high")
@@ -237,7 +245,9 @@ def random_effects(effects: Array, variances: Array) -> dict[str, float]:
     fixed = 1 / variances
     typical = (k - 1) * fixed.sum() / (fixed.sum() ** 2 - (fixed**2).sum())
     reach = t.ppf(0.975, k - 1) * error
-    beyond = t.ppf(0.975, k - 2) * np.sqrt(tau2 + error**2)  # 95 % of further sites
+    beyond = nan
+    if k >= MIN_PREDICTED:
+        beyond = t.ppf(0.975, k - 2) * np.sqrt(tau2 + error**2)
     intervals = (mean - reach, mean + reach, mean - beyond, mean + beyond)
     summary = {"value": mean, "i2": tau2 / (tau2 + typical), "tau2": tau2}
     return summary | dict(zip(ends, map(float, intervals), strict=True))
@@ -246,39 +256,46 @@ def random_effects(effects: Array, variances: Array) -> dict[str, float]:
 def pooled_sentence(pooled: Mapping[str, float], sites: int) -> str:
     """Return the result of ``pool`` in words; ``sites``: how many there are."""
     if pooled["sites"] < MIN_POOLED:
-        need = f"{MINORITY_PATIENTS} patients with, and {MINORITY_PATIENTS} without, the event"
-        return f"Nothing is pooled: fewer than {MIN_POOLED} sites have {need}."
+        return f"Nothing is pooled: fewer than {MIN_POOLED} sites have an AUROC with an interval."
     auroc = interval_text(pooled["value"], pooled["low"], pooled["high"])
-    ends = [pooled["prediction_low"], pooled["prediction_high"]]
-    few = ""
-    if pooled["sites"] == MIN_POOLED:
-        few = f", which rests on {MIN_POOLED} sites only and says little"
+    further = f"{FURTHER_SITES}: {prediction_text(pooled, '.3f')}"
+    if math.isnan(pooled["prediction_low"]):
+        further = f"{TOO_FEW_SITES} to say where further ones lie"
     return (
         f"Pooled over {pooled['sites']:.0f} of {sites} sites: AUROC {auroc}, I\N{SUPERSCRIPT TWO} "
-        f"{percent(pooled['i2'])}; 95 % of further sites: {ends[0]:.3f} to {ends[1]:.3f}{few}. "
+        f"{percent(pooled['i2'])}; {further}. "
         "I\N{SUPERSCRIPT TWO} is the share of the spread between sites that is no chance."
     )
+
+
+def prediction_text(pooled: Any, form: str) -> str:
+    """Write the prediction interval of a result of ``random_effects``."""
+    if math.isnan(pooled["prediction_low"]):
+        return TOO_FEW_SITES
+    return f"{pooled['prediction_low']:{form}} to {pooled['prediction_high']:{form}}"
 
 
 def plot_sites(table: pd.DataFrame, pooled: Mapping[str, float]) -> plots.Plot:
     """Plot the AUROC of each site of a ``site_table`` that has one, and what ``pool`` returns."""
     figure, axes, names = _plot_metric(table, "auroc", below=2)
+    alt = "Forest plot: AUROC of each site"
     if not np.isnan(pooled["value"]):
         below = len(names)
         mean, *ends = (pooled[name] for name in ("value", "low", "high"))
         axes.axvline(mean, **plots.DOTTED)
         look: dict[str, Any] = {"color": plots.OTHER, "label": "pooled [95 %]", "markersize": 7}
         axes.errorbar(mean, below, xerr=[[mean - ends[0]], [ends[1] - mean]], fmt="D", **look)
-        further = [pooled["prediction_low"], pooled["prediction_high"]]
-        look = {"color": plots.INK}
-        if pooled["sites"] == MIN_POOLED:  # as few as there can be
-            look = {"color": plots.SOFT, "linewidth": 0.8, "linestyle": ":"}
-        axes.plot(further, [below + 1] * 2, marker="|", label="95 % of further sites", **look)
-        names += ["pooled", "further sites"]
+        names.append("pooled")
+        alt += ", pooled"
+    further = [pooled["prediction_low"], pooled["prediction_high"]]
+    if not np.isnan(further).any():
+        look = {"color": plots.INK, "marker": "|", "label": FURTHER_SITES}
+        axes.plot(further, [len(names)] * 2, **look)
+        names.append("further sites")
+        alt += ", and of further sites"
     plots.name_lines(axes, names)
     axes.set_xlabel("AUROC")
-    alt = "Forest plot: AUROC of each site, pooled, and of further sites."
-    return plots.with_legend(figure, 2), alt
+    return plots.with_legend(figure, 2), f"{alt}."
 
 
 def plot_site_calibration(table: pd.DataFrame) -> plots.Plot:
