@@ -122,8 +122,9 @@ def subgroup_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
         cells = pd.DataFrame({"Subgroup": table["group"] + ": " + table["level"]})
     cells[noun.capitalize()] = table["n"].map(count_text)
     cells["Events"] = table["events"].map(count_text)
-    cells["Observed"] = table["prevalence"].map(percent)
-    cells["Mean risk"] = table["risk"].map(percent)
+    for name, title in (("prevalence", "Observed"), ("risk", "Mean risk")):
+        if name in table:  # an aggregate has neither
+            cells[title] = table[name].map(percent)
     for name, (title, form) in SUBGROUP_METRICS.items():
         if table[name].notna().any():
             numbers = (table[column] for column in (name, f"{name}_low", f"{name}_high"))
@@ -239,8 +240,11 @@ def random_effects(effects: Array, variances: Array) -> dict[str, float]:
 def pooled_sentence(pooled: Mapping[str, float], sites: int) -> str:
     """Return the result of ``pool`` in words; ``sites``: how many there are."""
     if pooled["sites"] < MIN_POOLED:
-        need = f"{MINORITY_PATIENTS} patients with, and {MINORITY_PATIENTS} without, the event"
-        return f"Nothing is pooled: fewer than {MIN_POOLED} sites have {need}."
+        need = (
+            f" have {MINORITY_PATIENTS} patients with, and {MINORITY_PATIENTS} without, the event"
+        )
+        need = need if sites >= MIN_POOLED else ""
+        return f"Nothing is pooled: fewer than {MIN_POOLED} sites{need}."
     auroc = interval_text(pooled["value"], pooled["low"], pooled["high"])
     ends = [pooled["prediction_low"], pooled["prediction_high"]]
     few = ""
