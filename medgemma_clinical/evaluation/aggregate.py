@@ -142,7 +142,8 @@ def pool_sites(sites: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame, li
     for model, part in models.groupby("name", sort=False):
         same = part.loc[part["sha256"] == part["sha256"].mode()[0], "site"]
         if others := [name for name in sites if name not in {*same}]:
-            notes.append(f"{model} is not compared: {', '.join(others)} lack it or have another.")
+            text = "files without it, or with another one"
+            notes.append(f"{model} is not pooled: {text}: {', '.join(others)}.")
             models = models[models["name"] != model]
     columns = ["site", "name"]
     parts = [

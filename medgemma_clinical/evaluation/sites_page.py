@@ -56,7 +56,7 @@ def write_sites(
     auroc = pooled.loc[(used["name"], "auroc")].to_dict()
     with plots.plot_style():
         topics = [
-            site_topic(table, auroc, "patients", "The same model at each site; rounded counts"),
+            site_topic(table, auroc, "patients", "The same model at each site; rounded numbers"),
             Topic("Pooled", notes, tables),
         ]
         drawn = {name: plot for topic in topics for name, (plot, _) in topic.figures.items()}

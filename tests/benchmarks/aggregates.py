@@ -22,6 +22,9 @@ from scipy.stats import rankdata
 from medgemma_clinical.evaluation.aggregate import NEEDED, aggregate, few_digits
 from medgemma_clinical.evaluation.metrics import log_odds
 
+SITES = (22, 11), (40, 15), (60, 20), (100, 20), (100, 50)
+"""Patients and events of the sites whose labels are solved."""
+
 MODELS = ["model", "blend"]
 HUNDREDTHS = np.arange(-99, 100) / 100
 SLOPES = np.unique([*HUNDREDTHS, *(10 * HUNDREDTHS), *(100 * HUNDREDTHS)]).round(2)
@@ -29,9 +32,9 @@ SLOPES = np.array([x for x in SLOPES if few_digits(float(x), 2) == x])
 """All slopes of two digits up to 99."""
 
 
-def draw_site(rng, n, events):
-    """Return predictions of two models with so many events."""
-    odds = rng.normal(np.log(events / (n - events)), 1, n)
+def draw_site(rng, n, events, spread=1.0):
+    """Return predictions of two models with so many events; ``spread``: of the log-odds."""
+    odds = rng.normal(np.log(events / (n - events)), spread, n)
     labels = np.zeros(n)
     labels[np.argsort(odds + rng.logistic(size=n))[n - events :]] = 1
     names = np.arange(n).astype(str)
@@ -85,10 +88,11 @@ def extremes(weights, events, within, low, high):
     return None if found[0].status else (found[0].fun, -found[1].fun)
 
 
-def possible_files(risk, events):
+def possible_files(risk, events, together=1):
     """Return at most how many triples of AUROC, slope and Brier score of a model there are.
 
-    O/E, intercept and all errors follow from these, the risks and the number of events.
+    O/E, intercept and all errors follow from these, the risks and the number of events. So many
+    values of the AUROC are counted together: more are faster, and the bound is less close.
     """
     (ranks, constant), (squares, base), (odds, _) = linear_metrics(risk, events).values()
     totals = [
@@ -96,13 +100,14 @@ def possible_files(risk, events):
         for sign in (-1, 1)
     ]
     count = 0
-    for auroc in np.arange(101) / 100 - constant:
-        within = ranks, auroc - 0.005, auroc + 0.005
+    for first in range(0, 101, together):
+        low, high = (k / 100 - constant - 0.005 for k in (first, first + together))
+        within = ranks, low, high
         if (found := extremes(odds, events, *within)) is None:
             continue
         slopes = (totals[1] >= found[0]) & (totals[0] <= found[1])
         low, high = (round(100 * (x + base)) for x in extremes(squares, events, *within))
-        count += slopes.sum() * (high - low + 1)
+        count += together * slopes.sum() * (high - low + 1)
     return count
 
 
@@ -110,8 +115,8 @@ def count_files(sets):
     n, events = NEEDED["patients"], NEEDED["events"]
     entropy = math.log2(math.comb(n, events))
     bits = []
-    for seed in range(max(1, sets // 50)):
-        rows = draw_site(np.random.default_rng(seed), n, events)
+    for seed in range(max(1, sets // 20)):
+        rows = draw_site(np.random.default_rng(seed), n, events, spread=[0.5, 1, 2][seed % 3])
         bits.append(
             sum(math.log2(possible_files(rows[name].to_numpy(), events)) for name in MODELS)
         )
@@ -144,7 +149,7 @@ def solve_labels(rows, content, aim, within=1.0):
 
 
 def solve_sites(sets):
-    for n, events in ((22, 11), (40, 15), (60, 20), (100, 20), (100, 50)):
+    for n, events in SITES:
         right, shared = [], []
         for seed in range(max(1, sets // 20)):
             rng = np.random.default_rng(seed)
