@@ -72,7 +72,7 @@ def aggregate(rows: pd.DataFrame, models: Mapping[str, str | None]) -> dict[str,
     labels, _, patients = label_risk_patient(rows, next(iter(models)))
     exact = count_kinds(labels, patients)
     counts = {name: 5 * round(n / 5) for name, n in exact.items()}
-    digits = 3 if counts["patients"] >= THREE_DIGITS else 2
+    digits = 3 if exact["patients"] >= THREE_DIGITS else 2
     share = exact["patients"] / len(rows)  # the rows of a patient count as one
     lines = []
     for name, digest in models.items():
@@ -81,9 +81,9 @@ def aggregate(rows: pd.DataFrame, models: Mapping[str, str | None]) -> dict[str,
         found["oe"] = labels.sum(keepdims=True) / risk.sum()
         names = {"intercept": "calibration_in_the_large", "slope": "calibration_slope"}
         values = {key: float(found[names.get(key, key)][0]) for key in BOUNDS}
-        values = pd.Series(few_digits(values, digits), dtype=float)  # None becomes NaN
-        errors = standard_errors(values, risk, counts, share)
-        numbers = few_digits(values.to_dict() | errors, digits)
+        rounded = pd.Series(few_digits(values, digits), dtype=float)  # None becomes NaN
+        errors = standard_errors(rounded, risk, counts, share)
+        numbers = few_digits(rounded.to_dict() | errors, digits)
         lines.append({"name": name, "sha256": digest, **numbers})
     return {**counts, "models": lines}
 

@@ -56,7 +56,7 @@ def numbers_of(content):
     return [x for line in content["models"] for x in line.values() if not isinstance(x, str)]
 
 
-@pytest.mark.parametrize(("patients", "digits"), [(203, 2), (603, 3)])
+@pytest.mark.parametrize(("patients", "digits"), [(203, 2), (499, 2), (500, 3), (603, 3)])
 def test_an_aggregate_holds_few_digits_and_counts_to_the_nearest_five(patients, digits, rows):
     few = rows.iloc[:patients]
     content = make_site(few)
