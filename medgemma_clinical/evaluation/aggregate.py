@@ -17,7 +17,7 @@ from scipy.stats import norm
 from medgemma_clinical.data.small_cells import count_patients
 from medgemma_clinical.evaluation.metrics import Array, calibration, fit_logistic, log_odds, metrics
 from medgemma_clinical.evaluation.metrics_table import label_risk_patient
-from medgemma_clinical.evaluation.topics.subgroups import random_effects
+from medgemma_clinical.evaluation.pooling import random_effects
 
 BOUNDS = {"auroc": (0, 1), "oe": (0.001, 1000), "intercept": (-1000, 1000), "slope": (-1000, 1000)}
 BOUNDS |= {"brier": (0, 1)}

@@ -9,8 +9,9 @@ from typing import Any
 import pandas as pd
 
 from medgemma_clinical.evaluation import plots
+from medgemma_clinical.evaluation.pooling import MIN_POOLED
 from medgemma_clinical.evaluation.report import render
-from medgemma_clinical.evaluation.topics.subgroups import MIN_POOLED, SUBGROUP_METRICS, site_topic
+from medgemma_clinical.evaluation.topics.subgroups import SUBGROUP_METRICS, site_topic
 from medgemma_clinical.evaluation.topics.topic import Cells, Topic
 from medgemma_clinical.evaluation.verdicts import interval_text, percent
 from medgemma_clinical.files import write_text
