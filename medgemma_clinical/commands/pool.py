@@ -9,14 +9,15 @@ from typing import Any
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.evaluation.aggregate import (
+    count_problem,
+    few_digits,
     pool_sites,
-    read_estimates,
-    three_digits,
+    read_models,
 )
 from medgemma_clinical.evaluation.sites_page import pooled_cells, write_sites
 from medgemma_clinical.files import (
     InputError,
-    json_hash,
+    locked,
     make_output_dir,
     move_aside,
     one_line,
@@ -27,13 +28,11 @@ from medgemma_clinical.models.checkpoints import READING_ERRORS
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Rises when aggregates of earlier versions cannot be pooled with new ones."""
 
-MAX_SIZE = 2**22
+MAX_SIZE = 2**14
 """Bytes of an aggregate."""
-
-SAME_MODEL = "sha256", "outcome", "name"
 
 
 def run_pool(paths: Sequence[Path], output_dir: Path) -> int:
@@ -42,25 +41,33 @@ def run_pool(paths: Sequence[Path], output_dir: Path) -> int:
     for path in paths:
         site, content = one_line(path.stem), read_aggregate(path)
         for other, earlier in sites.items():
-            if site == other or json_hash(content) == json_hash(earlier):
+            if site == other or content["models"] == earlier["models"]:
                 raise InputError(f"--pool {path}: the same as {other}: give each site once")
-            if any(content["model"][key] != earlier["model"][key] for key in SAME_MODEL):
+            if model_of(content) != model_of(earlier):
                 raise InputError(f"--pool {path}: of another model than {other}: leave it out")
         sites[site] = content
     if len(sites) < 2:
         raise InputError("--pool: name the files of two sites or more")
-    estimates, pooled = pool_sites(sites)
+    estimates, pooled, notes = pool_sites(sites)
+    model = model_of(content)
     make_output_dir(output_dir)
     table, page = output_dir / "sites.json", output_dir / "sites.html"
-    for aside in move_aside([table, page]):
-        logger.info("earlier file moved to %s", aside)
-    results = {"pooled": pooled.reset_index(), "sites": estimates}
-    tables = {name: three_digits(found.to_dict("records")) for name, found in results.items()}
-    write_json(table, {"format": FORMAT, "model": content["model"], **tables})
-    write_sites(page, sites, estimates, pooled)
-    text = pooled_cells(pooled.loc[content["model"]["name"]]).to_string(index=False)
-    logger.info("\n%s\nresults: %s, %s", text, page, table)
+    with locked(page):
+        for aside in move_aside([table, page]):
+            logger.info("earlier file moved to %s", aside)
+        results = {"pooled": pooled.reset_index(), "sites": estimates}
+        tables = {name: few_digits(found.to_dict("records")) for name, found in results.items()}
+        write_json(table, {"format": FORMAT, "model": model, **tables, "left_out": notes})
+        write_sites(page, sites, estimates, pooled, notes)
+    text = pooled_cells(pooled.loc[model["name"]]).to_string(index=False)
+    logger.info("\n%s\nresults: %s, %s", "\n".join([text, *notes]), page, table)
     return EXIT_DONE
+
+
+def model_of(content: Any) -> dict[str, str]:
+    """Return what the used model of an aggregate is, which all sites must have."""
+    used = content["models"][0]
+    return {"name": used["name"], "sha256": used["sha256"], "outcome": content["outcome"]}
 
 
 def read_aggregate(path: Path) -> Any:
@@ -71,14 +78,12 @@ def read_aggregate(path: Path) -> Any:
         content = read_json(path)
         if (version := content["format"]) != FORMAT:
             raise InputError(f"--pool {path}: of format {version!s:.20}, not {FORMAT}")
-        read_estimates(content)
-        texts = [content["version"], *(content["model"][key] for key in SAME_MODEL)]
-        if not all(isinstance(text, str) and len(text) <= 100 for text in texts):
-            raise ValueError
-        hash(content["model"]["baselines_sha256"])  # TypeError of a list
+        read_models(content)
+        if problem := count_problem(content):
+            raise InputError(f"--pool {path}: {problem}: leave it out")
     except InputError:
         raise
     except READING_ERRORS as error:
         text = "not a file of --predict --aggregate, or damaged"
-        raise InputError(f"--pool {path}: {text}") from error
+        raise InputError(f"--pool {path}: {text}: leave it out") from error
     return content

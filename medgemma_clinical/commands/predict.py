@@ -30,6 +30,7 @@ from medgemma_clinical.commands.report_content import report_content
 from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.commands.update import write_update
 from medgemma_clinical.data.distributions import last_values, row_medians
+from medgemma_clinical.data.dka import description_path
 from medgemma_clinical.data.findings import Findings, flow_lines
 from medgemma_clinical.data.overlap import TrainingPatients, both_hashes, patient_hashes
 from medgemma_clinical.data.small_cells import count_text
@@ -116,9 +117,7 @@ def predict(args: Namespace, given: set[str]) -> int:
         labels, hashed = (labelled.rows, labelled.updates), file_hash(source)
         write_update(request.update, model.trained, used, *labels, hashed)
     if request.aggregate:
-        found = model.trained, labelled.rows, labelled.medians
-        limit = request.min_cell if "--min_cell" in given else None
-        write_aggregate(request.aggregate, request.checkpoint, *found, limit, request.seed)
+        write_aggregate(request.aggregate, model.trained, labelled.rows, used, labelled.primary)
     return EXIT_DONE
 
 
@@ -197,17 +196,16 @@ def input_lines(rows: ScoringRows, config: Config) -> pd.DataFrame:
 
 
 def check_output(request: Namespace, source: Path) -> None:
-    """Check that predictions can be written, and not over the rows to score."""
+    """Check that predictions can be written, and not over the rows or as their description."""
+    inputs = {path.resolve() for path in (source, description_path(source))}
     for flag in ("predictions", "curves", "aggregate"):
         if (out := getattr(request, flag)) is None:
             continue
         if not out.absolute().parent.is_dir() or out.is_dir():
             raise InputError(f"--{flag} {out}: name a file in a folder that exists")
         written = [out, inputs_path(out)] if flag == "predictions" else [out]
-        described = source.parent / f"{Path(source.name.removesuffix('.gz')).stem}.json"
-        inputs = [path for path in (source, described) if path.exists()]
-        if any(x.exists() and any(map(x.samefile, inputs)) for x in written):
-            problem = "holds the rows to score, or their description: choose another name"
+        if any(x.resolve() in inputs for x in written):
+            problem = "is the name of the rows to score, or of their description: choose another"
             raise InputError(f"--{flag} {out}: {problem}")
         if flag != "predictions" and out.absolute() == request.predictions.absolute():
             raise InputError(f"--{flag} {out}: is the file of --predictions")
@@ -319,10 +317,10 @@ def write_predictions(
 
 
 class Labelled(NamedTuple):
-    """Labelled rows that are not in the training data, their medians and updates on them."""
+    """Labelled rows that are not in the training data, the planned baseline, and updates."""
 
     rows: pd.DataFrame
-    medians: pd.DataFrame
+    primary: str | None = None
     updates: Any = None
 
 
@@ -335,7 +333,7 @@ def report_labelled(
 ) -> Labelled:
     """Evaluate labelled rows that are not in the training data; return them."""
     if not tally.labelled:
-        return Labelled(pd.DataFrame(), pd.DataFrame())
+        return Labelled(pd.DataFrame())
     labelled = pd.concat(tally.labelled, ignore_index=True)
     hashes = labelled["patient"].to_numpy(), np.stack(labelled["rows"].tolist())
     in_training = training.include(*hashes, has_ids=dataset.has_patient_ids)
@@ -347,7 +345,7 @@ def report_labelled(
     outcome = tally.outcome
     if problem := outcome.evaluation_problem(new):
         logger.info("%s No metrics: %s.", note, problem)
-        return Labelled(new, medians)
+        return Labelled(new)
     name, patients = tally.used, new["patient"].astype(str)
     risks = new[[*tally.columns]].dropna(axis=1)  # NaN of a baseline that lacks a column
     rows = new.assign(id=patients, patient=patients)[[*outcome.tested]]
@@ -368,7 +366,7 @@ def report_labelled(
     write_report(path, rows, metrics, content, outcome.topics, min_cell=request.min_cell)
     lines = "\n".join([*content.first, *map(str, content.findings(metrics))])
     logger.info("\n%s\n%s\nreport: %s", lines, note, path)
-    return Labelled(new, medians, updates)
+    return Labelled(new, metrics.primary, updates)
 
 
 def cohort_content(

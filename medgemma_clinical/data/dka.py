@@ -147,12 +147,17 @@ def name_series(
     return about
 
 
+def description_path(path: Path) -> Path:
+    """Return where the description of a data file lies, or would lie."""
+    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).with_suffix(".json")
+
+
 def read_description(source: Any, findings: Findings | None = None) -> Description:
     """Read the description beside a data file; without one it says nothing."""
     if isinstance(source, pd.DataFrame):
         return Description()
     path = Path(source)
-    file = (path.with_suffix("") if path.suffix.lower() == ".gz" else path).with_suffix(".json")
+    file = description_path(path)
     if not os.path.lexists(file):
         return Description()
     try:

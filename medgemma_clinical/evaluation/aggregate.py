@@ -1,12 +1,11 @@
 """What a site gives away of its labelled rows for pooling, and what several sites say together.
 
-An aggregate has no row: counts are rounded to 5, other numbers have three significant digits.
+An aggregate has no row: two models at most, few digits, counts of patients to the nearest 5.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,92 +14,161 @@ import pandas as pd
 from scipy.special import expit, logit
 from scipy.stats import norm
 
-from medgemma_clinical.data.small_cells import MIN_CELL, count_patients
-from medgemma_clinical.evaluation.metrics import Array, calibration, metrics
-from medgemma_clinical.evaluation.metrics_table import (
-    TESTED,
-    bootstrap,
-    label_risk_patient,
-    with_interval,
-)
-from medgemma_clinical.evaluation.suppress import distant_thresholds
-from medgemma_clinical.evaluation.topics.cohort import case_mix, case_mix_cells, suppress_case_mix
-from medgemma_clinical.evaluation.topics.subgroups import random_effects
+from medgemma_clinical.data.small_cells import count_patients
+from medgemma_clinical.evaluation.metrics import Array, calibration, fit_logistic, log_odds, metrics
+from medgemma_clinical.evaluation.metrics_table import label_risk_patient
+from medgemma_clinical.evaluation.pooling import random_effects
 
-METRICS: dict[str, tuple[float, float]]
-METRICS = dict.fromkeys(("auroc", "auprc", "brier", "mean_risk", "observed"), (0, 1))
-METRICS |= {"brier_skill": (-1000, 1), "log_loss": (0, 1000), "oe": (0.001, 1000)}
-METRICS |= dict.fromkeys(("intercept", "slope"), (-1000, 1000))
-"""Metrics of an aggregate, with bounds of their values in a file; intercept: slope held at 1."""
+BOUNDS = {"auroc": (0, 1), "oe": (0.001, 1000), "intercept": (-1000, 1000), "slope": (-1000, 1000)}
+BOUNDS |= {"brier": (0, 1)}
+"""Metrics of each model, with bounds of their values; intercept: slope held at 1."""
+
+ERRORS = {name: f"{name}_error" for name in ("auroc", "oe", "intercept", "slope")}
+"""Standard errors: of the logit of the AUROC, of the logarithm of O/E."""
+
+NEEDED = {"patients": 100, "events": 20, "non_events": 20}
+"""Patients of an aggregate, and those of them with, and without, the event."""
+
+THREE_DIGITS = 500
+"""Patients from which on numbers have three digits, below two."""
+
+HALF_DIGIT = 0.005
+"""Of an AUROC of two digits, which may be 1 and has no logit then."""
 
 REACH = norm.ppf(0.975)
-HALF_DIGIT = 5e-4
-"""Of an AUROC of three digits, which may be 1 and has no logit then."""
 
 
-def aggregate(
-    rows: pd.DataFrame,  # ``TESTED``, then the risk of each model
-    edges: Mapping[str, list[float]],  # of risk groups of the development cohort, by model
-    cohort: tuple[pd.DataFrame, pd.DataFrame],  # ``demographics`` and ``row_medians``
-    min_cell: int,
-    seed: int,
-) -> dict[str, Any]:
-    """Return counts, metrics with variances, risk groups and case mix of rows of one site.
-
-    Source: Debray et al. 2017, BMJ 356:i6460, for the variance by the ends of the interval.
-    """
-    risks = {str(name): rows[name].to_numpy(float) for name in rows.columns.drop(TESTED)}
-    labels, _, patients = label_risk_patient(rows, next(iter(risks)))
-
-    def count(members: Any) -> int:
-        exact = count_patients(patients, members)
-        return max(5 * round(exact / 5), 5 * math.ceil(min_cell / 5)) if min_cell else exact
-
-    def statistic(weights: Array) -> dict[Any, Array]:
-        values: dict[Any, Array] = {}
-        for name, risk in risks.items():
-            found, fit = (f(labels, risk, weights) for f in (metrics, calibration))
-            found["intercept"] = fit["calibration_in_the_large"]
-            found["slope"] = fit["calibration_slope"]
-            total = weights.sum(axis=1)
-            found |= {"mean_risk": weights @ risk / total, "observed": weights @ labels / total}
-            found["oe"] = found["observed"] / found["mean_risk"]
-            values |= {(name, metric): found[metric] for metric in METRICS}
-        return values
-
-    table = with_interval(*bootstrap(labels, patients, seed, statistic))
-    table = table.rename_axis(["model", "metric"]).reset_index()
-    ends = [scaled(table["metric"], table[end]) for end in ("low", "high")]
-    table["variance"] = (((ends[1] - ends[0]) / (2 * REACH)) ** 2).where(ends[1] > ends[0])
-    groups = []
-    for name, risk in risks.items():
-        cuts = distant_thresholds(labels, risk, patients, max(1, min_cell), edges.get(name, []))
-        for low, high in zip([0, *cuts], [*cuts, np.inf], strict=True) if cuts else ():
-            part = (risk >= low) & (risk < high)
-            shares = {"risk": risk[part].mean(), "observed": labels[part].mean()}
-            groups.append({"model": name, "from": low, "patients": count(part), **shares})
-    # Quantiles of fewer patients would be values of some of them.
-    mix = case_mix(*cohort, max(min_cell, MIN_CELL))
-    mix = suppress_case_mix(mix, min_cell, hide_events=False)
-    content = {
-        "min_cell": min_cell,
-        "patients": count(labels >= 0),
-        "events": count(labels == 1),
-        "non_events": count(labels == 0),
-        "metrics": table[["model", "metric", "value", "variance"]].to_dict("records"),
-        "groups": groups,
-        "case_mix": {name: x for name, x in mix.items() if name not in ("rows", "patients")},
-    }
-    return three_digits(content)
-
-
-def three_digits(content: Any) -> Any:
-    """Return plain content whose fractions have three significant digits, None for NaN."""
+def few_digits(content: Any, digits: int = 3) -> Any:
+    """Return plain content whose fractions have so many digits and decimals, None for NaN."""
 
     def rounded(text: str) -> float:
-        return float(f"{float(text):.3g}")
+        return round(float(f"{float(text):.{digits}g}"), digits)
 
     return json.loads(json.dumps(content), parse_float=rounded, parse_constant=lambda _: None)
+
+
+def count_kinds(labels: Array, patients: Any) -> dict[str, int]:
+    """Return the numbers of ``NEEDED`` of some rows."""
+    kinds = labels >= 0, labels == 1, labels == 0
+    return {name: count_patients(patients, x) for name, x in zip(NEEDED, kinds, strict=True)}
+
+
+def count_problem(counts: Mapping[str, int]) -> str:
+    """Return why rows of these counts are in no aggregate; counts may be rounded to 5."""
+    patients, events, non_events = (counts[name] for name in NEEDED)
+    if not max(events, non_events) <= patients <= events + non_events + 5:
+        return f"contradictory counts: {events} with and {non_events} without the event"
+    if all(counts[name] >= need for name, need in NEEDED.items()):
+        return ""
+    need = "{} patients, {} of them with and {} without the event".format(*NEEDED.values())
+    return f"takes {need}: these are {patients}, {events} and {non_events}"
+
+
+def aggregate(rows: pd.DataFrame, models: Mapping[str, str | None]) -> dict[str, Any]:
+    """Return counts of rows of one site, and the metrics of models, given by name and hash.
+
+    The errors follow from rounded metrics, risks and counts: they say nothing more of the labels.
+    """
+    labels, _, patients = label_risk_patient(rows, next(iter(models)))
+    exact = count_kinds(labels, patients)
+    counts = {name: 5 * round(n / 5) for name, n in exact.items()}
+    digits = 3 if exact["patients"] >= THREE_DIGITS else 2
+    share = exact["patients"] / len(rows)  # the rows of a patient count as one
+    lines = []
+    for name, digest in models.items():
+        risk, one = rows[name].to_numpy(float), np.ones((1, len(rows)))
+        found = metrics(labels, risk, one) | calibration(labels, risk, one)
+        found["oe"] = labels.sum(keepdims=True) / risk.sum()
+        names = {"intercept": "calibration_in_the_large", "slope": "calibration_slope"}
+        values = {key: float(found[names.get(key, key)][0]) for key in BOUNDS}
+        rounded = pd.Series(few_digits(values, digits), dtype=float)  # None becomes NaN
+        errors = standard_errors(rounded, risk, counts, share)
+        numbers = few_digits(rounded.to_dict() | errors, digits)
+        lines.append({"name": name, "sha256": digest, **numbers})
+    return {**counts, "models": lines}
+
+
+def standard_errors(
+    values: pd.Series[float], risk: Array, counts: Mapping[str, int], share: float
+) -> dict[str, float]:
+    """Return the ``ERRORS`` of rounded metrics on n rows, each of which counts ``share``.
+
+    Source: Newcombe 2006, method 4, for the AUROC; the observed information for the others.
+    """
+    auroc = float(np.clip(values["auroc"], HALF_DIGIT, 1 - HALF_DIGIT))
+    both, odds = [counts["events"], counts["non_events"]], log_odds(risk)
+    half = sum(both) / 2 - 1
+    spread = 1 + half * (1 - auroc) / (2 - auroc) + half * auroc / (1 + auroc)
+    # As many events as the rounded intercept expects.
+    expected = expit(values["intercept"] + odds)
+    information = share * (expected * (1 - expected)).sum()
+    errors = {
+        "auroc": np.sqrt(spread / (auroc * (1 - auroc) * np.prod(both))),
+        "oe": np.sqrt(information) / (share * expected.sum()),
+        "intercept": 1 / np.sqrt(information),
+    }
+    ones, turned = np.ones((1, len(odds))), values["slope"] * odds
+    level = fit_logistic(expected, ones, ones, [0.0], turned)[0, 0]
+    expected = expit(level + turned)
+    weights = expected * (1 - expected)
+    centred = odds - weights @ odds / weights.sum()
+    errors["slope"] = 1 / np.sqrt(share * weights @ centred**2)
+    return {ERRORS[name]: float(error) for name, error in errors.items()}
+
+
+# --------------------------------------------------------------------------- of several sites
+
+
+def read_models(content: Any) -> pd.DataFrame:
+    """Return the checked metrics of an aggregate; an error of any type where it is none."""
+    numbers = [*BOUNDS, *ERRORS.values()]
+    table = pd.DataFrame(content["models"])[["name", "sha256", *numbers]]
+    table = table.astype(dict.fromkeys(numbers, float))
+    bounds = BOUNDS | dict.fromkeys(ERRORS.values(), (0.001, 1000))
+    sound = [table[name].between(*bounds[name]) | table[name].isna() for name in numbers]
+    texts = [content["version"], content["outcome"], *table["name"], *table["sha256"]]
+    if not (
+        np.all(sound) and table["name"].is_unique and all(isinstance(text, str) for text in texts)
+    ):
+        raise ValueError("out of bounds")
+    return table
+
+
+def pool_sites(sites: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
+    """Return the metrics of all sites, what is pooled by random effects, and what is left out."""
+    tables = {name: read_models(site) for name, site in sites.items()}
+    models = pd.concat(tables, names=["site"]).reset_index("site")
+    notes = []
+    for model, part in models.groupby("name", sort=False):
+        same = part.loc[part["sha256"] == part["sha256"].mode()[0], "site"]
+        if others := [name for name in sites if name not in {*same}]:
+            text = "files without it, or with another one"
+            notes.append(f"{model} is not pooled: {text}: {', '.join(others)}.")
+            models = models[models["name"] != model]
+    columns = ["site", "name"]
+    parts = [
+        models[columns].assign(
+            metric=name, value=models[name], error=models.get(ERRORS.get(name, ""), np.nan)
+        )
+        for name in BOUNDS
+    ]
+    table = pd.concat(parts, ignore_index=True).rename(columns={"name": "model"})
+    effect = scaled(table["metric"], table["value"])
+    for end, sign in (("low", -1), ("high", 1)):
+        table[end] = unscaled(table["metric"], effect + sign * REACH * table["error"])
+    lines = {}
+    with_error = table.assign(effect=effect)[table["metric"].isin(ERRORS)]
+    for key, part in with_error.groupby(["model", "metric"], sort=False):
+        estimates = part.dropna(subset=["effect", "error"])
+        if others := sorted({*part["site"]} - {*estimates["site"]}):
+            text = "its logistic fit has no finite solution"
+            notes.append(f"{', '.join(others)}: left out of the {key[1]} of {key[0]}: {text}.")
+        found = random_effects(estimates["effect"].to_numpy(), estimates["error"].to_numpy() ** 2)
+        pooled = pd.Series(found)
+        spread = pooled[["i2", "tau2"]]
+        pooled = unscaled(pd.Series(key[1], pooled.index), pooled)
+        lines[key] = {"sites": len(estimates), **pooled, **spread}
+    return table, pd.DataFrame.from_dict(lines, "index").rename_axis(["model", "metric"]), notes
 
 
 def scaled(metric: Any, x: pd.Series[float]) -> pd.Series[float]:
@@ -113,53 +181,3 @@ def scaled(metric: Any, x: pd.Series[float]) -> pd.Series[float]:
 def unscaled(metric: Any, x: pd.Series[float]) -> pd.Series[float]:
     """Return metrics from the scales of ``scaled``."""
     return x.mask(metric == "auroc", expit(x)).mask(metric == "oe", np.exp(x.clip(upper=700)))
-
-
-# --------------------------------------------------------------------------- of several sites
-
-
-def read_estimates(content: Any) -> pd.DataFrame:
-    """Return the checked metrics of an aggregate; an error of any type where it is none."""
-    numbers = {"value": float, "variance": float}
-    table = pd.DataFrame(content["metrics"])[["model", "metric", *numbers]].astype(numbers)
-    low, high = np.transpose([METRICS[name] for name in table["metric"]])
-    sound = table["value"].between(low, high) | table["value"].isna()
-    sound &= table["variance"].between(1e-12, 1e6) | table["variance"].isna()
-    sizes = [content[name] for name in ("patients", "events", "non_events")]
-    groups = [group for group in content["groups"] if group["model"]]
-    shares = [group[name] for group in groups for name in ("risk", "observed")]
-    is_sound = (
-        sound.all()
-        and not table.duplicated(["model", "metric"]).any()
-        and len(table) == table["model"].nunique() * len(METRICS)
-        and content["model"]["name"] in table["model"].unique()
-        and all(type(n) is int and 0 < n < 10**9 for n in [*sizes, content["min_cell"] + 1])
-        and all(0 <= share <= 1 for share in shares)
-    )
-    if not is_sound:
-        raise ValueError("out of bounds")
-    case_mix_cells({"site": content["case_mix"]}, "patients")  # raises where it is none
-    return table
-
-
-def pool_sites(sites: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the estimates of all sites, and what is pooled by random effects; NaN with few."""
-    tables = {name: read_estimates(site) for name, site in sites.items()}
-    table = pd.concat(tables, names=["site"]).reset_index(level="site")
-    hashes = {site["model"]["baselines_sha256"] for site in sites.values()}
-    known = table.groupby("model")["site"].transform("nunique") == len(sites)
-    if len(hashes) > 1 or None in hashes:  # other baselines, or copies without them
-        known = table["model"] == next(iter(sites.values()))["model"]["name"]
-    table = table[known].reset_index(drop=True)
-    effect = scaled(table["metric"], table["value"])
-    for end, sign in (("low", -1), ("high", 1)):
-        reach = effect + sign * REACH * np.sqrt(table["variance"])
-        table[end] = unscaled(table["metric"], reach)
-    lines = {}
-    for key, part in table.assign(effect=effect).groupby(["model", "metric"], sort=False):
-        estimates = part[["effect", "variance"]].dropna().to_numpy()
-        found = pd.Series(random_effects(*estimates.T))
-        spread = found[["i2", "tau2"]]
-        pooled = unscaled(pd.Series(key[1], found.index), found)
-        lines[key] = {"sites": len(estimates), **pooled, **spread}
-    return table, pd.DataFrame.from_dict(lines, "index").rename_axis(["model", "metric"])

@@ -50,13 +50,13 @@ from medgemma_clinical.evaluation.metrics_table import (
     evaluate,
     mean_of_repeats,
 )
+from medgemma_clinical.evaluation.pooling import random_effects
 from medgemma_clinical.evaluation.reference import reference
 from medgemma_clinical.evaluation.time_baselines import (
     fit_period_trees,
     fit_regressions,
     periods_of,
 )
-from medgemma_clinical.evaluation.topics.subgroups import random_effects
 from medgemma_clinical.evaluation.updating import CHOSEN, crosswise, evaluate_updates
 from medgemma_clinical.evaluation.verdicts import BETTER, WORSE, difference_verdict
 from medgemma_clinical.models.hazards import Hazards

@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
+import aggregates
 import classical
 import competing
 import encoder
@@ -79,7 +80,7 @@ def test_stage1_rivals_risk_over_time_srtr_pool(tmp_path, monkeypatch, capsys):
         assert word in out
 
     units = tmp_path / "units.csv"
-    pd.read_csv(pool.SAMPLE, dtype=str).head(2600).to_csv(units, index=False)
+    pd.read_csv(pool.SAMPLE, dtype=str).head(3500).to_csv(units, index=False)
     pool.main(["--data", str(units)])
     out = capsys.readouterr().out
     assert "Pooled over 4 of 4 sites" in out
@@ -98,6 +99,15 @@ def test_threads_times_each_load_with_each_number(capsys):
     lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "| 1 |" in line]
     assert [line[0].strip("| ") for line in lines] == ["labels"] * 2 + ["times"] * 2
     assert torch.get_num_threads() == 1
+
+
+def test_an_aggregate_tells_the_labels_of_few_patients(monkeypatch, capsys):
+    monkeypatch.setattr(aggregates, "SITES", ((22, 11),))
+    monkeypatch.setattr(aggregates, "count_files", lambda sets: None)  # tests of aggregates count
+    aggregates.main(["--sets", "1"])
+    out = capsys.readouterr().out
+    assert "of 22 patients" in out
+    assert "the outcome follows in 100 %" in out
 
 
 def test_monitor_says_something_each_month(runs, table, tmp_path, monkeypatch, capsys):

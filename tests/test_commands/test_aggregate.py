@@ -1,4 +1,4 @@
-"""``--predict --aggregate`` and ``--pool``: files of sites, their ledger, and what is refused."""
+"""``--predict --aggregate`` and ``--pool``: files of sites, and what is refused."""
 
 import json
 import re
@@ -13,9 +13,8 @@ from conftest import SAMPLE
 from language_models import TINY_MODEL
 from medgemma_clinical.commands import pool
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES
-from medgemma_clinical.files import InputError
+from medgemma_clinical.files import locked
 from medgemma_clinical.inference.hub import save_model, shared_copy
-from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.outcome import LabelOutcome
 from pages import make_rows
 from predicting import SERIES, command, predicted, refused, write_data
@@ -23,7 +22,6 @@ from site_files import make_site, parts
 
 LABEL = "label_escalation"
 STAGE = STAGE_NAMES["trajectory"]
-LEDGER = f"{TRAJECTORY_FILE}.aggregates.json"
 DEEP = "[" * 100_000
 
 
@@ -37,13 +35,8 @@ def strangers():
 
 
 @pytest.fixture
-def model(runs, tmp_path):
-    """Return a copy of stage 1, whose ledger no other test writes."""
-    trained = trainer.TrajectoryModel.from_pretrained(runs / "trajectory").trained
-    reference = {STAGE: {"edges": [0.05, 0.08, 0.1, 0.12, 0.2]}}
-    config = {**trained.config, "reference": reference}
-    save_model(replace(trained, config=config), tmp_path / "model")
-    return tmp_path / "model"
+def model(runs):
+    return runs / "trajectory"
 
 
 def aggregated(model, rows, path, *flags):
@@ -64,18 +57,13 @@ def test_sites_give_aggregates_that_name_nobody_and_one_command_pools_them(
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert content["patients"] == 150
         assert content["events"] % 5 == 0
-        names = {line["model"] for line in content["metrics"]}
-        assert {STAGE, ENSEMBLE, "blend with statics"} <= names
-        assert content["groups"]
+        assert [line["name"] for line in content["models"]] == [STAGE, "blend with statics"]
         assert str(tmp_path) not in text
         assert path.stem not in text
         assert not re.search(r"\b(19|20)\d\d-\d\d|\d\d:\d\d", text), "no date"
         assert "MARKER" not in text
         for cell in rows[SERIES]:
             assert cell not in text
-    ledger = model / LEDGER
-    assert stat.S_IMODE(ledger.stat().st_mode) == 0o600
-    assert "MARKER" not in ledger.read_text()
     capsys.readouterr()
     for _ in range(2):
         words = ["--pool", *map(str, paths), "--output_dir", str(tmp_path / "pooled")]
@@ -91,78 +79,55 @@ def test_sites_give_aggregates_that_name_nobody_and_one_command_pools_them(
     assert (tmp_path / "pooled" / "sites.1.html").exists(), "earlier results are moved aside"
 
 
-def changed(rows, how):
-    """Return rows of which a few are other ones, or the same rows in other words."""
-    rows = rows.copy()
-    if how == "5 fewer":
-        return rows.iloc[5:]
-    if how == "5 labels":
-        rows.loc[rows.index[:5], LABEL] = "1"
-        rows.loc[rows.index[5:10], LABEL] = "0"
-        return rows
-    rows["subject_id"] = [f"new {k}" for k in range(len(rows))]
-    if how == "5 fewer by other names":
-        return rows.iloc[5:]
-    return rows.sample(frac=1, random_state=0)
-
-
 @pytest.mark.parametrize(
-    "how", ["5 fewer", "5 labels", "5 fewer by other names", "the same by other names"]
+    ("flags", "names"),
+    [
+        (["--primary", "last value"], [STAGE, "last value"]),
+        (["--use", "ensemble"], [ENSEMBLE, "blend with statics"]),
+        (["--use", "last_value", "--primary", "last value"], ["last value", STAGE]),
+    ],
 )
-def test_rows_that_differ_in_few_patients_give_no_second_aggregate(
-    how, model, strangers, tmp_path, capsys
+def test_an_aggregate_holds_the_used_model_and_its_planned_comparison(
+    flags, names, model, strangers, tmp_path
 ):
-    rows = strangers.iloc[:150].copy()
-    first, second = tmp_path / "first.json", tmp_path / "second.json"
-    text = aggregated(model, rows, first)
-    assert aggregated(model, rows, second) == text, "equal rows may be given again"
-    known = (model / LEDGER).read_bytes()
-    new = changed(rows, how)
-    third = tmp_path / "third.json"
-    data, out = write_data(new, tmp_path / "new.csv"), tmp_path / "out.csv"
-    words = command(model, data, out, "--aggregate", str(third))
-    if how == "the same by other names":
-        assert trainer.main(words) == 0
-        return
-    assert refused(capsys, words, "--aggregate", str(third))
-    assert not third.exists()
-    assert out.exists(), "the predictions do not need it"
-    assert (model / LEDGER).read_bytes() == known
-    assert not list(tmp_path.rglob("*.partial"))
-    assert trainer.main([*words, "--min_cell", "0"]) == 0, "asked for by name"
-    assert (model / LEDGER).read_bytes() != known
+    content = json.loads(aggregated(model, strangers.iloc[:150], tmp_path / "x.json", *flags))
+    stage, *_ = trainer.TrajectoryModel.from_pretrained(model).trained.identity().values()
+    lines = {line["name"]: line["sha256"] for line in content["models"]}
+    assert [*lines] == names
+    assert all((digest == stage) == (name == STAGE) for name, digest in lines.items())
 
 
-def test_few_patients_times_and_a_damaged_ledger_are_refused(
-    model, strangers, tmp_path, capsys, monkeypatch
-):
+def test_few_patients_and_times_are_refused(model, strangers, tmp_path, capsys, monkeypatch):
     labels = strangers[LABEL] == "1"
-    few = pd.concat([strangers[labels].iloc[:12], strangers[~labels].iloc[:30]])
-    data, out, path = (
-        write_data(few, tmp_path / "few.csv"),
-        tmp_path / "out.csv",
-        tmp_path / "x.json",
-    )
+    few = pd.concat([strangers[labels].iloc[:20], strangers[~labels].iloc[:80]])
+    data, out, path = (tmp_path / name for name in ("few.csv", "out.csv", "x.json"))
     words = command(model, data, out, "--aggregate", str(path))
-    for rows in (few.iloc[3:], few.drop(columns=LABEL), few.assign(**{LABEL: "0"})):
+    for rows in (few.iloc[1:], few.iloc[:-1], few.drop(columns=LABEL), few.assign(**{LABEL: "0"})):
         write_data(rows, data)
         assert refused(capsys, words, "--aggregate", str(path))
         assert out.exists()
         assert not path.exists()
-        assert not (model / LEDGER).exists()
     write_data(few, data)
-    assert refused(capsys, [*words, "--min_cell", "13"], "13 new patients")
-    (model / LEDGER).write_text(DEEP)
-    assert refused(capsys, words, LEDGER)
-    assert not path.exists()
-    for other in (out, data, data.with_suffix(".json"), tmp_path / "missing" / "x.json"):
-        assert refused(capsys, command(model, data, out, "--aggregate", str(other)), "--aggregate")
-    zipped = tmp_path / "few.csv.gz"
-    few.to_csv(zipped, index=False)
-    beside = command(model, zipped, out, "--aggregate", str(data.with_suffix(".json")))
-    assert refused(capsys, beside, "--aggregate")
+    assert trainer.main(words) == 0
     monkeypatch.setattr(LabelOutcome, "has_curves", True)
     assert refused(capsys, words, "--aggregate")
+
+
+@pytest.mark.parametrize("flag", ["--predictions", "--curves", "--aggregate"])
+@pytest.mark.parametrize("name", ["north.csv", "north.csv.gz"])
+def test_no_output_takes_the_name_of_the_rows_or_of_their_description(
+    flag, name, model, strangers, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    data = tmp_path / name
+    strangers.head(20).to_csv(data, index=False)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for other in ("north.json", str(tmp_path / "link" / "north.json"), name, "missing/x.json"):
+        words = command(model, data, tmp_path / "out.csv", flag, other)
+        assert refused(capsys, words, f"{flag} {other}")
+        assert not (tmp_path / "north.json").exists()
+    if flag != "--predictions":
+        assert refused(capsys, command(model, data, tmp_path / "out.csv", flag, "out.csv"), flag)
 
 
 @pytest.mark.parametrize("stage", ["trajectory", "classification"])
@@ -189,14 +154,6 @@ def test_copies_of_a_model_are_one_model_and_an_update_is_another(stage, runs, t
     assert moved["baselines_sha256"] != first["baselines_sha256"]
 
 
-def test_no_model_is_written_over_a_ledger(model, runs):
-    (model / LEDGER).write_text("{}")
-    trained = trainer.TrajectoryModel.from_pretrained(runs / "trajectory").trained
-    with pytest.raises(InputError, match="other files"):
-        save_model(trained, model)
-    assert (model / LEDGER).exists()
-
-
 # --------------------------------------------------------------------------- pool
 
 
@@ -218,24 +175,21 @@ def damage(content, *path, value):
 
 HOSTILE = {
     "another format": (("format",), 99),
-    "no metrics": (("metrics",), []),
-    "metrics of no form": (("metrics",), {"auroc": [DEEP]}),
-    "an unknown metric": (("metrics", 0, "metric"), "f1"),
-    "a metric twice": (("metrics", 0, "metric"), "auprc"),
-    "an AUROC of 2": (("metrics", 0, "value"), 2),
-    "a text for a number": (("metrics", 0, "value"), "<script>"),
-    "a variance of 0": (("metrics", 0, "variance"), 0),
-    "an endless number": (("metrics", 0, "variance"), float("inf")),
-    "no such stage": (("model", "name"), "stage 9"),
-    "a long name": (("model", "outcome"), "x" * 10_000),
-    "a list for a hash": (("model", "baselines_sha256"), ["x"]),
+    "no models": (("models",), []),
+    "models of no form": (("models",), {"auroc": [DEEP]}),
+    "a model twice": (("models", 1, "name"), STAGE),
+    "an AUROC of 2": (("models", 0, "auroc"), 2),
+    "a text for a number": (("models", 0, "slope"), "<script>"),
+    "an error of 0": (("models", 0, "oe_error"), 0),
+    "an endless number": (("models", 0, "slope_error"), float("inf")),
+    "a long name": (("outcome",), "x" * 20_000),
+    "a list for a hash": (("models", 1, "sha256"), ["x"]),
     "a negative count": (("events",), -5),
     "a count of text": (("patients",), "200"),
-    "a group outside": (("groups", 0, "risk"), -1),
-    "groups of no form": (("groups",), 7),
-    "a case mix of no form": (("case_mix", "series"), ["x"]),
-    "quantiles of no form": (("case_mix", "series", "lactate", "levels"), [[0.5]]),
-    "no case mix": (("case_mix",), None),
+    "more events than patients": (("events",), 100_000),
+    "more patients than of both kinds": (("patients",), 400),
+    "few patients": (("patients",), 95),
+    "few events": (("events",), 15),
 }
 
 
@@ -269,10 +223,23 @@ def test_sites_of_several_models_or_a_site_twice_are_refused(case, contents, tmp
     first, second = tmp_path / "a.json", tmp_path / "b" / ("a" if case == "one name" else "c")
     second = second.with_suffix(".json")
     first.write_text(json.dumps(contents[0]))
-    key = {"another model": "sha256", "another outcome": "outcome"}.get(case, "threshold")
-    other = "2" * 64 if key != "threshold" else 0.3
-    second.write_text(damage(contents[0 if case == "twice" else 1], "model", key, value=other))
+    place = {"another model": ("models", 0, "sha256"), "another outcome": ("outcome",)}
+    content = contents[0 if case == "twice" else 1]
+    second.write_text(damage(content, *place.get(case, ("version",)), value="2" * 64))
     paths = [first] if case == "alone" else [first, second]
     words = ["--pool", *map(str, paths), "--output_dir", str(tmp_path / "pooled")]
     assert refused(capsys, words, *([] if case == "alone" else [second]))
     assert not (tmp_path / "pooled").exists()
+
+
+def test_two_at_once_do_not_write_into_one_folder(contents, tmp_path, capsys):
+    paths = [tmp_path / f"{name}.json" for name in "ab"]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_text(json.dumps(content))
+    folder = tmp_path / "pooled"
+    words = ["--pool", *map(str, paths), "--output_dir", str(folder)]
+    assert trainer.main(words) == 0
+    with locked(folder / "sites.html"):
+        assert refused(capsys, words, folder)
+    assert not list(folder.glob("*.1.*"))
+    assert trainer.main(words) == 0

@@ -15,9 +15,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
-from scipy.stats import norm, t
+from scipy.stats import norm
 
 from medgemma_clinical.data.small_cells import count_text
 from medgemma_clinical.evaluation import plots
@@ -29,6 +28,7 @@ from medgemma_clinical.evaluation.metrics_table import (
     label_risk_patient,
     with_interval,
 )
+from medgemma_clinical.evaluation.pooling import MIN_POOLED, random_effects
 from medgemma_clinical.evaluation.suppress import suppress_table
 from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, ReportContent, Topic
 from medgemma_clinical.evaluation.verdicts import interval_text, percent
@@ -36,16 +36,11 @@ from medgemma_clinical.evaluation.verdicts import interval_text, percent
 SUBGROUP_METRICS = {"auroc": ("AUROC", ".3f"), "oe": ("O/E", ".2f"), "slope": ("Slope", ".2f")}
 """Name and format of the metrics of subgroups and sites."""
 
-MIN_POOLED = 3
-"""Sites that a pooled value needs."""
-
-MIN_PREDICTED = 5
-"""Sites that a prediction interval needs."""
-
 FURTHER_SITES = "about 90 % of further sites"
 """What a prediction interval of 95 % covers, by simulation, where tau2 is estimated."""
 
 TOO_FEW_SITES = "too few sites"
+
 
 Measure = Callable[[NDArray[np.intp], Array], dict[str, Array]]
 """From some rows and weights (R, n) to metrics (R,) of these rows, ``SUBGROUP_METRICS``."""
@@ -134,8 +129,9 @@ def subgroup_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
         cells = pd.DataFrame({"Subgroup": table["group"] + ": " + table["level"]})
     cells[noun.capitalize()] = table["n"].map(count_text)
     cells["Events"] = table["events"].map(count_text)
-    cells["Observed"] = table["prevalence"].map(percent)
-    cells["Mean risk"] = table["risk"].map(percent)
+    for name, title in (("prevalence", "Observed"), ("risk", "Mean risk")):
+        if name in table:  # an aggregate has neither
+            cells[title] = table[name].map(percent)
     for name, (title, form) in SUBGROUP_METRICS.items():
         if table[name].notna().any():
             numbers = (table[column] for column in (name, f"{name}_low", f"{name}_high"))
@@ -213,44 +209,6 @@ def pool(table: pd.DataFrame) -> dict[str, float]:
     )
     scale = {name: float(expit(x)) for name, x in pooled.items() if name not in ("i2", "tau2")}
     return {"sites": len(estimates), **pooled, **scale}
-
-
-def random_effects(effects: Array, variances: Array) -> dict[str, float]:
-    """Pool effects (k,) of known variances (k,) by a random-effects meta-analysis; NaN with few.
-
-    Source: Viechtbauer 2005 for the REML estimate of tau2; Hartung and Knapp 2001 for the interval,
-    Röver et al. 2015 for its lower bound; Higgins and Thompson 2002 for I2; Riley et al. 2011 for
-    the prediction interval, Partlett and Riley 2017 for what it covers.
-    """
-    k, nan = len(effects), float("nan")
-    ends = ("low", "high", "prediction_low", "prediction_high")
-    if k < MIN_POOLED:
-        return dict.fromkeys(("value", "i2", "tau2", *ends), nan)
-
-    def pooled(tau2: float) -> tuple[Array, float, float]:
-        weights = 1 / (variances + tau2)
-        mean = float(weights @ effects / weights.sum())
-        return weights, mean, float(weights @ (effects - mean) ** 2)
-
-    def loss(tau2: float) -> float:
-        weights, _, squares = pooled(tau2)
-        return float(np.log(weights.sum()) - np.log(weights).sum() + squares)
-
-    top = 10 * effects.var(ddof=1) + 1e-9
-    minimum = minimize_scalar(loss, bounds=(0, top), method="bounded", options={"xatol": 1e-9})
-    tau2 = float(minimum.x) if minimum.fun < loss(0) else 0.0
-    weights, mean, squares = pooled(tau2)
-    # At least the error of a common effect: where effects agree by chance, it would be 0.
-    error = np.sqrt(max(1.0, squares / (k - 1)) / weights.sum())
-    fixed = 1 / variances
-    typical = (k - 1) * fixed.sum() / (fixed.sum() ** 2 - (fixed**2).sum())
-    reach = t.ppf(0.975, k - 1) * error
-    beyond = nan
-    if k >= MIN_PREDICTED:
-        beyond = t.ppf(0.975, k - 2) * np.sqrt(tau2 + error**2)
-    intervals = (mean - reach, mean + reach, mean - beyond, mean + beyond)
-    summary = {"value": mean, "i2": tau2 / (tau2 + typical), "tau2": tau2}
-    return summary | dict(zip(ends, map(float, intervals), strict=True))
 
 
 def pooled_sentence(pooled: Mapping[str, float], sites: int) -> str:
