@@ -43,7 +43,7 @@ def test_earlier_predictions_and_the_page_beside_them_are_moved_aside(runs, tabl
     predicted(runs / "trajectory", rows, out)
     aside = [path for path in tmp_path.iterdir() if path.is_file() and ".1" in path.name]
     assert [path.read_text() for path in aside] == ["someone's"] * 2
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_an_existing_output_stays_when_the_run_fails(runs, table, tmp_path, monkeypatch):
@@ -64,8 +64,12 @@ def test_an_existing_output_stays_when_the_run_fails(runs, table, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(predict, "count_implausible", closed)
         assert trainer.main(command(runs / "trajectory", data, out)) == 129
-    visible = {path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")}
-    assert visible == {"bad.csv", "bad.csv.gz", "bad.json", "out.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "bad.csv",
+        "bad.csv.gz",
+        "bad.json",
+        "out.csv",
+    }
     assert out.read_text() == "earlier"
 
 
