@@ -15,6 +15,7 @@ import pandas as pd
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.config import read_toml
 from medgemma_clinical.commands.predict import inputs_path
+from medgemma_clinical.data.texts import formula_warning
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.decision import parse_threshold
 from medgemma_clinical.evaluation.monitor_page import monitor_page
@@ -173,6 +174,7 @@ def read_rows(
             raise InputError(f"--site {args.site}: {args.outcomes}: line 1: no such column")
         sites = source.set_index("id")[args.site].reindex(rows["id"]).set_axis(rows.index)
         joined["site"] = sites.replace("", None).fillna("unknown")
+        notes += formula_warning(joined["site"])
     return joined, last, name, notes
 
 

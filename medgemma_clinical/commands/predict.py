@@ -33,7 +33,6 @@ from medgemma_clinical.data.distributions import last_values, row_medians
 from medgemma_clinical.data.findings import Findings, flow_lines
 from medgemma_clinical.data.overlap import TrainingPatients, both_hashes, patient_hashes
 from medgemma_clinical.data.small_cells import count_text
-from medgemma_clinical.data.texts import is_formula
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import peak_memory, processes, show_progress
 from medgemma_clinical.evaluation import decision
@@ -241,7 +240,6 @@ class PredictionTally:
     rows: int = 0
     scored: int = 0
     positive: int | None = None  # None where nothing is predicted but a risk
-    formulas: int = 0  # ids that a spreadsheet would run
     labelled: list[pd.DataFrame] = field(default_factory=list)  # of each chunk, see ``add``
     medians: list[pd.DataFrame] = field(default_factory=list)  # of the same rows
     chosen: list[ChosenRow] = field(default_factory=list)  # of the page of patients
@@ -253,7 +251,6 @@ class PredictionTally:
         self.scored += len(rows.positions)
         if "prediction" in lines:
             self.positive = (self.positive or 0) + int(lines["prediction"].sum())
-        self.formulas += sum(map(is_formula, lines["id"]))
         labelled = np.flatnonzero(~np.isnan(dataset.labels))
         if not len(labelled):
             return
@@ -277,9 +274,6 @@ class PredictionTally:
         if "decision" not in model.config:
             text = "the checkpoint has no threshold, since its run was not finished: %g is used"
             logger.warning(text, self.rule.threshold)
-        if self.formulas:
-            text = "%d ids begin like a formula, which a spreadsheet would run: import them as text"
-            logger.warning(text, self.formulas)
         above = ""
         if self.positive is not None:
             above = f", {self.positive:,} of them at or above the threshold {self.rule.threshold:g}"
