@@ -47,6 +47,11 @@ ARROW = "->|\u2192"
 OBSERVATION = rf"\s*{NUMBER}\s*\(\s*{NUMBER}\s*[hH](?:(?:[oO][uU])?[rR][sS]?)?\s*\)\s*"
 NO_NUMBER = str.maketrans(dict.fromkeys("()hHoOuUrRsS\u2192", " "))
 CELL = re.compile(rf"{OBSERVATION}(?:(?:{ARROW}){OBSERVATION})*")
+NO_NAME = re.compile(
+    rf"{CELL.pattern}|\s*[<>\u2264\u2265]?\s*[+-]?\d+(?:[.,]\d+)*(?:[eE][+-]?\d+)?\s*"
+    r"|\s*\d{1,4}[-./](?:\d{1,2}|[A-Za-z]{3})[-./]\d{1,4}(?:\D.*)?"
+)
+"""A cell of data that is the name of no column: a series, a number or a time."""
 
 MAX_VALUE = float(np.finfo(np.float32).max)
 MAX_HOUR = 1e6  # 114 years
@@ -499,6 +504,14 @@ def join_names(names: Sequence[str], max_names: int = 20) -> str:
     return ", ".join(one_line(name[:200]) for name in names[:max_names]) + more
 
 
+NO_HEADER = "row 1 holds data, no header: write the names of the columns above it"
+
+
+def holds_data(header: Iterable[str]) -> bool:
+    """Return whether the first row of a table is one of its data, whose cells no message shows."""
+    return any(map(NO_NAME.fullmatch, header))
+
+
 def check_header(
     table: pd.DataFrame, source: str, outcome: Sequence[str], *, labelled: bool
 ) -> None:
@@ -513,8 +526,8 @@ def check_header(
         hint = f"{did_you_mean(missing, columns)}; the columns are {join_names(columns)}"
         if missing in outcome:
             hint += "; rows without outcomes can only be scored, by --predict"
-        if any(map(CELL.fullmatch, columns)):
-            hint = ": row 1 holds data, no header"
+        if holds_data(columns):
+            hint = f": {NO_HEADER}"
         raise InputError(f"{source}, column {missing}: no such column{hint}")
     if outcome[0].startswith(STATIC):
         raise InputError(f"{source}, column {outcome[0]}: a static feature cannot be the label")
