@@ -299,17 +299,32 @@ def write_predictions(
         for rows in chunks:
             lines, scores = prediction_table(rows, trained, findings, model.batch_size, used)
             count_implausible(scores.rows.dataset, findings)
+            lines = as_written(lines, tally.rule)
             written = lines.assign(predicted_at=now), input_lines(rows, trained.config)
             for table, file in zip(written, files, strict=False):
                 table.to_csv(file, index=False, header=tally.rows == 0)
             for file in files[2:]:
-                scores.curves().to_csv(file, index=False, header=tally.rows == 0)
+                curves = scores.curves()
+                curves["incidence"] = curves["incidence"].map(six_digits)
+                curves.to_csv(file, index=False, header=tally.rows == 0)
             tally.add(lines, scores.rows)
             if request.explain:
                 tally.chosen = choose_rows(tally.chosen, lines, scores.rows, request.patients)
         for aside in move_aside([*outputs(request), report_path(path), patients_path(path)]):
             logger.info("earlier file moved to %s", aside)
     return tally
+
+
+def six_digits(risk: float) -> float:
+    """Return a risk with six significant digits: a model of 32 bits has no more."""
+    return float(f"{risk:.6g}")
+
+
+def as_written(lines: pd.DataFrame, rule: decision.DecisionRule) -> pd.DataFrame:
+    """Return predictions with the digits of their file, and the decisions on these risks."""
+    risks = lines.select_dtypes("float").map(six_digits)
+    decided = pd.Series(rule.positive(risks["probability"].to_numpy()), lines.index, dtype="Int64")
+    return lines.assign(**risks, prediction=decided.where(risks["probability"].notna()))
 
 
 class Labelled(NamedTuple):

@@ -10,6 +10,7 @@ import torch
 
 import medgemma_trainer as trainer
 from conftest import SAMPLE
+from medgemma_clinical.commands.monitor import read_table
 from medgemma_clinical.commands.predict import inputs_path
 from medgemma_clinical.evaluation import monitoring
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
@@ -231,6 +232,13 @@ def test_what_is_not_there_is_refused(fault, runs, scored, checkpoint, tmp_path,
         pd.read_csv(inputs_path(scored[0])).head(7).to_csv(tmp_path / "p.inputs.csv", index=False)
         words[1] = str(tmp_path / "p.csv")
     assert refused(capsys, words, out=tmp_path / "out" / "monitor.html")
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_tables_of_outcomes_may_have_the_separators_of_other_tables(mark, scored, tmp_path):
+    scored[1].assign(note="a, b").to_csv(tmp_path / "outcomes.csv", sep=mark, index=False)
+    found = read_table(tmp_path / "outcomes.csv", ["id", "label", "admitted"])
+    pd.testing.assert_frame_equal(found.drop(columns="note"), scored[1])
 
 
 # ------------------------------------------------------------------ the rule
