@@ -180,7 +180,8 @@ def move_aside(paths: Iterable[Path]) -> list[Path]:
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Keep another run from ``path`` by a hidden lock file; a run that dies frees its lock."""
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0, mode=0o600)
+    file = path.with_name(f".{path.name}.lock")
+    lock = FileLock(file, timeout=0, mode=0o600)
     try:
         lock.acquire()
     except Timeout as error:
@@ -190,4 +191,5 @@ def locked(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        file.unlink(missing_ok=True)  # while it is held: FileLock refuses a file without a name
         lock.release()

@@ -285,6 +285,22 @@ def test_without_the_patient_there_is_one_warning_and_none_of_a_column_that_is_n
     assert any("subjectid?" in text for text in dataset_of(["1 (0h)"], subjectid=1).warnings)
 
 
+@pytest.mark.parametrize("start", ["=", "@", "+", "-", ""])
+@pytest.mark.parametrize("kind", ["id", "subject_id", "ward", "static", "trajectory", "series"])
+def test_names_that_a_spreadsheet_would_run_are_warned_of_once(kind, start):
+    columns, name = {"subject_id": ["7", "8"], "id": ["7", "8"]}, f"{start}A1"
+    options = {"site": "ward"} if kind == "ward" else {}
+    if kind in ("id", "subject_id", "ward"):
+        columns[kind] = [name, "8"]
+    elif kind == "series":
+        options["description"] = Description(name, "mmol/L", outcome="Death")
+    else:
+        columns[f"{kind}_{name}"] = ["1 (0h)"] * 2 if kind == "trajectory" else ["1", "2"]
+    table = pd.DataFrame({SERIES: ["1 (0h)"] * 2, LABEL: ["0", "1"], **columns})
+    found = MIMICtrajectoryDataset(table, **options).warnings
+    assert sum("spreadsheet" in text for text in found) == bool(start)
+
+
 @pytest.mark.parametrize(
     ("columns", "missing", "meant"),
     [

@@ -3,9 +3,11 @@
 import contextlib
 import json
 import os
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
+from filelock import FileLock, Timeout
 
 from medgemma_clinical import files
 from medgemma_clinical.files import InputError, atomic, locked, read_json, write_text
@@ -75,6 +77,25 @@ def test_a_lock_keeps_others_away_until_it_is_freed_and_files_belong_to_their_ow
         0o600,
         0o644,
     ]
+
+
+def test_a_lock_file_leaves_with_its_run_and_while_it_is_held(tmp_path, monkeypatch):
+    removed, unlink = [], Path.unlink
+
+    def checked(path, **options):
+        with pytest.raises(Timeout):  # else another run could hold a file without a name
+            FileLock(path, timeout=0).acquire()
+        removed.append(path.name)
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", checked)
+    for fails in (False, True):
+        with contextlib.suppress(KeyError), locked(tmp_path / "run"):
+            assert [path.name for path in tmp_path.iterdir()] == [".run.lock"]
+            if fails:
+                raise KeyError
+    assert removed == [".run.lock"] * 2
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,11 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
 import dataset_format
@@ -40,6 +43,40 @@ def test_names_of_columns_forge_no_line(tmp_path, capsys):
     assert "columns not read: a\\x1b]0;owned\\x07, x\\nerror: forged, bbb" in shown
     assert "\x1b" not in shown
     assert len(shown) < 3_000
+
+
+# --------------------------------------------------------------------------- sizes
+
+
+def test_a_small_parquet_file_of_endless_text_is_refused_before_it_is_read(tmp_path, capsys):
+    arrow, path = pytest.importorskip("pyarrow"), tmp_path / "data.parquet"
+    rows = 6_000_000  # 12 GB, of which the file holds one text
+    text = arrow.array(["24 (0h) -> 20 (2h)" + " " * 2000])
+    series = arrow.DictionaryArray.from_arrays(arrow.array(np.zeros(rows, np.int32)), text)
+    columns = {"clinical_trajectory": series, "label_escalation": np.zeros(rows, np.int8)}
+    pytest.importorskip("pyarrow.parquet").write_table(arrow.table(columns), path)
+    assert dataset_format.main(["check", str(path)]) == 2
+    assert str(path) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("attack", ["size", "entities"])
+def test_an_excel_file_that_unpacks_to_harm_is_refused(attack, tmp_path, monkeypatch):
+    pytest.importorskip("openpyxl")
+    whole, path = tmp_path / "whole.xlsx", tmp_path / "labs.xlsx"
+    pd.DataFrame({"a": ["1"]}).to_excel(whole, index=False)
+    entities = b'<!DOCTYPE l [<!ENTITY a "xx"><!ENTITY b "&a;&a;">]><worksheet'
+    with zipfile.ZipFile(whole) as book, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as out:
+        for name in book.namelist():
+            text = book.read(name)
+            if name.endswith("sheet1.xml") and attack == "size":
+                text = text.replace(b"</sheetData>", b"<row/>" * 10**5 + b"</sheetData>")
+            elif name.endswith("sheet1.xml"):
+                text = text.replace(b"<worksheet", entities).replace(b"<v>", b"&b;<v>")
+            out.writestr(name, text)
+    monkeypatch.setattr(duck, "MAX_UNPACKED", 10**5)
+    duck.read_sheet(whole, "")
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        duck.read_sheet(path, "")
 
 
 # --------------------------------------------------------------------------- JSON
@@ -105,7 +142,7 @@ def test_a_fault_that_holds_a_cell_shows_its_kind_alone(
     kind = "ValueError in test_hostile_files.py, line " if fault is broken else "emory"
     assert kind in output.err
     assert not re.search(rf"{SECRET}|Traceback", output.out + output.err)
-    assert {path.name for path in tmp_path.iterdir()} <= {"data.csv", ".out.csv.lock"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"data.csv"}
 
 
 # --------------------------------------------------------------------------- signals
@@ -151,4 +188,4 @@ def test_a_signal_leaves_no_half_written_file(numbers, ignored, code, tmp_path):
         os.kill(child.pid, number)
     _, errors = child.communicate(timeout=30)
     assert (child.returncode, errors) == (code, "")
-    assert [path.name for path in tmp_path.iterdir()] == [".out.csv.lock"]
+    assert not list(tmp_path.iterdir())

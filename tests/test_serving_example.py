@@ -1,11 +1,12 @@
 """The example of a CDS Hooks service: cards from FHIR, refusals, what it logs for --monitor."""
 
-import copy
 import importlib.util
+import json
 import logging
 import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -17,8 +18,9 @@ from medgemma_trainer import TrajectoryModel
 
 EXAMPLES = Path(__file__).parent / "examples"
 MAPPING = EXAMPLES / "loinc.toml"
+JSON = {"content-type": "application/json; charset=utf-8"}
 NOW = datetime(2026, 3, 3, 12, tzinfo=UTC)
-PATIENT = {"resourceType": "Patient", "gender": "male", "birthDate": "1956-03-04"}
+PATIENT = {"resourceType": "Patient", "id": "pat-7", "gender": "male", "birthDate": "1956-03-04"}
 SECRETS = ("23.75", "enc-9", "pat-7", "1956", "101.5")
 
 spec = importlib.util.spec_from_file_location("serve", EXAMPLES / "serve.py")
@@ -30,13 +32,15 @@ def observation(code, value, unit, time, system="http://loinc.org", **more):
     quantity = {"value": value, "unit": unit, "system": "http://unitsofmeasure.org", "code": unit}
     coding = [{"system": "http://local", "code": "HCO3"}, {"system": system, "code": code}]
     found = {"resourceType": "Observation", "status": "final", "code": {"coding": coding}}
+    found["subject"] = {"reference": "https://fhir.example/R4/Patient/pat-7/_history/2"}
     return {**found, "effectiveDateTime": time, "valueQuantity": quantity, **more}
 
 
-def request_of(*observations, patient=PATIENT, **context):
+def request_of(*observations, patient=PATIENT, links=("self",), **context):
     """A request as an electronic record sends it, with both values prefetched."""
     entries = [{"resource": each} for each in observations]
     bundle = {"resourceType": "Bundle", "type": "searchset", "entry": entries}
+    bundle["link"] = [{"relation": name, "url": "https://fhir.example/R4"} for name in links]
     context = {"userId": "Practitioner/1", "patientId": "pat-7", "encounterId": "enc-9", **context}
     words = {"hook": "patient-view", "hookInstance": "d1577c69-dfbe-44ad-ba6d-3e05e953b2ea"}
     return {**words, "context": context, "prefetch": {"patient": patient, "observations": bundle}}
@@ -61,6 +65,14 @@ LEFT_OUT = (
 def client(runs, tmp_path):
     app = serve.make_app(runs / "trajectory", MAPPING, tmp_path / "logs", clock=lambda: NOW)
     return TestClient(app)
+
+
+@pytest.fixture(scope="module")
+def refusing(runs, tmp_path_factory):
+    """A client whose service logs nothing, shared by all refusals, and its folder."""
+    folder = tmp_path_factory.mktemp("refusing")
+    app = serve.make_app(runs / "trajectory", MAPPING, folder / "logs", clock=lambda: NOW)
+    return TestClient(app), folder
 
 
 def written(tmp_path, name):
@@ -95,6 +107,7 @@ def test_a_card_states_the_risk_of_the_row_and_both_files_log_it(client, runs, t
     assert {*inputs} == {"id", *names, *(f"{name} measured" for name in names)}
     for path in (tmp_path / "logs").iterdir():
         assert path.stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "logs").stat().st_mode & 0o777 == 0o700
 
 
 def test_each_prediction_is_a_line_also_after_a_restart(client, runs, tmp_path):
@@ -118,6 +131,14 @@ def spoiled(**changes):
     return request_of(*READ, {**READ[0], **changes})
 
 
+def value_of(value):
+    return spoiled(valueQuantity={"value": value, "code": "mmol/L"})
+
+
+OTHERS = ("Patient/pat-8", "Patient/pat-70", "Group/pat-7", "pat-7", "NoPatient/pat-7")
+NO_IDS = ("A" * 65, "=1+1", "a b", "\ud800", "a\n")
+
+
 @pytest.mark.parametrize(
     ("body", "status", "expected"),
     [
@@ -125,22 +146,98 @@ def spoiled(**changes):
         (spoiled(effectiveDateTime="2026-03-03T06:00:00"), 422, "time zone"),
         (spoiled(effectiveDateTime="23.75"), 422, "Bundle"),
         (spoiled(code=None), 422, "Bundle"),
-        (spoiled(valueQuantity={"value": "23.75x", "code": "mmol/L"}), 422, "Bundle"),
-        (request_of(*READ, patient={"birthDate": "1956-23-75"}), 422, "Bundle"),
+        *((value_of(x), 422, "1963-8") for x in ("23.75", True, float("inf"), float("nan"))),
+        (value_of(10**400), 422, "Bundle"),
+        *((spoiled(subject={"reference": x}), 422, "patient") for x in OTHERS),
+        (spoiled(subject=None), 422, "Bundle"),
+        (request_of(*READ, links=("self", "next")), 422, "further page"),
+        (request_of(*READ, patient={**PATIENT, "id": "pat-8"}), 422, "Patient"),
+        (request_of(*READ, patient={**PATIENT, "birthDate": "2026-03-04"}), 422, "birth"),
+        (request_of(*READ, patient={"resourceType": "OperationOutcome"}), 422, "Patient"),
+        *((request_of(*READ, encounterId=x), 422, "id of the context") for x in NO_IDS),
+        (request_of(*READ, encounterId=["enc-9"]), 422, "Bundle"),
+        ({**request_of(*READ), "hook": "order-sign"}, 422, "hook"),
+        ([1], 422, "Bundle"),
+        (request_of(*READ, patient={**PATIENT, "birthDate": "1956-23-75"}), 422, "Bundle"),
         ({**request_of(*READ), "context": {}}, 422, "Bundle"),
         ({**request_of(*READ), "prefetch": None}, 412, "prefetch"),
         ({**request_of(*READ), "prefetch": {"patient": PATIENT}}, 412, "prefetch"),
     ],
 )
 def test_a_request_that_cannot_be_read_gets_an_outcome_without_values(
-    body, status, expected, client, tmp_path
+    body, status, expected, refusing
 ):
-    answer = client.post("/cds-services/risk", json=copy.deepcopy(body))
+    client, folder = refusing
+    answer = client.post("/cds-services/risk", content=json.dumps(body), headers=JSON)
     assert answer.status_code == status
     assert answer.json()["resourceType"] == "OperationOutcome"
     assert expected in answer.json()["issue"][0]["diagnostics"]
     assert not [secret for secret in SECRETS if secret in answer.text]
-    assert written(tmp_path, "predictions.csv").empty
+    assert written(folder, "predictions.csv").empty
+
+
+@pytest.mark.parametrize(
+    ("body", "headers", "status"),
+    [
+        (json.dumps(request_of(*READ)), {}, 415),
+        (json.dumps(request_of(*READ)), {"content-type": "text/plain"}, 415),
+        ("23.75", JSON, 422),
+        ("{", JSON, 422),
+        (b"\xff", JSON, 422),
+        ('{"prefetch":' + "[" * 10**5, JSON, 422),
+        (json.dumps(request_of(*READ, note=" " * serve.MAX_BODY)), JSON, 413),
+    ],
+    ids=["no type", "text", "number", "cut", "bytes", "deep", "long"],
+)
+def test_what_is_no_request_gets_an_outcome_without_values(body, headers, status, refusing):
+    client, folder = refusing
+    answer = client.post("/cds-services/risk", content=body, headers=headers)
+    assert answer.status_code == status
+    assert answer.json()["resourceType"] == "OperationOutcome"
+    assert not [secret for secret in SECRETS if secret in answer.text]
+    assert written(folder, "predictions.csv").empty
+
+
+def test_health_answers_while_a_prediction_waits(client, monkeypatch):
+    def wait(*_):
+        answers.append(client.get("/health").json()["status"])
+        return write(*_)
+
+    answers, write = [], serve.Log.write
+    monkeypatch.setattr(serve.Log, "write", wait)  # within the lock of the model
+    client.post("/cds-services/risk", json=request_of(*READ))
+    assert answers == ["ok"]
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_disk_that_is_full_leaves_both_files_or_none_with_the_line(
+    fails, client, runs, tmp_path, monkeypatch
+):
+    def full(path, line):
+        calls.append(path)
+        append(path, line)
+        if len(calls) == fails:
+            raise OSError(28, "No space left on device")
+
+    calls, append = [], serve.append
+    with monkeypatch.context() as patch:
+        patch.setattr(serve, "append", full)
+        with pytest.raises(OSError, match="space"):
+            client.post("/cds-services/risk", json=request_of(*READ, encounterId="lost"))
+    client.post("/cds-services/risk", json=request_of(*READ))
+    for name in ("predictions.csv", "predictions.inputs.csv"):
+        assert written(tmp_path, name)["id"].tolist() == ["enc-9"]
+
+
+@pytest.mark.parametrize("name", ["predictions.csv", "predictions.inputs.csv"])
+@pytest.mark.parametrize("cut", [1, None])
+def test_files_of_unequal_lines_stop_the_start(name, cut, client, runs, tmp_path):
+    client.post("/cds-services/risk", json=request_of(*READ))
+    path = tmp_path / "logs" / name
+    text = path.read_text()
+    path.write_text(text[: text.index("\n") + 1 + (9 if cut else 0)])  # killed within a write
+    with pytest.raises(ValueError, match=r"predictions\.inputs\.csv"):
+        serve.make_app(runs / "trajectory", MAPPING, tmp_path / "logs")
 
 
 def test_no_value_reaches_the_log_of_the_service(client, caplog):
@@ -156,6 +253,11 @@ def test_a_mapping_that_lacks_an_input_or_a_changed_model_stops_the_start(runs, 
     path.write_text(MAPPING.read_text().replace('"static_unit_medical", ', ""))
     with pytest.raises(InputError, match="static_unit_medical"):
         serve.make_app(runs / "trajectory", path, tmp_path / "logs")
+    config = {"features": ["Bicarbonate", "Lactate"], "inputs": {"static": []}}
+    row = {"clinical_trajectory": "", "trajectory_LACTATE": ""}
+    with pytest.raises(ValueError, match="Lactate"):  # the model reads it, the log would not
+        serve.Log(tmp_path / "logs", SimpleNamespace(config=config), row)
+    serve.make_app(runs / "trajectory", MAPPING, tmp_path / "logs")
     (tmp_path / "logs" / "predictions.inputs.csv").write_text("id,another input\n")
     with pytest.raises(ValueError, match="move it away"):
         serve.make_app(runs / "trajectory", MAPPING, tmp_path / "logs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import shlex
 from argparse import Namespace
@@ -15,6 +16,8 @@ import pandas as pd
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.config import read_toml
 from medgemma_clinical.commands.predict import inputs_path
+from medgemma_clinical.data.duck import open_text, read_header
+from medgemma_clinical.data.texts import formula_warning
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.decision import parse_threshold
 from medgemma_clinical.evaluation.monitor_page import monitor_page
@@ -176,16 +179,20 @@ def read_rows(
             raise InputError(f"--site {args.site}: {args.outcomes}: line 1: no such column")
         sites = source.set_index("id")[args.site].reindex(rows["id"]).set_axis(rows.index)
         joined["site"] = sites.replace("", None).fillna("unknown")
+        notes += formula_warning(joined["site"])
     return joined, last, name, notes
 
 
 def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
     """Read a CSV file as text; refuse one without some columns."""
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+        with open_text(path, "utf-8-sig") as text:
+            separator, _ = read_header(text)
+            text.seek(0)
+            table = pd.read_csv(text, dtype=str, keep_default_na=False, sep=separator)
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-    except ValueError as error:  # pandas' and Unicode's
+        raise InputError(f"{path}: {error.strerror or 'damaged'}") from error
+    except (ValueError, EOFError, csv.Error) as error:  # pandas' and Unicode's, too
         raise InputError(f"{path}: not a CSV file in UTF-8") from error
     if missing := [name for name in columns if name not in table]:
         raise InputError(f"{path}: line 1: no column {missing[0]}")

@@ -34,7 +34,6 @@ from medgemma_clinical.data.dka import description_path
 from medgemma_clinical.data.findings import Findings, flow_lines
 from medgemma_clinical.data.overlap import TrainingPatients, both_hashes, patient_hashes
 from medgemma_clinical.data.small_cells import count_text
-from medgemma_clinical.data.texts import is_formula
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import peak_memory, processes, show_progress
 from medgemma_clinical.evaluation import decision
@@ -239,7 +238,6 @@ class PredictionTally:
     rows: int = 0
     scored: int = 0
     positive: int | None = None  # None where nothing is predicted but a risk
-    formulas: int = 0  # ids that a spreadsheet would run
     labelled: list[pd.DataFrame] = field(default_factory=list)  # of each chunk, see ``add``
     medians: list[pd.DataFrame] = field(default_factory=list)  # of the same rows
     chosen: list[ChosenRow] = field(default_factory=list)  # of the page of patients
@@ -251,7 +249,6 @@ class PredictionTally:
         self.scored += len(rows.positions)
         if "prediction" in lines:
             self.positive = (self.positive or 0) + int(lines["prediction"].sum())
-        self.formulas += sum(map(is_formula, lines["id"]))
         labelled = np.flatnonzero(~np.isnan(dataset.labels))
         if not len(labelled):
             return
@@ -275,9 +272,6 @@ class PredictionTally:
         if "decision" not in model.config:
             text = "the checkpoint has no threshold, since its run was not finished: %g is used"
             logger.warning(text, self.rule.threshold)
-        if self.formulas:
-            text = "%d ids begin like a formula, which a spreadsheet would run: import them as text"
-            logger.warning(text, self.formulas)
         above = ""
         if self.positive is not None:
             above = f", {self.positive:,} of them at or above the threshold {self.rule.threshold:g}"
@@ -303,17 +297,32 @@ def write_predictions(
         for rows in chunks:
             lines, scores = prediction_table(rows, trained, findings, model.batch_size, used)
             count_implausible(scores.rows.dataset, findings)
+            lines = as_written(lines, tally.rule)
             written = lines.assign(predicted_at=now), input_lines(rows, trained.config)
             for table, file in zip(written, files, strict=False):
                 table.to_csv(file, index=False, header=tally.rows == 0)
             for file in files[2:]:
-                scores.curves().to_csv(file, index=False, header=tally.rows == 0)
+                curves = scores.curves()
+                curves["incidence"] = curves["incidence"].map(six_digits)
+                curves.to_csv(file, index=False, header=tally.rows == 0)
             tally.add(lines, scores.rows)
             if request.explain:
                 tally.chosen = choose_rows(tally.chosen, lines, scores.rows, request.patients)
         for aside in move_aside([*outputs(request), report_path(path), patients_path(path)]):
             logger.info("earlier file moved to %s", aside)
     return tally
+
+
+def six_digits(risk: float) -> float:
+    """Return a risk with six significant digits: a model of 32 bits has no more."""
+    return float(f"{risk:.6g}")
+
+
+def as_written(lines: pd.DataFrame, rule: decision.DecisionRule) -> pd.DataFrame:
+    """Return predictions with the digits of their file, and the decisions on these risks."""
+    risks = lines.select_dtypes("float").map(six_digits)
+    decided = pd.Series(rule.positive(risks["probability"].to_numpy()), lines.index, dtype="Int64")
+    return lines.assign(**risks, prediction=decided.where(risks["probability"].notna()))
 
 
 class Labelled(NamedTuple):

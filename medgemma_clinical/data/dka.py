@@ -47,10 +47,16 @@ ARROW = "->|\u2192"
 OBSERVATION = rf"\s*{NUMBER}\s*\(\s*{NUMBER}\s*[hH](?:(?:[oO][uU])?[rR][sS]?)?\s*\)\s*"
 NO_NUMBER = str.maketrans(dict.fromkeys("()hHoOuUrRsS\u2192", " "))
 CELL = re.compile(rf"{OBSERVATION}(?:(?:{ARROW}){OBSERVATION})*")
+NO_NAME = re.compile(
+    rf"{CELL.pattern}|\s*[<>\u2264\u2265]?\s*[+-]?\d+(?:[.,]\d+)*(?:[eE][+-]?\d+)?\s*"
+    r"|\s*\d{1,4}[-./](?:\d{1,2}|[A-Za-z]{3})[-./]\d{1,4}(?:\D.*)?"
+)
+"""A cell of data that is the name of no column: a series, a number or a time."""
 
 MAX_VALUE = float(np.finfo(np.float32).max)
 MAX_HOUR = 1e6  # 114 years
 MAX_CELL = 2**26  # characters
+MAX_TEXT = 10**10  # bytes of the texts of a Parquet file
 MAX_EVENT = 99  # number of an event that nothing names
 BLOCK_ROWS = 50_000  # rows that are read and parsed at a time: bounds the memory
 
@@ -319,10 +325,20 @@ def _read_parquet(
     path: Path, file: BinaryIO, max_rows: int, columns: Sequence[str] | None
 ) -> Iterator[tuple[pd.DataFrame, int]]:
     try:
-        from pyarrow import ArrowException, parquet  # no requirement: needed for Parquet alone
+        from pyarrow import ArrowException, compute, parquet  # no requirement
     except ImportError as error:
         raise InputError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
     try:
+        # A text that a dictionary holds once may stand in millions of rows.
+        schema = [x for x in parquet.ParquetFile(file).schema if x.converted_type == "UTF8"]
+        texts = [x.name for x in schema if x.path == x.name in (columns or [x.name])]
+        packed, length = parquet.ParquetFile(file, read_dictionary=texts), 0
+        for block in packed.iter_batches(max_rows, columns=texts):
+            for text in block.columns:
+                lengths = compute.binary_length(text.dictionary).take(text.indices)
+                length += compute.sum(lengths).as_py() or 0
+            if length > MAX_TEXT:
+                raise InputError(f"{path}: over {MAX_TEXT // 10**9} GB of text: give it in parts")
         source, size, rows = parquet.ParquetFile(file), path.stat().st_size, 0
         for block in source.iter_batches(max_rows, columns=columns or None):
             table = _frame_of(block)
@@ -504,6 +520,14 @@ def join_names(names: Sequence[str], max_names: int = 20) -> str:
     return ", ".join(one_line(name[:200]) for name in names[:max_names]) + more
 
 
+NO_HEADER = "row 1 holds data, no header: write the names of the columns above it"
+
+
+def holds_data(header: Iterable[str]) -> bool:
+    """Return whether the first row of a table is one of its data, whose cells no message shows."""
+    return any(map(NO_NAME.fullmatch, header))
+
+
 def check_header(
     table: pd.DataFrame, source: str, outcome: Sequence[str], *, labelled: bool
 ) -> None:
@@ -518,8 +542,8 @@ def check_header(
         hint = f"{did_you_mean(missing, columns)}; the columns are {join_names(columns)}"
         if missing in outcome:
             hint += "; rows without outcomes can only be scored, by --predict"
-        if any(map(CELL.fullmatch, columns)):
-            hint = ": row 1 holds data, no header"
+        if holds_data(columns):
+            hint = f": {NO_HEADER}"
         raise InputError(f"{source}, column {missing}: no such column{hint}")
     if outcome[0].startswith(STATIC):
         raise InputError(f"{source}, column {outcome[0]}: a static feature cannot be the label")

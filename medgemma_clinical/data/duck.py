@@ -20,8 +20,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-from zipfile import BadZipFile
+from typing import Any, TextIO
+from zipfile import BadZipFile, ZipFile
 
 import duckdb
 import pandas as pd
@@ -153,6 +153,7 @@ LARGEST_WHOLE = 10**10  # of a key, and of an offset in minutes, which a timesta
 MAX_WORD = 300  # characters kept of a unit, a code, a ward
 EXACT = 10**15  # Excel keeps 15 digits of a number
 BLOCK = 2**20  # characters of a CSV that is copied
+MAX_UNPACKED = 500 * 10**6  # bytes of an Excel file, of which each takes several in memory
 WINDOWS = "cp1252"  # in which Excel writes a CSV that is not called UTF-8
 
 MOMENT = r"\d{4}-\d\d-\d\d([ T]\d{1,2}:\d\d(:\d\d(\.\d+)?)?)?"
@@ -406,16 +407,20 @@ def open_table(
             if found != "utf-8":
                 utf8 = database.folder / f"{sha256}.csv"
                 copy_as_utf8(path, found, utf8)
-            headers = {}
             with open_text(utf8 or path, "utf-8-sig") as text:
-                for mark in ",;\t":
-                    text.seek(0)
-                    headers[mark] = [n.strip() for n in next(csv.reader(text, delimiter=mark), [])]
-            separator = max(headers, key=lambda mark: len(headers[mark]))
-            header = headers[separator]
+                separator, header = read_header(text)
             file = TableFile(path, header, sha256, separator, utf8=utf8, encoding=found)
     file.check_columns(columns)
     return file
+
+
+def read_header(text: TextIO) -> tuple[str, list[str]]:
+    """Return the separator of a CSV, that of most columns, and their names."""
+    headers = {}
+    for mark in ",;\t":
+        text.seek(0)
+        headers[mark] = [name.strip() for name in next(csv.reader(text, delimiter=mark), [])]
+    return max(headers.items(), key=lambda pair: len(pair[1]))
 
 
 def open_text(path: Path, encoding: str, errors: str = "strict") -> Any:
@@ -477,6 +482,10 @@ def read_sheet(
     The cells are texts; of each column K a column ``number K`` says which are stored as numbers.
     """
     try:
+        with ZipFile(path) as packed:
+            if sum(part.file_size for part in packed.infolist()) > MAX_UNPACKED:
+                problem = f"over {MAX_UNPACKED // 10**6} MB when unpacked: save the sheet as CSV"
+                raise InputError(f"{path}: {problem}")
         with pd.ExcelFile(path, engine="openpyxl") as book:
             names = [str(sheet) for sheet in book.sheet_names]
             chosen = name or names[0]
@@ -489,7 +498,7 @@ def read_sheet(
         raise
     except ImportError:  # no requirement: needed for Excel alone
         raise InputError(f"{path}: reading Excel needs openpyxl: pip install openpyxl") from None
-    except (BadZipFile, KeyError, TypeError, ValueError) as error:
+    except (BadZipFile, KeyError, SyntaxError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a whole Excel file") from error
     if len(names) > 1:
         logger.info("%s: sheet %r of %d is read", path, chosen, len(names))

@@ -22,8 +22,10 @@ from medgemma_clinical.data.dka import (
     HOURS,
     MAIN_COLUMN,
     MAX_EVENT,
+    NO_HEADER,
     STATIC,
     comparable,
+    holds_data,
     join_names,
 )
 from medgemma_clinical.data.dka import LABEL as LABEL_COLUMN
@@ -303,6 +305,8 @@ def find_columns(
         missing = [r for r in roles if r not in names and (r not in OPTIONAL or mapped.get(r))]
         lacking.append(missing)
         absent = [name for role in missing if (name := mapped.get(role))]
+        if missing and holds_data(file.header):  # none is guessed, and none is shown
+            raise InputError(f"{file.path}: {NO_HEADER}")
         if missing:
             flags = " ".join(f"{role}=?" for role in missing)
             flags += "".join(HINTS.get(role, "") for role in missing)

@@ -149,7 +149,8 @@ def describe_file(seen: Preview, file: duck.TableFile, columns: Mapping[str, str
     unread = [name for name in file.header if name not in columns.values()]
     hint = " (--static 'NAME [unit]=COLUMN' reads, --keep carries along)"
     hint = hint if unread and "prediction_time" in columns else ""
-    lines.append(f"  {'not read':<18} {join_names(unread) or 'nothing'}{hint}")
+    if columns:  # else a problem names them, unless they are data
+        lines.append(f"  {'not read':<18} {join_names(unread) or 'nothing'}{hint}")
     return [f"{file.path}: {kind}", *lines]
 
 

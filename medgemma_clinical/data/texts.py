@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -132,6 +132,12 @@ def computed_text(
 def is_formula(cell: str) -> bool:
     """Return whether a spreadsheet would run a cell as a formula; a number such as -5 is none."""
     return cell.startswith(FORMULA_STARTS) and re.fullmatch(NUMBER, cell) is None
+
+
+def formula_warning(names: Iterable[str]) -> list[str]:
+    """Return what to say of names that tables will hold, nothing where none is a formula."""
+    problem = "names begin like a formula, which a spreadsheet would run: import tables as text"
+    return [problem] if any(map(is_formula, names)) else []
 
 
 def plain(number: float) -> str:

@@ -6,7 +6,9 @@ Not for clinical use. Put it behind a proxy that ends TLS and checks the client'
 """
 
 import csv
+import json
 import logging
+import math
 import os
 import re
 import threading
@@ -17,18 +19,26 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 
 import pandas as pd
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 
 from medgemma_trainer import TrajectoryModel
 
 LOINC = "http://loinc.org"
+HOOK = "patient-view"
+FHIR_ID = r"[A-Za-z0-9\-.]{1,64}"
+MAX_BODY = 10**7  # bytes
 NOT_A_DEVICE = "Research software. Not a medical device, not for clinical use."
 logger = logging.getLogger(__name__)
 
 
 class RefusedError(Exception):
     """What a request lacks; its text never holds a patient's values."""
+
+    def __init__(self, text, status=422):
+        super().__init__(text)
+        self.status = status
 
 
 def main() -> FastAPI:
@@ -42,47 +52,46 @@ def make_app(checkpoint, mapping, logs, clock=lambda: datetime.now(UTC)) -> Fast
     """Build the service; a mapping that does not fit the model stops it here."""
     model = TrajectoryModel.from_pretrained(checkpoint)
     mapping = tomllib.loads(Path(mapping).read_text(encoding="utf-8"))
-    log, lock = Log(Path(logs), model), threading.Lock()
+    lock = threading.Lock()
     outcome, about = model.config["outcome"], f"medgemma-clinical {model.config['version']}"
     app = FastAPI(title=outcome)
 
     def score(row):
         return model.predictions(pd.DataFrame([row])).iloc[0]
 
-    def probe():
-        with lock:
-            return score(made_up_row(mapping))["problem"]
-
-    if problem := probe():
+    made_up = made_up_row(mapping)
+    if problem := score(made_up)["problem"]:
         raise ValueError(f"the mapping does not fit the model: {problem}")
+    log = Log(Path(logs), model, made_up)
 
     @app.get("/health")
-    def health():
-        problem = probe()
-        content = {"status": problem or "ok", "outcome": outcome, "model": about}
-        return JSONResponse(content, 503 if problem else 200)
+    async def health():  # no thread and no lock: it answers while predictions wait
+        return {"status": "ok", "outcome": outcome, "model": about}
 
     @app.get("/cds-services")
     def discover():
         codes = ",".join(f"{LOINC}|{code}" for code in mapping["codes"])
         query = f"Observation?patient={{{{context.patientId}}}}&code={codes}"
         prefetch = {"patient": "Patient/{{context.patientId}}", "observations": query}
-        service = {"id": "risk", "hook": "patient-view", "title": f"Risk: {outcome}"}
+        service = {"id": "risk", "hook": HOOK, "title": f"Risk: {outcome}"}
         service |= {"description": f"{model.config['question']} {NOT_A_DEVICE}"}
         return {"services": [{**service, "prefetch": prefetch}]}
 
     @app.post("/cds-services/risk")
-    def risk(request: dict):
-        now, prefetch = clock(), request.get("prefetch") or {}
-        if not (prefetch.get("patient") and prefetch.get("observations")):
-            return operation_outcome("the prefetch of patient and observations is needed", 412)
+    async def risk(request: Request):
         try:
-            context = request["context"]
-            row = make_row(prefetch["patient"], prefetch["observations"], mapping, now)
-            row["id"] = str(context.get("encounterId") or context["patientId"])
+            body = await read_body(request)
         except RefusedError as error:
-            return operation_outcome(str(error), 422)
-        except (KeyError, TypeError, ValueError, AttributeError):
+            return operation_outcome(str(error), error.status)
+        return await run_in_threadpool(answer, body)
+
+    def answer(body):
+        now = clock()
+        try:
+            row = read_request(body, mapping, now)
+        except RefusedError as error:
+            return operation_outcome(str(error), error.status)
+        except Exception:  # of any kind: a body holds anything, and an error may quote a value
             return operation_outcome("not a patient and a Bundle of observations in R4", 422)
         with lock:  # one prediction at a time, and its lines in both files together
             scored = score(row)
@@ -116,6 +125,49 @@ def make_card(scored, outcome, about, threshold):
 # ------------------------------------------------------------------ FHIR to a row
 
 
+async def read_body(request):
+    """Return the bytes of a request in JSON; refuse more than MAX_BODY before they are held."""
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        raise RefusedError("the content type is not application/json", 415)
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY:
+            raise RefusedError(f"more than {MAX_BODY:,} bytes", 413)
+    return bytes(body)
+
+
+def read_request(body, mapping, now):
+    """Return the row of the data file that a request fills, with the id of its log."""
+    request = json.loads(body)
+    prefetch, context = request.get("prefetch") or {}, request["context"]
+    patient, bundle = prefetch.get("patient"), prefetch.get("observations")
+    if request["hook"] != HOOK:
+        raise RefusedError(f"the hook is not {HOOK}")
+    if not (patient and bundle):
+        raise RefusedError("the prefetch of patient and observations is needed", 412)
+    patient_id = context["patientId"]
+    name = context.get("encounterId") or patient_id
+    if not (re.fullmatch(FHIR_ID, patient_id) and re.fullmatch(FHIR_ID, name)):
+        raise RefusedError("an id of the context is not of FHIR's form")
+    check_patient(patient, bundle, patient_id)
+    return make_row(patient, bundle, mapping, now) | {"id": name}
+
+
+def check_patient(patient, bundle, patient_id):
+    """Refuse what is not the whole Bundle of the patient of the context."""
+    if (patient["resourceType"], bundle["resourceType"]) != ("Patient", "Bundle"):
+        raise RefusedError("the prefetch holds no Patient, or no Bundle")
+    if patient["id"] != patient_id:
+        raise RefusedError("the Patient is not the one of the context")
+    if any(link["relation"] == "next" for link in bundle.get("link", [])):
+        raise RefusedError("the Bundle has a further page: prefetch all observations")
+    for entry in bundle.get("entry", []):
+        reference = entry["resource"]["subject"]["reference"].partition("/_history/")[0]
+        if reference.split("/")[-2:] != ["Patient", patient_id]:
+            raise RefusedError("an observation is not of the patient of the context")
+
+
 def make_row(patient, bundle, mapping, now):
     """Return the row of the data file that a patient and a Bundle of observations fill."""
     series = defaultdict(list)
@@ -132,12 +184,14 @@ def make_row(patient, bundle, mapping, now):
         texts = [f"{x:.6g} ({hours(time, first)}h)" for time, x in sorted(values)]
         is_static = column.startswith("static_")
         row[column] = f"{max(values)[1]:.6g}" if is_static else " -> ".join(texts)
-    sexes = {"male": "1", "female": "0"}
-    row[mapping["patient"]["male"]] = sexes.get(patient.get("gender"), "")
+    about = {"male": {"male": "1", "female": "0"}.get(patient.get("gender"), ""), "age": ""}
     if len(born := patient.get("birthDate", "")) == 10:  # FHIR also has years and months
         born, day = date.fromisoformat(born), now.date()
+        if born > day:
+            raise RefusedError("the birth date lies in the future")
         had_birthday = (day.month, day.day) >= (born.month, born.day)
-        row[mapping["patient"]["age"]] = str(day.year - born.year - (not had_birthday))
+        about["age"] = str(day.year - born.year - (not had_birthday))
+    row |= {column: about[name] for name, column in mapping["patient"].items()}
     return row | {"prediction_hours": hours(now, first)}
 
 
@@ -156,7 +210,10 @@ def read_observation(observation, codes):
     time = datetime.fromisoformat(observation.get("effectiveDateTime", ""))
     if time.tzinfo is None:
         raise RefusedError(f"an observation of LOINC {code} has no time with its time zone")
-    return codes[code]["column"], time, float(quantity["value"]) * factor
+    value = quantity["value"]
+    if type(value) not in (int, float) or not math.isfinite(value):  # true is no number
+        raise RefusedError(f"an observation of LOINC {code} has a value that is no number")
+    return codes[code]["column"], time, value * factor
 
 
 def columns_of(mapping):
@@ -182,31 +239,45 @@ def made_up_row(mapping):
 class Log:
     """predictions.csv and predictions.inputs.csv of a folder, to which each prediction is added."""
 
-    def __init__(self, folder, model):
-        """Open both files for the owner alone; refuse those of a model with other inputs."""
-        inputs = model.config["inputs"]
-        self.main = model.config["features"][0]  # the feature of the column clinical_trajectory
+    def __init__(self, folder, model, row):
+        """Open both files for the owner alone; refuse those that do not fit, or no longer pair."""
+        inputs, main = model.config["inputs"], model.config["features"][0]
         self.names = [*inputs.get("series", model.config["features"]), *inputs["static"]]
+        self.cells = {main if k == "clinical_trajectory" else input_name(k): k for k in row}
+        if absent := [name for name in self.names if name not in self.cells]:
+            raise ValueError(f"the mapping has no column of the input {absent[0]}, spelled so")
         self.paths = folder / "predictions.csv", folder / "predictions.inputs.csv"
         measured = [x for name in self.names for x in (name, f"{name} measured")]
         headers = ["id", "probability", "prediction", "problem", "predicted_at"], ["id", *measured]
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        ids = []
         for path, header in zip(self.paths, headers, strict=True):
             if not path.exists():
                 path.touch(mode=0o600)
                 append(path, header)
             with path.open(newline="", encoding="utf-8") as file:
-                if next(csv.reader(file)) != header:
-                    raise ValueError(f"{path}: of other inputs: move it away")
+                lines = [*csv.reader(file)]
+            if lines[:1] != [header]:
+                raise ValueError(f"{path}: of other inputs: move it away")
+            ids.append([line[0] for line in lines if len(line) == len(header)])
+        if ids[0] != ids[1]:
+            first, second = self.paths
+            raise ValueError(f"{first}: not of the same lines as {second}: remove what is single")
 
     def write(self, row, scored, now):
-        """Add a prediction, and the last value of each input that the model reads."""
-        cells = {self.main if k == "clinical_trajectory" else input_name(k): k for k in row}
-        last = [row[cells[name]].rpartition("-> ")[2].partition(" (")[0] for name in self.names]
+        """Add a prediction and the last value of each input of the model: both lines or none."""
+        last = [row[self.cells[x]].rpartition("-> ")[2].partition(" (")[0] for x in self.names]
         result = ["" if pd.isna(scored[x]) else scored[x] for x in ("probability", "prediction")]
         time = now.astimezone(UTC).isoformat(timespec="seconds")
-        append(self.paths[0], [row["id"], *result, scored["problem"], time])
-        append(self.paths[1], [row["id"], *(y for x in last for y in (x, int(x != "")))])
+        inputs = [row["id"], *(y for x in last for y in (x, int(x != "")))]
+        sizes = [path.stat().st_size for path in self.paths]
+        try:
+            append(self.paths[0], [row["id"], *result, scored["problem"], time])
+            append(self.paths[1], inputs)
+        except BaseException:
+            for path, size in zip(self.paths, sizes, strict=True):
+                os.truncate(path, size)
+            raise
 
 
 def input_name(column):

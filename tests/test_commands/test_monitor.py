@@ -10,6 +10,7 @@ import torch
 
 import medgemma_trainer as trainer
 from conftest import SAMPLE
+from medgemma_clinical.commands.monitor import read_table
 from medgemma_clinical.commands.predict import inputs_path
 from medgemma_clinical.evaluation import monitoring
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
@@ -98,10 +99,14 @@ def test_the_first_line_is_the_verdict_and_the_files_are_whole(
 ):
     lines, table = run(capsys, scored[0], checkpoint, scored[1], tmp_path, "--site", "ward")
     assert lines[0] == "monitor: no action"
+    assert not any("spreadsheet" in line for line in lines)
     assert {*table["site"]} == {"", "A", "B"}
     assert sorted({*table["period"]}) == ["2026-01", "2026-02", "2026-03", "2026-04"]
     page = Page((tmp_path / "out" / "monitor.html").read_text())
     assert "Treatment that the model prompts" in page.text
+    formulas = scored[1].assign(ward="=" + scored[1]["ward"])
+    lines, _ = run(capsys, scored[0], checkpoint, formulas, tmp_path, "--site", "ward")
+    assert any("spreadsheet" in line for line in lines), "monitor.csv holds them"
     raised = scored[1].assign(label="1")
     raised.loc[::3, "label"] = "0"
     lines, _ = run(capsys, scored[0], checkpoint, raised, tmp_path)
@@ -235,6 +240,13 @@ def test_what_is_not_there_is_refused(fault, runs, scored, checkpoint, tmp_path,
         pd.read_csv(inputs_path(scored[0])).head(7).to_csv(tmp_path / "p.inputs.csv", index=False)
         words[1] = str(tmp_path / "p.csv")
     assert refused(capsys, words, out=tmp_path / "out" / "monitor.html")
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_tables_of_outcomes_may_have_the_separators_of_other_tables(mark, scored, tmp_path):
+    scored[1].assign(note="a, b").to_csv(tmp_path / "outcomes.csv", sep=mark, index=False)
+    found = read_table(tmp_path / "outcomes.csv", ["id", "label", "admitted"])
+    pd.testing.assert_frame_equal(found.drop(columns="note"), scored[1])
 
 
 # ------------------------------------------------------------------ the rule

@@ -18,7 +18,7 @@ from conftest import SAMPLE
 from language_models import TINY_MODEL
 from medgemma_clinical.commands import predict, results
 from medgemma_clinical.data.overlap import TrainingPatients
-from medgemma_clinical.evaluation.decision import choose_threshold
+from medgemma_clinical.evaluation.decision import DecisionRule, choose_threshold
 from medgemma_clinical.files import json_hash
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory, save_trajectory
@@ -43,7 +43,7 @@ def test_earlier_predictions_and_the_page_beside_them_are_moved_aside(runs, tabl
     predicted(runs / "trajectory", rows, out)
     aside = [path for path in tmp_path.iterdir() if path.is_file() and ".1" in path.name]
     assert [path.read_text() for path in aside] == ["someone's"] * 2
-    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_an_existing_output_stays_when_the_run_fails(runs, table, tmp_path, monkeypatch):
@@ -64,17 +64,46 @@ def test_an_existing_output_stays_when_the_run_fails(runs, table, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(predict, "count_implausible", closed)
         assert trainer.main(command(runs / "trajectory", data, out)) == 129
-    visible = {path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")}
-    assert visible == {"bad.csv", "bad.csv.gz", "bad.json", "out.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "bad.csv",
+        "bad.csv.gz",
+        "bad.json",
+        "out.csv",
+    }
     assert out.read_text() == "earlier"
 
 
-def test_ids_that_a_spreadsheet_would_run_stay_and_are_counted(runs, table, tmp_path, capsys):
-    ids = ["=HYPERLINK(1)", "+A1", "-x", "@x", "-5", "+1e3", "a=b", "7", "x"]
-    rows = table.head(9).drop(columns=LABEL).assign(id=ids)
+@pytest.mark.parametrize("formula", ["=HYPERLINK(1)", "+A1", "-x", "@x", ""])
+def test_ids_that_a_spreadsheet_would_run_stay_and_are_warned_of(
+    formula, runs, table, tmp_path, capsys
+):
+    ids = ["-5", "+1e3", "a=b", "7", formula or "x"]
+    rows = table.head(5).drop(columns=LABEL).assign(id=ids)
     data, out = write_data(rows, tmp_path / "rows.csv"), tmp_path / "new.csv"
-    assert predicted(runs / "trajectory", data, out)["id"].tolist() == ids
-    assert "4 ids" in capsys.readouterr().out
+    found = predicted(runs / "trajectory", data, out)
+    assert found["id"].tolist() == ids
+    risks = found["probability"].tolist()
+    assert risks == [float(f"{x:.6g}") for x in risks], "as --monitor reads them"
+    assert ("like a formula" in capsys.readouterr().out) == bool(formula)
+
+
+@pytest.mark.parametrize(
+    ("risk", "written", "positive"),
+    [
+        (0.09999999, 0.1, 1),
+        (0.1, 0.1, 1),
+        (0.0999994, 0.0999994, 0),
+        (1.23456789e-9, 1.23457e-9, 0),
+    ],
+)
+def test_risks_are_written_with_six_digits_and_decided_as_written(risk, written, positive):
+    columns = {"probability": [risk, np.nan], "prediction": [0, 0], "probability_age": [risk, 0.5]}
+    table = pd.DataFrame({"id": ["a", "b"], **columns}).astype({"prediction": "Int64"})
+    found = predict.as_written(table, DecisionRule(threshold=0.1))
+    assert [*found] == [*table]
+    assert found["probability"].tolist()[0] == written
+    assert found["probability_age"].tolist() == [written, 0.5]
+    assert found["prediction"].tolist() == [positive, pd.NA]
 
 
 # --------------------------------------------------------------------------- labelled rows

@@ -556,3 +556,19 @@ def test_what_two_tables_write_in_two_ways_stays_as_it_is_found(change, static, 
     assert key not in tomllib.loads((tmp_path / "import.toml").read_text())
     assert from_long("--config", tmp_path / "import.toml") == 0
     assert (tmp_path / "out.csv").read_bytes() == typed
+
+
+@pytest.mark.parametrize("preview", [[], ["--preview"]])
+@pytest.mark.parametrize("name", ["labs", "people"])
+@pytest.mark.parametrize("form", ["%Y-%m-%d %H:%M", "%d.%m.%y", "%d-%b-%Y %H:%M", "%Y%m%d"])
+def test_no_cell_of_a_table_without_header_is_shown(form, name, preview, tmp_path, capsys):
+    time = pd.Timestamp("2024-03-02 08:00").strftime(form)
+    words = small(tmp_path, {"Taken": time, "MRN": "ZYX71"}, {"Admitted": time, "MRN": "ZYX71"})
+    path = tmp_path / f"{name}.csv"
+    path.write_text(path.read_text().partition("\n")[2])
+    assert from_long(*words, *preview) == 2
+    said = capsys.readouterr()
+    assert str(path) in said.err
+    assert said.err.count("\n") == 1
+    held = [file.read_text() for file in tmp_path.glob("*.toml")]
+    assert not [x for x in ("ZYX71", time) if x in "".join([said.out, said.err, *held])]
