@@ -21,7 +21,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from medgemma_clinical.data.small_cells import minority_patients
+from medgemma_clinical.data.small_cells import MIN_CELL, minority_patients
 from medgemma_clinical.data.trajectories import Rows, TrajectoryDataset
 from medgemma_clinical.evaluation.decision import (
     DecisionOptions,
@@ -123,6 +123,7 @@ class Baselines:
     words: Words | None
     inputs: dict[str, Any]  # what they read beside the series, as in ``Data.description``
     tuned: bool | None = None  # penalties and sizes, in folds; None in files that do not say it
+    leaf_patients: int = 0  # fewest training patients behind a leaf; 0: not counted
 
     @property
     def pairs(self) -> dict[str, tuple[str, str]]:
@@ -194,7 +195,8 @@ class Baselines:
         if (tuned := content.get("tuned")) not in (None, True, False):
             raise ValueError(f"tuned: {tuned!r}")
         inputs = {"static": static, "prediction_time": bool(time)}
-        return {"models": models, "words": words, "inputs": inputs, "tuned": tuned}
+        fitted = {"models": models, "words": words, "inputs": inputs, "tuned": tuned}
+        return {**fitted, "leaf_patients": int(content.get("leaf_patients", 0))}
 
 
 @dataclass(frozen=True)
@@ -232,12 +234,15 @@ def fit_baselines(
     dataset: TrajectoryDataset, rows: NDArray[np.int64], settings: Settings
 ) -> Baselines:
     """Fit the baselines on some rows."""
-    labels = dataset.labels[rows]
+    labels, patients = dataset.labels[rows], pd.factorize(dataset.groups[rows])[0]
     models: dict[str, Regression | Trees] = {}
+    fewest = []
     for name, table in baseline_tables(dataset, settings.static).items():
         values, columns = table.to_numpy()[rows], [*table.columns]
         if name.startswith(BOOSTING):
-            models[name] = Trees.of(fit_trees(values, labels, settings.trees), columns)
+            booster, leaf_patients = fit_large_leaves(values, labels, settings.trees, patients)
+            models[name] = Trees.of(booster, columns)
+            fewest.append(leaf_patients)
         else:
             model = regression(settings.penalties.get(name)).fit(values, labels)
             models[name] = Regression.of(model, columns)
@@ -248,7 +253,7 @@ def fit_baselines(
         scaler, model = (step for _, step in fitted.steps)
         words = Words(settings.vocabulary, scaler.scale_, model.coef_[0], model.intercept_)
     read = {"static": settings.static, "prediction_time": dataset.hours_read is not None}
-    return Baselines(models, words, read, bool(settings.penalties))
+    return Baselines(models, words, read, bool(settings.penalties), min(fewest))
 
 
 def baseline_tables(dataset: TrajectoryDataset, static: Sequence[str]) -> dict[str, pd.DataFrame]:
@@ -365,6 +370,21 @@ def fit_trees(
     size = {name: x for name, x in settings.items() if name != "trees"}
     table = lightgbm.Dataset(values, labels, weight=weights)
     return lightgbm.train({**TREES, **size}, table, settings["trees"])
+
+
+def fit_large_leaves(
+    values: Array, labels: Array, settings: Mapping[str, Any], patients: NDArray[np.int64]
+) -> tuple[lightgbm.Booster, int]:
+    """Return boosted trees, and the fewest patients behind a leaf: ``MIN_CELL`` where there are."""
+    min_rows, total = TREES["min_data_in_leaf"], patients.max() + 1
+    while True:
+        booster = fit_trees(values, labels, {**settings, "min_data_in_leaf": min_rows})
+        leaves: Any = booster.predict(values, pred_leaf=True)
+        pairs = (np.unique(leaf * total + patients) for leaf in leaves.reshape(len(values), -1).T)
+        fewest = min(int(np.bincount(of_tree // total).min()) for of_tree in pairs)
+        if fewest >= MIN_CELL or min_rows > len(labels):
+            return booster, fewest
+        min_rows *= 2
 
 
 def blend(*risks: Array) -> Array:

@@ -6,6 +6,7 @@ without, the event.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from medgemma_clinical.data.small_cells import MIN_CELL, count_patients, minority_patients
 from medgemma_clinical.evaluation.decision import clustered_covariance
 from medgemma_clinical.evaluation.metrics import Array, calibration, log_odds
+from medgemma_clinical.evaluation.simple_models import read_array
 from medgemma_clinical.evaluation.suppress import distant_thresholds
 
 DECILES = np.arange(0.1, 0.95, 0.1)
@@ -44,6 +46,14 @@ def reference(labels: Array, risk: Array, patients: NDArray[np.generic]) -> dict
         "covariance": [[_rounded(x) for x in line] for line in covariance],
         "edges": distant_thresholds(labels, risk, patients, MIN_CELL, edges),
     }
+
+
+def check_reference(entry: Mapping[str, Any]) -> None:
+    """Raise an error of any type unless an entry has the form that ``reference`` gives it."""
+    read_array([entry["intercept"], entry["slope"], entry["patients"]], 3)
+    read_array(entry["covariance"], 2, 2)
+    if len(read_array(entry["edges"], len(entry["edges"]))) > len(DECILES):
+        raise ValueError("too many edges")
 
 
 def _rounded(number: float) -> float:
