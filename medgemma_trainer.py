@@ -192,7 +192,7 @@ def build_parser() -> Parser:
     switch("--predict", "score new rows with a trained model", needs=needs)
     add, switch = flags.adders(group, "export")
     needs = "--checkpoint, --export_dir"
-    text = "write a copy to give away, or stage 2 or 3 with LoRA merged"
+    text = "write a copy to share, or stage 2 or 3 with LoRA merged"
     add("--export", text, choices=("shared", "merged"), needs=needs)
     add("--export_dir", "with --export: folder to write", type=Path)
     add, switch = flags.adders(group, "predict")
@@ -940,6 +940,7 @@ def run(args: Namespace, given: set[str]) -> int:
             if args.export == "shared":
                 model = TrajectoryModel.from_pretrained(args.checkpoint, model_name=name)
                 model.save_shared(args.export_dir)
+                logger.info("export: %s", args.export_dir)
             else:
                 export_merged(args.checkpoint, args.export_dir, BUILDERS, name)
             return command_line.EXIT_DONE

@@ -240,8 +240,10 @@ def fit_baselines(
     for name, table in baseline_tables(dataset, settings.static).items():
         values, columns = table.to_numpy()[rows], [*table.columns]
         if name.startswith(BOOSTING):
-            booster, leaf_patients = fit_large_leaves(values, labels, settings.trees, patients)
-            models[name] = Trees.of(booster, columns)
+            trees, leaf_patients = fit_large_leaves(
+                values, labels, settings.trees, patients, columns
+            )
+            models[name] = trees
             fewest.append(leaf_patients)
         else:
             model = regression(settings.penalties.get(name)).fit(values, labels)
@@ -373,17 +375,24 @@ def fit_trees(
 
 
 def fit_large_leaves(
-    values: Array, labels: Array, settings: Mapping[str, Any], patients: NDArray[np.int64]
-) -> tuple[lightgbm.Booster, int]:
+    values: Array,
+    labels: Array,
+    settings: Mapping[str, Any],
+    patients: NDArray[np.int64],  # (N,) numbers from 0
+    columns: Sequence[str],
+) -> tuple[Trees, int]:
     """Return boosted trees, and the fewest patients behind a leaf: ``MIN_CELL`` where there are."""
-    min_rows, total = TREES["min_data_in_leaf"], patients.max() + 1
+    min_rows = TREES["min_data_in_leaf"]
     while True:
-        booster = fit_trees(values, labels, {**settings, "min_data_in_leaf": min_rows})
-        leaves: Any = booster.predict(values, pred_leaf=True)
-        pairs = (np.unique(leaf * total + patients) for leaf in leaves.reshape(len(values), -1).T)
-        fewest = min(int(np.bincount(of_tree // total).min()) for of_tree in pairs)
+        settings = {**settings, "min_data_in_leaf": min_rows}
+        fitted = Trees.of(fit_trees(values, labels, settings), columns)
+        fewest = len(labels)
+        for tree in fitted.trees:
+            is_there = np.zeros((len(tree.leaf), patients.max() + 1), dtype=bool)
+            is_there[tree.leaves(values), patients] = True
+            fewest = min(fewest, int(is_there.sum(axis=1).min()))
         if fewest >= MIN_CELL or min_rows > len(labels):
-            return booster, fewest
+            return fitted, fewest
         min_rows *= 2
 
 

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from medgemma_clinical.data.small_cells import MIN_CELL, count_patients, minority_patients
 from medgemma_clinical.evaluation.decision import clustered_covariance
 from medgemma_clinical.evaluation.metrics import Array, calibration, log_odds
-from medgemma_clinical.evaluation.simple_models import read_array
 from medgemma_clinical.evaluation.suppress import distant_thresholds
 
 DECILES = np.arange(0.1, 0.95, 0.1)
@@ -50,10 +49,13 @@ def reference(labels: Array, risk: Array, patients: NDArray[np.generic]) -> dict
 
 def check_reference(entry: Mapping[str, Any]) -> None:
     """Raise an error of any type unless an entry has the form that ``reference`` gives it."""
-    read_array([entry["intercept"], entry["slope"], entry["patients"]], 3)
-    read_array(entry["covariance"], 2, 2)
-    if len(read_array(entry["edges"], len(entry["edges"]))) > len(DECILES):
-        raise ValueError("too many edges")
+    fit = [entry[name] for name in ("intercept", "slope", "patients")]
+    finite = [np.isfinite(numbers) for numbers in (fit, entry["covariance"], entry["edges"])]
+    shapes = [np.shape(numbers) for numbers in finite]
+    if shapes[:2] != [(3,), (2, 2)] or len(shapes[2]) != 1 or shapes[2] > DECILES.shape:
+        raise ValueError("numbers of another shape")
+    if not all(numbers.all() for numbers in finite):
+        raise ValueError("numbers that are not finite")
 
 
 def _rounded(number: float) -> float:

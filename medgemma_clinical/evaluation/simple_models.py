@@ -75,12 +75,10 @@ class Regression:
 
     @classmethod
     def of(cls, pipeline: Any, columns: Sequence[str]) -> Self:
-        """Return a fitted pipeline of SimpleImputer, StandardScaler and LogisticRegression.
-
-        Scales, shares and the means of marked columns, which may be of few patients, become part
-        of the weights.
-        """
+        """Return a fitted pipeline of SimpleImputer, StandardScaler and LogisticRegression."""
         imputer, scaler, model = (step for _, step in pipeline.steps)
+        # The share of a mark, and the mean of its column, may be of few patients: both become part
+        # of the weights.
         marks, size = imputer.indicator_.features_, len(scaler.mean_)
         means = imputer.statistics_.copy()
         weights = model.coef_[0] / scaler.scale_
@@ -165,13 +163,17 @@ class Tree(NamedTuple):
 
     def odds(self, values: Array) -> Array:
         """Return the leaf's log-odds (N,) of each row of values (N, K)."""
+        return self.leaf[self.leaves(values)]
+
+    def leaves(self, values: Array) -> NDArray[np.int64]:
+        """Return the number (N,) of the leaf of each row of values (N, K)."""
         at = np.full(len(values), 0 if len(self.feature) else ~0)
         for k, feature in enumerate(self.feature):  # children come later
             here = np.flatnonzero(at == k)
             value = values[here, feature]
             left = np.where(np.isnan(value), self.missing_left[k], value <= self.threshold[k])
             at[here] = np.where(left, self.left[k], self.right[k])
-        return self.leaf[~at]
+        return ~at
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def test_stage1_rivals_risk_over_time_srtr_pool(tmp_path, monkeypatch, capsys):
 
 def test_monitor_says_something_each_month(runs, table, tmp_path, monkeypatch, capsys):
     content = torch.load(runs / "medgemma_trajectory_best.pt", weights_only=True)
-    known = {"patients": 50, "intercept": 0.0, "slope": 1.0}
+    known = {"patients": 50, "intercept": 0.0, "slope": 1.0, "edges": []}
     known["covariance"] = [[0.02, 0.01], [0.01, 0.01]]
     content["config"]["reference"] = {STAGE_NAMES["trajectory"]: known}
     checkpoint = tmp_path / "medgemma_trajectory_best.pt"

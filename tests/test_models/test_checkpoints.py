@@ -262,7 +262,7 @@ def test_load_trained_model__runs_no_code(run, tmp_path):
             ("reference", {"blend": REFERENCE | change})
             for change in (
                 {"covariance": [[float("nan")] * 2] * 2},
-                *({"covariance": [[0.02]]}, {"covariance": "c"}, {"intercept": "a"}),
+                *({"covariance": [[0.02]]}, {"covariance": "c"}, {"intercept": "1"}, {"edges": 1}),
                 *({"slope": None}, {"edges": "d"}, {"edges": [0.1] * 10}, {"patients": "e"}),
             )
         ),
