@@ -192,7 +192,8 @@ def build_parser() -> Parser:
     switch("--predict", "score new rows with a trained model", needs=needs)
     add, switch = flags.adders(group, "export")
     needs = "--checkpoint, --export_dir"
-    add("--export", "write stage 2 or 3 with LoRA merged", choices=("merged",), needs=needs)
+    text = "write a copy to share, or stage 2 or 3 with LoRA merged"
+    add("--export", text, choices=("shared", "merged"), needs=needs)
     add("--export_dir", "with --export: folder to write", type=Path)
     add, switch = flags.adders(group, "predict")
     add(
@@ -939,7 +940,12 @@ def run(args: Namespace, given: set[str]) -> int:
             return predict(args, given)
         if args.export:
             name = args.model_name if "--model_name" in given else None
-            export_merged(args.checkpoint, args.export_dir, BUILDERS, name)
+            if args.export == "shared":
+                model = TrajectoryModel.from_pretrained(args.checkpoint, model_name=name)
+                model.save_shared(args.export_dir)
+                logger.info("export: %s", args.export_dir)
+            else:
+                export_merged(args.checkpoint, args.export_dir, BUILDERS, name)
             return command_line.EXIT_DONE
         return run_demo(args, train) if args.demo else train(args)
 

@@ -1,4 +1,4 @@
-"""Counts of patients; only ``push_to_hub`` and a report under ``--min_cell`` hide small ones."""
+"""Counts of patients; only shared copies and a report under ``--min_cell`` hide small ones."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ from medgemma_clinical.data import checks
 from medgemma_clinical.data.overlap import training_hashes
 from medgemma_clinical.data.split import Split
 from medgemma_clinical.data.texts import PromptOptions
-from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.data.trajectories import MIN_TIME_SCALE, TrajectoryDataset
+from medgemma_clinical.files import InputError
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,12 @@ class Data:
 
     def time_scale(self, hours: float | None) -> float:
         """Return a new encoder's unit of time in hours; warn where the data's own does not fit."""
-        if hours is not None:
-            return hours
-        checks.log_warnings(checks.describe_long_spans(self.dataset), self.dataset.source)
-        return self.dataset.time_scale
+        if hours is None:
+            checks.log_warnings(checks.describe_long_spans(self.dataset), self.dataset.source)
+            hours = self.dataset.time_scale
+        if hours < MIN_TIME_SCALE:
+            raise InputError(f"--time_scale {hours:g}: give at least {MIN_TIME_SCALE:g} hours")
+        return hours
 
     def check_inputs(self) -> None:
         """Refuse prediction times that no training patient has."""

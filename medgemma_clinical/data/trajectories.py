@@ -50,6 +50,9 @@ UNKNOWN = "not known"
 AGE = ("static_age [years]", "static_age")
 """Names of the static feature that holds the age, in every data set."""
 
+MIN_TIME_SCALE = 0.1
+"""Least hours that are one unit of time to the encoder: shorter ones make endless solver steps."""
+
 Rows = NDArray[np.int64] | slice
 
 

@@ -21,7 +21,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from medgemma_clinical.data.small_cells import minority_patients
+from medgemma_clinical.data.small_cells import MIN_CELL, minority_patients
 from medgemma_clinical.data.trajectories import Rows, TrajectoryDataset
 from medgemma_clinical.evaluation.decision import (
     DecisionOptions,
@@ -124,6 +124,7 @@ class Baselines:
     words: Words | None
     inputs: dict[str, Any]  # what they read beside the series, as in ``Data.description``
     tuned: bool | None = None  # penalties and sizes, in folds; None in files that do not say it
+    leaf_patients: int = 0  # fewest training patients behind a leaf; 0: not counted
 
     @property
     def pairs(self) -> dict[str, tuple[str, str]]:
@@ -195,7 +196,8 @@ class Baselines:
         if (tuned := content.get("tuned")) not in (None, True, False):
             raise ValueError(f"tuned: {tuned!r}")
         inputs = {"static": static, "prediction_time": bool(time)}
-        return {"models": models, "words": words, "inputs": inputs, "tuned": tuned}
+        fitted = {"models": models, "words": words, "inputs": inputs, "tuned": tuned}
+        return {**fitted, "leaf_patients": int(content.get("leaf_patients", 0))}
 
 
 @dataclass(frozen=True)
@@ -233,12 +235,17 @@ def fit_baselines(
     dataset: TrajectoryDataset, rows: NDArray[np.int64], settings: Settings
 ) -> Baselines:
     """Fit the baselines on some rows."""
-    labels = dataset.labels[rows]
+    labels, patients = dataset.labels[rows], pd.factorize(dataset.groups[rows])[0]
     models: dict[str, Regression | Trees] = {}
+    fewest = []
     for name, table in baseline_tables(dataset, settings.static).items():
         values, columns = table.to_numpy()[rows], [*table.columns]
         if name.startswith(BOOSTING):
-            models[name] = Trees.of(fit_trees(values, labels, settings.trees), columns)
+            trees, leaf_patients = fit_large_leaves(
+                values, labels, settings.trees, patients, columns
+            )
+            models[name] = trees
+            fewest.append(leaf_patients)
         else:
             model = regression(settings.penalties.get(name)).fit(values, labels)
             models[name] = Regression.of(model, columns)
@@ -249,7 +256,7 @@ def fit_baselines(
         scaler, model = (step for _, step in fitted.steps)
         words = Words(settings.vocabulary, scaler.scale_, model.coef_[0], model.intercept_)
     read = {"static": settings.static, "prediction_time": dataset.hours_read is not None}
-    return Baselines(models, words, read, bool(settings.penalties))
+    return Baselines(models, words, read, bool(settings.penalties), min(fewest))
 
 
 def baseline_tables(dataset: TrajectoryDataset, static: Sequence[str]) -> dict[str, pd.DataFrame]:
@@ -371,6 +378,28 @@ def fit_trees(
     size = {name: x for name, x in settings.items() if name != "trees"}
     table = lightgbm.Dataset(values, labels, weight=weights)
     return lightgbm.train({**TREES, **objective, **size}, table, settings["trees"])
+
+
+def fit_large_leaves(
+    values: Array,
+    labels: Array,
+    settings: Mapping[str, Any],
+    patients: NDArray[np.int64],  # (N,) numbers from 0
+    columns: Sequence[str],
+) -> tuple[Trees, int]:
+    """Return boosted trees, and the fewest patients behind a leaf: ``MIN_CELL`` where there are."""
+    min_rows = TREES["min_data_in_leaf"]
+    while True:
+        settings = {**settings, "min_data_in_leaf": min_rows}
+        fitted = Trees.of(fit_trees(values, labels, settings), columns)
+        fewest = len(labels)
+        for tree in fitted.trees:
+            is_there = np.zeros((len(tree.leaf), patients.max() + 1), dtype=bool)
+            is_there[tree.leaves(values), patients] = True
+            fewest = min(fewest, int(is_there.sum(axis=1).min()))
+        if fewest >= MIN_CELL or min_rows > len(labels):
+            return fitted, fewest
+        min_rows *= 2
 
 
 def blend(*risks: Array) -> Array:

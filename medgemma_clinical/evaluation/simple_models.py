@@ -5,6 +5,7 @@ Each has ``risks``, and ``from_json``, which reads what ``to_plain`` gives and r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -22,6 +23,13 @@ WORD = r"[^\W\d_]{2,}"
 """Pattern of a word; numbers are none."""
 
 END_OF_TREES = "\n\nend of trees\n"
+
+OF_ROWS = re.compile(
+    r"^(?:tree_sizes|split_gain|leaf_weight|leaf_count|internal_\w+)=.*\n", re.MULTILINE
+)
+EXTREMES = re.compile(r"(?<=[= ])\[\S+:\S+\]")
+"""What LightGBM's text tells of training rows, and no prediction needs: lines, and the lowest and
+highest value of a column."""
 
 MAX_TREES, MAX_LEAVES = 1000, 255
 """Bounds of what a file may hold: each split takes a pass over the rows."""
@@ -69,11 +77,17 @@ class Regression:
     def of(cls, pipeline: Any, columns: Sequence[str]) -> Self:
         """Return a fitted pipeline of SimpleImputer, StandardScaler and LogisticRegression."""
         imputer, scaler, model = (step for _, step in pipeline.steps)
-        marked = [columns[k] for k in imputer.indicator_.features_]
-        means, weights = imputer.statistics_, model.coef_[0]
-        return cls(
-            [*columns], means, marked, scaler.mean_, scaler.scale_, weights, model.intercept_
-        )
+        # The share of a mark, and the mean of its column, may be of few patients: both become part
+        # of the weights.
+        marks, size = imputer.indicator_.features_, len(scaler.mean_)
+        means = imputer.statistics_.copy()
+        weights = model.coef_[0] / scaler.scale_
+        intercept = model.intercept_ - scaler.mean_ @ weights
+        weights[len(columns) :] += weights[marks] * means[marks]
+        means[marks] = 0
+        means = np.array([float(f"{mean:.6g}") for mean in means])
+        marked = [columns[k] for k in marks]
+        return cls([*columns], means, marked, np.zeros(size), np.ones(size), weights, intercept)
 
     def scaled(self, table: pd.DataFrame) -> Array:
         """Return what is weighed, (N, K + M)."""
@@ -147,15 +161,15 @@ class Tree(NamedTuple):
     right: NDArray[np.int64]  # (S,)
     leaf: Array  # (S + 1,) log-odds, or logarithms of rates
 
-    def leaves(self, values: Array) -> Array:
-        """Return the leaf's number (N,) of each row of values (N, K)."""
+    def leaves(self, values: Array) -> NDArray[np.int64]:
+        """Return the number (N,) of the leaf of each row of values (N, K)."""
         at = np.full(len(values), 0 if len(self.feature) else ~0)
         for k, feature in enumerate(self.feature):  # children come later
             here = np.flatnonzero(at == k)
             value = values[here, feature]
             left = np.where(np.isnan(value), self.missing_left[k], value <= self.threshold[k])
             at[here] = np.where(left, self.left[k], self.right[k])
-        return self.leaf[~at]
+        return ~at
 
 
 @dataclass(frozen=True)
@@ -167,12 +181,9 @@ class Trees:
 
     @classmethod
     def of(cls, booster: Any, columns: Sequence[str]) -> Self:
-        """Return a fitted LightGBM, without the extreme values of the training rows."""
+        """Return a fitted LightGBM, without counts and extreme values of the training rows."""
         text = booster.model_to_string().partition(END_OF_TREES)[0] + END_OF_TREES
-        lines = text.split("\n")
-        known = next(k for k, line in enumerate(lines) if line.startswith("feature_infos="))
-        lines[known] = "feature_infos=" + " ".join(["none"] * len(columns))
-        return cls([*columns], "\n".join(lines))
+        return cls([*columns], EXTREMES.sub("none", OF_ROWS.sub("", text)))
 
     @cached_property
     def trees(self) -> list[Tree]:
@@ -187,7 +198,7 @@ class Trees:
         values = table[self.columns].to_numpy(np.float64)
         total = np.zeros(len(values))
         for tree in self.trees:
-            total += tree.leaves(values)
+            total += tree.leaf[tree.leaves(values)]
         return total
 
     def risks(self, table: pd.DataFrame) -> Array:

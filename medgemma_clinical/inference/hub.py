@@ -1,12 +1,13 @@
-"""Trained models that are kept in a folder or shared on the hub: exactly the files of a checkpoint.
+"""Trained models that are kept in a folder or shared: exactly the files of a checkpoint.
 
-Stage 1's shared copy holds no hashes of its training patients: identifiers of a small range can be
-guessed from them.
+A shared copy holds no hashes of its training patients: identifiers of a small range, and outcomes
+of known patients, can be guessed from them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import tempfile
@@ -29,8 +30,10 @@ from medgemma_clinical.models.scaler import Scaler
 from medgemma_clinical.models.trained_model import TrainedModel
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 
+logger = logging.getLogger(__name__)
+
 SHARED_FILES = [TRAJECTORY_FILE, *checkpoints.HASHED_FILES, checkpoints.CONFIG]
-SHARED_FILES += [checkpoints.NOTICE, CARD, checkpoints.FACTS]
+SHARED_FILES += [checkpoints.NOTICE, CARD, checkpoints.FACTS, BASELINES]
 REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 """Form of a repository's id, which a path may have too."""
 
@@ -51,8 +54,7 @@ def check_folder(folder: Path, config: Config) -> None:
     if checkpoints.is_merged(config):
         raise InputError("an export, which holds a whole language model: copy its folder instead")
     files = files_of(folder) if folder.is_dir() else {""}
-    model_files = {*SHARED_FILES, BASELINES}
-    if os.path.lexists(folder) and (files - model_files or (files and CARD not in files)):
+    if os.path.lexists(folder) and (files - {*SHARED_FILES} or (files and CARD not in files)):
         raise InputError(f"{folder}: exists and holds other files: name a new folder")
 
 
@@ -83,12 +85,26 @@ def save_model(
 
 
 def shared_copy(
-    trained: TrainedModel, folder: Path, min_cell: int = MIN_CELL, repo_id: str | None = None
+    trained: TrainedModel,
+    folder: Path,
+    allow_small_cells: bool = False,
+    repo_id: str | None = None,  # of the hub, where the copy goes there
 ) -> None:
-    """Write what others may get of a model: no hashes of patients, and no small counts."""
-    config = shareable(trained.config, min_cell)
-    no_patients = np.empty(0, np.int64)
-    shared = replace(trained, config=config, train_patients=no_patients, baselines=None)
+    """Write what others may get of a model: no hash or word of a patient, and no small counts."""
+    min_cell, names = 0 if allow_small_cells else MIN_CELL, columns_of_few(trained)
+    if names and not allow_small_cells:
+        raise InputError(
+            f"{repo_id or folder}: fewer than {MIN_CELL} training patients stand behind a mean of "
+            f"{', '.join(names)}, or an earlier version did not count them: train again, without "
+            "an input of so few, or pass allow_small_cells=True"
+        )
+    baselines = trained.baselines
+    if baselines is not None and baselines.leaf_patients < min_cell:
+        text = "%s: without baselines, which may tell of fewer than %d patients"
+        logger.info(text, repo_id or folder, min_cell)
+        baselines = None
+    config, no_patients = shareable(trained.config, min_cell), np.empty(0, np.int64)
+    shared = replace(trained, config=config, train_patients=no_patients, baselines=baselines)
     save_model(shared, folder, min_cell, repo_id)
 
 
@@ -131,17 +147,10 @@ def push_model(
     if not repo_id.rpartition("/")[2].startswith(begins):
         problem = f"the licence of its base model asks for a name that begins with {begins}"
         raise InputError(f"{repo_id}: {problem}: rename it")
-    names = columns_of_few(trained)
-    if names and not allow_small_cells:
-        raise InputError(
-            f"{repo_id}: fewer than {MIN_CELL} training patients stand behind a mean of "
-            f"{', '.join(names)}, or an earlier version did not count them: train again, without "
-            "an input of so few, or pass allow_small_cells=True"
-        )
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
-        shared_copy(trained, folder, 0 if allow_small_cells else MIN_CELL, repo_id)
+        shared_copy(trained, folder, allow_small_cells, repo_id)
         with hub_errors(repo_id):
             api.create_repo(repo_id, private=private, exist_ok=True)
             if private and not api.repo_info(repo_id).private:

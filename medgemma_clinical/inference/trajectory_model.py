@@ -23,7 +23,7 @@ from medgemma_clinical.evaluation.patients import plot_patient, plot_risk_curves
 from medgemma_clinical.evaluation.plots import plot_style
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.explain import explain, risk_over_time
-from medgemma_clinical.inference.hub import find_checkpoint, push_model, save_model
+from medgemma_clinical.inference.hub import find_checkpoint, push_model, save_model, shared_copy
 from medgemma_clinical.inference.scoring import (
     Scores,
     as_source,
@@ -353,8 +353,18 @@ class TrajectoryModel:
         return scoring_rows(source, self.config, datasets, findings, max_rows), findings
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the model, with its card, as a folder: new, or of an earlier model."""
+        """Write the model, with its card, as a folder of your own: new, or of an earlier model.
+
+        Identifiers and outcomes of training patients can be recovered from it: give away a copy of
+        ``save_shared``.
+        """
         save_model(self.trained, Path(folder))
+
+    def save_shared(
+        self, folder: str | os.PathLike[str], *, allow_small_cells: bool = False
+    ) -> None:
+        """Write the files that ``push_to_hub`` uploads as a folder: new, or of an earlier model."""
+        shared_copy(self.trained, Path(folder), allow_small_cells)
 
     def push_to_hub(
         self,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import logging
 import zipfile
 from dataclasses import dataclass
@@ -28,10 +29,13 @@ from medgemma_clinical import __version__
 from medgemma_clinical.data.distributions import describe, last_values, row_medians
 from medgemma_clinical.data.small_cells import MIN_CELL
 from medgemma_clinical.data.training_data import Data
+from medgemma_clinical.data.trajectories import MIN_TIME_SCALE
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, Baselines
-from medgemma_clinical.evaluation.decision import DecisionRule
+from medgemma_clinical.evaluation.decision import DecisionRule, describe_threshold
 from medgemma_clinical.evaluation.demographics import demographics
-from medgemma_clinical.evaluation.topics.cohort import case_mix
+from medgemma_clinical.evaluation.monitoring import MonitorRule
+from medgemma_clinical.evaluation.reference import check_reference
+from medgemma_clinical.evaluation.topics.cohort import case_mix, case_mix_cells
 from medgemma_clinical.files import (
     InputError,
     atomic,
@@ -63,7 +67,7 @@ ADAPTER_WEIGHTS = "adapter/adapter_model.safetensors"
 MODULE_WEIGHTS = "modules.safetensors"
 NOTICE, CARD, FACTS = "NOTICE", "README.md", "model_facts.xml"
 BASELINES, MAX_BASELINES = "baselines.json", 2**26
-"""File of a stage's baselines, never shared, and its largest size in bytes."""
+"""File of a stage's baselines, and its largest size in bytes."""
 
 LLM_STAGES = ("classification", "generative")
 HASHED_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODULE_WEIGHTS)
@@ -82,6 +86,9 @@ MEMBERS, PREFIX_TOKENS, LORA_RANK = (1, 32), (1, 4096), (1, 1024)
 """Bounds of ``--members``, ``--num_prefix_tokens`` and ``--lora_rank``."""
 
 MAX_CUTS = 100
+FINEST = {"time_scale": MIN_TIME_SCALE, "rtol": 1e-6, "atol": 1e-6}
+"""Least numbers of an encoder, which decide how many steps its solver takes."""
+
 BOUNDS = {
     "members": MEMBERS[1],
     "num_prefix_tokens": PREFIX_TOKENS[1],
@@ -191,8 +198,17 @@ def stage1_config(model: Stage1) -> Config:
 
 
 def check_config(path: Path, config: Any, stages: tuple[str, ...]) -> None:
-    """Check what a configuration makes the program allocate, and that it names no path."""
+    """Check what a configuration makes the program allocate, and that all of it can be read."""
     try:
+        json.dumps(config, allow_nan=False)  # plain types, finite numbers
+        for entry in config.get("reference", {}).values():
+            check_reference(entry)
+        for rule in (config, *({"decision": x} for x in config.get("models", {}).values())):
+            DecisionRule.from_config(rule)
+        mix = config.get("case_mix", {})
+        case_mix_cells({"all": mix, "last": mix.get("last", {})}, "rows")
+        MonitorRule.checked(config.get("monitor_rule", {}))
+        describe_threshold(config.get("threshold_choice"), "rows")
         encoder, base = config["encoder"], config.get("base_model", DEMO)
         counts = {name: config.get(name, 0) for name in BOUNDS}
         series = config["inputs"].get("series", config["features"])
@@ -200,6 +216,7 @@ def check_config(path: Path, config: Any, stages: tuple[str, ...]) -> None:
             "stage": config["stage"] in stages,
             "encoder": encoder is None
             or (encoder["input_dim"] == len(config["features"]) and encoder["hidden_dim"] <= 1024),
+            **{name: not encoder or encoder.get(name, x) >= x for name, x in FINEST.items()},
             "features": 1 <= len(config["features"]) == len(config["units"]) <= 10_000,
             "static": len(config["inputs"]["static"]) <= 10_000,
             "series": series and type(series) is list and {*series} <= {*config["features"]},
@@ -207,8 +224,8 @@ def check_config(path: Path, config: Any, stages: tuple[str, ...]) -> None:
             "base_model": config.get("base_sha256") or HUB_ID.fullmatch(base),
             **{name: type(n) is int and 0 <= n <= BOUNDS[name] for name, n in counts.items()},
         }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: damaged: its configuration is incomplete") from error
+    except READING_ERRORS as error:
+        raise InputError(f"{path}: damaged: its configuration cannot be read") from error
     if faults := [name for name, holds in allowed.items() if not holds]:
         raise InputError(f"{path}: damaged: {faults[0]} is out of bounds")
 
@@ -307,6 +324,11 @@ def read_trajectory(path: Path) -> TrajectoryCheckpoint:
         content = torch.load(path, map_location="cpu", weights_only=True)
         check_format(path, content["format"])
         config, weights, hashes = (content[k] for k in ("config", "weights", "train_patients"))
+        for tensor in (hashes, *weights.values()):
+            # A view of a small storage may have any size, which a copy would fill.
+            size = tensor.numel() * tensor.element_size()
+            if size > tensor.untyped_storage().nbytes() or not tensor.is_contiguous():
+                raise ValueError("a tensor larger than its storage")
         patients = hashes.numpy().astype(np.int64, casting="no")
     except InputError:
         raise

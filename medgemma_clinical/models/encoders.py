@@ -61,7 +61,10 @@ def find_encoder(name: str | None, default: type[nn.Module]) -> Any:
     if name is None:
         return default
     if name not in ENCODERS:
-        raise InputError(f"its encoder is {name}: give this class of yours by --encoder {name}")
+        raise InputError(
+            f"its encoder {name} names a class that is not part of this program: load it only if "
+            "you wrote or read that code"
+        )
     return ENCODERS[name]
 
 

@@ -112,7 +112,7 @@ def test_an_aggregate_tells_the_labels_of_few_patients(monkeypatch, capsys):
 
 def test_monitor_says_something_each_month(runs, table, tmp_path, monkeypatch, capsys):
     content = torch.load(runs / "medgemma_trajectory_best.pt", weights_only=True)
-    known = {"patients": 50, "intercept": 0.0, "slope": 1.0}
+    known = {"patients": 50, "intercept": 0.0, "slope": 1.0, "edges": []}
     known["covariance"] = [[0.02, 0.01], [0.01, 0.01]]
     content["config"]["reference"] = {STAGE_NAMES["trajectory"]: known}
     checkpoint = tmp_path / "medgemma_trajectory_best.pt"

@@ -142,8 +142,7 @@ def test_copies_of_a_model_are_one_model_and_an_update_is_another(stage, runs, t
         trainer.TrajectoryModel.from_pretrained(tmp_path / name, **base).trained.identity()
         for name in ("saved", "shared")
     )
-    assert saved == first, "whose words a copy lacks"
-    assert shared == {**first, "baselines_sha256": None}
+    assert saved == shared == first, "whose words a copy lacks"
     for key in ("slope", "intercept", "threshold"):
         rule = {**trained.config["decision"], key: 0.123}
         moved = replace(trained, config={**trained.config, "decision": rule}).identity()

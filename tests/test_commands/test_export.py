@@ -9,8 +9,11 @@ import pandas as pd
 import pytest
 
 import medgemma_trainer as trainer
+from conftest import SAMPLE
+from language_models import TINY_MODEL
 from medgemma_clinical.inference import serving
 from medgemma_clinical.models.trained_model import read_trained_config
+from medgemma_trainer import TrajectoryModel
 from merged_models import save_base, save_stage
 from predicting import MARKER, predicted, refused, write_data
 
@@ -36,6 +39,31 @@ def test_an_export_predicts_as_the_run_does_and_holds_no_patient(stage, runs, ta
     assert len(own.columns) < len(expected.columns), "an export holds no baselines"
     assert "baselines_sha256" not in read_trained_config(tmp_path / "out")
     pd.testing.assert_frame_equal(found, own, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", ["trajectory", "classification"])
+def test_a_copy_to_give_away_scores_and_aggregates_as_the_run_does(stage, runs, tmp_path):
+    copy, base = tmp_path / "copy", [] if stage == "trajectory" else ["--model_name", TINY_MODEL]
+    words = ["--export", "shared", "--checkpoint", str(runs / stage), "--export_dir", str(copy)]
+    assert trainer.main([*words, *base]) == 0
+    for path in (copy, *copy.rglob("*")):
+        assert path.stat().st_mode & 0o077 == 0, path
+        assert path.is_dir() or MARKER.encode() not in path.read_bytes(), path
+    rows = pd.read_csv(SAMPLE, dtype=str).iloc[200:350]
+    rows.loc[rows.index[::3], "label_escalation"] = "1"
+    rows.loc[rows.index[::7], "static_weight [kg]"] = ""
+    data, found, sites = write_data(rows, tmp_path / "rows.csv"), [], []
+    # A ledger is written beside the checkpoint.
+    own = tmp_path / "own"
+    TrajectoryModel.from_pretrained(runs / stage).save_pretrained(own)
+    for name, checkpoint in (("run", own), ("copy", copy)):
+        more = ["--use", "blend_with_statics", "--aggregate", str(tmp_path / f"{name}.json")]
+        table = predicted(checkpoint, data, tmp_path / f"{name}.csv", *more, *base)
+        found.append(table)
+        sites.append((tmp_path / f"{name}.json").read_text())
+    assert {"probability_stage", "probability_ensemble"} <= {*found[0]}
+    pd.testing.assert_frame_equal(*found, check_exact=True)
+    assert sites[0] == sites[1]
 
 
 def test_the_base_model_may_lie_elsewhere(tmp_path, capsys):

@@ -155,9 +155,15 @@ def test_a_new_encoders_time_scale_is_the_users_or_the_datas(caplog):
     table = patients()
     table[SERIES] = table[SERIES].str.replace("(20h)", "(20000h)")
     given = data_of(table, description=replace(GAP, time_scale=9.0))
-    silent = data_of(table)
+    silent, short = (
+        data_of(table),
+        data_of(table, description=replace(GAP, time_scale=0.09)).dataset,
+    )
     assert [given.time_scale(None), given.time_scale(5.0), silent.time_scale(5.0)] == [9, 5, 5]
     assert caplog.messages == []
+    for data, hours in ((given, 0.09), (replace(given, dataset=short), None)):
+        with pytest.raises(InputError, match="time_scale"):
+            data.time_scale(hours)
     assert silent.time_scale(None) == 72.0
     (line,) = caplog.messages
     assert "--time_scale 20000" in line

@@ -12,6 +12,7 @@ import pytest
 from scipy.special import logit
 from scipy.stats import rankdata
 
+from medgemma_clinical.data.small_cells import MIN_CELL
 from medgemma_clinical.evaluation import baselines
 from medgemma_clinical.evaluation.baselines import (
     BOOSTING,
@@ -232,6 +233,15 @@ def holes(rows, columns, share=0.3, seed=0):
     return pd.DataFrame(values, columns=[f"{k}: {{}}[]" for k in range(columns)])
 
 
+KEPT = {
+    *("version", "num_class", "num_tree_per_iteration", "label_index", "max_feature_idx"),
+    *("objective", "feature_names", "feature_infos", "Tree", "num_leaves", "num_cat"),
+    *("split_feature", "threshold", "decision_type", "left_child", "right_child", "leaf_value"),
+    *("is_linear", "shrinkage"),
+}
+"""Lines of LightGBM's text: none counts or weighs rows."""
+
+
 def as_kept(model):
     return type(model).from_json(json.loads(json.dumps(to_plain(model))))
 
@@ -250,6 +260,13 @@ def test_a_kept_model_computes_what_its_library_does(kind):
         kept = as_kept(Regression.of(model, [*table]))
         content = to_plain(kept)
         assert len(content["marked"]) == 4
+        # All that stands for the rows that are known, or not, is part of the weights.
+        assert (content["means"][:4], {*content["center"]}, {*content["scale"]}) == (
+            [0] * 4,
+            {0},
+            {1},
+        )
+        assert content["means"][4] == float(f"{table.iloc[:, -1].mean():.6g}")
         with pytest.raises(ValueError, match="marked"):
             Regression.from_json({**content, "marked": [*"abcd"]})
     else:
@@ -260,9 +277,12 @@ def test_a_kept_model_computes_what_its_library_does(kind):
         expected = model.predict(other.to_numpy())
         again = lightgbm.Booster(model_str=kept.text).predict(other.to_numpy())
         assert np.array_equal(again, expected)
+        assert {*re.findall(r"^(\w+)=", kept.text, re.MULTILINE)} == KEPT
         assert (len(kept.trees[0].leaf) == 1) == (kind == "one leaf")
     assert np.ptp(expected) > 0.5 or kind == "one leaf"
-    np.testing.assert_allclose(kept.risks(other), expected, rtol=0, atol=1e-12)
+    found, rounded = kept.risks(other), other.iloc[:, -1].isna() & (kind == "regression")
+    np.testing.assert_allclose(found[~rounded], expected[~rounded], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
 def test_kept_baselines_give_the_same_risks_and_hold_no_extreme_value(fitted):
@@ -275,6 +295,31 @@ def test_kept_baselines_give_the_same_risks_and_hold_no_extreme_value(fitted):
         assert np.array_equal(risk, fitted.risks(dataset)[name]), name
 
 
+@pytest.mark.parametrize("rows_of_one", [1, 45])
+def test_each_leaf_stands_for_enough_patients_whatever_the_rows_of_one(rows_of_one):
+    rng = np.random.default_rng(0)
+    table = {
+        "series": [f"{x} (0h)" for x in [*rng.integers(1, 30, 160), *[200] * rows_of_one]],
+        "label_escalation": [*rng.integers(0, 2, 160), *[1] * rows_of_one],
+        "subject_id": [*map(str, range(160)), *["one"] * rows_of_one],
+    }
+    dataset = dataset_of(**table)
+    settings = baselines.Settings([], [], {}, {**baselines.USUAL_TREES, "learning_rate": 0.1})
+    fitted = fit_baselines(dataset, np.arange(len(dataset)), settings)
+    (trees,) = (model for name, model in fitted.models.items() if name == BOOSTING)
+    values = fitted.table(dataset)[trees.columns].to_numpy()
+    fewest = [
+        min(
+            len(np.unique(dataset.groups[tree.leaf[tree.leaves(values)] == x]))
+            for x in np.unique(tree.leaf)
+        )
+        for tree in trees.trees
+    ]
+    assert fitted.leaf_patients == Baselines.from_json(fitted.to_json()).leaf_patients
+    assert min(fewest) == fitted.leaf_patients >= MIN_CELL
+    assert max(len(tree.leaf) for tree in trees.trees) > 1
+
+
 @pytest.mark.parametrize(("needed", "tuned"), [(20, True), (80, False)])
 def test_baselines_keep_whether_their_settings_were_searched(needed, tuned, monkeypatch):
     monkeypatch.setattr(baselines, "MIN_TUNED", needed)
@@ -282,9 +327,9 @@ def test_baselines_keep_whether_their_settings_were_searched(needed, tuned, monk
     content = json.loads(fitted.to_json())
     kept = Baselines.from_json(json.dumps(content))
     assert (fitted.tuned, kept.tuned) == (tuned, tuned)
-    del content["tuned"]  # as in files of an earlier version
+    del content["tuned"], content["leaf_patients"]  # as in files of an earlier version
     earlier = Baselines.from_json(json.dumps(content))
-    assert (earlier.tuned, earlier.names) == (None, fitted.names)
+    assert (earlier.tuned, earlier.leaf_patients, earlier.names) == (None, 0, fitted.names)
     assert len({*map(baselines.describe_tuning, ([True], [False], [True, False]))}) == 3
 
 

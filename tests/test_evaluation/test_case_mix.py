@@ -64,19 +64,33 @@ def test_bands_begin_at_their_edges():
 
 
 def test_case_mix_counts_known_values_only():
-    columns = {"subject_id": list("aabc"), "label_escalation": [1, 0, 0, 0]}
+    columns = {"subject_id": list("abcd"), "label_escalation": [1, 0, 0, 0]}
     columns |= {"static_age": [50, 60, 70, None], "static_sex_male": [1, 1, 0, None]}
     dataset = dataset_of([CELLS[0], CELLS[1], "1 (0h) -> 2 (1h) -> 3 (2h)", CELLS[0]], **columns)
     dataset.labels[3] = np.nan
     quartiles = {"observations_q1": 1, "observations_median": 1.5, "observations_q3": 2.25}
     known = {"age_q1": 55, "age_median": 60, "age_q3": 65, "prevalence": 1 / 3, "women": 1 / 3}
-    counts = {"rows": 4, "patients": 3}
+    counts = {"rows": 4, "patients": 4}
     rows, medians = demographics(dataset), row_medians(dataset)
     distributions = {"series": {}, "static": {}}  # of fewer than 11 patients
     mix = case_mix(rows, medians)
     assert {name: mix.pop(name) for name in distributions} == distributions
     assert mix == pytest.approx({**counts, **quartiles, **known})
     assert set(case_mix(rows.iloc[3:], medians.iloc[3:])) == {*counts, *quartiles, *distributions}
+
+
+def test_case_mix_counts_each_patient_once():
+    once = {"subject_id": np.arange(161), "static_age": [*np.arange(160) % 40 + 40, 103.25]}
+    once |= {"static_sex_male": np.arange(161) % 2, "label_escalation": np.arange(161) % 4 // 3}
+    rows = np.array([*range(160), *[160] * 45])  # the last patient has 45 rows
+    mixes = []
+    for chosen in (np.arange(161), rows):
+        columns = {name: np.asarray(x)[chosen] for name, x in once.items()}
+        dataset = dataset_of(["1 (0h)"] * len(chosen), **columns)
+        mixes.append(case_mix(demographics(dataset), row_medians(dataset)))
+    assert [mix.pop("rows") for mix in mixes] == [161, 205]
+    assert mixes[0] == mixes[1]
+    assert mixes[1]["age_q3"] < 80
 
 
 @pytest.mark.parametrize("organ", ["kidney", "liver"])

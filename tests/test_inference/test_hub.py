@@ -38,9 +38,9 @@ from shared_metrics import run_metrics
 
 PAGE = Path(__file__).parents[2] / "medgemma_clinical" / "docs" / "sharing.md"
 ID = "jane/anion-gap"
-STAGE_1 = {TRAJECTORY_FILE, "README.md", "model_facts.xml"}
+STAGE_1 = {TRAJECTORY_FILE, BASELINES, "README.md", "model_facts.xml"}
 STAGE_2 = {
-    *("config.json", "modules.safetensors", "NOTICE", "README.md", "model_facts.xml"),
+    *("config.json", "modules.safetensors", "NOTICE", "README.md", "model_facts.xml", BASELINES),
     *("adapter/adapter_config.json", "adapter/adapter_model.safetensors"),
 }
 STAGES = {"trajectory": STAGE_1, "classification": STAGE_2}
@@ -103,7 +103,9 @@ def test_exactly_the_files_of_a_checkpoint_are_sent_and_nothing_of_a_patient(
     config = load(tmp_path / "sent").config
     sent = hub.received_bytes() + json.dumps(config).encode()
     assert b"AUROC" in sent, "the card is there, so the search can find something"
-    assert not {"baselines_sha256", "baseline_inputs", "models"} & config.keys()
+    vocabulary = models[stage].baselines.words.vocabulary
+    assert len(vocabulary) > 10
+    assert not [word for word in vocabulary if f'"{word}"'.encode() in sent]
     places = str(runs), runs.name, "train.csv", tempfile.gettempdir()
     for mark in (MARKER, *VALUES, *places):
         assert mark.encode() not in sent, mark
@@ -134,6 +136,8 @@ def test_few_patients_behind_a_mean_are_refused_unless_allowed(stage, behind, ru
     assert trained.config["inputs"]["static"][0] in text
     assert "allow_small_cells=True" in text
     assert not hub.requests
+    assert "allow_small_cells=True" in refusal(shared_copy, trained, tmp_path / "shared")
+    assert not (tmp_path / "shared").exists()
     push_model(trained, ID, allow_small_cells=True)
     config = load(ID).config
     assert config["metrics"]["test"]["events"] == 7
@@ -165,10 +169,11 @@ def test_no_number_of_a_shared_folder_is_that_of_one_patient_with_many_rows(tmp_
     parts = np.array([*["train"] * 7, "val", "test", "train"])
     table["split"] = parts[table["subject_id"] % 10]
     model = fit_trajectory(table, trajectory_epochs=1)
-    shared_copy(model.trained, tmp_path / "shared")
+    model.save_shared(tmp_path / "shared")
     assert columns_of_few(model.trained) == []
     content = torch.load(tmp_path / "shared" / TRAJECTORY_FILE, weights_only=True)
     texts = [(tmp_path / "shared" / x).read_text() for x in ("README.md", "model_facts.xml")]
+    texts.append((tmp_path / "shared" / BASELINES).read_text())
     found = numbers_in([content, *texts])
     assert len(found) > 10_000
     assert not [x for x in found for value in (91.37, 103.25) if abs(x - value) < 1e-4]
@@ -205,8 +210,7 @@ def test_a_shared_folder_and_a_saved_one_hold_the_model_of_the_run(stage, models
     for name, write in (("shared", shared_copy), ("saved", save_model)):
         for _ in range(2):  # its own earlier files are replaced
             write(models[stage], tmp_path / "new" / name)
-        own = {BASELINES} if name == "saved" else set()
-        assert files_in(tmp_path / "new" / name) == STAGES[stage] | own
+        assert files_in(tmp_path / "new" / name) == STAGES[stage]
     saved, shared = load(tmp_path / "new" / "saved"), load(tmp_path / "new" / "shared")
     assert same_weights(saved, models[stage])
     assert same_weights(shared, models[stage])
@@ -216,8 +220,8 @@ def test_a_shared_folder_and_a_saved_one_hold_the_model_of_the_run(stage, models
     for kind in ("series", "static"):
         assert shared.config["case_mix"][kind] == known["case_mix"][kind]
     assert known["case_mix"]["series"]["Serum bicarbonate"]["measured"] == 1
-    assert shared.baselines is None
-    assert saved.baselines.to_json() == replace(models[stage].baselines, words=None).to_json()
+    for copy in (saved, shared):
+        assert copy.baselines.to_json() == replace(models[stage].baselines, words=None).to_json()
     if stage == "trajectory":
         np.testing.assert_array_equal(saved.train_patients, models[stage].train_patients)
         assert len(shared.train_patients) == 0
@@ -225,6 +229,21 @@ def test_a_shared_folder_and_a_saved_one_hold_the_model_of_the_run(stage, models
     shared_copy(shared, again)
     for name in STAGES[stage] - {TRAJECTORY_FILE}:
         assert (again / name).read_bytes() == (tmp_path / "new" / "shared" / name).read_bytes()
+
+
+def test_baselines_of_few_patients_or_of_a_version_that_counted_none_are_not_shared(
+    models, tmp_path
+):
+    trained = models["trajectory"]
+    for leaf_patients in (0, 10):
+        few = replace(trained, baselines=replace(trained.baselines, leaf_patients=leaf_patients))
+        shared_copy(few, tmp_path / "shared")
+        assert files_in(tmp_path / "shared") == STAGE_1 - {BASELINES}
+        copy = load(tmp_path / "shared")
+        assert copy.baselines is None
+        assert not {"baselines_sha256", "baseline_inputs", "models"} & copy.config.keys()
+    shared_copy(few, tmp_path / "shared", allow_small_cells=True)
+    assert BASELINES in files_in(tmp_path / "shared")
 
 
 @pytest.mark.parametrize("names", [["a.csv"], [TRAJECTORY_FILE], ["README.md", "own.txt"]])

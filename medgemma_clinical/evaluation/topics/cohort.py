@@ -229,8 +229,8 @@ def case_mix_topic(evaluated: Evaluated) -> Topic | None:
     mixes = {"Training data": development, "Scored here": here}
     cells = case_mix_cells(mixes, content.noun)
     caption = (
-        f"The training data beside these {content.noun}. Series and static features: median "
-        "(quartiles) of the patients' medians, or the share of 1"
+        f"The training data beside these {content.noun}; each patient counts once. Series and "
+        "static features: median (quartiles) of the patients' medians, or the share of 1"
     )
     return Topic("Case mix", tables=[Cells(cells, caption)], numbers={"case_mix": cells})
 
@@ -240,17 +240,22 @@ def case_mix(
 ) -> dict[str, Any]:
     """Return counts, shares and quartiles of rows of ``demographics``; NaN is left out.
 
-    Those of series and static features are the distributions of ``row_medians``.
+    Each patient counts once. Those of series and static features are the distributions of
+    ``row_medians``.
     """
-    sexes = rows["sex"]
+    of_rows = rows.assign(
+        women=(rows["sex"] == "woman").where(rows["sex"] != UNKNOWN).astype(float)
+    )
+    patients = of_rows.groupby("patient")[["label", "women", "observations", "age"]]
+    means, medians_of_rows = patients.mean(), patients.median()
     mix = {
         "rows": len(rows),
-        "patients": rows["patient"].nunique(),
-        "prevalence": rows["label"].mean(),  # of known labels
-        "women": (sexes[sexes != UNKNOWN] == "woman").mean(),
+        "patients": len(means),
+        "prevalence": means["label"].mean(),  # of known labels
+        "women": means["women"].mean(),
     }
     for name in ("observations", "age"):
-        quartiles = rows[name].quantile([0.25, 0.5, 0.75])
+        quartiles = medians_of_rows[name].quantile([0.25, 0.5, 0.75])
         mix |= zip((f"{name}_q1", f"{name}_median", f"{name}_q3"), quartiles, strict=True)
     known = {name: float(number) for name, number in mix.items() if pd.notna(number)}
     return known | distributions.describe(medians, min_patients)
