@@ -35,6 +35,7 @@ def write_run(folder, seed=0, data=None, baseline="last value"):
     known = {
         "data": {"has_patient_ids": True, "rows_sha256": "a", "outcome": "Death", **(data or {})}
     }
+    known["split"] = {"train": {"n": 160}}  # of 80 patients
     known["cost"] = {"tokens": 12.0, "memory_mib": 100.0 + seed}
     (folder / "run.json").write_text(json.dumps({"format": RUN_FORMAT, **known}))
     return folder

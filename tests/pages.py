@@ -95,13 +95,13 @@ def make_content(n=400, **more):
     return ReportContent("A model", **{**parts, **more})
 
 
-def write_page(root, rows=None, content=None, **options):
+def write_page(root, rows=None, content=None, topics=LABEL.topics, **options):
     """Write a report of some rows and return its source."""
     rows = make_rows() if rows is None else rows
     path = root / "report.html"
     metrics = evaluate(rows, 0, THRESHOLD)
     content = content or make_content(len(rows))
-    write_report(path, rows, metrics, content, LABEL.topics, **options)
+    write_report(path, rows, metrics, content, topics, **options)
     return path.read_text(encoding="utf-8")
 
 

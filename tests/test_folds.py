@@ -16,14 +16,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.special import expit
+from scipy.special import expit, logit
 from sklearn.metrics import recall_score, roc_auc_score
 
 import medgemma_trainer as trainer
 from conftest import whole_reports
 from dataset_format import MIMICtrajectoryDataset
 from language_models import TINY_MODEL
-from medgemma_clinical.commands import folds, several
+from medgemma_clinical.commands import folds
 from medgemma_clinical.commands.run_folder import stage_folder
 from medgemma_clinical.data.fold_split import draw_folds, fold_dataset, foldable
 from medgemma_clinical.data.overlap import patient_hashes
@@ -36,7 +36,7 @@ from medgemma_clinical.evaluation.decision import (
     youden_threshold,
 )
 from medgemma_clinical.evaluation.metrics import log_odds, row_losses
-from medgemma_clinical.evaluation.metrics_table import Metrics
+from medgemma_clinical.evaluation.metrics_table import SHARED_TRAINING, Metrics
 from medgemma_clinical.evaluation.verdicts import planned_above_chance
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from medgemma_clinical.training.state import LOSS_TOLERANCE, describe_selection, read_state
@@ -174,7 +174,7 @@ def test_the_pages_of_the_folds_say_what_their_intervals_leave_out_and_how_the_d
     page = Page((folder / "report.html").read_text()).text
     tuned = describe_tuning([False] * K)
     for text in (
-        *several.NOT_IN_INTERVALS.values(),
+        f"{np.sqrt(1 + SHARED_TRAINING * K / (K - 1)):.2f} times as wide",
         tuned,
         describe_selection(1),
         f"of {K} models",
@@ -417,7 +417,9 @@ def test_a_fold_is_recalibrated_by_the_others_and_a_final_model_by_all():
         for k, rule in enumerate(rules):
             rule[name] = {"slope": slope[k], "intercept": intercept[k]}
     table["ensemble"], options = 0.5, DecisionOptions("platt", "sensitivity 0.8")
-    found, crossed = decide_folds(table, rules, fold, options)
+    found, crossed, recalibrated = decide_folds(table, rules, fold, options)
+    assert logit(recalibrated.before) == pytest.approx(odds[STAGE_1])
+    assert recalibrated.rule == found[STAGE_1]
     for name in (STAGE_1, "blend"):
         rule = found[name]
         expected = fit_decision_rule(labels.astype(float), odds[name], fold, options)

@@ -211,7 +211,7 @@ def draw_time_metrics(
             if np.isfinite(value[model, metric_name("oe", name, events)]):
                 found = statuses_of(rows, events, name).calibration_error(risks[model, name])
                 for metric, distance in found.items():
-                    value[model, metric_name(metric, name, events)] = distance
+                    value[model, metric_name(metric, name, events)] = distance.item()
     of_parts = None
     if split is not None:
         one = np.ones((1, len(rows)))

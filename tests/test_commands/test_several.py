@@ -25,7 +25,7 @@ from medgemma_clinical.commands.flags import complete
 from medgemma_clinical.commands.run_folder import stage_folder
 from medgemma_clinical.commands.several import VARIANTS, run_ablation, run_seeds
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
-from medgemma_clinical.evaluation.metrics_table import Metrics
+from medgemma_clinical.evaluation.metrics_table import SHARED_TRAINING, Metrics
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.model_card import built_in_sentence
 from pages import Page
@@ -99,7 +99,9 @@ def test_the_seeds_are_pooled(tmp_path, caplog):
     page = (tmp_path / "seeds_trajectory.html").read_text()
     for text in (page, caplog.text):
         assert f"{min(scores):.3f} to {max(scores):.3f}" in text
-    assert several.NOT_IN_INTERVALS["Not in the intervals"] in Page(page).text
+    assert f"{pooled.widening:.2f} times as wide" in Page(page).text
+    patients = len({*tables[0]["patient"], *tables[1]["patient"]})
+    assert pooled.widening == pytest.approx(np.sqrt(1 + SHARED_TRAINING * patients / 80))
     for folder in folders:
         known = results_of(folder / "metrics.json")
         assert f"{known['validation']['auroc']['value']:.3f}" in page

@@ -1,5 +1,7 @@
 """How much risks of the same rows differ between repeats, and what the page shows of it."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,7 +9,12 @@ from scipy.special import expit
 
 from medgemma_clinical.data.fold_split import draw_folds
 from medgemma_clinical.evaluation.metrics_table import TESTED
-from medgemma_clinical.evaluation.topics.instability import measure_instability
+from medgemma_clinical.evaluation.tables import model_table
+from medgemma_clinical.evaluation.topics.instability import (
+    instability,
+    measure_instability,
+    repeat_metrics,
+)
 from pages import MODEL, Page, make_content, make_rows, write_page
 
 EACH = pd.DataFrame({"threshold": [0.3, 0.25, 0.32, 0.3], "auroc": [0.71, 0.74, 0.7, 0.73]})
@@ -74,14 +81,15 @@ def test_equal_repeats_show_no_difference_and_noise_of_known_size_its_size():
 def page_of(root, repeats, rows=None, **options):
     rows = make_rows() if rows is None else rows
     content = make_content(len(rows), folds=5, noun="stays", repeats=repeats)
-    return write_page(root, rows, content, folder=root, **options)
+    topics = partial(repeat_metrics, table=model_table), instability
+    return write_page(root, rows, content, topics, folder=root, **options)
 
 
 def test_the_page_states_the_measures_and_that_they_are_a_lower_bound(tmp_path):
     table = make_repeats(make_rows())
     page, expected = Page(page_of(tmp_path, (table, EACH))), by_pandas(table, EACH)
     text = page.text.replace("\N{NO-BREAK SPACE}", " ")
-    section = text.partition("Instability")[2].partition("Baselines")[0]
+    section = text.partition("Instability")[2]
     names = ["changes", "changes_of_two", "changes_at_mean_threshold"]
     names += ["threshold_min", "threshold_max", "threshold_mean"]
     shares = [f"{100 * expected[name]:.1f} %" for name in names]
@@ -104,7 +112,8 @@ def test_the_page_states_the_measures_and_that_they_are_a_lower_bound(tmp_path):
     assert any(alt.startswith("Instability plot") for alt, _ in page.images())
     written = pd.read_csv(tmp_path / "figures" / "instability.csv").iloc[0].to_dict()
     assert written == pytest.approx(expected)
-    assert "Instability" not in page_of(tmp_path, None)
+    assert "Means over the repeats" in text
+    assert "Subgroups" not in text, "they would be those of one repeat"
 
 
 def test_small_counts_and_single_rows_are_hidden(tmp_path):
