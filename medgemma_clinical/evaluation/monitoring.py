@@ -526,7 +526,9 @@ def monitor(
     checked = [] if inputs is None else [*sizes[sizes >= MIN_MEASURED].index]
     actions = _actions(of_judged, signals, problems, checked, rule)
     not_judged = []
-    unranked = of_judged.loc[of_judged["metric"] == "auroc", "value"].isna().to_numpy(float)
+    unranked = (
+        of_judged.loc[of_judged["metric"] == "auroc", "value"].isna().to_numpy().astype(float)
+    )
     if len(unranked) and _longest(unranked[None], rule.consecutive)[0]:
         longer = _longer(scored, period, reference, rule)
         not_judged.append(f"slope and AUROC not judged: {longer}")
