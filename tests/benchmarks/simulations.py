@@ -156,7 +156,10 @@ def fold_results(rows, events, columns, folds, sets, *, agree, strength=0.0, oth
         x, labels = draw_rows(rng, rows, events, columns, strength, other, agree=agree)
         drawn = []
         for repeat in range(repeats):
-            fold = draw_folds(names, labels, folds, 1000 * repeat + seed)
+            if isinstance(folds, tuple):  # sites of these shares
+                fold = rng.choice(len(folds), rows, p=folds)
+            else:
+                fold = draw_folds(names, labels, folds, 1000 * repeat + seed)
             risks = {name: out_of_fold(x[k], labels, fold) for k, name in enumerate(("a", "b"))}
             drawn.append(draw_metrics(predictions(labels, **risks), 0, split=fold))
         table = compared_models(mean_of_repeats(drawn)).table
@@ -177,21 +180,30 @@ def false_verdicts(rows, events, columns, folds, sets, *, agree=False, signal=0,
 
 
 def simulate_fold_verdicts(sets):
-    designs = itertools.product(((200, 40), (1000, 150)), (6, 16), (5, 10), (False, True), (0, 1))
-    for (rows, events), columns, folds, agree, signal in designs:
-        wrong = false_verdicts(rows, events, columns, folds, sets, agree=agree, signal=signal)
-        design = {"agree": agree, "strength": STRENGTH[rows, columns][1]}
-        design["other"] = STRENGTH[rows, columns][2]
-        found = fold_results(rows, events, columns, folds, sets, **design)
-        write(
-            f"fold verdicts: {rows} rows, {events} events, {columns} columns, {folds} folds, "
-            f"models {'agree' if agree else 'differ'}, AUROC {0.6 if signal else 0.5}: wrong AUROC "
-            f"{share(wrong['auroc'], sets)}, wrong difference {share(wrong['difference'], sets)}; "
-            f"power for a difference of {found[3].mean():.3f}: {share((found[4] > 0).sum(), sets)}"
-        )
-    for repeats in (3, 10):
-        wrong = false_verdicts(200, 40, 6, 5, sets, repeats=repeats)
-        write(f"fold verdicts: {repeats} repeats on noise, 200 rows, 40 events: {wrong} of {sets}")
+    designs = itertools.product(((200, 40), (1000, 150)), (6, 16), (5, 10), (False, True))
+    with mock.patch.object(metrics_module, "REPLICATES", 200):
+        for (rows, events), columns, folds, agree in designs:
+            shape = rows, events, columns, folds, sets
+            wrong = [false_verdicts(*shape, agree=agree, signal=signal) for signal in (0, 1)]
+            _, low, high = STRENGTH[rows, columns]
+            found = fold_results(*shape, agree=agree, strength=low, other=high)
+            texts = ["{auroc} and {difference}".format_map(counts) for counts in wrong]
+            write(
+                f"fold verdicts: {rows} rows, {events} events, {columns} columns, {folds} folds, "
+                f"models {'agree' if agree else 'differ'}: wrong AUROC and difference on noise "
+                f"{texts[0]}, at 0.60 {texts[1]} of {sets}; a difference of {found[3].mean():.3f} "
+                f"is shown in {share((found[4] > 0).sum(), sets)}"
+            )
+        for repeats in (3, 10):
+            wrong = false_verdicts(200, 40, 6, 5, sets, repeats=repeats)
+            write(
+                f"fold verdicts: {repeats} repeats, noise, 200 rows, 40 events: {wrong} of {sets}"
+            )
+        for shares in ((0.5, 0.3, 0.2), (0.4, 0.2, 0.2, 0.1, 0.1)):
+            wrong = false_verdicts(1000, 150, 6, shares, sets)
+            write(
+                f"fold verdicts: sites of {shares}, noise, 1000 rows, 150 events: {wrong} of {sets}"
+            )
 
 
 # --------------------------------------------------------------------------- recalibrated folds
