@@ -23,7 +23,7 @@ PAGES = [
     ROOT / "tests" / "data" / "README.md",
     ROOT / "medgemma_clinical" / "sample" / "README.md",
 ]
-MAX_WORDS = 19_000
+MAX_WORDS = 20_000
 PARSERS = {
     "medgemma_trainer.py": medgemma_trainer.build_parser(),
     "dataset_format.py": dataset_format.build_parser(),

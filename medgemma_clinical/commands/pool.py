@@ -64,7 +64,7 @@ def run_pool(paths: Sequence[Path], output_dir: Path) -> int:
     return EXIT_DONE
 
 
-def model_of(content: Any) -> dict[str, str]:
+def model_of(content: Any) -> dict[str, Any]:
     """Return what the used model of an aggregate is, which all sites must have."""
     used = content["models"][0]
     return {"name": used["name"], "sha256": used["sha256"], "outcome": content["outcome"]}
