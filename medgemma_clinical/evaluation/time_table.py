@@ -272,9 +272,10 @@ def time_sentences(
             if math.isnan(without - mean):
                 continue  # hidden, or too few rows
             text = (
-                f"By {horizon} the mean risk of {events.names[0]} is {percent(mean)}. It would be "
-                f"{percent(without)} if nobody had {events.interventions_text}, a difference of "
-                f"{100 * (without - mean):+.1f} percentage points."
+                f"The model says that by {horizon} the mean risk of {events.names[0]} is "
+                f"{percent(mean)}, and {percent(without)} if nobody had "
+                f"{events.interventions_text}: {100 * (without - mean):+.1f} percentage points, "
+                "without an interval."
             )
             findings.append(Finding(None, text))
         findings.append(Finding(None, events.assumption))
