@@ -41,10 +41,10 @@ def predicted(checkpoint, data, out, *more):
 
 
 def read_predictions(out):
-    """Read a file of predictions, empty texts as such, without the time of the run."""
+    """Read a file of predictions, empty texts as such, without time and model of the run."""
     kinds = {"id": str, "problem": str, "report": str}
     table = pd.read_csv(out, dtype=kinds).fillna({"problem": "", "report": ""})
-    return table.drop(columns="predicted_at")
+    return table.drop(columns=["predicted_at", "model_sha256"])
 
 
 def refused(capsys, words, *expected, out=None, code=2):

@@ -147,6 +147,8 @@ def assert_same_results(one, two, *more):
     """Compare the results of two stages to rounding."""
     for name in ("predictions_val.csv", "predictions_test.csv"):
         tables = (pd.read_csv(folder / name) for folder in (two, one))
+        # The hash of weights is another one where these differ by rounding.
+        tables = (table.drop(columns="model_sha256") for table in tables)
         pd.testing.assert_frame_equal(*tables, rtol=1e-4, atol=2e-5)
     for name in ("history.jsonl", *more):
         tables = [pd.read_json(folder / name, lines=True) for folder in (two, one)]

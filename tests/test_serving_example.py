@@ -97,6 +97,7 @@ def test_a_card_states_the_risk_of_the_row_and_both_files_log_it(client, runs, t
     assert card["source"]["label"].startswith("medgemma-clinical ")
     (line,) = written(tmp_path, "predictions.csv").to_dict("records")
     assert (line["id"], line["predicted_at"]) == ("enc-9", "2026-03-03T12:00:00+00:00")
+    assert line["model_sha256"] == model.trained.sha256
     assert float(line["probability"]) == pytest.approx(risk, abs=1e-6)
     assert line["prediction"] == str(int(risk >= model.threshold))
     (inputs,) = written(tmp_path, "predictions.inputs.csv").to_dict("records")
@@ -117,6 +118,15 @@ def test_each_prediction_is_a_line_also_after_a_restart(client, runs, tmp_path):
     client.post("/cds-services/risk", json=request_of(*READ, encounterId=None))
     assert written(tmp_path, "predictions.csv")["id"].tolist() == ["1", "2", "pat-7"]
     assert written(tmp_path, "predictions.inputs.csv")["id"].tolist() == ["1", "2", "pat-7"]
+
+
+def test_lines_of_another_model_stop_the_start(client, runs, tmp_path):
+    client.post("/cds-services/risk", json=request_of(*READ))
+    path = tmp_path / "logs" / "predictions.csv"
+    line = path.read_text().rpartition(",")[0]
+    path.write_text(f"{line},{'0' * 64}\n")
+    with pytest.raises(ValueError, match="another model"):
+        serve.make_app(runs / "trajectory", MAPPING, tmp_path / "logs")
 
 
 def test_without_an_observation_the_card_says_why_there_is_no_risk(client, tmp_path):

@@ -15,7 +15,7 @@ import pandas as pd
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.run_folder import HISTORY, read_run
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, MEANINGS, STAGE_NAMES
-from medgemma_clinical.evaluation.metrics_table import TESTED, Metrics, evaluate
+from medgemma_clinical.evaluation.metrics_table import MODEL, TESTED, Metrics, evaluate, named_model
 from medgemma_clinical.evaluation.report import write_comparison
 from medgemma_clinical.evaluation.tables import model_table
 from medgemma_clinical.evaluation.verdicts import counts_text
@@ -28,6 +28,10 @@ from medgemma_clinical.provenance import describe_program
 logger = logging.getLogger(__name__)
 
 
+TEST_PREDICTIONS = "predictions_test.csv"
+NOT_NAMED = f"has no column {MODEL}, so nothing tells that one model made it"
+
+
 def run_compare(args: Namespace, output_dir: Path | None) -> int:
     """Compare the first finished stage with each other one on the test patients that they share."""
     runs = [Path(os.path.abspath(run)) for run in args.compare]  # "." has a name too
@@ -38,6 +42,9 @@ def run_compare(args: Namespace, output_dir: Path | None) -> int:
     names = table.columns.drop([*TESTED, next(iter(folders)), ENSEMBLE], errors="ignore")
     if args.primary and args.primary not in names:
         raise InputError(f"--primary {args.primary}: choose from {', '.join(names)}")
+    for folder in folders.values():
+        if MODEL not in pd.read_csv(folder / TEST_PREDICTIONS, nrows=0):
+            logger.info("%s: %s", folder / TEST_PREDICTIONS, NOT_NAMED)
     primary = args.primary or primary_of(runs[0])
     metrics = evaluate(table, args.seed, primary=primary, compared=[*folders])
     cost = {name: cost_of(folder) for name, folder in folders.items()}
@@ -78,7 +85,7 @@ def model_names(runs: Sequence[Path]) -> list[str]:
 def read_predictions(
     folder: Path,
     model: str = "probability",
-    name: str = "predictions_test.csv",
+    name: str = TEST_PREDICTIONS,
     *,
     outcome: Outcome = LABEL,
 ) -> pd.DataFrame:
@@ -88,7 +95,7 @@ def read_predictions(
         raise InputError(f"{path}: no such file: name the folder of a finished stage")
     try:
         table = pd.read_csv(path, dtype={"id": str, "patient": str}, keep_default_na=False)
-        table = table.drop(columns="fold", errors="ignore")
+        table, _ = named_model(table.drop(columns="fold", errors="ignore"))
         if model != "probability":
             own = {file: risk for risk, file in outcome.columns(model, "").items()}
             table = table.rename(columns=own, errors="raise")
@@ -104,7 +111,7 @@ def read_predictions(
     except KeyError as error:
         raise InputError(f"{path}: lacks a column: {error.args[0]}") from error
     except (OSError, ValueError) as error:
-        rule = "labels are 0 or 1, risks are numbers from 0 to 1"
+        rule = "labels are 0 or 1, risks are numbers from 0 to 1, of one model"
         raise InputError(f"{path}: not a table of predictions: {rule}") from error
     return table.astype(numbers.dtypes)
 

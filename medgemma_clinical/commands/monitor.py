@@ -14,12 +14,14 @@ import numpy as np
 import pandas as pd
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
+from medgemma_clinical.commands.compare import NOT_NAMED
 from medgemma_clinical.commands.config import read_toml
 from medgemma_clinical.commands.predict import inputs_path
 from medgemma_clinical.data.duck import open_text, read_header
 from medgemma_clinical.data.texts import formula_warning
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.decision import parse_threshold
+from medgemma_clinical.evaluation.metrics_table import named_model
 from medgemma_clinical.evaluation.monitor_page import monitor_page
 from medgemma_clinical.evaluation.monitoring import MonitorRule, monitor
 from medgemma_clinical.files import InputError, locked, make_output_dir, move_aside, write_text
@@ -29,6 +31,7 @@ from medgemma_clinical.models.model_card import page_card
 from medgemma_clinical.models.outcome import Outcome, outcome_of
 from medgemma_clinical.models.trained_model import (
     column_ending,
+    read_model_sha256,
     read_trained_config,
     wanted_model,
 )
@@ -36,6 +39,8 @@ from medgemma_clinical.models.trained_model import (
 logger = logging.getLogger(__name__)
 
 PREDICTED_AT = "predicted_at"
+AHEAD = pd.Timedelta(hours=14)  # of UTC, the first time zone
+YEAR = pd.Timedelta(days=366)
 
 
 def read_rule(path: Path | None) -> MonitorRule:
@@ -136,8 +141,18 @@ def read_rows(
 ) -> tuple[pd.DataFrame, pd.DataFrame | None, str, list[str]]:
     """Return predictions with outcomes, last values, the model's name, and what was left out."""
     tables, inputs, names = [], [], set[str]()
+    digest, notes = read_model_sha256(args.checkpoint), list[str]()
     for path in args.monitor:
         table = read_table(path, ["id", "probability", PREDICTED_AT])
+        try:
+            table, model = named_model(table)
+        except ValueError as error:
+            raise InputError(f"{path}: {error}: give the rows of one") from error
+        if model is None:
+            notes.append(f"{path.name} {NOT_NAMED}")
+        elif model != digest:
+            problem = f"is of another model than --checkpoint {args.checkpoint}"
+            raise InputError(f"{path}: {problem}: judge it by its own checkpoint")
         column, name = risk_column(table, path, use, config)
         names.add(name)
         columns: dict[str, Any] = {"risk": parsed(table, path, column, "risk")}
@@ -162,14 +177,18 @@ def read_rows(
         raise InputError(f"{args.outcomes}: line {line}: an id that stands twice: leave one")
     known = {"label": "label", "date": args.date}
     found = {kind: parsed(outcomes, args.outcomes, x, kind) for kind, x in known.items()}
+    check_dates(found["date"], everyone["date"].max(), f"{args.outcomes}: column {args.date}")
     of_ids = pd.DataFrame(found).set_index(outcomes["id"]).reindex(rows["id"]).set_axis(rows.index)
     counts = {
         "later predictions of the same id, left out": len(everyone) - len(rows),
         "patients without a score": int(rows["unscored"].sum()),
         "patients without a line of outcomes": int((~rows["id"].isin(outcomes["id"])).sum()),
         "ids of outcomes without a prediction": int((~outcomes["id"].isin(rows["id"])).sum()),
+        "dates more than a year before their prediction": int(
+            (of_ids["date"] < rows["date"] - YEAR).sum()
+        ),
     }
-    notes = [f"{text}: {count:,}" for text, count in counts.items() if count]
+    notes += [f"{text}: {count:,}" for text, count in counts.items() if count]
     joined = rows[["risk", "prediction"]].assign(
         label=of_ids["label"], date=of_ids["date"].fillna(rows["date"])
     )
@@ -181,6 +200,21 @@ def read_rows(
         joined["site"] = sites.replace("", None).fillna("unknown")
         notes += formula_warning(joined["site"])
     return joined, last, name, notes
+
+
+def check_dates(dates: pd.Series[Any], newest: pd.Timestamp, column: str) -> None:
+    """Refuse dates of outcomes after today; a year after ``newest`` where that is later still."""
+    last, text = latest_now(), "after today"
+    if newest > last:  # shifted dates
+        last, text = newest + YEAR, "more than a year after the last prediction"
+    if (late := dates > last).any():
+        first = int(late.to_numpy().argmax()) + 2
+        raise InputError(f"{column}: {int(late.sum()):,} dates {text}, first in line {first}")
+
+
+def latest_now() -> pd.Timestamp:
+    """Return the local time where it is latest, as if it were UTC."""
+    return pd.Timestamp.now("UTC") + AHEAD
 
 
 def read_table(path: Path, columns: list[str]) -> pd.DataFrame:

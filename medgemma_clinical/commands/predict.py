@@ -38,6 +38,7 @@ from medgemma_clinical.data.trajectories import FLOW_COLUMNS, ScoringRows, Traje
 from medgemma_clinical.distributed import peak_memory, processes, show_progress
 from medgemma_clinical.evaluation import decision
 from medgemma_clinical.evaluation.demographics import demographics
+from medgemma_clinical.evaluation.metrics_table import MODEL
 from medgemma_clinical.evaluation.report import write_report
 from medgemma_clinical.evaluation.time_table import UNCENSORED
 from medgemma_clinical.evaluation.topics.cohort import case_mix
@@ -287,7 +288,7 @@ def write_predictions(
     used, outcome = trained.model_named(request.use), trained.outcome
     censoring = request.censoring or "km", request.seed
     tally = PredictionTally(used, trained.columns(used), outcome, censoring, trained.rules[used])
-    now = datetime.now(UTC).isoformat(timespec="seconds")
+    now, of_model = datetime.now(UTC).isoformat(timespec="seconds"), {MODEL: trained.sha256}
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(path))
         files = [
@@ -298,7 +299,7 @@ def write_predictions(
             lines, scores = prediction_table(rows, trained, findings, model.batch_size, used)
             count_implausible(scores.rows.dataset, findings)
             lines = as_written(lines, tally.rule)
-            written = lines.assign(predicted_at=now), input_lines(rows, trained.config)
+            written = lines.assign(predicted_at=now, **of_model), input_lines(rows, trained.config)
             for table, file in zip(written, files, strict=False):
                 table.to_csv(file, index=False, header=tally.rows == 0)
             for file in files[2:]:

@@ -28,7 +28,7 @@ from medgemma_clinical.evaluation.baselines import (
     Baselines,
     describe_tuning,
 )
-from medgemma_clinical.evaluation.metrics_table import Metrics
+from medgemma_clinical.evaluation.metrics_table import MODEL, Metrics
 from medgemma_clinical.evaluation.report import write_report
 from medgemma_clinical.evaluation.time_table import UNCENSORED
 from medgemma_clinical.evaluation.topics.topic import ReportContent, TopicBuilder
@@ -36,11 +36,12 @@ from medgemma_clinical.evaluation.topics.written_reports import score_reports, w
 from medgemma_clinical.evaluation.verdicts import Finding, at_threshold, value_text
 from medgemma_clinical.files import InputError, write_json, write_text
 from medgemma_clinical.inference.scoring import write_in_batches
-from medgemma_clinical.models.checkpoints import BASELINES, FACTS, Config
+from medgemma_clinical.models.checkpoints import BASELINES, FACTS, Config, weights_sha256
 from medgemma_clinical.models.decoders import licence
 from medgemma_clinical.models.model_card import MODEL_LIMITS, describe_recommended
 from medgemma_clinical.models.model_facts import model_facts
 from medgemma_clinical.models.outcome import Outcome, fit_outcome, outcome_of, weighted
+from medgemma_clinical.models.trained_model import model_sha256
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
 from medgemma_clinical.training.stage import Stage
 from medgemma_clinical.training.state import Progress, describe_epochs, describe_selection
@@ -126,8 +127,10 @@ def write_results(
         if baselines:
             config["baselines_sha256"] = baselines.sha256
         save_model(folder, stage, config, baselines)
+        digest = model_sha256(config, weights_sha256(cast(Any, stage.model)))
         for part, table in tables.items():
-            write_text(folder / f"predictions_{part}.csv", predictions_csv(table))
+            named = table.assign(**{MODEL: digest})
+            write_text(folder / f"predictions_{part}.csv", predictions_csv(named))
         if is_writer:
             text = "".join(json.dumps(line) + "\n" for line in lines)
             write_text(folder / "generations_test.jsonl", text)

@@ -27,6 +27,9 @@ from medgemma_clinical.evaluation.metrics import (
 TESTED = ["id", "label", "patient"]
 """Columns of a table of predictions that say what was predicted; each other one is a model."""
 
+MODEL = "model_sha256"
+"""Column of a file of predictions that names the model by its hash; see ``named_model``."""
+
 COUNTS = ("n", "patients", "events", "minority_patients")
 FOLD_MINORITY = "fold_minority_patients"
 """Counts of the rows, and of several splits the lowest of their ``minority_patients``."""
@@ -56,6 +59,19 @@ EXPECTED = "expected_"
 
 Statistic = Callable[[Array], Any]
 """From weights (R, n) to values (R,) by any key, or to values (R, K) of K positions."""
+
+
+def named_model(table: pd.DataFrame) -> tuple[pd.DataFrame, str | None]:
+    """Return predictions without ``MODEL``, and the model that it names; None without one.
+
+    Raises ValueError where rows are of several models.
+    """
+    if MODEL not in table:
+        return table, None
+    names = table[MODEL].unique()
+    if len(names) > 1:
+        raise ValueError("rows of several models")
+    return table.drop(columns=MODEL), str(names[0]) if len(names) and names[0] else None
 
 
 @dataclass(frozen=True)

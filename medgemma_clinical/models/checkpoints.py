@@ -13,6 +13,7 @@ import io
 import json
 import logging
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, cast
@@ -402,10 +403,24 @@ def weights_sha256(model: Stage1 | TrajectoryLLM) -> str:
     weights = model.state_dict() if isinstance(model, Stage1) else _modules(model).state_dict()
     if isinstance(model, TrajectoryLLM) and isinstance(model.llm, PeftModel):
         weights |= get_peft_model_state_dict(model.llm, save_embedding_layers=False)
+    return hash_weights(weights)
+
+
+def hash_weights(weights: Mapping[str, Tensor]) -> str:
+    """Return the hash of named tensors, whatever their order."""
     digest = hashlib.sha256()
-    for name, tensor in weights.items():
+    for name, tensor in sorted(weights.items()):
         digest.update(name.encode() + tensor.float().numpy(force=True).tobytes())
     return digest.hexdigest()
+
+
+def read_weights(folder: Path, config: Config) -> dict[str, Tensor]:
+    """Return the trained weights of a stage 2 or 3 folder, whose files ``read_config`` checks."""
+    weights: dict[str, Tensor] = {}
+    for name in hashed_files(config):
+        if name.endswith(".safetensors"):
+            weights |= load_file(folder / name)
+    return weights
 
 
 def load_modules(model: TrajectoryLLM, folder: Path) -> None:

@@ -36,12 +36,14 @@ from medgemma_clinical.models.checkpoints import (
     TRAJECTORY_FILE,
     Config,
     TrajectoryCheckpoint,
+    hash_weights,
     is_merged,
     load_modules,
     load_trajectory,
     read_baselines,
     read_config,
     read_trajectory,
+    read_weights,
     weights_sha256,
 )
 from medgemma_clinical.models.language_model import base_name, base_record
@@ -94,6 +96,11 @@ class TrainedModel:
             update = self.config.get("updated", {}).get("stage")
             hashes["baselines_sha256"] = json_hash([file, rules, update])
         return hashes
+
+    @cached_property
+    def sha256(self) -> str:
+        """The hash that a table of predictions names it by."""
+        return model_sha256(self.config, weights_sha256(self.model))
 
     @property
     def rule(self) -> DecisionRule:
@@ -227,6 +234,28 @@ def read_trained_config(path: Path) -> Config:
     """Return a checkpoint's configuration without loading a language model."""
     best = checkpoint_path(path)
     return read_trajectory(best).config if best.is_file() else read_config(best)
+
+
+def read_model_sha256(path: Path) -> str:
+    """Return ``TrainedModel.sha256`` of a checkpoint without loading a language model."""
+    best = checkpoint_path(path)
+    with damage_refused(best):
+        if best.is_file():
+            checkpoint = read_trajectory(best)
+            return model_sha256(checkpoint.config, hash_weights(checkpoint.weights))
+        config = read_config(best)
+        return model_sha256(config, hash_weights(read_weights(best, config)))
+
+
+def model_sha256(config: Config, weights: str) -> str:
+    """Return a hash that is equal for copies of a model, with or without baselines.
+
+    An update makes another model of it, a threshold does not.
+    """
+    rule, updated = DecisionRule.from_config(config), config.get("updated", {})
+    stage = [weights, rule.slope, rule.intercept, config.get("residual_weight")]
+    updates = [updated.get(name) for name in ("model", "method", "data_sha256", "stage")]
+    return json_hash([stage, updates, config.get("moves")])
 
 
 def check_no_control(path: Path, config: Config) -> None:

@@ -27,7 +27,7 @@ LARGEST = 1e-6
 """A figure that differs by more is wrong."""
 
 DRAWS = 400
-TESTED = ["id", "label", "patient", "fold"]
+TESTED = ["id", "label", "patient", "fold", "model_sha256"]
 TITLES = {
     **{"auroc": "AUROC", "auprc": "AUPRC", "ici": "ICI"},
     **{"calibration_slope": "Slope", "calibration_in_the_large": "In the large"},

@@ -248,7 +248,8 @@ class Log:
             raise ValueError(f"the mapping has no column of the input {absent[0]}, spelled so")
         self.paths = folder / "predictions.csv", folder / "predictions.inputs.csv"
         measured = [x for name in self.names for x in (name, f"{name} measured")]
-        headers = ["id", "probability", "prediction", "problem", "predicted_at"], ["id", *measured]
+        columns = ["id", "probability", "prediction", "problem", "predicted_at", "model_sha256"]
+        headers, self.model = (columns, ["id", *measured]), model.trained.sha256
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         ids = []
         for path, header in zip(self.paths, headers, strict=True):
@@ -259,7 +260,10 @@ class Log:
                 lines = [*csv.reader(file)]
             if lines[:1] != [header]:
                 raise ValueError(f"{path}: of other inputs: move it away")
-            ids.append([line[0] for line in lines if len(line) == len(header)])
+            whole = [line for line in lines[1:] if len(line) == len(header)]
+            if path == self.paths[0] and any(line[-1] != self.model for line in whole):
+                raise ValueError(f"{path}: of another model: move both files away")
+            ids.append([line[0] for line in whole])
         if ids[0] != ids[1]:
             first, second = self.paths
             raise ValueError(f"{first}: not of the same lines as {second}: remove what is single")
@@ -272,7 +276,7 @@ class Log:
         inputs = [row["id"], *(y for x in last for y in (x, int(x != "")))]
         sizes = [path.stat().st_size for path in self.paths]
         try:
-            append(self.paths[0], [row["id"], *result, scored["problem"], time])
+            append(self.paths[0], [row["id"], *result, scored["problem"], time, self.model])
             append(self.paths[1], inputs)
         except BaseException:
             for path, size in zip(self.paths, sizes, strict=True):

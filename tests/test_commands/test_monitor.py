@@ -2,6 +2,7 @@
 
 import re
 import stat
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,14 +11,17 @@ import torch
 
 import medgemma_trainer as trainer
 from conftest import SAMPLE
+from medgemma_clinical.commands import monitor
 from medgemma_clinical.commands.monitor import read_table
 from medgemma_clinical.commands.predict import inputs_path
 from medgemma_clinical.evaluation import monitoring
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
+from medgemma_clinical.evaluation.metrics_table import MODEL
+from medgemma_clinical.inference.hub import save_model, shared_copy
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.hazards import Hazards
 from medgemma_clinical.models.outcome import TimeOutcome
-from medgemma_clinical.models.trained_model import read_trained_config
+from medgemma_clinical.models.trained_model import read_model_sha256, read_trained_config
 from pages import Page
 from predicting import MARKER, predicted, refused, write_data
 from time_rows import EVENTS
@@ -33,6 +37,7 @@ def few_draws(monkeypatch):
     monkeypatch.setattr(monitoring, "REPLICATES", 100)
     monkeypatch.setattr(monitoring, "YEARS", 200)
     monkeypatch.setattr("medgemma_clinical.evaluation.metrics.REPLICATES", 50)
+    monkeypatch.setattr(monitor, "latest_now", lambda: pd.Timestamp("2026-06-01T12:00Z"))
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +82,11 @@ def run(capsys, *arguments):
     return capsys.readouterr().out.splitlines(), table
 
 
-def test_predictions_say_when_and_the_inputs_lie_beside_for_their_owner(scored):
+def test_predictions_say_when_and_the_inputs_lie_beside_for_their_owner(runs, scored):
     predictions, _ = scored
     table, inputs = pd.read_csv(predictions), pd.read_csv(inputs_path(predictions))
-    assert [*table][-1] == "predicted_at"
+    assert [*table][-2:] == ["predicted_at", MODEL]
+    assert table[MODEL].unique().tolist() == [read_model_sha256(runs / "trajectory")]
     assert table["predicted_at"].nunique() == 1
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", table["predicted_at"][0])
     assert stat.S_IMODE(inputs_path(predictions).stat().st_mode) == 0o600
@@ -151,6 +157,95 @@ def test_a_series_in_another_unit_stops(scored, checkpoint, tmp_path, capsys):
     assert lines[0].startswith("monitor: stop: Serum bicarbonate in 2026-04: median ")
     median = table[table["metric"] == "median: Serum bicarbonate"]
     assert (median["value"] > median["limit_high"].astype(float)).tolist() == [0, 0, 0, 1]
+
+
+# ------------------------------------------------------------------ dates
+
+
+@pytest.mark.parametrize("year", ["2062", "1926"])
+def test_dates_typed_wrong_hide_no_stop(year, scored, checkpoint, tmp_path, capsys):
+    out, outcomes = tmp_path / "out.csv", scored[1].copy()
+    pd.read_csv(scored[0], dtype=str).assign(predicted_at="2026-05-01").to_csv(out, index=False)
+    inputs = pd.read_csv(inputs_path(scored[0]))
+    inputs.loc[300:, ["Serum bicarbonate", "Serum bicarbonate measured"]] = np.nan, 0
+    inputs.to_csv(inputs_path(out), index=False)
+    assert run(capsys, out, checkpoint, outcomes, tmp_path)[0][0].startswith("monitor: stop: ")
+    outcomes.loc[2:26, "admitted"] = outcomes["admitted"].str.replace("2026", year)
+    if year == "1926":
+        lines, _ = run(capsys, out, checkpoint, outcomes, tmp_path)
+        assert lines[0].startswith("monitor: stop: Serum bicarbonate in 2026-04: never measured")
+        note = "dates more than a year before their prediction: 25"
+        assert note in lines
+        assert note in Page((tmp_path / "out" / "monitor.html").read_text()).text
+        return
+    words = words_of(out, checkpoint, outcomes, tmp_path)
+    words[words.index("--output_dir") + 1] = str(tmp_path / "refused")
+    place = "outcomes.csv", "admitted", "25", "line 4"
+    assert refused(capsys, words, *place, out=tmp_path / "refused" / "monitor.html")
+
+
+@pytest.mark.parametrize(
+    ("newest", "date", "is_refused"),
+    [
+        ("2026-05-01", "2026-06-01", False),
+        ("2026-05-01", "2026-06-02", True),
+        ("2150-01-01", "2151-01-01", False),
+        ("2150-01-01", "2151-02-01", True),
+    ],
+)
+def test_outcomes_are_known_by_today_or_a_year_after_shifted_predictions(
+    newest, date, is_refused, scored, checkpoint, tmp_path, capsys
+):
+    out, outcomes = tmp_path / "p.csv", scored[1].copy()
+    pd.read_csv(scored[0], dtype=str).assign(predicted_at=newest).to_csv(out, index=False)
+    outcomes.loc[0, "admitted"] = date
+    words = words_of(out, checkpoint, outcomes, tmp_path)
+    if is_refused:
+        assert refused(capsys, words, "admitted", "line 2")
+    else:
+        assert trainer.main(words) == 0
+
+
+# ------------------------------------------------------------------ the model
+
+
+def test_predictions_of_another_model_are_refused(scored, checkpoint, tmp_path, capsys):
+    table, other = pd.read_csv(scored[0], dtype=str), tmp_path / "other.csv"
+    table.assign(**{MODEL: "0" * 64}).to_csv(other, index=False)
+    words = words_of(scored[0], checkpoint, scored[1], tmp_path)
+    assert refused(capsys, [words[0], str(other), *words[2:]], "other.csv", checkpoint)
+    assert refused(capsys, [*words[:2], str(other), *words[2:]], "other.csv", checkpoint)
+    table.loc[5, MODEL] = "0" * 64
+    table.to_csv(other, index=False)
+    assert refused(capsys, [words[0], str(other), *words[2:]], "other.csv")
+
+
+def test_predictions_that_name_no_model_are_noted(scored, checkpoint, tmp_path, capsys):
+    path = tmp_path / "unnamed.csv"
+    pd.read_csv(scored[0], dtype=str).drop(columns=MODEL).to_csv(path, index=False)
+    for file, count in ((path, 1), (scored[0], 0)):
+        lines, _ = run(capsys, file, checkpoint, scored[1], tmp_path)
+        assert sum(MODEL in line for line in lines) == count
+
+
+@pytest.mark.parametrize("stage", ["trajectory", "classification"])
+def test_copies_have_the_name_of_their_model_and_an_update_has_another(stage, runs, tmp_path):
+    trained = trainer.TrajectoryModel.from_pretrained(runs / stage).trained
+    for part in ("val", "test"):
+        names = pd.read_csv(runs / stage / f"predictions_{part}.csv")[MODEL]
+        assert names.unique().tolist() == [trained.sha256]
+    save_model(replace(trained, baselines=None), tmp_path / "saved")
+    shared_copy(trained, tmp_path / "shared")
+    for path in (runs / stage, tmp_path / "saved", tmp_path / "shared"):
+        assert read_model_sha256(path) == trained.sha256
+    config = trained.config
+    same = {"decision": {**config["decision"], "threshold": 0.123}}
+    assert replace(trained, config={**config, **same}).sha256 == trained.sha256
+    changes = [{"decision": {**config["decision"], "slope": 0.123}}]
+    changes += [{"updated": {"model": "ensemble", "data_sha256": x}} for x in "ab"]
+    changes += [{"moves": {"ensemble": {"risk_24h": [1.0, 0.1]}}}]
+    names = {replace(trained, config={**config, **change}).sha256 for change in changes}
+    assert len(names - {trained.sha256}) == len(changes)
 
 
 def test_the_model_of_the_risks_is_found_and_may_be_chosen(runs, scored, checkpoint, tmp_path):

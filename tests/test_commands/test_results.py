@@ -40,6 +40,7 @@ def read(path):
 def predictions_of(folder, part):
     """Read the predictions of a stage, the model under its own name."""
     table = pd.read_csv(folder / f"predictions_{part}.csv", dtype={"id": str, "patient": str})
+    table = table.drop(columns="model_sha256")
     return table.rename(columns={"probability": STAGE_NAMES[folder.name]})
 
 

@@ -20,15 +20,17 @@ from medgemma_clinical.commands.compare import (
     cost_of,
     join_predictions,
     model_names,
+    read_predictions,
 )
 from medgemma_clinical.commands.flags import complete
 from medgemma_clinical.commands.run_folder import stage_folder
 from medgemma_clinical.commands.several import VARIANTS, run_ablation, run_seeds
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
-from medgemma_clinical.evaluation.metrics_table import SHARED_TRAINING, Metrics
+from medgemma_clinical.evaluation.metrics_table import MODEL, SHARED_TRAINING, Metrics
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.model_card import built_in_sentence
 from pages import Page
+from predicting import refused
 
 DRAWS = 20
 DATASET = SimpleNamespace(outcome="Death")
@@ -242,6 +244,25 @@ def test_finished_stages_of_one_folder_are_compared_by_their_names(tmp_path, cap
     assert "Death" in (tmp_path / "out" / "compare.html").read_text()
     places = [tmp_path / name for name in ("a/trajectory", "b/trajectory")]
     assert model_names(places) == ["a/trajectory", "b/trajectory"]
+
+
+@pytest.mark.parametrize("names", [["a"], ["a", "b"], []])
+def test_a_file_of_predictions_is_of_one_model_if_it_names_any(names, tmp_path, capsys):
+    runs = [write_run(tmp_path / stage, 0) for stage in ("trajectory", "classification")]
+    path = runs[0] / "predictions_test.csv"
+    if names:
+        table = pd.read_csv(path, dtype={"id": str, "patient": str}, keep_default_na=False)
+        table[MODEL] = np.resize(names, len(table))
+        table.to_csv(path, index=False)
+    words = ["--compare", *map(str, runs)]
+    if len(names) > 1:
+        assert refused(capsys, words, path)
+        return
+    assert trainer.main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    unnamed = [line.partition(": ")[0] for line in lines if MODEL in line]
+    assert unnamed == [str(run / "predictions_test.csv") for run in runs[len(names) :]]
+    assert [*read_predictions(runs[0])] == ["id", "label", "patient", "probability", "last value"]
 
 
 def test_rows_without_names_are_compared_within_the_same_data_alone(tmp_path):
