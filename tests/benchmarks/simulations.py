@@ -152,14 +152,18 @@ def fold_results(rows, events, columns, folds, sets, *, agree, strength=0.0, oth
     """Return AUROC of a model, and another's minus it, with low and high, a line a data set."""
     lines = []
     for seed in range(sets):
-        rng, names = np.random.default_rng(seed), np.arange(rows).astype(str)
+        rng = np.random.default_rng(seed)
         x, labels = draw_rows(rng, rows, events, columns, strength, other, agree=agree)
         drawn = []
-        for repeat in range(repeats):
+        for _ in range(repeats):
+            shuffled = rng.permutation(rows)
+            fold = np.zeros(rows, dtype=int)
             if isinstance(folds, tuple):  # sites of these shares
-                fold = rng.choice(len(folds), rows, p=folds)
-            else:
-                fold = draw_folds(names, labels, folds, 1000 * repeat + seed)
+                fold[shuffled] = np.repeat(range(len(folds)), np.multiply(rows, folds).astype(int))
+            else:  # as many events in each
+                fold[shuffled[np.argsort(labels[shuffled], kind="stable")]] = (
+                    np.arange(rows) % folds
+                )
             risks = {name: out_of_fold(x[k], labels, fold) for k, name in enumerate(("a", "b"))}
             drawn.append(draw_metrics(predictions(labels, **risks), 0, split=fold))
         table = compared_models(mean_of_repeats(drawn)).table
