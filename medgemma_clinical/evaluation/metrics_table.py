@@ -246,7 +246,7 @@ def mean_of_repeats(repeats: Sequence[Drawn]) -> Drawn:
         value=values.mean(axis=1),
         draws=pd.DataFrame(draws, columns=columns),
         behind=behind,
-        of_parts=spread([repeat.value.to_frame().T for repeat in repeats]),
+        of_parts=spread([{k: np.array([x]) for k, x in each.value.items()} for each in repeats]),
     )
 
 
@@ -336,10 +336,9 @@ def compared_models(
     table = with_interval(value, draws, drawn.behind, drawn.widening)
     keys = pd.MultiIndex.from_tuples([(references[model], name) for model, name in value.index])
     difference = value.to_numpy() - value.reindex(keys).to_numpy()
-    drawn_difference = draws.reindex(columns=value.index).to_numpy() - draws.reindex(columns=keys)
-    drawn_difference.columns = pd.RangeIndex(len(keys))  # a difference is no share
-    ends = with_interval(pd.Series(difference), drawn_difference, widening=drawn.widening)
-    table[DIFFERENCE] = ends.to_numpy()
+    own, beside = (draws.reindex(columns=index).to_numpy() for index in (value.index, keys))
+    differences = pd.Series(difference), pd.DataFrame(own - beside)  # by number: no shares
+    table[DIFFERENCE] = with_interval(*differences, widening=drawn.widening).to_numpy()
     table.loc[first, DIFFERENCE] = np.nan
     if drawn.of_parts is not None:
         table[SPREAD] = drawn.of_parts

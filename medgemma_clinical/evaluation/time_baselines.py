@@ -202,7 +202,8 @@ def tune_time_baselines(
     boosted = [name for name in tables if name.startswith(BOOSTING)]
     widest, expected = tables[boosted[-1]], periods.exposure @ periods.level[0]
     # A size is chosen by event 1 and with each row once; each event has its own number of trees.
-    rates = rates_of(periods.is_event[:, 0].any(axis=1), expected)
+    has_event: NDArray[np.bool_] = periods.is_event[:, 0].any(axis=1)
+    rates = rates_of(has_event, expected)
     found = tuned_trees(widest, rates, folds, expected, POISSON)
     sizes = [{name: found[name] for name in SIZES[0]}]
     row, values, targets = person_periods(widest, periods)

@@ -609,7 +609,12 @@ class TimeOutcome:
         return evaluate_times(table, self.hazards.events, seed, *rule, **plan)
 
     def draw_metrics(
-        self, table: pd.DataFrame, seed: int, threshold: float, split: Array, recalibrated: None
+        self,
+        table: pd.DataFrame,
+        seed: int,
+        threshold: float,
+        split: NDArray[np.int64],
+        recalibrated: Any,  # no rule moves times
     ) -> Drawn:
         """Return the metrics of out-of-fold predictions, before intervals are made."""
         return draw_time_metrics(table, self.hazards.events, seed, threshold, split)
