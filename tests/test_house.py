@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -102,3 +103,11 @@ def test_checking_a_file_loads_no_torch(module):
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert not loaded & {"torch", "accelerate", "sklearn", "transformers", "matplotlib"}
     assert f"{PACKAGE}.data.trajectories" in loaded
+
+
+def test_ci_takes_actions_by_commit_and_packages_from_one_index():
+    text = "".join(path.read_text() for path in (ROOT / ".github" / "workflows").iterdir())
+    actions = re.findall(r"uses: (\S+)", text)
+    assert actions
+    assert all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", name) for name in actions)
+    assert not re.search("INDEX", text, re.IGNORECASE)

@@ -273,7 +273,7 @@ def test_a_file_has_one_writer_who_removes_what_a_killed_one_spilt(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "values").write_text("patients")
     assert make_file(tmp_path / "out.csv") == 0
-    names = {"out.csv", "out.json", ".out.csv.lock", ".other.csv.spill-x"}
+    names = {"out.csv", "out.json", ".other.csv.spill-x"}
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
