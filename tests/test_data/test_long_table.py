@@ -827,7 +827,7 @@ def test_excel_is_refused_in_one_line_where_it_cannot_be_read(tmp_path, make, mo
 
         monkeypatch.setattr(pd, "ExcelFile", broken)
         paths = {"table": tmp_path / "labs.xlsx", "labels": tmp_path / "labs.xlsx"}
-        paths["table"].write_bytes(b"PK")
+        paths["table"].write_bytes(b"PK\x05\x06" + bytes(18))  # an empty archive
         with pytest.raises(InputError, match=named):
             make_rows("from_long", **paths, out=tmp_path / "out.csv", **FLAGS)
 
