@@ -41,6 +41,7 @@ from medgemma_clinical.evaluation import baselines, metrics_table, monitoring
 from medgemma_clinical.evaluation import metrics as metrics_module
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES, decide_folds
 from medgemma_clinical.evaluation.decision import BOTH, DecisionOptions, DecisionRule, fit_updates
+from medgemma_clinical.evaluation.metrics import fit_logistic
 from medgemma_clinical.evaluation.metrics_table import (
     DIFFERENCE,
     EXPECTED,
@@ -48,7 +49,7 @@ from medgemma_clinical.evaluation.metrics_table import (
     compared_models,
     draw_metrics,
     evaluate,
-    mean_of_repeats,
+    with_interval,
 )
 from medgemma_clinical.evaluation.pooling import random_effects
 from medgemma_clinical.evaluation.reference import reference
@@ -141,34 +142,61 @@ def draw_rows(rng, rows, events, columns, strength, other, *, agree):
 
 def out_of_fold(x, labels, fold):
     """Return the risk of each row by a regression on the other folds."""
-    risk = np.zeros(len(labels))
+    columns, risk = np.column_stack([np.ones(len(x)), x]).T, np.zeros(len(labels))
     for k in np.unique(fold):
-        model = LogisticRegression().fit(x[fold != k], labels[fold != k])
-        risk[fold == k] = model.predict_proba(x[fold == k])[:, 1]
+        learned, start = np.ones((1, (fold != k).sum())), np.zeros(len(columns))
+        fitted = fit_logistic(labels[fold != k], columns[:, fold != k], learned, start)
+        risk[fold == k] = expit(fitted[0] @ columns[:, fold == k])
     return risk
+
+
+def draw_split(rng, labels, folds):
+    """Return the fold of each row, of as many events each; of a tuple sites of these shares."""
+    rows, shuffled = len(labels), rng.permutation(len(labels))
+    fold = np.zeros(rows, dtype=int)
+    if isinstance(folds, tuple):
+        fold[shuffled] = np.repeat(range(len(folds)), np.multiply(rows, folds).astype(int))
+    else:
+        fold[shuffled[np.argsort(labels[shuffled], kind="stable")]] = np.arange(rows) % folds
+    return fold
 
 
 def fold_results(rows, events, columns, folds, sets, *, agree, strength=0.0, other=0.0, repeats=1):
     """Return AUROC of a model, and another's minus it, with low and high, a line a data set."""
-    lines = []
+    lines, names, (a, b) = [], np.arange(rows).astype(str), (("a", "auroc"), ("b", "auroc"))
     for seed in range(sets):
-        rng = np.random.default_rng(seed)
+        rng, splits, tested = np.random.default_rng(seed), [], {a: [], b: []}
         x, labels = draw_rows(rng, rows, events, columns, strength, other, agree=agree)
-        drawn = []
-        for _ in range(repeats):
-            shuffled = rng.permutation(rows)
-            fold = np.zeros(rows, dtype=int)
-            if isinstance(folds, tuple):  # sites of these shares
-                fold[shuffled] = np.repeat(range(len(folds)), np.multiply(rows, folds).astype(int))
-            else:  # as many events in each
-                fold[shuffled[np.argsort(labels[shuffled], kind="stable")]] = (
-                    np.arange(rows) % folds
+        for repeat in range(repeats):
+            fold = draw_split(rng, labels, folds)
+            splits.append(100 * repeat + fold)
+            for key, inputs in zip(tested, x, strict=True):
+                risk = out_of_fold(inputs, labels, fold)
+                tested[key] += [(own, risk[own]) for own in own_rows(fold)]
+
+        def statistic(weights, labels=labels, tested=tested):
+            return {
+                key: metrics_table.mean_of_defined(
+                    [
+                        metrics_module.metrics(labels[own], risk, weights[:, own])["auroc"]
+                        for own, risk in parts
+                    ]
                 )
-            risks = {name: out_of_fold(x[k], labels, fold) for k, name in enumerate(("a", "b"))}
-            drawn.append(draw_metrics(predictions(labels, **risks), 0, split=fold))
-        table = compared_models(mean_of_repeats(drawn)).table
-        lines.append([*table.loc[("a", "auroc"), VALUE], *table.loc[("b", "auroc"), DIFFERENCE]])
+                for key, parts in tested.items()
+            }
+
+        value, drawn = metrics_table.bootstrap(labels, names, 0, statistic)
+        widening = metrics_table.widening_of(np.tile(names, repeats), np.concatenate(splits))
+        ends = with_interval(value, drawn, widening=widening)
+        difference = pd.Series([value[b] - value[a]]), (drawn[b] - drawn[a]).to_frame(0)
+        beside = with_interval(*difference, widening=widening)
+        lines.append([*ends.loc[a], *beside.loc[0]])
     return np.array(lines).T
+
+
+def own_rows(fold):
+    """Return the rows of each fold."""
+    return [np.flatnonzero(fold == k) for k in np.unique(fold)]
 
 
 def false_verdicts(rows, events, columns, folds, sets, *, agree=False, signal=0, repeats=1):
