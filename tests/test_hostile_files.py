@@ -59,19 +59,15 @@ def test_a_small_parquet_file_of_endless_text_is_refused_before_it_is_read(tmp_p
     assert str(path) in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("attack", ["size", "entities"])
-def test_an_excel_file_that_unpacks_to_harm_is_refused(attack, tmp_path, monkeypatch):
+def test_an_excel_file_that_unpacks_to_more_is_refused(tmp_path, monkeypatch):
     pytest.importorskip("openpyxl")
     whole, path = tmp_path / "whole.xlsx", tmp_path / "labs.xlsx"
     pd.DataFrame({"a": ["1"]}).to_excel(whole, index=False)
-    entities = b'<!DOCTYPE l [<!ENTITY a "xx"><!ENTITY b "&a;&a;">]><worksheet'
     with zipfile.ZipFile(whole) as book, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as out:
         for name in book.namelist():
             text = book.read(name)
-            if name.endswith("sheet1.xml") and attack == "size":
+            if name.endswith("sheet1.xml"):
                 text = text.replace(b"</sheetData>", b"<row/>" * 10**5 + b"</sheetData>")
-            elif name.endswith("sheet1.xml"):
-                text = text.replace(b"<worksheet", entities).replace(b"<v>", b"&b;<v>")
             out.writestr(name, text)
     monkeypatch.setattr(duck, "MAX_UNPACKED", 10**5)
     duck.read_sheet(whole, "")

@@ -498,7 +498,7 @@ def read_sheet(
         raise
     except ImportError:  # no requirement: needed for Excel alone
         raise InputError(f"{path}: reading Excel needs openpyxl: pip install openpyxl") from None
-    except (BadZipFile, KeyError, SyntaxError, TypeError, ValueError) as error:
+    except (BadZipFile, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not a whole Excel file") from error
     if len(names) > 1:
         logger.info("%s: sheet %r of %d is read", path, chosen, len(names))
