@@ -234,8 +234,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self.sites = None if site is None else dka.sites_of(table, site, self.source)
         self.static_names = tuple(name for name in map(str, table) if name.startswith(dka.STATIC))
         names = [x.removeprefix(dka.STATIC) for x in self.static_names] + [*self.features]
-        sites = [] if self.sites is None else self.sites
-        written = [*names, *self.ids, *self.groups, *sites]
+        written = [*names, *self.ids, *self.groups]
+        written += [] if self.sites is None else [*self.sites]
         findings.warnings |= dict.fromkeys(texts.formula_warning(written))
         static = [dka.numbers_of(table, name, findings) for name in self.static_names]
         self.static = np.column_stack([np.empty((len(table), 0)), *static])

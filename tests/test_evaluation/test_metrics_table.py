@@ -101,7 +101,7 @@ def test_shares_of_events_and_counts_are_not_widened_and_a_widened_share_stays_a
 
 
 def test_noise_is_rarely_called_a_result_in_folds(monkeypatch):
-    """Without widening 8 of these 100 intervals exclude 0.5, and 15 pairs of equal models differ."""
+    """Without widening 8 of these 100 intervals exclude 0.5, and 15 equal pairs differ."""
     monkeypatch.setattr(metrics_module, "REPLICATES", 200)
     wrong = simulations.false_verdicts(200, 40, columns=6, folds=5, sets=100)
     assert max(wrong.values()) <= 5, wrong
