@@ -189,8 +189,12 @@ def test_use_best_takes_the_recommended_model_and_none_is_refused(
         assert len(model.predict_proba(new, "stage")) == len(pd.read_csv(new))
         return
     found = predicted(place / "trajectory", new, out, "--use", "best")
-    np.testing.assert_allclose(model.predict_proba(new, name)[:, 1], found["probability"])
-    np.testing.assert_allclose(model.predict_proba(new, "best")[:, 1], found["probability"])
+    np.testing.assert_allclose(
+        model.predict_proba(new, name)[:, 1], found["probability"], rtol=5e-6
+    )
+    np.testing.assert_allclose(
+        model.predict_proba(new, "best")[:, 1], found["probability"], rtol=5e-6
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES)
