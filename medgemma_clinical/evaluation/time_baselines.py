@@ -202,7 +202,7 @@ def tune_time_baselines(
     boosted = [name for name in tables if name.startswith(BOOSTING)]
     widest, expected = tables[boosted[-1]], periods.exposure @ periods.level[0]
     # A size is chosen by event 1 and with each row once; each event has its own number of trees.
-    rates = rates_of(periods.is_event[:, 0].any(axis=1), expected)
+    rates = rates_of(periods.is_event[:, 0].sum(axis=1), expected)
     found = tuned_trees(widest, rates, folds, expected, POISSON)
     sizes = [{name: found[name] for name in SIZES[0]}]
     row, values, targets = person_periods(widest, periods)
@@ -304,7 +304,7 @@ def fit_event(
     Source: Holford 1980, "The analysis of rates and of survivorship using log-linear models",
     Biometrics 36:299.
     """
-    of_row, of_interval = is_event.any(axis=1), is_event.sum(axis=0)
+    of_row, of_interval = is_event.sum(axis=1), is_event.sum(axis=0)
     level = rates_of(of_interval, exposure.sum(axis=0))
     for _ in range(MAX_PASSES):
         expected, before = exposure @ level, level

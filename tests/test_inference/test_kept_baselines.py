@@ -189,7 +189,7 @@ def test_the_recommended_model_of_few_events_is_the_ensemble(stage, runs):
 
 
 def test_a_model_in_memory_keeps_its_baselines_recalibrated_as_it_is(tmp_path):
-    rows = pd.read_csv(SAMPLE, nrows=80)
+    rows = pd.read_csv(SAMPLE, nrows=400)
     words = {"trajectory_epochs": 1, "min_cell": 0, "calibrate": "platt"}
     model = fit_trajectory(rows, **words)
     assert "baselines_sha256" not in model.config
