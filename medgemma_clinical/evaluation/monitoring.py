@@ -407,7 +407,8 @@ def _span(texts: Sequence[str]) -> str:
 def _named(problems: pd.DataFrame) -> str:
     """Return the first inputs of ``PROBLEM`` in words."""
     texts = [f"{name} in {period}: {text}" for period, name, text in problems.to_numpy()]
-    texts[MAX_NAMED:] = [f"{len(texts) - MAX_NAMED} more"] * (len(texts) > MAX_NAMED)
+    if len(texts) > MAX_NAMED:
+        texts = [*texts[:MAX_NAMED], f"{len(texts) - MAX_NAMED} more"]
     return "; ".join(texts)
 
 
