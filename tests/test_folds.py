@@ -29,9 +29,11 @@ from medgemma_clinical.data.fold_split import draw_folds, fold_dataset, foldable
 from medgemma_clinical.data.overlap import patient_hashes
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES, decide_folds, describe_tuning
 from medgemma_clinical.evaluation.decision import (
+    BOTH,
     DecisionOptions,
     choose_threshold,
     fit_decision_rule,
+    fit_updates,
     recommended_model,
     youden_threshold,
 )
@@ -435,6 +437,26 @@ def test_a_fold_is_recalibrated_by_the_others_and_a_final_model_by_all():
         assert rule.threshold == pytest.approx(threshold)
     assert [*found] == [STAGE_1, "blend", "ensemble"]
     assert list(crossed) == list(table)
+
+
+def test_all_folds_are_recalibrated_as_the_model_of_all_patients_is():
+    """Three folds alone have too few events for a slope; together they choose one."""
+    rng, fold = np.random.default_rng(1), np.arange(240) % 3
+    odds = rng.normal(0, 3, 240)
+    labels = (rng.random(240) < expit(odds / 3)).astype(float)
+    assert 100 <= labels.sum() < 150
+    patients = np.arange(240).astype(str)
+    table = pd.DataFrame({"id": patients, "label": labels, "patient": patients})
+    table[STAGE_1] = expit(odds)
+    rules = [{STAGE_1: {"slope": 1.0, "intercept": 0.0}}] * 3
+    found, crossed, _ = decide_folds(table, rules, fold, DecisionOptions("tests"))
+    assert found[STAGE_1].slope < 0.6
+    for k in range(3):
+        slope, intercept = fit_updates(labels[fold != k], expit(odds[fold != k]))[BOTH]
+        expected = expit(intercept + slope * odds[fold == k])
+        assert crossed[STAGE_1][fold == k].to_numpy() == pytest.approx(expected)
+    threshold = choose_threshold(None, labels, crossed[STAGE_1].to_numpy())
+    assert found[STAGE_1].threshold == threshold
 
 
 # --------------------------------------------------------------------------- sites

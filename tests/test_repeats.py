@@ -15,7 +15,12 @@ import medgemma_trainer as trainer
 from conftest import whole_reports
 from medgemma_clinical.commands import folds, repeats
 from medgemma_clinical.commands.flags import complete
-from medgemma_clinical.evaluation.metrics_table import TESTED
+from medgemma_clinical.evaluation.metrics_table import (
+    TESTED,
+    compared_models,
+    draw_metrics,
+    mean_of_repeats,
+)
 from medgemma_clinical.evaluation.verdicts import value_text
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from pages import Page
@@ -115,6 +120,14 @@ def test_the_page_has_the_mean_of_every_metric_and_nothing_of_one_repeat(run):
         assert found["folds"][name]["value"] == pytest.approx(np.mean(values))
         assert found["folds"][name]["max"] == pytest.approx(max(values))
     assert found["folds"]["widening"] == pytest.approx(each[0]["widening"]), "as of one repeat"
+    drawn = []
+    for repeat in range(N):
+        table = repeat_predictions(run, repeat)
+        rows = table[[*TESTED, "probability"]]
+        drawn.append(draw_metrics(rows, SEED, split=table["fold"].to_numpy()))
+    auroc = compared_models(mean_of_repeats(drawn)).row("probability", "auroc")
+    ends = [found["folds"]["auroc"][name] for name in ("low", "high")]
+    assert ends == pytest.approx([auroc.low, auroc.high]), "the same patients in all repeats"
     mean, first = (
         value_text(pd.Series(metrics["auroc"], dtype=float)).replace("\N{NO-BREAK SPACE}", " ")
         for metrics in (found["folds"], each[0])

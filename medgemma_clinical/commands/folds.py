@@ -212,6 +212,7 @@ def evaluate_folds(
     rows: TrajectoryDataset,
     fold: NDArray[np.int64],  # (N,)
     ids: Collection[str] | None = None,  # of these rows alone
+    seed: int | None = None,  # of the bootstrap, by default that of the folds
 ) -> FoldResults:
     """Evaluate the joint predictions of the folds, and decide by them."""
     runs = [fold_arguments(k, args) for k in range(fold.max() + 1)]
@@ -229,7 +230,11 @@ def evaluate_folds(
     decided["threshold_choice"] = options.threshold
     threshold = decided["decision"]["threshold"]
     drawn = outcome.draw_metrics(
-        table, args.seed, threshold, split=fold_of_row, recalibrated=recalibrated
+        table,
+        args.seed if seed is None else seed,
+        threshold,
+        split=fold_of_row,
+        recalibrated=recalibrated,
     )
     metrics = compared_models(drawn, args.primary)
     decided |= cast(Config, outcome.recommend(table, metrics, name, [*decided["models"]]))

@@ -88,7 +88,7 @@ def write_repeat_results(
     results = []
     for run in runs:
         fold = draw_folds(rows.groups, rows.labels, run.folds, run.seed)
-        results.append(folds.evaluate_folds(run, rows, fold, {*joined["id"]}))
+        results.append(folds.evaluate_folds(run, rows, fold, {*joined["id"]}, args.seed))
     metrics = compared_models(mean_of_repeats([result.drawn for result in results]), args.primary)
     seeds = [run.seed for run in runs]
     thresholds = pd.Series([content["threshold"] for content in contents])

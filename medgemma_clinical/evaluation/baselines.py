@@ -427,17 +427,19 @@ def fit_rules(
     baselines: Mapping[str, Array],
     patients: NDArray[Any],
     options: DecisionOptions,
+    methods: Mapping[str, str] | None = None,  # how each is recalibrated; None: as options say
 ) -> dict[str, DecisionRule]:
     """Fit the decision rule of each model beside the stage, on the rows that chose the stage's."""
     if not baselines:
         return {}
-    rules = {
-        name: fit_decision_rule(labels, log_odds(baseline_risk), patients, options)
-        for name, baseline_risk in baselines.items()
-    }
+
+    def fitted(name: str, odds: Array) -> DecisionRule:
+        own = options if methods is None else replace(options, recalibration=methods[name])
+        return fit_decision_rule(labels, odds, patients, own)
+
+    rules = {name: fitted(name, log_odds(x)) for name, x in baselines.items()}
     risks = model_risks(stage, risk, baselines, {**rules, ENSEMBLE: DecisionRule()})
-    odds = log_odds(risks[ENSEMBLE])
-    return {**rules, ENSEMBLE: fit_decision_rule(labels, odds, patients, options)}
+    return {**rules, ENSEMBLE: fitted(ENSEMBLE, log_odds(risks[ENSEMBLE]))}
 
 
 def decide_folds(
@@ -448,8 +450,9 @@ def decide_folds(
 ) -> tuple[dict[str, DecisionRule], pd.DataFrame, Recalibrated]:
     """Fit decision rules to out-of-fold predictions; ``rules`` are per fold, ``fold`` is (n,).
 
-    Returns the rules of the models, the stage's first, the table with the risks of each fold by
-    rules of the other folds, which choose the thresholds, and the stage's risks before and after.
+    All rows choose how each model is recalibrated. Returns the rules of the models, the stage's
+    first, the table with the risks of each fold as the other folds recalibrate them, which choose
+    the thresholds, and the stage's risks before and after.
     """
     labels, patients = table["label"].to_numpy(float), table["patient"].to_numpy(str)
     name, raw = str(table.columns[3]), {}  # log-odds before the own recalibration of each fold
@@ -458,25 +461,29 @@ def decide_folds(
         slope, intercept = of_row["slope"].to_numpy(float), of_row["intercept"].to_numpy(float)
         raw[model] = (log_odds(table[model].to_numpy()) - intercept) / slope
 
-    def fitted(rows: NDArray[np.bool_]) -> dict[str, DecisionRule]:
+    def fitted(
+        rows: NDArray[np.bool_], methods: Mapping[str, str] | None = None
+    ) -> dict[str, DecisionRule]:
         label, patient = labels[rows], patients[rows]
-        rule = fit_decision_rule(label, raw[name][rows], patient, options)
+        own = options if methods is None else replace(options, recalibration=methods[name])
+        rule = fit_decision_rule(label, raw[name][rows], patient, own)
         risk = rule.probability(raw[name][rows])
-        beside = fit_rules(label, name, risk, baseline_risks(rows), patient, options)
+        beside = fit_rules(label, name, risk, baseline_risks(rows), patient, options, methods)
         return {name: rule, **beside}
 
     def baseline_risks(rows: NDArray[np.bool_]) -> dict[str, Array]:
         return {model: expit(raw[model][rows]) for model in raw if model not in (name, ENSEMBLE)}
 
-    crossed = table.copy()
+    crossed, of_all = table.copy(), fitted(np.ones(len(table), bool))
+    methods = {model: rule.method for model, rule in of_all.items()}
     for k in np.unique(fold):
-        by_others, rows = fitted(fold != k), fold == k
+        by_others, rows = fitted(fold != k, methods), fold == k
         risk = by_others[name].probability(raw[name][rows])
         risks = model_risks(name, risk, baseline_risks(rows), by_others)
         for model, model_risk in risks.items():
             crossed.loc[rows, model] = model_risk
     final = {}
-    for model, rule in fitted(np.ones(len(table), bool)).items():
+    for model, rule in of_all.items():
         threshold = choose_threshold(options.threshold, labels, crossed[model].to_numpy())
         final[model] = replace(rule, threshold=threshold)
     return final, crossed, Recalibrated(expit(raw[name]), final[name])

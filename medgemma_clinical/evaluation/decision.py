@@ -69,6 +69,13 @@ class DecisionRule:
         return rule
 
     @property
+    def method(self) -> str:
+        """What of ``METHODS`` the rule moves."""
+        if self.slope != 1:
+            return BOTH
+        return INTERCEPT if self.intercept else NOT_UPDATED
+
+    @property
     def is_moved(self) -> bool:
         """Whether log-odds are recalibrated."""
         return (self.slope, self.intercept) != (1.0, 0.0)
@@ -150,7 +157,7 @@ class Predictions:
 class DecisionOptions:
     """What the user chose of a decision rule."""
 
-    recalibration: str = "none"  # or platt, or tests: these choose whether and how
+    recalibration: str = "none"  # or platt, a method, or tests: these choose the method
     threshold: str | None = None  # as ``--threshold`` is written; None: Youden's
 
 
@@ -168,8 +175,9 @@ def fit_decision_rule(
         with_slope = labels.sum() >= MIN_SLOPE_EVENTS
         method, updates = choose_update(labels, risk, patients, with_slope=with_slope)
         rule = DecisionRule(*updates[method])
-    elif options.recalibration == "platt":
-        rule = DecisionRule(*fit_updates(labels, risk).get(BOTH, (1.0, 0.0)))
+    elif options.recalibration not in ("none", NOT_UPDATED):
+        method = BOTH if options.recalibration == "platt" else options.recalibration
+        rule = DecisionRule(*fit_updates(labels, risk).get(method, (1.0, 0.0)))
     threshold = choose_threshold(options.threshold, labels, rule.probability(logit))
     return replace(rule, threshold=threshold)
 

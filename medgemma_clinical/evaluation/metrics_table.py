@@ -233,11 +233,14 @@ class Drawn:
     behind: dict[Any, int]  # patients in the denominators of shares
     of_parts: pd.DataFrame | None  # ``SPREAD`` over several splits
     widening: float
+    seed: int  # of the draws
 
 
 def mean_of_repeats(repeats: Sequence[Drawn]) -> Drawn:
     """Return the means over several predictions of the same rows, in the same draws of patients."""
     first, columns = repeats[0], repeats[0].draws.columns
+    # Draws of another seed would be other patients, and their mean would vary less.
+    assert all(repeat.seed == first.seed for repeat in repeats)
     values = pd.concat([repeat.value for repeat in repeats], axis=1)
     draws = mean_of_defined([repeat.draws[columns].to_numpy() for repeat in repeats])
     behind = {key: min(repeat.behind[key] for repeat in repeats) for key in first.behind}
@@ -317,7 +320,7 @@ def draw_metrics(
         one = np.ones((1, len(rows)))
         of_parts = spread([_metrics_of_all(labels, risks, one, part) for part in parts])
     counts, widening = count_parts(labels, patients, parts), widening_of(patients, split, trained)
-    return Drawn(value, drawn, counts, behind, of_parts, widening)
+    return Drawn(value, drawn, counts, behind, of_parts, widening, seed)
 
 
 def compared_models(

@@ -217,7 +217,7 @@ def draw_time_metrics(
         one = np.ones((1, len(rows)))
         of_parts = spread([ranked([part], one) for part in parts])
     counts, widening = count_parts(by_first, patients, parts), widening_of(patients, split)
-    return Drawn(value, drawn, counts, {}, of_parts, widening)
+    return Drawn(value, drawn, counts, {}, of_parts, widening, seed)
 
 
 def evaluate_times(rows: pd.DataFrame, events: CompetingEvents, *rule: Any, **plan: Any) -> Metrics:

@@ -133,6 +133,8 @@ def test_the_mean_of_repeats_is_that_of_their_values_and_draws():
     same = compared_models(mean_of_repeats([drawn[0]] * 2)).table
     pd.testing.assert_frame_equal(same[VALUE + DIFFERENCE], each[0][VALUE + DIFFERENCE])
     assert found.counts == compared_models(drawn[0]).counts
+    with pytest.raises(AssertionError):
+        mean_of_repeats([drawn[0], draw_metrics(other, 1, 0.3, split=fold)])
 
 
 @pytest.mark.parametrize(
