@@ -1,4 +1,4 @@
-"""Read the test predictions of finished runs and compare them: ``--compare``."""
+"""``compare``: the test predictions of finished runs, paired."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from medgemma_clinical.commands.command_line import EXIT_DONE
+from medgemma_clinical.commands.command_line import EXIT_DONE, SEED, Flag, Table
 from medgemma_clinical.commands.run_folder import HISTORY, read_run
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, MEANINGS, STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import MODEL, TESTED, Metrics, evaluate, named_model
@@ -20,7 +20,7 @@ from medgemma_clinical.evaluation.report import write_comparison
 from medgemma_clinical.evaluation.tables import model_table
 from medgemma_clinical.evaluation.verdicts import counts_text
 from medgemma_clinical.files import InputError, make_output_dir, move_aside, read_json, write_json
-from medgemma_clinical.models.language_model import DEMO
+from medgemma_clinical.models.choices import DEMO
 from medgemma_clinical.models.model_card import built_in_sentence
 from medgemma_clinical.models.outcome import LABEL, Outcome
 from medgemma_clinical.provenance import describe_program
@@ -28,25 +28,42 @@ from medgemma_clinical.provenance import describe_program
 logger = logging.getLogger(__name__)
 
 
+RUNS = "stage folders; the first is the reference"
+FLAGS: Table = {
+    "what to compare": (
+        Flag("runs", Path, help=RUNS, several=True, positional=True, metavar="RUN"),
+        Flag("primary", help="baseline of the planned comparison"),
+        Flag("output_dir", Path, help="folder of compare.html; none is written without"),
+        SEED,
+    ),
+}
+
 TEST_PREDICTIONS = "predictions_test.csv"
 NOT_NAMED = f"has no column {MODEL}, so nothing tells that one model made it"
 
 
-def run_compare(args: Namespace, output_dir: Path | None) -> int:
+def run(args: Namespace) -> int:
+    """Compare finished stages."""
+    return compare(args.runs, args.output_dir, args.seed, args.primary)
+
+
+def compare(
+    folders_of_runs: Sequence[Path], output_dir: Path | None, seed: int, primary: str | None
+) -> int:
     """Compare the first finished stage with each other one on the test patients that they share."""
-    runs = [Path(os.path.abspath(run)) for run in args.compare]  # "." has a name too
+    runs = [Path(os.path.abspath(run)) for run in folders_of_runs]  # "." has a name too
     if len(runs) < 2 or len({run.resolve() for run in runs}) < len(runs):
-        raise InputError("--compare: name at least two different folders of stages")
+        raise InputError("compare: name at least two different folders of stages")
     folders = dict(zip(model_names(runs), runs, strict=True))
     table = join_predictions(folders)
     names = table.columns.drop([*TESTED, next(iter(folders)), ENSEMBLE], errors="ignore")
-    if args.primary and args.primary not in names:
-        raise InputError(f"--primary {args.primary}: choose from {', '.join(names)}")
+    if primary and primary not in names:
+        raise InputError(f"--primary {primary}: choose from {', '.join(names)}")
     for folder in folders.values():
         if MODEL not in pd.read_csv(folder / TEST_PREDICTIONS, nrows=0):
             logger.info("%s: %s", folder / TEST_PREDICTIONS, NOT_NAMED)
-    primary = args.primary or primary_of(runs[0])
-    metrics = evaluate(table, args.seed, primary=primary, compared=[*folders])
+    primary = primary or primary_of(runs[0])
+    metrics = evaluate(table, seed, primary=primary, compared=[*folders])
     cost = {name: cost_of(folder) for name, folder in folders.items()}
     if output_dir is None:
         log_comparison(metrics, cost)
@@ -60,7 +77,7 @@ def run_compare(args: Namespace, output_dir: Path | None) -> int:
         metrics,
         cost,
         title=": ".join([f"{len(folders)} models on the same test patients", *outcomes]),
-        card={"Seed": f"{args.seed}, of the intervals"},
+        card={"Seed": f"{seed}, of the intervals"},
         notice=built_in_models_notice(arguments),
     )
     return EXIT_DONE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -21,7 +22,6 @@ from numpy.typing import NDArray
 from medgemma_clinical.commands import run_folder, several
 from medgemma_clinical.commands.command_line import EXIT_DONE, EXIT_INTERRUPTED
 from medgemma_clinical.commands.compare import read_predictions
-from medgemma_clinical.commands.flags import decision_options
 from medgemma_clinical.commands.logs import command_logging
 from medgemma_clinical.commands.report_content import training_content
 from medgemma_clinical.commands.results import (
@@ -55,7 +55,6 @@ from medgemma_clinical.files import (
     write_json,
     write_text,
 )
-from medgemma_clinical.inference.trajectory_model import TrajectoryModel
 from medgemma_clinical.models.checkpoints import (
     BASELINES,
     TRAJECTORY_FILE,
@@ -162,7 +161,7 @@ def train_folds(tasks: Sequence[Task], train: several.Train) -> int:
     alone = jobs <= 1 or torch.cuda.is_available() or processes().num_processes > 1
     if alone or not tasks[0][1].trajectory_only:
         return first_code(several.run_or_continue(*task, train) for task in tasks)
-    begin = partial(begin_process, TrajectoryModel.__module__)
+    begin = partial(begin_process, "medgemma_trainer")
     try:
         with joblib.parallel_config("loky", initializer=begin, inner_max_num_threads=threads):
             # No array goes through a file: they hold patients.
@@ -191,7 +190,7 @@ def run_apart(title: str, args: Namespace, dataset: TrajectoryDataset, shown: bo
     set_environment()
     kernels = exact_kernels(deterministic=args.deterministic)
     with owner_only(), kernels, command_logging(first=shown):
-        return several.run_or_continue(title, args, dataset, TrajectoryModel.program.train)
+        return several.run_or_continue(title, args, dataset, importlib.import_module("medgemma_trainer").train)
 
 
 # --------------------------------------------------------------------------- their results
@@ -223,7 +222,7 @@ def evaluate_folds(
     table, positions = join_folds(folders, name, rows, outcome, args, ids)
     fold_of_row = fold[positions]
     rules = [{name: config["decision"], **config["models"]} for config in configs]
-    options = decision_options(args, out_of_fold=True)
+    options = decision.DecisionOptions.chosen(args.calibrate, args.threshold, "tests")
     final, table, recalibrated = outcome.decide_folds(table, rules, fold_of_row, options)
     models = {model: asdict(rule) for model, rule in final.items()}
     decided: Config = {"decision": models.pop(name), "models": models}

@@ -15,7 +15,6 @@ import torch
 
 from medgemma_clinical import files
 from medgemma_clinical.commands.command_line import EXIT_DONE, EXIT_INTERRUPTED
-from medgemma_clinical.commands.flags import tagged
 from medgemma_clinical.commands.logs import RUN_LOG, check_log_file
 from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.data.training_data import Data, prepare_data
@@ -41,6 +40,12 @@ RESULTS = (
     *("predictions_val.csv", "predictions_test.csv", "generations_test.jsonl"),
 )
 """What a finished run leaves in its folder beside the best weights."""
+
+FREE = {"ablation", "seeds", "folds", "leave_out", "data_path", "data_dir", "site", "show_values"}
+FREE |= {"allow_duplicates", "batch_size", "gradient_accumulation", "gradient_checkpointing"}
+FREE |= {"ode_checkpoint", "allow_untested_model", "output_dir", "report_patients", "min_cell"}
+FREE |= {"log_file", "report_to", "resume", "save_every"}
+"""Flags that may change at ``--resume``: files are known by content, batches by their product."""
 
 MATERIAL = {
     "data": "the data differ",
@@ -233,7 +238,7 @@ def check_run(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     old, new = old_run["arguments"], run["arguments"]
     changes = [
         f"--{name} was {old.get(name)}, is {new.get(name)}"
-        for name in sorted({*old, *new}.difference(tagged("free")))
+        for name in sorted({*old, *new}.difference(FREE))
         if old.get(name) != new.get(name)
     ]
     changes += [text for key, text in MATERIAL.items() if old_run[key] != run[key]]

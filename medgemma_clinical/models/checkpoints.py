@@ -47,9 +47,10 @@ from medgemma_clinical.files import (
     write_json,
     write_text,
 )
+from medgemma_clinical.models.choices import DEMO, LLM_STAGES, LORA_RANK, MEMBERS, PREFIX_TOKENS
 from medgemma_clinical.models.decoders import terms_of
 from medgemma_clinical.models.encoders import encoder_name
-from medgemma_clinical.models.language_model import DEMO, HUB_ID, base_record, base_type
+from medgemma_clinical.models.language_model import HUB_ID, base_record, base_type
 from medgemma_clinical.models.model_card import model_card
 from medgemma_clinical.models.model_facts import model_facts
 from medgemma_clinical.models.outcome import outcome_of
@@ -70,7 +71,6 @@ NOTICE, CARD, FACTS = "NOTICE", "README.md", "model_facts.xml"
 BASELINES, MAX_BASELINES = "baselines.json", 2**26
 """File of a stage's baselines, and its largest size in bytes."""
 
-LLM_STAGES = ("classification", "generative")
 HASHED_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODULE_WEIGHTS)
 """Files that decide a prediction; other files beside them do not matter."""
 
@@ -82,9 +82,6 @@ READING_ERRORS = (
     *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError),
 )
 """What reading a damaged JSON file can raise."""
-
-MEMBERS, PREFIX_TOKENS, LORA_RANK = (1, 32), (1, 4096), (1, 1024)
-"""Bounds of ``--members``, ``--num_prefix_tokens`` and ``--lora_rank``."""
 
 MAX_CUTS = 100
 FINEST = {"time_scale": MIN_TIME_SCALE, "rtol": 1e-6, "atol": 1e-6}

@@ -25,31 +25,17 @@ from transformers import (
 )
 
 from medgemma_clinical.files import InputError, file_hash, json_hash, one_line, read_json
+from medgemma_clinical.models.choices import DEMO
 from medgemma_clinical.models.text_batches import chat_turns
 from medgemma_clinical.provenance import PACKAGE
 
 logger = logging.getLogger(__name__)
-
-DEMO = "demo"
-"""Name of the built-in model."""
 
 DEMO_FOLDER = PACKAGE / "sample" / "writer"
 """The model ``demo``; see its README."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Of each ``--precision``. Gemma 3 overflows in float16."""
-
-QUANTIZATIONS = ("nf4", "none")
-ATTENTIONS = ("sdpa", "eager")
-BASE_WEIGHTS = ("pretrained", "random")
-"""Choices of ``--quantization``, ``--attention`` and ``--base_weights``."""
-
-INT8_REFUSED = (
-    "int8 is known to make MedGemma produce unusable text (Google-Health/medgemma issue 5), and "
-    "bitsandbytes computes it in float16, in which Gemma 3 overflows: use nf4, which takes half "
-    "the memory, or none"
-)
-"""Why ``--quantization int8`` is refused. Source: bitsandbytes 0.50, ``MatMul8bitLt``."""
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 """Name of a model of the hub; the built-in one has the same form."""
@@ -59,6 +45,22 @@ READ_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 
 QUIET = ("bitsandbytes", "huggingface_hub", "httpx", "httpx2")
 """Libraries whose log repeats an error, or reports no fault."""
+
+
+def machine_defaults(
+    name: str, weights: str, quantization: str | None, precision: str
+) -> tuple[str, str]:
+    """Return ``--quantization`` and ``--precision``, chosen by the machine where they are not."""
+    cuda = torch.cuda.is_available()
+    whole = name == DEMO or weights == "random"  # cannot be packed
+    if whole and quantization == "nf4":
+        raise InputError(f"--quantization nf4: not for {DEMO} and random weights: use none")
+    if quantization is None:
+        quantization = "nf4" if cuda and not whole else "none"
+    if precision == "auto":
+        sixteen = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if sixteen else "fp32"
+    return quantization, precision
 
 
 @contextlib.contextmanager

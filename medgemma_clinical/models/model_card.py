@@ -22,8 +22,8 @@ from medgemma_clinical.evaluation.suppress import NOT_SHOWN, suppress
 from medgemma_clinical.evaluation.topics.cohort import suppress_case_mix
 from medgemma_clinical.evaluation.topics.written_reports import suppress_reports
 from medgemma_clinical.evaluation.verdicts import json_text
+from medgemma_clinical.models.choices import DEMO
 from medgemma_clinical.models.decoders import licence, terms_of
-from medgemma_clinical.models.language_model import DEMO
 from medgemma_clinical.models.outcome import outcome_of
 from medgemma_clinical.models.terms import NOT_A_DEVICE
 from medgemma_clinical.provenance import describe_program

@@ -632,8 +632,10 @@ Outcome = LabelOutcome | TimeOutcome
 LABEL = LabelOutcome()
 
 
-def weighted(outcome: Outcome, predictions: Predictions, weight: float) -> Predictions:
-    """Return the predictions of stage 1 and a language model of this weight."""
+def weighted(outcome: Outcome, predictions: Predictions, weight: float | None) -> Predictions:
+    """Return the predictions of stage 1 and a language model of this weight; None: unchanged."""
+    if weight is None:
+        return predictions
     outputs = predictions.offset + weight * (predictions.outputs - predictions.offset)
     logit, hazards = outcome.read(torch.from_numpy(outputs))
     return replace(

@@ -30,7 +30,6 @@ from medgemma_clinical.evaluation.decision import DecisionRule, Predictions
 from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.files import InputError, json_hash, read_json
 from medgemma_clinical.models.checkpoints import (
-    LLM_STAGES,
     MERGED_MODEL,
     MODULE_WEIGHTS,
     TRAJECTORY_FILE,
@@ -46,6 +45,7 @@ from medgemma_clinical.models.checkpoints import (
     read_weights,
     weights_sha256,
 )
+from medgemma_clinical.models.choices import LLM_STAGES
 from medgemma_clinical.models.language_model import base_name, base_record
 from medgemma_clinical.models.outcome import NO_MOVES, Moves, Outcome, outcome_of, weighted
 from medgemma_clinical.models.text_batches import TextCollator
