@@ -912,8 +912,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 # The functions of Python, and scikit-learn's estimator on them.
 PYTHON = python.Training(TrajectoryModel, FLAGS, read_dataset, train_stage, train)
-fit_trajectory, fit_classification = PYTHON.fit_trajectory, PYTHON.fit_classification
-fit_generative, cross_validate = PYTHON.fit_generative, PYTHON.cross_validate
+fit_trajectory = PYTHON.with_flags(PYTHON.fit_trajectory, "stage1")
+fit_classification = PYTHON.with_flags(PYTHON.fit_classification, "llm")
+fit_generative = PYTHON.with_flags(PYTHON.fit_generative, "llm")
+cross_validate = PYTHON.cross_validate
 
 
 class TrajectoryClassifier(classifier.TrajectoryClassifier):  # noqa: D101

@@ -50,7 +50,7 @@ def test_the_program__writes_paths_into_run_json_alone(place, runs, capsys):
     assert trainer.main(command(out / "classification", data, predictions)) == 0
     capsys.readouterr()
     stages = [str(runs / name) for name in STAGES]
-    assert trainer.main(["--compare", *stages]) == 0
+    assert trainer.main(["compare", *stages]) == 0
     assert str(runs) not in capsys.readouterr().out
     assert files_with(place, out) == files_with(runs, runs) == {"run.json"}
     assert files_with(place, place / "new") == set()

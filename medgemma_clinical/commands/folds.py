@@ -190,7 +190,9 @@ def run_apart(title: str, args: Namespace, dataset: TrajectoryDataset, shown: bo
     set_environment()
     kernels = exact_kernels(deterministic=args.deterministic)
     with owner_only(), kernels, command_logging(first=shown):
-        return several.run_or_continue(title, args, dataset, importlib.import_module("medgemma_trainer").train)
+        return several.run_or_continue(
+            title, args, dataset, importlib.import_module("medgemma_trainer").train
+        )
 
 
 # --------------------------------------------------------------------------- their results

@@ -34,6 +34,7 @@ FLAGS: Table = {
         Flag("dataset", str, help="refused unless the model was trained on it"),
         Flag("organ", str, help="refused unless the model was trained on it"),
         Flag("site", str, help="column of hospitals or units"),
+        Flag("strict", bool, help="refuse rows that cannot be scored"),
         SHOW_VALUES,
     ),
     "what to write": (

@@ -77,7 +77,7 @@ def predict(request: Namespace, kind: type[TrajectoryModel]) -> int:
         raise InputError("--aggregate: not for times to events: leave it out")
     if request.update:
         check_folder(request.update, config)
-    findings = Findings(str(source), strict=False)
+    findings = Findings(str(source), strict=request.strict)
     reading: Config = {**config, "read_options": {**config["read_options"]}}
     if request.site is not None:
         reading["read_options"]["site"] = request.site

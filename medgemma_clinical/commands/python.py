@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import tempfile
 import threading
@@ -10,9 +11,9 @@ from argparse import Namespace
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
@@ -228,6 +229,23 @@ class Training:
                 table = pd.read_csv(path, dtype=text, keep_default_na=False)
                 return CrossValidation(table, read_json(folds_folder(args) / METRICS))
         raise KeyboardInterrupt
+
+    def with_flags(self, function: Callable[..., Any], way: str) -> Callable[..., Any]:
+        """Return a function whose signature, which ``help`` shows, names the flags it takes."""
+
+        @wraps(function)
+        def call(*args: Any, **keywords: Any) -> Any:
+            return function(*args, **keywords)
+
+        signature = inspect.signature(function)
+        *arguments, rest = signature.parameters.values()
+        for flag in rows_of(self.table):
+            listed = {*COMMAND_LINE_ALONE, *signature.parameters}  # ``encoder`` is more than a flag
+            if flag.name not in listed and way not in flag.unread.split():
+                row = rest.replace(name=flag.name, kind=rest.KEYWORD_ONLY, default=flag.default)
+                arguments.append(row.replace(annotation=rest.empty))
+        cast(Any, call).__signature__ = signature.replace(parameters=arguments)
+        return call
 
     def _fit(
         self,

@@ -92,10 +92,10 @@ def export_merged(
     Returns the largest difference of a logit, in standard deviations.
     """
     if processes().num_processes > 1:
-        raise InputError("--export runs in one process: start it by python, not accelerate")
+        raise InputError("export runs in one process: start it by python, not accelerate")
     best = check_mergeable(checkpoint)
     if os.path.lexists(folder) or not folder.absolute().parent.is_dir():
-        raise InputError(f"--export_dir {folder}: give a new folder within one that exists")
+        raise InputError(f"--out {folder}: give a new folder within one that exists")
     cpu = torch.device("cpu")  # the whole weights need not fit the GPU that trained packed ones
     trained = load_trained_model(best, builders, model_name, device=cpu)
     logits = proof_logits(trained)

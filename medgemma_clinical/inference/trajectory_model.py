@@ -254,7 +254,7 @@ class TrajectoryModel:
 
     @exact_kernels()
     def predictions(self, rows: Rows, model: str = "stage") -> pd.DataFrame:
-        """Return the table of ``--predict``: N rows, with or without a score.
+        """Return the table of ``predict``: N rows, with or without a score.
 
         Columns id, probability, prediction, of stage 3 report, problem, which is empty for a row
         with a score and, in stage 3, a report of the expected form, and probability_NAME of each

@@ -194,7 +194,7 @@ class LabelOutcome:
         return {name: forecast}
 
     def columns(self, name: str, ending: str) -> dict[str, str]:
-        """Return the columns of ``--predict`` by those of ``risks``; the used model's end in ""."""
+        """Return the columns of ``predict`` by those of ``risks``; the used model's end in ""."""
         return {name: f"probability{ending}"}
 
     def curves(
@@ -462,7 +462,7 @@ class TimeOutcome:
         return {name: found[self.names[0]], **{f"{name} {k}": x for k, x in found.items()}}
 
     def columns(self, name: str, ending: str) -> dict[str, str]:
-        """Return the columns of ``--predict`` by those of ``risks``; the used model's end in ""."""
+        """Return the columns of ``predict`` by those of ``risks``; the used model's end in ""."""
         first = f"{self.names[0]}{ending}" if ending else "probability"
         return {name: first, **{f"{name} {risk}": f"{risk}{ending}" for risk in self.names}}
 

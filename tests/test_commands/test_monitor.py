@@ -1,4 +1,4 @@
-"""``--monitor``: what it reads, refuses and writes; ``--monitor_rule`` in a checkpoint."""
+"""``monitor``: what it reads, refuses and writes; ``--monitor_rule`` in a checkpoint."""
 
 import re
 import stat
@@ -68,7 +68,7 @@ def scored(runs, tmp_path_factory):
 def words_of(predictions, checkpoint, outcomes, folder, *more):
     path = folder / "outcomes.csv"
     outcomes.to_csv(path, index=False)
-    words = ["--monitor", str(predictions), "--checkpoint", str(checkpoint)]
+    words = ["monitor", str(predictions), "--checkpoint", str(checkpoint)]
     words += ["--outcomes", str(path), "--date", "admitted"]
     return [*words, "--output_dir", str(folder / "out"), *more]
 
@@ -119,7 +119,7 @@ def test_the_first_line_is_the_verdict_and_the_files_are_whole(
     assert lines[0].startswith("monitor: ")
     assert any("recalibrate" in line for line in lines)
     update = next(line for line in lines if "--update" in line)
-    assert f"--predict --checkpoint {checkpoint} --data_path" in update
+    assert f"predict --checkpoint {checkpoint} --data_path" in update
     assert (tmp_path / "out" / "monitor.1.html").is_file(), "the earlier page is moved aside"
 
 

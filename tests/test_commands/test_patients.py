@@ -1,4 +1,4 @@
-"""``--predict --explain``: which rows the page shows, its path, and that nothing else tells."""
+"""``predict --explain``: which rows the page shows, its path, and that nothing else tells."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""``--predict``: its input, output and stops, the inputs of a model, labelled rows, checkpoints."""
+"""``predict``: its input, output and stops, the inputs of a model, labelled rows, checkpoints."""
 
 import gzip
 import json
@@ -83,7 +83,7 @@ def test_ids_that_a_spreadsheet_would_run_stay_and_are_warned_of(
     found = predicted(runs / "trajectory", data, out)
     assert found["id"].tolist() == ids
     risks = found["probability"].tolist()
-    assert risks == [float(f"{x:.6g}") for x in risks], "as --monitor reads them"
+    assert risks == [float(f"{x:.6g}") for x in risks], "as monitor reads them"
     assert ("like a formula" in capsys.readouterr().out) == bool(formula)
 
 
@@ -514,7 +514,7 @@ def srtr(tmp_path_factory):
 
 
 def srtr_command(srtr, data, out, *more):
-    words = ["--predict", "--checkpoint", str(srtr / "trajectory"), "--data_dir", str(data)]
+    words = ["predict", "--checkpoint", str(srtr / "trajectory"), "--data_dir", str(data)]
     return [*words, "--predictions", str(out), *more]
 
 
