@@ -410,9 +410,7 @@ COHORT = (
     Flag("horizon_hours", HOURS, 72.0, "hours from then to the end"),
     Flag("min_observations", POSITIVE, 2, "fewest values of the main series"),
     Flag("outcome", outcome, ESCALATED, "escalation, or some of death,icu,unresolved"),
-    Flag(
-        "discharged", tuple(DISCHARGED), "not_escalated", "alive by the horizon: 0, or no row"
-    ),
+    Flag("discharged", tuple(DISCHARGED), "not_escalated", "alive by the horizon: 0, or no row"),
     Flag("compute_gap", tuple(GAPS), "always", "anion gap: from Na, Cl, HCO3, or as reported"),
 )
 """Flags that choose the cohort of a hospital."""
@@ -420,9 +418,7 @@ COHORT = (
 EVENTS = (
     Flag("series", help="'NAME [unit]=CODE'; the first is the main series", repeat=True),
     Flag("window_hours", HOURS, 24.0, "hours before the prediction time that are read"),
-    Flag(
-        "hours_from", ("window", "first"), "window", "hour 0: window or first value"
-    ),
+    Flag("hours_from", ("window", "first"), "window", "hour 0: window or first value"),
     Flag("min_observations", POSITIVE, 1, MIN_VALUES),
     Flag("outcome", str, "Event", "meaning of label 1"),
     Flag("question", str, "", "question about a patient; by default from --outcome"),

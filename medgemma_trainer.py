@@ -74,8 +74,8 @@ from srtr_dataset import ORGANS, SRTRTrajectoryDataset
 
 # --------------------------------------------------------------------------- flags
 
-STAGE_1_FILE = ("encoder", "time_scale", "solver", "dynamics", "members", "dropout", "facts")
-STAGE_1_FILE += ("prediction_time",)
+STAGE_1_FILE = {"encoder", "time_scale", "solver", "dynamics", "members", "dropout", "facts"}
+STAGE_1_FILE |= {"prediction_time"}
 """Flags that the file of a trained stage 1 decides."""
 
 FOLDS, MEMBERS = number(int, 2, 20), number(int, *choices.MEMBERS)
@@ -471,10 +471,23 @@ def llm_stage(
     tokens = 0 if args.soft_prompt == "off" else args.num_prefix_tokens
     soft = text_batches.soft_tokens(dataset, tokens)
     config = llm_config(args, data, stage1, int(soft.max()))
-    options = {"attention": args.attention, "dropout": args.lora_dropout, "seed": args.seed}
-    model, tokenizer = build_llm(config, stage1, args.model_name, device=device, **options)
-    options = {"answers": args.mode == "generative", "max_tokens": args.max_text_tokens}
-    text = TextCollator(dataset, tokenizer, data.prompts, **options)
+    model: Any
+    model, tokenizer = build_llm(
+        config,
+        stage1,
+        args.model_name,
+        device=device,
+        attention=args.attention,
+        dropout=args.lora_dropout,
+        seed=args.seed,
+    )
+    text = TextCollator(
+        dataset,
+        tokenizer,
+        data.prompts,
+        answers=args.mode == "generative",
+        max_tokens=args.max_text_tokens,
+    )
     if checkpoint is not None:
         text.encode(stage1, model.tokens, device)  # frozen: once for the whole run
         risks = trained_model.stage1_risks(checkpoint, text)
@@ -485,10 +498,8 @@ def llm_stage(
         language_model.compile_layers(model.llm)
     if args.mode == "generative":
         config["report_tokens"] = text.report_tokens()
-    elif not model.adds_stage1:
-        # The outputs that the head's are added to; of others ``null_outputs`` are the start.
-        start = model.outcome.start(dataset.targets()[data.split["train"]])
-        model.head.bias.data.copy_(torch.from_numpy(start).view(len(model.head.bias), -1)[:, -1])
+    else:
+        model.start_at(dataset.targets()[data.split["train"]])
     rates = {"projection": args.projection_lr, "llm": args.adapter_lr}
     rates |= {"stage1": args.encoder_lr, "head": args.head_lr}
     # Grouped by text alone: soft tokens count observations, so batches would differ in risk.
@@ -809,10 +820,11 @@ def load_training_state(stage: Stage, state: TrainState, content: dict[str, Any]
 def train(args: Namespace, dataset: TrajectoryDataset | None = None) -> int:
     """Run one stage from the user's data to its results, or resume it; return the exit code."""
     RUN_LOG.begin()
-    run_log.check_output(args)
+    folder, log_file = run_folder.stage_folder(args), "none" if args.dry_run else args.log_file
+    run_log.check_output(folder, log_file, args.report_to)
     dataset = read_dataset(args) if dataset is None else dataset
     checkpoint = run_folder.given_stage1(args)
-    return run_folder.interruptible(args, lambda: train_stage(args, dataset, checkpoint))
+    return run_folder.interruptible(folder, lambda: train_stage(args, dataset, checkpoint))
 
 
 def train_stage(
@@ -834,12 +846,18 @@ def train_stage(
         if stopped is not None:
             memory.restore_passes(stage, stopped["passes"])
         check_horizons(data.dataset)
-        run_log.log_run_summary(stage, data, args)
+        run_log.log_run_summary(stage, data, args.seed, facts=args.facts == "on")
         memory.check_memory(stage, distributed.default_device())
         if args.dry_run:
             dry_run(stage, args.seed)
             return None
-        with run_folder.opened(args, folder, run_record) as track:
+        with run_folder.opened(
+            folder,
+            run_record,
+            resume=args.resume,
+            log_file=args.log_file,
+            report_to=args.report_to,
+        ) as track:
             state = fit(
                 stage,
                 args.seed,

@@ -346,9 +346,7 @@ FLAGS = (
     Flag("data_dir", Path, help="folder with the SRTR files", required=True),
     Flag("organ", tuple(ORGANS), "kidney"),
     Flag("landmark_days", int, help="days after listing; 365 kidney, 90 liver"),
-    Flag(
-        "horizon_days", parse_days, help="days ahead; 365 kidney, 90 liver; of times several"
-    ),
+    Flag("horizon_days", parse_days, help="days ahead; 365 kidney, 90 liver; of times several"),
     Flag("transplant", waiting_list.TRANSPLANT_CHOICES, "negative"),
     Flag("outcome_kind", OUTCOME_KINDS, "label", KINDS),
     Flag("removals", waiting_list.REMOVALS, "apart", REMOVALS),

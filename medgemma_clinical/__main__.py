@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import runpy
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -59,8 +60,10 @@ def main(words: Sequence[str], table: Table | None = None) -> int:
     The script gives ``table``, the flags of its training; then ``train`` need not be named.
     """
     verb, rest = (words[0], words[1:]) if words and not words[0].startswith("-") else ("", words)
-    if former := [word for word in words if word in FORMER]:
-        return refuse(f"{former[0]} is a command now: {PROGRAM} {FORMER[former[0]]} --help")
+    if former := [k for k, word in enumerate(words) if word in FORMER]:
+        k = former[0]
+        typed = [FORMER[words[k]], *words[k + 1 :], *words[:k]]
+        return refuse(f"{words[k]} is a command now: {PROGRAM} {one_line(shlex.join(typed))}")
     if verb in DATA_VERBS:
         return int(importlib.import_module(DATA_SCRIPT).main(words))
     if verb in ("", "train") and table is not None:

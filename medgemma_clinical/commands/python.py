@@ -287,7 +287,7 @@ class Training:
         with FITTING:  # a fit of another thread waits
             if IN_FIT.get():
                 raise InputError("a model is being trained: on_epoch cannot train another")
-            check_output(args)
+            check_output(stage_folder(args), args.log_file, args.report_to)
             kernels = exact_kernels(deterministic=args.deterministic)
             within = IN_FIT.set(True)
             try:

@@ -128,8 +128,9 @@ def write(
                 baselines = outcome.fit_baselines(dataset, both, decided.settings)
                 beside = baselines.risks(dataset, scored.rows)
         table = prediction_table(stage, scored, observed, beside, decided.rules)
-        options: dict[str, Any] = {"primary": args.primary}
-        metrics["test"] = outcome.evaluate(table, args.seed, decided.rule.threshold, **options)
+        metrics["test"] = outcome.evaluate(
+            table, args.seed, decided.rule.threshold, primary=args.primary
+        )
         tables["test"] = table
         if is_writer:
             lines, reports = score_reports(dataset, texts, scored, args.seed)

@@ -100,13 +100,13 @@ def write_history(folder: Path | None, history: list[dict[str, Any]]) -> None:
         files.write_text(folder / HISTORY, "".join(json.dumps(x) + "\n" for x in history))
 
 
-def log_path(args: Namespace, folder: Path) -> Path | None:
+def log_path(log_file: str, folder: Path) -> Path | None:
     """Return the path of the run's log, None for none; refuse one that cannot be had."""
-    if args.log_file == "none" or args.dry_run:
+    if log_file == "none":
         return None
-    if args.log_file == "auto":
+    if log_file == "auto":
         return folder / f"train_{datetime.now():%Y%m%d_%H%M%S}.log"
-    path = Path(args.log_file)
+    path = Path(log_file)
     check_log_file(path)
     return path
 
@@ -188,7 +188,9 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def opened(args: Namespace, folder: Path | None, run: dict[str, Any]) -> Iterator[Track]:
+def opened(
+    folder: Path | None, run: dict[str, Any], *, resume: bool, log_file: str, report_to: str
+) -> Iterator[Track]:
     """Lock and prepare a stage's folder for a run; yield its tracker. Each process must call.
 
     Call it when all else is known to work: an earlier result is moved aside here.
@@ -202,15 +204,15 @@ def opened(args: Namespace, folder: Path | None, run: dict[str, Any]) -> Iterato
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(files.locked(folder))
                 clean(folder)
-                if not args.resume:
+                if not resume:
                     begin(folder, run)
             except OSError as error:
                 raise InputError(f"--output_dir {folder.parent}: {error.strerror}") from error
-            if log := log_path(args, folder):
+            if log := log_path(log_file, folder):
                 RUN_LOG.open(log)
         processes().wait_for_everyone()
-        numbers = {k: v for k, v in vars(args).items() if isinstance(v, (int, float))}
-        yield stack.enter_context(tracking(args.report_to, tracker_folder(folder), numbers))
+        numbers = {k: v for k, v in run["arguments"].items() if isinstance(v, (int, float))}
+        yield stack.enter_context(tracking(report_to, tracker_folder(folder), numbers))
 
 
 def clean(folder: Path) -> None:
@@ -309,12 +311,11 @@ def finish_run(folder: Path | None, tokens: float, best_model: str | None = None
     files.remove(state_folder(folder))
 
 
-def interruptible(args: Namespace, action: Callable[[], Any]) -> int:
+def interruptible(folder: Path, action: Callable[[], Any]) -> int:
     """Run a training; return the exit code, and log how an interrupted one continues."""
     try:
         action()
     except KeyboardInterrupt as stop:
-        folder = stage_folder(args)
         if state_paths(state_folder(folder)):
             logger.error("interrupted: the same command with --resume continues in %s", folder)
         else:

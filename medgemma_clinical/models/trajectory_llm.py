@@ -208,6 +208,13 @@ class LLMClassifier(TrajectoryLLM):
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
 
+    @torch.no_grad()
+    def start_at(self, targets: Any) -> None:
+        """Begin with outputs that fit targets (n, ...) on average, where no stage 1 gives them."""
+        if not self.adds_stage1:  # of other outputs ``null_outputs`` are the start
+            start = torch.from_numpy(self.outcome.start(targets))
+            self.head.bias.copy_(start.view(len(self.head.bias), -1)[:, -1])
+
     def residual(self, states: Tensor) -> Tensor:
         """Return what the head reads in states (B, D): (B, W) float32."""
         residual: Tensor = self.head(states)
