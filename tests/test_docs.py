@@ -11,7 +11,7 @@ import pytest
 import dataset_format
 import medgemma_trainer
 import srtr_dataset
-from medgemma_clinical.__main__ import DATA_VERBS, VERBS
+from medgemma_clinical.__main__ import VERBS
 from medgemma_clinical.commands.command_line import build_parser, rows_of
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +49,7 @@ OTHER_PROGRAMS = {
     "--rdzv_endpoint",
     *("--runner", "--dtype", "--enable-prompt-embeds", "--outtype", "--outfile", "--dist"),
     *("--app-dir", "--factory"),
+    *("--arms", "--reference", "--open", "--curves"),
     *("--approve", "--durations", "--editable", "--help", "--version"),
 }
 """Flags of every parser, and those of accelerate, torchrun, wget, hf and other programs."""
@@ -135,12 +136,11 @@ def test_commands_of_the_pages_parse(program):
     assert found
     for text in found:
         words = shlex.split(text.replace("\\\n", " "), comments=True)
-        if words[:1] and words[0] in VERBS:
+        if words[0] in VERBS and words[1:]:
             VERB_PARSERS[words[0]].parse_args(words[1:])
-        elif words[:1] and words[0] in DATA_VERBS:
-            PARSERS["dataset_format.py"].parse_args(words)
-        elif words[:1] != ["VERB"]:
-            PARSERS[program.removeprefix("python ")].parse_args(words)
+        elif words[0] not in {"COMMAND", *VERBS}:
+            script = program.removeprefix("python ") if " " in program else "dataset_format.py"
+            PARSERS[script].parse_args(words)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

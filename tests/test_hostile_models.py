@@ -10,7 +10,7 @@ import pytest
 import medgemma_trainer as trainer
 from conftest import whole_reports
 from language_models import bring_code, edit_json, rehash, save_text_checkpoint
-from medgemma_clinical.commands.predict import inputs_path
+from medgemma_clinical.commands.predictions import inputs_path
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.language_model import content_hash
 from predicting import STAGES, command, read_predictions, refused, write_data

@@ -18,7 +18,7 @@ PROMISED |= {"dataset_format": "MIMICtrajectoryDataset", "srtr_dataset": "SRTRTr
 ROOMS = ("data", "evaluation", "models", "training", "inference", "commands")  # from below
 
 SHOWN = {"ClinicalODERNN", "SoftPrompt", "LoraConfig", "BitsAndBytesConfig", "AdamW"}
-SHOWN |= {"get_cosine_schedule_with_warmup", "nn.Linear"}
+SHOWN |= {"warmup_and_cosine", "nn.Linear"}
 IMPORTS = (ast.Import, ast.ImportFrom)
 
 
@@ -47,6 +47,8 @@ GRAPH = {name: imports([tree]) for name, tree in TREES.items()}
 def rank(module):
     """Return the place of a module in the one direction of imports."""
     room = f"{module}.".split(".")[1]
+    if room == "__main__":
+        return len(ROOMS) + 1
     return 1 + ROOMS.index(room) if room in ROOMS else 0
 
 
@@ -67,7 +69,7 @@ def test_imports_go_one_way_and_models_stay_with_the_models():
         assert not found & {*PROMISED}, name
         own = [other for other in found if other.startswith(PACKAGE)]
         assert not [other for other in own if rank(other) > rank(name)], name
-        assert "argparse" not in found or rank(name) == len(ROOMS), name
+        assert "argparse" not in found or rank(name) >= len(ROOMS), name
         if 0 < rank(name) <= 2:  # data and evaluation
             heavy = {"transformers", "peft", "accelerate", "torchdiffeq"}
             assert not heavy & {other.partition(".")[0] for other in found}, name
@@ -82,7 +84,9 @@ def test_the_script_shows_the_wiring():
     used = {ast.unparse(x) for x in nodes if isinstance(x, (ast.Name, ast.Attribute))}
     assert used >= SHOWN
     for function in (x for x in nodes if isinstance(x, ast.FunctionDef)):
-        assert not imports([function]), function.name
+        # The language model's libraries take seconds to load, which stage 1 need not wait for.
+        lazy = {name.partition(".")[0] for name in imports([function])}
+        assert lazy == ({"peft", "transformers"} if function.name == "build_llm" else set())
 
 
 def test_the_hash_of_the_code_covers_whatever_decides_a_result():

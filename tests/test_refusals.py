@@ -20,7 +20,9 @@ import srtr_dataset
 from conftest import SAMPLE
 from dataset_format import MIMICtrajectoryDataset
 from language_models import TINY_MODEL, rehash
-from medgemma_clinical.commands import demo, predict
+from medgemma_clinical.commands import demo, predictions
+from medgemma_clinical.commands.command_line import build_parser
+from medgemma_clinical.commands.predict import FLAGS
 from medgemma_clinical.files import write_json
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_trainer import TrajectoryModel
@@ -296,7 +298,6 @@ CONTRADICTIONS = [
     (f"{NEW} --patients 1", "--explain --patients"),
     ("predict", "--checkpoint"),
     ("predict --checkpoint x --data_dir y", "--predictions"),
-    ("predict --checkpoint x --predictions y", "--data_path --data_dir"),
     *((f"--{verb}", f"--{verb} {verb}") for verb in ("predict", "monitor", "pool", "export")),
     ("--trajectory_only --compare a b", "--compare compare"),
     ("predct", "predct predict"),
@@ -420,7 +421,7 @@ CASES = [
     (f"{STAGE_2} --data_path data.csv --seed 3 --max_len 3", ENCODER),  # another split
     ("trainer --trajectory_only --data_path few.csv --series ph", "ph"),
     ("trainer --trajectory_only --dataset srtr --data_dir srtr --series GFR", "--series"),
-    ("trainer --ablation --data_path data.csv --model_name tiny --arms nothing", "nothing"),
+    ("trainer --data_path data.csv --model_name tiny --ablation=nothing", "nothing"),
     *((PREDICT.format(f"checkpoints/{name}"), name) for name in ("cut", "shuffled", "random")),
     (PREDICT.format("checkpoints/base"), "--model_name"),
     (PREDICT.format("checkpoints/kind"), "sepsis"),
@@ -557,11 +558,12 @@ def test_random_command_lines_give_one_line_and_no_traceback(made, tmp_path, mon
 
     for module, name in ((trainer, "validate"), (trainer, "backward")):
         monkeypatch.setattr(module, name, start)
-    monkeypatch.setattr(predict, "write_predictions", start)
-    monkeypatch.setattr(demo, "SETTINGS", {**demo.SETTINGS, "data_path": made / "data.csv"})
+    monkeypatch.setattr(predictions, "write_predictions", start)
+    monkeypatch.setattr(demo, "SAMPLE_DATA", made / "data.csv")
     monkeypatch.chdir(tmp_path)
     restore()
-    actions, seen = trainer.build_parser()._actions, Counter()
+    parsers = [build_parser("", "", table) for table in (trainer.FLAGS, FLAGS)]
+    actions, seen = [action for each in parsers for action in each._actions], Counter()
     actions = [action for action in actions if action.dest != "version"]
     for seed in range(EXAMPLES):
         words = command_line(actions, Random(seed))

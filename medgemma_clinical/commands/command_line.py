@@ -50,6 +50,7 @@ class Flag:
     metavar: str | None = None
     required: bool = False
     several: bool = False  # takes one value or more
+    repeat: bool = False  # may be given several times; its value is a tuple
     bare: Any = None  # its value where it is typed without one
     positional: bool = False
 
@@ -62,6 +63,8 @@ class Flag:
             options |= {"choices": self.form}
         else:
             options |= {"type": self.form, "metavar": self.metavar or METAVARS.get(self.form, "N")}
+        if self.repeat:
+            options |= {"action": Repeated, "default": ()}
         if self.several:
             options["nargs"] = "+"
         if self.bare is not None:

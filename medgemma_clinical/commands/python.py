@@ -279,7 +279,9 @@ class Training:
         parser = build_parser("medgemma_trainer.py", "", self.table)
         args, typed = parser.parse_keywords({**keywords, **stage})
         check_flags(args, typed, self.table)
-        machine_defaults(args)
+        args.quantization, args.precision = machine_defaults(
+            args.model_name, args.base_weights, args.quantization, args.precision
+        )
         check_launch()
         check_gpu()
         with FITTING:  # a fit of another thread waits

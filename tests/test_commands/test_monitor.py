@@ -11,9 +11,9 @@ import torch
 
 import medgemma_trainer as trainer
 from conftest import SAMPLE
-from medgemma_clinical.commands import monitor
-from medgemma_clinical.commands.monitor import read_table
-from medgemma_clinical.commands.predict import inputs_path
+from medgemma_clinical.commands import monitoring as reading
+from medgemma_clinical.commands.monitoring import read_table
+from medgemma_clinical.commands.predictions import inputs_path
 from medgemma_clinical.evaluation import monitoring
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import MODEL
@@ -37,7 +37,7 @@ def few_draws(monkeypatch):
     monkeypatch.setattr(monitoring, "REPLICATES", 100)
     monkeypatch.setattr(monitoring, "YEARS", 200)
     monkeypatch.setattr("medgemma_clinical.evaluation.metrics.REPLICATES", 50)
-    monkeypatch.setattr(monitor, "latest_now", lambda: pd.Timestamp("2026-06-01T12:00Z"))
+    monkeypatch.setattr(reading, "latest_now", lambda: pd.Timestamp("2026-06-01T12:00Z"))
 
 
 @pytest.fixture(scope="module")
