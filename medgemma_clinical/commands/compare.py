@@ -13,7 +13,6 @@ from typing import Any
 import pandas as pd
 
 from medgemma_clinical.commands.command_line import EXIT_DONE, SEED, Flag, Table
-from medgemma_clinical.commands.run_folder import HISTORY, read_run
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, MEANINGS, STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import MODEL, TESTED, Metrics, evaluate, named_model
 from medgemma_clinical.evaluation.report import write_comparison
@@ -21,9 +20,9 @@ from medgemma_clinical.evaluation.tables import model_table
 from medgemma_clinical.evaluation.verdicts import counts_text
 from medgemma_clinical.files import InputError, make_output_dir, move_aside, read_json, write_json
 from medgemma_clinical.models.choices import DEMO
-from medgemma_clinical.models.model_card import built_in_sentence
 from medgemma_clinical.models.outcome import LABEL, Outcome
-from medgemma_clinical.provenance import describe_program
+from medgemma_clinical.models.terms import built_in_sentence
+from medgemma_clinical.provenance import HISTORY, describe_program, read_run
 
 logger = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from medgemma_clinical.evaluation.aggregate import (
 )
 from medgemma_clinical.evaluation.sites_page import pooled_cells, write_sites
 from medgemma_clinical.files import (
+    READING_ERRORS,
     InputError,
     locked,
     make_output_dir,
@@ -25,7 +26,6 @@ from medgemma_clinical.files import (
     read_json,
     write_json,
 )
-from medgemma_clinical.models.checkpoints import READING_ERRORS
 
 logger = logging.getLogger(__name__)
 

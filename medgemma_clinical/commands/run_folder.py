@@ -24,16 +24,19 @@ from medgemma_clinical.files import InputError
 from medgemma_clinical.models import checkpoints
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, TrajectoryCheckpoint
 from medgemma_clinical.models.language_model import base_record
-from medgemma_clinical.provenance import code_hash, git_commit, versions
+from medgemma_clinical.provenance import (
+    HISTORY,
+    METRICS,
+    RUN_FORMAT,
+    code_hash,
+    git_commit,
+    read_run,
+    versions,
+)
 from medgemma_clinical.training.state import read_state, state_paths
 from medgemma_clinical.training.trackers import Track, tracking
 
 logger = logging.getLogger(__name__)
-
-RUN_FORMAT = 5
-"""Of ``run.json``; rises when runs of older versions can no longer be resumed."""
-
-METRICS, HISTORY = "metrics.json", "history.jsonl"
 
 RESULTS = (
     *(METRICS, HISTORY, "report.html", "tripod.md", "baselines.json", checkpoints.FACTS),
@@ -168,20 +171,6 @@ def run_record(args: Namespace, data: Data, stage1: TrajectoryCheckpoint | None)
     }
     as_read_again: dict[str, Any] = json.loads(json.dumps(run))
     return as_read_again
-
-
-def read_run(folder: Path) -> dict[str, Any] | None:
-    """Return the content of ``run.json``, None where there is none."""
-    path = folder / "run.json"
-    try:
-        run = files.read_json(path)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError):
-        run = None
-    if not isinstance(run, dict) or run.get("format") != RUN_FORMAT:
-        raise InputError(f"{path}: damaged or of another version: start again without --resume")
-    return run
 
 
 # --------------------------------------------------------------------------- a run's life

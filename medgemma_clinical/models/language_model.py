@@ -11,23 +11,19 @@ import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 from medgemma_clinical.files import InputError, file_hash, json_hash, one_line, read_json
 from medgemma_clinical.models.choices import DEMO
 from medgemma_clinical.models.text_batches import chat_turns
 from medgemma_clinical.provenance import PACKAGE
+
+if TYPE_CHECKING:  # transformers takes seconds: a function that begins with a model loads it
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +62,12 @@ def machine_defaults(
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Silence messages that report no fault, for the length of a block."""
-    verbosity = transformers.logging.get_verbosity()
+    from transformers.utils import logging as model_logging
+
+    verbosity = model_logging.get_verbosity()
     logs = [logging.getLogger(name) for name in QUIET]
     levels = [log.level for log in logs]
-    transformers.logging.set_verbosity_error()
+    model_logging.set_verbosity_error()
     for log in logs:
         log.setLevel(logging.CRITICAL)
     try:
@@ -77,7 +75,7 @@ def quiet_libraries() -> Iterator[None]:
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             yield
     finally:
-        transformers.logging.set_verbosity(verbosity)
+        model_logging.set_verbosity(verbosity)
         for log, level in zip(logs, levels, strict=True):
             log.setLevel(level)
 
@@ -140,7 +138,9 @@ def load_language_model(
 
 def text_config(folder: Path) -> Any:
     """Return the configuration of a folder's language model; refuse one without soft tokens."""
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config = config.get_text_config()
     if getattr(config, "hidden_size_per_layer_input", 0):  # Gemma 4 E2B and E4B, Gemma 3n
         raise ValueError(
@@ -152,6 +152,8 @@ def text_config(folder: Path) -> Any:
 
 def load_text_model(folder: Path, config: Any, **options: Any) -> PreTrainedModel:
     """Load the language model of a folder; no code of a checkpoint runs."""
+    from transformers import AutoModelForCausalLM
+
     model, info = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
@@ -172,7 +174,9 @@ def load_text_model(folder: Path, config: Any, **options: Any) -> PreTrainedMode
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder; refuse one that does not restore text."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     ids = tokenizer("24 (0h)", add_special_tokens=False)["input_ids"]
     if tokenizer.eos_token_id is None or tokenizer.decode(ids) != "24 (0h)":
         raise ValueError("its tokenizer does not restore text")
@@ -213,6 +217,8 @@ def base_type(name: str, revision: str | None = None) -> str:
 
 def draw_model(config: Any, **options: Any) -> PreTrainedModel:
     """Return a model with fixed random weights, as its kind has before training."""
+    from transformers import AutoModelForCausalLM
+
     with torch.random.fork_rng(devices=[]):  # drawn on the CPU, so that they are always the same
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)

@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase
 
 from medgemma_clinical.data.competing_events import CompetingEvents
 from medgemma_clinical.data.overlap import check_held_out
@@ -51,6 +50,9 @@ from medgemma_clinical.models.outcome import NO_MOVES, Moves, Outcome, outcome_o
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory import Stage1
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
+
+if TYPE_CHECKING:  # see ``language_model``
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, NotRequired
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationConfig, PreTrainedModel
 
 from medgemma_clinical.data.trajectories import Batch
 from medgemma_clinical.files import RunFault
 from medgemma_clinical.models.outcome import LABEL, Outcome
 from medgemma_clinical.models.trajectory import Output, Stage1
+
+if TYPE_CHECKING:  # see ``language_model``
+    from transformers import PreTrainedModel
 
 IGNORED = -100
 """Target of positions without loss, as in ``torch.nn.functional.cross_entropy``."""
@@ -306,6 +308,8 @@ class LLMWriter(TrajectoryLLM):
     @torch.no_grad()
     def write(self, batch: TextBatch, max_tokens: int, eos: list[int], pad: int) -> Tensor:
         """Continue texts greedily to ``eos``, then by ``pad``: ids (B, at most ``max_tokens``)."""
+        from transformers import GenerationConfig
+
         self.eval()
         sequence = self.embed(batch, self.trajectory(batch), left=True)
         greedy = GenerationConfig(
