@@ -90,6 +90,8 @@ def plan_folds(
         Run(titles[k], fold_arguments(k, args), fold_dataset(rows, fold, k, args.seed, name))
         for k, name in enumerate(names)
     ]
+    for run in runs:
+        run_folder.given_stage1(run.args)  # a missing one shows before hours go into the others
     return runs, fold
 
 
