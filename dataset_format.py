@@ -33,15 +33,16 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medgemma_clinical.__main__ import DATA_VERBS
 from medgemma_clinical.commands import config, logs
 from medgemma_clinical.commands.command_line import (
     POSITIVE,
     SHOW_VALUES,
     VERSION,
     WHOLE,
+    Flag,
     Help,
     Parser,
-    Repeated,
     names,
     number,
     parse_hours,
@@ -378,6 +379,131 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
 
 # --------------------------------------------------------------------------- commands
 
+
+def outcome(text: str) -> tuple[str, ...]:
+    """Return escalation, or some of its components."""
+    components = name_tuple(text)
+    if components != (ESCALATED,) and not (components and {*components} <= OUTCOMES.keys()):
+        allowed = f"{ESCALATED}, or some of {', '.join(OUTCOMES)}"
+        raise argparse.ArgumentTypeError(f"{text!r} must be {allowed}")
+    return components
+
+
+def name_tuple(text: str) -> tuple[str, ...]:
+    """Split a comma-separated list of names."""
+    return tuple(names(text))
+
+
+OUTPUT = (
+    Flag("out", Path, None, "CSV to write; a JSON description comes beside it"),
+    Flag("memory_limit", str, "400MB", "memory for tables, beyond it disk is used"),
+    Flag("threads", WHOLE, 0, "threads that read (0 = all cores)"),
+)
+"""Flags of every command that makes a DKA file."""
+
+LIMITS = "of '<5': 2.5, 5, or no value; of '>5': 5, or no value"
+MIN_VALUES = "fewest values of the main series in the window"
+COHORT = (
+    Flag("cohort", tuple(COHORTS), "dka", "admissions to take"),
+    Flag("series", name_tuple, (), "series NAME,NAME or all; the first is the main series"),
+    Flag("window_hours", HOURS, 12.0, "hours from first value to prediction time"),
+    Flag("horizon_hours", HOURS, 72.0, "hours from then to the end"),
+    Flag("min_observations", POSITIVE, 2, "fewest values of the main series"),
+    Flag("outcome", outcome, ESCALATED, "escalation, or some of death,icu,unresolved"),
+    Flag("discharged", tuple(DISCHARGED), "not_escalated", "alive by the horizon: 0, or no row"),
+    Flag("compute_gap", tuple(GAPS), "always", "anion gap: from Na, Cl, HCO3, or as reported"),
+)
+"""Flags that choose the cohort of a hospital."""
+
+EVENTS = (
+    Flag("series", help="'NAME [unit]=CODE'; the first is the main series", repeat=True),
+    Flag("window_hours", HOURS, 24.0, "hours before the prediction time that are read"),
+    Flag("hours_from", ("window", "first"), "window", "hour 0: window or first value"),
+    Flag("min_observations", POSITIVE, 1, MIN_VALUES),
+    Flag("outcome", str, "Event", "meaning of label 1"),
+    Flag("question", str, "", "question about a patient; by default from --outcome"),
+)
+"""Flags that make rows of labels and events."""
+
+NOTE_WORDS = Flag("max_note_words", POSITIVE, 256, "latest words of notes in a context")
+
+COMMANDS: dict[str, tuple[Flag, ...]] = {
+    "check": (
+        Flag("file", Path, help="CSV or Parquet in the DKA format", positional=True),
+        Flag("series", names, help="read these series only"),
+        Flag("max_len", int, help="most recent observations kept of a row"),
+        Flag("label_column", str, LABEL, "column of 0 and 1 to learn"),
+        Flag("outcome_kind", OUTCOME_KINDS, help="label, or time to events; label where it is"),
+        Flag("horizon_hours", parse_hours, help="hours at which risks are wanted; of times"),
+        Flag("allow_duplicates", bool, help="allow equal rows across the split"),
+        *(Flag(name, help=text) for name, text in dka.NAMING.items()),
+        SHOW_VALUES,
+    ),
+    "from_mimic": (
+        Flag("mimic_dir", Path, help="folder of MIMIC-IV with hosp/ and icu/", required=True),
+        *OUTPUT,
+        *COHORT,
+        Flag("item", str, str(GAP_ITEM), "itemid of the series, or its name in d_labitems"),
+        Flag("notes_dir", Path, help="folder note/ of MIMIC-IV-Note, for the context"),
+        NOTE_WORDS,
+    ),
+    "from_eicu": (
+        Flag("eicu_dir", Path, help="folder with patient, admissionDx and lab", required=True),
+        *OUTPUT,
+        *COHORT,
+    ),
+    "from_meds": (
+        Flag("meds_dir", Path, help="folder of MEDS with data/ and metadata/", required=True),
+        Flag("labels", Path, help="labels as ACES writes them: Parquet file or folder"),
+        *OUTPUT,
+        *EVENTS,
+        Flag("context", help="static 'NAME [unit]=CODE', repeatable", repeat=True),
+        Flag("event", help="'NAME=CODE' whose time is written; first the one asked", repeat=True),
+        Flag("notes", help="code of notes for the context, repeatable", repeat=True),
+        NOTE_WORDS,
+        Flag("no_splits", bool, help="ignore metadata/subject_splits.parquet"),
+        Flag("list_codes", bool, help="print all codes with counts, make no file"),
+    ),
+    "from_long": (
+        Flag("preview", bool, help="show what would be read and made, write import.toml"),
+        Flag("config", Path, help="flags of a TOML file, of which typed ones win"),
+        Flag("table", Path, help="CSV, Excel or Parquet, one value a row"),
+        Flag("labels", Path, help="table with patient, prediction time and label"),
+        *OUTPUT,
+        Flag("like", Path, help="read as for this earlier output: its flags are the defaults"),
+        *EVENTS,
+        Flag("columns", help="other names, as time=Drawn item=Analyte", repeat=True, several=True),
+        Flag("prediction_time", str, "", "'COLUMN + 48 h' of --labels"),
+        Flag("static", help="'age [years]=COLUMN' of --labels, repeatable", repeat=True),
+        Flag("outcome_column", help="a label, repeatable; the first is the main", repeat=True),
+        Flag("event_time", str, "", "column: time of the event, or of the end of the record"),
+        Flag("event", str, "", "column of --labels: 0 (censored), 1, 2, ..., or words"),
+        Flag("event_names", help="of 1, 2, ...: the words of --event", repeat=True, several=True),
+        Flag("interventions", help="events by a treatment decision", repeat=True, several=True),
+        Flag("context_column", str, "", "column of --labels with a text for the context"),
+        Flag("notes", Path, help="table with patient, time and text, for the context"),
+        NOTE_WORDS,
+        Flag("keep", help="columns of --labels to carry along", repeat=True, several=True),
+        Flag("no_labels", bool, help="outcome not known: new patients"),
+        Flag("positive", help="word of label 1, all others being 0 (Yes)", repeat=True),
+        Flag("time_format", help="strptime format of times; by default found", repeat=True),
+        Flag("time_unit", tuple(duck.MICROSECONDS), "", "unit of times that are numbers"),
+        Flag(
+            "below_limit",
+            ("half", "value", "drop"),
+            "",
+            LIMITS,
+        ),
+        Flag("bad_values", ("drop",), "", "leave out values that are no numbers"),
+        Flag("encoding", str, "", "of CSV tables that are not UTF-8 (default: cp1252)"),
+        Flag("sheet", help="of an Excel file (default: first); again: the next", repeat=True),
+        Flag("decimal", ("comma", "point"), "", "decimal sign; the other one groups thousands"),
+        Flag("equal_times", ("keep", "last", "mean"), "keep", "values of a series at one time"),
+        Flag("factor", help="'ITEM:UNIT=NUMBER', repeatable: convert a unit", repeat=True),
+    ),
+}
+
+
 REQUESTS: dict[str, tuple[type[duck.TableRequest], Callable[[Any], Any]]] = {
     "from_mimic": (mimic.MimicRequest, mimic.make_mimic),
     "from_eicu": (eicu.EicuRequest, eicu.make_eicu),
@@ -389,6 +515,8 @@ REQUESTS: dict[str, tuple[type[duck.TableRequest], Callable[[Any], Any]]] = {
 
 CODES = "; --list_codes shows what can be a series"
 NEEDED = {
+    "from_mimic": {"out": ""},
+    "from_eicu": {"out": ""},
     "from_meds": dict.fromkeys(("out", "labels", "series"), CODES),
     "from_long": dict.fromkeys(("table", "labels", "out"), ""),
 }
@@ -551,171 +679,13 @@ def build_parser(stored: Mapping[str, Any] | None = None) -> Parser:
     parser = Parser("dataset_format.py", description=about, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=VERSION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{check,from_long,...}")
-
-    def command(name: str, about: str) -> Callable[..., Any]:
-        subparser = commands.add_parser(name, help=about, allow_abbrev=False, formatter_class=Help)
-        return subparser.add_argument
-
-    add = command("check", "validate a file and print its summary")
-    add("file", type=Path, help="CSV (.csv, .csv.gz) or Parquet in the DKA format")
-    add("--series", type=names, metavar="NAME,NAME", help="read these series only")
-    add("--max_len", type=int, help="most recent observations kept of a row")
-    add("--label_column", default=LABEL, metavar="NAME", help="column of 0 and 1 to learn")
-    kinds = "a label or times to events (default: a label where its column stands)"
-    add("--outcome_kind", choices=OUTCOME_KINDS, help=kinds)
-    wanted = "hours at which risks are wanted; of times"
-    add("--horizon_hours", type=parse_hours, metavar="HOURS,HOURS", help=wanted)
-    add("--allow_duplicates", action="store_true", help="allow equal rows across the split")
-    for name, text in dka.NAMING.items():
-        add(f"--{name}", help=text)
-    add("--show_values", action="store_true", help=SHOW_VALUES)
-
-    add = command("from_mimic", "make a file from MIMIC-IV tables")
-    add("--mimic_dir", type=Path, required=True, help="folder of MIMIC-IV with hosp/ and icu/")
-    add_output_flags(add)
-    add_cohort_flags(add)
-    add("--item", default=str(GAP_ITEM), help="itemid of the series, or its name in d_labitems")
-    notes_dir = "folder note/ of MIMIC-IV-Note, for the context"
-    add("--notes_dir", type=Path, help=notes_dir)
-    add_note_flags(add)
-
-    add = command("from_eicu", "make a file from eICU tables")
-    add("--eicu_dir", type=Path, required=True, help="folder with patient, admissionDx and lab")
-    add_output_flags(add)
-    add_cohort_flags(add)
-
-    add = command("from_meds", "make a file from events in MEDS form")
-    add("--meds_dir", type=Path, required=True, help="folder of MEDS with data/ and metadata/")
-    add("--labels", type=Path, help="labels as ACES writes them: Parquet file or folder")
-    add_output_flags(add, required=False)
-    add_event_flags(add)
-    add("--context", action=Repeated, default=(), help="static 'NAME [unit]=CODE', repeatable")
-    ends = "'NAME=CODE' whose time is written, repeatable; first the event asked about"
-    add("--event", action=Repeated, default=(), help=ends)
-    notes = "code of notes for the context, repeatable"
-    add("--notes", action=Repeated, default=(), metavar="CODE", help=notes)
-    add_note_flags(add)
-    add("--no_splits", action="store_true", help="ignore metadata/subject_splits.parquet")
-    add("--list_codes", action="store_true", help="print all codes with counts, make no file")
-
-    add = command("from_long", "make a file from a table with one value a row")
-    shown = "show what would be read and made, write import.toml"
-    add("--preview", action="store_true", help=shown)
-    file = "flags of a TOML file, of which typed ones win"
-    add("--config", type=Path, metavar="import.toml", help=file)
-    add("--table", type=Path, help="CSV, Excel or Parquet, one value a row")
-    labels = "table with patient, prediction time and label"
-    add("--labels", type=Path, help=labels)
-    add_output_flags(add, required=False)
-    like = "read as for this earlier output: its flags are the defaults"
-    add("--like", type=Path, metavar="EARLIER.csv", help=like)
-    add_event_flags(add)
-    pairs = "columns of other names, as time=Drawn item=Analyte"
-    add("--columns", action=Repeated, nargs="+", default=(), metavar="ROLE=COLUMN", help=pairs)
-    time = "'COLUMN + 48 h' of --labels"
-    add("--prediction_time", default="", metavar="TIME", help=time)
-    static = "static feature 'age [years]=COLUMN' of --labels, repeatable"
-    add("--static", action=Repeated, default=(), help=static)
-    outcomes = "column of a label, repeatable; the first is the main label"
-    add("--outcome_column", action=Repeated, default=(), metavar="COLUMN", help=outcomes)
-    end = "column of --labels: time of the event, or of the end of the record"
-    add("--event_time", default="", metavar="COLUMN", help=end)
-    event = "column of --labels: 0 (censored), 1, 2, ..., or words"
-    add("--event", default="", metavar="COLUMN", help=event)
-    words = "names of the events 1, 2, ...: the words of --event"
-    add("--event_names", action=Repeated, nargs="+", default=(), metavar="NAME", help=words)
-    decided = "events that a treatment decision brings, numbers or names"
-    add("--interventions", action=Repeated, nargs="+", default=(), metavar="EVENT", help=decided)
-    context = "column of --labels with a text for the context"
-    add("--context_column", default="", metavar="COLUMN", help=context)
-    notes = "table with patient, time and text, for the context"
-    add("--notes", type=Path, metavar="FILE", help=notes)
-    add_note_flags(add)
-    keep = "columns of --labels to carry along under their names"
-    add("--keep", action=Repeated, nargs="+", default=(), metavar="COLUMN", help=keep)
-    add("--no_labels", action="store_true", help="outcome not known: new patients")
-    word = "word of label 1, all others being 0 (default: Yes), repeatable"
-    add("--positive", action=Repeated, default=(), metavar="WORD", help=word)
-    form = "strptime format of times, repeatable; by default found"
-    add("--time_format", action=Repeated, default=(), metavar="FORMAT", help=form)
-    units = tuple(duck.MICROSECONDS)
-    add("--time_unit", choices=units, default="", help="unit of times that are numbers")
-    limit = "of '<5': 2.5, 5, or no value; of '>5': 5, or no value"
-    add("--below_limit", choices=("half", "value", "drop"), default="", help=limit)
-    bad = "leave out values that are no numbers"
-    add("--bad_values", choices=("drop",), default="", help=bad)
-    encoding = "of CSV tables that are not UTF-8 (default: cp1252)"
-    add("--encoding", default="", metavar="NAME", help=encoding)
-    sheet = "of an Excel file (default: first); again: of the next"
-    add("--sheet", action=Repeated, default=(), metavar="NAME", help=sheet)
-    sign = "decimal sign; the other one groups thousands"
-    add("--decimal", choices=("comma", "point"), default="", help=sign)
-    equal = "values of a series at one time: all, the last stored, or mean"
-    add("--equal_times", choices=("keep", "last", "mean"), default="keep", help=equal)
-    factor = "'ITEM:UNIT=NUMBER', repeatable: convert a unit"
-    add("--factor", action=Repeated, default=(), help=factor)
+    for name, rows in COMMANDS.items():
+        about = DATA_VERBS[name]
+        command = commands.add_parser(name, help=about, allow_abbrev=False, formatter_class=Help)
+        for flag in rows:
+            flag.add_to(command)
     commands.choices["from_long"].set_defaults(**{"read_as": {}, **(stored or {})})
     return parser
-
-
-def outcome(text: str) -> tuple[str, ...]:
-    """Return escalation, or some of its components."""
-    components = name_tuple(text)
-    if components != (ESCALATED,) and not (components and {*components} <= OUTCOMES.keys()):
-        allowed = f"{ESCALATED}, or some of {', '.join(OUTCOMES)}"
-        raise argparse.ArgumentTypeError(f"{text!r} must be {allowed}")
-    return components
-
-
-def name_tuple(text: str) -> tuple[str, ...]:
-    """Split a comma-separated list of names."""
-    return tuple(names(text))
-
-
-def add_output_flags(add: Callable[..., Any], *, required: bool = True) -> None:
-    """Add what every command has that makes a DKA file."""
-    out = "CSV to write; a JSON description comes beside it"
-    add("--out", type=Path, required=required, help=out)
-    add("--memory_limit", default="400MB", help="memory for tables, beyond it disk is used")
-    add("--threads", type=WHOLE, default=0, help="threads that read (0 = all cores)")
-
-
-def add_cohort_flags(add: Callable[..., Any]) -> None:
-    """Add what chooses the cohort of a hospital."""
-    add("--cohort", choices=tuple(COHORTS), default="dka", help="admissions to take")
-    series = "series NAME,NAME or all; the first is the main series"
-    add("--series", type=name_tuple, default=(), help=series)
-    window = "hours from first value to prediction time"
-    add("--window_hours", type=HOURS, default=12.0, help=window)
-    add("--horizon_hours", type=HOURS, default=72.0, help="hours from then to the end")
-    add("--min_observations", type=POSITIVE, default=2, help="fewest values of the main series")
-    outcomes = "escalation, or some of death,icu,unresolved"
-    add("--outcome", type=outcome, default=ESCALATED, help=outcomes)
-    discharged = "discharge alive within the horizon: label 0, or row left out"
-    add("--discharged", choices=tuple(DISCHARGED), default="not_escalated", help=discharged)
-    gap = "anion gap: computed from Na, Cl, HCO3, or as reported"
-    add("--compute_gap", choices=tuple(GAPS), default="always", help=gap)
-
-
-def add_event_flags(add: Callable[..., Any]) -> None:
-    """Add what makes rows of labels and events."""
-    series = "'NAME [unit]=CODE', repeatable; the first is the main series"
-    add("--series", action=Repeated, default=(), help=series)
-    window = "hours before the prediction time that are read"
-    add("--window_hours", type=HOURS, default=24.0, help=window)
-    zero = "hour 0: start of the window, or first observation"
-    add("--hours_from", choices=("window", "first"), default="window", help=zero)
-    fewest = "fewest values of the main series in the window"
-    add("--min_observations", type=POSITIVE, default=1, help=fewest)
-    add("--outcome", default="Event", help="meaning of label 1")
-    question = "question about a patient; by default from --outcome"
-    add("--question", default="", help=question)
-
-
-def add_note_flags(add: Callable[..., Any]) -> None:
-    """Add what limits the notes of a context."""
-    words = "latest words of notes in a context"
-    add("--max_note_words", type=POSITIVE, default=256, metavar="NUMBER", help=words)
 
 
 def check(file: Path, **reading: Any) -> int:

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medgemma_clinical.files import RunFault
+from medgemma_clinical.models.choices import DYNAMICS, SOLVERS
 from medgemma_clinical.models.encoder_plan import (
     FEATURE_INPUTS,
     TIME_INPUTS,
@@ -43,12 +44,6 @@ from medgemma_clinical.models.encoder_plan import (
 )
 from medgemma_clinical.models.fused_rk4 import full_precision, fused_states
 from medgemma_clinical.models.scaler import Scaler
-
-SOLVERS = ("rk4", "dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
-"""This module's ``rk4_step``, and the adaptive solvers of torchdiffeq."""
-
-DYNAMICS = ("ode", "decay", "none")
-"""What happens to a state between two observations."""
 
 MAX_SCALED_STEP = 0.1
 """Longest step of rk4, in units of ``time_scale``."""

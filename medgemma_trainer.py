@@ -1,11 +1,11 @@
 """Fine-tune MedGemma on irregular clinical series: encoder, soft prompt, LoRA, three stages.
 
-    python medgemma_trainer.py --demo      # all three on sample data, minutes on a laptop CPU
+    python medgemma_trainer.py demo        # all three on sample data, minutes on a laptop CPU
 
     python medgemma_trainer.py --trajectory_only --dataset dka --data_path FILE.csv
     python medgemma_trainer.py --mode classification --dataset dka --data_path FILE.csv \\
         --ode_checkpoint ./checkpoints_medgemma_dka/medgemma_trajectory_best.pt  # or generative
-    python medgemma_trainer.py --predict --checkpoint ./checkpoints_medgemma_dka/classification \\
+    python medgemma_trainer.py predict --checkpoint ./checkpoints_medgemma_dka/classification \\
         --data_path NEW.csv --predictions OUT.csv
 
 Data flow: series -> ClinicalODERNN -> a state after each of L observations and one at the
@@ -16,10 +16,12 @@ prediction time; then
     stage 3  generative       <bos> [soft tokens] [text] [report] -> LLM -> lm_head on the report
 
 Stages 2 and 3 add stage 1's logit to their own, stage 3 to that of its verdict, "yes" or "no". The
-loss is the cross-entropy of the label in stages 1 and 2, of the report's tokens in stage 3.
+loss is the cross-entropy of the label in stages 1 and 2 (``Outcome.loss``), of the report's tokens
+in stage 3 (``trajectory_llm.answer_loss``).
 
 This file holds, in this order: flags; what is read; the models; the three stages; the training
-loop; what a training state holds; one run; ``main``. The rest is in ``medgemma_clinical``.
+loop; what is decided after it; what a training state holds; one run. Commands other than the
+training, and what they share, are in ``medgemma_clinical``.
 
 Letters: B patients, L observations, F features, H state, P soft tokens, D width of the LLM.
 """
@@ -37,34 +39,164 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-# First of all: the package sets what libraries read as they load.
+from dataset_format import HOURS, MIMICtrajectoryDataset
+from medgemma_clinical import __main__ as verbs
+from medgemma_clinical.commands import flags
+from medgemma_clinical.commands.command_line import (
+    CENSORING,
+    MIN_CELL,
+    POSITIVE,
+    RATE,
+    SEED,
+    SHOW_VALUES,
+    WHOLE,
+    Flag,
+    Table,
+    changed,
+    check_quantization,
+    check_threshold,
+    names,
+    number,
+    parse_days,
+    parse_encoder,
+    parse_hours,
+)
+from medgemma_clinical.data.competing_events import OUTCOME_KINDS
+from medgemma_clinical.data.dka import LABEL, NAMING
+from medgemma_clinical.data.texts import SERIES_TEXT
 from medgemma_clinical.files import InputError
+from medgemma_clinical.models import choices
+from srtr_dataset import ORGANS, SRTRTrajectoryDataset
 
-# A harmless import warning: a kernel that speeds up 4-bit inference on a CPU is missing.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)
+# --------------------------------------------------------------------------- flags
+
+STAGE_1_FILE = {"encoder", "time_scale", "solver", "dynamics", "members", "dropout", "facts"}
+STAGE_1_FILE |= {"prediction_time"}
+"""Flags that the file of a trained stage 1 decides."""
+
+FOLDS, MEMBERS = number(int, 2, 20), number(int, *choices.MEMBERS)
+TOKENS, RANK = number(int, *choices.PREFIX_TOKENS), number(int, *choices.LORA_RANK)
+SHARE, ON_OFF, REMOVALS = number(float, 0, 0.99), ("on", "off"), ("apart", "together")
+BASE, CALIBRATE = "google/medgemma-4b-pt", ("auto", "none", "platt")
+
+# Ways of training (``flags.WAYS``) that do not read a flag, and what a flag needs.
+ABLATION = "stage1 folds leave_out dry_run"
+PLANNED, VARIED, VARIED_1 = "ablation dry_run", "stage1 ablation", "text ablation"
+OF_FOLDS = "--folds or --leave_out"
+
+# Name, form, default, help, ways that do not read it, needs.
+FLAGS: Table = {
+    "what to train": (
+        Flag("trajectory_only", bool, False, "stage 1: train ODE-RNN only, skip LLM", "ablation"),
+        Flag("mode", choices.LLM_STAGES, "classification", "stage 2 or 3", VARIED),
+        Flag("folds", FOLDS, None, "predict each patient once, in N folds", f"leave_out {PLANNED}"),
+        Flag("leave_out", str, None, "DKA: hold out each site of this column", f"folds {PLANNED}"),
+        Flag("only_fold", WHOLE, None, "train this fold alone, from 0", PLANNED, OF_FOLDS),
+        Flag("final", bool, False, "after folds: train on all patients", PLANNED, OF_FOLDS),
+        Flag("seeds", POSITIVE, None, "repeat, or redraw folds, N times", "leave_out dry_run"),
+        Flag("ablation", names, None, "compare variants: all, or these", ABLATION, bare=""),
+        Flag("dry_run", bool, help="two steps, time and memory, nothing written"),
+        Flag("primary", str, None, "baseline to compare with; the blend that reads most"),
+    ),
+    "data": (
+        Flag("dataset", ("dka", "srtr"), "dka", "kind of data"),
+        Flag("organ", tuple(ORGANS), "kidney", "SRTR only"),
+        Flag("data_path", Path, Path("dka_training_data.csv"), "path to DKA CSV"),
+        Flag("data_dir", Path, None, "path to SRTR data directory"),
+        Flag("landmark_days", WHOLE, None, "SRTR: prediction time after listing; 365, liver 90"),
+        Flag("horizon_days", parse_days, None, "SRTR: days looked ahead; 365, liver 90"),
+        Flag("outcome_kind", OUTCOME_KINDS, None, "label, or time to events; label where it is"),
+        Flag("removals", REMOVALS, None, "SRTR times: improved apart from other removals"),
+        Flag("horizon_hours", parse_hours, None, "DKA: with times, risks by these hours"),
+        Flag("transplant", ("negative", "exclude"), "negative", "SRTR: label 0, or row left out"),
+        Flag("label_column", str, LABEL, "DKA: outcome column, 0 or 1"),
+        Flag("allow_duplicates", bool, help="DKA: allow equal rows across the split"),
+        *(Flag(name, help=text) for name, text in NAMING.items()),
+        Flag("site", str, None, "DKA: column of hospitals or units"),
+        Flag("series", names, None, "DKA: read these series only"),
+        Flag("max_len", POSITIVE, None, "latest observations kept; 20, several series 64, SRTR 50"),
+        Flag("series_text", SERIES_TEXT, "all", "series in the prompt", "stage1"),
+        Flag("text_context", ("full", "none"), "full", "context in the prompt", "stage1"),
+        Flag("max_text_tokens", POSITIVE, None, "longer prompts lose the oldest values", "stage1"),
+        Flag("max_samples", WHOLE, 10000, "max patients (0 = all)"),
+        SHOW_VALUES,
+    ),
+    "training": (
+        Flag("epochs", POSITIVE, 10, "training epochs of stages 2 and 3", "stage1"),
+        Flag("trajectory_epochs", POSITIVE, 100, "training epochs of stage 1", "llm"),
+        Flag("batch_size", POSITIVE, 16, "patients in one forward pass"),
+        Flag("gradient_accumulation", POSITIVE, 1, "passes a step, stages 2 and 3", "stage1"),
+        Flag("gradient_checkpointing", bool, False, "less memory, a third more time", "stage1"),
+        Flag("patience", POSITIVE, 10, "early stopping patience in epochs"),
+        SEED,
+        Flag("calibrate", CALIBRATE, "auto", "auto where folds show a need, platt always"),
+        Flag("threshold", check_threshold, None, "0.1 or 'sensitivity 0.9'; by Youden's index"),
+        Flag("monitor_rule", Path, None, "TOML: when monitor says what", "ablation"),
+        CENSORING,
+        Flag("encoder_lr", RATE, 1e-3, "learning rate of the ODE-RNN and its head", "text"),
+        Flag("head_lr", RATE, 1e-3, "learning rate of stage 2's head", "stage1"),
+    ),
+    "ODE-RNN": (
+        Flag("ode_checkpoint", Path, None, "pretrained ODE-RNN .pt (auto-freezes ODE-RNN)", VARIED),
+        Flag("freeze_ode", bool, False, "freeze ODE-RNN without loading checkpoint", VARIED_1),
+        Flag("encoder", parse_encoder, None, "your class in place of ClinicalODERNN", VARIED_1),
+        Flag("time_scale", HOURS, None, "hours; JSON or 72 (DKA), 8760, liver 2160", "text"),
+        Flag("solver", choices.SOLVERS, "rk4", "rk4, or adaptive", "text"),
+        Flag("dynamics", choices.DYNAMICS, "ode", "state between observations", VARIED_1),
+        Flag("members", MEMBERS, 1, "averaged encoders", "text"),
+        Flag("dropout", SHARE, 0.5, "of stage 1 in training", "text"),
+        Flag("facts", ON_OFF, "on", "stage 1 reads static features", VARIED_1),
+        Flag("prediction_time", ON_OFF, "on", "carry the state to it", "text"),
+    ),
+    "language model": (
+        Flag("model_name", str, BASE, "hub id, folder, or demo", "stage1"),
+        Flag("allow_untested_model", bool, False, "take a type that is not tested", "stage1"),
+        Flag("quantization", check_quantization, None, "nf4 on CUDA, else none", "stage1"),
+        Flag("precision", ("auto", *choices.PRECISIONS), "auto", "bf16 where native", "stage1"),
+        Flag("attention", choices.ATTENTIONS, "sdpa", "attention kernels", "stage1"),
+        Flag("base_weights", choices.BASE_WEIGHTS, "pretrained", "random: a control", VARIED),
+        Flag("soft_prompt", (*ON_OFF, "shuffled"), "on", "shuffled: a control", VARIED),
+        Flag("stage1_logit", ON_OFF, "on", "add stage 1's logit to it", f"{VARIED} text"),
+        Flag("num_prefix_tokens", TOKENS, 8, "number of soft tokens", "stage1"),
+        Flag("projection_lr", RATE, 1e-3, "learning rate of the projection", "stage1"),
+        Flag("adapter_lr", RATE, 2e-4, "learning rate of the LoRA adapter", "stage1"),
+        Flag("lora_rank", RANK, 8, "LoRA r", "stage1"),
+        Flag("lora_alpha", POSITIVE, 16, "LoRA alpha", "stage1"),
+        Flag("compile_layers", bool, False, "fuse operations of layers by torch.compile", "stage1"),
+        Flag("lora_dropout", SHARE, 0.05, "LoRA dropout", "stage1"),
+    ),
+    "output": (
+        Flag("output_dir", Path, None, "run folder; ./checkpoints_medgemma_{dataset}"),
+        Flag("report_patients", bool, help="list the largest errors in report.html"),
+        MIN_CELL,
+        Flag("log_file", str, "auto", "log path (auto = timestamped, none = disable)"),
+        Flag("report_to", choices.TRACKERS, "none", "tracker that receives the metrics"),
+        Flag("resume", bool, False, "continue the stopped run of the same command", "dry_run"),
+        Flag("deterministic", bool, help="on a GPU: only repeatable kernels"),
+        Flag("save_every", WHOLE, 0, "steps after which the state is kept, too"),
+    ),
+}
+
+if __name__ == "__main__":  # help and wrong flags answer before torch is loaded
+    sys.exit(verbs.program(FLAGS))
 
 import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, reduce, send_to_device, set_seed
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
-from transformers import BitsAndBytesConfig, get_cosine_schedule_with_warmup
 
-from dataset_format import HOURS, MIMICtrajectoryDataset
-from dte_encoder import DYNAMICS, SOLVERS, ClinicalODERNN
+from dte_encoder import ClinicalODERNN
 from medgemma_clinical import distributed
 from medgemma_clinical.commands import (
-    command_line,
-    compare,
-    flags,
+    classifier,
     folds,
-    pool,
     python,
     repeats,
     results,
@@ -72,29 +204,16 @@ from medgemma_clinical.commands import (
     run_log,
     several,
 )
-from medgemma_clinical.commands.classifier import TrajectoryClassifier
-from medgemma_clinical.commands.command_line import POSITIVE, RATE, WHOLE, Parser, names, number
-from medgemma_clinical.commands.demo import run_demo
-from medgemma_clinical.commands.logs import RUN_LOG, command_logging
-from medgemma_clinical.commands.monitor import rule_config, run_monitor
-from medgemma_clinical.commands.predict import predict
-from medgemma_clinical.commands.python import (
-    cross_validate,
-    fit_classification,
-    fit_generative,
-    fit_trajectory,
-)
-from medgemma_clinical.data.competing_events import OUTCOME_KINDS
-from medgemma_clinical.data.dka import LABEL, NAMING
+from medgemma_clinical.commands.logs import RUN_LOG
+from medgemma_clinical.commands.monitoring import rule_config
 from medgemma_clinical.data.summaries import summary_names
-from medgemma_clinical.data.texts import SERIES_TEXT
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.evaluation import decision
+from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.decision import Predictions
-from medgemma_clinical.evaluation.monitoring import PERIODS
 from medgemma_clinical.evaluation.time_table import check_horizons
-from medgemma_clinical.inference.serving import export_merged
-from medgemma_clinical.inference.trajectory_model import Program, TrajectoryModel
+from medgemma_clinical.inference import trajectory_model
 from medgemma_clinical.models import (
     checkpoints,
     decoders,
@@ -104,13 +223,9 @@ from medgemma_clinical.models import (
     trained_model,
 )
 from medgemma_clinical.models.checkpoints import Config, TrajectoryCheckpoint, describe_data
-from medgemma_clinical.models.outcome import fit_outcome, outcome_of
+from medgemma_clinical.models.outcome import fit_outcome, outcome_of, weighted
 from medgemma_clinical.models.text_batches import TextCollator
-from medgemma_clinical.models.trajectory import (
-    Stage1,
-    TrajectoryCollator,
-    TrajectoryHead,
-)
+from medgemma_clinical.models.trajectory import Stage1, TrajectoryCollator, TrajectoryHead
 from medgemma_clinical.models.trajectory_llm import LLMClassifier, LLMWriter, SoftPrompt
 from medgemma_clinical.training import memory
 from medgemma_clinical.training.evaluate import score_batches
@@ -121,10 +236,10 @@ from medgemma_clinical.training.state import (
     TrainState,
     WeightAverage,
     read_state,
+    warmup_and_cosine,
     write_state,
 )
-from medgemma_clinical.training.trackers import TRACKERS, Track
-from srtr_dataset import ORGANS, SRTRTrajectoryDataset
+from medgemma_clinical.training.trackers import Track
 
 __all__ = ["TrajectoryClassifier", "TrajectoryModel", "main"]
 __all__ += ["cross_validate", "fit_classification", "fit_generative", "fit_trajectory"]
@@ -140,210 +255,6 @@ WARMUP_STEPS, WARMUP_SHARE = 100, 0.1
 LARGEST_NORM = 1.0
 """Gradients of a larger norm are scaled down to it."""
 
-# --------------------------------------------------------------------------- flags
-
-
-def build_parser() -> Parser:
-    """Return the parser: every flag, with its default and its tags (``flags.TAGS``), is here."""
-    parser = Parser("medgemma_trainer.py", formatter_class=command_line.Help, allow_abbrev=False)
-    parser.description = (__doc__ or "").partition("\n")[0]
-    parser.add_argument("--version", action="version", version=command_line.VERSION)
-    on_off, llm = ("on", "off"), language_model
-
-    group = parser.add_argument_group("what to do")
-    add, switch = flags.adders(group, "leave_out folds dry_run")
-    switch("--trajectory_only", "stage 1: train ODE-RNN only, skip LLM", "stage1")
-    options: dict[str, Any] = {"choices": checkpoints.LLM_STAGES, "default": "classification"}
-    add("--mode", "stage 2 or 3", "llm text", **options)
-    add, switch = flags.adders(group, "demo")
-    switch("--demo", "all three stages on sample data with a small model")
-    switch("--open", "with --demo: open the first report in a browser", "free")
-    add, switch = flags.adders(group, "ablation free")
-    switch("--ablation", "train and compare variants that lack a part each")
-    add("--arms", "with --ablation: these variants only", type=names, metavar="NAME,NAME")
-    add("--reference", "--ablation: reference model", default="stage 1", metavar="NAME")
-    add, switch = flags.adders(group, "compare")
-    add("--compare", "compare stage folders, paired", type=Path, nargs="+", metavar="RUN")
-    add, switch = flags.adders(group, "pool")
-    options = {"type": Path, "nargs": "+", "metavar": "SITE.json", "needs": "--output_dir"}
-    add("--pool", "pool what sites wrote by --aggregate", **options)
-    add, switch = flags.adders(group, "stage1 llm text free")
-    options = {"type": POSITIVE, "metavar": "N"}
-    add(
-        "--seeds",
-        "repeat, or redraw the folds, with N seeds; pool the results",
-        "ablation folds",
-        **options,
-    )
-    add, switch = flags.adders(group, "stage1 llm text cross_validate")
-    options = {"type": number(int, 2, 20), "metavar": "K"}
-    add("--folds", "K-fold cross-validation, each patient predicted once", "folds free", **options)
-    options = {"metavar": "COLUMN"}
-    add("--leave_out", "DKA: hold out each site of a column in turn", "leave_out free", **options)
-    needs = "--folds or --leave_out"
-    options = {"type": WHOLE, "metavar": "K", "needs": needs}
-    tags = "-cross_validate folds leave_out"
-    add("--only_fold", "train fold K alone, from 0; then join them", tags, **options)
-    switch("--final", "after the folds: train on all patients", "leave_out folds", needs=needs)
-    add, switch = flags.adders(group, f"{flags.TRAINING} predict compare keyword")
-    add("--primary", "baseline to compare with; the blend that reads most", metavar="NAME")
-    add, switch = flags.adders(group, "predict")
-    needs = "--checkpoint, --predictions, --data_path or --data_dir"
-    switch("--predict", "score new rows with a trained model", needs=needs)
-    add, switch = flags.adders(group, "export")
-    needs = "--checkpoint, --export_dir"
-    text = "write a copy to share, or stage 2 or 3 with LoRA merged"
-    add("--export", text, choices=("shared", "merged"), needs=needs)
-    add("--export_dir", "with --export: folder to write", type=Path)
-    add, switch = flags.adders(group, "predict")
-    add(
-        "--checkpoint",
-        "model to use: a stage folder, or stage 1's .pt",
-        "export monitor",
-        type=Path,
-    )
-    add("--predictions", "with --predict: CSV to write", type=Path)
-    add("--curves", "times: CSV of cumulative incidences to write", "free", type=Path)
-    add("--use", command_line.USE, "free default monitor", default="stage", metavar="NAME")
-    add("--update", "with --predict: write a recalibrated model", "free", type=Path, metavar="DIR")
-    options = {"type": Path, "metavar": "JSON"}
-    add("--aggregate", "with --predict: write what sites can pool", "free", **options)
-    switch("--strict", "with --predict: refuse rows it cannot score")
-    switch("--explain", "with --predict: page of single patients", "free")
-    options = {"type": names, "metavar": "ID,ID", "needs": "--explain"}
-    add("--patients", "with --explain: only these rows", "free", **options)
-
-    add, switch = flags.adders(group, "monitor")
-    needs = "--checkpoint, --outcomes, --date, --output_dir"
-    options = {"type": Path, "nargs": "+", "metavar": "CSV", "needs": needs}
-    add("--monitor", "judge predictions by their outcomes", **options)
-    add("--outcomes", "with --monitor: CSV of id, label and a date", type=Path)
-    add("--date", "with --monitor: column of the date", metavar="COLUMN")
-    options = {"choices": tuple(PERIODS), "default": "month"}
-    add("--period", "with --monitor: what is judged together", **options)
-
-    group = parser.add_argument_group("data")
-    add, switch = flags.adders(group, f"{flags.TRAINING} keyword")
-    add("--dataset", "kind of data", "predict", choices=tuple(DATASETS), default="dka")
-    add("--organ", "SRTR only", "predict", choices=tuple(ORGANS), default="kidney")
-    path = Path("dka_training_data.csv")
-    add("--data_path", "path to DKA CSV", "predict free -keyword", type=Path, default=path)
-    add("--data_dir", "path to SRTR data directory", "predict free -keyword", type=Path)
-    add("--landmark_days", "SRTR: prediction time after listing; 365, liver 90", type=WHOLE)
-    options = {"type": command_line.parse_days, "metavar": "DAYS,DAYS"}
-    add("--horizon_days", "SRTR: days looked ahead; 365, liver 90", **options)
-    options = {"choices": OUTCOME_KINDS}
-    add("--outcome_kind", "a label, or time to events; label where there is one", **options)
-    removals = ("apart", "together")
-    add("--removals", "SRTR times: improved apart from other removals", choices=removals)
-    options = {"type": command_line.parse_hours, "metavar": "HOURS,HOURS"}
-    add("--horizon_hours", "DKA: with times, risks by these hours", **options)
-    labels = ("negative", "exclude")
-    add("--transplant", "SRTR: label 0, or row left out", choices=labels, default="negative")
-    add("--label_column", "DKA: outcome column, 0 or 1", default=LABEL, metavar="NAME")
-    switch("--allow_duplicates", "DKA: allow equal rows across the split", "free")
-    for name, text in NAMING.items():
-        add(f"--{name}", text)
-    add("--site", "DKA: column of hospitals or units", "predict monitor free", metavar="COLUMN")
-    add("--series", "DKA: read these series only", type=names, metavar="NAME,NAME")
-    add("--max_len", "latest observations kept; 20, several series 64, SRTR 50", type=POSITIVE)
-    add("--series_text", "series in the prompt", "-stage1", choices=SERIES_TEXT, default="all")
-    context = ("full", "none")
-    add("--text_context", "context in the prompt", "-stage1", choices=context, default="full")
-    options = {"type": POSITIVE}
-    add("--max_text_tokens", "longer prompts lose their oldest values", "-stage1", **options)
-    add("--max_samples", "max patients (0 = all)", type=WHOLE, default=10000)
-    switch("--show_values", command_line.SHOW_VALUES, "predict export monitor free -keyword")
-
-    group = parser.add_argument_group("training")
-    add, switch = flags.adders(group, f"{flags.TRAINING} keyword")
-    add("--epochs", "training epochs of stages 2 and 3", "-stage1", type=POSITIVE, default=10)
-    add("--trajectory_epochs", "training epochs of stage 1", "-llm", type=POSITIVE, default=100)
-    add("--batch_size", "patients in one forward pass", "predict free", type=POSITIVE, default=16)
-    options = {"type": POSITIVE, "default": 1}
-    add("--gradient_accumulation", "passes a step, stages 2 and 3", "-stage1 free", **options)
-    switch("--gradient_checkpointing", "less memory, a third more time", "-stage1 free")
-    add("--patience", "early stopping patience in epochs", type=POSITIVE, default=10)
-    options = {"type": number(int, 0, 2**32 - 1), "default": 0}
-    add("--seed", "of split, weights, bootstrap", "predict compare monitor demo default", **options)
-    options = {"choices": ("auto", "none", "platt"), "default": "auto"}
-    add("--calibrate", "recalibrate: auto where folds show a need, platt always", **options)
-    options = {"type": flags.check_threshold, "metavar": "RISK"}
-    add("--threshold", "0.1 or 'sensitivity 0.9'; by Youden's index", "predict monitor", **options)
-    add("--monitor_rule", "TOML: when --monitor says what", "-ablation", type=Path)
-    options = {"choices": ("km", "regression"), "default": "km"}
-    add(
-        "--censoring",
-        "times: weights by Kaplan-Meier or the inputs",
-        "predict default",
-        **options,
-    )
-    options = {"type": RATE, "default": 1e-3}
-    add("--encoder_lr", "learning rate of the ODE-RNN and its head", "-text", **options)
-    add("--head_lr", "learning rate of stage 2's head", "-stage1", type=RATE, default=1e-3)
-
-    group = parser.add_argument_group("ODE-RNN")
-    add, switch = flags.adders(group, f"{flags.TRAINING} -ablation")
-    tags = "-stage1 free cross_validate"
-    add("--ode_checkpoint", "pretrained ODE-RNN .pt (auto-freezes ODE-RNN)", tags, type=Path)
-    switch("--freeze_ode", "freeze ODE-RNN without loading checkpoint", "-text keyword")
-    add, switch = flags.adders(group, f"{flags.TRAINING} -text keyword stage1_file")
-    tags, options = "-ablation predict export", {"type": flags.parse_encoder}
-    options |= {"metavar": "PACKAGE.MODULE:CLASS"}
-    add("--encoder", "your own class in place of ClinicalODERNN", tags, **options)
-    add("--time_scale", "hours; JSON or 72 (DKA), 8760 (kidney), 2160 (liver)", type=HOURS)
-    add("--solver", "rk4, or adaptive", choices=SOLVERS, default="rk4")
-    add("--dynamics", "state between observations", "-ablation", choices=DYNAMICS, default="ode")
-    members = number(int, *checkpoints.MEMBERS)
-    add("--members", "averaged encoders", type=members, default=1)
-    add("--dropout", "of stage 1 in training", type=number(float, 0, 0.99), default=0.5)
-    add("--facts", "stage 1 reads static features", "-ablation", choices=on_off, default="on")
-    add("--prediction_time", "carry the state to it", choices=on_off, default="on")
-
-    group = parser.add_argument_group("language model")
-    add, switch = flags.adders(group, f"{flags.TRAINING} -stage1 keyword")
-    base = "google/medgemma-4b-pt"
-    add("--model_name", "hub id, folder, or demo", "predict export", default=base)
-    switch("--allow_untested_model", "take a type of model that is not tested", "free")
-    options = {"type": flags.check_quantization, "choices": llm.QUANTIZATIONS}
-    add("--quantization", "nf4 on CUDA, else none", "predict", **options)
-    options = {"choices": ("auto", *llm.DTYPES), "default": "auto"}
-    add("--precision", "bf16 where native", "predict", **options)
-    options = {"choices": llm.ATTENTIONS, "default": "sdpa"}
-    add("--attention", "attention kernels", "predict default", **options)
-    options = {"choices": llm.BASE_WEIGHTS, "default": "pretrained"}
-    add("--base_weights", "random: a control", "-ablation", **options)
-    prompts = (*on_off, "shuffled")
-    add("--soft_prompt", "shuffled: a control", "-ablation", choices=prompts, default="on")
-    options = {"choices": on_off, "default": "on"}
-    add("--stage1_logit", "add stage 1's logit to it", "-ablation -text", **options)
-    tokens = number(int, *checkpoints.PREFIX_TOKENS)
-    add("--num_prefix_tokens", "number of soft tokens", type=tokens, default=8)
-    add("--projection_lr", "learning rate of the projection", type=RATE, default=1e-3)
-    add("--adapter_lr", "learning rate of the LoRA adapter", type=RATE, default=2e-4)
-    add("--lora_rank", "LoRA r", type=number(int, *checkpoints.LORA_RANK), default=8)
-    add("--lora_alpha", "LoRA alpha", type=POSITIVE, default=16)
-    switch("--compile_layers", "fuse the operations of each layer by torch.compile")
-    add("--lora_dropout", "LoRA dropout", type=number(float, 0, 0.99), default=0.05)
-
-    group = parser.add_argument_group("output")
-    add, switch = flags.adders(group, f"{flags.TRAINING} keyword")
-    tags = "compare pool monitor demo free"
-    add("--output_dir", "run folder; ./checkpoints_medgemma_{dataset}", tags, type=Path)
-    switch("--report_patients", "list the largest errors in report.html", "free folder")
-    add("--min_cell", command_line.MIN_CELL, "predict default free", type=WHOLE, default=0)
-    switch("--dry_run", "two steps, time and memory, nothing written", "-keyword")
-    tags = "demo free folder"
-    add("--log_file", "log path (auto = timestamped, none = disable)", tags, default="auto")
-    options = {"choices": TRACKERS, "default": "none"}
-    add("--report_to", "tracker that receives the metrics", "free folder", **options)
-    switch("--resume", "continue the stopped run of the same command", "-dry_run free folder")
-    switch("--deterministic", "on a GPU: only repeatable kernels")
-    options = {"type": WHOLE, "default": 0, "metavar": "STEPS"}
-    add("--save_every", "also keep the state so often", "free folder", **options)
-    return parser
-
-
 # --------------------------------------------------------------------------- what is read
 
 
@@ -353,10 +264,11 @@ def read_dataset(args: Namespace, source: Path | pd.DataFrame | None = None) -> 
     source = getattr(args, kind.source_flag) if source is None else source
     if source is None or (isinstance(source, Path) and not os.path.exists(source)):
         problem = f"--dataset {args.dataset}" if source is None else f"{source}: no such file"
-        advice = f"give the data by --{kind.source_flag}, or see sample data by --demo alone"
+        advice = f"give the data by --{kind.source_flag}, or see sample data by the command demo"
         raise InputError(f"{problem}: {advice}")
-    rows: TrajectoryDataset = kind(source, **flags.dataset_options(args, DATASETS))
-    flags.check_outcome(args, rows)
+    rows: TrajectoryDataset = kind(source, **flags.dataset_options(vars(args), FLAGS, DATASETS))
+    if rows.outcome_kind != "label":
+        flags.check_outcome(vars(args), FLAGS)
     return rows
 
 
@@ -395,6 +307,10 @@ def build_llm(
     Training and loading both build here. ``config`` is the checkpoint's, ``base`` and ``revision``
     locate the base model, ``adapter`` is the folder of a trained one.
     """
+    # They take seconds to load, and stage 1 needs none of them.
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import BitsAndBytesConfig
+
     dtype = language_model.DTYPES[config["precision"]]
     nf4 = BitsAndBytesConfig(  # Source: Dettmers et al. 2023, "QLoRA"
         load_in_4bit=True,
@@ -444,6 +360,12 @@ def build_llm(
 
 BUILDERS = trained_model.Builders(build_stage1, build_llm)
 
+
+class TrajectoryModel(trajectory_model.TrajectoryModel):  # noqa: D101
+    __doc__ = trajectory_model.TrajectoryModel.__doc__
+    builders, datasets = BUILDERS, DATASETS
+
+
 # --------------------------------------------------------------------------- the three stages
 
 
@@ -460,8 +382,7 @@ def make_stage1(args: Namespace, data: Data, checkpoint: TrajectoryCheckpoint | 
     """Return the stage 1 that learns or is read; None where a language model reads text alone."""
     encoder_class = args.encoder and encoders.register(args.encoder)
     if checkpoint is not None:
-        changed_flags = flags.changed(args, flags.tagged("stage1_file"))
-        trained_model.check_stage1(checkpoint, data, changed_flags)
+        trained_model.check_stage1(checkpoint, data, changed(vars(args), FLAGS, STAGE_1_FILE))
         model = trained_model.rebuild_stage1(checkpoint, BUILDERS).requires_grad_(False)
     elif args.soft_prompt == "off" and not args.trajectory_only:
         return None
@@ -505,9 +426,10 @@ def trajectory_stage(args: Namespace, data: Data, model: Stage1) -> Stage:
             "stage": "trajectory",
             **checkpoints.stage1_config(model),
             **describe_data(data),
-            **rule_config(args, model.outcome),
+            **rule_config(args.monitor_rule, model.outcome),
         },
         save=save,
+        centred=model.alone(),
         targets=data.dataset.targets(),
         train_patients=patients,
     )
@@ -532,7 +454,7 @@ def llm_config(args: Namespace, data: Data, stage1: Stage1 | None, tokens: int) 
         "residual_weight": 1.0,
         "prompts": asdict(data.prompts),
         **describe_data(data),
-        **rule_config(args, fit_outcome(data)),
+        **rule_config(args.monitor_rule, fit_outcome(data)),
         **(text_only if stage1 is None else checkpoints.stage1_config(stage1)),
     }
 
@@ -549,10 +471,23 @@ def llm_stage(
     tokens = 0 if args.soft_prompt == "off" else args.num_prefix_tokens
     soft = text_batches.soft_tokens(dataset, tokens)
     config = llm_config(args, data, stage1, int(soft.max()))
-    options = {"attention": args.attention, "dropout": args.lora_dropout, "seed": args.seed}
-    model, tokenizer = build_llm(config, stage1, args.model_name, device=device, **options)
-    options = {"answers": args.mode == "generative", "max_tokens": args.max_text_tokens}
-    text = TextCollator(dataset, tokenizer, data.prompts, **options)
+    model: Any
+    model, tokenizer = build_llm(
+        config,
+        stage1,
+        args.model_name,
+        device=device,
+        attention=args.attention,
+        dropout=args.lora_dropout,
+        seed=args.seed,
+    )
+    text = TextCollator(
+        dataset,
+        tokenizer,
+        data.prompts,
+        answers=args.mode == "generative",
+        max_tokens=args.max_text_tokens,
+    )
     if checkpoint is not None:
         text.encode(stage1, model.tokens, device)  # frozen: once for the whole run
         risks = trained_model.stage1_risks(checkpoint, text)
@@ -561,12 +496,10 @@ def llm_stage(
         language_model.set_checkpointing(model.llm)
     if args.compile_layers:
         language_model.compile_layers(model.llm)
-    if isinstance(model, LLMWriter):
+    if args.mode == "generative":
         config["report_tokens"] = text.report_tokens()
-    elif not model.adds_stage1:
-        # The outputs that the head's are added to; of others ``null_outputs`` are the start.
-        start = model.outcome.start(dataset.targets()[data.split["train"]])
-        model.head.bias.data.copy_(torch.from_numpy(start).view(len(model.head.bias), -1)[:, -1])
+    else:
+        model.start_at(dataset.targets()[data.split["train"]])
     rates = {"projection": args.projection_lr, "llm": args.adapter_lr}
     rates |= {"stage1": args.encoder_lr, "head": args.head_lr}
     # Grouped by text alone: soft tokens count observations, so batches would differ in risk.
@@ -604,7 +537,7 @@ def set_up(stage: Stage) -> TrainState:
     # A --final, which ends at the last of ``final_epochs``, keeps the schedule of its folds.
     total = stage.epochs * len(stage.batches["train"])
     warmup = max(1, min(WARMUP_STEPS, round(WARMUP_SHARE * total)))
-    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, total)
+    schedule = warmup_and_cosine(optimizer, warmup, total)
     average, members = WeightAverage(parameters), stage.members()
     return TrainState(accelerator, model, parameters, members, optimizer, schedule, average)
 
@@ -777,12 +710,50 @@ def center(stage: Stage) -> None:
 
     The noise of dropout, which evaluation lacks, raises the risks of a rare event.
     """
-    if isinstance(stage.model, Stage1) and stage.targets is not None:
-        batches = part_batches({"all": stage.batches["train"].rows}, stage.batch_size)["all"]
-        for member in stage.model.alone():
-            predictions = score_batches(member, batches, stage.collate)
-            shift = member.outcome.shift(predictions, stage.targets[predictions.rows])
-            member.shift(torch.from_numpy(shift))
+    batches = part_batches({"all": stage.batches["train"].rows}, stage.batch_size)["all"]
+    for member in stage.centred:
+        predictions = score_batches(member, batches, stage.collate)
+        shift = member.outcome.shift(predictions, stage.targets[predictions.rows])
+        member.shift(torch.from_numpy(shift))
+
+
+# --------------------------------------------------------------------------- decisions
+
+
+def decide(
+    stage: Stage, data: Data, val: Predictions, args: Namespace, *, with_baselines: bool
+) -> results.Decided:
+    """Choose what is chosen after training, by the validation part alone.
+
+    These are the weight of a language model beside stage 1, recalibration and threshold of each
+    model, and the recommended one.
+    """
+    outcome, name, dataset = outcome_of(stage.config), STAGE_NAMES[stage.name], data.dataset
+    options = decision.DecisionOptions.chosen(args.calibrate, args.threshold)
+    observed = outcome.observed(dataset, val.rows, args.censoring, args.seed)
+    weight = None
+    if stage.config.get("stage1_logit"):
+        targets, patients = dataset.targets()[val.rows], observed["patient"].to_numpy(str)
+        losses, auroc = partial(outcome.row_losses, targets), partial(outcome.auroc, targets)
+        weight = decision.fit_residual_weight(val.offset, val.outputs, patients, losses, auroc)
+    decided = results.Decided(
+        weight, outcome.decide(weighted(outcome, val, weight), observed, options)
+    )
+    results.log_decisions(decided, options, observed)
+    # All processes have decided this; the first one writes the rest.
+    if not len(data.split["test"]) or not distributed.processes().is_main_process:
+        return decided
+    val, train = decided.applied(outcome, val), data.split["train"]
+    settings, beside = None, {}
+    if with_baselines:  # here they have learned from the training part alone
+        with distributed.few_threads():
+            settings = outcome.tune_baselines(dataset, train, data.usable_static)
+            beside = outcome.fit_baselines(dataset, train, settings).risks(dataset, val.rows)
+    rules = outcome.fit_rules(name, outcome.forecast(val), beside, observed, options)
+    table = results.prediction_table(stage, val, observed, beside, rules)
+    metrics = outcome.evaluate(table, args.seed, decided.rule.threshold, primary=args.primary)
+    best = outcome.recommend(table, metrics, name, [*rules])["best_model"]
+    return results.Decided(weight, decided.rule, rules, settings, table, metrics, best)
 
 
 # --------------------------------------------------------------------------- training state
@@ -849,10 +820,11 @@ def load_training_state(stage: Stage, state: TrainState, content: dict[str, Any]
 def train(args: Namespace, dataset: TrajectoryDataset | None = None) -> int:
     """Run one stage from the user's data to its results, or resume it; return the exit code."""
     RUN_LOG.begin()
-    run_log.check_output(args)
+    folder, log_file = run_folder.stage_folder(args), "none" if args.dry_run else args.log_file
+    run_log.check_output(folder, log_file, args.report_to)
     dataset = read_dataset(args) if dataset is None else dataset
     checkpoint = run_folder.given_stage1(args)
-    return run_folder.interruptible(args, lambda: train_stage(args, dataset, checkpoint))
+    return run_folder.interruptible(folder, lambda: train_stage(args, dataset, checkpoint))
 
 
 def train_stage(
@@ -874,23 +846,38 @@ def train_stage(
         if stopped is not None:
             memory.restore_passes(stage, stopped["passes"])
         check_horizons(data.dataset)
-        run_log.log_run_summary(stage, data, args)
+        run_log.log_run_summary(stage, data, args.seed, facts=args.facts == "on")
         memory.check_memory(stage, distributed.default_device())
         if args.dry_run:
             dry_run(stage, args.seed)
             return None
-        with run_folder.opened(args, folder, run_record) as track:
-            saving: dict[str, Any] = {"resume": stopped, "save_every": args.save_every}
-            state = fit(stage, args.seed, folder, track, **saving, on_epoch=trial.on_epoch)
+        with run_folder.opened(
+            folder,
+            run_record,
+            resume=args.resume,
+            log_file=args.log_file,
+            report_to=args.report_to,
+        ) as track:
+            state = fit(
+                stage,
+                args.seed,
+                folder,
+                track,
+                resume=stopped,
+                save_every=args.save_every,
+                on_epoch=trial.on_epoch,
+            )
             if args.final:  # trained on all patients: nothing is held out
                 config, baselines = folds.write_final(stage, data, folder, args)
-            else:  # the only place where test patients are scored
-                parts = [part for part in trial.parts if len(data.split[part])]
-                predictions = {part: score(stage, part) for part in parts}
-                written = folder, state.progress, run_record, args
-                options: dict[str, Any] = {"with_baselines": trial.baselines}
-                config, baselines = results.write_results(
-                    predictions, stage, data, *written, **options
+            else:
+                val = score(stage, "val")
+                decided = decide(stage, data, val, args, with_baselines=trial.baselines)
+                # The only place where test patients are scored.
+                is_tested = trial.test and len(data.split["test"])
+                test = score(stage, "test") if is_tested else None
+                progress = state.progress
+                config, baselines = results.write(
+                    folder, stage, data, decided, test, progress, run_record, args
                 )
             track(results.metrics_for_tracker(config), state.progress.steps)
             run_folder.finish_run(folder, stage.tokens, config.get("best_model"))
@@ -912,63 +899,43 @@ def dry_run(stage: Stage, seed: int) -> None:
     run_log.log_dry_run(stage, state.progress, longest)
 
 
-# --------------------------------------------------------------------------- main
-
-
-def run(args: Namespace, given: set[str]) -> int:
-    """Run the command of the flags; return the exit code."""
-    flags.check_flags(flags.complete(args), given)
-    distributed.check_launch()
-    with SIGNALS.installed(), distributed.exact_kernels(deterministic=args.deterministic):
-        if args.compare:
-            return compare.run_compare(args, args.output_dir if "--output_dir" in given else None)
-        if args.pool:
-            return pool.run_pool(args.pool, args.output_dir)
-        if args.monitor:
-            return run_monitor(args, given)
-        if not args.demo:
-            distributed.check_gpu()
+def run(args: Namespace) -> int:
+    """Train what the flags choose; return the exit code."""
+    set_defaults(args)
+    with SIGNALS.installed(), distributed.computing(deterministic=args.deterministic):
         if args.folds and args.seeds:
             return repeats.run_repeats(args, read_dataset, train)
         if args.seeds:
             return several.run_seeds(args, read_dataset, train)
         if args.folds or args.leave_out:
             return folds.run_folds(args, read_dataset, train)
-        if args.ablation:
+        if args.ablation is not None:
             return several.run_ablation(args, read_dataset(args), train)
-        if args.predict:
-            return predict(args, given)
-        if args.export:
-            name = args.model_name if "--model_name" in given else None
-            if args.export == "shared":
-                model = TrajectoryModel.from_pretrained(args.checkpoint, model_name=name)
-                model.save_shared(args.export_dir)
-                logger.info("export: %s", args.export_dir)
-            else:
-                export_merged(args.checkpoint, args.export_dir, BUILDERS, name)
-            return command_line.EXIT_DONE
-        return run_demo(args, train) if args.demo else train(args)
+        return train(args)
+
+
+def set_defaults(args: Namespace) -> None:
+    """Set the flags that depend on the machine or on other flags."""
+    if args.output_dir is None:
+        args.output_dir = Path(f"./checkpoints_medgemma_{args.dataset}")
+    args.quantization, args.precision = language_model.machine_defaults(
+        args.model_name, args.base_weights, args.quantization, args.precision
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 done, 2 wrong input, 3 a fault, 128 + N ended by signal N."""
-    args, given = build_parser().parse_given(sys.argv[1:] if argv is None else argv)
-    if args.output_dir is None:
-        args.output_dir = Path(f"./checkpoints_medgemma_{'demo' if args.demo else args.dataset}")
-    distributed.set_environment()
-    with command_logging(first=distributed.processes().is_main_process):
-        return command_line.run_command(lambda: run(args, given), show_values=args.show_values)
+    """Run a command line; 0 done, 2 wrong input, 3 a fault, 128 + N ended by signal N."""
+    return verbs.main(sys.argv[1:] if argv is None else argv, FLAGS)
 
 
-def program() -> int:
-    """Run ``main``; several processes leave together, so that none finds the others gone."""
-    if not (code := main()):
-        distributed.leave_together()
-    return code
+# The functions of Python, and scikit-learn's estimator on them.
+PYTHON = python.Training(TrajectoryModel, FLAGS, read_dataset, train_stage, train)
+fit_trajectory = PYTHON.with_flags(PYTHON.fit_trajectory, "stage1")
+fit_classification = PYTHON.with_flags(PYTHON.fit_classification, "llm")
+fit_generative = PYTHON.with_flags(PYTHON.fit_generative, "llm")
+cross_validate = PYTHON.cross_validate
 
 
-# ``fit_trajectory`` and its like check their keywords, then call ``read_dataset``, ``train_stage``.
-python.bind(Program(DATASETS, BUILDERS, build_parser(), read_dataset, train_stage, train))
-
-if __name__ == "__main__":
-    sys.exit(program())
+class TrajectoryClassifier(classifier.TrajectoryClassifier):  # noqa: D101
+    __doc__ = classifier.TrajectoryClassifier.__doc__
+    training = PYTHON

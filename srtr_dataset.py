@@ -26,6 +26,7 @@ import pandas as pd
 from medgemma_clinical.commands.command_line import (
     SHOW_VALUES,
     VERSION,
+    Flag,
     Parser,
     parse_days,
     run_command,
@@ -339,24 +340,29 @@ def _text(feature: Feature, value: float) -> str:
 # --------------------------------------------------------------------------- the command
 
 
+KINDS = "death or too sick by the horizon, or when each wait ends and why"
+REMOVALS = "of times: improved and other removals are two events, or one"
+FLAGS = (
+    Flag("data_dir", Path, help="folder with the SRTR files", required=True),
+    Flag("organ", tuple(ORGANS), "kidney"),
+    Flag("landmark_days", int, help="days after listing; 365 kidney, 90 liver"),
+    Flag("horizon_days", parse_days, help="days ahead; 365 kidney, 90 liver; of times several"),
+    Flag("transplant", waiting_list.TRANSPLANT_CHOICES, "negative"),
+    Flag("outcome_kind", OUTCOME_KINDS, "label", KINDS),
+    Flag("removals", waiting_list.REMOVALS, "apart", REMOVALS),
+    SHOW_VALUES,
+)
+
+
 def build_parser() -> Parser:
     """Return the parser of the command line."""
     parser = Parser("srtr_dataset.py", description="Check a folder of SRTR files.")
     parser.add_argument("--version", action="version", version=VERSION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="check")
     about = "read a folder and print its summary"
-    add = commands.add_parser("check", help=about, allow_abbrev=False).add_argument
-    add("--data_dir", type=Path, required=True, help="folder with the SRTR files")
-    add("--organ", choices=tuple(ORGANS), default="kidney")
-    add("--landmark_days", type=int, help="days after listing; 365 kidney, 90 liver")
-    horizons = "days looked ahead; 365 kidney, 90 liver; of times several"
-    add("--horizon_days", type=parse_days, metavar="DAYS,DAYS", help=horizons)
-    add("--transplant", choices=waiting_list.TRANSPLANT_CHOICES, default="negative")
-    kinds = "death or too sick by the horizon, or when each wait ends and why"
-    add("--outcome_kind", choices=OUTCOME_KINDS, default="label", help=kinds)
-    removals = "of times: improved and other removals are two events, or one"
-    add("--removals", choices=waiting_list.REMOVALS, default="apart", help=removals)
-    add("--show_values", action="store_true", help=SHOW_VALUES)
+    check = commands.add_parser("check", help=about, allow_abbrev=False)
+    for flag in FLAGS:
+        flag.add_to(check)
     return parser
 
 

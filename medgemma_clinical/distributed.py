@@ -148,6 +148,16 @@ def exact_kernels(*, deterministic: bool = False) -> Iterator[None]:
         strict.fill_uninitialized_memory = filled
 
 
+@contextlib.contextmanager
+def computing(*, deterministic: bool = False) -> Iterator[None]:
+    """Compute for a block of a command: refuse a launch or a GPU that does not fit, be exact."""
+    set_environment()
+    check_launch()
+    check_gpu()
+    with exact_kernels(deterministic=deterministic):
+        yield
+
+
 def stage1_threads() -> int:
     """Return the threads that stage 1 computes with: those of OMP_NUM_THREADS, else one."""
     # Its steps are small: more threads gain little, and beside other work each step waits for all.

@@ -18,6 +18,11 @@ from filelock import FileLock, Timeout
 PARTIAL, REPLACED = ".partial", ".old"
 """Endings of hidden names: a file that is being written, and a folder that it replaces."""
 
+READING_ERRORS = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError),
+)
+"""What reading a damaged JSON file can raise."""
+
 
 class InputError(ValueError):
     """A mistake in the user's input, in one line: what, where, what to do."""

@@ -1,4 +1,4 @@
-"""What a run was made with: versions, commit, code."""
+"""What a run was made with: versions, commit, code; its record, ``run.json``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import sys
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from medgemma_clinical import __version__
+from medgemma_clinical.files import InputError, read_json
 
 PACKAGES = (
     *("torch", "transformers", "peft", "bitsandbytes", "torchdiffeq", "scikit-learn", "lightgbm"),
@@ -20,6 +22,27 @@ ROOT = PACKAGE.parent
 """The folder of the program: the four top-level files and this package."""
 
 TOP_LEVEL = ("dataset_format.py", "dte_encoder.py", "medgemma_trainer.py", "srtr_dataset.py")
+
+
+RUN_FORMAT = 5
+"""Of ``run.json``; rises when runs of older versions can no longer be resumed."""
+
+METRICS, HISTORY = "metrics.json", "history.jsonl"
+"""Files of a finished stage, beside ``run.json``."""
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """Return the content of ``run.json``, None where there is none."""
+    path = folder / "run.json"
+    try:
+        run = read_json(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        run = None
+    if not isinstance(run, dict) or run.get("format") != RUN_FORMAT:
+        raise InputError(f"{path}: damaged or of another version: start again without --resume")
+    return run
 
 
 def versions() -> dict[str, str]:

@@ -30,7 +30,7 @@ def write_data(table, path, **description):
 
 def command(checkpoint, data, out, *more):
     """Return the command line that predicts a DKA file."""
-    words = ["--predict", "--checkpoint", str(checkpoint), "--data_path", str(data)]
+    words = ["predict", "--checkpoint", str(checkpoint), "--data_path", str(data)]
     return [*words, "--predictions", str(out), *more]
 
 

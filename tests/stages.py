@@ -2,16 +2,25 @@
 
 import medgemma_trainer as trainer
 from language_models import TINY_MODEL, patients
-from medgemma_clinical.commands import flags as command_flags
+from medgemma_clinical.commands.command_line import build_parser
 from medgemma_clinical.commands.run_folder import given_stage1, run_data
 
 STAGE_1 = "--trajectory_only"
 TINY = ("--model_name", TINY_MODEL, "--lora_dropout", "0")
 
 
-def arguments(*flags):
-    """Parse flags as the program does."""
-    return command_flags.complete(trainer.build_parser().parse_args(flags))
+def parsed(*flags, table=trainer.FLAGS):
+    """Parse flags of the trainer, or of another command, as they are typed."""
+    return build_parser("medgemma_trainer.py", "", table).parse_args(flags)
+
+
+def arguments(*flags, output_dir=False):
+    """Parse flags as a training does; its own output folder only where it is wanted."""
+    args = parsed(*flags)
+    folder = args.output_dir
+    trainer.set_defaults(args)
+    args.output_dir = args.output_dir if output_dir else folder
+    return args
 
 
 def data_for(args, dataset=None):

@@ -14,7 +14,7 @@ from medgemma_clinical.files import InputError
 
 COMMANDS = (
     *("--trajectory_only", "--dry_run", "--ablation", "--seeds 2"),
-    "--predict --checkpoint x --predictions y.csv --data_path z.csv",
+    "predict --checkpoint x --predictions y.csv --data_path z.csv",
 )
 
 
@@ -36,8 +36,8 @@ def test_the_cpu_of_a_machine_with_a_gpu_is_refused_unless_wanted(tmp_path, monk
     for words in COMMANDS:
         refused(words, "CUDA_VISIBLE_DEVICES=", capsys)
     monkeypatch.setattr(trainer, "run_demo", lambda *_: 0)
-    assert trainer.main(["--demo"]) == 0
-    refused("--compare none", "--compare", capsys)
+    assert trainer.main(["demo"]) == 0
+    refused("compare none", "compare", capsys)
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         distributed.check_gpu()
@@ -134,7 +134,7 @@ def test_every_command_refuses_to_cut_a_model(variable, way, tmp_path, monkeypat
     monkeypatch.setenv(variable, "false")
     distributed.check_launch()
     monkeypatch.setenv(variable, "True")
-    for words in ("--demo", "--compare x", *COMMANDS):
+    for words in ("demo", "compare x", *COMMANDS):
         refused(words, way, capsys)
     with pytest.raises(InputError, match=way):
         trainer.fit_trajectory("x.csv")

@@ -3,6 +3,7 @@
 import argparse
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 import dataset_format
 import medgemma_trainer
 import srtr_dataset
+from medgemma_clinical.__main__ import VERBS
+from medgemma_clinical.commands.command_line import build_parser, rows_of
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -24,8 +27,13 @@ PAGES = [
     ROOT / "medgemma_clinical" / "sample" / "README.md",
 ]
 MAX_WORDS = 20_000
+MODULES = {
+    verb: import_module(f"medgemma_clinical.commands.{verb}") for verb in VERBS if verb != "train"
+}
+TABLES = {"train": medgemma_trainer.FLAGS, **{verb: each.FLAGS for verb, each in MODULES.items()}}
+VERB_PARSERS = {verb: build_parser(verb, "", table) for verb, table in TABLES.items()}
 PARSERS = {
-    "medgemma_trainer.py": medgemma_trainer.build_parser(),
+    "medgemma_trainer.py": VERB_PARSERS["train"],
     "dataset_format.py": dataset_format.build_parser(),
     "srtr_dataset.py": srtr_dataset.build_parser(),
 }
@@ -41,6 +49,7 @@ OTHER_PROGRAMS = {
     "--rdzv_endpoint",
     *("--runner", "--dtype", "--enable-prompt-embeds", "--outtype", "--outfile", "--dist"),
     *("--app-dir", "--factory"),
+    *("--arms", "--reference", "--open", "--curves"),
     *("--approve", "--durations", "--editable", "--help", "--version"),
 }
 """Flags of every parser, and those of accelerate, torchrun, wget, hf and other programs."""
@@ -72,10 +81,15 @@ def row(action, commands):
 
 def flag_tables():
     """All flags of all parsers as Markdown; a flag that several commands share stands once."""
-    lines, trainer = [], PARSERS["medgemma_trainer.py"]
-    for group in trainer._action_groups:
-        if rows := [row(a, []) for a in flags_of(trainer) if a in group._group_actions]:
-            lines += [f"### {group.title[0].upper()}{group.title[1:]}", ""]
+    lines = []
+    for verb, table in TABLES.items():
+        places = " ".join(flag.name.upper() for flag in rows_of(table) if flag.positional)
+        lines += [f"## {verb} {places}".rstrip(), "", f"{VERBS[verb]}.", ""]
+        # Of a short command the groups are one table.
+        groups = table if verb == "train" else {"": [*rows_of(table)]}
+        for title, flags in groups.items():
+            lines += [f"### {title}", ""] if title else []
+            rows = [row(a, []) for a in flags_of(build_parser(verb, "", {title: flags}))]
             lines += ["| Flag | Default | Description |", "|---|---|---|", *rows, ""]
     shared, makers = {}, commands_of("dataset_format.py")
     for command in [name for name in makers if name != "check"]:
@@ -115,18 +129,24 @@ def test_readme_states_the_defaults_of_the_parser():
     assert medgemma_trainer.DATASETS["dka"].time_scale == 72.0
 
 
-@pytest.mark.parametrize("script", PARSERS)
-def test_commands_of_the_pages_parse(script):
-    pattern = rf"(?<!\w)python {re.escape(script)}((?:[^\n`]*\\\n)*[^\n`)]*)"
+@pytest.mark.parametrize("program", ["medgemma-clinical", *(f"python {each}" for each in PARSERS)])
+def test_commands_of_the_pages_parse(program):
+    pattern = rf"(?<![\w-]){re.escape(program)} ((?:[^\n`]*\\\n)*[^\n`)]*)"
     found = [x for page in PAGES for x in re.findall(pattern, text_of(page)) if "..." not in x]
     assert found
     for text in found:
-        PARSERS[script].parse_args(shlex.split(text.replace("\\\n", " "), comments=True))
+        words = shlex.split(text.replace("\\\n", " "), comments=True)
+        if words[0] in VERBS and words[1:]:
+            VERB_PARSERS[words[0]].parse_args(words[1:])
+        elif not {"COMMAND", "--help", *VERBS} & {words[0]}:
+            script = program.removeprefix("python ") if " " in program else "dataset_format.py"
+            PARSERS[script].parse_args(words)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_pages_name_only_flags_that_exist(page):
     parsers = [p for script in PARSERS for p in (PARSERS[script], *commands_of(script).values())]
+    parsers += VERB_PARSERS.values()
     known = {name for p in parsers for a in flags_of(p) for name in a.option_strings}
     for script in ROOT.glob("tests/benchmarks/*.py"):
         known |= {*re.findall(r"add(?:_argument)?\(\s*\"(--\w+)\"", text_of(script))}

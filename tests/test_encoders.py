@@ -57,7 +57,7 @@ def test_the_command_line_imports_the_class_that_it_is_given(rows, tmp_path, mon
     rows.to_csv(data, index=False)
     train = ["--trajectory_only", "--data_path", data, "--output_dir", tmp_path / "run"]
     train += ["--trajectory_epochs", "1", "--log_file", "none"]
-    predict = ["--predict", "--checkpoint", tmp_path / "run" / "trajectory", "--data_path", data]
+    predict = ["predict", "--checkpoint", tmp_path / "run" / "trajectory", "--data_path", data]
     predict += ["--predictions", out]
     stage_1 = tmp_path / "run" / TRAJECTORY_FILE
 

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from unittest import mock
 
 import huggingface_hub.constants
@@ -20,7 +21,7 @@ import torch
 import medgemma_trainer as trainer
 from conftest import SAMPLE, whole_reports
 from language_models import TINY_MODEL
-from medgemma_clinical.commands import flags, logs, results
+from medgemma_clinical.commands import logs, results
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.outcome import LabelOutcome
 from medgemma_trainer import (
@@ -33,6 +34,7 @@ from medgemma_trainer import (
 from own_dataset import Lactate
 from srtr_dataset import SRTRTrajectoryDataset
 from srtr_files import synthetic_tables, write_folder
+from stages import arguments
 from trajectories import LABEL
 
 SHORT = {"min_cell": 0, "trajectory_epochs": 1}
@@ -84,19 +86,18 @@ def test_fit__writes_the_files_of_the_command_for_the_owner_alone(runs, tmp_path
         assert not stat.S_IMODE(path.stat().st_mode) & 0o077, path
 
 
-def test_fit__takes_the_flags_with_their_defaults(rows, monkeypatch):
+def test_fit__takes_the_flags_with_their_defaults(rows):
     seen = []
 
     def train(args, *_):
         seen.append(vars(args))
         raise InterruptedError
 
-    program = TrajectoryModel.program._replace(train_stage=train)
-    monkeypatch.setattr(TrajectoryModel, "program", program)
+    training = replace(trainer.PYTHON, train_stage=train)
     for keywords in ({}, {"facts": False, "series": None, "members": 3, "deterministic": False}):
         with pytest.raises(InterruptedError):
-            fit_classification(rows, **keywords)
-    defaults = vars(flags.complete(trainer.build_parser().parse_args([]))) | {"output_dir": None}
+            training.fit_classification(rows, **keywords)
+    defaults = vars(arguments())
     assert seen == [defaults, {**defaults, "facts": "off", "members": 3}]
 
 

@@ -44,7 +44,7 @@ from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajector
 from medgemma_clinical.training.state import LOSS_TOLERANCE, describe_selection, read_state
 from medgemma_trainer import TrajectoryModel, cross_validate
 from pages import Page
-from stages import train_epoch
+from stages import arguments, parsed, train_epoch
 from toy_stage import toy_stage
 from visits import LABEL, cohort
 
@@ -195,7 +195,7 @@ def test_a_fold_that_is_held_out_changes_nothing_that_the_others_teach(run, data
     changed.values = np.where(held_out[rows.owner][:, None], 900.0, rows.values)
     changed.static = np.where(held_out[:, None], 900.0, rows.static)
     words = command(data, tmp_path)
-    args = folds.fold_arguments(1, trainer.flags.complete(trainer.build_parser().parse_args(words)))
+    args = folds.fold_arguments(1, arguments(*words))
     assert trainer.train(args, fold_dataset(changed, fold, 1, 0)) == 0
     assert_equal(state(stage_folder(args)), state(fold_folder(run, 1)))
 
@@ -320,7 +320,7 @@ def test_a_fold_that_stopped_keeps_its_last_loss_in_the_pooled_curve(tmp_path):
 
 
 def test_a_final_model_is_given_all_epochs_of_the_pooled_curve(data, tmp_path):
-    args = trainer.build_parser().parse_args(command(data, tmp_path, "--folds=2", "--final"))
+    args = parsed(*command(data, tmp_path, "--folds=2", "--final"))
     folder = trainer.run_folder.folds_folder(args)
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps({"averaged_epochs": [2, 3, 5]}))
@@ -342,7 +342,7 @@ def test_a_final_model_learns_from_all_patients_and_averages_the_epochs_of_the_f
     assert np.isin(patient_hashes(rows, np.arange(len(rows))), checkpoint.train_patients).all()
     # A plain loop, with the schedule of all epochs.
     rows.held_out = ()
-    args = trainer.flags.complete(trainer.build_parser().parse_args(command(data, run)))
+    args = arguments(*command(data, run))
     stage = trainer.make_stage(args, trainer.run_folder.run_data(args, rows, None), None)
     assert len(stage.batches["train"].rows) == len(rows)
     own = trainer.set_up(stage)
@@ -372,7 +372,7 @@ def test_a_final_model_has_the_rule_and_the_metrics_of_the_folds(run, data, tmp_
         model.results("test")
     model.save_pretrained(tmp_path / "copy")
     assert f"{folds_metrics['auroc']['value']:.3f}" in (tmp_path / "copy/README.md").read_text()
-    words = ["--predict", "--checkpoint", str(run / "trajectory"), "--data_path", str(data)]
+    words = ["predict", "--checkpoint", str(run / "trajectory"), "--data_path", str(data)]
     assert trainer.main([*words, "--predictions", str(tmp_path / "new.csv")]) == 0
     new = pd.read_csv(tmp_path / "new.csv")
     assert len(new) == len(table)

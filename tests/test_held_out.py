@@ -15,7 +15,7 @@ from medgemma_clinical.inference.hub import shared_copy
 from medgemma_clinical.models import language_model
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from medgemma_clinical.models.trained_model import check_stage1, load_trained_model
-from stages import STAGE_1, TINY, arguments, data_for, make_stage, stage1_of
+from stages import STAGE_1, TINY, arguments, data_for, make_stage, parsed, stage1_of
 from trajectories import SERIES, table_of
 from visits import cohort
 
@@ -197,7 +197,7 @@ def test_check_stage1__refuses_other_data(key, tmp_path):
     [
         *(("members", "2", "3"), ("time_scale", "72", "24"), ("dynamics", "ode", "decay")),
         *(("solver", "rk4", "dopri5"), ("prediction_time", "on", "off"), ("facts", "on", "off")),
-        ("dropout", str(trainer.build_parser().get_default("dropout")), "0.01"),
+        ("dropout", str(parsed().dropout), "0.01"),
     ],
 )
 def test_make_stage1__loads_the_saved_one_frozen_or_refuses_a_flag(flag, same, other, checkpoint):

@@ -10,7 +10,7 @@ import pytest
 import medgemma_trainer as trainer
 from conftest import whole_reports
 from language_models import bring_code, edit_json, rehash, save_text_checkpoint
-from medgemma_clinical.commands.predict import inputs_path
+from medgemma_clinical.commands.predictions import inputs_path
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.language_model import content_hash
 from predicting import STAGES, command, read_predictions, refused, write_data
@@ -50,7 +50,7 @@ def test_the_program__writes_paths_into_run_json_alone(place, runs, capsys):
     assert trainer.main(command(out / "classification", data, predictions)) == 0
     capsys.readouterr()
     stages = [str(runs / name) for name in STAGES]
-    assert trainer.main(["--compare", *stages]) == 0
+    assert trainer.main(["compare", *stages]) == 0
     assert str(runs) not in capsys.readouterr().out
     assert files_with(place, out) == files_with(runs, runs) == {"run.json"}
     assert files_with(place, place / "new") == set()

@@ -52,13 +52,13 @@ data, model, run = sys.argv[1:]
 shared = ["--data_path", data, "--output_dir", run, "--max_samples", "60", "--batch_size", "8"]
 text = [*shared, "--model_name", model, "--epochs", "1", "--ode_checkpoint"]
 text += [f"{run}/medgemma_trajectory_best.pt"]
-score = ["--predict", "--data_path", data, "--predictions"]
+score = ["predict", "--data_path", data, "--predictions"]
 for words in (
     [*shared, "--trajectory_only", "--trajectory_epochs", "1"],
     [*text, "--mode", "classification"],
     [*text, "--mode", "generative"],
     [*score, f"{run}/out.csv", "--checkpoint", f"{run}/classification"],
-    ["--export", "merged", "--checkpoint", f"{run}/generative", "--export_dir", f"{run}/served"],
+    ["export", "merged", "--checkpoint", f"{run}/generative", "--out", f"{run}/served"],
 ):
     assert trainer.main(words) == 0, words
 print("attempts:", seen)

@@ -20,7 +20,9 @@ import srtr_dataset
 from conftest import SAMPLE
 from dataset_format import MIMICtrajectoryDataset
 from language_models import TINY_MODEL, rehash
-from medgemma_clinical.commands import demo, predict
+from medgemma_clinical.commands import demo, predictions
+from medgemma_clinical.commands.command_line import build_parser
+from medgemma_clinical.commands.predict import FLAGS
 from medgemma_clinical.files import write_json
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_trainer import TrajectoryModel
@@ -240,7 +242,7 @@ READING = {
     "read": "read {}",
 }
 SCORING = {
-    "predict": "trainer --predict --checkpoint run/trajectory --predictions out.csv --data_path {}",
+    "predict": "trainer predict --checkpoint run/trajectory --predictions out.csv --data_path {}",
     "score": "score {}",
 }
 STRICT = {**SCORING, "predict": f"{SCORING['predict']} --strict"}
@@ -271,51 +273,45 @@ def test_a_bad_file_is_named_with_row_and_column(command, name, place, world, ca
 LONG = "dataset from_long --table long.csv --labels people.csv --out made.csv {}"
 NO_LABELS = "--no_labels --prediction_time Admitted"
 TRAIN = "trainer --trajectory_only --data_path data.csv"
-PREDICT = "trainer --predict --checkpoint {} --data_path new.csv --predictions out.csv"
+PREDICT = "trainer predict --checkpoint {} --data_path new.csv --predictions out.csv"
 STAGE_2 = f"trainer --model_name tiny --ode_checkpoint {ENCODER}"
-OUT = "trainer --predict --checkpoint run/trajectory --data_path new.csv --predictions {}"
-LIVER = "trainer --predict --checkpoint liver/trajectory --predictions out.csv {}"
-KIND = "trainer --predict --checkpoint run/trajectory --predictions out.csv {}"
-EXPORT = "trainer --export merged --checkpoint {} --export_dir {}"
-COMPARE = "trainer --compare run/trajectory {}"
+OUT = "trainer predict --checkpoint run/trajectory --data_path new.csv --predictions {}"
+LIVER = "trainer predict --checkpoint liver/trajectory --predictions out.csv {}"
+KIND = "trainer predict --checkpoint run/trajectory --predictions out.csv {}"
+EXPORT = "trainer export merged --checkpoint {} --out {}"
+COMPARE = "trainer compare run/trajectory {}"
 FINAL = "trainer --model_name tiny --data_path data.csv --folds 2 --final --ode_checkpoint {}/"
 FINAL += f"folds_trajectory/fold_{{{{fold}}}}/{TRAJECTORY_FILE}"
 MIMIC = "dataset from_mimic --mimic_dir mimic --cohort all --compute_gap reported --out made.csv {}"
 SRTR = "srtr check --data_dir srtr --organ liver {}"
-NEW = "--predict --checkpoint x --predictions y.csv --data_path z.csv"
+NEW = "predict --checkpoint x --predictions y.csv --data_path z.csv"
 LANGUAGE_MODEL = (
     *("--lora_rank 4", "--quantization none", "--mode generative", "--soft_prompt off"),
     *("--ode_checkpoint x.pt", "--stage1_logit off", "--model_name tiny", "--epochs 2"),
 )
 CONTRADICTIONS = [
-    ("--seeds 2 --demo", "--seeds --demo"),
     ("--ablation --seeds 2 --dry_run", "--dry_run --ablation --seeds"),
-    *((f"{way} --resume", f"{way} --resume") for way in ("--demo", "--predict", "--dry_run")),
-    ("--compare a b --model_name c", "--compare --model_name"),
-    ("--demo --model_name=foo --epochs 1", "--demo --epochs --model_name"),
-    (f"{NEW} --solver rk4", "--predict --solver"),
+    *((f"{way} --resume", "--resume") for way in ("demo", "--dry_run")),
+    ("compare a b --model_name c", "--model_name"),
+    ("demo --model_name=foo --epochs 1", "--model_name"),
+    (f"{NEW} --solver rk4", "--solver"),
     (f"{NEW} --patients 1", "--explain --patients"),
-    ("--predict", "--checkpoint"),
-    ("--predict --checkpoint x --data_dir y", "--predictions"),
-    ("--predict --checkpoint x --predictions y", "--data_path --data_dir"),
-    ("--open", "--demo --open"),
-    ("--strict", "--predict --strict"),
-    ("--use best", "--predict --use"),
-    ("--demo --primary blend", "--demo --primary"),
-    ("--explain", "--predict --explain"),
-    ("--update x", "--predict --update"),
-    ("--aggregate x", "--predict --aggregate"),
-    ("--pool a.json b.json", "--output_dir"),
-    ("--pool a.json b.json --output_dir x --min_cell 0", "--pool --min_cell"),
-    ("--checkpoint x", "--predict --export --checkpoint"),
-    ("--export merged --checkpoint x", "--export_dir"),
-    ("--export=merged --checkpoint x --export_dir y --data_path z", "--export --data_path"),
-    ("--export_dir x", "--export --export_dir"),
+    ("predict", "--checkpoint"),
+    ("predict --checkpoint x --data_dir y", "--predictions"),
+    *((f"--{verb}", f"--{verb} {verb}") for verb in ("predict", "monitor", "pool", "export")),
+    ("--trajectory_only --compare a b", "--compare compare"),
+    ("predct", "predct predict"),
+    ("--use best", "--use"),
+    ("demo --primary blend", "--primary"),
+    ("pool a.json b.json", "--output_dir"),
+    ("pool a.json b.json --output_dir x --min_cell 0", "--min_cell"),
+    ("export merged --checkpoint x", "--out"),
+    ("export --checkpoint x --out y", "kind"),
+    ("export merged --checkpoint x --out y --data_path z", "--data_path"),
     ("--ablation --mode generative", "--ablation --mode"),
     ("--ablation --seeds 2 --freeze_ode", "--ablation --freeze_ode"),
     ("--ablation --series_text none", "--ablation --series_text"),
     ("--seeds 2 --ode_checkpoint stage1.pt", "{seed}"),
-    ("--folds 3 --demo", "--demo --folds"),
     ("--leave_out ward --seeds 2", "--leave_out --seeds"),
     ("--folds 3 --seeds 1", "--folds --seeds"),
     ("--folds 3 --seeds 2 --ode_checkpoint fold_{fold}.pt", "{repeat} fold_{fold}"),
@@ -332,8 +328,6 @@ CONTRADICTIONS = [
     ("--soft_prompt shuffled", "--soft_prompt --ode_checkpoint"),
     ("--soft_prompt off --stage1_logit off --ode_checkpoint x", "--soft_prompt --stage1_logit"),
     ("--model_name demo --quantization nf4", "--quantization"),
-    ("--arms text", "--ablation --arms"),
-    ("--reference text", "--ablation --reference"),
     ("--trajectory_only --data_dir X --data_path data.csv", "--data_dir"),
     ("--trajectory_only --dataset srtr --data_path X --data_dir srtr", "--data_path"),
     ("--trajectory_only", "dka_training_data.csv --data_path"),
@@ -343,7 +337,7 @@ CONTRADICTIONS = [
 VALUES = [
     *("--epochs 0", "--batch_size 1.5", "--time_scale 0", "--time_scale inf", "--encoder_lr 0"),
     *("--lora_dropout 1", "--seed 5000000000", "--epochs " + "9" * 400, "--dataset mimic"),
-    *("--solver euler", "--precision fp16", "--export gguf", "--quantization int8"),
+    *("--solver euler", "--precision fp16", "--quantization int8"),
     *("--dropout 1", "--folds 1", "--traj", "--no_such_flag"),  # abbreviations are not accepted
 ]
 OF_MIMIC = [
@@ -374,13 +368,13 @@ OF_SRTR = [
 NAMED = "--series_name Creatinine --unit mg/dL"
 UNNAMED = ("--unit x", "--series_name= --unit x")  # the unit of no name
 FIRST_STEPS = [  # a slip, and what leads on
-    ("trainer", "", "dka_training_data.csv --data_path --demo"),
+    ("trainer", "", "dka_training_data.csv --data_path demo"),
     ("dataset", "", "check from_long"),
     ("srtr", "", "check"),
     ("trainer", "--trajectory-only --data_path data.csv", "--trajectory-only --trajectory_only"),
     ("trainer", "--data-path=data.csv", "--data-path --data_path"),
     ("dataset", "check data.csv --allow_duplicate", "--allow_duplicate --allow_duplicates"),
-    ("trainer", "--trajectory_only --data_path new.csv", f"{LABEL} --predict"),
+    ("trainer", "--trajectory_only --data_path new.csv", f"{LABEL} predict"),
     ("trainer", "--data_path data.csv --model_name no/model", "no/model licence login demo"),
 ]
 CASES = [
@@ -427,7 +421,7 @@ CASES = [
     (f"{STAGE_2} --data_path data.csv --seed 3 --max_len 3", ENCODER),  # another split
     ("trainer --trajectory_only --data_path few.csv --series ph", "ph"),
     ("trainer --trajectory_only --dataset srtr --data_dir srtr --series GFR", "--series"),
-    ("trainer --ablation --data_path data.csv --model_name tiny --arms nothing", "nothing"),
+    ("trainer --data_path data.csv --model_name tiny --ablation=nothing", "nothing"),
     *((PREDICT.format(f"checkpoints/{name}"), name) for name in ("cut", "shuffled", "random")),
     (PREDICT.format("checkpoints/base"), "--model_name"),
     (PREDICT.format("checkpoints/kind"), "sepsis"),
@@ -460,10 +454,10 @@ CASES = [
     *((EXPORT.format(each, "made"), each) for each in (ENCODER, "run/trajectory")),
     *((EXPORT.format(f"checkpoints/{each}", "made"), each) for each in ("shuffled", "random")),
     *(
-        (EXPORT.format("run/generative", each), f"--export_dir {each}")
+        (EXPORT.format("run/generative", each), f"--out {each}")
         for each in ("broken", "data.csv", "run/generative", "missing/made", "data.csv/made")
     ),
-    *((COMPARE.format(each), "--compare") for each in ("", "run/trajectory")),
+    *((COMPARE.format(each), "compare") for each in ("", "run/trajectory")),
     *((COMPARE.format(each), each) for each in ("missing", "pipe")),
     *(
         (COMPARE.format(f"bad/{each}/trajectory"), each)
@@ -504,10 +498,10 @@ BEGINNINGS = [
     "--model_name tiny --dry_run --soft_prompt off --data_path data.csv",
     f"--model_name tiny --ode_checkpoint {ENCODER} --data_path data.csv",
     "--model_name tiny --ablation --data_path data.csv",
-    "--demo",
-    *["--compare run/trajectory other/trajectory"] * 2,
-    *["--predict --checkpoint run/trajectory --data_path new.csv --predictions out.csv"] * 2,
-    "--export merged --checkpoint run/trajectory --export_dir served",
+    "demo",
+    *["compare run/trajectory other/trajectory"] * 2,
+    *["predict --checkpoint run/trajectory --data_path new.csv --predictions out.csv"] * 2,
+    "export merged --checkpoint run/trajectory --out served",
 ]
 """What leads to each of the program's ways; chance adds the rest of a command."""
 
@@ -564,11 +558,12 @@ def test_random_command_lines_give_one_line_and_no_traceback(made, tmp_path, mon
 
     for module, name in ((trainer, "validate"), (trainer, "backward")):
         monkeypatch.setattr(module, name, start)
-    monkeypatch.setattr(predict, "write_predictions", start)
-    monkeypatch.setattr(demo, "SETTINGS", {**demo.SETTINGS, "data_path": made / "data.csv"})
+    monkeypatch.setattr(predictions, "write_predictions", start)
+    monkeypatch.setattr(demo, "SAMPLE_DATA", made / "data.csv")
     monkeypatch.chdir(tmp_path)
     restore()
-    actions, seen = trainer.build_parser()._actions, Counter()
+    parsers = [build_parser("", "", table) for table in (trainer.FLAGS, FLAGS)]
+    actions, seen = [action for each in parsers for action in each._actions], Counter()
     actions = [action for action in actions if action.dest != "version"]
     for seed in range(EXAMPLES):
         words = command_line(actions, Random(seed))

@@ -14,7 +14,6 @@ import pytest
 import medgemma_trainer as trainer
 from conftest import whole_reports
 from medgemma_clinical.commands import folds, repeats
-from medgemma_clinical.commands.flags import complete
 from medgemma_clinical.evaluation.metrics_table import (
     TESTED,
     compared_models,
@@ -24,6 +23,7 @@ from medgemma_clinical.evaluation.metrics_table import (
 from medgemma_clinical.evaluation.verdicts import value_text
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from pages import Page
+from stages import arguments
 from visits import cohort
 
 K, N, PATIENTS, SEED = 2, 3, 60, 4
@@ -199,8 +199,8 @@ def test_rows_that_some_repeat_does_not_predict_are_left_out(run, tmp_path):
 def test_a_repeat_has_its_folder_its_seed_and_its_stage_1():
     path = "a/repeat_{repeat}/folds_trajectory/fold_{fold}/x.pt"
     words = ["--output_dir=out", "--seed=7", "--folds=3", "--seeds=2", "--final"]
-    args = trainer.build_parser().parse_args([*words, f"--ode_checkpoint={path}"])
-    first, second = (repeats.repeat_arguments(repeat, complete(args)) for repeat in (0, 1))
+    args = arguments(*words, f"--ode_checkpoint={path}")
+    first, second = (repeats.repeat_arguments(repeat, args) for repeat in (0, 1))
     assert second.output_dir == Path("out/repeat_1")
     assert (first.seed, second.seed, second.seeds) == (7, 8, None)
     assert (first.final, second.final) == (True, False)

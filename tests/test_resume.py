@@ -136,7 +136,7 @@ ANYWHERE = [
     [
         *ANYWHERE,
         ("trajectory", (trainer, "validate"), signal.SIGINT),
-        ("classification", (results, "write_results"), signal.SIGINT),
+        ("classification", (results, "write"), signal.SIGINT),
         ("trajectory", (run_folder, "finish_run"), signal.SIGINT),
     ],
 )

@@ -50,7 +50,7 @@ def test_a_german_export_goes_to_results_by_site_of_new_patients(from_long, tmp_
     train("--trajectory_only", "--data_path=aki.csv", "--output_dir=runs")
     files = ["--table=new/labor.csv", "--labels=new/patienten.csv", "--like=aki.csv"]
     assert from_long(*files, "--out=new.csv") == 3
-    words = ["--predict", "--checkpoint=runs/trajectory", "--data_path=new.csv"]
+    words = ["predict", "--checkpoint=runs/trajectory", "--data_path=new.csv"]
     assert trainer.main([*words, "--predictions=risks.csv", "--site=Klinik"]) == 0
     risks, rows = pd.read_csv("risks.csv", dtype=str), pd.read_csv("new.csv", dtype=str)
     assert risks["id"].tolist() == rows["id"].tolist()

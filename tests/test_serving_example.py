@@ -1,4 +1,4 @@
-"""The example of a CDS Hooks service: cards from FHIR, refusals, what it logs for --monitor."""
+"""The example of a CDS Hooks service: cards from FHIR, refusals, what it logs for monitor."""
 
 import importlib.util
 import json

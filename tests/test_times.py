@@ -275,7 +275,7 @@ def test_a_cohort_is_reported_updated_and_reloaded(folded, tmp_path):
     rows["event_hours"] *= 2.5  # half as many events by each horizon
     rows.to_csv(tmp_path / "new.csv", index=False)
     (tmp_path / "new.json").write_text(json.dumps(ABOUT))
-    more = ["--update", str(tmp_path / "updated"), "--curves", str(tmp_path / "curves.csv")]
+    more = ["--update", str(tmp_path / "updated")]
     found = predicted(folded / "trajectory", tmp_path / "new.csv", tmp_path / "out.csv", *more)
     page = (tmp_path / "out.report.html").read_text()
     before = metrics_at(rows["event_hours"], rows["event"], found["risk_72h"], 72)
@@ -328,10 +328,6 @@ def test_labels_have_no_curves_and_the_classifier_takes_no_times(tmp_path, capsy
     model = fit_trajectory(rows, trajectory_epochs=1, output_dir=tmp_path / "run")
     with pytest.raises(InputError, match="label"):
         model.predict_cumulative_incidence(rows)
-    rows.to_csv(tmp_path / "rows.csv", index=False)
-    words = ["--predict", "--checkpoint", tmp_path / "run", "--data_path", tmp_path / "rows.csv"]
-    words += ["--predictions", tmp_path / "out.csv", "--curves", tmp_path / "curves.csv"]
-    assert refused(capsys, [*map(str, words)], "--curves", out=tmp_path / "out.csv")
     with pytest.raises(InputError, match="label_escalation"):
         TrajectoryClassifier().fit(waiting(200))
 

@@ -1,4 +1,4 @@
-"""Write what several sites can pool: ``--predict --aggregate``."""
+"""Write what several sites can pool: ``predict --aggregate``."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,7 @@ from sklearn.utils import Tags, check_consistent_length, check_random_state, col
 from sklearn.utils.multiclass import check_classification_targets, type_of_target
 from sklearn.utils.validation import check_is_fitted
 
-from medgemma_clinical.commands.python import fit_trajectory
+from medgemma_clinical.commands.python import Training
 from medgemma_clinical.data.dka import ArrowTable, as_frame
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.trajectory_model import TrajectoryModel
@@ -36,6 +36,8 @@ class TrajectoryClassifier(ClassifierMixin, BaseEstimator):
         classes_: the two labels; the second one is the event.
         model_: the ``TrajectoryModel``.
     """
+
+    training: ClassVar[Training]  # the script sets it
 
     trajectory_epochs: int = 100
     batch_size: int = 16
@@ -76,13 +78,13 @@ class TrajectoryClassifier(ClassifierMixin, BaseEstimator):
                 raise ValueError(f"Only binary classification is supported. {text}")
             rows = rows.assign(**{self.label_column: codes})
         flags: dict[str, Any] = {"max_samples": 0, **self.get_params(deep=False)}
-        kind, seed = TrajectoryModel.program.datasets["dka"], flags.pop("random_state")
+        kind, seed = self.training.model.datasets["dka"], flags.pop("random_state")
         options = {name: flags.pop(name, None) for name in kind.options}
         dataset = kind(rows, **{**options, "outcome_kind": "label"})  # times need fit_trajectory
         dataset.held_out = ("val",)
         drawn = not isinstance(seed, (int, np.integer))
         flags["seed"] = check_random_state(seed).randint(2**31) if drawn else seed
-        self.model_: TrajectoryModel = fit_trajectory(dataset, **flags)
+        self.model_: TrajectoryModel = self.training.fit_trajectory(dataset, **flags)
         self.classes_ = classes
         return self
 
@@ -95,6 +97,3 @@ class TrajectoryClassifier(ClassifierMixin, BaseEstimator):
         """Return the likelier label of each row (N,); ``model_.predict`` goes by its threshold."""
         likelier = self.predict_proba(rows).argmax(axis=1)
         return self.classes_[likelier]
-
-
-TrajectoryClassifier.__module__ = "medgemma_trainer"  # as of ``TrajectoryModel``

@@ -1,4 +1,4 @@
-"""The command line's own words: parsers, number types, exit codes for errors."""
+"""The command line's own words: flags, parsers, number types, exit codes for errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import socket
 import ssl
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,19 +26,90 @@ from medgemma_clinical.files import (
     one_line,
     owner_only,
 )
+from medgemma_clinical.models import choices
 from medgemma_clinical.training.signals import SIGNALS
 
 logger = logging.getLogger(__name__)
 
 EXIT_DONE, EXIT_INPUT, EXIT_FAULT, EXIT_INTERRUPTED = 0, 2, 3, 130
 
-SHOW_VALUES = "errors show the cell, stage 3's report a patient"
-USE = "--predict: stage, best or a baseline gives `probability`"
-MIN_CELL = "hide smaller counts in report.html (0 = show all)"
 VERSION = f"medgemma-clinical {__version__}"
-
-
 FLAG = re.compile(r"--\w+")
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of a command: a row of its table."""
+
+    name: str  # as the keyword of Python
+    form: Any = str  # an argparse type, ``bool`` of a switch, or a tuple of choices
+    default: Any = None
+    help: str = ""
+    unread: str = ""  # ways of training that do not read it: typed with one, it is refused
+    needs: str = ""  # "--a, --b or --c": what cannot be left out beside it
+    metavar: str | None = None
+    required: bool = False
+    several: bool = False  # takes one value or more
+    repeat: bool = False  # may be given several times; its value is a tuple
+    bare: Any = None  # its value where it is typed without one
+    positional: bool = False
+
+    def add_to(self, group: Any) -> None:
+        """Declare the flag in a parser or a group of one."""
+        options: dict[str, Any] = {"help": self.help, "default": self.default}
+        if self.form is bool:
+            options |= {"action": "store_true", "default": False}
+        elif isinstance(self.form, tuple):
+            options |= {"choices": self.form}
+        else:
+            options |= {"type": self.form, "metavar": self.metavar or METAVARS.get(self.form, "N")}
+        if self.repeat:
+            options |= {"action": Repeated, "default": ()}
+        if self.several:
+            options["nargs"] = "+"
+        if self.bare is not None:
+            options |= {"nargs": "?", "const": self.bare}
+        if not self.positional:
+            options["required"] = self.required
+        group.add_argument(self.name if self.positional else f"--{self.name}", **options)
+
+
+Table = Mapping[str, Sequence[Flag]]
+"""The flags of a command by the titles of their groups."""
+
+
+def rows_of(table: Table) -> Iterator[Flag]:
+    """Yield each flag of a table."""
+    for rows in table.values():
+        yield from rows
+
+
+def changed(values: Mapping[str, Any], table: Table, names: Container[str]) -> dict[str, Any]:
+    """Return those of some flags that do not have their default, with their values."""
+    rows = [flag for flag in rows_of(table) if flag.name in names]
+    default = {flag.name: False if flag.form is bool else flag.default for flag in rows}
+    return {name: values[name] for name in default if values[name] != default[name]}
+
+
+def build_parser(program: str, about: str, table: Table) -> Parser:
+    """Return the parser of one command."""
+    places = [flag.name for flag in rows_of(table) if flag.positional]
+    usage = " ".join([program, *(f"{name} ..." for name in places), "--FLAG VALUE ..."])
+    parser = Parser(program, usage, about, formatter_class=Help, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=VERSION)
+    for title, rows in table.items():
+        group = parser.add_argument_group(title)
+        for flag in rows:
+            flag.add_to(group)
+    return parser
+
+
+def check_needs(table: Table, given: set[str]) -> None:
+    """Refuse a typed flag without what it needs."""
+    for flag in rows_of(table):
+        for needed in flag.needs.split(", ") if f"--{flag.name}" in given and flag.needs else ():
+            if not given.intersection(needed.split(" or ")):
+                raise InputError(f"--{flag.name} needs {needed}")
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -149,6 +221,53 @@ def parse_days(text: str) -> int | list[int]:
     if len(days) != text.count(",") + 1:
         raise argparse.ArgumentTypeError(f"{text!r}: give whole days, such as 90,365")
     return days if len(days) > 1 else days[0]
+
+
+def check_threshold(text: str) -> str:
+    """Refuse what is no threshold; used as an argparse type."""
+    from medgemma_clinical.evaluation.decision import GOALS, parse_threshold  # loads scikit-learn
+
+    with contextlib.suppress(ValueError):
+        parse_threshold(text)
+        return text
+    goals = ", ".join(f"'{goal} 0.9'" for goal in GOALS)
+    raise argparse.ArgumentTypeError(
+        f"{text!r}: give a risk within 0 and 1, such as 0.1, or {goals}"
+    )
+
+
+def parse_encoder(text: str) -> str:
+    """Import the user's own encoder and return its name; used as an argparse type."""
+    from medgemma_clinical.models import encoders  # loads torch
+
+    try:
+        return encoders.register(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def check_quantization(text: str) -> str:
+    """Refuse other words, 8-bit weights with the reason; used as an argparse type."""
+    if text == "int8":
+        raise argparse.ArgumentTypeError(choices.INT8_REFUSED)
+    if text not in choices.QUANTIZATIONS:
+        raise argparse.ArgumentTypeError(f"{text!r}: give {' or '.join(choices.QUANTIZATIONS)}")
+    return text
+
+
+METAVARS: dict[Any, str] = {str: "NAME", Path: "PATH", names: "NAME,NAME", check_threshold: "RISK"}
+METAVARS |= {parse_days: "DAYS,DAYS", parse_hours: "HOURS,HOURS", parse_encoder: "MODULE:CLASS"}
+METAVARS |= {check_quantization: "{nf4,none}"}
+"""What stands for a value in ``--help``, a number elsewhere."""
+
+# Rows of several commands.
+SEED = Flag("seed", number(int, 0, 2**32 - 1), 0, "of split, weights, bootstrap")
+OUTPUT_DIR = Flag("output_dir", Path, None, "folder to write", required=True)
+CENSORING = Flag(
+    "censoring", ("km", "regression"), "km", "times: weights by Kaplan-Meier or inputs"
+)
+MIN_CELL = Flag("min_cell", WHOLE, 0, "hide smaller counts in report.html (0 = show all)")
+SHOW_VALUES = Flag("show_values", bool, help="errors show the cell, stage 3's report a patient")
 
 
 def run_command(action: Callable[[], int], *, show_values: bool = False) -> int:

@@ -1,4 +1,4 @@
-"""Read the test predictions of finished runs and compare them: ``--compare``."""
+"""``compare``: the test predictions of finished runs, paired."""
 
 from __future__ import annotations
 
@@ -12,41 +12,56 @@ from typing import Any
 
 import pandas as pd
 
-from medgemma_clinical.commands.command_line import EXIT_DONE
-from medgemma_clinical.commands.run_folder import HISTORY, read_run
+from medgemma_clinical.commands.command_line import EXIT_DONE, SEED, Flag, Table
+from medgemma_clinical.commands.prediction_files import TEST, read_predictions
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, MEANINGS, STAGE_NAMES
-from medgemma_clinical.evaluation.metrics_table import MODEL, TESTED, Metrics, evaluate, named_model
+from medgemma_clinical.evaluation.metrics_table import MODEL, TESTED, Metrics, evaluate
 from medgemma_clinical.evaluation.report import write_comparison
 from medgemma_clinical.evaluation.tables import model_table
 from medgemma_clinical.evaluation.verdicts import counts_text
 from medgemma_clinical.files import InputError, make_output_dir, move_aside, read_json, write_json
-from medgemma_clinical.models.language_model import DEMO
-from medgemma_clinical.models.model_card import built_in_sentence
-from medgemma_clinical.models.outcome import LABEL, Outcome
-from medgemma_clinical.provenance import describe_program
+from medgemma_clinical.models.choices import DEMO
+from medgemma_clinical.models.terms import built_in_sentence
+from medgemma_clinical.provenance import HISTORY, describe_program, read_run
 
 logger = logging.getLogger(__name__)
 
 
-TEST_PREDICTIONS = "predictions_test.csv"
+RUNS = "stage folders; the first is the reference"
+FLAGS: Table = {
+    "what to compare": (
+        Flag("runs", Path, help=RUNS, several=True, positional=True, metavar="RUN"),
+        Flag("primary", help="baseline of the planned comparison"),
+        Flag("output_dir", Path, help="folder of compare.html; none is written without"),
+        SEED,
+    ),
+}
+
 NOT_NAMED = f"has no column {MODEL}, so nothing tells that one model made it"
 
 
-def run_compare(args: Namespace, output_dir: Path | None) -> int:
+def run(args: Namespace) -> int:
+    """Compare finished stages."""
+    return compare(args.runs, args.output_dir, args.seed, args.primary)
+
+
+def compare(
+    folders_of_runs: Sequence[Path], output_dir: Path | None, seed: int, primary: str | None
+) -> int:
     """Compare the first finished stage with each other one on the test patients that they share."""
-    runs = [Path(os.path.abspath(run)) for run in args.compare]  # "." has a name too
+    runs = [Path(os.path.abspath(run)) for run in folders_of_runs]  # "." has a name too
     if len(runs) < 2 or len({run.resolve() for run in runs}) < len(runs):
-        raise InputError("--compare: name at least two different folders of stages")
+        raise InputError("compare: name at least two different folders of stages")
     folders = dict(zip(model_names(runs), runs, strict=True))
     table = join_predictions(folders)
     names = table.columns.drop([*TESTED, next(iter(folders)), ENSEMBLE], errors="ignore")
-    if args.primary and args.primary not in names:
-        raise InputError(f"--primary {args.primary}: choose from {', '.join(names)}")
+    if primary and primary not in names:
+        raise InputError(f"--primary {primary}: choose from {', '.join(names)}")
     for folder in folders.values():
-        if MODEL not in pd.read_csv(folder / TEST_PREDICTIONS, nrows=0):
-            logger.info("%s: %s", folder / TEST_PREDICTIONS, NOT_NAMED)
-    primary = args.primary or primary_of(runs[0])
-    metrics = evaluate(table, args.seed, primary=primary, compared=[*folders])
+        if MODEL not in pd.read_csv(folder / TEST, nrows=0):
+            logger.info("%s: %s", folder / TEST, NOT_NAMED)
+    primary = primary or primary_of(runs[0])
+    metrics = evaluate(table, seed, primary=primary, compared=[*folders])
     cost = {name: cost_of(folder) for name, folder in folders.items()}
     if output_dir is None:
         log_comparison(metrics, cost)
@@ -60,7 +75,7 @@ def run_compare(args: Namespace, output_dir: Path | None) -> int:
         metrics,
         cost,
         title=": ".join([f"{len(folders)} models on the same test patients", *outcomes]),
-        card={"Seed": f"{args.seed}, of the intervals"},
+        card={"Seed": f"{seed}, of the intervals"},
         notice=built_in_models_notice(arguments),
     )
     return EXIT_DONE
@@ -80,40 +95,6 @@ def model_names(runs: Sequence[Path]) -> list[str]:
     if any(run.parent != shared for run in runs):
         return names
     return [STAGE_NAMES.get(name, name) for name in names]
-
-
-def read_predictions(
-    folder: Path,
-    model: str = "probability",
-    name: str = TEST_PREDICTIONS,
-    *,
-    outcome: Outcome = LABEL,
-) -> pd.DataFrame:
-    """Read a file of predictions: what happened, then risks; those of the file are ``model``'s."""
-    path = folder / name
-    if not path.is_file():
-        raise InputError(f"{path}: no such file: name the folder of a finished stage")
-    try:
-        table = pd.read_csv(path, dtype={"id": str, "patient": str}, keep_default_na=False)
-        table, _ = named_model(table.drop(columns="fold", errors="ignore"))
-        if model != "probability":
-            own = {file: risk for risk, file in outcome.columns(model, "").items()}
-            table = table.rename(columns=own, errors="raise")
-        if missing := [name for name in outcome.tested if name not in table]:
-            raise KeyError(missing[0] + (", as it is of times" if "event" in table else ""))
-        table = table[[*outcome.tested, *table.columns.drop(outcome.tested)]]
-        numbers = table.drop(columns=["id", "patient"]).astype(float)
-        risks = numbers.drop(columns=outcome.tested, errors="ignore")
-        is_known = table["label"].isin([0, 1]).all() if "label" in table else True
-        sound = (risks.ge(0) & risks.le(1)).all(axis=None) and is_known
-        if not sound or not len(risks.columns):
-            raise ValueError
-    except KeyError as error:
-        raise InputError(f"{path}: lacks a column: {error.args[0]}") from error
-    except (OSError, ValueError) as error:
-        rule = "labels are 0 or 1, risks are numbers from 0 to 1, of one model"
-        raise InputError(f"{path}: not a table of predictions: {rule}") from error
-    return table.astype(numbers.dtypes)
 
 
 def join_predictions(folders: Mapping[str, Path]) -> pd.DataFrame:

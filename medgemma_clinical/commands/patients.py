@@ -1,4 +1,4 @@
-"""The page of single patients beside predictions: ``--predict --explain``."""
+"""The page of single patients beside predictions: ``predict --explain``."""
 
 from __future__ import annotations
 

@@ -1,13 +1,14 @@
-"""Pool what several sites have written about one model, without their rows: ``--pool``."""
+"""``pool``: what several sites have written about one model, together, without their rows."""
 
 from __future__ import annotations
 
 import logging
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medgemma_clinical.commands.command_line import EXIT_DONE
+from medgemma_clinical.commands.command_line import EXIT_DONE, OUTPUT_DIR, Flag, Table
 from medgemma_clinical.evaluation.aggregate import (
     count_problem,
     few_digits,
@@ -16,6 +17,7 @@ from medgemma_clinical.evaluation.aggregate import (
 )
 from medgemma_clinical.evaluation.sites_page import pooled_cells, write_sites
 from medgemma_clinical.files import (
+    READING_ERRORS,
     InputError,
     locked,
     make_output_dir,
@@ -24,9 +26,16 @@ from medgemma_clinical.files import (
     read_json,
     write_json,
 )
-from medgemma_clinical.models.checkpoints import READING_ERRORS
 
 logger = logging.getLogger(__name__)
+
+FILES = "what each site wrote by predict --aggregate"
+FLAGS: Table = {
+    "files": (
+        Flag("files", Path, help=FILES, several=True, positional=True, metavar="SITE.json"),
+        OUTPUT_DIR,
+    ),
+}
 
 FORMAT = 2
 """Rises when aggregates of earlier versions cannot be pooled with new ones."""
@@ -35,19 +44,24 @@ MAX_SIZE = 2**14
 """Bytes of an aggregate."""
 
 
-def run_pool(paths: Sequence[Path], output_dir: Path) -> int:
+def run(args: Namespace) -> int:
+    """Pool the files of several sites."""
+    return pool(args.files, args.output_dir)
+
+
+def pool(paths: Sequence[Path], output_dir: Path) -> int:
     """Pool the aggregates of several sites; write ``sites.json`` and ``sites.html``."""
     sites: dict[str, Any] = {}
     for path in paths:
         site, content = one_line(path.stem), read_aggregate(path)
         for other, earlier in sites.items():
             if site == other or content["models"] == earlier["models"]:
-                raise InputError(f"--pool {path}: the same as {other}: give each site once")
+                raise InputError(f"pool {path}: the same as {other}: give each site once")
             if model_of(content) != model_of(earlier):
-                raise InputError(f"--pool {path}: of another model than {other}: leave it out")
+                raise InputError(f"pool {path}: of another model than {other}: leave it out")
         sites[site] = content
     if len(sites) < 2:
-        raise InputError("--pool: name the files of two sites or more")
+        raise InputError("pool: name the files of two sites or more")
     estimates, pooled, notes = pool_sites(sites)
     model = model_of(content)
     make_output_dir(output_dir)
@@ -71,19 +85,19 @@ def model_of(content: Any) -> dict[str, Any]:
 
 
 def read_aggregate(path: Path) -> Any:
-    """Return the content of a file of ``--aggregate``, checked."""
+    """Return the content of a file of ``predict --aggregate``, checked."""
     try:
         if path.stat().st_size > MAX_SIZE:
             raise ValueError
         content = read_json(path)
         if (version := content["format"]) != FORMAT:
-            raise InputError(f"--pool {path}: of format {version!s:.20}, not {FORMAT}")
+            raise InputError(f"pool {path}: of format {version!s:.20}, not {FORMAT}")
         read_models(content)
         if problem := count_problem(content):
-            raise InputError(f"--pool {path}: {problem}: leave it out")
+            raise InputError(f"pool {path}: {problem}: leave it out")
     except InputError:
         raise
     except READING_ERRORS as error:
-        text = "not a file of --predict --aggregate, or damaged"
-        raise InputError(f"--pool {path}: {text}: leave it out") from error
+        text = "not a file of predict --aggregate, or damaged"
+        raise InputError(f"pool {path}: {text}: leave it out") from error
     return content

@@ -1,480 +1,72 @@
-"""Score new rows with a trained model, and evaluate it where they have labels: ``--predict``."""
+"""``predict``: score new rows with a trained model, and evaluate it where they have labels."""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import logging
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import pandas as pd
-
-from medgemma_clinical.commands.aggregate import write_aggregate
-from medgemma_clinical.commands.command_line import EXIT_DONE
-from medgemma_clinical.commands.compare import read_predictions
-from medgemma_clinical.commands.flags import tagged
-from medgemma_clinical.commands.folds import PREDICTIONS
-from medgemma_clinical.commands.patients import (
-    ChosenRow,
-    choose_rows,
-    explain_rows,
-    patients_path,
+from medgemma_clinical.commands.command_line import (
+    CENSORING,
+    MIN_CELL,
+    POSITIVE,
+    SEED,
+    SHOW_VALUES,
+    Flag,
+    Table,
+    check_quantization,
+    check_threshold,
+    names,
+    parse_encoder,
 )
-from medgemma_clinical.commands.report_content import report_content
-from medgemma_clinical.commands.run_folder import read_run
-from medgemma_clinical.commands.update import write_update
-from medgemma_clinical.data.distributions import last_values, row_medians
-from medgemma_clinical.data.dka import description_path
-from medgemma_clinical.data.findings import Findings, flow_lines
-from medgemma_clinical.data.overlap import TrainingPatients, both_hashes, patient_hashes
-from medgemma_clinical.data.small_cells import count_text
-from medgemma_clinical.data.trajectories import FLOW_COLUMNS, ScoringRows, TrajectoryDataset
-from medgemma_clinical.distributed import peak_memory, processes, show_progress
-from medgemma_clinical.evaluation import decision
-from medgemma_clinical.evaluation.demographics import demographics
-from medgemma_clinical.evaluation.metrics_table import MODEL
-from medgemma_clinical.evaluation.report import write_report
-from medgemma_clinical.evaluation.time_table import UNCENSORED
-from medgemma_clinical.evaluation.topics.cohort import case_mix
-from medgemma_clinical.evaluation.topics.topic import ReportContent
-from medgemma_clinical.evaluation.topics.written_reports import right_answers
-from medgemma_clinical.files import InputError, atomic, file_hash, locked, move_aside
-from medgemma_clinical.inference.hub import check_folder
-from medgemma_clinical.inference.scoring import count_implausible, prediction_table, scoring_rows
-from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS, TrajectoryModel
-from medgemma_clinical.models import trained_model
-from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, Config, read_trajectory
-from medgemma_clinical.models.model_card import choosing_rows
-from medgemma_clinical.models.outcome import Outcome, outcome_of
-from medgemma_clinical.models.trained_model import TrainedModel
+from medgemma_clinical.models import choices
 
-logger = logging.getLogger(__name__)
+CHECKPOINT = Flag("checkpoint", Path, help="a stage folder, or stage 1's .pt", required=True)
+USE = Flag("use", str, "stage", "stage, best or a baseline gives `probability`")
+ENCODER = Flag("encoder", parse_encoder, help="your own class that it was trained with")
+MODEL_NAME = Flag("model_name", str, help="where the base model lies, if it has moved")
 
-KINDS = "leave_out", "folds"
-VAL_PREDICTIONS = "predictions_val.csv"
-
-
-def predict(args: Namespace, given: set[str]) -> int:
-    """Write a prediction for each row of the input; ``given`` are the flags that were typed."""
-    if processes().num_processes > 1:
-        raise InputError("--predict runs in one process: start it by python, not accelerate")
-    # What was not typed is the checkpoint's to decide, whatever the default of the training.
-    read = {name for name in vars(args) if f"--{name}" in given}.union(tagged("default"))
-    request = Namespace(**{name: x if name in read else None for name, x in vars(args).items()})
-    config = trained_model.read_trained_config(request.checkpoint)
-    datasets = TrajectoryModel.program.datasets
-    if config["dataset"] not in datasets:
-        raise InputError(
-            f"--checkpoint {request.checkpoint}: trained on --dataset {config['dataset']}, which "
-            "this program does not have"
-        )
-    trained_model.check_no_control(request.checkpoint, config)
-    source = find_source(request, config, datasets)
-    check_output(request, source)
-    if request.curves and not outcome_of(config).has_curves:
-        raise InputError("--curves: the model was trained on a label, not on times: leave it out")
-    if request.aggregate and outcome_of(config).has_curves:
-        raise InputError("--aggregate: not for times to events: leave it out")
-    if request.update:
-        check_folder(request.update, config)
-    findings = Findings(str(source), strict=bool(request.strict))
-    reading: Config = {**config, "read_options": {**config["read_options"]}}
-    if request.site is not None:
-        reading["read_options"]["site"] = request.site
-    chunks = scoring_rows(source, reading, datasets, findings, MEMORY_ROWS[config["stage"]])
-    first = next(chunks)  # faults of the input show before a language model is loaded
-    names = ("batch_size", "model_name", "quantization", "precision", "attention")
-    options = {name: getattr(request, name) for name in names}
-    model = TrajectoryModel.from_pretrained(request.checkpoint, **options)
-    if request.threshold is not None:
-        model.trained = with_threshold(model.trained, request.threshold, request.checkpoint)
-    used = model.trained.model_named(request.use)
-    baselines = model.trained.baselines.names if model.trained.baselines else []
-    if request.primary and request.primary not in baselines:
-        choices = ", ".join(baselines) or "none: this copy of the model has no baselines"
-        raise InputError(f"--primary {request.primary}: choose from {choices}")
-    if request.explain and used != model.trained.name:
-        raise InputError(f"--explain shows the risk of the stage itself: leave --use {used} out")
-    chunks = log_progress(itertools.chain([first], chunks), source)
-    tally = write_predictions(request, chunks, model, findings)
-    findings.log()
-    for line in [] if first.dataset.flow is None else flow_lines(first.dataset.flow):
-        logger.info(line)
-    tally.log(model)
-    logger.info("predictions: %s; %s", request.predictions, peak_memory())
-    training = training_patients(model.trained, request.checkpoint)
-    rows = first.dataset.with_inputs(**config["inputs"])
-    labelled = report_labelled(tally, model, rows, request, training)
-    if request.explain:
-        explain_rows(tally.chosen, model, request, training)
-    if request.update:
-        labels, hashed = (labelled.rows, labelled.updates), file_hash(source)
-        write_update(request.update, model.trained, used, *labels, hashed)
-    if request.aggregate:
-        write_aggregate(request.aggregate, model.trained, labelled.rows, used, labelled.primary)
-    return EXIT_DONE
+FLAGS: Table = {
+    "rows": (
+        CHECKPOINT,
+        Flag("data_path", Path, help="rows to score, of a model of --dataset dka"),
+        Flag("data_dir", Path, help="rows to score, of a model of --dataset srtr"),
+        Flag("dataset", str, help="refused unless the model was trained on it"),
+        Flag("organ", str, help="refused unless the model was trained on it"),
+        Flag("site", str, help="column of hospitals or units"),
+        Flag("strict", bool, help="refuse rows that cannot be scored"),
+        SHOW_VALUES,
+    ),
+    "what to write": (
+        Flag("predictions", Path, help="CSV to write", required=True),
+        USE,
+        Flag("threshold", check_threshold, help="0.1 or 'sensitivity 0.9'; that of the training"),
+        Flag("update", Path, help="write a recalibrated model", metavar="DIR"),
+        Flag("aggregate", Path, help="write what sites can pool", metavar="JSON"),
+        Flag("explain", bool, help="page of single patients"),
+        Flag("patients", names, help="only these rows", needs="--explain"),
+    ),
+    "evaluation": (
+        Flag("primary", str, help="baseline to compare with; that of the training"),
+        CENSORING,
+        SEED,
+        MIN_CELL,
+    ),
+    "computation": (
+        Flag("batch_size", POSITIVE, help="rows in one forward pass"),
+        MODEL_NAME,
+        ENCODER,
+        Flag("quantization", check_quantization, help="that of the training"),
+        Flag("precision", choices.PRECISIONS, help="that of the training"),
+        Flag("attention", choices.ATTENTIONS, "sdpa", "attention kernels"),
+    ),
+}
 
 
-def find_source(
-    request: Namespace, config: Config, datasets: Mapping[str, type[TrajectoryDataset]]
-) -> Path:
-    """Return the file or folder to read; refuse flags of another kind than the checkpoint's."""
-    trained = {"dataset": config["dataset"], **config["read_options"]}
-    dataset = datasets[config["dataset"]]
-    options = [option for kind in datasets.values() for option in kind.options]
-    for name in ("dataset", *options):
-        value = getattr(request, name, None)
-        is_new_site = name == "site" and name in dataset.options
-        if value not in (None, trained.get(name)) and not is_new_site:
-            made = trained.get(name, f"--dataset {config['dataset']}")
-            raise InputError(f"--{name} {value}: the checkpoint was trained on {made}")
-    sources = {kind.source_flag for kind in datasets.values()}
-    if [name for name in sources if getattr(request, name) is not None] != [dataset.source_flag]:
-        raise InputError(
-            f"--predict: the checkpoint was trained on --dataset {config['dataset']}: give the "
-            f"rows to score by --{dataset.source_flag} alone"
-        )
-    source: Path = getattr(request, dataset.source_flag)
-    return source
+def run(args: Namespace, trainer: Any) -> int:
+    """Write a prediction for each row."""
+    from medgemma_clinical.commands import predictions  # with torch, once the flags are read
+    from medgemma_clinical.distributed import computing
 
-
-def with_threshold(trained: TrainedModel, choice: str, checkpoint: Path) -> TrainedModel:
-    """Return a model whose rules have another threshold: a goal is reached on held-out rows.
-
-    These are the rows that chose the threshold in training, whose risks the run folder holds.
-    """
-    rules = {name: asdict(rule) for name, rule in trained.rules.items()}
-    goal, _ = decision.parse_threshold(choice)
-    table = held_out_risks(trained, checkpoint, choice) if goal else None
-    for name, rule in rules.items():
-        rule["threshold"] = trained.outcome.choose_threshold(choice, table, name)
-    config: Config = {**trained.config, "threshold_choice": choice}
-    config["decision"], config["models"] = rules.pop(trained.name), rules
-    return replace(trained, config=config)
-
-
-def held_out_risks(trained: TrainedModel, checkpoint: Path, choice: str) -> pd.DataFrame:
-    """Read labels and risks of the rows that chose a model's threshold from its run folder."""
-    path = trained_model.checkpoint_path(checkpoint).absolute()
-    is_stage_1 = trained.config["stage"] == "trajectory"
-    stage = trained_model.folder_of_stage_1(path) if is_stage_1 else path.parent
-    file = VAL_PREDICTIONS
-    if of_folds(trained.config):
-        of_sites, of_patients = (stage.parent / f"{kind}_{stage.name}" for kind in KINDS)
-        stage, file = of_sites if of_sites.is_dir() else of_patients, PREDICTIONS
-    try:
-        return read_predictions(stage, trained.name, file, outcome=trained.outcome)
-    except InputError as error:
-        raise InputError(f"--threshold '{choice}': {error}, or give a risk") from error
-
-
-def outputs(request: Namespace) -> list[Path]:
-    """Return the tables to write: predictions, inputs, and curves where they are asked for."""
-    return [request.predictions, inputs_path(request.predictions), *filter(None, [request.curves])]
-
-
-def inputs_path(predictions: Path) -> Path:
-    """Return the path of the last values beside a file of predictions."""
-    return predictions.with_suffix(".inputs.csv")
-
-
-def input_lines(rows: ScoringRows, config: Config) -> pd.DataFrame:
-    """Return id, last known value of each input of the model, and whether it was measured."""
-    last = last_values(rows.dataset.with_inputs(**config["inputs"])).droplevel(0, axis=1)
-    last = last.set_axis(rows.positions, axis=0).reindex(range(len(rows.ids)))
-    measured = last.notna().astype(int).add_suffix(" measured")
-    columns = [column for name in last for column in (name, f"{name} measured")]
-    lines = last.join(measured)[columns]
-    lines.insert(0, "id", rows.ids)
-    return lines
-
-
-def check_output(request: Namespace, source: Path) -> None:
-    """Check that predictions can be written, and not over the rows or as their description."""
-    inputs = {path.resolve() for path in (source, description_path(source))}
-    for flag in ("predictions", "curves", "aggregate"):
-        if (out := getattr(request, flag)) is None:
-            continue
-        if not out.absolute().parent.is_dir() or out.is_dir():
-            raise InputError(f"--{flag} {out}: name a file in a folder that exists")
-        written = [out, inputs_path(out)] if flag == "predictions" else [out]
-        if any(x.resolve() in inputs for x in written):
-            problem = "is the name of the rows to score, or of their description: choose another"
-            raise InputError(f"--{flag} {out}: {problem}")
-        if flag != "predictions" and out.absolute() == request.predictions.absolute():
-            raise InputError(f"--{flag} {out}: is the file of --predictions")
-
-
-def report_path(predictions: Path) -> Path:
-    """Return the path of the report on labelled predictions."""
-    return predictions.with_suffix(".report.html")
-
-
-def log_progress(chunks: Iterable[ScoringRows], source: Path) -> Iterator[ScoringRows]:
-    """Yield chunks under a bar of the bytes that were read, of a folder without."""
-    if not source.is_file():
-        yield from chunks
-        return
-    with show_progress((), "predicting", source.stat().st_size) as bar:
-        for rows in chunks:
-            yield rows
-            bar.update(rows.read - bar.n)
-
-
-@dataclass
-class PredictionTally:
-    """Counts of scored rows; nothing is kept of rows without a label, the chosen ones apart."""
-
-    used: str  # the model
-    columns: dict[str, str]  # of the predictions, by those of a table of risks
-    outcome: Outcome
-    censoring: tuple[str, int]  # how those who are not watched for long are weighed, and a seed
-    rule: decision.DecisionRule  # of the used one
-    rows: int = 0
-    scored: int = 0
-    positive: int | None = None  # None where nothing is predicted but a risk
-    labelled: list[pd.DataFrame] = field(default_factory=list)  # of each chunk, see ``add``
-    medians: list[pd.DataFrame] = field(default_factory=list)  # of the same rows
-    chosen: list[ChosenRow] = field(default_factory=list)  # of the page of patients
-
-    def add(self, lines: pd.DataFrame, rows: ScoringRows) -> None:
-        """Count the output lines; keep risks by model and hashes of the labelled rows."""
-        dataset = rows.dataset
-        self.rows += len(lines)
-        self.scored += len(rows.positions)
-        if "prediction" in lines:
-            self.positive = (self.positive or 0) + int(lines["prediction"].sum())
-        labelled = np.flatnonzero(~np.isnan(dataset.labels))
-        if not len(labelled):
-            return
-        about = demographics(dataset).iloc[labelled].reset_index(drop=True)
-        of_models = lines[[*self.columns.values()]].set_axis([*self.columns], axis=1)
-        risks = of_models.iloc[rows.positions[labelled]].reset_index(drop=True).astype(float)
-        self.medians.append(row_medians(dataset).iloc[labelled])
-        observed = self.outcome.observed(dataset, labelled, *self.censoring)
-        observed = observed.drop(columns=[*about.columns.intersection(observed.columns)])
-        self.labelled.append(
-            about.join(observed)
-            .join(risks)
-            .assign(
-                patient=patient_hashes(dataset, labelled),
-                rows=list(both_hashes(dataset, labelled)),
-            )
-        )
-
-    def log(self, model: TrajectoryModel) -> None:
-        """Log the counts, and what a user should know of the output."""
-        if "decision" not in model.config:
-            text = "the checkpoint has no threshold, since its run was not finished: %g is used"
-            logger.warning(text, self.rule.threshold)
-        above = ""
-        if self.positive is not None:
-            above = f", {self.positive:,} of them at or above the threshold {self.rule.threshold:g}"
-        without = f"{self.rows - self.scored:,} without a score"
-        logger.info(f"{self.rows:,} rows: {self.scored:,} scored{above}; {without}")
-
-
-def write_predictions(
-    request: Namespace, chunks: Iterable[ScoringRows], model: TrajectoryModel, findings: Findings
-) -> PredictionTally:
-    """Score rows chunk by chunk; the file appears at the end, earlier ones move aside."""
-    trained, path = model.trained, request.predictions
-    used, outcome = trained.model_named(request.use), trained.outcome
-    censoring = request.censoring or "km", request.seed
-    tally = PredictionTally(used, trained.columns(used), outcome, censoring, trained.rules[used])
-    now, of_model = datetime.now(UTC).isoformat(timespec="seconds"), {MODEL: trained.sha256}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(locked(path))
-        files = [
-            stack.enter_context(whole.open("w", encoding="utf-8", newline=""))
-            for whole in [stack.enter_context(atomic(out)) for out in outputs(request)]
-        ]
-        for rows in chunks:
-            lines, scores = prediction_table(rows, trained, findings, model.batch_size, used)
-            count_implausible(scores.rows.dataset, findings)
-            lines = as_written(lines, tally.rule)
-            written = lines.assign(predicted_at=now, **of_model), input_lines(rows, trained.config)
-            for table, file in zip(written, files, strict=False):
-                table.to_csv(file, index=False, header=tally.rows == 0)
-            for file in files[2:]:
-                curves = scores.curves()
-                curves["incidence"] = curves["incidence"].map(six_digits)
-                curves.to_csv(file, index=False, header=tally.rows == 0)
-            tally.add(lines, scores.rows)
-            if request.explain:
-                tally.chosen = choose_rows(tally.chosen, lines, scores.rows, request.patients)
-        for aside in move_aside([*outputs(request), report_path(path), patients_path(path)]):
-            logger.info("earlier file moved to %s", aside)
-    return tally
-
-
-def six_digits(risk: float) -> float:
-    """Return a risk with six significant digits: a model of 32 bits has no more."""
-    return float(f"{risk:.6g}")
-
-
-def as_written(lines: pd.DataFrame, rule: decision.DecisionRule) -> pd.DataFrame:
-    """Return predictions with the digits of their file, and the decisions on these risks."""
-    risks = lines.select_dtypes("float").map(six_digits)
-    decided = pd.Series(rule.positive(risks["probability"].to_numpy()), lines.index, dtype="Int64")
-    return lines.assign(**risks, prediction=decided.where(risks["probability"].notna()))
-
-
-class Labelled(NamedTuple):
-    """Labelled rows that are not in the training data, the planned baseline, and updates."""
-
-    rows: pd.DataFrame
-    primary: str | None = None
-    updates: Any = None
-
-
-def report_labelled(
-    tally: PredictionTally,
-    model: TrajectoryModel,
-    dataset: TrajectoryDataset,
-    request: Namespace,
-    training: TrainingPatients,
-) -> Labelled:
-    """Evaluate labelled rows that are not in the training data; return them."""
-    if not tally.labelled:
-        return Labelled(pd.DataFrame())
-    labelled = pd.concat(tally.labelled, ignore_index=True)
-    hashes = labelled["patient"].to_numpy(), np.stack(labelled["rows"].tolist())
-    in_training = training.include(*hashes, has_ids=dataset.has_patient_ids)
-    new, medians = labelled[~in_training].reset_index(drop=True), pd.concat(tally.medians)
-    medians = medians[~in_training]
-    noun = "patients" if labelled["patient"].is_unique else dataset.row_noun
-    overlap = Overlap(noun, int(in_training.sum()), len(new))
-    note = overlap.sentence(model.config, training, 0)
-    outcome = tally.outcome
-    if problem := outcome.evaluation_problem(new):
-        logger.info("%s No metrics: %s.", note, problem)
-        return Labelled(new)
-    name, patients = tally.used, new["patient"].astype(str)
-    risks = new[[*tally.columns]].dropna(axis=1)  # NaN of a baseline that lacks a column
-    rows = new.assign(id=patients, patient=patients)[[*outcome.tested]]
-    rows = rows.join(new.filter(like=UNCENSORED)).join(risks)
-    trained = model.config.get("metrics", {})
-    planned = (trained.get("test") or trained.get("folds") or {}).get("primary")
-    primary = request.primary or planned
-    metrics = outcome.evaluate(rows, request.seed, tally.rule.threshold, primary=primary)
-    updates = outcome.evaluate_updates(rows, name, request.seed)
-    content = cohort_content(
-        tally, model.config, dataset, new, medians, overlap, training, updates, request
-    )
-    if model.stage == "generative" and name == model.trained.name:
-        seed, limit = request.seed, request.min_cell
-        answers = right_answers(rows, name, tally.rule.threshold, seed, limit)
-        content = replace(content, first=[*filter(None, [answers]), *content.first])
-    path = report_path(request.predictions)
-    write_report(path, rows, metrics, content, outcome.topics, min_cell=request.min_cell)
-    lines = "\n".join([*content.first, *map(str, content.findings(metrics))])
-    logger.info("\n%s\n%s\nreport: %s", lines, note, path)
-    return Labelled(new, metrics.primary, updates)
-
-
-def cohort_content(
-    tally: PredictionTally,
-    config: Config,
-    dataset: TrajectoryDataset,
-    rows: pd.DataFrame,
-    medians: pd.DataFrame,
-    overlap: Overlap,
-    training: TrainingPatients,
-    updates: Any,
-    request: Namespace,
-) -> ReportContent:
-    """Return what the page of an external cohort says of the evaluated rows and their medians."""
-    name, source, noun = tally.used, Path(dataset.source).name, overlap.noun
-    labelled = overlap.old + overlap.new
-    flow = [
-        ("without a score", tally.rows - tally.scored, tally.scored),
-        ("without a label", tally.scored - labelled, labelled),
-        ("in the training data", overlap.old, overlap.new),
-    ]
-    rule, rows_of_choice, choice = tally.rule, choosing_rows(config), config.get("threshold_choice")
-    changes = f"intercept {rule.intercept:+.2f}, slope {rule.slope:.2f}"
-    recalibration = f"The risks were recalibrated on {rows_of_choice}: {changes}."
-    moved = "; an earlier update moved it." if config.get("updated") else "."
-    return report_content(
-        f"{config['outcome']}: {name} on the {noun} of {source}",
-        dataset,
-        config,
-        rows,
-        request,
-        data={
-            "Source": source,
-            "Scored": f"{len(rows):,} {noun} with a score and a label",
-            "Missing values": "masked, never filled in",
-        },
-        card={
-            "Limits": f"The model was not changed for these rows{moved}",
-            "Checkpoint": request.checkpoint.absolute().name,  # a page is shared: no path
-            "Seed": f"{request.seed}, of the intervals",
-        },
-        threshold=rule.threshold,
-        noun=noun,
-        threshold_choice=decision.describe_threshold(choice, rows_of_choice),
-        flow=pd.DataFrame(flow, columns=list(FLOW_COLUMNS[:3])),
-        case_mix=(config["case_mix"], case_mix(rows, medians, request.min_cell)),
-        recalibration=recalibration if rule.is_moved else "",
-        updates=updates,
-        tries_updates=True,
-        last=[overlap.sentence(config, training, request.min_cell)],
-    )
-
-
-class Overlap(NamedTuple):
-    """How many of the labelled rows are in the training data."""
-
-    noun: str  # what the rows are
-    old: int
-    new: int
-
-    def sentence(self, config: Config, training: TrainingPatients, min_cell: int) -> str:
-        """Return the counts in words, and whether the metrics may be optimistic."""
-        complete = config.get("updated", {}).get("complete", True)
-        if not len(training.hashes) or not complete:
-            return (
-                f"The checkpoint does not hold its training data: if these {self.noun} are in "
-                "them, the metrics are optimistic."
-            )
-        count, total = count_text(self.old, min_cell), self.old + self.new
-        which = f"{count.capitalize()} {self.noun} are"
-        if not min_cell:  # beside the patients that were tested, the total tells a small count
-            which = f"Of {total:,} {self.noun} {count} are"
-        text = f"{which} in the training data and left out of the metrics."
-        if not self.old or of_folds(config):
-            return text
-        return (
-            f"{text} Others of these data may have chosen the epochs and taught the baselines: the "
-            "metrics may be optimistic."
-        )
-
-
-def of_folds(config: Config) -> bool:
-    """Return whether a model was trained on all patients, after folds."""
-    return "folds" in config.get("metrics", {})
-
-
-def training_patients(trained: trained_model.TrainedModel, checkpoint: Path) -> TrainingPatients:
-    """Return what is known of a model's training patients."""
-    hashes, config = trained.train_patients, trained.config
-    if hashes is None:
-        # Stages 2 and 3 store none, but share the training part of the stage 1 in their run.
-        folder = trained_model.checkpoint_path(checkpoint).absolute().parent
-        beside = folder.parent / TRAJECTORY_FILE
-        with contextlib.suppress(InputError, OSError):  # neither hinders a report
-            if file_hash(beside) == (read_run(folder) or {}).get("stage_1_sha256"):
-                stage1 = read_trajectory(beside)
-                if stage1.config["rows_sha256"] == config["rows_sha256"]:
-                    hashes, config = stage1.train_patients, stage1.config
-    if hashes is None:
-        return TrainingPatients(np.empty(0, np.int64), has_ids=False)
-    return TrainingPatients(hashes, bool(config["has_patient_ids"]))
+    with computing():
+        return predictions.predict(args, trainer.TrajectoryModel)

@@ -6,9 +6,8 @@ import itertools
 import json
 import logging
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +16,7 @@ import pandas as pd
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 
-from medgemma_clinical.commands.flags import decision_options
+from medgemma_clinical.commands.prediction_files import predictions_csv
 from medgemma_clinical.commands.report_content import training_content, training_methods
 from medgemma_clinical.commands.run_folder import METRICS
 from medgemma_clinical.data.training_data import Data
@@ -30,7 +29,6 @@ from medgemma_clinical.evaluation.baselines import (
 )
 from medgemma_clinical.evaluation.metrics_table import MODEL, Metrics
 from medgemma_clinical.evaluation.report import write_report
-from medgemma_clinical.evaluation.time_table import UNCENSORED
 from medgemma_clinical.evaluation.topics.topic import ReportContent, TopicBuilder
 from medgemma_clinical.evaluation.topics.written_reports import score_reports, written_sentence
 from medgemma_clinical.evaluation.verdicts import Finding, at_threshold, value_text
@@ -42,7 +40,7 @@ from medgemma_clinical.models.model_card import MODEL_LIMITS, describe_recommend
 from medgemma_clinical.models.model_facts import model_facts
 from medgemma_clinical.models.outcome import Outcome, fit_outcome, outcome_of, weighted
 from medgemma_clinical.models.trained_model import model_sha256
-from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
+from medgemma_clinical.models.trajectory_llm import LLMWriter
 from medgemma_clinical.training.stage import Stage
 from medgemma_clinical.training.state import Progress, describe_epochs, describe_selection
 
@@ -56,74 +54,100 @@ MIN_EVENTS = 30
 """Patients with, and without, the event in a test part below which a run names ``--folds``."""
 
 
-def write_results(
-    scored: dict[str, decision.Predictions],
+@dataclass(frozen=True)
+class Decided:
+    """What was chosen on the validation part, of which the first process knows all."""
+
+    weight: float | None  # of the language model beside stage 1; None where it adds none
+    rule: decision.DecisionRule
+    rules: Mapping[str, decision.DecisionRule] = field(default_factory=dict)  # of the other models
+    settings: Any = None  # of the baselines; None where there are none
+    table: pd.DataFrame | None = None  # of predictions of the validation part
+    metrics: Metrics | None = None
+    best_model: str | None = None
+
+    def applied(self, outcome: Outcome, predictions: decision.Predictions) -> decision.Predictions:
+        """Return predictions of a part by the weight and the rule."""
+        return replace(weighted(outcome, predictions, self.weight), rule=self.rule)
+
+    @property
+    def config(self) -> Config:
+        """Keys of the checkpoint's configuration that all processes know."""
+        weight: Config = {} if self.weight is None else {"residual_weight": self.weight}
+        return {**weight, "decision": asdict(self.rule)}
+
+
+def log_decisions(
+    decided: Decided, options: decision.DecisionOptions, observed: pd.DataFrame
+) -> None:
+    """Log weight and recalibration of the stage."""
+    if decided.weight is not None:
+        how, patients = "chosen" if decided.weight else "not shown to add", observed["patient"]
+        text = "weight of the language model beside stage 1: %g, %s on %d validation patients"
+        logger.info(text, decided.weight, how, patients.nunique())
+    if options.recalibration == "platt" and not decided.rule.is_moved:
+        logger.warning(
+            "not recalibrated: on the validation part events do not become more frequent with the "
+            "risk, or the risks separate them completely"
+        )
+
+
+def write(
+    folder: Path | None,
     stage: Stage,
     data: Data,
-    folder: Path | None,
+    decided: Decided,
+    test: decision.Predictions | None,  # None leaves the test part for a later call
     progress: Progress,
     run: dict[str, Any],
     args: Namespace,
-    *,
-    with_baselines: bool = True,
 ) -> tuple[Config, Baselines | None]:
-    """Write and log the results of the scored parts; each process must call.
+    """Write and log the results of a stage; each process must call.
 
     The first process also gets the metrics, within the configuration, and the baselines.
     """
-    options, outcome = decision_options(args), outcome_of(stage.config)
-    observed = {
-        part: outcome.observed(data.dataset, part_scored.rows, args.censoring, args.seed)
-        for part, part_scored in scored.items()
-    }
-    predictions, decided = apply_decisions(scored, observed["val"], stage, data, options)
-    is_writer = isinstance(stage.model, LLMWriter) and "test" in predictions
-    texts = generate_reports(stage, predictions["test"]) if is_writer else {}
-    # The caller tests a model without test part, as scikit-learn's tools do.
-    if not len(data.split["test"]) or not processes().is_main_process:
-        return {**stage.config, **decided}, None
-    fitted: dict[str, Baselines] = {}
-    # The validation part chooses thresholds and the recommended model by risks of models that have
-    # not seen it. The models that are tested and kept learn from both parts.
-    both = np.sort(np.concatenate([data.split["train"], data.split["val"]]))
-    taught = {"val": data.split["train"], "test": both}
-    with few_threads():
-        if with_baselines:
-            settings = outcome.tune_baselines(data.dataset, data.split["train"], data.usable_static)
-            fitted = {
-                part: outcome.fit_baselines(data.dataset, taught[part], settings)
-                for part in predictions
-            }
-        tables, rules = prediction_tables(stage, data, predictions, observed, fitted, options)
-    last = [*predictions][-1]  # the test part, unless it is left for a later call
-    baselines = fitted.get(last)
-    metrics = {
-        part: outcome.evaluate(
-            table, args.seed, predictions[part].rule.threshold, primary=args.primary
-        )
-        for part, table in tables.items()
-    }
+    outcome, name, dataset = outcome_of(stage.config), STAGE_NAMES[stage.name], data.dataset
+    config: Config = {**stage.config, **decided.config, "threshold_choice": args.threshold}
+    if decided.weight is not None:
+        cast(Any, stage.model).residual_weight = decided.weight
+    scored = None if test is None else decided.applied(outcome, test)
+    is_writer = isinstance(stage.model, LLMWriter) and scored is not None
+    texts = generate_reports(stage, scored) if is_writer and scored else {}
+    if decided.table is None or decided.metrics is None:
+        return config, None
+    tables, metrics = {"val": decided.table}, {"val": decided.metrics}
     lines: list[dict[str, Any]] = []
     reports: dict[str, Any] | None = None
-    if is_writer:
-        lines, reports = score_reports(data.dataset, texts, predictions["test"], args.seed)
-    name = STAGE_NAMES[stage.name]
-    held_out = pd.concat(tables.values()), [name, *rules]
-    config: Config = {
-        **stage.config,
-        **decided,
+    baselines = None
+    if scored is not None:
+        observed = outcome.observed(dataset, scored.rows, args.censoring, args.seed)
+        beside = {}
+        if decided.settings is not None:
+            with few_threads():  # the validation part has chosen and now teaches, too
+                both = np.sort(np.concatenate([data.split["train"], data.split["val"]]))
+                baselines = outcome.fit_baselines(dataset, both, decided.settings)
+                beside = baselines.risks(dataset, scored.rows)
+        table = prediction_table(stage, scored, observed, beside, decided.rules)
+        metrics["test"] = outcome.evaluate(
+            table, args.seed, decided.rule.threshold, primary=args.primary
+        )
+        tables["test"] = table
+        if is_writer:
+            lines, reports = score_reports(dataset, texts, scored, args.seed)
+    held_out = pd.concat(tables.values()), [name, *decided.rules]
+    config |= {
         "metrics": metrics_content(stage, progress, decided, metrics, reports, args.calibrate),
-        "models": {name: asdict(rule) for name, rule in rules.items()},
-        **cast(Config, outcome.recommend(tables["val"], metrics["val"], name, [*rules])),
+        "models": {model: asdict(rule) for model, rule in decided.rules.items()},
+        "best_model": decided.best_model,
         **cast(Config, outcome.references(*held_out)),
         **({"baseline_inputs": baselines.inputs} if baselines else {}),
     }
     choice = decision.describe_threshold(args.threshold, "the validation part")
-    beginning = at_threshold(predictions[last].rule.threshold, choice)
-    log_results(metrics, outcome, beginning, reports, data.dataset.noun)
-    if "best_model" in config:
-        logger.info("recommended (--use best): %s", describe_recommended(config))
-    if folder:
+    log_results(
+        metrics, outcome, at_threshold(decided.rule.threshold, choice), reports, dataset.noun
+    )
+    logger.info("recommended (--use best): %s", describe_recommended(config))
+    if folder and scored is not None:
         if baselines:
             config["baselines_sha256"] = baselines.sha256
         save_model(folder, stage, config, baselines)
@@ -134,7 +158,7 @@ def write_results(
         if is_writer:
             text = "".join(json.dumps(line) + "\n" for line in lines)
             write_text(folder / "generations_test.jsonl", text)
-        rows, tuned = predictions["test"].rows, baselines.tuned if baselines else None
+        rows, tuned = scored.rows, baselines.tuned if baselines else None
         content = run_content(stage, data, progress, config, run, args, rows, tuned)
         if is_writer and args.show_values:
             content = replace(content, example=example_report(stage, data, rows, lines, args.seed))
@@ -177,21 +201,21 @@ def save_model(folder: Path, stage: Stage, config: Config, baselines: Baselines 
 def metrics_content(
     stage: Stage,
     progress: Progress,
-    decided: Config,
+    decided: Decided,
     metrics: dict[str, Metrics],
     written: dict[str, Any] | None,
     calibrate: str,
 ) -> dict[str, Any]:
     """Return the content of ``metrics.json``."""
-    rule = decided["decision"]
+    rule = decided.rule
     calibration: dict[str, Any] = {"method": calibrate}
-    if decision.DecisionRule.from_config(decided).is_moved:
-        calibration |= {"slope": rule["slope"], "intercept": rule["intercept"]}
-    weight = {name: decided[name] for name in ("residual_weight",) if name in decided}
+    if rule.is_moved:
+        calibration |= {"slope": rule.slope, "intercept": rule.intercept}
+    weight = {} if decided.weight is None else {"residual_weight": decided.weight}
     return {
         "stage": stage.name,
         "averaged_epochs": progress.averaged,
-        "threshold": rule["threshold"],
+        "threshold": rule.threshold,
         "calibration": calibration,
         **{SCORED[part]: part_metrics.to_json() for part, part_metrics in metrics.items()},
         **weight,
@@ -199,81 +223,34 @@ def metrics_content(
     }
 
 
-def apply_decisions(
-    scored: dict[str, decision.Predictions],
-    observed: pd.DataFrame,  # of the validation part
+def prediction_table(
     stage: Stage,
-    data: Data,
-    options: decision.DecisionOptions,
-) -> tuple[dict[str, decision.Predictions], Config]:
-    """Fit weight and decision rule to the validation part alone; apply both to all parts."""
-    decided: Config = {}
-    model, val = stage.model, scored["val"]
-    patients = observed["patient"].to_numpy(str)
-    if isinstance(model, TrajectoryLLM) and model.adds_stage1:
-        targets, outcome = data.dataset.targets()[val.rows], model.outcome
-        functions = partial(outcome.row_losses, targets), partial(outcome.auroc, targets)
-        weight = decision.fit_residual_weight(val.offset, val.outputs, patients, *functions)
-        model.residual_weight = decided["residual_weight"] = weight
-        how = "chosen" if weight else "not shown to add"
-        text = "weight of the language model beside stage 1: %g, %s on %d validation patients"
-        logger.info(text, weight, how, len(np.unique(patients)))
-        scored = {part: weighted(outcome, each, weight) for part, each in scored.items()}
-    rule = outcome_of(stage.config).decide(scored["val"], observed, options)
-    if options.recalibration == "platt" and not rule.is_moved:
-        logger.warning(
-            "not recalibrated: on the validation part events do not become more frequent with the "
-            "risk, or the risks separate them completely"
-        )
-    decided |= {"decision": asdict(rule), "threshold_choice": options.threshold}
-    return {part: replace(part_scored, rule=rule) for part, part_scored in scored.items()}, decided
+    scored: decision.Predictions,
+    observed: pd.DataFrame,
+    beside: Mapping[str, Any],  # forecasts of the baselines
+    rules: Mapping[str, decision.DecisionRule],
+) -> pd.DataFrame:
+    """Return what happened in a part, then the risks of model, stage 1, baselines, ensemble."""
+    outcome, name = outcome_of(stage.config), STAGE_NAMES[stage.name]
+    forecasts = outcome.models(name, outcome.forecast(scored), beside, rules)
+    columns = outcome.risks(name, forecasts.pop(name))
+    columns |= {column: risk[scored.rows] for column, risk in stage.stage1_risks.items()}
+    for model, forecast in forecasts.items():
+        columns |= outcome.risks(model, forecast)
+    return observed.join(pd.DataFrame(columns))
 
 
-def prediction_tables(
-    stage: Stage,
-    data: Data,
-    predictions: dict[str, decision.Predictions],
-    observed: dict[str, pd.DataFrame],
-    baselines: dict[str, Baselines],  # by part, as the two others
-    options: decision.DecisionOptions,
-) -> tuple[dict[str, pd.DataFrame], dict[str, decision.DecisionRule]]:
-    """Return a table for each part and the decision rules of the models beside the stages.
-
-    Columns: id, what happened, patient, then the risks of the model, stage 1, baselines, ensemble.
-    """
-    outcome, name, tables = outcome_of(stage.config), STAGE_NAMES[stage.name], {}
-    beside = {
-        part: baselines[part].risks(data.dataset, scored.rows) if baselines else {}
-        for part, scored in predictions.items()
-    }
-    val = outcome.forecast(predictions["val"])
-    rules = outcome.fit_rules(name, val, beside["val"], observed["val"], options)
-    for part, scored in predictions.items():
-        forecasts = outcome.models(name, outcome.forecast(scored), beside[part], rules)
-        columns = outcome.risks(name, forecasts.pop(name))
-        columns |= {column: risk[scored.rows] for column, risk in stage.stage1_risks.items()}
-        for model, forecast in forecasts.items():
-            columns |= outcome.risks(model, forecast)
-        tables[part] = observed[part].join(pd.DataFrame(columns))
-    return tables, rules
+def baseline_names(data: Data) -> list[str]:
+    """Return the names of the baselines of some data."""
+    outcome = fit_outcome(data)
+    return outcome.baseline_names(data.dataset, data.split["train"], data.usable_static)
 
 
 def check_primary(primary: str | None, data: Data) -> None:
     """Refuse a ``--primary`` that is none of the baselines of these data, before the training."""
-    outcome = fit_outcome(data)
-    names = outcome.baseline_names(data.dataset, data.split["train"], data.usable_static)
+    names = baseline_names(data)
     if primary is not None and primary not in names:
         raise InputError(f"--primary {primary}: choose from {', '.join(names)}")
-
-
-def predictions_csv(table: pd.DataFrame) -> str:
-    """Return a table of predictions as its file: the model's own column is ``probability``."""
-    names = [name for name in map(str, table) if not name.startswith(UNCENSORED)]
-    place = names.index("patient")
-    model, risks = names[place + 1], names[place + 2 :]
-    ordered = table[[*names[:place], model, "patient", *risks]]
-    own = {name: name.removeprefix(f"{model} ") for name in risks}
-    return ordered.rename(columns=own | {model: "probability"}).to_csv(index=False)
 
 
 def generate_reports(stage: Stage, predictions: decision.Predictions) -> dict[int, str]:

@@ -15,7 +15,6 @@ import torch
 
 from medgemma_clinical import files
 from medgemma_clinical.commands.command_line import EXIT_DONE, EXIT_INTERRUPTED
-from medgemma_clinical.commands.flags import tagged
 from medgemma_clinical.commands.logs import RUN_LOG, check_log_file
 from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.data.training_data import Data, prepare_data
@@ -25,22 +24,31 @@ from medgemma_clinical.files import InputError
 from medgemma_clinical.models import checkpoints
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, TrajectoryCheckpoint
 from medgemma_clinical.models.language_model import base_record
-from medgemma_clinical.provenance import code_hash, git_commit, versions
+from medgemma_clinical.provenance import (
+    HISTORY,
+    METRICS,
+    RUN_FORMAT,
+    code_hash,
+    git_commit,
+    read_run,
+    versions,
+)
 from medgemma_clinical.training.state import read_state, state_paths
 from medgemma_clinical.training.trackers import Track, tracking
 
 logger = logging.getLogger(__name__)
-
-RUN_FORMAT = 5
-"""Of ``run.json``; rises when runs of older versions can no longer be resumed."""
-
-METRICS, HISTORY = "metrics.json", "history.jsonl"
 
 RESULTS = (
     *(METRICS, HISTORY, "report.html", "tripod.md", "baselines.json", checkpoints.FACTS),
     *("predictions_val.csv", "predictions_test.csv", "generations_test.jsonl"),
 )
 """What a finished run leaves in its folder beside the best weights."""
+
+FREE = {"ablation", "seeds", "folds", "leave_out", "data_path", "data_dir", "site", "show_values"}
+FREE |= {"allow_duplicates", "batch_size", "gradient_accumulation", "gradient_checkpointing"}
+FREE |= {"ode_checkpoint", "allow_untested_model", "output_dir", "report_patients", "min_cell"}
+FREE |= {"log_file", "report_to", "resume", "save_every"}
+"""Flags that may change at ``--resume``: files are known by content, batches by their product."""
 
 MATERIAL = {
     "data": "the data differ",
@@ -95,13 +103,13 @@ def write_history(folder: Path | None, history: list[dict[str, Any]]) -> None:
         files.write_text(folder / HISTORY, "".join(json.dumps(x) + "\n" for x in history))
 
 
-def log_path(args: Namespace, folder: Path) -> Path | None:
+def log_path(log_file: str, folder: Path) -> Path | None:
     """Return the path of the run's log, None for none; refuse one that cannot be had."""
-    if args.log_file == "none" or args.dry_run:
+    if log_file == "none":
         return None
-    if args.log_file == "auto":
+    if log_file == "auto":
         return folder / f"train_{datetime.now():%Y%m%d_%H%M%S}.log"
-    path = Path(args.log_file)
+    path = Path(log_file)
     check_log_file(path)
     return path
 
@@ -165,25 +173,13 @@ def run_record(args: Namespace, data: Data, stage1: TrajectoryCheckpoint | None)
     return as_read_again
 
 
-def read_run(folder: Path) -> dict[str, Any] | None:
-    """Return the content of ``run.json``, None where there is none."""
-    path = folder / "run.json"
-    try:
-        run = files.read_json(path)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError):
-        run = None
-    if not isinstance(run, dict) or run.get("format") != RUN_FORMAT:
-        raise InputError(f"{path}: damaged or of another version: start again without --resume")
-    return run
-
-
 # --------------------------------------------------------------------------- a run's life
 
 
 @contextlib.contextmanager
-def opened(args: Namespace, folder: Path | None, run: dict[str, Any]) -> Iterator[Track]:
+def opened(
+    folder: Path | None, run: dict[str, Any], *, resume: bool, log_file: str, report_to: str
+) -> Iterator[Track]:
     """Lock and prepare a stage's folder for a run; yield its tracker. Each process must call.
 
     Call it when all else is known to work: an earlier result is moved aside here.
@@ -197,15 +193,15 @@ def opened(args: Namespace, folder: Path | None, run: dict[str, Any]) -> Iterato
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(files.locked(folder))
                 clean(folder)
-                if not args.resume:
+                if not resume:
                     begin(folder, run)
             except OSError as error:
                 raise InputError(f"--output_dir {folder.parent}: {error.strerror}") from error
-            if log := log_path(args, folder):
+            if log := log_path(log_file, folder):
                 RUN_LOG.open(log)
         processes().wait_for_everyone()
-        numbers = {k: v for k, v in vars(args).items() if isinstance(v, (int, float))}
-        yield stack.enter_context(tracking(args.report_to, tracker_folder(folder), numbers))
+        numbers = {k: v for k, v in run["arguments"].items() if isinstance(v, (int, float))}
+        yield stack.enter_context(tracking(report_to, tracker_folder(folder), numbers))
 
 
 def clean(folder: Path) -> None:
@@ -233,7 +229,7 @@ def check_run(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     old, new = old_run["arguments"], run["arguments"]
     changes = [
         f"--{name} was {old.get(name)}, is {new.get(name)}"
-        for name in sorted({*old, *new}.difference(tagged("free")))
+        for name in sorted({*old, *new}.difference(FREE))
         if old.get(name) != new.get(name)
     ]
     changes += [text for key, text in MATERIAL.items() if old_run[key] != run[key]]
@@ -304,12 +300,11 @@ def finish_run(folder: Path | None, tokens: float, best_model: str | None = None
     files.remove(state_folder(folder))
 
 
-def interruptible(args: Namespace, action: Callable[[], Any]) -> int:
+def interruptible(folder: Path, action: Callable[[], Any]) -> int:
     """Run a training; return the exit code, and log how an interrupted one continues."""
     try:
         action()
     except KeyboardInterrupt as stop:
-        folder = stage_folder(args)
         if state_paths(state_folder(folder)):
             logger.error("interrupted: the same command with --resume continues in %s", folder)
         else:

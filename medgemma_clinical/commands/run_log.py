@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from medgemma_clinical.commands.run_folder import log_path, stage_folder, write_history
+from medgemma_clinical.commands.run_folder import log_path, write_history
 from medgemma_clinical.data.checks import (
     describe_split,
     describe_unusable,
@@ -36,15 +35,15 @@ MAX_SHOWN = 6
 """Epochs that the console shows at most, beside the last one."""
 
 
-def log_run_summary(stage: Stage, data: Data, args: Namespace) -> None:
-    """Log data, split, model and length of the training."""
+def log_run_summary(stage: Stage, data: Data, seed: int, *, facts: bool) -> None:
+    """Log data, split, model and length of the training; ``facts``: stage 1 may read them."""
     dataset, batches = data.dataset, stage.batches["train"]
-    for line in [*summarize(dataset), describe_split(dataset, data.split, args.seed)]:
+    for line in [*summarize(dataset), describe_split(dataset, data.split, seed)]:
         logger.info(line)
     log_warnings(describe_leaks(dataset, data.split["train"]), dataset.source)
     log_warnings(describe_unusable(data.unusable_series), dataset.source)
     if "members" in stage.learning_rates or "stage1" in stage.learning_rates:
-        if args.facts == "on":
+        if facts:
             log_warnings(describe_unusable(data.unusable_static), dataset.source)
         until = "last observation" if dataset.hours_read is None else "prediction time"
         names = ", ".join(dataset.static_inputs) or "none"
@@ -67,7 +66,7 @@ def log_run_summary(stage: Stage, data: Data, args: Namespace) -> None:
         final = describe_epochs(stage.final_epochs)
         epochs = f"{max(stage.final_epochs)} epochs, by the folds' losses; averaged: {final}"
     logger.info(
-        f"batch size {args.batch_size}, {len(batches)} steps an epoch, {epochs}, on "
+        f"batch size {stage.batch_size}, {len(batches)} steps an epoch, {epochs}, on "
         f"{default_device()}, processes: {processes().num_processes}"
     )
 
@@ -150,8 +149,8 @@ def log_epoch(stage: Stage, progress: Progress, *, exhausted: bool) -> None:
         logger.info("no lower validation loss for %d epochs: stopped", stage.patience)
 
 
-def check_output(args: Namespace) -> None:
+def check_output(folder: Path | None, log_file: str, report_to: str) -> None:
     """Refuse a log or tracker that cannot be had, before minutes go into the data."""
-    check_tracker(args.report_to)
-    if folder := stage_folder(args):
-        log_path(args, folder)
+    check_tracker(report_to)
+    if folder:
+        log_path(log_file, folder)

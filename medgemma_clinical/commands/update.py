@@ -1,4 +1,4 @@
-"""Write a model whose decision rule is updated on labelled rows: ``--predict --update``."""
+"""Write a model whose decision rule is updated on labelled rows: ``predict --update``."""
 
 from __future__ import annotations
 

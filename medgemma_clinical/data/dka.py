@@ -541,7 +541,7 @@ def check_header(
             raise InputError(f"{source}: holds one value a row: make a file of it by {command}")
         hint = f"{did_you_mean(missing, columns)}; the columns are {join_names(columns)}"
         if missing in outcome:
-            hint += "; rows without outcomes can only be scored, by --predict"
+            hint += "; rows without outcomes can only be scored, by predict"
         if holds_data(columns):
             hint = f": {NO_HEADER}"
         raise InputError(f"{source}, column {missing}: no such column{hint}")

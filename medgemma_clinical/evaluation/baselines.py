@@ -9,7 +9,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
-import lightgbm
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -40,6 +39,7 @@ from medgemma_clinical.evaluation.simple_models import (
     to_plain,
     word_table,
 )
+from medgemma_clinical.files import InputError
 
 STAGE_NAMES = {
     "trajectory": "stage 1 (trajectory alone)",
@@ -272,7 +272,8 @@ def baseline_tables(dataset: TrajectoryDataset, static: Sequence[str]) -> dict[s
 def baseline_names(
     dataset: TrajectoryDataset, train: NDArray[np.int64], static: Sequence[str]
 ) -> list[str]:
-    """Return the names of the baselines that ``fit_baselines`` fits, in no order."""
+    """Return the names of the baselines that ``fit_baselines`` fits, where it can; in no order."""
+    load_lightgbm()
     names = [*dataset.baseline_inputs(), BOOSTING, BLEND]
     if static:
         names += [STATICS_ALONE, *(name + WITH_STATICS for name in (LOGISTIC, BOOSTING, BLEND))]
@@ -332,6 +333,16 @@ def frequent_words(contexts: NDArray[np.object_]) -> list[str]:
     return []
 
 
+def load_lightgbm() -> Any:
+    """Return LightGBM; refuse a machine that lacks its OpenMP, as a Mac does."""
+    try:
+        import lightgbm  # only to fit trees: kept ones need nothing of it
+    except OSError as error:
+        advice = "install libomp (brew install libomp; on Linux libgomp1)"
+        raise InputError(f"lightgbm cannot be loaded: {advice}") from error
+    return lightgbm
+
+
 def tuned_trees(
     values: Array,
     labels: Array,
@@ -349,6 +360,7 @@ def tuned_trees(
     rate = {"learning_rate": 0.03 if len(labels) <= SMALL_DATA else 0.1}
     if not folds:
         return {**rate, **USUAL_TREES}
+    lightgbm = load_lightgbm()
 
     def lowest_loss(size: dict[str, Any]) -> tuple[float, int]:
         table = lightgbm.Dataset(values, labels, weight=weights, free_raw_data=False)
@@ -373,9 +385,9 @@ def fit_trees(
     settings: Mapping[str, Any],
     weights: Array | None = None,
     objective: Mapping[str, Any] = BINARY,
-) -> lightgbm.Booster:
-    """Return boosted trees of given settings, fitted."""
-    size = {name: x for name, x in settings.items() if name != "trees"}
+) -> Any:
+    """Return a ``lightgbm.Booster`` of given settings, fitted."""
+    lightgbm, size = load_lightgbm(), {k: x for k, x in settings.items() if k != "trees"}
     table = lightgbm.Dataset(values, labels, weight=weights)
     return lightgbm.train({**TREES, **objective, **size}, table, settings["trees"])
 

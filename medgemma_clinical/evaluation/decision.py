@@ -160,6 +160,11 @@ class DecisionOptions:
     recalibration: str = "none"  # or platt, a method, or tests: these choose the method
     threshold: str | None = None  # as ``--threshold`` is written; None: Youden's
 
+    @classmethod
+    def chosen(cls, calibrate: str, threshold: str | None, auto: str = "none") -> DecisionOptions:
+        """Return what ``--calibrate`` and ``--threshold`` choose, and what "auto" means here."""
+        return cls(auto if calibrate == "auto" else calibrate, threshold)
+
 
 def fit_decision_rule(
     labels: Array, logit: Array, patients: NDArray[Any], options: DecisionOptions

@@ -32,6 +32,7 @@ from medgemma_clinical.evaluation.baselines import (
     Settings,
     baseline_tables,
     fit_trees,
+    load_lightgbm,
     tuned_trees,
     tuning_folds,
 )
@@ -186,7 +187,8 @@ def blend_hazards(*hazards: Array) -> Array:
 
 
 def time_baseline_names(dataset: TrajectoryDataset, static: Sequence[str]) -> list[str]:
-    """Return the names of the baselines that ``fit_time_baselines`` fits, in no order."""
+    """Return the names of the baselines that ``fit_time_baselines`` fits, where it can."""
+    load_lightgbm()
     blends = [BLEND, *([BLEND + WITH_STATICS] if static else [])]
     return [NULL, *baseline_tables(dataset, static), *blends]
 

@@ -15,14 +15,12 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from peft import PeftModel
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
 
 from medgemma_clinical.distributed import peak_memory, processes
 from medgemma_clinical.files import InputError, RunFault, atomic, locked, write_text
@@ -49,6 +47,10 @@ from medgemma_clinical.models.trained_model import (
 )
 from medgemma_clinical.models.trajectory_llm import LLMWriter, TrajectoryLLM
 from medgemma_clinical.training.loaders import LengthBatches
+
+if TYPE_CHECKING:  # see ``language_model``
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -92,10 +94,10 @@ def export_merged(
     Returns the largest difference of a logit, in standard deviations.
     """
     if processes().num_processes > 1:
-        raise InputError("--export runs in one process: start it by python, not accelerate")
+        raise InputError("export runs in one process: start it by python, not accelerate")
     best = check_mergeable(checkpoint)
     if os.path.lexists(folder) or not folder.absolute().parent.is_dir():
-        raise InputError(f"--export_dir {folder}: give a new folder within one that exists")
+        raise InputError(f"--out {folder}: give a new folder within one that exists")
     cpu = torch.device("cpu")  # the whole weights need not fit the GPU that trained packed ones
     trained = load_trained_model(best, builders, model_name, device=cpu)
     logits = proof_logits(trained)
@@ -103,7 +105,7 @@ def export_merged(
         write_merged(temporary, best, trained)
         del trained  # one model is in memory at a time
         merged = load_trained_model(temporary, builders, device=cpu)
-        llm = cast(PreTrainedModel, merged.model.llm)
+        llm = cast("PreTrainedModel", merged.model.llm)
         apart = (proof_logits(merged) - logits) / logits.std(dim=1, keepdim=True)
         difference = float(apart.abs().amax())
         allowed = MERGE_TOLERANCE[llm.dtype] * math.sqrt(llm.config.num_hidden_layers)
@@ -132,7 +134,7 @@ def check_mergeable(checkpoint: Path) -> Path:
 @torch.no_grad()
 def proof_logits(trained: TrainedModel) -> Tensor:
     """Return the logits (R, V) float32 behind rows of random words."""
-    llm = cast(PreTrainedModel, trained.model.llm)
+    llm = cast("PreTrainedModel", trained.model.llm)
     generator = torch.Generator().manual_seed(0)
     shape = (PROOF_ROWS, PROOF_TOKENS)
     ids = torch.randint(llm.config.vocab_size, shape, generator=generator).to(trained.device)
@@ -143,18 +145,22 @@ def proof_logits(trained: TrainedModel) -> Tensor:
 
 def merge_adapter(llm: PeftModel, quantization: str, adapter: Path) -> PreTrainedModel:
     """Merge an adapter, which lies in a folder as well, into its base model."""
+    from peft import PeftModel
+
     with quiet_libraries():
         if quantization == "nf4":  # the bfloat16 weights meant: peft would pack the sum again
             lora = llm.peft_config[llm.active_adapter]
             base = llm.unload().dequantize(dtype=torch.bfloat16).to(torch.bfloat16)
             llm = PeftModel.from_pretrained(base, adapter, config=lora)
-        return cast(PreTrainedModel, llm.merge_and_unload())
+        return cast("PreTrainedModel", llm.merge_and_unload())
 
 
 def write_merged(folder: Path, best: Path, trained: TrainedModel) -> None:
     """Write the merged model of a checkpoint, and what stands beside it; change its weights."""
+    from transformers import GenerationConfig
+
     config, tokenizer = trained.config, cast(Any, trained.tokenizer)
-    llm = cast(PeftModel, trained.model.llm)
+    llm = cast("PeftModel", trained.model.llm)
     merged = merge_adapter(llm, config["quantization"], best / "adapter")
     for settings in (vars(merged.config), tokenizer.init_kwargs):
         settings.pop("auto_map", None)  # names code that the base model brought, and is not read

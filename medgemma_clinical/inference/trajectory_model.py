@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, NoReturn, Self
+from typing import Any, ClassVar, NoReturn, Self
 
 import numpy as np
 import pandas as pd
@@ -36,8 +36,8 @@ from medgemma_clinical.inference.scoring import (
 )
 from medgemma_clinical.inference.serving import prompt_embeds
 from medgemma_clinical.models.checkpoints import Config, TrajectoryCheckpoint
+from medgemma_clinical.models.choices import ATTENTIONS, PRECISIONS, QUANTIZATIONS
 from medgemma_clinical.models.encoders import register
-from medgemma_clinical.models.language_model import ATTENTIONS, DTYPES, QUANTIZATIONS
 from medgemma_clinical.models.trained_model import Builders, TrainedModel, load_trained_model
 
 Rows = pd.DataFrame | ArrowTable | str | os.PathLike[str] | TrajectoryDataset
@@ -48,17 +48,6 @@ BATCH_ROWS = {"trajectory": 256, "classification": 32, "generative": 32}
 
 MEMORY_ROWS = {"trajectory": 20_000, "classification": 2_000, "generative": 2_000}
 """Rows of a file in memory at a time."""
-
-
-class Program(NamedTuple):
-    """What the script gives to this package, which never imports it."""
-
-    datasets: Mapping[str, Any]  # class of each kind of data by name
-    builders: Builders
-    parser: Any
-    read: Callable[..., TrajectoryDataset]  # of arguments and a source
-    train_stage: Callable[..., TrajectoryModel | None]  # of arguments, data and a stage 1
-    train: Callable[..., int]  # of arguments and data; returns an exit code
 
 
 def results_table(content: Mapping[str, Any], part: str) -> pd.DataFrame:
@@ -87,8 +76,8 @@ class TrajectoryModel:
         batch_size: rows a batch.
     """
 
-    __module__ = "medgemma_trainer"  # so that unpickling imports the script, which sets ``program``
-    program: ClassVar[Program]
+    builders: ClassVar[Builders]  # the script sets both
+    datasets: ClassVar[Mapping[str, Any]]  # class of each kind of data by name
 
     def __init__(self, trained: TrainedModel, batch_size: int | None = None) -> None:
         self.trained = trained
@@ -127,7 +116,7 @@ class TrajectoryModel:
         """
         for name, value, choices in (
             ("quantization", quantization, QUANTIZATIONS),
-            ("precision", precision, DTYPES),
+            ("precision", precision, PRECISIONS),
             ("attention", attention, ATTENTIONS),
         ):
             if value not in (None, *choices):
@@ -139,7 +128,7 @@ class TrajectoryModel:
             register(encoder)
         trained = load_trained_model(
             find_checkpoint(checkpoint, revision),
-            cls.program.builders,
+            cls.builders,
             model_name,
             quantization,
             precision,
@@ -265,7 +254,7 @@ class TrajectoryModel:
 
     @exact_kernels()
     def predictions(self, rows: Rows, model: str = "stage") -> pd.DataFrame:
-        """Return the table of ``--predict``: N rows, with or without a score.
+        """Return the table of ``predict``: N rows, with or without a score.
 
         Columns id, probability, prediction, of stage 3 report, problem, which is empty for a row
         with a score and, in stage 3, a report of the expected form, and probability_NAME of each
@@ -349,7 +338,7 @@ class TrajectoryModel:
         source, max_rows = as_source(rows), MEMORY_ROWS[self.stage]
         name = source.source if isinstance(source, TrajectoryDataset) else str(source)
         name = "DataFrame" if isinstance(source, pd.DataFrame) else name
-        findings, datasets = Findings(name, strict=strict), self.program.datasets
+        findings, datasets = Findings(name, strict=strict), self.datasets
         return scoring_rows(source, self.config, datasets, findings, max_rows), findings
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:

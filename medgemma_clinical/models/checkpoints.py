@@ -21,7 +21,6 @@ from typing import Any, TypedDict, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -38,6 +37,7 @@ from medgemma_clinical.evaluation.monitoring import MonitorRule
 from medgemma_clinical.evaluation.reference import check_reference
 from medgemma_clinical.evaluation.topics.cohort import case_mix, case_mix_cells
 from medgemma_clinical.files import (
+    READING_ERRORS,
     InputError,
     atomic,
     file_hash,
@@ -47,9 +47,10 @@ from medgemma_clinical.files import (
     write_json,
     write_text,
 )
+from medgemma_clinical.models.choices import DEMO, LLM_STAGES, LORA_RANK, MEMBERS, PREFIX_TOKENS
 from medgemma_clinical.models.decoders import terms_of
 from medgemma_clinical.models.encoders import encoder_name
-from medgemma_clinical.models.language_model import DEMO, HUB_ID, base_record, base_type
+from medgemma_clinical.models.language_model import HUB_ID, base_record, base_type
 from medgemma_clinical.models.model_card import model_card
 from medgemma_clinical.models.model_facts import model_facts
 from medgemma_clinical.models.outcome import outcome_of
@@ -70,21 +71,12 @@ NOTICE, CARD, FACTS = "NOTICE", "README.md", "model_facts.xml"
 BASELINES, MAX_BASELINES = "baselines.json", 2**26
 """File of a stage's baselines, and its largest size in bytes."""
 
-LLM_STAGES = ("classification", "generative")
 HASHED_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODULE_WEIGHTS)
 """Files that decide a prediction; other files beside them do not matter."""
 
 MERGED_MODEL = "language_model"
 """Folder of the language model in which an adapter is merged, beside the modules."""
 
-
-READING_ERRORS = (
-    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError),
-)
-"""What reading a damaged JSON file can raise."""
-
-MEMBERS, PREFIX_TOKENS, LORA_RANK = (1, 32), (1, 4096), (1, 1024)
-"""Bounds of ``--members``, ``--num_prefix_tokens`` and ``--lora_rank``."""
 
 MAX_CUTS = 100
 FINEST = {"time_scale": MIN_TIME_SCALE, "rtol": 1e-6, "atol": 1e-6}
@@ -401,9 +393,18 @@ def _modules(model: TrajectoryLLM) -> nn.ModuleDict:
 def weights_sha256(model: Stage1 | TrajectoryLLM) -> str:
     """Return the hash of trained weights, which is the same for each copy of a model."""
     weights = model.state_dict() if isinstance(model, Stage1) else _modules(model).state_dict()
-    if isinstance(model, TrajectoryLLM) and isinstance(model.llm, PeftModel):
-        weights |= get_peft_model_state_dict(model.llm, save_embedding_layers=False)
+    if isinstance(model, TrajectoryLLM):
+        weights |= _adapter_weights(model)
     return hash_weights(weights)
+
+
+def _adapter_weights(model: TrajectoryLLM) -> dict[str, Tensor]:
+    """Return the weights of the adapter, none where it is merged."""
+    from peft import PeftModel, get_peft_model_state_dict  # takes seconds, and stage 1 needs none
+
+    if not isinstance(model.llm, PeftModel):
+        return {}
+    return dict(get_peft_model_state_dict(model.llm, save_embedding_layers=False))
 
 
 def hash_weights(weights: Mapping[str, Tensor]) -> str:
@@ -428,8 +429,7 @@ def load_modules(model: TrajectoryLLM, folder: Path) -> None:
     try:
         _load(_modules(model), load_file(folder / MODULE_WEIGHTS))
         # peft has loaded the adapter, and would only warn of missing keys.
-        if isinstance(model.llm, PeftModel):
-            expected = get_peft_model_state_dict(model.llm, save_embedding_layers=False)
+        if expected := _adapter_weights(model):
             with safe_open(folder / ADAPTER_WEIGHTS, "pt") as adapter:
                 if {*adapter.keys()} != {*expected}:
                     raise ValueError("an adapter of other keys")

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from medgemma_clinical.files import InputError
-from medgemma_clinical.models.language_model import DEMO, base_type
+from medgemma_clinical.models.choices import DEMO
+from medgemma_clinical.models.language_model import base_type
 from medgemma_clinical.models.terms import (
     GEMMA,
     HAI_DEF,

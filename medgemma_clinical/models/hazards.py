@@ -57,6 +57,8 @@ class Hazards:
     null: tuple[float, ...]  # (C,) mean loss of a row by the same hazards for everyone, by cause
     null_outputs: tuple[float, ...] = ()  # (Q,) that give these hazards
 
+    tensor = staticmethod(torch.from_numpy)
+
     @classmethod
     def fitted(cls, events: CompetingEvents, targets: Array) -> Self:
         """Choose the cut points on the training part's ``TARGETS`` (n, 3)."""

@@ -11,45 +11,30 @@ import warnings
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
 from medgemma_clinical.files import InputError, file_hash, json_hash, one_line, read_json
+from medgemma_clinical.models.choices import DEMO
 from medgemma_clinical.models.text_batches import chat_turns
 from medgemma_clinical.provenance import PACKAGE
 
+if TYPE_CHECKING:  # transformers takes seconds: a function that begins with a model loads it
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 logger = logging.getLogger(__name__)
 
-DEMO = "demo"
-"""Name of the built-in model."""
+# A harmless import warning: a kernel that speeds up 4-bit inference on a CPU is missing.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)
 
 DEMO_FOLDER = PACKAGE / "sample" / "writer"
 """The model ``demo``; see its README."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Of each ``--precision``. Gemma 3 overflows in float16."""
-
-QUANTIZATIONS = ("nf4", "none")
-ATTENTIONS = ("sdpa", "eager")
-BASE_WEIGHTS = ("pretrained", "random")
-"""Choices of ``--quantization``, ``--attention`` and ``--base_weights``."""
-
-INT8_REFUSED = (
-    "int8 is known to make MedGemma produce unusable text (Google-Health/medgemma issue 5), and "
-    "bitsandbytes computes it in float16, in which Gemma 3 overflows: use nf4, which takes half "
-    "the memory, or none"
-)
-"""Why ``--quantization int8`` is refused. Source: bitsandbytes 0.50, ``MatMul8bitLt``."""
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 """Name of a model of the hub; the built-in one has the same form."""
@@ -61,13 +46,31 @@ QUIET = ("bitsandbytes", "huggingface_hub", "httpx", "httpx2")
 """Libraries whose log repeats an error, or reports no fault."""
 
 
+def machine_defaults(
+    name: str, weights: str, quantization: str | None, precision: str
+) -> tuple[str, str]:
+    """Return ``--quantization`` and ``--precision``, chosen by the machine where they are not."""
+    cuda = torch.cuda.is_available()
+    whole = name == DEMO or weights == "random"  # cannot be packed
+    if whole and quantization == "nf4":
+        raise InputError(f"--quantization nf4: not for {DEMO} and random weights: use none")
+    if quantization is None:
+        quantization = "nf4" if cuda and not whole else "none"
+    if precision == "auto":
+        sixteen = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if sixteen else "fp32"
+    return quantization, precision
+
+
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Silence messages that report no fault, for the length of a block."""
-    verbosity = transformers.logging.get_verbosity()
+    from transformers.utils import logging as model_logging
+
+    verbosity = model_logging.get_verbosity()
     logs = [logging.getLogger(name) for name in QUIET]
     levels = [log.level for log in logs]
-    transformers.logging.set_verbosity_error()
+    model_logging.set_verbosity_error()
     for log in logs:
         log.setLevel(logging.CRITICAL)
     try:
@@ -75,7 +78,7 @@ def quiet_libraries() -> Iterator[None]:
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             yield
     finally:
-        transformers.logging.set_verbosity(verbosity)
+        model_logging.set_verbosity(verbosity)
         for log, level in zip(logs, levels, strict=True):
             log.setLevel(level)
 
@@ -138,7 +141,9 @@ def load_language_model(
 
 def text_config(folder: Path) -> Any:
     """Return the configuration of a folder's language model; refuse one without soft tokens."""
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     config = config.get_text_config()
     if getattr(config, "hidden_size_per_layer_input", 0):  # Gemma 4 E2B and E4B, Gemma 3n
         raise ValueError(
@@ -150,6 +155,8 @@ def text_config(folder: Path) -> Any:
 
 def load_text_model(folder: Path, config: Any, **options: Any) -> PreTrainedModel:
     """Load the language model of a folder; no code of a checkpoint runs."""
+    from transformers import AutoModelForCausalLM
+
     model, info = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
@@ -170,7 +177,9 @@ def load_text_model(folder: Path, config: Any, **options: Any) -> PreTrainedMode
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder; refuse one that does not restore text."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     ids = tokenizer("24 (0h)", add_special_tokens=False)["input_ids"]
     if tokenizer.eos_token_id is None or tokenizer.decode(ids) != "24 (0h)":
         raise ValueError("its tokenizer does not restore text")
@@ -211,6 +220,8 @@ def base_type(name: str, revision: str | None = None) -> str:
 
 def draw_model(config: Any, **options: Any) -> PreTrainedModel:
     """Return a model with fixed random weights, as its kind has before training."""
+    from transformers import AutoModelForCausalLM
+
     with torch.random.fork_rng(devices=[]):  # drawn on the CPU, so that they are always the same
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)

@@ -22,10 +22,10 @@ from medgemma_clinical.evaluation.suppress import NOT_SHOWN, suppress
 from medgemma_clinical.evaluation.topics.cohort import suppress_case_mix
 from medgemma_clinical.evaluation.topics.written_reports import suppress_reports
 from medgemma_clinical.evaluation.verdicts import json_text
+from medgemma_clinical.models.choices import DEMO
 from medgemma_clinical.models.decoders import licence, terms_of
-from medgemma_clinical.models.language_model import DEMO
 from medgemma_clinical.models.outcome import outcome_of
-from medgemma_clinical.models.terms import NOT_A_DEVICE
+from medgemma_clinical.models.terms import NOT_A_DEVICE, built_in_sentence
 from medgemma_clinical.provenance import describe_program
 
 MODEL_LIMITS = (
@@ -201,14 +201,6 @@ def weight_0_sentence(config: Mapping[str, Any]) -> str:
     if config.get("residual_weight") != 0:
         return ""
     return "The language model was not shown to add to stage 1, so each risk is that of stage 1."
-
-
-def built_in_sentence(of: str = "") -> str:
-    """Return the sentence of a page about the built-in language model, ``of`` some runs."""
-    return (
-        f"The language model{of} is small and was trained on made-up rows to copy numbers into a "
-        "report; it knows no medicine. Its metrics say nothing about MedGemma."
-    )
 
 
 def built_in_notice(config: Mapping[str, Any]) -> str:

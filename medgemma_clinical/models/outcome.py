@@ -12,16 +12,13 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
-from torch.nn import functional
 
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
@@ -72,7 +69,11 @@ from medgemma_clinical.evaluation.topics.times import time_topics
 from medgemma_clinical.evaluation.topics.topic import TopicBuilder
 from medgemma_clinical.evaluation.updating import evaluate_updates, updated_rule
 from medgemma_clinical.files import InputError
-from medgemma_clinical.models.hazards import Hazards
+
+if TYPE_CHECKING:  # loads torch, which commands on files of results do without
+    from torch import Tensor
+
+    from medgemma_clinical.models.hazards import Hazards
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +132,8 @@ class LabelOutcome:
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the cross-entropy (N,), a sum over B, of logits (N, B, 1) and labels (B,)."""
+        from torch.nn import functional
+
         logits = logits.squeeze(2)
         expanded = targets.expand_as(logits)
         losses = functional.binary_cross_entropy_with_logits(logits, expanded, reduction="none")
@@ -194,7 +197,7 @@ class LabelOutcome:
         return {name: forecast}
 
     def columns(self, name: str, ending: str) -> dict[str, str]:
-        """Return the columns of ``--predict`` by those of ``risks``; the used model's end in ""."""
+        """Return the columns of ``predict`` by those of ``risks``; the used model's end in ""."""
         return {name: f"probability{ending}"}
 
     def curves(
@@ -366,12 +369,13 @@ class TimeOutcome:
 
     def row_losses(self, targets: Array, outputs: Array) -> Array:
         """Return the loss (N, n) of ``TARGETS`` (n, 3) and outputs (N, n, Q)."""
-        losses: Array = self.hazards.loss(*map(torch.from_numpy, (outputs, targets))).numpy()
+        losses: Array = self.hazards.loss(*map(self.hazards.tensor, (outputs, targets))).numpy()
         return losses
 
     def auroc(self, targets: Array, outputs: Array) -> float:
         """Return the AUROC of the first risk for ``TARGETS`` (n, 3) and outputs (n, Q)."""
-        hazards, (_, hours, event) = self.hazards.cumulative(torch.from_numpy(outputs)), targets.T
+        _, hours, event = targets.T
+        hazards = self.hazards.cumulative(self.hazards.tensor(outputs))
         once = np.ones((1, len(outputs)))
         statuses = statuses_at(hours, event, self.hazards.events.horizons[0], once)
         return float(statuses.ranking(self.first_risk(hazards.numpy()))["auroc"][0])
@@ -384,13 +388,13 @@ class TimeOutcome:
     def read(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the log-odds (B,) float64 of the first risk for logits (B, Q), and these."""
         hazards = self.hazards.cumulative(logits.double())
-        return torch.logit(self.hazards.risks(hazards)[:, 0], eps=1e-12), logits
+        return self.hazards.risks(hazards)[:, 0].logit(eps=1e-12), logits
 
     # ------------------------------------------------------------------ baselines
 
     def periods(self, dataset: TrajectoryDataset, rows: NDArray[np.int64]) -> Periods:
         """Return some rows in the intervals in which they were watched."""
-        watched = self.hazards.watched(torch.from_numpy(dataset.targets()[rows]))
+        watched = self.hazards.watched(self.hazards.tensor(dataset.targets()[rows]))
         return periods_of(watched.exposure.numpy(), watched.is_event.numpy())
 
     def baseline_names(
@@ -428,7 +432,7 @@ class TimeOutcome:
     def forecast_of(self, logit: Array, hazards: Array | None, rule: DecisionRule) -> Array:
         """Return the forecast of outputs (n, Q), (n, C, K)."""
         assert hazards is not None
-        found: Array = self.hazards.cumulative(torch.from_numpy(hazards)).numpy()
+        found: Array = self.hazards.cumulative(self.hazards.tensor(hazards)).numpy()
         return found
 
     def models(
@@ -451,7 +455,7 @@ class TimeOutcome:
 
     def risks(self, name: str, forecast: Array, moves: Moves = NO_MOVES) -> dict[str, Array]:
         """Return the columns of a table of predictions that hold the risks of a model."""
-        risks = self.hazards.risks(torch.from_numpy(forecast)).numpy().T
+        risks = self.hazards.risks(self.hazards.tensor(forecast)).numpy().T
         found = {
             k: moved_risk(x, *moves.get(k, ())) for k, x in zip(self.names, risks, strict=True)
         }
@@ -462,7 +466,7 @@ class TimeOutcome:
         return {name: found[self.names[0]], **{f"{name} {k}": x for k, x in found.items()}}
 
     def columns(self, name: str, ending: str) -> dict[str, str]:
-        """Return the columns of ``--predict`` by those of ``risks``; the used model's end in ""."""
+        """Return the columns of ``predict`` by those of ``risks``; the used model's end in ""."""
         first = f"{self.names[0]}{ending}" if ending else "probability"
         return {name: first, **{f"{name} {risk}": f"{risk}{ending}" for risk in self.names}}
 
@@ -477,7 +481,7 @@ class TimeOutcome:
         until = np.array(self.hazards.cuts if hours is None else hours, dtype=np.float64)
         if until.ndim != 1 or not ((until >= 0) & (until <= last)).all():
             raise ValueError(f"hours: numbers from 0 to the last horizon, {last:g}")
-        found = self.hazards.incidence(torch.from_numpy(forecast), until.tolist()).numpy()
+        found = self.hazards.incidence(self.hazards.tensor(forecast), until.tolist()).numpy()
         if moves:
             pairs = np.array([moves[name] for name in events.horizon_risks]).T  # (2, H)
             slope, intercept = (np.interp(until, events.horizons, x) for x in pairs)
@@ -632,8 +636,12 @@ Outcome = LabelOutcome | TimeOutcome
 LABEL = LabelOutcome()
 
 
-def weighted(outcome: Outcome, predictions: Predictions, weight: float) -> Predictions:
-    """Return the predictions of stage 1 and a language model of this weight."""
+def weighted(outcome: Outcome, predictions: Predictions, weight: float | None) -> Predictions:
+    """Return the predictions of stage 1 and a language model of this weight; None: unchanged."""
+    if weight is None:
+        return predictions
+    import torch
+
     outputs = predictions.offset + weight * (predictions.outputs - predictions.offset)
     logit, hazards = outcome.read(torch.from_numpy(outputs))
     return replace(
@@ -646,6 +654,8 @@ def fit_outcome(data: Data) -> Outcome:
     dataset = data.dataset
     if dataset.competing_events is None:
         return LABEL
+    from medgemma_clinical.models.hazards import Hazards
+
     return TimeOutcome(
         Hazards.fitted(dataset.competing_events, dataset.targets()[data.split["train"]])
     )
@@ -655,4 +665,6 @@ def outcome_of(config: Mapping[str, Any]) -> Outcome:
     """Return the outcome that a checkpoint's configuration describes."""
     if "events" not in config:
         return LABEL
+    from medgemma_clinical.models.hazards import Hazards
+
     return TimeOutcome(Hazards.from_config(config["events"]))

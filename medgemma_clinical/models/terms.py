@@ -106,3 +106,11 @@ def terms_by_name(licences: tuple[Licence, ...], name: str, *, in_folder: bool) 
     pairs = zip(licences, every, strict=True)
     notices = "\n".join(f"If the language model is {x.model}: {terms.notice}" for x, terms in pairs)
     return Terms(" ".join(sentences), notices, {"license": "other"})
+
+
+def built_in_sentence(of: str = "") -> str:
+    """Return the sentence of a page about the built-in language model, ``of`` some runs."""
+    return (
+        f"The language model{of} is small and was trained on made-up rows to copy numbers into a "
+        "report; it knows no medicine. Its metrics say nothing about MedGemma."
+    )

@@ -6,14 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from numpy.typing import NDArray
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
 
 from medgemma_clinical.data.split import Split
 from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
@@ -26,6 +25,9 @@ from medgemma_clinical.models.trajectory_llm import (
     TrajectoryStates,
     latest_states,
 )
+
+if TYPE_CHECKING:  # see ``language_model``
+    from transformers import PreTrainedTokenizerBase
 
 MARK = "@prompt@"
 """What stands for a user's or a model's words while a chat template is read."""

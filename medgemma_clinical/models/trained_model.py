@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase
 
 from medgemma_clinical.data.competing_events import CompetingEvents
 from medgemma_clinical.data.overlap import check_held_out
@@ -30,7 +29,6 @@ from medgemma_clinical.evaluation.decision import DecisionRule, Predictions
 from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.files import InputError, json_hash, read_json
 from medgemma_clinical.models.checkpoints import (
-    LLM_STAGES,
     MERGED_MODEL,
     MODULE_WEIGHTS,
     TRAJECTORY_FILE,
@@ -46,11 +44,15 @@ from medgemma_clinical.models.checkpoints import (
     read_weights,
     weights_sha256,
 )
+from medgemma_clinical.models.choices import LLM_STAGES
 from medgemma_clinical.models.language_model import base_name, base_record
 from medgemma_clinical.models.outcome import NO_MOVES, Moves, Outcome, outcome_of, weighted
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory import Stage1
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
+
+if TYPE_CHECKING:  # see ``language_model``
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, NotRequired
+from typing import TYPE_CHECKING, Any, NamedTuple, NotRequired
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationConfig, PreTrainedModel
 
 from medgemma_clinical.data.trajectories import Batch
 from medgemma_clinical.files import RunFault
 from medgemma_clinical.models.outcome import LABEL, Outcome
 from medgemma_clinical.models.trajectory import Output, Stage1
+
+if TYPE_CHECKING:  # see ``language_model``
+    from transformers import PreTrainedModel
 
 IGNORED = -100
 """Target of positions without loss, as in ``torch.nn.functional.cross_entropy``."""
@@ -208,6 +210,13 @@ class LLMClassifier(TrajectoryLLM):
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
 
+    @torch.no_grad()
+    def start_at(self, targets: Any) -> None:
+        """Begin with outputs that fit targets (n, ...) on average, where no stage 1 gives them."""
+        if not self.adds_stage1:  # of other outputs ``null_outputs`` are the start
+            start = torch.from_numpy(self.outcome.start(targets))
+            self.head.bias.copy_(start.view(len(self.head.bias), -1)[:, -1])
+
     def residual(self, states: Tensor) -> Tensor:
         """Return what the head reads in states (B, D): (B, W) float32."""
         residual: Tensor = self.head(states)
@@ -299,6 +308,8 @@ class LLMWriter(TrajectoryLLM):
     @torch.no_grad()
     def write(self, batch: TextBatch, max_tokens: int, eos: list[int], pad: int) -> Tensor:
         """Continue texts greedily to ``eos``, then by ``pad``: ids (B, at most ``max_tokens``)."""
+        from transformers import GenerationConfig
+
         self.eval()
         sequence = self.embed(batch, self.trajectory(batch), left=True)
         greedy = GenerationConfig(

@@ -36,7 +36,10 @@ class Stage:
     text: TextCollator | None = None  # the tokenised rows; None without language model
     # Columns (N,) of a table of predictions, by the stage 1 below a language model.
     stage1_risks: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
-    targets: NDArray[np.float64] | None = None  # of all rows, what stage 1 learns of them
+    targets: Any = None  # of all rows, what stage 1 learns of them
+    centred: Sequence[
+        Any
+    ] = ()  # models whose logits are shifted to the events of the training part
     train_patients: NDArray[np.int64] | None = None  # hashes, of stage 1 only
     max_tokens: int | None = None  # rows times tokens of the longest in one pass, if limited
     final_epochs: list[int] | None = None  # that are averaged, where there is no validation part

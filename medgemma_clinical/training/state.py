@@ -149,6 +149,18 @@ class Progress:
         self.loss = self.terms = self.seconds = 0.0
 
 
+def warmup_and_cosine(optimizer: AdamW, warmup: int, total: int) -> LambdaLR:
+    """Return a schedule that rises over ``warmup`` steps and falls as a half cosine to 0."""
+
+    def share(step: int) -> float:
+        if step < warmup:
+            return step / max(1, warmup)
+        progress = (step - warmup) / max(1, total - warmup)
+        return max(0.0, 0.5 * (1 + math.cos(math.pi * progress)))
+
+    return LambdaLR(optimizer, share)
+
+
 def describe_selection(members: int) -> str:
     """Return which weights a training of one or several members keeps, in words."""
     steps, within = round(1 / (1 - AVERAGE_DECAY)), f"{100 * LOSS_TOLERANCE:g} %"

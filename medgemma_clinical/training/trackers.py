@@ -18,9 +18,6 @@ from medgemma_clinical.files import InputError
 
 logger = logging.getLogger(__name__)
 
-TRACKERS = ("none", "tensorboard", "wandb", "mlflow", "aim", "dvclive", "trackio")
-"""Those of accelerate that can be told to take metrics alone, by its names."""
-
 Track = Callable[[Mapping[str, float], int], None]
 """Sends metrics and the optimizer step that they belong to."""
 

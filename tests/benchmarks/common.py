@@ -118,10 +118,11 @@ def members_table(folder, data):
 def stage_maker(*words):
     """Return arguments, data and a function that builds the stage of the trainer's flags."""
     import medgemma_trainer
-    from medgemma_clinical.commands.flags import complete
+    from medgemma_clinical.commands.command_line import build_parser
     from medgemma_clinical.data.training_data import prepare_data
 
-    args = complete(medgemma_trainer.build_parser().parse_args([*map(str, words)]))
+    args = build_parser("", "", medgemma_trainer.FLAGS).parse_args([*map(str, words)])
+    medgemma_trainer.set_defaults(args)
     data = prepare_data(
         medgemma_trainer.read_dataset(args),
         max_samples=args.max_samples,

@@ -13,7 +13,7 @@ import pandas as pd
 from common import still, write
 
 import medgemma_trainer as trainer
-from medgemma_clinical.commands.predict import input_lines
+from medgemma_clinical.commands.predictions import input_lines
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.evaluation import metrics, monitoring
 from medgemma_clinical.evaluation.monitoring import MonitorRule, monitor

@@ -233,7 +233,7 @@ def made_up_row(mapping):
     return row | series | {"id": "made up"}
 
 
-# ------------------------------------------------------------------ what --monitor reads
+# ------------------------------------------------------------------ what monitor reads
 
 
 class Log:

@@ -1,4 +1,4 @@
-"""``--predict --aggregate`` and ``--pool``: files of sites, and what is refused."""
+"""``predict --aggregate`` and ``pool``: files of sites, and what is refused."""
 
 import json
 import re
@@ -66,7 +66,7 @@ def test_sites_give_aggregates_that_name_nobody_and_one_command_pools_them(
             assert cell not in text
     capsys.readouterr()
     for _ in range(2):
-        words = ["--pool", *map(str, paths), "--output_dir", str(tmp_path / "pooled")]
+        words = ["pool", *map(str, paths), "--output_dir", str(tmp_path / "pooled")]
         assert trainer.main(words) == 0
     shown = capsys.readouterr().out
     results = json.loads((tmp_path / "pooled" / "sites.json").read_text())
@@ -113,7 +113,7 @@ def test_few_patients_and_times_are_refused(model, strangers, tmp_path, capsys, 
     assert refused(capsys, words, "--aggregate")
 
 
-@pytest.mark.parametrize("flag", ["--predictions", "--curves", "--aggregate"])
+@pytest.mark.parametrize("flag", ["--predictions", "--aggregate"])
 @pytest.mark.parametrize("name", ["north.csv", "north.csv.gz"])
 def test_no_output_takes_the_name_of_the_rows_or_of_their_description(
     flag, name, model, strangers, tmp_path, capsys, monkeypatch
@@ -211,8 +211,8 @@ def test_a_file_that_is_no_aggregate_is_refused_in_one_line(
     elif case != "missing":
         bad.write_text({"deep": DEEP, "half": text[: len(text) // 2], "empty": ""}[case])
     first = good if case != "huge" else bad
-    words = ["--pool", str(first), str(bad), "--output_dir", str(tmp_path / "pooled")]
-    assert refused(capsys, words, "--pool", str(bad))
+    words = ["pool", str(first), str(bad), "--output_dir", str(tmp_path / "pooled")]
+    assert refused(capsys, words, "pool", str(bad))
     assert not (tmp_path / "pooled").exists()
 
 
@@ -226,7 +226,7 @@ def test_sites_of_several_models_or_a_site_twice_are_refused(case, contents, tmp
     content = contents[0 if case == "twice" else 1]
     second.write_text(damage(content, *place.get(case, ("version",)), value="2" * 64))
     paths = [first] if case == "alone" else [first, second]
-    words = ["--pool", *map(str, paths), "--output_dir", str(tmp_path / "pooled")]
+    words = ["pool", *map(str, paths), "--output_dir", str(tmp_path / "pooled")]
     assert refused(capsys, words, *([] if case == "alone" else [second]))
     assert not (tmp_path / "pooled").exists()
 
@@ -236,7 +236,7 @@ def test_two_at_once_do_not_write_into_one_folder(contents, tmp_path, capsys):
     for path, content in zip(paths, contents, strict=True):
         path.write_text(json.dumps(content))
     folder = tmp_path / "pooled"
-    words = ["--pool", *map(str, paths), "--output_dir", str(folder)]
+    words = ["pool", *map(str, paths), "--output_dir", str(folder)]
     assert trainer.main(words) == 0
     with locked(folder / "sites.html"):
         assert refused(capsys, words, folder)

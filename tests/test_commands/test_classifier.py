@@ -8,11 +8,11 @@ from sklearn.model_selection import GridSearchCV, GroupKFold, cross_val_predict,
 from sklearn.utils.estimator_checks import check_estimator
 from sklearn.utils.validation import validate_data
 
-import medgemma_trainer as trainer
 from arrow_tables import ArrowStream
 from conftest import SAMPLE
 from medgemma_clinical.files import InputError
 from medgemma_trainer import TrajectoryClassifier, fit_trajectory
+from stages import parsed
 
 LABEL = "label_escalation"
 
@@ -57,7 +57,7 @@ def model():
 
 
 def test_the_parameters_are_flags_with_their_defaults():
-    defaults = vars(trainer.build_parser().parse_args([]))
+    defaults = vars(parsed())
     parameters = TrajectoryClassifier().get_params()
     assert parameters.pop("random_state") == defaults["seed"]
     assert parameters == {name: defaults[name] for name in parameters}

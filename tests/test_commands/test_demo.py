@@ -3,22 +3,23 @@
 import json
 import logging
 import shlex
-import sys
-
-import pytest
+from types import SimpleNamespace
 
 import medgemma_trainer as trainer
-from medgemma_clinical.commands import flags
-from medgemma_clinical.commands.demo import SAMPLE_DATA, run_demo, webbrowser
+from medgemma_clinical.commands import demo
+from medgemma_clinical.commands.demo import SAMPLE_DATA
 from medgemma_clinical.commands.logs import command_logging
 from medgemma_clinical.commands.run_folder import stage_folder
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from predicting import STAGES
 from shared_metrics import metric, run_metrics
+from stages import arguments, parsed
 
 
-def arguments(folder, *more):
-    return trainer.build_parser().parse_args(["--demo", "--output_dir", str(folder), *more])
+def run_demo(folder, train, *more):
+    args = parsed("--output_dir", str(folder), *more, table=demo.FLAGS)
+    script = SimpleNamespace(train=train, FLAGS=trainer.FLAGS, set_defaults=trainer.set_defaults)
+    return demo.run(args, script)
 
 
 def finish(args):
@@ -33,37 +34,25 @@ def finish(args):
     return 0
 
 
-@pytest.mark.parametrize(
-    ("name", "program"),
-    [
-        ("medgemma_trainer.py", "python medgemma_trainer.py"),
-        ("bin/medgemma-clinical", "medgemma-clinical"),
-    ],
-)
-def test_the_three_commands_that_are_shown_are_run(name, program, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(sys, "argv", [name])
+def test_the_three_commands_that_are_shown_are_run(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     made, encoder = [], tmp_path / TRAJECTORY_FILE
-    args = arguments(tmp_path, "--seed", "4")
-    assert run_demo(args, lambda own: made.append(own) or finish(own)) == 0
+    assert run_demo(tmp_path, lambda own: made.append(own) or finish(own), "--seed", "4") == 0
     stages = [(own.trajectory_only, own.mode, own.ode_checkpoint) for own in made]
     expected = [("classification", encoder), ("generative", encoder)]
     assert stages == [(True, "classification", None), *((False, *each) for each in expected)]
-    shown = [text.split(f"$ {program} ")[1] for text in caplog.messages if "$" in text]
+    shown = [text.split("$ medgemma-clinical train ")[1] for text in caplog.messages if "$" in text]
     for own, words in zip(made, map(shlex.split, shown), strict=True):
-        assert (own.demo, own.data_path, own.quantization) == (False, SAMPLE_DATA, "none")
+        assert (own.data_path, own.seed) == (SAMPLE_DATA, 4)
         assert own.show_values, "the sample is open data"
-        typed = flags.complete(trainer.build_parser().parse_args(words))
-        flags.check_flags(typed, {word for word in words if word.startswith("--")})
-        typed.model_name = own.model_name  # which stage 1 does not read
-        assert vars(typed) | {"precision": own.precision} == vars(own)
+        assert vars(arguments(*words)) == vars(own)
     pages = [str(tmp_path / stage / "report.html") for stage in STAGES]
     assert [line.strip() for line in caplog.messages[-1].splitlines()[2:]] == pages
 
 
 def test_the_console_has_commands_results_and_pages_only(tmp_path, capsys):
     with command_logging():
-        run_demo(arguments(tmp_path), finish)
+        run_demo(tmp_path, finish)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 20
     assert "a line of the run" not in lines
@@ -72,19 +61,7 @@ def test_the_console_has_commands_results_and_pages_only(tmp_path, capsys):
     assert sum("weight 0" in line for line in lines) == 2, "of stages 2 and 3"
 
 
-@pytest.mark.parametrize("browser", [True, False])
-def test_the_first_page_is_opened_where_there_is_a_browser(browser, tmp_path, monkeypatch):
-    opened = []
-    monkeypatch.setattr(webbrowser, "open", lambda page: opened.append(page) or browser)
-    for way in ([], ["--open"]):
-        assert opened == []
-        folder = tmp_path / str(len(way))
-        folder.mkdir()
-        assert run_demo(arguments(folder, *way), finish) == 0
-    assert opened == [(folder / "trajectory" / "report.html").as_uri()]
-
-
 def test_a_stage_that_fails_ends_the_demo_with_its_code(tmp_path):
     codes = iter([0, 130, 0])
-    assert run_demo(arguments(tmp_path), lambda own: finish(own) or next(codes)) == 130
+    assert run_demo(tmp_path, lambda own: finish(own) or next(codes)) == 130
     assert list(codes) == [0]

@@ -1,4 +1,4 @@
-"""``--export``: a folder that servers read and that predicts as the run does, or one line."""
+"""``export``: a folder that servers read and that predicts as the run does, or one line."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ PAGE = Path(trainer.__file__).parent / "medgemma_clinical" / "docs" / "sharing.m
 
 
 def command(checkpoint, out, *more):
-    words = ["--export", "merged", "--checkpoint", str(checkpoint), "--export_dir", str(out)]
+    words = ["export", "merged", "--checkpoint", str(checkpoint), "--out", str(out)]
     return [*words, *more]
 
 
@@ -44,7 +44,7 @@ def test_an_export_predicts_as_the_run_does_and_holds_no_patient(stage, runs, ta
 @pytest.mark.parametrize("stage", ["trajectory", "classification"])
 def test_a_copy_to_give_away_scores_and_aggregates_as_the_run_does(stage, runs, tmp_path):
     copy, base = tmp_path / "copy", [] if stage == "trajectory" else ["--model_name", TINY_MODEL]
-    words = ["--export", "shared", "--checkpoint", str(runs / stage), "--export_dir", str(copy)]
+    words = ["export", "shared", "--checkpoint", str(runs / stage), "--out", str(copy)]
     assert trainer.main([*words, *base]) == 0
     for path in (copy, *copy.rglob("*")):
         assert path.stat().st_mode & 0o077 == 0, path

@@ -1,4 +1,4 @@
-"""``--monitor``: what it reads, refuses and writes; ``--monitor_rule`` in a checkpoint."""
+"""``monitor``: what it reads, refuses and writes; ``--monitor_rule`` in a checkpoint."""
 
 import re
 import stat
@@ -11,9 +11,9 @@ import torch
 
 import medgemma_trainer as trainer
 from conftest import SAMPLE
-from medgemma_clinical.commands import monitor
-from medgemma_clinical.commands.monitor import read_table
-from medgemma_clinical.commands.predict import inputs_path
+from medgemma_clinical.commands import monitoring as reading
+from medgemma_clinical.commands.monitoring import read_table
+from medgemma_clinical.commands.predictions import inputs_path
 from medgemma_clinical.evaluation import monitoring
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import MODEL
@@ -37,7 +37,7 @@ def few_draws(monkeypatch):
     monkeypatch.setattr(monitoring, "REPLICATES", 100)
     monkeypatch.setattr(monitoring, "YEARS", 200)
     monkeypatch.setattr("medgemma_clinical.evaluation.metrics.REPLICATES", 50)
-    monkeypatch.setattr(monitor, "latest_now", lambda: pd.Timestamp("2026-06-01T12:00Z"))
+    monkeypatch.setattr(reading, "latest_now", lambda: pd.Timestamp("2026-06-01T12:00Z"))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def scored(runs, tmp_path_factory):
 def words_of(predictions, checkpoint, outcomes, folder, *more):
     path = folder / "outcomes.csv"
     outcomes.to_csv(path, index=False)
-    words = ["--monitor", str(predictions), "--checkpoint", str(checkpoint)]
+    words = ["monitor", str(predictions), "--checkpoint", str(checkpoint)]
     words += ["--outcomes", str(path), "--date", "admitted"]
     return [*words, "--output_dir", str(folder / "out"), *more]
 
@@ -119,7 +119,7 @@ def test_the_first_line_is_the_verdict_and_the_files_are_whole(
     assert lines[0].startswith("monitor: ")
     assert any("recalibrate" in line for line in lines)
     update = next(line for line in lines if "--update" in line)
-    assert f"--predict --checkpoint {checkpoint} --data_path" in update
+    assert f"predict --checkpoint {checkpoint} --data_path" in update
     assert (tmp_path / "out" / "monitor.1.html").is_file(), "the earlier page is moved aside"
 
 

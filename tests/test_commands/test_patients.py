@@ -1,4 +1,4 @@
-"""``--predict --explain``: which rows the page shows, its path, and that nothing else tells."""
+"""``predict --explain``: which rows the page shows, its path, and that nothing else tells."""
 
 import re
 
@@ -8,7 +8,7 @@ import pytest
 from conftest import SAMPLE
 from language_models import TINY_MODEL
 from medgemma_clinical.commands.patients import MAX_ROWS, patients_path
-from medgemma_clinical.commands.predict import inputs_path
+from medgemma_clinical.commands.predictions import inputs_path
 from medgemma_clinical.evaluation.verdicts import percent
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS
 from medgemma_trainer import TrajectoryModel

@@ -1,4 +1,4 @@
-"""``--predict``: its input, output and stops, the inputs of a model, labelled rows, checkpoints."""
+"""``predict``: its input, output and stops, the inputs of a model, labelled rows, checkpoints."""
 
 import gzip
 import json
@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 import medgemma_trainer as trainer
 from conftest import SAMPLE
 from language_models import TINY_MODEL
-from medgemma_clinical.commands import predict, results
+from medgemma_clinical.commands import predictions, results
 from medgemma_clinical.data.overlap import TrainingPatients
 from medgemma_clinical.evaluation.decision import DecisionRule, choose_threshold
 from medgemma_clinical.files import json_hash
@@ -62,7 +62,7 @@ def test_an_existing_output_stays_when_the_run_fails(runs, table, tmp_path, monk
         os.kill(os.getpid(), signal.SIGHUP)
 
     with monkeypatch.context() as patch:
-        patch.setattr(predict, "count_implausible", closed)
+        patch.setattr(predictions, "count_implausible", closed)
         assert trainer.main(command(runs / "trajectory", data, out)) == 129
     assert {path.name for path in tmp_path.iterdir()} == {
         "bad.csv",
@@ -83,7 +83,7 @@ def test_ids_that_a_spreadsheet_would_run_stay_and_are_warned_of(
     found = predicted(runs / "trajectory", data, out)
     assert found["id"].tolist() == ids
     risks = found["probability"].tolist()
-    assert risks == [float(f"{x:.6g}") for x in risks], "as --monitor reads them"
+    assert risks == [float(f"{x:.6g}") for x in risks], "as monitor reads them"
     assert ("like a formula" in capsys.readouterr().out) == bool(formula)
 
 
@@ -99,7 +99,7 @@ def test_ids_that_a_spreadsheet_would_run_stay_and_are_warned_of(
 def test_risks_are_written_with_six_digits_and_decided_as_written(risk, written, positive):
     columns = {"probability": [risk, np.nan], "prediction": [0, 0], "probability_age": [risk, 0.5]}
     table = pd.DataFrame({"id": ["a", "b"], **columns}).astype({"prediction": "Int64"})
-    found = predict.as_written(table, DecisionRule(threshold=0.1))
+    found = predictions.as_written(table, DecisionRule(threshold=0.1))
     assert [*found] == [*table]
     assert found["probability"].tolist()[0] == written
     assert found["probability_age"].tolist() == [written, 0.5]
@@ -181,7 +181,7 @@ def test_an_equal_identifier_counts_only_where_both_files_have_some(
     changed.loc[::2, SERIES] = "20 (0h) -> 21 (1h) -> 23 (2h)"
     known = read_trajectory(runs / TRAJECTORY_FILE).train_patients
     training = TrainingPatients(known, named)
-    monkeypatch.setattr(predict, "training_patients", lambda *_: training)
+    monkeypatch.setattr(predictions, "training_patients", lambda *_: training)
     data = write_data(changed, tmp_path / "cohort.csv")
     predicted(runs / "trajectory", data, tmp_path / "out.csv")
     found = re.search(r"(\d+) are in the training", capsys.readouterr().out)
@@ -196,13 +196,13 @@ def test_a_checkpoint_without_its_training_patients_says_so(runs, table, tmp_pat
     copy_of(runs, "classification", tmp_path)
     folder, file = tmp_path / "classification", tmp_path / TRAJECTORY_FILE
     model = trainer.TrajectoryModel.from_pretrained(folder).trained
-    assert len(predict.training_patients(model, folder)[0])
+    assert len(predictions.training_patients(model, folder)[0])
     other = read_trajectory(file)
     save_trajectory(file, other.weights, other.config, other.train_patients[1:].copy())
     data = write_data(table, tmp_path / "cohort.csv")
     for damage in (lambda: None, lambda: file.write_bytes(b"no"), file.unlink):
         damage()
-        assert not len(predict.training_patients(model, folder)[0])
+        assert not len(predictions.training_patients(model, folder)[0])
         out = tmp_path / "out.csv"
         predicted(folder, data, out)
         assert "does not hold its training data" in out.with_suffix(".report.html").read_text()
@@ -290,7 +290,7 @@ def test_an_interrupted_report_leaves_the_predictions(runs, table, tmp_path, mon
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(predict, "write_report", interrupted)
+    monkeypatch.setattr(predictions, "write_report", interrupted)
     assert trainer.main(command(runs / "trajectory", data, out)) == 130
     assert len(read_predictions(out)) == len(table)
 
@@ -514,7 +514,7 @@ def srtr(tmp_path_factory):
 
 
 def srtr_command(srtr, data, out, *more):
-    words = ["--predict", "--checkpoint", str(srtr / "trajectory"), "--data_dir", str(data)]
+    words = ["predict", "--checkpoint", str(srtr / "trajectory"), "--data_dir", str(data)]
     return [*words, "--predictions", str(out), *more]
 
 

@@ -13,7 +13,6 @@ from language_models import TINY_MODEL
 from medgemma_clinical.commands import report_content, results, run_folder
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, describe_tuning
 from medgemma_clinical.evaluation.decision import (
-    DecisionOptions,
     Predictions,
     choose_threshold,
     youden_threshold,
@@ -260,17 +259,14 @@ def test_the_chosen_weight_is_kept_with_the_model_and_makes_its_predictions():
     raw = Predictions(0.5, labels, logit, np.arange(600) % 16, offset[:, None])
     for flags, weighs in (("--freeze_ode",), True), (("--soft_prompt", "off"), False):
         stage = stage_of_patients(*flags)
-        data = data_for(arguments("--model_name", TINY_MODEL, *flags), patients())
-        observed = LABEL.observed(data.dataset, raw.rows, "km", 0)
-        predictions, decided = results.apply_decisions(
-            dict.fromkeys(PARTS, raw), observed, stage, data, DecisionOptions()
-        )
-        weight = decided.get("residual_weight", 1.0)
-        assert ("residual_weight" in decided) == weighs == (weight < 1)
-        assert stage.model.residual_weight == weight
-        assert "residual_weight" not in decided or weight > 0
-        for part in PARTS:
-            assert predictions[part].logit == pytest.approx(weight * logit)
+        args = arguments("--model_name", TINY_MODEL, *flags)
+        data = data_for(args, patients())
+        data.split["test"] = data.split["test"][:0]
+        decided = trainer.decide(stage, data, raw, args, with_baselines=False)
+        assert (decided.weight is not None) == weighs
+        weight = decided.weight if weighs else 1.0
+        assert (0 < weight < 1) == weighs
+        assert decided.applied(LABEL, raw).logit == pytest.approx(weight * logit)
 
 
 @pytest.fixture(scope="module")

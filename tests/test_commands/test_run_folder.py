@@ -9,8 +9,8 @@ from argparse import Namespace
 import pytest
 
 import medgemma_trainer  # noqa: F401, its flags
-from medgemma_clinical.commands.flags import tagged
 from medgemma_clinical.commands.run_folder import (
+    FREE,
     RUN_FORMAT,
     finish_run,
     is_finished,
@@ -175,7 +175,7 @@ def test_another_command_is_refused_with_what_differs(name, stopped, caplog):
 
 
 def test_flags_that_change_no_result_are_free_and_other_versions_are_warned_of(stopped, caplog):
-    facts = facts_of(**dict.fromkeys(tagged("free"), "changed"))
+    facts = facts_of(**dict.fromkeys(FREE, "changed"))
     assert not is_finished(stopped, facts)
     assert progress_in(stopped, facts) == "part"
     assert not caplog.records

@@ -12,6 +12,7 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 import medgemma_trainer as trainer
+import stages
 from conftest import SAMPLE
 from finished_runs import write_run
 from medgemma_clinical.commands import run_folder, several
@@ -22,7 +23,6 @@ from medgemma_clinical.commands.compare import (
     model_names,
     read_predictions,
 )
-from medgemma_clinical.commands.flags import complete
 from medgemma_clinical.commands.run_folder import stage_folder
 from medgemma_clinical.commands.several import VARIANTS, run_ablation, run_seeds
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
@@ -39,7 +39,7 @@ STAGE_1 = STAGE_NAMES["trajectory"]
 
 def arguments(folder, **changes):
     """The flags of a command of several runs."""
-    args = complete(trainer.build_parser().parse_args(["--output_dir", str(folder)]))
+    args = stages.arguments("--output_dir", str(folder))
     return Namespace(**{**vars(args), "seed": 3, **changes})
 
 
@@ -216,18 +216,18 @@ def test_a_baseline_may_be_the_reference(tmp_path):
     assert results_of(tmp_path / "ablation" / "ablation.json")["model"] == "last value"
 
 
-# --------------------------------------------------------------------------- --compare
+# --------------------------------------------------------------------------- compare
 
 
 def test_finished_stages_of_one_folder_are_compared_by_their_names(tmp_path, capsys):
     for seed, stage in enumerate(("trajectory", "classification")):
         write_run(tmp_path / stage, seed, baseline=STAGE_1 if seed else "last value")
     runs = [str(tmp_path / stage) for stage in ("classification", "trajectory")]
-    assert trainer.main(["--compare", *runs]) == 0
+    assert trainer.main(["compare", *runs]) == 0
     shown = capsys.readouterr().out
     assert STAGE_NAMES["classification"] in shown
     assert not list(tmp_path.glob("compare*"))
-    assert trainer.main(["--compare", *runs, "--output_dir", str(tmp_path / "out")]) == 0
+    assert trainer.main(["compare", *runs, "--output_dir", str(tmp_path / "out")]) == 0
     content = results_of(tmp_path / "out" / "compare.json")
     assert content["model"] == STAGE_NAMES["classification"]
     assert list(content["models"]) == [STAGE_1]
@@ -235,9 +235,9 @@ def test_finished_stages_of_one_folder_are_compared_by_their_names(tmp_path, cap
     known = json.loads((tmp_path / "classification" / "metrics.json").read_text())
     known["test"] = {**known.get("test", {}), "primary": STAGE_1}
     (tmp_path / "classification" / "metrics.json").write_text(json.dumps(known))
-    assert trainer.main(["--compare", *runs, "--output_dir", str(tmp_path / "again")]) == 0
+    assert trainer.main(["compare", *runs, "--output_dir", str(tmp_path / "again")]) == 0
     assert results_of(tmp_path / "again" / "compare.json")["primary"] == STAGE_1
-    assert trainer.main(["--compare", *runs, "--primary", "blend"]) == 2
+    assert trainer.main(["compare", *runs, "--primary", "blend"]) == 2
     table = join_predictions({"a": Path(runs[0]), "b": Path(runs[1])})
     gain = roc_auc_score(table["label"], table["b"]) - roc_auc_score(table["label"], table["a"])
     assert content["models"][STAGE_1]["auroc"]["difference"] == pytest.approx(gain)
@@ -254,7 +254,7 @@ def test_a_file_of_predictions_is_of_one_model_if_it_names_any(names, tmp_path, 
         table = pd.read_csv(path, dtype={"id": str, "patient": str}, keep_default_na=False)
         table[MODEL] = np.resize(names, len(table))
         table.to_csv(path, index=False)
-    words = ["--compare", *map(str, runs)]
+    words = ["compare", *map(str, runs)]
     if len(names) > 1:
         assert refused(capsys, words, path)
         return
@@ -310,7 +310,7 @@ def test_the_command_line_runs_each_seed_once(tmp_path, monkeypatch, capsys):
     assert [(place / "predictions_test.csv").stat().st_mtime_ns for place in places] == before
     assert "ensemble" in results_of(tmp_path / "out" / "seeds_trajectory.json")["models"]
     capsys.readouterr()
-    assert trainer.main(["--compare", *map(str, places)]) == 0
+    assert trainer.main(["compare", *map(str, places)]) == 0
     shown = capsys.readouterr().out
     for place in places:
         value = results_of(place / "metrics.json")["test"]["auroc"]["value"]

@@ -1,4 +1,4 @@
-"""``--predict --update``: a model that a hospital has moved to its own rows."""
+"""``predict --update``: a model that a hospital has moved to its own rows."""
 
 from unittest.mock import MagicMock
 

@@ -189,7 +189,7 @@ def test_trees_take_the_size_columns_rows_and_number_of_the_lowest_loss(
             loss += -0.05 if fewer_rows_are_better else 0.05
         return {"valid binary_logloss-mean": [0.9, loss, loss + 0.01]}
 
-    monkeypatch.setattr(baselines.lightgbm, "cv", cv)
+    monkeypatch.setattr(lightgbm, "cv", cv)
     chosen = baselines.tuned_trees(np.zeros((9, 2)), np.arange(9) % 2.0, [(0, 0)])
     sizes = [chosen[name] for name in ("num_leaves", "feature_fraction", "trees")]
     assert sizes == [8, 0.3, 2]

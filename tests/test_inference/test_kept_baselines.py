@@ -258,7 +258,7 @@ def test_predictions_on_srtr_are_those_of_the_run(tmp_path):
     words = ["--dataset", "srtr", "--organ", "kidney", "--data_dir", str(data)]
     words += ["--output_dir", str(tmp_path), "--trajectory_epochs", "1", "--trajectory_only"]
     assert trainer.main(words) == 0
-    words = ["--predict", "--checkpoint", str(tmp_path / "trajectory"), "--data_dir", str(data)]
+    words = ["predict", "--checkpoint", str(tmp_path / "trajectory"), "--data_dir", str(data)]
     assert trainer.main([*words, "--predictions", str(tmp_path / "out.csv")]) == 0
     found = pd.read_csv(tmp_path / "out.csv").set_index("id")
     own = pd.read_csv(tmp_path / "trajectory" / "predictions_test.csv").set_index("id")

@@ -226,7 +226,7 @@ def test_what_exists_is_not_replaced(stage, out, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     (tmp_path / "link").symlink_to(tmp_path / "absent")
     for name in ("out", "link"):
-        with pytest.raises(InputError, match=f"--export_dir .*{name}"):
+        with pytest.raises(InputError, match=f"--out .*{name}"):
             export_merged(stage, tmp_path / name, BUILDERS)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 

@@ -1,4 +1,4 @@
-"""TrajectoryModel: equal to --predict, a classifier for scikit-learn, clear in its refusals."""
+"""TrajectoryModel: equal to predict, a classifier for scikit-learn, clear in its refusals."""
 
 import json
 

@@ -12,10 +12,10 @@ from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 
-import medgemma_trainer as trainer
 from chai_card import read_facts
 from language_models import classifier_and_writer, data_of, llm_config, patients, stage1_for
 from medgemma_clinical import __version__
+from medgemma_clinical.commands.predict import FLAGS
 from medgemma_clinical.models import checkpoints
 from medgemma_clinical.models.checkpoints import describe_data
 from medgemma_clinical.models.decoders import licence, terms_of
@@ -31,6 +31,7 @@ from medgemma_clinical.models.model_card import (
 from medgemma_clinical.models.model_facts import OWNER, model_facts
 from medgemma_clinical.models.terms import GEMMA_NOTICE, HAI_DEF_NOTICE
 from shared_metrics import metric, run_metrics
+from stages import parsed
 
 HUB, FOLDER = {"base_sha256": None, "base_revision": "0" * 40}, {"base_sha256": "0" * 64}
 
@@ -209,8 +210,8 @@ def test_the_commands_of_a_card_are_the_programs(repo_id, finished):
     card = model_card(finished, repo_id)
     place = re.search(r"from_pretrained\((.+)\)", card)
     assert json.loads(place[1]) == (repo_id or "FOLDER")
-    found = re.search(r"python medgemma_trainer.py (.*\\\n.*)\n```", card)
-    trainer.build_parser().parse_args(shlex.split(found[1].replace("\\\n", " ")))
+    found = re.search(r"medgemma-clinical predict (.*\\\n.*)\n```", card)
+    parsed(*shlex.split(found[1].replace("\\\n", " ")), table=FLAGS)
     assert ("hf download jane/anion-gap --local-dir FOLDER" in card) == (repo_id is not None)
 
 

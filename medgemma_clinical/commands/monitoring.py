@@ -1,0 +1,288 @@
+"""Read what ``monitor`` judges, and write its page."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import shlex
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from medgemma_clinical.commands.command_line import EXIT_DONE
+from medgemma_clinical.commands.compare import NOT_NAMED
+from medgemma_clinical.commands.config import read_toml
+from medgemma_clinical.commands.predictions import inputs_path
+from medgemma_clinical.data.duck import open_text, read_header
+from medgemma_clinical.data.texts import formula_warning
+from medgemma_clinical.evaluation.baselines import STAGE_NAMES
+from medgemma_clinical.evaluation.decision import parse_threshold
+from medgemma_clinical.evaluation.metrics_table import named_model
+from medgemma_clinical.evaluation.monitor_page import monitor_page
+from medgemma_clinical.evaluation.monitoring import MonitorRule, monitor
+from medgemma_clinical.files import InputError, locked, make_output_dir, move_aside, write_text
+from medgemma_clinical.models.checkpoints import Config
+from medgemma_clinical.models.model_card import page_card
+from medgemma_clinical.models.outcome import Outcome, outcome_of
+from medgemma_clinical.models.trained_model import (
+    column_ending,
+    read_model_sha256,
+    read_trained_config,
+    wanted_model,
+)
+
+logger = logging.getLogger(__name__)
+
+PREDICTED_AT = "predicted_at"
+AHEAD = pd.Timedelta(hours=14)  # of UTC, the first time zone
+YEAR = pd.Timedelta(days=366)
+
+
+def read_rule(path: Path | None) -> MonitorRule:
+    """Return the rule of ``--monitor_rule``; the default one without a file."""
+    if path is None:
+        return MonitorRule()
+    try:
+        return MonitorRule.checked(read_toml(path, where := f"--monitor_rule {path}"))
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def run_monitor(args: Namespace, datasets: Mapping[str, Any]) -> int:
+    """Write ``monitor.html`` and ``monitor.csv``; log the verdict first."""
+    config = read_trained_config(args.checkpoint)
+    if outcome_of(config).has_curves:
+        raise InputError("monitor: the model was trained on times, not on a label")
+    rows, inputs, name, notes = read_rows(args, config)
+    stage = STAGE_NAMES[config["stage"]]
+    reference = config.get("reference", {}).get(name)
+    if reference is None:
+        raise InputError(
+            f"--checkpoint {args.checkpoint}: holds no calibration of {name}: fewer than 11 "
+            "held-out patients had, or lacked, the event, or an earlier version wrote it: train "
+            "again, with --folds where there are few"
+        )
+    rule = MonitorRule.checked(config.get("monitor_rule", {}))
+    own_rule = config["decision"] if name == stage else config["models"][name]
+    threshold = own_rule["threshold"]
+    if args.threshold is not None:
+        goal, threshold = parse_threshold(args.threshold)
+        if goal:
+            raise InputError(f"--threshold '{args.threshold}': give the risk")
+    alerts = rows["prediction"].dropna()
+    if others := int((alerts != (rows["risk"] >= threshold)[alerts.index]).sum()):
+        raise InputError(
+            f"monitor: {others:,} predictions are not by the threshold {threshold:.4g}: give "
+            "that of predict by --threshold, or leave out the files of another model"
+        )
+    result = monitor(
+        rows,
+        inputs,
+        threshold=threshold,
+        reference=reference,
+        training=config["case_mix"].get("last", {"series": {}, "static": {}}),
+        rule=rule,
+        period=args.period,
+        seed=args.seed,
+    )
+    level = f"{100 * result.levels.oe:.2g} % (O/E and others), {100 * result.levels.auroc:.2g} %"
+    card = {
+        "Rule, fixed at training": rule.words,
+        "Limits": f"Beyond each lie {level} (AUROC) of simulated stable periods; CUSUM limit "
+        f"{result.levels.cusum:.3g}. O/E, AUROC or CUSUM alarm in "
+        f"{100 * result.levels.false_alarms:.2g} % of simulated stable years",
+        "Development cohort": f"{reference['patients']:,} held-out patients: intercept "
+        f"{reference['intercept']:+.2f}, slope {reference['slope']:.2f}",
+        "Slope and AUROC": f"Of periods with at least {rule.min_expected} expected events",
+        "Threshold": f"{threshold:.4g}",
+    }
+    page = monitor_page(
+        result, f"{config['outcome']}: {name} after go-live", notes, page_card(config, card)
+    )
+    paths = [args.output_dir / f"monitor.{ending}" for ending in ("html", "csv")]
+    make_output_dir(args.output_dir)
+    with locked(paths[0]):
+        asides = move_aside(paths)
+        write_text(paths[0], page)
+        write_text(paths[1], result.table.to_csv(index=False))
+    logger.info("monitor: %s", result.verdict)
+    lines = [f"also: {action.words}" for action in result.actions[1:]]
+    if any(x.name == "recalibrate" for x in result.actions):  # a page is shared: no path
+        lines.append(f"to recalibrate: {update_command(args.checkpoint, config, name, datasets)}")
+    lines += [*notes, *(f"earlier file moved to {path}" for path in asides), f"page: {paths[0]}"]
+    logger.info("%s", "\n".join(lines))
+    return EXIT_DONE
+
+
+def update_command(checkpoint: Path, config: Config, name: str, datasets: Mapping[str, Any]) -> str:
+    """Return the command that recalibrates a model on newly labelled rows."""
+    flag = datasets[config["dataset"]].source_flag
+    words = ["medgemma-clinical", "predict", "--checkpoint", str(checkpoint)]
+    words += [f"--{flag}", "LABELLED_ROWS", "--predictions", "UPDATE.csv"]
+    words += ["--update", str(checkpoint.with_name(f"{checkpoint.stem}_updated"))]
+    if name != STAGE_NAMES[config["stage"]]:
+        words += ["--use", column_ending(name, STAGE_NAMES[config["stage"]])]
+    return shlex.join(words)
+
+
+# ------------------------------------------------------------------ what is read
+
+
+def read_rows(
+    args: Namespace, config: Config
+) -> tuple[pd.DataFrame, pd.DataFrame | None, str, list[str]]:
+    """Return predictions with outcomes, last values, the model's name, and what was left out."""
+    tables, inputs, names = [], [], set[str]()
+    digest, notes = read_model_sha256(args.checkpoint), list[str]()
+    for path in args.predictions:
+        table = read_table(path, ["id", "probability", PREDICTED_AT])
+        try:
+            table, model = named_model(table)
+        except ValueError as error:
+            raise InputError(f"{path}: {error}: give the rows of one") from error
+        if model is None:
+            notes.append(f"{path.name} {NOT_NAMED}")
+        elif model != digest:
+            problem = f"is of another model than --checkpoint {args.checkpoint}"
+            raise InputError(f"{path}: {problem}: judge it by its own checkpoint")
+        column, name = risk_column(table, path, args.use, config)
+        names.add(name)
+        columns: dict[str, Any] = {"risk": parsed(table, path, column, "risk")}
+        columns["prediction"] = np.nan
+        if column == "probability" and "prediction" in table:
+            columns["prediction"] = parsed(table, path, "prediction", "label")
+        columns["date"] = parsed(table, path, PREDICTED_AT, "date")
+        tables.append(table.assign(**columns, unscored=columns["risk"].isna()))
+        if (beside := inputs_path(path)).is_file():
+            inputs.append(read_inputs(beside, table))
+    if len(names) > 1:
+        raise InputError(f"monitor: the risks are of {' and of '.join(names)}: give --use")
+    everyone = pd.concat(tables, ignore_index=True)
+    if everyone["unscored"].all():
+        raise InputError(f"{args.predictions[0]}: no row has a score")
+    last = pd.concat(inputs, ignore_index=True) if len(inputs) == len(tables) else None
+    # A row without a score may have been predicted again, once its values had come.
+    rows = everyone.sort_values(["unscored", "date"], kind="stable").drop_duplicates("id")
+    outcomes = read_table(args.outcomes, ["id", "label", args.date])
+    if (twice := outcomes["id"].duplicated()).any():
+        line = int(twice.argmax()) + 2
+        raise InputError(f"{args.outcomes}: line {line}: an id that stands twice: leave one")
+    known = {"label": "label", "date": args.date}
+    found = {kind: parsed(outcomes, args.outcomes, x, kind) for kind, x in known.items()}
+    check_dates(found["date"], everyone["date"].max(), f"{args.outcomes}: column {args.date}")
+    of_ids = pd.DataFrame(found).set_index(outcomes["id"]).reindex(rows["id"]).set_axis(rows.index)
+    counts = {
+        "later predictions of the same id, left out": len(everyone) - len(rows),
+        "patients without a score": int(rows["unscored"].sum()),
+        "patients without a line of outcomes": int((~rows["id"].isin(outcomes["id"])).sum()),
+        "ids of outcomes without a prediction": int((~outcomes["id"].isin(rows["id"])).sum()),
+        "dates more than a year before their prediction": int(
+            (of_ids["date"] < rows["date"] - YEAR).sum()
+        ),
+    }
+    notes += [f"{text}: {count:,}" for text, count in counts.items() if count]
+    joined = rows[["risk", "prediction"]].assign(
+        label=of_ids["label"], date=of_ids["date"].fillna(rows["date"])
+    )
+    if args.site is not None:
+        source = outcomes if args.site in outcomes else rows
+        if args.site not in source:
+            raise InputError(f"--site {args.site}: {args.outcomes}: line 1: no such column")
+        sites = source.set_index("id")[args.site].reindex(rows["id"]).set_axis(rows.index)
+        joined["site"] = sites.replace("", None).fillna("unknown")
+        notes += formula_warning(joined["site"])
+    return joined, last, name, notes
+
+
+def check_dates(dates: pd.Series[Any], newest: pd.Timestamp, column: str) -> None:
+    """Refuse dates of outcomes after today; a year after ``newest`` where that is later still."""
+    last, text = latest_now(), "after today"
+    if newest > last:  # shifted dates
+        last, text = newest + YEAR, "more than a year after the last prediction"
+    if (late := dates > last).any():
+        first = int(late.to_numpy().argmax()) + 2
+        raise InputError(f"{column}: {int(late.sum()):,} dates {text}, first in line {first}")
+
+
+def latest_now() -> pd.Timestamp:
+    """Return the local time where it is latest, as if it were UTC."""
+    return pd.Timestamp.now("UTC") + AHEAD
+
+
+def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
+    """Read a CSV file as text; refuse one without some columns."""
+    try:
+        with open_text(path, "utf-8-sig") as text:
+            separator, _ = read_header(text)
+            text.seek(0)
+            table = pd.read_csv(text, dtype=str, keep_default_na=False, sep=separator)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or 'damaged'}") from error
+    except (ValueError, EOFError, csv.Error) as error:  # pandas' and Unicode's, too
+        raise InputError(f"{path}: not a CSV file in UTF-8") from error
+    if missing := [name for name in columns if name not in table]:
+        raise InputError(f"{path}: line 1: no column {missing[0]}")
+    return table
+
+
+YEARS = 1900, 2200
+RULES = {"risk": "a number from 0 to 1", "label": "0, 1 or empty", "date": "an ISO date"}
+
+
+def parsed(table: pd.DataFrame, path: Path, column: str, kind: str) -> pd.Series[Any]:
+    """Parse a column of text by ``RULES``; refuse the first cell that is of another form."""
+    cells = table[column]
+    if kind == "date":
+        values: Any = pd.to_datetime(cells, format="ISO8601", utc=True, errors="coerce")
+        wrong = ~values.dt.year.between(*YEARS)
+    else:
+        values = pd.to_numeric(cells, errors="coerce")
+        is_right = values.isin([0, 1]) if kind == "label" else values.between(0, 1)
+        wrong = ~is_right & (cells != "")
+    if wrong.any():
+        k = int(wrong.argmax())
+        text = f"{path}: line {k + 2}: column {column}: give {RULES[kind]}"
+        raise InputError(text, value=cells.iloc[k])
+    return values
+
+
+def read_inputs(path: Path, predictions: pd.DataFrame) -> pd.DataFrame:
+    """Read the last values beside some predictions, NaN where not measured."""
+    table = read_table(path, ["id"])
+    if table["id"].tolist() != predictions["id"].tolist():
+        raise InputError(f"{path}: its ids are not those of the predictions: take both of one run")
+    names = [name for name in table if f"{name} measured" in table]
+    return table[names].apply(pd.to_numeric, errors="coerce")
+
+
+def risk_column(
+    table: pd.DataFrame, path: Path, use: str | None, config: Config
+) -> tuple[str, str]:
+    """Return the column of a model's risks, and its name; without ``use`` that of probability."""
+    stage = STAGE_NAMES[config["stage"]]
+    columns = {
+        name: f"probability_{column_ending(name, stage)}" for name in config.get("models", {})
+    }
+    columns[stage] = "probability_stage" if "probability_stage" in table else "probability"
+    columns = {name: column for name, column in columns.items() if column in table}
+    if use is None:
+        chosen = [x for x in columns if table[columns[x]].equals(table["probability"])]
+    else:
+        wanted = column_ending(wanted_model(config, use), stage)
+        chosen = [x for x in columns if column_ending(x, stage) == wanted]
+    if not chosen:
+        choices = ", ".join(column_ending(name, stage) for name in columns)
+        raise InputError(f"{path}: no column of this model: choose by --use from {choices}")
+    return columns[chosen[-1]], chosen[-1]
+
+
+def rule_config(path: Path | None, outcome: Outcome) -> Config:
+    """Return what a checkpoint stores of ``--monitor_rule``; nothing of times."""
+    return {} if outcome.has_curves else {"monitor_rule": asdict(read_rule(path))}
