@@ -5,7 +5,7 @@ Counts become texts and metrics null, so that what was hidden once can be hidden
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from functools import partial
 from typing import Any
 
@@ -53,7 +53,7 @@ def suppressed(metrics: Metrics, min_cell: int) -> Metrics:
     return Metrics.from_json(suppress(metrics.to_json(), min_cell))
 
 
-def hide(metrics: Json, hidden: Container[str], numbers: Container[str] = ()) -> Json:
+def hide(metrics: Json, hidden: Container[str], numbers: Sequence[str] = ()) -> Json:
     """Return metrics with four digits, without hidden ones and without hidden numbers of each."""
 
     def shown(name: str, metric: Json) -> Json:
