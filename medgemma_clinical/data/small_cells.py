@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,6 +31,28 @@ def patients_behind(column: NDArray[np.float64], groups: NDArray[np.generic]) ->
     if len(values) > 1 and 2 * counts.max() > counts.sum():
         deciding_rows &= column != values[counts.argmax()]
     return count_patients(groups, deciding_rows)
+
+
+def large_bins(
+    labels: NDArray[np.float64],  # (n,)
+    risk: NDArray[np.float64],  # (n,)
+    patients: NDArray[np.generic],  # (n,)
+    min_cell: int,
+    edges: Iterable[float],  # the first ones go first
+) -> list[float]:
+    """Return those edges, rising, whose bins all hold ``min_cell`` patients with each label."""
+    names = np.unique(patients, return_inverse=True)[1]  # numbers are counted faster
+    chosen = [-np.inf, np.inf]
+
+    def is_large(low: float, high: float) -> bool:
+        rows = (risk >= low) & (risk < high)
+        return minority_patients(labels[rows], names[rows]) >= min_cell
+
+    for edge in edges:
+        k = bisect(chosen, edge)
+        if is_large(chosen[k - 1], edge) and is_large(edge, chosen[k]):
+            chosen.insert(k, edge)
+    return chosen[1:-1]
 
 
 def count_text(count: float | str, min_cell: int = 0) -> str:

@@ -12,10 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.small_cells import MIN_CELL, count_patients, minority_patients
+from medgemma_clinical.data.small_cells import (
+    MIN_CELL,
+    count_patients,
+    large_bins,
+    minority_patients,
+)
 from medgemma_clinical.evaluation.decision import clustered_covariance
 from medgemma_clinical.evaluation.metrics import Array, calibration, log_odds
-from medgemma_clinical.evaluation.suppress import distant_thresholds
 
 DECILES = np.arange(0.1, 0.95, 0.1)
 
@@ -43,7 +47,7 @@ def reference(labels: Array, risk: Array, patients: NDArray[np.generic]) -> dict
         "intercept": intercept,
         "slope": slope,
         "covariance": [[_rounded(x) for x in line] for line in covariance],
-        "edges": distant_thresholds(labels, risk, patients, MIN_CELL, edges),
+        "edges": large_bins(labels, risk, patients, MIN_CELL, edges),
     }
 
 

@@ -5,17 +5,14 @@ Counts become texts and metrics null, so that what was hidden once can be hidden
 
 from __future__ import annotations
 
-from bisect import bisect
-from collections.abc import Container, Iterable
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from pandas.api.types import is_float_dtype
 
-from medgemma_clinical.data.small_cells import count_patients, count_text
-from medgemma_clinical.evaluation.metrics import Array
+from medgemma_clinical.data.small_cells import count_text
 from medgemma_clinical.evaluation.metrics_table import FOLD_MINORITY, SPREAD, Metrics
 
 COUNTS = ("n", "rows", "patients", "events", "minority_patients", FOLD_MINORITY, "left", "removed")
@@ -28,15 +25,6 @@ SHARES = ["prevalence", "oe", "oe_low", "oe_high"]
 
 NOT_SHOWN = "not shown"
 
-SHOWN_THRESHOLDS = 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7
-"""Risks whose lines the table of thresholds has, as far as the decision curve reaches."""
-
-THRESHOLDS = [
-    *SHOWN_THRESHOLDS,
-    *(k / 10**digits for digits in (5, 4, 3, 2) for k in range(10, 100)),
-]
-"""Risks at which curves may have points, where small counts are hidden; all have two digits."""
-
 Json = dict[str, Any]
 
 
@@ -46,15 +34,17 @@ def suppress(part: Json, min_cell: int) -> Json:
     if min_cell == 0 or any(isinstance(count, str) for count in counts.values()):
         return part
     texts = {name: count_text(n, min_cell) for name, n in counts.items() if 0 < n < min_cell}
-    minority = counts["minority_patients"]
+    minority, models = counts["minority_patients"], part.get("models", {})
     if 0 < minority < min_cell:  # the events may be many, and those without it few
         texts.setdefault("events", NOT_SHOWN)
-    models = part.get("models", {})
-    every = {name for metrics in (part, *models.values()) for name in metrics}
-    hidden = every if minority < min_cell else _telling(part, min_cell)
+    hidden: set[str] = set()
+    if minority < min_cell:
+        hidden = {name for metrics in (part, *models.values()) for name in metrics}
+    elif _has_few_at_threshold(part, min_cell):
+        hidden = {*AT_THRESHOLD}
     # A metric of a fold of few events tells their ranks, and so do many digits of the mean.
     spread = SPREAD if part.get(FOLD_MINORITY, 0) < min_cell else []
-    part, *others = (_rounded(blank(x, hidden), spread) for x in (part, *models.values()))
+    part, *others = (hide(metrics, hidden, spread) for metrics in (part, *models.values()))
     return {**part, **texts, "models": dict(zip(models, others, strict=True))}
 
 
@@ -63,74 +53,39 @@ def suppressed(metrics: Metrics, min_cell: int) -> Metrics:
     return Metrics.from_json(suppress(metrics.to_json(), min_cell))
 
 
-def _rounded(metrics: Json, hidden: Container[str]) -> Json:
-    """Return metrics with four digits, without the hidden numbers of each."""
+def hide(metrics: Json, hidden: Container[str], numbers: Container[str] = ()) -> Json:
+    """Return metrics with four digits, without hidden ones and without hidden numbers of each."""
+
+    def shown(name: str, metric: Json) -> Json:
+        if name in hidden:
+            return dict.fromkeys(metric)
+        digits = {k: round(x, 4) if type(x) is float else x for k, x in metric.items()}
+        return digits | dict.fromkeys(digits.keys() & {*numbers})
+
     return {
-        name: {
-            key: None if key in hidden else round(number, 4) if type(number) is float else number
-            for key, number in x.items()
-        }
-        if isinstance(x, dict) and name != "models"
-        else x
-        for name, x in metrics.items()
+        name: shown(name, metric) if isinstance(metric, dict) and name != "models" else metric
+        for name, metric in metrics.items()
     }
 
 
-def distant_thresholds(
-    labels: Array,  # (n,)
-    risk: Array,  # (n,)
-    patients: NDArray[np.generic],  # (n,)
-    min_cell: int,
-    thresholds: Iterable[float] = THRESHOLDS,  # the first ones go first
-    kept: Iterable[float] = (),  # known already
-) -> list[float]:
-    """Return thresholds of a risk, rising, between which no small count lies.
+def _has_few_at_threshold(part: Json, min_cell: int) -> bool:
+    """Return whether few of those predicted positive, or of the others, have or lack the event.
 
-    At least ``min_cell`` patients with, and without, the event lie below, between and above them.
+    A row counts as a patient at most.
     """
-    names = np.unique(patients, return_inverse=True)[1]  # numbers are counted faster
-    chosen = [-np.inf, *sorted(kept), np.inf]
-
-    def is_large(low: float, high: float) -> bool:
-        part = (risk >= low) & (risk < high)
-        return all(count_patients(names, part & (labels == y)) >= min_cell for y in (0, 1))
-
-    for threshold in thresholds:
-        k = bisect(chosen, threshold)
-        if is_large(chosen[k - 1], threshold) and is_large(threshold, chosen[k]):
-            chosen.insert(k, threshold)
-    return chosen[1:-1]
-
-
-def _telling(part: Json, min_cell: int) -> set[str]:
-    """Return the names of metrics that tell a small cell, a row counted as a patient at most."""
     patients = min(part["n"], part["patients"])
     events = part["events"] / part["n"] * patients
-
-    def tells(count: float, name: str) -> bool:
-        share = part.get(name, {}).get("value")
-        return share is not None and splits_off_few(count, share, min_cell)
-
-    is_small = tells(events, "sensitivity") or tells(patients - events, "specificity")
-    return set(AT_THRESHOLD) if is_small else set()
+    shares = [part.get(name, {}).get("value") for name in ("sensitivity", "specificity")]
+    if None in shares:
+        return True
+    parts = zip((events, patients - events), shares, strict=True)
+    cells = [count * x for count, share in parts for x in (share, 1 - share)]
+    return bool(round(min(cells), 6) < min_cell)
 
 
 def splits_off_few(count: float, share: float, min_cell: int) -> bool:
-    """Return whether a share of a count, or the rest, is small."""
-    return any_small((count * share, count * (1 - share)), min_cell)
-
-
-def any_small(counts: Iterable[float], min_cell: int) -> bool:
-    """Return whether some count is small, and not zero."""
-    return any(0 < round(n, 6) < min_cell for n in counts)
-
-
-def blank(metrics: Json, hidden: Container[str]) -> Json:
-    """Return metrics, the hidden ones without their numbers."""
-    return {
-        name: dict.fromkeys(x) if isinstance(x, dict) and name in hidden else x
-        for name, x in metrics.items()
-    }
+    """Return whether a share of a count, or the rest, is small and not zero."""
+    return any(0 < round(n, 6) < min_cell for n in (count * share, count * (1 - share)))
 
 
 def suppress_table(table: pd.DataFrame, min_cell: int, by: str | None = None) -> pd.DataFrame:

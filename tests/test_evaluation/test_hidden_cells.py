@@ -16,60 +16,73 @@ from medgemma_clinical.evaluation.suppress import suppress
 from medgemma_clinical.evaluation.updating import evaluate_updates
 from medgemma_clinical.models.model_card import shareable
 from medgemma_clinical.models.outcome import LABEL
-from pages import MODEL, make_content, make_rows
+from pages import MODEL, Page, make_content, make_rows
 
-LINES = {MODEL: "model", "blend": "baseline"}
+MODELS = MODEL, "blend"
+SHARES = "sensitivity", "specificity", "ppv", "npv", "positives"
+TITLES = "Sensitivity", "Specificity", "PPV", "NPV", "Positives"
+COUNTED = "n", "rows", "patients", "events", "removed", "left", "count", "missing"
 
 
 class Attack:
-    """What a reader finds on a page of known rows, written to a folder with its figures."""
+    """What a reader finds in the text, the tables and ``tripod.md`` of a page of known rows."""
 
-    def __init__(self, rows, folder, figures):
+    def __init__(self, rows, folder):
         self.events, self.n = int(rows["label"].sum()), len(rows)
-        self.others, self.folder, self.figures = self.n - self.events, folder, figures
+        grid = np.indices((self.events + 1, self.n - self.events + 1))
+        self.tp, self.fp = (each.ravel() for each in grid)  # all pairs of whole numbers
+        self.texts = [Page((folder / "report.html").read_text()).text]
+        self.texts += [(folder / "tripod.md").read_text()]
+        files = (folder / "figures").glob("*.csv")
+        self.tables = {path.stem: pd.read_csv(path) for path in files}
 
-    def lines(self, figure):
-        lines = self.figures[figure].axes[0].lines if figure in self.figures else []
-        return {str(line.get_label()): np.array(line.get_data(), float).T for line in lines}
-
-    def table(self, name):
-        return pd.read_csv(self.folder / "figures" / f"{name}.csv")
-
-    def cells(self, model):
-        """All pairs of true and false positives that figures and tables tell of a model."""
-        found = {(0, 0), (self.events, self.others)}
-        for x, y in self.lines("ROC curve").get(LINES[model], []):
-            found |= {(self.events * y, self.others * x)}
-        recalls = self.lines("Precision-recall curve").get(LINES[model], np.empty((0, 2)))
-        for recall, precision in recalls[recalls[:, 0] > 0]:
-            found |= {(self.events * recall, self.events * recall * (1 / precision - 1))}
-        for _, line in self.table("decision_curve").dropna(subset=model).iterrows():
-            found |= self.whole(line["threshold"], line[model])
-        table = self.table("thresholds")
-        shown = table.pivot(index="threshold", columns="metric", values="value")
+    def pairs(self, model):
+        """All pairs of true and false positives that are told of a model."""
+        found = {(0, 0), (self.events, self.n - self.events)}
+        curve = self.tables.get("decision_curve", pd.DataFrame(columns=["threshold", *MODELS]))
+        for threshold, benefit in curve[["threshold", model]].to_numpy():
+            odds = threshold / (1 - threshold)
+            found |= self.only((self.tp - self.fp * odds) / self.n - benefit, 1e-9)
         if model == MODEL:
-            found |= {
-                (self.events * y, self.others * x)
-                for x, y in self.lines("ROC curve").get("threshold", [])
-            }
-            used = self.table("metrics").set_index(["model", "metric"])["value"][MODEL]
-            for share in (used.dropna(), *shown.to_dict("records")):
-                if "sensitivity" in share:
-                    fp = self.others * (1 - share["specificity"])
-                    found |= {(self.events * share["sensitivity"], fp)}
-            bins = self.table("calibration").iloc[::-1]
-            events = (bins["n"] * bins["observed"]).cumsum()
+            bins = self.tables["calibration"].iloc[::-1]
+            events = (bins["n"] * bins["observed"]).cumsum().round().astype(int)
             found |= {*zip(events, bins["n"].cumsum() - events, strict=True)}
-        elif "minus blend" in shown:
-            for threshold, line in shown.iterrows():
-                found |= self.whole(threshold, line["net benefit"] - line["minus blend"])
-        return sorted({(round(tp), round(fp)) for tp, fp in found})
+            for shares, digits in self.shares():
+                found |= self.told(shares, digits)
+        return sorted(found)
 
-    def whole(self, threshold, benefit):
-        """The pair of whole numbers that a net benefit has, if no other one has it."""
-        tp, fp = np.meshgrid(range(self.events + 1), range(self.others + 1), indexing="ij")
-        is_it = abs((tp - fp * threshold / (1 - threshold)) / self.n - benefit) < 1e-9
-        return {*zip(tp[is_it], fp[is_it], strict=True)} if is_it.sum() == 1 else set()
+    def shares(self):
+        """Shares at a threshold, with their digits, from tables and texts."""
+        metrics = self.tables["metrics"].set_index(["model", "metric"])["value"][MODEL]
+        yield metrics.reindex(SHARES).dropna(), 4
+        if "thresholds" in self.tables:
+            lines = self.tables["thresholds"].pivot(index="threshold", columns="metric")["value"]
+            yield from ((line, 12) for _, line in lines[[*SHARES]].iterrows())
+        for text in self.texts:
+            found = [re.search(rf"{title} \(%\) ([\d.]+) \[", text) for title in TITLES]
+            if all(found):
+                yield pd.Series([float(x[1]) / 100 for x in found], SHARES), 3
+
+    def told(self, shares, digits):
+        """The pair of whole numbers that has these shares, if it is the only one."""
+        if shares.empty:
+            return set()
+        tp, fp, others = self.tp, self.fp, self.n - self.events
+        with np.errstate(invalid="ignore"):
+            exact = tp / self.events, 1 - fp / others, tp / (tp + fp)
+            exact += ((others - fp) / (self.n - tp - fp), (tp + fp) / self.n)
+        off = [abs(x - share) for x, share in zip(exact, shares[[*SHARES]], strict=True)]
+        return self.only(np.max(off, axis=0), 0.501 * 10**-digits)
+
+    def only(self, off, error):
+        is_it = abs(off) <= error
+        return {(int(self.tp[is_it][0]), int(self.fp[is_it][0]))} if is_it.sum() == 1 else set()
+
+    def counts(self):
+        """Events and non-events between neighbouring pairs of each model, and counts in tables."""
+        steps = [np.subtract(b, a) for model in MODELS for a, b in pairwise(self.pairs(model))]
+        columns = [t[name] for t in self.tables.values() for name in COUNTED if name in t]
+        return [*np.ravel(steps), *pd.to_numeric(pd.concat(columns), errors="coerce").dropna()]
 
 
 @pytest.fixture
@@ -77,17 +90,18 @@ def attack(monkeypatch, tmp_path):
     drawn, draw = {}, plots.to_image
 
     def seen(figure, alt):
-        drawn[re.split("[:.]| with", alt)[0]] = figure
+        drawn[alt.split(":")[0]] = figure
         return draw(figure, alt)
 
     monkeypatch.setattr(plots, "to_image", seen)
 
     def write(rows, threshold, min_cell, **more):
+        drawn.clear()
         content = make_content(len(rows), threshold=threshold, **more)
         metrics = evaluate(rows, 0, threshold)
         options = {"min_cell": min_cell, "folder": tmp_path}
         write_report(tmp_path / "report.html", rows, metrics, content, LABEL.topics, **options)
-        return Attack(rows, tmp_path, drawn)
+        return Attack(rows, tmp_path), drawn
 
     return write
 
@@ -97,44 +111,45 @@ def rows_of(kind):
         {"many": 1500, "rare": 3000}.get(kind, 400), seed=3, rows_a_patient=1 + (kind == "repeated")
     )
     if kind == "tied":
-        rows[[MODEL, "blend"]] = rows[[MODEL, "blend"]].round(1)
+        rows[[*MODELS]] = rows[[*MODELS]].round(1)
     if kind == "rare":
         rows["label"] *= np.arange(3000) % 9 == 0
-        for name in LINES:
+        for name in MODELS:
             rows[name] = expit(logit(rows[name]) - 2)
     if kind == "none missed":
         rows["label"] *= rows[MODEL] >= 0.12
-    return rows[["id", "label", "patient", *LINES]]
+    return rows[["id", "label", "patient", *MODELS]]
 
 
 CASES = [("usual", 0.03), *((k, 0.3137) for k in ("usual", "many", "tied", "repeated"))]
 
 
 @pytest.mark.parametrize(("kind", "threshold"), [*CASES, ("rare", 0.03), ("none missed", 0.12)])
-def test_no_difference_of_points_that_are_shown_tells_a_small_count(kind, threshold, attack):
-    """Neither within a curve nor between curves, tables and bins; without hiding, they do."""
+def test_no_text_table_or_figure_tells_a_small_count(kind, threshold, attack):
+    """Nor does a difference of two of them; without hiding, they do."""
     rows = rows_of(kind)
     more = {"tries_updates": True, "updates": evaluate_updates(rows, MODEL, 0)}
-    page = attack(rows, threshold, 11, **more)
-    counts = counts_between(page)
-    assert not [count for count in counts if 0 < count < 11]
-    assert (0 in counts) == (kind == "none missed"), "known from the metrics at the threshold"
-    assert len(counts) > (60 if kind == "many" else 8), "curves are left"
-    assert len(page.figures["Calibration curve"].axes) == 1, "no histogram"
-    bins = page.table("calibration")
+    page, figures = attack(rows, threshold, 11, **more)
+    assert not [count for count in page.counts() if 0 < count < 11]
+    bins = page.tables["calibration"]
     for share in (bins["observed"], 1 - bins["observed"]):
         assert (bins["n"] * share).min() > 10.99
-    name = "Calibration curves of the model not updated and after each update"
-    for line in [*page.lines(name).values()][1:]:
-        np.testing.assert_allclose(line[:, 1], 100 * bins["observed"])
+    assert len(bins) > 2
+    cells = pd.crosstab(rows["label"], rows[MODEL] >= threshold).to_numpy()
+    told = [page.told(*each) for each in page.shares()]
+    assert (len(told) == 3) == (cells.min() >= 11)
+    if kind == "usual" and cells.min() >= 11:
+        assert told == [{(cells[1, 1], cells[0, 1])}] * 3, "by table, page and tripod.md"
+    figures.pop(next(name for name in figures if name.startswith("Learning")))
+    assert {*figures} == {
+        "Calibration in bins",
+        "Calibration curves of the model not updated and after each update.",
+    }
+    for axes in [axes for figure in figures.values() for axes in figure.axes]:
+        assert not [*axes.patches, *axes.images]
+        assert max(len(line.get_xdata()) for line in axes.lines) <= max(2, len(bins))
     if kind == "usual":
-        assert {1, 2, 3} <= {*counts_between(attack(rows, threshold, 0, **more))}
-
-
-def counts_between(page):
-    """The events and non-events between neighbouring points of each model."""
-    points = [page.cells(model) for model in LINES]
-    return [int(x) for known in points for a, b in pairwise(known) for x in np.subtract(b, a)]
+        assert {1, 2, 3} <= {*attack(rows, threshold, 0, **more)[0].counts()}
 
 
 @pytest.mark.parametrize(("events", "shown"), [(12, False), (60, True)])

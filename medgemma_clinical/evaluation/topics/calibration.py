@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.small_cells import count_patients
+from medgemma_clinical.data.small_cells import count_patients, large_bins
 from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.decision import METHODS, MIN_SLOPE_EVENTS
 from medgemma_clinical.evaluation.metrics import Array, calibration_curve
@@ -21,7 +21,6 @@ from medgemma_clinical.evaluation.metrics_table import (
     label_risk_patient,
     with_interval,
 )
-from medgemma_clinical.evaluation.suppress import distant_thresholds
 from medgemma_clinical.evaluation.tables import metric_table
 from medgemma_clinical.evaluation.topics.topic import Cells, Details, Evaluated, Topic
 from medgemma_clinical.evaluation.updating import CHOSEN, DIVISIONS
@@ -44,38 +43,42 @@ def calibration_topic(evaluated: Evaluated) -> Topic:
     rows, model = evaluated.rows, evaluated.model
     if content.before is not None:
         rows = rows.assign(**{model: content.before})
-    bins = calibration_table(rows, model, content.seed, distant_bins(evaluated))
+    bins = calibration_table(rows, model, content.seed, bins_of_many(evaluated))
     risk = rows[model].to_numpy(float)
-    cuts = None if evaluated.cuts is None else evaluated.cuts[model]
     pooled = f", the risks of {content.folds} models pooled" if content.folds else ""
     expected = metric_table(metrics, [EXPECTED + name for name in FITTED])
     if len(expected):
         pooled += ", before the recalibration"
     cells = metric_table(metrics, [*FITTED, "brier_skill"])
     further = metric_table(metrics, ["calibration_intercept", "e50", "e90", "brier", "log_loss"])
-    figures, numbers = {}, {"calibration": bins}
-    if evaluated.has_curves:
-        ends = None if cuts is None else (cuts[0], cuts[-1])
-        smooth = smooth_curve(rows, model, content.seed, ends)
-        # A histogram would tell small counts.
-        plot = plot_calibration(bins, smooth, risk if cuts is None else None)
-        sizes = "bins of equal size; below, the risks" if cuts is None else "bins"
+    numbers = {"calibration": bins}
+    if evaluated.min_cell:
+        n = evaluated.min_cell
+        caption = f"Calibration in bins of at least {n} patients with, and {n} without, the event"
+        figures = {"calibration": (plot_calibration(bins, bins[:0], None), caption)}
+    else:
+        smooth = numbers["calibration_curve"] = smooth_curve(rows, model, content.seed)
+        sizes = "bins of equal size; below, the risks"
         caption = (
             f"Calibration curve with its 95\xa0% band, and {sizes}. Where the band misses the "
             "dotted line, the risks are off; where it holds it, no fault is shown"
             if len(smooth)
             else f"Calibration in {sizes}; too few events for a curve"
         )
-        figures["calibration"], numbers["calibration_curve"] = (plot, caption), smooth
-    if cuts is None:
-        plot = plot_risks(evaluated.labels, risk)
-        figures["risk_distribution"] = plot, "Distribution of the risks by outcome"
+        figures = {
+            "calibration": (plot_calibration(bins, smooth, risk), caption),
+            "risk_distribution": (
+                plot_risks(evaluated.labels, risk),
+                "Distribution of the risks by outcome",
+            ),
+        }
     return Topic(
         "Calibration",
         [
             f"Do the predicted risks come true? Of the {content.noun} with a risk of 20\xa0%, "
             "20\xa0% should have the event.",
             *filter(None, [content.recalibration]),
+            *evaluated.no_curves,
         ],
         [
             Cells(cells, f"How well risks agree with what was observed{pooled}"),
@@ -94,16 +97,20 @@ def shares_below(labels: Array) -> Array:
     return np.linspace(0, 1, bins + 1)[1:-1]
 
 
-def distant_bins(evaluated: Evaluated) -> NDArray[np.intp] | None:
-    """Return the bin (n,) of each row, of no small count, where these are hidden; else None."""
-    if evaluated.cuts is None:
+def bins_of_many(evaluated: Evaluated) -> NDArray[np.intp] | None:
+    """Return the bin (n,) of each row where small counts are hidden; else None.
+
+    The shares at the threshold, where they are shown, and the bins tell their difference: bins end
+    there, or there is one bin.
+    """
+    if not evaluated.min_cell:
         return None
     labels, risk, patients = label_risk_patient(evaluated.rows, evaluated.model)
-    cuts = np.array(evaluated.cuts[evaluated.model])
-    below = np.array([(risk < cut).mean() for cut in cuts])
-    nearest = [cuts[np.abs(below - share).argmin()] for share in shares_below(labels) if len(cuts)]
-    edges = distant_thresholds(labels, risk, patients, evaluated.min_cell, nearest)
-    return np.searchsorted(edges, risk, side="right")
+    edges = np.quantile(risk, shares_below(labels)).tolist()
+    is_shown = pd.notna(evaluated.metrics.of(evaluated.model)["value"].get("sensitivity"))
+    threshold = [evaluated.content.threshold] if is_shown else []
+    edges = large_bins(labels, risk, patients, evaluated.min_cell, [*threshold, *edges])
+    return np.searchsorted(edges if {*threshold} <= {*edges} else [], risk, side="right")
 
 
 def calibration_table(
@@ -137,13 +144,10 @@ def calibration_table(
     return table.rename(columns={"value": "observed"})
 
 
-def smooth_curve(
-    rows: pd.DataFrame, model: str, seed: int, ends: tuple[float, float] | None = None
-) -> pd.DataFrame:
+def smooth_curve(rows: pd.DataFrame, model: str, seed: int) -> pd.DataFrame:
     """Return the flexible calibration curve: predicted risk, observed share, low and high."""
     labels, risk, patients = label_risk_patient(rows, model)
-    first, last = np.quantile(risk, SHOWN_RISKS) if ends is None else ends
-    at = np.linspace(first, last, CURVE_POINTS)
+    at = np.linspace(*np.quantile(risk, SHOWN_RISKS), CURVE_POINTS)
     drawn = bootstrap(labels, patients, seed, lambda w: calibration_curve(labels, risk, w, at))
     table = with_interval(*drawn).rename(columns={"value": "observed"})
     table.insert(0, "predicted", at)
@@ -166,7 +170,8 @@ def plot_calibration(table: pd.DataFrame, smooth: pd.DataFrame, risk: Array | No
     axes.plot(bins["predicted"], bins["observed"], "o", **look)
     axes.set(ylabel="observed, %", xlim=(-0.02 * top, top), ylim=(-0.02 * top, top))
     panels[-1].set_xlabel("predicted risk, %")
-    alt = "Calibration curve with its band: share of events over the risk"
+    form = "curve with its band" if len(smooth) else "in bins"
+    alt = f"Calibration {form}: share of events over the risk"
     if risk is not None:
         edges = np.linspace(0, top, 41).tolist()
         panels[1].hist(100 * risk, edges, color=plots.MODEL, alpha=0.5)
@@ -203,7 +208,7 @@ def updates(evaluated: Evaluated) -> Topic | None:
         )
         return Topic(title, [text])
     updated = evaluated.rows[TESTED].join(content.updates.risks)
-    bins = distant_bins(evaluated)  # of the model not updated, where small counts are hidden
+    bins = bins_of_many(evaluated)
     curves = {name: calibration_table(updated, name, content.seed, bins) for name in METHODS}
     text = (
         "An update moves the log-odds of all risks alike, so it changes no ranking. Tests choose "

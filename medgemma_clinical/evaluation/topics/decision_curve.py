@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,13 +18,12 @@ from medgemma_clinical.evaluation.metrics_table import (
     patients_behind_shares,
     with_interval,
 )
-from medgemma_clinical.evaluation.suppress import SHOWN_THRESHOLDS
-from medgemma_clinical.evaluation.tables import METRICS
+from medgemma_clinical.evaluation.tables import METRICS, metric_table
 from medgemma_clinical.evaluation.topics.topic import Cells, Details, Evaluated, Topic
 from medgemma_clinical.evaluation.verdicts import NO_VALUE, percent, value_text
 
-Cuts = Mapping[str, Sequence[float]] | None
-"""The thresholds at which each model is shown; None: at all."""
+SHOWN_THRESHOLDS = 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7
+"""Risks whose lines the table of thresholds has, as far as the decision curve reaches."""
 
 ACTING = (
     "To act at a risk of 20\xa0% and above is to accept four false positives for one true "
@@ -40,20 +39,18 @@ SHARES = "sensitivity", "specificity", "ppv", "npv", "positives"
 
 def decision(evaluated: Evaluated) -> Topic:
     """Return the topic."""
-    content, names = evaluated.content, evaluated.names
-    rows, cuts = evaluated.rows, evaluated.cuts
+    if evaluated.min_cell:
+        return without_curve(evaluated)
+    content, names, rows = evaluated.content, evaluated.names, evaluated.rows
     widening = evaluated.metrics.widening
-    curve = decision_curve(rows, names, content.seed, cuts, widening=widening)
+    curve = decision_curve(rows, names, content.seed, widening=widening)
     shown = {content.threshold, *(x for x in SHOWN_THRESHOLDS if x <= curve.index.max())}
-    table = threshold_table(rows, names, sorted(shown), content.seed, cuts, widening)
+    table = threshold_table(rows, names, sorted(shown), content.seed, widening)
     text = (
         f"{ACTING} What acting brings and costs should choose the threshold; --threshold sets "
         "another one."
     )
-    figures = {}
-    if evaluated.has_curves:
-        figure = plot_decision_curve(curve, names)
-        figures["decision_curve"] = figure, f"Decision curve{evaluated.beside}"
+    figure = plot_decision_curve(curve, names), f"Decision curve{evaluated.beside}"
     cells = threshold_cells(table, content.threshold)
     meanings = {METRICS[name][0]: METRICS[name][2] for name in SHARES} | {
         "Minus": "net benefit of this model minus that of another, or of predicting all positive"
@@ -62,10 +59,17 @@ def decision(evaluated: Evaluated) -> Topic:
         "Decision curve",
         [text],
         [Cells(cells, f"{content.at_threshold}, and at others", is_wide=True)],
-        figures,
+        {"decision_curve": figure},
         {"decision_curve": curve.reset_index(), "thresholds": table},
         [Details("What the columns are", terms=meanings)],
     )
+
+
+def without_curve(evaluated: Evaluated) -> Topic:
+    """Return the topic of one threshold: the difference of two would tell small counts."""
+    cells = metric_table(evaluated.metrics, SHARES)
+    tables = [Cells(cells, evaluated.content.at_threshold)] if len(cells) else []
+    return Topic("Decision curve", evaluated.no_curves, tables)
 
 
 def threshold_table(
@@ -73,18 +77,12 @@ def threshold_table(
     names: Sequence[str],
     thresholds: Sequence[float],
     seed: int,
-    cuts: Cuts = None,
     widening: float = 1.0,
 ) -> pd.DataFrame:
     """Return threshold, metric, value, low and high of the first model.
 
-    Metrics: shares, net benefit, and its difference to the other models and to treating all; each
-    at the thresholds in the ``cuts`` of its models, where there are any.
+    Metrics: shares, net benefit, and its difference to the other models and to treating all.
     """
-    cuts = cuts or dict.fromkeys(names, thresholds)
-    thresholds = [threshold for threshold in thresholds if threshold in cuts[names[0]]]
-    if not thresholds:
-        return pd.DataFrame(columns=["threshold", "metric", "value", "low", "high"])
     labels, risk, patients = label_risk_patient(rows, names[0])
     risks = {name: rows[name].to_numpy(float) for name in names} | {TREAT_ALL: np.ones(len(rows))}
     points = np.array(thresholds)
@@ -95,8 +93,7 @@ def threshold_table(
         for k, threshold in enumerate(thresholds):
             at: dict[str, Array] = confusion_shares(labels, risk >= threshold, weights)
             at["net benefit"] = benefits[names[0]][:, k]
-            others = [name for name in names[1:] if threshold in cuts[name]]
-            for name in (*others, TREAT_ALL):
+            for name in (*names[1:], TREAT_ALL):
                 at[f"minus {name}"] = benefits[names[0]][:, k] - benefits[name][:, k]
             values |= {(threshold, name): x for name, x in at.items()}
         return values
@@ -129,21 +126,18 @@ def decision_curve(
     rows: pd.DataFrame,
     models: list[str],
     seed: int,
-    cuts: Cuts = None,
     benefit: Callable[[Array, Array, Array], Array] | None = None,
     widening: float = 1.0,
 ) -> pd.DataFrame:
     """Return net benefits by threshold risk; low and high are those of the first model.
 
-    Each model has them at the thresholds in its ``cuts``, where there are any. ``benefit`` takes
-    risks (n,), thresholds and weights, and returns them as ``net_benefit``; None: of the labels.
+    ``benefit`` takes risks (n,), thresholds and weights, and returns them as ``net_benefit``; None:
+    of the labels.
     """
     labels, risk, patients = label_risk_patient(rows, models[0])
     benefit = benefit or partial(net_benefit, labels)
     highest = min(0.99, max(0.05, 2 * labels.mean(), float(np.quantile(risk, 0.99))))
     thresholds = np.arange(1, math.floor(100 * highest) + 1) / 100  # up to those of use
-    for points in (cuts or {}).values():
-        thresholds = np.union1d(thresholds, [x for x in points if x <= highest])
     drawn = bootstrap(labels, patients, seed, lambda w: benefit(risk, thresholds, w))
     index = pd.Index(thresholds, name="threshold")
     table = with_interval(*drawn, widening=widening).set_index(index)
@@ -152,9 +146,6 @@ def decision_curve(
     other_risks["treat_all"] = np.ones(len(rows))
     for name, other_risk in other_risks.items():
         table[name] = benefit(other_risk, thresholds, np.ones((1, len(rows))))[0]
-    for name, points in (cuts or {}).items():
-        columns = [name, "low", "high"] if name == models[0] else [name]
-        table.loc[~table.index.isin(points), columns] = np.nan
     return table
 
 
@@ -162,10 +153,9 @@ def plot_decision_curve(table: pd.DataFrame, models: Sequence[str]) -> plots.Plo
     """Plot a ``decision_curve`` of the model and the baseline."""
     figure, (axes,) = plots.new_figure()
     table = table.set_axis(100 * table.index)
-    band = table[["low", "high"]].dropna()
-    plots.fill_band(axes, band.index, band["low"], band["high"])
+    plots.fill_band(axes, table.index, table["low"], table["high"])
     for name, line in zip(models, plots.LINES, strict=False):
-        axes.plot(table[name].dropna(), **line)
+        axes.plot(table[name], **line)
     axes.plot(table["treat_all"], "-.", color=plots.INK, linewidth=1, label="treat all")
     axes.axhline(0, label="treat none", **plots.DOTTED)
     top = 1.1 * max(table["treat_all"].max(), table["high"].max())

@@ -17,20 +17,24 @@ from medgemma_clinical.evaluation.verdicts import multiplicity_sentence
 
 def discrimination(evaluated: Evaluated) -> Topic:
     """Return the topic."""
-    labels, scores = evaluated.labels, evaluated.scores
     metrics, noun = evaluated.metrics, evaluated.content.noun
-    value = metrics.of(evaluated.model)["value"]
-    point = 1 - value["specificity"], value["sensitivity"]
-    figures = {
-        "roc": (plot_roc(labels, scores, point), f"ROC curve{evaluated.beside}"),
-        "precision_recall": (plot_precision_recall(labels, scores), "Precision-recall curve"),
-    }
+    figures = {}
+    if not evaluated.min_cell:
+        risks = [evaluated.rows[name].to_numpy(float) for name in evaluated.names]
+        value = metrics.of(evaluated.model)["value"]
+        roc = plot_roc(evaluated.labels, risks, (1 - value["specificity"], value["sensitivity"]))
+        figures["roc"] = roc, f"ROC curve{evaluated.beside}"
+        precision_recall = plot_precision_recall(evaluated.labels, risks)
+        figures["precision_recall"] = precision_recall, "Precision-recall curve"
     cells = metric_table(metrics, ["auroc", "auprc"])
     return Topic(
         "Discrimination",
-        [f"Do {noun} with the event get a higher risk than {noun} without it?"],
+        [
+            f"Do {noun} with the event get a higher risk than {noun} without it?",
+            *evaluated.no_curves,
+        ],
         [Cells(cells, "How well the model ranks")],
-        figures if evaluated.has_curves else {},
+        figures,
         {"metrics": metrics.table.reset_index()},
     )
 

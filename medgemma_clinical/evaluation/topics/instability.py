@@ -67,9 +67,9 @@ def instability(evaluated: Evaluated) -> Topic:
     )
     return Topic(
         "Instability",
-        [text, bound],
+        [text, bound, *evaluated.no_curves],
         [Cells(instability_cells(measures, noun), f"Risks of {repeats} repeats")],
-        {} if evaluated.min_cell else {"instability": figure},  # its points are single rows
+        {} if evaluated.min_cell else {"instability": figure},
         {"instability": pd.DataFrame([measures])},
     )
 

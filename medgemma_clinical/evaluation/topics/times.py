@@ -26,8 +26,8 @@ from medgemma_clinical.evaluation.time_table import (
 )
 from medgemma_clinical.evaluation.time_updates import TimeUpdates
 from medgemma_clinical.evaluation.topics.calibration import (
+    bins_of_many,
     calibration_table,
-    distant_bins,
     plot_calibration,
 )
 from medgemma_clinical.evaluation.topics.decision_curve import (
@@ -35,6 +35,7 @@ from medgemma_clinical.evaluation.topics.decision_curve import (
     SHARES,
     decision_curve,
     plot_decision_curve,
+    without_curve,
 )
 from medgemma_clinical.evaluation.topics.discrimination import model_comparison
 from medgemma_clinical.evaluation.topics.subgroups import sites, subgroups
@@ -107,13 +108,10 @@ def at_horizon(
     return replace(evaluated, rows=labelled), observed
 
 
-def incidence(events: CompetingEvents, evaluated: Evaluated) -> Topic | None:
-    """Return the topic of groups by the first risk; None where small counts are hidden.
-
-    Each step of a curve is an event or a few.
-    """
-    if evaluated.min_cell:
-        return None
+def incidence(events: CompetingEvents, evaluated: Evaluated) -> Topic:
+    """Return the topic of groups by the first risk."""
+    if evaluated.min_cell:  # each step of a curve is an event or a few
+        return Topic("Cumulative incidence", evaluated.no_curves)
     table = group_table(events, evaluated)
     noun, name = evaluated.content.noun, events.names[0]
     text = (
@@ -190,10 +188,9 @@ def calibration(events: CompetingEvents, evaluated: Evaluated) -> Topic | None:
         if not is_measured(events, evaluated, name):
             continue
         view, observed = at_horizon(events, evaluated, name)
-        rows, index = view.rows, distant_bins(view)
+        rows, index = view.rows, bins_of_many(view)
         bins = calibration_table(rows, view.model, view.content.seed, index, observed)
         numbers.append(bins.assign(risk=name))
-        # A histogram would tell small counts.
         risk = rows[view.model].to_numpy(float) if index is None else None
         plot = plot_calibration(bins, bins[:0], risk)
         figures[f"calibration_{name}"] = plot, f"{title[:1].upper()}{title[1:]}"
@@ -204,7 +201,7 @@ def calibration(events: CompetingEvents, evaluated: Evaluated) -> Topic | None:
         "many should have the event as the dotted line says."
     )
     tables = {"calibration": pd.concat(numbers)}
-    return Topic("Calibration", [text], figures=figures, numbers=tables)
+    return Topic("Calibration", [text, *evaluated.no_curves], figures=figures, numbers=tables)
 
 
 def updates(events: CompetingEvents, evaluated: Evaluated) -> Topic | None:
@@ -239,11 +236,13 @@ def in_groups(events: CompetingEvents, build: Any, evaluated: Evaluated) -> Topi
 def decision(events: CompetingEvents, evaluated: Evaluated) -> Topic | None:
     """Return the topic of the net benefit at the first horizon; None where it is hidden."""
     view, observed = at_horizon(events, evaluated, events.risk_names[0])
-    if not (is_measured(events, evaluated, events.risk_names[0]) and view.has_curves):
+    if not is_measured(events, evaluated, events.risk_names[0]):
         return None
+    if evaluated.min_cell:
+        return without_curve(evaluated)
     benefit = partial(net_benefit_at, observed)
     widening = view.metrics.widening
-    curve = decision_curve(view.rows, view.names, view.content.seed, view.cuts, benefit, widening)
+    curve = decision_curve(view.rows, view.names, view.content.seed, benefit, widening)
     title = events.risk_titles[events.risk_names[0]]
     figure = plot_decision_curve(curve, view.names), f"Decision curve: {title}{view.beside}"
     numbers = {"decision_curve": curve.reset_index()}

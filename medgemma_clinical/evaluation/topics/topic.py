@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.metrics_table import Metrics
 from medgemma_clinical.evaluation.plots import Plot
-from medgemma_clinical.evaluation.suppress import distant_thresholds
 from medgemma_clinical.evaluation.verdicts import Finding, at_threshold, primary_baseline, sentences
+
+NO_CURVES = "Small counts are hidden: no curve of single rows is drawn."
 
 
 class Cells(NamedTuple):
@@ -128,40 +127,10 @@ class Evaluated:
         """Labels, (n,)."""
         return self.rows["label"].to_numpy(float)
 
-    @cached_property
-    def cuts(self) -> dict[str, list[float]] | None:
-        """Where small counts are hidden, all thresholds of ``names`` at which counts are shown."""
-        if not self.min_cell:
-            return None
-        is_shown = pd.notna(self.metrics.of(self.model)["value"].get("sensitivity"))
-        kept = {self.model: [self.content.threshold] if is_shown else []}
-        patients = self.rows["patient"].to_numpy(str)
-        return {
-            name: distant_thresholds(
-                self.labels,
-                self.rows[name].to_numpy(float),
-                patients,
-                self.min_cell,
-                kept=kept.get(name, ()),
-            )
-            for name in self.names
-        }
-
     @property
-    def has_curves(self) -> bool:
-        """Whether there are points enough for curves."""
-        return self.cuts is None or len(self.cuts[self.model]) > 1
-
-    @property
-    def scores(self) -> list[Array]:
-        """What ranks the rows as ``names`` do, (n,) each; equal between two of ``cuts``."""
-        if self.cuts is None:
-            return [self.rows[name].to_numpy(float) for name in self.names]
-        return [
-            np.searchsorted(cuts, self.rows[name], side="right").astype(float)
-            for name, cuts in self.cuts.items()
-            if len(cuts) > 1
-        ]
+    def no_curves(self) -> list[str]:
+        """What a topic says where it leaves out figures of single rows."""
+        return [NO_CURVES] if self.min_cell else []
 
     @property
     def hides_events(self) -> bool:

@@ -18,7 +18,7 @@ from medgemma_clinical.evaluation.decision import Predictions
 from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.metrics_table import bootstrap, label_risk_patient, with_interval
 from medgemma_clinical.evaluation.report_review import ReportReview, review_report
-from medgemma_clinical.evaluation.suppress import any_small, blank, splits_off_few
+from medgemma_clinical.evaluation.suppress import hide, splits_off_few
 from medgemma_clinical.evaluation.tables import METRIC_COLUMNS
 from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, Topic
 from medgemma_clinical.evaluation.verdicts import NO_VALUE, json_text, percent, value_text
@@ -140,17 +140,17 @@ def report_metrics(
 
 def suppress_reports(reports: Mapping[str, Any], min_cell: int) -> dict[str, Any]:
     """Hide small counts of written reports and of what they state, and the shares of these."""
-    shown = dict(reports)
+    shown, hidden = dict(reports), set()
     for name, shares in REPORT_COUNTS.items():
-        count = shown.get(name)
+        count = reports.get(name)
         if not isinstance(count, int):  # hidden before
             continue
-        parts = {share: count * (shown[share]["value"] or 0) for share in shares}
-        small = [x for x, n in parts.items() if any_small([n, count - n], min_cell)]
-        if any_small([count], min_cell):
-            shown[name], small = count_text(count, min_cell), list(shares)
-        shown = blank(shown, small)
-    return shown
+        if is_small := 0 < count < min_cell:
+            shown[name] = count_text(count, min_cell)
+        for share in shares:
+            if is_small or splits_off_few(count, reports[share]["value"] or 0, min_cell):
+                hidden.add(share)
+    return hide(shown, hidden)
 
 
 def written_table(reports: Mapping[str, Any]) -> pd.DataFrame:
