@@ -62,7 +62,7 @@ def quick(request):
 
     gc.freeze()  # a collection need not look at what was imported
     figures = getattr(request.module, "FIGURES", False)
-    results = sys.modules.get("medgemma_clinical.commands.results")  # not for tests of no run
+    pages = sys.modules.get("medgemma_clinical.commands.pages")  # not for tests of no run
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda _: None)
         patch.setattr(metrics, "REPLICATES", getattr(request.module, "DRAWS", DRAWS))
@@ -71,18 +71,20 @@ def quick(request):
             patch.setattr(baselines, "MIN_TUNED", 10**9)
         patch.setitem(report.PAGES.globals, "today", lambda: "2026-01-31")
         patch.setattr(Figure, "savefig", DRAW if figures else save_blank)
-        if results and not getattr(request.module, "REPORTS", False):
-            patch.setattr(results, "write_report", lambda path, *_, **__: path.touch())
+        if pages and not getattr(request.module, "REPORTS", False):
+            patch.setattr(pages, "build_topics", lambda *_: [])
+            patch.setattr(pages, "write_report", lambda path, *_, **__: path.touch())
         yield
 
 
 @contextlib.contextmanager
 def whole_reports():
     """Let runs write their reports."""
-    from medgemma_clinical.commands import results
-    from medgemma_clinical.evaluation.report import write_report
+    from medgemma_clinical.commands import pages
+    from medgemma_clinical.evaluation import report
 
-    with mock.patch.object(results, "write_report", write_report):
+    whole = {name: getattr(report, name) for name in ("build_topics", "write_report")}
+    with mock.patch.multiple(pages, **whole):
         yield
 
 

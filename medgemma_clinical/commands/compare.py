@@ -16,7 +16,7 @@ from medgemma_clinical.commands.command_line import EXIT_DONE, SEED, Flag, Table
 from medgemma_clinical.commands.prediction_files import TEST, read_predictions
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, MEANINGS, STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import MODEL, TESTED, Metrics, evaluate
-from medgemma_clinical.evaluation.report import write_comparison
+from medgemma_clinical.evaluation.report import comparison_page, write_report
 from medgemma_clinical.evaluation.tables import model_table
 from medgemma_clinical.evaluation.verdicts import counts_text
 from medgemma_clinical.files import InputError, make_output_dir, move_aside, read_json, write_json
@@ -140,7 +140,7 @@ def save_comparison(
     card: dict[str, str],
     meanings: Mapping[str, str] = MEANINGS,
     sentences: Sequence[str] = (),
-    **parts: Any,  # others of ``write_comparison``
+    **parts: Any,  # others of ``comparison_page``
 ) -> None:
     """Log a comparison; write ``PATH.json`` and ``PATH.html``; an earlier result is moved aside."""
     table, page = (path.with_name(f"{path.name}.{ending}") for ending in ("json", "html"))
@@ -152,8 +152,7 @@ def save_comparison(
     if unused := [name for name, numbers in cost.items() if numbers.get("residual_weight") == 0]:
         weight_note = f"The language model was not shown to add to stage 1 in: {', '.join(unused)}."
         sentences = [*sentences, weight_note]
-    write_comparison(
-        page,
+    about = comparison_page(
         metrics,
         sentences=sentences,
         card={**card, **describe_program()},
@@ -161,6 +160,7 @@ def save_comparison(
         cost=pd.DataFrame.from_dict(cost, orient="index"),
         **parts,
     )
+    write_report(page, about)
     write_json(table, content)
     log_comparison(metrics, cost)
     logger.info("%s\nresults: %s", "\n".join(sentences), path.parent)

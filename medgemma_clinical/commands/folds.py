@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.commands import run_folder
+from medgemma_clinical.commands import pages, run_folder
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.plan import (
     Run,
@@ -30,8 +30,7 @@ from medgemma_clinical.commands.prediction_files import (
     read_predictions,
     shared_models,
 )
-from medgemma_clinical.commands.report_content import training_content
-from medgemma_clinical.commands.results import log_findings, save_model, write_page
+from medgemma_clinical.commands.results import log_findings, save_model
 from medgemma_clinical.data.fold_split import draw_folds, fold_dataset, foldable, site_folds
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
@@ -39,9 +38,10 @@ from medgemma_clinical.distributed import few_threads, processes
 from medgemma_clinical.evaluation import baselines, decision
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, Baselines
 from medgemma_clinical.evaluation.decision import DecisionRule
+from medgemma_clinical.evaluation.demographics import demographic_bands, demographics
 from medgemma_clinical.evaluation.metrics_table import Drawn, Metrics, compared_models
-from medgemma_clinical.evaluation.suppress import suppressed
-from medgemma_clinical.evaluation.topics.topic import ReportContent
+from medgemma_clinical.evaluation.topics.topic import Evaluated, TopicBuilder
+from medgemma_clinical.evaluation.verdicts import at_threshold
 from medgemma_clinical.files import InputError, file_hash, read_json, write_json, write_text
 from medgemma_clinical.models.checkpoints import (
     BASELINES,
@@ -90,6 +90,8 @@ def plan_folds(
         Run(titles[k], fold_arguments(k, args), fold_dataset(rows, fold, k, args.seed, name))
         for k, name in enumerate(names)
     ]
+    for run in runs:
+        run_folder.given_stage1(run.args)  # a missing one shows before hours go into the others
     return runs, fold
 
 
@@ -153,7 +155,9 @@ class FoldResults(NamedTuple):
     drawn: Drawn
     metrics: Metrics
     config: Config
-    page: ReportContent
+    positions: NDArray[np.int64]  # of the predicted rows
+    tuned: list[bool | None]  # whether the baselines of each fold were tuned
+    before: Any = None  # risks (n,) before the recalibration
 
 
 def evaluate_folds(
@@ -200,28 +204,48 @@ def evaluate_folds(
         "folds": metrics.to_json(),
         "decided": decided,
     }
-    first = folds_sentence(suppressed(metrics, args.min_cell), outcome, len(folders))
     config: Config = {**configs[0], **decided, "metrics": content}
     tuned = [read_json(path / BASELINES).get("tuned") for path in folders]
-    page = folds_content(args, rows, positions, config, tuned, first)
-    if recalibrated is not None:
-        page = replace(page, before=recalibrated.before)
+    before = None if recalibrated is None else recalibrated.before
     table.insert([*table].index(name) + 1, "fold", fold_of_row)
-    return FoldResults(table, drawn, metrics, config, page)
+    return FoldResults(table, drawn, metrics, config, positions, tuned, before)
 
 
 def write_fold_results(args: Namespace, rows: TrajectoryDataset, fold: NDArray[np.int64]) -> None:
     """Join the test predictions of the folds; write the result files."""
-    table, _, metrics, config, page = evaluate_folds(args, rows, fold)
+    results = evaluate_folds(args, rows, fold)
+    metrics, config, folds = results.metrics, results.config, len(results.tuned)
     folder = run_folder.folds_folder(args)
-    write_text(folder / FOLDS, predictions_csv(table))
+    write_text(folder / FOLDS, predictions_csv(results.table))
     write_json(folder / run_folder.METRICS, config["metrics"])
-    outcome = outcome_of(config)
-    write_page(folder, table.drop(columns="fold"), metrics, page, outcome.topics, args)
+    outcome, threshold = outcome_of(config), config["decision"]["threshold"]
+    choice = decision.describe_threshold(
+        args.threshold, "these rows, whose metrics at it are optimistic"
+    )
+    evaluated = Evaluated(
+        results.table.drop(columns="fold"),
+        metrics,
+        args.seed,
+        threshold,
+        at_threshold(threshold, choice),
+        rows.noun,
+        args.min_cell,
+        folds,
+    )
+    topics = outcome.topics(
+        demographic_bands(demographics(rows).iloc[results.positions]),
+        None if rows.sites is None else rows.sites[results.positions],
+        leaves_out=bool(args.leave_out),
+        before=results.before,
+        recalibration=recalibration_words(config, args.calibrate),
+    )
+    shown = folds_sentence(evaluated.metrics, outcome, folds)
+    write_folds_page(folder, args, rows, results, evaluated, topics, last=[shown])
     logger.info("")
-    log_findings(metrics, page.findings(metrics), outcome)
+    words = evaluated.at_threshold, rows.noun
+    log_findings(metrics, outcome.sentences(metrics, *words), outcome)
     logger.info("recommended (--use best): %s", describe_recommended(config))
-    first = folds_sentence(metrics, outcome, page.folds)
+    first = folds_sentence(metrics, outcome, folds)
     logger.info("%s\nreport: %s", first, folder / "report.html")
 
 
@@ -259,62 +283,66 @@ def folds_sentence(metrics: Metrics, outcome: Outcome, folds: int) -> str:
     )
 
 
-def folds_content(
-    args: Namespace,
-    rows: TrajectoryDataset,
-    positions: NDArray[np.int64],
-    config: Config,
-    tuned: Sequence[bool | None],
-    first: str,
-) -> ReportContent:
-    """Return the page's content; ``config`` is a fold's with the joint decision rules.
-
-    ``tuned``: whether the baselines of each fold were tuned.
-    """
-    kind = "each site held out" if args.leave_out else "each patient held out"
-    epochs = describe_epochs(config["metrics"]["averaged_epochs"])
-    selection = describe_selection(config["members"] if config["stage"] == "trajectory" else 1)
+def recalibration_words(config: Config, calibrate: str) -> str:
+    """Return whether the risks of ``--final`` are recalibrated, and which are shown."""
     final = DecisionRule.from_config(config)
-    recalibration = "Risks are not recalibrated."
     if final.is_moved:
-        recalibration = (
+        return (
             "Tests on these rows chose to recalibrate: the risks of --final are moved by "
             f"intercept {final.intercept:+.2f} and slope {final.slope:.2f}, fitted on all rows. "
             "Slope, level and ICI are those before; all other metrics are of risks that are moved, "
             "each fold's by what the other folds show."
         )
-    elif args.calibrate == "auto":
-        recalibration = "Tests show no need to recalibrate the risks."
+    if calibrate == "auto":
+        return (
+            "The risks are not recalibrated: tests show no fault, which does not prove that there "
+            "is none."
+        )
+    return "Risks are not recalibrated."
+
+
+def write_folds_page(
+    folder: Path,
+    args: Namespace,
+    rows: TrajectoryDataset,
+    results: FoldResults,
+    evaluated: Evaluated,
+    topics: Sequence[TopicBuilder],
+    *,
+    title: str = "",  # ends the title
+    last: Sequence[str],
+) -> None:
+    """Write the page of folds or of their repeats."""
+    config, positions = results.config, results.positions
+    kind = "each site held out" if args.leave_out else "each patient held out"
+    epochs = describe_epochs(config["metrics"]["averaged_epochs"])
+    selection = describe_selection(config["members"] if config["stage"] == "trajectory" else 1)
     fingerprint, predicted = rows.fingerprint(), np.isin(np.arange(len(rows)), positions)
     if not predicted.all():
         rule = "without a value of a series that their fold reads"
         rule = f"of sites that only train, or {rule}" if args.leave_out else rule
         rows = rows.keep_rows(predicted, rule)
-    everyone = np.arange(len(rows))
-    return training_content(
-        f"{STAGE_NAMES[config['stage']].capitalize()}, {kind}",
+    shown = folds_sentence(evaluated.metrics, outcome_of(config), evaluated.folds)
+    pages.write_training_page(
+        folder,
+        f"{STAGE_NAMES[config['stage']].capitalize()}, {kind}{title}",
+        evaluated,
         rows,
         {**config, "data_sha256": fingerprint},
-        everyone,
-        {"all folds": everyone},
-        args,
+        topics,
+        split={"all folds": np.arange(len(rows))},
+        parts={},
         card={
             "Limits": MODEL_LIMITS,
             "Epochs": f"each fold has {selection}; --final averages {epochs}, by the folds' pooled "
             "validation loss",
-            "Baselines": f"in each fold {baselines.describe_tuning(tuned)}; those of --final are "
-            "tuned by the same rule, and fitted, on all patients",
+            "Baselines": f"in each fold {baselines.describe_tuning(results.tuned)}; those of "
+            "--final are tuned by the same rule, and fitted, on all patients",
             "Seed": str(args.seed),
         },
-        threshold=config["decision"]["threshold"],
-        threshold_choice=decision.describe_threshold(
-            args.threshold, "these rows, whose metrics at it are optimistic"
-        ),
-        recalibration=recalibration,
-        methods={"split": first, "recalibration": recalibration},
-        last=[first],
-        folds=len(tuned),
-        leaves_out=bool(args.leave_out),
+        methods={"split": shown, "recalibration": recalibration_words(config, args.calibrate)},
+        last=last,
+        list_patients=args.report_patients,
     )
 
 

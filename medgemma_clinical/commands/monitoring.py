@@ -25,6 +25,7 @@ from medgemma_clinical.evaluation.decision import parse_threshold
 from medgemma_clinical.evaluation.metrics_table import named_model
 from medgemma_clinical.evaluation.monitor_page import monitor_page
 from medgemma_clinical.evaluation.monitoring import MonitorRule, monitor
+from medgemma_clinical.evaluation.report import write_report
 from medgemma_clinical.files import InputError, locked, make_output_dir, move_aside, write_text
 from medgemma_clinical.models.checkpoints import Config
 from medgemma_clinical.models.model_card import page_card
@@ -110,7 +111,7 @@ def run_monitor(args: Namespace, datasets: Mapping[str, Any]) -> int:
     make_output_dir(args.output_dir)
     with locked(paths[0]):
         asides = move_aside(paths)
-        write_text(paths[0], page)
+        write_report(paths[0], page)
         write_text(paths[1], result.table.to_csv(index=False))
     logger.info("monitor: %s", result.verdict)
     lines = [f"also: {action.words}" for action in result.actions[1:]]

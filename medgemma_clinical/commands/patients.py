@@ -13,7 +13,8 @@ import pandas as pd
 
 from medgemma_clinical.data.overlap import TrainingPatients, both_hashes, patient_hashes
 from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
-from medgemma_clinical.evaluation.patients import write_patients
+from medgemma_clinical.evaluation.patients import patients_page
+from medgemma_clinical.evaluation.report import write_report
 from medgemma_clinical.inference.explain import explain
 from medgemma_clinical.inference.trajectory_model import TrajectoryModel
 from medgemma_clinical.models import model_card
@@ -49,12 +50,14 @@ def choose_rows(
 def training_sentence(datasets: Sequence[TrajectoryDataset], training: TrainingPatients) -> str:
     """Return how many data sets of one row each are in the training data."""
     if not len(training.hashes):
-        return "In the training data: not known how many of these."
+        return "The checkpoint does not hold its training data: these rows may be among them."
     first = np.zeros(1, dtype=np.int64)
     patients = np.concatenate([patient_hashes(dataset, first) for dataset in datasets])
     rows = np.concatenate([both_hashes(dataset, first) for dataset in datasets])
     count = training.include(patients, rows, has_ids=datasets[0].has_patient_ids).sum()
-    return f"In the training data: {count} of {len(datasets)}."
+    if not count:
+        return "None of these rows is in the training data."
+    return f"{count} of these {len(datasets)} are in the training data: their risks are optimistic."
 
 
 def explain_rows(
@@ -80,5 +83,7 @@ def explain_rows(
     if curves := rows[0].curves:
         outcome = next(iter(curves.events.risk_titles.values()))
         notes.append(f"Each risk over time is that of {outcome} from its own moment on.")
-    write_patients(path, rows, outcome, model.threshold, [*filter(None, notes)], method)
+    write_report(
+        path, patients_page(rows, outcome, model.threshold, [*filter(None, notes)], method)
+    )
     logger.info("patients: %s; the page holds patients' data: do not share it", path)

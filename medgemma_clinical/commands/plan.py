@@ -75,16 +75,13 @@ def check_stage1(path: Path | None, flags: str, mark: str, example: Path) -> Non
 
 def carry_out(runs: Sequence[Run], train: Train) -> int:
     """Train each run that is not finished; return the first exit code that is no success."""
-    for run in runs:
-        run_folder.given_stage1(run.args)  # a missing one shows before hours go into the others
     with show_progress((), "runs", len(runs)) as bar:
         cluster = active_cluster()
         if cluster and processes().num_processes == 1:
             text = "%d runs go to the workers of joblib's %s: the rows of patients travel there"
             logger.info(text, len(runs), cluster)
             tasks = (joblib.delayed(run_on_cluster)(run, train) for run in runs)
-            run_parallel = joblib.Parallel(n_jobs=-1, batch_size=1, return_as="generator")
-            return first_code(run_parallel(tasks), bar)
+            return first_code(parallel_codes(-1)(tasks), bar)
         # Each has the threads of a stage 1 alone: no result depends on the number of processes.
         jobs = min(len(runs), joblib.cpu_count() // stage1_threads())
         alone = jobs <= 1 or torch.cuda.is_available() or processes().num_processes > 1
@@ -98,6 +95,15 @@ def active_cluster() -> str:
     backend = parallel.get_active_backend()[0]
     own = tuple(parallel.BACKENDS[name] for name in OWN_BACKENDS if name in parallel.BACKENDS)
     return "" if isinstance(backend, own) else type(backend).__name__.removesuffix("Backend")
+
+
+def parallel_codes(jobs: int) -> joblib.Parallel:
+    """Return what carries out tasks in the active backend, and gives each result as it comes."""
+    can_yield = parallel.get_active_backend()[0].supports_return_generator
+    # No array goes through a file: they hold patients.
+    return joblib.Parallel(
+        jobs, batch_size=1, max_nbytes=None, return_as="generator" if can_yield else "list"
+    )
 
 
 def first_code(codes: Iterable[int], bar: tqdm[Run]) -> int:
@@ -115,11 +121,8 @@ def run_in_parallel(runs: Sequence[Run], train: Train, jobs: int, bar: tqdm[Run]
     is_shown = any(handler.get_name() == "console" for handler in logging.root.handlers)
     try:
         with joblib.parallel_config("loky", initializer=begin, inner_max_num_threads=threads):
-            # No array goes through a file: they hold patients.
-            workers = joblib.Parallel(jobs, batch_size=1, max_nbytes=None, return_as="generator")
-            return first_code(
-                workers(joblib.delayed(run_apart)(run, train, is_shown) for run in runs), bar
-            )
+            tasks = (joblib.delayed(run_apart)(run, train, is_shown) for run in runs)
+            return first_code(parallel_codes(jobs)(tasks), bar)
     except BrokenProcessPool as error:
         raise RunFault(
             "the process of a run was ended, perhaps out of memory: rerun the command to "

@@ -15,7 +15,8 @@ from medgemma_clinical.evaluation.aggregate import (
     pool_sites,
     read_models,
 )
-from medgemma_clinical.evaluation.sites_page import pooled_cells, write_sites
+from medgemma_clinical.evaluation.report import write_report
+from medgemma_clinical.evaluation.sites_page import pooled_cells, pooled_words, sites_page
 from medgemma_clinical.files import (
     READING_ERRORS,
     InputError,
@@ -72,8 +73,9 @@ def pool(paths: Sequence[Path], output_dir: Path) -> int:
         results = {"pooled": pooled.reset_index(), "sites": estimates}
         tables = {name: few_digits(found.to_dict("records")) for name, found in results.items()}
         write_json(table, {"format": FORMAT, "model": model, **tables, "left_out": notes})
-        write_sites(page, sites, estimates, pooled, notes)
-    text = pooled_cells(pooled.loc[model["name"]]).to_string(index=False)
+        write_report(page, sites_page(sites, estimates, pooled, notes))
+    cells = pooled_cells(pooled.loc[model["name"]]).to_string(index=False)
+    text = pooled_words(pooled, len(sites)) or cells
     logger.info("\n%s\nresults: %s, %s", "\n".join([text, *notes]), page, table)
     return EXIT_DONE
 

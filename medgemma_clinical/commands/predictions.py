@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import pandas as pd
 
 from medgemma_clinical.commands.aggregate import write_aggregate
 from medgemma_clinical.commands.command_line import EXIT_DONE
+from medgemma_clinical.commands.pages import model_page, result_words
 from medgemma_clinical.commands.patients import (
     ChosenRow,
     choose_rows,
@@ -24,7 +26,6 @@ from medgemma_clinical.commands.patients import (
     patients_path,
 )
 from medgemma_clinical.commands.prediction_files import FOLDS, VAL, read_predictions
-from medgemma_clinical.commands.report_content import report_content
 from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.commands.update import write_update
 from medgemma_clinical.data.distributions import last_values, row_medians
@@ -35,20 +36,21 @@ from medgemma_clinical.data.small_cells import count_text
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import peak_memory, processes, show_progress
 from medgemma_clinical.evaluation import decision
-from medgemma_clinical.evaluation.demographics import demographics
+from medgemma_clinical.evaluation.demographics import demographic_bands, demographics
 from medgemma_clinical.evaluation.metrics_table import MODEL
-from medgemma_clinical.evaluation.report import write_report
+from medgemma_clinical.evaluation.report import build_topics, write_report
 from medgemma_clinical.evaluation.time_table import UNCENSORED
-from medgemma_clinical.evaluation.topics.cohort import case_mix
-from medgemma_clinical.evaluation.topics.topic import ReportContent
+from medgemma_clinical.evaluation.topics.cohort import case_mix, case_mix_topic, cohort
+from medgemma_clinical.evaluation.topics.topic import Evaluated, Page, TopicBuilder
 from medgemma_clinical.evaluation.topics.written_reports import right_answers
+from medgemma_clinical.evaluation.verdicts import at_threshold
 from medgemma_clinical.files import InputError, atomic, file_hash, locked, move_aside
 from medgemma_clinical.inference.hub import check_folder
 from medgemma_clinical.inference.scoring import count_implausible, prediction_table, scoring_rows
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS, TrajectoryModel
 from medgemma_clinical.models import trained_model
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, Config, read_trajectory
-from medgemma_clinical.models.model_card import choosing_rows
+from medgemma_clinical.models.model_card import choosing_rows, weight_0_sentence
 from medgemma_clinical.models.outcome import Outcome, outcome_of
 from medgemma_clinical.models.trained_model import TrainedModel
 
@@ -353,68 +355,93 @@ def report_labelled(
     primary = request.primary or planned
     metrics = outcome.evaluate(rows, request.seed, tally.rule.threshold, primary=primary)
     updates = outcome.evaluate_updates(rows, name, request.seed)
-    content = cohort_content(
-        tally, model.config, dataset, new, medians, overlap, training, updates, request
+    rule, min_cell = tally.rule, request.min_cell
+    choice = decision.describe_threshold(
+        model.config.get("threshold_choice"), choosing_rows(model.config)
     )
+    words = at_threshold(rule.threshold, choice)
+    evaluated = Evaluated(rows, metrics, request.seed, rule.threshold, words, noun, min_cell)
+    first = ""
     if model.stage == "generative" and name == model.trained.name:
-        seed, limit = request.seed, request.min_cell
-        answers = right_answers(rows, name, tally.rule.threshold, seed, limit)
-        content = replace(content, first=[*filter(None, [answers]), *content.first])
+        first = right_answers(rows, name, rule.threshold, request.seed, min_cell)
+    page = cohort_page(
+        evaluated,
+        tally,
+        model.config,
+        dataset,
+        new,
+        case_mix(new, medians, min_cell),
+        overlap,
+        updates,
+        first=first,
+        last=overlap.sentence(model.config, training, min_cell),
+        checkpoint=request.checkpoint.absolute().name,  # a page is shared: no path
+    )
     path = report_path(request.predictions)
-    write_report(path, rows, metrics, content, outcome.topics, min_cell=request.min_cell)
-    lines = "\n".join([*content.first, *map(str, content.findings(metrics))])
+    write_report(path, page)
+    found = outcome.sentences(metrics, words, noun)
+    lines = "\n".join([*filter(None, [first, weight_0_sentence(model.config)]), *map(str, found)])
     logger.info("\n%s\n%s\nreport: %s", lines, note, path)
     return Labelled(new, metrics.primary, updates)
 
 
-def cohort_content(
+def cohort_page(
+    evaluated: Evaluated,
     tally: PredictionTally,
     config: Config,
     dataset: TrajectoryDataset,
-    rows: pd.DataFrame,
-    medians: pd.DataFrame,
+    rows: pd.DataFrame,  # ``demographics`` of the evaluated rows
+    mix: dict[str, Any],  # their ``case_mix``
     overlap: Overlap,
-    training: TrainingPatients,
     updates: Any,
-    request: Namespace,
-) -> ReportContent:
-    """Return what the page of an external cohort says of the evaluated rows and their medians."""
+    *,
+    first: str,  # the sentence before the findings
+    last: str,
+    checkpoint: str,
+) -> Page:
+    """Return the page of an external cohort."""
     name, source, noun = tally.used, Path(dataset.source).name, overlap.noun
-    labelled = overlap.old + overlap.new
+    labelled, rule = overlap.old + overlap.new, tally.rule
     flow = [
         ("without a score", tally.rows - tally.scored, tally.scored),
         ("without a label", tally.scored - labelled, labelled),
         ("in the training data", overlap.old, overlap.new),
     ]
-    rule, rows_of_choice, choice = tally.rule, choosing_rows(config), config.get("threshold_choice")
     changes = f"intercept {rule.intercept:+.2f}, slope {rule.slope:.2f}"
-    recalibration = f"The risks were recalibrated on {rows_of_choice}: {changes}."
-    moved = "; an earlier update moved it." if config.get("updated") else "."
-    return report_content(
-        f"{config['outcome']}: {name} on the {noun} of {source}",
-        dataset,
-        config,
-        rows,
-        request,
-        data={
-            "Source": source,
-            "Scored": f"{len(rows):,} {noun} with a score and a label",
-            "Missing values": "masked, never filled in",
-        },
-        card={
-            "Limits": f"The model was not changed for these rows{moved}",
-            "Checkpoint": request.checkpoint.absolute().name,  # a page is shared: no path
-            "Seed": f"{request.seed}, of the intervals",
-        },
-        threshold=rule.threshold,
-        noun=noun,
-        threshold_choice=decision.describe_threshold(choice, rows_of_choice),
-        flow=pd.DataFrame(flow, columns=list(FLOW_COLUMNS[:3])),
-        case_mix=(config["case_mix"], case_mix(rows, medians, request.min_cell)),
+    recalibration = f"The risks were recalibrated on {choosing_rows(config)}: {changes}."
+    results = tally.outcome.topics(
+        demographic_bands(rows),
+        None if dataset.sites is None else rows["site"].to_numpy(str),
         recalibration=recalibration if rule.is_moved else "",
         updates=updates,
         tries_updates=True,
-        last=[overlap.sentence(config, training, request.min_cell)],
+    )
+    data = {
+        "Source": source,
+        "Scored": f"{len(rows):,} {noun} with a score and a label",
+        "Missing values": "masked, never filled in",
+    }
+    counts = pd.DataFrame(flow, columns=list(FLOW_COLUMNS[:3]))
+    builders: list[TopicBuilder] = [
+        *([] if evaluated.has_few else results),
+        partial(case_mix_topic, development=config["case_mix"], here=mix),
+        partial(cohort, data=data, flow=counts),
+    ]
+    moved = "; an earlier update moved it." if config.get("updated") else "."
+    return model_page(
+        f"{config['outcome']}: {name} on the {noun} of {source}",
+        evaluated,
+        build_topics(evaluated, builders),
+        config,
+        question=dataset.task_description(),
+        findings=result_words(evaluated, config),
+        card={
+            "Limits": f"The model was not changed for these rows{moved}",
+            "Checkpoint": checkpoint,
+            "Seed": f"{evaluated.seed}, of the intervals",
+        },
+        first=[first],
+        last=[last],
     )
 
 

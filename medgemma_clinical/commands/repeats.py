@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 
 import pandas as pd
@@ -14,7 +13,7 @@ from medgemma_clinical.commands import folds, run_folder
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.plan import Train, carry_out, check_stage1, filled
 from medgemma_clinical.commands.prediction_files import FOLDS, REPEATS, predictions_csv, read_table
-from medgemma_clinical.commands.results import log_findings, write_page
+from medgemma_clinical.commands.results import log_findings
 from medgemma_clinical.data.fold_split import draw_folds, foldable
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes
@@ -25,7 +24,8 @@ from medgemma_clinical.evaluation.topics.instability import (
     measure_instability,
     repeat_metrics,
 )
-from medgemma_clinical.evaluation.verdicts import percent
+from medgemma_clinical.evaluation.topics.topic import Evaluated
+from medgemma_clinical.evaluation.verdicts import at_threshold, percent
 from medgemma_clinical.files import InputError, read_json, write_json, write_text
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.outcome import outcome_of
@@ -112,21 +112,29 @@ def write_repeat_results(
         "(repeat_0/, ...) have figures and subgroups. --final takes the folds of repeat 0."
     )
     ends = percent(thresholds.min()), percent(thresholds.max())
-    page = replace(
-        results[0].page,
-        title=f"{results[0].page.title}, {len(runs)} repeats",
-        last=[first],
-        repeats=(joined, by_repeat),
-        threshold=float(thresholds.mean()),
-        threshold_choice=f"the mean of those of the repeats ({ends[0]} to {ends[1]})",
-        recalibration="Whether the risks of a repeat are recalibrated stands on its own page.",
-    )
     tested = results[0].table.drop(columns="fold")
-    mean = described.set_index("id")["mean"][tested["id"]].to_numpy()
-    topics = partial(repeat_metrics, table=outcome.table), instability
-    write_page(folder, tested.assign(**{metrics.models[0]: mean}), metrics, page, topics, args)
+    mean, threshold = described.set_index("id")["mean"][tested["id"]], float(thresholds.mean())
+    choice = f"the mean of those of the repeats ({ends[0]} to {ends[1]})"
+    evaluated = Evaluated(
+        tested.assign(**{metrics.models[0]: mean.to_numpy()}),
+        metrics,
+        args.seed,
+        threshold,
+        at_threshold(threshold, choice),
+        rows.noun,
+        args.min_cell,
+        args.folds,
+    )
+    topics = [
+        partial(repeat_metrics, table=outcome.table),
+        partial(instability, table=joined, by_repeat=by_repeat),
+    ]
+    title = f", {len(runs)} repeats"
+    folds.write_folds_page(
+        folder, runs[0], rows, results[0], evaluated, topics, title=title, last=[first]
+    )
     logger.info("")
-    log_findings(metrics, page.findings(metrics), outcome)
+    log_findings(metrics, outcome.sentences(metrics, evaluated.at_threshold, rows.noun), outcome)
     logger.info("\n%s", instability_cells(measures, rows.noun).to_string(index=False))
     logger.info("%s\nreport: %s", first, folder / "report.html")
 

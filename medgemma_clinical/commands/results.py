@@ -6,7 +6,7 @@ import itertools
 import json
 import logging
 from argparse import Namespace
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -16,8 +16,8 @@ import pandas as pd
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 
+from medgemma_clinical.commands import pages
 from medgemma_clinical.commands.prediction_files import predictions_csv
-from medgemma_clinical.commands.report_content import training_content, training_methods
 from medgemma_clinical.commands.run_folder import METRICS
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import few_threads, peak_memory, processes
@@ -27,9 +27,9 @@ from medgemma_clinical.evaluation.baselines import (
     Baselines,
     describe_tuning,
 )
+from medgemma_clinical.evaluation.demographics import demographic_bands, demographics
 from medgemma_clinical.evaluation.metrics_table import MODEL, Metrics
-from medgemma_clinical.evaluation.report import write_report
-from medgemma_clinical.evaluation.topics.topic import ReportContent, TopicBuilder
+from medgemma_clinical.evaluation.topics.topic import Evaluated
 from medgemma_clinical.evaluation.topics.written_reports import score_reports, written_sentence
 from medgemma_clinical.evaluation.verdicts import Finding, at_threshold, value_text
 from medgemma_clinical.files import InputError, write_json, write_text
@@ -143,9 +143,8 @@ def write(
         **({"baseline_inputs": baselines.inputs} if baselines else {}),
     }
     choice = decision.describe_threshold(args.threshold, "the validation part")
-    log_results(
-        metrics, outcome, at_threshold(decided.rule.threshold, choice), reports, dataset.noun
-    )
+    beginning = at_threshold(decided.rule.threshold, choice)
+    log_results(metrics, outcome, beginning, reports, dataset.noun)
     logger.info("recommended (--use best): %s", describe_recommended(config))
     if folder and scored is not None:
         if baselines:
@@ -158,34 +157,53 @@ def write(
         if is_writer:
             text = "".join(json.dumps(line) + "\n" for line in lines)
             write_text(folder / "generations_test.jsonl", text)
-        rows, tuned = scored.rows, baselines.tuned if baselines else None
-        content = run_content(stage, data, progress, config, run, args, rows, tuned)
+        evaluated = Evaluated(
+            tables["test"],
+            metrics["test"],
+            args.seed,
+            decided.rule.threshold,
+            beginning,
+            dataset.noun,
+            args.min_cell,
+        )
+        methods, val = pages.training_methods(stage, data, run), metrics["val"]
+        is_shown = val.counts["minority_patients"] >= args.min_cell
+        example = None
         if is_writer and args.show_values:
-            content = replace(content, example=example_report(stage, data, rows, lines, args.seed))
-        write_page(folder, tables["test"], metrics["test"], content, outcome.topics, args)
+            example = example_report(stage, data, scored.rows, lines, args.seed)
+        stage1_page = None
+        if args.ode_checkpoint and config.get("residual_weight") == 0:
+            beside = Path(args.ode_checkpoint).absolute().parent == args.output_dir.absolute()
+            stage1_page = "../trajectory/report.html" if beside else ""
+        pages.write_training_page(
+            folder,
+            STAGE_NAMES[stage.name].capitalize(),
+            evaluated,
+            dataset,
+            config,
+            outcome.topics(
+                demographic_bands(demographics(dataset).iloc[scored.rows]),
+                None if dataset.sites is None else dataset.sites[scored.rows],
+                recalibration=methods["recalibration"] if args.calibrate == "platt" else "",
+            ),
+            split=data.split,
+            card=run_card(
+                stage,
+                progress,
+                config,
+                seed=args.seed,
+                tuned=baselines.tuned if baselines else None,
+                validation=val if is_shown else None,
+            ),
+            methods=methods,
+            history=progress.history if is_shown else [],
+            example=example,
+            stage1_page=stage1_page,
+            advice=few_events_advice(metrics["test"]),
+            list_patients=args.report_patients,
+        )
         logger.info("report: %s; %s", folder / "report.html", peak_memory())
     return config, baselines
-
-
-def write_page(
-    folder: Path,
-    table: pd.DataFrame,
-    metrics: Metrics,
-    content: ReportContent,
-    topics: Sequence[TopicBuilder],
-    args: Namespace,
-) -> None:
-    """Write the report of trained models, on predictions of held-out rows."""
-    write_report(
-        folder / "report.html",
-        table,
-        metrics,
-        content,
-        topics,
-        min_cell=args.min_cell,
-        list_patients=args.report_patients,
-        folder=folder,
-    )
 
 
 def save_model(folder: Path, stage: Stage, config: Config, baselines: Baselines | None) -> None:
@@ -315,20 +333,16 @@ def metrics_for_tracker(config: Config) -> dict[str, float]:
     }
 
 
-def run_content(
+def run_card(
     stage: Stage,
-    data: Data,
     progress: Progress,
     config: Config,
-    run: dict[str, Any],
-    args: Namespace,
-    rows: NDArray[np.int64],  # positions of the test part
-    tuned: bool | None,
-) -> ReportContent:
-    """Return what the page of a run says beside its metrics."""
-    validation = Metrics.from_json(config["metrics"]["validation"])
-    hides_metrics = validation.counts["minority_patients"] < args.min_cell
-    auroc = value_text(validation.row(validation.models[0], "auroc"))
+    *,
+    seed: int,
+    tuned: bool | None,  # None without baselines
+    validation: Metrics | None,  # None where they are hidden
+) -> dict[str, str]:
+    """Return what the page of a run says of the model first."""
     parameters = list(stage.model.parameters())
     learned = sum(p.numel() for p in parameters if p.requires_grad)
     averaged = progress.averaged
@@ -336,33 +350,13 @@ def run_content(
     epochs = f"{epochs}: {describe_selection(len(averaged))}"
     if {*itertools.chain(*averaged)} == {1} and len(progress.history) > 1:
         epochs += "; training did not improve it after the first epoch"
-    methods = training_methods(stage, data, run)
-    stage1_page = None
-    if args.ode_checkpoint and config.get("residual_weight") == 0:
-        beside = Path(args.ode_checkpoint).absolute().parent == args.output_dir.absolute()
-        stage1_page = "../trajectory/report.html" if beside else ""
-    return training_content(
-        STAGE_NAMES[stage.name].capitalize(),
-        data.dataset,
-        config,
-        rows,
-        data.split,
-        args,
-        card={
-            "Limits": MODEL_LIMITS,
-            "Parameters": f"{learned:,} trained of {sum(p.numel() for p in parameters):,}",
-            "Epochs": epochs,
-            **({} if tuned is None else {"Baselines": describe_tuning([tuned])}),
-            **({} if hides_metrics else {"Validation AUROC": auroc}),
-            "Seed": str(args.seed),
-            "Licence": licence(config),
-        },
-        threshold=config["decision"]["threshold"],
-        threshold_choice=decision.describe_threshold(args.threshold, "the validation part"),
-        recalibration=methods["recalibration"] if args.calibrate == "platt" else "",
-        history=None if hides_metrics else progress.history or None,
-        reports=config["metrics"].get("reports"),
-        stage1_page=stage1_page,
-        advice=few_events_advice(Metrics.from_json(config["metrics"]["test"])),
-        methods=methods,
-    )
+    card = {
+        "Limits": MODEL_LIMITS,
+        "Parameters": f"{learned:,} trained of {sum(p.numel() for p in parameters):,}",
+        "Epochs": epochs,
+    }
+    if tuned is not None:
+        card["Baselines"] = describe_tuning([tuned])
+    if validation is not None:
+        card["Validation AUROC"] = value_text(validation.row(validation.models[0], "auroc"))
+    return card | {"Seed": str(seed), "Licence": licence(config)}

@@ -7,45 +7,61 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 
+from medgemma_clinical.data.distributions import RARE
 from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.monitoring import LIMITED, METRICS, Monitored, outside
-from medgemma_clinical.evaluation.report import render
-from medgemma_clinical.evaluation.topics.topic import Cells
-from medgemma_clinical.evaluation.verdicts import NO_VALUE, interval_text, percent
+from medgemma_clinical.evaluation.topics.topic import Cells, Page, Topic
+from medgemma_clinical.evaluation.verdicts import NO_VALUE, Finding, interval_text, percent
 
 SIDES = {"low": "\N{BLACK DOWN-POINTING TRIANGLE}", "high": "\N{BLACK UP-POINTING TRIANGLE}"}
 MAX_TICKS = 6
+TREATMENT = (
+    "Treatment that the model prompts prevents events: it lowers O/E although the model is right."
+)
 
 
 def monitor_page(
     monitored: Monitored, title: str, notes: Sequence[str], card: Mapping[str, str]
-) -> str:
+) -> Page:
     """Return the page; ``notes`` are sentences below the verdict."""
     of_all = monitored.table[monitored.table["site"] == ""]
     with plots.plot_style():
-        figures = {name: plot_metric(of_all, name, monitored.waiting) for name in METRICS}
-        figures["cusum"] = plot_cusum(monitored)
-        images = {name: plots.to_image(*figure) for name, figure in figures.items()}
+        figures = {name: (plot_metric(of_all, name, monitored.waiting), "") for name in METRICS}
+        cusum = "CUSUM of the log-likelihood ratio; it starts again after a signal"
+        figures["cusum"] = plot_cusum(monitored), cusum
     tables = [Cells(period_cells(monitored), "All patients by period [95 %]", is_wide=True)]
     levels = {"oe": monitored.levels.oe, "auroc": monitored.levels.auroc}
     for name, level in levels.items():
         cells = site_cells(monitored.table, name)
         if shown := int((cells.iloc[:, 1:] != NO_VALUE).to_numpy().sum()):
             caption = f"{METRICS[name][0]} by site and period: of {shown} values of stable sites "
-            tables.append(Cells(cells, f"{caption}about {2 * level * shown:.1f} would be marked"))
-    return render(
-        "monitor",
-        title=title,
-        notice="",
-        verdict=monitored.verdict,
-        actions=monitored.actions[1:],
-        within={METRICS[name][0]: percent(1 - 2 * level) for name, level in levels.items()},
-        notes=notes,
-        images=images,
-        tables=tables,
-        inputs=Cells(input_cells(monitored), f"Inputs in {monitored.now} beside the training data"),
-        card=card,
+            caption += f"about {2 * level * shown:.1f} would be marked"
+            tables.append(Cells(cells, caption, is_wide=True))
+    within = {name: percent(1 - 2 * level) for name, level in levels.items()}
+    looks = (
+        f"Grey: where {within['oe']} of a stable model's values (AUROC: {within['auroc']}) lie for "
+        "as many patients of these risks, so that one beyond, red, ▲ or ▼, is no finding among "
+        "many. Hollow: waiting for outcomes, and biased if events are known earlier than their "
+        "absence. Bars: 95 % intervals."
+    )
+    inputs, text = input_cells(monitored), []
+    if not len(inputs):
+        text = [
+            "Not checked: no period has 20 patients, or a file of inputs, which predict writes "
+            "beside the predictions, is not there."
+        ]
+    caption = f"Inputs in {monitored.now} beside the training data"
+    words = [monitored.verdict, *(f"Also: {action.words}" for action in monitored.actions[1:])]
+    return Page(
+        title,
+        [Finding(None, x) for x in (*words, *notes, TREATMENT)],
+        [
+            Topic("By period", [looks], tables, figures),
+            Topic("Inputs", text, [Cells(inputs, caption, is_wide=True)] if len(inputs) else []),
+        ],
+        {**card, "Small counts": "Shown, down to single patients: do not share this page."},
     )
 
 
@@ -93,7 +109,9 @@ def input_cells(monitored: Monitored) -> pd.DataFrame:
             line = table.loc[(name, "median")]
             median = f"{line.value:.3g} ({line.limit_low:.3g} to {line.limit_high:.3g})"
         found = "; ".join(problems.loc[problems["name"] == name, "problem"])
-        lines.append((name, percent(share["value"]), median, found))
+        trained = min(1.0, share["limit_low"] * RARE)
+        measured = f"{percent(share['value'])} ({percent(trained)} in training)"
+        lines.append((name, measured, median, found or NO_VALUE))
     columns = ["Input", "Measured", "Median (middle 98 % in training)", "Does not fit"]
     return pd.DataFrame(lines, columns=columns)
 
@@ -137,7 +155,9 @@ def plot_cusum(monitored: Monitored) -> plots.Plot:
         axes.plot(dates, sums[name], **{**look, "label": f"{name} odds"})
     axes.axhline(monitored.levels.cusum, **plots.DOTTED, label="limit")
     axes.set(ylim=(0, None))
-    axes.tick_params(axis="x", rotation=30)
+    locator = AutoDateLocator(maxticks=MAX_TICKS)
+    axes.xaxis.set_major_locator(locator)
+    axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
     signals = sums[sums["signal"] != ""]
     found = ", ".join(f"{x.signal} on {x.date:%Y-%m-%d}" for x in signals.itertuples()) or "none"
     return plots.with_legend(figure), f"CUSUM after each patient; signals: {found}."

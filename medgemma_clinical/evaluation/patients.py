@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,12 +20,22 @@ from medgemma_clinical.data.competing_events import HOURS_OF_UNIT, CompetingEven
 from medgemma_clinical.data.texts import Reference, plain, with_space
 from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.metrics import log_odds
-from medgemma_clinical.evaluation.report import render
-from medgemma_clinical.evaluation.verdicts import NO_VALUE, percent
-from medgemma_clinical.files import write_text
+from medgemma_clinical.evaluation.topics.topic import Cells, Details, Page, Topic
+from medgemma_clinical.evaluation.verdicts import NO_VALUE, Finding, percent
 
 NOTICE = "This page holds patients' data: do not share it. Only its owner can read this file."
 
+READING = (
+    "A figure shows each series and, below, the risk with what was known by then. An axis spans at "
+    "least two standard deviations of the training data.",
+    "The last point of each risk over time is the prediction. An earlier risk is the model's for "
+    "the series cut there, with static features and context as they are at the end. Early risks "
+    "rest on fewer values and are less accurate; a language model has learned from whole series "
+    "only.",
+    "The effect of leaving a series out is not causal: it shows what the model's risk rests on. "
+    "Times at which this series alone was measured are left out, too, and effects do not add up "
+    "to the risk.",
+)
 MAX_HOURS = 96
 """A longer row has an axis of days."""
 
@@ -34,7 +43,7 @@ EVENT_COLOURS = (plots.MODEL, plots.OTHER, plots.SOFT, *list(plots.COLOURS.value
 """Of the events of a figure, in their order."""
 
 WIDTH = 4.8
-"""Inches of the figure on the page: two stand side by side on a screen, a phone shrinks it."""
+"""Inches of the figure on the page; a phone shrinks it."""
 
 RISK_HEIGHT, FIGURE_MARGIN, CURVES_HEIGHT = 1.4, 0.4, 2.4
 """Inches of the risk's panel, of the labels of time, and of the figure of times to events."""
@@ -120,6 +129,40 @@ class Explanation:
         }
         return pd.DataFrame(columns)
 
+    def side(self, threshold: float) -> str:
+        """Return whether the risk reaches a threshold, in words."""
+        return f"{'' if self.probability >= threshold else 'not '}predicted positive"
+
+    def topic(self, k: int, outcome: str, threshold: float) -> Topic:
+        """Return the topic of the row, the ``k``-th of the page."""
+        last = self.time_text(self.times[-1])
+        text = (
+            f"Risk {percent(self.probability)}, {self.side(threshold)} (threshold "
+            f"{percent(threshold)}). Observations: {len(self.times)}, the last at {last} since the "
+            f"first value; prediction at {self.time_text(self.hours[-1])}."
+        )
+        plot = plot_patient(self, outcome, threshold, WIDTH)
+        figures = {f"patient_{k}": (plot, "Grey: reference range" if self.has_reference else "")}
+        if self.curves:
+            figures[f"curves_{k}"] = plot_curves(self.curves), self.curves.words
+        terms = dict(self.static) or {"Static features": "none are read"}
+        if self.without_soft_prompt is not None:
+            terms["Risk without the soft prompt"] = (
+                f"{percent(self.without_soft_prompt)}; the text, and stage 1's log-odds where the "
+                "model adds them, stay"
+            )
+        if self.report is not None:
+            terms["Written report"] = f"{self.problem}{': ' if self.problem else ''}{self.report}"
+        if self.without:
+            effects = Cells(self.effects(), "Effect of leaving a series out; a dash: no score then")
+            tables = [effects]
+        else:
+            tables, terms["Effect of a series"] = [], "there is one: without it there is no score"
+        caption = "Change since the observation before, in percentage points, with the time between"
+        changes = Cells(self.changes(), caption)
+        details = [Details("The risk after each observation", table=changes)]
+        return Topic(self.id, [text], tables, figures, details=details, terms=terms)
+
     def effects(self) -> pd.DataFrame:
         """Return the change of the log-odds without each series, the largest first."""
         risk_without = {name: risk for name, risk in self.without.items() if risk is not None}
@@ -128,7 +171,7 @@ class Explanation:
         order = sorted(change, key=lambda name: -abs(change[name]))
         rows = [(name, signed(change[name], 2), percent(risk_without[name])) for name in order]
         rows += [(name, NO_VALUE, NO_VALUE) for name in self.without if name not in risk_without]
-        names = ["Series", "Change without it (log-odds)", "Risk without it"]
+        names = ["Series", "Log-odds without it", "Risk without it"]
         return pd.DataFrame(rows, columns=names)
 
 
@@ -137,22 +180,31 @@ def signed(change: float, digits: int) -> str:
     return f"{round(change, digits) + 0.0:+.{digits}f}"
 
 
-def write_patients(
-    path: Path,
+def patients_page(
     rows: Sequence[Explanation],
     outcome: str,
     threshold: float,
-    notes: Sequence[str],
+    notes: Sequence[str],  # what is known of the model and its training data
     method: Mapping[str, str],
-) -> None:
-    """Write the page: one file without script; ``notes`` are sentences that stand first."""
+) -> Page:
+    """Return the page of explained rows."""
+    positive = sum(row.probability >= threshold for row in rows)
+    first = (
+        f"{positive} of these {len(rows)} are predicted positive: their risk of {outcome} is "
+        f"{percent(threshold)} or more."
+    )
+    table = pd.DataFrame(
+        {
+            "Id": [row.id for row in rows],
+            "Risk": [percent(row.probability) for row in rows],
+            f"Threshold {percent(threshold)}": [row.side(threshold) for row in rows],
+        }
+    )
     with plots.plot_style():
-        plotted = [plot_patient(row, outcome, threshold, WIDTH) for row in rows]
-        images = [plots.to_image(*plot) for plot in plotted]
-        curves = [row.curves and plots.to_image(*plot_curves(row.curves)) for row in rows]
-    title, pairs = f"Patients: {outcome}", list(zip(rows, images, curves, strict=True))
-    words = {"threshold": threshold, "notes": notes, "method": method}
-    write_text(path, render("patients", title=title, notice=NOTICE, rows=pairs, **words))
+        topics = [row.topic(k, outcome, threshold) for k, row in enumerate(rows)]
+    overview = Topic("Risks", tables=[Cells(table, "In the order of the page")], text=READING)
+    findings = [Finding(None, sentence) for sentence in (first, *notes)]
+    return Page(f"Patients: {outcome}", findings, [overview, *topics], method, [NOTICE])
 
 
 def plot_patient(row: Explanation, outcome: str, threshold: float, width: float = 8) -> plots.Plot:

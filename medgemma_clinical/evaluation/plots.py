@@ -69,6 +69,9 @@ MARKS = {
 }
 """Marker and colour of each verdict, and of none."""
 
+COLUMN = 4.0
+"""Inches of a figure that takes one of three columns of a page."""
+
 MIN_DIFFERENCE = 0.05
 """A forest plot reaches at least so far to both sides, so that noise looks small."""
 
@@ -84,6 +87,7 @@ class Image(NamedTuple):
 
     svg: bytes
     alt: str
+    is_broad: bool = False  # it takes two columns of a page
 
     def inline(self, name: str) -> str:
         """Return an element of a page, in the page's colours; ``name`` is unique on the page."""
@@ -128,7 +132,7 @@ def to_image(figure: Figure, alt: str) -> Image:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(METADATA))
     figure.set_layout_engine("none")  # found once; a file of another format keeps it
-    return Image(buffer.getvalue(), alt)
+    return Image(buffer.getvalue(), alt, figure.get_figwidth() > COLUMN)
 
 
 def fill_band(axes: Axes, x: Any, low: Any, high: Any) -> None:
@@ -176,6 +180,7 @@ def plot_forest(metrics: Metrics) -> Plot:
     besides = aurocs["reference"]
     texts = [n if beside == reference else f"{n} minus {beside}" for n, beside in besides.items()]
     name_lines(axes, [f"{reference}, reference", *texts])
-    axes.set(xlim=(-1.05 * widest, 1.05 * widest), xlabel="difference in AUROC [95 %]")
+    label = f"AUROC minus that of {reference} [95 %]"
+    axes.set(xlim=(-1.05 * widest, 1.05 * widest), xlabel=label)
     alt = f"Forest plot: AUROC of each model minus that of {reference}, with intervals."
     return with_legend(figure) if names else figure, alt

@@ -1,11 +1,14 @@
-"""report.html, tripod.md and the page of a comparison: they need neither network nor script."""
+"""Pages made of topics, and ``tripod.md``: they need neither network nor script."""
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import date
+from operator import attrgetter
 from pathlib import Path
 
 import pandas as pd
@@ -16,24 +19,10 @@ from medgemma_clinical.data.texts import code
 from medgemma_clinical.evaluation import plots, tables
 from medgemma_clinical.evaluation.metrics import REPLICATES
 from medgemma_clinical.evaluation.metrics_table import Metrics
-from medgemma_clinical.evaluation.suppress import suppressed
-from medgemma_clinical.evaluation.topics import cohort
 from medgemma_clinical.evaluation.topics.discrimination import about_models
-from medgemma_clinical.evaluation.topics.learning import learning
 from medgemma_clinical.evaluation.topics.subgroups import subgroup_cells
-from medgemma_clinical.evaluation.topics.topic import (
-    Cells,
-    Evaluated,
-    ReportContent,
-    TopicBuilder,
-)
-from medgemma_clinical.evaluation.topics.written_reports import (
-    compare_words,
-    suppress_reports,
-    written_reports,
-    written_sentence,
-)
-from medgemma_clinical.evaluation.verdicts import counts_text, multiplicity_sentence, percent
+from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, Page, Topic, TopicBuilder
+from medgemma_clinical.evaluation.verdicts import Finding, counts_text, multiplicity_sentence
 from medgemma_clinical.files import atomic, write_text
 
 PAGES = Environment(
@@ -43,14 +32,26 @@ PAGES = Environment(
     lstrip_blocks=True,
     undefined=StrictUndefined,
 )
-PATIENTS_NOTICE = "This page names patients: do not share it."
-PAGES.globals.update(
-    percent=percent,
-    compare=compare_words,
-    today=date.today,
-    COLOURS=plots.COLOURS,
-)
+PAGES.globals.update(today=date.today, COLOURS=plots.COLOURS)
 MARKDOWN = PAGES.overlay(autoescape=False)
+
+PATIENTS_NOTICE = "This page names patients: do not share it."
+FEW = "Fewer than {} patients have, or lack, the event: no metric and no curve is shown."
+SHOWS = (
+    "Shown. Read your data use agreement before you share this page; --min_cell N hides counts of "
+    "fewer than N patients in a report."
+)
+HIDES = (
+    "Those of fewer than {0} patients are hidden (--min_cell {0}), with the metrics that tell them."
+)
+ABOUT_COSTS = (
+    "Seconds an epoch: median, validation included. Tokens: that the language model reads, mean of "
+    "the training part. Memory: peak of the device. Weight: of the language model beside stage 1."
+)
+SPLITS = (
+    "Each run has a split of its own, so a patient may be tested several times. Metrics above are "
+    "means over the splits; for an interval patients are drawn once for all splits."
+)
 
 
 def unbroken(text: str) -> str:
@@ -78,98 +79,97 @@ def describe_intervals(metrics: Metrics) -> str:
     )
 
 
-def render(name: str, **content: object) -> str:
-    """Fill the page ``templates/NAME.html.j2``; every value is escaped."""
-    return PAGES.get_template(f"{name}.html.j2").render(**content) + "\n"
+def build_topics(evaluated: Evaluated, builders: Iterable[TopicBuilder]) -> list[Topic]:
+    """Return the topics that have something to show."""
+    with plots.plot_style():
+        topics = [build(evaluated) for build in builders]
+    return [topic for topic in topics if topic is not None]
+
+
+def folded(findings: Sequence[Finding], topics: Sequence[Topic], summary: str) -> list[Topic]:
+    """Return a result, in words and topics, that a page unfolds under a line of summary."""
+    words = Topic("In words", [str(finding) for finding in findings])
+    return [replace(topic, summary=summary) for topic in (words, *topics)]
+
+
+def report_card(evaluated: Evaluated, card: Mapping[str, str]) -> dict[str, str]:
+    """Return the card of a report on predictions: how intervals are made, what is hidden."""
+    n = evaluated.min_cell
+    counts = HIDES.format(n) if n else SHOWS
+    return {**card, "Intervals": describe_intervals(evaluated.exact), "Small counts": counts}
+
+
+def render(page: Page, images: Mapping[str, plots.Image]) -> str:
+    """Return a page as HTML; every text is escaped."""
+    groups = [(key, [*part]) for key, part in itertools.groupby(page.topics, attrgetter("summary"))]
+    return PAGES.get_template("page.html.j2").render(page=page, groups=groups, images=images) + "\n"
 
 
 def write_report(
-    path: Path,
-    rows: pd.DataFrame,
-    metrics: Metrics,
-    content: ReportContent,
-    topics: Sequence[TopicBuilder],  # on the risks, as ``Outcome.topics`` lists them
-    *,
-    min_cell: int = 0,  # smaller counts are hidden
-    list_patients: bool = False,  # names the rows with the largest errors
-    folder: Path | None = None,
+    path: Path, page: Page, *, folder: Path | None = None, tripod: str | None = None
 ) -> None:
-    """Write a report, and with a ``folder`` each figure, each table and ``tripod.md`` as files."""
-    has_few = metrics.counts["minority_patients"] < min_cell
-    shown = suppressed(metrics, min_cell)
-    evaluated = Evaluated(rows, shown, content, min_cell, has_few, list_patients)
-    builders: dict[str, Sequence[TopicBuilder]] = {
-        "written": [written_reports],
-        "results": [*([] if has_few else topics), cohort.case_mix_topic],
-        "rows": [cohort.largest_errors, cohort.table_one_topic],
-        "methods": [cohort.cohort, learning],
-    }
+    """Write a page, and with a ``folder`` each figure, each table and ``tripod.md`` as files."""
+    plotted = {name: plot for topic in page.topics for name, (plot, _) in topic.figures.items()}
     with plots.plot_style():
-        sections = {
-            part: [topic for build in group if (topic := build(evaluated)) is not None]
-            for part, group in builders.items()
-        }
-        every = [topic for group in sections.values() for topic in group]
-        figures = {name: plot for topic in every for name, (plot, _) in topic.figures.items()}
-        numbers = {name: table for topic in every for name, table in topic.numbers.items()}
-        images = {name: plots.to_image(*plot) for name, plot in figures.items()}
+        images = {name: plots.to_image(*plot) for name, plot in plotted.items()}
         if folder is not None:
-            _write_files(folder / "figures", figures, images, numbers)
-            if content.has_tripod:
-                write_text(folder / "tripod.md", tripod(content, shown, numbers))
-    notices = [content.notice, PATIENTS_NOTICE if list_patients else ""]
-    reports = suppress_reports(content.reports or {}, min_cell)
-    page = render(
-        "report",
-        title=content.title,
-        intervals=describe_intervals(metrics),
-        notice=" ".join(filter(None, notices)),
-        min_cell=min_cell,
-        content=content,
-        first=[*filter(None, [written_sentence(reports), *content.first])],
-        findings=[] if has_few else content.findings(shown),
-        has_few=has_few,
-        sections=sections,
-        images=images,
-    )
-    write_text(path, page)
-
-
-def tripod(content: ReportContent, metrics: Metrics, numbers: Mapping[str, pd.DataFrame]) -> str:
-    """Return the items of TRIPOD+AI as Markdown, filled in; ``metrics`` may be suppressed."""
-    lines = {name: table.to_dict("records") for name, table in numbers.items()}
-    groups = subgroup_cells(numbers["subgroups"], content.noun) if "subgroups" in numbers else None
-    filled = MARKDOWN.get_template("tripod.md.j2").render(
-        content=content,
-        performance=tables.metric_table(metrics, [*tables.METRICS]).to_dict("records"),
-        others=", ".join(map(code, metrics.models[1:])),
-        lines=defaultdict(list, lines),
-        subgroups=[] if groups is None else groups.to_dict("records"),
-        methods=defaultdict(str, content.methods or {}),
-        threshold=content.at_threshold,
-        **{"code": code, "number": count_text},
-    )
-    return f"{filled}\n"
+            _write_files(folder / "figures", plotted, images, page.topics)
+            if tripod is not None:
+                write_text(folder / "tripod.md", tripod)
+    write_text(path, render(page, images))
 
 
 def _write_files(
     folder: Path,
-    figures: Mapping[str, plots.Plot],
+    plotted: Mapping[str, plots.Plot],
     images: Mapping[str, plots.Image],
-    numbers: Mapping[str, pd.DataFrame],
+    topics: Sequence[Topic],
 ) -> None:
     """Write each figure as SVG and PDF, each table as CSV."""
     with atomic(folder) as temporary:
         temporary.mkdir()
-        for name, (figure, _) in figures.items():
+        for name, (figure, _) in plotted.items():
             (temporary / f"{name}.svg").write_bytes(images[name].svg)
             figure.savefig(temporary / f"{name}.pdf", metadata={"CreationDate": None})
-        for name, table in numbers.items():
-            table.to_csv(temporary / f"{name}.csv", index=False)
+        for topic in topics:
+            for name, table in topic.numbers.items():
+                table.to_csv(temporary / f"{name}.csv", index=False)
 
 
-def write_comparison(
-    path: Path,
+def fill_tripod(
+    page: Page,
+    evaluated: Evaluated,
+    *,
+    question: Mapping[str, str],
+    data: Mapping[str, str],
+    methods: Mapping[str, str],
+    has_sites: bool,
+) -> str:
+    """Return the items of TRIPOD+AI as Markdown, filled in by what a page shows."""
+    numbers = {name: table for topic in page.topics for name, table in topic.numbers.items()}
+    lines = {name: table.to_dict("records") for name, table in numbers.items()}
+    noun, groups = evaluated.noun, numbers.get("subgroups")
+    metrics = evaluated.metrics
+    filled = MARKDOWN.get_template("tripod.md.j2").render(
+        title=page.title,
+        card=page.card,
+        question=question,
+        data=data,
+        noun=noun,
+        has_sites=has_sites,
+        performance=tables.metric_table(metrics, [*tables.METRICS]).to_dict("records"),
+        others=", ".join(map(code, metrics.models[1:])),
+        lines=defaultdict(list, lines),
+        subgroups=[] if groups is None else subgroup_cells(groups, noun).to_dict("records"),
+        methods=defaultdict(str, methods),
+        threshold=evaluated.at_threshold,
+        code=code,
+        number=count_text,
+    )
+    return f"{filled}\n"
+
+
+def comparison_page(
     metrics: Metrics,
     *,
     title: str,
@@ -179,30 +179,26 @@ def write_comparison(
     notice: str = "",
     cost: pd.DataFrame | None = None,
     splits: pd.DataFrame | None = None,
-) -> None:
-    """Write the page of several models, with what they are (``models``) and how (``card``)."""
-    with plots.plot_style():
-        image = plots.to_image(*plots.plot_forest(metrics))
+) -> Page:
+    """Return the page of several models, with what they are (``models``) and how (``card``)."""
     reference, counts = metrics.models[0], counts_text(metrics.counts)
     caption = f"Test metrics ({counts}); the reference is {reference}"
-    about_costs = (
-        "Seconds an epoch: median, validation included. Tokens: that the language model reads, "
-        "mean of the training part. Memory: peak of the device. Weight: of the language model "
-        "beside stage 1."
-    )
-    page = render(
-        "comparison",
-        title=title,
-        intervals=describe_intervals(metrics),
-        notice=notice,
-        min_cell=0,
-        sentences=sentences,
-        reference=reference,
-        table_of_models=Cells(tables.model_cells(metrics, cost), caption, is_wide=True),
-        multiplicity=multiplicity_sentence(metrics),
-        splits=None if splits is None else Cells(splits, "AUROC of each run [95 %]", is_wide=True),
-        image=image,
-        details=about_models(models, about_costs),
-        card=card,
-    )
-    write_text(path, page)
+    with plots.plot_style():
+        plot = plots.plot_forest(metrics)
+    words = f"AUROC minus that of {reference}: to the right a model ranks better"
+    topics = [
+        Topic(
+            "Models side by side",
+            [*filter(None, [multiplicity_sentence(metrics)])],
+            [Cells(tables.model_cells(metrics, cost), caption, is_wide=True)],
+            {"forest": (plot, words)},
+            details=[about_models(models, ABOUT_COSTS)],
+        )
+    ]
+    if splits is not None:
+        topics.append(
+            Topic("Split by split", [SPLITS], [Cells(splits, "AUROC of each run [95 %]")])
+        )
+    findings = [Finding(None, sentence) for sentence in sentences]
+    about = {**card, "Intervals": describe_intervals(metrics), "Small counts": SHOWS}
+    return Page(title, findings, topics, about, [*filter(None, [notice])])

@@ -18,12 +18,20 @@ METRICS = {
         ".2f",
         "1 is ideal; below, risks are too extreme; above, too alike",
     ),
-    "calibration_in_the_large": ("In the large", "+.2f", "0 is ideal; below, risks are too high"),
+    "calibration_in_the_large": (
+        "Calibration in the large",
+        "+.2f",
+        "are risks right on average? 0 is ideal; below, they are too high",
+    ),
     "ici": ("ICI", ".3f", "mean distance of the risks from the calibration curve; 0 is ideal"),
-    "brier_skill": ("Brier skill", ".3f", "gain over the prevalence as everyone's risk"),
+    "brier_skill": (
+        "Scaled Brier score",
+        ".3f",
+        "gain over the prevalence as everyone's risk; 0 is none, 1 perfect",
+    ),
     "expected_calibration_slope": ("Slope", ".2f", "of new patients; 1 by construction"),
     "expected_calibration_in_the_large": (
-        "In the large",
+        "Calibration in the large",
         "+.2f",
         "of new patients; 0 by construction",
     ),
@@ -59,7 +67,7 @@ def model_cells(metrics: Metrics, cost: pd.DataFrame | None = None) -> pd.DataFr
         line: dict[str, Any] = {"Model": model, "AUROC [95 %]": verdicts.value_text(row)}
         line |= {"Verdict": "the reference", MINUS: ""}
         if model != reference:
-            beside = "" if row.reference == reference else f" to {row.reference}"
+            beside = "" if row.reference == reference else f", minus {row.reference}"
             line[MINUS] = verdicts.difference_text(row) + beside
             line["Verdict"] = ""
             if model in metrics.planned:

@@ -38,6 +38,7 @@ from medgemma_clinical.evaluation.verdicts import (
     Finding,
     comparison,
     counts_text,
+    literal_risks,
     percent,
     value_text,
     verdict,
@@ -54,7 +55,11 @@ DISTANCES = ["ici", "e50", "e90"]
 
 TIME_METRICS = {
     "auroc": ("AUROC", ".3f", "how often an event by the horizon ranks above none by then"),
-    "scaled_brier": ("Scaled Brier", ".3f", "gain over the same risk for everyone"),
+    "scaled_brier": (
+        "Scaled Brier score",
+        ".3f",
+        "gain over the same risk for everyone; 0 is none, 1 perfect",
+    ),
     "oe": ("O/E", ".2f", "observed over expected events; 1 is ideal"),
     "intercept": ("Intercept", "+.2f", "0 is ideal; below, risks are too high"),
     "slope": ("Slope", ".2f", "1 is ideal; below, risks are too extreme; above, too alike"),
@@ -257,15 +262,16 @@ def time_sentences(
     findings = [Finding(level, text), *comparison(metrics)]
     means = []
     for name, title in events.risk_titles.items():
-        mean, oe, slope = (
-            values.loc[metric_name(k, name, events)] for k in ("mean_risk", "oe", "slope")
+        mean, oe, *fitted = (
+            values.loc[metric_name(k, name, events)]
+            for k in ("mean_risk", "oe", "slope", "intercept", "ici")
         )
         means.append(mean.value)
-        texts = value_text(oe, ".2f"), value_text(slope, ".2f")
-        text = f"{title}: observed over expected events {texts[0]}, slope {texts[1]}; 1 is ideal."
+        risks = f"the risks of {title}"
+        text = f"{literal_risks(risks, *fitted)} O/E {value_text(oe, '.2f')}, 1 is ideal."
         if math.isnan(oe.value):
-            text = f"{title}: not measured, as too few are watched until then, or no event is seen."
-        findings.append(Finding(None, text[:1].upper() + text[1:]))
+            text = f"Not measured: {risks}, as few are watched until then, or no event is seen."
+        findings.append(Finding(None, text))
     if events.interventions:
         pairs = zip(events.horizon_names, means, means[len(events.horizons) :], strict=False)
         for horizon, mean, without in pairs:

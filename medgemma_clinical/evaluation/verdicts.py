@@ -38,6 +38,7 @@ class Finding(NamedTuple):
 
     verdict: Verdict | None
     text: str
+    link: str = ""  # a page to which it leads
 
     def __str__(self) -> str:
         """Return symbol and sentence in one line."""
@@ -136,11 +137,17 @@ def sentences(
     ``advice`` is what helps where there are few events.
     """
     values, minority = metrics.of(metrics.models[0]), metrics.counts["minority_patients"]
-    findings = [_ranking(values.loc["auroc"], minority), *comparison(metrics)]
-    if "ici" in values.index:
-        findings.append(Finding(None, _calibration(values)))
+    findings = [_ranking(values.loc["auroc"], minority)]
     if "positives" in values.index and values.loc["positives"].value > 0:
         findings.append(Finding(None, _decision(values, beginning, noun)))
+    findings += comparison(metrics)
+    if "ici" in values.index:
+        # A rule that these rows taught fits them by construction: only its interval says something.
+        is_moved = f"{EXPECTED}ici" in values.index
+        names = ("calibration_slope", "calibration_in_the_large", "ici")
+        numbers = (values.loc[(EXPECTED if is_moved else "") + name] for name in names)
+        risks = "the recalibrated risks" if is_moved else "the risks"
+        findings.append(Finding(None, literal_risks(risks, *numbers)))
     findings.append(Finding(None, _certainty(values.loc["auroc"], metrics.counts, noun, advice)))
     return findings
 
@@ -149,22 +156,29 @@ def comparison(metrics: Metrics) -> list[Finding]:
     """Return in words how the model, and the ensemble, compare with other models."""
     findings, minority = [], metrics.counts["minority_patients"]
     if name := primary_baseline(metrics):
-        row = metrics.row(name, "auroc")
+        row, own = metrics.row(name, "auroc"), metrics.row(metrics.models[0], "auroc")
         level = difference_verdict(row, minority)
-        compared = f"AUROC {value_text(row)}, minus this model's {difference_text(row)}"
-        text = f"{COMPARED[level]} the simple model ({name}): that has {compared}."
-        findings.append(Finding(None, text))  # a symbol would seem to praise this model
+        numbers = -row.difference, -row.difference_high, -row.difference_low  # this model minus it
+        statics = "; statics: static features, such as age" if "statics" in name else ""
+        text = (
+            f"{COMPARED[level]} the simple model ({name}{statics}): AUROC {own.value:.3f} and "
+            f"{row.value:.3f}, this model minus the simple one {interval_text(*numbers, '+.3f')}."
+        )
+        findings.append(Finding(OPPOSITE.get(level, level), text))
     # Another model that --use names is not in the ensemble.
     if ENSEMBLE in metrics.models[1:] and metrics.models[0] in STAGE_NAMES.values():
         row = metrics.row(ENSEMBLE, "auroc")
         level = difference_verdict(row, minority)
         text = (
-            f"{ADDS[level]} {row.reference} alone: AUROC {value_text(row)}, "
-            f"minus that of the latter {difference_text(row)}."
+            f"{ADDS[level].format('The ensemble of this model and ' + row.reference)} "
+            f"{row.reference} alone: AUROC {value_text(row)}, ensemble minus {row.reference} "
+            f"{difference_text(row)}."
         )
         findings.append(Finding(level, text))
     return findings
 
+
+OPPOSITE = {BETTER: WORSE, WORSE: BETTER}
 
 COMPARED = {
     BETTER: "It ranks worse than",
@@ -175,10 +189,10 @@ COMPARED = {
 """By the verdict on the AUROC of the simple model minus that of this one."""
 
 ADDS = {
-    BETTER: "Both together (the ensemble) rank better than",
-    UNDECIDED: "Both together (the ensemble) are not shown to rank better than",
-    WORSE: "Both together (the ensemble) rank worse than",
-    TOO_FEW: "Too few events to say whether both together (the ensemble) rank better than",
+    BETTER: "{} ranks better than",
+    UNDECIDED: "{} is not shown to rank better than",
+    WORSE: "{} ranks worse than",
+    TOO_FEW: "Too few events to say whether the ensemble ranks better than",
 }
 RANKS = {0.9: "very well", 0.8: "well", 0.7: "fairly well", 0.0: "better than chance"}
 """Words for an AUROC whose interval begins at this value or above."""
@@ -200,13 +214,9 @@ def _ranking(auroc: Any, minority: int) -> Finding:
     return Finding(level, f"{beginning[level]} AUROC {value_text(auroc)}; 0.5 is chance.")
 
 
-def _calibration(values: Any) -> str:
-    # A rule that these rows taught fits them by construction: only its interval says something.
-    is_moved = f"{EXPECTED}ici" in values.index
-    names = ("calibration_slope", "calibration_in_the_large", "ici")
-    slope, large, ici = (values.loc[(EXPECTED if is_moved else "") + name] for name in names)
-    risks = "Its recalibrated risks" if is_moved else "Its risks"
-    too_few = f"Too few events to say whether {risks[0].lower()}{risks[1:]} may be taken literally"
+def literal_risks(risks: str, slope: Any, level: Any, ici: Any) -> str:
+    """Return whether some risks may be taken literally, by lines of a metrics table."""
+    too_few = f"Too few events to say whether {risks} may be taken literally"
     if math.isnan(slope.low):
         return f"{too_few}."
     faults = []
@@ -214,18 +224,19 @@ def _calibration(values: Any) -> str:
         faults.append("high risks are too high and low ones too low")
     if slope.low > 1:
         faults.append("high risks are too low and low ones too high")
-    if large.high < 0:
+    if level.high < 0:
         faults.append("they are too high on average")
-    if large.low > 0:
+    if level.low > 0:
         faults.append("they are too low on average")
     differ = (
-        f"differ from the observed share by {100 * ici.value:.1f} percentage points on average "
-        f"(slope {value_text(slope, '.2f')}, 1 is ideal)."
+        f"they differ from the observed share by {100 * ici.value:.1f} percentage points on "
+        f"average (slope {value_text(slope, '.2f')}, 1 is ideal)."
     )
+    subject = f"{risks[:1].upper()}{risks[1:]}"
     if faults:
-        return f"{risks} may not be taken literally: {' and '.join(faults)}. They {differ}"
+        return f"{subject} may not be taken literally, as {' and '.join(faults)}: {differ}"
     is_narrow = slope.high - slope.low < WIDE_SLOPE
-    return f"{f'{risks} may be taken literally' if is_narrow else too_few}: they {differ}"
+    return f"{f'{subject} may be taken literally' if is_narrow else too_few}: {differ}"
 
 
 def _decision(values: Any, beginning: str, noun: str) -> str:

@@ -106,7 +106,7 @@ def static_read(dataset: TrajectoryDataset, trained: TrainedModel) -> dict[str, 
     values = zip(dataset.static_inputs, dataset.static_values()[0].tolist(), strict=True)
     features = {name.removeprefix("static_"): value for name, value in values}
     texts = {name: short_number(value) for name, value in features.items() if value != 0}
-    texts["of value 0"] = ", ".join(name for name, value in features.items() if value == 0)
+    texts["0 or no"] = ", ".join(name for name, value in features.items() if value == 0)
     if isinstance(trained.model, TrajectoryLLM) and trained.prompts.context:
         texts["context that the language model reads"] = dataset.contexts[0]
     return {name: text for name, text in texts.items() if text}

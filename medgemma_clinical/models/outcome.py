@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -61,7 +62,8 @@ from medgemma_clinical.evaluation.time_updates import (
     evaluate_time_updates,
     moved_risk,
 )
-from medgemma_clinical.evaluation.topics.calibration import calibration_topic, updates
+from medgemma_clinical.evaluation.topics.calibration import calibration_topic
+from medgemma_clinical.evaluation.topics.calibration import updates as updates_topic
 from medgemma_clinical.evaluation.topics.decision_curve import decision as decision_topic
 from medgemma_clinical.evaluation.topics.discrimination import discrimination, model_comparison
 from medgemma_clinical.evaluation.topics.subgroups import sites, subgroups
@@ -106,16 +108,7 @@ class LabelOutcome:
         "Brier score": "brier",
     }
     tested: ClassVar[list[str]] = TESTED  # columns of a table of predictions that are no risks
-    means_of_folds: ClassVar[str] = "AUROC, AUPRC, Brier score, Brier skill and log loss"
-    topics: ClassVar[tuple[TopicBuilder, ...]] = (  # of a report on the risks, in their order
-        discrimination,
-        calibration_topic,
-        updates,
-        decision_topic,
-        model_comparison,
-        subgroups,
-        sites,
-    )
+    means_of_folds: ClassVar[str] = "AUROC, AUPRC, Brier score, scaled Brier score and log loss"
 
     baseline_names = staticmethod(baselines.baseline_names)
     tune_baselines = staticmethod(baselines.tune_baselines)
@@ -127,6 +120,28 @@ class LabelOutcome:
     evaluate_updates = staticmethod(evaluate_updates)
     sentences = staticmethod(verdicts.sentences)
     table = staticmethod(tables.model_table)
+
+    def topics(
+        self,
+        bands: pd.DataFrame,  # ordered categories of the rows
+        site_names: NDArray[Any] | None,  # hospital or unit of each row
+        *,
+        leaves_out: bool = False,  # each site is tested by a model of the other sites
+        before: Array | None = None,  # risks (n,) before the recalibration
+        recalibration: str = "",
+        updates: Any = None,  # what ``evaluate_updates`` returned
+        tries_updates: bool = False,
+    ) -> list[TopicBuilder]:
+        """Return what builds the sections of a report on the risks, in their order."""
+        return [
+            discrimination,
+            partial(calibration_topic, before=before, recalibration=recalibration),
+            *([partial(updates_topic, tried=updates)] if tries_updates else []),
+            decision_topic,
+            model_comparison,
+            partial(subgroups, bands=bands),
+            partial(sites, names=site_names, leaves_out=leaves_out),
+        ]
 
     # ------------------------------------------------------------------ what is learned
 
@@ -298,12 +313,21 @@ class TimeOutcome:
     has_tripod: ClassVar[bool] = False
     has_curves: ClassVar[bool] = True
     tested: ClassVar[list[str]] = OBSERVED
-    means_of_folds: ClassVar[str] = "AUROC, Brier score and scaled Brier"
+    means_of_folds: ClassVar[str] = "AUROC, Brier score and scaled Brier score"
 
-    @property
-    def topics(self) -> tuple[TopicBuilder, ...]:
-        """Sections of a report on the risks, in their order."""
-        return time_topics(self.hazards.events)
+    def topics(
+        self,
+        bands: pd.DataFrame,
+        site_names: NDArray[Any] | None,
+        *,
+        leaves_out: bool = False,
+        before: None = None,  # no rule moves times
+        recalibration: str = "",
+        updates: TimeUpdates | None = None,
+        tries_updates: bool = False,
+    ) -> list[TopicBuilder]:
+        """Return what builds the sections of a report on the risks, in their order."""
+        return time_topics(self.hazards.events, bands, site_names, leaves_out, updates)
 
     @property
     def width(self) -> int:

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from matplotlib.colors import same_color
 from matplotlib.figure import Figure
+from medgemma_clinical.evaluation.topics.learning import plot_learning
 from scipy.special import expit, logit
 
 from medgemma_clinical.evaluation import plots
@@ -25,7 +26,6 @@ from medgemma_clinical.evaluation.topics.decision_curve import (
     threshold_table,
 )
 from medgemma_clinical.evaluation.topics.discrimination import plot_precision_recall, plot_roc
-from medgemma_clinical.evaluation.topics.learning import plot_learning
 from medgemma_clinical.evaluation.verdicts import BETTER, UNDECIDED, WORSE
 from pages import MODEL, THRESHOLD, Page, make_rows
 

@@ -23,7 +23,7 @@ from medgemma_clinical.evaluation.metrics_table import (
 )
 from medgemma_clinical.evaluation.tables import metric_table
 from medgemma_clinical.evaluation.topics.topic import Cells, Details, Evaluated, Topic
-from medgemma_clinical.evaluation.updating import CHOSEN, DIVISIONS
+from medgemma_clinical.evaluation.updating import CHOSEN, DIVISIONS, Updates
 from medgemma_clinical.evaluation.verdicts import difference_text, value_text
 
 MAX_BINS, EVENTS_A_BIN = 10, 5
@@ -37,15 +37,18 @@ ABOUT_EXPECTED = (
 )
 
 
-def calibration_topic(evaluated: Evaluated) -> Topic:
+def calibration_topic(
+    evaluated: Evaluated,
+    before: Array | None = None,  # risks (n,) before the recalibration, which are shown
+    recalibration: str = "",  # how the model that is handed over is recalibrated, in words
+) -> Topic:
     """Return the topic."""
-    metrics, content = evaluated.metrics, evaluated.content
-    rows, model = evaluated.rows, evaluated.model
-    if content.before is not None:
-        rows = rows.assign(**{model: content.before})
-    bins = calibration_table(rows, model, content.seed, bins_of_many(evaluated))
+    metrics, rows, model = evaluated.metrics, evaluated.rows, evaluated.model
+    if before is not None:
+        rows = rows.assign(**{model: before})
+    bins = calibration_table(rows, model, evaluated.seed, bins_of_many(evaluated))
     risk = rows[model].to_numpy(float)
-    pooled = f", the risks of {content.folds} models pooled" if content.folds else ""
+    pooled = f", the risks of {evaluated.folds} models pooled" if evaluated.folds else ""
     expected = metric_table(metrics, [EXPECTED + name for name in FITTED])
     if len(expected):
         pooled += ", before the recalibration"
@@ -57,7 +60,7 @@ def calibration_topic(evaluated: Evaluated) -> Topic:
         caption = f"Calibration in bins of at least {n} patients with, and {n} without, the event"
         figures = {"calibration": (plot_calibration(bins, bins[:0], None), caption)}
     else:
-        smooth = numbers["calibration_curve"] = smooth_curve(rows, model, content.seed)
+        smooth = numbers["calibration_curve"] = smooth_curve(rows, model, evaluated.seed)
         sizes = "bins of equal size; below, the risks"
         caption = (
             f"Calibration curve with its 95\xa0% band, and {sizes}. Where the band misses the "
@@ -75,9 +78,9 @@ def calibration_topic(evaluated: Evaluated) -> Topic:
     return Topic(
         "Calibration",
         [
-            f"Do the predicted risks come true? Of the {content.noun} with a risk of 20\xa0%, "
+            f"Do the predicted risks come true? Of the {evaluated.noun} with a risk of 20\xa0%, "
             "20\xa0% should have the event.",
-            *filter(None, [content.recalibration]),
+            *filter(None, [recalibration]),
             *evaluated.no_curves,
         ],
         [
@@ -108,7 +111,7 @@ def bins_of_many(evaluated: Evaluated) -> NDArray[np.intp] | None:
     labels, risk, patients = label_risk_patient(evaluated.rows, evaluated.model)
     edges = np.quantile(risk, shares_below(labels)).tolist()
     is_shown = pd.notna(evaluated.metrics.of(evaluated.model)["value"].get("sensitivity"))
-    threshold = [evaluated.content.threshold] if is_shown else []
+    threshold = [evaluated.threshold] if is_shown else []
     edges = large_bins(labels, risk, patients, evaluated.min_cell, [*threshold, *edges])
     return np.searchsorted(edges if {*threshold} <= {*edges} else [], risk, side="right")
 
@@ -147,7 +150,8 @@ def calibration_table(
 def smooth_curve(rows: pd.DataFrame, model: str, seed: int) -> pd.DataFrame:
     """Return the flexible calibration curve: predicted risk, observed share, low and high."""
     labels, risk, patients = label_risk_patient(rows, model)
-    at = np.linspace(*np.quantile(risk, SHOWN_RISKS), CURVE_POINTS)
+    first, last = np.quantile(risk, SHOWN_RISKS)
+    at = np.linspace(first, last, CURVE_POINTS)
     drawn = bootstrap(labels, patients, seed, lambda w: calibration_curve(labels, risk, w, at))
     table = with_interval(*drawn).rename(columns={"value": "observed"})
     table.insert(0, "predicted", at)
@@ -195,29 +199,27 @@ def plot_risks(labels: Array, risk: Array) -> plots.Plot:
     return figure, "Histograms of the predicted risks of events and of non-events."
 
 
-def updates(evaluated: Evaluated) -> Topic | None:
-    """Return the topic; None where no update is tried."""
-    content, noun = evaluated.content, evaluated.content.noun
-    title = "Calibration after an update"
-    if not content.tries_updates:
-        return None
-    if content.updates is None:
+def updates(evaluated: Evaluated, tried: Updates | None) -> Topic:
+    """Return the topic; None: too few patients to try an update."""
+    title, noun = "Calibration after an update", evaluated.noun
+    if tried is None:
         text = (
             "No update was tried: a half of these patients has fewer than "
             f"{MINORITY_PATIENTS} with, or without, the event."
         )
         return Topic(title, [text])
-    updated = evaluated.rows[TESTED].join(content.updates.risks)
+    updated = evaluated.rows[TESTED].join(tried.risks)
     bins = bins_of_many(evaluated)
-    curves = {name: calibration_table(updated, name, content.seed, bins) for name in METHODS}
+    curves = {name: calibration_table(updated, name, evaluated.seed, bins) for name in METHODS}
+    is_lower = tried.table.loc[(CHOSEN, "log_loss")]["difference_high"] < 0
     text = (
         "An update moves the log-odds of all risks alike, so it changes no ranking. Tests choose "
-        f"it: {content.updates.method}. A slope takes {MIN_SLOPE_EVENTS} events. How good it is "
+        f"it: {tried.method}. A slope takes {MIN_SLOPE_EVENTS} events. How good it is "
         f"in new {noun} is estimated in halves: the risks of each half of the patients are updated "
         f"by a fit on the other half, {DIVISIONS} times. “{CHOSEN.capitalize()}” chooses in each "
         "half anew. Slope and ICI are those of each half by itself, averaged. Both halves have the "
         "same share of events, which keeps the mean risk right whatever the update: compare the "
-        "log loss."
+        f"log loss. It is {'' if is_lower else 'not '}shown to fall."
     )
     figure = (
         plot_updates(curves),
@@ -227,9 +229,9 @@ def updates(evaluated: Evaluated) -> Topic | None:
     return Topic(
         title,
         [text],
-        [Cells(update_cells(content.updates.table), caption)],
+        [Cells(update_cells(tried.table), caption)],
         {"updates": figure},
-        {"updates": content.updates.table.reset_index()},
+        {"updates": tried.table.reset_index()},
     )
 
 

@@ -1,18 +1,20 @@
-"""Who the patients are: what rules removed, parts of the split, Table 1, case mix elsewhere."""
+"""Who the patients are: what rules removed, split, training, Table 1, case mix elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from medgemma_clinical.data import distributions
 from medgemma_clinical.data.dka import STATIC
 from medgemma_clinical.data.small_cells import MIN_CELL, count_patients, count_text
 from medgemma_clinical.data.trajectories import AGE, UNKNOWN, TrajectoryDataset
+from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.metrics_table import count
 from medgemma_clinical.evaluation.suppress import (
     EVENTS_OF,
@@ -28,27 +30,60 @@ MAX_ERRORS = 10
 """Rows that are listed."""
 
 
-def cohort(evaluated: Evaluated) -> Topic:
-    """Return the topic, without tables where nothing is known."""
-    content, min_cell = evaluated.content, evaluated.min_cell
-    numbers = {}
-    if content.flow is not None:
+def cohort(
+    evaluated: Evaluated,
+    data: Mapping[str, str],
+    flow: pd.DataFrame | None = None,  # columns rule, removed, left
+    split: pd.DataFrame | None = None,  # a ``part_table``
+    history: Sequence[Mapping[str, Any]] = (),  # as in history.jsonl
+) -> Topic:
+    """Return the topic of the data and the training."""
+    numbers, min_cell = {}, evaluated.min_cell
+    if flow is not None:
         # Patients are known after each rule, or not counted; few removed ones show in differences.
-        flow = content.flow.dropna(axis=1)
+        flow = flow.dropna(axis=1)
         flow = flow.drop(columns="patients", errors="ignore") if min_cell else flow
         numbers["flow"] = suppress_table(flow, min_cell)
-    if content.split is not None:
-        split = suppress_table(content.split, min_cell)
+    if split is not None:
+        split = suppress_table(split, min_cell)
         numbers["split"] = split.drop(columns="minority_patients", errors="ignore")
-    tested = "each row was tested once" if content.folds else "the test part was scored once"
+    tested = "each row was tested once" if evaluated.folds else "the test part was scored once"
     captions = {
         "flow": "What each rule removes, in this order",
         "split": f"Split by patient; {tested}",
     }
     tables = [
-        Cells(count_cells(table, content.noun), captions[name]) for name, table in numbers.items()
+        Cells(count_cells(table, evaluated.noun), captions[name]) for name, table in numbers.items()
     ]
-    return Topic("Data", tables=tables, numbers=numbers)
+    figures = {}
+    if len(history) > 1:
+        figures["learning_curve"] = plot_learning(history), "Learning curve"
+    return Topic("Data", tables=tables, figures=figures, numbers=numbers, terms=data)
+
+
+def plot_learning(history: Sequence[Mapping[str, Any]]) -> plots.Plot:
+    """Plot losses and validation AUROC by epoch; a number of the history may be None."""
+    table = pd.DataFrame(history).set_index("epoch")
+    averaged, auroc = table["averaged_epochs"].iloc[-1], table["val_auroc"].astype(float)
+    has_auroc = bool(auroc.notna().any())  # times to events have none
+    figure, axes_of = plots.new_figure((1, 1) if has_auroc else (1,))
+    upper, lower = axes_of[0], axes_of[-1]
+    upper.plot(table["train_loss"].astype(float), "o--", color=plots.OTHER, label="training")
+    upper.plot(table["val_loss"].astype(float), "o-", color=plots.MODEL, label="validation")
+    for axes in axes_of:
+        for epoch in averaged:
+            axes.axvspan(epoch - 0.5, epoch + 0.5, color=plots.GRID, linewidth=0)
+    # Whole axes: a change of a hundredth between epochs is noise and looks like it.
+    upper.axhline(0, linewidth=0)
+    upper.set(ylabel="loss", ylim=(0, None))
+    if has_auroc:
+        lower.plot(auroc, "o-", color=plots.MODEL)
+        lowest = np.fmin(0.5, np.floor(10 * auroc.min()) / 10)
+        lower.set(ylabel="val. AUROC", ylim=(lowest, 1))
+    lower.set(xlabel="epoch (shaded: averaged)")
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    alt = f"Learning curve of {len(table)} epochs; averaged: {len(averaged)} of them."
+    return plots.with_legend(figure), alt
 
 
 def part_table(
@@ -96,29 +131,26 @@ ALL, OUTCOMES = "all", ("with the event", "without the event")
 QUARTILES = ["q1", "median", "q3"]
 
 
-def table_one_topic(evaluated: Evaluated) -> Topic | None:
-    """Return the topic; None where the data are not described."""
-    content = evaluated.content
-    if content.table_one is None:
-        return None
-    table = suppress_table_one(
-        content.table_one, evaluated.min_cell, hide_events=evaluated.hides_events
-    )
+def table_one_topic(evaluated: Evaluated, exact: pd.DataFrame, split: pd.DataFrame) -> Topic:
+    """Return the topic of a ``table_one`` and a ``part_table``."""
+    noun, min_cell = evaluated.noun, evaluated.min_cell
+    few = evaluated.has_few or bool((split["minority_patients"] < min_cell).any())
+    table = suppress_table_one(exact, min_cell, hide_events=few)
     caption = (
-        f"Count (share of the known) or median (quartiles) of {content.noun}; a series that is "
+        f"Count (share of the known) or median (quartiles) of {noun}; a series that is "
         "missing was never measured"
     )
     note = (
-        f"A patient with {content.noun} of both kinds, with and without the event, counts in both "
+        f"A patient with {noun} of both kinds, with and without the event, counts in both "
         "of these columns."
     )
-    if not {*OUTCOMES} <= {*content.table_one["group"]}:
-        note = f"A patient with {content.noun} of several outcomes counts in each of their columns."
+    if not {*OUTCOMES} <= {*exact["group"]}:
+        note = f"A patient with {noun} of several outcomes counts in each of their columns."
     return Topic(
         "Table 1",
         tables=[Cells(table_one_cells(table), caption, is_wide=True)],
         numbers={"table_one": table},
-        note="" if content.noun == "patients" else note,
+        note="" if noun == "patients" else note,
     )
 
 
@@ -217,19 +249,17 @@ CASE_MIX = {
 }
 
 
-def case_mix_topic(evaluated: Evaluated) -> Topic | None:
-    """Return the topic; None where the rows are those of the training data."""
-    content = evaluated.content
-    if content.case_mix is None:
-        return None
-    development, here = (
-        suppress_case_mix(mix, evaluated.min_cell, hide_events=evaluated.hides_events)
-        for mix in content.case_mix
-    )
-    mixes = {"Training data": development, "Scored here": here}
-    cells = case_mix_cells(mixes, content.noun)
+def case_mix_topic(
+    evaluated: Evaluated, development: Mapping[str, Any], here: Mapping[str, Any]
+) -> Topic:
+    """Return the topic of the ``case_mix`` of the training data and of the rows."""
+    mixes = {
+        name: suppress_case_mix(mix, evaluated.min_cell, hide_events=evaluated.has_few)
+        for name, mix in (("Training data", development), ("Scored here", here))
+    }
+    cells = case_mix_cells(mixes, evaluated.noun)
     caption = (
-        f"The training data beside these {content.noun}; each patient counts once. Series and "
+        f"The training data beside these {evaluated.noun}; each patient counts once. Series and "
         "static features: median (quartiles) of the patients' medians, or the share of 1"
     )
     return Topic("Case mix", tables=[Cells(cells, caption)], numbers={"case_mix": cells})
@@ -321,10 +351,8 @@ def _case_mix_text(mix: Mapping[str, Any], name: str) -> str:
     return count_text(mix[name]) if name in ("rows", "patients") else percent(mix[name])
 
 
-def largest_errors(evaluated: Evaluated) -> Topic | None:
-    """Return the topic; None unless patients are listed."""
-    if not evaluated.list_patients:
-        return None
+def largest_errors(evaluated: Evaluated) -> Topic:
+    """Return the topic, which names rows."""
     rows, model = evaluated.rows, evaluated.model
     error = (rows["label"] - rows[model]).abs()
     worst = rows.loc[error.sort_values(ascending=False, kind="stable").index[:MAX_ERRORS]]

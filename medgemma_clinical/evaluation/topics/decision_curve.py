@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.metrics import Array, confusion_shares, net_benefit
@@ -19,7 +20,7 @@ from medgemma_clinical.evaluation.metrics_table import (
     with_interval,
 )
 from medgemma_clinical.evaluation.tables import METRICS, metric_table
-from medgemma_clinical.evaluation.topics.topic import Cells, Details, Evaluated, Topic
+from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, Topic
 from medgemma_clinical.evaluation.verdicts import NO_VALUE, percent, value_text
 
 SHOWN_THRESHOLDS = 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7
@@ -33,42 +34,56 @@ ACTING = (
 )
 """What a decision curve shows."""
 
-TREAT_ALL = "treat all"
+TREAT_ALL = "treat all or none"
 SHARES = "sensitivity", "specificity", "ppv", "npv", "positives"
 
+Benefit = Callable[[Array, Array, Array], Array]
+"""From risks (n,), thresholds (K,) and weights (R, n) to net benefits (R, K)."""
 
-def decision(evaluated: Evaluated) -> Topic:
+Shares = Callable[[NDArray[np.bool_], Array], dict[str, Array]]
+"""From predicted positives (n,) and weights (R, n) to ``SHARES``, (R,) each."""
+
+
+def decision(
+    evaluated: Evaluated,
+    title: str = "",  # of the risk
+    benefit: Benefit | None = None,  # of the labels where None
+    shares: Shares | None = None,
+) -> Topic:
     """Return the topic."""
     if evaluated.min_cell:
         return without_curve(evaluated)
-    content, names, rows = evaluated.content, evaluated.names, evaluated.rows
-    widening = evaluated.metrics.widening
-    curve = decision_curve(rows, names, content.seed, widening=widening)
-    shown = {content.threshold, *(x for x in SHOWN_THRESHOLDS if x <= curve.index.max())}
-    table = threshold_table(rows, names, sorted(shown), content.seed, widening)
+    names, rows, seed = evaluated.names, evaluated.rows, evaluated.seed
+    widening = evaluated.exact.widening
+    curve = decision_curve(rows, names, seed, benefit, widening)
+    shown = {evaluated.threshold, *(x for x in SHOWN_THRESHOLDS if x <= curve.index.max())}
+    table = threshold_table(rows, names, sorted(shown), seed, widening, benefit, shares)
     text = (
         f"{ACTING} What acting brings and costs should choose the threshold; --threshold sets "
         "another one."
     )
-    figure = plot_decision_curve(curve, names), f"Decision curve{evaluated.beside}"
-    cells = threshold_cells(table, content.threshold)
+    of_risk = f": {title}" if title else ""
+    figure = plot_decision_curve(curve, names), f"Decision curve{of_risk}{evaluated.beside}"
+    cells = threshold_cells(table, evaluated.threshold)
     meanings = {METRICS[name][0]: METRICS[name][2] for name in SHARES} | {
-        "Minus": "net benefit of this model minus that of another, or of predicting all positive"
+        "Net benefit": "of 100 patients: true positives less the false ones that they outweigh",
+        "Minus": "net benefit of this model minus that of another, or of the better of predicting "
+        "all or none positive",
     }
     return Topic(
         "Decision curve",
         [text],
-        [Cells(cells, f"{content.at_threshold}, and at others", is_wide=True)],
+        [Cells(cells, f"{evaluated.at_threshold}, and at others", is_wide=True)],
         {"decision_curve": figure},
         {"decision_curve": curve.reset_index(), "thresholds": table},
-        [Details("What the columns are", terms=meanings)],
+        terms=meanings,
     )
 
 
 def without_curve(evaluated: Evaluated) -> Topic:
     """Return the topic of one threshold: the difference of two would tell small counts."""
     cells = metric_table(evaluated.metrics, SHARES)
-    tables = [Cells(cells, evaluated.content.at_threshold)] if len(cells) else []
+    tables = [Cells(cells, evaluated.at_threshold)] if len(cells) else []
     return Topic("Decision curve", evaluated.no_curves, tables)
 
 
@@ -78,20 +93,26 @@ def threshold_table(
     thresholds: Sequence[float],
     seed: int,
     widening: float = 1.0,
+    benefit: Benefit | None = None,  # of the labels where None
+    shares: Shares | None = None,
 ) -> pd.DataFrame:
     """Return threshold, metric, value, low and high of the first model.
 
-    Metrics: shares, net benefit, and its difference to the other models and to treating all.
+    Metrics: shares, net benefit, and that minus the one of the other models and of treating all or
+    none.
     """
     labels, risk, patients = label_risk_patient(rows, names[0])
+    benefit, shares_at = benefit or partial(net_benefit, labels), shares
+    shares_at = shares_at or partial(confusion_shares, labels)
     risks = {name: rows[name].to_numpy(float) for name in names} | {TREAT_ALL: np.ones(len(rows))}
     points = np.array(thresholds)
 
     def statistic(weights: Array) -> dict[Any, Array]:
-        benefits = {name: net_benefit(labels, x, points, weights) for name, x in risks.items()}
+        benefits = {name: benefit(x, points, weights) for name, x in risks.items()}
+        benefits[TREAT_ALL] = benefits[TREAT_ALL].clip(0)
         values: dict[Any, Array] = {}
         for k, threshold in enumerate(thresholds):
-            at: dict[str, Array] = confusion_shares(labels, risk >= threshold, weights)
+            at: dict[str, Array] = shares_at(risk >= threshold, weights)
             at["net benefit"] = benefits[names[0]][:, k]
             for name in (*names[1:], TREAT_ALL):
                 at[f"minus {name}"] = benefits[names[0]][:, k] - benefits[name][:, k]
@@ -99,9 +120,9 @@ def threshold_table(
         return values
 
     behind: dict[Any, int] = {}
-    for threshold in thresholds:
+    for threshold in thresholds if shares is None else ():
         of_shares = patients_behind_shares(labels, risk >= threshold, patients)
-        behind |= {(threshold, share): patients for share, patients in of_shares.items()}
+        behind |= {(threshold, share): n for share, n in of_shares.items()}
     table = with_interval(*bootstrap(labels, patients, seed, statistic), behind, widening)
     return table.rename_axis(["threshold", "metric"]).reset_index()
 
@@ -114,7 +135,7 @@ def threshold_cells(table: pd.DataFrame, used: float) -> pd.DataFrame:
         for row in table[table["threshold"] == threshold].itertuples():
             title, form = row.metric.capitalize(), "+z.1f"
             if row.metric == "net benefit":
-                title, form = "Net benefit of 100 patients", "z.1f"
+                title, form = "Net benefit", "z.1f"
             elif row.metric in SHARES:
                 title, form, _ = METRICS[row.metric]
             line[title] = value_text(row, form, 100)
@@ -126,14 +147,10 @@ def decision_curve(
     rows: pd.DataFrame,
     models: list[str],
     seed: int,
-    benefit: Callable[[Array, Array, Array], Array] | None = None,
+    benefit: Benefit | None = None,  # of the labels where None
     widening: float = 1.0,
 ) -> pd.DataFrame:
-    """Return net benefits by threshold risk; low and high are those of the first model.
-
-    ``benefit`` takes risks (n,), thresholds and weights, and returns them as ``net_benefit``; None:
-    of the labels.
-    """
+    """Return net benefits by threshold risk; low and high are those of the first model."""
     labels, risk, patients = label_risk_patient(rows, models[0])
     benefit = benefit or partial(net_benefit, labels)
     highest = min(0.99, max(0.05, 2 * labels.mean(), float(np.quantile(risk, 0.99))))

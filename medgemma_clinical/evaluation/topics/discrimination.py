@@ -17,7 +17,7 @@ from medgemma_clinical.evaluation.verdicts import multiplicity_sentence
 
 def discrimination(evaluated: Evaluated) -> Topic:
     """Return the topic."""
-    metrics, noun = evaluated.metrics, evaluated.content.noun
+    metrics, noun = evaluated.metrics, evaluated.noun
     figures = {}
     if not evaluated.min_cell:
         risks = [evaluated.rows[name].to_numpy(float) for name in evaluated.names]
@@ -65,7 +65,7 @@ def plot_precision_recall(labels: Array, scores: Sequence[Array]) -> plots.Plot:
 
 def model_comparison(evaluated: Evaluated, meanings: Mapping[str, str] = MEANINGS) -> Topic:
     """Return the topic."""
-    noun, metrics = evaluated.content.noun, evaluated.metrics
+    noun, metrics = evaluated.noun, evaluated.metrics
     cells = model_cells(metrics)
     numbers = {"models": cells}
     if len(cells) == 1:
@@ -83,10 +83,10 @@ def model_comparison(evaluated: Evaluated, meanings: Mapping[str, str] = MEANING
 def about_models(terms: Mapping[str, str], more: str = "") -> Details:
     """Return what the columns of ``model_cells`` and the models are."""
     text = (
-        "“Minus reference” is the AUROC of a line minus that of the reference, paired by patient; "
-        "the reference of the ensemble is the blend. A line is better or worse only where the "
-        "whole interval lies on one side of zero. AUPRC is the mean precision over recall, whose "
-        "chance level is the prevalence; the Brier score is the mean squared distance of risk and "
-        f"outcome: less is better. {more}"
+        "“Minus reference” is the AUROC of a line minus that of the reference, or of the model "
+        "that stands behind it, paired by patient: above 0 the line ranks better. It is better or "
+        "worse only where the whole interval lies on one side of zero. AUPRC is the mean precision "
+        "over recall, whose chance level is the prevalence; the Brier score is the mean squared "
+        f"distance of risk and outcome: less is better. {more}"
     )
     return Details("What columns and models are", text.strip(), terms=terms)

@@ -37,11 +37,11 @@ def repeat_metrics(evaluated: Evaluated, table: Callable[[Metrics], pd.DataFrame
     )
 
 
-def instability(evaluated: Evaluated) -> Topic:
-    """Return the topic."""
-    content = evaluated.content
-    assert content.repeats is not None
-    table, by_repeat = content.repeats
+def instability(evaluated: Evaluated, table: pd.DataFrame, by_repeat: pd.DataFrame) -> Topic:
+    """Return the topic of ``table``, ``TESTED`` and a column of risks a repeat.
+
+    ``by_repeat`` has a line a repeat, its threshold on these risks and its auroc.
+    """
     risks = table.filter(regex="^repeat_").to_numpy(float)
     measures = measure_instability(risks, by_repeat)
     patients = table["patient"].nunique()
@@ -49,8 +49,8 @@ def instability(evaluated: Evaluated) -> Topic:
         if any(splits_off_few(patients, measures[name], evaluated.min_cell) for name in CHANGES):
             measures |= dict.fromkeys(CHANGES, np.nan)
         measures = {name: round(value, 3) for name, value in measures.items()}
-    repeats, noun = risks.shape[1], content.noun
-    shared = percent(1 - 1 / content.folds)
+    repeats, noun = risks.shape[1], evaluated.noun
+    shared = percent(1 - 1 / evaluated.folds)
     text = (
         f"Folds and initial weights were drawn {repeats} times, so each of {len(table):,} {noun} "
         f"has {repeats} risks, of models that did not learn from the patient. How much do they "

@@ -30,7 +30,7 @@ from medgemma_clinical.evaluation.metrics_table import (
 )
 from medgemma_clinical.evaluation.pooling import MIN_POOLED, random_effects
 from medgemma_clinical.evaluation.suppress import suppress_table
-from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, ReportContent, Topic
+from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, Topic
 from medgemma_clinical.evaluation.verdicts import interval_text, percent
 
 SUBGROUP_METRICS = {"auroc": ("AUROC", ".3f"), "oe": ("O/E", ".2f"), "slope": ("Slope", ".2f")}
@@ -46,23 +46,27 @@ Measure = Callable[[NDArray[np.intp], Array], dict[str, Array]]
 """From some rows and weights (R, n) to metrics (R,) of these rows, ``SUBGROUP_METRICS``."""
 
 
-def subgroups(evaluated: Evaluated, measure: Measure | None = None) -> Topic:
-    """Return the topic; ``measure`` is the label's where None."""
-    content = evaluated.content
-    rows, widening = evaluated.rows, evaluated.metrics.widening
-    exact = subgroup_table(rows, evaluated.model, content.bands, content.seed, measure, widening)
+def subgroups(
+    evaluated: Evaluated,
+    bands: pd.DataFrame,  # ordered categories of the rows, a column a grouping
+    measure: Measure | None = None,  # of a label where None
+) -> Topic:
+    """Return the topic."""
+    rows, widening = evaluated.rows, evaluated.exact.widening
+    exact = subgroup_table(rows, evaluated.model, bands, evaluated.seed, measure, widening)
     table = suppress_table(exact, evaluated.min_cell, by="group")
-    cells = subgroup_cells(table, content.noun)
+    cells = subgroup_cells(table, evaluated.noun)
     return Topic(
         "Subgroups",
-        tables=[Cells(cells, subgroup_caption(content, "in subgroups"), is_wide=True)],
+        tables=[Cells(cells, subgroup_caption(evaluated, "in subgroups"), is_wide=True)],
         numbers={"subgroups": table},
     )
 
 
-def subgroup_caption(content: ReportContent, where: str) -> str:
+def subgroup_caption(evaluated: Evaluated, where: str) -> str:
     """Return the caption of ``subgroup_cells``."""
-    pooled = f"The pooled risks of {content.folds} models" if content.folds else "The same model"
+    folds = evaluated.folds
+    pooled = f"The pooled risks of {folds} models" if folds else "The same model"
     about = "O/E: observed divided by expected events; a dash: too few patients"
     return f"{pooled} {where}; {about}"
 
@@ -144,19 +148,23 @@ def subgroup_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
     return cells
 
 
-def sites(evaluated: Evaluated, measure: Measure | None = None) -> Topic | None:
-    """Return the topic; None without sites. ``measure`` is the label's where None."""
-    content = evaluated.content
-    if content.sites is None:
+def sites(
+    evaluated: Evaluated,
+    names: NDArray[Any] | None,  # hospital or unit of each row
+    leaves_out: bool = False,  # each site is tested by a model of the other sites
+    measure: Measure | None = None,  # of a label where None
+) -> Topic | None:
+    """Return the topic; None without sites."""
+    if names is None:
         return None
     # A site that was held out is tested by one model, which learned from none of its patients.
-    rows, widening = evaluated.rows, 1.0 if content.leaves_out else evaluated.metrics.widening
-    exact = site_table(rows, evaluated.model, content.sites, content.seed, measure, widening)
+    rows, widening = evaluated.rows, 1.0 if leaves_out else evaluated.exact.widening
+    exact = site_table(rows, evaluated.model, names, evaluated.seed, measure, widening)
     table = suppress_table(exact, evaluated.min_cell)
     pooled = pool(exact[table["auroc"].notna()])
-    about = subgroup_caption(content, "at each site")
+    about = subgroup_caption(evaluated, "at each site")
     numbers = {"sites": table, "sites_pooled": pd.DataFrame([pooled])}
-    return replace(site_topic(table, pooled, content.noun, about), numbers=numbers)
+    return replace(site_topic(table, pooled, evaluated.noun, about), numbers=numbers)
 
 
 def site_topic(table: pd.DataFrame, pooled: Mapping[str, float], noun: str, about: str) -> Topic:

@@ -14,7 +14,6 @@ from medgemma_clinical.data.competing_events import HOURS_OF_UNIT, CompetingEven
 from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.baselines import MEANINGS
 from medgemma_clinical.evaluation.metrics import Array
-from medgemma_clinical.evaluation.tables import metric_table
 from medgemma_clinical.evaluation.time_baselines import TIME_MEANINGS
 from medgemma_clinical.evaluation.time_metrics import aalen_johansen, net_benefit_at, observed_risk
 from medgemma_clinical.evaluation.time_table import (
@@ -25,17 +24,11 @@ from medgemma_clinical.evaluation.time_table import (
     statuses_of,
 )
 from medgemma_clinical.evaluation.time_updates import TimeUpdates
+from medgemma_clinical.evaluation.topics import decision_curve
 from medgemma_clinical.evaluation.topics.calibration import (
     bins_of_many,
     calibration_table,
     plot_calibration,
-)
-from medgemma_clinical.evaluation.topics.decision_curve import (
-    ACTING,
-    SHARES,
-    decision_curve,
-    plot_decision_curve,
-    without_curve,
 )
 from medgemma_clinical.evaluation.topics.discrimination import model_comparison
 from medgemma_clinical.evaluation.topics.subgroups import sites, subgroups
@@ -51,15 +44,24 @@ LOOKS |= {"middle risk": (plots.INK, "--"), "high risk": (plots.OTHER, "-.")}
 """Names of one to three groups, and how their curves are drawn."""
 
 
-def time_topics(events: CompetingEvents) -> tuple[TopicBuilder, ...]:
+def time_topics(
+    events: CompetingEvents,
+    bands: pd.DataFrame,
+    site_names: NDArray[Any] | None,
+    leaves_out: bool = False,
+    tried: TimeUpdates | None = None,
+) -> list[TopicBuilder]:
     """Return what builds the topics of these events, in their order."""
-    own = risks, incidence, calibration, updates, decision
-    builders: list[TopicBuilder] = [
-        *(partial(build, events) for build in own),
+    at_sites = partial(sites, names=site_names, leaves_out=leaves_out)
+    return [
+        partial(risks, events),
+        partial(calibration, events),
+        partial(updates, tried=tried),
+        partial(decision, events),
         partial(model_comparison, meanings=MEANINGS | TIME_MEANINGS),
-        *(partial(in_groups, events, build) for build in (subgroups, sites)),
+        partial(in_groups, events, partial(subgroups, bands=bands)),
+        partial(in_groups, events, at_sites),
     ]
-    return tuple(builders)
 
 
 def risks(events: CompetingEvents, evaluated: Evaluated) -> Topic:
@@ -106,22 +108,6 @@ def at_horizon(
     labelled = rows.assign(label=label, **{evaluated.model: rows[f"{evaluated.model} {name}"]})
     observed = partial(observed_risk, hours, event, horizon, censoring)
     return replace(evaluated, rows=labelled), observed
-
-
-def incidence(events: CompetingEvents, evaluated: Evaluated) -> Topic:
-    """Return the topic of groups by the first risk."""
-    if evaluated.min_cell:  # each step of a curve is an event or a few
-        return Topic("Cumulative incidence", evaluated.no_curves)
-    table = group_table(events, evaluated)
-    noun, name = evaluated.content.noun, events.names[0]
-    text = (
-        f"{noun.capitalize()} in groups of equal size by the first risk. Lines: the share with "
-        f"{name} by then (Aalen-Johansen); points: the mean risk. Numbers at risk stand below."
-    )
-    caption = f"Cumulative incidence of {name} by group of risk"
-    figure = plot_incidence(table, events), caption
-    numbers = {"cumulative_incidence": table}
-    return Topic("Cumulative incidence", [text], [], {"cumulative_incidence": figure}, numbers)
 
 
 def group_table(events: CompetingEvents, evaluated: Evaluated) -> pd.DataFrame:
@@ -183,37 +169,45 @@ def is_measured(events: CompetingEvents, evaluated: Evaluated, name: str) -> boo
 
 def calibration(events: CompetingEvents, evaluated: Evaluated) -> Topic | None:
     """Return the topic of the calibration of each risk; None where none is measured."""
-    figures, numbers = {}, []
+    bins_of_risks, noun = [], evaluated.noun
+    figures: dict[str, tuple[plots.Plot, str]] = {}
+    numbers: dict[str, pd.DataFrame] = {}
+    if not evaluated.min_cell:  # each step of a curve is an event or a few
+        table = numbers["cumulative_incidence"] = group_table(events, evaluated)
+        caption = (
+            f"Cumulative incidence of {events.names[0]} in groups of equal size by the first risk. "
+            "Lines: observed (Aalen-Johansen); points: the mean risk; below, how many are at risk"
+        )
+        figures["cumulative_incidence"] = plot_incidence(table, events), caption
     for name, title in events.risk_titles.items():
         if not is_measured(events, evaluated, name):
             continue
         view, observed = at_horizon(events, evaluated, name)
         rows, index = view.rows, bins_of_many(view)
-        bins = calibration_table(rows, view.model, view.content.seed, index, observed)
-        numbers.append(bins.assign(risk=name))
+        bins = calibration_table(rows, view.model, view.seed, index, observed)
+        bins_of_risks.append(bins.assign(risk=name))
         risk = rows[view.model].to_numpy(float) if index is None else None
         plot = plot_calibration(bins, bins[:0], risk)
-        figures[f"calibration_{name}"] = plot, f"{title[:1].upper()}{title[1:]}"
-    if not numbers:
+        figures[f"calibration_{name}"] = plot, f"Risk of {title}"
+    if not bins_of_risks:
         return None
     text = (
-        f"Do the predicted risks come true? In bins of {evaluated.content.noun} by rising risk, as "
+        f"Do the predicted risks come true? In bins of {noun} by rising risk, as "
         "many should have the event as the dotted line says."
     )
-    tables = {"calibration": pd.concat(numbers)}
-    return Topic("Calibration", [text, *evaluated.no_curves], figures=figures, numbers=tables)
+    numbers["calibration"] = pd.concat(bins_of_risks)
+    return Topic("Calibration", [text, *evaluated.no_curves], figures=figures, numbers=numbers)
 
 
-def updates(events: CompetingEvents, evaluated: Evaluated) -> Topic | None:
+def updates(evaluated: Evaluated, tried: TimeUpdates | None) -> Topic | None:
     """Return the topic of what moving the risks brings; None where it is not tried."""
-    found = evaluated.content.updates
-    if not isinstance(found, TimeUpdates):
+    if tried is None:
         return None
     text = (
         "An update moves each risk on the complementary log-log scale, by pseudo-values. The "
         "simplest move is taken whose log loss, in halves of the patients that it has not seen, is "
-        f"within one standard error of the lowest: {found.method}. Change of the log loss there: "
-        f"{found.gain}."
+        f"within one standard error of the lowest: {tried.method}. Change of the log loss there: "
+        f"{tried.gain}."
     )
     return Topic("Calibration after an update", [text])
 
@@ -228,23 +222,20 @@ def in_groups(events: CompetingEvents, build: Any, evaluated: Evaluated) -> Topi
         statuses = statuses_of(view.rows, events, name, weights, members)
         return statuses.ranking(risk[members]) | statuses.calibration(risk[members])
 
-    topic = build(view, measure)
-    text = f"{events.risk_titles[name][:1].upper()}{events.risk_titles[name][1:]}."
+    topic = build(view, measure=measure)
+    text = f"Risk of {events.risk_titles[name]}."
     return topic and replace(topic, text=[text, *topic.text])
 
 
 def decision(events: CompetingEvents, evaluated: Evaluated) -> Topic | None:
     """Return the topic of the net benefit at the first horizon; None where it is hidden."""
-    view, observed = at_horizon(events, evaluated, events.risk_names[0])
-    if not is_measured(events, evaluated, events.risk_names[0]):
+    name = events.risk_names[0]
+    view, observed = at_horizon(events, evaluated, name)
+    if not is_measured(events, evaluated, name):
         return None
-    if evaluated.min_cell:
-        return without_curve(evaluated)
+
+    def shares(positive: NDArray[np.bool_], weights: Array) -> dict[str, Array]:
+        return statuses_of(view.rows, events, name, weights).confusion(positive)
+
     benefit = partial(net_benefit_at, observed)
-    widening = view.metrics.widening
-    curve = decision_curve(view.rows, view.names, view.content.seed, benefit, widening)
-    title = events.risk_titles[events.risk_names[0]]
-    figure = plot_decision_curve(curve, view.names), f"Decision curve: {title}{view.beside}"
-    numbers = {"decision_curve": curve.reset_index()}
-    cells = Cells(metric_table(evaluated.metrics, SHARES), view.content.at_threshold)
-    return Topic("Decision curve", [ACTING], [cells], {"decision_curve": figure}, numbers)
+    return decision_curve.decision(view, events.risk_titles[name], benefit, shares)

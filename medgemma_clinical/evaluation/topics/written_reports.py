@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from markupsafe import Markup
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.small_cells import count_patients, count_text
@@ -43,9 +44,8 @@ REPORT_COUNTS: dict[str, tuple[str, ...]] = {
 """Counts of written reports, and the shares of each."""
 
 
-def written_reports(evaluated: Evaluated) -> Topic | None:
-    """Return the topic; None where the model writes none."""
-    reports = evaluated.content.reports
+def written_reports(evaluated: Evaluated, reports: Mapping[str, Any] | None) -> Topic | None:
+    """Return the topic of the metrics of ``score_reports``; None where the model writes none."""
     if not reports:
         return None
     cells = written_table(suppress_reports(reports, evaluated.min_cell))
@@ -100,11 +100,26 @@ def right_answers(
     return f"Of {len(rows):,} written reports {share} % give the right yes or no."
 
 
-def compare_words(text: str, target: str) -> list[tuple[str, bool]]:
-    """Cut a report into pieces, and say of each whether it differs from the true report."""
+def example_topic(example: Mapping[str, Any]) -> Topic:
+    """Return the topic of a row's prompt, target and text."""
+    terms = {
+        "What the language model read": example["prompt"],
+        "The true report": example["target"],
+        "The written report": marked(example["text"], example["target"]),
+    }
+    note = "Words that differ from the true report are marked."
+    return Topic("One patient of the test part, drawn by the seed", terms=terms, note=note)
+
+
+def marked(text: str, target: str) -> Markup:
+    """Return a written report whose words are marked where they differ from the true report."""
     words, true = text.split(), target.split()
     changes = SequenceMatcher(None, true, words, autojunk=False).get_opcodes()
-    return [(" ".join(words[i:j]), kind != "equal") for kind, _, _, i, j in changes if i < j]
+    return Markup(" ").join(
+        Markup("{}" if kind == "equal" else "<mark>{}</mark>").format(" ".join(words[i:j]))
+        for kind, _, _, i, j in changes
+        if i < j
+    )
 
 
 def report_metrics(

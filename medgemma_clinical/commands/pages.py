@@ -1,0 +1,182 @@
+"""The pages of runs, folds and external cohorts: what they share beside the topics of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medgemma_clinical.data.sample_size import describe_sample_size
+from medgemma_clinical.data.texts import code
+from medgemma_clinical.data.training_data import Data
+from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.evaluation.report import (
+    FEW,
+    PATIENTS_NOTICE,
+    build_topics,
+    fill_tripod,
+    folded,
+    report_card,
+    write_report,
+)
+from medgemma_clinical.evaluation.topics import cohort
+from medgemma_clinical.evaluation.topics.topic import Evaluated, Page, Topic, TopicBuilder
+from medgemma_clinical.evaluation.topics.written_reports import (
+    example_topic,
+    suppress_reports,
+    written_reports,
+    written_sentence,
+)
+from medgemma_clinical.evaluation.verdicts import Finding
+from medgemma_clinical.models import model_card
+from medgemma_clinical.models.checkpoints import Config
+from medgemma_clinical.models.outcome import outcome_of
+from medgemma_clinical.training.stage import Stage
+
+EXAMPLE = "The data of one patient stand here: share this page only if they are open."
+
+
+def model_page(
+    title: str,
+    evaluated: Evaluated,
+    topics: Sequence[Topic],
+    config: Config,
+    *,
+    question: Mapping[str, str],
+    findings: Sequence[Finding],
+    card: Mapping[str, str],  # first lines on the model
+    first: Sequence[str] = (),  # sentences before the findings
+    last: Sequence[str] = (),
+    notices: Sequence[str] = (),
+) -> Page:
+    """Return the page of a model on some rows, small counts of the configuration hidden."""
+    shared = model_card.shareable(config, evaluated.min_cell)
+    lines = model_card.page_card(shared, card)
+    recommended = lines.pop(model_card.RECOMMENDED, "")
+    first = [*first, model_card.weight_0_sentence(shared)]
+    last = [f"{model_card.RECOMMENDED}: {recommended}." if recommended else "", *last]
+    before, behind = ([Finding(None, x) for x in texts if x] for texts in (first, last))
+    about = Topic("", terms=question, note="Square brackets hold 95\xa0% intervals.")
+    return Page(
+        title,
+        [*before, *findings, *behind],
+        [about, *topics],
+        report_card(evaluated, lines),
+        [*filter(None, [model_card.built_in_notice(config), *notices])],
+    )
+
+
+def result_words(evaluated: Evaluated, config: Config, advice: str = "") -> list[Finding]:
+    """Return the result on some rows in words; ``advice`` is what helps where events are few."""
+    if evaluated.has_few:
+        return [Finding(None, FEW.format(evaluated.min_cell))]
+    words = evaluated.at_threshold, evaluated.noun, advice
+    return outcome_of(config).sentences(evaluated.metrics, *words)
+
+
+def data_terms(dataset: TrajectoryDataset, config: Config) -> dict[str, str]:
+    """Return what a page says of the data that a model was trained on."""
+    return {
+        "Source": Path(dataset.source).name,
+        "Used": f"{len(dataset):,} {dataset.noun}",
+        "Missing values": "masked, never filled in",
+        "Static features": ", ".join(config["inputs"]["static"]) or "none are read",
+    }
+
+
+def write_training_page(
+    folder: Path,
+    title: str,
+    evaluated: Evaluated,
+    dataset: TrajectoryDataset,
+    config: Config,
+    results: Sequence[TopicBuilder],  # on the risks
+    *,
+    split: Mapping[str, NDArray[np.int64]],
+    card: Mapping[str, str],
+    methods: Mapping[str, str],  # what ``tripod.md`` says of the training
+    parts: Mapping[str, NDArray[np.int64]] | None = None,  # of Table 1; None: those of the split
+    history: Sequence[Mapping[str, Any]] = (),
+    example: Mapping[str, Any] | None = None,  # prompt, text and target of a row
+    stage1_page: str | None = None,  # where the results are stage 1's: its page, empty if unknown
+    last: Sequence[str] = (),
+    advice: str = "",
+    list_patients: bool = False,  # names the rows with the largest errors
+) -> None:
+    """Write the report on held-out rows of the data that the model was trained on."""
+    n, reports = evaluated.min_cell, config["metrics"].get("reports")
+    example = None if n else example
+    findings = result_words(evaluated, config, advice)
+    topics = build_topics(evaluated, [] if evaluated.has_few else results)
+    if stage1_page is not None:
+        topics = folded(findings, topics, "The results of stage 1, again")
+        findings = [Finding(None, "See the report of stage 1.", stage1_page)]
+    table = cohort.part_table(dataset.labels, dataset.groups, split, dataset.event_kinds)
+    table_one = cohort.table_one(dataset, split if parts is None else parts)
+    data, question = data_terms(dataset, config), dataset.task_description()
+    about_data: list[TopicBuilder] = [
+        *([cohort.largest_errors] if list_patients else []),
+        partial(cohort.table_one_topic, exact=table_one, split=table),
+        partial(cohort.cohort, data=data, flow=dataset.flow, split=table, history=history),
+    ]
+    page = model_page(
+        f"{title}: {dataset.outcome}",
+        evaluated,
+        [
+            *build_topics(evaluated, [partial(written_reports, reports=reports)]),
+            *([example_topic(example)] if example else []),
+            *topics,
+            *build_topics(evaluated, about_data),
+        ],
+        config,
+        question=question,
+        findings=findings,
+        card=card,
+        first=[written_sentence(suppress_reports(reports or {}, n))],
+        last=last,
+        notices=[PATIENTS_NOTICE if list_patients else "", EXAMPLE if example else ""],
+    )
+    tripod = None
+    if outcome_of(config).has_tripod:
+        tripod = fill_tripod(
+            page,
+            evaluated,
+            question=question,
+            data=data,
+            methods=methods,
+            has_sites=dataset.sites is not None,
+        )
+    write_report(folder / "report.html", page, folder=folder, tripod=tripod)
+
+
+def training_methods(stage: Stage, data: Data, run: dict[str, Any]) -> dict[str, str]:
+    """Return what ``tripod.md`` says of data and training, in sentences."""
+    dataset, arguments = data.dataset, run["arguments"]
+    rates = [f"{stage.learning_rates[part]:g} ({part})" for part in stage.learning_parts]
+    origin = dataset.describe_origin(arguments["seed"])
+    size = describe_sample_size(dataset, data.usable_static, data.split["train"])
+    names = ["members", "dynamics", "solver", "dropout"]
+    names += [] if stage.text is None else ["lora_rank", "lora_alpha", "num_prefix_tokens"]
+    encoder = stage.config["encoder"] or {}  # of a stage 1 that was trained before, too
+    settings = {**arguments, "members": stage.config["members"], **encoder}
+    texts = [f"{name} {settings[name]}" for name in names]
+    kept = dataset.read_options.get("max_len")
+    platt = "Platt's method on the validation part; all results are those after it."
+    return {
+        "preparation": f"Rows keep their latest {kept} observations." if kept else "",
+        "split": f"Each patient is in one of three parts ({origin}): the training part fits the "
+        "weights, the validation part chooses epochs and threshold and also teaches the baselines "
+        "once their settings are chosen, the test part was scored once.",
+        "unusable": "; ".join(f"{code(k)} ({why})" for k, why in data.unusable),
+        "training": f"At most {stage.epochs} epochs, stopped after {stage.patience} without a "
+        f"lower validation loss; steps of {run['rows_a_step'] * run['processes']} rows; AdamW with "
+        f"learning rates {', '.join(rates)}; {', '.join(texts)}. "
+        "The program tunes none of these; run.json has every setting.",
+        "recalibration": platt if arguments["calibrate"] == "platt" else "None.",
+        # It tells the number of events.
+        **({} if arguments["min_cell"] else {"sample_size": size}),
+    }
