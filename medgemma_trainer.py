@@ -909,7 +909,7 @@ def run(args: Namespace) -> int:
             return several.run_seeds(args, read_dataset, train)
         if args.folds or args.leave_out:
             return folds.run_folds(args, read_dataset, train)
-        if args.ablation:
+        if args.ablation is not None:
             return several.run_ablation(args, read_dataset(args), train)
         return train(args)
 

@@ -23,7 +23,7 @@ import medgemma_trainer as trainer
 from conftest import whole_reports
 from dataset_format import MIMICtrajectoryDataset
 from language_models import TINY_MODEL
-from medgemma_clinical.commands import folds
+from medgemma_clinical.commands import folds, plan
 from medgemma_clinical.commands.run_folder import stage_folder
 from medgemma_clinical.data.fold_split import draw_folds, fold_dataset, foldable
 from medgemma_clinical.data.overlap import patient_hashes
@@ -204,9 +204,9 @@ def test_a_fold_that_is_held_out_changes_nothing_that_the_others_teach(run, data
 
 
 def test_two_processes_find_to_the_bit_what_one_does(run, data, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(folds.joblib, "cpu_count", lambda: 2)
+    monkeypatch.setattr(plan.joblib, "cpu_count", lambda: 2)
     forked = joblib.parallel_config("multiprocessing")  # a new interpreter imports for 6 s
-    monkeypatch.setattr(folds.joblib, "parallel_config", lambda *_, **__: forked)
+    monkeypatch.setattr(plan.joblib, "parallel_config", lambda *_, **__: forked)
     assert trainer.main(command(data, tmp_path)) == 0
     shown = [line for line in capfd.readouterr().out.splitlines() if line.startswith("fold ")]
     assert sorted(line.split(":")[0] for line in shown) == [f"fold {k}" for k in range(K)]
@@ -231,12 +231,13 @@ def test_folds_share_the_cores_by_the_threads_of_each(given, expected, monkeypat
     monkeypatch.delenv("OMP_NUM_THREADS")
     if given is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", given)
-    begun, tasks = [], [("fold", Namespace(trajectory_only=True), None)] * 5
+    args = Namespace(trajectory_only=True, ode_checkpoint=None)
+    begun, runs = [], [plan.Run("fold", args, None)] * 5
     joblib_of_folds = {"cpu_count": lambda: 4, "parallel_config": config, "Parallel": parallel}
     for name, value in joblib_of_folds.items():
-        monkeypatch.setattr(folds.joblib, name, value)
-    monkeypatch.setattr(folds, "first_code", lambda codes: 0)
-    assert folds.train_folds(tasks, None) == 0
+        monkeypatch.setattr(plan.joblib, name, value)
+    monkeypatch.setattr(plan, "first_code", lambda codes, bar: 0)
+    assert plan.carry_out(runs, trainer.train) == 0
     assert tuple(begun) == expected
 
 
@@ -245,7 +246,7 @@ def test_a_signal_ends_the_processes_of_the_folds_which_keep_their_states(
     data, tmp_path, monkeypatch
 ):
     words = [*command(data, tmp_path), "--trajectory_epochs=10000", "--patience=10000"]
-    monkeypatch.setattr(folds.joblib, "cpu_count", lambda: 2)
+    monkeypatch.setattr(plan.joblib, "cpu_count", lambda: 2)
     receiver, sender = os.pipe()
     if (child := os.fork()) == 0:
         code = 99

@@ -72,7 +72,7 @@ def test_notebook_and_its_stored_outputs():
     assert install.startswith("%pip install")
     assert all(cell["outputs"] for cell in cells[2:])
     code = "\n".join([*sources, "assert same and len(risks) == len(known)"])
-    short = {"iloc[:800]": "iloc[:200]", "epochs=10": "epochs=2", "GroupKFold(5)": "GroupKFold(2)"}
+    short = {"iloc[:800]": "iloc[:200]", "epochs=10": "epochs=2", "GroupKFold(3)": "GroupKFold(2)"}
     for whole, part in short.items():
         assert whole in code
         code = code.replace(whole, part)

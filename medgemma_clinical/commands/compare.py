@@ -13,14 +13,14 @@ from typing import Any
 import pandas as pd
 
 from medgemma_clinical.commands.command_line import EXIT_DONE, SEED, Flag, Table
+from medgemma_clinical.commands.prediction_files import TEST, read_predictions
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, MEANINGS, STAGE_NAMES
-from medgemma_clinical.evaluation.metrics_table import MODEL, TESTED, Metrics, evaluate, named_model
+from medgemma_clinical.evaluation.metrics_table import MODEL, TESTED, Metrics, evaluate
 from medgemma_clinical.evaluation.report import comparison_page, write_report
 from medgemma_clinical.evaluation.tables import model_table
 from medgemma_clinical.evaluation.verdicts import counts_text
 from medgemma_clinical.files import InputError, make_output_dir, move_aside, read_json, write_json
 from medgemma_clinical.models.choices import DEMO
-from medgemma_clinical.models.outcome import LABEL, Outcome
 from medgemma_clinical.models.terms import built_in_sentence
 from medgemma_clinical.provenance import HISTORY, describe_program, read_run
 
@@ -37,7 +37,6 @@ FLAGS: Table = {
     ),
 }
 
-TEST_PREDICTIONS = "predictions_test.csv"
 NOT_NAMED = f"has no column {MODEL}, so nothing tells that one model made it"
 
 
@@ -59,8 +58,8 @@ def compare(
     if primary and primary not in names:
         raise InputError(f"--primary {primary}: choose from {', '.join(names)}")
     for folder in folders.values():
-        if MODEL not in pd.read_csv(folder / TEST_PREDICTIONS, nrows=0):
-            logger.info("%s: %s", folder / TEST_PREDICTIONS, NOT_NAMED)
+        if MODEL not in pd.read_csv(folder / TEST, nrows=0):
+            logger.info("%s: %s", folder / TEST, NOT_NAMED)
     primary = primary or primary_of(runs[0])
     metrics = evaluate(table, seed, primary=primary, compared=[*folders])
     cost = {name: cost_of(folder) for name, folder in folders.items()}
@@ -96,40 +95,6 @@ def model_names(runs: Sequence[Path]) -> list[str]:
     if any(run.parent != shared for run in runs):
         return names
     return [STAGE_NAMES.get(name, name) for name in names]
-
-
-def read_predictions(
-    folder: Path,
-    model: str = "probability",
-    name: str = TEST_PREDICTIONS,
-    *,
-    outcome: Outcome = LABEL,
-) -> pd.DataFrame:
-    """Read a file of predictions: what happened, then risks; those of the file are ``model``'s."""
-    path = folder / name
-    if not path.is_file():
-        raise InputError(f"{path}: no such file: name the folder of a finished stage")
-    try:
-        table = pd.read_csv(path, dtype={"id": str, "patient": str}, keep_default_na=False)
-        table, _ = named_model(table.drop(columns="fold", errors="ignore"))
-        if model != "probability":
-            own = {file: risk for risk, file in outcome.columns(model, "").items()}
-            table = table.rename(columns=own, errors="raise")
-        if missing := [name for name in outcome.tested if name not in table]:
-            raise KeyError(missing[0] + (", as it is of times" if "event" in table else ""))
-        table = table[[*outcome.tested, *table.columns.drop(outcome.tested)]]
-        numbers = table.drop(columns=["id", "patient"]).astype(float)
-        risks = numbers.drop(columns=outcome.tested, errors="ignore")
-        is_known = table["label"].isin([0, 1]).all() if "label" in table else True
-        sound = (risks.ge(0) & risks.le(1)).all(axis=None) and is_known
-        if not sound or not len(risks.columns):
-            raise ValueError
-    except KeyError as error:
-        raise InputError(f"{path}: lacks a column: {error.args[0]}") from error
-    except (OSError, ValueError) as error:
-        rule = "labels are 0 or 1, risks are numbers from 0 to 1, of one model"
-        raise InputError(f"{path}: not a table of predictions: {rule}") from error
-    return table.astype(numbers.dtypes)
 
 
 def join_predictions(folders: Mapping[str, Path]) -> pd.DataFrame:

@@ -45,7 +45,7 @@ def stages(args: Namespace) -> dict[str, list[str]]:
 
 def run(args: Namespace, trainer: Any) -> int:
     """Run the README's three training commands, and print where their pages are."""
-    from medgemma_clinical.commands.several import auroc_of  # with torch, once flags are read
+    from medgemma_clinical.commands.prediction_files import auroc_of  # once flags are read
     from medgemma_clinical.distributed import exact_kernels
     from medgemma_clinical.evaluation.topics.written_reports import written_sentence
 

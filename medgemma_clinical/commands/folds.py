@@ -3,41 +3,38 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import logging
 from argparse import Namespace
-from collections.abc import Callable, Collection, Iterable, Sequence
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import joblib
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
 
-from medgemma_clinical.commands import pages, run_folder, several
-from medgemma_clinical.commands.command_line import EXIT_DONE, EXIT_INTERRUPTED
-from medgemma_clinical.commands.compare import read_predictions
-from medgemma_clinical.commands.logs import command_logging
-from medgemma_clinical.commands.results import (
-    log_findings,
-    predictions_csv,
-    save_model,
+from medgemma_clinical.commands import pages, run_folder
+from medgemma_clinical.commands.command_line import EXIT_DONE
+from medgemma_clinical.commands.plan import (
+    Run,
+    Train,
+    carry_out,
+    check_stage1,
+    filled,
+    run_or_continue,
 )
+from medgemma_clinical.commands.prediction_files import (
+    FOLDS,
+    predictions_csv,
+    read_predictions,
+    shared_models,
+)
+from medgemma_clinical.commands.results import log_findings, save_model
 from medgemma_clinical.data.fold_split import draw_folds, fold_dataset, foldable, site_folds
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.distributed import (
-    exact_kernels,
-    few_threads,
-    processes,
-    set_environment,
-    stage1_threads,
-)
+from medgemma_clinical.distributed import few_threads, processes
 from medgemma_clinical.evaluation import baselines, decision
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, Baselines
 from medgemma_clinical.evaluation.decision import DecisionRule
@@ -45,15 +42,7 @@ from medgemma_clinical.evaluation.demographics import demographic_bands, demogra
 from medgemma_clinical.evaluation.metrics_table import Drawn, Metrics, compared_models
 from medgemma_clinical.evaluation.topics.topic import Evaluated, TopicBuilder
 from medgemma_clinical.evaluation.verdicts import at_threshold
-from medgemma_clinical.files import (
-    InputError,
-    RunFault,
-    file_hash,
-    owner_only,
-    read_json,
-    write_json,
-    write_text,
-)
+from medgemma_clinical.files import InputError, file_hash, read_json, write_json, write_text
 from medgemma_clinical.models.checkpoints import (
     BASELINES,
     TRAJECTORY_FILE,
@@ -63,78 +52,85 @@ from medgemma_clinical.models.checkpoints import (
 from medgemma_clinical.models.model_card import MODEL_LIMITS, describe_recommended
 from medgemma_clinical.models.outcome import Outcome, outcome_of
 from medgemma_clinical.models.trained_model import read_trained_config
-from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
-from medgemma_clinical.training.signals import begin_process
 from medgemma_clinical.training.stage import Stage
 from medgemma_clinical.training.state import Progress, describe_epochs, describe_selection
 
 logger = logging.getLogger(__name__)
 
-PREDICTIONS = "predictions_folds.csv"
 FOLD = "{fold}"
 """Stands in a flag's value for the number of the fold."""
 
 Json = dict[str, Any]
-Task = tuple[str, Namespace, TrajectoryDataset]
-"""A fold's name, arguments and data."""
 
 
-def run_folds(
-    args: Namespace, read: Callable[[Namespace], TrajectoryDataset], train: several.Train
-) -> int:
+def run_folds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], train: Train) -> int:
     """Train the unfinished folds; evaluate each patient by the model that did not see it."""
-    folder = run_folder.folds_folder(args)
-    if args.ode_checkpoint and FOLD not in str(args.ode_checkpoint):
-        raise InputError(
-            "--folds: each fold has a stage 1 of its own: write {fold} for its number, as in "
-            f"--ode_checkpoint {folder.parent}/folds_trajectory/fold_{{fold}}/{TRAJECTORY_FILE}"
-        )
-    stage1 = stage1_of_all(args.ode_checkpoint) if args.final and args.ode_checkpoint else None
     args = Namespace(**{**vars(args), "site": args.leave_out or args.site})
+    stage1 = stage1_of_all(args)
     rows = foldable(read(args), args.max_samples, args.seed)
-    names: list[str] = []
+    runs, fold = plan_folds(args, rows)
+    if args.only_fold is not None:  # a task of a job array; the whole command joins the folds
+        if args.only_fold >= len(runs):
+            raise InputError(f"--only_fold {args.only_fold}: the folds are 0 to {len(runs) - 1}")
+        return carry_out(runs[args.only_fold :][:1], train)
+    return carry_out(runs, train) or join_and_finish(args, rows, fold, stage1, train)
+
+
+def plan_folds(
+    args: Namespace, rows: TrajectoryDataset, title: str = ""
+) -> tuple[list[Run], NDArray[np.int64]]:
+    """Return the runs of the folds, or of the sites, and the fold of each row, (N,)."""
     if args.leave_out:
         fold, names = site_folds(rows)
+        titles = [f"fold {k}, site {name}" for k, name in enumerate(names)]
     else:
         fold = draw_folds(rows.groups, rows.labels, args.folds, args.seed, rows.source)
-    runs = [fold_arguments(k, args) for k in range(len(names) or args.folds)]
-    tasks: list[Task] = []
-    for k, fold_args in enumerate(runs):
-        run_folder.given_stage1(fold_args)  # a missing one shows before hours go into the others
-        title = f"fold {k}, site {names[k]}" if names else f"fold {k}"
-        dataset = fold_dataset(rows, fold, k, args.seed, names[k] if names else "")
-        tasks.append((title, fold_args, dataset))
-    if args.only_fold is not None:  # a task of a job array; the whole command joins the folds
-        if args.only_fold >= len(tasks):
-            raise InputError(f"--only_fold {args.only_fold}: the folds are 0 to {len(tasks) - 1}")
-        return train_folds(tasks[args.only_fold :][:1], train)
-    if code := train_folds(tasks, train):
-        return code
+        titles, names = [f"{title}fold {k}" for k in range(args.folds)], [""] * args.folds
+    runs = [
+        Run(titles[k], fold_arguments(k, args), fold_dataset(rows, fold, k, args.seed, name))
+        for k, name in enumerate(names)
+    ]
+    for run in runs:
+        run_folder.given_stage1(run.args)  # a missing one shows before hours go into the others
+    return runs, fold
+
+
+def join_and_finish(
+    args: Namespace,
+    rows: TrajectoryDataset,
+    fold: NDArray[np.int64],
+    stage1: Path | None,  # of all patients, below the stage 2 or 3 of ``--final``
+    train: Train,
+) -> int:
+    """Write what finished folds say together; with ``--final`` train on all patients."""
     if processes().is_main_process:
         write_fold_results(args, rows, fold)
     processes().wait_for_everyone()
     if not args.final:
         return EXIT_DONE
     # Other results of the folds, known by their hash, make another run.
-    changes: Json = {"final": file_hash(folder / run_folder.METRICS)}
-    if stage1:
-        changes["ode_checkpoint"] = stage1
+    final = file_hash(run_folder.folds_folder(args) / run_folder.METRICS)
     everyone = copy.copy(rows)
     everyone.held_out = ()
-    final_args = Namespace(**{**vars(args), **changes})
-    return several.run_or_continue("all patients", final_args, everyone, train)
+    settings = {**vars(args), "final": final, "ode_checkpoint": stage1 or args.ode_checkpoint}
+    return run_or_continue(Run("all patients", Namespace(**settings), everyone), train)
 
 
-def stage1_of_all(folds_stage1: Path) -> Path:
-    """Return the stage 1 of all patients beside the folder of its folds; refuse a missing one."""
-    path = folds_stage1.absolute()
+def stage1_of_all(args: Namespace) -> Path | None:
+    """Return the stage 1 of all patients beside that of the folds; refuse a missing one."""
+    folder = run_folder.folds_folder(args).parent
+    example = folder / f"folds_trajectory/fold_{FOLD}" / TRAJECTORY_FILE
+    check_stage1(args.ode_checkpoint, "--folds", FOLD, example)
+    if args.ode_checkpoint is None or not args.final:
+        return None
+    path = args.ode_checkpoint.absolute()
     if (path.parent.name, path.name) != (f"fold_{FOLD}", TRAJECTORY_FILE):
         raise InputError(
-            f"--final: no stage 1 of all patients is known beside --ode_checkpoint {folds_stage1}: "
+            f"--final: no stage 1 of all patients is known beside --ode_checkpoint {path}: "
             f"give RUN/folds_trajectory/fold_{FOLD}/{TRAJECTORY_FILE}, whose own --final wrote "
             f"RUN/{TRAJECTORY_FILE}"
         )
-    whole = path.parents[2] / TRAJECTORY_FILE
+    whole: Path = path.parents[2] / TRAJECTORY_FILE
     metrics = whole.is_file() and read_trajectory(whole).config.get("metrics", {})
     if not (metrics and "folds" in metrics):
         problem = "not of all patients" if metrics else "no stage 1 of all patients"
@@ -146,52 +142,7 @@ def fold_arguments(k: int, args: Namespace) -> Namespace:
     """Return the arguments of one fold's run: its folder, ``{fold}`` filled in."""
     folder = run_folder.folds_folder(args) / f"fold_{k}"
     alone = {"folds": None, "leave_out": None, "only_fold": None, "final": False}
-    return several.filled(args, FOLD, k, output_dir=folder, **alone)
-
-
-# --------------------------------------------------------------------------- the folds' runs
-
-
-def train_folds(tasks: Sequence[Task], train: several.Train) -> int:
-    """Train the folds one after the other; on a CPU train those of stage 1 in parallel."""
-    # Each has the threads of a stage 1 alone: no result depends on the number of processes.
-    threads = stage1_threads()
-    jobs = min(len(tasks), joblib.cpu_count() // threads)
-    alone = jobs <= 1 or torch.cuda.is_available() or processes().num_processes > 1
-    if alone or not tasks[0][1].trajectory_only:
-        return first_code(several.run_or_continue(*task, train) for task in tasks)
-    begin = partial(begin_process, "medgemma_trainer")
-    try:
-        with joblib.parallel_config("loky", initializer=begin, inner_max_num_threads=threads):
-            # No array goes through a file: they hold patients.
-            parallel = joblib.Parallel(jobs, batch_size=1, max_nbytes=None)
-            has_console = any(handler.get_name() == "console" for handler in logging.root.handlers)
-            return first_code(
-                parallel(joblib.delayed(run_apart)(*task, has_console) for task in tasks)
-            )
-    except BrokenProcessPool as error:
-        raise RunFault(
-            "the process of a fold was ended, perhaps out of memory: rerun the command to "
-            "continue; LOKY_MAX_CPU_COUNT=1 in the environment trains one fold at a time"
-        ) from error
-    except KeyboardInterrupt as stop:
-        logger.error("interrupted: rerun to continue in %s", tasks[0][1].output_dir.parent)
-        return getattr(stop, "code", EXIT_INTERRUPTED)
-
-
-def first_code(codes: Iterable[int]) -> int:
-    """Return the first exit code that is not that of a finished run; later runs are not begun."""
-    return next((code for code in codes if code != EXIT_DONE), EXIT_DONE)
-
-
-def run_apart(title: str, args: Namespace, dataset: TrajectoryDataset, shown: bool) -> int:
-    """Train a fold in a process of its own; see ``run_or_continue``; ``shown``: on the console."""
-    set_environment()
-    kernels = exact_kernels(deterministic=args.deterministic)
-    with owner_only(), kernels, command_logging(first=shown):
-        return several.run_or_continue(
-            title, args, dataset, importlib.import_module("medgemma_trainer").train
-        )
+    return filled(args, FOLD, k, output_dir=folder, **alone)
 
 
 # --------------------------------------------------------------------------- their results
@@ -265,7 +216,7 @@ def write_fold_results(args: Namespace, rows: TrajectoryDataset, fold: NDArray[n
     results = evaluate_folds(args, rows, fold)
     metrics, config, folds = results.metrics, results.config, len(results.tuned)
     folder = run_folder.folds_folder(args)
-    write_text(folder / PREDICTIONS, predictions_csv(results.table))
+    write_text(folder / FOLDS, predictions_csv(results.table))
     write_json(folder / run_folder.METRICS, config["metrics"])
     outcome, threshold = outcome_of(config), config["decision"]["threshold"]
     choice = decision.describe_threshold(
@@ -308,7 +259,7 @@ def join_folds(
 ) -> tuple[pd.DataFrame, NDArray[np.int64]]:
     """Return the test predictions of all folds in the data's order, and their positions in it."""
     read = [read_predictions(path, name, outcome=outcome) for path in folders]
-    tables = several.shared_models(read)
+    tables = shared_models(read)
     table = pd.concat(tables, ignore_index=True)
     if ids is not None:
         table = table[table["id"].isin(ids)]
@@ -425,7 +376,7 @@ def write_final(
     content = read_json(run_folder.folds_folder(args) / run_folder.METRICS)
     decided = content.pop("decided")
     config: Config = {**stage.config, **decided, "metrics": content}
-    if isinstance(stage.model, TrajectoryLLM) and "residual_weight" in decided:
+    if "residual_weight" in decided:
         stage.model.residual_weight = decided["residual_weight"]
     if not processes().is_main_process:
         return config, None

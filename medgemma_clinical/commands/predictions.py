@@ -18,8 +18,6 @@ import pandas as pd
 
 from medgemma_clinical.commands.aggregate import write_aggregate
 from medgemma_clinical.commands.command_line import EXIT_DONE
-from medgemma_clinical.commands.compare import read_predictions
-from medgemma_clinical.commands.folds import PREDICTIONS
 from medgemma_clinical.commands.pages import model_page, result_words
 from medgemma_clinical.commands.patients import (
     ChosenRow,
@@ -27,6 +25,7 @@ from medgemma_clinical.commands.patients import (
     explain_rows,
     patients_path,
 )
+from medgemma_clinical.commands.prediction_files import FOLDS, VAL, read_predictions
 from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.commands.update import write_update
 from medgemma_clinical.data.distributions import last_values, row_medians
@@ -58,7 +57,6 @@ from medgemma_clinical.models.trained_model import TrainedModel
 logger = logging.getLogger(__name__)
 
 KINDS = "leave_out", "folds"
-VAL_PREDICTIONS = "predictions_val.csv"
 
 
 def predict(request: Namespace, kind: type[TrajectoryModel]) -> int:
@@ -160,10 +158,10 @@ def held_out_risks(trained: TrainedModel, checkpoint: Path, choice: str) -> pd.D
     path = trained_model.checkpoint_path(checkpoint).absolute()
     is_stage_1 = trained.config["stage"] == "trajectory"
     stage = trained_model.folder_of_stage_1(path) if is_stage_1 else path.parent
-    file = VAL_PREDICTIONS
+    file = VAL
     if of_folds(trained.config):
         of_sites, of_patients = (stage.parent / f"{kind}_{stage.name}" for kind in KINDS)
-        stage, file = of_sites if of_sites.is_dir() else of_patients, PREDICTIONS
+        stage, file = of_sites if of_sites.is_dir() else of_patients, FOLDS
     try:
         return read_predictions(stage, trained.name, file, outcome=trained.outcome)
     except InputError as error:

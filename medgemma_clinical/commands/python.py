@@ -19,8 +19,9 @@ import pandas as pd
 
 from medgemma_clinical.commands.command_line import EXIT_DONE, Table, build_parser, rows_of
 from medgemma_clinical.commands.flags import check_flags
-from medgemma_clinical.commands.folds import PREDICTIONS, run_folds
+from medgemma_clinical.commands.folds import run_folds
 from medgemma_clinical.commands.logs import recorded
+from medgemma_clinical.commands.prediction_files import FOLDS, read_table
 from medgemma_clinical.commands.run_folder import METRICS, folds_folder, stage_folder
 from medgemma_clinical.commands.run_log import check_output
 from medgemma_clinical.data.trajectories import TrajectoryDataset
@@ -220,14 +221,13 @@ class Training:
         keywords |= {"output_dir": output_dir} | ({name: encoder} if encoder else {})
         with contextlib.ExitStack() as stack:
             if output_dir is None:
-                folder = stack.enter_context(tempfile.TemporaryDirectory())
-                keywords |= {"output_dir": folder, "log_file": "none"}
+                temporary = stack.enter_context(tempfile.TemporaryDirectory())
+                keywords |= {"output_dir": temporary, "log_file": "none"}
             args = stack.enter_context(self._fitting(chosen, keywords, OF_FOLDS))
             read = partial(self._read_rows, rows, keywords)
             if run_folds(args, read, self.train) == EXIT_DONE:
-                path, text = folds_folder(args) / PREDICTIONS, {"id": str, "patient": str}
-                table = pd.read_csv(path, dtype=text, keep_default_na=False)
-                return CrossValidation(table, read_json(folds_folder(args) / METRICS))
+                folder = folds_folder(args)
+                return CrossValidation(read_table(folder / FOLDS), read_json(folder / METRICS))
         raise KeyboardInterrupt
 
     def with_flags(self, function: Callable[..., Any], way: str) -> Callable[..., Any]:

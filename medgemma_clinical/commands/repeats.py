@@ -9,9 +9,11 @@ from functools import partial
 
 import pandas as pd
 
-from medgemma_clinical.commands import folds, run_folder, several
+from medgemma_clinical.commands import folds, run_folder
 from medgemma_clinical.commands.command_line import EXIT_DONE
-from medgemma_clinical.commands.results import log_findings, predictions_csv
+from medgemma_clinical.commands.plan import Train, carry_out, check_stage1, filled
+from medgemma_clinical.commands.prediction_files import FOLDS, REPEATS, predictions_csv, read_table
+from medgemma_clinical.commands.results import log_findings
 from medgemma_clinical.data.fold_split import draw_folds, foldable
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes
@@ -31,32 +33,33 @@ from medgemma_clinical.models.trained_model import read_trained_config
 
 logger = logging.getLogger(__name__)
 
-PREDICTIONS = "predictions_repeats.csv"
 REPEAT = "{repeat}"
 """Stands in a flag's value for the number of the repeat."""
 
 
 def run_repeats(
-    args: Namespace, read: Callable[[Namespace], TrajectoryDataset], train: several.Train
+    args: Namespace, read: Callable[[Namespace], TrajectoryDataset], train: Train
 ) -> int:
     """Run the unfinished repeats of ``--folds`` on the same patients; compare their risks."""
     if args.seeds == 1:
         raise InputError("--folds --seeds 1: nothing to compare: give --seeds 2 or more")
-    if args.ode_checkpoint and REPEAT not in str(args.ode_checkpoint):
-        raise InputError(
-            "--folds --seeds: each repeat has folds of its own, and so a stage 1: write {repeat} "
-            f"for its number, as in --ode_checkpoint {args.output_dir}/repeat_{{repeat}}/"
-            f"folds_trajectory/fold_{folds.FOLD}/{TRAJECTORY_FILE}"
-        )
+    example = args.output_dir / f"repeat_{REPEAT}/folds_trajectory/fold_{folds.FOLD}"
+    check_stage1(args.ode_checkpoint, "--folds --seeds", REPEAT, example / TRAJECTORY_FILE)
+    repeats = [repeat_arguments(repeat, args) for repeat in range(args.seeds)]
+    stages1 = [folds.stage1_of_all(repeat) for repeat in repeats]
     # Drawn by the first seed: --max_samples takes the same patients in all repeats.
     rows = foldable(read(args), args.max_samples, args.seed)
-    runs = [repeat_arguments(repeat, args) for repeat in range(args.seeds)]
-    for repeat, run in enumerate(runs):
-        logger.info("repeat %d of 0 to %d, seed %d", repeat, len(runs) - 1, run.seed)
-        if code := folds.run_folds(run, lambda _: rows, train):
+    planned = [
+        folds.plan_folds(repeat, rows, f"repeat {k}, seed {repeat.seed}, ")
+        for k, repeat in enumerate(repeats)
+    ]
+    if code := carry_out([run for runs, _ in planned for run in runs], train):
+        return code
+    for repeat, stage1, (_, fold) in zip(repeats, stages1, planned, strict=True):
+        if code := folds.join_and_finish(repeat, rows, fold, stage1, train):
             return code
     if processes().is_main_process:
-        write_repeat_results(args, rows, runs)
+        write_repeat_results(args, rows, repeats)
     processes().wait_for_everyone()
     return EXIT_DONE
 
@@ -68,7 +71,7 @@ def repeat_arguments(repeat: int, args: Namespace) -> Namespace:
     """
     folder, final = args.output_dir / f"repeat_{repeat}", args.final and repeat == 0
     changes = {"seed": args.seed + repeat, "seeds": None, "output_dir": folder, "final": final}
-    return several.filled(args, REPEAT, repeat, **changes)
+    return filled(args, REPEAT, repeat, **changes)
 
 
 def write_repeat_results(
@@ -84,7 +87,7 @@ def write_repeat_results(
     risks = joined.drop(columns=outcome.tested)
     described = joined.assign(mean=risks.mean(axis=1), sd=risks.std(axis=1))
     table = described[[*outcome.tested, "mean", "sd", *risks]]
-    write_text(folder / PREDICTIONS, predictions_csv(table))  # the mean is its ``probability``
+    write_text(folder / REPEATS, predictions_csv(table))  # the mean is its ``probability``
     results = []
     for run in runs:
         fold = draw_folds(rows.groups, rows.labels, run.folds, run.seed)
@@ -138,9 +141,8 @@ def write_repeat_results(
 
 def join_repeats(runs: Sequence[Namespace], tested: list[str]) -> pd.DataFrame:
     """Return what happened and a column of risks a repeat, of the rows that all predicted."""
-    risks, text = {}, {"id": str, "patient": str}
+    risks = {}
     for k, run in enumerate(runs):
-        path = run_folder.folds_folder(run) / folds.PREDICTIONS
-        table = pd.read_csv(path, dtype=text, keep_default_na=False)
+        table = read_table(run_folder.folds_folder(run) / FOLDS)
         risks[f"repeat_{k}"] = table.set_index(tested)["probability"]
     return pd.concat(risks, axis=1, join="inner").reset_index()

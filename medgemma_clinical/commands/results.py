@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 
 from medgemma_clinical.commands import pages
+from medgemma_clinical.commands.prediction_files import predictions_csv
 from medgemma_clinical.commands.run_folder import METRICS
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import few_threads, peak_memory, processes
@@ -28,7 +29,6 @@ from medgemma_clinical.evaluation.baselines import (
 )
 from medgemma_clinical.evaluation.demographics import demographic_bands, demographics
 from medgemma_clinical.evaluation.metrics_table import MODEL, Metrics
-from medgemma_clinical.evaluation.time_table import UNCENSORED
 from medgemma_clinical.evaluation.topics.topic import Evaluated
 from medgemma_clinical.evaluation.topics.written_reports import score_reports, written_sentence
 from medgemma_clinical.evaluation.verdicts import Finding, at_threshold, value_text
@@ -258,22 +258,17 @@ def prediction_table(
     return observed.join(pd.DataFrame(columns))
 
 
+def baseline_names(data: Data) -> list[str]:
+    """Return the names of the baselines of some data."""
+    outcome = fit_outcome(data)
+    return outcome.baseline_names(data.dataset, data.split["train"], data.usable_static)
+
+
 def check_primary(primary: str | None, data: Data) -> None:
     """Refuse a ``--primary`` that is none of the baselines of these data, before the training."""
-    outcome = fit_outcome(data)
-    names = outcome.baseline_names(data.dataset, data.split["train"], data.usable_static)
+    names = baseline_names(data)
     if primary is not None and primary not in names:
         raise InputError(f"--primary {primary}: choose from {', '.join(names)}")
-
-
-def predictions_csv(table: pd.DataFrame) -> str:
-    """Return a table of predictions as its file: the model's own column is ``probability``."""
-    names = [name for name in map(str, table) if not name.startswith(UNCENSORED)]
-    place = names.index("patient")
-    model, risks = names[place + 1], names[place + 2 :]
-    ordered = table[[*names[:place], model, "patient", *risks]]
-    own = {name: name.removeprefix(f"{model} ") for name in risks}
-    return ordered.rename(columns=own | {model: "probability"}).to_csv(index=False)
 
 
 def generate_reports(stage: Stage, predictions: decision.Predictions) -> dict[int, str]:

@@ -5,12 +5,12 @@ Counts become texts and metrics null, so that what was hidden once can be hidden
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from pandas.api.types import is_float_dtype
 
 from medgemma_clinical.data.small_cells import count_text
 from medgemma_clinical.evaluation.metrics_table import FOLD_MINORITY, SPREAD, Metrics
@@ -53,7 +53,7 @@ def suppressed(metrics: Metrics, min_cell: int) -> Metrics:
     return Metrics.from_json(suppress(metrics.to_json(), min_cell))
 
 
-def hide(metrics: Json, hidden: Container[str], numbers: Container[str] = ()) -> Json:
+def hide(metrics: Json, hidden: Container[str], numbers: Sequence[str] = ()) -> Json:
     """Return metrics with four digits, without hidden ones and without hidden numbers of each."""
 
     def shown(name: str, metric: Json) -> Json:
@@ -69,18 +69,14 @@ def hide(metrics: Json, hidden: Container[str], numbers: Container[str] = ()) ->
 
 
 def _has_few_at_threshold(part: Json, min_cell: int) -> bool:
-    """Return whether few of those predicted positive, or of the others, have or lack the event.
-
-    A row counts as a patient at most.
-    """
-    patients = min(part["n"], part["patients"])
+    """Return whether few of those predicted positive, or of the others, have or lack the event."""
+    patients = min(part["n"], part["patients"])  # a row counts as a patient at most
     events = part["events"] / part["n"] * patients
-    shares = [part.get(name, {}).get("value") for name in ("sensitivity", "specificity")]
-    if None in shares:
-        return True
-    parts = zip((events, patients - events), shares, strict=True)
-    cells = [count * x for count, share in parts for x in (share, 1 - share)]
-    return bool(round(min(cells), 6) < min_cell)
+    for name, count in (("sensitivity", events), ("specificity", patients - events)):
+        share = part.get(name, {}).get("value")
+        if share is None or round(min(share, 1 - share) * count, 6) < min_cell:
+            return True
+    return False
 
 
 def splits_off_few(count: float, share: float, min_cell: int) -> bool:
@@ -96,28 +92,24 @@ def suppress_table(table: pd.DataFrame, min_cell: int, by: str | None = None) ->
         groups = table.groupby(by, sort=False, observed=True)
         return pd.concat([suppress_table(part, min_cell) for _, part in groups])
     minority = table.get("minority_patients", pd.Series(min_cell, table.index))
+    few = minority.between(1, min_cell - 1)
     table = table.drop(columns="minority_patients", errors="ignore")  # it tells the events
-    counts = [name for name in COUNTS if name in table]
-    counts += [name for name in map(str, table) if name.startswith(EVENTS_OF)]
-    shown = table.astype(dict.fromkeys(counts, object))
-    floats = table.columns[[is_float_dtype(kind) for kind in table.dtypes]]
-    shown[floats] = table[floats].round(3)  # more digits of an AUROC tell the events
-    shown.loc[minority < min_cell, floats] = np.nan
-    for name in counts:
+    shown = table.round(3)  # more digits of an AUROC tell the events
+    shown.loc[minority < min_cell, shown.select_dtypes("float").columns] = np.nan
+    for name in (*filter(table.__contains__, COUNTS), *table.filter(like=EVENTS_OF)):
         count = table[name]
-        small = hidden = (count > 0) & (count < min_cell)
-        few = (minority > 0) & (minority < min_cell)
+        small = hidden = count.between(1, min_cell - 1)
         if name == "events":  # those without it may be few
             hidden = small | few
         if name.startswith(EVENTS_OF):  # they add up to the rows
-            hidden = small | bool(few.any())
+            hidden = small | few.any()
         others = count[~hidden & (count > 0)]
         # The total and the other counts tell a single hidden one.
         if hidden.sum() == 1 and len(others) and name != "left":
             hidden = hidden | (count.index == others.idxmin())
-        texts = [count_text(n, min_cell) for n in count]
-        shown[name] = pd.Series(texts, count.index, object).mask(hidden & ~small, NOT_SHOWN)
-        shown.loc[hidden, table.columns.intersection(SHARES)] = np.nan
+        texts = count.map(partial(count_text, min_cell=min_cell))
+        shown[name] = texts.mask(hidden & ~small, NOT_SHOWN)
+        shown.loc[hidden, shown.columns.intersection(SHARES)] = np.nan
         if name == "removed" and hidden.any():  # two neighbours tell what was removed
             shown.loc[shown.index[:-1], "left"] = NOT_SHOWN
     return shown

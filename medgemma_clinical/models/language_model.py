@@ -27,6 +27,9 @@ if TYPE_CHECKING:  # transformers takes seconds: a function that begins with a m
 
 logger = logging.getLogger(__name__)
 
+# A harmless import warning: a kernel that speeds up 4-bit inference on a CPU is missing.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.CRITICAL)
+
 DEMO_FOLDER = PACKAGE / "sample" / "writer"
 """The model ``demo``; see its README."""
 

@@ -2,10 +2,9 @@
 
     python tests/benchmarks/startup.py [--repeats 5]
 
-In new processes, in turn: an import of torch, an import of TrajectoryModel, --help, and stage 1 on
-the sample data with its defaults up to its first step; then ``predict_proba`` of one row of stage
-1, after the first call. Times are those of the processor, since other work on a machine lengthens
-the elapsed time.
+In new processes, in turn: imports, help, a refused flag, and stage 1 on the sample data with its
+defaults up to its first step; then ``predict_proba`` of one row of stage 1, after the first call.
+Times are those of the processor, since other work on a machine lengthens the elapsed time.
 """
 
 import argparse
@@ -19,6 +18,9 @@ import time
 import pandas as pd
 from common import ROOT, SAMPLE, machine, spread, write
 
+ANSWERS = ["medgemma_trainer --help", "medgemma_trainer --epochs 0"]
+ANSWERS += ["dataset_format from_long --help", "medgemma_clinical predict --help"]
+ANSWERS += ["medgemma_clinical pool --help", "medgemma_clinical compare --help"]
 FIRST_STEP = """
 import os, sys
 import medgemma_trainer as trainer
@@ -32,12 +34,12 @@ sys.exit(trainer.main(sys.argv[1:]) or 1)
 
 
 def ways(folder):
-    """Return the arguments of Python for each way."""
+    """Return the arguments of Python for each way; those of a refused flag hold a 0."""
     stage1 = ["--trajectory_only", "--data_path", str(SAMPLE), "--output_dir", folder]
     return {
         "import torch": ["-c", "import torch"],
         "import TrajectoryModel": ["-c", "from medgemma_trainer import TrajectoryModel"],
-        "--help": [str(ROOT / "medgemma_trainer.py"), "--help"],
+        **{words: ["-m", *words.split()] for words in ANSWERS},
         "first step of stage 1": ["-c", FIRST_STEP, *stage1],
     }
 
@@ -47,7 +49,8 @@ def processor_seconds(words, folder):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command, quiet = [sys.executable, *words], subprocess.DEVNULL
-    subprocess.run(command, check=True, stdout=quiet, stderr=quiet, cwd=folder, env=environment)
+    done = subprocess.run(command, stdout=quiet, stderr=quiet, cwd=folder, env=environment)
+    assert done.returncode == (2 if "0" in words else 0), words
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -76,7 +79,7 @@ def main(argv=None):
             for name, words in ways(folder).items():
                 took.setdefault(name, []).append(processor_seconds(words, folder))
     for name, seconds in took.items():
-        write(f"{name:22} {spread(seconds, 2)} s")
+        write(f"{name:33} {spread(seconds, 2)} s")
     write(f"one row of stage 1: {spread(time_row(40 * arguments.repeats), 2)} ms")
     write(f"{machine('torch', 'pandas')}; median (minimum to maximum) of {arguments.repeats}")
     return 0

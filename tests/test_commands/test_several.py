@@ -15,7 +15,7 @@ import medgemma_trainer as trainer
 import stages
 from conftest import SAMPLE
 from finished_runs import write_run
-from medgemma_clinical.commands import run_folder, several
+from medgemma_clinical.commands import plan, run_folder, several
 from medgemma_clinical.commands.compare import (
     built_in_models_notice,
     cost_of,
@@ -62,7 +62,7 @@ def unbegun(monkeypatch):
     for name in ("given_stage1", "run_data", "run_record"):
         monkeypatch.setattr(run_folder, name, lambda *_: None)
     monkeypatch.setattr(run_folder, "progress_in", lambda folder, facts: "none")
-    monkeypatch.setattr(several, "reset_peak_memory", lambda: None)  # collects garbage
+    monkeypatch.setattr(plan, "reset_peak_memory", lambda: None)  # collects garbage
 
 
 def results_of(path):
@@ -72,12 +72,14 @@ def results_of(path):
 # --------------------------------------------------------------------------- --seeds
 
 
-def test_every_seed_has_its_folder_its_number_and_its_stage_1():
+def test_every_seed_has_its_folder_its_number_and_its_stage_1(tmp_path):
     place = Path("s1/seed_{seed}/x.pt")
-    args = arguments("out", ode_checkpoint=place, log_file="run_{seed}.log", seeds=2)
-    own = several.seed_arguments(7, args)
-    assert (own.seed, own.seeds, own.output_dir) == (7, None, Path("out/seed_7"))
-    assert (own.ode_checkpoint, own.log_file) == (Path("s1/seed_7/x.pt"), "run_7.log")
+    args = arguments(tmp_path, ode_checkpoint=place, log_file="run_{seed}.log", seeds=2)
+    made = []
+    assert run_seeds(args, lambda _: DATASET, fake_train(made)) == 0
+    own = made[1]
+    assert (own.seed, own.seeds, own.output_dir) == (4, None, tmp_path / "seed_4")
+    assert (own.ode_checkpoint, own.log_file) == (Path("s1/seed_4/x.pt"), "run_4.log")
     assert args.ode_checkpoint == place, "the command's own arguments stay"
     with pytest.raises(InputError, match="ode_checkpoint"):
         run_seeds(arguments("out", ode_checkpoint=Path("x.pt"), seeds=2), None, None)
@@ -163,8 +165,7 @@ def test_models_that_some_split_lacks_are_not_pooled(tmp_path):
 
 
 def test_ablations_of_several_seeds_are_pooled(tmp_path):
-    args = arguments(tmp_path, seeds=2, ablation=True, arms=["text", "text + logit"])
-    args.reference = "text"
+    args = arguments(tmp_path, seeds=2, ablation=["text", "text + logit"])
     made = []
     assert run_seeds(args, lambda _: DATASET, fake_train(made)) == 0
     assert len(made) == 6
@@ -181,9 +182,9 @@ def test_every_variant_has_its_flags_and_stands_beside_stage_1_and_the_baselines
     tmp_path, monkeypatch, caplog
 ):
     made, forgotten = [], []
-    monkeypatch.setattr(several, "reset_peak_memory", lambda: forgotten.append(1))
+    monkeypatch.setattr(plan, "reset_peak_memory", lambda: forgotten.append(1))
     with caplog.at_level(logging.INFO):
-        assert run_ablation(arguments(tmp_path, ablation=True), DATASET, fake_train(made)) == 0
+        assert run_ablation(arguments(tmp_path, ablation=[]), DATASET, fake_train(made)) == 0
     assert len({stage_folder(own) for own in made}) == len(VARIANTS) == len(forgotten)
     assert len({str({**vars(own), "output_dir": None}) for own in made}) == len(VARIANTS)
     content = results_of(tmp_path / "ablation" / "ablation.json")
@@ -200,16 +201,16 @@ def test_every_variant_has_its_flags_and_stands_beside_stage_1_and_the_baselines
     assert "Death" in (tmp_path / "ablation" / "ablation.html").read_text()
 
 
-@pytest.mark.parametrize(
-    "change", [{"arms": ["text", "nothing"]}, {"arms": ["text"], "reference": "nothing"}]
-)
-def test_unknown_variants_are_refused(change, tmp_path):
-    with pytest.raises(InputError, match="nothing"):
-        run_ablation(arguments(tmp_path, ablation=True, **change), DATASET, fake_train([]))
+@pytest.mark.parametrize("names", [["text", "nothing"], ["nothing"], ["text", "last value"]])
+def test_unknown_variants_are_refused(names, tmp_path, monkeypatch):
+    monkeypatch.setattr(several, "baseline_names", lambda data: ["last value"])
+    with pytest.raises(InputError, match=names[-1]):
+        run_ablation(arguments(tmp_path, ablation=names), DATASET, fake_train([]))
 
 
-def test_a_baseline_may_be_the_reference(tmp_path):
-    args = arguments(tmp_path, ablation=True, arms=["text"], reference="last value")
+def test_a_baseline_may_be_the_reference(tmp_path, monkeypatch):
+    monkeypatch.setattr(several, "baseline_names", lambda data: ["last value"])
+    args = arguments(tmp_path, ablation=["last value", "text"])
     made = []
     assert run_ablation(args, DATASET, fake_train(made)) == 0
     assert [stage_folder(own).name for own in made] == ["trajectory", "classification"]

@@ -148,6 +148,14 @@ def test_no_text_table_or_figure_tells_a_small_count(kind, threshold, attack):
         assert {1, 2, 3} <= {*attack(rows, threshold, 0, **more)[0].counts()}
 
 
+def test_bins_are_one_where_they_cannot_end_at_a_threshold_that_is_shown(attack):
+    rows = rows_of("usual")
+    rows.loc[(rows["label"] == 1) & (rows[MODEL] < 0.3137), "patient"] = "the same"
+    page, _ = attack(rows, 0.3137, 11)
+    assert len([*page.shares()]) == 3
+    assert len(page.tables["calibration"]) == 1
+
+
 @pytest.mark.parametrize(("events", "shown"), [(12, False), (60, True)])
 def test_ranges_over_folds_go_where_a_fold_has_few_events(events, shown):
     rows, fold = make_rows(300, seed=1), np.arange(300) % 5

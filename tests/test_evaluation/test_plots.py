@@ -116,11 +116,6 @@ def test_the_table_of_thresholds_counts_what_acting_at_each_brings(rows):
     known = table.dropna()
     assert (known["low"] <= known["value"]).all()
     assert (known["value"] <= known["high"]).all()
-    shown_at = {MODEL: [0.1, 0.6, 0.7], "blend": [0.35, 0.6]}
-    hidden = threshold_table(rows, [*shown_at], cuts, 0, shown_at)
-    assert hidden["threshold"].unique().tolist() == [0.1, 0.6]
-    assert hidden["threshold"][hidden["metric"] == "minus blend"].tolist() == [0.6]
-    assert threshold_table(rows, [*shown_at], cuts, 0, {MODEL: [], "blend": cuts}).empty
 
 
 def test_the_distribution_of_risks_holds_each_class_whole(rows):

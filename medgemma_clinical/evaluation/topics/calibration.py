@@ -150,7 +150,8 @@ def calibration_table(
 def smooth_curve(rows: pd.DataFrame, model: str, seed: int) -> pd.DataFrame:
     """Return the flexible calibration curve: predicted risk, observed share, low and high."""
     labels, risk, patients = label_risk_patient(rows, model)
-    at = np.linspace(*np.quantile(risk, SHOWN_RISKS), CURVE_POINTS)
+    first, last = np.quantile(risk, SHOWN_RISKS)
+    at = np.linspace(first, last, CURVE_POINTS)
     drawn = bootstrap(labels, patients, seed, lambda w: calibration_curve(labels, risk, w, at))
     table = with_interval(*drawn).rename(columns={"value": "observed"})
     table.insert(0, "predicted", at)
