@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from medgemma_clinical.evaluation.patients import Explanation, write_patients
+from medgemma_clinical.evaluation.patients import Explanation, patients_page
+from medgemma_clinical.evaluation.report import write_report
 from pages import OUTCOME
 
 THRESHOLD = 0.2532
@@ -27,6 +28,6 @@ ROW = Explanation(
 def write_page(folder, *rows):
     """Write a page of rows and return its path."""
     path = folder / "out.patients.html"
-    notes, method = ["In the training data: 1 of these 2."], {"Model": "Stage 1"}
-    write_patients(path, rows, OUTCOME, THRESHOLD, notes, method)
+    notes, method = ["None of these rows is in the training data."], {"Model": "Stage 1"}
+    write_report(path, patients_page(rows, OUTCOME, THRESHOLD, notes, method))
     return path

@@ -8,6 +8,7 @@ import io
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,21 +21,27 @@ import patient_rows
 import site_files
 import time_rows
 from medgemma_clinical.data.competing_events import CompetingEvents
+from medgemma_clinical.data.distributions import describe
 from medgemma_clinical.evaluation.aggregate import pool_sites
 from medgemma_clinical.evaluation.baselines import MEANINGS
-from medgemma_clinical.evaluation.metrics_table import evaluate
+from medgemma_clinical.evaluation.metrics_table import TESTED, evaluate
+from medgemma_clinical.evaluation.monitor_page import monitor_page
+from medgemma_clinical.evaluation.monitoring import MonitorRule, monitor
 from medgemma_clinical.evaluation.patients import Curves
-from medgemma_clinical.evaluation.report import write_comparison, write_report
-from medgemma_clinical.evaluation.sites_page import write_sites
+from medgemma_clinical.evaluation.report import comparison_page, write_report
+from medgemma_clinical.evaluation.sites_page import sites_page
 from medgemma_clinical.evaluation.tables import COST
-from medgemma_clinical.evaluation.time_table import evaluate_times, time_sentences
-from medgemma_clinical.evaluation.topics.times import time_topics
+from medgemma_clinical.evaluation.time_table import evaluate_times
+from medgemma_clinical.evaluation.topics.instability import instability, repeat_metrics
+from medgemma_clinical.evaluation.updating import evaluate_updates
+from medgemma_clinical.models.outcome import LABEL
+from test_evaluation.test_monitoring import cohort, development
 
 FIGURES = True
 pytestmark = pytest.mark.browser
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-MAX_HEIGHT = 5800
+MAX_HEIGHT = 6000
 """Pixels of a page on a screen of 1280."""
 
 
@@ -59,20 +66,39 @@ def report(folder):
     rows = pages.make_rows()
     rows = rows.assign(**{name: rows["blend"] for name in MEANINGS if name not in rows})
     card = {f"Line {k}": "Words of the model card that fill a line or two. " * 2 for k in range(12)}
-    content = pages.make_content(
-        notice="The language model of this run is random.",
+    words = "bicarbonate 20 (0h) -> 21 (6h). " * 12
+    pages.write_page(
+        folder,
+        rows,
+        notices=["The language model of this run is random."],
         data={"Source": "file.csv", "Static features": ", ".join(map(str, range(60)))},
         card=card | {"SHA-256 of the code": "0" * 64},
+        example={"prompt": words, "target": words, "text": words},
+        list_patients=True,
     )
-    pages.write_page(folder, rows, content, list_patients=True)
     return folder / "report.html"
 
 
 def external(folder):
-    """A report of several sites."""
-    sites = np.repeat(["a clinic of a longer name", "b", "c", "d"], 100)
-    content = pages.make_content(sites=sites, split=None, history=None, reports=None)
-    pages.write_page(folder, content=content)
+    """A report of several sites, with an update."""
+    rows = pages.make_rows()
+    tried = evaluate_updates(rows, pages.MODEL, 0)
+    names = np.repeat(["a clinic of a longer name", "b", "c", "d"], 100)
+    parts = {"described_rows": False, "reports": None, "site_names": names}
+    pages.write_page(folder, rows, updates=tried, tries_updates=True, **parts)
+    return folder / "report.html"
+
+
+def repeats(folder):
+    """Folds that were drawn three times."""
+    rows, rng = pages.make_rows(), np.random.default_rng(0)
+    risks = {f"repeat_{k}": rng.uniform(0, 1, len(rows)) for k in range(3)}
+    by_repeat = pd.DataFrame({"seed": range(3), "threshold": 0.3, "auroc": 0.7})
+    results = [
+        partial(repeat_metrics, table=LABEL.table),
+        partial(instability, table=rows[TESTED].assign(**risks), by_repeat=by_repeat),
+    ]
+    pages.write_page(folder, rows, results=results, folds=5, mixes=None, reports=None)
     return folder / "report.html"
 
 
@@ -82,8 +108,7 @@ def comparison(folder):
     rows = pages.make_rows()
     rows = rows.assign(**{f"runs/of a longer name/{k}": rows["blend"] for k in range(9)})
     table = pd.DataFrame({"Split": ["seed 0"], pages.MODEL: ["0.700 [0.600, 0.800]"]})
-    write_comparison(
-        path,
+    page = comparison_page(
         evaluate(rows, 0, compared=rows.columns[-9:]),
         title="Models",
         sentences=["A sentence."],
@@ -92,6 +117,7 @@ def comparison(folder):
         cost=cost,
         splits=table,
     )
+    write_report(path, page)
     return path
 
 
@@ -100,8 +126,24 @@ def pooled(folder):
     names = "a hospital of a longer name", "b", "c", "d"
     contents = map(site_files.make_site, site_files.parts(pages.make_rows(1600)))
     sites = dict(zip(names, contents, strict=True))
-    write_sites(folder / "sites.html", sites, *pool_sites(sites))
+    write_report(folder / "sites.html", sites_page(sites, *pool_sites(sites)))
     return folder / "sites.html"
+
+
+def monitored(folder):
+    """A year of changed odds, two sites, and an input that changes its unit."""
+    rows = cohort(begin=6, odds_ratio=3)
+    rows["site"] = np.where(np.arange(len(rows)) % 2, "A", "B")
+    values = pd.DataFrame({"glucose": np.random.default_rng(0).normal(140, 30, len(rows))})
+    training = {"static": {}, **describe(pd.concat({"series": values}, axis=1))}
+    values[rows["date"] > "2026-10-15"] /= 18
+    numbers = {"reference": development(), "rule": MonitorRule(), "seed": 0}
+    result = monitor(rows, values, threshold=0.3, training=training, period="month", **numbers)
+    page = monitor_page(
+        result, "Death after go-live", ["patients without a score: 3"], {"Rule": "-"}
+    )
+    write_report(folder / "monitor.html", page)
+    return folder / "monitor.html"
 
 
 def patients(folder):
@@ -124,11 +166,10 @@ def patients(folder):
 def times(folder):
     """A report on times to events."""
     rows, events = time_rows.make_times(), time_rows.EVENTS
-    metrics = replace(evaluate_times(rows, events, 0), primary="blend")
-    content = pages.make_content(
-        describe=lambda metrics, *_: time_sentences(metrics, events), case_mix=None, reports=None
-    )
-    write_report(folder / "report.html", rows, metrics, content, time_topics(events))
+    metrics = replace(evaluate_times(rows, events, 0, 0.25), primary="blend")
+    view = pages.make_evaluated(rows, metrics, threshold=0.25)
+    about = {"outcome": time_rows.OUTCOME, "mixes": None, "reports": None}
+    pages.write_page(folder, evaluated=view, **about)
     return folder / "report.html"
 
 
@@ -142,7 +183,8 @@ def times_of_patients(folder):
     return patient_rows.write_page(folder, row, replace(row, id="second"))
 
 
-PAGES = report, external, comparison, pooled, patients, times, times_of_patients
+PAGES = report, external, repeats, comparison, pooled, monitored, patients, times
+PAGES += (times_of_patients,)
 
 
 @pytest.fixture(scope="module", params=PAGES)
@@ -251,12 +293,3 @@ def test_a_table_shows_that_it_scrolls_and_keeps_its_first_column(browser, tmp_p
     assert first[0] == first[1]
     assert abs(shade[0] - ground[0]) > 40
     assert abs(shade[1] - ground[1]) < 3
-
-
-@pytest.mark.parametrize(("width", "beside"), [(390, False), (1280, True)])
-def test_patients_stand_side_by_side_where_the_width_allows(browser, tmp_path, width, beside):
-    view = browser.new_page(viewport={"width": width, "height": 900})
-    view.goto(patients(tmp_path).as_uri())
-    first, second = (each.bounding_box() for each in view.locator(".patient").all())
-    view.close()
-    assert (first["y"] == second["y"]) == beside

@@ -4,11 +4,14 @@ import numpy as np
 import pandas as pd
 
 from medgemma_clinical.data.competing_events import CompetingEvents
+from medgemma_clinical.models.hazards import Hazards
+from medgemma_clinical.models.outcome import TimeOutcome
 from pages import MODEL
 
-__all__ = ["EVENTS", "MODEL", "make_times"]
+__all__ = ["EVENTS", "MODEL", "OUTCOME", "make_times"]
 
 EVENTS = CompetingEvents(("death", "transplant"), (24.0, 72.0), (2,))
+OUTCOME = TimeOutcome(Hazards(EVENTS, (24.0, 72.0), (1.0, 1.0)))
 
 
 def make_times(n=400, seed=0):

@@ -180,7 +180,6 @@ def plot_forest(metrics: Metrics) -> Plot:
     besides = aurocs["reference"]
     texts = [n if beside == reference else f"{n} minus {beside}" for n, beside in besides.items()]
     name_lines(axes, [f"{reference}, reference", *texts])
-    label = f"AUROC minus that of {reference} [95 %]"
-    axes.set(xlim=(-1.05 * widest, 1.05 * widest), xlabel=label)
+    axes.set(xlim=(-1.05 * widest, 1.05 * widest), xlabel="AUROC minus reference [95 %]")
     alt = f"Forest plot: AUROC of each model minus that of {reference}, with intervals."
     return with_legend(figure) if names else figure, alt

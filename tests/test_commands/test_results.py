@@ -10,7 +10,7 @@ import torch
 
 import medgemma_trainer as trainer
 from language_models import TINY_MODEL
-from medgemma_clinical.commands import report_content, results, run_folder
+from medgemma_clinical.commands import pages, results, run_folder
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, describe_tuning
 from medgemma_clinical.evaluation.decision import (
     Predictions,
@@ -121,7 +121,7 @@ def test_the_methods_name_the_rates_of_what_learns_and_the_rows_of_a_step(runs):
     args = arguments(*words.split())
     data, checkpoint = data_for(args), run_folder.given_stage1(args)
     run = {**run_folder.run_record(args, data, checkpoint), "processes": 2}
-    methods = report_content.training_methods(make_stage(args, data), data, run)
+    methods = pages.training_methods(make_stage(args, data), data, run)
     assert {*re.findall(r"\((\w+)\)", methods["training"])} == {"projection", "llm", "head"}
     assert re.search(r"\b42 rows", methods["training"])
 

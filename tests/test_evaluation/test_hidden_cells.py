@@ -11,12 +11,11 @@ from scipy.special import expit, logit
 from medgemma_clinical.commands.folds import folds_sentence
 from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.metrics_table import SPREAD, Metrics, evaluate
-from medgemma_clinical.evaluation.report import write_report
 from medgemma_clinical.evaluation.suppress import suppress
 from medgemma_clinical.evaluation.updating import evaluate_updates
 from medgemma_clinical.models.model_card import shareable
 from medgemma_clinical.models.outcome import LABEL
-from pages import MODEL, Page, make_content, make_rows
+from pages import MODEL, Page, make_rows, write_page
 
 MODELS = MODEL, "blend"
 SHARES = "sensitivity", "specificity", "ppv", "npv", "positives"
@@ -97,10 +96,7 @@ def attack(monkeypatch, tmp_path):
 
     def write(rows, threshold, min_cell, **more):
         drawn.clear()
-        content = make_content(len(rows), threshold=threshold, **more)
-        metrics = evaluate(rows, 0, threshold)
-        options = {"min_cell": min_cell, "folder": tmp_path}
-        write_report(tmp_path / "report.html", rows, metrics, content, LABEL.topics, **options)
+        write_page(tmp_path, rows, threshold=threshold, min_cell=min_cell, folder=tmp_path, **more)
         return Attack(rows, tmp_path), drawn
 
     return write

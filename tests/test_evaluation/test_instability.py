@@ -15,7 +15,7 @@ from medgemma_clinical.evaluation.topics.instability import (
     measure_instability,
     repeat_metrics,
 )
-from pages import MODEL, Page, make_content, make_rows, write_page
+from pages import MODEL, Page, make_rows, write_page
 
 EACH = pd.DataFrame({"threshold": [0.3, 0.25, 0.32, 0.3], "auroc": [0.71, 0.74, 0.7, 0.73]})
 
@@ -80,9 +80,12 @@ def test_equal_repeats_show_no_difference_and_noise_of_known_size_its_size():
 
 def page_of(root, repeats, rows=None, **options):
     rows = make_rows() if rows is None else rows
-    content = make_content(len(rows), folds=5, noun="stays", repeats=repeats)
-    topics = partial(repeat_metrics, table=model_table), instability
-    return write_page(root, rows, content, topics, folder=root, **options)
+    table, by_repeat = repeats
+    results = [
+        partial(repeat_metrics, table=model_table),
+        partial(instability, table=table, by_repeat=by_repeat),
+    ]
+    return write_page(root, rows, results=results, folds=5, noun="stays", folder=root, **options)
 
 
 def test_the_page_states_the_measures_and_that_they_are_a_lower_bound(tmp_path):

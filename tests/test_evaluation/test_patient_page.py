@@ -30,7 +30,7 @@ def test_what_a_file_holds_stays_text_and_nothing_is_loaded(tmp_path):
     source = write_page(tmp_path, ROW, row).read_text()
     page = Page(source)
     assert not page.open
-    for text in ("<i>7</i> & $x$", "<u>f</u>: <u>v</u>", "<b>pH</b> 7.2"):
+    for text in ("<i>7</i> & $x$", "<u>f</u> <u>v</u>", "<b>pH</b> 7.2"):
         assert text in page.text
     assert not {"i", "u", "s", "script"} & {tag for tag, _ in page.tags}
     assert "http" not in re.sub("http-equiv|http://www.w3.org", "", source)
@@ -76,7 +76,7 @@ def test_incidences_stand_above_each_other_and_are_read_at_the_horizons(tmp_path
     assert words in alt
     page = Page(write_page(tmp_path, replace(ROW, curves=curves), ROW).read_text())
     assert len(page.images()) == 3
-    assert " ".join(f"D{words[1:]}.".split()) in page.text
+    assert " ".join(words.split()) in page.text
 
 
 @pytest.mark.parametrize("references", [ROW.references, (None, None, (1, 2)), (None,) * 3])

@@ -11,7 +11,7 @@ from scipy.special import expit, logit
 
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import evaluate
-from medgemma_clinical.evaluation.report import PATIENTS_NOTICE, write_comparison
+from medgemma_clinical.evaluation.report import PATIENTS_NOTICE, comparison_page, write_report
 from medgemma_clinical.evaluation.tables import model_table
 from medgemma_clinical.evaluation.topics.topic import NO_CURVES
 from medgemma_clinical.evaluation.verdicts import (
@@ -19,15 +19,14 @@ from medgemma_clinical.evaluation.verdicts import (
     NO_VALUE,
     UNDECIDED,
     WORSE,
-    at_threshold,
     sentences,
 )
-from pages import MODEL, OUTCOME, THRESHOLD, Page, make_content, make_rows, write_page
+from pages import MODEL, OUTCOME, SHARES, THRESHOLD, Page, make_evaluated, make_rows, write_page
 
 DRAWS = 200
 SVG = "{http://www.w3.org/2000/svg}"
 SECTIONS = ["Written reports", "Discrimination", "Calibration", "Decision curve", "Baselines"]
-SECTIONS += ["Subgroups", "Case mix", "Table 1", "Methods"]
+SECTIONS += ["Subgroups", "Case mix", "Table 1", "Data", "Methods"]
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +37,7 @@ def page(tmp_path_factory):
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
     path = tmp_path_factory.mktemp("comparison") / "compare.html"
-    write_comparison(
-        path,
+    page = comparison_page(
         evaluate(make_rows(), 0),
         title=f"Models: {OUTCOME}",
         sentences=["A sentence."],
@@ -48,6 +46,7 @@ def comparison(tmp_path_factory):
         cost=pd.DataFrame({"tokens": {MODEL: 1234.0}}),
         splits=pd.DataFrame({"Split": ["seed 0"], MODEL: ["0.700"]}),
     )
+    write_report(path, page)
     return path.read_text(encoding="utf-8")
 
 
@@ -96,42 +95,38 @@ def test_page_and_console_show_the_same_verdicts(tmp_path):
         seen.add(verdict)
     assert seen == {"", *map(str, verdicts)}
     box = Page(source).text.replace("\N{NO-BREAK SPACE}", " ").split("Discrimination")[0]
-    for finding in sentences(
-        metrics, at_threshold(THRESHOLD, make_content(1).threshold_choice), "patients"
-    ):
+    for finding in sentences(metrics, make_evaluated(rows).at_threshold, "patients"):
         assert str(finding).replace("\N{NO-BREAK SPACE}", " ") in box
 
 
 def test_sections_stand_in_order_and_those_without_content_are_left_out(page, tmp_path):
     assert sections(page) == SECTIONS
-    nothing = dict.fromkeys(("flow", "split", "table_one", "history", "reports", "case_mix"))
+    nothing = dict.fromkeys(("described_rows", "reports", "mixes"))
     rows = make_rows(60, baselines=False)
-    alone = write_page(tmp_path, rows, make_content(60, **nothing))
-    assert sections(alone) == [*SECTIONS[1:6], "Methods"]
+    alone = write_page(tmp_path, rows, **nothing)
+    assert sections(alone) == [*SECTIONS[1:6], *SECTIONS[8:]]
     assert len(Page(alone).images()) == 5
     assert alone.count("<table>") == page.count("<table>") - 6
 
 
 def test_where_the_results_are_stage_1s_the_page_links_there_and_folds_them(page, tmp_path):
     for link in ("../trajectory/report.html", ""):
-        source = write_page(tmp_path, content=make_content(stage1_page=link))
+        source = write_page(tmp_path, stage1_page=link)
         folded = source[source.index("<details>") : source.rindex("</details>")]
-        assert sections(folded) == SECTIONS[1:7]
-        assert sections(source) == SECTIONS, "written reports and methods stay open"
+        assert sections(folded) == ["In words", *SECTIONS[1:6]]
+        assert sections(source.replace(folded, "")) == [SECTIONS[0], *SECTIONS[6:]]
         assert ("AUROC 0." in folded, "AUROC 0." in source.replace(folded, "")) == (True, False)
         assert (f'<a href="{link}">' in source) == bool(link)
     assert "report of stage 1" not in page
 
 
-def test_a_patients_data_are_shown_on_an_exact_page_alone(page, tmp_path):
+def test_the_words_of_a_patients_report_that_differ_are_marked_and_escaped(page, tmp_path):
     example = {"prompt": "MARKER <i>7</i>", "target": "Death: yes; last 7"}
     example["text"] = "Death: yes; last <i>9</i>"
-    content = make_content(example=example)
-    source, hidden = (write_page(tmp_path, content=content, min_cell=k) for k in (0, 2))
+    source = write_page(tmp_path, example=example)
     assert "MARKER <i>7</i>" in Page(source).text
     assert source.count("<mark>") == 1 == source.count("<mark>&lt;i&gt;9&lt;/i&gt;</mark>")
-    for other in (page, hidden):
-        assert not [x for x in ("MARKER", "<mark>", "One patient") if x in other]
+    assert not [x for x in ("MARKER", "<mark>", "One patient") if x in page]
 
 
 @pytest.mark.parametrize("min_cell", [0, 40])
@@ -140,10 +135,10 @@ def test_no_table_holds_dashes_alone(min_cell, tmp_path):
     mix = {"patients": 30.0, "prevalence": 0.25}
     reports = {"reports": 30, "numbers_stated": 0, "invented": 0}
     share = dict.fromkeys(("value", "low", "high"))
-    shares = ("right_answer_share", "parse_share", "true_number_share")
-    shares += ("right_trend_share", "inventing_share")
-    content = make_content(30, case_mix=(mix, mix), reports=reports | dict.fromkeys(shares, share))
-    source = write_page(tmp_path, make_rows(30), content, min_cell=min_cell)
+    reports |= dict.fromkeys(SHARES, share)
+    source = write_page(
+        tmp_path, make_rows(30), mixes=(mix, mix), reports=reports, min_cell=min_cell
+    )
     for table in re.findall("<table>(.*?)</table>", source, re.DOTALL):
         lines = [re.findall("<td>(.*?)</td>", line) for line in table.split("<tr>")]
         for cells in [*filter(None, lines), *zip(*filter(None, lines), strict=True)]:
@@ -151,8 +146,8 @@ def test_no_table_holds_dashes_alone(min_cell, tmp_path):
 
 
 def test_what_is_said_first_stands_first(tmp_path):
-    content = make_content(60, notice="A <random> model.", first=["All <is> stage 1."])
-    text = Page(write_page(tmp_path, make_rows(60), content, list_patients=True)).text
+    said = {"notices": ["A <random> model."], "first": ["All <is> stage 1."]}
+    text = Page(write_page(tmp_path, make_rows(60), list_patients=True, **said)).text
     order = ["A <random> model.", PATIENTS_NOTICE, "written reports", "All <is> stage 1.", "AUROC"]
     positions = [text.index(words) for words in order]
     assert positions == sorted(positions)
@@ -160,14 +155,14 @@ def test_what_is_said_first_stands_first(tmp_path):
 
 def test_tables_of_folds_say_that_they_pool_the_risks_of_their_models(page, tmp_path):
     sites = np.where(np.arange(400) % 2, "north", "south")
-    source = write_page(tmp_path, content=make_content(folds=7, sites=sites))
+    source = write_page(tmp_path, folds=7, site_names=sites)
     captions = re.findall('<p class="caption">(.*?)</p>', source)
     assert len([caption for caption in captions if "of 7 models" in caption]) == 3
     assert "models" not in " ".join(re.findall('<p class="caption">(.*?)</p>', page))
 
 
 def test_table_1_has_a_note_where_a_patient_may_count_in_both_outcomes(page, tmp_path):
-    source = write_page(tmp_path, content=make_content(noun="stays"))
+    source = write_page(tmp_path, noun="stays")
     notes = [
         each.partition("<h2>Table 1</h2>")[2].count('<p class="soft">') for each in (page, source)
     ]
@@ -176,7 +171,7 @@ def test_table_1_has_a_note_where_a_patient_may_count_in_both_outcomes(page, tmp
 
 def test_the_rows_with_the_largest_errors_are_named_only_if_patients_are_listed(tmp_path):
     rows = make_rows(60)
-    source = write_page(tmp_path, rows, make_content(60), list_patients=True)
+    source = write_page(tmp_path, rows, list_patients=True)
     worst = (rows["label"] - rows[MODEL]).abs().sort_values(ascending=False)
     assert re.findall(r"MARKER-row-(\d+)", source) == [str(k) for k in worst.index[:10]]
     assert "MARKER-patient" not in source

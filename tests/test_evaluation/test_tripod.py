@@ -5,7 +5,7 @@ import re
 import pandas as pd
 import pytest
 
-from pages import OUTCOME, make_content, make_rows, write_page
+from pages import OUTCOME, make_rows, write_page
 
 LETTERS = {3: "abc", 5: "ab", 6: "abc", 8: "abc", 9: "abc", 12: "abcdefg", 18: "abcdef"}
 LETTERS |= {20: "abc", 23: "ab", 27: "abc"}
@@ -14,8 +14,8 @@ ITEMS = [f"{n}{letter}" for n in range(1, 28) for letter in LETTERS.get(n, [""])
 
 @pytest.fixture
 def filled(tmp_path):
-    def fill(rows=None, content=None, **options):
-        write_page(tmp_path, rows, content, folder=tmp_path, **options)
+    def fill(rows=None, **options):
+        write_page(tmp_path, rows, folder=tmp_path, **options)
         text = (tmp_path / "tripod.md").read_text(encoding="utf-8")
         cells = re.findall(r"^\| (\d+[a-g]?) \| ([^|]+) \| ([^|]+) \|$", text, re.MULTILINE)
         assert [number for number, _, _ in cells] == ITEMS
@@ -27,7 +27,7 @@ def filled(tmp_path):
 def test_each_item_stands_once_and_what_the_run_does_not_know_is_marked(filled, assert_approved):
     question = {"Outcome (label 1)": f"{OUTCOME} | `7`\n| 9", "Horizon": "30 days"}
     rule = pd.DataFrame({"rule": ["no | label"], "removed": [3], "left": [200]})
-    text, answers = filled(content=make_content(question=question, flow=rule))
+    text, answers = filled(question=question, flow=rule)
     assert_approved("tripod", text)
     assert "30 days" in answers["8a"]
     assert answers["17"] == "**for the author**"
@@ -35,8 +35,8 @@ def test_each_item_stands_once_and_what_the_run_does_not_know_is_marked(filled, 
 
 
 def test_a_part_that_does_not_exist_is_left_out(filled):
-    nothing = dict.fromkeys(("flow", "split", "table_one", "methods"))
-    _, answers = filled(make_rows(60, baselines=False), make_content(60, **nothing))
+    rows = make_rows(60, baselines=False)
+    _, answers = filled(rows, described_rows=False, methods={})
     assert answers["12a"] == answers["20c"] == "**for the author**"
     assert "no other model" in answers["12e"]
 

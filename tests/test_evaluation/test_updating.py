@@ -26,7 +26,7 @@ from medgemma_clinical.evaluation.updating import (
     evaluate_updates,
     updated_rule,
 )
-from pages import MODEL, Page, make_content, make_rows, write_page
+from pages import MODEL, Page, make_rows, write_page
 
 
 def cohort(n=3000, **options):
@@ -171,8 +171,8 @@ def test_few_patients_of_either_class_try_no_update(events, others, tried, tmp_p
     table = make_rows(events + others).assign(label=np.repeat([1, 0], [events, others]))
     updates = evaluate_updates(table, MODEL, 0)
     assert (updates is not None) == bool(tried)
-    content = make_content(len(table), updates=updates, tries_updates=True)
-    page = Page(write_page(tmp_path, table, content, folder=tmp_path))
+    tries = {"updates": updates, "tries_updates": True}
+    page = Page(write_page(tmp_path, table, folder=tmp_path, **tries))
     assert ("No update was tried" in page.text) == (not tried)
     assert any("after each update" in alt for alt, _ in page.images()) == bool(tried)
     assert (tmp_path / "figures" / "updates.csv").exists() == bool(tried)

@@ -51,9 +51,17 @@ def test_only_an_interval_that_excludes_the_limit_decides(ends, level):
     assert verdicts.verdict(*ends, 0, MINORITY_PATIENTS - 1) == TOO_FEW
     others = {"blend": (0.71, ends), ENSEMBLE: (0.75, ends)}
     found = sentences(result((0.5 + ends[0], 0.5 + ends[1]), others), AT)
-    assert [finding.verdict for finding in found] == [level, None, level, None, None]
+    opposite = {BETTER: WORSE, WORSE: BETTER}.get(level, level)
+    assert [finding.verdict for finding in found] == [level, opposite, level, None, None]
     found = sentences(result((0.8, 0.9), others, minority=9), AT)
-    assert [finding.verdict for finding in found] == [TOO_FEW, None, TOO_FEW, None, None]
+    assert [finding.verdict for finding in found] == [TOO_FEW, TOO_FEW, TOO_FEW, None, None]
+
+
+def test_a_difference_is_named_and_positive_for_the_better_one():
+    others = {"blend": (0.6, (-0.2, -0.1)), ENSEMBLE: (0.8, (0.1, 0.3))}
+    simple, both = (finding.text for finding in verdicts.comparison(result((0.6, 0.8), others)))
+    assert "this model minus the simple one +0.150 [+0.100," in simple
+    assert "ensemble minus blend +0.200 [+0.100," in both
 
 
 @pytest.mark.parametrize(
@@ -80,7 +88,7 @@ def test_the_decision_stands_in_counts_where_some_row_is_predicted_positive():
     shares = {"positives": 0.256, "ppv": 0.412, "sensitivity": 0.803}
     more = pd.DataFrame({"value": shares}).rename_axis("metric")
     table = pd.concat([metrics.table, pd.concat({MODEL: more}, names=["model"])])
-    text = sentences(replace(metrics, table=table), AT, "stays")[2].text.replace("\xa0", " ")
+    text = sentences(replace(metrics, table=table), AT, "stays")[1].text.replace("\xa0", " ")
     numbers = "11.5 %", "25.6 of 100 stays", "41.2 %", "80.3 %"
     assert [text.index(x) for x in numbers] == sorted(text.index(x) for x in numbers)
     table.loc[(MODEL, "positives"), "value"] = 0

@@ -40,6 +40,7 @@ FURTHER_SITES = "about 90 % of further sites"
 """What a prediction interval of 95 % covers, by simulation, where tau2 is estimated."""
 
 TOO_FEW_SITES = "too few sites"
+ABOUT_I2 = "I\N{SUPERSCRIPT TWO} is the share of the spread between sites that is no chance."
 
 
 Measure = Callable[[NDArray[np.intp], Array], dict[str, Array]]
@@ -182,7 +183,7 @@ def site_topic(table: pd.DataFrame, pooled: Mapping[str, float], noun: str, abou
         calibration = "Calibration by site: below 1 the risks are too high"
         figures["sites_calibration"] = plot_site_calibration(table), calibration
     cells = Cells(subgroup_cells(table, noun), about, is_wide=True)
-    return Topic("Sites", [pooled_sentence(pooled, len(table))], [cells], figures)
+    return Topic("Sites", [pooled_sentence(pooled, len(table)), ABOUT_I2], [cells], figures)
 
 
 def site_table(
@@ -229,8 +230,7 @@ def pooled_sentence(pooled: Mapping[str, float], sites: int) -> str:
         further = f"{TOO_FEW_SITES} to say where further ones lie"
     return (
         f"Pooled over {pooled['sites']:.0f} of {sites} sites: AUROC {auroc}, I\N{SUPERSCRIPT TWO} "
-        f"{percent(pooled['i2'])}; {further}. "
-        "I\N{SUPERSCRIPT TWO} is the share of the spread between sites that is no chance."
+        f"{percent(pooled['i2'])}; {further}."
     )
 
 
@@ -269,7 +269,7 @@ def plot_site_calibration(table: pd.DataFrame) -> plots.Plot:
     figure, axes, names = _plot_metric(table, "oe")
     axes.axvline(1, label="ideal", **plots.DOTTED)
     plots.name_lines(axes, names)
-    axes.set_xlabel("observed divided by expected events")
+    axes.set_xlabel("observed by expected events")
     alt = "Forest plot: observed divided by expected events of each site, with intervals."
     return plots.with_legend(figure, 2), alt
 

@@ -189,13 +189,14 @@ def calibration(events: CompetingEvents, evaluated: Evaluated) -> Topic | None:
         risk = rows[view.model].to_numpy(float) if index is None else None
         plot = plot_calibration(bins, bins[:0], risk)
         figures[f"calibration_{name}"] = plot, f"Risk of {title}"
-    if not bins_of_risks:
+    if not figures:
         return None
     text = (
         f"Do the predicted risks come true? In bins of {noun} by rising risk, as "
         "many should have the event as the dotted line says."
     )
-    numbers["calibration"] = pd.concat(bins_of_risks)
+    if bins_of_risks:
+        numbers["calibration"] = pd.concat(bins_of_risks)
     return Topic("Calibration", [text, *evaluated.no_curves], figures=figures, numbers=numbers)
 
 
