@@ -40,7 +40,7 @@ PARSERS = {
 OTHER_PROGRAMS = {
     *("--config_file", "--num_processes", "--user", "--ask-password", "--local-dir"),
     "--nproc_per_node",
-    "--array",
+    *("--array", "--requeue", "--signal", "--nthreads"),
     "--gpus-per-node",
     "--nnodes",
     "--nodes",
