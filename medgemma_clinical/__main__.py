@@ -91,7 +91,7 @@ def without_verb(verb: str, words: Sequence[str]) -> int:
         sys.stdout.write(f"{VERSION}\n")
         return EXIT_DONE
     if words[0] not in ("-h", "--help"):
-        return refuse(f"{one_line(words[0])} stands before a command: {PROGRAM} --help lists them")
+        return refuse(f"no command: {PROGRAM} train {one_line(words[0])} ... trains")
     lines = [f"  {name:<11} {about}" for name, about in (VERBS | DATA_VERBS).items()]
     about = f"usage: {PROGRAM} COMMAND ...\n\ncommands, each with a --help of its own:\n"
     sys.stdout.write(about + "\n".join(lines) + "\n")

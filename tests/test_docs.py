@@ -40,7 +40,7 @@ PARSERS = {
 OTHER_PROGRAMS = {
     *("--config_file", "--num_processes", "--user", "--ask-password", "--local-dir"),
     "--nproc_per_node",
-    "--array",
+    *("--array", "--requeue", "--signal", "--nthreads"),
     "--gpus-per-node",
     "--nnodes",
     "--nodes",
@@ -138,7 +138,7 @@ def test_commands_of_the_pages_parse(program):
         words = shlex.split(text.replace("\\\n", " "), comments=True)
         if words[0] in VERBS and words[1:]:
             VERB_PARSERS[words[0]].parse_args(words[1:])
-        elif not {"COMMAND", "--help", *VERBS} & {words[0]}:
+        elif not {"COMMAND", "--help", "--version", *VERBS} & {words[0]}:
             script = program.removeprefix("python ") if " " in program else "dataset_format.py"
             PARSERS[script].parse_args(words)
 

@@ -46,9 +46,10 @@ def stages(args: Namespace) -> dict[str, list[str]]:
 def run(args: Namespace, trainer: Any) -> int:
     """Run the README's three training commands, and print where their pages are."""
     from medgemma_clinical.commands.prediction_files import auroc_of  # once flags are read
-    from medgemma_clinical.distributed import exact_kernels
+    from medgemma_clinical.distributed import check_launch, exact_kernels
     from medgemma_clinical.evaluation.topics.written_reports import written_sentence
 
+    check_launch()
     parser = build_parser("medgemma-clinical train", "", trainer.FLAGS)
     for stage, words in stages(args).items():
         logger.info("\n$ medgemma-clinical train %s", shlex.join(words))

@@ -4,7 +4,6 @@ import contextlib
 import os
 import shutil
 import signal
-from argparse import Namespace
 
 import pytest
 
@@ -50,8 +49,7 @@ def run_steps(folder):
 
 def begin(folder, facts=FACTS, *, resume=False):
     """Hold a folder for a new run."""
-    args = Namespace(resume=resume, log_file="none", report_to="none", dry_run=False)
-    return opened(args, folder, facts)
+    return opened(folder, facts, resume=resume, log_file="none", report_to="none")
 
 
 def resume(folder, facts=FACTS):

@@ -211,7 +211,8 @@ def updates(evaluated: Evaluated, tried: Updates | None) -> Topic:
     updated = evaluated.rows[TESTED].join(tried.risks)
     bins = bins_of_many(evaluated)
     curves = {name: calibration_table(updated, name, evaluated.seed, bins) for name in METHODS}
-    is_lower = tried.table.loc[(CHOSEN, "log_loss")]["difference_high"] < 0
+    log_loss: Any = tried.table.loc[(CHOSEN, "log_loss")]
+    is_lower = log_loss["difference_high"] < 0
     text = (
         "An update moves the log-odds of all risks alike, so it changes no ranking. Tests choose "
         f"it: {tried.method}. A slope takes {MIN_SLOPE_EVENTS} events. How good it is "
