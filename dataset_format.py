@@ -118,7 +118,6 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
     """
 
     name = "dka"
-    kind = "DKA format"
     source_flag = "data_path"
     options = (
         *("series", "max_len", "label_column", "allow_duplicates", "site", *dka.NAMING),

@@ -133,7 +133,7 @@ def test_the_page_of_patients_shows_the_incidence_of_each_event(times, tmp_path)
     assert "Patients: death by 24h" in text
     for row in found.nlargest(12, "probability").to_dict("records"):
         first, last = (percent(row[name]).replace("\xa0", " ") for name in RISKS[:2])
-        assert f"Death {first} by 24h, {last} by 72h; transplant" in text
+        assert f"death {first} by 24h, {last} by 72h; transplant" in text
 
 
 def test_python_saves_and_lists_a_model_of_times_and_predicts_no_yes_or_no(times, tmp_path):

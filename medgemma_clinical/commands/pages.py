@@ -82,6 +82,7 @@ def data_terms(dataset: TrajectoryDataset, config: Config) -> dict[str, str]:
     """Return what a page says of the data that a model was trained on."""
     return {
         "Source": Path(dataset.source).name,
+        **({"Kind": dataset.kind} if dataset.kind else {}),
         "Used": f"{len(dataset):,} {dataset.noun}",
         "Missing values": "masked, never filled in",
         "Static features": ", ".join(config["inputs"]["static"]) or "none are read",

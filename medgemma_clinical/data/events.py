@@ -310,7 +310,6 @@ def describe_rows(
         "outcome": request.outcome,
         "plausible": None,
         "prediction_time": f"{time}; {window}, {usable} are read",
-        "horizon": "given by the labels",
         "flow": flow,
         "rows": {"rows": len(rows), "patients": int(patients), "events": int(events)},
     }

@@ -78,7 +78,7 @@ class TrajectoryDataset:
     """N trajectories with labels, patients and text; subclasses bring the clinical words."""
 
     name: ClassVar[str]  # the data set's key among the program's data sets, ``--dataset``
-    kind: ClassVar[str] = "other data"  # the data's format, in a report's words
+    kind: ClassVar[str] = ""  # what the files are, in a report's words
     source_flag: ClassVar[str]  # the trainer's flag for the path of the data, without dashes
     options: ClassVar[tuple[str, ...]] = ()  # flags that the constructor takes as keywords
     row_noun: ClassVar[str] = "stays"  # a clinician's word for rows, where patients have several
@@ -523,7 +523,7 @@ class TrajectoryDataset:
             "Question": self.question,
             f"Outcome ({'label' if self.competing_events is None else 'event'} 1)": self.outcome,
             "Prediction time": f"{moment}; the file does not say how that moment was chosen",
-            "Horizon": "fixed by the labels; the file does not say it",
+            "Horizon": "not stated: ask whoever made the labels until when an event counts",
             "Series": ", ".join(inputs),
         }
 

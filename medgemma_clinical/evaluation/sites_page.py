@@ -11,7 +11,6 @@ import pandas as pd
 from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.pooling import MIN_POOLED
 from medgemma_clinical.evaluation.topics.subgroups import (
-    ABOUT_I2,
     FURTHER_SITES,
     SUBGROUP_METRICS,
     pooled_sentence,
@@ -59,7 +58,7 @@ def sites_page(
     with plots.plot_style():
         topic = site_topic(table, auroc, "patients", "The same model at each site; rounded numbers")
     about = "Each site evaluated the model on its own patients and gave rounded numbers."
-    topics = [replace(topic, text=[about, ABOUT_I2, *notes])]
+    topics = [replace(topic, text=[about, *topic.text[1:], *notes])]
     words = pooled_words(pooled, len(sites))
     if not words:
         of_used = pooled_cells(pooled.loc[used["name"]])

@@ -169,12 +169,12 @@ def comparison(metrics: Metrics) -> list[Finding]:
     if ENSEMBLE in metrics.models[1:] and metrics.models[0] in STAGE_NAMES.values():
         row = metrics.row(ENSEMBLE, "auroc")
         level = difference_verdict(row, minority)
+        both = f"the ensemble of this model and {row.reference}"
         text = (
-            f"{ADDS[level].format('The ensemble of this model and ' + row.reference)} "
-            f"{row.reference} alone: AUROC {value_text(row)}, ensemble minus {row.reference} "
-            f"{difference_text(row)}."
+            f"{ADDS[level].format(both)} {row.reference} alone: AUROC {value_text(row)}, ensemble "
+            f"minus {row.reference} {difference_text(row)}."
         )
-        findings.append(Finding(level, text))
+        findings.append(Finding(level, f"{text[:1].upper()}{text[1:]}"))
     return findings
 
 
@@ -192,7 +192,7 @@ ADDS = {
     BETTER: "{} ranks better than",
     UNDECIDED: "{} is not shown to rank better than",
     WORSE: "{} ranks worse than",
-    TOO_FEW: "Too few events to say whether the ensemble ranks better than",
+    TOO_FEW: "Too few events to say whether {} ranks better than",
 }
 RANKS = {0.9: "very well", 0.8: "well", 0.7: "fairly well", 0.0: "better than chance"}
 """Words for an AUROC whose interval begins at this value or above."""

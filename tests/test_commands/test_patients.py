@@ -18,14 +18,14 @@ from predicting import MARKER, SERIES, STAGES, predicted, spoil, write_data
 
 def shown(out):
     """Return the ids that the page beside predictions shows, in order."""
-    source = patients_path(out).read_text()
-    return re.findall(r'<section id="row-\d+" class="patient">\s*<h2>(.*?)</h2>', source)
+    return re.findall("<h2>(.*?)</h2>", patients_path(out).read_text())[1:-1]
 
 
 def count_in_training(out):
     """Return how many rows of the page are in the training data; None where it is not known."""
-    found = re.search(r"training data: (\d+) of", Page(patients_path(out).read_text()).text)
-    return found and int(found[1])
+    text = Page(patients_path(out).read_text()).text
+    found = re.search(r"(None|\d+) of these (rows|\d+) (is|are) in the training data", text)
+    return found and int(found[1].replace("None", "0"))
 
 
 def test_the_riskiest_rows_are_shown_however_the_file_is_cut(runs, table, tmp_path, monkeypatch):
@@ -59,7 +59,7 @@ def test_the_page_shows_what_the_stage_has_and_all_other_files_are_as_without_it
     page = Page(patients_path(more).read_text())
     for k in (3, 1):
         assert f"row {k} {percent(lines['probability'][k])}".replace("\xa0", " ") in page.text
-    assert ("Soft prompt" in page.text) == (stage != "trajectory")
+    assert ("soft prompt" in page.text) == (stage != "trajectory")
     assert ("Written report" in page.text) == (stage == "generative")
     if stage == "generative":
         assert lines["report"][3].partition(".")[0] in page.text

@@ -130,8 +130,8 @@ def test_metrics_are_those_of_the_labelled_rows(runs, strangers, tmp_path, capsy
     for text in (page, capsys.readouterr().out.replace("\xa0", " ")):
         assert f"AUROC {score:.3f} [" in text
         assert f"{known.sum()} patients" in text
-        assert "the ensemble) " in text
-    assert "simple model (blend with statics)" in page, "as planned in training"
+        assert "he ensemble of this model and" in text
+    assert "simple model (blend with statics;" in page, "as planned in training"
     assert not any(f">{i}<" in page for i in mixed["id"]), "no id of a patient"
     predicted(runs / "trajectory", tmp_path / "mixed.csv", out, "--primary", "last value")
     page = out.with_suffix(".report.html").read_text()

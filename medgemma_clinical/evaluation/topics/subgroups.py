@@ -183,7 +183,9 @@ def site_topic(table: pd.DataFrame, pooled: Mapping[str, float], noun: str, abou
         calibration = "Calibration by site: below 1 the risks are too high"
         figures["sites_calibration"] = plot_site_calibration(table), calibration
     cells = Cells(subgroup_cells(table, noun), about, is_wide=True)
-    return Topic("Sites", [pooled_sentence(pooled, len(table)), ABOUT_I2], [cells], figures)
+    text = [pooled_sentence(pooled, len(table))]
+    text += [ABOUT_I2] if pooled["sites"] >= MIN_POOLED else []
+    return Topic("Sites", text, [cells], figures)
 
 
 def site_table(
