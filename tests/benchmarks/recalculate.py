@@ -177,7 +177,7 @@ def main(argv=None):
 
         out = Path(folder, "out.csv")
         train(
-            "--predict",
+            "predict",
             "--checkpoint",
             stage,
             "--data_path",
