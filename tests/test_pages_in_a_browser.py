@@ -41,7 +41,7 @@ FIGURES = True
 pytestmark = pytest.mark.browser
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
-MAX_HEIGHT = 6000
+MAX_HEIGHT = 5800
 """Pixels of a page on a screen of 1280."""
 
 
@@ -66,25 +66,25 @@ def report(folder):
     rows = pages.make_rows()
     rows = rows.assign(**{name: rows["blend"] for name in MEANINGS if name not in rows})
     card = {f"Line {k}": "Words of the model card that fill a line or two. " * 2 for k in range(12)}
-    words = "bicarbonate 20 (0h) -> 21 (6h). " * 12
     pages.write_page(
         folder,
         rows,
         notices=["The language model of this run is random."],
         data={"Source": "file.csv", "Static features": ", ".join(map(str, range(60)))},
         card=card | {"SHA-256 of the code": "0" * 64},
-        example={"prompt": words, "target": words, "text": words},
         list_patients=True,
     )
     return folder / "report.html"
 
 
 def external(folder):
-    """A report of several sites, with an update."""
+    """A report of several sites, with an update and a written report."""
     rows = pages.make_rows()
     tried = evaluate_updates(rows, pages.MODEL, 0)
     names = np.repeat(["a clinic of a longer name", "b", "c", "d"], 100)
     parts = {"described_rows": False, "reports": None, "site_names": names}
+    words = "bicarbonate 20 (0h) -> 21 (6h). " * 12
+    parts["example"] = {"prompt": words, "target": words, "text": words.replace("21", "22")}
     pages.write_page(folder, rows, updates=tried, tries_updates=True, **parts)
     return folder / "report.html"
 
