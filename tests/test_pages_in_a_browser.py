@@ -32,6 +32,7 @@ from medgemma_clinical.evaluation.report import comparison_page, write_report
 from medgemma_clinical.evaluation.sites_page import sites_page
 from medgemma_clinical.evaluation.tables import COST
 from medgemma_clinical.evaluation.time_table import evaluate_times
+from medgemma_clinical.evaluation.topics.calibration import calibration_updates
 from medgemma_clinical.evaluation.topics.instability import instability, repeat_metrics
 from medgemma_clinical.evaluation.updating import evaluate_updates
 from medgemma_clinical.models.outcome import LABEL
@@ -66,26 +67,19 @@ def report(folder):
     rows = pages.make_rows()
     rows = rows.assign(**{name: rows["blend"] for name in MEANINGS if name not in rows})
     card = {f"Line {k}": "Words of the model card that fill a line or two. " * 2 for k in range(12)}
-    words = "bicarbonate 20 (0h) -> 21 (6h). " * 12
-    pages.write_page(
-        folder,
-        rows,
-        notices=["The language model of this run is random."],
-        data={"Source": "file.csv", "Static features": ", ".join(map(str, range(60)))},
-        card=card | {"SHA-256 of the code": "0" * 64},
-        example={"prompt": words, "target": words, "text": words},
-        list_patients=True,
-    )
+    static = {"inputs": {"static": [f"static_{k}" for k in range(60)]}}
+    pages.write_page(folder, rows, card=card, config=static, list_patients=True)
     return folder / "report.html"
 
 
 def external(folder):
-    """A report of several sites, with an update."""
-    rows = pages.make_rows()
-    tried = evaluate_updates(rows, pages.MODEL, 0)
+    """A report of several sites, with an update and a written report."""
+    rows, words = pages.make_rows(), "bicarbonate 20 (0h) -> 21 (6h). " * 12
+    tried = partial(calibration_updates, tried=evaluate_updates(rows, pages.MODEL, 0))
     names = np.repeat(["a clinic of a longer name", "b", "c", "d"], 100)
-    parts = {"described_rows": False, "reports": None, "site_names": names}
-    pages.write_page(folder, rows, updates=tried, tries_updates=True, **parts)
+    example = {"prompt": words, "target": words, "text": words.replace("21", "22")}
+    results = [*LABEL.topics()[-2:], tried]
+    pages.write_page(folder, rows, results=results, sites=names, example=example)
     return folder / "report.html"
 
 
@@ -98,7 +92,7 @@ def repeats(folder):
         partial(repeat_metrics, table=LABEL.table),
         partial(instability, table=rows[TESTED].assign(**risks), by_repeat=by_repeat),
     ]
-    pages.write_page(folder, rows, results=results, folds=5, mixes=None, reports=None)
+    pages.write_page(folder, rows, results=results, folds=5, history=[])
     return folder / "report.html"
 
 
@@ -168,8 +162,8 @@ def times(folder):
     rows, events = time_rows.make_times(), time_rows.EVENTS
     metrics = replace(evaluate_times(rows, events, 0, 0.25), primary="blend")
     view = pages.make_evaluated(rows, metrics, threshold=0.25)
-    about = {"outcome": time_rows.OUTCOME, "mixes": None, "reports": None}
-    pages.write_page(folder, evaluated=view, **about)
+    outcome = time_rows.OUTCOME
+    pages.write_page(folder, evaluated=view, results=outcome.topics(), config=outcome.config)
     return folder / "report.html"
 
 

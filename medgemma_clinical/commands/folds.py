@@ -38,10 +38,9 @@ from medgemma_clinical.distributed import few_threads, processes
 from medgemma_clinical.evaluation import baselines, decision
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, Baselines
 from medgemma_clinical.evaluation.decision import DecisionRule
-from medgemma_clinical.evaluation.demographics import demographic_bands, demographics
+from medgemma_clinical.evaluation.demographics import demographics
 from medgemma_clinical.evaluation.metrics_table import Drawn, Metrics, compared_models
 from medgemma_clinical.evaluation.topics.topic import Evaluated, TopicBuilder
-from medgemma_clinical.evaluation.verdicts import at_threshold
 from medgemma_clinical.files import InputError, file_hash, read_json, write_json, write_text
 from medgemma_clinical.models.checkpoints import (
     BASELINES,
@@ -218,27 +217,23 @@ def write_fold_results(args: Namespace, rows: TrajectoryDataset, fold: NDArray[n
     folder = run_folder.folds_folder(args)
     write_text(folder / FOLDS, predictions_csv(results.table))
     write_json(folder / run_folder.METRICS, config["metrics"])
-    outcome, threshold = outcome_of(config), config["decision"]["threshold"]
+    outcome = outcome_of(config)
     choice = decision.describe_threshold(
         args.threshold, "these rows, whose metrics at it are optimistic"
     )
     evaluated = Evaluated(
         results.table.drop(columns="fold"),
         metrics,
+        demographics(rows).iloc[results.positions],
         args.seed,
-        threshold,
-        at_threshold(threshold, choice),
+        config["decision"]["threshold"],
+        choice,
         rows.noun,
         args.min_cell,
         folds,
+        bool(args.leave_out),
     )
-    topics = outcome.topics(
-        demographic_bands(demographics(rows).iloc[results.positions]),
-        None if rows.sites is None else rows.sites[results.positions],
-        leaves_out=bool(args.leave_out),
-        before=results.before,
-        recalibration=recalibration_words(config, args.calibrate),
-    )
+    topics = outcome.topics(results.before, recalibration_words(config, args.calibrate))
     shown = folds_sentence(evaluated.metrics, outcome, folds)
     write_folds_page(folder, args, rows, results, evaluated, topics, last=[shown])
     logger.info("")

@@ -36,14 +36,13 @@ from medgemma_clinical.data.small_cells import count_text
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import peak_memory, processes, show_progress
 from medgemma_clinical.evaluation import decision
-from medgemma_clinical.evaluation.demographics import demographic_bands, demographics
+from medgemma_clinical.evaluation.demographics import demographics
 from medgemma_clinical.evaluation.metrics_table import MODEL
 from medgemma_clinical.evaluation.report import build_topics, write_report
 from medgemma_clinical.evaluation.time_table import UNCENSORED
 from medgemma_clinical.evaluation.topics.cohort import case_mix, case_mix_topic, cohort
 from medgemma_clinical.evaluation.topics.topic import Evaluated, Page, TopicBuilder
 from medgemma_clinical.evaluation.topics.written_reports import right_answers
-from medgemma_clinical.evaluation.verdicts import at_threshold
 from medgemma_clinical.files import InputError, atomic, file_hash, locked, move_aside
 from medgemma_clinical.inference.hub import check_folder
 from medgemma_clinical.inference.scoring import count_implausible, prediction_table, scoring_rows
@@ -359,8 +358,7 @@ def report_labelled(
     choice = decision.describe_threshold(
         model.config.get("threshold_choice"), choosing_rows(model.config)
     )
-    words = at_threshold(rule.threshold, choice)
-    evaluated = Evaluated(rows, metrics, request.seed, rule.threshold, words, noun, min_cell)
+    evaluated = Evaluated(rows, metrics, new, request.seed, rule.threshold, choice, noun, min_cell)
     first = ""
     if model.stage == "generative" and name == model.trained.name:
         first = right_answers(rows, name, rule.threshold, request.seed, min_cell)
@@ -369,7 +367,6 @@ def report_labelled(
         tally,
         model.config,
         dataset,
-        new,
         case_mix(new, medians, min_cell),
         overlap,
         updates,
@@ -379,7 +376,7 @@ def report_labelled(
     )
     path = report_path(request.predictions)
     write_report(path, page)
-    found = outcome.sentences(metrics, words, noun)
+    found = outcome.sentences(metrics, evaluated.at_threshold, noun)
     lines = "\n".join([*filter(None, [first, weight_0_sentence(model.config)]), *map(str, found)])
     logger.info("\n%s\n%s\nreport: %s", lines, note, path)
     return Labelled(new, metrics.primary, updates)
@@ -390,8 +387,7 @@ def cohort_page(
     tally: PredictionTally,
     config: Config,
     dataset: TrajectoryDataset,
-    rows: pd.DataFrame,  # ``demographics`` of the evaluated rows
-    mix: dict[str, Any],  # their ``case_mix``
+    mix: dict[str, Any],  # ``case_mix`` of the evaluated rows
     overlap: Overlap,
     updates: Any,
     *,
@@ -409,16 +405,13 @@ def cohort_page(
     ]
     changes = f"intercept {rule.intercept:+.2f}, slope {rule.slope:.2f}"
     recalibration = f"The risks were recalibrated on {choosing_rows(config)}: {changes}."
-    results = tally.outcome.topics(
-        demographic_bands(rows),
-        None if dataset.sites is None else rows["site"].to_numpy(str),
-        recalibration=recalibration if rule.is_moved else "",
-        updates=updates,
-        tries_updates=True,
-    )
+    results = [
+        *tally.outcome.topics(recalibration=recalibration if rule.is_moved else ""),
+        partial(tally.outcome.update_topic, tried=updates),
+    ]
     data = {
         "Source": source,
-        "Scored": f"{len(rows):,} {noun} with a score and a label",
+        "Scored": f"{len(evaluated.rows):,} {noun} with a score and a label",
         "Missing values": "masked, never filled in",
     }
     counts = pd.DataFrame(flow, columns=list(FLOW_COLUMNS[:3]))

@@ -17,6 +17,7 @@ from medgemma_clinical.commands.results import log_findings
 from medgemma_clinical.data.fold_split import draw_folds, foldable
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes
+from medgemma_clinical.evaluation.demographics import demographics
 from medgemma_clinical.evaluation.metrics_table import compared_models, mean_of_repeats
 from medgemma_clinical.evaluation.topics.instability import (
     instability,
@@ -25,7 +26,7 @@ from medgemma_clinical.evaluation.topics.instability import (
     repeat_metrics,
 )
 from medgemma_clinical.evaluation.topics.topic import Evaluated
-from medgemma_clinical.evaluation.verdicts import at_threshold, percent
+from medgemma_clinical.evaluation.verdicts import percent
 from medgemma_clinical.files import InputError, read_json, write_json, write_text
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.outcome import outcome_of
@@ -113,14 +114,14 @@ def write_repeat_results(
     )
     ends = percent(thresholds.min()), percent(thresholds.max())
     tested = results[0].table.drop(columns="fold")
-    mean, threshold = described.set_index("id")["mean"][tested["id"]], float(thresholds.mean())
-    choice = f"the mean of those of the repeats ({ends[0]} to {ends[1]})"
+    mean = described.set_index("id")["mean"][tested["id"]]
     evaluated = Evaluated(
         tested.assign(**{metrics.models[0]: mean.to_numpy()}),
         metrics,
+        demographics(rows).iloc[results[0].positions],
         args.seed,
-        threshold,
-        at_threshold(threshold, choice),
+        float(thresholds.mean()),
+        f"the mean of those of the repeats ({ends[0]} to {ends[1]})",
         rows.noun,
         args.min_cell,
         args.folds,

@@ -27,7 +27,7 @@ from medgemma_clinical.evaluation.baselines import (
     Baselines,
     describe_tuning,
 )
-from medgemma_clinical.evaluation.demographics import demographic_bands, demographics
+from medgemma_clinical.evaluation.demographics import demographics
 from medgemma_clinical.evaluation.metrics_table import MODEL, Metrics
 from medgemma_clinical.evaluation.topics.topic import Evaluated
 from medgemma_clinical.evaluation.topics.written_reports import score_reports, written_sentence
@@ -157,12 +157,14 @@ def write(
         if is_writer:
             text = "".join(json.dumps(line) + "\n" for line in lines)
             write_text(folder / "generations_test.jsonl", text)
+        patients, threshold = demographics(dataset).iloc[scored.rows], decided.rule.threshold
         evaluated = Evaluated(
             tables["test"],
             metrics["test"],
+            patients,
             args.seed,
-            decided.rule.threshold,
-            beginning,
+            threshold,
+            choice,
             dataset.noun,
             args.min_cell,
         )
@@ -182,9 +184,7 @@ def write(
             dataset,
             config,
             outcome.topics(
-                demographic_bands(demographics(dataset).iloc[scored.rows]),
-                None if dataset.sites is None else dataset.sites[scored.rows],
-                recalibration=methods["recalibration"] if args.calibrate == "platt" else "",
+                recalibration=methods["recalibration"] if args.calibrate == "platt" else ""
             ),
             split=data.split,
             card=run_card(

@@ -81,10 +81,11 @@ def period_cells(monitored: Monitored) -> pd.DataFrame:
     counts: Any = monitored.counts[monitored.counts["site"] == ""].itertuples()
     for count in counts:
         known = f"{count.known:,}{'' if count.is_complete else ', waiting'}"
-        line = {"Period": count.period, "Patients": f"{count.patients:,}", "Known": known}
-        for name, (heading, form) in METRICS.items():
+        line = {"Period": count.period}
+        for name in ("oe", "auroc", *METRICS):  # a phone shows the first columns
+            heading, form = METRICS[name]
             line[heading] = marked_text(of_all.loc[(count.period, name)], form)
-        lines.append(line)
+        lines.append(line | {"Patients": f"{count.patients:,}", "Known": known})
     return pd.DataFrame(lines)
 
 

@@ -62,12 +62,11 @@ from medgemma_clinical.evaluation.time_updates import (
     evaluate_time_updates,
     moved_risk,
 )
-from medgemma_clinical.evaluation.topics.calibration import calibration_topic
-from medgemma_clinical.evaluation.topics.calibration import updates as updates_topic
+from medgemma_clinical.evaluation.topics.calibration import calibration_topic, calibration_updates
 from medgemma_clinical.evaluation.topics.decision_curve import decision as decision_topic
 from medgemma_clinical.evaluation.topics.discrimination import discrimination, model_comparison
 from medgemma_clinical.evaluation.topics.subgroups import sites, subgroups
-from medgemma_clinical.evaluation.topics.times import time_topics
+from medgemma_clinical.evaluation.topics.times import time_topics, time_updates
 from medgemma_clinical.evaluation.topics.topic import TopicBuilder
 from medgemma_clinical.evaluation.updating import evaluate_updates, updated_rule
 from medgemma_clinical.files import InputError
@@ -120,28 +119,15 @@ class LabelOutcome:
     evaluate_updates = staticmethod(evaluate_updates)
     sentences = staticmethod(verdicts.sentences)
     table = staticmethod(tables.model_table)
+    update_topic = staticmethod(calibration_updates)
 
-    def topics(
-        self,
-        bands: pd.DataFrame,  # ordered categories of the rows
-        site_names: NDArray[Any] | None,  # hospital or unit of each row
-        *,
-        leaves_out: bool = False,  # each site is tested by a model of the other sites
-        before: Array | None = None,  # risks (n,) before the recalibration
-        recalibration: str = "",
-        updates: Any = None,  # what ``evaluate_updates`` returned
-        tries_updates: bool = False,
-    ) -> list[TopicBuilder]:
-        """Return what builds the sections of a report on the risks, in their order."""
-        return [
-            discrimination,
-            partial(calibration_topic, before=before, recalibration=recalibration),
-            *([partial(updates_topic, tried=updates)] if tries_updates else []),
-            decision_topic,
-            model_comparison,
-            partial(subgroups, bands=bands),
-            partial(sites, names=site_names, leaves_out=leaves_out),
-        ]
+    def topics(self, before: Array | None = None, recalibration: str = "") -> list[TopicBuilder]:
+        """Return what builds the sections of a report on the risks, in their order.
+
+        ``before`` (n,): risks before the recalibration, which ``recalibration`` describes.
+        """
+        calibration = partial(calibration_topic, before=before, recalibration=recalibration)
+        return [discrimination, calibration, decision_topic, model_comparison, subgroups, sites]
 
     # ------------------------------------------------------------------ what is learned
 
@@ -314,20 +300,11 @@ class TimeOutcome:
     has_curves: ClassVar[bool] = True
     tested: ClassVar[list[str]] = OBSERVED
     means_of_folds: ClassVar[str] = "AUROC, Brier score and scaled Brier score"
+    update_topic = staticmethod(time_updates)
 
-    def topics(
-        self,
-        bands: pd.DataFrame,
-        site_names: NDArray[Any] | None,
-        *,
-        leaves_out: bool = False,
-        before: None = None,  # no rule moves times
-        recalibration: str = "",
-        updates: TimeUpdates | None = None,
-        tries_updates: bool = False,
-    ) -> list[TopicBuilder]:
-        """Return what builds the sections of a report on the risks, in their order."""
-        return time_topics(self.hazards.events, bands, site_names, leaves_out, updates)
+    def topics(self, before: None = None, recalibration: str = "") -> list[TopicBuilder]:
+        """Return what builds the sections of a report on the risks, which no rule moves."""
+        return time_topics(self.hazards.events)
 
     @property
     def width(self) -> int:

@@ -1,6 +1,7 @@
 """Attacks on a page that hides small counts: nothing that it shows gives one of them away."""
 
 import re
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +13,7 @@ from medgemma_clinical.commands.folds import folds_sentence
 from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.metrics_table import SPREAD, Metrics, evaluate
 from medgemma_clinical.evaluation.suppress import suppress
+from medgemma_clinical.evaluation.topics.calibration import calibration_updates
 from medgemma_clinical.evaluation.updating import evaluate_updates
 from medgemma_clinical.models.model_card import shareable
 from medgemma_clinical.models.outcome import LABEL
@@ -94,9 +96,10 @@ def attack(monkeypatch, tmp_path):
 
     monkeypatch.setattr(plots, "to_image", seen)
 
-    def write(rows, threshold, min_cell, **more):
+    def write(rows, threshold, min_cell, *tried):
         drawn.clear()
-        write_page(tmp_path, rows, threshold=threshold, min_cell=min_cell, folder=tmp_path, **more)
+        results = [*LABEL.topics(), *(partial(calibration_updates, tried=x) for x in tried)]
+        write_page(tmp_path, rows, results=results, threshold=threshold, min_cell=min_cell)
         return Attack(rows, tmp_path), drawn
 
     return write
@@ -124,8 +127,8 @@ CASES = [("usual", 0.03), *((k, 0.3137) for k in ("usual", "many", "tied", "repe
 def test_no_text_table_or_figure_tells_a_small_count(kind, threshold, attack):
     """Nor does a difference of two of them; without hiding, they do."""
     rows = rows_of(kind)
-    more = {"tries_updates": True, "updates": evaluate_updates(rows, MODEL, 0)}
-    page, figures = attack(rows, threshold, 11, **more)
+    tried = evaluate_updates(rows, MODEL, 0)
+    page, figures = attack(rows, threshold, 11, tried)
     assert not [count for count in page.counts() if 0 < count < 11]
     bins = page.tables["calibration"]
     for share in (bins["observed"], 1 - bins["observed"]):
@@ -145,7 +148,7 @@ def test_no_text_table_or_figure_tells_a_small_count(kind, threshold, attack):
         assert not [*axes.patches, *axes.images]
         assert max(len(line.get_xdata()) for line in axes.lines) <= max(2, len(bins))
     if kind == "usual":
-        assert {1, 2, 3} <= {*attack(rows, threshold, 0, **more)[0].counts()}
+        assert {1, 2, 3} <= {*attack(rows, threshold, 0, tried)[0].counts()}
 
 
 def test_bins_are_one_where_they_cannot_end_at_a_threshold_that_is_shown(attack):

@@ -85,7 +85,7 @@ def page_of(root, repeats, rows=None, **options):
         partial(repeat_metrics, table=model_table),
         partial(instability, table=table, by_repeat=by_repeat),
     ]
-    return write_page(root, rows, results=results, folds=5, noun="stays", folder=root, **options)
+    return write_page(root, rows, results=results, folds=5, noun="stays", **options)
 
 
 def test_the_page_states_the_measures_and_that_they_are_a_lower_bound(tmp_path):

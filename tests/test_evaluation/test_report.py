@@ -1,6 +1,7 @@
 """report.html and the page of a comparison: what they say, hide, escape, and write as files."""
 
 import re
+from functools import partial
 from itertools import pairwise
 from xml.etree import ElementTree
 
@@ -13,6 +14,7 @@ from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import evaluate
 from medgemma_clinical.evaluation.report import PATIENTS_NOTICE, comparison_page, write_report
 from medgemma_clinical.evaluation.tables import model_table
+from medgemma_clinical.evaluation.topics.cohort import case_mix_topic
 from medgemma_clinical.evaluation.topics.topic import NO_CURVES
 from medgemma_clinical.evaluation.verdicts import (
     BETTER,
@@ -21,6 +23,8 @@ from medgemma_clinical.evaluation.verdicts import (
     WORSE,
     sentences,
 )
+from medgemma_clinical.models.choices import DEMO
+from medgemma_clinical.models.outcome import LABEL
 from pages import MODEL, OUTCOME, SHARES, THRESHOLD, Page, make_evaluated, make_rows, write_page
 
 DRAWS = 200
@@ -101,20 +105,18 @@ def test_page_and_console_show_the_same_verdicts(tmp_path):
 
 def test_sections_stand_in_order_and_those_without_content_are_left_out(page, tmp_path):
     assert sections(page) == SECTIONS
-    nothing = dict.fromkeys(("described_rows", "reports", "mixes"))
-    rows = make_rows(60, baselines=False)
-    alone = write_page(tmp_path, rows, **nothing)
-    assert sections(alone) == [*SECTIONS[1:6], *SECTIONS[8:]]
+    bare = {"results": LABEL.topics(), "history": [], "flow": None, "config": {"metrics": {}}}
+    alone = write_page(tmp_path, make_rows(60, baselines=False), **bare)
+    assert sections(alone) == [*SECTIONS[1:6], *SECTIONS[7:]]
     assert len(Page(alone).images()) == 5
-    assert alone.count("<table>") == page.count("<table>") - 6
 
 
 def test_where_the_results_are_stage_1s_the_page_links_there_and_folds_them(page, tmp_path):
     for link in ("../trajectory/report.html", ""):
         source = write_page(tmp_path, stage1_page=link)
         folded = source[source.index("<details>") : source.rindex("</details>")]
-        assert sections(folded) == ["In words", *SECTIONS[1:6]]
-        assert sections(source.replace(folded, "")) == [SECTIONS[0], *SECTIONS[6:]]
+        assert sections(folded) == ["In words", *SECTIONS[1:7]]
+        assert sections(source.replace(folded, "")) == [SECTIONS[0], *SECTIONS[7:]]
         assert ("AUROC 0." in folded, "AUROC 0." in source.replace(folded, "")) == (True, False)
         assert (f'<a href="{link}">' in source) == bool(link)
     assert "report of stage 1" not in page
@@ -136,9 +138,9 @@ def test_no_table_holds_dashes_alone(min_cell, tmp_path):
     reports = {"reports": 30, "numbers_stated": 0, "invented": 0}
     share = dict.fromkeys(("value", "low", "high"))
     reports |= dict.fromkeys(SHARES, share)
-    source = write_page(
-        tmp_path, make_rows(30), mixes=(mix, mix), reports=reports, min_cell=min_cell
-    )
+    results = [*LABEL.topics(), partial(case_mix_topic, development=mix, here=mix)]
+    shown = {"results": results, "config": {"metrics": {"reports": reports}}}
+    source = write_page(tmp_path, make_rows(30), min_cell=min_cell, **shown)
     for table in re.findall("<table>(.*?)</table>", source, re.DOTALL):
         lines = [re.findall("<td>(.*?)</td>", line) for line in table.split("<tr>")]
         for cells in [*filter(None, lines), *zip(*filter(None, lines), strict=True)]:
@@ -146,16 +148,25 @@ def test_no_table_holds_dashes_alone(min_cell, tmp_path):
 
 
 def test_what_is_said_first_stands_first(tmp_path):
-    said = {"notices": ["A <random> model."], "first": ["All <is> stage 1."]}
-    text = Page(write_page(tmp_path, make_rows(60), list_patients=True, **said)).text
-    order = ["A <random> model.", PATIENTS_NOTICE, "written reports", "All <is> stage 1.", "AUROC"]
+    unused = {"base_model": DEMO, "base_sha256": None, "residual_weight": 0, "shuffled": False}
+    unused |= {"base_weights": "pretrained", "base_revision": None, "stage1_logit": True}
+    unused |= {"quantization": "none", "precision": "fp32"}
+    source = write_page(tmp_path, make_rows(60), config=unused, list_patients=True)
+    text = Page(source).text
+    order = [
+        "it knows no medicine",
+        PATIENTS_NOTICE,
+        "written reports",
+        "not shown to add",
+        "AUROC",
+    ]
     positions = [text.index(words) for words in order]
     assert positions == sorted(positions)
 
 
 def test_tables_of_folds_say_that_they_pool_the_risks_of_their_models(page, tmp_path):
     sites = np.where(np.arange(400) % 2, "north", "south")
-    source = write_page(tmp_path, folds=7, site_names=sites)
+    source = write_page(tmp_path, folds=7, sites=sites)
     captions = re.findall('<p class="caption">(.*?)</p>', source)
     assert len([caption for caption in captions if "of 7 models" in caption]) == 3
     assert "models" not in " ".join(re.findall('<p class="caption">(.*?)</p>', page))
@@ -187,7 +198,7 @@ def test_small_counts_are_hidden(tmp_path):
     assert "--min_cell 17" in text
     assert text.count(NO_CURVES) == 3, "discrimination, calibration, decision curve"
     assert "no label fewer than 17" in text, "the flow"
-    assert "size: few \N{EN DASH} fewer than 17" in text, "a subgroup"
+    assert "observations: 1 \N{EN DASH} fewer than 17" in text, "a subgroup"
     assert "training 100" in text
     assert "validation 20 fewer than 17" in text, "events of a part"
     names = [name.split(" ")[:2] for name, _ in Page(hidden).images()]
@@ -208,13 +219,13 @@ def test_a_part_with_few_events_shows_no_metric_and_no_curve(tmp_path):
     rows = make_rows(300)
     rows.loc[rows.index[rows["label"] == 1][10:], "label"] = 0
     assert sections(write_page(tmp_path, rows)) == SECTIONS
-    source = write_page(tmp_path, rows, min_cell=11, folder=tmp_path)
-    assert sections(source) == [SECTIONS[0], *SECTIONS[6:]]
+    source = write_page(tmp_path, rows, min_cell=11)
+    assert sections(source) == [SECTIONS[0], *SECTIONS[7:]]
     assert len(Page(source).images()) == 1, "learning curve"
     assert "AUROC 0" not in Page(source).text
     names = {path.name for path in (tmp_path / "figures").iterdir()}
     assert names == {"learning_curve.pdf", "learning_curve.svg", "split.csv", "flow.csv"} | {
-        *("case_mix.csv", "table_one.csv")
+        "table_one.csv"
     }
 
 
@@ -223,7 +234,7 @@ def test_each_figure_and_each_table_is_also_a_file(figures, tmp_path):
     old.parent.mkdir()
     old.touch()
     rows = make_rows()
-    page, folder = Page(write_page(tmp_path, rows, folder=tmp_path)), tmp_path / "figures"
+    page, folder = Page(write_page(tmp_path, rows)), tmp_path / "figures"
     assert not old.exists()
     drawn = [path for path in folder.iterdir() if path.suffix == ".svg"]
     words = [set(re.findall("<text.*?>(.*?)</text>", svg)) for _, svg in page.images()]

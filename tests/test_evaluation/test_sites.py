@@ -107,7 +107,7 @@ def test_a_site_has_its_own_auroc_and_few_patients_have_none():
 def test_the_page_shows_each_site_and_hides_small_counts(min_cell, tmp_path):
     rows = make_rows(700)
     sites = np.repeat(["north", "<i>south</i>", "west", "hamlet"], [300, 295, 90, 15])
-    source = write_page(tmp_path, rows, site_names=sites, min_cell=min_cell, folder=tmp_path)
+    source = write_page(tmp_path, rows, sites=sites, min_cell=min_cell)
     cells = dict(
         re.findall(r'<th scope="row">([^<]+)</th>\s*<td>.*?</td>\s*<td>([^<]*)</td>', source)
     )
@@ -128,7 +128,7 @@ def test_the_page_shows_each_site_and_hides_small_counts(min_cell, tmp_path):
 
 def test_sites_of_one_patient_each_are_not_pooled(tmp_path):
     alone = np.arange(60).astype(str)
-    source = write_page(tmp_path, make_rows(60), site_names=alone)
+    source = write_page(tmp_path, make_rows(60), sites=alone)
     assert "Nothing is pooled" in Page(source).text
 
 

@@ -5,12 +5,15 @@ import pandas as pd
 import pytest
 
 from medgemma_clinical.evaluation import tables
+from medgemma_clinical.evaluation.demographics import demographic_bands
 from medgemma_clinical.evaluation.metrics_table import evaluate
 from medgemma_clinical.evaluation.suppress import suppress_table
 from medgemma_clinical.evaluation.topics.cohort import case_mix_cells, count_cells, part_table
 from medgemma_clinical.evaluation.topics.subgroups import subgroup_cells, subgroup_table
 from medgemma_clinical.evaluation.verdicts import NO_VALUE, TOO_FEW
-from pages import MODEL, THRESHOLD, make_bands, make_rows
+from pages import MODEL, THRESHOLD, make_patients, make_rows
+
+FEW = "observations: 1"
 
 
 @pytest.fixture(scope="module")
@@ -42,16 +45,16 @@ def test_over_several_splits_the_spread_is_shown():
 
 def test_a_subgroup_of_few_patients_has_no_auroc():
     rows = make_rows()
-    groups = subgroup_table(rows, MODEL, make_bands(400), 0)
+    groups = subgroup_table(rows, MODEL, demographic_bands(make_patients(400)), 0)
     table = subgroup_cells(groups, "stays").set_index("Subgroup")
-    assert list(table.index) == ["size: few", "size: many"]
-    assert table.loc["size: few", "AUROC [95 %]"] == NO_VALUE
-    assert table.loc["size: few", "Stays"] == "15"
-    assert table.loc["size: few", "Observed"] != NO_VALUE
+    assert list(table.index) == [FEW, "observations: 10 to 19"]
+    assert table.loc[FEW, "AUROC [95 %]"] == NO_VALUE
+    assert table.loc[FEW, "Stays"] == "15"
+    assert table.loc[FEW, "Observed"] != NO_VALUE
     hidden = subgroup_cells(suppress_table(groups, 20, by="group"), "patients")
     hidden = hidden.set_index("Subgroup")
-    assert hidden.loc["size: few", "Patients"] == "fewer than 20"
-    assert hidden.loc["size: few", "Observed"] == NO_VALUE
+    assert hidden.loc[FEW, "Patients"] == "fewer than 20"
+    assert hidden.loc[FEW, "Observed"] == NO_VALUE
 
 
 def test_parts_of_the_split_are_counted():

@@ -15,7 +15,7 @@ from medgemma_clinical.evaluation.topics.calibration import calibration_table
 from medgemma_clinical.evaluation.topics.decision_curve import decision_curve
 from medgemma_clinical.evaluation.topics.topic import NO_CURVES
 from medgemma_clinical.evaluation.verdicts import value_text
-from pages import Page, make_bands, make_evaluated, write_page
+from pages import Page, make_evaluated, write_page
 from test_evaluation.test_time_metrics import incidence_at
 from time_rows import EVENTS, MODEL, OUTCOME, make_times
 
@@ -134,11 +134,11 @@ def test_the_risk_without_an_intervention_takes_it_for_the_end_of_a_record(rows,
 
 
 def test_a_report_has_these_sections_and_hides_small_counts(rows, metrics, tmp_path):
-    topics, found = times.time_topics(EVENTS, make_bands(len(rows)), None), {}
+    found = {}
     for min_cell in (0, 10):
         view = evaluated(rows, metrics, min_cell)
         source = write_page(
-            tmp_path, evaluated=view, results=topics, outcome=OUTCOME, folder=tmp_path
+            tmp_path, evaluated=view, results=OUTCOME.topics(), config=OUTCOME.config
         )
         found[min_cell] = Page(source)
         bins = pd.read_csv(tmp_path / "figures" / "calibration.csv")
@@ -168,7 +168,8 @@ def test_a_risk_that_is_not_measured_has_no_figure(rows, metrics):
 
 def test_a_site_has_its_own_metrics_at_the_first_horizon(rows, metrics):
     at = np.where(np.arange(len(rows)) % 3 == 0, "north", "south")
-    topic = times.time_topics(EVENTS, make_bands(len(rows)), at)[-1](evaluated(rows, metrics))
+    view = make_evaluated(rows, metrics, sites=at, threshold=0.25)
+    topic = times.time_topics(EVENTS)[-1](view)
     table = topic.numbers["sites"].set_index("site")
     for name, risk in (("north", at == "north"), ("south", at == "south")):
         own = rows[risk]

@@ -1,5 +1,7 @@
 """Updates of a model in a new cohort: which one tests choose, and what it brings to other rows."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,6 +22,7 @@ from medgemma_clinical.evaluation.decision import (
     fit_updates,
 )
 from medgemma_clinical.evaluation.metrics import calibration
+from medgemma_clinical.evaluation.topics.calibration import calibration_updates
 from medgemma_clinical.evaluation.updating import (
     CHOSEN,
     crosswise,
@@ -171,8 +174,8 @@ def test_few_patients_of_either_class_try_no_update(events, others, tried, tmp_p
     table = make_rows(events + others).assign(label=np.repeat([1, 0], [events, others]))
     updates = evaluate_updates(table, MODEL, 0)
     assert (updates is not None) == bool(tried)
-    tries = {"updates": updates, "tries_updates": True}
-    page = Page(write_page(tmp_path, table, folder=tmp_path, **tries))
+    results = [partial(calibration_updates, tried=updates)]
+    page = Page(write_page(tmp_path, table, results=results))
     assert ("No update was tried" in page.text) == (not tried)
     assert any("after each update" in alt for alt, _ in page.images()) == bool(tried)
     assert (tmp_path / "figures" / "updates.csv").exists() == bool(tried)

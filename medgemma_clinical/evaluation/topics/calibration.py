@@ -199,7 +199,7 @@ def plot_risks(labels: Array, risk: Array) -> plots.Plot:
     return figure, "Histograms of the predicted risks of events and of non-events."
 
 
-def updates(evaluated: Evaluated, tried: Updates | None) -> Topic:
+def calibration_updates(evaluated: Evaluated, tried: Updates | None) -> Topic:
     """Return the topic; None: too few patients to try an update."""
     title, noun = "Calibration after an update", evaluated.noun
     if tried is None:

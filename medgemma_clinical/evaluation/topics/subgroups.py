@@ -20,6 +20,7 @@ from scipy.stats import norm
 
 from medgemma_clinical.data.small_cells import count_text
 from medgemma_clinical.evaluation import plots
+from medgemma_clinical.evaluation.demographics import demographic_bands
 from medgemma_clinical.evaluation.metrics import Array, calibration, metrics
 from medgemma_clinical.evaluation.metrics_table import (
     MINORITY_PATIENTS,
@@ -47,13 +48,10 @@ Measure = Callable[[NDArray[np.intp], Array], dict[str, Array]]
 """From some rows and weights (R, n) to metrics (R,) of these rows, ``SUBGROUP_METRICS``."""
 
 
-def subgroups(
-    evaluated: Evaluated,
-    bands: pd.DataFrame,  # ordered categories of the rows, a column a grouping
-    measure: Measure | None = None,  # of a label where None
-) -> Topic:
-    """Return the topic."""
+def subgroups(evaluated: Evaluated, measure: Measure | None = None) -> Topic:
+    """Return the topic; ``measure`` is the label's where None."""
     rows, widening = evaluated.rows, evaluated.exact.widening
+    bands = demographic_bands(evaluated.patients)
     exact = subgroup_table(rows, evaluated.model, bands, evaluated.seed, measure, widening)
     table = suppress_table(exact, evaluated.min_cell, by="group")
     cells = subgroup_cells(table, evaluated.noun)
@@ -149,17 +147,13 @@ def subgroup_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
     return cells
 
 
-def sites(
-    evaluated: Evaluated,
-    names: NDArray[Any] | None,  # hospital or unit of each row
-    leaves_out: bool = False,  # each site is tested by a model of the other sites
-    measure: Measure | None = None,  # of a label where None
-) -> Topic | None:
-    """Return the topic; None without sites."""
-    if names is None:
+def sites(evaluated: Evaluated, measure: Measure | None = None) -> Topic | None:
+    """Return the topic; None without sites. ``measure`` is the label's where None."""
+    if evaluated.patients["site"].isna().all():
         return None
+    names = evaluated.patients["site"].to_numpy(str)
     # A site that was held out is tested by one model, which learned from none of its patients.
-    rows, widening = evaluated.rows, 1.0 if leaves_out else evaluated.exact.widening
+    rows, widening = evaluated.rows, 1.0 if evaluated.leaves_out else evaluated.exact.widening
     exact = site_table(rows, evaluated.model, names, evaluated.seed, measure, widening)
     table = suppress_table(exact, evaluated.min_cell)
     pooled = pool(exact[table["auroc"].notna()])

@@ -44,23 +44,12 @@ LOOKS |= {"middle risk": (plots.INK, "--"), "high risk": (plots.OTHER, "-.")}
 """Names of one to three groups, and how their curves are drawn."""
 
 
-def time_topics(
-    events: CompetingEvents,
-    bands: pd.DataFrame,
-    site_names: NDArray[Any] | None,
-    leaves_out: bool = False,
-    tried: TimeUpdates | None = None,
-) -> list[TopicBuilder]:
+def time_topics(events: CompetingEvents) -> list[TopicBuilder]:
     """Return what builds the topics of these events, in their order."""
-    at_sites = partial(sites, names=site_names, leaves_out=leaves_out)
     return [
-        partial(risks, events),
-        partial(calibration, events),
-        partial(updates, tried=tried),
-        partial(decision, events),
+        *(partial(build, events) for build in (risks, calibration, decision)),
         partial(model_comparison, meanings=MEANINGS | TIME_MEANINGS),
-        partial(in_groups, events, partial(subgroups, bands=bands)),
-        partial(in_groups, events, at_sites),
+        *(partial(in_groups, events, build) for build in (subgroups, sites)),
     ]
 
 
@@ -200,7 +189,7 @@ def calibration(events: CompetingEvents, evaluated: Evaluated) -> Topic | None:
     return Topic("Calibration", [text, *evaluated.no_curves], figures=figures, numbers=numbers)
 
 
-def updates(evaluated: Evaluated, tried: TimeUpdates | None) -> Topic | None:
+def time_updates(evaluated: Evaluated, tried: TimeUpdates | None) -> Topic | None:
     """Return the topic of what moving the risks brings; None where it is not tried."""
     if tried is None:
         return None
@@ -223,7 +212,7 @@ def in_groups(events: CompetingEvents, build: Any, evaluated: Evaluated) -> Topi
         statuses = statuses_of(view.rows, events, name, weights, members)
         return statuses.ranking(risk[members]) | statuses.calibration(risk[members])
 
-    topic = build(view, measure=measure)
+    topic = build(view, measure)
     text = f"Risk of {events.risk_titles[name]}."
     return topic and replace(topic, text=[text, *topic.text])
 

@@ -13,7 +13,7 @@ from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.metrics_table import Metrics
 from medgemma_clinical.evaluation.plots import Plot
 from medgemma_clinical.evaluation.suppress import suppressed
-from medgemma_clinical.evaluation.verdicts import Finding, primary_baseline
+from medgemma_clinical.evaluation.verdicts import Finding, at_threshold, primary_baseline
 
 NO_CURVES = "Small counts are hidden: no curve of single rows is drawn."
 
@@ -67,17 +67,24 @@ class Evaluated:
 
     rows: pd.DataFrame  # ``TESTED``, then the risk of each model
     exact: Metrics
+    patients: pd.DataFrame  # ``demographics`` of the rows
     seed: int  # of the bootstrap
     threshold: float  # risk from which on the event is predicted
-    at_threshold: str  # how a sentence about it begins
+    threshold_choice: str  # how it was chosen, on which rows
     noun: str = "patients"  # what the rows are
     min_cell: int = 0  # smaller counts are hidden
     folds: int = 0  # models whose risks of their own folds are evaluated together; 0: one model
+    leaves_out: bool = False  # each site is tested by a model of the other sites
 
     @cached_property
     def metrics(self) -> Metrics:
         """The metrics, small counts hidden."""
         return suppressed(self.exact, self.min_cell)
+
+    @property
+    def at_threshold(self) -> str:
+        """How a sentence about the threshold begins."""
+        return at_threshold(self.threshold, self.threshold_choice)
 
     @property
     def has_few(self) -> bool:
