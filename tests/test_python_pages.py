@@ -17,7 +17,9 @@ from conftest import SAMPLE
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "medgemma_clinical" / "docs"
 SNIPPET = re.compile(r"<!-- snippet -->\n```python\n(.*?)```", re.DOTALL)
-COMMAND = re.compile(r"^python ([\w/]+)\.py ((?:[^\n]*\\\n)*[^\n]*)", re.MULTILINE)
+COMMAND = re.compile(
+    r"^(?:python ([\w/]+)\.py|medgemma-clinical) ((?:[^\n]*\\\n)*[^\n]*)", re.MULTILINE
+)
 MAIN = {
     "dataset_format": dataset_format.main,
     "medgemma_trainer": medgemma_trainer.main,
@@ -61,7 +63,9 @@ def test_commands_of_a_page(page, begin, end, made):
     text = (DOCS / page).read_text(encoding="utf-8").split(begin)[1].split(end)[0]
     for script, words in COMMAND.findall(text):
         quick = [flag for known, flag in QUICK.items() if known in words]
-        assert MAIN[script](shlex.split(words.replace("\\\n", " ")) + quick) == 0
+        assert (
+            MAIN[script or "medgemma_trainer"](shlex.split(words.replace("\\\n", " ")) + quick) == 0
+        )
     assert Path(made).is_file()
 
 
