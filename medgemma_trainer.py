@@ -29,9 +29,7 @@ Letters: B patients, L observations, F features, H state, P soft tokens, D width
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
-import math
 import os
 import signal
 import sys
@@ -228,7 +226,7 @@ from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory import Stage1, TrajectoryCollator, TrajectoryHead
 from medgemma_clinical.models.trajectory_llm import LLMClassifier, LLMWriter, SoftPrompt
 from medgemma_clinical.training import memory
-from medgemma_clinical.training.evaluate import score_batches
+from medgemma_clinical.training.evaluate import center, score_batches
 from medgemma_clinical.training.loaders import part_batches
 from medgemma_clinical.training.signals import SIGNALS, Stopped
 from medgemma_clinical.training.stage import Stage
@@ -592,8 +590,10 @@ def fit(
                     raise Stopped(SIGNALS.received or signal.SIGTERM)
             save_state(stage, state)
         predictions = validate(stage, state) if len(stage.batches["val"].rows) else None
-        # Keep the good epochs, and stop where no member has reached a lower loss for long.
-        if keep_good(stage, state, predictions):
+        # Keep the epochs whose validation loss is within ``LOSS_TOLERANCE`` of the lowest, and stop
+        # where no member has reached a lower one for long.
+        losses = None if predictions is None else predictions.losses
+        if state.keep_good(losses, stage.patience, stage.final_epochs):
             save_best(stage, state, folder)
         exhausted = bool(progress.losses) and epoch - max(progress.lowest_epochs) >= stage.patience
         state.add_elapsed()
@@ -606,7 +606,7 @@ def fit(
         if progress.over:
             save_state(stage, state)
     bar.close()
-    set_best(stage, state)
+    state.set_best(lambda: score(stage, "val").losses)
     center(stage)
     run_log.record_average(progress, folder)
     if folder and distributed.processes().is_main_process:
@@ -668,53 +668,6 @@ def validate(stage: Stage, state: TrainState) -> Predictions:
         predictions = score(stage, "val")
     state.progress.check_validation(predictions.loss)
     return predictions
-
-
-def keep_good(stage: Stage, state: TrainState, predictions: Predictions | None) -> bool:
-    """Early stopping: keep the averaged weights of the epochs that are good for some member.
-
-    These are the epochs whose validation loss is within ``LOSS_TOLERANCE`` of the member's lowest
-    so far; without a validation part those that the folds chose, or the last one. A member whose
-    patience has ended keeps its own. Return whether this epoch is among them.
-    """
-    progress, epoch = state.progress, state.progress.epoch + 1
-    if predictions is None:
-        chosen = [k for k in stage.final_epochs or [epoch] if k <= epoch] or [epoch]
-        progress.averaged = [chosen for _ in {*state.members}]
-    else:
-        learns = progress.learning(stage.patience) if epoch > 1 else itertools.repeat(True)
-        pairs = zip(predictions.losses.tolist(), learns, strict=False)
-        progress.losses.append([loss if learned else math.inf for loss, learned in pairs])
-        progress.averaged = progress.good_epochs()
-    good = {*itertools.chain(*progress.averaged)}
-    if epoch in good:
-        state.epochs[epoch] = [weight.cpu().clone() for weight in state.average.weights]
-    state.epochs = {k: weights for k, weights in state.epochs.items() if k in good}
-    return epoch in good
-
-
-def set_best(stage: Stage, state: TrainState) -> None:
-    """Set the mean weights of the good epochs; of a member whose mean is not good, the best one."""
-    progress = state.progress
-    state.set_weights(state.mean_weights())
-    if progress.losses:
-        losses, lowest_epochs = score(stage, "val").losses, progress.lowest_epochs
-        for member, loss in enumerate(losses):
-            if not loss <= progress.limits[member]:
-                progress.averaged[member] = [lowest_epochs[member]]
-        state.set_weights(state.mean_weights())
-
-
-def center(stage: Stage) -> None:
-    """Shift stage 1's logits until its risks of the training part agree with the events there.
-
-    The noise of dropout, which evaluation lacks, raises the risks of a rare event.
-    """
-    batches = part_batches({"all": stage.batches["train"].rows}, stage.batch_size)["all"]
-    for member in stage.centred:
-        predictions = score_batches(member, batches, stage.collate)
-        shift = member.outcome.shift(predictions, stage.targets[predictions.rows])
-        member.shift(torch.from_numpy(shift))
 
 
 # --------------------------------------------------------------------------- decisions

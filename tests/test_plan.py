@@ -1,10 +1,9 @@
 """A plan of runs in the workers of a user's joblib backend: the same results, nothing of ours."""
 
-import logging
-
 import joblib
 import pandas as pd
 import pytest
+from joblib.parallel import MultiprocessingBackend
 
 from conftest import SAMPLE
 from medgemma_clinical.commands import plan
@@ -28,7 +27,6 @@ def test_a_dask_cluster_finds_to_the_byte_what_this_machine_does(tmp_path, caplo
     assert "travel" not in caplog.text
     cluster = distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None)
     with cluster, distributed.Client(cluster), joblib.parallel_config("dask"):
-        caplog.set_level(logging.INFO)
         cross_validate(rows, output_dir=tmp_path / "there", **FLAGS)
     assert "rows of patients travel" in caplog.text
     found = results_of(tmp_path / "there")
@@ -40,3 +38,11 @@ def test_a_dask_cluster_finds_to_the_byte_what_this_machine_does(tmp_path, caplo
 def test_the_backends_of_one_machine_keep_our_workers(name):
     with joblib.parallel_config(name):
         assert plan.active_cluster() == ""
+
+
+def test_a_cluster_whose_backend_is_built_on_one_of_joblib_is_no_machine_of_ours():
+    class RayBackend(MultiprocessingBackend):
+        """As Ray's is."""
+
+    with joblib.parallel_config(RayBackend()):
+        assert plan.active_cluster() == "Ray"

@@ -78,8 +78,9 @@ def carry_out(runs: Sequence[Run], train: Train) -> int:
     with show_progress((), "runs", len(runs)) as bar:
         cluster = active_cluster()
         if cluster and processes().num_processes == 1:
+            # A warning: without logging of the user's own nothing below it is shown.
             text = "%d runs go to the workers of joblib's %s: the rows of patients travel there"
-            logger.info(text, len(runs), cluster)
+            logger.warning(text, len(runs), cluster)
             tasks = (joblib.delayed(run_on_cluster)(run, train) for run in runs)
             return first_code(parallel_codes(-1)(tasks), bar)
         # Each has the threads of a stage 1 alone: no result depends on the number of processes.
@@ -92,9 +93,9 @@ def carry_out(runs: Sequence[Run], train: Train) -> int:
 
 def active_cluster() -> str:
     """Return the name of the user's joblib backend if its workers are not ours, else empty."""
-    backend = parallel.get_active_backend()[0]
-    own = tuple(parallel.BACKENDS[name] for name in OWN_BACKENDS if name in parallel.BACKENDS)
-    return "" if isinstance(backend, own) else type(backend).__name__.removesuffix("Backend")
+    kind = type(parallel.get_active_backend()[0])  # Ray's is a subclass of multiprocessing's
+    is_own = kind in [parallel.BACKENDS.get(name) for name in OWN_BACKENDS]
+    return "" if is_own else kind.__name__.removesuffix("Backend")
 
 
 def parallel_codes(jobs: int) -> joblib.Parallel:

@@ -13,6 +13,20 @@ from torch import nn
 from medgemma_clinical.distributed import compute_batches
 from medgemma_clinical.evaluation.decision import Predictions
 from medgemma_clinical.models.trajectory import Output
+from medgemma_clinical.training.loaders import part_batches
+from medgemma_clinical.training.stage import Stage
+
+
+def center(stage: Stage) -> None:
+    """Shift stage 1's logits until its risks of the training part agree with the events there.
+
+    The noise of dropout, which evaluation lacks, raises the risks of a rare event.
+    """
+    batches = part_batches({"all": stage.batches["train"].rows}, stage.batch_size)["all"]
+    for member in stage.centred:
+        predictions = score_batches(member, batches, stage.collate)
+        shift = member.outcome.shift(predictions, stage.targets[predictions.rows])
+        member.shift(torch.from_numpy(shift))
 
 
 @torch.no_grad()

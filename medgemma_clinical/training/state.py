@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.files import InputError, RunFault, atomic
 
 logger = logging.getLogger(__name__)
@@ -213,6 +215,41 @@ class TrainState:
         if not self.progress.losses or self.accelerator.num_processes > 1:
             return [True for _ in {*self.members}]
         return self.progress.learning(patience)
+
+    def keep_good(
+        self, losses: Array | None, patience: int, final_epochs: Sequence[int] | None
+    ) -> bool:
+        """Keep the averaged weights of the epochs that are good for some member.
+
+        ``losses`` (N,) are those of the validation part; without one the good epochs are those that
+        the folds chose, or the last one. A member whose patience has ended keeps its own. Return
+        whether this epoch is among them.
+        """
+        progress, epoch = self.progress, self.progress.epoch + 1
+        if losses is None:
+            chosen = [k for k in final_epochs or [epoch] if k <= epoch] or [epoch]
+            progress.averaged = [chosen for _ in {*self.members}]
+        else:
+            learns = progress.learning(patience) if epoch > 1 else itertools.repeat(True)
+            pairs = zip(losses.tolist(), learns, strict=False)
+            progress.losses.append([loss if learned else math.inf for loss, learned in pairs])
+            progress.averaged = progress.good_epochs()
+        good = {*itertools.chain(*progress.averaged)}
+        if epoch in good:
+            self.epochs[epoch] = [weight.cpu().clone() for weight in self.average.weights]
+        self.epochs = {k: weights for k, weights in self.epochs.items() if k in good}
+        return epoch in good
+
+    def set_best(self, validate: Callable[[], Array]) -> None:
+        """Set the mean weights of the good epochs; the best where a member's mean is not good."""
+        progress = self.progress
+        self.set_weights(self.mean_weights())
+        if progress.losses:
+            lowest_epochs = progress.lowest_epochs
+            for member, loss in enumerate(validate()):
+                if not loss <= progress.limits[member]:
+                    progress.averaged[member] = [lowest_epochs[member]]
+            self.set_weights(self.mean_weights())
 
     def mean_weights(self) -> list[Tensor]:
         """Return the mean of the weights of each member's averaged epochs."""

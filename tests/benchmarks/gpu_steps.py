@@ -150,7 +150,7 @@ def largest_difference(found, expected):
 def predict(plan):
     """Predict all rows with stage 2's model; compare those of its test part with the run."""
     out, run_folder = plan.folder / "predictions.csv", plan.folder / "runs" / "classification"
-    words = ["--predict", "--checkpoint", run_folder, "--model_name", plan.folder / "model"]
+    words = ["predict", "--checkpoint", run_folder, "--model_name", plan.folder / "model"]
     run(*words, "--data_path", plan.folder / "data.csv", "--predictions", out)
     found = risks_of(out)
     assert len(found) == (TOY_PATIENTS if plan.toy else PATIENTS), len(found)

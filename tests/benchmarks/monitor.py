@@ -1,4 +1,4 @@
-"""Two simulated years of a hospital: what ``--monitor`` says each month, beside the truth.
+"""Two simulated years of a hospital: what ``monitor`` says each month, beside the truth.
 
 Rows that trained no model are drawn again, with dates. Metrics that decide nothing are left out,
 and the levels of the alarms are computed once, as all years have the same patients.

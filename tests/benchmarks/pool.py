@@ -1,10 +1,10 @@
-"""Units of a file as sites: what ``--pool`` says of their aggregates, beside ``--site``.
+"""Units of a file as sites: what ``pool`` says of their aggregates, beside ``--site``.
 
     python tests/benchmarks/pool.py [--data FILE.csv] [--seed 0] [flags of the trainer]
 
 Trains stage 1 on a random half of the rows. The other half is split by its ``static_unit_...``
 columns, each unit writes an aggregate, and the units are pooled twice: from these files, and from
-the joined rows by ``--predict --site``.
+the joined rows by ``predict --site``.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main(argv=None):
 
         def predicted(name, *more):
             source, out = folder / f"{name}.csv", folder / f"{name}.out.csv"
-            words = ["--predict", "--checkpoint", folder / "run" / "trajectory", *more]
+            words = ["predict", "--checkpoint", folder / "run" / "trajectory", *more]
             return train(*words, "--data_path", source, "--predictions", out)
 
         for name in sites:
@@ -64,14 +64,14 @@ def main(argv=None):
         predicted("all", "--site", "unit")
         page = (folder / "all.out.report.html").read_text(encoding="utf-8").replace("\xa0", " ")
         files = [folder / f"{name}.agg.json" for name in sites]
-        table = train("--pool", *files, "--output_dir", folder / "pooled")
+        table = train("pool", *files, "--output_dir", folder / "pooled")
         counts = [json.loads(file.read_text()) for file in files]
     joined = re.search(r"(Pooled over|Nothing is pooled).*?(?=</p>)", page)
     each = (f"{name} {x['patients']}/{x['events']}" for name, x in zip(sites, counts, strict=True))
     write(
         f"{arguments.data.name} {' '.join(flags)}, seed {arguments.seed}; {machine('torch')}\n"
         f"patients/events, rounded: {', '.join(each)}\n"
-        f"--pool:\n{table.strip().rpartition(chr(10))[0]}\n"
+        f"pool:\n{table.strip().rpartition(chr(10))[0]}\n"
         f"--site: {joined[0]}\n{time.perf_counter() - began:.0f} s"
     )
     return 0

@@ -182,7 +182,7 @@ def main(argv=None):
 
         out = Path(folder, "out.csv")
         train(
-            "--predict",
+            "predict",
             "--checkpoint",
             stage,
             "--data_path",

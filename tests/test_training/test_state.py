@@ -4,7 +4,6 @@ import math
 import os
 import re
 import signal
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -109,7 +108,7 @@ def whole():
 
 
 @pytest.mark.parametrize("save_every", [0, 2])
-@pytest.mark.parametrize("end", ["signal", "step", "validate", "keep_good", "save_best"])
+@pytest.mark.parametrize("end", ["signal", "step", "validate", "save_best"])
 def test_a_stopped_run_resumes_to_the_last_bit(end, save_every, whole, tmp_path, monkeypatch):
     """With dropout; a signal is heard behind a step, another fault where it comes."""
     name = "step" if end == "signal" else end
@@ -190,7 +189,7 @@ def test_each_member_averages_its_good_epochs_and_waits_for_no_other(patience):
     state.mean_weights = lambda: TrainState.mean_weights(state)
     for epoch, losses in enumerate(table.astype(float), 1):
         state.average = SimpleNamespace(weights=[torch.tensor(float(epoch))] * 60)
-        kept = trainer.keep_good(SimpleNamespace(patience=patience), state, Losses(losses))
+        kept = TrainState.keep_good(state, losses, patience, None)
         assert kept == (epoch in state.epochs) == any(epoch in e for e in progress.averaged)
         progress.next_epoch()
     expected, seen = [], []
@@ -206,18 +205,11 @@ def test_each_member_averages_its_good_epochs_and_waits_for_no_other(patience):
     assert max(map(len, expected)) > 1
 
 
-@dataclass
-class Losses:
-    """What is read of the predictions of a validation part."""
-
-    losses: np.ndarray
-
-
 def test_weights_of_epochs_that_are_no_longer_good_are_let_go():
     state, kept = SimpleNamespace(progress=Progress(), members=[0], epochs={}), []
     state.average = SimpleNamespace(weights=[torch.zeros(1)])
     for loss in (1.0, 0.5, 0.505, 0.3):
-        trainer.keep_good(SimpleNamespace(patience=9), state, Losses(np.array([loss])))
+        TrainState.keep_good(state, np.array([loss]), 9, None)
         state.progress.next_epoch()
         kept.append([*state.epochs])
     assert kept == [[1], [2], [2, 3], [4]]
@@ -228,7 +220,7 @@ def test_without_validation_part_the_epochs_of_the_folds_are_averaged_or_the_las
     state = SimpleNamespace(progress=(progress := Progress()), members=[0, 1], epochs={})
     for epoch in range(1, 6):
         state.average = SimpleNamespace(weights=[torch.tensor(float(epoch))] * 2)
-        trainer.keep_good(SimpleNamespace(final_epochs=final), state, None)
+        TrainState.keep_good(state, None, 9, final)
         progress.next_epoch()
     assert progress.averaged == averaged
     means = [w.item() for w in TrainState.mean_weights(state)]
@@ -236,14 +228,13 @@ def test_without_validation_part_the_epochs_of_the_folds_are_averaged_or_the_las
 
 
 @pytest.mark.parametrize("mean_loss", [0.401, 0.5, math.nan])
-def test_a_mean_that_is_much_worse_than_the_best_epoch_gives_way_to_it(mean_loss, monkeypatch):
+def test_a_mean_that_is_much_worse_than_the_best_epoch_gives_way_to_it(mean_loss):
     stage = toy_stage()
     state = trainer.set_up(stage)
     state.progress.losses, state.progress.averaged = [[0.5], [0.4], [0.401]], [[2, 3]]
     first = [torch.zeros_like(p) for p in state.parameters]
     state.epochs = {2: first, 3: [w + 1 for w in first]}
-    monkeypatch.setattr(trainer, "score", lambda *_: Losses([mean_loss]))
-    trainer.set_best(stage, state)
+    state.set_best(lambda: [mean_loss])
     is_good = mean_loss < 0.5
     assert state.progress.averaged == ([[2, 3]] if is_good else [[2]])
     assert {p.unique().item() for p in state.parameters} == ({0.5} if is_good else {0.0})
