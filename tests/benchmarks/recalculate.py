@@ -30,9 +30,14 @@ DRAWS = 400
 TESTED = ["id", "label", "patient", "fold", "model_sha256"]
 TITLES = {
     **{"auroc": "AUROC", "auprc": "AUPRC", "ici": "ICI"},
-    **{"calibration_slope": "Slope", "calibration_in_the_large": "In the large"},
+    **{"calibration_slope": "Slope", "calibration_in_the_large": "Calibration in the large"},
     **{"calibration_intercept": "Intercept", "e50": "E50", "e90": "E90", "brier": "Brier score"},
-    **{"log_loss": "Log loss", "brier_skill": "Brier skill", "ppv": "PPV (%)", "npv": "NPV (%)"},
+    **{
+        "log_loss": "Log loss",
+        "brier_skill": "Scaled Brier score",
+        "ppv": "PPV (%)",
+        "npv": "NPV (%)",
+    },
     **{"sensitivity": "Sensitivity (%)", "specificity": "Specificity (%)"},
     "positives": "Positives (%)",
 }
