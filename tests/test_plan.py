@@ -7,6 +7,7 @@ from joblib.parallel import MultiprocessingBackend
 
 from conftest import SAMPLE
 from medgemma_clinical.commands import plan
+from medgemma_clinical.files import InputError
 from medgemma_trainer import cross_validate
 
 FLAGS = {"folds": 2, "trajectory_epochs": 1, "max_samples": 120, "log_file": "none"}
@@ -46,3 +47,5 @@ def test_a_cluster_whose_backend_is_built_on_one_of_joblib_is_no_machine_of_ours
 
     with joblib.parallel_config(RayBackend()):
         assert plan.active_cluster() == "Ray"
+        with pytest.raises(InputError, match="output_dir"):
+            cross_validate(pd.read_csv(SAMPLE, nrows=300), folds=2, trajectory_epochs=1)

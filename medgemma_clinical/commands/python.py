@@ -21,6 +21,7 @@ from medgemma_clinical.commands.command_line import EXIT_DONE, Table, build_pars
 from medgemma_clinical.commands.flags import check_flags
 from medgemma_clinical.commands.folds import run_folds
 from medgemma_clinical.commands.logs import recorded
+from medgemma_clinical.commands.plan import active_cluster
 from medgemma_clinical.commands.prediction_files import FOLDS, read_table
 from medgemma_clinical.commands.run_folder import METRICS, folds_folder, stage_folder
 from medgemma_clinical.commands.run_log import check_output
@@ -220,6 +221,8 @@ class Training:
         name = "encoder" if isinstance(encoder, type) else "ode_checkpoint"
         keywords |= {"output_dir": output_dir} | ({name: encoder} if encoder else {})
         with contextlib.ExitStack() as stack:
+            if output_dir is None and (cluster := active_cluster()):
+                raise InputError(f"output_dir: give a folder that the workers of {cluster} share")
             if output_dir is None:
                 temporary = stack.enter_context(tempfile.TemporaryDirectory())
                 keywords |= {"output_dir": temporary, "log_file": "none"}
