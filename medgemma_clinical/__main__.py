@@ -63,6 +63,7 @@ def main(words: Sequence[str], table: Table | None = None) -> int:
     if former := [k for k, word in enumerate(words) if word in FORMER]:
         k = former[0]
         typed = [FORMER[words[k]], *words[k + 1 :], *words[:k]]
+        typed = ["--out" if word == "--export_dir" else word for word in typed]
         return refuse(f"{words[k]} is a command now: {PROGRAM} {one_line(shlex.join(typed))}")
     if verb in DATA_VERBS:
         return int(importlib.import_module(DATA_SCRIPT).main(words))

@@ -69,7 +69,9 @@ class Flag:
             options["nargs"] = "+"
         if self.bare is not None:
             options |= {"nargs": "?", "const": self.bare}
-        if not self.positional:
+        if self.positional:
+            options["metavar"] = self.name.upper()
+        else:
             options["required"] = self.required
         group.add_argument(self.name if self.positional else f"--{self.name}", **options)
 
@@ -93,7 +95,7 @@ def changed(values: Mapping[str, Any], table: Table, names: Container[str]) -> d
 
 def build_parser(program: str, about: str, table: Table) -> Parser:
     """Return the parser of one command."""
-    places = [flag.name for flag in rows_of(table) if flag.positional]
+    places = [flag.name.upper() for flag in rows_of(table) if flag.positional]
     usage = " ".join([program, *(f"{name} ..." for name in places), "--FLAG VALUE ..."])
     parser = Parser(program, usage, about, formatter_class=Help, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=VERSION)
@@ -129,10 +131,20 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse a command line, of a whole program or one command; name the first unknown word."""
-        parsed, unknown = super().parse_known_args(args, namespace)
+        needed = [action for action in self._actions if action.required and action.option_strings]
+        for action in needed:  # a mistyped name is said before what is lacking
+            action.required = False
+        try:
+            parsed, unknown = super().parse_known_args(args, namespace)
+        finally:
+            for action in needed:
+                action.required = True
         if unknown:
             word = unknown[0].partition("=")[0]
             self.error(f"unrecognised {word}{did_you_mean(word, FLAG.findall(self.format_help()))}")
+        lacking = [x.option_strings[-1] for x in needed if getattr(parsed, x.dest, None) is None]
+        if lacking:
+            self.error(f"needs {', '.join(lacking)}")
         return parsed, unknown
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:

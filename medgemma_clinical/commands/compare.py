@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 RUNS = "stage folders; the first is the reference"
 FLAGS: Table = {
     "what to compare": (
-        Flag("runs", Path, help=RUNS, several=True, positional=True, metavar="RUN"),
+        Flag("runs", Path, help=RUNS, several=True, positional=True),
         Flag("primary", help="baseline of the planned comparison"),
         Flag("output_dir", Path, help="folder of compare.html; none is written without"),
         SEED,

@@ -105,10 +105,14 @@ def join_and_finish(
     if processes().is_main_process:
         write_fold_results(args, rows, fold)
     processes().wait_for_everyone()
-    if not args.final:
-        return EXIT_DONE
     # Other results of the folds, known by their hash, make another run.
     final = file_hash(run_folder.folds_folder(args) / run_folder.METRICS)
+    if not args.final:
+        earlier = (run_folder.read_run(run_folder.stage_folder(args)) or {}).get("arguments", {})
+        if earlier.get("final") not in (None, False, final):
+            text = "%s holds a model of all patients by other folds: --final trains it anew"
+            logger.warning(text, run_folder.stage_folder(args))
+        return EXIT_DONE
     everyone = copy.copy(rows)
     everyone.held_out = ()
     settings = {**vars(args), "final": final, "ode_checkpoint": stage1 or args.ode_checkpoint}

@@ -57,7 +57,7 @@ def training_sentence(datasets: Sequence[TrajectoryDataset], training: TrainingP
     count = training.include(patients, rows, has_ids=datasets[0].has_patient_ids).sum()
     if not count:
         return "None of these rows is in the training data."
-    return f"{count} of these {len(datasets)} are in the training data: their risks are optimistic."
+    return f"In the training data, so that their risks are optimistic: {count} of {len(datasets)}."
 
 
 def explain_rows(

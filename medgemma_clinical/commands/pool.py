@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 FILES = "what each site wrote by predict --aggregate"
 FLAGS: Table = {
     "files": (
-        Flag("files", Path, help=FILES, several=True, positional=True, metavar="SITE.json"),
+        Flag("files", Path, help=FILES, several=True, positional=True),
         OUTPUT_DIR,
     ),
 }

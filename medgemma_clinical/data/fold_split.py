@@ -69,14 +69,12 @@ def site_folds(dataset: TrajectoryDataset) -> tuple[NDArray[np.int64], list[str]
             f"{dataset.source}: fewer than two sites have {MIN_OUTCOMES} patients with, and "
             f"{MIN_OUTCOMES} without, an event: use --folds"
         )
-    logger.info(
-        "%d sites are held out in turn, %d only train: they have fewer than %d patients with, or "
-        "without, an event; %d rows count for the site of their patient's first row",
-        large.sum(),
-        (~large).sum(),
-        MIN_OUTCOMES,
-        (dataset.sites != dataset.sites[first][owner]).sum(),
-    )
+    logger.info("%d sites are held out in turn", large.sum())
+    if small := (~large).sum():
+        text = "%d sites only train: fewer than %d of their patients have, or lack, an event"
+        logger.info(text, small, MIN_OUTCOMES)
+    if moved := (dataset.sites != dataset.sites[first][owner]).sum():
+        logger.info("%d rows count for the site of their patient's first row", moved)
     fold = np.where(large, np.cumsum(large) - 1, -1)
     return fold[site][owner], names[large].tolist()
 

@@ -75,7 +75,8 @@ def model_cells(metrics: Metrics, cost: pd.DataFrame | None = None) -> pd.DataFr
                     row, metrics.counts["minority_patients"]
                 )
         if "sd" in row:
-            line["SD over splits"] = f"{row['sd']:.3f}"
+            spread = row["sd"]  # hidden where counts are small
+            line["SD over splits"] = verdicts.NO_VALUE if pd.isna(spread) else f"{spread:.3f}"
         lines.append(line)
     table = pd.DataFrame(lines)
     for name, title, form in (("auprc", "AUPRC", ".3f"), ("brier", "Brier", ".4f")):
