@@ -306,7 +306,7 @@ CONTRADICTIONS = [
     ("pool a.json b.json", "--output_dir"),
     ("pool a.json b.json --output_dir x --min_cell 0", "--min_cell"),
     ("export merged --checkpoint x", "--out"),
-    ("export --checkpoint x --out y", "kind"),
+    ("export --checkpoint x --out y", "KIND"),
     ("export merged --checkpoint x --out y --data_path z", "--data_path"),
     ("--ablation --mode generative", "--ablation --mode"),
     ("--ablation --seeds 2 --freeze_ode", "--ablation --freeze_ode"),
