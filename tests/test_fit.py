@@ -108,6 +108,7 @@ def test_fit__takes_the_flags_with_their_defaults(rows):
         ({"data_path": "x.csv"}, TypeError, "data_path"),
         ({"trajectory_only": True}, TypeError, "trajectory_only"),
         ({"ode_checkpoint": "x.pt"}, TypeError, "ode_checkpoint"),
+        ({"folds": 3}, TypeError, "cross_validate"),
         ({"trajectory_epochs": 3}, TypeError, "stage 1"),
         ({"batch_size": 0}, InputError, "--batch_size"),
         ({"dynamics": "fast"}, InputError, "--dynamics"),

@@ -311,6 +311,8 @@ class Training:
         flags = {flag.name: flag for flag in rows_of(self.table)}
         names = {*flags} - COMMAND_LINE_ALONE | {*more}
         for name in sorted(keywords):
+            if name in OF_FOLDS - {"ode_checkpoint"} and not more:
+                raise TypeError(f"{name!r}: cross_validate takes it")
             if name not in names:
                 raise TypeError(f"unexpected keyword {name!r}{did_you_mean(name, [*names])}")
             if way in flags[name].unread.split():

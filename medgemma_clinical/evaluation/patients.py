@@ -161,7 +161,9 @@ class Explanation:
         caption = "Change since the observation before, in percentage points, with the time between"
         changes = Cells(self.changes(), caption)
         details = [Details("The risk after each observation", table=changes)]
-        return Topic(self.id, [text], tables, figures, details=details, terms=terms)
+        return Topic(
+            self.id, [text], tables, figures, details=details, terms=terms, anchor=f"row-{k}"
+        )
 
     def effects(self) -> pd.DataFrame:
         """Return the change of the log-odds without each series, the largest first."""
@@ -202,7 +204,9 @@ def patients_page(
     )
     with plots.plot_style():
         topics = [row.topic(k, outcome, threshold) for k, row in enumerate(rows)]
-    overview = Topic("Risks", tables=[Cells(table, "In the order of the page")], text=READING)
+    links = [topic.anchor for topic in topics]
+    index = Cells(table, "In the order of the page", links=links)
+    overview = Topic("Risks", tables=[index], text=READING)
     findings = [Finding(None, sentence) for sentence in (first, *notes)]
     return Page(f"Patients: {outcome}", findings, [overview, *topics], method, [NOTICE])
 

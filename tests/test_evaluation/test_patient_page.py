@@ -23,6 +23,9 @@ def test_the_page_says_what_it_holds_and_what_its_numbers_are_not(tmp_path, asse
     source = write_page(tmp_path, ROW, REPORT).read_text()
     assert_approved("patients", Page(source).sentences)
     assert source == write_page(tmp_path, ROW, REPORT).read_text()
+    links = re.findall(r'<a href="#([\w-]+)"', source)
+    assert len(links) == 2
+    assert all(f'<section id="{link}">' in source for link in links), "the index leads to each row"
 
 
 def test_what_a_file_holds_stays_text_and_nothing_is_loaded(tmp_path):

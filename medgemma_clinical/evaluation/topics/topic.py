@@ -24,6 +24,7 @@ class Cells(NamedTuple):
     frame: pd.DataFrame
     caption: str
     is_wide: bool = False  # it stands below the figures
+    links: Sequence[str] = ()  # the anchor of the topic that each row leads to
 
 
 class Details(NamedTuple):
@@ -47,6 +48,7 @@ class Topic:
     details: Sequence[Details] = ()
     note: str = ""  # below the tables
     terms: Mapping[str, str] = field(default_factory=dict)  # names and what they are
+    anchor: str = ""  # by which a table leads to the section
     summary: str = ""  # the line under which the section is folded; empty: it is open
 
 
