@@ -217,6 +217,14 @@ class TrajectoryDataset:
         entry = np.zeros(len(hours)) if self.entry_hours is None else self.entry_hours[rows]
         return np.column_stack([entry, hours, self.events[rows]])
 
+    def observed(self, rows: NDArray[np.int64]) -> pd.DataFrame:
+        """Return what a table of predictions says of some rows but their risks."""
+        happened = {"label": self.labels[rows].astype(int)}
+        if self.events is not None and self.event_hours is not None:
+            happened = {"event_hours": self.event_hours[rows], "event": self.events[rows]}
+        patients = self.groups[rows]
+        return pd.DataFrame({"id": self.ids[rows], **happened, "patient": patients})
+
     def prediction_times(self, rows: Rows = slice(None)) -> NDArray[np.float64]:
         """Return when the question of some rows is asked; the last observation where unknown."""
         last = self.times[self.offsets[1:][rows] - 1]

@@ -6,8 +6,8 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import pandas as pd
@@ -22,13 +22,6 @@ from sklearn.preprocessing import StandardScaler
 
 from medgemma_clinical.data.small_cells import MIN_CELL, minority_patients
 from medgemma_clinical.data.trajectories import Rows, TrajectoryDataset
-from medgemma_clinical.evaluation.decision import (
-    DecisionOptions,
-    DecisionRule,
-    Recalibrated,
-    choose_threshold,
-    fit_decision_rule,
-)
 from medgemma_clinical.evaluation.metrics import Array, log_odds
 from medgemma_clinical.evaluation.simple_models import (
     WORD,
@@ -144,6 +137,10 @@ class Baselines:
             risks[WORDS] = self.words.risks(dataset.contexts[rows])
         return risks | {name: blend(risks[a], risks[b]) for name, (a, b) in self.pairs.items()}
 
+    def forecasts(self, dataset: TrajectoryDataset, rows: Rows = slice(None)) -> dict[str, Array]:
+        """Return ``risks`` as the model's outcome combines them: log-odds (n,)."""
+        return {name: log_odds(risk) for name, risk in self.risks(dataset, rows).items()}
+
     def risks_of_models(self, table: pd.DataFrame) -> dict[str, Array]:
         """Return what each of ``models`` says of the rows of a table; NaN where it lacks columns.
 
@@ -210,53 +207,135 @@ class Settings:
     trees: dict[str, Any]  # of all boosted trees
 
 
+class Fits(Protocol):
+    """How baselines are fitted to what happened to n rows."""
+
+    always: ClassVar[tuple[str, ...]]  # baselines that read nothing
+
+    def vocabulary(self, contexts: NDArray[np.object_]) -> list[str]:
+        """Return the words that are read, none where no baseline reads any."""
+
+    def tune_trees(self, values: Array, folds: Folds) -> dict[str, Any]:
+        """Return settings of boosted trees on values (n, P)."""
+
+    def tune_penalty(self, values: Any, folds: Folds, *, words: bool = False) -> float:
+        """Return the penalty of a regression on values (n, P)."""
+
+    def fit_trees(
+        self, values: Array, settings: Mapping[str, Any], columns: list[str]
+    ) -> tuple[Any, int]:
+        """Return trees, and the fewest patients behind a leaf, 0 where they are not counted."""
+
+    def fit_regression(self, values: Array, penalty: float | None, columns: list[str]) -> Any:
+        """Return a regression."""
+
+    def collect(self, **fitted: Any) -> Baselines:
+        """Return all baselines."""
+
+
+@dataclass(frozen=True)
+class LabelFits:
+    """Baselines of labels."""
+
+    always: ClassVar[tuple[str, ...]] = ()
+    labels: Array  # (n,)
+    patients: NDArray[Any]  # (n,)
+
+    def vocabulary(self, contexts: NDArray[np.object_]) -> list[str]:
+        """Return the frequent words."""
+        return frequent_words(contexts)
+
+    def tune_trees(self, values: Array, folds: Folds) -> dict[str, Any]:
+        """Return the settings whose log loss in the folds is the lowest."""
+        return tuned_trees(values, self.labels, folds)
+
+    def tune_penalty(self, values: Any, folds: Folds, *, words: bool = False) -> float:
+        """Return the penalty whose log loss in the folds is the lowest."""
+        model = word_regression() if words else regression()
+        return tuned_penalty(model, values, self.labels, folds)
+
+    def fit_trees(
+        self, values: Array, settings: Mapping[str, Any], columns: list[str]
+    ) -> tuple[Trees, int]:
+        """Return trees with large leaves."""
+        patients = pd.factorize(self.patients)[0]
+        return fit_large_leaves(values, self.labels, settings, patients, columns)
+
+    def fit_regression(
+        self, values: Array, penalty: float | None, columns: list[str]
+    ) -> Regression:
+        """Return a logistic regression."""
+        return Regression.of(regression(penalty).fit(values, self.labels), columns)
+
+    def fit_words(self, seen: Any, penalty: float | None, vocabulary: list[str]) -> Words:
+        """Return a logistic regression on a ``word_table``."""
+        fitted = word_regression(penalty).fit(seen, self.labels)
+        scaler, model = (step for _, step in fitted.steps)
+        return Words(vocabulary, scaler.scale_, model.coef_[0], model.intercept_)
+
+    def collect(self, **fitted: Any) -> Baselines:
+        """Return all baselines."""
+        return Baselines(**fitted)
+
+
+def label_fits(dataset: TrajectoryDataset, rows: NDArray[np.int64]) -> LabelFits:
+    """Return how baselines are fitted to the labels of some rows."""
+    return LabelFits(dataset.labels[rows], dataset.groups[rows])
+
+
 def tune_baselines(
-    dataset: TrajectoryDataset, train: NDArray[np.int64], static: Sequence[str]
+    dataset: TrajectoryDataset,
+    train: NDArray[np.int64],
+    static: Sequence[str],
+    fits: Fits | None = None,  # of the same rows, by default to their labels
 ) -> Settings:
     """Choose the settings of the baselines in folds of some rows, where these are enough."""
-    labels, words = dataset.labels[train], frequent_words(dataset.contexts[train])
-    folds = tuning_folds(labels, dataset.groups[train])
+    fits = fits or label_fits(dataset, train)
+    words = fits.vocabulary(dataset.contexts[train])
+    folds = tuning_folds(dataset.labels[train], dataset.groups[train])
     tables = {
         name: table.to_numpy()[train] for name, table in baseline_tables(dataset, static).items()
     }
     boosted = [name for name in tables if name.startswith(BOOSTING)]
-    trees = tuned_trees(tables[boosted[-1]], labels, folds)  # by the table with the most columns
+    trees = fits.tune_trees(tables[boosted[-1]], folds)  # by the table with the most columns
     penalties: dict[str, float] = {}
     if folds:
         for name in tables.keys() - boosted:
-            penalties[name] = tuned_penalty(regression(), tables[name], labels, folds)
+            penalties[name] = fits.tune_penalty(tables[name], folds)
     if words and folds:
         table = word_table(words, dataset.contexts[train])
-        penalties[WORDS] = tuned_penalty(word_regression(), table, labels, folds)
+        penalties[WORDS] = fits.tune_penalty(table, folds, words=True)
     return Settings([*static], words, penalties, trees)
 
 
 def fit_baselines(
-    dataset: TrajectoryDataset, rows: NDArray[np.int64], settings: Settings
-) -> Baselines:
+    dataset: TrajectoryDataset,
+    rows: NDArray[np.int64],
+    settings: Settings,
+    fits: Any = None,  # of the same rows, by default to their labels
+) -> Any:
     """Fit the baselines on some rows."""
-    labels, patients = dataset.labels[rows], pd.factorize(dataset.groups[rows])[0]
-    models: dict[str, Regression | Trees] = {}
+    fits = fits or label_fits(dataset, rows)
+    models: dict[str, Any] = {}
     fewest = []
     for name, table in baseline_tables(dataset, settings.static).items():
         values, columns = table.to_numpy()[rows], [*table.columns]
         if name.startswith(BOOSTING):
-            trees, leaf_patients = fit_large_leaves(
-                values, labels, settings.trees, patients, columns
-            )
-            models[name] = trees
+            models[name], leaf_patients = fits.fit_trees(values, settings.trees, columns)
             fewest.append(leaf_patients)
         else:
-            model = regression(settings.penalties.get(name)).fit(values, labels)
-            models[name] = Regression.of(model, columns)
+            models[name] = fits.fit_regression(values, settings.penalties.get(name), columns)
     words = None
     if settings.vocabulary:
         seen = word_table(settings.vocabulary, dataset.contexts[rows])
-        fitted = word_regression(settings.penalties.get(WORDS)).fit(seen, labels)
-        scaler, model = (step for _, step in fitted.steps)
-        words = Words(settings.vocabulary, scaler.scale_, model.coef_[0], model.intercept_)
-    read = {"static": settings.static, "prediction_time": dataset.hours_read is not None}
-    return Baselines(models, words, read, bool(settings.penalties), min(fewest))
+        words = fits.fit_words(seen, settings.penalties.get(WORDS), settings.vocabulary)
+    return fits.collect(
+        models=models,
+        words=words,
+        inputs={"static": settings.static, "prediction_time": dataset.hours_read is not None},
+        tuned=bool(settings.penalties),
+        leaf_patients=min(fewest),
+    )
 
 
 def baseline_tables(dataset: TrajectoryDataset, static: Sequence[str]) -> dict[str, pd.DataFrame]:
@@ -270,14 +349,14 @@ def baseline_tables(dataset: TrajectoryDataset, static: Sequence[str]) -> dict[s
 
 
 def baseline_names(
-    dataset: TrajectoryDataset, train: NDArray[np.int64], static: Sequence[str]
+    dataset: TrajectoryDataset, train: NDArray[np.int64], static: Sequence[str], fits: Any = None
 ) -> list[str]:
     """Return the names of the baselines that ``fit_baselines`` fits, where it can; in no order."""
     load_lightgbm()
-    names = [*dataset.baseline_inputs(), BOOSTING, BLEND]
-    if static:
-        names += [STATICS_ALONE, *(name + WITH_STATICS for name in (LOGISTIC, BOOSTING, BLEND))]
-    return [*names, WORDS] if frequent_words(dataset.contexts[train]) else names
+    fits = fits or label_fits(dataset, train)
+    names = [*fits.always, *baseline_tables(dataset, static), BLEND]
+    names += [BLEND + WITH_STATICS] if static else []
+    return [*names, WORDS] if fits.vocabulary(dataset.contexts[train]) else names
 
 
 def tuning_folds(labels: Array, groups: NDArray[Any]) -> Folds:
@@ -418,87 +497,6 @@ def blend(*risks: Array) -> Array:
     """Return the probabilities (n,) whose log-odds are the mean of those of several, (n,) each."""
     blended: Array = expit(np.mean([log_odds(risk) for risk in risks], axis=0))
     return blended
-
-
-def model_risks(
-    stage: str, risk: Array, baselines: Mapping[str, Array], rules: Mapping[str, DecisionRule]
-) -> dict[str, Array]:
-    """Return the probability (n,) of each model; ``rules`` recalibrate all but the stage."""
-    risks = {stage: risk}
-    for name, baseline_risk in baselines.items():
-        risks[name] = rules[name].probability(log_odds(baseline_risk))
-    if best := best_blend(baselines):
-        risks[ENSEMBLE] = rules[ENSEMBLE].probability(log_odds(blend(risk, risks[best])))
-    return risks
-
-
-def fit_rules(
-    labels: Array,
-    stage: str,
-    risk: Array,
-    baselines: Mapping[str, Array],
-    patients: NDArray[Any],
-    options: DecisionOptions,
-    methods: Mapping[str, str] | None = None,  # how each is recalibrated; None: as options say
-) -> dict[str, DecisionRule]:
-    """Fit the decision rule of each model beside the stage, on the rows that chose the stage's."""
-    if not baselines:
-        return {}
-
-    def fitted(name: str, odds: Array) -> DecisionRule:
-        own = options if methods is None else replace(options, recalibration=methods[name])
-        return fit_decision_rule(labels, odds, patients, own)
-
-    rules = {name: fitted(name, log_odds(x)) for name, x in baselines.items()}
-    risks = model_risks(stage, risk, baselines, {**rules, ENSEMBLE: DecisionRule()})
-    return {**rules, ENSEMBLE: fitted(ENSEMBLE, log_odds(risks[ENSEMBLE]))}
-
-
-def decide_folds(
-    table: pd.DataFrame,
-    rules: Sequence[Mapping[str, Any]],
-    fold: NDArray[np.int64],
-    options: DecisionOptions,
-) -> tuple[dict[str, DecisionRule], pd.DataFrame, Recalibrated]:
-    """Fit decision rules to out-of-fold predictions; ``rules`` are per fold, ``fold`` is (n,).
-
-    All rows choose how each model is recalibrated. Returns the rules of the models, the stage's
-    first, the table with the risks of each fold as the other folds recalibrate them, which choose
-    the thresholds, and the stage's risks before and after.
-    """
-    labels, patients = table["label"].to_numpy(float), table["patient"].to_numpy(str)
-    name, raw = str(table.columns[3]), {}  # log-odds before the own recalibration of each fold
-    for model in table.columns.intersection([*rules[0]]):
-        of_row = pd.DataFrame([fold_rules[model] for fold_rules in rules]).iloc[fold]
-        slope, intercept = of_row["slope"].to_numpy(float), of_row["intercept"].to_numpy(float)
-        raw[model] = (log_odds(table[model].to_numpy()) - intercept) / slope
-
-    def fitted(
-        rows: NDArray[np.bool_], methods: Mapping[str, str] | None = None
-    ) -> dict[str, DecisionRule]:
-        label, patient = labels[rows], patients[rows]
-        own = options if methods is None else replace(options, recalibration=methods[name])
-        rule = fit_decision_rule(label, raw[name][rows], patient, own)
-        risk = rule.probability(raw[name][rows])
-        beside = fit_rules(label, name, risk, baseline_risks(rows), patient, options, methods)
-        return {name: rule, **beside}
-
-    def baseline_risks(rows: NDArray[np.bool_]) -> dict[str, Array]:
-        return {model: expit(raw[model][rows]) for model in raw if model not in (name, ENSEMBLE)}
-
-    crossed, of_all = table.copy(), fitted(np.ones(len(table), bool))
-    methods = {model: rule.method for model, rule in of_all.items()}
-    for k in np.unique(fold):
-        by_others, rows = fitted(fold != k, methods), fold == k
-        risk = by_others[name].probability(raw[name][rows])
-        risks = model_risks(name, risk, baseline_risks(rows), by_others)
-        for model, model_risk in risks.items():
-            crossed.loc[rows, model] = model_risk
-    final = {}
-    for model, rule in of_all.items():
-        threshold = choose_threshold(options.threshold, labels, crossed[model].to_numpy())
-        final[model] = replace(rule, threshold=threshold)
-    return final, crossed, Recalibrated(expit(raw[name]), final[name])
 
 
 def best_blend(names: Collection[str]) -> str | None:

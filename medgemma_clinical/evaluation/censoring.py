@@ -6,12 +6,18 @@ probabilities are multiplied: what leads to a transplant is not what ends a reco
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit
+from scipy.stats import norm
+from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 
 from medgemma_clinical.evaluation.baselines import regression
-from medgemma_clinical.evaluation.metrics import Array
+from medgemma_clinical.evaluation.metrics import Array, clustered_error
 from medgemma_clinical.evaluation.time_metrics import uncensored_probability
 
 INTERVALS = 10
@@ -20,61 +26,170 @@ INTERVALS = 10
 MIN_CENSORED = 10
 """Patients censored before the horizon that a regression needs."""
 
+LEVEL = 0.05
+"""Significance level of the test whether censoring depends on the inputs."""
 
-def censoring_survival(
-    hours: Array,
-    is_censored: NDArray[np.bool_],
-    inputs: Array,
-    horizon: float,
-    groups: NDArray[np.generic],
-    seed: int,
-    folds: int = 5,
-) -> Array:
-    """Compute the probability of being uncensored just before the row's time or the horizon.
 
-    A penalised logistic regression predicts the censoring in each interval of follow-up from the
-    interval and the inputs. It is fitted on other patients than those that it predicts.
+class Reason(Protocol):
+    """A reason for which follow-up ends."""
 
-    Args:
-        hours: (n,) time of the event or the end of follow-up.
-        is_censored: (n,) whether the follow-up ends for the modelled reason.
-        inputs: (n, p) what the censoring may depend on, NaN where unknown.
-        horizon: in the unit of ``hours``.
-        groups: (n,) patient of each row.
-        seed: seed of the folds.
-        folds: parts that the patients are cut into.
+    probability: Array  # (n,) of being watched until just before the row's time or the horizon
 
-    Returns:
-        (n,) probabilities, ``censoring`` of ``metrics_at``; Kaplan-Meier's where fewer than ten
-        patients are censored before the horizon.
+    def under(self, draws: Array) -> Array:
+        """Return the probability (R, n) as draws (R, n) of the rows would tell it."""
 
-    Source: Robins and Finkelstein 2000, Biometrics 56:779.
+
+class KaplanMeier:
+    """A reason that no input tells."""
+
+    def __init__(self, hours: Array, is_censored: NDArray[np.bool_], horizon: float) -> None:
+        self.times = hours, np.where(is_censored, 0.0, 1.0), horizon
+        self.probability = uncensored_probability(*self.times)
+
+    def under(self, draws: Array) -> Array:
+        """Return the probability (R, n) of each draw."""
+        return uncensored_probability(*self.times, draws)
+
+
+class _Fold(NamedTuple):
+    """A regression, what a row of its training part adds to it, and the rows that it predicts."""
+
+    test: NDArray[np.int64]  # (m,)
+    inputs: Array  # (m, p) scaled
+    exposure: Array  # (m, J)
+    coefficients: Array  # (1 + J + p,)
+    influence: Array  # (n, 1 + J + p) on the coefficients; 0 of rows that are predicted
+
+    def survival(self, coefficients: Array) -> Array:
+        """Return the probability (R, m) by coefficients (R, 1 + J + p)."""
+        count = self.exposure.shape[1]
+        level = coefficients[:, 1 + count :] @ self.inputs.T + coefficients[:, :1]
+        log_survival = np.zeros_like(level)
+        for interval in range(count):
+            odds = level + coefficients[:, 1 + interval, None]
+            log_survival -= self.exposure[:, interval] * np.logaddexp(0, odds)
+        return np.exp(log_survival)
+
+
+class CensoringRegression:
+    """A penalised logistic regression of the censoring in each interval of follow-up.
+
+    It is fitted on other patients than those that it predicts. Kaplan-Meier's probability stands
+    in its place where fewer than ten patients are censored before the horizon. A draw moves its
+    coefficients as far as the rows' influence on them tells.
+
+    Source: Robins and Finkelstein 2000, Biometrics 56:779; Jaeckel 1972, "The infinitesimal
+    jackknife".
     """
-    kaplan_meier = uncensored_probability(hours, np.where(is_censored, 0.0, 1.0), horizon)
-    # Time as the mean cumulative hazard: within an interval the hazard is about constant then.
-    clock = -np.log(kaplan_meier)
-    end = clock.max()
-    is_censored = is_censored & (clock < end)
-    if len(np.unique(groups[is_censored])) < MIN_CENSORED:
-        return kaplan_meier
-    shares = np.arange(1, INTERVALS) / INTERVALS
-    starts = np.quantile(clock[is_censored], shares, method="inverted_cdf")
-    edges = np.unique([0.0, *starts, end])
-    exposure = ((clock[:, None] - edges[:-1]) / np.diff(edges)).clip(0, 1)  # (n, J)
-    last = np.searchsorted(edges[1:-1], clock, side="right")
-    censored = is_censored[:, None] & (last[:, None] == np.arange(exposure.shape[1]))
-    row_weights = np.where(censored, 1.0, exposure)
 
-    def table(rows: NDArray[np.int64], intervals: NDArray[np.int64]) -> Array:
-        return np.hstack([np.eye(exposure.shape[1])[intervals], inputs[rows]])
+    def __init__(
+        self,
+        hours: Array,  # (n,) time of the event or the end of follow-up
+        is_censored: NDArray[np.bool_],  # (n,) whether the follow-up ends for this reason
+        inputs: Array,  # (n, p) what it may depend on, NaN where unknown
+        horizon: float,
+        groups: NDArray[np.generic],  # (n,) patient of each row
+        seed: int,  # of the folds
+        folds: int = 5,
+    ) -> None:
+        self.marginal = KaplanMeier(hours, is_censored, horizon)
+        self.probability = self.marginal.probability
+        self.folds: list[_Fold] = []
+        self.depends = False  # whether the inputs are shown to tell whose follow-up ends
+        # Time as the mean cumulative hazard: within an interval the hazard is about constant then.
+        clock = -np.log(self.probability)
+        end = clock.max()
+        is_censored = is_censored & (clock < end)
+        if len(np.unique(groups[is_censored])) < MIN_CENSORED:
+            return
+        shares = np.arange(1, INTERVALS) / INTERVALS
+        starts = np.quantile(clock[is_censored], shares, method="inverted_cdf")
+        edges = np.unique([0.0, *starts, end])
+        exposure = ((clock[:, None] - edges[:-1]) / np.diff(edges)).clip(0, 1)  # (n, J)
+        last = np.searchsorted(edges[1:-1], clock, side="right")
+        censored = is_censored[:, None] & (last[:, None] == np.arange(exposure.shape[1]))
+        at_risk = np.where(censored, 1.0, exposure)
+        self.probability = np.ones(len(hours))
+        gain = np.zeros(len(hours))
+        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+        for train, test in splitter.split(inputs, is_censored, groups):
+            fold = _fit_fold(inputs, at_risk, censored, exposure, train, test)
+            self.folds.append(fold)
+            self.probability[test] = fold.survival(fold.coefficients[None])[0]
+            gain[test] = _gain(fold, at_risk, censored, train)
+        self.depends = bool(gain.mean() > norm.ppf(1 - LEVEL) * clustered_error(gain, groups))
 
-    survival = np.ones(len(hours))
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    for train, test in splitter.split(inputs, is_censored, groups):
-        rows, intervals = np.nonzero(row_weights * np.isin(np.arange(len(hours)), train)[:, None])
-        weights = {"logisticregression__sample_weight": row_weights[rows, intervals]}
-        model = regression().fit(table(rows, intervals), censored[rows, intervals], **weights)
-        rows, intervals = np.nonzero(exposure * np.isin(np.arange(len(hours)), test)[:, None])
-        hazard = model.predict_proba(table(rows, intervals))[:, 1]
-        np.multiply.at(survival, rows, (1 - hazard) ** exposure[rows, intervals])
-    return survival
+    def under(self, draws: Array) -> Array:
+        """Return the probability (R, n) of each draw."""
+        if not self.folds:
+            return self.marginal.under(draws)
+        found = np.empty_like(draws)
+        for fold in self.folds:
+            moved = fold.coefficients + (draws - 1) @ fold.influence
+            found[:, fold.test] = fold.survival(moved)
+        return found
+
+
+def _fit_fold(
+    inputs: Array,
+    at_risk: Array,  # (n, J) weight of each interval
+    censored: NDArray[np.bool_],  # (n, J)
+    exposure: Array,  # (n, J)
+    train: NDArray[np.int64],
+    test: NDArray[np.int64],
+) -> _Fold:
+    """Fit the regression on a training part."""
+    scaler = regression()[:-1].fit(inputs[train])
+    scaled = scaler.transform(inputs[train])
+    row, interval = np.nonzero(at_risk[train])
+    weights, label = at_risk[train][row, interval], censored[train][row, interval]
+    table = np.hstack([np.eye(exposure.shape[1])[interval], scaled[row]])
+    model = LogisticRegression(max_iter=2000).fit(table, label, sample_weight=weights)
+    table = np.hstack([np.ones((len(table), 1)), table])
+    coefficients = np.concatenate([model.intercept_, model.coef_[0]])
+    hazard = expit(table @ coefficients)
+    penalty = np.diag(np.append(0.0, np.ones(len(coefficients) - 1)))
+    curvature = (weights * hazard * (1 - hazard) * table.T) @ table + penalty
+    scores = np.zeros((len(train), len(coefficients)))
+    np.add.at(scores, row, (weights * (label - hazard))[:, None] * table)
+    influence = np.zeros((len(inputs), len(coefficients)))
+    influence[train] = scores @ np.linalg.pinv(curvature)
+    return _Fold(test, scaler.transform(inputs[test]), exposure[test], coefficients, influence)
+
+
+def _gain(
+    fold: _Fold, at_risk: Array, censored: NDArray[np.bool_], train: NDArray[np.int64]
+) -> Array:
+    """Return by how much the inputs raise the log-likelihood of the rows that a fold predicts."""
+    count = at_risk.shape[1]
+    events, watched = censored[train].sum(axis=0), at_risk[train].sum(axis=0)
+    usual = ((events + 0.5) / (watched + 1)).clip(1e-9, 1 - 1e-9)  # (J,) without inputs
+    level = fold.inputs @ fold.coefficients[1 + count :] + fold.coefficients[0]
+    odds = level[:, None] + fold.coefficients[1 : 1 + count]
+    is_event, weights = censored[fold.test], at_risk[fold.test]
+    with_inputs = np.where(is_event, -np.logaddexp(0, -odds), -np.logaddexp(0, odds))
+    without = np.where(is_event, np.log(usual), np.log(1 - usual))
+    gains: Array = (weights * (with_inputs - without)).sum(axis=1)
+    return gains
+
+
+class Watched:
+    """How likely each of n rows was to be watched until its event or horizon, for all reasons."""
+
+    def __init__(self, reasons: Sequence[Reason] = (), given: Array | None = None) -> None:
+        self.reasons = reasons
+        self.probability = given if given is not None else self._product([x.probability for x in reasons])
+        self.last: tuple[Array, Array] | None = None
+
+    def under(self, draws: Array) -> Array:
+        """Return the probability (R, n) as draws (R, n) tell it; (n,) where it was given."""
+        if not self.reasons or (len(draws) == 1 and (draws == 1).all()):
+            return self.probability
+        if self.last is None or self.last[0] is not draws:  # several parts ask for the same draws
+            self.last = draws, self._product([x.under(draws) for x in self.reasons])
+        return self.last[1]
+
+    @staticmethod
+    def _product(probabilities: list[Array]) -> Array:
+        product: Array = np.prod(probabilities, axis=0)
+        return product.clip(1e-9)

@@ -1,26 +1,25 @@
-"""From a model's log-odds to a probability and a prediction: weight, recalibration, threshold."""
+"""From a model's risks to those that are delivered, and predictions: weight, rule, threshold."""
 
 from __future__ import annotations
 
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit
 from scipy.stats import chi2
-from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.metrics import roc_curve
 
 from medgemma_clinical.evaluation.metrics import (
+    LOGIT,
     Array,
-    calibration,
+    Known,
+    Link,
     clustered_error,
-    log_odds,
     patient_sums,
-    row_losses,
 )
 
 logger = logging.getLogger(__name__)
@@ -48,46 +47,57 @@ MIN_CHOOSING_EVENTS = 100
 
 @dataclass(frozen=True)
 class DecisionRule:
-    """How log-odds become a probability and a prediction; kept with the model's weights."""
+    """How risks of a target become those that are delivered, and predictions.
 
-    slope: float = 1.0
-    intercept: float = 0.0
-    threshold: float = 0.5  # the lowest probability that predicts the event
+    Scaled risks, the log-odds of a label, are multiplied and shifted.
+    """
+
+    multiplier: float = 1.0
+    shift: float = 0.0
+    threshold: float = 0.5  # the lowest delivered risk that predicts the event
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> DecisionRule:
-        """Read the rule of a checkpoint's config; without one the log-odds stay as they are."""
-        if "decision" not in config:
-            return cls()
-        stored = config["decision"]
+    def read(cls, stored: Mapping[str, Any]) -> DecisionRule:
+        """Check and return a stored rule."""
         try:
-            rule = cls(*(float(stored[name]) for name in ("slope", "intercept", "threshold")))
+            rule = cls(*(float(stored[name]) for name in ("multiplier", "shift", "threshold")))
         except (TypeError, ValueError, KeyError):
             rule = cls(math.nan)
-        if not (rule.slope > 0 and all(map(math.isfinite, asdict(rule).values()))):
-            raise ValueError(f"decision rule {stored!r}: not three finite numbers, slope above 0")
+        if not (rule.multiplier > 0 and all(map(math.isfinite, asdict(rule).values()))):
+            raise ValueError(f"decision rule {stored!r}: not three finite numbers")
         return rule
 
     @property
     def method(self) -> str:
         """What of ``METHODS`` the rule moves."""
-        if self.slope != 1:
+        if self.multiplier != 1:
             return BOTH
-        return INTERCEPT if self.intercept else NOT_UPDATED
+        return INTERCEPT if self.shift else NOT_UPDATED
 
     @property
     def is_moved(self) -> bool:
-        """Whether log-odds are recalibrated."""
-        return (self.slope, self.intercept) != (1.0, 0.0)
+        """Whether risks are recalibrated."""
+        return (self.multiplier, self.shift) != (1.0, 0.0)
 
-    def probability(self, logit: Array) -> Array:
-        """Return the probability (n,) of log-odds (n,), both float64."""
-        probability: Array = expit(self.intercept + self.slope * logit)
-        return probability
+    def risk(self, risk: Array, link: Link) -> Array:
+        """Return the delivered risks of those of a model, (n,)."""
+        return link.moved(risk, self.multiplier, self.shift) if self.is_moved else risk
 
-    def positive(self, probability: Array) -> NDArray[np.bool_]:
-        """Return which of n probabilities predict the event."""
-        return probability >= self.threshold
+    def followed_by(self, multiplier: float, shift: float, link: Link) -> DecisionRule:
+        """Return the rule and a further move; it predicts the event for the same rows."""
+        threshold = link.moved(np.array([self.threshold]), multiplier, shift)
+        return DecisionRule(
+            multiplier * self.multiplier, shift + multiplier * self.shift, float(threshold[0])
+        )
+
+
+Rules = Mapping[str, DecisionRule]
+"""The rules of a model, by the name of the target."""
+
+
+def read_rules(stored: Mapping[str, Any]) -> dict[str, DecisionRule]:
+    """Check and return the stored rules of a model."""
+    return {name: DecisionRule.read(rule) for name, rule in stored.items()}
 
 
 class Recalibrated(NamedTuple):
@@ -95,62 +105,39 @@ class Recalibrated(NamedTuple):
 
     before: Array
     rule: DecisionRule
+    link: Link
 
     @property
     def after(self) -> Array:
         """The risks (n,) by the rule."""
-        return self.rule.probability(log_odds(self.before))
+        return self.rule.risk(self.before, self.link)
 
-    def expected(self, labels: Array, weights: Array) -> dict[str, Array]:
-        """Return slope and level (R,) of the rule in new rows: 1 and 0, with the rule's error.
+    def expected(self, known: Known) -> dict[str, Array]:
+        """Return slope and intercept (R,) of the rule in new rows: 1 and 0, with its error.
 
-        The rule is refitted under weights (R, n), and tried on all rows.
+        The rule is refitted in each draw, and tried on all rows.
         """
-        fit = calibration(labels, self.after, weights)
-        slope = fit["calibration_slope"]
+        fit = known.calibration(self.after)
+        slope = fit["slope"]
         return {
-            "calibration_slope": slope if self.rule.slope == 1 else 1 / slope,
-            "calibration_in_the_large": -fit["calibration_in_the_large"],
+            "slope": slope if self.rule.multiplier == 1 else 1 / slope,
+            "intercept": -fit["intercept"],
         }
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Log-odds of the rows of one part, in the order of the data set."""
+    """What a model gives for the rows of one part, in the order of the data set."""
 
     losses: Array  # (N,) mean over all terms, of each member
-    labels: Array  # (n,) of 0 and 1
-    logit: Array  # (n,) log-odds of the event as the model gives them
+    outputs: Array  # (n, Q) the log-odds of a label, or hazards
     rows: NDArray[np.int64]  # (n,) positions in the data set
     offset: Array  # (n, Q) the share of ``outputs`` that is not a language model's
-    rule: DecisionRule = field(default_factory=DecisionRule)
-    hazards: Array | None = None  # (n, Q) of times to events; ``logit`` is of their first risk
 
     @property
     def loss(self) -> float:
         """Mean loss of the members."""
         return float(self.losses.mean())
-
-    @property
-    def outputs(self) -> Array:
-        """What the model gives, (n, Q): the log-odds of a label, or hazards."""
-        return self.logit[:, None] if self.hazards is None else self.hazards
-
-    @property
-    def probability(self) -> Array:
-        """Probability of the event, (n,)."""
-        return self.rule.probability(self.logit)
-
-    @property
-    def positive(self) -> NDArray[np.bool_]:
-        """Which rows are predicted to have the event, (n,)."""
-        return self.rule.positive(self.probability)
-
-    def auroc(self) -> float | None:
-        """Return the area under the ROC curve of both labels; None of times to events."""
-        if self.hazards is not None:
-            return None
-        return float(roc_auc_score(self.labels, self.probability))
 
 
 @dataclass(frozen=True)
@@ -166,8 +153,8 @@ class DecisionOptions:
         return cls(auto if calibrate == "auto" else calibrate, threshold)
 
 
-def fit_decision_rule(
-    labels: Array, logit: Array, patients: NDArray[Any], options: DecisionOptions
+def fit_rule(
+    known: Known, risk: Array, patients: NDArray[Any], options: DecisionOptions
 ) -> DecisionRule:
     """Fit recalibration and threshold on n rows that the model did not learn from.
 
@@ -175,92 +162,104 @@ def fit_decision_rule(
     measure calibration.
     """
     rule = DecisionRule()
-    risk = rule.probability(logit)
     if options.recalibration == "tests":
-        with_slope = labels.sum() >= MIN_SLOPE_EVENTS
-        method, updates = choose_update(labels, risk, patients, with_slope=with_slope)
+        method, updates = choose_update(known, risk, patients)
         rule = DecisionRule(*updates[method])
     elif options.recalibration not in ("none", NOT_UPDATED):
         method = BOTH if options.recalibration == "platt" else options.recalibration
-        rule = DecisionRule(*fit_updates(labels, risk).get(method, (1.0, 0.0)))
-    threshold = choose_threshold(options.threshold, labels, rule.probability(logit))
+        rule = DecisionRule(*fit_updates(known, risk).get(method, (1.0, 0.0)))
+    threshold = choose_threshold(options.threshold, known, rule.risk(risk, known.link))
     return replace(rule, threshold=threshold)
 
 
-def fit_updates(labels: Array, risk: Array) -> dict[str, tuple[float, float]]:
-    """Return slope and intercept by method, from log-odds of a risk (n,) to those of labels (n,).
+def fit_updates(known: Known, risk: Array) -> dict[str, tuple[float, float]]:
+    """Return multiplier and shift by method, from scaled risks (n,) to those of the outcome.
 
     Source: Steyerberg et al. 2004, "Validation and updating of predictive logistic regression
     models", Statistics in Medicine 23:2567.
     """
-    fitted = calibration(labels, risk, np.ones((1, len(labels))))
-    fit = {name.removeprefix("calibration_"): values.item() for name, values in fitted.items()}
-    updates = {NOT_UPDATED: (1.0, 0.0), INTERCEPT: (1.0, fit["in_the_large"])}
-    if fit["slope"] > 0:  # events become more frequent with the risk; NaN is not above 0
-        updates[BOTH] = fit["slope"], fit["intercept"]
+    updates = {NOT_UPDATED: (1.0, 0.0)}
+    if np.isfinite(level := known.fit_level(risk).item()):
+        updates[INTERCEPT] = 1.0, level
+    slope, shift = (x.item() for x in known.fit_line(risk))
+    if slope > 0:  # events become more frequent with the risk; NaN is not above 0
+        updates[BOTH] = slope, shift
     return updates
 
 
 def choose_update(
-    labels: Array, risk: Array, patients: NDArray[np.generic], *, with_slope: bool
+    known: Known, risk: Array, patients: NDArray[np.generic], *, with_slope: bool | None = None
 ) -> tuple[str, dict[str, tuple[float, float]]]:
     """Return the method that a closed test chooses, and ``fit_updates``; arrays are (n,).
+
+    A slope takes ``MIN_SLOPE_EVENTS`` events where nothing else is said.
 
     Source: Vergouwe et al. 2017, "A closed testing procedure to select an appropriate method for
     updating prediction models", Statistics in Medicine 36:4529.
     """
-    updates, odds, one = fit_updates(labels, risk), log_odds(risk), np.ones((1, len(labels)))
+    if with_slope is None:
+        with_slope = (known.case * (known.weights[0] > 0)).sum() >= MIN_SLOPE_EVENTS
+    updates, scaled = fit_updates(known, risk), known.link.scale(risk)
+    one, none = np.ones((1, len(risk))), np.zeros_like(scaled)
+    if INTERCEPT not in updates:
+        return NOT_UPDATED, updates
     _, level = updates[INTERCEPT]
     if with_slope and BOTH in updates:
-        model = labels, np.stack([one[0], odds]), np.zeros_like(odds), patients
-        fit = np.array(updates[BOTH][::-1])
-        p = clustered_p_value(*model, fit, np.array([0.0, 1.0]), [0, 1])  # against no update
-        if not p < LEVEL:
+        both, fit = np.stack([one[0], scaled]), np.array(updates[BOTH][::-1])
+        # against no update, then against the intercept
+        if not clustered_p_value(known, both, none, patients, fit, [0.0, 1.0], [0, 1]) < LEVEL:
             return NOT_UPDATED, updates
-        p = clustered_p_value(*model, fit, np.array([level, 1.0]), [1])  # against the intercept
+        p = clustered_p_value(known, both, none, patients, fit, [level, 1.0], [1])
         return BOTH if p < LEVEL else INTERCEPT, updates
-    p = clustered_p_value(labels, one, odds, patients, np.array([level]), np.zeros(1), [0])
+    p = clustered_p_value(known, one, scaled, patients, np.array([level]), [0.0], [0])
     return INTERCEPT if p < LEVEL else NOT_UPDATED, updates
 
 
 def clustered_p_value(
-    labels: Array,  # (n,)
+    known: Known,
     columns: Array,  # (p, n) of the larger model
-    offset: Array,  # (n,) log-odds that are added to those of the columns
+    offset: Array,  # (n,) scaled risks that are added to those of the columns
     patients: NDArray[np.generic],  # (n,)
     fit: Array,  # (p,) coefficients of the larger model
-    null: Array,  # (p,) of the smaller one
+    null: Sequence[float],  # (p,) of the smaller one
     tested: list[int],  # positions of the coefficients that the smaller model fixes
 ) -> float:
-    """Return the p value of a likelihood-ratio test of logistic models, clustered by patient.
+    """Return the p value of a likelihood-ratio test of two models, clustered by patient.
 
     Source: Chandler and Bate 2007, "Inference for clustered data using the independence
     loglikelihood", Biometrika 94:167, equation 17.
     """
-    clustered, bread = clustered_covariance(labels, columns, offset, patients, fit)
+    outcome, weights = np.atleast_2d(known.fitted)[0], known.fitted_weights[0]
+    model = outcome, columns, offset, weights, patients, fit, known.link
+    clustered, bread = clustered_covariance(*model)
     distance, chosen = (fit - null)[tested], np.ix_(tested, tested)
     # Wald statistics with clustered and with usual errors scale the ratio.
     wald = [distance @ np.linalg.solve(v[chosen], distance) for v in (clustered, bread)]
-    losses = row_losses(labels, offset + np.stack([null, fit]) @ columns).sum(axis=1)
+    losses = [
+        weights @ known.link.terms(outcome, offset + np.asarray(x) @ columns)[0]
+        for x in (null, fit)
+    ]
     with np.errstate(invalid="ignore"):
         ratio = 2 * (losses[0] - losses[1]) * wald[0] / wald[1]
     return float(chi2.sf(ratio, len(tested)))
 
 
 def clustered_covariance(
-    labels: Array,  # (n,)
+    outcome: Array,  # (n,)
     columns: Array,  # (p, n)
-    offset: Array,  # (n,) log-odds that are added to those of the columns
+    offset: Array,  # (n,) scaled risks that are added to those of the columns
+    weights: Array,  # (n,)
     patients: NDArray[np.generic],  # (n,)
     fit: Array,  # (p,) coefficients
+    link: Link = LOGIT,
 ) -> tuple[Array, Array]:
-    """Return the covariance (p, p) of logistic coefficients, clustered by patient, and the usual.
+    """Return the covariance (p, p) of coefficients, clustered by patient, and the usual one.
 
     Source: Liang and Zeger 1986, "Longitudinal data analysis using generalized linear models".
     """
-    risk = expit(offset + fit @ columns)
-    bread: Array = np.linalg.inv((risk * (1 - risk) * columns) @ columns.T)
-    sums = patient_sums((labels - risk) * columns, patients)  # (patients, p)
+    _, slope, curvature = link.terms(outcome, offset + fit @ columns)
+    bread: Array = np.linalg.inv((weights * curvature * columns) @ columns.T)
+    sums = patient_sums(weights * slope * columns, patients)  # (patients, p)
     return bread @ (sums.T @ sums) @ bread * len(sums) / (len(sums) - 1), bread
 
 
@@ -326,34 +325,30 @@ def describe_threshold(choice: str | None, rows: str) -> str:
     return f"chosen {rule} on {rows}"
 
 
-def choose_threshold(
-    choice: str | None, labels: Array, probability: Array, weights: Array | None = None
-) -> float:
+def choose_threshold(choice: str | None, known: Known, risk: Array) -> float:
     """Return the threshold of a ``--threshold``, chosen on n rows; None: Youden's.
 
     A goal gets the threshold that reaches it and is best for the other of both shares.
+
+    Source: Youden 1950, "Index for rating diagnostic tests"; of equal ones the lowest threshold.
     """
-    if choice is None:
-        return youden_threshold(labels, probability, weights)
-    goal, value = parse_threshold(choice)
-    if not goal:
+    goal, value = parse_threshold(choice) if choice else ("", math.nan)
+    if choice and not goal:
         return value
-    options: dict[str, Any] = {"sample_weight": weights, "drop_intermediate": False}
-    false_rate, sensitivity, thresholds = roc_curve(labels, probability, **options)
+    weights = known.weights[0]
+    is_known = weights > 0
+    case = known.case[is_known]
+    if len({*case.tolist()}) < 2:
+        text = "nothing to choose a threshold by, as all rows have, or lack, the event: %g is taken"
+        logger.warning(text, DecisionRule().threshold)
+        return DecisionRule().threshold
+    false_rate, sensitivity, thresholds = roc_curve(
+        case, risk[is_known], sample_weight=weights[is_known], drop_intermediate=False
+    )
     if goal == "sensitivity":  # it rises along the curve, specificity falls
         return _midway(thresholds, np.flatnonzero(sensitivity >= value)[0])
-    return _midway(thresholds, np.flatnonzero(1 - false_rate >= value)[-1])
-
-
-def youden_threshold(
-    labels: NDArray[Any], probability: NDArray[Any], weights: Array | None = None
-) -> float:
-    """Return the lowest threshold with the largest sensitivity + specificity.
-
-    Source: Youden 1950, "Index for rating diagnostic tests".
-    """
-    options: dict[str, Any] = {"sample_weight": weights, "drop_intermediate": False}
-    false_rate, sensitivity, thresholds = roc_curve(labels, probability, **options)
+    if goal:
+        return _midway(thresholds, np.flatnonzero(1 - false_rate >= value)[-1])
     index = sensitivity - false_rate
     best = np.flatnonzero(np.isclose(index, index.max(), rtol=0, atol=1e-12))[-1]
     return _midway(thresholds, best)

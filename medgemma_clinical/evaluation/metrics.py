@@ -6,7 +6,9 @@ weighting a call; tests hold both equal.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,8 +25,18 @@ NEWTON_STEPS, PRECISION, MAX_STEP = 40, 1e-9, 1.0
 MIN_DIFFERENT = 20
 """Different risks that a calibration slope needs, such as those of the same risk in each fold."""
 
+RANKING = "auroc", "auprc", "log_loss", "brier", "scaled_brier"
+LEVEL = "observed", "mean_risk", "oe"
+FITTED = "intercept", "slope"
+DISTANCES = "ici", "e50", "e90"
+SHARES = "sensitivity", "specificity", "ppv", "npv", "positives"
+"""Metrics of ``Known``, by the method that returns them."""
+
 SPLINE_KNOTS = 0.05, 0.35, 0.65, 0.95
 """Quantiles at which the calibration curve may bend. Source: Harrell 2015, table 2.3."""
+
+IDEAL_DRAWS = 100
+"""Draws in which calibrated risks show their distances."""
 
 
 def metrics(labels: Array, risk: Array, weights: Array) -> dict[str, Array]:
@@ -37,8 +49,8 @@ def metrics(labels: Array, risk: Array, weights: Array) -> dict[str, Array]:
 
     Returns:
         (R,) values of auroc, auprc (average precision), brier, log_loss and
-        brier_skill (gain over the prevalence as everyone's risk). Not finite where undefined:
-        auroc and brier_skill without both classes, auprc without events, all without weight.
+        scaled_brier (gain over the observed risk as everyone's). Not finite where undefined:
+        auroc and scaled_brier without both classes, auprc without events, all without weight.
 
     Source: scikit-learn's definitions; Brier 1950; Murphy 1973 for the skill.
     """
@@ -65,7 +77,7 @@ def metrics(labels: Array, risk: Array, weights: Array) -> dict[str, Array]:
             "auprc": (events * precision).sum(axis=1) / true[:, -1],
             "brier": brier,
             "log_loss": weights @ losses / total,
-            "brier_skill": 1 - brier / (prevalence * (1 - prevalence)),
+            "scaled_brier": 1 - brier / (prevalence * (1 - prevalence)),
         }
 
 
@@ -95,56 +107,21 @@ def confusion_shares(
         }
 
 
-def calibration(labels: Array, risk: Array, weights: Array) -> dict[str, Array]:
-    """Compute calibration slope, intercept and calibration in the large.
-
-    Slope and intercept are those of a logistic fit of the label on the logit of the risk; in the
-    large is the intercept with the slope held at 1: below 0 the risks are too high on average.
-
-    Args:
-        labels: (n,) of 0 and 1.
-        risk: (n,) probability of the event.
-        weights: (R, n).
-
-    Returns:
-        (R,) values by name; NaN where no finite fit exists. Slope and intercept need 20 different
-        risks.
-
-    Source: Cox 1958; Steyerberg 2019, "Clinical Prediction Models", chapter 15.
-    """
-    odds, everyone = log_odds(risk), np.ones((1, len(risk)))
-    scaled, mean, spread = _scaled(odds)
-    columns = np.stack([np.ones_like(odds), scaled])
-    # Each fit starts where that of all rows ends.
-    start = fit_logistic(labels, columns, everyone, [float(log_odds(labels.mean())), 0.0])[0]
-    fitted = fit_logistic(labels, columns, weights, start)  # (R, 2)
-    start = fit_logistic(labels, columns[:1], everyone, [0.0], odds)[0]
-    level = fit_logistic(labels, columns[:1], weights, start, odds)[:, 0]
-    if not has_slope(odds):
-        fitted[:] = np.nan
-    slope = fitted[:, 1] / spread
-    return {
-        "calibration_slope": slope,
-        "calibration_intercept": fitted[:, 0] - slope * mean,
-        "calibration_in_the_large": level,
-    }
-
-
 def has_slope(scaled: Array) -> bool:
     """Return whether risks on a scale (n,) differ enough to have a slope, rounding apart."""
     return len(np.unique(scaled.round(9))) >= MIN_DIFFERENT
 
 
-def calibration_curve(labels: Array, risk: Array, weights: Array, at: Array) -> Array:
+def spline_curve(labels: Array, risk: Array, weights: Array, at: Array) -> Array:
     """Compute a flexible calibration curve: the share of events that goes with a risk.
 
     A logistic fit of the label on a restricted cubic spline of the logit of the risk, with knots at
     its 5th, 35th, 65th and 95th percentile; a straight line where fewer than three of these differ.
 
     Args:
-        labels: (n,) of 0 and 1.
+        labels: (n,) or (R, n), most often of 0 and 1.
         risk: (n,) probability of the event.
-        weights: (R, n).
+        weights: (R, n), or (1, n) for all.
         at: (G,) risks at which the curve is read.
 
     Returns:
@@ -164,29 +141,10 @@ def calibration_curve(labels: Array, risk: Array, weights: Array, at: Array) -> 
         np.sqrt(len(risk)) * basis,
         np.sqrt(len(risk)) * points @ np.linalg.pinv(triangle),
     )
-    start = fit_logistic(labels, basis.T, np.ones((1, len(risk))), np.zeros(basis.shape[1]))[0]
+    once, none = np.ones((1, len(risk))), np.zeros(basis.shape[1])
+    start = fit_logistic(np.atleast_2d(labels)[0], basis.T, once, none)[0]
     curve: Array = expit(fit_logistic(labels, basis.T, weights, start) @ points.T)
     return curve
-
-
-def calibration_error(labels: Array, risk: Array) -> dict[str, float]:
-    """Compute how far the risks lie from their ``calibration_curve``.
-
-    Args:
-        labels: (n,) of 0 and 1.
-        risk: (n,) probability of the event.
-
-    Returns:
-        ``ici``, ``e50``, ``e90``: mean, median and 90th percentile of the distances; NaN where no
-        finite fit exists.
-
-    Source: Austin and Steyerberg 2019, "The Integrated Calibration Index (ICI) and related metrics
-    for quantifying the calibration of logistic regression models", Statistics in Medicine 38:4051.
-    """
-    curve = calibration_curve(labels, risk, np.ones((1, len(risk))), risk)[0]
-    distance = np.abs(curve - risk)
-    values = distance.mean(), *np.quantile(distance, [0.5, 0.9])
-    return dict(zip(("ici", "e50", "e90"), map(float, values), strict=True))
 
 
 def _scaled(odds: Array) -> tuple[Array, float, float]:
@@ -254,11 +212,13 @@ def fit_logistic(
     """Fit log-odds = offset + coefficients @ columns by Newton's method.
 
     ``columns`` (p, n) are at about unit scale, ``offset`` is (n,). Returns the coefficients (R, p)
-    under all weightings (R, n), NaN where no finite fit exists, as where the classes are separated.
+    under all weightings (R, n), or of all ``labels`` (R, n), NaN where no finite fit exists, as
+    where the classes are separated.
     """
     size = len(columns)
     pairs = (columns[:, None] * columns).reshape(size**2, -1).T  # (n, p * p)
-    fitted = np.tile(np.asarray(start, dtype=np.float64), (len(weights), 1))
+    count = max(len(weights), len(np.atleast_2d(labels)))
+    fitted = np.tile(np.asarray(start, dtype=np.float64), (count, 1))
     steps = np.zeros_like(fitted)
     for _ in range(NEWTON_STEPS):
         # (R, n); expit by its tanh, which is faster in the bootstrap's inner loop
@@ -301,32 +261,189 @@ def net_benefit(labels: Array, risk: Array, thresholds: Array, weights: Array) -
     return benefit / weights.sum(axis=1, keepdims=True)
 
 
-def bootstrap_weights(labels: Array, patients: NDArray[np.generic], seed: int) -> Iterator[Array]:
+def logistic_terms(outcome: Array, scaled: Array) -> tuple[Array, Array, Array]:
+    """Return loss, its negative slope and its curvature (n,) at log-odds (n,)."""
+    risk = expit(scaled)
+    return row_losses(outcome, scaled), outcome - risk, risk * (1 - risk)
+
+
+class Link(NamedTuple):
+    """The scale on which risks are calibrated."""
+
+    scale: Callable[[Array], Array]  # of risks
+    risk: Callable[[Array], Array]  # the inverse
+    # From outcomes (n,) or (R, n), columns (p, n), weights (R, n), start (p,) and offset (n,) to
+    # coefficients (R, p).
+    fit: Callable[..., Array]
+    # From outcomes, risks (n,), weights (R, n) and risks (G,) to the outcomes that go with the
+    # latter, (R, G).
+    curve: Callable[[Array, Array, Array, Array], Array]
+    # From outcomes and scaled risks (n,) to loss, negative slope and curvature, (n,) each.
+    terms: Callable[[Array, Array], tuple[Array, Array, Array]]
+
+    def moved(self, risk: Array, slope: float | Array, shift: float | Array) -> Array:
+        """Return risks (n,) whose scaled values are multiplied and shifted."""
+        return self.risk(shift + slope * self.scale(risk))
+
+
+LOGIT = Link(log_odds, expit, fit_logistic, spline_curve, logistic_terms)
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of n rows, in each of R weightings, whatever the risk."""
+
+    case: Array  # (n,) whether the event is known to have come
+    draws: Array  # (R, n) how often each row counts
+    weights: Array  # (R, n) the same over the chance that the status is known; 0: it is not
+    fitted: Array  # (n,) or (R, n) the outcome that calibration fits
+    fitted_weights: Array  # (R, n) that go with it
+    link: Link
+    cut: float = 0.0  # share of the known rows whose weight was cut, each row counting once
+
+    def ranking(self, risk: Array) -> dict[str, Array]:
+        """Return ``RANKING`` (R,) of risks (n,)."""
+        return metrics(self.case, risk, self.weights)
+
+    def level(self, risk: Array) -> dict[str, Array]:
+        """Return the observed risk, the mean risk, and observed over expected events, (R,) each."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            observed = self.weights @ self.case / self.weights.sum(axis=1)
+            expected = self.fitted_weights @ risk / self.fitted_weights.sum(axis=1)
+            mean_risk = self.draws @ risk / self.draws.sum(axis=1)
+            return {"observed": observed, "mean_risk": mean_risk, "oe": observed / expected}
+
+    def calibration(self, risk: Array) -> dict[str, Array]:
+        """Return the intercept with the slope held at 1, and the slope, (R,) each.
+
+        Below 0 the risks are too high on average, below 1 too extreme. NaN where no finite fit
+        exists; a slope needs 20 different risks.
+
+        Source: Cox 1958; Steyerberg 2019, "Clinical Prediction Models", chapter 15; for times van
+        Geloven et al. 2022, BMJ 377:e069249.
+        """
+        return {"intercept": self.fit_level(risk), "slope": self.fit_line(risk)[0]}
+
+    def fit_line(self, risk: Array) -> tuple[Array, Array]:
+        """Return the slope and shift (R,) by which scaled risks (n,) fit the outcome."""
+        odds = self.link.scale(risk)
+        if not has_slope(odds):
+            nothing = np.full(len(self.draws), np.nan)
+            return nothing, nothing
+        scaled, mean, spread = _scaled(odds)
+        fit = self._fit(np.stack([np.ones_like(odds), scaled]), [mean, spread], 0.0)
+        slope = fit[:, 1] / spread
+        return slope, fit[:, 0] - slope * mean
+
+    def fit_level(self, risk: Array, slope: float = 1.0) -> Array:
+        """Return the shift (R,) by which scaled risks (n,), times a slope, fit the outcome."""
+        offset = slope * self.link.scale(risk)
+        return self._fit(np.ones((1, len(risk))), [0.0], offset)[:, 0]
+
+    def _fit(self, columns: Array, start: list[float], offset: Array | float) -> Array:
+        """Fit the outcome in each weighting, from where the fit of all rows ends."""
+        once = np.ones((1, columns.shape[1]))
+        first = self.link.fit(np.atleast_2d(self.fitted)[0], columns, once, start, offset)[0]
+        begin = first if np.isfinite(first).all() else start
+        return self.link.fit(self.fitted, columns, self.fitted_weights, begin, offset)
+
+    def distances(self, risk: Array) -> dict[str, Array]:
+        """Return mean, median and 90th percentile (R,) of the distances from the curve.
+
+        Source: Austin and Steyerberg 2019, "The Integrated Calibration Index (ICI) and related
+        metrics for quantifying the calibration of logistic regression models", Statistics in
+        Medicine 38:4051; Gerds et al. 2014, Statistics in Medicine 33:3191, for pseudo-values.
+        """
+        curve = self.link.curve(self.fitted, risk, self.fitted_weights, risk)
+        distance = np.abs(curve - risk)
+        draws = np.broadcast_to(self.draws, distance.shape)
+        mean = (draws * distance).sum(axis=1) / draws.sum(axis=1)
+        ends = [quantile(distance, draws, q)[:, 0] for q in (0.5, 0.9)]
+        return dict(zip(DISTANCES, [mean, *ends], strict=True))
+
+    def ideal_distance(self, risk: Array, seed: int) -> float:
+        """Return the mean distance that calibrated risks of n such rows would show.
+
+        Source: Wu 1986, the wild bootstrap: the rows keep the size of their distance to the curve.
+        """
+        outcome = np.broadcast_to(self.fitted, self.draws.shape)[0]
+        away = outcome - self.link.curve(self.fitted, risk, self.fitted_weights, risk)[0]
+        signs = np.random.default_rng(seed).choice([-1.0, 1.0], (IDEAL_DRAWS, len(risk)))
+        drawn = self.link.curve(risk + signs * away, risk, self.fitted_weights[:1], risk)
+        with np.errstate(invalid="ignore"):
+            return float(np.nanmean(np.abs(drawn - risk)))
+
+    def shares(self, positive: NDArray[np.bool_]) -> dict[str, Array]:
+        """Return ``SHARES`` (R,) of who is predicted positive, (n,)."""
+        shares = confusion_shares(self.case, positive, self.weights)
+        # Of a prediction, all is known.
+        shares["positives"] = self.draws @ positive / self.draws.sum(axis=1)
+        return shares
+
+    def net_benefit(self, risk: Array, thresholds: Array) -> Array:
+        """Return the net benefit (R, K) of acting on risks (n,) from thresholds (K,) on."""
+        return net_benefit(self.case, risk, thresholds, self.weights)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the status of some row is unknown."""
+        return self.weights is not self.draws
+
+    @property
+    def largest_weight(self) -> float:
+        """The largest weight of a row that counts once."""
+        return float(self.weights[0].max())
+
+    @property
+    def effective_n(self) -> float:
+        """The number of rows that the weights of the first weighting are worth."""
+        weights, draws = self.weights[0], self.draws[0]
+        squares = weights**2 / np.where(draws > 0, draws, 1)
+        return float(weights.sum() ** 2 / squares.sum()) if squares.any() else 0.0
+
+
+def of_labels(labels: Array, draws: Array | None = None) -> Known:
+    """Return what labels (n,) tell, under weights (R, n); each row counts once where None."""
+    draws = np.ones((1, len(labels))) if draws is None else draws
+    return Known(labels, draws, draws, labels, draws, LOGIT)
+
+
+def quantile(values: Array, weights: Array, q: float) -> Array:
+    """Return numpy's quantile (R, 1) of values (R, n) that are repeated as whole weights say."""
+    order = np.argsort(values, axis=1)
+    values = np.take_along_axis(values, order, axis=1)
+    stops = np.take_along_axis(weights, order, axis=1).cumsum(axis=1)
+    place = q * (stops[:, -1:] - 1)
+    low, high = (
+        np.take_along_axis(values, columns.clip(max=values.shape[1] - 1), axis=1)
+        for columns in (
+            (stops <= index).sum(axis=1, keepdims=True)
+            for index in (np.floor(place), np.floor(place) + 1)
+        )
+    )
+    return low + (place - np.floor(place)) * (high - low)
+
+
+def bootstrap_weights(patients: NDArray[np.generic], seed: int) -> Iterator[Array]:
     """Draw patients with replacement, all rows of a patient together.
 
-    No draw depends on the labels: fixed numbers of each class would make the intervals of metrics
+    No draw depends on the outcome: fixed numbers of each class would make the intervals of metrics
     that depend on the prevalence too narrow, and leaving out draws that lack a class in some part
     of the rows would draw too many of the rarer class.
 
     Args:
-        labels: (n,) of 0 and 1.
         patients: (n,) patient of each row.
         seed: seed of the draws, which do not depend on how they are cut into chunks.
 
     Yields:
         (r, n) how often each row counts in each of r draws, ``REPLICATES`` draws in all.
 
-    Raises:
-        ValueError: a class is missing.
-
     Source: Efron and Tibshirani 1993, "An Introduction to the Bootstrap".
     """
-    if not ((labels == 0).any() and (labels == 1).any()):
-        raise ValueError("the rows need both labels 0 and 1: with one class no metric is defined")
     names, patient = np.unique(patients, return_inverse=True)
     chances = np.full(len(names), 1 / len(names))
     rng, left = np.random.default_rng(seed), REPLICATES
     while left:
-        size = min(left, max(1, CHUNK_CELLS // len(labels)))
+        size = min(left, max(1, CHUNK_CELLS // len(patients)))
         yield rng.multinomial(len(names), chances, size=size).astype(np.float64)[:, patient]
         left -= size

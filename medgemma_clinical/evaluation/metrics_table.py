@@ -13,26 +13,26 @@ from scipy.special import expit, logit
 from scipy.stats import binomtest
 
 from medgemma_clinical.data.small_cells import count_patients, minority_patients
+from medgemma_clinical.evaluation import metrics as of_risks
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, best_blend
 from medgemma_clinical.evaluation.decision import Recalibrated
-from medgemma_clinical.evaluation.metrics import (
-    Array,
-    bootstrap_weights,
-    calibration,
-    calibration_error,
-    confusion_shares,
-    metrics,
-)
-
-TESTED = ["id", "label", "patient"]
-"""Columns of a table of predictions that say what was predicted; each other one is a model."""
+from medgemma_clinical.evaluation.metrics import Array, Known, bootstrap_weights
+from medgemma_clinical.evaluation.target import LABEL, Target
+from medgemma_clinical.evaluation.time_metrics import MIN_AT_RISK
 
 MODEL = "model_sha256"
 """Column of a file of predictions that names the model by its hash; see ``named_model``."""
 
 COUNTS = ("n", "patients", "events", "minority_patients")
 FOLD_MINORITY = "fold_minority_patients"
-"""Counts of the rows, and of several splits the lowest of their ``minority_patients``."""
+"""Counts of the rows, and of several splits the lowest of their ``minority_patients``; events and
+minority of further targets have their endings."""
+
+ORDER = [
+    *(*of_risks.RANKING, *of_risks.LEVEL, *of_risks.FITTED, *of_risks.DISTANCES, "ici_ideal"),
+    *("net_benefit", *of_risks.SHARES, "effective_n", "weights_cut", "largest_weight"),
+]
+"""All metrics, as tables have them."""
 
 VALUE = ["value", "low", "high"]
 DIFFERENCE = ["difference", "difference_low", "difference_high"]
@@ -44,7 +44,7 @@ SHARED_TRAINING = 1.4
 widen an interval; ``tests/benchmarks/simulations.py`` chose it."""
 
 ON_LOGIT = ("auroc", "auprc", "mean_risk", "sensitivity", "specificity", "ppv", "npv", "positives")
-NOT_WIDENED = ("observed", "effective_n")
+NOT_WIDENED = ("observed",)
 """Beginnings of the names of metrics that are widened on the logit scale, and of those that are no
 result of a model."""
 
@@ -56,6 +56,8 @@ MINORITY_PATIENTS = 10
 
 EXPECTED = "expected_"
 """Beginning of the names of metrics of a rule that was fitted on the rows themselves."""
+
+NAMES = [*ORDER, *(f"{EXPECTED}{name}" for name in ORDER)]
 
 Statistic = Callable[[Array], Any]
 """From weights (R, n) to values (R,) by any key, or to values (R, K) of K positions."""
@@ -79,7 +81,7 @@ class Metrics:
     """Metrics of the models on one part of the data, as in ``metrics.json``."""
 
     counts: dict[str, int]  # ``COUNTS``; minority: with the outcome that fewer patients have
-    # Of splits also ``FOLD_MINORITY``.
+    # Of splits also ``FOLD_MINORITY``, of further targets their events and minority.
     # Index (model, metric); columns ``VALUE``, ``DIFFERENCE``, reference, of splits ``SPREAD``.
     # The difference is the model minus its reference, paired.
     table: pd.DataFrame
@@ -104,6 +106,15 @@ class Metrics:
         """Return all metrics of a model, by name."""
         return self.table.loc[model]
 
+    def at(self, target: Target) -> Self:
+        """Return the metrics of one of several targets, under their own names."""
+        end = target.metric_ending
+        names = {f"{start}{name}{end}": f"{start}{name}" for start in ("", EXPECTED) for name in ORDER}
+        is_own = self.table.index.get_level_values("metric").isin([*names])
+        table = self.table[is_own].rename(index=names, level="metric")
+        own = {name: self.counts.get(f"{name}{end}", self.counts[name]) for name in COUNTS}
+        return replace(self, counts={**self.counts, **own}, table=table)
+
     def to_json(self) -> dict[str, Any]:
         """Return the content of a part of ``metrics.json``; what is undefined is None."""
         spread = [name for name in SPREAD if name in self.table]
@@ -127,8 +138,10 @@ class Metrics:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:
         """Read a part of ``metrics.json``; KeyError, TypeError or AttributeError if it is none."""
-        not_metrics = {*COUNTS, FOLD_MINORITY, "model", "primary", "planned", "widening", "models"}
-        first = {name: metric for name, metric in content.items() if name not in not_metrics}
+        plan = [content[name] for name in ("primary", "planned", "widening")]
+        about = {"model", "primary", "planned", "widening"}
+        first = {k: x for k, x in content.items() if isinstance(x, dict) and k != "models"}
+        counts = {k: x for k, x in content.items() if not isinstance(x, dict) and k not in about}
         models = {
             content["model"]: {"reference": content["model"], **first},
             **content["models"],
@@ -143,20 +156,16 @@ class Metrics:
         table = pd.DataFrame(list(lines.values()), index)
         numbers = [*VALUE, *DIFFERENCE, *(name for name in SPREAD if name in table)]
         table = table.reindex(columns=[*numbers, "reference"])
-        counts = {name: content[name] for name in COUNTS}
-        counts |= {name: content[name] for name in (FOLD_MINORITY,) if name in content}
-        table = table.astype(dict.fromkeys(numbers, float))
-        # Runs of earlier versions did not name what was planned, and widened no interval.
-        plan = content.get("primary"), content.get("planned", []), content.get("widening", 1.0)
-        return cls(counts, table, *plan)
+        assert {*COUNTS} <= counts.keys()
+        return cls(counts, table.astype(dict.fromkeys(numbers, float)), *plan)
 
 
 def bootstrap(
-    labels: Array, patients: NDArray[np.generic], seed: int, statistic: Statistic
+    patients: NDArray[np.generic], seed: int, statistic: Statistic
 ) -> tuple[pd.Series[float], pd.DataFrame]:
     """Compute statistics on all rows (by key), and in each draw of patients (a column a key)."""
-    chunks = [pd.DataFrame(statistic(w)) for w in bootstrap_weights(labels, patients, seed)]
-    value = pd.DataFrame(statistic(np.ones((1, len(labels))))).iloc[0]
+    chunks = [pd.DataFrame(statistic(w)) for w in bootstrap_weights(patients, seed)]
+    value = pd.DataFrame(statistic(np.ones((1, len(patients))))).iloc[0]
     return value, pd.concat(chunks, ignore_index=True)
 
 
@@ -254,73 +263,177 @@ def mean_of_repeats(repeats: Sequence[Drawn]) -> Drawn:
 
 
 def evaluate(
-    rows: pd.DataFrame,  # ``TESTED``, then the risk of each model
+    rows: pd.DataFrame,  # of predictions: what happened, and the risks of each model
     seed: int,
-    threshold: float | Array | None = None,  # (n,) of several rules; gives calibration and shares
+    threshold: float | Sequence[float] | None = None,  # of each target; gives shares
     reference: str | None = None,  # by default the first model
     split: NDArray[np.generic] | None = None,  # (n,) K folds, over whose metrics means are taken
     primary: str | None = None,  # by default the blend that reads most
     compared: Sequence[str] = (),  # planned comparisons beside stages and ensemble
     trained: float | None = None,  # patients that a model learned from: see ``widening_of``
+    *,
+    targets: Sequence[Target] = (LABEL,),
 ) -> Metrics:
     """Compute the metrics of all models on n rows, with intervals and paired differences."""
-    drawn = draw_metrics(rows, seed, threshold, split, reference=reference, trained=trained)
+    options: dict[str, Any] = {"targets": targets, "reference": reference, "trained": trained}
+    drawn = draw_metrics(rows, seed, threshold, split, **options)
     return compared_models(drawn, primary, compared)
 
 
 def draw_metrics(
     rows: pd.DataFrame,
     seed: int,
-    threshold: float | Array | None = None,
+    threshold: float | Sequence[float] | None = None,
     split: NDArray[np.generic] | None = None,
     *,
+    targets: Sequence[Target] = (LABEL,),
     reference: str | None = None,
     trained: float | None = None,
-    recalibrated: Recalibrated | None = None,
+    recalibrated: Mapping[str, Recalibrated] | None = None,  # of targets, by name
 ) -> Drawn:
-    """Compute the metrics of all models on n rows and in draws of patients; see ``evaluate``."""
-    risks = {str(name): rows[name].to_numpy(float) for name in rows.columns.drop(TESTED)}
-    first = reference or next(iter(risks))
-    risks = {first: risks[first], **risks}
-    labels, risk, patients = label_risk_patient(rows, first)
-    parts = [np.arange(len(rows))]
+    """Compute the metrics of all models on n rows and in draws of patients; see ``evaluate``.
+
+    All metrics of the first model have intervals; those of others that need a fit have none.
+    """
+    models, patients = targets[0].models(rows), rows["patient"].to_numpy(str)
+    first = reference or models[0]
+    models = list(dict.fromkeys([first, *models]))
+    parts: list[Any] = [slice(None)]
     if split is not None:
         parts = [np.flatnonzero(split == label) for label in np.unique(split)]
-    positive = None if threshold is None else risk >= threshold
-    before = risk if recalibrated is None else recalibrated.before
-    moved = recalibrated if recalibrated and recalibrated.rule.is_moved else None
+    thresholds = [] if threshold is None else np.atleast_1d(threshold).tolist()
+    views = [
+        _View(
+            target,
+            rows,
+            {model: rows[target.column(model)].to_numpy(float) for model in models},
+            thresholds[k] if k < len(thresholds) else None,
+            (recalibrated or {}).get(target.name),
+        )
+        for k, target in enumerate(targets)
+    ]
 
-    def statistic(weights: Array) -> dict[Any, Array]:
-        by_part = [_metrics_of_all(labels, risks, weights, part) for part in parts]
-        values_by_key = {
-            key: mean_of_defined([part[key] for part in by_part]) for key in by_part[0]
-        }
-        if positive is not None:
-            of_first = calibration(labels, before, weights)
-            of_first |= confusion_shares(labels, positive, weights)
-            if moved:
-                expected = moved.expected(labels, weights)
-                of_first |= {EXPECTED + name: values for name, values in expected.items()}
-            values_by_key |= {(first, name): values for name, values in of_first.items()}
-        return values_by_key
+    def statistic(draws: Array) -> dict[Any, Array]:
+        values: dict[Any, Array] = {}
+        for view in views:
+            known = [view.target.known(rows, draws, part) for part in parts]
+            values |= view.ranking(known, parts)
+            values |= view.drawn(known[0] if split is None else view.target.known(rows, draws))
+        return values
 
     # Patients are drawn once for all splits.
-    value, drawn = bootstrap(labels, patients, seed, statistic)
-    behind, of_parts = {}, None
-    if positive is not None:
-        shares = patients_behind_shares(labels, positive, patients)
-        behind = {(first, name): n for name, n in shares.items()}
-        # A distance grows by the noise of the draws: it has no interval.
-        for name, distance in calibration_error(labels, before).items():
-            value[first, name] = distance
-        if moved:
-            distances = calibration_error(labels, moved.after)
-            value[first, f"{EXPECTED}ici"] = distances["ici"]
+    value, drawn = bootstrap(patients, seed, statistic)
+    behind: dict[Any, int] = {}
+    for view in views:
+        known = view.target.known(rows)
+        value = pd.concat([value, pd.Series(view.fixed(known, seed))])
+        behind |= view.patients_behind(patients)
+        if not view.is_measured(known):
+            names = [view.target.key(name) for name in ORDER if name != "effective_n"]
+            value[value.index.get_level_values(1).isin(names)] = np.nan
+    order = [(model, view.target.key(name)) for model in models for view in views for name in NAMES]
+    value = value[[key for key in order if key in value.index]]
+    of_parts = None
     if split is not None:
-        one = np.ones((1, len(rows)))
-        of_parts = spread([_metrics_of_all(labels, risks, one, part) for part in parts])
-    counts, widening = count_parts(labels, patients, parts), widening_of(patients, split, trained)
+        by_part = [
+            {k: x for view in views for k, x in view.ranking([view.target.known(rows, part=p)], [p]).items()}
+            for p in parts
+        ]
+        of_parts = spread(by_part)
+    counts = {}
+    for target in reversed(targets):
+        case = target.known(rows).case
+        own = count_parts(case, patients, parts if split is not None else [])
+        kept = own if target is targets[0] else {k: own[k] for k in ("events", "minority_patients")}
+        counts |= {target.key(name): number for name, number in kept.items()}
+    widening = widening_of(patients, split, trained)
     return Drawn(value, drawn, counts, behind, of_parts, widening, seed)
+
+
+@dataclass(frozen=True)
+class _View:
+    """The risks of several models for one target, the first model in the centre."""
+
+    target: Target
+    rows: pd.DataFrame
+    risks: dict[str, Array]  # (n,) each
+    threshold: float | None
+    recalibrated: Recalibrated | None
+
+    @property
+    def first(self) -> str:
+        """The model that all others are compared with."""
+        return next(iter(self.risks))
+
+    @property
+    def before(self) -> Array:
+        """The first model's risks whose calibration is measured."""
+        return self.risks[self.first] if self.recalibrated is None else self.recalibrated.before
+
+    @property
+    def moved(self) -> Recalibrated | None:
+        """The recalibration, if it moves the risks."""
+        return self.recalibrated if self.recalibrated and self.recalibrated.rule.is_moved else None
+
+    def of(self, model: str, values: Mapping[str, Any], start: str = "") -> dict[Any, Any]:
+        """Return values under the names of their model and metric."""
+        return {(model, self.target.key(f"{start}{name}")): x for name, x in values.items()}
+
+    def ranking(self, known: Sequence[Known], parts: Sequence[Any]) -> dict[Any, Array]:
+        """Return the mean over parts of what compares risks, (R,) each."""
+        values: dict[Any, Array] = {}
+        for model, risk in self.risks.items():
+            found = [x.ranking(risk[part]) for x, part in zip(known, parts, strict=True)]
+            means = {name: mean_of_defined([x[name] for x in found]) for name in found[0]}
+            values |= self.of(model, means)
+        return values
+
+    def drawn(self, known: Known) -> dict[Any, Array]:
+        """Return what all rows together tell, (R,) each."""
+        values: dict[Any, Array] = {}
+        for model, risk in self.risks.items():
+            values |= self.of(model, known.level(risk))
+        values |= self.of(self.first, known.calibration(self.before))
+        if self.moved:
+            values |= self.of(self.first, self.moved.expected(known), EXPECTED)
+        if self.threshold is not None:
+            risk = self.risks[self.first]
+            benefit = known.net_benefit(risk, np.array([self.threshold]))[:, 0]
+            values |= self.of(self.first, {"net_benefit": benefit})
+            values |= self.of(self.first, known.shares(risk >= self.threshold))
+        return values
+
+    def fixed(self, known: Known, seed: int) -> dict[Any, float]:
+        """Return what has no interval: a distance grows by the noise of draws."""
+        values: dict[Any, float] = {}
+        for model, risk in self.risks.items():
+            risk = self.before if model == self.first else risk
+            found = known.distances(risk)
+            if model != self.first:
+                found |= known.calibration(risk)
+            values |= self.of(model, {name: float(x[0]) for name, x in found.items()})
+        of_first = {"ici_ideal": known.ideal_distance(self.before, seed)}
+        if known.has_weights:
+            of_first |= {"effective_n": known.effective_n, "weights_cut": known.cut}
+            of_first["largest_weight"] = known.largest_weight
+        values |= self.of(self.first, of_first)
+        if self.moved:
+            distance = known.distances(self.moved.after)["ici"]
+            values |= self.of(self.first, {"ici": float(distance[0])}, EXPECTED)
+        return values
+
+    def patients_behind(self, patients: NDArray[np.generic]) -> dict[Any, int]:
+        """Return the patients in the denominators of shares, where all are known."""
+        known = self.target.known(self.rows)
+        if self.threshold is None or known.has_weights:
+            return {}
+        positive = self.risks[self.first] >= self.threshold
+        return self.of(self.first, patients_behind_shares(known.case, positive, patients))
+
+    def is_measured(self, known: Known) -> bool:
+        """Return whether the rows have an answer, and not by weights that few rows carry."""
+        few = known.has_weights and known.effective_n < MIN_AT_RISK
+        return not few and not self.target.problem(self.rows)
 
 
 def compared_models(
@@ -365,23 +478,6 @@ def mean_of_defined(values: Sequence[Array]) -> Array:
     with np.errstate(invalid="ignore"):
         mean: Array = np.where(is_finite, values, 0).sum(axis=0) / is_finite.sum(axis=0)
     return mean
-
-
-def label_risk_patient(rows: pd.DataFrame, model: str) -> tuple[Array, Array, NDArray[np.str_]]:
-    """Return labels, the risk of a model, and patients, (n,) each."""
-    labels, risk = rows["label"].to_numpy(float), rows[model].to_numpy(float)
-    return labels, risk, rows["patient"].to_numpy(str)
-
-
-def _metrics_of_all(
-    labels: Array, risks: Mapping[str, Array], weights: Array, part: NDArray[np.intp]
-) -> dict[tuple[str, str], Array]:
-    """Return the metrics (R,) of all models on some rows, by model and metric."""
-    return {
-        (model, name): values
-        for model, risk in risks.items()
-        for name, values in metrics(labels[part], risk[part], weights[:, part]).items()
-    }
 
 
 def patients_behind_shares(

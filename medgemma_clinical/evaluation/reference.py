@@ -19,41 +19,42 @@ from medgemma_clinical.data.small_cells import (
     minority_patients,
 )
 from medgemma_clinical.evaluation.decision import clustered_covariance
-from medgemma_clinical.evaluation.metrics import Array, calibration, log_odds
+from medgemma_clinical.evaluation.metrics import LOGIT, Array, Known, log_odds
 
 DECILES = np.arange(0.1, 0.95, 0.1)
 
 
-def reference(labels: Array, risk: Array, patients: NDArray[np.generic]) -> dict[str, Any] | None:
-    """Return the logistic fit of labels (n,) on the log-odds of risks as they are delivered.
+def reference(known: Known, risk: Array, patients: NDArray[np.generic]) -> dict[str, Any] | None:
+    """Return the logistic fit of what is known on the log-odds of risks as they are delivered.
 
-    ``intercept``, ``slope``, their ``covariance``, clustered by patient; ``edges`` of groups of the
-    risk, deciles as far as each group is large enough; None where patients are few or no fit is
+    ``shift``, ``multiplier``, their ``covariance``, clustered by patient; ``edges`` of groups of
+    the risk, deciles as far as each group is large enough; None where patients are few or no fit is
     finite.
     """
-    if minority_patients(labels, patients) < MIN_CELL:
+    has_status = known.weights[0] > 0
+    case, odds, weights = known.case[has_status], log_odds(risk), known.weights
+    if minority_patients(case, patients[has_status]) < MIN_CELL:
         return None
-    fitted = calibration(labels, risk, np.ones((1, len(labels))))
-    fit = np.array([fitted[f"calibration_{name}"].item() for name in ("intercept", "slope")])
+    labels = Known(known.case, weights, weights, known.case, weights, LOGIT)
+    fit = np.array([x.item() for x in labels.fit_line(risk)[::-1]])
     if not np.isfinite(fit).all():
         return None
-    odds = log_odds(risk)
-    columns = np.stack([np.ones_like(odds), odds])
-    covariance, _ = clustered_covariance(labels, columns, np.zeros_like(odds), patients, fit)
+    columns, none = np.stack([np.ones_like(odds), odds]), np.zeros_like(odds)
+    covariance, _ = clustered_covariance(known.case, columns, none, weights[0], patients, fit)
     edges = [float(f"{edge:.3g}") for edge in np.quantile(risk, DECILES)]
-    intercept, slope = (_rounded(x) for x in fit)
+    shift, multiplier = (_rounded(x) for x in fit)
     return {
-        "patients": count_patients(patients, slice(None)),
-        "intercept": intercept,
-        "slope": slope,
+        "patients": count_patients(patients, has_status),
+        "shift": shift,
+        "multiplier": multiplier,
         "covariance": [[_rounded(x) for x in line] for line in covariance],
-        "edges": large_bins(labels, risk, patients, MIN_CELL, edges),
+        "edges": large_bins(case, risk[has_status], patients[has_status], MIN_CELL, edges),
     }
 
 
 def check_reference(entry: Mapping[str, Any]) -> None:
     """Raise an error of any type unless an entry has the form that ``reference`` gives it."""
-    fit = [entry[name] for name in ("intercept", "slope", "patients")]
+    fit = [entry[name] for name in ("shift", "multiplier", "patients")]
     finite = [np.isfinite(numbers) for numbers in (fit, entry["covariance"], entry["edges"])]
     shapes = [np.shape(numbers) for numbers in finite]
     if shapes[:2] != [(3,), (2, 2)] or len(shapes[2]) != 1 or shapes[2] > DECILES.shape:

@@ -27,14 +27,10 @@ from medgemma_clinical.evaluation.baselines import (
     PENALTY,
     SIZES,
     STATISTICS,
-    WITH_STATICS,
     Baselines,
-    Settings,
-    baseline_tables,
+    Folds,
     fit_trees,
-    load_lightgbm,
     tuned_trees,
-    tuning_folds,
 )
 from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.simple_models import Regression, Trees, read_array, read_names
@@ -168,6 +164,10 @@ class TimeBaselines(Baselines):
         blends = {k: blend_hazards(hazards[a], hazards[b]) for k, (a, b) in self.pairs.items()}
         return hazards | blends
 
+    def forecasts(self, dataset: TrajectoryDataset, rows: Rows = slice(None)) -> dict[str, Array]:
+        """Return ``risks``, which are hazards."""
+        return self.risks(dataset, rows)
+
     @classmethod
     def from_plain(cls, content: Mapping[str, Any]) -> dict[str, Any]:
         """Return checked fields of the class."""
@@ -186,38 +186,57 @@ def blend_hazards(*hazards: Array) -> Array:
     return blended
 
 
-def time_baseline_names(dataset: TrajectoryDataset, static: Sequence[str]) -> list[str]:
-    """Return the names of the baselines that ``fit_time_baselines`` fits, where it can."""
-    load_lightgbm()
-    blends = [BLEND, *([BLEND + WITH_STATICS] if static else [])]
-    return [NULL, *baseline_tables(dataset, static), *blends]
+@dataclass(frozen=True)
+class PeriodFits:
+    """Baselines of times to events that compete."""
 
+    always: ClassVar[tuple[str, ...]] = (NULL,)
+    hours: Array  # (n,) until the event or the end of follow-up
+    event: Array  # (n,)
+    periods: Periods
+    cuts: Sequence[float]  # (K,) ends of the intervals
 
-def tune_time_baselines(
-    dataset: TrajectoryDataset, train: NDArray[np.int64], static: Sequence[str], periods: Periods
-) -> Settings:
-    """Choose the settings of the baselines in folds of some rows; ``periods`` are of these."""
-    folds = tuning_folds(dataset.labels[train], dataset.groups[train])
-    tables = {
-        name: table.to_numpy()[train] for name, table in baseline_tables(dataset, static).items()
-    }
-    boosted = [name for name in tables if name.startswith(BOOSTING)]
-    widest, expected = tables[boosted[-1]], periods.exposure @ periods.level[0]
-    # A size is chosen by event 1 and with each row once; each event has its own number of trees.
-    rates = rates_of(periods.is_event[:, 0].max(axis=1), expected)
-    found = tuned_trees(widest, rates, folds, expected, POISSON)
-    sizes = [{name: found[name] for name in SIZES[0]}]
-    row, values, targets = person_periods(widest, periods)
-    within = [(np.flatnonzero(np.isin(row, a)), np.flatnonzero(np.isin(row, b))) for a, b in folds]
-    trees = {
-        str(event): tuned_trees(values, rates, within, expected, POISSON, sizes)
-        for event, (rates, expected) in enumerate(targets, 1)
-    }
-    penalties: dict[str, float] = {}
-    for name in [name for name in tables if name not in boosted and folds]:
-        losses = np.sum([fold_losses(tables[name], periods, *fold) for fold in folds], axis=0)
-        penalties[name] = PENALTIES[PENALTY][int(losses.argmin())]
-    return Settings([*static], [], penalties, trees)
+    def vocabulary(self, contexts: NDArray[np.object_]) -> list[str]:
+        """Return nothing: no baseline of times reads words."""
+        return []
+
+    def tune_trees(self, values: Array, folds: Folds) -> dict[str, Any]:
+        """Return the settings of the trees of each event."""
+        expected = self.periods.exposure @ self.periods.level[0]
+        # A size is chosen by event 1 and with each row once; each event has its own number.
+        rates = rates_of(self.periods.is_event[:, 0].max(axis=1), expected)
+        found = tuned_trees(values, rates, folds, expected, POISSON)
+        sizes = [{name: found[name] for name in SIZES[0]}]
+        row, long, targets = person_periods(values, self.periods)
+        within = [
+            (np.flatnonzero(np.isin(row, a)), np.flatnonzero(np.isin(row, b))) for a, b in folds
+        ]
+        return {
+            str(event): tuned_trees(long, rates, within, expected, POISSON, sizes)
+            for event, (rates, expected) in enumerate(targets, 1)
+        }
+
+    def tune_penalty(self, values: Any, folds: Folds, *, words: bool = False) -> float:
+        """Return the penalty with the highest likelihood of event 1 in the folds."""
+        losses = np.sum([fold_losses(values, self.periods, *fold) for fold in folds], axis=0)
+        return float(PENALTIES[PENALTY][int(losses.argmin())])
+
+    def fit_trees(
+        self, values: Array, settings: Mapping[str, Any], columns: list[str]
+    ) -> tuple[PeriodTrees, int]:
+        """Return the trees of each event."""
+        return fit_period_trees(values, self.periods, settings, columns), 0
+
+    def fit_regression(
+        self, values: Array, penalty: float | None, columns: list[str]
+    ) -> PeriodRegression:
+        """Return a Poisson regression of each event."""
+        penalties = [1.0 if penalty is None else penalty]
+        return next(fit_regressions(values, self.periods, penalties, columns))
+
+    def collect(self, **fitted: Any) -> TimeBaselines:
+        """Return all baselines."""
+        return TimeBaselines(**fitted, null=null_hazards(self.hours, self.event, self.cuts))
 
 
 def fold_losses(
@@ -234,29 +253,6 @@ def fold_losses(
         hazards = model.risks(pd.DataFrame(values[test]))
         losses.append(float((exposure[:, None] * hazards - is_event * np.log(hazards)).sum()))
     return losses
-
-
-def fit_time_baselines(
-    dataset: TrajectoryDataset,
-    rows: NDArray[np.int64],
-    settings: Settings,
-    periods: Periods,
-    cuts: Sequence[float],
-) -> TimeBaselines:
-    """Fit the baselines on some rows; ``periods`` are of these, ``cuts`` (K,) their ends."""
-    assert dataset.event_hours is not None
-    assert dataset.events is not None
-    models: dict[str, PeriodRegression | PeriodTrees] = {}
-    for name, table in baseline_tables(dataset, settings.static).items():
-        values, columns = table.to_numpy()[rows], [*table.columns]
-        if name.startswith(BOOSTING):
-            models[name] = fit_period_trees(values, periods, settings.trees, columns)
-        else:
-            penalties = [settings.penalties.get(name, 1.0)]
-            (models[name],) = fit_regressions(values, periods, penalties, columns)
-    inputs = {"static": settings.static, "prediction_time": dataset.hours_read is not None}
-    null = null_hazards(dataset.event_hours[rows], dataset.events[rows], cuts)
-    return TimeBaselines(models, None, inputs, bool(settings.penalties), null=null)
 
 
 def fit_period_trees(

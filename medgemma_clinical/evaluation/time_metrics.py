@@ -8,19 +8,10 @@ unit; ``event`` (n,) is 0 where a row is censored, 1 for the event that the risk
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from medgemma_clinical.evaluation.metrics import (
-    PRECISION,
-    Array,
-    confusion_shares,
-    has_slope,
-    metrics,
-)
+from medgemma_clinical.evaluation.metrics import PRECISION, Array, Known, Link, quantile
 
 MIN_UNCENSORED, MIN_AT_RISK = 0.05, 10
 """Share of rows that are uncensored, and number of rows at risk, that a horizon needs."""
@@ -58,8 +49,8 @@ def metrics_at(
             whichever is first, by a regression; by Kaplan-Meier where None.
 
     Returns:
-        ``auroc`` of rows with event 1 by the horizon against all other rows; ``brier``;
-        ``scaled_brier``, the gain over the observed risk as everyone's; ``oe``, observed over mean
+        ``auroc`` of rows with event 1 by the horizon against all other rows; ``auprc``,
+        ``log_loss``, ``brier``; ``scaled_brier``, the gain over the observed risk as everyone's; ``oe``, observed over mean
         risk; ``intercept``, with the slope held at 1, and ``slope`` on the complementary log-log
         scale; ``ici``, ``e50``, ``e90``: mean, median and 90th percentile of the distances between
         mean and observed risk of rows of similar risk; ``observed``, the observed risk
@@ -89,9 +80,14 @@ def metrics_at(
         if not met.all():
             raise ValueError(f"{requirement}: row {np.argmin(met)} is not")
     check_horizon(hours, event, horizon)
-    weights, regression = np.ones((1, len(hours))), None if censoring is None else uncensored
-    values = metrics_of_draws(hours, event, risk, horizon, weights, regression)
-    return {name: float(value[0]) for name, value in values.items()}
+    once, regression = np.ones((1, len(hours))), None if censoring is None else uncensored
+    known = known_at(hours, event, horizon, once, regression)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        values = known.ranking(risk) | known.level(risk) | known.calibration(risk)
+        values |= known.distances(risk)
+    found = {name: float(value[0]) for name, value in values.items()}
+    found = {name: x if np.isfinite(x) else np.nan for name, x in found.items()}
+    return found | {"effective_n": known.effective_n}
 
 
 def check_horizon(hours: Array, event: Array, horizon: float) -> None:
@@ -112,91 +108,35 @@ def check_horizon(hours: Array, event: Array, horizon: float) -> None:
         raise ValueError(f"horizon {horizon:g}: no row has event 1 by then; choose a later horizon")
 
 
-def metrics_of_draws(
+def known_at(
     hours: Array,
     event: Array,
-    risk: Array,
     horizon: float,
-    weights: Array,
-    censoring: Array | None = None,
-) -> dict[str, Array]:
-    """Return ``metrics_at`` (R,) under weights (R, n), which say how often each row counts.
+    draws: Array,
+    uncensored: Array | None = None,  # (n,) or (R, n) ``censoring`` of ``metrics_at``
+    link: Link | None = None,
+) -> Known:
+    """Return what is known of n rows at a horizon, which draws (R, n) count as whole numbers.
 
-    Kaplan-Meier's weights, Aalen-Johansen's estimate and the pseudo-values are those of each
-    weighting. The weights are whole numbers: a pseudo-value leaves out one of them.
+    Kaplan-Meier's weights and the pseudo-values are those of each draw. Where nobody's follow-up
+    ended early, each row has a label, and nothing needs a weight.
     """
-    statuses = statuses_at(hours, event, horizon, weights, censoring)
-    return {
-        **statuses.ranking(risk),
-        **statuses.calibration(risk),
-        **statuses.calibration_error(risk),
-    }
-
-
-class Statuses(NamedTuple):
-    """What is known of n rows at a horizon, in each of R weightings, whatever the risk."""
-
-    case: Array  # (n,) whether event 1 was seen by then
-    weights: Array  # (R, n) how often each row counts
-    inverse: Array  # (R, n) of the probability of being watched until then; 0: status unknown
-    outcome: Array  # (R, n) pseudo-value, or ``case`` with weights of a regression
-    outcome_weights: Array  # (R, n) that go with it
-
-    @property
-    def shares(self) -> Array:
-        """How much each row of known status counts, (R, n)."""
-        return self.weights * self.inverse
-
-    def ranking(self, risk: Array) -> dict[str, Array]:
-        """Return AUROC, Brier score and its gain over the same risk for everyone, (R,) each."""
-        found = metrics(self.case, risk, self.shares)
-        scaled = found["brier_skill"]
-        return _finite(auroc=found["auroc"], brier=found["brier"], scaled_brier=scaled)
-
-    def calibration(self, risk: Array) -> dict[str, Array]:
-        """Return O/E, the observed risk, intercept, slope, rows that weights are worth, (R,)."""
-        shares = self.shares
-        with np.errstate(divide="ignore", invalid="ignore"):
-            observed = shares @ self.case / shares.sum(axis=1)
-            expected = self.outcome_weights @ risk / self.outcome_weights.sum(axis=1)
-            values = _calibration(self.outcome, risk, self.outcome_weights)
-            values["mean_risk"] = self.weights @ risk / self.weights.sum(axis=1)
-            values["effective_n"] = shares.sum(axis=1) ** 2 / (shares * self.inverse).sum(axis=1)
-            return _finite(oe=observed / expected, observed=observed, **values)
-
-    def calibration_error(self, risk: Array) -> dict[str, Array]:
-        """Return ICI, E50 and E90, (R,) each."""
-        with np.errstate(divide="ignore", invalid="ignore"):
-            values = _calibration_error(self.outcome, risk, self.weights, self.outcome_weights)
-        return _finite(**values)
-
-    def confusion(self, positive: NDArray[np.bool_]) -> dict[str, Array]:
-        """Return sensitivity and the other shares (R,) at a threshold."""
-        found = confusion_shares(self.case, positive, self.shares)
-        with np.errstate(invalid="ignore"):
-            found["positives"] = self.weights @ positive / self.weights.sum(axis=1)  # all are known
-        return _finite(**found)
-
-
-def _finite(**values: Array) -> dict[str, Array]:
-    return {name: np.where(np.isfinite(value), value, np.nan) for name, value in values.items()}
-
-
-def statuses_at(
-    hours: Array, event: Array, horizon: float, weights: Array, censoring: Array | None = None
-) -> Statuses:
-    """Return what is known of the rows at a horizon, under weights (R, n)."""
+    link = CLOGLOG if link is None else link
     hours, event = _until(hours, event, horizon)
     case = (event == 1).astype(np.float64)
     has_status = (event > 0) | (hours == horizon)
-    if censoring is None:
-        table = _LifeTable(hours, event, weights)
+    if has_status.all():
+        return Known(case, draws, draws, case, draws, link)
+    if uncensored is None:
+        table = _LifeTable(hours, event, draws)
         inverse = has_status / table.uncensored[:, table.position].clip(TINY)
-        return Statuses(case, weights, inverse, _pseudo_values(table, event, weights), weights)
-    inverse = np.tile(has_status / censoring, (len(weights), 1))
-    inverse = np.minimum(inverse, _quantile(inverse, weights * has_status, MAX_WEIGHT))
-    outcome = np.tile(case, (len(weights), 1))
-    return Statuses(case, weights, inverse, outcome, weights * inverse)
+        pseudo_values = _pseudo_values(table, event, draws)
+        return Known(case, draws, draws * inverse, pseudo_values, draws, link)
+    inverse = np.broadcast_to(has_status / uncensored, draws.shape)
+    limit = quantile(inverse, draws * has_status, MAX_WEIGHT).clip(max=1 / MIN_UNCENSORED)
+    cut = float((inverse[0] > limit[0])[has_status].mean())
+    weights = draws * np.minimum(inverse, limit)
+    return Known(case, draws, weights, case, weights, link, cut)
 
 
 def aalen_johansen(
@@ -226,66 +166,17 @@ def aalen_johansen(
     return np.unique(hours), incidence[:, 0] if weights is None else incidence.swapaxes(0, 1)
 
 
-def uncensored_probability(hours: Array, event: Array, horizon: float) -> Array:
-    """Return Kaplan-Meier's probability (n,) of ``censoring`` in ``metrics_at``.
+def uncensored_probability(
+    hours: Array, event: Array, horizon: float, draws: Array | None = None
+) -> Array:
+    """Return Kaplan-Meier's probability (n,) of ``censoring`` in ``metrics_at``; (R, n) of draws.
 
     Source: Kaplan and Meier 1958; a censored row counts as at risk of an event of the same time.
     """
     hours, event = _until(hours, event, horizon)
-    table = _LifeTable(hours, event, np.ones((1, len(hours))))
-    probability: Array = table.uncensored[0, table.position]
-    return probability
-
-
-def observed_risk(
-    hours: Array,
-    event: Array,
-    horizon: float,
-    censoring: Array | None,
-    weights: Array,
-    members: NDArray[np.bool_],
-) -> Array:
-    """Return the observed risk (R, G) in groups of members (n, G) under weights (R, n).
-
-    It is Aalen-Johansen's estimate, a weighted share with ``censoring`` (n,) as in ``metrics_at``;
-    NaN where no row counts.
-    """
-    hours, event = _until(hours, event, horizon)
-    case, has_status = event == 1, (event > 0) | (hours == horizon)
-    with np.errstate(invalid="ignore"):
-        if censoring is not None:
-            limit = np.quantile(1 / censoring[has_status], MAX_WEIGHT)
-            shares = weights * has_status * np.minimum(1 / censoring, limit)
-            weighted: Array = (shares * case) @ members / (shares @ members)
-            return weighted
-        observed = np.full((len(weights), members.shape[1]), np.nan)
-        for k, rows in enumerate(members.T):
-            if rows.any():
-                counts = weights[:, rows]
-                table = _LifeTable(hours[rows], event[rows], counts)
-                incidence = table.incidence(table.sums(counts * case[rows]))
-                observed[:, k] = np.where(table.total > 0, incidence, np.nan)[:, -1]
-        return observed
-
-
-def net_benefit_at(
-    observed: Callable[[Array, NDArray[np.bool_]], Array],
-    risk: Array,
-    thresholds: Array,
-    weights: Array,
-) -> Array:
-    """Return the net benefit (R, K) of acting on a risk (n,) from thresholds (K,) on.
-
-    ``observed`` returns the ``observed_risk``: it decides how many positives are true.
-
-    Source: Vickers et al. 2008, "Extensions to decision curve analysis", BMC Medical Informatics
-    and Decision Making 8:53.
-    """
-    positive = risk[:, None] >= thresholds
-    share = weights @ positive / weights.sum(axis=1, keepdims=True)
-    true = share * np.nan_to_num(observed(weights, positive))
-    benefit: Array = true - (share - true) * thresholds / (1 - thresholds)
-    return benefit
+    table = _LifeTable(hours, event, np.ones((1, len(hours))) if draws is None else draws)
+    probability: Array = table.uncensored[:, table.position]
+    return probability[0] if draws is None else probability
 
 
 def _until(hours: Array, event: Array, horizon: float) -> tuple[Array, Array]:
@@ -359,20 +250,17 @@ def cloglog(risk: Array) -> Array:
     return scaled
 
 
-def _calibration(outcome: Array, risk: Array, weights: Array) -> dict[str, Array]:
-    """Return intercept and slope (R,) of outcomes (R, n) on the risk's complementary log-log.
+def inverse_cloglog(scaled: Array) -> Array:
+    """Return the risks whose complementary log-log is given."""
+    risk: Array = -np.expm1(-np.exp(scaled))
+    return risk
 
-    Source: ``geese`` of R's geepack with Gaussian variance, as van Geloven et al. 2022 use it.
-    """
-    scaled = cloglog(risk)
-    mean, spread = float(scaled.mean()), float(scaled.std())
-    one = np.ones((1, len(risk)))
-    slope = np.full(len(weights), np.nan)
-    if has_slope(scaled):
-        columns = np.concatenate([one, (scaled[None] - mean) / spread])
-        slope = fit_cloglog(outcome, columns, weights, [mean, spread])[:, 1] / spread
-    intercept = fit_cloglog(outcome, one, weights, [0.0], scaled)[:, 0]
-    return {"intercept": intercept, "slope": slope}
+
+def cloglog_terms(outcome: Array, scaled: Array) -> tuple[Array, Array, Array]:
+    """Return half the squared distance, its negative slope and its expected curvature, (n,)."""
+    exponential = np.exp(scaled.clip(max=MAX_CLOGLOG))
+    residual, change = outcome + np.expm1(-exponential), exponential * np.exp(-exponential)
+    return residual**2 / 2, change * residual, change**2
 
 
 def fit_cloglog(
@@ -382,8 +270,11 @@ def fit_cloglog(
 
     ``columns`` (p, n) are at about unit scale. Returns the coefficients (R, p) by Gauss-Newton
     steps, near the end by Newton steps; NaN where no finite fit exists.
+
+    Source: ``geese`` of R's geepack with Gaussian variance, as van Geloven et al. 2022 use it.
     """
     pairs = (columns[:, None] * columns).reshape(-1, columns.shape[1]).T  # (n, p * p)
+    outcome, weights = np.broadcast_arrays(np.atleast_2d(outcome), weights)
     fitted = np.tile(np.asarray(start, dtype=np.float64), (len(weights), 1))
     active = np.arange(len(weights))
     for _ in range(MAX_STEPS):
@@ -419,19 +310,15 @@ def _solve(curvature: Array, score: Array) -> Array:
     return steps
 
 
-def _calibration_error(
-    outcome: Array, risk: Array, weights: Array, outcome_weights: Array
-) -> dict[str, Array]:
-    """Return mean and quantiles (R,) over rows of the distance between mean risk and mean outcome.
+def neighbour_curve(outcome: Array, risk: Array, weights: Array, at: Array) -> Array:
+    """Return the outcomes (R, G) that go with risks (G,): a moving average of outcomes (R, n).
 
-    The means are those of neighbours by the rank of the risk, which is the same on all scales.
-    ``outcome`` (R, n) counts as ``outcome_weights`` (R, n) say, rows as ``weights`` (R, n).
+    A risk differs from its curve as the mean risk of the neighbours does from their mean outcome,
+    by the rank of the risk, which is the same on all scales. ``weights`` (R, n) count outcomes.
     """
-    position = np.unique(risk, return_inverse=True)[1]
-    rows, *sums = (
-        _sums(values, position)
-        for values in (weights, outcome_weights, outcome_weights * (outcome - risk))
-    )
+    outcome, weights = np.broadcast_arrays(np.atleast_2d(outcome), weights)
+    values, position = np.unique(risk, return_inverse=True)
+    rows, sums = (_sums(x, position) for x in (weights, weights * (outcome - risk)))
     stops = rows.cumsum(axis=1)
     total = stops[:, -1:]
     radius = np.maximum(NEIGHBOURS, NEIGHBOUR_SHARE * total)
@@ -439,26 +326,13 @@ def _calibration_error(
     # The weightings stand one behind the other: one look-up serves all.
     shift = np.pad((total + 1).cumsum(axis=0)[:-1], ((1, 0), (0, 0)))
     places = (shift + np.pad(stops, ((0, 0), (1, 0)))).ravel()
-    cumulated = [np.pad(x.cumsum(axis=1), ((0, 0), (1, 0))).ravel() for x in sums]
-    weight, excess = (
-        np.interp(high + shift, places, x) - np.interp(low + shift, places, x) for x in cumulated
-    )
-    distance = np.abs(excess / weight)
-    middle, upper = (_quantile(distance, rows, q)[:, 0] for q in (0.5, 0.9))
-    return {"ici": (rows * distance).sum(axis=1) / total[:, 0], "e50": middle, "e90": upper}
+    cumulated = np.pad(sums.cumsum(axis=1), ((0, 0), (1, 0))).ravel()
+    excess = np.interp(high + shift, places, cumulated) - np.interp(low + shift, places, cumulated)
+    curve = values + excess / (high - low)
+    right = np.searchsorted(values, at).clip(max=len(values) - 1)
+    left = np.where(values[right] == at, right, (right - 1).clip(0))
+    share = (at - values[left]) / np.where(right > left, values[right] - values[left], 1)
+    return curve[:, left] + share * (curve[:, right] - curve[:, left])
 
 
-def _quantile(values: Array, weights: Array, q: float) -> Array:
-    """Return numpy's quantile (R, 1) of values (R, n) that are repeated as whole weights say."""
-    order = np.argsort(values, axis=1)
-    values = np.take_along_axis(values, order, axis=1)
-    stops = np.take_along_axis(weights, order, axis=1).cumsum(axis=1)
-    place = q * (stops[:, -1:] - 1)
-    low, high = (
-        np.take_along_axis(values, columns.clip(max=values.shape[1] - 1), axis=1)
-        for columns in (
-            (stops <= index).sum(axis=1, keepdims=True)
-            for index in (np.floor(place), np.floor(place) + 1)
-        )
-    )
-    return low + (place - np.floor(place)) * (high - low)
+CLOGLOG = Link(cloglog, inverse_cloglog, fit_cloglog, neighbour_curve, cloglog_terms)

@@ -92,7 +92,7 @@ def explain(
 
 def curves_after(rows: ScoringRows, trained: TrainedModel, batch_size: int) -> Curves | None:
     """Return the cumulative incidences after the prediction of the first row; None of a label."""
-    if not trained.outcome.has_curves:
+    if not trained.outcome.curve_end:
         return None
     events = CompetingEvents.from_config(trained.config["events"])
     hours = np.union1d(np.linspace(0, events.horizons[-1], CURVE_POINTS), events.horizons)
@@ -164,5 +164,5 @@ def risk_without_soft_prompt(dataset: TrajectoryDataset, trained: TrainedModel) 
     assert states is not None
     batch["states"], batch["stage1_outputs"] = states.states, states.outputs
     batch["states_mask"] = torch.zeros_like(states.mask)
-    logit = model(batch).logit.double().numpy(force=True)
-    return float(trained.rule.probability(logit)[0])
+    outputs = model(batch).outputs.double().numpy(force=True)
+    return float(trained.risks(trained.name, trained.outcome.forecast(outputs))[0, 0])

@@ -149,7 +149,7 @@ class Scores:
     @cached_property
     def probability(self) -> Array:
         """Probability (M,) of the event, of times by the first horizon."""
-        return self.trained.risks(self.used, self.forecast)[self.used]
+        return self.trained.risks(self.used, self.forecast)[:, 0]
 
     def curves(self, hours: Sequence[float] | None = None) -> pd.DataFrame:
         """Return the cumulative incidences of the model that is used, a line each."""
@@ -159,7 +159,7 @@ class Scores:
     @property
     def positive(self) -> NDArray[np.bool_]:
         """Whether the decision rule predicts the event, (M,)."""
-        return self.trained.rules[self.used].positive(self.probability)
+        return self.probability >= self.trained.threshold(self.used)
 
 
 def score_rows(
@@ -187,20 +187,15 @@ def score_rows(
         text = text_collator(rows.dataset, trained)
     lengths = rows.dataset.lengths if text is None else text.lengths()
     batches = LengthBatches(np.arange(len(lengths)), batch_size, lengths, shuffle=False)
-    logit, hazards = np.empty(len(lengths)), None
+    found = np.empty((len(lengths), trained.outcome.width))
     with few_threads(stage1=isinstance(model, Stage1)):
         for batch, output in outputs(model, batches, text or rows.dataset.collate):
             index = batch["index"].numpy()
-            logit[index] = output.logit.double().numpy(force=True)
-            if output.hazards is not None:
-                found = output.hazards.double().numpy(force=True)
-                hazards = np.empty((len(lengths), found.shape[1])) if hazards is None else hazards
-                hazards[index] = found
-    finite = np.isfinite(logit)
+            found[index] = output.outputs.double().numpy(force=True)
+    finite = np.isfinite(found).all(axis=1)
     rows = rows.without(~finite, "no finite score: its values are too extreme", findings)
     places = np.flatnonzero(finite)
-    hazards = None if hazards is None else hazards[finite]
-    forecast = trained.outcome.forecast_of(logit[finite], hazards, trained.rule)
+    forecast = trained.outcome.forecast(found[finite])
     return Scores(rows, forecast, text, places, trained, used)
 
 
@@ -233,7 +228,7 @@ def reports_of(scores: Scores, trained: TrainedModel, batch_size: int) -> list[s
 def with_risks(reports: list[str], scores: Scores) -> list[str]:
     """Return written reports, M texts, with the risk and its side of the threshold."""
     outcome = scores.rows.dataset.outcome
-    threshold = scores.trained.rules[scores.used].threshold
+    threshold = scores.trained.threshold(scores.used)
     pairs = zip(reports, scores.probability.tolist(), strict=True)
     return [state_risk(text, outcome, risk, threshold) for text, risk in pairs]
 

@@ -31,7 +31,7 @@ from medgemma_clinical.data.small_cells import MIN_CELL
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import MIN_TIME_SCALE
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, Baselines
-from medgemma_clinical.evaluation.decision import DecisionRule, describe_threshold
+from medgemma_clinical.evaluation.decision import describe_threshold, read_rules
 from medgemma_clinical.evaluation.demographics import demographics
 from medgemma_clinical.evaluation.monitoring import MonitorRule
 from medgemma_clinical.evaluation.reference import check_reference
@@ -137,17 +137,16 @@ class Config(TypedDict, total=False):
     merged_from: dict[str, Any]  # base model of an export, whose adapter is merged
 
     # Results, once training has ended.
-    decision: dict[str, float]  # slope, intercept, threshold: ``DecisionRule`` of the stage
+    decision: dict[str, Any]  # ``DecisionRule`` of the stage, by target
     threshold_choice: str | None  # as ``--threshold`` was written; None: Youden's index
-    models: dict[str, dict[str, float]]  # the same of each baseline and of the ensemble
+    models: dict[str, dict[str, Any]]  # the same of each baseline and of the ensemble
     best_model: str | None  # recommended, ``--use best``; None: none is
-    monitor_rule: dict[str, Any]  # ``MonitorRule`` of a label
+    monitor_rule: dict[str, Any]  # ``MonitorRule``
     reference: dict[str, Any]  # calibration of each model on held-out rows, to monitor it by
     metrics: dict[str, Any]  # content of ``metrics.json``
     baseline_inputs: dict[str, Any]  # what the baselines read, as ``inputs``
     baselines_sha256: str  # of ``baselines.json`` beside the checkpoint
     updated: dict[str, Any]  # rows and method of ``--update``
-    moves: dict[str, Any]  # slope and intercept by which it moved risks of times, by model and risk
 
     # config.json alone.
     format: int  # CHECKPOINT_FORMAT
@@ -196,8 +195,9 @@ def check_config(path: Path, config: Any, stages: tuple[str, ...]) -> None:
         json.dumps(config, allow_nan=False)  # plain types, finite numbers
         for entry in config.get("reference", {}).values():
             check_reference(entry)
-        for rule in (config, *({"decision": x} for x in config.get("models", {}).values())):
-            DecisionRule.from_config(rule)
+        rules_of(config)
+        for rules in config.get("models", {}).values():
+            read_rules(rules)
         mix = config.get("case_mix", {})
         case_mix_cells({"all": mix, "last": mix.get("last", {})}, "rows")
         MonitorRule.checked(config.get("monitor_rule", {}))
@@ -265,10 +265,7 @@ def read_baselines(path: Path, config: Config) -> Baselines | None:
         if hashlib.sha256(content).hexdigest() != config["baselines_sha256"]:
             raise ValueError("another content")
         baselines = outcome_of(config).read_baselines(content.decode())
-        rules = {
-            name: DecisionRule.from_config({"decision": x}) for name, x in config["models"].items()
-        }
-        if {*rules} != {*baselines.names, ENSEMBLE}:
+        if {*config["models"]} != {*baselines.names, ENSEMBLE}:
             raise ValueError("other models")
     except READING_ERRORS as error:
         raise InputError(

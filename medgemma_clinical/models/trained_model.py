@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import re
@@ -25,8 +24,9 @@ from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
 from medgemma_clinical.distributed import default_device, few_threads
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, WORDS, Baselines
-from medgemma_clinical.evaluation.decision import DecisionRule, Predictions
+from medgemma_clinical.evaluation.decision import Rules, read_rules
 from medgemma_clinical.evaluation.metrics import Array
+from medgemma_clinical.evaluation.rules import apply_rules, moves_of, rules_of
 from medgemma_clinical.files import InputError, json_hash, read_json
 from medgemma_clinical.models.checkpoints import (
     MERGED_MODEL,
@@ -46,7 +46,12 @@ from medgemma_clinical.models.checkpoints import (
 )
 from medgemma_clinical.models.choices import LLM_STAGES
 from medgemma_clinical.models.language_model import base_name, base_record
-from medgemma_clinical.models.outcome import NO_MOVES, Moves, Outcome, outcome_of, weighted
+from medgemma_clinical.models.outcome import (
+    Outcome,
+    forecasts_of_models,
+    outcome_of,
+    risk_columns,
+)
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory import Stage1
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
@@ -89,14 +94,13 @@ class TrainedModel:
 
     def identity(self) -> dict[str, str | None]:
         """Return hashes that are equal where copies give equal risks: the stage's, the others'."""
-        rules = {name: [rule.slope, rule.intercept] for name, rule in self.rules.items()}
+        rules = {name: moves_of(rules) for name, rules in self.rules.items()}
         own = [weights_sha256(self.model), rules.pop(self.name), self.config.get("residual_weight")]
         hashes: dict[str, str | None] = {"sha256": json_hash(own), "baselines_sha256": None}
         if self.baselines:  # of which a copy lacks the words
             file = replace(self.baselines, words=None).sha256
             rules.pop(WORDS, None)
-            update = self.config.get("updated", {}).get("stage")
-            hashes["baselines_sha256"] = json_hash([file, rules, update])
+            hashes["baselines_sha256"] = json_hash([file, rules])
         return hashes
 
     @cached_property
@@ -105,22 +109,21 @@ class TrainedModel:
         return model_sha256(self.config, weights_sha256(self.model))
 
     @property
-    def rule(self) -> DecisionRule:
-        """How a logit becomes a probability and a prediction."""
-        return DecisionRule.from_config(self.config)
-
-    @property
     def name(self) -> str:
         """The stage among other models."""
         return STAGE_NAMES[self.config["stage"]]
 
     @cached_property
-    def rules(self) -> dict[str, DecisionRule]:
-        """The decision rule of each model that gives a risk: the stage, baselines, ensemble."""
+    def rules(self) -> dict[str, Rules]:
+        """The decision rules of each model that gives a risk: the stage, baselines, ensemble."""
         names = [*self.baselines.names, ENSEMBLE] if self.baselines else []
         stored = self.config.get("models", {})
-        rules = {name: DecisionRule.from_config({"decision": stored[name]}) for name in names}
-        return {self.name: self.rule, **rules}
+        rules = {name: read_rules(stored[name]) for name in names}
+        return {self.name: rules_of(self.config), **rules}
+
+    def threshold(self, name: str) -> float:
+        """Return the first risk from which on a model predicts the event."""
+        return self.rules[name][self.outcome.targets[0].name].threshold
 
     @cached_property
     def outcome(self) -> Outcome:
@@ -135,8 +138,11 @@ class TrainedModel:
         """Return the columns of predictions by those of a table of risks; the used model first."""
         names = [used, *(name for name in self.rules if name != used)]
         endings = {name: "" if name == used else f"_{self.ending(name)}" for name in names}
-        pairs = (self.outcome.columns(name, ending) for name, ending in endings.items())
-        return dict(itertools.chain(*(columns.items() for columns in pairs)))
+        return {
+            target.column(name): f"{target.output}{ending}"
+            for name, ending in endings.items()
+            for target in self.outcome.targets
+        }
 
     def model_named(self, use: str) -> str:
         """Return the model that ``stage``, ``best``, a name or the end of its columns means."""
@@ -151,24 +157,20 @@ class TrainedModel:
     @few_threads()
     def forecasts(self, dataset: TrajectoryDataset, forecast: Array) -> dict[str, Array]:
         """Return what each model says of n rows; ``forecast`` is the stage's own."""
-        beside = self.baselines.risks(dataset) if self.baselines else {}
-        update = tuple(self.config.get("updated", {}).get("stage", (1.0, 0.0)))
-        return self.outcome.models(self.name, forecast, beside, self.rules, update)
+        beside = self.baselines.forecasts(dataset) if self.baselines else {}
+        return forecasts_of_models(self.outcome, self.name, forecast, beside)
 
-    def moves(self, name: str) -> Moves:
-        """Return how updates have moved each risk of times of a model."""
-        moves: Moves = self.config.get("moves", {}).get(name, NO_MOVES)
-        return moves
-
-    def risks(self, name: str, forecast: Array) -> dict[str, Array]:
-        """Return the risks of a model by their columns in a table of risks, (n,) each."""
-        return self.outcome.risks(name, forecast, self.moves(name))
+    def risks(self, name: str, forecast: Array) -> Array:
+        """Return the delivered risks (n, T) of a model."""
+        table = pd.DataFrame(risk_columns(self.outcome, {name: forecast}))
+        delivered = apply_rules(table, {name: self.rules[name]}, self.outcome.targets)
+        return delivered.to_numpy(float)
 
     def curves(
         self, name: str, forecast: Array, ids: NDArray[Any], hours: Sequence[float] | None = None
     ) -> pd.DataFrame:
         """Return the cumulative incidences of a model: columns id, hour, cause, incidence."""
-        until, events, found = self.outcome.curves(forecast, hours, self.moves(name))
+        until, events, found = self.outcome.curves(forecast, hours, self.rules[name])
         index = pd.MultiIndex.from_product([range(len(ids)), events, until])
         table = index.to_frame(index=False, name=["id", "cause", "hour"])
         table["id"] = ids[table["id"]]
@@ -176,8 +178,8 @@ class TrainedModel:
 
     def risk_columns(self, name: str, forecast: Array, ending: str) -> dict[str, Array]:
         """Return the risks of a model by their columns in predictions, (n,) each."""
-        columns = self.outcome.columns(name, ending)
-        return {columns[risk]: x for risk, x in self.risks(name, forecast).items()}
+        names = [f"{target.output}{ending}" for target in self.outcome.targets]
+        return dict(zip(names, self.risks(name, forecast).T, strict=True))
 
     @property
     def prompts(self) -> PromptOptions:
@@ -254,10 +256,9 @@ def model_sha256(config: Config, weights: str) -> str:
 
     An update makes another model of it, a threshold does not.
     """
-    rule, updated = DecisionRule.from_config(config), config.get("updated", {})
-    stage = [weights, rule.slope, rule.intercept, config.get("residual_weight")]
-    updates = [updated.get(name) for name in ("model", "method", "data_sha256", "stage")]
-    return json_hash([stage, updates, config.get("moves")])
+    updated = config.get("updated", {})
+    stage = [weights, moves_of(rules_of(config)), config.get("residual_weight")]
+    return json_hash([stage, [updated.get(name) for name in ("model", "method", "data_sha256")]])
 
 
 def check_no_control(path: Path, config: Config) -> None:
@@ -366,12 +367,11 @@ def stage1_risks(
 ) -> dict[str, NDArray[np.float64]]:
     """Return the columns (N,) of the risks that a frozen stage 1 itself gives each row."""
     assert text.states is not None
-    outcome, rule = outcome_of(checkpoint.config), DecisionRule.from_config(checkpoint.config)
-    outputs = text.states.outputs.double()
-    rows, none = np.arange(len(outputs)), outputs[:0].numpy()
-    predictions = Predictions(none, none, outputs[:, 0].numpy(), rows, outputs.numpy(), rule)
-    forecast = outcome.forecast(weighted(outcome, predictions, 0.0))
-    return outcome.risks(STAGE_NAMES["trajectory"], forecast)
+    outcome, name = outcome_of(checkpoint.config), STAGE_NAMES["trajectory"]
+    forecast = outcome.forecast(text.states.outputs.double().numpy())
+    table = pd.DataFrame(risk_columns(outcome, {name: forecast}))
+    delivered = apply_rules(table, {name: rules_of(checkpoint.config)}, outcome.targets)
+    return {str(column): delivered[column].to_numpy(float) for column in delivered}
 
 
 def check_stage1(checkpoint: TrajectoryCheckpoint, data: Data, flags: dict[str, Any]) -> None:

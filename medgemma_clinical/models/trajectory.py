@@ -35,9 +35,9 @@ class Output(NamedTuple):
     # A sum over ``terms``, so that no mean depends on how rows fall into batches.
     loss: Tensor  # (N,) float32, of each member; N = 1 for a language model
     terms: int  # patients, or answer tokens, weights included
-    logit: Tensor  # (B,) float32, log-odds of the event; of stage 1 in training none
+    logit: Tensor  # (B,) float32, log-odds of the first risk; of stage 1 in training none
+    outputs: Tensor  # (B, Q) the log-odds of a label, or hazards
     offset: Tensor | None = None  # (B, Q) the share of the outputs that is not a language model's
-    hazards: Tensor | None = None  # (B, Q) of times to events; ``logit`` is of their first risk
 
 
 class TrajectoryHead(nn.Module):
@@ -170,10 +170,10 @@ class Stage1(nn.Module):
             # The risk at an earlier observation counts as much as that at the prediction time.
             both = torch.cat([targets, batch["prefix_outcomes"]]) if has_earlier else targets
             loss = training_loss(self.outcome, logits, both) / (1 + has_earlier)
-            return Output(loss, size, logits.new_empty(0))
+            return Output(loss, size, logits.new_empty(0), logits.new_empty(0))
         loss = self.outcome.loss(logits.mean(dim=2), targets)
-        logit, hazards = self.outcome.read(logits.mean(dim=(0, 2)))
-        return Output(loss, size, logit, hazards=hazards)
+        outputs = logits.mean(dim=(0, 2))  # (B, Q)
+        return Output(loss, size, self.outcome.logit(outputs), outputs)
 
     def fit_scales(self, data: Data) -> None:
         """Fit scales, and the risk that training starts from, to the training part."""

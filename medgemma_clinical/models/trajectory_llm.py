@@ -230,8 +230,7 @@ class LLMClassifier(TrajectoryLLM):
         residual = self.outcome.added(self.residual(at_verdict(hidden, text_start, batch)))
         outputs = offset + self.residual_weight * residual  # (B, Q)
         loss = self.outcome.loss(outputs[None], batch["outcomes"])
-        logit, hazards = self.outcome.read(outputs)
-        return Output(loss, len(outputs), logit, offset, hazards)
+        return Output(loss, len(outputs), self.outcome.logit(outputs), outputs, offset)
 
 
 def capped(logits: Tensor, cap: float | None) -> Tensor:
@@ -302,8 +301,8 @@ class LLMWriter(TrajectoryLLM):
         # Causal attention hides the report itself at the token before the verdict.
         residual = self.residual(at_verdict(hidden, text_start, batch))
         terms = len(row) + (VERDICT_WEIGHT - 1) * int(is_verdict.sum())
-        logit = (offset + self.residual_weight * residual).squeeze(1)
-        return Output(loss[None], terms, logit, offset)
+        outputs = offset + self.residual_weight * residual  # (B, 1)
+        return Output(loss[None], terms, outputs.squeeze(1), outputs, offset)
 
     @torch.no_grad()
     def write(self, batch: TextBatch, max_tokens: int, eos: list[int], pad: int) -> Tensor:

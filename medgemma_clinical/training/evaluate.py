@@ -25,7 +25,7 @@ def center(stage: Stage) -> None:
     batches = part_batches({"all": stage.batches["train"].rows}, stage.batch_size)["all"]
     for member in stage.centred:
         predictions = score_batches(member, batches, stage.collate)
-        shift = member.outcome.shift(predictions, stage.targets[predictions.rows])
+        shift = member.outcome.shift(predictions.outputs, stage.targets[predictions.rows])
         member.shift(torch.from_numpy(shift))
 
 
@@ -51,10 +51,8 @@ def score_batches(
     """Return the predictions of all rows, in the order of the data set; all processes must call."""
     results = []
     for batch, output in outputs(model, batches, collate):
-        none = torch.zeros_like(output.logit)[:, None]
-        offset = none if output.offset is None else output.offset
-        columns = [batch["index"], batch["labels"], output.logit, offset]
-        columns += [] if output.hazards is None else [output.hazards]
+        offset = torch.zeros_like(output.outputs) if output.offset is None else output.offset
+        columns = [batch["index"], output.outputs, offset]
         arrays = [column.double().numpy(force=True) for column in columns]
         loss = output.loss.double().numpy(force=True)
         results.append((loss, int(output.terms), arrays))
@@ -62,12 +60,6 @@ def score_batches(
     losses, terms, parts = zip(*gather_object(results), strict=True)
     rows, *columns = (np.concatenate(column) for column in zip(*parts, strict=True))
     order = np.argsort(rows)
-    labels, logit, share, *hazards = (column[order] for column in columns)
-    return Predictions(
-        losses=sum(losses) / sum(terms),  # whatever the batches were
-        labels=labels,
-        logit=logit,
-        rows=rows[order].astype(np.int64),
-        offset=share,
-        hazards=hazards[0] if hazards else None,
-    )
+    found, share = (column[order] for column in columns)
+    mean_losses = sum(losses) / sum(terms)  # whatever the batches were
+    return Predictions(mean_losses, found, rows[order].astype(np.int64), share)
