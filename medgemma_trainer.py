@@ -208,9 +208,11 @@ from medgemma_clinical.data.summaries import summary_names
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation import decision
-from medgemma_clinical.evaluation.baselines import STAGE_NAMES
+from medgemma_clinical.evaluation.baselines import STAGE_NAMES, fit_baselines, tune_baselines
 from medgemma_clinical.evaluation.decision import Predictions
-from medgemma_clinical.evaluation.time_table import check_horizons
+from medgemma_clinical.evaluation.metrics_table import evaluate
+from medgemma_clinical.evaluation.rules import apply_rules, fit_rules, recommend
+from medgemma_clinical.evaluation.target import check_horizons, observed_rows
 from medgemma_clinical.inference import trajectory_model
 from medgemma_clinical.models import (
     checkpoints,
@@ -221,12 +223,12 @@ from medgemma_clinical.models import (
     trained_model,
 )
 from medgemma_clinical.models.checkpoints import Config, TrajectoryCheckpoint, describe_data
-from medgemma_clinical.models.outcome import fit_outcome, outcome_of, weighted
+from medgemma_clinical.models.outcome import first_auroc, fit_outcome, outcome_of, weighted
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory import Stage1, TrajectoryCollator, TrajectoryHead
 from medgemma_clinical.models.trajectory_llm import LLMClassifier, LLMWriter, SoftPrompt
 from medgemma_clinical.training import memory
-from medgemma_clinical.training.evaluate import center, score_batches
+from medgemma_clinical.training.evaluate import auroc_of, center, score_batches
 from medgemma_clinical.training.loaders import part_batches
 from medgemma_clinical.training.signals import SIGNALS, Stopped
 from medgemma_clinical.training.stage import Stage
@@ -424,12 +426,13 @@ def trajectory_stage(args: Namespace, data: Data, model: Stage1) -> Stage:
             "stage": "trajectory",
             **checkpoints.stage1_config(model),
             **describe_data(data),
-            **rule_config(args.monitor_rule, model.outcome),
+            **rule_config(args.monitor_rule),
         },
         save=save,
         centred=model.alone(),
         targets=data.dataset.targets(),
         train_patients=patients,
+        auroc=auroc_of(data.dataset, model.outcome),
     )
 
 
@@ -452,7 +455,7 @@ def llm_config(args: Namespace, data: Data, stage1: Stage1 | None, tokens: int) 
         "residual_weight": 1.0,
         "prompts": asdict(data.prompts),
         **describe_data(data),
-        **rule_config(args.monitor_rule, fit_outcome(data)),
+        **rule_config(args.monitor_rule),
         **(text_only if stage1 is None else checkpoints.stage1_config(stage1)),
     }
 
@@ -517,6 +520,7 @@ def llm_stage(
         text=text,
         stage1_risks=risks,
         recomputes=args.gradient_checkpointing,
+        auroc=auroc_of(dataset, model.outcome),
     )
 
 
@@ -683,30 +687,37 @@ def decide(
     """
     outcome, name, dataset = outcome_of(stage.config), STAGE_NAMES[stage.name], data.dataset
     options = decision.DecisionOptions.chosen(args.calibrate, args.threshold)
-    observed = outcome.observed(dataset, val.rows, args.censoring, args.seed)
+    observed, targets = observed_rows(outcome.targets, dataset, val.rows, args.censoring, args.seed)
     weight = None
     if stage.config.get("stage1_logit"):
-        targets, patients = dataset.targets()[val.rows], observed["patient"].to_numpy(str)
-        losses, auroc = partial(outcome.row_losses, targets), partial(outcome.auroc, targets)
+        learned, patients = dataset.targets()[val.rows], observed["patient"].to_numpy(str)
+        losses, auroc = (
+            partial(outcome.row_losses, learned),
+            partial(first_auroc, outcome, observed),
+        )
         weight = decision.fit_residual_weight(val.offset, val.outputs, patients, losses, auroc)
-    decided = results.Decided(
-        weight, outcome.decide(weighted(outcome, val, weight), observed, options)
-    )
+    val = weighted(val, weight)
+    table = results.risk_table(stage, val, observed, {})
+    rules = fit_rules(table, [name], targets, options)
+    decided = results.Decided(weight, rules, targets)
     results.log_decisions(decided, options, observed)
     # All processes have decided this; the first one writes the rest.
     if not len(data.split["test"]) or not distributed.processes().is_main_process:
         return decided
-    val, train = decided.applied(outcome, val), data.split["train"]
-    settings, beside = None, {}
+    train, settings, beside = data.split["train"], None, {}
     if with_baselines:  # here they have learned from the training part alone
         with distributed.few_threads():
-            settings = outcome.tune_baselines(dataset, train, data.usable_static)
-            beside = outcome.fit_baselines(dataset, train, settings).risks(dataset, val.rows)
-    rules = outcome.fit_rules(name, outcome.forecast(val), beside, observed, options)
-    table = results.prediction_table(stage, val, observed, beside, rules)
-    metrics = outcome.evaluate(table, args.seed, decided.rule.threshold, primary=args.primary)
-    best = outcome.recommend(table, metrics, name, [*rules])["best_model"]
-    return results.Decided(weight, decided.rule, rules, settings, table, metrics, best)
+            given = dataset, train, data.usable_static
+            settings = tune_baselines(*given, outcome.fits(dataset, train))
+            fitted = fit_baselines(dataset, train, settings, outcome.fits(dataset, train))
+            beside = fitted.forecasts(dataset, val.rows)
+    table = results.risk_table(stage, val, observed, beside)
+    models = [x for x in targets[0].models(table) if x not in STAGE_NAMES.values()]
+    rules |= fit_rules(table, models, targets, options)
+    table = apply_rules(table, rules, targets)
+    metrics = evaluate(table, args.seed, decided.thresholds, primary=args.primary, targets=targets)
+    best = recommend(table, metrics, targets, name, models)
+    return results.Decided(weight, rules, targets, settings, table, metrics, best)
 
 
 # --------------------------------------------------------------------------- training state

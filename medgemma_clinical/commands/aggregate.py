@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from medgemma_clinical import __version__
@@ -24,8 +25,11 @@ def write_aggregate(
     compared: str | None,  # the baseline of the planned comparison
 ) -> None:
     """Write the aggregate of new labelled rows, if they are enough."""
+    target = trained.outcome.targets[0]
+    everyone = len(rows)
+    labels = target.labels(rows) if everyone else np.empty(0)
+    rows, labels = rows[~np.isnan(labels)], labels[~np.isnan(labels)]
     patients = rows.get("patient", pd.Series()).astype(str)
-    labels = rows.get("label", pd.Series()).to_numpy(float)
     if problem := count_problem(count_kinds(labels, patients.to_numpy())):
         raise InputError(f"--aggregate {path}: {problem}: not written")
     # The stage, where the baseline is what is used.
@@ -37,9 +41,16 @@ def write_aggregate(
         for name in (used, other)
         if name
     }
-    found = aggregate(rows.assign(patient=patients), models)
+    risks = {name: rows[target.column(name)] for name in models}
+    found = aggregate(rows.assign(patient=patients, label=labels, **risks), models)
+    unknown = float(f"{1 - len(rows) / everyone:.2g}")
+    if unknown:
+        logger.info(
+            "outcome not known by the horizon: %.2g %% of the rows, left out", 100 * unknown
+        )
     for aside in move_aside([path]):
         logger.info("earlier file moved to %s", aside)
     about = {"format": FORMAT, "version": __version__, "outcome": trained.config["outcome"]}
+    about |= {"target": target.title, "unknown": unknown} if target.horizon else {}
     write_json(path, about | found)
     logger.info("aggregate: %s", path)

@@ -13,11 +13,18 @@ from typing import Any
 import pandas as pd
 
 from medgemma_clinical.commands.command_line import EXIT_DONE, SEED, Flag, Table
-from medgemma_clinical.commands.prediction_files import TEST, read_predictions
+from medgemma_clinical.commands.prediction_files import TEST, read_predictions, read_targets
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, MEANINGS, STAGE_NAMES
-from medgemma_clinical.evaluation.metrics_table import MODEL, TESTED, Metrics, evaluate
+from medgemma_clinical.evaluation.metrics_table import MODEL, Metrics, evaluate
 from medgemma_clinical.evaluation.report import comparison_page, write_report
 from medgemma_clinical.evaluation.tables import model_table
+from medgemma_clinical.evaluation.target import (
+    LABEL,
+    NO_RISKS,
+    Target,
+    is_risk,
+    read_weights,
+)
 from medgemma_clinical.evaluation.verdicts import counts_text
 from medgemma_clinical.files import InputError, make_output_dir, move_aside, read_json, write_json
 from medgemma_clinical.models.choices import DEMO
@@ -53,18 +60,18 @@ def compare(
     if len(runs) < 2 or len({run.resolve() for run in runs}) < len(runs):
         raise InputError("compare: name at least two different folders of stages")
     folders = dict(zip(model_names(runs), runs, strict=True))
-    table = join_predictions(folders)
-    names = table.columns.drop([*TESTED, next(iter(folders)), ENSEMBLE], errors="ignore")
+    table, targets = join_predictions(folders)
+    names = [x for x in targets[0].models(table) if x not in (next(iter(folders)), ENSEMBLE)]
     if primary and primary not in names:
         raise InputError(f"--primary {primary}: choose from {', '.join(names)}")
     for folder in folders.values():
         if MODEL not in pd.read_csv(folder / TEST, nrows=0):
             logger.info("%s: %s", folder / TEST, NOT_NAMED)
     primary = primary or primary_of(runs[0])
-    metrics = evaluate(table, seed, primary=primary, compared=[*folders])
+    metrics = evaluate(table, seed, primary=primary, compared=[*folders], targets=targets)
     cost = {name: cost_of(folder) for name, folder in folders.items()}
     if output_dir is None:
-        log_comparison(metrics, cost)
+        log_comparison(metrics, cost, targets)
         return EXIT_DONE
     make_output_dir(output_dir)
     records = {name: read_run(folder) or {} for name, folder in folders.items()}
@@ -74,6 +81,7 @@ def compare(
         output_dir / "compare",
         metrics,
         cost,
+        targets,
         title=": ".join([f"{len(folders)} models on the same test patients", *outcomes]),
         card={"Seed": f"{seed}, of the intervals"},
         notice=built_in_models_notice(arguments),
@@ -97,13 +105,23 @@ def model_names(runs: Sequence[Path]) -> list[str]:
     return [STAGE_NAMES.get(name, name) for name in names]
 
 
-def join_predictions(folders: Mapping[str, Path]) -> pd.DataFrame:
-    """Join test predictions of the same patients by name; the baselines are the first stage's."""
-    tables = {name: read_predictions(folder, name) for name, folder in folders.items()}
+def join_predictions(
+    folders: Mapping[str, Path],
+) -> tuple[pd.DataFrame, tuple[Target, ...]]:
+    """Join test predictions of the same patients by name; the baselines are the first stage's.
+
+    Returns also what they are about, with the weights of the first stage.
+    """
+    about = {name: read_targets(folder) for name, folder in folders.items()}
+    tables = {name: read_predictions(folder, name, about[name]) for name, folder in folders.items()}
     data = {name: (read_run(folder) or {}).get("data", {}) for name, folder in folders.items()}
     reference, first = next(iter(tables.items()))
+    targets = about[reference]
+    tested = [name for name in NO_RISKS if name in first]
     for name, table in tables.items():
-        if not table[TESTED].equals(first[TESTED]):
+        if about[name] != targets:
+            raise InputError(f"{reference} and {name} are about other events or horizons")
+        if not table[tested].equals(first[tested]):
             both = len(set(table["id"]) & set(first["id"]))
             raise InputError(
                 f"{reference} and {name} were tested on other patients or labels ({len(first)} and "
@@ -115,9 +133,12 @@ def join_predictions(folders: Mapping[str, Path]) -> pd.DataFrame:
                 f"{reference} and {name}: their data have no subject_id and differ, so nothing "
                 "tells that the same patients were tested"
             )
-    baselines = first.drop(columns=[*TESTED, *tables], errors="ignore")
-    risks = [table[name] for name, table in tables.items()]
-    return pd.concat([first[TESTED], *risks, baselines], axis=1)
+    own = {name: [target.column(name) for target in targets] for name in tables}
+    risks = [table[own[name]] for name, table in tables.items()]
+    joined = {column for columns in own.values() for column in columns}
+    others = [x for x in map(str, first) if is_risk(x) and x not in joined]
+    whole = pd.concat([first[tested], *risks, first[others]], axis=1)
+    return whole, read_weights(targets, first)
 
 
 def cost_of(folder: Path) -> dict[str, float | None]:
@@ -136,6 +157,7 @@ def save_comparison(
     path: Path,
     metrics: Metrics,
     cost: dict[str, dict[str, float | None]],
+    targets: Sequence[Target] = (LABEL,),
     *,
     card: dict[str, str],
     meanings: Mapping[str, str] = MEANINGS,
@@ -144,7 +166,8 @@ def save_comparison(
 ) -> None:
     """Log a comparison; write ``PATH.json`` and ``PATH.html``; an earlier result is moved aside."""
     table, page = (path.with_name(f"{path.name}.{ending}") for ending in ("json", "html"))
-    content, earlier = {**metrics.to_json(), "cost": cost}, None
+    about = [target.to_json() for target in targets]
+    content, earlier = {**metrics.to_json(), "targets": about, "cost": cost}, None
     with contextlib.suppress(OSError, ValueError):
         earlier = read_json(table)
     for aside in move_aside([table, page] if earlier != content else []):
@@ -152,23 +175,26 @@ def save_comparison(
     if unused := [name for name, numbers in cost.items() if numbers.get("residual_weight") == 0]:
         weight_note = f"The language model was not shown to add to stage 1 in: {', '.join(unused)}."
         sentences = [*sentences, weight_note]
-    about = comparison_page(
+    shown = comparison_page(
         metrics,
+        targets,
         sentences=sentences,
         card={**card, **describe_program()},
         models={name: meanings[name] for name in metrics.models if name in meanings},
         cost=pd.DataFrame.from_dict(cost, orient="index"),
         **parts,
     )
-    write_report(page, about)
+    write_report(page, shown)
     write_json(table, content)
-    log_comparison(metrics, cost)
+    log_comparison(metrics, cost, targets)
     logger.info("%s\nresults: %s", "\n".join(sentences), path.parent)
 
 
-def log_comparison(metrics: Metrics, cost: dict[str, dict[str, float | None]]) -> None:
+def log_comparison(
+    metrics: Metrics, cost: dict[str, dict[str, float | None]], targets: Sequence[Target]
+) -> None:
     """Log the table of the models and on how many rows it rests."""
-    table = model_table(metrics, pd.DataFrame.from_dict(cost, orient="index"))
+    table = model_table(metrics, pd.DataFrame.from_dict(cost, orient="index"), targets)
     logger.info("\n%s\ntest: %s", table.to_string(index=False), counts_text(metrics.counts))
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import logging
 from argparse import Namespace
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,7 @@ from medgemma_clinical.commands.prediction_files import (
     FOLDS,
     predictions_csv,
     read_predictions,
+    read_targets,
     shared_models,
 )
 from medgemma_clinical.commands.results import log_findings, save_model
@@ -35,11 +36,23 @@ from medgemma_clinical.data.fold_split import draw_folds, fold_dataset, foldable
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import few_threads, processes
-from medgemma_clinical.evaluation import baselines, decision
+from medgemma_clinical.evaluation import baselines, decision, rules, verdicts
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, Baselines
-from medgemma_clinical.evaluation.decision import DecisionRule
+from medgemma_clinical.evaluation.decision import Recalibrated, read_rules
 from medgemma_clinical.evaluation.demographics import demographics
-from medgemma_clinical.evaluation.metrics_table import Drawn, Metrics, compared_models
+from medgemma_clinical.evaluation.metrics_table import (
+    Drawn,
+    Metrics,
+    compared_models,
+    draw_metrics,
+)
+from medgemma_clinical.evaluation.target import (
+    Target,
+    is_risk,
+    observed_rows,
+    targets_of_config,
+)
+from medgemma_clinical.evaluation.topics.all_topics import prediction_topics
 from medgemma_clinical.evaluation.topics.topic import Evaluated, TopicBuilder
 from medgemma_clinical.files import InputError, file_hash, read_json, write_json, write_text
 from medgemma_clinical.models.checkpoints import (
@@ -49,7 +62,7 @@ from medgemma_clinical.models.checkpoints import (
     read_trajectory,
 )
 from medgemma_clinical.models.model_card import MODEL_LIMITS, describe_recommended
-from medgemma_clinical.models.outcome import Outcome, outcome_of
+from medgemma_clinical.models.outcome import outcome_of
 from medgemma_clinical.models.trained_model import read_trained_config
 from medgemma_clinical.training.stage import Stage
 from medgemma_clinical.training.state import Progress, describe_epochs, describe_selection
@@ -160,7 +173,8 @@ class FoldResults(NamedTuple):
     config: Config
     positions: NDArray[np.int64]  # of the predicted rows
     tuned: list[bool | None]  # whether the baselines of each fold were tuned
-    before: Any = None  # risks (n,) before the recalibration
+    targets: tuple[Target, ...]
+    recalibrated: Mapping[str, Recalibrated]  # by target
 
 
 def evaluate_folds(
@@ -174,44 +188,48 @@ def evaluate_folds(
     runs = [fold_arguments(k, args) for k in range(fold.max() + 1)]
     folders = [run_folder.stage_folder(fold_args) for fold_args in runs]
     configs = [read_trained_config(path) for path in folders]
-    stage, outcome = folders[0].name, outcome_of(configs[0])
+    stage = folders[0].name
     name = STAGE_NAMES[stage]
-    table, positions = join_folds(folders, name, rows, outcome, args, ids)
+    table, positions, targets = join_folds(folders, name, rows, args, ids)
     fold_of_row = fold[positions]
-    rules = [{name: config["decision"], **config["models"]} for config in configs]
+    of_folds = [
+        {model: read_rules(x) for model, x in {name: c["decision"], **c["models"]}.items()}
+        for c in configs
+    ]
     options = decision.DecisionOptions.chosen(args.calibrate, args.threshold, "tests")
-    final, table, recalibrated = outcome.decide_folds(table, rules, fold_of_row, options)
-    models = {model: asdict(rule) for model, rule in final.items()}
+    final, table, recalibrated = rules.decide_folds(table, of_folds, fold_of_row, targets, options)
+    models = rules.stored(final)
     decided: Config = {"decision": models.pop(name), "models": models}
     decided["threshold_choice"] = options.threshold
-    threshold = decided["decision"]["threshold"]
-    drawn = outcome.draw_metrics(
+    thresholds = [rule.threshold for rule in final[name].values()]
+    drawn = draw_metrics(
         table,
         args.seed if seed is None else seed,
-        threshold,
+        thresholds,
         split=fold_of_row,
+        targets=targets,
         recalibrated=recalibrated,
     )
     metrics = compared_models(drawn, args.primary)
-    decided |= cast(Config, outcome.recommend(table, metrics, name, [*decided["models"]]))
-    decided |= cast(Config, outcome.references(table, [name, *decided["models"]]))
+    decided["best_model"] = rules.recommend(table, metrics, targets, name, [*models])
+    decided["reference"] = rules.references(table, [name, *models], targets[0])
     contents = [read_json(path / run_folder.METRICS) for path in folders]
     weights = [content["residual_weight"] for content in contents if "residual_weight" in content]
     if len(weights) == len(folders):
         decided["residual_weight"] = float(np.median(weights))
     content = {
         "stage": stage,
+        "targets": [target.to_json() for target in targets],
         **pooled_epochs(folders),
-        "threshold": threshold,
-        "calibration": {"method": args.calibrate, **decided["decision"]},
+        "threshold": thresholds[0],
+        "calibration": {"method": args.calibrate, "moves": rules.moves_of(final[name])},
         "folds": metrics.to_json(),
         "decided": decided,
     }
     config: Config = {**configs[0], **decided, "metrics": content}
     tuned = [read_json(path / BASELINES).get("tuned") for path in folders]
-    before = None if recalibrated is None else recalibrated.before
-    table.insert([*table].index(name) + 1, "fold", fold_of_row)
-    return FoldResults(table, drawn, metrics, config, positions, tuned, before)
+    table.insert([*table].index("patient") + 1, "fold", fold_of_row)
+    return FoldResults(table, drawn, metrics, config, positions, tuned, targets, recalibrated)
 
 
 def write_fold_results(args: Namespace, rows: TrajectoryDataset, fold: NDArray[np.int64]) -> None:
@@ -219,9 +237,9 @@ def write_fold_results(args: Namespace, rows: TrajectoryDataset, fold: NDArray[n
     results = evaluate_folds(args, rows, fold)
     metrics, config, folds = results.metrics, results.config, len(results.tuned)
     folder = run_folder.folds_folder(args)
-    write_text(folder / FOLDS, predictions_csv(results.table))
+    name, targets = STAGE_NAMES[config["stage"]], results.targets
+    write_text(folder / FOLDS, predictions_csv(results.table, name, targets))
     write_json(folder / run_folder.METRICS, config["metrics"])
-    outcome = outcome_of(config)
     choice = decision.describe_threshold(
         args.threshold, "these rows, whose metrics at it are optimistic"
     )
@@ -230,21 +248,24 @@ def write_fold_results(args: Namespace, rows: TrajectoryDataset, fold: NDArray[n
         metrics,
         demographics(rows).iloc[results.positions],
         args.seed,
-        config["decision"]["threshold"],
+        config["metrics"]["threshold"],
         choice,
         rows.noun,
         args.min_cell,
         folds,
         bool(args.leave_out),
+        targets,
+        [rule["threshold"] for rule in config["decision"].values()],
     )
-    topics = outcome.topics(results.before, recalibration_words(config, args.calibrate))
-    shown = folds_sentence(evaluated.metrics, outcome, folds)
+    before = {target: risks.before for target, risks in results.recalibrated.items()}
+    topics = prediction_topics(targets, before, recalibration_words(config, args.calibrate))
+    shown = folds_sentence(evaluated.metrics, folds)
     write_folds_page(folder, args, rows, results, evaluated, topics, last=[shown])
     logger.info("")
     words = evaluated.at_threshold, rows.noun
-    log_findings(metrics, outcome.sentences(metrics, *words), outcome)
+    log_findings(metrics, verdicts.sentences(metrics, *words, targets=targets), targets)
     logger.info("recommended (--use best): %s", describe_recommended(config))
-    first = folds_sentence(metrics, outcome, folds)
+    first = folds_sentence(metrics, folds)
     logger.info("%s\nreport: %s", first, folder / "report.html")
 
 
@@ -252,13 +273,14 @@ def join_folds(
     folders: list[Path],
     name: str,
     rows: TrajectoryDataset,
-    outcome: Outcome,
     args: Namespace,
     ids: Collection[str] | None,
-) -> tuple[pd.DataFrame, NDArray[np.int64]]:
-    """Return the test predictions of all folds in the data's order, and their positions in it."""
-    read = [read_predictions(path, name, outcome=outcome) for path in folders]
-    tables = shared_models(read)
+) -> tuple[pd.DataFrame, NDArray[np.int64], tuple[Target, ...]]:
+    """Return the test predictions of all folds in the data's order, their positions in it, and
+    what they are about."""
+    targets = read_targets(folders[0])
+    read = [read_predictions(path, name, targets) for path in folders]
+    tables = shared_models(read, targets[0])
     table = pd.concat(tables, ignore_index=True)
     if ids is not None:
         table = table[table["id"].isin(ids)]
@@ -266,29 +288,29 @@ def join_folds(
     positions = pd.Series(np.arange(len(rows)), rows.ids)[table["id"].tolist()].to_numpy()
     table = table.iloc[np.argsort(positions)].reset_index(drop=True)
     positions = np.sort(positions)
-    observed = outcome.observed(rows, positions, args.censoring, args.seed)
-    return observed.join(table.drop(columns=outcome.tested)), positions
+    observed, targets = observed_rows(targets, rows, positions, args.censoring, args.seed)
+    risks = table[[column for column in map(str, table) if is_risk(column)]]
+    return observed.join(risks), positions, targets
 
 
-def folds_sentence(metrics: Metrics, outcome: Outcome, folds: int) -> str:
+def folds_sentence(metrics: Metrics, folds: int) -> str:
     """Return how the metrics of the folds were made, in a sentence, and how the folds differ."""
     auroc = metrics.row(metrics.models[0], "auroc")
     hidden = np.isnan(auroc["min"])
     spread = "" if hidden else f" (AUROC {auroc['min']:.3f} to {auroc['max']:.3f})"
     return (
         f"Each of these patients was predicted once, by the one of {folds} models that did not "
-        f"learn from them: {outcome.means_of_folds} are means over the {folds} folds{spread}, all "
-        "else is of all rows."
+        "learn from them: AUROC, AUPRC, Brier score, scaled Brier score and log loss are means "
+        f"over the {folds} folds{spread}, all else is of all rows."
     )
 
 
 def recalibration_words(config: Config, calibrate: str) -> str:
     """Return whether the risks of ``--final`` are recalibrated, and which are shown."""
-    final = DecisionRule.from_config(config)
-    if final.is_moved:
+    if moves := rules.describe_moves(rules.rules_of(config), targets_of_config(config)):
         return (
-            "Tests on these rows chose to recalibrate: the risks of --final are moved by "
-            f"intercept {final.intercept:+.2f} and slope {final.slope:.2f}, fitted on all rows. "
+            "Tests on these rows chose to recalibrate: the risks of --final are "
+            f"{moves}, fitted on all rows. "
             "Slope, level and ICI are those before; all other metrics are of risks that are moved, "
             "each fold's by what the other folds show."
         )
@@ -321,7 +343,7 @@ def write_folds_page(
         rule = "without a value of a series that their fold reads"
         rule = f"of sites that only train, or {rule}" if args.leave_out else rule
         rows = rows.keep_rows(predicted, rule)
-    shown = folds_sentence(evaluated.metrics, outcome_of(config), evaluated.folds)
+    shown = folds_sentence(evaluated.metrics, evaluated.folds)
     pages.write_training_page(
         folder,
         f"{STAGE_NAMES[config['stage']].capitalize()}, {kind}{title}",
@@ -380,10 +402,10 @@ def write_final(
     if not processes().is_main_process:
         return config, None
     rows = data.split["train"]
-    outcome = outcome_of(stage.config)
+    fits = outcome_of(stage.config).fits(data.dataset, rows)
     with few_threads():
-        settings = outcome.tune_baselines(data.dataset, rows, data.usable_static)
-        fitted = outcome.fit_baselines(data.dataset, rows, settings)
+        settings = baselines.tune_baselines(data.dataset, rows, data.usable_static, fits)
+        fitted = baselines.fit_baselines(data.dataset, rows, settings, fits)
     models = {name: model for name, model in fitted.models.items() if name in config["models"]}
     words = fitted.words if baselines.WORDS in config["models"] else None
     fitted = replace(fitted, models=models, words=words)  # those of all folds

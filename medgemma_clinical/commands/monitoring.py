@@ -26,10 +26,10 @@ from medgemma_clinical.evaluation.metrics_table import named_model
 from medgemma_clinical.evaluation.monitor_page import monitor_page
 from medgemma_clinical.evaluation.monitoring import MonitorRule, monitor
 from medgemma_clinical.evaluation.report import write_report
+from medgemma_clinical.evaluation.target import Target, targets_of_config
 from medgemma_clinical.files import InputError, locked, make_output_dir, move_aside, write_text
 from medgemma_clinical.models.checkpoints import Config
 from medgemma_clinical.models.model_card import page_card
-from medgemma_clinical.models.outcome import Outcome, outcome_of
 from medgemma_clinical.models.trained_model import (
     column_ending,
     read_model_sha256,
@@ -59,8 +59,6 @@ def read_rule(path: Path | None) -> MonitorRule:
 def run_monitor(args: Namespace, datasets: Mapping[str, Any]) -> int:
     """Write ``monitor.html`` and ``monitor.csv``; log the verdict first."""
     config = read_trained_config(args.checkpoint)
-    if outcome_of(config).has_curves:
-        raise InputError("monitor: the model was trained on times, not on a label")
     rows, inputs, name, notes = read_rows(args, config)
     stage = STAGE_NAMES[config["stage"]]
     reference = config.get("reference", {}).get(name)
@@ -72,7 +70,7 @@ def run_monitor(args: Namespace, datasets: Mapping[str, Any]) -> int:
         )
     rule = MonitorRule.checked(config.get("monitor_rule", {}))
     own_rule = config["decision"] if name == stage else config["models"][name]
-    threshold = own_rule["threshold"]
+    threshold = own_rule[targets_of_config(config)[0].name]["threshold"]
     if args.threshold is not None:
         goal, threshold = parse_threshold(args.threshold)
         if goal:
@@ -99,8 +97,8 @@ def run_monitor(args: Namespace, datasets: Mapping[str, Any]) -> int:
         "Limits": f"Beyond each lie {level} (AUROC) of simulated stable periods; CUSUM limit "
         f"{result.levels.cusum:.3g}. O/E, AUROC or CUSUM alarm in "
         f"{100 * result.levels.false_alarms:.2g} % of simulated stable years",
-        "Development cohort": f"{reference['patients']:,} held-out patients: intercept "
-        f"{reference['intercept']:+.2f}, slope {reference['slope']:.2f}",
+        "Development cohort": f"{reference['patients']:,} held-out patients: log-odds "
+        f"multiplied by {reference['multiplier']:.2f} and shifted by {reference['shift']:+.2f}",
         "Slope and AUROC": f"Of periods with at least {rule.min_expected} expected events",
         "Threshold": f"{threshold:.4g}",
     }
@@ -171,13 +169,14 @@ def read_rows(
     last = pd.concat(inputs, ignore_index=True) if len(inputs) == len(tables) else None
     # A row without a score may have been predicted again, once its values had come.
     rows = everyone.sort_values(["unscored", "date"], kind="stable").drop_duplicates("id")
-    outcomes = read_table(args.outcomes, ["id", "label", args.date])
+    outcomes = read_table(args.outcomes, ["id", args.date])
     if (twice := outcomes["id"].duplicated()).any():
         line = int(twice.argmax()) + 2
         raise InputError(f"{args.outcomes}: line {line}: an id that stands twice: leave one")
-    known = {"label": "label", "date": args.date}
-    found = {kind: parsed(outcomes, args.outcomes, x, kind) for kind, x in known.items()}
-    check_dates(found["date"], everyone["date"].max(), f"{args.outcomes}: column {args.date}")
+    target = targets_of_config(config)[0]
+    dates = parsed(outcomes, args.outcomes, args.date, "date")
+    check_dates(dates, everyone["date"].max(), f"{args.outcomes}: column {args.date}")
+    found = {"label": known_labels(outcomes, args.outcomes, target), "date": dates}
     of_ids = pd.DataFrame(found).set_index(outcomes["id"]).reindex(rows["id"]).set_axis(rows.index)
     counts = {
         "later predictions of the same id, left out": len(everyone) - len(rows),
@@ -192,6 +191,13 @@ def read_rows(
     joined = rows[["risk", "prediction"]].assign(
         label=of_ids["label"], date=of_ids["date"].fillna(rows["date"])
     )
+    # An event is known earlier than its absence: before the horizon neither counts.
+    now = max(latest_now(), joined["date"].max())
+    waits = joined["date"] + pd.Timedelta(hours=target.horizon) > now
+    if target.horizon:
+        joined["label"] = joined["label"].mask(waits)
+        share = joined["label"].isna().mean()
+        notes.append(f"outcomes not known of {target.title}: {100 * share:.1f} %")
     if args.site is not None:
         source = outcomes if args.site in outcomes else rows
         if args.site not in source:
@@ -200,6 +206,19 @@ def read_rows(
         joined["site"] = sites.replace("", None).fillna("unknown")
         notes += formula_warning(joined["site"])
     return joined, last, name, notes
+
+
+def known_labels(outcomes: pd.DataFrame, path: Path, target: Target) -> pd.Series[Any]:
+    """Return the column label, or what columns of times say of a target; NaN where unknown."""
+    if "label" in outcomes or not {target.event, "event_hours"} <= {*outcomes}:
+        if "label" not in outcomes:
+            raise InputError(f"{path}: line 1: no column label")
+        return parsed(outcomes, path, "label", "label")
+    kinds = {"event_hours": "hours", target.event: "event"}
+    times = pd.DataFrame({k: parsed(outcomes, path, k, kind) for k, kind in kinds.items()})
+    rows, labels = times.dropna(), pd.Series(np.nan, times.index)
+    labels[rows.index] = target.labels(rows)
+    return labels
 
 
 def check_dates(dates: pd.Series[Any], newest: pd.Timestamp, column: str) -> None:
@@ -235,6 +254,7 @@ def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
 
 YEARS = 1900, 2200
 RULES = {"risk": "a number from 0 to 1", "label": "0, 1 or empty", "date": "an ISO date"}
+RULES |= {"hours": "a number from 0 on, or empty", "event": "0, 1, 2, ... or empty"}
 
 
 def parsed(table: pd.DataFrame, path: Path, column: str, kind: str) -> pd.Series[Any]:
@@ -245,7 +265,12 @@ def parsed(table: pd.DataFrame, path: Path, column: str, kind: str) -> pd.Series
         wrong = ~values.dt.year.between(*YEARS)
     else:
         values = pd.to_numeric(cells, errors="coerce")
-        is_right = values.isin([0, 1]) if kind == "label" else values.between(0, 1)
+        is_right = {
+            "label": values.isin([0, 1]),
+            "risk": values.between(0, 1),
+            "hours": values.between(0, np.inf, inclusive="left"),
+            "event": values.ge(0) & (values % 1 == 0),
+        }[kind]
         wrong = ~is_right & (cells != "")
     if wrong.any():
         k = int(wrong.argmax())
@@ -267,11 +292,9 @@ def risk_column(
     table: pd.DataFrame, path: Path, use: str | None, config: Config
 ) -> tuple[str, str]:
     """Return the column of a model's risks, and its name; without ``use`` that of probability."""
-    stage = STAGE_NAMES[config["stage"]]
-    columns = {
-        name: f"probability_{column_ending(name, stage)}" for name in config.get("models", {})
-    }
-    columns[stage] = "probability_stage" if "probability_stage" in table else "probability"
+    stage, output = STAGE_NAMES[config["stage"]], targets_of_config(config)[0].output
+    columns = {name: f"{output}_{column_ending(name, stage)}" for name in config.get("models", {})}
+    columns[stage] = f"{output}_stage" if f"{output}_stage" in table else "probability"
     columns = {name: column for name, column in columns.items() if column in table}
     if use is None:
         chosen = [x for x in columns if table[columns[x]].equals(table["probability"])]
@@ -284,6 +307,6 @@ def risk_column(
     return columns[chosen[-1]], chosen[-1]
 
 
-def rule_config(path: Path | None, outcome: Outcome) -> Config:
-    """Return what a checkpoint stores of ``--monitor_rule``; nothing of times."""
-    return {} if outcome.has_curves else {"monitor_rule": asdict(read_rule(path))}
+def rule_config(path: Path | None) -> Config:
+    """Return what a checkpoint stores of ``--monitor_rule``."""
+    return {"monitor_rule": asdict(read_rule(path))}

@@ -14,6 +14,7 @@ from medgemma_clinical.data.sample_size import describe_sample_size
 from medgemma_clinical.data.texts import code
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.evaluation import verdicts
 from medgemma_clinical.evaluation.report import (
     FEW,
     PATIENTS_NOTICE,
@@ -34,7 +35,6 @@ from medgemma_clinical.evaluation.topics.written_reports import (
 from medgemma_clinical.evaluation.verdicts import Finding
 from medgemma_clinical.models import model_card
 from medgemma_clinical.models.checkpoints import Config
-from medgemma_clinical.models.outcome import outcome_of
 from medgemma_clinical.training.stage import Stage
 
 EXAMPLE = "The data of one patient stand here: share this page only if they are open."
@@ -70,12 +70,12 @@ def model_page(
     )
 
 
-def result_words(evaluated: Evaluated, config: Config, advice: str = "") -> list[Finding]:
+def result_words(evaluated: Evaluated, advice: str = "") -> list[Finding]:
     """Return the result on some rows in words; ``advice`` is what helps where events are few."""
     if evaluated.has_few:
         return [Finding(None, FEW.format(evaluated.min_cell))]
     words = evaluated.at_threshold, evaluated.noun, advice
-    return outcome_of(config).sentences(evaluated.metrics, *words)
+    return verdicts.sentences(evaluated.metrics, *words, targets=evaluated.targets)
 
 
 def data_terms(dataset: TrajectoryDataset, config: Config) -> dict[str, str]:
@@ -111,7 +111,7 @@ def write_training_page(
     """Write the report on held-out rows of the data that the model was trained on."""
     n, reports = evaluated.min_cell, config["metrics"].get("reports")
     example = None if n else example
-    findings = result_words(evaluated, config, advice)
+    findings = result_words(evaluated, advice)
     topics = build_topics(evaluated, [] if evaluated.has_few else results)
     if stage1_page is not None:
         topics = folded(findings, topics, "The results of stage 1, again")
@@ -141,16 +141,14 @@ def write_training_page(
         last=last,
         notices=[PATIENTS_NOTICE if list_patients else "", EXAMPLE if example else ""],
     )
-    tripod = None
-    if outcome_of(config).has_tripod:
-        tripod = fill_tripod(
-            page,
-            evaluated,
-            question=question,
-            data=data,
-            methods=methods,
-            has_sites=dataset.sites is not None,
-        )
+    tripod = fill_tripod(
+        page,
+        evaluated,
+        question=question,
+        data=data,
+        methods=methods,
+        has_sites=dataset.sites is not None,
+    )
     write_report(folder / "report.html", page, folder=folder, tripod=tripod)
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, best_blend
 from medgemma_clinical.evaluation.metrics_table import Metrics, named_model
-from medgemma_clinical.evaluation.time_table import UNCENSORED
+from medgemma_clinical.evaluation.target import NO_RISKS, Target, is_risk, weight_columns
 from medgemma_clinical.evaluation.verdicts import value_text
 from medgemma_clinical.files import InputError, read_json
-from medgemma_clinical.models.outcome import LABEL, Outcome
+from medgemma_clinical.provenance import METRICS
 
 logger = logging.getLogger(__name__)
 
@@ -20,14 +21,16 @@ VAL, TEST = "predictions_val.csv", "predictions_test.csv"
 FOLDS, REPEATS = "predictions_folds.csv", "predictions_repeats.csv"
 
 
-def predictions_csv(table: pd.DataFrame) -> str:
-    """Return a table of predictions as its file: the model's own column is ``probability``."""
-    names = [name for name in map(str, table) if not name.startswith(UNCENSORED)]
-    place = names.index("patient")
-    model, risks = names[place + 1], names[place + 2 :]
-    ordered = table[[*names[:place], model, "patient", *risks]]
-    own = {name: name.removeprefix(f"{model} ") for name in risks}
-    return ordered.rename(columns=own | {model: "probability"}).to_csv(index=False)
+def predictions_csv(table: pd.DataFrame, model: str, targets: Sequence[Target]) -> str:
+    """Return a table of predictions as its file: the model's own first risk is ``probability``."""
+    own = {target.column(model): target.output for target in targets}
+    weights = pd.DataFrame(weight_columns(targets), table.index)
+    named = table.rename(columns=own)
+    named = named.assign(probability=named[targets[0].output]).join(weights)
+    first = [name for name in named if name in NO_RISKS[:4]]
+    last = [name for name in named if name not in (*first, *weights, "probability", "patient")]
+    columns = [*first, "probability", "patient", *weights, *last]
+    return named[columns].to_csv(index=False)
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -40,25 +43,41 @@ def read_table(path: Path) -> pd.DataFrame:
         raise InputError(f"{path}: not a table of predictions") from error
 
 
+def read_targets(folder: Path, name: str = METRICS) -> tuple[Target, ...]:
+    """Return what the predictions of a run folder are about."""
+    path = folder / name
+    try:
+        return tuple(Target.from_json(x) for x in read_json(path)["targets"])
+    except OSError as error:
+        raise InputError(f"{path}: no such file: name the folder of a finished stage") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: of an earlier version of the program: train again") from error
+
+
 def read_predictions(
-    folder: Path, model: str = "probability", name: str = TEST, *, outcome: Outcome = LABEL
+    folder: Path, model: str | None, targets: Sequence[Target], name: str = TEST
 ) -> pd.DataFrame:
-    """Read a file of predictions: what happened, then risks; those of the file are ``model``'s."""
+    """Read a file of predictions: what happened, then risks; the file's own are ``model``'s.
+
+    None: the file has no own model.
+    """
     path = folder / name
     table = read_table(path).drop(columns="fold", errors="ignore")
     try:
         table, _ = named_model(table)
-        if model != "probability":
-            own = {file: risk for risk, file in outcome.columns(model, "").items()}
+        if model is not None:
+            own = {target.output: target.column(model) for target in targets}
             table = table.rename(columns=own, errors="raise")
-        if missing := [name for name in outcome.tested if name not in table]:
-            raise KeyError(missing[0] + (", as it is of times" if "event" in table else ""))
-        table = table[[*outcome.tested, *table.columns.drop(outcome.tested)]]
+            table = table.drop(columns="probability", errors="ignore")
+        needed = ["id", "patient", *(target.event for target in targets)]
+        if missing := [name for name in needed if name not in table]:
+            raise KeyError(missing[0])
+        risks = [name for name in map(str, table) if is_risk(name)]
+        table = table[[*table.columns.difference(risks, sort=False), *risks]]
         numbers = table.drop(columns=["id", "patient"]).astype(float)
-        risks = numbers.drop(columns=outcome.tested, errors="ignore")
         is_known = table["label"].isin([0, 1]).all() if "label" in table else True
-        sound = (risks.ge(0) & risks.le(1)).all(axis=None) and is_known
-        if not sound or not len(risks.columns):
+        sound = numbers[risks].ge(0) & numbers[risks].le(1)
+        if not (sound.all(axis=None) and is_known and risks):
             raise ValueError
     except KeyError as error:
         raise InputError(f"{path}: lacks a column: {error.args[0]}") from error
@@ -68,11 +87,11 @@ def read_predictions(
     return table.astype(numbers.dtypes)
 
 
-def shared_models(tables: list[pd.DataFrame]) -> list[pd.DataFrame]:
+def shared_models(tables: list[pd.DataFrame], target: Target) -> list[pd.DataFrame]:
     """Leave out models that are missing in some table, and log their names."""
     shared = [name for name in tables[0] if all(name in table for table in tables)]
-    if len({best_blend(list(map(str, table))) for table in tables}) > 1:
-        shared = [name for name in shared if name != ENSEMBLE]  # they hold different blends
+    if len({best_blend(target.models(table)) for table in tables}) > 1:
+        shared = [name for name in shared if not str(name).startswith(ENSEMBLE)]  # other blends
     left_out = sorted({str(name) for table in tables for name in table} - set(shared))
     if left_out:
         logger.info("not in every split, so not pooled: %s", ", ".join(left_out))

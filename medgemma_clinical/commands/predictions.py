@@ -7,7 +7,7 @@ import itertools
 import logging
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -35,14 +35,25 @@ from medgemma_clinical.data.overlap import TrainingPatients, both_hashes, patien
 from medgemma_clinical.data.small_cells import count_text
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import peak_memory, processes, show_progress
-from medgemma_clinical.evaluation import decision
+from medgemma_clinical.evaluation import decision, verdicts
 from medgemma_clinical.evaluation.demographics import demographics
-from medgemma_clinical.evaluation.metrics_table import MODEL
+from medgemma_clinical.evaluation.metrics import Array
+from medgemma_clinical.evaluation.metrics_table import MODEL, evaluate
 from medgemma_clinical.evaluation.report import build_topics, write_report
-from medgemma_clinical.evaluation.time_table import UNCENSORED
+from medgemma_clinical.evaluation.rules import describe_moves, stored
+from medgemma_clinical.evaluation.target import (
+    NO_RISKS,
+    Target,
+    read_weights,
+    weighed,
+    weighing_inputs,
+)
+from medgemma_clinical.evaluation.topics.all_topics import prediction_topics
+from medgemma_clinical.evaluation.topics.calibration import calibration_updates
 from medgemma_clinical.evaluation.topics.cohort import case_mix, case_mix_topic, cohort
 from medgemma_clinical.evaluation.topics.topic import Evaluated, Page, TopicBuilder
 from medgemma_clinical.evaluation.topics.written_reports import right_answers
+from medgemma_clinical.evaluation.updating import evaluate_updates
 from medgemma_clinical.files import InputError, atomic, file_hash, locked, move_aside
 from medgemma_clinical.inference.hub import check_folder
 from medgemma_clinical.inference.scoring import count_implausible, prediction_table, scoring_rows
@@ -50,7 +61,6 @@ from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS, Trajectory
 from medgemma_clinical.models import trained_model
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, Config, read_trajectory
 from medgemma_clinical.models.model_card import choosing_rows, weight_0_sentence
-from medgemma_clinical.models.outcome import Outcome, outcome_of
 from medgemma_clinical.models.trained_model import TrainedModel
 
 logger = logging.getLogger(__name__)
@@ -72,8 +82,6 @@ def predict(request: Namespace, kind: type[TrajectoryModel]) -> int:
     trained_model.check_no_control(request.checkpoint, config)
     source = find_source(request, config, datasets)
     check_output(request, source)
-    if request.aggregate and outcome_of(config).has_curves:
-        raise InputError("--aggregate: not for times to events: leave it out")
     if request.update:
         check_folder(request.update, config)
     findings = Findings(str(source), strict=request.strict)
@@ -142,13 +150,23 @@ def with_threshold(trained: TrainedModel, choice: str, checkpoint: Path) -> Trai
 
     These are the rows that chose the threshold in training, whose risks the run folder holds.
     """
-    rules = {name: asdict(rule) for name, rule in trained.rules.items()}
-    goal, _ = decision.parse_threshold(choice)
-    table = held_out_risks(trained, checkpoint, choice) if goal else None
-    for name, rule in rules.items():
-        rule["threshold"] = trained.outcome.choose_threshold(choice, table, name)
+    goal, value = decision.parse_threshold(choice)
+    targets, table = trained.outcome.targets, pd.DataFrame()
+    if goal:
+        table = held_out_risks(trained, checkpoint, choice)
+        targets = read_weights(targets, table)
+    rules: dict[str, decision.Rules] = {}
+    for name, own in trained.rules.items():
+        chosen = dict.fromkeys(own, value)
+        if goal:
+            for target in targets:
+                risk = table[target.column(name)].to_numpy(float)
+                known = target.known(table)
+                chosen[target.name] = decision.choose_threshold(choice, known, risk)
+        rules[name] = {k: replace(rule, threshold=chosen[k]) for k, rule in own.items()}
+    models = stored(rules)
     config: Config = {**trained.config, "threshold_choice": choice}
-    config["decision"], config["models"] = rules.pop(trained.name), rules
+    config["decision"], config["models"] = models.pop(trained.name), models
     return replace(trained, config=config)
 
 
@@ -162,7 +180,7 @@ def held_out_risks(trained: TrainedModel, checkpoint: Path, choice: str) -> pd.D
         of_sites, of_patients = (stage.parent / f"{kind}_{stage.name}" for kind in KINDS)
         stage, file = of_sites if of_sites.is_dir() else of_patients, FOLDS
     try:
-        return read_predictions(stage, trained.name, file, outcome=trained.outcome)
+        return read_predictions(stage, trained.name, trained.outcome.targets, file)
     except InputError as error:
         raise InputError(f"--threshold '{choice}': {error}, or give a risk") from error
 
@@ -226,15 +244,20 @@ class PredictionTally:
 
     used: str  # the model
     columns: dict[str, str]  # of the predictions, by those of a table of risks
-    outcome: Outcome
-    censoring: tuple[str, int]  # how those who are not watched for long are weighed, and a seed
-    rule: decision.DecisionRule  # of the used one
+    targets: tuple[Target, ...]
+    rules: decision.Rules  # of the used one
     rows: int = 0
     scored: int = 0
     positive: int | None = None  # None where nothing is predicted but a risk
     labelled: list[pd.DataFrame] = field(default_factory=list)  # of each chunk, see ``add``
     medians: list[pd.DataFrame] = field(default_factory=list)  # of the same rows
+    inputs: list[Array] = field(default_factory=list)  # on which the end of follow-up may depend
     chosen: list[ChosenRow] = field(default_factory=list)  # of the page of patients
+
+    @property
+    def threshold(self) -> float:
+        """The first risk from which on the event is predicted."""
+        return self.rules[self.targets[0].name].threshold
 
     def add(self, lines: pd.DataFrame, rows: ScoringRows) -> None:
         """Count the output lines; keep risks by model and hashes of the labelled rows."""
@@ -250,7 +273,9 @@ class PredictionTally:
         of_models = lines[[*self.columns.values()]].set_axis([*self.columns], axis=1)
         risks = of_models.iloc[rows.positions[labelled]].reset_index(drop=True).astype(float)
         self.medians.append(row_medians(dataset).iloc[labelled])
-        observed = self.outcome.observed(dataset, labelled, *self.censoring)
+        if any(target.horizon for target in self.targets):
+            self.inputs.append(weighing_inputs(dataset, labelled))
+        observed = dataset.observed(labelled)
         observed = observed.drop(columns=[*about.columns.intersection(observed.columns)])
         self.labelled.append(
             about.join(observed)
@@ -265,10 +290,10 @@ class PredictionTally:
         """Log the counts, and what a user should know of the output."""
         if "decision" not in model.config:
             text = "the checkpoint has no threshold, since its run was not finished: %g is used"
-            logger.warning(text, self.rule.threshold)
+            logger.warning(text, self.threshold)
         above = ""
         if self.positive is not None:
-            above = f", {self.positive:,} of them at or above the threshold {self.rule.threshold:g}"
+            above = f", {self.positive:,} of them at or above the threshold {self.threshold:g}"
         without = f"{self.rows - self.scored:,} without a score"
         logger.info(f"{self.rows:,} rows: {self.scored:,} scored{above}; {without}")
 
@@ -278,9 +303,8 @@ def write_predictions(
 ) -> PredictionTally:
     """Score rows chunk by chunk; the file appears at the end, earlier ones move aside."""
     trained, path = model.trained, request.predictions
-    used, outcome = trained.model_named(request.use), trained.outcome
-    censoring = request.censoring, request.seed
-    tally = PredictionTally(used, trained.columns(used), outcome, censoring, trained.rules[used])
+    used, targets = trained.model_named(request.use), trained.outcome.targets
+    tally = PredictionTally(used, trained.columns(used), targets, trained.rules[used])
     now, of_model = datetime.now(UTC).isoformat(timespec="seconds"), {MODEL: trained.sha256}
     with contextlib.ExitStack() as stack:
         stack.enter_context(locked(path))
@@ -291,7 +315,7 @@ def write_predictions(
         for rows in chunks:
             lines, scores = prediction_table(rows, trained, findings, model.batch_size, used)
             count_implausible(scores.rows.dataset, findings)
-            lines = as_written(lines, tally.rule)
+            lines = as_written(lines, tally.threshold)
             written = lines.assign(predicted_at=now, **of_model), input_lines(rows, trained.config)
             for table, file in zip(written, files, strict=True):
                 table.to_csv(file, index=False, header=tally.rows == 0)
@@ -308,10 +332,11 @@ def six_digits(risk: float) -> float:
     return float(f"{risk:.6g}")
 
 
-def as_written(lines: pd.DataFrame, rule: decision.DecisionRule) -> pd.DataFrame:
+def as_written(lines: pd.DataFrame, threshold: float) -> pd.DataFrame:
     """Return predictions with the digits of their file, and the decisions on these risks."""
     risks = lines.select_dtypes("float").map(six_digits)
-    decided = pd.Series(rule.positive(risks["probability"].to_numpy()), lines.index, dtype="Int64")
+    positive = risks["probability"].to_numpy() >= threshold
+    decided = pd.Series(positive, lines.index, dtype="Int64")
     return lines.assign(**risks, prediction=decided.where(risks["probability"].notna()))
 
 
@@ -341,27 +366,48 @@ def report_labelled(
     noun = "patients" if labelled["patient"].is_unique else dataset.row_noun
     overlap = Overlap(noun, int(in_training.sum()), len(new))
     note = overlap.sentence(model.config, training, 0)
-    outcome = tally.outcome
-    if problem := outcome.evaluation_problem(new):
+    targets = tally.targets
+    if problem := targets[0].problem(new):
         logger.info("%s No metrics: %s.", note, problem)
         return Labelled(new)
     name, patients = tally.used, new["patient"].astype(str)
     risks = new[[*tally.columns]].dropna(axis=1)  # NaN of a baseline that lacks a column
-    rows = new.assign(id=patients, patient=patients)[[*outcome.tested]]
-    rows = rows.join(new.filter(like=UNCENSORED)).join(risks)
+    happened = new[[name for name in NO_RISKS if name in new]]
+    rows = happened.assign(id=patients, patient=patients).join(risks)
+    targets = weighed(
+        targets,
+        rows,
+        lambda: np.concatenate(tally.inputs)[~in_training],
+        request.censoring,
+        request.seed,
+    )
     trained = model.config.get("metrics", {})
     planned = (trained.get("test") or trained.get("folds") or {}).get("primary")
     primary = request.primary or planned
-    metrics = outcome.evaluate(rows, request.seed, tally.rule.threshold, primary=primary)
-    updates = outcome.evaluate_updates(rows, name, request.seed)
-    rule, min_cell = tally.rule, request.min_cell
+    thresholds = [rule.threshold for rule in tally.rules.values()]
+    metrics = evaluate(
+        rows, request.seed, thresholds, reference=name, primary=primary, targets=targets
+    )
+    updates = evaluate_updates(rows, name, targets, request.seed)
+    min_cell, threshold = request.min_cell, thresholds[0]
     choice = decision.describe_threshold(
         model.config.get("threshold_choice"), choosing_rows(model.config)
     )
-    evaluated = Evaluated(rows, metrics, new, request.seed, rule.threshold, choice, noun, min_cell)
+    evaluated = Evaluated(
+        rows,
+        metrics,
+        new,
+        request.seed,
+        threshold,
+        choice,
+        noun,
+        min_cell,
+        targets=targets,
+        thresholds=thresholds,
+    )
     first = ""
     if model.stage == "generative" and name == model.trained.name:
-        first = right_answers(rows, name, rule.threshold, request.seed, min_cell)
+        first = right_answers(rows, name, threshold, request.seed, min_cell)
     page = cohort_page(
         evaluated,
         tally,
@@ -376,7 +422,7 @@ def report_labelled(
     )
     path = report_path(request.predictions)
     write_report(path, page)
-    found = outcome.sentences(metrics, evaluated.at_threshold, noun)
+    found = verdicts.sentences(metrics, evaluated.at_threshold, noun, targets=targets)
     lines = "\n".join([*filter(None, [first, weight_0_sentence(model.config)]), *map(str, found)])
     logger.info("\n%s\n%s\nreport: %s", lines, note, path)
     return Labelled(new, metrics.primary, updates)
@@ -397,17 +443,17 @@ def cohort_page(
 ) -> Page:
     """Return the page of an external cohort."""
     name, source, noun = tally.used, Path(dataset.source).name, overlap.noun
-    labelled, rule = overlap.old + overlap.new, tally.rule
+    labelled = overlap.old + overlap.new
     flow = [
         ("without a score", tally.rows - tally.scored, tally.scored),
         ("without a label", tally.scored - labelled, labelled),
         ("in the training data", overlap.old, overlap.new),
     ]
-    changes = f"intercept {rule.intercept:+.2f}, slope {rule.slope:.2f}"
+    changes = describe_moves(tally.rules, tally.targets)
     recalibration = f"The risks were recalibrated on {choosing_rows(config)}: {changes}."
-    results = [
-        *tally.outcome.topics(recalibration=recalibration if rule.is_moved else ""),
-        partial(tally.outcome.update_topic, tried=updates),
+    results: list[TopicBuilder] = [
+        *prediction_topics(evaluated.targets, recalibration=recalibration if changes else ""),
+        partial(calibration_updates, tried=updates),
     ]
     data = {
         "Source": source,
@@ -427,7 +473,7 @@ def cohort_page(
         build_topics(evaluated, builders),
         config,
         question=dataset.task_description(),
-        findings=result_words(evaluated, config),
+        findings=result_words(evaluated),
         card={
             "Limits": f"The model was not changed for these rows{moved}",
             "Checkpoint": checkpoint,

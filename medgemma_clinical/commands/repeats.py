@@ -17,15 +17,17 @@ from medgemma_clinical.commands.results import log_findings
 from medgemma_clinical.data.fold_split import draw_folds, foldable
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes
+from medgemma_clinical.evaluation import verdicts
 from medgemma_clinical.evaluation.demographics import demographics
-from medgemma_clinical.evaluation.metrics_table import compared_models, mean_of_repeats
+from medgemma_clinical.evaluation.metrics_table import MODEL, compared_models, mean_of_repeats
+from medgemma_clinical.evaluation.target import LABEL, NO_RISKS
 from medgemma_clinical.evaluation.topics.instability import (
     instability,
     instability_cells,
     measure_instability,
     repeat_metrics,
 )
-from medgemma_clinical.evaluation.topics.topic import Evaluated
+from medgemma_clinical.evaluation.topics.topic import Evaluated, TopicBuilder
 from medgemma_clinical.evaluation.verdicts import percent
 from medgemma_clinical.files import InputError, read_json, write_json, write_text
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
@@ -83,12 +85,12 @@ def write_repeat_results(
     folder = args.output_dir / f"repeats_{contents[0]['stage']}"
     folder.mkdir(exist_ok=True)
     first_fold = run_folder.stage_folder(folds.fold_arguments(0, runs[0]))
-    outcome = outcome_of(read_trained_config(first_fold))
-    joined = join_repeats(runs, outcome.tested)
-    risks = joined.drop(columns=outcome.tested)
+    targets = outcome_of(read_trained_config(first_fold)).targets
+    joined = join_repeats(runs)
+    risks = joined.filter(regex="^repeat_")
     described = joined.assign(mean=risks.mean(axis=1), sd=risks.std(axis=1))
-    table = described[[*outcome.tested, "mean", "sd", *risks]]
-    write_text(folder / REPEATS, predictions_csv(table))  # the mean is its ``probability``
+    table = described[[*joined.columns.drop([*risks]), "mean", "sd", *risks]]
+    write_text(folder / REPEATS, predictions_csv(table, "mean", [LABEL]))
     results = []
     for run in runs:
         fold = draw_folds(rows.groups, rows.labels, run.folds, run.seed)
@@ -102,6 +104,7 @@ def write_repeat_results(
     content = {
         "stage": contents[0]["stage"],
         "n": len(joined),
+        "targets": [target.to_json() for target in targets],
         "folds": metrics.to_json(),
         "instability": measures,
         "repeats": by_repeat.to_dict("records"),
@@ -116,7 +119,7 @@ def write_repeat_results(
     tested = results[0].table.drop(columns="fold")
     mean = described.set_index("id")["mean"][tested["id"]]
     evaluated = Evaluated(
-        tested.assign(**{metrics.models[0]: mean.to_numpy()}),
+        tested.assign(**{targets[0].column(metrics.models[0]): mean.to_numpy()}),
         metrics,
         demographics(rows).iloc[results[0].positions],
         args.seed,
@@ -125,9 +128,10 @@ def write_repeat_results(
         rows.noun,
         args.min_cell,
         args.folds,
+        targets=results[0].targets,
     )
-    topics = [
-        partial(repeat_metrics, table=outcome.table),
+    topics: list[TopicBuilder] = [
+        repeat_metrics,
         partial(instability, table=joined, by_repeat=by_repeat),
     ]
     title = f", {len(runs)} repeats"
@@ -135,15 +139,18 @@ def write_repeat_results(
         folder, runs[0], rows, results[0], evaluated, topics, title=title, last=[first]
     )
     logger.info("")
-    log_findings(metrics, outcome.sentences(metrics, evaluated.at_threshold, rows.noun), outcome)
+    words = evaluated.at_threshold, rows.noun
+    findings = verdicts.sentences(metrics, *words, targets=evaluated.targets)
+    log_findings(metrics, findings, evaluated.targets)
     logger.info("\n%s", instability_cells(measures, rows.noun).to_string(index=False))
     logger.info("%s\nreport: %s", first, folder / "report.html")
 
 
-def join_repeats(runs: Sequence[Namespace], tested: list[str]) -> pd.DataFrame:
+def join_repeats(runs: Sequence[Namespace]) -> pd.DataFrame:
     """Return what happened and a column of risks a repeat, of the rows that all predicted."""
     risks = {}
     for k, run in enumerate(runs):
         table = read_table(run_folder.folds_folder(run) / FOLDS)
+        tested = [x for x in table if x in NO_RISKS and x not in ("fold", MODEL)]
         risks[f"repeat_{k}"] = table.set_index(tested)["probability"]
     return pd.concat(risks, axis=1, join="inner").reset_index()

@@ -6,8 +6,8 @@ import itertools
 import json
 import logging
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,14 +21,21 @@ from medgemma_clinical.commands.prediction_files import predictions_csv
 from medgemma_clinical.commands.run_folder import METRICS
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import few_threads, peak_memory, processes
-from medgemma_clinical.evaluation import decision
+from medgemma_clinical.evaluation import baselines as baselines_of
+from medgemma_clinical.evaluation import decision, verdicts
+from medgemma_clinical.evaluation import rules as rules_of_models
 from medgemma_clinical.evaluation.baselines import (
     STAGE_NAMES,
     Baselines,
     describe_tuning,
+    fit_baselines,
 )
 from medgemma_clinical.evaluation.demographics import demographics
-from medgemma_clinical.evaluation.metrics_table import MODEL, Metrics
+from medgemma_clinical.evaluation.metrics_table import MODEL, Metrics, evaluate
+from medgemma_clinical.evaluation.rules import apply_rules
+from medgemma_clinical.evaluation.tables import model_table
+from medgemma_clinical.evaluation.target import Target, observed_rows
+from medgemma_clinical.evaluation.topics.all_topics import prediction_topics
 from medgemma_clinical.evaluation.topics.topic import Evaluated
 from medgemma_clinical.evaluation.topics.written_reports import score_reports, written_sentence
 from medgemma_clinical.evaluation.verdicts import Finding, at_threshold, value_text
@@ -38,7 +45,13 @@ from medgemma_clinical.models.checkpoints import BASELINES, FACTS, Config, weigh
 from medgemma_clinical.models.decoders import licence
 from medgemma_clinical.models.model_card import MODEL_LIMITS, describe_recommended
 from medgemma_clinical.models.model_facts import model_facts
-from medgemma_clinical.models.outcome import Outcome, fit_outcome, outcome_of, weighted
+from medgemma_clinical.models.outcome import (
+    fit_outcome,
+    forecasts_of_models,
+    outcome_of,
+    risk_columns,
+    weighted,
+)
 from medgemma_clinical.models.trained_model import model_sha256
 from medgemma_clinical.models.trajectory_llm import LLMWriter
 from medgemma_clinical.training.stage import Stage
@@ -59,22 +72,30 @@ class Decided:
     """What was chosen on the validation part, of which the first process knows all."""
 
     weight: float | None  # of the language model beside stage 1; None where it adds none
-    rule: decision.DecisionRule
-    rules: Mapping[str, decision.DecisionRule] = field(default_factory=dict)  # of the other models
+    rules: Mapping[str, decision.Rules]  # of the models, the stage's first
+    targets: Sequence[Target]
     settings: Any = None  # of the baselines; None where there are none
     table: pd.DataFrame | None = None  # of predictions of the validation part
     metrics: Metrics | None = None
     best_model: str | None = None
 
-    def applied(self, outcome: Outcome, predictions: decision.Predictions) -> decision.Predictions:
-        """Return predictions of a part by the weight and the rule."""
-        return replace(weighted(outcome, predictions, self.weight), rule=self.rule)
+    @property
+    def rule(self) -> decision.DecisionRule:
+        """The rule of the stage's first risk."""
+        own = next(iter(self.rules.values()))
+        return own[self.targets[0].name]
+
+    @property
+    def thresholds(self) -> list[float]:
+        """The thresholds of the stage, one a target."""
+        return [rule.threshold for rule in next(iter(self.rules.values())).values()]
 
     @property
     def config(self) -> Config:
         """Keys of the checkpoint's configuration that all processes know."""
         weight: Config = {} if self.weight is None else {"residual_weight": self.weight}
-        return {**weight, "decision": asdict(self.rule)}
+        own, *_ = rules_of_models.stored(self.rules).values()
+        return {**weight, "decision": own}
 
 
 def log_decisions(
@@ -85,11 +106,14 @@ def log_decisions(
         how, patients = "chosen" if decided.weight else "not shown to add", observed["patient"]
         text = "weight of the language model beside stage 1: %g, %s on %d validation patients"
         logger.info(text, decided.weight, how, patients.nunique())
-    if options.recalibration == "platt" and not decided.rule.is_moved:
-        logger.warning(
-            "not recalibrated: on the validation part events do not become more frequent with the "
-            "risk, or the risks separate them completely"
-        )
+    own = next(iter(decided.rules.values()))
+    for target in decided.targets:
+        if options.recalibration == "platt" and not own[target.name].is_moved:
+            logger.warning(
+                "%s: not recalibrated: on the validation part events do not become more frequent "
+                "with the risk, or the risks separate them completely",
+                target.title,
+            )
 
 
 def write(
@@ -110,54 +134,73 @@ def write(
     config: Config = {**stage.config, **decided.config, "threshold_choice": args.threshold}
     if decided.weight is not None:
         cast(Any, stage.model).residual_weight = decided.weight
-    scored = None if test is None else decided.applied(outcome, test)
-    is_writer = isinstance(stage.model, LLMWriter) and scored is not None
-    texts = generate_reports(stage, scored) if is_writer and scored else {}
+    test = None if test is None else weighted(test, decided.weight)
+    writes = isinstance(stage.model, LLMWriter) and test is not None
+    risk = np.empty(0)
+    texts: dict[int, str] = {}
+    if writes and test is not None:  # all processes write
+        observed = dataset.observed(test.rows)
+        alone = apply_rules(
+            risk_table(stage, test, observed, {}), {name: decided.rules[name]}, decided.targets
+        )
+        risk = alone[name].to_numpy(float)
+        texts = generate_reports(stage, test.rows, risk >= decided.rule.threshold)
     if decided.table is None or decided.metrics is None:
         return config, None
-    tables, metrics = {"val": decided.table}, {"val": decided.metrics}
+    tables, metrics, targets = {"val": decided.table}, {"val": decided.metrics}, decided.targets
     lines: list[dict[str, Any]] = []
     reports: dict[str, Any] | None = None
     baselines = None
-    if scored is not None:
-        observed = outcome.observed(dataset, scored.rows, args.censoring, args.seed)
+    references: dict[str, Any] = {}
+    if test is not None:
+        observed, targets = observed_rows(
+            outcome.targets, dataset, test.rows, args.censoring, args.seed
+        )
         beside = {}
         if decided.settings is not None:
             with few_threads():  # the validation part has chosen and now teaches, too
                 both = np.sort(np.concatenate([data.split["train"], data.split["val"]]))
-                baselines = outcome.fit_baselines(dataset, both, decided.settings)
-                beside = baselines.risks(dataset, scored.rows)
-        table = prediction_table(stage, scored, observed, beside, decided.rules)
-        metrics["test"] = outcome.evaluate(
-            table, args.seed, decided.rule.threshold, primary=args.primary
+                fits = outcome.fits(dataset, both)
+                baselines = fit_baselines(dataset, both, decided.settings, fits)
+                beside = baselines.forecasts(dataset, test.rows)
+        table = apply_rules(risk_table(stage, test, observed, beside), decided.rules, targets)
+        metrics["test"] = evaluate(
+            table, args.seed, decided.thresholds, primary=args.primary, targets=targets
         )
         tables["test"] = table
-        if is_writer:
-            lines, reports = score_reports(dataset, texts, scored, args.seed)
-    held_out = pd.concat(tables.values()), [name, *decided.rules]
+        if writes:
+            lines, reports = score_reports(
+                dataset, texts, test.rows, risk, decided.rule.threshold, args.seed
+            )
+        first = replace(targets[0], watched=None)
+        held_out = pd.concat(tables.values(), ignore_index=True)
+        references = rules_of_models.references(held_out, [*decided.rules], first)
+    rules = rules_of_models.stored(decided.rules)
+    del rules[name]
     config |= {
         "metrics": metrics_content(stage, progress, decided, metrics, reports, args.calibrate),
-        "models": {model: asdict(rule) for model, rule in decided.rules.items()},
+        "models": rules,
         "best_model": decided.best_model,
-        **cast(Config, outcome.references(*held_out)),
+        "reference": references,
         **({"baseline_inputs": baselines.inputs} if baselines else {}),
     }
     choice = decision.describe_threshold(args.threshold, "the validation part")
     beginning = at_threshold(decided.rule.threshold, choice)
-    log_results(metrics, outcome, beginning, reports, dataset.noun)
+    log_results(metrics, targets, beginning, reports, dataset.noun)
     logger.info("recommended (--use best): %s", describe_recommended(config))
-    if folder and scored is not None:
+    if folder and test is not None:
         if baselines:
             config["baselines_sha256"] = baselines.sha256
         save_model(folder, stage, config, baselines)
         digest = model_sha256(config, weights_sha256(cast(Any, stage.model)))
         for part, table in tables.items():
             named = table.assign(**{MODEL: digest})
-            write_text(folder / f"predictions_{part}.csv", predictions_csv(named))
-        if is_writer:
+            text = predictions_csv(named, name, {"val": decided.targets, "test": targets}[part])
+            write_text(folder / f"predictions_{part}.csv", text)
+        if writes:
             text = "".join(json.dumps(line) + "\n" for line in lines)
             write_text(folder / "generations_test.jsonl", text)
-        patients, threshold = demographics(dataset).iloc[scored.rows], decided.rule.threshold
+        patients, threshold = demographics(dataset).iloc[test.rows], decided.rule.threshold
         evaluated = Evaluated(
             tables["test"],
             metrics["test"],
@@ -167,12 +210,14 @@ def write(
             choice,
             dataset.noun,
             args.min_cell,
+            targets=targets,
+            thresholds=decided.thresholds,
         )
         methods, val = pages.training_methods(stage, data, run), metrics["val"]
         is_shown = val.counts["minority_patients"] >= args.min_cell
         example = None
-        if is_writer and args.show_values:
-            example = example_report(stage, data, scored.rows, lines, args.seed)
+        if writes and args.show_values:
+            example = example_report(stage, data, test.rows, lines, args.seed)
         stage1_page = None
         if args.ode_checkpoint and config.get("residual_weight") == 0:
             beside = Path(args.ode_checkpoint).absolute().parent == args.output_dir.absolute()
@@ -183,8 +228,9 @@ def write(
             evaluated,
             dataset,
             config,
-            outcome.topics(
-                recalibration=methods["recalibration"] if args.calibrate == "platt" else ""
+            prediction_topics(
+                targets,
+                recalibration=methods["recalibration"] if args.calibrate == "platt" else "",
             ),
             split=data.split,
             card=run_card(
@@ -225,15 +271,14 @@ def metrics_content(
     calibrate: str,
 ) -> dict[str, Any]:
     """Return the content of ``metrics.json``."""
-    rule = decided.rule
-    calibration: dict[str, Any] = {"method": calibrate}
-    if rule.is_moved:
-        calibration |= {"slope": rule.slope, "intercept": rule.intercept}
+    own = next(iter(decided.rules.values()))
+    calibration = {"method": calibrate, "moves": rules_of_models.moves_of(own)}
     weight = {} if decided.weight is None else {"residual_weight": decided.weight}
     return {
         "stage": stage.name,
         "averaged_epochs": progress.averaged,
-        "threshold": rule.threshold,
+        "targets": [target.to_json() for target in decided.targets],
+        "threshold": decided.rule.threshold,
         "calibration": calibration,
         **{SCORED[part]: part_metrics.to_json() for part, part_metrics in metrics.items()},
         **weight,
@@ -241,27 +286,28 @@ def metrics_content(
     }
 
 
-def prediction_table(
+def risk_table(
     stage: Stage,
     scored: decision.Predictions,
     observed: pd.DataFrame,
     beside: Mapping[str, Any],  # forecasts of the baselines
-    rules: Mapping[str, decision.DecisionRule],
 ) -> pd.DataFrame:
-    """Return what happened in a part, then the risks of model, stage 1, baselines, ensemble."""
+    """Return what happened in a part, then the risks of model, stage 1, baselines, ensemble.
+
+    Those of stage 1 are as it delivers them, the others as models give them.
+    """
     outcome, name = outcome_of(stage.config), STAGE_NAMES[stage.name]
-    forecasts = outcome.models(name, outcome.forecast(scored), beside, rules)
-    columns = outcome.risks(name, forecasts.pop(name))
+    forecasts = forecasts_of_models(outcome, name, outcome.forecast(scored.outputs), beside)
+    columns = risk_columns(outcome, {name: forecasts.pop(name)})
     columns |= {column: risk[scored.rows] for column, risk in stage.stage1_risks.items()}
-    for model, forecast in forecasts.items():
-        columns |= outcome.risks(model, forecast)
-    return observed.join(pd.DataFrame(columns))
+    return observed.join(pd.DataFrame(columns | risk_columns(outcome, forecasts)))
 
 
 def baseline_names(data: Data) -> list[str]:
     """Return the names of the baselines of some data."""
-    outcome = fit_outcome(data)
-    return outcome.baseline_names(data.dataset, data.split["train"], data.usable_static)
+    train = data.split["train"]
+    fits = fit_outcome(data).fits(data.dataset, train)
+    return baselines_of.baseline_names(data.dataset, train, data.usable_static, fits)
 
 
 def check_primary(primary: str | None, data: Data) -> None:
@@ -271,14 +317,16 @@ def check_primary(primary: str | None, data: Data) -> None:
         raise InputError(f"--primary {primary}: choose from {', '.join(names)}")
 
 
-def generate_reports(stage: Stage, predictions: decision.Predictions) -> dict[int, str]:
+def generate_reports(
+    stage: Stage, rows: NDArray[np.int64], positive: NDArray[np.bool_]
+) -> dict[int, str]:
     """Write stage 3's reports, by position in the data set; each process must call."""
     model, text = stage.model, stage.text
     assert isinstance(model, LLMWriter)
     assert text is not None
-    rows, max_tokens = predictions.rows, stage.config["report_tokens"]
+    max_tokens = stage.config["report_tokens"]
     share = processes().process_index, processes().num_processes
-    written = write_in_batches(model, text, rows, predictions.positive, max_tokens, share=share)
+    written = write_in_batches(model, text, rows, positive, max_tokens, share=share)
     return dict(gather_object(list(written.items())))
 
 
@@ -294,7 +342,7 @@ def example_report(
 
 def log_results(
     metrics: dict[str, Metrics],
-    outcome: Outcome,
+    targets: Sequence[Target],
     beginning: str,
     written: dict[str, Any] | None,
     noun: str,
@@ -305,14 +353,14 @@ def log_results(
     auroc = value_text(val.row(val.models[0], "auroc"))
     logger.info("\n%s part (validation AUROC %s):", SCORED[part].capitalize(), auroc)
     words = beginning, noun, few_events_advice(tested)
-    log_findings(tested, outcome.sentences(tested, *words), outcome)
+    log_findings(tested, verdicts.sentences(tested, *words, targets=targets), targets)
     if sentence := written_sentence(written):
         logger.info("%s", sentence)
 
 
-def log_findings(metrics: Metrics, findings: Iterable[Finding], outcome: Outcome) -> None:
+def log_findings(metrics: Metrics, findings: Iterable[Finding], targets: Sequence[Target]) -> None:
     """Log a result in sentences, and the table of all models."""
-    for line in (*findings, outcome.table(metrics).to_string(index=False)):
+    for line in (*findings, model_table(metrics, targets=targets).to_string(index=False)):
         logger.info("%s", line)
 
 

@@ -100,12 +100,13 @@ def record_epoch(
     exhausted: bool,
 ) -> None:
     """Add an epoch to the history, and log it; ``predictions`` are those of the validation part."""
+    auroc = math.nan if predictions is None else stage.auroc(predictions)
     metrics: dict[str, Any] = {
         "epoch": progress.epoch + 1,
         "step": progress.steps,
         "train_loss": progress.mean_loss if progress.terms else None,
         "val_loss": predictions and predictions.loss,
-        "val_auroc": predictions and predictions.auroc(),
+        "val_auroc": auroc if math.isfinite(auroc) else None,
         "skipped_steps": progress.skipped,
         "seconds": round(progress.seconds, 3),
     }

@@ -17,12 +17,18 @@ from medgemma_clinical.commands import compare, run_folder
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.logs import quiet_console
 from medgemma_clinical.commands.plan import Run, Train, carry_out, check_stage1, filled
-from medgemma_clinical.commands.prediction_files import auroc_of, read_predictions, shared_models
+from medgemma_clinical.commands.prediction_files import (
+    auroc_of,
+    read_predictions,
+    read_targets,
+    shared_models,
+)
 from medgemma_clinical.commands.results import baseline_names
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, MEANINGS, STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import evaluate, evaluate_splits
+from medgemma_clinical.evaluation.target import read_weights, weight_columns
 from medgemma_clinical.evaluation.verdicts import value_text
 from medgemma_clinical.files import InputError, read_json, write_text
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
@@ -128,15 +134,17 @@ def compare_variants(runs: dict[str, Run], outcome: str, args: Namespace, *, qui
     folder = args.output_dir / "ablation"
     folder.mkdir(exist_ok=True)
     folders = {name: run_folder.stage_folder(run.args) for name, run in runs.items()}
-    table = compare.join_predictions(folders)
-    write_text(folder / "predictions_test.csv", table.to_csv(index=False))
+    table, targets = compare.join_predictions(folders)
+    weights = pd.DataFrame(weight_columns(targets), table.index)
+    write_text(folder / "predictions_test.csv", table.join(weights).to_csv(index=False))
     plan: dict[str, Any] = {"primary": args.primary, "compared": [*VARIANTS]}
-    metrics = evaluate(table, args.seed, reference=reference_of(args), **plan)
+    metrics = evaluate(table, args.seed, reference=reference_of(args), targets=targets, **plan)
     with quiet_console() if quiet else contextlib.nullcontext():
         compare.save_comparison(
             folder / "ablation",
             metrics,
             {name: compare.cost_of(folder) for name, folder in folders.items()},
+            targets,
             title=f"{ADDS}: {outcome}",
             card={"Seed": str(args.seed)},
             notice=compare.built_in_models_notice({"all": vars(args)}),
@@ -149,8 +157,6 @@ def compare_variants(runs: dict[str, Run], outcome: str, args: Namespace, *, qui
 
 def run_seeds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], train: Train) -> int:
     """Run the unfinished seeds from ``--seed`` on, each on its own split; pool the test parts."""
-    if args.outcome_kind == "time" or args.horizon_hours:
-        raise InputError("--seeds: not for times to events: leave it out")
     example = args.output_dir / f"seed_{SEED}" / TRAJECTORY_FILE
     check_stage1(args.ode_checkpoint, "--seeds", SEED, example)
     one_source = not any(SEED in str(path) for path in (args.data_path, args.data_dir))
@@ -185,7 +191,8 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
     kind = paths[0].name
     if args.ablation is not None:
         reference, title, splits = reference_of(args), ADDS, None
-        tables = [read_predictions(path) for path in paths]
+        targets = read_targets(paths[0], "ablation.json")
+        tables = [read_predictions(path, None, targets) for path in paths]
         costs = [read_json(path / "ablation.json")["cost"] for path in paths]
     else:
         reference = STAGE_NAMES[kind]
@@ -196,16 +203,20 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
         ]
         columns = ["Seed", "Validation AUROC [95 %]", "Test AUROC [95 %]"]
         splits = pd.DataFrame(aurocs, columns=columns)
-        tables = [read_predictions(path, reference) for path in paths]
+        targets = read_targets(paths[0])
+        tables = [read_predictions(path, reference, targets) for path in paths]
         costs = [{reference: compare.cost_of(path)} for path in paths]
     # An ablation has its stage 1 beside it.
     runs = [path.parent / "trajectory" if args.ablation is not None else path for path in paths]
     trained = [read_json(run / "run.json")["split"]["train"]["n"] for run in runs]
     patients_a_row = np.mean([table["patient"].nunique() / len(table) for table in tables])
+    tables = shared_models(tables, targets[0])
+    targets = read_weights(targets, pd.concat(tables))
     metrics = evaluate_splits(
-        shared_models(tables),
+        tables,
         args.seed,
         reference,
+        targets=targets,
         trained=float(patients_a_row * np.mean(trained)),
         primary=args.primary,
         compared=[*VARIANTS],
@@ -215,6 +226,7 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
         args.output_dir / f"seeds_{kind}",
         metrics,
         {name: mean_cost([cost[name] for cost in costs]) for name in costs[0]},
+        targets,
         title=f"{title}, in {len(folders)} splits of the data: {outcome}",
         sentences=[
             f"Over {len(folders)} splits the test AUROC of {reference} is {auroc['min']:.3f} to "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,10 @@ import numpy as np
 import pandas as pd
 
 from medgemma_clinical.data.overlap import add_training_rows
-from medgemma_clinical.evaluation.decision import NOT_UPDATED
+from medgemma_clinical.evaluation.decision import NOT_UPDATED, DecisionRule
 from medgemma_clinical.evaluation.metrics_table import MINORITY_PATIENTS
-from medgemma_clinical.evaluation.time_updates import TimeUpdates
-from medgemma_clinical.evaluation.updating import Updates
+from medgemma_clinical.evaluation.rules import apply_rules, references, stored
+from medgemma_clinical.evaluation.updating import Update
 from medgemma_clinical.files import InputError, atomic, move_aside, owner_only
 from medgemma_clinical.inference.hub import save_model
 from medgemma_clinical.models.checkpoints import Config
@@ -27,7 +28,7 @@ def write_update(
     trained: TrainedModel,
     used: str,
     rows: pd.DataFrame,
-    updates: Updates | TimeUpdates | None,
+    updates: list[Update] | None,
     data_sha256: str | None,
 ) -> None:
     """Fit the rule of the model ``used`` to new labelled rows; write the model as a folder.
@@ -37,34 +38,64 @@ def write_update(
     if updates is None:
         need = f"{2 * MINORITY_PATIENTS} new patients with the event and as many without it"
         raise InputError(f"--update {folder}: takes {need}: only the predictions were written")
-    labels, text = rows["label"].to_numpy(float), "change of the log loss by an update"
-    logger.info("%s, in halves that it has not seen: %s", text, updates.gain)
-    if updates.method == NOT_UPDATED:
+    targets = trained.outcome.targets
+    for update in updates:
+        own = f" of {update.target.title}" if len(targets) > 1 else ""
+        text = "change of the log loss%s by an update, in halves that it has not seen: %s"
+        logger.info(text, own, update.gain)
+    moved = [update for update in updates if update.method != NOT_UPDATED]
+    if not moved:
         text = "--update %s: not written: these rows show no need to update %s"
         logger.warning(text, folder, used)
         return
-    logger.info("update of %s by its %s", used, updates.method)
+    method = ", ".join(
+        f"{update.target.title}: {update.method}" if len(targets) > 1 else update.method
+        for update in moved
+    )
+    logger.info("update of %s by its %s", used, method)
+    labels = targets[0].labels(rows)
     about = {
         "model": used,
-        "method": updates.method,
+        "method": method,
         "rows": len(rows),
         "patients": int(rows["patient"].nunique()),
-        "events": int(labels.sum()),
+        "events": int(np.nansum(labels)),
         "data_sha256": data_sha256,
     }
     train_patients = trained.train_patients
     if train_patients is not None:
         hashes = rows["patient"].to_numpy(), np.stack(rows["rows"].tolist())
-        train_patients = add_training_rows(train_patients, *hashes, labels)
-    config: Config = trained.outcome.updated(
-        trained.config, used, trained.rules[used], updates, rows
-    )
+        train_patients = add_training_rows(train_patients, *hashes, np.nan_to_num(labels))
+    config = updated_config(trained, used, moved, rows)
     has_hashes = trained.train_patients is not None and len(trained.train_patients) > 0
     # Whether the hashes of training patients are those of all.
     complete = has_hashes and trained.config.get("updated", {}).get("complete", True)
-    config["updated"] = {**about, **config["updated"], "complete": complete}
+    config["updated"] = {**about, "complete": complete}
     with owner_only(), atomic(folder) as whole:
         save_model(replace(trained, config=config, train_patients=train_patients), whole)
         for aside in move_aside([folder]):  # a failure leaves the earlier model in its place
             logger.info("earlier model moved to %s", aside)
     logger.info("updated model: %s", folder)
+
+
+def updated_config(
+    trained: TrainedModel, used: str, updates: Sequence[Update], rows: pd.DataFrame
+) -> Config:
+    """Return a configuration in which the rules of a model are updated on labelled rows."""
+    targets, config = trained.outcome.targets, trained.config
+    own = dict(trained.rules[used])
+    before = {name: DecisionRule(threshold=rule.threshold) for name, rule in own.items()}
+    further = dict(before)
+    for update in updates:
+        move, link = (update.multiplier, update.shift), update.target.link
+        name = update.target.name
+        own[name] = own[name].followed_by(*move, link)
+        further[name] = before[name].followed_by(*move, link)
+    moved = stored({used: own})[used]
+    delivered = apply_rules(rows, {used: further}, targets)
+    kept = {name: x for name, x in config.get("reference", {}).items() if name != used}
+    kept |= references(delivered, [used], targets[0])
+    config = {**config, "reference": kept}
+    if used != trained.name:
+        return {**config, "models": {**config["models"], used: moved}}
+    return {**config, "decision": moved}

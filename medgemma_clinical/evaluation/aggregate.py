@@ -15,8 +15,7 @@ from scipy.special import expit, logit
 from scipy.stats import norm
 
 from medgemma_clinical.data.small_cells import count_patients
-from medgemma_clinical.evaluation.metrics import Array, calibration, fit_logistic, log_odds, metrics
-from medgemma_clinical.evaluation.metrics_table import label_risk_patient
+from medgemma_clinical.evaluation.metrics import Array, fit_logistic, log_odds, of_labels
 from medgemma_clinical.evaluation.pooling import random_effects
 
 BOUNDS = {"auroc": (0, 1), "oe": (0.001, 1000), "intercept": (-1000, 1000), "slope": (-1000, 1000)}
@@ -69,18 +68,17 @@ def aggregate(rows: pd.DataFrame, models: Mapping[str, str | None]) -> dict[str,
 
     The errors follow from rounded metrics, risks and counts: they say nothing more of the labels.
     """
-    labels, _, patients = label_risk_patient(rows, next(iter(models)))
+    labels, patients = rows["label"].to_numpy(float), rows["patient"].to_numpy(str)
+    known = of_labels(labels)
     exact = count_kinds(labels, patients)
     counts = {name: 5 * round(n / 5) for name, n in exact.items()}
     digits = 3 if exact["patients"] >= THREE_DIGITS else 2
     share = exact["patients"] / len(rows)  # the rows of a patient count as one
     lines = []
     for name, digest in models.items():
-        risk, one = rows[name].to_numpy(float), np.ones((1, len(rows)))
-        found = metrics(labels, risk, one) | calibration(labels, risk, one)
-        found["oe"] = labels.sum(keepdims=True) / risk.sum()
-        names = {"intercept": "calibration_in_the_large", "slope": "calibration_slope"}
-        values = {key: float(found[names.get(key, key)][0]) for key in BOUNDS}
+        risk = rows[name].to_numpy(float)
+        found = known.ranking(risk) | known.level(risk) | known.calibration(risk)
+        values = {key: float(found[key][0]) for key in BOUNDS}
         rounded = pd.Series(few_digits(values, digits), dtype=float)  # None becomes NaN
         errors = standard_errors(rounded, risk, counts, share)
         numbers = few_digits(rounded.to_dict() | errors, digits)

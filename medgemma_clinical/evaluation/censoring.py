@@ -178,7 +178,9 @@ class Watched:
 
     def __init__(self, reasons: Sequence[Reason] = (), given: Array | None = None) -> None:
         self.reasons = reasons
-        self.probability = given if given is not None else self._product([x.probability for x in reasons])
+        self.probability = (
+            given if given is not None else self._product([x.probability for x in reasons])
+        )
         self.last: tuple[Array, Array] | None = None
 
     def under(self, draws: Array) -> Array:

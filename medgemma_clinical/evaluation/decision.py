@@ -260,7 +260,8 @@ def clustered_covariance(
     _, slope, curvature = link.terms(outcome, offset + fit @ columns)
     bread: Array = np.linalg.inv((weights * curvature * columns) @ columns.T)
     sums = patient_sums(weights * slope * columns, patients)  # (patients, p)
-    return bread @ (sums.T @ sums) @ bread * len(sums) / (len(sums) - 1), bread
+    meat: Array = sums.T @ sums * len(sums) / (len(sums) - 1)
+    return bread @ meat @ bread, bread
 
 
 def fit_residual_weight(

@@ -280,13 +280,20 @@ class Link(NamedTuple):
     curve: Callable[[Array, Array, Array, Array], Array]
     # From outcomes and scaled risks (n,) to loss, negative slope and curvature, (n,) each.
     terms: Callable[[Array, Array], tuple[Array, Array, Array]]
+    # From calibrated risks and the outcomes' distances from their curve (n,) to drawn outcomes.
+    draw: Callable[[Array, Array, int, np.random.Generator], Array]
 
     def moved(self, risk: Array, slope: float | Array, shift: float | Array) -> Array:
         """Return risks (n,) whose scaled values are multiplied and shifted."""
         return self.risk(shift + slope * self.scale(risk))
 
 
-LOGIT = Link(log_odds, expit, fit_logistic, spline_curve, logistic_terms)
+def draw_labels(risk: Array, away: Array, count: int, rng: np.random.Generator) -> Array:
+    """Return labels (count, n) of calibrated risks (n,)."""
+    return (rng.random((count, len(risk))) < risk).astype(np.float64)
+
+
+LOGIT = Link(log_odds, expit, fit_logistic, spline_curve, logistic_terms, draw_labels)
 
 
 @dataclass(frozen=True)
@@ -362,16 +369,14 @@ class Known:
         return dict(zip(DISTANCES, [mean, *ends], strict=True))
 
     def ideal_distance(self, risk: Array, seed: int) -> float:
-        """Return the mean distance that calibrated risks of n such rows would show.
-
-        Source: Wu 1986, the wild bootstrap: the rows keep the size of their distance to the curve.
-        """
-        outcome = np.broadcast_to(self.fitted, self.draws.shape)[0]
-        away = outcome - self.link.curve(self.fitted, risk, self.fitted_weights, risk)[0]
-        signs = np.random.default_rng(seed).choice([-1.0, 1.0], (IDEAL_DRAWS, len(risk)))
-        drawn = self.link.curve(risk + signs * away, risk, self.fitted_weights[:1], risk)
-        with np.errstate(invalid="ignore"):
-            return float(np.nanmean(np.abs(drawn - risk)))
+        """Return the mean distance that calibrated risks of n such rows would show."""
+        weights, rng = self.fitted_weights[:1], np.random.default_rng(seed)
+        outcome = np.atleast_2d(self.fitted)[0]
+        away = outcome - self.link.curve(outcome, risk, weights, risk)[0]
+        drawn = self.link.draw(risk, away, IDEAL_DRAWS, rng)
+        distances = np.abs(self.link.curve(drawn, risk, weights, risk) - risk).mean(axis=1)
+        defined = distances[np.isfinite(distances)]
+        return float(defined.mean()) if len(defined) else np.nan
 
     def shares(self, positive: NDArray[np.bool_]) -> dict[str, Array]:
         """Return ``SHARES`` (R,) of who is predicted positive, (n,)."""

@@ -109,7 +109,9 @@ class Metrics:
     def at(self, target: Target) -> Self:
         """Return the metrics of one of several targets, under their own names."""
         end = target.metric_ending
-        names = {f"{start}{name}{end}": f"{start}{name}" for start in ("", EXPECTED) for name in ORDER}
+        names = {
+            f"{start}{name}{end}": f"{start}{name}" for start in ("", EXPECTED) for name in ORDER
+        }
         is_own = self.table.index.get_level_values("metric").isin([*names])
         table = self.table[is_own].rename(index=names, level="metric")
         own = {name: self.counts.get(f"{name}{end}", self.counts[name]) for name in COUNTS}
@@ -336,11 +338,15 @@ def draw_metrics(
     of_parts = None
     if split is not None:
         by_part = [
-            {k: x for view in views for k, x in view.ranking([view.target.known(rows, part=p)], [p]).items()}
+            {
+                k: x
+                for view in views
+                for k, x in view.ranking([view.target.known(rows, part=p)], [p]).items()
+            }
             for p in parts
         ]
         of_parts = spread(by_part)
-    counts = {}
+    counts: dict[str, int] = {}
     for target in reversed(targets):
         case = target.known(rows).case
         own = count_parts(case, patients, parts if split is not None else [])

@@ -11,7 +11,8 @@ from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 
 from medgemma_clinical.data.distributions import RARE
 from medgemma_clinical.evaluation import plots
-from medgemma_clinical.evaluation.monitoring import LIMITED, METRICS, Monitored, outside
+from medgemma_clinical.evaluation.monitoring import LIMITED, MONITORED, Monitored, outside
+from medgemma_clinical.evaluation.tables import METRICS, Metric
 from medgemma_clinical.evaluation.topics.topic import Cells, Page, Topic
 from medgemma_clinical.evaluation.verdicts import NO_VALUE, Finding, interval_text, percent
 
@@ -28,7 +29,7 @@ def monitor_page(
     """Return the page; ``notes`` are sentences below the verdict."""
     of_all = monitored.table[monitored.table["site"] == ""]
     with plots.plot_style():
-        figures = {name: (plot_metric(of_all, name, monitored.waiting), "") for name in METRICS}
+        figures = {name: (plot_metric(of_all, name, monitored.waiting), "") for name in MONITORED}
         cusum = "CUSUM of the log-likelihood ratio; it starts again after a signal"
         figures["cusum"] = plot_cusum(monitored), cusum
     tables = [Cells(period_cells(monitored), "All patients by period [95 %]", is_wide=True)]
@@ -65,13 +66,15 @@ def monitor_page(
     )
 
 
-def marked_text(line: Any, form: str, *, interval: bool = True) -> str:
+def marked_text(line: Any, metric: Metric, *, interval: bool = True) -> str:
     """Return a value of ``Monitored.table`` as text, behind a mark where it is beyond a limit."""
     if np.isnan(line.value):
         return NO_VALUE
     low, high = (line.low, line.high) if interval else (np.nan, np.nan)
     found = [SIDES[side] for side in SIDES if outside(line, side)]
-    return "\N{NO-BREAK SPACE}".join([*found, interval_text(line.value, low, high, form)])
+    return "\N{NO-BREAK SPACE}".join(
+        [*found, interval_text(line.value, low, high, metric.form, metric.scale)]
+    )
 
 
 def period_cells(monitored: Monitored) -> pd.DataFrame:
@@ -82,9 +85,9 @@ def period_cells(monitored: Monitored) -> pd.DataFrame:
     for count in counts:
         known = f"{count.known:,}{'' if count.is_complete else ', waiting'}"
         line = {"Period": count.period}
-        for name in ("oe", "auroc", *METRICS):  # a phone shows the first columns
-            heading, form = METRICS[name]
-            line[heading] = marked_text(of_all.loc[(count.period, name)], form)
+        for name in ("oe", "auroc", *MONITORED):  # a phone shows the first columns
+            metric = METRICS[name]
+            line[metric.title] = marked_text(of_all.loc[(count.period, name)], metric)
         lines.append(line | {"Patients": f"{count.patients:,}", "Known": known})
     return pd.DataFrame(lines)
 
@@ -92,7 +95,7 @@ def period_cells(monitored: Monitored) -> pd.DataFrame:
 def site_cells(table: pd.DataFrame, name: str) -> pd.DataFrame:
     """Return one metric by site and period as text."""
     lines = table[(table["site"] != "") & (table["metric"] == name)]
-    texts = [marked_text(line, METRICS[name][1], interval=False) for line in lines.itertuples()]
+    texts = [marked_text(line, METRICS[name], interval=False) for line in lines.itertuples()]
     cells = lines.assign(text=texts).pivot(index="site", columns="period", values="text")
     return cells.fillna(NO_VALUE).rename_axis("Site").rename_axis(None, axis=1).reset_index()
 
@@ -126,7 +129,7 @@ def plot_metric(of_all: pd.DataFrame, name: str, waiting: Sequence[str]) -> plot
         axes.fill_between(
             x, *lines[["limit_low", "limit_high"]].to_numpy(float).T, color=plots.GRID
         )
-    value, low, high = lines[["value", "low", "high"]].to_numpy(float).T
+    value, low, high = METRICS[name].scale * lines[["value", "low", "high"]].to_numpy(float).T
     is_waiting = lines["period"].isin(waiting).to_numpy()
     beyond = (outside(lines, "low") | outside(lines, "high")).to_numpy() & ~is_waiting
     looks: list[tuple[Any, dict[str, Any]]] = [
@@ -141,7 +144,7 @@ def plot_metric(of_all: pd.DataFrame, name: str, waiting: Sequence[str]) -> plot
     axes.set_xticks(x[::step], lines["period"].iloc[::step])
     axes.set_title(title, loc="left", fontsize="medium")
     texts = [
-        f"{line.period} {marked_text(line, METRICS[name][1], interval=False)}"
+        f"{line.period} {marked_text(line, METRICS[name], interval=False)}"
         for line in lines.itertuples()
     ]
     return figure, f"{title} by period: {', '.join(texts)}."

@@ -30,26 +30,16 @@ from medgemma_clinical.evaluation.metrics import (
     CHUNK_CELLS,
     REPLICATES,
     Array,
-    calibration,
     log_odds,
-    metrics,
-    net_benefit,
+    of_labels,
 )
 from medgemma_clinical.evaluation.metrics_table import VALUE, bootstrap, with_interval
+from medgemma_clinical.evaluation.tables import METRICS
 
 PERIODS = {"week": ("W", 52), "month": ("M", 12), "quarter": ("Q", 4)}
 """Periods, by pandas' name, and how many a year has."""
 
-METRICS = {
-    "positives": ("Positives per 100", ".1f"),
-    "oe": ("O/E", ".2f"),
-    "intercept": ("Intercept", "+.2f"),
-    "slope": ("Slope", ".2f"),
-    "auroc": ("AUROC", ".3f"),
-    "brier": ("Brier score", ".4f"),
-    "net_benefit": ("Net benefit", ".4f"),
-}
-"""Name and format of each metric; the intercept is calibration in the large."""
+MONITORED = "positives", "oe", "intercept", "slope", "auroc", "brier", "net_benefit"
 
 LIMITED = ("oe", "intercept", "slope", "auroc", "brier")
 RANKED = ("slope", "auroc")
@@ -186,21 +176,21 @@ def period_names(dates: pd.Series[Any], period: str) -> pd.Series[str]:
 def measure(labels: Array, risk: Array, threshold: float, seed: int) -> pd.DataFrame:
     """Return ``VALUE`` by metric of n patients, whose labels may be unknown."""
     positive = int((risk >= threshold).sum())
-    found = {"positives": 100 * _share(positive, len(risk))}
+    found = {"positives": _share(positive, len(risk))}
     is_known = ~np.isnan(labels)
     labels, risk = labels[is_known], risk[is_known]
     if len(labels):
         found["oe"] = _share(int(labels.sum()), len(labels)) * len(labels) / risk.sum()
     table = pd.DataFrame.from_dict(found, orient="index", columns=VALUE)
 
-    def statistic(weights: Array) -> dict[str, Array]:
-        benefit = net_benefit(labels, risk, np.array([threshold]), weights)[:, 0]
-        return {**_values(labels, risk, weights), "net_benefit": benefit}
+    def statistic(draws: Array) -> dict[str, Array]:
+        benefit = of_labels(labels, draws).net_benefit(risk, np.array([threshold]))[:, 0]
+        return {**_values(labels, risk, draws), "net_benefit": benefit}
 
     if 0 < labels.sum() < len(labels):
-        drawn = with_interval(*bootstrap(labels, np.arange(len(labels)), seed, statistic))
+        drawn = with_interval(*bootstrap(np.arange(len(labels)), seed, statistic))
         table = pd.concat([table, drawn])
-    return table.reindex([*METRICS])
+    return table.reindex([*MONITORED])
 
 
 def _share(count: int, total: int) -> Array:
@@ -210,18 +200,14 @@ def _share(count: int, total: int) -> Array:
 
 
 def _values(labels: Array, risk: Array, weights: Array) -> dict[str, Array]:
-    ranks, fit = metrics(labels, risk, weights), calibration(labels, risk, weights)
-    return {
-        "intercept": fit["calibration_in_the_large"],
-        "slope": fit["calibration_slope"],
-        "auroc": ranks["auroc"],
-        "brier": ranks["brier"],
-    }
+    known = of_labels(labels, weights)
+    found = known.calibration(risk) | known.ranking(risk)
+    return {name: found[name] for name in ("intercept", "slope", "auroc", "brier")}
 
 
 def draw_calibrations(reference: Mapping[str, Any], size: int, rng: Generator) -> Array:
     """Draw intercepts and slopes (R, 2) that the development cohort leaves possible."""
-    mean = [reference["intercept"], reference["slope"]]
+    mean = [reference["shift"], reference["multiplier"]]
     options: Any = {"method": "eigh", "check_valid": "ignore"}
     return rng.multivariate_normal(mean, reference["covariance"], size, **options)
 
@@ -264,7 +250,7 @@ def has_ranks(risk: Array, reference: Mapping[str, Any], rule: MonitorRule) -> b
 
 def stable_risk(risk: Array, reference: Mapping[str, Any]) -> Array:
     """Return risks (n,) as the development cohort calibrates them."""
-    stable: Array = expit(reference["intercept"] + reference["slope"] * log_odds(risk))
+    stable: Array = expit(reference["shift"] + reference["multiplier"] * log_odds(risk))
     return stable
 
 
@@ -315,7 +301,8 @@ def alarm_levels(
         labels = np.stack(drawn, axis=1)  # (years, periods, n)
         oe[years] = labels.sum(axis=2) / risks.sum(axis=1)
         for k in np.flatnonzero(ranked):
-            auroc[years, k] = metrics(*doubled(risks[k], drawn[k]))["auroc"]
+            case, risk, weights = doubled(risks[k], drawn[k])
+            auroc[years, k] = of_labels(case, weights).ranking(risk)["auroc"]
         steps = cusum_steps(labels, stable_risk(risks, reference), rule.odds_ratio)
         sums = steps.reshape(2, len(years), -1).cumsum(axis=2)
         lowest = np.minimum(np.minimum.accumulate(sums, axis=2), 0)
@@ -386,7 +373,7 @@ def _runs_outside(
     """Return runs of so many periods beyond a limit of a metric, in words, and the periods."""
     lines, limit = lines[lines["metric"] == metric], f"limit_{side}"
     beyond = outside(lines, side)
-    (title, form), where = METRICS[metric], {"low": "below", "high": "above"}[side]
+    (title, form, _), where = METRICS[metric], {"low": "below", "high": "above"}[side]
     runs = []
     for _, run in lines[beyond].groupby((~beyond).cumsum()[beyond]):
         if len(run) >= consecutive:

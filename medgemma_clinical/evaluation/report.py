@@ -19,6 +19,7 @@ from medgemma_clinical.data.texts import code
 from medgemma_clinical.evaluation import plots, tables
 from medgemma_clinical.evaluation.metrics import REPLICATES
 from medgemma_clinical.evaluation.metrics_table import Metrics
+from medgemma_clinical.evaluation.target import LABEL, Target
 from medgemma_clinical.evaluation.topics.discrimination import about_models
 from medgemma_clinical.evaluation.topics.subgroups import subgroup_cells
 from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, Page, Topic, TopicBuilder
@@ -149,7 +150,12 @@ def fill_tripod(
     numbers = {name: table for topic in page.topics for name, table in topic.numbers.items()}
     lines = {name: table.to_dict("records") for name, table in numbers.items()}
     noun, groups = evaluated.noun, numbers.get("subgroups")
-    metrics = evaluated.metrics
+    metrics, of_targets = evaluated.metrics, []
+    for target in evaluated.targets:
+        table = tables.metric_table(metrics.at(target), [*tables.METRICS])
+        ending = f" ({target.title})" if len(evaluated.targets) > 1 else ""
+        of_targets.append(table.assign(Metric=table["Metric"] + ending))
+    performance = pd.concat(of_targets)
     filled = MARKDOWN.get_template("tripod.md.j2").render(
         title=page.title,
         card=page.card,
@@ -157,7 +163,7 @@ def fill_tripod(
         data=data,
         noun=noun,
         has_sites=has_sites,
-        performance=tables.metric_table(metrics, [*tables.METRICS]).to_dict("records"),
+        performance=performance.to_dict("records"),
         others=", ".join(map(code, metrics.models[1:])),
         lines=defaultdict(list, lines),
         subgroups=[] if groups is None else subgroup_cells(groups, noun).to_dict("records"),
@@ -171,6 +177,7 @@ def fill_tripod(
 
 def comparison_page(
     metrics: Metrics,
+    targets: Sequence[Target] = (LABEL,),
     *,
     title: str,
     sentences: Sequence[str],
@@ -181,20 +188,23 @@ def comparison_page(
     splits: pd.DataFrame | None = None,
 ) -> Page:
     """Return the page of several models, with what they are (``models``) and how (``card``)."""
-    reference, counts = metrics.models[0], counts_text(metrics.counts)
-    caption = f"Test metrics ({counts}); the reference is {reference}"
-    with plots.plot_style():
-        plot = plots.plot_forest(metrics)
-    words = f"AUROC minus that of {reference}: to the right a model ranks better"
-    topics = [
-        Topic(
-            "Models side by side",
-            [*filter(None, [multiplicity_sentence(metrics)])],
-            [Cells(tables.model_cells(metrics, cost), caption, is_wide=True)],
-            {"forest": (plot, words)},
-            details=[about_models(models, ABOUT_COSTS)],
+    reference, topics = metrics.models[0], []
+    for target in targets:
+        own = metrics.at(target)
+        caption = f"Test metrics ({counts_text(own.counts)}); the reference is {reference}"
+        with plots.plot_style():
+            plot = plots.plot_forest(own)
+        words = f"AUROC minus that of {reference}: to the right a model ranks better"
+        name = f": {target.title}" if len(targets) > 1 else ""
+        topics.append(
+            Topic(
+                f"Models side by side{name}",
+                [*filter(None, [multiplicity_sentence(own), target.note])],
+                [Cells(tables.model_cells(own, cost), caption, is_wide=True)],
+                {target.key("forest"): (plot, words)},
+                details=[about_models(models, ABOUT_COSTS)],
+            )
         )
-    ]
     if splits is not None:
         topics.append(
             Topic("Split by split", [SPLITS], [Cells(splits, "AUROC of each run [95 %]")])

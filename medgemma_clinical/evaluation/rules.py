@@ -36,7 +36,8 @@ def fit_rules(
     methods: Mapping[tuple[str, str], str] | None = None,  # by model and target; None: by options
 ) -> dict[str, dict[str, DecisionRule]]:
     """Fit the rules of models to a part of the rows, which they did not learn from."""
-    patients, rules = table["patient"].to_numpy(str)[part], {}
+    patients = table["patient"].to_numpy(str)[part]
+    rules: dict[str, dict[str, DecisionRule]] = {}
     for model in models:
         rules[model] = {}
         for target in targets:
@@ -159,6 +160,15 @@ def rules_of(config: Mapping[str, Any]) -> Rules:
 def moves_of(rules: Rules) -> dict[str, list[float]]:
     """Return multiplier and shift of the rules that move risks."""
     return {k: [rule.multiplier, rule.shift] for k, rule in rules.items() if rule.is_moved}
+
+
+def describe_moves(rules: Rules, targets: Sequence[Target]) -> str:
+    """Return in words how a model's rules move its risks; empty where they do not."""
+    titles, texts = {target.name: target.title for target in targets}, []
+    for name, (multiplier, shift) in moves_of(rules).items():
+        own = f" for {titles[name]}" if len(titles) > 1 else ""
+        texts.append(f"multiplied by {multiplier:.2f} and shifted by {shift:+.2f}{own}")
+    return f"{', '.join(texts)} on the scale of their calibration" if texts else ""
 
 
 def stored(rules: RulesOfModels) -> dict[str, Any]:

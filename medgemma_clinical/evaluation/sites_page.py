@@ -10,6 +10,7 @@ import pandas as pd
 
 from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.pooling import MIN_POOLED
+from medgemma_clinical.evaluation.tables import METRICS
 from medgemma_clinical.evaluation.topics.subgroups import (
     FURTHER_SITES,
     SUBGROUP_METRICS,
@@ -24,7 +25,8 @@ from medgemma_clinical.evaluation.verdicts import Finding, interval_text, percen
 def pooled_cells(pooled: pd.DataFrame) -> pd.DataFrame:
     """Return what is pooled of a model as text, by metric: AUROC, O/E and slope."""
     lines = []
-    for metric, (title, form) in SUBGROUP_METRICS.items():
+    for metric in SUBGROUP_METRICS:
+        title, form, _ = METRICS[metric]
         line: Any = pooled.loc[metric]
         value, further = "not pooled", ""
         if line["sites"] >= MIN_POOLED:

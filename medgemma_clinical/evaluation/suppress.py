@@ -13,13 +13,15 @@ import numpy as np
 import pandas as pd
 
 from medgemma_clinical.data.small_cells import count_text
-from medgemma_clinical.evaluation.metrics_table import FOLD_MINORITY, SPREAD, Metrics
+from medgemma_clinical.evaluation.metrics import SHARES as METRICS_AT
+from medgemma_clinical.evaluation.metrics_table import FOLD_MINORITY, NAMES, SPREAD, Metrics
 
 COUNTS = ("n", "rows", "patients", "events", "minority_patients", FOLD_MINORITY, "left", "removed")
 EVENTS_OF = "events: "
 """Beginning of the columns that count an event of several."""
 
-AT_THRESHOLD = ("sensitivity", "specificity", "ppv", "npv", "positives")
+MINORITY = "minority_patients"
+AT_THRESHOLD = (*METRICS_AT, "net_benefit")
 SHARES = ["prevalence", "oe", "oe_low", "oe_high"]
 """Columns of a table that tell a hidden count, by another one."""
 
@@ -30,18 +32,22 @@ Json = dict[str, Any]
 
 def suppress(part: Json, min_cell: int) -> Json:
     """Hide what tells small counts of a part, given as ``Metrics.to_json`` returns it."""
-    counts = {name: part[name] for name in COUNTS if name in part}
+    minorities = [name for name in part if name.startswith(MINORITY)]
+    endings = [name.removeprefix(MINORITY) for name in minorities]  # of the targets
+    names = [f"{name}{end}" for end in endings for name in COUNTS]
+    counts = {name: part[name] for name in names if name in part}
     if min_cell == 0 or any(isinstance(count, str) for count in counts.values()):
         return part
     texts = {name: count_text(n, min_cell) for name, n in counts.items() if 0 < n < min_cell}
-    minority, models = counts["minority_patients"], part.get("models", {})
-    if 0 < minority < min_cell:  # the events may be many, and those without it few
-        texts.setdefault("events", NOT_SHOWN)
-    hidden: set[str] = set()
-    if minority < min_cell:
-        hidden = {name for metrics in (part, *models.values()) for name in metrics}
-    elif _has_few_at_threshold(part, min_cell):
-        hidden = {*AT_THRESHOLD}
+    models, hidden = part.get("models", {}), set[str]()
+    for end in endings:
+        minority = counts[f"{MINORITY}{end}"]
+        if 0 < minority < min_cell:  # the events may be many, and those without it few
+            texts.setdefault(f"events{end}", NOT_SHOWN)
+        if minority < min_cell:
+            hidden |= {f"{name}{end}" for name in NAMES}
+        elif _has_few_at_threshold(part, end, min_cell):
+            hidden |= {f"{name}{end}" for name in AT_THRESHOLD}
     # A metric of a fold of few events tells their ranks, and so do many digits of the mean.
     spread = SPREAD if part.get(FOLD_MINORITY, 0) < min_cell else []
     part, *others = (hide(metrics, hidden, spread) for metrics in (part, *models.values()))
@@ -68,12 +74,12 @@ def hide(metrics: Json, hidden: Container[str], numbers: Sequence[str] = ()) -> 
     }
 
 
-def _has_few_at_threshold(part: Json, min_cell: int) -> bool:
+def _has_few_at_threshold(part: Json, ending: str, min_cell: int) -> bool:
     """Return whether few of those predicted positive, or of the others, have or lack the event."""
     patients = min(part["n"], part["patients"])  # a row counts as a patient at most
-    events = part["events"] / part["n"] * patients
+    events = part[f"events{ending}"] / part["n"] * patients
     for name, count in (("sensitivity", events), ("specificity", patients - events)):
-        share = part.get(name, {}).get("value")
+        share = part.get(f"{name}{ending}", {}).get("value")
         if share is None or round(min(share, 1 - share) * count, 6) < min_cell:
             return True
     return False

@@ -5,9 +5,10 @@ A label is the target that nobody left early. Letters: n rows, R draws of patien
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -24,7 +25,7 @@ from medgemma_clinical.evaluation.metrics import LOGIT, Array, Known, Link
 from medgemma_clinical.evaluation.time_metrics import CLOGLOG, check_horizon, known_at
 from medgemma_clinical.files import InputError
 
-NO_RISKS = ("id", "label", "event_hours", "event", "patient")
+NO_RISKS = ("id", "label", "event_hours", "event", "patient", "fold", "model_sha256")
 UNCENSORED = "uncensored_"
 """Columns of a table of predictions that are no risks, and the beginning of those with the chance
 that a row was watched until its event or horizon, where a regression tells it."""
@@ -33,6 +34,9 @@ DEPENDS = (
     "The inputs tell whose follow-up ends early, so these metrics may be wrong: --censoring "
     "regression weighs the rows by it."
 )
+
+
+LINKS = {"logit": LOGIT, "cloglog": CLOGLOG}
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,20 @@ class Target:
     metric_ending: str = ""  # of the names of metrics
     watched: Watched | None = None  # Kaplan-Meier's weights where None
     note: str = ""  # what a page says of the weights
+    event_name: str = "the event"
+    assumption: str = ""  # by which the risk has its meaning
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what ``metrics.json`` says of it."""
+        names = [x.name for x in fields(self) if x.name not in ("link", "watched", "note")]
+        link = next(name for name, link in LINKS.items() if link is self.link)
+        return {**{name: getattr(self, name) for name in names}, "link": link}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Self:
+        """Read what ``to_json`` has written."""
+        ends, link = tuple(content["ends"]), LINKS[content["link"]]
+        return cls(**{**content, "ends": ends, "link": link})
 
     def column(self, model: str) -> str:
         """Return the column of a model's risks."""
@@ -131,8 +149,19 @@ def targets_of(events: CompetingEvents | None) -> tuple[Target, ...]:
         ends = events.interventions if k >= count else ()
         own = f"_{name.removeprefix('risk_')}" if k else ""
         horizon = events.horizons[k % count]
-        endings = {"column_ending": f" {name}", "metric_ending": own}
-        found.append(Target(name, title, name, horizon, ends, **endings))
+        found.append(
+            Target(
+                name,
+                title,
+                name,
+                horizon,
+                ends,
+                column_ending=f" {name}",
+                metric_ending=own,
+                event_name=events.names[0],
+                assumption=events.assumption if ends else "",
+            )
+        )
     return tuple(found)
 
 
@@ -152,16 +181,29 @@ def check_horizons(dataset: TrajectoryDataset) -> None:
 # --------------------------------------------------------------------------- weights
 
 
-def weighing_inputs(dataset: TrajectoryDataset) -> Array:
-    """Return what the end of follow-up may depend on, (N, p)."""
+def weighing_inputs(dataset: TrajectoryDataset, rows: NDArray[np.int64]) -> Array:
+    """Return what the end of follow-up of some rows may depend on, (n, p)."""
     table = dataset.baseline_inputs()["logistic regression"]
-    return np.column_stack([table, dataset.static])
+    return np.column_stack([table, dataset.static])[rows]
+
+
+def observed_rows(
+    targets: Sequence[Target],
+    dataset: TrajectoryDataset,
+    rows: NDArray[np.int64],
+    censoring: str,  # km or regression
+    seed: int,
+) -> tuple[pd.DataFrame, tuple[Target, ...]]:
+    """Return what happened to some rows of a data set, and targets with their weights."""
+    observed = dataset.observed(rows)
+    inputs = partial(weighing_inputs, dataset, rows)
+    return observed, weighed(targets, observed, inputs, censoring, seed)
 
 
 def weighed(
     targets: Sequence[Target],
     rows: pd.DataFrame,  # of predictions, or what happened alone
-    inputs: Array,  # (n, p) of ``weighing_inputs``
+    inputs: Callable[[], Array],  # ``weighing_inputs``
     censoring: str,  # km or regression
     seed: int,
 ) -> tuple[Target, ...]:
@@ -169,16 +211,17 @@ def weighed(
     groups, found = rows["patient"].to_numpy(str), []
     for target in targets:
         hours, event = target.follow_up(rows)
-        given = inputs, target.horizon, groups, seed
         reasons: list[Reason] = []
         watched, note = None, ""
         if ((event == 0) & (hours < target.horizon)).any():
+            given = inputs(), target.horizon, groups, seed
             fitted = CensoringRegression(hours, event == 0, *given)
             by_inputs = censoring == "regression"
             reasons.append(fitted if by_inputs else fitted.marginal)
             note = "" if by_inputs or not fitted.depends else DEPENDS
             watched = Watched(reasons) if by_inputs else None
         if target.ends:
+            given = inputs(), target.horizon, groups, seed
             reasons.append(CensoringRegression(hours, np.isin(event, target.ends), *given))
             watched = Watched(reasons)
         found.append(replace(target, watched=watched, note=note))
@@ -198,7 +241,8 @@ def read_weights(targets: Sequence[Target], rows: pd.DataFrame) -> tuple[Target,
     """Return targets with the weights that a table of predictions brings."""
     columns = {target.name: rows.get(f"{UNCENSORED}{target.name}") for target in targets}
     return tuple(
-        target if (column := columns[target.name]) is None
+        target
+        if (column := columns[target.name]) is None
         else replace(target, watched=Watched(given=column.to_numpy(float)))
         for target in targets
     )

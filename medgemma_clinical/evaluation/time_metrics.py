@@ -49,13 +49,13 @@ def metrics_at(
             whichever is first, by a regression; by Kaplan-Meier where None.
 
     Returns:
-        ``auroc`` of rows with event 1 by the horizon against all other rows; ``auprc``,
-        ``log_loss``, ``brier``; ``scaled_brier``, the gain over the observed risk as everyone's; ``oe``, observed over mean
-        risk; ``intercept``, with the slope held at 1, and ``slope`` on the complementary log-log
-        scale; ``ici``, ``e50``, ``e90``: mean, median and 90th percentile of the distances between
-        mean and observed risk of rows of similar risk; ``observed``, the observed risk
-        (Aalen-Johansen; a weighted share with ``censoring``); ``mean_risk``, the mean of ``risk``;
-        ``effective_n``, the number of rows that the weights are worth. NaN where undefined, such as
+        ``auroc`` of rows with event 1 by the horizon against all other rows; ``auprc``;
+        ``log_loss``; ``brier``; ``scaled_brier``, the gain over the observed risk as everyone's;
+        ``oe``, observed over mean risk; ``intercept``, with the slope held at 1, and ``slope`` on
+        the complementary log-log scale; ``ici``, ``e50``, ``e90``: mean, median and 90th percentile
+        of the distances between mean and observed risk of rows of similar risk; ``observed``, the
+        observed risk (Aalen-Johansen; a weighted share with ``censoring``); ``mean_risk``, the mean
+        of ``risk``; ``effective_n``, the number of rows that the weights are worth. NaN where undefined, such as
         the slope of few different risks.
 
     Raises:
@@ -335,4 +335,13 @@ def neighbour_curve(outcome: Array, risk: Array, weights: Array, at: Array) -> A
     return curve[:, left] + share * (curve[:, right] - curve[:, left])
 
 
-CLOGLOG = Link(cloglog, inverse_cloglog, fit_cloglog, neighbour_curve, cloglog_terms)
+def draw_outcomes(risk: Array, away: Array, count: int, rng: np.random.Generator) -> Array:
+    """Return outcomes (count, n) of calibrated risks (n,), as far away as those that are known.
+
+    Source: Wu 1986, "Jackknife, bootstrap and other resampling methods in regression analysis".
+    """
+    outcomes: Array = risk + rng.choice([-1.0, 1.0], (count, len(risk))) * away
+    return outcomes
+
+
+CLOGLOG = Link(cloglog, inverse_cloglog, fit_cloglog, neighbour_curve, cloglog_terms, draw_outcomes)

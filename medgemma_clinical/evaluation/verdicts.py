@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
 
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import EXPECTED, MINORITY_PATIENTS, Metrics
+from medgemma_clinical.evaluation.target import LABEL, Target
 
 NO_VALUE = "\N{EN DASH}"
 CHANCE = 0.5
@@ -129,27 +130,66 @@ def counts_text(counts: Mapping[str, int], noun: str = "predictions") -> str:
 
 
 def sentences(
-    metrics: Metrics, beginning: str, noun: str = "predictions", advice: str = ""
+    metrics: Metrics,
+    beginning: str,
+    noun: str = "predictions",
+    advice: str = "",
+    *,
+    targets: Sequence[Target] = (LABEL,),
 ) -> list[Finding]:
-    """Return the result in words: ranking, other models, calibration, decision, certainty.
+    """Return the result in words: ranking, decision, other models, calibration, certainty.
 
     ``beginning`` is ``at_threshold``'s; ``noun`` names the rows;
-    ``advice`` is what helps where there are few events.
+    ``advice`` is what helps where there are few events. Further targets have their calibration.
     """
-    values, minority = metrics.of(metrics.models[0]), metrics.counts["minority_patients"]
-    findings = [_ranking(values.loc["auroc"], minority)]
+    of_first = metrics.at(targets[0])
+    values, minority = of_first.of(metrics.models[0]), metrics.counts["minority_patients"]
+    findings = [_ranking(values.loc["auroc"], minority, targets[0])]
     if "positives" in values.index and values.loc["positives"].value > 0:
         findings.append(Finding(None, _decision(values, beginning, noun)))
-    findings += comparison(metrics)
-    if "ici" in values.index:
-        # A rule that these rows taught fits them by construction: only its interval says something.
-        is_moved = f"{EXPECTED}ici" in values.index
-        names = ("calibration_slope", "calibration_in_the_large", "ici")
-        numbers = (values.loc[(EXPECTED if is_moved else "") + name] for name in names)
-        risks = "the recalibrated risks" if is_moved else "the risks"
-        findings.append(Finding(None, literal_risks(risks, *numbers)))
-    findings.append(Finding(None, _certainty(values.loc["auroc"], metrics.counts, noun, advice)))
-    return findings
+    findings += comparison(of_first)
+    findings += [Finding(None, _calibration(metrics.at(target), target)) for target in targets]
+    findings += [Finding(None, text) for text in _without(metrics, targets)]
+    certainty = _certainty(values.loc["auroc"], metrics.counts, noun, advice)
+    notes = dict.fromkeys(target.note for target in targets)
+    return [*findings, *(Finding(None, note) for note in notes if note), Finding(None, certainty)]
+
+
+def _calibration(metrics: Metrics, target: Target) -> str:
+    """Return whether the risks for a target may be taken literally."""
+    values = metrics.of(metrics.models[0])
+    # A rule that these rows taught fits them by construction: only its interval says something.
+    is_moved = f"{EXPECTED}ici" in values.index
+    start = EXPECTED if is_moved else ""
+    of_target = f" of {target.title}" if target.metric_ending or target.horizon else ""
+    risks = f"the recalibrated risks{of_target}" if is_moved else f"the risks{of_target}"
+    if math.isnan(values.loc["oe"].value):
+        return f"Not measured: {risks}, as few are watched until then, or no event is seen."
+    slope, intercept = (values.loc[f"{start}{name}"] for name in ("slope", "intercept"))
+    return literal_risks(
+        risks, slope, intercept, values.loc[f"{start}ici"], values.loc["ici_ideal"]
+    )
+
+
+def _without(metrics: Metrics, targets: Sequence[Target]) -> list[str]:
+    """Return what a model says of risks if some events did not happen, beside the usual ones."""
+    usual = {target.horizon: target for target in targets if not target.ends}
+    texts = []
+    for target in (target for target in targets if target.ends):
+        values, beside = (
+            metrics.at(x).of(metrics.models[0]) for x in (target, usual[target.horizon])
+        )
+        mean, other = values.loc["mean_risk"].value, beside.loc["mean_risk"].value
+        if math.isnan(mean) or math.isnan(other):
+            continue  # hidden, or too few rows
+        texts.append(
+            f"The model says: the mean risk of {target.title} is {percent(mean)}, with it "
+            f"{percent(other)}, {100 * (mean - other):+.1f} percentage points. By weights the "
+            f"observed risk without it is {value_text(values.loc['observed'], '.1f', 100)} %: an "
+            f"approximation, as {percent(values.loc['weights_cut'].value)} of the weights were cut "
+            f"and the largest is {values.loc['largest_weight'].value:.1f}."
+        )
+    return texts
 
 
 def comparison(metrics: Metrics) -> list[Finding]:
@@ -158,11 +198,10 @@ def comparison(metrics: Metrics) -> list[Finding]:
     if name := primary_baseline(metrics):
         row, own = metrics.row(name, "auroc"), metrics.row(metrics.models[0], "auroc")
         level = difference_verdict(row, minority)
-        numbers = -row.difference, -row.difference_high, -row.difference_low  # this model minus it
         statics = "; statics: static features, such as age" if "statics" in name else ""
         text = (
             f"{COMPARED[level]} the simple model ({name}{statics}): AUROC {own.value:.3f} and "
-            f"{row.value:.3f}, this model minus the simple one {interval_text(*numbers, '+.3f')}."
+            f"{row.value:.3f}, the simple one minus this one {difference_text(row)}."
         )
         findings.append(Finding(OPPOSITE.get(level, level), text))
     # Another model that --use names is not in the ensemble.
@@ -201,11 +240,11 @@ WIDE_SLOPE = 0.5
 """A slope whose interval is wider does not show that risks are right, nor that they are wrong."""
 
 
-def _ranking(auroc: Any, minority: int) -> Finding:
+def _ranking(auroc: Any, minority: int, target: Target) -> Finding:
     level = verdict(auroc.low, auroc.high, CHANCE, minority)
     how = next(words for limit, words in RANKS.items() if not auroc.low < limit)
     beginning = {
-        BETTER: f"It ranks {how}: of two patients, one with the event and one without it, the "
+        BETTER: f"It ranks {how}: of two patients, one with {target.title} and one without it, the "
         f"first has the higher risk in {percent(auroc.value)} of pairs,",
         UNDECIDED: "It is not shown to rank better than chance:",
         WORSE: "It ranks worse than chance:",
@@ -214,7 +253,7 @@ def _ranking(auroc: Any, minority: int) -> Finding:
     return Finding(level, f"{beginning[level]} AUROC {value_text(auroc)}; 0.5 is chance.")
 
 
-def literal_risks(risks: str, slope: Any, level: Any, ici: Any) -> str:
+def literal_risks(risks: str, slope: Any, level: Any, ici: Any, ideal: Any) -> str:
     """Return whether some risks may be taken literally, by lines of a metrics table."""
     too_few = f"Too few events to say whether {risks} may be taken literally"
     if math.isnan(slope.low):
@@ -230,7 +269,8 @@ def literal_risks(risks: str, slope: Any, level: Any, ici: Any) -> str:
         faults.append("they are too low on average")
     differ = (
         f"they differ from the observed share by {100 * ici.value:.1f} percentage points on "
-        f"average (slope {value_text(slope, '.2f')}, 1 is ideal)."
+        f"average, where calibrated ones would by {100 * ideal.value:.1f} (slope "
+        f"{value_text(slope, '.2f')}, 1 is ideal)."
     )
     subject = f"{risks[:1].upper()}{risks[1:]}"
     if faults:

@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from huggingface_hub import HfApi, snapshot_download
 from medgemma_clinical.data.small_cells import MIN_CELL
 from medgemma_clinical.data.summaries import summary_names
 from medgemma_clinical.evaluation.baselines import ENSEMBLE
+from medgemma_clinical.evaluation.rules import stored
 from medgemma_clinical.files import InputError, atomic, owner_only, write_text
 from medgemma_clinical.models import checkpoints
 from medgemma_clinical.models.checkpoints import BASELINES, CARD, TRAJECTORY_FILE, Config
@@ -67,7 +68,7 @@ def save_model(
     config, baselines = checkpoints.without_baselines(config), trained.baselines
     if baselines is not None:
         baselines = replace(baselines, words=None)  # a word may be a name
-        models = {name: asdict(trained.rules[name]) for name in (*baselines.names, ENSEMBLE)}
+        models = stored({name: trained.rules[name] for name in (*baselines.names, ENSEMBLE)})
         config |= {"baselines_sha256": baselines.sha256, "models": models}
         config["baseline_inputs"] = baselines.inputs
     folder.parent.mkdir(parents=True, exist_ok=True)

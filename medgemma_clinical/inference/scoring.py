@@ -192,7 +192,7 @@ def score_rows(
         for batch, output in outputs(model, batches, text or rows.dataset.collate):
             index = batch["index"].numpy()
             found[index] = output.outputs.double().numpy(force=True)
-    finite = np.isfinite(found).all(axis=1)
+    finite = np.asarray(np.isfinite(found).all(axis=1))
     rows = rows.without(~finite, "no finite score: its values are too extreme", findings)
     places = np.flatnonzero(finite)
     forecast = trained.outcome.forecast(found[finite])

@@ -21,6 +21,7 @@ from medgemma_clinical.distributed import exact_kernels, find_device, set_enviro
 from medgemma_clinical.evaluation.metrics_table import DIFFERENCE, VALUE, Metrics
 from medgemma_clinical.evaluation.patients import plot_patient, plot_risk_curves
 from medgemma_clinical.evaluation.plots import plot_style
+from medgemma_clinical.evaluation.target import Target
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.explain import explain, risk_over_time
 from medgemma_clinical.inference.hub import find_checkpoint, push_model, save_model, shared_copy
@@ -50,16 +51,23 @@ MEMORY_ROWS = {"trajectory": 20_000, "classification": 2_000, "generative": 2_00
 """Rows of a file in memory at a time."""
 
 
+RESULTS = "auroc", "auprc", "brier", "oe", "slope"
+"""Metrics of ``TrajectoryModel.results``."""
+
+
 def results_table(content: Mapping[str, Any], part: str) -> pd.DataFrame:
     """Return a part of ``metrics.json`` as ``TrajectoryModel.results`` describes it."""
-    metrics = Metrics.from_json(content[part])
-    table = metrics.metric("auroc")[DIFFERENCE]
-    names = metrics.table.index.get_level_values("metric")
-    for name in filter(names.__contains__, ("brier", "auprc", "auroc")):
-        values = metrics.metric(name)[VALUE]
-        values.columns = [name, f"{name}_low", f"{name}_high"]
-        table = values.join(table)
-    return table.loc[metrics.models].rename_axis(index=None, columns=part)
+    targets, tables = [Target.from_json(x) for x in content["targets"]], {}
+    for target in targets:
+        metrics = Metrics.from_json(content[part]).at(target)
+        table = metrics.metric("auroc")[DIFFERENCE]
+        for name in reversed(RESULTS):
+            values = metrics.metric(name)[VALUE]
+            values.columns = [name, f"{name}_low", f"{name}_high"]
+            table = values.join(table)
+        tables[target.name] = table.loc[metrics.models].rename_axis(index=None)
+    joined = table if len(tables) == 1 else pd.concat(tables)
+    return joined.rename_axis(columns=part)
 
 
 class TrajectoryModel:
@@ -158,7 +166,7 @@ class TrajectoryModel:
     @property
     def threshold(self) -> float:
         """The probability from which on ``predict`` returns 1."""
-        return self.trained.rule.threshold
+        return self.trained.threshold(self.trained.name)
 
     @property
     def metrics(self) -> dict[str, Any] | None:
@@ -173,10 +181,12 @@ class TrajectoryModel:
                 of "test", "folds" and "validation" that there is.
 
         Returns:
-            A row a model, the model itself first; ``columns.name`` is the part. Columns auroc,
-            auprc, brier with the ends of their 95 % intervals, as in auroc_low and auroc_high;
-            difference, difference_low and difference_high of the AUROC, the row's minus the
-            model's (of "ensemble", minus that of the best blend). NaN where a metric is undefined.
+            A row a model, the model itself first; of times the index is the risk, then the model.
+            ``columns.name`` is the part. Columns auroc, auprc, brier, oe (observed over expected
+            events), slope of the calibration, with the ends of their 95 % intervals, as in
+            auroc_low and auroc_high; difference, difference_low and difference_high of the AUROC,
+            the row's minus the model's (of "ensemble", minus that of the best blend). NaN where a
+            metric is undefined; slopes of other models have no interval.
 
         Raises:
             ValueError: another part, or the model was not tested.

@@ -35,6 +35,7 @@ from medgemma_clinical.evaluation.decision import describe_threshold, read_rules
 from medgemma_clinical.evaluation.demographics import demographics
 from medgemma_clinical.evaluation.monitoring import MonitorRule
 from medgemma_clinical.evaluation.reference import check_reference
+from medgemma_clinical.evaluation.rules import rules_of
 from medgemma_clinical.evaluation.topics.cohort import case_mix, case_mix_cells
 from medgemma_clinical.files import (
     READING_ERRORS,
@@ -60,7 +61,7 @@ from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 logger = logging.getLogger(__name__)
 
 TRAJECTORY_FILE = "medgemma_trajectory_best.pt"
-CHECKPOINT_FORMAT = 13
+CHECKPOINT_FORMAT = 14
 """Rises when the program and its older checkpoints no longer fit each other."""
 
 CONFIG = "config.json"

@@ -14,11 +14,13 @@ from medgemma_clinical.data.texts import code
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.decision import (
     MIN_CHOOSING_EVENTS,
-    DecisionRule,
     describe_threshold,
 )
 from medgemma_clinical.evaluation.monitoring import MonitorRule
+from medgemma_clinical.evaluation.rules import moves_of, rules_of
 from medgemma_clinical.evaluation.suppress import NOT_SHOWN, suppress
+from medgemma_clinical.evaluation.tables import METRICS
+from medgemma_clinical.evaluation.target import targets_of_config
 from medgemma_clinical.evaluation.topics.cohort import suppress_case_mix
 from medgemma_clinical.evaluation.topics.written_reports import suppress_reports
 from medgemma_clinical.evaluation.verdicts import json_text
@@ -75,12 +77,15 @@ def model_card(
     series = config["inputs"].get("series", config["features"])
     shared = shareable(config, min_cell)
     rows = choosing_rows(config)
-    is_moved = DecisionRule.from_config(config).is_moved
+    rules, targets = rules_of(config), targets_of_config(config)
+    is_moved = bool(moves_of(rules))
     words: dict[str, Any] = {
         "threshold_choice": describe_threshold(config.get("threshold_choice"), rows),
         "recalibration": f"by Platt's method on {rows}" if is_moved else "none",
         "config": shared,
-        "outcome": outcome_of(config),
+        "threshold": rules[targets[0].name].threshold,
+        "about": outcome_of(config).about,
+        "card_metrics": card_metrics(config),
         "monitor_rule": MonitorRule.checked(rule).words
         if (rule := config.get("monitor_rule"))
         else "",
@@ -93,6 +98,16 @@ def model_card(
     }
     path = str(Path(__file__).with_suffix(".md.j2"))
     return f"{ModelCard.from_template(ModelCardData(**card_header(config)), path, **words)}\n"
+
+
+def card_metrics(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return titles and names of the metrics of all models that a card lists."""
+    targets = targets_of_config(config)
+    return {
+        f"{METRICS[name].title}{f' ({target.title})' if len(targets) > 1 else ''}": target.key(name)
+        for target in targets
+        for name in ("auroc", "auprc", "brier", "oe")
+    }
 
 
 def choosing_rows(config: Mapping[str, Any]) -> str:

@@ -14,10 +14,13 @@ from xml.etree.ElementTree import Element, SubElement, indent, tostring
 from medgemma_clinical.data.small_cells import MIN_CELL, count_text
 from medgemma_clinical.evaluation.decision import describe_threshold
 from medgemma_clinical.evaluation.monitoring import MonitorRule
+from medgemma_clinical.evaluation.rules import rules_of
+from medgemma_clinical.evaluation.target import targets_of_config
 from medgemma_clinical.models.decoders import licence
 from medgemma_clinical.models.model_card import (
     MODEL_LIMITS,
     card_header,
+    card_metrics,
     choosing_rows,
     describe_model,
     shareable,
@@ -92,7 +95,8 @@ def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
     risk = f"Probability of: {config['outcome']}"
     if "decision" in config:
         choice = describe_threshold(config.get("threshold_choice"), choosing_rows(config))
-        risk += f"; predicted from {config['decision']['threshold']:.4g} on, {choice}"
+        threshold = rules_of(config)[targets_of_config(config)[0].name].threshold
+        risk += f"; predicted from {threshold:.4g} on, {choice}"
     rule = config.get("monitor_rule")
     care = {} if rule is None else {"OngoingMaintenance": MonitorRule.checked(rule).words}
     base = ("Language model", "Its revision, or the SHA-256 of its files")
@@ -121,7 +125,7 @@ def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _key_metrics(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the texts of each group of metrics, of the test part or of folds."""
-    metrics, titles = config.get("metrics", {}), outcome_of(config).card_metrics
+    metrics, titles = config.get("metrics", {}), card_metrics(config)
     part = next((name for name in TESTS if name in metrics), None)
     tested = metrics[part] if part else {}
     models = {"this model": tested, **tested.get("models", {})}

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import expit
 
@@ -254,7 +255,7 @@ def weighted(predictions: Predictions, weight: float | None) -> Predictions:
 def forecasts_of_models(
     outcome: Outcome, stage: str, forecast: Array, beside: Mapping[str, Array]
 ) -> dict[str, Array]:
-    """Return the forecasts of stage, baselines, and the ensemble of the stage and the best blend."""
+    """Return the forecasts of stage, baselines, and the ensemble of stage and best blend."""
     found = {stage: forecast, **beside}
     if best := baselines.best_blend(beside):
         found[ENSEMBLE] = outcome.blend(forecast, beside[best])
@@ -268,6 +269,13 @@ def risk_columns(outcome: Outcome, forecasts: Mapping[str, Array]) -> dict[str, 
         for model, forecast in forecasts.items()
         for target, risk in zip(outcome.targets, outcome.risks(forecast).T, strict=True)
     }
+
+
+def first_auroc(outcome: Outcome, observed: pd.DataFrame, outputs: Array) -> float:
+    """Return the AUROC of the first risk of outputs (n, Q), NaN where it is undefined."""
+    risk = outcome.risks(outcome.forecast(outputs))[:, 0]
+    value: float = outcome.targets[0].known(observed).ranking(risk)["auroc"].item()
+    return value
 
 
 def fit_outcome(data: Data) -> Outcome:

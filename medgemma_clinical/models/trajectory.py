@@ -19,7 +19,7 @@ from medgemma_clinical.data.small_cells import MIN_CELL, patients_behind
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import Batch, TrajectoryDataset
 from medgemma_clinical.files import InputError
-from medgemma_clinical.models.outcome import LABEL, Outcome
+from medgemma_clinical.models.outcome import LABELS, Outcome
 from medgemma_clinical.models.scaler import Scaler
 
 SUMMARY_WIDTH, STATIC_WIDTH = 128, 32
@@ -136,7 +136,7 @@ class Stage1(nn.Module):
     """
 
     def __init__(
-        self, members: Iterable[tuple[Any, TrajectoryHead]], outcome: Outcome = LABEL
+        self, members: Iterable[tuple[Any, TrajectoryHead]], outcome: Outcome = LABELS
     ) -> None:
         """Join encoder and head of each member; all read the same series, so one plan serves."""
         super().__init__()

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from medgemma_clinical.data.trajectories import Batch
 from medgemma_clinical.files import RunFault
-from medgemma_clinical.models.outcome import LABEL, Outcome
+from medgemma_clinical.models.outcome import LABELS, Outcome
 from medgemma_clinical.models.trajectory import Output, Stage1
 
 if TYPE_CHECKING:  # see ``language_model``
@@ -109,7 +109,7 @@ class TrajectoryLLM(nn.Module):
         verdict: tuple[int, int],
         adds_stage1: bool = True,
         residual_weight: float = 1.0,
-        outcome: Outcome = LABEL,
+        outcome: Outcome = LABELS,
     ) -> None:
         """Join stage 1 (None: text alone), projection (None: no soft prompt) and language model.
 

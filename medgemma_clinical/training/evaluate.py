@@ -10,8 +10,10 @@ import torch
 from accelerate.utils import gather_object, send_to_device
 from torch import nn
 
+from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import compute_batches
 from medgemma_clinical.evaluation.decision import Predictions
+from medgemma_clinical.models.outcome import Outcome, first_auroc
 from medgemma_clinical.models.trajectory import Output
 from medgemma_clinical.training.loaders import part_batches
 from medgemma_clinical.training.stage import Stage
@@ -27,6 +29,11 @@ def center(stage: Stage) -> None:
         predictions = score_batches(member, batches, stage.collate)
         shift = member.outcome.shift(predictions.outputs, stage.targets[predictions.rows])
         member.shift(torch.from_numpy(shift))
+
+
+def auroc_of(dataset: TrajectoryDataset, outcome: Outcome) -> Callable[[Predictions], float]:
+    """Return what computes the AUROC of the first risk of some rows."""
+    return lambda found: first_auroc(outcome, dataset.observed(found.rows), found.outputs)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from medgemma_clinical.evaluation.decision import Predictions
 from medgemma_clinical.models.checkpoints import Config
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.training.loaders import LengthBatches, cut_rows
@@ -37,6 +39,8 @@ class Stage:
     # Columns (N,) of a table of predictions, by the stage 1 below a language model.
     stage1_risks: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     targets: Any = None  # of all rows, what stage 1 learns of them
+    # From predictions to the AUROC of the first risk.
+    auroc: Callable[[Predictions], float] = lambda predictions: math.nan
     centred: Sequence[
         Any
     ] = ()  # models whose logits are shifted to the events of the training part

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,25 +12,24 @@ from numpy.typing import NDArray
 from medgemma_clinical.data.small_cells import count_patients, large_bins
 from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.decision import METHODS, MIN_SLOPE_EVENTS
-from medgemma_clinical.evaluation.metrics import Array, calibration_curve
+from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.metrics_table import (
     EXPECTED,
     MINORITY_PATIENTS,
-    TESTED,
     bootstrap,
-    label_risk_patient,
     with_interval,
 )
 from medgemma_clinical.evaluation.tables import metric_table
+from medgemma_clinical.evaluation.target import Target
 from medgemma_clinical.evaluation.topics.topic import Cells, Details, Evaluated, Topic
-from medgemma_clinical.evaluation.updating import CHOSEN, DIVISIONS, Updates
+from medgemma_clinical.evaluation.updating import CHOSEN, DIVISIONS, Update
 from medgemma_clinical.evaluation.verdicts import difference_text, value_text
 
 MAX_BINS, EVENTS_A_BIN = 10, 5
 SHOWN_RISKS, CURVE_POINTS = (0.01, 0.99), 50
 """Quantiles of the risks between which the curve is drawn, and its points."""
 
-FITTED = "calibration_slope", "calibration_in_the_large", "ici"
+FITTED = "oe", "slope", "intercept", "ici", "ici_ideal"
 ABOUT_EXPECTED = (
     "Expected of the recalibrated model: near ideal by construction, as these rows chose its rule; "
     "the interval holds the error of the rule"
@@ -39,28 +38,30 @@ ABOUT_EXPECTED = (
 
 def calibration_topic(
     evaluated: Evaluated,
-    before: Array | None = None,  # risks (n,) before the recalibration, which are shown
+    before: Mapping[str, Array] | None = None,  # risks (n,) before the recalibration, by target
     recalibration: str = "",  # how the model that is handed over is recalibrated, in words
 ) -> Topic:
     """Return the topic."""
-    metrics, rows, model = evaluated.metrics, evaluated.rows, evaluated.model
-    if before is not None:
-        rows = rows.assign(**{model: before})
-    bins = calibration_table(rows, model, evaluated.seed, bins_of_many(evaluated))
-    risk = rows[model].to_numpy(float)
+    metrics, target = evaluated.metrics, evaluated.target
+    risk = evaluated.risk() if before is None else before[target.name]
+    bins = calibration_table(
+        evaluated.rows, risk, target, evaluated.seed, bins_of_many(evaluated, risk)
+    )
     pooled = f", the risks of {evaluated.folds} models pooled" if evaluated.folds else ""
     expected = metric_table(metrics, [EXPECTED + name for name in FITTED])
     if len(expected):
         pooled += ", before the recalibration"
-    cells = metric_table(metrics, [*FITTED, "brier_skill"])
-    further = metric_table(metrics, ["calibration_intercept", "e50", "e90", "brier", "log_loss"])
+    weights = "effective_n", "weights_cut", "largest_weight"
+    cells = metric_table(metrics, [*FITTED, "scaled_brier", *weights])
+    further = metric_table(metrics, ["observed", "mean_risk", "e50", "e90", "brier", "log_loss"])
     numbers = {"calibration": bins}
     if evaluated.min_cell:
         n = evaluated.min_cell
         caption = f"Calibration in bins of at least {n} patients with, and {n} without, the event"
         figures = {"calibration": (plot_calibration(bins, bins[:0], None), caption)}
     else:
-        smooth = numbers["calibration_curve"] = smooth_curve(rows, model, evaluated.seed)
+        smooth = smooth_curve(evaluated.rows, risk, target, evaluated.seed)
+        numbers["calibration_curve"] = smooth
         sizes = "bins of equal size; below, the risks"
         caption = (
             f"Calibration curve with its 95\xa0% band, and {sizes}. Where the band misses the "
@@ -80,7 +81,7 @@ def calibration_topic(
         [
             f"Do the predicted risks come true? Of the {evaluated.noun} with a risk of 20\xa0%, "
             "20\xa0% should have the event.",
-            *filter(None, [recalibration]),
+            *filter(None, [recalibration, target.assumption, target.note]),
             *evaluated.no_curves,
         ],
         [
@@ -95,12 +96,12 @@ def calibration_topic(
 
 def shares_below(labels: Array) -> Array:
     """Return the shares of the rows below the edges of bins of equal size, as events permit."""
-    minority = min(labels.sum(), (1 - labels).sum())
+    minority = min(np.nansum(labels), np.nansum(1 - labels))
     bins = int(np.clip(minority // EVENTS_A_BIN, 2, MAX_BINS))
     return np.linspace(0, 1, bins + 1)[1:-1]
 
 
-def bins_of_many(evaluated: Evaluated) -> NDArray[np.intp] | None:
+def bins_of_many(evaluated: Evaluated, risk: Array) -> NDArray[np.intp] | None:
     """Return the bin (n,) of each row where small counts are hidden; else None.
 
     The shares at the threshold, where they are shown, and the bins tell their difference: bins end
@@ -108,51 +109,53 @@ def bins_of_many(evaluated: Evaluated) -> NDArray[np.intp] | None:
     """
     if not evaluated.min_cell:
         return None
-    labels, risk, patients = label_risk_patient(evaluated.rows, evaluated.model)
+    labels = evaluated.labels
     edges = np.quantile(risk, shares_below(labels)).tolist()
     is_shown = pd.notna(evaluated.metrics.of(evaluated.model)["value"].get("sensitivity"))
     threshold = [evaluated.threshold] if is_shown else []
-    edges = large_bins(labels, risk, patients, evaluated.min_cell, [*threshold, *edges])
+    edges = [*threshold, *edges]
+    edges = large_bins(labels, risk, evaluated.patient, evaluated.min_cell, edges)
     return np.searchsorted(edges if {*threshold} <= {*edges} else [], risk, side="right")
 
 
 def calibration_table(
     rows: pd.DataFrame,
-    model: str,
+    risk: Array,  # (n,)
+    target: Target,
     seed: int,
     index: NDArray[np.intp] | None = None,
-    observed: Callable[[Array, NDArray[np.bool_]], Array] | None = None,
 ) -> pd.DataFrame:
     """Return n, mean risk and observed share of events in bins by rising risk.
 
-    ``index`` (n,): the bin of each row; None: bins of equal size. ``observed`` takes weights (R, n)
-    and the bins' members (n, bins) and returns (R, bins); None: the share of the labels.
+    ``index`` (n,): the bin of each row; None: bins of equal size.
     """
-    labels, risk, patients = label_risk_patient(rows, model)
     if index is None:  # as scikit-learn's calibration_curve bins
-        index = np.searchsorted(np.quantile(risk, shares_below(labels)), risk)
-    members = np.stack([index == k for k in np.unique(index)], axis=1)  # (n, bins)
+        edges = np.quantile(risk, shares_below(target.labels(rows)))
+        index = np.searchsorted(edges, risk)
+    bins = [np.flatnonzero(index == k) for k in np.unique(index)]
+    patients = rows["patient"].to_numpy(str)
 
-    def share(weights: Array) -> Array:
-        if observed is not None:
-            return observed(weights, members)
-        with np.errstate(invalid="ignore"):
-            return (weights * labels) @ members / (weights @ members)
+    def share(draws: Array) -> dict[Any, Array]:
+        known = [target.known(rows, draws, members) for members in bins]
+        return {k: x.level(risk[bins[k]])["observed"] for k, x in enumerate(known)}
 
-    behind = {k: count_patients(patients, is_member) for k, is_member in enumerate(members.T)}
-    table = with_interval(*bootstrap(labels, patients, seed, share), behind)
-    size = members.sum(axis=0)
-    table.insert(0, "n", size)
-    table.insert(1, "predicted", risk @ members / size)
+    behind = {k: count_patients(patients, members) for k, members in enumerate(bins)}
+    table = with_interval(*bootstrap(patients, seed, share), behind)
+    table.insert(0, "n", [len(members) for members in bins])
+    table.insert(1, "predicted", [risk[members].mean() for members in bins])
     return table.rename(columns={"value": "observed"})
 
 
-def smooth_curve(rows: pd.DataFrame, model: str, seed: int) -> pd.DataFrame:
+def smooth_curve(rows: pd.DataFrame, risk: Array, target: Target, seed: int) -> pd.DataFrame:
     """Return the flexible calibration curve: predicted risk, observed share, low and high."""
-    labels, risk, patients = label_risk_patient(rows, model)
     first, last = np.quantile(risk, SHOWN_RISKS)
     at = np.linspace(first, last, CURVE_POINTS)
-    drawn = bootstrap(labels, patients, seed, lambda w: calibration_curve(labels, risk, w, at))
+
+    def curve(draws: Array) -> Array:
+        known = target.known(rows, draws)
+        return known.link.curve(known.fitted, risk, known.fitted_weights, at)
+
+    drawn = bootstrap(rows["patient"].to_numpy(str), seed, curve)
     table = with_interval(*drawn).rename(columns={"value": "observed"})
     table.insert(0, "predicted", at)
     return table.dropna()
@@ -199,7 +202,7 @@ def plot_risks(labels: Array, risk: Array) -> plots.Plot:
     return figure, "Histograms of the predicted risks of events and of non-events."
 
 
-def calibration_updates(evaluated: Evaluated, tried: Updates | None) -> Topic:
+def calibration_updates(evaluated: Evaluated, tried: Sequence[Update] | None) -> Topic:
     """Return the topic; None: too few patients to try an update."""
     title, noun = "Calibration after an update", evaluated.noun
     if tried is None:
@@ -208,32 +211,38 @@ def calibration_updates(evaluated: Evaluated, tried: Updates | None) -> Topic:
             f"{MINORITY_PATIENTS} with, or without, the event."
         )
         return Topic(title, [text])
-    updated = evaluated.rows[TESTED].join(tried.risks)
-    bins = bins_of_many(evaluated)
-    curves = {name: calibration_table(updated, name, evaluated.seed, bins) for name in METHODS}
-    log_loss: Any = tried.table.loc[(CHOSEN, "log_loss")]
-    is_lower = log_loss["difference_high"] < 0
     text = (
-        "An update moves the log-odds of all risks alike, so it changes no ranking. Tests choose "
-        f"it: {tried.method}. A slope takes {MIN_SLOPE_EVENTS} events. How good it is "
-        f"in new {noun} is estimated in halves: the risks of each half of the patients are updated "
-        f"by a fit on the other half, {DIVISIONS} times. “{CHOSEN.capitalize()}” chooses in each "
-        "half anew. Slope and ICI are those of each half by itself, averaged. Both halves have the "
-        "same share of events, which keeps the mean risk right whatever the update: compare the "
-        f"log loss. It is {'' if is_lower else 'not '}shown to fall."
+        "An update moves the risks on the scale of their calibration, all alike, so it changes no "
+        f"ranking. Tests choose it; a slope is tried from {MIN_SLOPE_EVENTS} events on. How good "
+        f"it is in new {noun} is estimated in halves: the risks of each half of the patients are "
+        f"updated by a fit on the other half, {DIVISIONS} times. “{CHOSEN.capitalize()}” chooses "
+        "in each half anew. Slope and ICI are those of each half by itself, averaged. Both halves "
+        "have the same share of events, which keeps the mean risk right whatever the update: "
+        "compare the log loss."
     )
-    figure = (
-        plot_updates(curves),
-        "Calibration curves of the model not updated and after each update",
-    )
-    caption = f"The model not updated and updated on these {noun}"
-    return Topic(
-        title,
-        [text],
-        [Cells(update_cells(tried.table), caption)],
-        {"updates": figure},
-        {"updates": tried.table.reset_index()},
-    )
+    texts, tables = [text], []
+    figures: dict[str, tuple[plots.Plot, str]] = {}
+    numbers: dict[str, pd.DataFrame] = {}
+    for update in tried:
+        view = evaluated.at(update.target)
+        own = f" of {update.target.title}" if len(evaluated.targets) > 1 else ""
+        log_loss: Any = update.table.loc[(CHOSEN, "log_loss")]
+        shown = "" if log_loss["difference_high"] < 0 else "not "
+        texts.append(f"Chosen{own}: {update.method}. The log loss is {shown}shown to fall.")
+        bins = bins_of_many(view, view.risk())
+        curves = {
+            name: calibration_table(
+                view.rows, update.risks[name].to_numpy(float), view.target, view.seed, bins
+            )
+            for name in METHODS
+        }
+        caption = "Calibration curves of the model not updated and after each update"
+        key = update.target.key("updates")
+        figures[key] = plot_updates(curves), f"{caption}{own}"
+        numbers[key] = update.table.reset_index()
+        caption = f"The model not updated and updated on these {noun}{own}"
+        tables.append(Cells(update_cells(update.table), caption))
+    return Topic(title, texts, tables, figures, numbers)
 
 
 def update_cells(table: pd.DataFrame) -> pd.DataFrame:
@@ -242,7 +251,7 @@ def update_cells(table: pd.DataFrame) -> pd.DataFrame:
     for method in table.index.unique("method"):
         loss = table.loc[(method, "log_loss")]
         line = {"Update": method}
-        line["Slope"] = value_text(table.loc[(method, "calibration_slope")], ".2f")
+        line["Slope"] = value_text(table.loc[(method, "slope")], ".2f")
         line["ICI"] = value_text(table.loc[(method, "ici")])
         line["Log loss [95 %]"] = value_text(loss, ".4f")
         line["Change [95 %]"] = difference_text(loss, "+.4f")

@@ -353,10 +353,11 @@ def _case_mix_text(mix: Mapping[str, Any], name: str) -> str:
 
 def largest_errors(evaluated: Evaluated) -> Topic:
     """Return the topic, which names rows."""
-    rows, model = evaluated.rows, evaluated.model
-    error = (rows["label"] - rows[model]).abs()
+    view = evaluated.at(evaluated.targets[0])
+    rows, model, labels = view.rows, view.model, pd.Series(view.labels, view.rows.index)
+    error = (labels - rows[model]).abs()
     worst = rows.loc[error.sort_values(ascending=False, kind="stable").index[:MAX_ERRORS]]
-    outcome = worst["label"].map({1: "event", 0: "no event"})
+    outcome = labels[worst.index].map({1: "event", 0: "no event"})
     risk = worst[model].map(percent)
     cells = pd.DataFrame({"Id": worst["id"].astype(str), "Outcome": outcome, "Risk": risk})
     caption = "The risks that are farthest from what happened"

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from medgemma_clinical.evaluation import plots
-from medgemma_clinical.evaluation.metrics import Array, confusion_shares, net_benefit
+from medgemma_clinical.evaluation.metrics import SHARES, Array
 from medgemma_clinical.evaluation.metrics_table import (
     bootstrap,
-    label_risk_patient,
     patients_behind_shares,
     with_interval,
 )
@@ -35,37 +32,23 @@ ACTING = (
 """What a decision curve shows."""
 
 TREAT_ALL = "treat all or none"
-SHARES = "sensitivity", "specificity", "ppv", "npv", "positives"
-
-Benefit = Callable[[Array, Array, Array], Array]
-"""From risks (n,), thresholds (K,) and weights (R, n) to net benefits (R, K)."""
-
-Shares = Callable[[NDArray[np.bool_], Array], dict[str, Array]]
-"""From predicted positives (n,) and weights (R, n) to ``SHARES``, (R,) each."""
 
 
-def decision(
-    evaluated: Evaluated,
-    title: str = "",  # of the risk
-    benefit: Benefit | None = None,  # of the labels where None
-    shares: Shares | None = None,
-) -> Topic:
+def decision(evaluated: Evaluated) -> Topic:
     """Return the topic."""
     if evaluated.min_cell:
         return without_curve(evaluated)
-    names, rows, seed = evaluated.names, evaluated.rows, evaluated.seed
-    widening = evaluated.exact.widening
-    curve = decision_curve(rows, names, seed, benefit, widening)
+    names = evaluated.names
+    curve = decision_curve(evaluated)
     shown = {evaluated.threshold, *(x for x in SHOWN_THRESHOLDS if x <= curve.index.max())}
-    table = threshold_table(rows, names, sorted(shown), seed, widening, benefit, shares)
+    table = threshold_table(evaluated, sorted(shown))
     text = (
         f"{ACTING} What acting brings and costs should choose the threshold; --threshold sets "
         "another one."
     )
-    of_risk = f": {title}" if title else ""
-    figure = plot_decision_curve(curve, names), f"Decision curve{of_risk}{evaluated.beside}"
+    figure = plot_decision_curve(curve, names), f"Decision curve{evaluated.beside}"
     cells = threshold_cells(table, evaluated.threshold)
-    meanings = {METRICS[name][0]: METRICS[name][2] for name in SHARES} | {
+    meanings = {METRICS[name].title: METRICS[name].meaning for name in SHARES} | {
         "Net benefit": "of 100 patients: true positives less the false ones that they outweigh",
         "Minus": "net benefit of this model minus that of another, or of the better of predicting "
         "all or none positive",
@@ -87,32 +70,23 @@ def without_curve(evaluated: Evaluated) -> Topic:
     return Topic("Decision curve", evaluated.no_curves, tables)
 
 
-def threshold_table(
-    rows: pd.DataFrame,
-    names: Sequence[str],
-    thresholds: Sequence[float],
-    seed: int,
-    widening: float = 1.0,
-    benefit: Benefit | None = None,  # of the labels where None
-    shares: Shares | None = None,
-) -> pd.DataFrame:
+def threshold_table(evaluated: Evaluated, thresholds: Sequence[float]) -> pd.DataFrame:
     """Return threshold, metric, value, low and high of the first model.
 
     Metrics: shares, net benefit, and that minus the one of the other models and of treating all or
     none.
     """
-    labels, risk, patients = label_risk_patient(rows, names[0])
-    benefit, shares_at = benefit or partial(net_benefit, labels), shares
-    shares_at = shares_at or partial(confusion_shares, labels)
-    risks = {name: rows[name].to_numpy(float) for name in names} | {TREAT_ALL: np.ones(len(rows))}
-    points = np.array(thresholds)
+    names, target, rows = evaluated.names, evaluated.target, evaluated.rows
+    risks = {name: evaluated.risk(name) for name in names} | {TREAT_ALL: np.ones(len(rows))}
+    risk, points = risks[names[0]], np.array(thresholds)
 
-    def statistic(weights: Array) -> dict[Any, Array]:
-        benefits = {name: benefit(x, points, weights) for name, x in risks.items()}
+    def statistic(draws: Array) -> dict[Any, Array]:
+        known = target.known(rows, draws)
+        benefits = {name: known.net_benefit(x, points) for name, x in risks.items()}
         benefits[TREAT_ALL] = benefits[TREAT_ALL].clip(0)
         values: dict[Any, Array] = {}
         for k, threshold in enumerate(thresholds):
-            at: dict[str, Array] = shares_at(risk >= threshold, weights)
+            at = known.shares(risk >= threshold)
             at["net benefit"] = benefits[names[0]][:, k]
             for name in (*names[1:], TREAT_ALL):
                 at[f"minus {name}"] = benefits[names[0]][:, k] - benefits[name][:, k]
@@ -120,10 +94,12 @@ def threshold_table(
         return values
 
     behind: dict[Any, int] = {}
-    for threshold in thresholds if shares is None else ():
-        of_shares = patients_behind_shares(labels, risk >= threshold, patients)
+    for threshold in [] if evaluated.known.has_weights else thresholds:
+        case, positive = evaluated.known.case, risk >= threshold
+        of_shares = patients_behind_shares(case, positive, evaluated.patient)
         behind |= {(threshold, share): n for share, n in of_shares.items()}
-    table = with_interval(*bootstrap(labels, patients, seed, statistic), behind, widening)
+    drawn = bootstrap(evaluated.patient, evaluated.seed, statistic)
+    table = with_interval(*drawn, behind, evaluated.exact.widening)
     return table.rename_axis(["threshold", "metric"]).reset_index()
 
 
@@ -143,26 +119,24 @@ def threshold_cells(table: pd.DataFrame, used: float) -> pd.DataFrame:
     return pd.DataFrame(lines).fillna(NO_VALUE)
 
 
-def decision_curve(
-    rows: pd.DataFrame,
-    models: list[str],
-    seed: int,
-    benefit: Benefit | None = None,  # of the labels where None
-    widening: float = 1.0,
-) -> pd.DataFrame:
+def decision_curve(evaluated: Evaluated) -> pd.DataFrame:
     """Return net benefits by threshold risk; low and high are those of the first model."""
-    labels, risk, patients = label_risk_patient(rows, models[0])
-    benefit = benefit or partial(net_benefit, labels)
-    highest = min(0.99, max(0.05, 2 * labels.mean(), float(np.quantile(risk, 0.99))))
+    names, risk, known = evaluated.names, evaluated.risk(), evaluated.known
+    observed = known.level(risk)["observed"].item()
+    highest = min(0.99, max(0.05, 2 * observed, float(np.quantile(risk, 0.99))))
     thresholds = np.arange(1, math.floor(100 * highest) + 1) / 100  # up to those of use
-    drawn = bootstrap(labels, patients, seed, lambda w: benefit(risk, thresholds, w))
+
+    def benefit(draws: Array) -> Array:
+        return evaluated.target.known(evaluated.rows, draws).net_benefit(risk, thresholds)
+
+    drawn = bootstrap(evaluated.patient, evaluated.seed, benefit)
     index = pd.Index(thresholds, name="threshold")
-    table = with_interval(*drawn, widening=widening).set_index(index)
-    table = table.rename(columns={"value": models[0]})
-    other_risks = {name: rows[name].to_numpy(float) for name in models[1:]}
-    other_risks["treat_all"] = np.ones(len(rows))
+    table = with_interval(*drawn, widening=evaluated.exact.widening).set_index(index)
+    table = table.rename(columns={"value": names[0]})
+    other_risks = {name: evaluated.risk(name) for name in names[1:]}
+    other_risks["treat_all"] = np.ones(len(risk))
     for name, other_risk in other_risks.items():
-        table[name] = benefit(other_risk, thresholds, np.ones((1, len(rows))))[0]
+        table[name] = known.net_benefit(other_risk, thresholds)[0]
     return table
 
 

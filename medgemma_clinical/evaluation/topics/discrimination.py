@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from sklearn.metrics import PrecisionRecallDisplay, RocCurveDisplay
 
 from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.baselines import MEANINGS
-from medgemma_clinical.evaluation.metrics import Array
+from medgemma_clinical.evaluation.metrics import Array, Known
 from medgemma_clinical.evaluation.tables import metric_table, model_cells
 from medgemma_clinical.evaluation.topics.topic import Cells, Details, Evaluated, Topic
 from medgemma_clinical.evaluation.verdicts import multiplicity_sentence
@@ -20,11 +21,11 @@ def discrimination(evaluated: Evaluated) -> Topic:
     metrics, noun = evaluated.metrics, evaluated.noun
     figures = {}
     if not evaluated.min_cell:
-        risks = [evaluated.rows[name].to_numpy(float) for name in evaluated.names]
+        risks, known = [evaluated.risk(name) for name in evaluated.names], evaluated.known
         value = metrics.of(evaluated.model)["value"]
-        roc = plot_roc(evaluated.labels, risks, (1 - value["specificity"], value["sensitivity"]))
+        roc = plot_roc(known, risks, (1 - value["specificity"], value["sensitivity"]))
         figures["roc"] = roc, f"ROC curve{evaluated.beside}"
-        precision_recall = plot_precision_recall(evaluated.labels, risks)
+        precision_recall = plot_precision_recall(known, risks)
         figures["precision_recall"] = precision_recall, "Precision-recall curve"
     cells = metric_table(metrics, ["auroc", "auprc"])
     return Topic(
@@ -39,11 +40,14 @@ def discrimination(evaluated: Evaluated) -> Topic:
     )
 
 
-def plot_roc(labels: Array, scores: Sequence[Array], point: tuple[float, float]) -> plots.Plot:
+def plot_roc(known: Known, scores: Sequence[Array], point: tuple[float, float]) -> plots.Plot:
     """Plot the ROC curves of model and baseline, and the threshold's point if it is known."""
     figure, (axes,) = plots.new_figure()
     for score, line in zip(scores, plots.LINES, strict=False):
-        RocCurveDisplay.from_predictions(labels, score, ax=axes).line_.set(**line)
+        shown = RocCurveDisplay.from_predictions(
+            known.case, score, sample_weight=known.weights[0], ax=axes
+        )
+        shown.line_.set(**line)
     axes.plot([0, 1], [0, 1], label="chance", **plots.DOTTED)
     if not np.isnan(point).any():
         axes.plot(*point, "o", color=plots.MODEL, markersize=6, clip_on=False, label="threshold")
@@ -51,26 +55,28 @@ def plot_roc(labels: Array, scores: Sequence[Array], point: tuple[float, float])
     return plots.with_legend(figure), "ROC curve: sensitivity over 1 minus specificity."
 
 
-def plot_precision_recall(labels: Array, scores: Sequence[Array]) -> plots.Plot:
+def plot_precision_recall(known: Known, scores: Sequence[Array]) -> plots.Plot:
     """Plot the precision-recall curves of the model and the baseline."""
     figure, (axes,) = plots.new_figure()
-    draw = PrecisionRecallDisplay.from_predictions
+    weights = known.weights[0]
+    options: dict[str, Any] = {"sample_weight": weights, "drop_intermediate": True, "ax": axes}
     for score, line in zip(scores, plots.LINES, strict=False):
-        draw(labels, score, ax=axes, drop_intermediate=True).line_.set(**line)
-    axes.axhline(labels.mean(), label="prevalence", **plots.DOTTED)
+        shown = PrecisionRecallDisplay.from_predictions(known.case, score, **options)
+        shown.line_.set(**line)
+    axes.axhline(np.average(known.case, weights=weights), label="prevalence", **plots.DOTTED)
     axes.set(xlabel="recall (sensitivity)", ylabel="precision (PPV)")
     alt = "Precision-recall curve: precision over recall, beside the prevalence."
     return plots.with_legend(figure), alt
 
 
-def model_comparison(evaluated: Evaluated, meanings: Mapping[str, str] = MEANINGS) -> Topic:
+def model_comparison(evaluated: Evaluated) -> Topic:
     """Return the topic."""
     noun, metrics = evaluated.noun, evaluated.metrics
     cells = model_cells(metrics)
     numbers = {"models": cells}
     if len(cells) == 1:
         return Topic("Baselines", [f"None was scored on these {noun}."], numbers=numbers)
-    terms = {name: meanings[name] for name in metrics.models if name in meanings}
+    terms = {name: MEANINGS[name] for name in metrics.models if name in MEANINGS}
     return Topic(
         "Baselines",
         [*filter(None, [multiplicity_sentence(metrics)])],
@@ -87,6 +93,7 @@ def about_models(terms: Mapping[str, str], more: str = "") -> Details:
         "that stands behind it, paired by patient: above 0 the line ranks better. It is better or "
         "worse only where the whole interval lies on one side of zero. AUPRC is the mean precision "
         "over recall, whose chance level is the prevalence; the Brier score is the mean squared "
-        f"distance of risk and outcome: less is better. {more}"
+        "distance of risk and outcome: less is better. O/E is observed over expected events, slope "
+        f"that of the calibration: 1 is ideal. {more}"
     )
     return Details("What columns and models are", text.strip(), terms=terms)

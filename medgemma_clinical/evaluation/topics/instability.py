@@ -6,7 +6,7 @@ or machine learning methods", Biometrical Journal 65:2200302.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
 
@@ -15,9 +15,8 @@ import pandas as pd
 
 from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.metrics import Array
-from medgemma_clinical.evaluation.metrics_table import Metrics
 from medgemma_clinical.evaluation.suppress import splits_off_few
-from medgemma_clinical.evaluation.tables import METRICS, metric_table
+from medgemma_clinical.evaluation.tables import METRICS, metric_table, model_table
 from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, Topic
 from medgemma_clinical.evaluation.verdicts import percent
 
@@ -25,14 +24,22 @@ CHANGES = ("changes", "changes_of_two", "changes_at_mean_threshold")
 """Measures that are shares of the rows."""
 
 
-def repeat_metrics(evaluated: Evaluated, table: Callable[[Metrics], pd.DataFrame]) -> Topic:
-    """Return the topic of metrics that are means over repeats; ``table`` lays out all models."""
+def repeat_metrics(evaluated: Evaluated) -> Topic:
+    """Return the topic of metrics that are means over repeats."""
     metrics = evaluated.metrics
-    own, models = metric_table(metrics, [*METRICS]), table(metrics)
+    models = model_table(metrics, targets=evaluated.targets)
+    several = len(evaluated.targets) > 1
+    own = [
+        Cells(
+            metric_table(metrics.at(target), [*METRICS]),
+            "Metrics of the model" + (f": {target.title}" if several else ""),
+        )
+        for target in evaluated.targets
+    ]
     return Topic(
         "Means over the repeats",
         ["SD over splits is that of the repeats: it says nothing of other patients."],
-        [Cells(own, "Metrics of the model"), Cells(models, "The model beside others", True)],
+        [*own, Cells(models, "The model beside others", True)],
         numbers={"metrics": metrics.table.reset_index(), "models": models},
     )
 

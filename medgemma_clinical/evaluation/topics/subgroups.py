@@ -6,7 +6,7 @@ What sites have in common is a meta-analysis of their results.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,21 +21,21 @@ from scipy.stats import norm
 from medgemma_clinical.data.small_cells import count_text
 from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.demographics import demographic_bands
-from medgemma_clinical.evaluation.metrics import Array, calibration, metrics
+from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.metrics_table import (
     MINORITY_PATIENTS,
     bootstrap,
     count,
-    label_risk_patient,
     with_interval,
 )
 from medgemma_clinical.evaluation.pooling import MIN_POOLED, random_effects
 from medgemma_clinical.evaluation.suppress import suppress_table
+from medgemma_clinical.evaluation.tables import METRICS
+from medgemma_clinical.evaluation.target import LABEL, Target
 from medgemma_clinical.evaluation.topics.topic import Cells, Evaluated, Topic
 from medgemma_clinical.evaluation.verdicts import interval_text, percent
 
-SUBGROUP_METRICS = {"auroc": ("AUROC", ".3f"), "oe": ("O/E", ".2f"), "slope": ("Slope", ".2f")}
-"""Name and format of the metrics of subgroups and sites."""
+SUBGROUP_METRICS = "auroc", "oe", "slope"
 
 FURTHER_SITES = "about 90 % of further sites"
 """What a prediction interval of 95 % covers, by simulation, where tau2 is estimated."""
@@ -44,15 +44,12 @@ TOO_FEW_SITES = "too few sites"
 ABOUT_I2 = "I\N{SUPERSCRIPT TWO} is the share of the spread between sites that is no chance."
 
 
-Measure = Callable[[NDArray[np.intp], Array], dict[str, Array]]
-"""From some rows and weights (R, n) to metrics (R,) of these rows, ``SUBGROUP_METRICS``."""
-
-
-def subgroups(evaluated: Evaluated, measure: Measure | None = None) -> Topic:
-    """Return the topic; ``measure`` is the label's where None."""
-    rows, widening = evaluated.rows, evaluated.exact.widening
-    bands = demographic_bands(evaluated.patients)
-    exact = subgroup_table(rows, evaluated.model, bands, evaluated.seed, measure, widening)
+def subgroups(evaluated: Evaluated) -> Topic:
+    """Return the topic."""
+    bands, widening = demographic_bands(evaluated.patients), evaluated.exact.widening
+    exact = subgroup_table(
+        evaluated.rows, evaluated.model, bands, evaluated.seed, evaluated.target, widening
+    )
     table = suppress_table(exact, evaluated.min_cell, by="group")
     cells = subgroup_cells(table, evaluated.noun)
     return Topic(
@@ -75,46 +72,36 @@ def subgroup_table(
     model: str,
     bands: pd.DataFrame,
     seed: int,
-    measure: Measure | None = None,  # of a label where None; else with the share ``observed``
+    target: Target = LABEL,
     widening: float = 1.0,  # of the intervals
 ) -> pd.DataFrame:
     """Return counts, AUROC and calibration of each category in ``bands`` (n rows)."""
-    labels, risk, patients = label_risk_patient(rows, model)
+    risk = rows[target.column(model)].to_numpy(float)
+    case, patients = target.known(rows).case, rows["patient"].to_numpy(str)
     lines: list[dict[str, Any]] = []
-
-    def of_label(members: NDArray[np.intp], weights: Array) -> dict[str, Array]:
-        part = labels[members], risk[members], weights[:, members]
-        values = {"auroc": metrics(*part)["auroc"]}
-        values["slope"] = calibration(*part)["calibration_slope"]
-        with np.errstate(invalid="ignore"):  # observed by expected events
-            values["oe"] = part[2] @ part[0] / (part[2] @ part[1])
-        return values
-
     scored = {}  # rows by line
     for group, column in bands.items():
         for level in column.cat.categories:
             members = np.flatnonzero(column.to_numpy() == level)
             if len(members):
-                counts = count(labels[members], patients[members])
+                counts = count(case[members], patients[members])
                 if counts["minority_patients"] >= MINORITY_PATIENTS:
                     scored[len(lines)] = members
-                # The observed and the predicted share of events.
-                mean = {"prevalence": labels[members].mean(), "risk": risk[members].mean()}
-                if measure:
-                    once = measure(members, np.ones((1, len(rows))))
-                    mean["prevalence"] = once["observed"].item()
+                known = target.known(rows, part=members).level(risk[members])
+                mean = {"prevalence": known["observed"].item(), "risk": risk[members].mean()}
                 lines.append({"group": str(group), "level": str(level), **counts, **mean})
 
-    def statistic(weights: Array) -> dict[Any, Array]:
+    def statistic(draws: Array) -> dict[Any, Array]:
         values: dict[Any, Array] = {}
         for k, members in scored.items():
-            found = (measure or of_label)(members, weights)
+            known, own = target.known(rows, draws, members), risk[members]
+            found = known.ranking(own) | known.level(own) | known.calibration(own)
             values |= {(k, name): found[name] for name in SUBGROUP_METRICS}
         return values
 
     table, intervals = pd.DataFrame(lines), None
     if scored:
-        drawn = bootstrap(labels, patients, seed, statistic)
+        drawn = bootstrap(patients, seed, statistic)
         intervals = with_interval(*drawn, widening=widening)
     for name in SUBGROUP_METRICS:
         columns = [name, f"{name}_low", f"{name}_high"]
@@ -135,7 +122,8 @@ def subgroup_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
     for name, title in (("prevalence", "Observed"), ("risk", "Mean risk")):
         if name in table:  # an aggregate has neither
             cells[title] = table[name].map(percent)
-    for name, (title, form) in SUBGROUP_METRICS.items():
+    for name in SUBGROUP_METRICS:
+        title, form, _ = METRICS[name]
         if table[name].notna().any():
             numbers = (table[column] for column in (name, f"{name}_low", f"{name}_high"))
             texts = [
@@ -147,14 +135,14 @@ def subgroup_cells(table: pd.DataFrame, noun: str) -> pd.DataFrame:
     return cells
 
 
-def sites(evaluated: Evaluated, measure: Measure | None = None) -> Topic | None:
-    """Return the topic; None without sites. ``measure`` is the label's where None."""
+def sites(evaluated: Evaluated) -> Topic | None:
+    """Return the topic; None without sites."""
     if evaluated.patients["site"].isna().all():
         return None
     names = evaluated.patients["site"].to_numpy(str)
     # A site that was held out is tested by one model, which learned from none of its patients.
     rows, widening = evaluated.rows, 1.0 if evaluated.leaves_out else evaluated.exact.widening
-    exact = site_table(rows, evaluated.model, names, evaluated.seed, measure, widening)
+    exact = site_table(rows, evaluated.model, names, evaluated.seed, evaluated.target, widening)
     table = suppress_table(exact, evaluated.min_cell)
     pooled = pool(exact[table["auroc"].notna()])
     about = subgroup_caption(evaluated, "at each site")
@@ -187,7 +175,7 @@ def site_table(
     model: str,
     sites: NDArray[np.str_],
     seed: int,
-    measure: Measure | None = None,
+    target: Target = LABEL,
     widening: float = 1.0,
 ) -> pd.DataFrame:
     """Return the ``subgroup_table`` of ``sites`` (n,), with the AUROC's logit and its error ``se``.
@@ -195,7 +183,7 @@ def site_table(
     Source: Debray et al. 2017, BMJ 356:i6460, for the error by the ends of the interval.
     """
     bands = pd.DataFrame({"site": pd.Categorical(sites)})
-    table = subgroup_table(rows, model, bands, seed, measure, widening).drop(columns="group")
+    table = subgroup_table(rows, model, bands, seed, target, widening).drop(columns="group")
     table = table.rename(columns={"level": "site"})
     # An AUROC of 0 or 1 has no logit: half a pair of patients is ranked otherwise.
     half = 0.5 / (table["events"] * (table["n"] - table["events"]))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from medgemma_clinical.evaluation.metrics import Array
+from medgemma_clinical.evaluation.metrics import Array, Known
 from medgemma_clinical.evaluation.metrics_table import Metrics
 from medgemma_clinical.evaluation.plots import Plot
 from medgemma_clinical.evaluation.suppress import suppressed
+from medgemma_clinical.evaluation.target import LABEL, Target
 from medgemma_clinical.evaluation.verdicts import Finding, at_threshold, primary_baseline
 
 NO_CURVES = "Small counts are hidden: no curve of single rows is drawn."
@@ -67,8 +70,8 @@ class Page:
 class Evaluated:
     """Predictions and their metrics: what the topics of a report are made from."""
 
-    rows: pd.DataFrame  # ``TESTED``, then the risk of each model
-    exact: Metrics
+    rows: pd.DataFrame  # of predictions: what happened, and the risks of each model
+    exact: Metrics  # of all targets, or of the target
     patients: pd.DataFrame  # ``demographics`` of the rows
     seed: int  # of the bootstrap
     threshold: float  # risk from which on the event is predicted
@@ -77,6 +80,22 @@ class Evaluated:
     min_cell: int = 0  # smaller counts are hidden
     folds: int = 0  # models whose risks of their own folds are evaluated together; 0: one model
     leaves_out: bool = False  # each site is tested by a model of the other sites
+    targets: Sequence[Target] = (LABEL,)
+    thresholds: Sequence[float] = ()  # of the targets, where they differ
+    # What the topics are about; another one than the first: see ``at``.
+    target: Target = LABEL
+
+    def at(self, target: Target) -> Evaluated:
+        """Return the same of one target, whose risks stand in the columns of the models."""
+        models = {name: self.rows[target.column(name)] for name in self.exact.models}
+        thresholds = self.thresholds or [self.threshold] * len(self.targets)
+        return replace(
+            self,
+            rows=self.rows.assign(**models),
+            exact=self.exact.at(target),
+            threshold=thresholds[[x.name for x in self.targets].index(target.name)],
+            target=replace(target, column_ending="", metric_ending=""),
+        )
 
     @cached_property
     def metrics(self) -> Metrics:
@@ -108,10 +127,24 @@ class Evaluated:
         """What the caption of a figure says of the baseline."""
         return "".join(f" (baseline: {name})" for name in self.names[1:])
 
+    @cached_property
+    def known(self) -> Known:
+        """What is known of the rows."""
+        return self.target.known(self.rows)
+
     @property
     def labels(self) -> Array:
-        """Labels, (n,)."""
-        return self.rows["label"].to_numpy(float)
+        """Whether the event came, (n,); NaN where that is unknown."""
+        return self.target.labels(self.rows)
+
+    @property
+    def patient(self) -> NDArray[np.str_]:
+        """The patient of each row, (n,)."""
+        return self.rows["patient"].to_numpy(str)
+
+    def risk(self, name: str | None = None) -> Array:
+        """Return the risks (n,) of a model, by default of that of the report."""
+        return self.rows[name or self.model].to_numpy(float)
 
     @property
     def no_curves(self) -> list[str]:

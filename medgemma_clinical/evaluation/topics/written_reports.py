@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from medgemma_clinical.data.small_cells import count_patients, count_text
 from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.evaluation.decision import Predictions
 from medgemma_clinical.evaluation.metrics import Array
-from medgemma_clinical.evaluation.metrics_table import bootstrap, label_risk_patient, with_interval
+from medgemma_clinical.evaluation.metrics_table import bootstrap, with_interval
 from medgemma_clinical.evaluation.report_review import ReportReview, review_report
 from medgemma_clinical.evaluation.suppress import hide, splits_off_few
 from medgemma_clinical.evaluation.tables import METRIC_COLUMNS
@@ -57,11 +56,16 @@ def written_reports(evaluated: Evaluated, reports: Mapping[str, Any] | None) -> 
 
 
 def score_reports(
-    dataset: TrajectoryDataset, texts: dict[int, str], predictions: Predictions, seed: int
+    dataset: TrajectoryDataset,
+    texts: dict[int, str],  # by position
+    rows: NDArray[np.int64],  # (n,)
+    risk: Array,  # (n,)
+    threshold: float,
+    seed: int,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return the lines of ``generations_test.jsonl`` and the metrics; ``texts`` are by position."""
-    lines, reviews, threshold = [], [], predictions.rule.threshold
-    for i, probability in zip(predictions.rows.tolist(), predictions.probability, strict=True):
+    """Return the lines of ``generations_test.jsonl`` and the metrics."""
+    lines, reviews = [], []
+    for i, probability in zip(rows.tolist(), risk, strict=True):
         review = review_report(dataset, i, texts[i])
         reviews.append(review)
         line = {
@@ -71,8 +75,7 @@ def score_reports(
             "probability": float(probability),
         }
         lines.append(line | asdict(review))
-    groups = dataset.groups[predictions.rows]
-    return lines, report_metrics(reviews, predictions.labels, groups, seed)
+    return lines, report_metrics(reviews, dataset.labels[rows], dataset.groups[rows], seed)
 
 
 def state_risk(text: str, outcome: str, risk: float, threshold: float) -> str:
@@ -91,11 +94,11 @@ def right_answers(
 
     These are the sides of the threshold; nothing where the share tells a small count.
     """
-    labels, risk, patients = label_risk_patient(rows, model)
-    right = ((risk >= threshold) == labels).astype(float)
+    patients = rows["patient"].to_numpy(str)
+    right = ((rows[model] >= threshold) == rows["label"]).to_numpy(float)
     if splits_off_few(len(np.unique(patients)), right.mean(), min_cell):
         return ""
-    drawn = bootstrap(labels, patients, seed, lambda w: {"right": w @ right / w.sum(axis=1)})
+    drawn = bootstrap(patients, seed, lambda w: {"right": w @ right / w.sum(axis=1)})
     share = value_text(with_interval(*drawn).loc["right"], ".1f", 100)
     return f"Of {len(rows):,} written reports {share} % give the right yes or no."
 
@@ -144,7 +147,7 @@ def report_metrics(
             return {name: (weights @ part) / (weights @ of) for name, (part, of) in ratios.items()}
 
     behind = {name: count_patients(groups, of > 0) for name, (_, of) in ratios.items()}
-    table = with_interval(*bootstrap(labels, groups, seed, shares), behind).astype(object)
+    table = with_interval(*bootstrap(groups, seed, shares), behind).astype(object)
     return {
         "reports": len(reviews),
         "numbers_stated": int(stated.sum()),
