@@ -258,10 +258,11 @@ def clustered_covariance(
     Source: Liang and Zeger 1986, "Longitudinal data analysis using generalized linear models".
     """
     _, slope, curvature = link.terms(outcome, offset + fit @ columns)
-    bread: Array = np.linalg.inv((weights * curvature * columns) @ columns.T)
+    bread = np.linalg.inv((weights * curvature * columns) @ columns.T).astype(np.float64)
     sums = patient_sums(weights * slope * columns, patients)  # (patients, p)
-    meat: Array = sums.T @ sums * len(sums) / (len(sums) - 1)
-    return bread @ meat @ bread, bread
+    meat: Array = (sums.T @ sums) * (len(sums) / (len(sums) - 1))
+    clustered: Array = bread @ meat @ bread
+    return clustered, bread
 
 
 def fit_residual_weight(
