@@ -75,7 +75,7 @@ METRICS = {
 }
 """The one registry of metrics."""
 
-BESIDE = "auprc", "brier", "oe", "slope"
+BESIDE = "auprc", "brier", "oe"
 """Metrics of each model beside its AUROC."""
 
 COST = {

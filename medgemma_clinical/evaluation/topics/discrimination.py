@@ -93,7 +93,7 @@ def about_models(terms: Mapping[str, str], more: str = "") -> Details:
         "that stands behind it, paired by patient: above 0 the line ranks better. It is better or "
         "worse only where the whole interval lies on one side of zero. AUPRC is the mean precision "
         "over recall, whose chance level is the prevalence; the Brier score is the mean squared "
-        "distance of risk and outcome: less is better. O/E is observed over expected events, slope "
-        f"that of the calibration: 1 is ideal. {more}"
+        "distance of risk and outcome: less is better. O/E is observed over expected events: 1 is "
+        f"ideal. {more}"
     )
     return Details("What columns and models are", text.strip(), terms=terms)
