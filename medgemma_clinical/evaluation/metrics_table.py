@@ -347,11 +347,11 @@ def draw_metrics(
         ]
         of_parts = spread(by_part)
     counts: dict[str, int] = {}
-    for target in reversed(targets):
-        case = target.known(rows).case
-        own = count_parts(case, patients, parts if split is not None else [])
-        kept = own if target is targets[0] else {k: own[k] for k in ("events", "minority_patients")}
-        counts |= {target.key(name): number for name, number in kept.items()}
+    for target in targets:
+        known = target.known(rows).case
+        own = count_parts(known, patients, parts if split is not None else [])
+        further = {target.key(name): own[name] for name in ("events", "minority_patients")}
+        counts |= further if counts else own
     widening = widening_of(patients, split, trained)
     return Drawn(value, drawn, counts, behind, of_parts, widening, seed)
 
