@@ -268,7 +268,7 @@ def read_dataset(args: Namespace, source: Path | pd.DataFrame | None = None) -> 
         raise InputError(f"{problem}: {advice}")
     rows: TrajectoryDataset = kind(source, **flags.dataset_options(vars(args), FLAGS, DATASETS))
     if rows.outcome_kind != "label":
-        flags.check_outcome(vars(args), FLAGS)
+        flags.check_outcome(vars(args))
     return rows
 
 

@@ -76,3 +76,8 @@ class CompetingEvents:
         titles = [f"{self.names[0]} by {name}" for name in self.horizon_names]
         without = [f"{title} without {self.interventions_text}" for title in titles]
         return dict(zip(self.risk_names, [*titles, *without], strict=False))
+
+
+def words_of(events: CompetingEvents | None) -> str:
+    """Return what is learned, in words."""
+    return "a label" if events is None else events.words
