@@ -49,9 +49,3 @@ def dataset_options(
         raise InputError(f"--{name}: not for --dataset {values['dataset']}: leave it out")
     given = {option: values[option] for option in kind.options}
     return {name: value for name, value in given.items() if value is not None}
-
-
-def check_outcome(values: Mapping[str, Any]) -> None:
-    """Refuse a note that states a time."""
-    if values["mode"] == "generative" and not values["trajectory_only"]:
-        raise InputError("--mode generative: not for times to events: use --mode classification")

@@ -348,8 +348,8 @@ def draw_metrics(
         of_parts = spread(by_part)
     counts: dict[str, int] = {}
     for target in targets:
-        known = target.known(rows).case
-        own = count_parts(known, patients, parts if split is not None else [])
+        case = target.known(rows).case
+        own = count_parts(case, patients, parts if split is not None else [])
         further = {target.key(name): own[name] for name in ("events", "minority_patients")}
         counts |= further if counts else own
     widening = widening_of(patients, split, trained)
