@@ -99,7 +99,7 @@ def plain_benefit(labels, risk, threshold):
 def plain_line(labels, risk):
     """Compute slope and shift by logistic regression without penalty."""
     fit = LogisticRegression(C=np.inf, tol=1e-12, solver="newton-cholesky", max_iter=1000)
-    fit.fit(logit(risk)[:, None], labels)
+    fit.fit(logit(np.asarray(risk))[:, None], labels)
     return fit.coef_[0, 0], fit.intercept_[0]
 
 
