@@ -37,11 +37,12 @@ from medgemma_clinical.evaluation.metrics_table import (
     widening_of,
     with_interval,
 )
-from medgemma_clinical.evaluation.target import LABEL
+from medgemma_clinical.evaluation.target import LABEL, targets_of
 from medgemma_clinical.evaluation.topics.calibration import calibration_table
 from medgemma_clinical.evaluation.topics.decision_curve import decision_curve
 from medgemma_clinical.evaluation.topics.subgroups import subgroup_table
 from medgemma_clinical.evaluation.topics.topic import Evaluated
+from time_rows import EVENTS, make_times
 
 DRAWS = 12  # a loop over them is slow
 ENDS = [0.025, 0.975]
@@ -237,6 +238,28 @@ def test_the_planned_comparison_is_the_blend_that_reads_most_or_the_one_named():
     assert evaluate(rows, 0, primary="gone").primary == "blend with statics"
     assert evaluate(rows, 0, compared=["last value"]).planned[0] == "last value"
     assert evaluate(rows, 0, reference="ensemble").planned == ["blend with statics", stage1]
+
+
+@pytest.mark.parametrize("splits", [None, 3])
+def test_several_targets_have_the_metrics_of_each_alone_and_count_what_is_known(splits):
+    rows, targets, thresholds = make_times(), targets_of(EVENTS)[:2], [0.1, 0.3]
+    split = None if splits is None else np.arange(len(rows)) % splits
+    found = evaluate(rows, 0, thresholds, split=split, targets=targets)
+    for target, threshold in zip(targets, thresholds, strict=True):
+        alone = evaluate(rows, 0, threshold, split=split, targets=[target]).at(target)
+        own = found.at(target)
+        pd.testing.assert_frame_equal(own.table, alone.table)
+        labels = target.labels(rows)
+        assert np.isnan(labels).any()
+        events, others = (labels == 1).sum(), (labels == 0).sum()
+        assert own.counts["events"] == events
+        assert own.counts["minority_patients"] == min(events, others)
+        if splits:
+            parts = [labels[split == k] for k in range(splits)]
+            fewest = min(min((x == 1).sum(), (x == 0).sum()) for x in parts)
+            assert own.counts["fold_minority_patients"] == fewest
+    again = Metrics.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False)))
+    assert_same(again.at(targets[1]), found.at(targets[1]))
 
 
 # ------------------------------------------------------------------ invariances
