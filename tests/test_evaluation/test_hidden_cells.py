@@ -99,10 +99,8 @@ def attack(monkeypatch, tmp_path):
 
     def write(rows, threshold, min_cell, *tried):
         drawn.clear()
-        results = [
-            *prediction_topics([LABEL]),
-            *(partial(calibration_updates, tried=x) for x in tried),
-        ]
+        results = prediction_topics([LABEL])
+        results += [partial(calibration_updates, tried=x) for x in tried]
         write_page(tmp_path, rows, results=results, threshold=threshold, min_cell=min_cell)
         return Attack(rows, tmp_path), drawn
 
