@@ -68,7 +68,7 @@ def plain_metrics(labels, risk):
         "auprc": sklearn_metrics.average_precision_score(labels, risk),
         "brier": brier,
         "log_loss": sklearn_metrics.log_loss(labels, risk),
-        "brier_skill": 1 - brier / sklearn_metrics.brier_score_loss(labels, prevalence),
+        "scaled_brier": 1 - brier / sklearn_metrics.brier_score_loss(labels, prevalence),
     }
 
 
@@ -84,19 +84,33 @@ def plain_shares(labels, positive):
     }
 
 
-def plain_calibration(labels, risk):
-    """Compute calibration by logistic regression without penalty, and by a root of the score."""
-    odds = logit(risk)
+def plain_level(labels, risk):
+    """Compute shares of observed and of expected events."""
+    observed, expected = np.mean(labels), np.mean(risk)
+    return {"observed": observed, "mean_risk": expected, "oe": observed / expected}
+
+
+def plain_benefit(labels, risk, threshold):
+    """Compute the net benefit of acting from a risk on, row by row."""
+    cost = threshold / (1 - threshold)
+    return np.mean(np.where(risk >= threshold, labels - (1 - labels) * cost, 0))
+
+
+def plain_line(labels, risk):
+    """Compute slope and shift by logistic regression without penalty."""
     fit = LogisticRegression(C=np.inf, tol=1e-12, solver="newton-cholesky", max_iter=1000)
-    fit.fit(odds[:, None], labels)
-    return {
-        "calibration_slope": fit.coef_[0, 0],
-        "calibration_intercept": fit.intercept_[0],
-        "calibration_in_the_large": brentq(lambda a: (expit(odds + a) - labels).sum(), -50, 50),
-    }
+    fit.fit(logit(np.asarray(risk))[:, None], labels)
+    return fit.coef_[0, 0], fit.intercept_[0]
 
 
-def plain_calibration_error(labels, risk):
+def plain_calibration(labels, risk):
+    """Compute the slope by scikit-learn, the intercept by a root of the score."""
+    odds = logit(risk)
+    intercept = brentq(lambda a: (expit(odds + a) - labels).sum(), -50, 50)
+    return {"intercept": intercept, "slope": plain_line(labels, risk)[0]}
+
+
+def plain_distances(labels, risk):
     """Compute distances from a logistic fit on a natural cubic spline, made of scipy's."""
     odds = logit(risk)
     knots = np.unique(np.quantile(odds, [0.05, 0.35, 0.65, 0.95]))
@@ -113,8 +127,7 @@ def plain_calibration_error(labels, risk):
 def samples_of(rows, seed):
     """Yield all rows, then the rows of each draw, as repeated positions."""
     yield np.arange(len(rows))
-    labels, patients = rows["label"].to_numpy(float), rows["patient"].to_numpy(str)
-    for weights in bootstrap_weights(labels, patients, seed):
+    for weights in bootstrap_weights(rows["patient"].to_numpy(str), seed):
         yield from map(repeated, weights)
 
 
@@ -127,16 +140,20 @@ def plain_table(rows, seed, threshold, split):
         labels, line = rows["label"].to_numpy()[sample], {}
         for model in rows.columns[3:]:
             risk = rows[model].to_numpy()[sample]
-            each = [
+            of_parts = [
                 plain_metrics(labels[own], risk[own])
                 for own in (parts[sample] == part for part in np.unique(parts))
             ]
-            line |= {(model, name): np.mean([part[name] for part in each]) for name in each[0]}
-        if threshold is not None:
-            risk = rows[first].to_numpy()[sample]
-            own = plain_shares(labels, risk >= threshold) | plain_calibration(labels, risk)
-            own |= plain_calibration_error(labels, risk)
-            line |= {(first, name): value for name, value in own.items()}
+            own = {name: np.mean([x[name] for x in of_parts]) for name in of_parts[0]}
+            own |= plain_level(labels, risk)
+            if model == first or not found:  # further models: of all rows alone
+                own |= plain_calibration(labels, risk)
+            if not found:
+                own |= plain_distances(labels, risk)
+            if threshold is not None and model == first:
+                own |= plain_shares(labels, risk >= threshold)
+                own["net_benefit"] = plain_benefit(labels, risk, threshold)
+            line |= {(model, name): value for name, value in own.items()}
         found.append(line)
     table = pd.DataFrame(found)
     return table.iloc[0], table.iloc[1:]
@@ -147,7 +164,8 @@ def coverage(sets, rows, rows_a_patient, seed):
     rng = np.random.default_rng(seed)
     labels, risk, _ = simulate(rng, POPULATION, rows_a_patient=rows_a_patient)
     truth = plain_metrics(labels, risk) | plain_shares(labels, risk >= 0.35)
-    truth |= plain_calibration(labels, risk)
+    truth |= plain_calibration(labels, risk) | plain_level(labels, risk)
+    truth["net_benefit"] = plain_benefit(labels, risk, 0.35)
     covered = dict.fromkeys(truth, 0)
     for _ in range(sets):
         drawn = simulate(rng, rows, rows_a_patient=rows_a_patient)

@@ -8,7 +8,8 @@ def metric(value):
 def run_metrics(events=20, n=60, **more):
     """Content of metrics.json whose parts have so many events among so many patients."""
     ranking = {"auroc": metric(0.7), "auprc": metric(0.4), "brier": metric(0.1)}
-    calibration = {"calibration_slope": metric(0.9), "calibration_intercept": metric(0.3)}
+    ranking |= {"oe": metric(1.1)}
+    calibration = {"slope": metric(0.9), "intercept": metric(0.3)}
     part = {
         **{"n": n, "patients": n, "events": events, "minority_patients": min(events, n - events)},
         **{"model": "stage 1 (trajectory alone)", **ranking, **calibration},

@@ -370,8 +370,9 @@ class Known:
 
     def ideal_distance(self, risk: Array, seed: int) -> float:
         """Return the mean distance that calibrated risks of n such rows would show."""
-        weights, rng = self.fitted_weights[:1], np.random.default_rng(seed)
-        outcome = np.atleast_2d(self.fitted)[0]
+        outcome, rng = np.atleast_2d(self.fitted)[0], np.random.default_rng(seed)
+        order = np.lexsort([outcome, risk])  # so that the order of the rows changes nothing
+        outcome, risk, weights = outcome[order], risk[order], self.fitted_weights[:1, order]
         away = outcome - self.link.curve(outcome, risk, weights, risk)[0]
         drawn = self.link.draw(risk, away, IDEAL_DRAWS, rng)
         distances = np.abs(self.link.curve(drawn, risk, weights, risk) - risk).mean(axis=1)

@@ -26,7 +26,7 @@ MODEL = "model_sha256"
 COUNTS = ("n", "patients", "events", "minority_patients")
 FOLD_MINORITY = "fold_minority_patients"
 """Counts of the rows, and of several splits the lowest of their ``minority_patients``; events and
-minority of further targets have their endings."""
+minorities of further targets have their endings."""
 
 ORDER = [
     *(*of_risks.RANKING, *of_risks.LEVEL, *of_risks.FITTED, *of_risks.DISTANCES, "ici_ideal"),
@@ -81,7 +81,7 @@ class Metrics:
     """Metrics of the models on one part of the data, as in ``metrics.json``."""
 
     counts: dict[str, int]  # ``COUNTS``; minority: with the outcome that fewer patients have
-    # Of splits also ``FOLD_MINORITY``, of further targets their events and minority.
+    # Of splits also ``FOLD_MINORITY``, of further targets their events and minorities.
     # Index (model, metric); columns ``VALUE``, ``DIFFERENCE``, reference, of splits ``SPREAD``.
     # The difference is the model minus its reference, paired.
     table: pd.DataFrame
@@ -114,8 +114,8 @@ class Metrics:
         }
         is_own = self.table.index.get_level_values("metric").isin([*names])
         table = self.table[is_own].rename(index=names, level="metric")
-        own = {name: self.counts.get(f"{name}{end}", self.counts[name]) for name in COUNTS}
-        return replace(self, counts={**self.counts, **own}, table=table)
+        own = {name: self.counts.get(f"{name}{end}", count) for name, count in self.counts.items()}
+        return replace(self, counts=own, table=table)
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of a part of ``metrics.json``; what is undefined is None."""
@@ -348,9 +348,8 @@ def draw_metrics(
         of_parts = spread(by_part)
     counts: dict[str, int] = {}
     for target in targets:
-        case = target.known(rows).case
-        own = count_parts(case, patients, parts if split is not None else [])
-        further = {target.key(name): own[name] for name in ("events", "minority_patients")}
+        own = count_parts(target.labels(rows), patients, parts if split is not None else [])
+        further = {target.key(name): own[name] for name in own if name not in ("n", "patients")}
         counts |= further if counts else own
     widening = widening_of(patients, split, trained)
     return Drawn(value, drawn, counts, behind, of_parts, widening, seed)
@@ -514,6 +513,6 @@ def count_parts(
 
 
 def count(labels: Array, patients: NDArray[np.generic]) -> dict[str, int]:
-    """Return the ``COUNTS`` of some rows."""
-    numbers = len(labels), len(np.unique(patients)), int(labels.sum())
+    """Return the ``COUNTS`` of some rows, whose labels are NaN where unknown."""
+    numbers = len(labels), len(np.unique(patients)), int(np.nansum(labels))
     return dict(zip(COUNTS, (*numbers, minority_patients(labels, patients)), strict=True))

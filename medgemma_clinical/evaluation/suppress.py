@@ -5,7 +5,7 @@ Counts become texts and metrics null, so that what was hidden once can be hidden
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from functools import partial
 from typing import Any
 
@@ -39,7 +39,7 @@ def suppress(part: Json, min_cell: int) -> Json:
     if min_cell == 0 or any(isinstance(count, str) for count in counts.values()):
         return part
     texts = {name: count_text(n, min_cell) for name, n in counts.items() if 0 < n < min_cell}
-    models, hidden = part.get("models", {}), set[str]()
+    models, hidden, spreads = part.get("models", {}), set[str](), set[str]()
     for end in endings:
         minority = counts[f"{MINORITY}{end}"]
         if 0 < minority < min_cell:  # the events may be many, and those without it few
@@ -48,9 +48,10 @@ def suppress(part: Json, min_cell: int) -> Json:
             hidden |= {f"{name}{end}" for name in NAMES}
         elif _has_few_at_threshold(part, end, min_cell):
             hidden |= {f"{name}{end}" for name in AT_THRESHOLD}
-    # A metric of a fold of few events tells their ranks, and so do many digits of the mean.
-    spread = SPREAD if part.get(FOLD_MINORITY, 0) < min_cell else []
-    part, *others = (hide(metrics, hidden, spread) for metrics in (part, *models.values()))
+        # A metric of a fold of few events tells their ranks, and so do many digits of the mean.
+        if part.get(f"{FOLD_MINORITY}{end}", 0) < min_cell:
+            spreads |= {f"{name}{end}" for name in NAMES}
+    part, *others = (hide(metrics, hidden, spreads) for metrics in (part, *models.values()))
     return {**part, **texts, "models": dict(zip(models, others, strict=True))}
 
 
@@ -59,14 +60,14 @@ def suppressed(metrics: Metrics, min_cell: int) -> Metrics:
     return Metrics.from_json(suppress(metrics.to_json(), min_cell))
 
 
-def hide(metrics: Json, hidden: Container[str], numbers: Sequence[str] = ()) -> Json:
-    """Return metrics with four digits, without hidden ones and without hidden numbers of each."""
+def hide(metrics: Json, hidden: Container[str], spreads: Container[str] = ()) -> Json:
+    """Return metrics with four digits, without hidden ones and without the spreads of others."""
 
     def shown(name: str, metric: Json) -> Json:
         if name in hidden:
             return dict.fromkeys(metric)
         digits = {k: round(x, 4) if type(x) is float else x for k, x in metric.items()}
-        return digits | dict.fromkeys(digits.keys() & {*numbers})
+        return digits | dict.fromkeys(digits.keys() & {*SPREAD} if name in spreads else ())
 
     return {
         name: shown(name, metric) if isinstance(metric, dict) and name != "models" else metric

@@ -15,21 +15,25 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from cohorts import plain_calibration
 from medgemma_clinical.evaluation.decision import (
+    BOTH,
+    INTERCEPT,
     MIN_CHOOSING_EVENTS,
+    NOT_UPDATED,
     RESIDUAL_WEIGHTS,
     DecisionOptions,
     DecisionRule,
-    Predictions,
     choose_threshold,
-    fit_decision_rule,
     fit_residual_weight,
+    fit_rule,
     recommended_model,
-    youden_threshold,
 )
-from medgemma_clinical.evaluation.metrics import log_odds, row_losses
-from medgemma_clinical.models.hazards import Hazards
-from medgemma_clinical.models.outcome import LABEL, TimeOutcome
-from time_rows import EVENTS, MODEL, make_times
+from medgemma_clinical.evaluation.metrics import LOGIT, log_odds, of_labels, row_losses
+from medgemma_clinical.evaluation.metrics_table import evaluate
+from medgemma_clinical.evaluation.rules import recommend, rules_of
+from medgemma_clinical.evaluation.target import LABEL
+from medgemma_clinical.evaluation.time_metrics import CLOGLOG
+from medgemma_clinical.models.outcome import LABELS, first_auroc
+from time_rows import MODEL, TARGETS, make_times
 
 
 def drawn(seed, rows=4000):
@@ -53,7 +57,8 @@ def test_the_threshold_is_youdens_midway_to_the_next_lower_risk(rows):
     gains = {t: sum(shares_at(labels, risk, t)) for t in np.unique(risk)}
     best = min(t for t, gain in gains.items() if gain > max(gains.values()) - 1e-12)
     lower = max((t for t in gains if t < best), default=0.0)
-    assert youden_threshold(labels, risk) == pytest.approx((best + lower) / 2)
+    found = choose_threshold(None, of_labels(labels), risk)
+    assert found == pytest.approx((best + lower) / 2)
 
 
 @settings(deadline=None, derandomize=True)
@@ -68,79 +73,95 @@ def test_a_goal_is_reached_by_the_threshold_that_is_best_for_the_other_share(row
     sensitive = max(t for t, (share, _) in shares.items() if share >= goal)
     specific = min(t for t, (_, share) in shares.items() if share >= goal)
     for name, best in (("sensitivity", sensitive), ("specificity", specific)):
-        found = choose_threshold(f"{name} {goal}", labels, risk)
+        found = choose_threshold(f"{name} {goal}", of_labels(labels), risk)
         assert ((risk >= found) == (risk >= best)).all()
         assert 0 < found < 1
-    assert choose_threshold("0.25", labels, risk) == 0.25
+    assert choose_threshold("0.25", of_labels(labels), risk) == 0.25
+    assert choose_threshold(None, of_labels(0 * labels), risk) == 0.5, "one class"
+
+
+def rule_of(labels, odds, recalibration):
+    """Fit a rule where each row is a patient."""
+    patients, options = np.arange(len(labels)), DecisionOptions(recalibration)
+    return fit_rule(of_labels(labels), expit(odds), patients, options)
 
 
 def test_recalibration_mends_an_overconfident_model():
     (truth, labels), (new_truth, new_labels) = drawn(0), drawn(1)
     sure, new_sure = 3 * truth + 1, 3 * new_truth + 1
-    patients, kinds = np.arange(len(labels)), ("none", "platt", "tests")
-    before, after, tested = (
-        fit_decision_rule(labels, sure, patients, DecisionOptions(kind)) for kind in kinds
-    )
-    assert (tested.slope, tested.intercept) == (after.slope, after.intercept)
-    assert (before.slope, before.intercept) == (1, 0)
-    assert (after.slope, after.intercept) == pytest.approx((1 / 3, -1 / 3), abs=0.08)
-    own = plain_calibration(labels, after.probability(sure))  # of the rows it was fitted to
-    ideal = {"calibration_slope": 1, "calibration_intercept": 0, "calibration_in_the_large": 0}
-    assert {name: own[name] for name in ideal} == pytest.approx(ideal, abs=1e-6)
-    loss = [log_loss(new_labels, rule.probability(new_sure)) for rule in (before, after)]
+    before, after, tested = (rule_of(labels, sure, kind) for kind in ("none", "platt", "tests"))
+    assert tested == after
+    assert (before.method, after.method) == (NOT_UPDATED, BOTH)
+    assert (after.multiplier, after.shift) == pytest.approx((1 / 3, -1 / 3), abs=0.08)
+    own = plain_calibration(labels, after.risk(expit(sure), LOGIT))  # the rows it was fitted to
+    assert own == pytest.approx({"slope": 1, "intercept": 0}, abs=1e-6)
+    loss = [log_loss(new_labels, rule.risk(expit(new_sure), LOGIT)) for rule in (before, after)]
     assert loss[1] < loss[0] - 0.1
     for rule in (before, after):
-        assert rule.threshold == youden_threshold(labels, rule.probability(sure))
+        risk = rule.risk(expit(sure), LOGIT)
+        assert rule.threshold == choose_threshold(None, of_labels(labels), risk)
 
 
 @pytest.mark.parametrize("case", ["reversed", "separated"])
 def test_a_reversed_or_separated_validation_part_is_not_recalibrated(case):
     truth, labels = drawn(4, 400)
-    logit = -truth if case == "reversed" else np.where(labels == 1, 1, -1) + truth / 100
-    rule = fit_decision_rule(labels, logit, np.arange(400), DecisionOptions("platt"))
-    assert (rule.slope, rule.intercept) == (1, 0)
+    odds = -truth if case == "reversed" else np.where(labels == 1, 1, -1) + truth / 100
+    assert not rule_of(labels, odds, "platt").is_moved
 
 
-@pytest.mark.parametrize(("events", "moved"), [(99, (False, True)), (100, (True, True))])
-def test_tests_choose_a_slope_from_a_hundred_events_on_and_else_an_intercept(events, moved):
+@pytest.mark.parametrize(("events", "method"), [(99, INTERCEPT), (100, BOTH)])
+def test_tests_choose_a_slope_from_a_hundred_events_on_and_else_an_intercept(events, method):
     truth, labels = drawn(7, 3000)
     kept = (labels == 0) | (labels.cumsum() <= events)
-    labels, logit = labels[kept], 3 * truth[kept]
-    rule = fit_decision_rule(labels, logit, np.arange(kept.sum()), DecisionOptions("tests"))
-    assert (rule.slope != 1, rule.intercept != 0) == moved
+    assert rule_of(labels[kept], 3 * truth[kept], "tests").method == method
     truth, labels = drawn(2)
-    right = fit_decision_rule(labels, truth, np.arange(4000), DecisionOptions("tests"))
-    assert not right.is_moved
+    assert not rule_of(labels, truth, "tests").is_moved
 
 
-UNSOUND = [("slope", 0.0), ("slope", -1.0), ("slope", "steep"), ("intercept", math.inf)]
-UNSOUND += [("intercept", None), ("threshold", math.nan), ("threshold", "")]
+UNSOUND = [("multiplier", 0.0), ("multiplier", -1.0), ("multiplier", "steep")]
+UNSOUND += [("shift", math.inf), ("shift", None), ("threshold", math.nan), ("threshold", "")]
 
 
 @pytest.mark.parametrize(("name", "number"), UNSOUND)
 def test_an_unsound_incomplete_or_reversed_rule_is_refused(name, number):
     rule = DecisionRule(0.3, -1.25, 0.125)
     stored = json.loads(json.dumps(asdict(rule)))
-    assert DecisionRule.from_config({"decision": stored}) == rule
-    assert DecisionRule.from_config({}) == DecisionRule(1, 0, 0.5)
+    assert rules_of({"decision": {"label": stored}}) == {"label": rule}
+    assert rules_of({}) == {"label": DecisionRule(1, 0, 0.5)}
     lacking = {key: each for key, each in stored.items() if key != name}
     for wrong in ({**stored, name: number}, lacking, {}, [*stored.values()]):
         with pytest.raises(ValueError, match="decision rule"):
-            DecisionRule.from_config({"decision": wrong})
+            rules_of({"decision": {"label": wrong}})
+    with pytest.raises(ValueError, match="risk_24h"):
+        rules_of({"decision": {"risk_24h": stored}})  # of another target
 
 
-def test_predictions_follow_their_rule():
-    labels, logit = np.array([0.0, 1, 0, 1]), np.array([-2.0, -1, 0, 1])
-    parts = np.array([0.25, 0.75]), labels, logit, np.arange(4), np.zeros(4)
-    own, moved = Predictions(*parts), Predictions(*parts, DecisionRule(2, 1, expit(1)))
-    assert own.loss == 0.5  # of two members
-    assert own.probability == pytest.approx(expit(logit))
-    with np.errstate(all="raise", under="ignore"):  # extreme log-odds give no warning
-        assert DecisionRule(2, 1).probability(np.array([-1e5, 1e5])).tolist() == [0, 1]
-    assert own.positive.tolist() == [False, False, True, True]  # a risk at the threshold too
-    assert moved.probability == pytest.approx(expit(1 + 2 * logit))
-    assert moved.positive.tolist() == [False, False, True, True]
-    assert own.auroc() == moved.auroc() == 0.75
+@pytest.mark.parametrize("link", [LOGIT, CLOGLOG])
+def test_a_rule_moves_risks_on_their_scale_and_predicts_the_event_from_its_threshold_on(link):
+    odds = np.array([-2.0, -1, 0, 1])
+    risk = link.risk(odds)
+    assert (DecisionRule().risk(risk, link) == risk).all()
+    assert link.scale(DecisionRule(2, 1).risk(risk, link)) == pytest.approx(1 + 2 * odds)
+    with np.errstate(all="raise", under="ignore"):  # extreme risks give no warning
+        extreme = DecisionRule(9, 1).risk(np.array([0.0, 1.0]), link)
+    assert extreme == pytest.approx([0, 1], abs=1e-12)
+    rule = DecisionRule(1.5, -0.2, 0.3)
+    new, before = rule.followed_by(0.5, 0.7, link), rule.risk(risk, link)
+    after = new.risk(risk, link)
+    assert link.scale(after) == pytest.approx(0.7 + 0.5 * link.scale(before))
+    assert ((after >= new.threshold) == (before >= rule.threshold)).all()
+
+
+def test_a_threshold_does_not_depend_on_rows_whose_outcome_is_not_known():
+    rows, target = make_times(2000), TARGETS[0]
+    known, risk = target.known(rows), rows[target.column(MODEL)].to_numpy()
+    first = choose_threshold("specificity 0.8", known, risk)
+    is_known = known.weights[0] > 0
+    assert 0 < is_known.mean() < 1
+    assert choose_threshold("specificity 0.8", known, np.where(is_known, risk, 0.99)) == first
+    negative = (risk < first) @ (known.weights[0] * (1 - known.case))
+    share = negative / (known.weights[0] @ (1 - known.case))
+    assert share == pytest.approx(0.8, abs=0.01)
 
 
 # ------------------------------------------------------------------ weight beside stage 1
@@ -161,8 +182,9 @@ def weight(labels, offset, logit):
 
 def weight_of(labels, offset, logit, patients):
     """Choose the weight of some patients' rows."""
-    functions = partial(LABEL.row_losses, labels), partial(LABEL.auroc, labels)
-    return fit_residual_weight(offset[:, None], logit[:, None], patients, *functions)
+    losses = partial(LABELS.row_losses, labels)
+    auroc = partial(first_auroc, LABELS, pd.DataFrame({"label": labels}))
+    return fit_residual_weight(offset[:, None], logit[:, None], patients, losses, auroc)
 
 
 @pytest.mark.parametrize("patients", [4000, 12, 6])
@@ -261,23 +283,23 @@ def test_losses_of_few_events_choose_no_model(more, planned):
 
 
 @pytest.mark.parametrize("ranks", [True, False])
-@pytest.mark.parametrize("kind", ["label", "times"])
-def test_of_few_events_the_blend_is_recommended_if_it_ranks_better_than_chance(kind, ranks):
-    if kind == "times":
-        outcome, table = TimeOutcome(Hazards(EVENTS, EVENTS.horizons, (1.0, 1.0))), make_times(600)
+@pytest.mark.parametrize("targets", [[LABEL], TARGETS[:2]])
+def test_of_few_events_the_blend_is_recommended_if_it_ranks_better_than_chance(targets, ranks):
+    if targets[0].horizon:
+        table = make_times(600)
     else:
         logit, labels = drawn(0, 400)
-        outcome, names = LABEL, np.arange(400).astype(str)
+        names = np.arange(400).astype(str)
         table = pd.DataFrame({"id": names, "label": labels, "patient": names})
         table = table.assign(**{MODEL: expit(logit), "blend": expit(logit - 1)})
     if not ranks:
         columns = [name for name in table if name.startswith("blend")]
         mixed = np.random.default_rng(2).permutation(len(table))
         table[columns] = table[columns].to_numpy()[mixed]
-    metrics = outcome.evaluate(table, 0)
+    metrics = evaluate(table, 0, targets=targets)
     assert 10 < metrics.counts["events"] < MIN_CHOOSING_EVENTS
-    best = outcome.recommend(table, metrics, MODEL, ["blend"])
-    assert best == {"best_model": "blend" if ranks else None}
+    best = recommend(table, metrics, targets, MODEL, ["blend"])
+    assert best == ("blend" if ranks else None)
 
 
 def test_rows_of_the_same_patient_tell_models_apart_no_better():

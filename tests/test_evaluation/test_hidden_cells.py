@@ -13,10 +13,11 @@ from medgemma_clinical.commands.folds import folds_sentence
 from medgemma_clinical.evaluation import plots
 from medgemma_clinical.evaluation.metrics_table import SPREAD, Metrics, evaluate
 from medgemma_clinical.evaluation.suppress import suppress
+from medgemma_clinical.evaluation.target import LABEL
+from medgemma_clinical.evaluation.topics.all_topics import prediction_topics
 from medgemma_clinical.evaluation.topics.calibration import calibration_updates
 from medgemma_clinical.evaluation.updating import evaluate_updates
 from medgemma_clinical.models.model_card import shareable
-from medgemma_clinical.models.outcome import LABEL
 from pages import MODEL, Page, make_rows, write_page
 
 MODELS = MODEL, "blend"
@@ -98,7 +99,8 @@ def attack(monkeypatch, tmp_path):
 
     def write(rows, threshold, min_cell, *tried):
         drawn.clear()
-        results = [*LABEL.topics(), *(partial(calibration_updates, tried=x) for x in tried)]
+        results = prediction_topics([LABEL])
+        results += [partial(calibration_updates, tried=x) for x in tried]
         write_page(tmp_path, rows, results=results, threshold=threshold, min_cell=min_cell)
         return Attack(rows, tmp_path), drawn
 
@@ -127,7 +129,7 @@ CASES = [("usual", 0.03), *((k, 0.3137) for k in ("usual", "many", "tied", "repe
 def test_no_text_table_or_figure_tells_a_small_count(kind, threshold, attack):
     """Nor does a difference of two of them; without hiding, they do."""
     rows = rows_of(kind)
-    tried = evaluate_updates(rows, MODEL, 0)
+    tried = evaluate_updates(rows, MODEL, [LABEL], 0)
     page, figures = attack(rows, threshold, 11, tried)
     assert not [count for count in page.counts() if 0 < count < 11]
     bins = page.tables["calibration"]
@@ -171,7 +173,7 @@ def test_ranges_over_folds_go_where_a_fold_has_few_events(events, shown):
     spreads = [x[name] for x in numbers for name in SPREAD if name in x]
     assert spreads
     assert any(x is not None for x in spreads) == shown
-    assert (" to 0." in folds_sentence(Metrics.from_json(known), LABEL, 5)) == shown
+    assert (" to 0." in folds_sentence(Metrics.from_json(known), 5)) == shown
     assert suppress(known, 11) == known
     config = {"metrics": {"folds": metrics.to_json()}, "case_mix": {}}
     assert shareable(config, 11)["metrics"]["folds"] == known

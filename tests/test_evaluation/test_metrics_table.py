@@ -10,13 +10,24 @@ import simulations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit, logit
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from cohorts import blended, cohort, coverage, plain_metrics, plain_table, predictions, samples_of
+from cohorts import (
+    blended,
+    cohort,
+    coverage,
+    plain_benefit,
+    plain_line,
+    plain_metrics,
+    plain_table,
+    predictions,
+    samples_of,
+)
 from medgemma_clinical.evaluation import metrics as metrics_module
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
+from medgemma_clinical.evaluation.metrics import LEVEL, RANKING
 from medgemma_clinical.evaluation.metrics_table import (
+    ORDER,
     SHARED_TRAINING,
     Metrics,
     compared_models,
@@ -26,9 +37,12 @@ from medgemma_clinical.evaluation.metrics_table import (
     widening_of,
     with_interval,
 )
+from medgemma_clinical.evaluation.target import LABEL, targets_of
 from medgemma_clinical.evaluation.topics.calibration import calibration_table
 from medgemma_clinical.evaluation.topics.decision_curve import decision_curve
 from medgemma_clinical.evaluation.topics.subgroups import subgroup_table
+from medgemma_clinical.evaluation.topics.topic import Evaluated
+from time_rows import EVENTS, make_times
 
 DRAWS = 12  # a loop over them is slow
 ENDS = [0.025, 0.975]
@@ -45,12 +59,14 @@ def test_the_table_equals_a_loop_over_the_draws(threshold, splits):
     value, draws = plain_table(rows, 7, threshold, split)
     factor = 1 if splits == 1 else np.sqrt(1 + SHARED_TRAINING * splits / (splits - 1))
     assert found.widening == pytest.approx(factor)
-    assert set(found.table.index) == set(value.index)
+    assert {*found.table.index} - {*value.index} == {("model", "ici_ideal")}
     assert found.models == list(rows.columns[3:])
-    for key, line in found.table.iterrows():
+    assert [*found.of("model").index] == [x for x in ORDER if x in found.of("model").index]
+    for key, line in found.table.drop(("model", "ici_ideal")).iterrows():
         assert line["value"] == pytest.approx(value[key], abs=1e-6)
-        if key[1] in ("ici", "e50", "e90"):
-            assert line[INTERVAL].isna().all(), "a distance grows by the noise of the draws"
+        # A distance grows by the noise of the draws; of further models no fit is drawn.
+        if has_none := key[1] in ("ici", "e50", "e90") or draws[key].isna().all():
+            assert line[INTERVAL].isna().all()
         else:
             ends = widened(value[key], draws[key].quantile(ENDS), factor, key[1])
             assert tuple(line[INTERVAL]) == pytest.approx(ends, abs=1e-5)
@@ -60,16 +76,16 @@ def test_the_table_equals_a_loop_over_the_draws(threshold, splits):
             assert line[DIFFERENCE].isna().all()
             continue
         difference = value[key] - value[minus]
-        ends = (draws[key] - draws[minus]).quantile(ENDS)
-        paired = difference, *(difference + factor * (ends - difference))
-        assert tuple(line[DIFFERENCE]) == pytest.approx(paired, abs=1e-9)
+        ends = [np.nan] * 2 if has_none else (draws[key] - draws[minus]).quantile(ENDS)
+        paired = difference, *(difference + factor * (np.array(ends) - difference))
+        assert tuple(line[DIFFERENCE]) == pytest.approx(paired, abs=1e-6, nan_ok=True)
 
 
 def widened(value, ends, factor, name):
     """Return the ends of an interval, moved away from its value, of a share as log-odds."""
-    if name in ("auroc", "auprc"):
+    if name in ("auroc", "auprc", "mean_risk"):
         return expit(logit(value) + factor * (logit(ends) - logit(value)))
-    return value + factor * (ends - value)
+    return ends if name == "observed" else value + factor * (ends - value)
 
 
 def test_folds_widen_by_what_they_learn_from_each_other_and_repeats_narrow_nothing():
@@ -125,7 +141,7 @@ def test_the_mean_of_repeats_is_that_of_their_values_and_draws():
     drawn = [draw_metrics(table, 0, 0.3, split=fold) for table in (rows, other)]
     found = compared_models(mean_of_repeats(drawn))
     each = [compared_models(one).table for one in drawn]
-    for name in ("auroc", "sensitivity", "calibration_slope", "ici", "log_loss"):
+    for name in ("auroc", "sensitivity", "slope", "ici", "log_loss"):
         values = [table.value["model", name] for table in each]
         line = found.table.loc["model", name]
         assert line.value == pytest.approx(np.mean(values))
@@ -161,16 +177,21 @@ def test_a_difference_is_row_minus_reference_and_of_the_same_risks_exactly_zero(
     found = evaluate(rows.assign(same=rows["model"]), 0)
     line = found.metric("auroc").loc["constant"]
     assert line.difference == 0.5 - found.metric("auroc").value["model"] < 0
-    assert (found.of("same")[DIFFERENCE] == 0).all(axis=None)
+    same = found.of("same")
+    assert (same["difference"] == 0).all()
+    assert same.loc[[*RANKING, *LEVEL], DIFFERENCE].eq(0).all(axis=None)
 
 
 def test_several_splits_have_mean_deviation_and_range():
     rows, split = blended(), np.arange(120) % 3
     parts = [part for _, part in rows.groupby(split)]
-    for name, line in evaluate(rows, 0, split=split).of("blend").iterrows():
-        each = [plain_metrics(part["label"], part["blend"])[name] for part in parts]
-        expected = np.mean(each), np.std(each, ddof=1), min(each), max(each)
-        assert tuple(line[["value", "sd", "min", "max"]]) == pytest.approx(expected)
+    found = evaluate(rows, 0, split=split).of("blend")
+    of_parts = [plain_metrics(part["label"], part["blend"]) for part in parts]
+    for name in of_parts[0]:
+        values = [x[name] for x in of_parts]
+        expected = np.mean(values), np.std(values, ddof=1), min(values), max(values)
+        assert tuple(found.loc[name, ["value", "sd", "min", "max"]]) == pytest.approx(expected)
+    assert {*found.index[found["sd"].notna()]} == {*of_parts[0]}
 
 
 @pytest.mark.parametrize(("events", "folds"), [(10, 10), (24, 12)])
@@ -219,6 +240,28 @@ def test_the_planned_comparison_is_the_blend_that_reads_most_or_the_one_named():
     assert evaluate(rows, 0, reference="ensemble").planned == ["blend with statics", stage1]
 
 
+@pytest.mark.parametrize("splits", [None, 3])
+def test_several_targets_have_the_metrics_of_each_alone_and_count_what_is_known(splits):
+    rows, targets, thresholds = make_times(), targets_of(EVENTS)[:2], [0.1, 0.3]
+    split = None if splits is None else np.arange(len(rows)) % splits
+    found = evaluate(rows, 0, thresholds, split=split, targets=targets)
+    for target, threshold in zip(targets, thresholds, strict=True):
+        alone = evaluate(rows, 0, threshold, split=split, targets=[target]).at(target)
+        own = found.at(target)
+        pd.testing.assert_frame_equal(own.table, alone.table)
+        labels = target.labels(rows)
+        assert np.isnan(labels).any()
+        events, others = (labels == 1).sum(), (labels == 0).sum()
+        assert own.counts["events"] == events
+        assert own.counts["minority_patients"] == min(events, others)
+        if splits:
+            parts = [labels[split == k] for k in range(splits)]
+            fewest = min(min((x == 1).sum(), (x == 0).sum()) for x in parts)
+            assert own.counts["fold_minority_patients"] == fewest
+    again = Metrics.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False)))
+    assert_same(again.at(targets[1]), found.at(targets[1]))
+
+
 # ------------------------------------------------------------------ invariances
 
 
@@ -244,7 +287,8 @@ def test_more_rows_of_the_same_patients_do_not_narrow_an_interval():
     rows = blended()
     four = pd.concat([rows.assign(id=f"copy {k}") for k in range(4)], ignore_index=True)
     before, after = evaluate(rows, 3, 0.3), evaluate(four, 3, 0.3)
-    pd.testing.assert_frame_equal(after.table, before.table, rtol=1e-7, atol=1e-7)
+    tables = [x.table.drop(("model", "ici_ideal")) for x in (after, before)]
+    pd.testing.assert_frame_equal(*tables, rtol=1e-7, atol=1e-7)
     assert after.counts["patients"] == before.counts["patients"]
     copies = four.assign(patient=four["id"] + four["patient"])  # of other patients
     width = [each.table["high"] - each.table["low"] for each in (before, evaluate(copies, 3, 0.3))]
@@ -297,13 +341,12 @@ def test_json_holds_counts_the_model_and_the_others_and_null_where_undefined():
     assert [content.pop(key) for key in ("model", "primary", "planned")] == ["model", None, []]
     other = content.pop("models").pop("other")
     assert other.pop("reference") == "model"
-    assert set(other) == {"auroc", "auprc", "brier", "log_loss", "brier_skill"}
-    assert set(content) - set(other) == {
-        *("sensitivity", "specificity", "ppv", "npv", "positives", "ici", "e50", "e90"),
-        *("calibration_slope", "calibration_intercept", "calibration_in_the_large"),
+    assert {*content} - {*other} == {
+        *("sensitivity", "specificity", "ppv", "npv", "positives", "net_benefit", "ici_ideal"),
     }
-    assert content["calibration_slope"] == {"value": None, "low": None, "high": None}
-    assert set(other["auroc"]) == {*VALUE, *DIFFERENCE}
+    assert not {*other} - {*content}
+    assert content["slope"] == {"value": None, "low": None, "high": None}
+    assert {*other["auroc"]} == {*VALUE, *DIFFERENCE}
     assert other["auroc"]["difference"] == -0.5
 
 
@@ -318,19 +361,13 @@ def test_a_table_survives_json(splits, columns):
 
 
 @pytest.mark.parametrize("label", [0, 1])
-@pytest.mark.parametrize("compute", [evaluate, calibration_table, decision_curve])
-def test_one_class_alone_is_refused(label, compute):
-    model = {evaluate: [], calibration_table: ["model"], decision_curve: [["model"]]}[compute]
-    with pytest.raises(ValueError, match="labels"):
-        compute(cohort().assign(label=label), *model, 0)
+def test_one_class_alone_has_counts_and_no_metric(label):
+    found = evaluate(blended().assign(label=label), 0, 0.3)
+    assert found.counts["events"] == 120 * label
+    assert found.table[VALUE + DIFFERENCE].isna().all(axis=None)
 
 
 # ------------------------------------------------------------------ subgroups and curves
-
-
-def plain_slope(rows):
-    odds = logit(rows[["model"]])
-    return LogisticRegression(C=np.inf, tol=1e-10).fit(odds, rows["label"]).coef_.item()
 
 
 def test_subgroups_have_counts_auroc_and_calibration_of_their_draws():
@@ -359,7 +396,7 @@ def test_subgroups_have_counts_auroc_and_calibration_of_their_draws():
         value, *draws = [own["label"].mean() / own["model"].mean() for own in parts]
         assert line.oe == pytest.approx(value)
         assert (line.oe_low, line.oe_high) == pytest.approx(np.quantile(draws, ENDS))
-        assert line.slope == pytest.approx(plain_slope(part), rel=1e-3)
+        assert line.slope == pytest.approx(plain_line(part["label"], part["model"])[0])
         assert line.slope_low < line.slope < line.slope_high
 
 
@@ -377,7 +414,7 @@ def test_a_subgroup_needs_ten_patients_of_each_outcome(patients, shown):
 def test_the_calibration_curve_has_bins_of_equal_size_with_intervals():
     rows = cohort(240)
     rows.loc[rows["model"].rank() <= 24, "label"] = 0  # a share of 0 has the exact interval
-    found = calibration_table(rows, "model", 0)
+    found = calibration_table(rows, rows["model"].to_numpy(), LABEL, 0)
     bins = pd.qcut(rows["model"], 10, labels=False)
     assert found["n"].tolist() == [24] * 10
     assert found["predicted"].to_numpy() == pytest.approx(rows.groupby(bins)["model"].mean())
@@ -399,7 +436,8 @@ def test_the_calibration_curve_has_bins_of_equal_size_with_intervals():
 def test_bins_of_tied_risks_hold_each_row_once(rows):
     labels, tenths = np.array([(True, 3), (False, 3), *rows], dtype=float).T
     patients = np.arange(len(labels)).astype(str)
-    found = calibration_table(predictions((labels, tenths / 10, patients)), "model", 0)
+    rows = predictions((labels, tenths / 10, patients))
+    found = calibration_table(rows, tenths / 10, LABEL, 0)
     assert found["n"].sum() == len(labels)
     assert found["n"] @ found["predicted"] == pytest.approx(tenths.sum() / 10)
     assert found["n"] @ found["observed"] == pytest.approx(labels.sum())
@@ -407,20 +445,26 @@ def test_bins_of_tied_risks_hold_each_row_once(rows):
     assert len(found) <= max(2, min(10, min(labels.sum(), (1 - labels).sum()) // 5))
 
 
+def curve_of(rows):
+    """Return the decision curve of a model and its planned comparison."""
+    patients = pd.DataFrame(index=rows.index)
+    return decision_curve(Evaluated(rows, evaluate(rows, 0), patients, 0, 0.3, "set by the user"))
+
+
 def test_the_decision_curve_is_the_net_benefit_of_each_draw():
-    rows = blended()
-    found = decision_curve(rows, ["model", "blend"], 0)
+    rows = blended()[["id", "label", "patient", "model", "blend"]]
+    found = curve_of(rows)
     assert list(found.columns) == ["model", "low", "high", "blend", "treat_all"]
     assert found.index.to_numpy() == pytest.approx(np.arange(1, len(found) + 1) / 100)
     highest = max(2 * rows["label"].mean(), rows["model"].quantile(0.99))
     assert found.index[-1] == pytest.approx(math.floor(100 * min(0.99, highest)) / 100)
 
-    low = decision_curve(rows.assign(model=0.1), ["model"], 0)  # up to twice the prevalence
+    low = curve_of(rows.assign(model=0.1))  # up to twice the observed share
     assert low.index[-1] == pytest.approx(math.floor(200 * rows["label"].mean()) / 100)
 
     def benefit(model, sample, threshold):
-        labels, positive = rows["label"][sample], rows[model][sample] >= threshold
-        return np.mean(np.where(positive, labels - (1 - labels) * threshold / (1 - threshold), 0))
+        part = rows.iloc[sample]
+        return plain_benefit(part["label"], part[model], threshold)
 
     samples = list(samples_of(rows, 0))
     for threshold in found.index[[0, 9, 40]]:
@@ -429,9 +473,7 @@ def test_the_decision_curve_is_the_net_benefit_of_each_draw():
         assert line.model == pytest.approx(value)
         assert (line.low, line.high) == pytest.approx(np.quantile(draws, ENDS))
         assert line.blend == pytest.approx(benefit("blend", samples[0], threshold))
-        prevalence = rows["label"].mean()
-        all_treated = prevalence - (1 - prevalence) * threshold / (1 - threshold)
-        assert line.treat_all == pytest.approx(all_treated)
+        assert line.treat_all == pytest.approx(plain_benefit(rows["label"], 1, threshold))
 
 
 def test_a_good_model_of_a_rare_outcome_has_all_curves():
@@ -439,11 +481,11 @@ def test_a_good_model_of_a_rare_outcome_has_all_curves():
     labels[:5] = labels[-100::2] = 1  # 55 events, nearly all in the top percent
     risk = np.append(np.linspace(0.001, 0.02, 9_900), np.linspace(0.3, 0.9, 100))
     rows = predictions((labels, risk, np.arange(10_000).astype(str)))
-    curve = decision_curve(rows, ["model"], 0)
+    curve = curve_of(rows)
     assert curve.index.min() == 0.01
     assert curve.index.max() >= 0.05
     assert np.isfinite(curve).all(axis=None)
-    bins = calibration_table(rows, "model", 0)
+    bins = calibration_table(rows, risk, LABEL, 0)
     assert (bins["n"] == 1000).all()
     assert bins["observed"].iloc[-1] == 0.05
 

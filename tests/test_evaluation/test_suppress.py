@@ -28,6 +28,7 @@ def metrics_of_part(true_positives=20, events=40, false_positives=30, n=200, min
         "ppv": true_positives / positives,
         "npv": 1 - (events - true_positives) / (n - positives),
         "positives": positives / n,
+        "net_benefit": 0.1,
         "auroc": 0.7,
     }
     return {
@@ -96,6 +97,31 @@ def test_rows_of_the_same_patients_count_once():
     part = metrics_of_part(40, 80, 60, 400) | {"patients": 50}
     assert blank(suppress(part, 11)) == {*AT_THRESHOLD}  # 5 patients in a cell of 40 rows
     assert blank(suppress(part | {"patients": 400}, 11)) == set()
+
+
+@pytest.mark.parametrize("second", [(20, 40, 30), (3, 5, 30), (150, 195, 2), (35, 40, 30)])
+@pytest.mark.parametrize("first", [(20, 40, 30), (3, 5, 30), (35, 40, 30)])
+def test_each_of_two_targets_is_hidden_by_its_own_minority(first, second):
+    parts = [
+        metrics_of_part(*cells) | {"fold_minority_patients": 2 if cells[1] == 5 else 20}
+        for cells in (first, second)
+    ]
+    for part in parts:
+        for metric in part["models"]["blend"]["auroc"], part["auroc"]:
+            metric |= {"sd": 0.1, "min": 0.6, "max": 0.8}
+
+    def joined(one, other):
+        shared = ("n", "patients", "model", "models", "reference")
+        ending = {f"{name}_72h": x for name, x in other.items() if name not in shared}
+        both = one | ending
+        if "models" in one:
+            both["models"] = {"blend": joined(*(x["models"]["blend"] for x in (one, other)))}
+        return both
+
+    hidden = [suppress(part, 11) for part in parts]
+    assert suppress(joined(*parts), 11) == joined(*hidden)
+    lacking = {k: x for k, x in joined(*parts).items() if k != "fold_minority_patients_72h"}
+    assert suppress(lacking, 11)["auroc_72h"]["min"] is None, "of an earlier version"
 
 
 def test_small_counts_of_reports_and_their_shares_are_hidden():

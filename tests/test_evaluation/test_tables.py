@@ -6,12 +6,13 @@ import pytest
 
 from medgemma_clinical.evaluation import tables
 from medgemma_clinical.evaluation.demographics import demographic_bands
-from medgemma_clinical.evaluation.metrics_table import evaluate
+from medgemma_clinical.evaluation.metrics_table import ORDER, evaluate
 from medgemma_clinical.evaluation.suppress import suppress_table
 from medgemma_clinical.evaluation.topics.cohort import case_mix_cells, count_cells, part_table
 from medgemma_clinical.evaluation.topics.subgroups import subgroup_cells, subgroup_table
 from medgemma_clinical.evaluation.verdicts import NO_VALUE, TOO_FEW
 from pages import MODEL, THRESHOLD, make_patients, make_rows
+from time_rows import TARGETS, make_times
 
 FEW = "observations: 1"
 
@@ -41,6 +42,20 @@ def test_over_several_splits_the_spread_is_shown():
     table = tables.model_table(evaluate(rows, 0, split=split))
     aurocs = [evaluate(rows[split == k], 0).table["value"][MODEL, "auroc"] for k in (0, 1)]
     assert table["SD over splits"].tolist() == [f"{np.std(aurocs, ddof=1):.3f}"]
+
+
+def test_several_targets_stand_below_each_other():
+    metrics, targets = evaluate(make_times(), 0, targets=TARGETS[:2]), TARGETS[:2]
+    table = tables.model_table(metrics, targets=targets)
+    assert table["Risk"].tolist() == [x.title for x in targets for _ in metrics.models]
+    for target, part in zip(targets, (table.iloc[:2], table.iloc[2:]), strict=True):
+        alone = tables.model_table(metrics.at(target))
+        pd.testing.assert_frame_equal(part.drop(columns="Risk"), alone)
+
+
+def test_every_metric_is_in_the_registry_with_its_meaning():
+    assert {*ORDER} <= {*tables.METRICS}
+    assert all(metric.title and metric.meaning for metric in tables.METRICS.values())
 
 
 def test_a_subgroup_of_few_patients_has_no_auroc():

@@ -6,9 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from medgemma_clinical.data.competing_events import CompetingEvents
 from medgemma_clinical.evaluation import verdicts
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES
-from medgemma_clinical.evaluation.metrics_table import MINORITY_PATIENTS, Metrics
+from medgemma_clinical.evaluation.metrics_table import EXPECTED, MINORITY_PATIENTS, Metrics
+from medgemma_clinical.evaluation.target import targets_of
 from medgemma_clinical.evaluation.verdicts import BETTER, TOO_FEW, UNDECIDED, WORSE, sentences
 
 EDGES = [
@@ -22,18 +24,17 @@ EDGES = [
 ]
 MODEL = STAGE_NAMES["trajectory"]
 AT = verdicts.at_threshold(0.115, "set by the user")
-CALIBRATION = {"calibration_slope": 0.873, "calibration_in_the_large": -0.117, "ici": 0.029}
+CALIBRATION = {"slope": 0.873, "intercept": -0.117, "oe": 0.95, "ici": 0.029, "ici_ideal": 0.02}
 
 
 def around(value, **more):
     return {"value": value, "low": value - 0.1, "high": value + 0.1, **more}
 
 
-def result(auroc, others=None, minority=50, calibrated=True):
+def result(auroc, others=None, minority=50):
     """Make the metrics of a model and of ``others``: AUROC and ends of the difference by name."""
     own = {"auroc": {"value": 0.7, "low": auroc[0], "high": auroc[1]}}
-    if calibrated:
-        own |= {name: around(value) for name, value in CALIBRATION.items()}
+    own |= {name: around(value) for name, value in CALIBRATION.items()}
     models = {}
     for name, (value, (low, high)) in (others or {}).items():
         ends = {"difference": (low + high) / 2, "difference_low": low, "difference_high": high}
@@ -41,6 +42,7 @@ def result(auroc, others=None, minority=50, calibrated=True):
         models[name] = {"reference": reference, "auroc": around(value, **ends)}
     counts = {"n": 1234, "patients": 567, "events": 89, "minority_patients": minority}
     plan = {"primary": "blend", "planned": [x for x in ("blend", ENSEMBLE) if x in models]}
+    plan["widening"] = 1.0
     return Metrics.from_json({**counts, "model": MODEL, **plan, **own, "models": models})
 
 
@@ -57,10 +59,10 @@ def test_only_an_interval_that_excludes_the_limit_decides(ends, level):
     assert [finding.verdict for finding in found] == [TOO_FEW, TOO_FEW, TOO_FEW, None, None]
 
 
-def test_a_difference_is_named_and_positive_for_the_better_one():
+def test_a_difference_is_named_with_its_sign():
     others = {"blend": (0.6, (-0.2, -0.1)), ENSEMBLE: (0.8, (0.1, 0.3))}
     simple, both = (finding.text for finding in verdicts.comparison(result((0.6, 0.8), others)))
-    assert "this model minus the simple one +0.150 [+0.100," in simple
+    assert "the simple one minus this one -0.150 [-0.200," in simple
     assert "ensemble minus blend +0.200 [+0.100," in both
 
 
@@ -76,11 +78,37 @@ def test_a_difference_is_named_and_positive_for_the_better_one():
         ((np.nan, np.nan), (np.nan, np.nan), "Too few"),
     ],
 )
-def test_risks_may_be_taken_literally_where_narrow_intervals_hold_the_ideal(slope, large, literal):
+@pytest.mark.parametrize("start", ["", EXPECTED])
+def test_risks_may_be_taken_literally_where_narrow_intervals_hold_the_ideal(
+    slope, large, literal, start
+):
+    """Of a recalibrated model these are the ones that are expected."""
     metrics = result((0.7, 0.9))
-    for name, ends in (("calibration_slope", slope), ("calibration_in_the_large", large)):
-        metrics.table.loc[(MODEL, name), ["low", "high"]] = ends
-    assert literal in sentences(metrics, AT)[1].text
+    if start:
+        metrics.table.loc[(MODEL, f"{start}ici"), "value"] = 0.01
+    for name, ends in (("slope", slope), ("intercept", large)):
+        metrics.table.loc[(MODEL, f"{start}{name}"), ["low", "high"]] = ends
+    text = sentences(metrics, AT)[1].text
+    assert literal in text
+    assert ("recalibrated" in text) == bool(start)
+
+
+def test_each_of_several_targets_has_its_calibration_unless_it_is_not_measured():
+    first, second = targets_of(CompetingEvents(("death",), (24.0, 72.0)))
+    metrics = result((0.7, 0.9))
+    names = {name: second.key(name) for name in CALIBRATION}
+    more = metrics.table.loc[pd.IndexSlice[:, [*CALIBRATION]], :].rename(names, level="metric")
+    metrics = replace(metrics, table=pd.concat([metrics.table, more]))
+    metrics.table.loc[(MODEL, "slope"), "high"] = 1.1
+    metrics.table.loc[(MODEL, "intercept"), "high"] = 0.1
+    texts = [x.text for x in sentences(metrics, AT, targets=[first, second])]
+    assert [first.title in text for text in texts] == [True, True, False, False]
+    assert [second.title in text for text in texts] == [False, False, True, False]
+    assert "may not be" in texts[2]
+    assert "may not be" not in texts[1]
+    metrics.table.loc[(MODEL, "oe_72h"), "value"] = np.nan
+    texts = [x.text for x in sentences(metrics, AT, targets=[first, second])]
+    assert texts[2].startswith("Not measured")
 
 
 def test_the_decision_stands_in_counts_where_some_row_is_predicted_positive():
@@ -98,7 +126,7 @@ def test_the_decision_stands_in_counts_where_some_row_is_predicted_positive():
 def test_a_sentence_is_left_out_where_its_rows_are_missing():
     names = [name for name in STAGE_NAMES.values() if name != MODEL]
     stages = dict.fromkeys(names, (0.9, (0.1, 0.2)))
-    assert len(sentences(result((0.6, 0.8), calibrated=False), AT)) == 2
+    assert len(sentences(result((0.6, 0.8)), AT)) == 3
     assert len(sentences(result((0.6, 0.8), stages), AT)) == 3
     assert (
         len(sentences(result((0.6, 0.8), {**stages, "last value": (0.6, (-0.2, -0.1))}), AT)) == 3

@@ -77,14 +77,14 @@ def subgroup_table(
 ) -> pd.DataFrame:
     """Return counts, AUROC and calibration of each category in ``bands`` (n rows)."""
     risk = rows[target.column(model)].to_numpy(float)
-    case, patients = target.known(rows).case, rows["patient"].to_numpy(str)
+    labels, patients = target.labels(rows), rows["patient"].to_numpy(str)
     lines: list[dict[str, Any]] = []
     scored = {}  # rows by line
     for group, column in bands.items():
         for level in column.cat.categories:
             members = np.flatnonzero(column.to_numpy() == level)
             if len(members):
-                counts = count(case[members], patients[members])
+                counts = count(labels[members], patients[members])
                 if counts["minority_patients"] >= MINORITY_PATIENTS:
                     scored[len(lines)] = members
                 known = target.known(rows, part=members).level(risk[members])
