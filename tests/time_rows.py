@@ -4,14 +4,16 @@ import numpy as np
 import pandas as pd
 
 from medgemma_clinical.data.competing_events import CompetingEvents
+from medgemma_clinical.evaluation.target import UNCENSORED, read_weights, targets_of
 from medgemma_clinical.models.hazards import Hazards
 from medgemma_clinical.models.outcome import TimeOutcome
 from pages import MODEL
 
-__all__ = ["EVENTS", "MODEL", "OUTCOME", "make_times"]
+__all__ = ["EVENTS", "MODEL", "OUTCOME", "TARGETS", "make_times", "weighed_targets"]
 
 EVENTS = CompetingEvents(("death", "transplant"), (24.0, 72.0), (2,))
 OUTCOME = TimeOutcome(Hazards(EVENTS, (24.0, 72.0), (1.0, 1.0)))
+TARGETS = targets_of(EVENTS)
 
 
 def make_times(n=400, seed=0):
@@ -27,9 +29,12 @@ def make_times(n=400, seed=0):
         first, second, _ = rates * np.exp(noise * rng.normal(size=n))
         risks = [first / (first + second) * -np.expm1(-(first + second) * x) for x in (24, 72)]
         risks += [-np.expm1(-first * x) for x in (24, 72)]
-        rows[model] = risks[0]
-        rows = rows.assign(
-            **{f"{model} {k}": x for k, x in zip(EVENTS.risk_names, risks, strict=True)}
-        )
+        columns = [target.column(model) for target in TARGETS]
+        rows = rows.assign(**dict(zip(columns, risks, strict=True)))
     given = rng.uniform(0.4, 1, n)
-    return rows.assign(**{f"uncensored {name}": given for name in EVENTS.risk_names[2:]})
+    return rows.assign(**{f"{UNCENSORED}{name}": given for name in EVENTS.risk_names[2:]})
+
+
+def weighed_targets(rows):
+    """Return the targets with the weights that the rows bring."""
+    return read_weights(TARGETS, rows)

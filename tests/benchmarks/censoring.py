@@ -23,7 +23,7 @@ from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.evaluation.baselines import LOGISTIC, regression
-from medgemma_clinical.evaluation.censoring import censoring_survival
+from medgemma_clinical.evaluation.censoring import CensoringRegression
 from medgemma_clinical.evaluation.time_metrics import metrics_at
 
 METRICS = ["auroc", "brier", "scaled_brier", "oe", "intercept", "slope", "ici", "observed"]
@@ -89,9 +89,8 @@ def main(argv=None):
         values[columns[1]].append(metrics_at(*now, risk, horizon))
         now = censor(hours, event, by_input(rng, score, horizon))
         values[columns[2]].append(metrics_at(*now, risk, horizon))
-        survival = censoring_survival(
-            now[0], now[1] == 0, static.to_numpy(), horizon, dataset.groups, draw
-        )
+        given = static.to_numpy(), horizon, dataset.groups, draw
+        survival = CensoringRegression(now[0], now[1] == 0, *given).probability
         values[columns[3]].append(metrics_at(*now, risk, horizon, censoring=survival))
     truth = metrics_at(hours, event, risk, horizon)
     frames = {name: pd.DataFrame(rows) for name, rows in values.items()}

@@ -3,10 +3,15 @@
 import numpy as np
 import pytest
 
-from medgemma_clinical.evaluation.censoring import censoring_survival
+from medgemma_clinical.evaluation.censoring import CensoringRegression
 from medgemma_clinical.evaluation.time_metrics import metrics_at, uncensored_probability
 
 HORIZON = 24.0
+
+
+def censoring_survival(*data, seed=0):
+    """Return each row's probability by a regression."""
+    return CensoringRegression(*data, seed).probability
 
 
 def waiting_list(rows, seed=0, step=0.0):
@@ -35,7 +40,7 @@ def test_the_probability_of_constant_hazards_is_recovered(step):
     hours, event, inputs, true, _ = waiting_list(4000, step=step)
     for reason in (0, 2):
         survival = censoring_survival(
-            hours, event == reason, inputs, HORIZON, np.arange(len(hours)), seed=0
+            hours, event == reason, inputs, HORIZON, np.arange(len(hours))
         )
         assert ((survival > 0) & (survival <= 1)).all()
         before_any = hours <= hours[event == reason].min()
@@ -49,8 +54,7 @@ def test_risks_without_the_intervention_need_the_product_of_both_regressions():
     hours, event, inputs, true, risk = waiting_list(6000)
     groups = np.arange(len(hours))
     ended = [
-        censoring_survival(hours, event == reason, inputs, HORIZON, groups, seed=0)
-        for reason in (0, 2)
+        censoring_survival(hours, event == reason, inputs, HORIZON, groups) for reason in (0, 2)
     ]
     death = (event == 1).astype(float)
     values, expected, marginal = (
@@ -72,7 +76,7 @@ def test_a_patient_is_predicted_by_other_patients():
     hours = np.where(is_censored, rng.uniform(1, 20, 200), 30.0)
     mean = {}
     for name, groups in {"patients": np.arange(200) // 2, "rows": np.arange(200)}.items():
-        survival = censoring_survival(hours, is_censored, inputs, HORIZON, groups, seed=0)
+        survival = censoring_survival(hours, is_censored, inputs, HORIZON, groups)
         mean[name] = survival[~is_censored].mean()
     assert mean["rows"] > mean["patients"] + 0.1  # there a row's twin was in training
 
@@ -80,7 +84,7 @@ def test_a_patient_is_predicted_by_other_patients():
 def test_a_value_that_is_unknown_can_tell_the_censoring():
     hours, event, inputs, true, _ = waiting_list(4000)
     inputs = np.where(inputs[:, [1]] > 0.5, np.nan, inputs)  # by z, on which the record's end rests
-    survival = censoring_survival(hours, event == 0, inputs, HORIZON, np.arange(len(hours)), seed=0)
+    survival = censoring_survival(hours, event == 0, inputs, HORIZON, np.arange(len(hours)))
     assert np.abs(survival - true[0]).mean() < 0.04
     assert np.corrcoef(survival, true[0])[0, 1] > 0.9
 
@@ -92,7 +96,7 @@ def test_few_censored_patients_leave_kaplan_meier(patients):
     event = np.isin(np.arange(300), early, invert=True).astype(float)
     groups = np.arange(300)
     groups[early] = np.arange(2 * patients) // 2  # two rows each
-    survival = censoring_survival(hours, event == 0, inputs, HORIZON, groups, seed=0)
+    survival = censoring_survival(hours, event == 0, inputs, HORIZON, groups)
     assert survival.tolist() == uncensored_probability(hours, event, HORIZON).tolist()
     assert (survival == 1).all() == (patients == 0)
 
@@ -100,7 +104,7 @@ def test_few_censored_patients_leave_kaplan_meier(patients):
 def test_equal_seeds_give_equal_folds():
     hours, event, inputs, *_ = waiting_list(600)
     first, again, other = (
-        censoring_survival(hours, event == 0, inputs, HORIZON, np.arange(600), seed)
+        censoring_survival(hours, event == 0, inputs, HORIZON, np.arange(600), seed=seed)
         for seed in (0, 0, 1)
     )
     assert first.tolist() == again.tolist()

@@ -164,20 +164,21 @@ def fitted():
 def fit_on(dataset):
     rows = np.arange(len(dataset))
     outcome = TimeOutcome(Hazards.fitted(dataset.competing_events, dataset.targets()))
-    settings = outcome.tune_baselines(dataset, rows, ["static_age [years]"])
-    return outcome, settings, outcome.fit_baselines(dataset, rows, settings)
+    fits = outcome.fits(dataset, rows)
+    settings = baselines.tune_baselines(dataset, rows, ["static_age [years]"], fits)
+    return outcome, settings, baselines.fit_baselines(dataset, rows, settings, fits)
 
 
 def test_baselines_find_the_risks_of_a_known_population(fitted):
     outcome, settings, models = fitted
     assert settings.trees.keys() == {"1", "2"}
-    assert {*models.names} == {
-        *outcome.baseline_names(with_times(50)[0], [], ["static_age [years]"])
-    }
+    few, rows = with_times(50)[0], np.arange(50)
+    names = baselines.baseline_names(few, rows, ["static_age [years]"], outcome.fits(few, rows))
+    assert {*models.names} == {*names}
     new, rates = with_times(2000, seed=5)
     total = rates[:2].sum(axis=0)
     truth = rates[0] / total * (1 - np.exp(-72 * total))
-    risks = {k: outcome.risks("m", x)["m risk_72h"] for k, x in models.risks(new).items()}
+    risks = {name: outcome.risks(x)[:, 1] for name, x in models.forecasts(new).items()}
     distance = pd.Series({name: np.abs(risk - truth).mean() for name, risk in risks.items()})
     assert distance["logistic regression"] < 0.02
     assert distance["gradient boosting with statics"] < 0.04
@@ -196,8 +197,10 @@ def test_trees_count_an_interval_by_the_share_of_it_that_was_watched():
     dataset = MIMICtrajectoryDataset(table, **options)
     grid = TimeOutcome(Hazards(dataset.competing_events, (72.0,), (1.0, 1.0)))
     rows, (found, _) = np.arange(800), periods(table["event_hours"], table["event"], (72.0,))
-    settings = grid.tune_baselines(dataset, rows, [])
-    hazards = grid.fit_baselines(dataset, rows, settings).risks(dataset)["gradient boosting"]
+    fits = grid.fits(dataset, rows)
+    settings = baselines.tune_baselines(dataset, rows, [], fits)
+    fitted = baselines.fit_baselines(dataset, rows, settings, fits)
+    hazards = fitted.risks(dataset)["gradient boosting"]
     np.testing.assert_allclose(hazards[0], found.level, rtol=0.02)
 
 

@@ -3,17 +3,21 @@
 import numpy as np
 import pytest
 from scipy.optimize import least_squares
-from sklearn.metrics import brier_score_loss, roc_auc_score
+from sklearn.metrics import (
+    average_precision_score,
+    brier_score_loss,
+    log_loss,
+    roc_auc_score,
+)
 
 from cohorts import repeated
 from medgemma_clinical.evaluation.time_metrics import (
-    _calibration_error,
     aalen_johansen,
     check_horizon,
     fit_cloglog,
+    known_at,
     metrics_at,
-    metrics_of_draws,
-    statuses_at,
+    neighbour_curve,
     uncensored_probability,
 )
 
@@ -100,7 +104,8 @@ def test_a_table_computed_by_hand():
     assert incidence == pytest.approx(np.array([first, second]), abs=1e-12)
     uncensored = [1, 1, 1, 4 / 5, 4 / 5, 8 / 15, 8 / 15]  # just before the time or the horizon
     assert uncensored_probability(HOURS, EVENT, 5) == pytest.approx(uncensored, abs=1e-12)
-    values = metrics_of_draws(HOURS, EVENT, RISK, 5, ones(HOURS))
+    known = known_at(HOURS, EVENT, 5, ones(HOURS))
+    values = known.level(RISK) | known.ranking(RISK)
     # Weights 1, 0, 1, 5/4, 0, 15/8, 15/8; rows 1 and 4 are cases.
     brier = (0.01 + 0.04 + 0.49 * 5 / 4 + 0.16 * 15 / 8 + 0.01 * 15 / 8) / 7
     assert values["observed"][0] == pytest.approx(9 / 28, abs=1e-12)
@@ -109,7 +114,11 @@ def test_a_table_computed_by_hand():
     assert values["scaled_brier"][0] == pytest.approx(1 - brier / (9 / 28 * 19 / 28), abs=1e-12)
     assert values["auroc"][0] == pytest.approx((4.75 + 1.25 * 2.875) / (2.25 * 4.75), abs=1e-12)
     squares = 1 + 1 + 25 / 16 + 2 * 225 / 64
-    assert values["effective_n"][0] == pytest.approx(49 / squares, abs=1e-12)
+    assert known.effective_n == pytest.approx(49 / squares, abs=1e-12)
+    losses = -np.log([0.9, 0.8, 0.3, 0.6, 0.9]) @ [1, 1, 5 / 4, 15 / 8, 15 / 8] / 7
+    assert values["log_loss"][0] == pytest.approx(losses, abs=1e-12)
+    precision = (1 / 1 + 5 / 4 * 2.25 / (2.25 + 1.875)) / 2.25
+    assert values["auprc"][0] == pytest.approx(precision, abs=1e-12)
 
 
 def test_constant_hazards_have_the_closed_form():
@@ -127,7 +136,9 @@ def test_calibration_is_least_squares_of_pseudo_values_that_leave_each_row_out(s
     hours, event, risk, *_ = population(80, seed=seed, step=step)
     outcome = pseudo_values(hours, event, HORIZON)
     expected = plain_calibration(outcome, risk, np.ones(80))
-    values = metrics_of_draws(hours, event, risk, HORIZON, ones(hours))
+    known = known_at(hours, event, HORIZON, ones(hours))
+    np.testing.assert_allclose(known.fitted[0], outcome, rtol=0, atol=1e-9)
+    values = known.calibration(risk) | known.level(risk)
     assert {name: values[name][0] for name in expected} == pytest.approx(expected, abs=1e-6)
     assert values["observed"][0] == pytest.approx(incidence_at(hours, event, HORIZON), abs=1e-12)
 
@@ -153,24 +164,18 @@ def test_calibration_error_averages_the_neighbours_of_each_row():
 def test_calibration_error_averages_a_twentieth_of_many_rows_on_either_side():
     risk = np.arange(4000) / 4000
     outcome = risk + (np.arange(4000) == 2000)  # one row is off by 1
-    values = _calibration_error(outcome[None], risk, np.ones((1, 4000)), np.ones((1, 4000)))
-    assert values["ici"][0] == pytest.approx(401 / 4000 / 401, abs=1e-12)
+    curve = neighbour_curve(outcome, risk, np.ones((1, 4000)), risk)[0]
+    assert np.abs(curve - risk).mean() == pytest.approx(401 / 4000 / 401, abs=1e-12)
+    between = neighbour_curve(outcome, risk, np.ones((1, 4000)), risk[:-1] + 1 / 8000)[0]
+    np.testing.assert_allclose(between, (curve[1:] + curve[:-1]) / 2, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("regression", [False, True])
-@pytest.mark.parametrize("step", [0.0, 4.0])
-def test_whole_weights_equal_repeated_rows(regression, step):
-    hours, event, risk, x, _ = population(150, step=step, effect=0.5)
-    risk = np.round(risk, 2)
-    censoring = np.exp(-0.02 * np.exp(0.5 * x) * np.minimum(hours, HORIZON)) if regression else None
+def test_whole_weights_of_an_incidence_equal_repeated_rows():
+    hours, event, *_ = population(150, step=4.0, effect=0.5)
     weights = np.random.default_rng(0).integers(0, 4, (6, 150)).astype(float)
-    values = metrics_of_draws(hours, event, risk, HORIZON, weights, censoring)
     times, incidence = aalen_johansen(hours, event, weights)
     for draw, weight in enumerate(weights):
         rows = repeated(weight)
-        given = censoring[rows] if regression else None
-        expected = metrics_at(hours[rows], event[rows], risk[rows], HORIZON, censoring=given)
-        assert {name: x[draw] for name, x in values.items()} == pytest.approx(expected, abs=1e-9)
         own_times, own_incidence = aalen_johansen(hours[rows], event[rows])
         at = np.isin(times, own_times)
         assert incidence[draw][:, at] == pytest.approx(own_incidence, abs=1e-12)
@@ -202,8 +207,8 @@ def test_a_slope_needs_twenty_different_risks(values):
 def test_who_is_predicted_positive_needs_no_weights():
     hours, event, risk, *_ = population(300)
     weights = np.vstack([ones(hours), np.random.default_rng(0).integers(0, 4, 300)])
-    statuses, positive = statuses_at(hours, event, HORIZON, weights), risk > 0.2
-    found = statuses.confusion(positive)
+    positive = risk > 0.2
+    found = known_at(hours, event, HORIZON, weights).shares(positive)
     expected = (weights * positive).sum(axis=1) / weights.sum(axis=1)
     np.testing.assert_allclose(found["positives"], expected)
 
@@ -211,10 +216,11 @@ def test_who_is_predicted_positive_needs_no_weights():
 def test_weights_are_equal_where_all_are_watched_until_the_horizon():
     hours, event, risk, *_ = population(300, censoring=0)
     event[hours > HORIZON] = 0  # censored, all later
-    statuses = statuses_at(hours, event, HORIZON, ones(hours))
-    assert (statuses.inverse == 1).all()
+    known = known_at(hours, event, HORIZON, ones(hours))
+    assert not known.has_weights
+    assert (known.weights == 1).all()
     labels, positive = (event == 1) & (hours <= HORIZON), risk > 0.2
-    assert statuses.confusion(positive)["sensitivity"] == pytest.approx(positive[labels].mean())
+    assert known.shares(positive)["sensitivity"] == pytest.approx(positive[labels].mean())
 
 
 @pytest.mark.parametrize(("shift", "slope"), [(0, 1), (1.0, 1), (-1.0, 1), (0.3, 2), (-0.5, 0.5)])
@@ -258,17 +264,11 @@ def test_weights_of_a_regression_are_cut_and_their_worth_is_shown():
     assert values["effective_n"] == pytest.approx(weights.sum() ** 2 / (weights**2).sum())
     assert values["observed"] == pytest.approx(weights @ labels / weights.sum())
     assert values["oe"] == pytest.approx(weights @ labels / (weights @ risk))
-    assert values["auroc"] == pytest.approx(roc_auc_score(labels, risk, sample_weight=weights))
+    oracles = {"auroc": roc_auc_score, "auprc": average_precision_score, "log_loss": log_loss}
+    for name, oracle in oracles.items():
+        assert values[name] == pytest.approx(oracle(labels, risk, sample_weight=weights)), name
     expected = plain_calibration(labels, risk, weights)
     assert {name: values[name] for name in expected} == pytest.approx(expected, abs=1e-6)
-
-
-def test_what_happens_after_the_horizon_changes_nothing():
-    hours, event, risk, *_ = population(200)
-    later = hours >= HORIZON
-    others = np.where(later, HORIZON, hours), np.where(later, 0, event)  # the record ends there
-    expected = metrics_at(hours, event, risk, HORIZON)
-    assert metrics_at(*others, risk, HORIZON) == pytest.approx(expected, abs=1e-12)
 
 
 def test_events_at_0_equal_risks_certain_risks_and_a_single_cause_have_values():
@@ -329,13 +329,11 @@ def test_no_finite_fit_is_nan():
     assert np.isnan(values["slope"])
     assert np.isfinite(values["intercept"])
     assert values["auroc"] == 1
-    nobody = metrics_of_draws(hours, event * 2, risk, HORIZON, ones(hours))
-    assert [name for name, x in nobody.items() if np.isnan(x[0])] == [
-        "auroc",
-        "scaled_brier",
-        "intercept",
-        "slope",
-    ]
+    known = known_at(hours, event * 2, HORIZON, ones(hours))
+    nobody = known.ranking(risk) | known.level(risk) | known.calibration(risk)
+    nobody |= known.distances(risk)
+    undefined = {name for name, x in nobody.items() if not np.isfinite(x[0])}
+    assert undefined == {"auroc", "auprc", "scaled_brier", "intercept", "slope"}
 
 
 def altered(index, row, value):
