@@ -15,10 +15,11 @@ from medgemma_clinical.commands.pages import write_training_page
 from medgemma_clinical.data.trajectories import UNKNOWN
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, blend
 from medgemma_clinical.evaluation.metrics_table import evaluate
+from medgemma_clinical.evaluation.target import LABEL
+from medgemma_clinical.evaluation.topics.all_topics import prediction_topics
 from medgemma_clinical.evaluation.topics.cohort import case_mix_topic
 from medgemma_clinical.evaluation.topics.topic import Evaluated
 from medgemma_clinical.models import model_card
-from medgemma_clinical.models.outcome import LABEL
 from trajectories import dataset_of
 
 OUTCOME = "Death <b>& $x$ decay"
@@ -76,10 +77,14 @@ ROWS = np.arange(200)
 SPLIT = {"train": ROWS[:100], "val": ROWS[100:120], "test": ROWS[120:]}
 
 
-def make_evaluated(rows, metrics=None, *, threshold=THRESHOLD, sites=None, **more):
+def make_evaluated(
+    rows, metrics=None, *, threshold=THRESHOLD, sites=None, targets=(LABEL,), **more
+):
     """Predictions with their metrics."""
-    metrics = evaluate(rows, 0, threshold) if metrics is None else metrics
+    if metrics is None:
+        metrics = evaluate(rows, 0, [threshold] * len(targets), targets=targets)
     patients, choice = make_patients(len(rows), sites), "chosen by a rule on some rows"
+    more["targets"] = targets
     return Evaluated(rows, metrics, patients, 0, threshold, choice, **more)
 
 
@@ -101,7 +106,7 @@ def write_page(root, rows=None, evaluated=None, results=None, *, config=None, fl
     ``more``: of ``Evaluated`` and ``write_training_page``.
     """
     rows = make_rows() if rows is None else rows
-    own = ("min_cell", "threshold", "noun", "folds", "sites")
+    own = ("min_cell", "threshold", "noun", "folds", "sites", "targets")
     about = {name: more.pop(name) for name in own if name in more}
     evaluated = evaluated or make_evaluated(rows, **about)
     dataset = make_dataset()
@@ -110,7 +115,8 @@ def write_page(root, rows=None, evaluated=None, results=None, *, config=None, fl
         dataset.sites = np.resize(evaluated.patients["site"], len(dataset))
     shown = {"stage": "trajectory", "encoder": None, "data_sha256": "c0ffee", "case_mix": {}}
     shown |= {"inputs": {"static": []}, "metrics": {"reports": WRITTEN}, **(config or {})}
-    results = [*LABEL.topics(), case_mixes()] if results is None else results
+    targets = evaluated.targets
+    results = [*prediction_topics(targets), case_mixes()] if results is None else results
     parts = {"split": SPLIT, "card": {"Seed": "0"}, "methods": METHODS, "history": HISTORY} | more
     program = mock.patch.object(model_card, "describe_program", dict)  # the same in each version
     with whole_reports(), program:

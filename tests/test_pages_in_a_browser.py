@@ -24,18 +24,18 @@ from medgemma_clinical.data.competing_events import CompetingEvents
 from medgemma_clinical.data.distributions import describe
 from medgemma_clinical.evaluation.aggregate import pool_sites
 from medgemma_clinical.evaluation.baselines import MEANINGS
-from medgemma_clinical.evaluation.metrics_table import TESTED, evaluate
+from medgemma_clinical.evaluation.metrics_table import evaluate
 from medgemma_clinical.evaluation.monitor_page import monitor_page
 from medgemma_clinical.evaluation.monitoring import MonitorRule, monitor
 from medgemma_clinical.evaluation.patients import Curves
 from medgemma_clinical.evaluation.report import comparison_page, write_report
 from medgemma_clinical.evaluation.sites_page import sites_page
 from medgemma_clinical.evaluation.tables import COST
-from medgemma_clinical.evaluation.time_table import evaluate_times
+from medgemma_clinical.evaluation.target import LABEL
+from medgemma_clinical.evaluation.topics.all_topics import prediction_topics
 from medgemma_clinical.evaluation.topics.calibration import calibration_updates
 from medgemma_clinical.evaluation.topics.instability import instability, repeat_metrics
 from medgemma_clinical.evaluation.updating import evaluate_updates
-from medgemma_clinical.models.outcome import LABEL
 from test_evaluation.test_monitoring import cohort, development
 
 FIGURES = True
@@ -75,10 +75,10 @@ def report(folder):
 def external(folder):
     """A report of several sites, with an update and a written report."""
     rows, words = pages.make_rows(), "bicarbonate 20 (0h) -> 21 (6h). " * 12
-    tried = partial(calibration_updates, tried=evaluate_updates(rows, pages.MODEL, 0))
+    tried = partial(calibration_updates, tried=evaluate_updates(rows, pages.MODEL, (LABEL,), 0))
     names = np.repeat(["a clinic of a longer name", "b", "c", "d"], 100)
     example = {"prompt": words, "target": words, "text": words.replace("21", "22")}
-    results = [*LABEL.topics()[-2:], tried]
+    results = [*prediction_topics((LABEL,)), tried]
     pages.write_page(folder, rows, results=results, sites=names, example=example)
     return folder / "report.html"
 
@@ -88,10 +88,8 @@ def repeats(folder):
     rows, rng = pages.make_rows(), np.random.default_rng(0)
     risks = {f"repeat_{k}": rng.uniform(0, 1, len(rows)) for k in range(3)}
     by_repeat = pd.DataFrame({"seed": range(3), "threshold": 0.3, "auroc": 0.7})
-    results = [
-        partial(repeat_metrics, table=LABEL.table),
-        partial(instability, table=rows[TESTED].assign(**risks), by_repeat=by_repeat),
-    ]
+    table = rows[["id", "label", "patient"]].assign(**risks)
+    results = [repeat_metrics, partial(instability, table=table, by_repeat=by_repeat)]
     pages.write_page(folder, rows, results=results, folds=5, history=[])
     return folder / "report.html"
 
@@ -159,11 +157,9 @@ def patients(folder):
 
 def times(folder):
     """A report on times to events."""
-    rows, events = time_rows.make_times(), time_rows.EVENTS
-    metrics = replace(evaluate_times(rows, events, 0, 0.25), primary="blend")
-    view = pages.make_evaluated(rows, metrics, threshold=0.25)
-    outcome = time_rows.OUTCOME
-    pages.write_page(folder, evaluated=view, results=outcome.topics(), config=outcome.config)
+    rows = time_rows.make_times()
+    shown = {"targets": time_rows.weighed_targets(rows), "config": time_rows.OUTCOME.config}
+    pages.write_page(folder, rows, threshold=0.25, **shown)
     return folder / "report.html"
 
 

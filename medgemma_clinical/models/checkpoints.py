@@ -31,7 +31,7 @@ from medgemma_clinical.data.small_cells import MIN_CELL
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import MIN_TIME_SCALE
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, Baselines
-from medgemma_clinical.evaluation.decision import describe_threshold, read_rules
+from medgemma_clinical.evaluation.decision import describe_threshold
 from medgemma_clinical.evaluation.demographics import demographics
 from medgemma_clinical.evaluation.monitoring import MonitorRule
 from medgemma_clinical.evaluation.reference import check_reference
@@ -198,7 +198,7 @@ def check_config(path: Path, config: Any, stages: tuple[str, ...]) -> None:
             check_reference(entry)
         rules_of(config)
         for rules in config.get("models", {}).values():
-            read_rules(rules)
+            rules_of({**config, "decision": rules})
         mix = config.get("case_mix", {})
         case_mix_cells({"all": mix, "last": mix.get("last", {})}, "rows")
         MonitorRule.checked(config.get("monitor_rule", {}))

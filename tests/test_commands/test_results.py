@@ -12,15 +12,13 @@ import medgemma_trainer as trainer
 from language_models import TINY_MODEL
 from medgemma_clinical.commands import pages, results, run_folder
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, describe_tuning
-from medgemma_clinical.evaluation.decision import (
-    Predictions,
-    choose_threshold,
-    youden_threshold,
-)
+from medgemma_clinical.evaluation.decision import Predictions, choose_threshold
+from medgemma_clinical.evaluation.metrics import of_labels
 from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
+from medgemma_clinical.evaluation.target import LABEL
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.model_card import weight_0_sentence
-from medgemma_clinical.models.outcome import LABEL
+from medgemma_clinical.models.outcome import weighted
 from medgemma_clinical.models.trained_model import read_trained_config
 from medgemma_clinical.training.state import describe_selection
 from pages import Page
@@ -57,8 +55,8 @@ def test_every_output_is_one_table_of_the_predictions(stage, runs):
         assert expected.models[-1] == ENSEMBLE
         assert (STAGE_1 in expected.models[1:]) == (stage != "trajectory")
     val = predictions_of(folder, "val")
-    labels, risk = val["label"].to_numpy(), val[STAGE_NAMES[stage]].to_numpy()
-    assert known["threshold"] == pytest.approx(youden_threshold(labels, risk))
+    risk, of_val = val[STAGE_NAMES[stage]].to_numpy(), of_labels(val["label"].to_numpy(float))
+    assert known["threshold"] == pytest.approx(choose_threshold(None, of_val, risk))
     assert read_trained_config(folder)["metrics"] == known
     lines = (folder / "tripod.md").read_text().splitlines()
     (performance,) = (line for line in lines if line.startswith("| 23a |"))
@@ -82,9 +80,10 @@ def test_primary_baseline_and_threshold_are_those_that_were_named(dka_file, tmp_
     folder = tmp_path / "run" / "trajectory"
     val, model = predictions_of(folder, "val"), trainer.TrajectoryModel.from_pretrained(folder)
     assert model.config["threshold_choice"] == "specificity 0.8"
-    for name, rule in model.trained.rules.items():
-        labels, risk = val["label"].to_numpy(float), val[name].to_numpy()
-        assert rule.threshold == pytest.approx(choose_threshold("specificity 0.8", labels, risk))
+    of_val = of_labels(val["label"].to_numpy(float))
+    for name, rules in model.trained.rules.items():
+        threshold = choose_threshold("specificity 0.8", of_val, val[name].to_numpy())
+        assert rules["label"].threshold == pytest.approx(threshold)
     page = Page((folder / "report.html").read_text()).text
     assert "for a specificity of at least 80 % on the validation part" in page
 
@@ -211,17 +210,18 @@ def test_min_cell_hides_few_events_on_the_page_alone(calibrated):
 def test_recalibration_changes_risks_and_not_the_order_of_patients(calibrated, tmp_path):
     place, known = calibrated
     plain, mended = known["none"], known["platt"]
-    assert plain["calibration"] == {"method": "none"}
+    assert plain["calibration"] == {"method": "none", "moves": {}}
     for part in PARTS.values():
         for name in ("auroc", "sensitivity", "specificity"):  # at thresholds of their own
             assert mended[part][name] == plain[part][name]
-    assert mended["validation"]["calibration_slope"]["value"] == pytest.approx(1, abs=1e-6)
-    assert mended["validation"]["calibration_in_the_large"]["value"] == pytest.approx(0, abs=1e-6)
+    assert mended["validation"]["slope"]["value"] == pytest.approx(1, abs=1e-6)
+    assert mended["validation"]["intercept"]["value"] == pytest.approx(0, abs=1e-6)
     config = torch.load(place / "platt" / TRAJECTORY_FILE, weights_only=True)["config"]
-    fit = {"threshold": mended["threshold"], **mended["calibration"]}
-    assert config["decision"] == {name: fit[name] for name in ("slope", "intercept", "threshold")}
+    multiplier, shift = mended["calibration"]["moves"]["label"]
+    rule = {"multiplier": multiplier, "shift": shift, "threshold": mended["threshold"]}
+    assert config["decision"] == {"label": rule}
     raw, new = (predictions_of(place / how / "trajectory", "test")[STAGE_1] for how in known)
-    logit = fit["intercept"] + fit["slope"] * np.log(raw / (1 - raw))
+    logit = shift + multiplier * np.log(raw / (1 - raw))
     np.testing.assert_allclose(new, 1 / (1 + np.exp(-logit)), atol=1e-6)
     scored = predicted(place / "platt" / "trajectory", place / "data.csv", tmp_path / "new.csv")
     saved = predictions_of(place / "platt" / "trajectory", "test").set_index("id")[STAGE_1]
@@ -254,9 +254,10 @@ def test_a_language_model_that_adds_nothing_leaves_stage_1_as_it_is(calibrated, 
 
 
 def test_the_chosen_weight_is_kept_with_the_model_and_makes_its_predictions():
-    labels, offset = np.tile([0.0, 1, 0, 1, 0, 1], 100), np.zeros(600)
-    logit = np.tile([-1.0, 3, -1, 3, 2, -2], 100)
-    raw = Predictions(0.5, labels, logit, np.arange(600) % 16, offset[:, None])
+    rows = np.arange(600) % 16
+    labels, is_wrong = patients().labels[rows], np.arange(600) % 6 > 3
+    logit = np.where(is_wrong, 2 - 4 * labels, -1 + 4 * labels)[:, None]
+    raw = Predictions(np.full(1, 0.5), logit, rows, np.zeros((600, 1)))
     for flags, weighs in (("--freeze_ode",), True), (("--soft_prompt", "off"), False):
         stage = stage_of_patients(*flags)
         args = arguments("--model_name", TINY_MODEL, *flags)
@@ -266,7 +267,7 @@ def test_the_chosen_weight_is_kept_with_the_model_and_makes_its_predictions():
         assert (decided.weight is not None) == weighs
         weight = decided.weight if weighs else 1.0
         assert (0 < weight < 1) == weighs
-        assert decided.applied(LABEL, raw).logit == pytest.approx(weight * logit)
+        assert weighted(raw, decided.weight).outputs == pytest.approx(weight * logit)
 
 
 @pytest.fixture(scope="module")
@@ -310,5 +311,5 @@ def test_a_test_part_of_few_events_names_the_folds(caplog):
         table = pd.DataFrame({**tested, "model": np.linspace(0, 1, 90)})
         with caplog.at_level("INFO"):
             metrics = {part: evaluate(table, 0) for part in ("val", "test")}
-            results.log_results(metrics, LABEL, 0.5, None, "x")
+            results.log_results(metrics, (LABEL,), "", None, "x")
         assert ("--folds" in caplog.text) == named

@@ -10,8 +10,10 @@ from matplotlib.figure import Figure
 from scipy.special import expit, logit
 
 from medgemma_clinical.evaluation import plots
-from medgemma_clinical.evaluation.metrics import net_benefit
+from medgemma_clinical.evaluation.baselines import ENSEMBLE
+from medgemma_clinical.evaluation.metrics import net_benefit, of_labels
 from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
+from medgemma_clinical.evaluation.target import LABEL
 from medgemma_clinical.evaluation.topics.calibration import (
     calibration_table,
     plot_calibration,
@@ -27,7 +29,7 @@ from medgemma_clinical.evaluation.topics.decision_curve import (
 )
 from medgemma_clinical.evaluation.topics.discrimination import plot_precision_recall, plot_roc
 from medgemma_clinical.evaluation.verdicts import BETTER, UNDECIDED, WORSE
-from pages import MODEL, THRESHOLD, Page, make_rows
+from pages import MODEL, THRESHOLD, Page, make_evaluated, make_rows
 
 FIGURES = True
 
@@ -44,6 +46,11 @@ def lines_of(figure):
     return {str(line.get_label()): np.array(line.get_data(), dtype=float) for line in lines}
 
 
+def evaluated_of(rows):
+    """Two models, of which the blend is the planned comparison."""
+    return make_evaluated(rows.drop(columns=["last value", ENSEMBLE]))
+
+
 def arrays(rows, *names):
     return rows["label"].to_numpy(float), [rows[name].to_numpy(float) for name in names]
 
@@ -52,8 +59,9 @@ def test_the_areas_of_the_curves_are_the_metrics_of_the_table(rows):
     value = evaluate(rows, 0, THRESHOLD).table["value"]
     labels, risks = arrays(rows, MODEL, "blend")
     point = 1 - value[MODEL, "specificity"], value[MODEL, "sensitivity"]
-    roc = lines_of(plot_roc(labels, risks, point)[0])
-    recall = lines_of(plot_precision_recall(labels, risks)[0])
+    known = of_labels(labels)
+    roc = lines_of(plot_roc(known, risks, point)[0])
+    recall = lines_of(plot_precision_recall(known, risks)[0])
     for line, model in (("model", MODEL), ("baseline", "blend")):
         x, y = roc[line]
         assert np.trapezoid(y, x) == pytest.approx(value[model, "auroc"], abs=1e-12)
@@ -66,10 +74,10 @@ def test_the_areas_of_the_curves_are_the_metrics_of_the_table(rows):
 
 def test_the_calibration_curve_has_bins_of_equal_size():
     rows = make_rows(600)
-    table = calibration_table(rows, MODEL, 0)
-    assert table["n"].max() - table["n"].min() <= 1
     _, (risk,) = arrays(rows, MODEL)
-    smooth = smooth_curve(rows, MODEL, 0)
+    table = calibration_table(rows, risk, LABEL, 0)
+    assert table["n"].max() - table["n"].min() <= 1
+    smooth = smooth_curve(rows, risk, LABEL, 0)
     figure, _ = plot_calibration(table, smooth, risk)
     for name, drawn in (("bins [95 %]", table), ("observed [95 %]", smooth)):
         predicted, observed = lines_of(figure)[name]
@@ -84,7 +92,7 @@ def test_the_smooth_curve_is_the_share_of_events_that_goes_with_a_risk():
     truth = lambda z: expit(0.3 + 0.6 * z)  # noqa: E731
     rows = pd.DataFrame({"id": "", "label": rng.random(4000) < truth(odds)})
     rows = rows.assign(label=rows["label"].astype(int), patient=np.arange(4000).astype(str))
-    curve = smooth_curve(rows.assign(**{MODEL: expit(odds)}), MODEL, 0)
+    curve = smooth_curve(rows, expit(odds), LABEL, 0)
     ends = np.quantile(expit(odds), [0.01, 0.99])
     assert curve["predicted"].iloc[[0, -1]].tolist() == pytest.approx(ends)
     expected = truth(logit(curve["predicted"]))
@@ -97,7 +105,7 @@ def test_the_smooth_curve_is_the_share_of_events_that_goes_with_a_risk():
 def test_the_table_of_thresholds_counts_what_acting_at_each_brings(rows):
     labels, risks = arrays(rows, MODEL, "blend")
     cuts = [0.1, 0.35, 0.6]
-    table = threshold_table(rows, [MODEL, "blend"], cuts, 0)
+    table = threshold_table(evaluated_of(rows), cuts)
     values = table.pivot(index="threshold", columns="metric", values="value")
     for cut, found in values.iterrows():
         weight, n = cut / (1 - cut), len(rows)
@@ -128,7 +136,7 @@ def test_the_distribution_of_risks_holds_each_class_whole(rows):
 
 def test_the_decision_curve_is_that_of_model_baseline_and_treat_all(rows):
     labels, (risk, other) = arrays(rows, MODEL, "blend")
-    table = decision_curve(rows, [MODEL, "blend"], 0)
+    table = decision_curve(evaluated_of(rows))
     lines = lines_of(plot_decision_curve(table, [MODEL, "blend"])[0])
     at, one = lines["model"][0] / 100, np.ones((1, len(rows)))
     everyone = np.ones(len(rows))

@@ -14,6 +14,8 @@ from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import evaluate
 from medgemma_clinical.evaluation.report import PATIENTS_NOTICE, comparison_page, write_report
 from medgemma_clinical.evaluation.tables import model_table
+from medgemma_clinical.evaluation.target import LABEL
+from medgemma_clinical.evaluation.topics.all_topics import prediction_topics
 from medgemma_clinical.evaluation.topics.cohort import case_mix_topic
 from medgemma_clinical.evaluation.topics.topic import NO_CURVES
 from medgemma_clinical.evaluation.verdicts import (
@@ -24,7 +26,6 @@ from medgemma_clinical.evaluation.verdicts import (
     sentences,
 )
 from medgemma_clinical.models.choices import DEMO
-from medgemma_clinical.models.outcome import LABEL
 from pages import MODEL, OUTCOME, SHARES, THRESHOLD, Page, make_evaluated, make_rows, write_page
 
 DRAWS = 200
@@ -105,7 +106,12 @@ def test_page_and_console_show_the_same_verdicts(tmp_path):
 
 def test_sections_stand_in_order_and_those_without_content_are_left_out(page, tmp_path):
     assert sections(page) == SECTIONS
-    bare = {"results": LABEL.topics(), "history": [], "flow": None, "config": {"metrics": {}}}
+    bare = {
+        "results": prediction_topics((LABEL,)),
+        "history": [],
+        "flow": None,
+        "config": {"metrics": {}},
+    }
     alone = write_page(tmp_path, make_rows(60, baselines=False), **bare)
     assert sections(alone) == [*SECTIONS[1:6], *SECTIONS[7:]]
     assert len(Page(alone).images()) == 5
@@ -138,7 +144,7 @@ def test_no_table_holds_dashes_alone(min_cell, tmp_path):
     reports = {"reports": 30, "numbers_stated": 0, "invented": 0}
     share = dict.fromkeys(("value", "low", "high"))
     reports |= dict.fromkeys(SHARES, share)
-    results = [*LABEL.topics(), partial(case_mix_topic, development=mix, here=mix)]
+    results = [*prediction_topics((LABEL,)), partial(case_mix_topic, development=mix, here=mix)]
     shown = {"results": results, "config": {"metrics": {"reports": reports}}}
     source = write_page(tmp_path, make_rows(30), min_cell=min_cell, **shown)
     for table in re.findall("<table>(.*?)</table>", source, re.DOTALL):

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from scipy.special import expit
 
-from medgemma_clinical.evaluation.decision import Predictions
 from medgemma_clinical.evaluation.report_review import ReportReview
 from medgemma_clinical.evaluation.topics.written_reports import (
     report_metrics,
@@ -20,8 +20,7 @@ def scored(dataset, texts=None, first=0):
     n = len(dataset)
     texts = texts or {i: dataset.report(i) for i in range(n)}
     rows = np.arange(first, n)[::-1]
-    predictions = Predictions(np.zeros(1), dataset.labels[rows], rows / 10 - 1, rows, 0.0 * rows)
-    return score_reports(dataset, texts, predictions, seed=0)
+    return score_reports(dataset, texts, rows, expit(rows / 10 - 1), threshold=0.5, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from conftest import SAMPLE
 from language_models import TINY_MODEL, rehash
 from medgemma_clinical.data.summaries import SINCE_LAST
 from medgemma_clinical.evaluation.baselines import BOOSTING, ENSEMBLE, LOGISTIC, STAGE_NAMES
-from medgemma_clinical.evaluation.decision import MIN_CHOOSING_EVENTS, youden_threshold
+from medgemma_clinical.evaluation.decision import MIN_CHOOSING_EVENTS, choose_threshold
+from medgemma_clinical.evaluation.metrics import of_labels
 from medgemma_clinical.evaluation.metrics_table import Metrics
 from medgemma_clinical.evaluation.verdicts import planned_above_chance
 from medgemma_clinical.files import InputError, file_hash
@@ -156,7 +157,7 @@ def test_use_gives_another_model_the_probability_and_its_own_threshold(stage, ru
         column = f"probability_{name.replace(' ', '_')}"
         assert found["probability"].tolist() == found[column].tolist() == own[column].tolist()
         assert found["probability_stage"].tolist() == own["probability"].tolist()
-        positive = found["probability"] >= rules[name]["threshold"]
+        positive = found["probability"] >= rules[name]["label"]["threshold"]
         assert (found["prediction"] == positive).all()
         if stage == "trajectory":
             model = model or TrajectoryModel.from_pretrained(folder)
@@ -207,9 +208,10 @@ def test_the_recommended_model_of_few_events_is_the_planned_comparison_or_none(s
     for text in (model_card(config), (folder / "report.html").read_text()):
         assert f"fewer than {MIN_CHOOSING_EVENTS} events in the validation rows" in text
     assert read(folder / "run.json")["best_model"] == config["best_model"]
-    for name, rule in config["models"].items():
-        threshold = youden_threshold(val["label"].to_numpy(), val[name].to_numpy())
-        assert rule == {"slope": 1.0, "intercept": 0.0, "threshold": pytest.approx(threshold)}
+    for name, rules in config["models"].items():
+        threshold = choose_threshold(None, of_labels(val["label"].to_numpy()), val[name].to_numpy())
+        threshold = pytest.approx(threshold)
+        assert rules == {"label": {"multiplier": 1.0, "shift": 0.0, "threshold": threshold}}
     results = f"{stage}/{BASELINES}"
     assert read(folder / "run.json")["results_sha256"][results] == config["baselines_sha256"]
 
@@ -222,8 +224,8 @@ def test_a_model_in_memory_keeps_its_baselines_recalibrated_as_it_is(tmp_path):
     words = {"trajectory_epochs": 1, "min_cell": 0, "calibrate": "platt"}
     model = fit_trajectory(rows, **words)
     assert "baselines_sha256" not in model.config
-    slopes = {rule["slope"] for rule in model.config["models"].values()}
-    assert len(slopes) > 3, "recalibrated, each on its own"
+    multipliers = {rules["label"]["multiplier"] for rules in model.config["models"].values()}
+    assert len(multipliers) > 3, "recalibrated, each on its own"
     model.save_pretrained(tmp_path / "saved")
     for name in ("ensemble", "last value"):
         saved = TrajectoryModel.from_pretrained(tmp_path / "saved").predict_proba(rows, name)

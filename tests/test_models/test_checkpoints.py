@@ -25,14 +25,15 @@ from medgemma_clinical.files import InputError, write_json
 from medgemma_clinical.models import checkpoints, language_model
 from medgemma_clinical.models.checkpoints import read_config, read_trajectory, stage1_config
 from medgemma_clinical.models.trained_model import Builders, checkpoint_path, load_trained_model
+from predicting import command, refused
 
 STAGES = ("trajectory", "classification", "generative")
 STAGE_1, BEST = checkpoints.TRAJECTORY_FILE, "classification/best"
 CONFIG, HASHED = checkpoints.CONFIG, checkpoints.HASHED_FILES
 ADAPTER_CONFIG, ADAPTER, MODULES = HASHED
-RULE = DecisionRule(slope=1.5, intercept=-0.2, threshold=0.3)
+RULE = DecisionRule(multiplier=1.5, shift=-0.2, threshold=0.3)
 ENCODER = {"input_dim": 1, "hidden_dim": 64, "time_scale": 72.0}
-REFERENCE = {"patients": 500, "intercept": 0.0, "slope": 1.0, "edges": [0.1]}
+REFERENCE = {"patients": 500, "shift": 0.0, "multiplier": 1.0, "edges": [0.1]}
 REFERENCE["covariance"] = [[0.02, 0.01], [0.01, 0.01]]
 LAST = {"measured": 1.0, "levels": [0.5], "means": [7.0]}
 
@@ -48,7 +49,7 @@ def saved(tmp_path_factory):
     stage1, batch = parts.classifier.stage1, parts.collate(range(6))
     models = dict(zip(STAGES, (stage1, parts.classifier, parts.writer), strict=True))
     outputs = {stage: model(batch) for stage, model in models.items()}
-    rule, own = {"decision": asdict(RULE)}, stage1_config(stage1)
+    rule, own = {"decision": {"label": asdict(RULE)}}, stage1_config(stage1)
     config = {"stage": "trajectory", **own, **data.description(), **rule}
     parts = stage1.state_dict(), config, data.training_patients()
     checkpoints.save_trajectory(run / STAGE_1, *parts)
@@ -92,15 +93,16 @@ def test_load_trained_model__gives_the_saved_one_to_the_bit(path, stage, run, sa
     found = trained.model(saved.batch)
     assert torch.equal(found.logit, expected.logit)
     assert torch.equal(found.loss, expected.loss)
-    assert (trained.rule, trained.model.training) == (RULE, False)
+    assert trained.rules[trained.name] == {"label": RULE}
+    assert not trained.model.training
     for place in (run, run / "nowhere"):  # several models, and none
         with pytest.raises(InputError, match=re.escape(str(place))):
             checkpoint_path(place)
 
 
 def test_load_trained_model__adds_what_training_added(run, saved):
-    _, _, logit, offset, _ = saved.outputs["classification"]
-    offset = offset.squeeze(1)
+    expected = saved.outputs["classification"]
+    logit, offset = expected.logit, expected.offset.squeeze(1)
     halved, alone = {"residual_weight": 0.5}, {"residual_weight": 1, "stage1_logit": False}
     for changes, expected in ((halved, (logit + offset) / 2), (alone, logit - offset)):
         small.rehash(run / BEST, **changes)
@@ -170,7 +172,6 @@ def test_read__names_a_file_that_is_missing_cut_or_changed(name, run):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda _: {"format": 3},
         lambda _: {"config": None},
         lambda _: {"weights": None},
         lambda _: {"weights": []},
@@ -192,6 +193,15 @@ def test_load_trained_model__refuses_other_content_of_stage_1(change, run):
     content = torch.load(run / STAGE_1, weights_only=True)
     torch.save({**content, **change(content["weights"])}, run / STAGE_1)
     assert_refused(run / STAGE_1)
+
+
+@pytest.mark.parametrize("place", [STAGE_1, BEST])
+def test_an_earlier_format_is_refused_in_one_line(place, run, tmp_path, capsys):
+    content = torch.load(run / STAGE_1, weights_only=True)
+    torch.save({**content, "format": 13}, run / STAGE_1)
+    small.rehash(run / BEST, format=13)
+    words = command(run / place, tmp_path / "rows.csv", tmp_path / "out.csv")
+    assert refused(capsys, words, run / place, "format 13", "train again", out=tmp_path / "out.csv")
 
 
 def test_read_trajectory__refuses_what_would_unpack(run):
@@ -262,8 +272,8 @@ def test_load_trained_model__runs_no_code(run, tmp_path):
             ("reference", {"blend": REFERENCE | change})
             for change in (
                 {"covariance": [[float("nan")] * 2] * 2},
-                *({"covariance": [[0.02]]}, {"covariance": "c"}, {"intercept": "1"}, {"edges": 1}),
-                *({"slope": None}, {"edges": "d"}, {"edges": [0.1] * 10}, {"patients": "e"}),
+                *({"covariance": [[0.02]]}, {"covariance": "c"}, {"shift": "1"}, {"edges": 1}),
+                *({"multiplier": None}, {"edges": "d"}, {"edges": [0.1] * 10}, {"patients": "e"}),
             )
         ),
         *(("reference", {"blend": {}}), ("reference", 5), ("case_mix", 5)),
@@ -272,8 +282,13 @@ def test_load_trained_model__runs_no_code(run, tmp_path):
             for change in ({"measured": "x"}, {"levels": "y"}, {"means": []})
         ),
         *(("monitor_rule", {"<script>": 1}), ("monitor_rule", {"known": 7}), ("monitor_rule", 5)),
-        *(("threshold_choice", "<script>"), ("threshold_choice", 5), ("models", {"blend": {}})),
-        *(("decision", asdict(RULE) | {"threshold": float("nan")}), ("decision", [])),
+        *(("threshold_choice", "<script>"), ("threshold_choice", 5)),
+        *(("models", {"blend": rules}) for rules in (5, {}, {"label": {}})),
+        *(
+            ("decision", {"label": rule})
+            for rule in ({}, 5, asdict(RULE) | {"threshold": float("nan")})
+        ),
+        *(("decision", rules) for rules in ({}, [], asdict(RULE), {"risk_24h": asdict(RULE)})),
         ("inputs", {"static": ["fact"] * 10_001, "prediction_time": True}),
         *(
             ("inputs", {"static": [], "prediction_time": True, "series": series})
