@@ -23,7 +23,6 @@ from conftest import SAMPLE, whole_reports
 from language_models import TINY_MODEL
 from medgemma_clinical.commands import logs, results
 from medgemma_clinical.files import InputError
-from medgemma_clinical.models.outcome import LabelOutcome
 from medgemma_trainer import (
     TrajectoryModel,
     cross_validate,
@@ -197,7 +196,8 @@ def test_fit__of_a_search_reads_no_test_part_fits_no_baseline_and_ends_when_told
     parts = ["train", "train", "train", "train", "val", "test"] * 10
     table = rows.sort_values(LABEL).assign(split=parts)
     changed = table.assign(**{LABEL: table[LABEL] ^ (table["split"] == "test")})
-    monkeypatch.setattr(LabelOutcome, "fit_baselines", None)
+    for module in (trainer, results):
+        monkeypatch.setattr(module, "fit_baselines", None)
     search = {"min_cell": 0, "trajectory_epochs": 4, "test": False, "baselines": False}
     history = []
 

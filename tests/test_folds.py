@@ -27,18 +27,20 @@ from medgemma_clinical.commands import folds, plan
 from medgemma_clinical.commands.run_folder import stage_folder
 from medgemma_clinical.data.fold_split import draw_folds, fold_dataset, foldable
 from medgemma_clinical.data.overlap import patient_hashes
-from medgemma_clinical.evaluation.baselines import STAGE_NAMES, decide_folds, describe_tuning
+from medgemma_clinical.evaluation.baselines import STAGE_NAMES, describe_tuning
 from medgemma_clinical.evaluation.decision import (
     BOTH,
     DecisionOptions,
+    DecisionRule,
     choose_threshold,
-    fit_decision_rule,
+    fit_rule,
     fit_updates,
     recommended_model,
-    youden_threshold,
 )
-from medgemma_clinical.evaluation.metrics import log_odds, row_losses
+from medgemma_clinical.evaluation.metrics import LOGIT, log_odds, of_labels, row_losses
 from medgemma_clinical.evaluation.metrics_table import SHARED_TRAINING, Metrics
+from medgemma_clinical.evaluation.rules import decide_folds
+from medgemma_clinical.evaluation.target import LABEL as TARGET
 from medgemma_clinical.evaluation.verdicts import planned_above_chance
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from medgemma_clinical.training.state import LOSS_TOLERANCE, describe_selection, read_state
@@ -364,8 +366,8 @@ def test_a_final_model_learns_from_all_patients_and_averages_the_epochs_of_the_f
 def test_a_final_model_has_the_rule_and_the_metrics_of_the_folds(run, data, tmp_path):
     model = TrajectoryModel.from_pretrained(run / "trajectory")
     table = predictions(run / "folds_trajectory" / "predictions_folds.csv")
-    labels, risk = table["label"].to_numpy(), table["probability"].to_numpy()
-    assert model.threshold == pytest.approx(youden_threshold(labels, risk))
+    known, risk = of_labels(table["label"].to_numpy(float)), table["probability"].to_numpy()
+    assert model.threshold == pytest.approx(choose_threshold(None, known, risk))
     folds_metrics = content(run / "folds_trajectory" / "metrics.json")["folds"]
     assert model.metrics["folds"] == folds_metrics
     assert model.results().loc[STAGE_1, "auroc"] == folds_metrics["auroc"]["value"]
@@ -391,7 +393,7 @@ def test_a_final_model_has_the_rule_and_the_metrics_of_the_folds(run, data, tmp_
     words += ["--predictions", str(tmp_path / "goal.csv"), "--threshold", goal]
     assert trainer.main(words) == 0
     new = pd.read_csv(tmp_path / "goal.csv")
-    threshold = choose_threshold(goal, labels, risk)
+    threshold = choose_threshold(goal, known, risk)
     assert (new["prediction"] == (new["probability"] >= threshold)).all()
 
 
@@ -410,33 +412,31 @@ def test_a_final_model_is_made_again_where_the_folds_are_other_ones(run, data, t
 def test_a_fold_is_recalibrated_by_the_others_and_a_final_model_by_all():
     """Whatever rule a fold's own run had; the risks by the others choose the thresholds."""
     rng = np.random.default_rng(0)
-    labels, fold = rng.integers(0, 2, 600), np.repeat([0, 1, 2], 200)
-    odds = {name: labels + rng.normal(size=600) for name in (STAGE_1, "blend")}
+    labels, fold = rng.integers(0, 2, 600).astype(float), np.repeat([0, 1, 2], 200)
+    risks = {name: expit(labels + rng.normal(size=600)) for name in (STAGE_1, "blend", "ensemble")}
     rules = [{}, {}, {}]
     table = pd.DataFrame({"id": "", "label": labels, "patient": ""})
-    for name in odds:
-        slope, intercept = rng.uniform(0.5, 2, 3), rng.normal(size=3)
-        table[name] = expit(intercept[fold] + slope[fold] * odds[name])
+    for name, risk in risks.items():
+        multipliers, shifts = rng.uniform(0.5, 2, 3), rng.normal(size=3)
+        table[name] = expit(shifts[fold] + multipliers[fold] * logit(risk))
         for k, rule in enumerate(rules):
-            rule[name] = {"slope": slope[k], "intercept": intercept[k]}
-    table["ensemble"], options = 0.5, DecisionOptions("platt", "sensitivity 0.8")
-    found, crossed, recalibrated = decide_folds(table, rules, fold, options)
-    assert logit(recalibrated.before) == pytest.approx(odds[STAGE_1])
-    assert recalibrated.rule == found[STAGE_1]
-    for name in (STAGE_1, "blend"):
-        rule = found[name]
-        expected = fit_decision_rule(labels.astype(float), odds[name], fold, options)
-        assert (rule.slope, rule.intercept) == pytest.approx((expected.slope, expected.intercept))
+            rule[name] = {"label": DecisionRule(multipliers[k], shifts[k])}
+    options = DecisionOptions("platt", "sensitivity 0.8")
+    found, crossed, recalibrated = decide_folds(table, rules, fold, [TARGET], options)
+    assert recalibrated["label"].before == pytest.approx(risks[STAGE_1])
+    assert recalibrated["label"].rule == found[STAGE_1]["label"]
+    for name, risk in risks.items():
+        rule = found[name]["label"]
+        expected = fit_rule(of_labels(labels), risk, fold, options)
+        assert (rule.multiplier, rule.shift) == pytest.approx((expected.multiplier, expected.shift))
         for k in range(3):
             others = fold != k
-            by_others = fit_decision_rule(
-                labels[others].astype(float), odds[name][others], fold[others], options
-            )
-            risk = by_others.probability(odds[name][~others])
-            assert crossed[name][~others].to_numpy() == pytest.approx(risk)
-        threshold = choose_threshold(options.threshold, labels.astype(float), crossed[name])
+            by_others = fit_rule(of_labels(labels[others]), risk[others], fold[others], options)
+            moved = by_others.risk(risk[~others], LOGIT)
+            assert crossed[name][~others].to_numpy() == pytest.approx(moved)
+        threshold = choose_threshold(options.threshold, of_labels(labels), crossed[name].to_numpy())
         assert rule.threshold == pytest.approx(threshold)
-    assert [*found] == [STAGE_1, "blend", "ensemble"]
+    assert [*found] == [*risks]
     assert list(crossed) == list(table)
 
 
@@ -449,15 +449,17 @@ def test_all_folds_are_recalibrated_as_the_model_of_all_patients_is():
     patients = np.arange(240).astype(str)
     table = pd.DataFrame({"id": patients, "label": labels, "patient": patients})
     table[STAGE_1] = expit(odds)
-    rules = [{STAGE_1: {"slope": 1.0, "intercept": 0.0}}] * 3
-    found, crossed, _ = decide_folds(table, rules, fold, DecisionOptions("tests"))
-    assert found[STAGE_1].slope < 0.6
+    rules = [{STAGE_1: {"label": DecisionRule()}}] * 3
+    found, crossed, _ = decide_folds(table, rules, fold, [TARGET], DecisionOptions("tests"))
+    rule = found[STAGE_1]["label"]
+    assert rule.multiplier < 0.6
     for k in range(3):
-        slope, intercept = fit_updates(labels[fold != k], expit(odds[fold != k]))[BOTH]
-        expected = expit(intercept + slope * odds[fold == k])
+        of_others = of_labels(labels[fold != k]), expit(odds[fold != k])
+        multiplier, shift = fit_updates(*of_others)[BOTH]
+        expected = expit(shift + multiplier * odds[fold == k])
         assert crossed[STAGE_1][fold == k].to_numpy() == pytest.approx(expected)
-    threshold = choose_threshold(None, labels, crossed[STAGE_1].to_numpy())
-    assert found[STAGE_1].threshold == threshold
+    of_all = of_labels(labels), crossed[STAGE_1].to_numpy()
+    assert rule.threshold == choose_threshold(None, *of_all)
 
 
 # --------------------------------------------------------------------------- sites

@@ -23,6 +23,7 @@ from language_models import TINY_MODEL, rehash
 from medgemma_clinical.commands import demo, predictions
 from medgemma_clinical.commands.command_line import build_parser
 from medgemma_clinical.commands.predict import FLAGS
+from medgemma_clinical.evaluation.target import LABEL as TARGET
 from medgemma_clinical.files import write_json
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_trainer import TrajectoryModel
@@ -146,12 +147,16 @@ def make_predictions(folder):
     other = rows.assign(probability=[0.1, 0.8, 0.7, 0.6] * 5)
     tables = {"run": rows.assign(probability=[0.2, 0.9, 0.4, 0.3] * 5), "other": other}
     tables |= {f"bad/{name}": other.assign(**change) for name, change in BAD_TABLES.items()}
-    tables |= {"bad/column": rows, "bad/fewer": other.head(8)}
+    tables |= {"bad/column": rows, "bad/fewer": other.head(8), "bad/old": other}
     for name, table in tables.items():
-        (folder / name / "trajectory").mkdir(parents=True, exist_ok=True)
-        table.to_csv(folder / name / "trajectory" / "predictions_test.csv", index=False)
+        place = folder / name / "trajectory"
+        place.mkdir(parents=True, exist_ok=True)
+        table.to_csv(place / "predictions_test.csv", index=False)
+        about = {} if name == "bad/old" else {"targets": [TARGET.to_json()]}
+        write_json(place / "metrics.json", about)
     (folder / "pipe").mkdir()
     os.mkfifo(folder / "pipe" / "predictions_test.csv")
+    shutil.copy(folder / "run" / "trajectory" / "metrics.json", folder / "pipe")
 
 
 def make_world(folder):
@@ -461,7 +466,7 @@ CASES = [
     *((COMPARE.format(each), each) for each in ("missing", "pipe")),
     *(
         (COMPARE.format(f"bad/{each}/trajectory"), each)
-        for each in (*BAD_TABLES, "column", "fewer")
+        for each in (*BAD_TABLES, "column", "fewer", "old")
     ),
 ]
 

@@ -15,7 +15,6 @@ import medgemma_trainer as trainer
 from conftest import whole_reports
 from medgemma_clinical.commands import folds, repeats
 from medgemma_clinical.evaluation.metrics_table import (
-    TESTED,
     compared_models,
     draw_metrics,
     mean_of_repeats,
@@ -115,7 +114,7 @@ def test_the_page_has_the_mean_of_every_metric_and_nothing_of_one_repeat(run):
     found, page = content(folder / "metrics.json"), Page((folder / "report.html").read_text()).text
     places = [run / f"repeat_{repeat}" / "folds_trajectory" for repeat in range(N)]
     each = [content(place / "metrics.json")["folds"] for place in places]
-    for name in ("auroc", "brier", "sensitivity", "calibration_slope", "ici"):
+    for name in ("auroc", "brier", "sensitivity", "slope", "ici"):
         values = [metrics[name]["value"] for metrics in each]
         assert found["folds"][name]["value"] == pytest.approx(np.mean(values))
         assert found["folds"][name]["max"] == pytest.approx(max(values))
@@ -123,7 +122,7 @@ def test_the_page_has_the_mean_of_every_metric_and_nothing_of_one_repeat(run):
     drawn = []
     for repeat in range(N):
         table = repeat_predictions(run, repeat)
-        rows = table[[*TESTED, "probability"]]
+        rows = table[["id", "label", "patient", "probability"]]
         drawn.append(draw_metrics(rows, SEED, split=table["fold"].to_numpy()))
     auroc = compared_models(mean_of_repeats(drawn)).row("probability", "auroc")
     ends = [found["folds"]["auroc"][name] for name in ("low", "high")]
@@ -193,7 +192,7 @@ def test_rows_that_some_repeat_does_not_predict_are_left_out(run, tmp_path):
         table.to_csv(folder / "predictions_folds.csv", index=False)
         runs.append(args)
     ids = repeat_predictions(run, 0)["id"].drop(index=[0, 2, 4])
-    assert repeats.join_repeats(runs, TESTED)["id"].tolist() == ids.tolist()
+    assert repeats.join_repeats(runs)["id"].tolist() == ids.tolist()
 
 
 def test_a_repeat_has_its_folder_its_seed_and_its_stage_1():

@@ -26,14 +26,11 @@ from common import machine, needed, write
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.data.fold_split import draw_folds, foldable
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES
+from medgemma_clinical.evaluation.metrics_table import evaluate
+from medgemma_clinical.evaluation.tables import METRICS
+from medgemma_clinical.evaluation.target import targets_of
 from medgemma_clinical.evaluation.time_metrics import aalen_johansen, metrics_at
-from medgemma_clinical.evaluation.time_table import (
-    OBSERVED,
-    TIME_METRICS,
-    evaluate_times,
-    metric_name,
-)
-from medgemma_clinical.evaluation.verdicts import difference_text, value_text
+from medgemma_clinical.evaluation.verdicts import difference_text
 
 FOLDS = 5
 COX, FINE_GRAY, FOREST, NULL = "cause-specific Cox", "Fine-Gray", "forest", "Aalen-Johansen"
@@ -131,8 +128,7 @@ RIVALS = {COX: cox, FINE_GRAY: fine_gray, FOREST: forest, NULL: null}
 def risks_of_folds(rows, fold):
     """The table of all rows: what was observed, the fold, and ``NAME RISK`` of each rival."""
     horizons, names = np.array(rows.competing_events.horizons), rows.competing_events.risk_names
-    columns = [rows.ids, rows.event_hours, rows.events, rows.groups]
-    table = pd.DataFrame(dict(zip(OBSERVED, columns, strict=True))).assign(fold=fold)
+    table = rows.observed(np.arange(len(rows))).assign(fold=fold)
     # Who is without an event at the last horizon is censored then, behind the events of that hour.
     hours = rows.event_hours.clip(max=horizons[-1])
     event = np.where(rows.event_hours > horizons[-1], 0, rows.events).astype(int)
@@ -158,21 +154,19 @@ def of_stage(predictions, events):
     return table[["id", *given]]
 
 
-def metrics_table(metrics, events):
+def metrics_table(metrics, targets):
     """The metrics of each model at each horizon as Markdown, with differences from the first."""
     shown = ("auroc", "scaled_brier", "oe", "slope")
-    heads = [TIME_METRICS[name][0] for name in shown]
+    heads = [METRICS[name].title for name in shown]
     lines = [["Risk", "Model", *heads, "AUROC, difference", "Scaled Brier, difference"]]
     lines.append(["---"] * len(lines[0]))
-    for risk in events.risk_names[: len(events.horizons)]:
+    for target in targets:
         for model in metrics.models:
-            of = metrics.of(model)
-            rows = [of.loc[metric_name(name, risk, events)] for name in shown]
-            forms = [TIME_METRICS[name][1] for name in shown]
-            texts = [value_text(row, form) for row, form in zip(rows, forms, strict=True)]
+            of_model = metrics.at(target).of(model)
+            texts = [METRICS[name].text(of_model.loc[name]) for name in shown]
             is_first = model == metrics.models[0]
-            texts += ["" if is_first else difference_text(row) for row in rows[:2]]
-            lines.append([risk, model, *texts])
+            texts += ["" if is_first else difference_text(of_model.loc[x]) for x in shown[:2]]
+            lines.append([target.name, model, *texts])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -195,8 +189,8 @@ def main(argv=None):
         )
         if len(table) < len(fold):
             write(f"{len(fold) - len(table)} rows without a prediction of the run are left out")
-    metrics = evaluate_times(table, rows.competing_events, 0)
-    write(metrics_table(metrics, rows.competing_events))
+    targets = targets_of(rows.competing_events)[: len(rows.competing_events.horizons)]
+    write(metrics_table(evaluate(table, 0, targets=targets), targets))
     return 0
 
 

@@ -95,14 +95,15 @@ def members_table(folder, data):
     """
     from torch import nn
 
-    from medgemma_clinical.commands.compare import read_predictions
+    from medgemma_clinical.commands.prediction_files import read_predictions
     from medgemma_clinical.evaluation.baselines import ENSEMBLE, best_blend, blend
+    from medgemma_clinical.evaluation.target import LABEL
     from medgemma_trainer import TrajectoryModel
 
     stage, first = TrajectoryModel.from_pretrained(folder), "stage 1, 1 member"
     n = stage.config["members"]
     name = first if n == 1 else f"stage 1, {n} members"
-    table = read_predictions(folder, name)
+    table = read_predictions(folder, name, [LABEL])
     table = table.rename(columns={ENSEMBLE: f"{ENSEMBLE} with {name}"})
     if n > 1:
         stage1 = stage.trained.model
@@ -132,6 +133,6 @@ def stage_maker(*words):
     return args, data, lambda: medgemma_trainer.make_stage(args, data, None)
 
 
-def still(labels, risk, weights):
+def still(known, risk):
     """Return no calibration: that of a period decides nothing and takes most of the time."""
-    return dict.fromkeys(("calibration_in_the_large", "calibration_slope"), 0 * weights[:, 0])
+    return dict.fromkeys(("intercept", "slope"), 0 * known.draws[:, 0])

@@ -59,7 +59,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     with (
         mock.patch.object(metrics, "REPLICATES", 20),
-        mock.patch.object(monitoring, "calibration", still),
+        mock.patch.object(metrics.Known, "calibration", still),
         mock.patch.object(monitoring, "alarm_levels", cache_of(monitoring.alarm_levels)),
     ):
         simulate(args)
@@ -82,7 +82,7 @@ def simulate(args):
     )
     config, name = model.config, model.trained.name
     options = {
-        "threshold": config["decision"]["threshold"],
+        "threshold": config["decision"]["label"]["threshold"],
         "reference": config["reference"][name],
         "training": config["case_mix"]["last"],
         "rule": MonitorRule(),

@@ -33,7 +33,7 @@ from sklearn.preprocessing import StandardScaler
 
 import medgemma_trainer as trainer
 from dataset_format import MIMICtrajectoryDataset
-from medgemma_clinical.commands.compare import read_predictions
+from medgemma_clinical.commands.prediction_files import read_predictions
 from medgemma_clinical.evaluation.baselines import (
     FOLDS,
     LOGISTIC,
@@ -41,8 +41,9 @@ from medgemma_clinical.evaluation.baselines import (
     regression,
     tuning_folds,
 )
-from medgemma_clinical.evaluation.metrics_table import TESTED, evaluate_splits
+from medgemma_clinical.evaluation.metrics_table import evaluate_splits
 from medgemma_clinical.evaluation.tables import model_table
+from medgemma_clinical.evaluation.target import LABEL
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 
 STAGE1, TEXT, BOTH = "stage 1", "language model on the context", "language model on stage 1"
@@ -280,10 +281,10 @@ def one_seed(table, out, seed, flags):
     """Return the test risks of every model for one seed."""
     path = build(table, out, seed)
     folders = train(out, seed, flags)
-    risks = read_predictions(folders[STAGE1], STAGE1)
-    risks = risks[[*TESTED, STAGE1, LOGISTIC]]
+    risks = read_predictions(folders[STAGE1], STAGE1, [LABEL])
+    risks = risks[["id", "label", "patient", STAGE1, LOGISTIC]]
     for model in (TEXT, BOTH):
-        own = read_predictions(folders[model], model)
+        own = read_predictions(folders[model], model, [LABEL])
         risks = risks.merge(own[["id", model]], on="id", validate="1:1")
     return risks.merge(rivals(path, table), on="id", validate="1:1")
 

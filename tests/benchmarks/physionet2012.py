@@ -24,7 +24,7 @@ from common import machine, members_table, train_stage1, write
 from sklearn.model_selection import StratifiedKFold, train_test_split
 
 from medgemma_clinical.evaluation.metrics import metrics
-from medgemma_clinical.evaluation.metrics_table import TESTED
+from medgemma_clinical.evaluation.target import LABEL
 
 MAIN, WEIGHT = "HCO3", "Weight"
 GENERAL = ["RecordID", "Age", "Gender", "Height", "ICUType"]
@@ -114,7 +114,7 @@ def fold_metrics(table, seed, flags):
         train_stage1(data, seed, folder, "--members", 5, *flags)
         rows = members_table(Path(folder, "trajectory"), data)
     labels, everyone = rows["label"].to_numpy(float), np.ones((1, len(rows)))
-    found = {m: metrics(labels, rows[m].to_numpy(), everyone) for m in rows.columns.drop(TESTED)}
+    found = {m: metrics(labels, rows[m].to_numpy(), everyone) for m in LABEL.models(rows)}
     return pd.DataFrame(found).loc[["auroc", "auprc"]].map(np.ndarray.item).stack()
 
 

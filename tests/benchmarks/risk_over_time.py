@@ -21,7 +21,7 @@ from common import SAMPLE, machine, train_stage1, write
 
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.evaluation.baselines import regression
-from medgemma_clinical.evaluation.metrics import calibration, metrics
+from medgemma_clinical.evaluation.metrics import of_labels
 from medgemma_clinical.evaluation.metrics_table import bootstrap, with_interval
 from medgemma_clinical.evaluation.verdicts import value_text
 from medgemma_clinical.inference.explain import prefixes
@@ -30,8 +30,7 @@ from medgemma_trainer import TrajectoryModel
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 SHOWN = {
     **{"AUROC": ".3f", "AUROC of the last values": ".3f", "difference": "+.3f"},
-    **{"calibration_slope": ".2f", "calibration_intercept": "+.2f"},
-    **{"calibration_in_the_large": "+.2f", "mean risk, %": ".1f"},
+    **{"slope": ".2f", "intercept": "+.2f", "mean risk, %": ".1f"},
 }
 """Rows of the table and their format."""
 
@@ -57,13 +56,14 @@ def last_values(dataset):
 def quarter_metrics(labels, groups, risk, rival):
     """Return the metrics of one quarter with their intervals, as text."""
 
-    def statistics(weights):
-        share = weights / weights.sum(axis=1, keepdims=True)
-        auroc, other = (metrics(labels, x, weights)["auroc"] for x in (risk, rival))
+    def statistics(draws):
+        known = of_labels(labels, draws)
+        auroc, other = (known.ranking(x)["auroc"] for x in (risk, rival))
         own = {"AUROC": auroc, "AUROC of the last values": other, "difference": auroc - other}
-        return own | calibration(labels, risk, weights) | {"mean risk, %": 100 * share @ risk}
+        own |= known.calibration(risk)
+        return own | {"mean risk, %": 100 * known.level(risk)["mean_risk"]}
 
-    table = with_interval(*bootstrap(labels, groups, 0, statistics))
+    table = with_interval(*bootstrap(groups, 0, statistics))
     shown = {name: value_text(table.loc[name], form) for name, form in SHOWN.items()}
     return {**shown, "observed, %": f"{100 * labels.mean():.1f}"}
 

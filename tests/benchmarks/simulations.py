@@ -23,7 +23,6 @@ Populations of known truth. Each line has the rule of this program beside the on
 import argparse
 import itertools
 import sys
-from dataclasses import asdict
 from unittest import mock
 
 import numpy as np
@@ -39,9 +38,9 @@ from medgemma_clinical.data.competing_events import CompetingEvents
 from medgemma_clinical.data.fold_split import draw_folds
 from medgemma_clinical.evaluation import baselines, metrics_table, monitoring
 from medgemma_clinical.evaluation import metrics as metrics_module
-from medgemma_clinical.evaluation.baselines import STAGE_NAMES, decide_folds
+from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.decision import BOTH, DecisionOptions, DecisionRule, fit_updates
-from medgemma_clinical.evaluation.metrics import fit_logistic
+from medgemma_clinical.evaluation.metrics import Known, fit_logistic, of_labels
 from medgemma_clinical.evaluation.metrics_table import (
     DIFFERENCE,
     EXPECTED,
@@ -53,6 +52,8 @@ from medgemma_clinical.evaluation.metrics_table import (
 )
 from medgemma_clinical.evaluation.pooling import random_effects
 from medgemma_clinical.evaluation.reference import reference
+from medgemma_clinical.evaluation.rules import decide_folds
+from medgemma_clinical.evaluation.target import LABEL
 from medgemma_clinical.evaluation.time_baselines import (
     fit_period_trees,
     fit_regressions,
@@ -80,13 +81,14 @@ def conditional_draws(labels, fold):
     """Return the bootstrap that throws away draws without a class in some fold."""
     cells = [(fold == k) & (labels == label) for k in np.unique(fold) for label in (0, 1)]
 
-    def draw(labels, patients, seed):
-        rng, left = np.random.default_rng(seed), metrics_module.REPLICATES
+    def draw(patients, seed):
+        rng, left, n = np.random.default_rng(seed), metrics_module.REPLICATES, len(patients)
         while left:
-            weights = rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), left)
+            weights = rng.multinomial(n, np.full(n, 1 / n), left)
             weights = weights[np.all([weights[:, own].any(axis=1) for own in cells], axis=0)]
             left -= len(weights)
-            yield weights.astype(float)
+            if len(weights):
+                yield weights.astype(float)
 
     return draw
 
@@ -185,7 +187,7 @@ def fold_results(rows, events, columns, folds, sets, *, agree, strength=0.0, oth
                 for key, parts in tested.items()
             }
 
-        value, drawn = metrics_table.bootstrap(labels, names, 0, statistic)
+        value, drawn = metrics_table.bootstrap(names, 0, statistic)
         widening = metrics_table.widening_of(np.tile(names, repeats), np.concatenate(splits))
         ends = with_interval(value, drawn, widening=widening)
         difference = pd.Series([value[b] - value[a]]), (drawn[b] - drawn[a]).to_frame(0)
@@ -249,18 +251,19 @@ def recalibrated_folds(rows, slope, sets):
         odds, fold = rng.normal(-1.9, 1.2, rows), rng.permutation(np.arange(rows) % 5)
         labels = rng.random(rows) < expit(-1.75 * (1 - slope) + slope * odds)
         table = predictions(labels, **{stage: expit(odds)})
-        rules = [{stage: asdict(DecisionRule())}] * 5
-        final, table, recalibrated = decide_folds(table, rules, fold, DecisionOptions("tests"))
-        rule = final[stage]
+        rules = [{stage: {"label": DecisionRule()}}] * 5
+        options = DecisionOptions("tests")
+        final, table, recalibrated = decide_folds(table, rules, fold, [LABEL], options)
+        rule = final[stage]["label"]
         drawn = draw_metrics(table, seed, rule.threshold, split=fold, recalibrated=recalibrated)
         own = compared_models(drawn).of(stage)
-        name = f"{EXPECTED if rule.is_moved else ''}calibration_slope"
-        delivered = slope / rule.slope
+        name = f"{EXPECTED if rule.is_moved else ''}slope"
+        delivered = slope / rule.multiplier
         lines.append(
             {
                 "is_moved": rule.is_moved,
-                "has_slope": rule.slope != 1,
-                "before": own.value["calibration_slope"],
+                "has_slope": rule.multiplier != 1,
+                "before": own.value["slope"],
                 "expected": own.value[name],
                 "delivered": delivered,
                 "is_covered": own.low[name] <= delivered <= own.high[name],
@@ -319,20 +322,19 @@ def simulate_updates(sets):
             labels = (rng.random(rows) < expit(-0.2 + 0.7 * odds)).astype(float)
             table, patients = predictions(labels, model=expit(odds)), np.arange(rows).astype(str)
             with mock.patch.object(metrics_module, "REPLICATES", 2):
-                updates = evaluate_updates(table, "model", len(found))
+                updates = evaluate_updates(table, "model", [LABEL], len(found))
             if updates is None:
                 continue
+            (update,) = updates
             half = draw_folds(patients, labels, 2, len(found))
-            pooled = crosswise(labels, expit(odds), patients, half, with_slope=True)[BOTH]
-            one = np.ones((1, rows))
-            before = metrics_module.calibration(labels, pooled.to_numpy(), one)
-            fits = fit_updates(labels, expit(odds))
-            true = 0.7 / fits.get(BOTH, (1.0, 0.0))[0]
-            page = updates.table["value"]
-            slopes = [before["calibration_slope"].item()]
-            slopes += [page[name, "calibration_slope"] for name in (BOTH, CHOSEN)]
+            pooled = crosswise(LABEL, table, expit(odds), half, with_slope=True)[BOTH]
+            known = of_labels(labels)
+            true = 0.7 / fit_updates(known, expit(odds)).get(BOTH, (1.0, 0.0))[0]
+            page = update.table["value"]
+            slopes = [known.calibration(pooled.to_numpy())["slope"].item()]
+            slopes += [page[name, "slope"] for name in (BOTH, CHOSEN)]
             found.append([*slopes, true])
-            chosen.append(updates.method)
+            chosen.append(update.method)
         ends = np.nanquantile(found, [0.025, 0.5, 0.975], axis=0).T
         names = ("pooled, before", "mean of halves", "the same as the tests choose", "true")
         text = "; ".join(
@@ -510,11 +512,11 @@ def hospital(seed, size, patients, rule, truths=tuple(TRUTHS)):
     rng = np.random.default_rng(seed)
     odds = rng.normal(LEVEL, SPREAD, patients)
     labels = (rng.random(patients) < expit(odds)).astype(float)
-    known = reference(labels, expit(odds), np.arange(patients))
+    known = reference(of_labels(labels), expit(odds), np.arange(patients))
     odds = rng.normal(LEVEL, SPREAD, (MONTHS, size))
     risk = expit(odds)
     levels = monitoring.alarm_levels(risk.ravel(), size, MONTHS, known, rule, rng)
-    with mock.patch.object(monitoring, "calibration", still):
+    with mock.patch.object(Known, "calibration", still):
         tables = [monitoring.period_limits(month, known, levels, rule, rng) for month in risk]
     limits = np.array([[*x.loc["oe"], x.loc["auroc", "limit_low"]] for x in tables]).T
     limits[2, [not monitoring.has_ranks(month, known, rule) for month in risk]] = -np.inf

@@ -20,21 +20,17 @@ import numpy as np
 import pandas as pd
 from common import SAMPLE, machine, members_table, train, write
 
-from medgemma_clinical.commands.several import shared_models
+from medgemma_clinical.commands.prediction_files import shared_models
 from medgemma_clinical.evaluation.baselines import BOOSTING, best_blend
-from medgemma_clinical.evaluation.metrics_table import (
-    DIFFERENCE,
-    TESTED,
-    VALUE,
-    evaluate,
-    evaluate_splits,
-)
+from medgemma_clinical.evaluation.metrics_table import DIFFERENCE, VALUE, evaluate, evaluate_splits
 from medgemma_clinical.evaluation.tables import model_table
+from medgemma_clinical.evaluation.target import LABEL
 
 
 def compare(tables):
     """Print what is asked of stage 1: its differences to trees and blend, and its calibration."""
-    names, blend = list(tables[0].columns.drop(TESTED)), best_blend(tables[0].columns)
+    names = LABEL.models(tables[0])
+    blend = best_blend(names)
     trees = [name for name in names if name.startswith(BOOSTING)][-1]
     own = [*(name for name in names if "stage 1" in name), blend]
     whole = pd.concat(tables)
@@ -48,7 +44,7 @@ def compare(tables):
                 text += "; minus {} {:+.4f} [{:+.4f}, {:+.4f}]".format(reference, *row[DIFFERENCE])
         write(text)
     for name in own:
-        slope = evaluate(whole, 0, 0.5, name, folds).row(name, "calibration_slope")
+        slope = evaluate(whole, 0, 0.5, name, folds).row(name, "slope")
         write("{} calibration slope {:.2f} [{:.2f}, {:.2f}]".format(name, *slope[VALUE]))
 
 
@@ -66,9 +62,10 @@ def main(argv=None):
         folds = Path(folder, "folds_trajectory")
         stages = [folds / f"fold_{k}" / "trajectory" for k in range(arguments.folds)]
         found = [members_table(stage, arguments.data) for stage in stages]
-    tables = shared_models(found)
-    blend = best_blend(tables[0].columns)
-    metrics = evaluate_splits(tables, 0, blend, compared=[*tables[0].columns])
+    tables = shared_models(found, LABEL)
+    names = LABEL.models(tables[0])
+    blend = best_blend(names)
+    metrics = evaluate_splits(tables, 0, blend, compared=names)
     write(f"{arguments.data.name} {' '.join(flags)}; {machine('torch', 'scikit-learn')}")
     write(f"{model_table(metrics).to_string(index=False)}\n{metrics.counts}")
     write(f"reference: {blend}, which was fixed before the results")

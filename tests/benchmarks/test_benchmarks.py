@@ -76,7 +76,7 @@ def test_stage1_rivals_risk_over_time_srtr_pool(tmp_path, monkeypatch, capsys):
     risk_over_time.main(["--data", data])
     srtr.main(["--rows", "300"])
     out = capsys.readouterr().out
-    for word in ("with stage 1, 2", "seconds per epoch", "calibration_slope", "last MELD"):
+    for word in ("with stage 1, 2", "seconds per epoch", "slope", "last MELD"):
         assert word in out
 
     units = tmp_path / "units.csv"
@@ -112,7 +112,7 @@ def test_an_aggregate_tells_the_labels_of_few_patients(monkeypatch, capsys):
 
 def test_monitor_says_something_each_month(runs, table, tmp_path, monkeypatch, capsys):
     content = torch.load(runs / "medgemma_trajectory_best.pt", weights_only=True)
-    known = {"patients": 50, "intercept": 0.0, "slope": 1.0, "edges": []}
+    known = {"patients": 50, "shift": 0.0, "multiplier": 1.0, "edges": []}
     known["covariance"] = [[0.02, 0.01], [0.01, 0.01]]
     content["config"]["reference"] = {STAGE_NAMES["trajectory"]: known}
     checkpoint = tmp_path / "medgemma_trajectory_best.pt"

@@ -21,12 +21,13 @@ from medgemma_clinical.commands.compare import (
     cost_of,
     join_predictions,
     model_names,
-    read_predictions,
 )
+from medgemma_clinical.commands.prediction_files import read_predictions
 from medgemma_clinical.commands.run_folder import stage_folder
 from medgemma_clinical.commands.several import VARIANTS, run_ablation, run_seeds
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import MODEL, SHARED_TRAINING, Metrics
+from medgemma_clinical.evaluation.target import LABEL
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.model_card import built_in_sentence
 from pages import Page
@@ -94,7 +95,8 @@ def test_the_seeds_are_pooled(tmp_path, caplog):
     tables = [pd.read_csv(folder / "predictions_test.csv") for folder in folders]
     scores = [roc_auc_score(table["label"], table["probability"]) for table in tables]
     content = results_of(tmp_path / "seeds_trajectory.json")
-    pooled = Metrics.from_json({k: x for k, x in content.items() if k != "cost"})
+    assert content["targets"] == json.loads(json.dumps([LABEL.to_json()]))
+    pooled = Metrics.from_json({k: x for k, x in content.items() if k not in ("cost", "targets")})
     auroc = pooled.of(STAGE_1).loc["auroc"]
     expected = [np.mean(scores), np.std(scores, ddof=1), min(scores), max(scores)]
     assert auroc[["value", "sd", "min", "max"]].tolist() == pytest.approx(expected)
@@ -239,7 +241,7 @@ def test_finished_stages_of_one_folder_are_compared_by_their_names(tmp_path, cap
     assert trainer.main(["compare", *runs, "--output_dir", str(tmp_path / "again")]) == 0
     assert results_of(tmp_path / "again" / "compare.json")["primary"] == STAGE_1
     assert trainer.main(["compare", *runs, "--primary", "blend"]) == 2
-    table = join_predictions({"a": Path(runs[0]), "b": Path(runs[1])})
+    table, _ = join_predictions({"a": Path(runs[0]), "b": Path(runs[1])})
     gain = roc_auc_score(table["label"], table["b"]) - roc_auc_score(table["label"], table["a"])
     assert content["models"][STAGE_1]["auroc"]["difference"] == pytest.approx(gain)
     assert "Death" in (tmp_path / "out" / "compare.html").read_text()
@@ -263,7 +265,8 @@ def test_a_file_of_predictions_is_of_one_model_if_it_names_any(names, tmp_path, 
     lines = capsys.readouterr().out.splitlines()
     unnamed = [line.partition(": ")[0] for line in lines if MODEL in line]
     assert unnamed == [str(run / "predictions_test.csv") for run in runs[len(names) :]]
-    assert [*read_predictions(runs[0])] == ["id", "label", "patient", "probability", "last value"]
+    table = read_predictions(runs[0], STAGE_1, [LABEL])
+    assert [*table] == ["id", "label", "patient", STAGE_1, "last value"]
 
 
 def test_rows_without_names_are_compared_within_the_same_data_alone(tmp_path):
