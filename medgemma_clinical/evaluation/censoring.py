@@ -6,49 +6,31 @@ probabilities are multiplied: what leads to a transplant is not what ends a reco
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 from scipy.stats import norm
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedGroupKFold
 
+from medgemma_clinical.data.fold_split import PATIENTS_A_FOLD, draw_folds
+from medgemma_clinical.data.small_cells import minority_patients
 from medgemma_clinical.evaluation.baselines import regression
 from medgemma_clinical.evaluation.metrics import Array, clustered_error
 from medgemma_clinical.evaluation.time_metrics import uncensored_probability
 
+FOLDS = 5
 INTERVALS = 10
 """Intervals of follow-up with a hazard of their own; about as many rows are censored in each."""
 
-MIN_CENSORED = 10
-"""Patients censored before the horizon that a regression needs."""
+MIN_CENSORED = FOLDS * PATIENTS_A_FOLD
+"""Patients censored before the horizon, and others, that a regression needs."""
 
 LEVEL = 0.05
 """Significance level of the test whether censoring depends on the inputs."""
-
-
-class Reason(Protocol):
-    """A reason for which follow-up ends."""
-
-    probability: Array  # (n,) of being watched until just before the row's time or the horizon
-
-    def under(self, draws: Array) -> Array:
-        """Return the probability (R, n) as draws (R, n) of the rows would tell it."""
-
-
-class KaplanMeier:
-    """A reason that no input tells."""
-
-    def __init__(self, hours: Array, is_censored: NDArray[np.bool_], horizon: float) -> None:
-        self.times = hours, np.where(is_censored, 0.0, 1.0), horizon
-        self.probability = uncensored_probability(*self.times)
-
-    def under(self, draws: Array) -> Array:
-        """Return the probability (R, n) of each draw."""
-        return uncensored_probability(*self.times, draws)
 
 
 class _Fold(NamedTuple):
@@ -75,7 +57,7 @@ class CensoringRegression:
     """A penalised logistic regression of the censoring in each interval of follow-up.
 
     It is fitted on other patients than those that it predicts. Kaplan-Meier's probability stands
-    in its place where fewer than ten patients are censored before the horizon. A draw moves its
+    in its place where few patients are censored before the horizon. A draw of patients moves its
     coefficients as far as the rows' influence on them tells.
 
     Source: Robins and Finkelstein 2000, Biometrics 56:779; Jaeckel 1972, "The infinitesimal
@@ -90,17 +72,17 @@ class CensoringRegression:
         horizon: float,
         groups: NDArray[np.generic],  # (n,) patient of each row
         seed: int,  # of the folds
-        folds: int = 5,
     ) -> None:
-        self.marginal = KaplanMeier(hours, is_censored, horizon)
-        self.probability = self.marginal.probability
+        self.times = hours, np.where(is_censored, 0.0, 1.0), horizon
+        # (n,) of being watched until just before the row's time or the horizon
+        self.probability = uncensored_probability(*self.times)
         self.folds: list[_Fold] = []
         self.depends = False  # whether the inputs are shown to tell whose follow-up ends
         # Time as the mean cumulative hazard: within an interval the hazard is about constant then.
         clock = -np.log(self.probability)
         end = clock.max()
         is_censored = is_censored & (clock < end)
-        if len(np.unique(groups[is_censored])) < MIN_CENSORED:
+        if minority_patients(is_censored, groups) < MIN_CENSORED:
             return
         shares = np.arange(1, INTERVALS) / INTERVALS
         starts = np.quantile(clock[is_censored], shares, method="inverted_cdf")
@@ -109,20 +91,27 @@ class CensoringRegression:
         last = np.searchsorted(edges[1:-1], clock, side="right")
         censored = is_censored[:, None] & (last[:, None] == np.arange(exposure.shape[1]))
         at_risk = np.where(censored, 1.0, exposure)
-        self.probability = np.ones(len(hours))
         gain = np.zeros(len(hours))
-        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-        for train, test in splitter.split(inputs, is_censored, groups):
+        fold_of_row = draw_folds(groups.astype(str), is_censored.astype(float), FOLDS, seed)
+        self.probability = np.ones(len(hours))
+        for k in range(FOLDS):
+            train, test = np.flatnonzero(fold_of_row != k), np.flatnonzero(fold_of_row == k)
             fold = _fit_fold(inputs, at_risk, censored, exposure, train, test)
             self.folds.append(fold)
             self.probability[test] = fold.survival(fold.coefficients[None])[0]
             gain[test] = _gain(fold, at_risk, censored, train)
         self.depends = bool(gain.mean() > norm.ppf(1 - LEVEL) * clustered_error(gain, groups))
 
+    def without_inputs(self) -> Self:
+        """Return what Kaplan-Meier says of the same reason."""
+        marginal = copy.copy(self)
+        marginal.folds, marginal.probability = [], uncensored_probability(*self.times)
+        return marginal
+
     def under(self, draws: Array) -> Array:
-        """Return the probability (R, n) of each draw."""
+        """Return the probability (R, n) as draws (R, n) of the rows would tell it."""
         if not self.folds:
-            return self.marginal.under(draws)
+            return uncensored_probability(*self.times, draws)
         found = np.empty_like(draws)
         for fold in self.folds:
             moved = fold.coefficients + (draws - 1) @ fold.influence
@@ -176,11 +165,12 @@ def _gain(
 class Watched:
     """How likely each of n rows was to be watched until its event or horizon, for all reasons."""
 
-    def __init__(self, reasons: Sequence[Reason] = (), given: Array | None = None) -> None:
+    def __init__(
+        self, reasons: Sequence[CensoringRegression] = (), given: Array | None = None
+    ) -> None:
         self.reasons = reasons
-        self.probability = (
-            given if given is not None else self._product([x.probability for x in reasons])
-        )
+        own = [reason.probability for reason in reasons]
+        self.probability = np.prod(own, axis=0) if given is None else given  # (n,)
         self.last: tuple[Array, Array] | None = None
 
     def under(self, draws: Array) -> Array:
@@ -188,10 +178,6 @@ class Watched:
         if not self.reasons or (len(draws) == 1 and (draws == 1).all()):
             return self.probability
         if self.last is None or self.last[0] is not draws:  # several parts ask for the same draws
-            self.last = draws, self._product([x.under(draws) for x in self.reasons])
+            product = np.prod([reason.under(draws) for reason in self.reasons], axis=0)
+            self.last = draws, product
         return self.last[1]
-
-    @staticmethod
-    def _product(probabilities: list[Array]) -> Array:
-        product: Array = np.prod(probabilities, axis=0)
-        return product.clip(1e-9)

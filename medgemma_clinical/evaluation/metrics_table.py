@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -16,7 +17,7 @@ from medgemma_clinical.data.small_cells import count_patients, minority_patients
 from medgemma_clinical.evaluation import metrics as of_risks
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, best_blend
 from medgemma_clinical.evaluation.decision import Recalibrated
-from medgemma_clinical.evaluation.metrics import Array, Known, bootstrap_weights
+from medgemma_clinical.evaluation.metrics import Array, bootstrap_weights
 from medgemma_clinical.evaluation.target import LABEL, Target
 from medgemma_clinical.evaluation.time_metrics import MIN_AT_RISK
 
@@ -305,87 +306,70 @@ def draw_metrics(
         parts = [np.flatnonzero(split == label) for label in np.unique(split)]
     thresholds = [] if threshold is None else np.atleast_1d(threshold).tolist()
     views = [
-        _View(
-            target,
-            rows,
-            {model: rows[target.column(model)].to_numpy(float) for model in models},
-            thresholds[k] if k < len(thresholds) else None,
-            (recalibrated or {}).get(target.name),
-        )
-        for k, target in enumerate(targets)
+        _View(target, rows, models, at, (recalibrated or {}).get(target.name))
+        for target, at in itertools.zip_longest(targets, thresholds)
     ]
 
     def statistic(draws: Array) -> dict[Any, Array]:
         values: dict[Any, Array] = {}
         for view in views:
-            known = [view.target.known(rows, draws, part) for part in parts]
-            values |= view.ranking(known, parts)
-            values |= view.drawn(known[0] if split is None else view.target.known(rows, draws))
+            values |= view.ranking(draws, parts) | view.pooled(draws)
         return values
 
     # Patients are drawn once for all splits.
     value, drawn = bootstrap(patients, seed, statistic)
     behind: dict[Any, int] = {}
+    counts: dict[str, int] = {}
     for view in views:
-        known = view.target.known(rows)
-        value = pd.concat([value, pd.Series(view.fixed(known, seed))])
+        value = pd.concat([value, pd.Series(view.fixed(seed))])
         behind |= view.patients_behind(patients)
-        if not view.is_measured(known):
+        if not view.is_measured:
             names = [view.target.key(name) for name in ORDER if name != "effective_n"]
             value[value.index.get_level_values(1).isin(names)] = np.nan
-    order = [(model, view.target.key(name)) for model in models for view in views for name in NAMES]
+        labels = view.target.labels(rows)
+        own = count_parts(labels, patients, parts if split is not None else [])
+        further = {view.target.key(x): own[x] for x in own if x not in ("n", "patients")}
+        counts |= further if counts else own
+    order = [(model, view.target.key(x)) for model in models for view in views for x in NAMES]
     value = value[[key for key in order if key in value.index]]
     of_parts = None
     if split is not None:
-        by_part = [
-            {
-                k: x
-                for view in views
-                for k, x in view.ranking([view.target.known(rows, part=p)], [p]).items()
-            }
-            for p in parts
-        ]
-        of_parts = spread(by_part)
-    counts: dict[str, int] = {}
-    for target in targets:
-        own = count_parts(target.labels(rows), patients, parts if split is not None else [])
-        further = {target.key(name): own[name] for name in own if name not in ("n", "patients")}
-        counts |= further if counts else own
+        one = np.ones((1, len(rows)))
+        of_parts = spread([_joined([view.ranking(one, [p]) for view in views]) for p in parts])
     widening = widening_of(patients, split, trained)
     return Drawn(value, drawn, counts, behind, of_parts, widening, seed)
 
 
-@dataclass(frozen=True)
+def _joined(parts: Sequence[Mapping[Any, Array]]) -> dict[Any, Array]:
+    return {key: x for part in parts for key, x in part.items()}
+
+
 class _View:
     """The risks of several models for one target, the first model in the centre."""
 
-    target: Target
-    rows: pd.DataFrame
-    risks: dict[str, Array]  # (n,) each
-    threshold: float | None
-    recalibrated: Recalibrated | None
-
-    @property
-    def first(self) -> str:
-        """The model that all others are compared with."""
-        return next(iter(self.risks))
-
-    @property
-    def before(self) -> Array:
-        """The first model's risks whose calibration is measured."""
-        return self.risks[self.first] if self.recalibrated is None else self.recalibrated.before
-
-    @property
-    def moved(self) -> Recalibrated | None:
-        """The recalibration, if it moves the risks."""
-        return self.recalibrated if self.recalibrated and self.recalibrated.rule.is_moved else None
+    def __init__(
+        self,
+        target: Target,
+        rows: pd.DataFrame,
+        models: Sequence[str],
+        threshold: float | None,
+        recalibrated: Recalibrated | None,
+    ) -> None:
+        self.target, self.rows, self.threshold = target, rows, threshold
+        self.risks = {model: rows[target.column(model)].to_numpy(float) for model in models}
+        self.first, self.risk = models[0], self.risks[models[0]]
+        # The risks whose calibration is measured, and what moves them.
+        self.before = self.risk if recalibrated is None else recalibrated.before
+        self.moved = recalibrated if recalibrated and recalibrated.rule.is_moved else None
+        self.known = target.known(rows)
 
     def of(self, model: str, values: Mapping[str, Any], start: str = "") -> dict[Any, Any]:
         """Return values under the names of their model and metric."""
         return {(model, self.target.key(f"{start}{name}")): x for name, x in values.items()}
 
-    def ranking(self, known: Sequence[Known], parts: Sequence[Any]) -> dict[Any, Array]:
+    def ranking(self, draws: Array, parts: Sequence[Any]) -> dict[Any, Array]:
         """Return the mean over parts of what compares risks, (R,) each."""
+        known = [self.target.known(self.rows, draws, part) for part in parts]
         values: dict[Any, Array] = {}
         for model, risk in self.risks.items():
             found = [x.ranking(risk[part]) for x, part in zip(known, parts, strict=True)]
@@ -393,8 +377,9 @@ class _View:
             values |= self.of(model, means)
         return values
 
-    def drawn(self, known: Known) -> dict[Any, Array]:
+    def pooled(self, draws: Array) -> dict[Any, Array]:
         """Return what all rows together tell, (R,) each."""
+        known = self.target.known(self.rows, draws)
         values: dict[Any, Array] = {}
         for model, risk in self.risks.items():
             values |= self.of(model, known.level(risk))
@@ -402,42 +387,40 @@ class _View:
         if self.moved:
             values |= self.of(self.first, self.moved.expected(known), EXPECTED)
         if self.threshold is not None:
-            risk = self.risks[self.first]
-            benefit = known.net_benefit(risk, np.array([self.threshold]))[:, 0]
-            values |= self.of(self.first, {"net_benefit": benefit})
-            values |= self.of(self.first, known.shares(risk >= self.threshold))
+            benefit = known.net_benefit(self.risk, np.array([self.threshold]))[:, 0]
+            shares = known.shares(self.risk >= self.threshold)
+            values |= self.of(self.first, {"net_benefit": benefit} | shares)
         return values
 
-    def fixed(self, known: Known, seed: int) -> dict[Any, float]:
+    def fixed(self, seed: int) -> dict[Any, float]:
         """Return what has no interval: a distance grows by the noise of draws."""
         values: dict[Any, float] = {}
         for model, risk in self.risks.items():
-            risk = self.before if model == self.first else risk
-            found = known.distances(risk)
-            if model != self.first:
-                found |= known.calibration(risk)
-            values |= self.of(model, {name: float(x[0]) for name, x in found.items()})
-        of_first = {"ici_ideal": known.ideal_distance(self.before, seed)}
-        if known.has_weights:
-            of_first |= {"effective_n": known.effective_n, "weights_cut": known.cut}
-            of_first["largest_weight"] = known.largest_weight
+            found = self.known.distances(self.before if model == self.first else risk)
+            found |= {} if model == self.first else self.known.calibration(risk)
+            values |= self.of(model, {name: x.item() for name, x in found.items()})
+        of_first = {"ici_ideal": self.known.ideal_distance(self.before, seed)}
+        if self.known.has_weights:
+            of_first["effective_n"] = self.known.effective_n
+            of_first["weights_cut"] = self.known.cut
+            of_first["largest_weight"] = self.known.largest_weight
         values |= self.of(self.first, of_first)
         if self.moved:
-            distance = known.distances(self.moved.after)["ici"]
-            values |= self.of(self.first, {"ici": float(distance[0])}, EXPECTED)
+            distance = self.known.distances(self.moved.after)["ici"].item()
+            values |= self.of(self.first, {"ici": distance}, EXPECTED)
         return values
 
     def patients_behind(self, patients: NDArray[np.generic]) -> dict[Any, int]:
         """Return the patients in the denominators of shares, where all are known."""
-        known = self.target.known(self.rows)
-        if self.threshold is None or known.has_weights:
+        if self.threshold is None or self.known.has_weights:
             return {}
-        positive = self.risks[self.first] >= self.threshold
-        return self.of(self.first, patients_behind_shares(known.case, positive, patients))
+        positive = self.risk >= self.threshold
+        return self.of(self.first, patients_behind_shares(self.known.case, positive, patients))
 
-    def is_measured(self, known: Known) -> bool:
-        """Return whether the rows have an answer, and not by weights that few rows carry."""
-        few = known.has_weights and known.effective_n < MIN_AT_RISK
+    @property
+    def is_measured(self) -> bool:
+        """Whether the rows have an answer, and not by weights that few rows carry."""
+        few = self.known.has_weights and self.known.effective_n < MIN_AT_RISK
         return not few and not self.target.problem(self.rows)
 
 

@@ -16,11 +16,7 @@ from numpy.typing import NDArray
 
 from medgemma_clinical.data.competing_events import CompetingEvents
 from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.evaluation.censoring import (
-    CensoringRegression,
-    Reason,
-    Watched,
-)
+from medgemma_clinical.evaluation.censoring import CensoringRegression, Watched
 from medgemma_clinical.evaluation.metrics import LOGIT, Array, Known, Link
 from medgemma_clinical.evaluation.time_metrics import CLOGLOG, check_horizon, known_at
 from medgemma_clinical.files import InputError
@@ -216,13 +212,13 @@ def weighed(
     groups, found = rows["patient"].to_numpy(str), []
     for target in targets:
         hours, event = target.follow_up(rows)
-        reasons: list[Reason] = []
+        reasons: list[CensoringRegression] = []
         watched, note = None, ""
         if ((event == 0) & (hours < target.horizon)).any():
             given = inputs(), target.horizon, groups, seed
             fitted = CensoringRegression(hours, event == 0, *given)
             by_inputs = censoring == "regression"
-            reasons.append(fitted if by_inputs else fitted.marginal)
+            reasons.append(fitted if by_inputs else fitted.without_inputs())
             note = "" if by_inputs or not fitted.depends else DEPENDS
             watched = Watched(reasons) if by_inputs else None
         if target.ends:
