@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pandas as pd
@@ -207,37 +207,11 @@ class Settings:
     trees: dict[str, Any]  # of all boosted trees
 
 
-class Fits(Protocol):
-    """How baselines are fitted to what happened to n rows."""
-
-    always: ClassVar[tuple[str, ...]]  # baselines that read nothing
-
-    def vocabulary(self, contexts: NDArray[np.object_]) -> list[str]:
-        """Return the words that are read, none where no baseline reads any."""
-
-    def tune_trees(self, values: Array, folds: Folds) -> dict[str, Any]:
-        """Return settings of boosted trees on values (n, P)."""
-
-    def tune_penalty(self, values: Any, folds: Folds, *, words: bool = False) -> float:
-        """Return the penalty of a regression on values (n, P)."""
-
-    def fit_trees(
-        self, values: Array, settings: Mapping[str, Any], columns: list[str]
-    ) -> tuple[Any, int]:
-        """Return trees, and the fewest patients behind a leaf, 0 where they are not counted."""
-
-    def fit_regression(self, values: Array, penalty: float | None, columns: list[str]) -> Any:
-        """Return a regression."""
-
-    def collect(self, **fitted: Any) -> Baselines:
-        """Return all baselines."""
-
-
 @dataclass(frozen=True)
 class LabelFits:
-    """Baselines of labels."""
+    """How baselines are fitted to labels."""
 
-    always: ClassVar[tuple[str, ...]] = ()
+    always: ClassVar[tuple[str, ...]] = ()  # baselines that read nothing
     labels: Array  # (n,)
     patients: NDArray[Any]  # (n,)
 
@@ -287,7 +261,7 @@ def tune_baselines(
     dataset: TrajectoryDataset,
     train: NDArray[np.int64],
     static: Sequence[str],
-    fits: Fits | None = None,  # of the same rows, by default to their labels
+    fits: Any = None,  # of the same rows, by default to their labels
 ) -> Settings:
     """Choose the settings of the baselines in folds of some rows, where these are enough."""
     fits = fits or label_fits(dataset, train)

@@ -188,7 +188,7 @@ def blend_hazards(*hazards: Array) -> Array:
 
 @dataclass(frozen=True)
 class PeriodFits:
-    """Baselines of times to events that compete."""
+    """How baselines are fitted to times of events that compete."""
 
     always: ClassVar[tuple[str, ...]] = (NULL,)
     hours: Array  # (n,) until the event or the end of follow-up
