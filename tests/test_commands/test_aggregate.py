@@ -15,7 +15,6 @@ from medgemma_clinical.commands import pool
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES
 from medgemma_clinical.files import locked
 from medgemma_clinical.inference.hub import save_model, shared_copy
-from medgemma_clinical.models.outcome import LabelOutcome
 from pages import make_rows
 from predicting import SERIES, command, predicted, refused, write_data
 from site_files import make_site, parts
@@ -97,7 +96,7 @@ def test_an_aggregate_holds_the_used_model_and_its_planned_comparison(
     assert all((digest == stage) == (name == STAGE) for name, digest in lines.items())
 
 
-def test_few_patients_and_times_are_refused(model, strangers, tmp_path, capsys, monkeypatch):
+def test_few_patients_are_refused(model, strangers, tmp_path, capsys):
     labels = strangers[LABEL] == "1"
     few = pd.concat([strangers[labels].iloc[:20], strangers[~labels].iloc[:80]])
     data, out, path = (tmp_path / name for name in ("few.csv", "out.csv", "x.json"))
@@ -109,8 +108,6 @@ def test_few_patients_and_times_are_refused(model, strangers, tmp_path, capsys, 
         assert not path.exists()
     write_data(few, data)
     assert trainer.main(words) == 0
-    monkeypatch.setattr(LabelOutcome, "has_curves", True)
-    assert refused(capsys, words, "--aggregate")
 
 
 @pytest.mark.parametrize("flag", ["--predictions", "--aggregate"])
@@ -143,11 +140,12 @@ def test_copies_of_a_model_are_one_model_and_an_update_is_another(stage, runs, t
         for name in ("saved", "shared")
     )
     assert saved == shared == first, "whose words a copy lacks"
-    for key in ("slope", "intercept", "threshold"):
-        rule = {**trained.config["decision"], key: 0.123}
-        moved = replace(trained, config={**trained.config, "decision": rule}).identity()
+    for key in ("multiplier", "shift", "threshold"):
+        rule = {**trained.config["decision"]["label"], key: 0.123}
+        config = {**trained.config, "decision": {"label": rule}}
+        moved = replace(trained, config=config).identity()
         assert (moved["sha256"] == first["sha256"]) == (key == "threshold")
-    rules = {**trained.config["models"], ENSEMBLE: {**rule, "slope": 0.123}}
+    rules = {**trained.config["models"], ENSEMBLE: {"label": {**rule, "multiplier": 0.123}}}
     moved = replace(trained, config={**trained.config, "models": rules}).identity()
     assert moved["sha256"] == first["sha256"]
     assert moved["baselines_sha256"] != first["baselines_sha256"]
