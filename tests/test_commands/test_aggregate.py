@@ -9,9 +9,11 @@ import pandas as pd
 import pytest
 
 import medgemma_trainer as trainer
+from cohorts import waiting
 from conftest import SAMPLE
 from language_models import TINY_MODEL
 from medgemma_clinical.commands import pool
+from medgemma_clinical.evaluation.aggregate import aggregate
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES
 from medgemma_clinical.files import locked
 from medgemma_clinical.inference.hub import save_model, shared_copy
@@ -108,6 +110,51 @@ def test_few_patients_are_refused(model, strangers, tmp_path, capsys):
         assert not path.exists()
     write_data(few, data)
     assert trainer.main(words) == 0
+
+
+@pytest.fixture(scope="module")
+def times(tmp_path_factory):
+    """A model of times to events."""
+    folder = tmp_path_factory.mktemp("times") / "run"
+    options = {"trajectory_epochs": 1, "horizon_hours": [24, 72], "batch_size": 32}
+    trainer.fit_trajectory(waiting(600), output_dir=folder, **options)
+    return folder / "trajectory"
+
+
+def test_aggregates_of_times_hold_the_label_at_the_horizon_of_rows_where_it_is_known(
+    times, tmp_path, capsys
+):
+    paths = [tmp_path / f"{name}.json" for name in ("north", "south")]
+    data = tmp_path / "rows.csv"
+    for seed, path in enumerate(paths, 1):
+        rows, out = waiting(300, seed), tmp_path / "out.csv"
+        rows.to_csv(data, index=False)
+        found = predicted(times, data, out, "--aggregate", str(path))
+        content = json.loads(path.read_text())
+        case = (rows["event"] == 1) & (rows["event_hours"] <= 24)
+        is_known = (rows["event"] > 0) | (rows["event_hours"] >= 24)
+        assert 0 < is_known.mean() < 1
+        assert "24h" in content.pop("target")
+        unknown = content.pop("unknown")
+        assert unknown == pytest.approx(1 - is_known.mean(), abs=0.005)
+        assert f"{100 * unknown:.2g} %" in capsys.readouterr().out
+        columns = {STAGE: "probability", "blend": "risk_24h_blend"}
+        names = [line["name"] for line in content["models"]]
+        columns = {name: columns[name] for name in names}
+        table = pd.DataFrame({name: found[column] for name, column in columns.items()})
+        table = table.assign(label=case.astype(int), patient=rows["subject_id"])[is_known]
+        hashes = {line["name"]: line["sha256"] for line in content["models"]}
+        for key, value in aggregate(table, hashes).items():
+            assert content[key] == value
+    words = ["pool", *map(str, paths), "--output_dir", str(tmp_path / "pooled")]
+    assert trainer.main(words) == 0
+    few = waiting(300, 3).assign(event_hours=5.0, event=0)  # all left before the horizon
+    few.loc[:110, "event"] = 1
+    few.to_csv(data, index=False)
+    path = tmp_path / "few.json"
+    words = command(times, data, out, "--aggregate", str(path))
+    assert refused(capsys, words, "--aggregate")
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("flag", ["--predictions", "--aggregate"])
