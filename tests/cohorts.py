@@ -173,3 +173,16 @@ def coverage(sets, rows, rows_a_patient, seed):
         for name, value in truth.items():
             covered[name] += int(own.low[name] <= value <= own.high[name])
     return {name: count / sets for name, count in covered.items()}
+
+
+def waiting(n, seed=0):
+    """Draw rows of a file: the last value decides who dies early, and some leave before that."""
+    rng = np.random.default_rng(seed)
+    sick = rng.normal(size=n)
+    times = rng.exponential(np.exp([4.2 - 0.9 * sick, 4.6 - 0.5 * sick, np.full(n, 4.4)]))
+    values = [f"{20 + 3 * x:.1f} (0h) -> {20 + 5 * x:.1f} (6h)" for x in sick]
+    rows = pd.DataFrame({"subject_id": [f"{seed}-{k}" for k in range(n)]})
+    rows["clinical_trajectory"] = values
+    rows["event_hours"] = times.min(axis=0).round(1)
+    rows["event"] = np.array([1, 2, 0])[times.argmin(axis=0)]
+    return rows

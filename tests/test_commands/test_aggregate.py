@@ -9,13 +9,14 @@ import pandas as pd
 import pytest
 
 import medgemma_trainer as trainer
+from cohorts import waiting
 from conftest import SAMPLE
 from language_models import TINY_MODEL
 from medgemma_clinical.commands import pool
+from medgemma_clinical.evaluation.aggregate import aggregate
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES
 from medgemma_clinical.files import locked
 from medgemma_clinical.inference.hub import save_model, shared_copy
-from medgemma_clinical.models.outcome import LabelOutcome
 from pages import make_rows
 from predicting import SERIES, command, predicted, refused, write_data
 from site_files import make_site, parts
@@ -97,7 +98,7 @@ def test_an_aggregate_holds_the_used_model_and_its_planned_comparison(
     assert all((digest == stage) == (name == STAGE) for name, digest in lines.items())
 
 
-def test_few_patients_and_times_are_refused(model, strangers, tmp_path, capsys, monkeypatch):
+def test_few_patients_are_refused(model, strangers, tmp_path, capsys):
     labels = strangers[LABEL] == "1"
     few = pd.concat([strangers[labels].iloc[:20], strangers[~labels].iloc[:80]])
     data, out, path = (tmp_path / name for name in ("few.csv", "out.csv", "x.json"))
@@ -109,8 +110,51 @@ def test_few_patients_and_times_are_refused(model, strangers, tmp_path, capsys, 
         assert not path.exists()
     write_data(few, data)
     assert trainer.main(words) == 0
-    monkeypatch.setattr(LabelOutcome, "has_curves", True)
+
+
+@pytest.fixture(scope="module")
+def times(tmp_path_factory):
+    """A model of times to events."""
+    folder = tmp_path_factory.mktemp("times") / "run"
+    options = {"trajectory_epochs": 1, "horizon_hours": [24, 72], "batch_size": 32}
+    trainer.fit_trajectory(waiting(600), output_dir=folder, **options)
+    return folder / "trajectory"
+
+
+def test_aggregates_of_times_hold_the_label_at_the_horizon_of_rows_where_it_is_known(
+    times, tmp_path, capsys
+):
+    paths = [tmp_path / f"{name}.json" for name in ("north", "south")]
+    data = tmp_path / "rows.csv"
+    for seed, path in enumerate(paths, 1):
+        rows, out = waiting(300, seed), tmp_path / "out.csv"
+        rows.to_csv(data, index=False)
+        found = predicted(times, data, out, "--aggregate", str(path))
+        content = json.loads(path.read_text())
+        case = (rows["event"] == 1) & (rows["event_hours"] <= 24)
+        is_known = (rows["event"] > 0) | (rows["event_hours"] >= 24)
+        assert 0 < is_known.mean() < 1
+        assert "24h" in content.pop("target")
+        unknown = content.pop("unknown")
+        assert unknown == pytest.approx(1 - is_known.mean(), abs=0.005)
+        assert f"{100 * unknown:.2g} %" in capsys.readouterr().out
+        columns = {STAGE: "probability", "blend": "risk_24h_blend"}
+        names = [line["name"] for line in content["models"]]
+        columns = {name: columns[name] for name in names}
+        table = pd.DataFrame({name: found[column] for name, column in columns.items()})
+        table = table.assign(label=case.astype(int), patient=rows["subject_id"])[is_known]
+        hashes = {line["name"]: line["sha256"] for line in content["models"]}
+        for key, value in aggregate(table, hashes).items():
+            assert content[key] == value
+    words = ["pool", *map(str, paths), "--output_dir", str(tmp_path / "pooled")]
+    assert trainer.main(words) == 0
+    few = waiting(300, 3).assign(event_hours=5.0, event=0)  # all left before the horizon
+    few.loc[:110, "event"] = 1
+    few.to_csv(data, index=False)
+    path = tmp_path / "few.json"
+    words = command(times, data, out, "--aggregate", str(path))
     assert refused(capsys, words, "--aggregate")
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("flag", ["--predictions", "--aggregate"])
@@ -143,11 +187,12 @@ def test_copies_of_a_model_are_one_model_and_an_update_is_another(stage, runs, t
         for name in ("saved", "shared")
     )
     assert saved == shared == first, "whose words a copy lacks"
-    for key in ("slope", "intercept", "threshold"):
-        rule = {**trained.config["decision"], key: 0.123}
-        moved = replace(trained, config={**trained.config, "decision": rule}).identity()
+    for key in ("multiplier", "shift", "threshold"):
+        rule = {**trained.config["decision"]["label"], key: 0.123}
+        config = {**trained.config, "decision": {"label": rule}}
+        moved = replace(trained, config=config).identity()
         assert (moved["sha256"] == first["sha256"]) == (key == "threshold")
-    rules = {**trained.config["models"], ENSEMBLE: {**rule, "slope": 0.123}}
+    rules = {**trained.config["models"], ENSEMBLE: {"label": {**rule, "multiplier": 0.123}}}
     moved = replace(trained, config={**trained.config, "models": rules}).identity()
     assert moved["sha256"] == first["sha256"]
     assert moved["baselines_sha256"] != first["baselines_sha256"]

@@ -10,6 +10,7 @@ from sklearn.metrics import brier_score_loss, roc_auc_score
 
 from medgemma_clinical.data.distributions import describe
 from medgemma_clinical.evaluation import monitoring
+from medgemma_clinical.evaluation.metrics import of_labels
 from medgemma_clinical.evaluation.monitoring import (
     MonitorRule,
     alarm_levels,
@@ -36,7 +37,7 @@ def risks(n, seed=0):
 def development(n=1500, seed=0):
     risk = risks(n, seed)
     labels = (np.random.default_rng(seed + 1).random(n) < risk).astype(float)
-    return reference(labels, risk, np.arange(n))
+    return reference(of_labels(labels), risk, np.arange(n))
 
 
 def cohort(periods=12, size=80, seed=2, begin=99, odds_ratio=1.0, ranks=True):
@@ -72,7 +73,7 @@ def test_metrics_of_a_period_are_those_of_known_outcomes_and_positives_of_all():
     rows = cohort(1, 200)
     labels, risk = rows["label"].to_numpy(), rows["risk"].to_numpy()
     table = measure(np.append(labels, np.nan), np.append(risk, 0.9), 0.3, 0)
-    assert table.loc["positives", "value"] == pytest.approx(100 * ((risk >= 0.3).sum() + 1) / 201)
+    assert table.loc["positives", "value"] == pytest.approx(((risk >= 0.3).sum() + 1) / 201)
     observed = binomtest(int(labels.sum()), 200)
     ends = observed.statistic, *observed.proportion_ci()
     assert table.loc["oe"].tolist() == pytest.approx(np.array(ends) / risk.mean())
