@@ -8,6 +8,7 @@ import pandas as pd
 from medgemma_clinical.commands.run_folder import RUN_FORMAT
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import evaluate
+from medgemma_clinical.evaluation.target import LABEL
 
 ROWS, EVENTS = 60, 20
 
@@ -28,7 +29,7 @@ def write_run(folder, seed=0, data=None, baseline="last value"):
     name = STAGE_NAMES.get(folder.name, "model")
     test = evaluate(table.rename(columns={"probability": name}), 0, 0.5).to_json()
     validation = {**test, "auroc": {"value": float(rng.uniform()), "low": 0.1, "high": 0.9}}
-    content = {"validation": validation, "test": test}
+    content = {"targets": [LABEL.to_json()], "validation": validation, "test": test}
     (folder / "metrics.json").write_text(json.dumps(content))
     lines = [json.dumps({"epoch": k + 1, "seconds": float(k)}) for k in range(3)]
     (folder / "history.jsonl").write_text("\n".join(lines) + "\n")
