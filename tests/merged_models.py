@@ -59,7 +59,7 @@ def save_stage(run, stage, base, quantization="none", precision="fp32", *, chang
     model = parts.classifier if stage == "classification" else parts.writer
     disturb_adapter(model.llm, change)
     prompts = asdict(PromptOptions())
-    decision = asdict(DecisionRule(threshold=0.5))
+    decision = {"label": asdict(DecisionRule(threshold=0.5))}
     words = {"quantization": quantization, "precision": precision, "prompts": prompts}
     config = llm_config(model, stage, data, base=base, decision=decision, **{**words, **more})
     folder = run / stage

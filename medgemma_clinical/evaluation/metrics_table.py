@@ -411,11 +411,11 @@ class _View:
         return values
 
     def patients_behind(self, patients: NDArray[np.generic]) -> dict[Any, int]:
-        """Return the patients in the denominators of shares, where all are known."""
-        if self.threshold is None or self.known.has_weights:
+        """Return the patients in the denominators of shares."""
+        if self.threshold is None:
             return {}
-        positive = self.risk >= self.threshold
-        return self.of(self.first, patients_behind_shares(self.known.case, positive, patients))
+        labels, positive = self.target.labels(self.rows), self.risk >= self.threshold
+        return self.of(self.first, patients_behind_shares(labels, positive, patients))
 
     @property
     def is_measured(self) -> bool:
@@ -471,9 +471,13 @@ def mean_of_defined(values: Sequence[Array]) -> Array:
 def patients_behind_shares(
     labels: Array, positive: NDArray[np.bool_], patients: NDArray[np.generic]
 ) -> dict[str, int]:
-    """Return the patients in the denominator of each of ``confusion_shares``."""
-    among = {"sensitivity": labels == 1, "specificity": labels == 0, "ppv": positive}
-    among |= {"npv": ~positive, "positives": np.ones_like(positive)}
+    """Return the patients in the denominator of each of ``confusion_shares``.
+
+    Labels are NaN where unknown.
+    """
+    is_known = ~np.isnan(labels)
+    among = {"sensitivity": labels == 1, "specificity": labels == 0, "ppv": positive & is_known}
+    among |= {"npv": ~positive & is_known, "positives": np.ones_like(positive)}
     return {name: count_patients(patients, is_member) for name, is_member in among.items()}
 
 

@@ -169,6 +169,9 @@ def fill_tripod(
         subgroups=[] if groups is None else subgroup_cells(groups, noun).to_dict("records"),
         methods=defaultdict(str, methods),
         threshold=evaluated.at_threshold,
+        of_times=any(target.horizon for target in evaluated.targets),
+        risks=[code(target.title) for target in evaluated.targets],
+        assumptions=[*dict.fromkeys(x.assumption for x in evaluated.targets if x.assumption)],
         code=code,
         number=count_text,
     )

@@ -57,7 +57,9 @@ METRICS = {
     "e50": Metric("E50", ".3f", "median of these distances"),
     "e90": Metric("E90", ".3f", "90th percentile of these distances"),
     "net_benefit": Metric(
-        "Net benefit", "z.4f", "true positives less the false ones that they outweigh, a row"
+        "Net benefit",
+        "z.4f",
+        "share of true positives minus that of false ones, weighted by the odds of the threshold",
     ),
     "sensitivity": Metric("Sensitivity (%)", ".1f", "of the events, those predicted positive"),
     "specificity": Metric("Specificity (%)", ".1f", "of the non-events, those predicted negative"),
@@ -67,10 +69,12 @@ METRICS = {
     "effective_n": Metric("Effective rows", ".0f", "rows that the weights are worth"),
     "weights_cut": Metric("Weights cut (%)", ".1f", "of the rows whose status is known"),
     "largest_weight": Metric("Largest weight", ".1f", "of a row, which stands for so many"),
-    "expected_slope": Metric("Slope", ".2f", "of new patients; 1 by construction"),
-    "expected_intercept": Metric("Intercept", "+z.2f", "of new patients; 0 by construction"),
+    "expected_slope": Metric("Expected slope", ".2f", "of new patients; 1 by construction"),
+    "expected_intercept": Metric(
+        "Expected intercept", "+z.2f", "of new patients; 0 by construction"
+    ),
     "expected_ici": Metric(
-        "ICI", ".3f", "on these rows, which taught the rule: in new ones larger"
+        "Expected ICI", ".3f", "on these rows, which taught the rule: in new ones larger"
     ),
 }
 """The one registry of metrics."""

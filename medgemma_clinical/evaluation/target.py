@@ -27,8 +27,8 @@ UNCENSORED = "uncensored_"
 that a row was watched until its event or horizon, where a regression tells it."""
 
 DEPENDS = (
-    "The inputs tell whose follow-up ends early, so these metrics may be wrong: --censoring "
-    "regression weighs the rows by it."
+    "Whose follow-up ends early depends on the inputs, so these metrics may be wrong: --censoring "
+    "regression weighs the rows by the inputs."
 )
 
 
@@ -62,7 +62,8 @@ class Target:
         """Return what ``metrics.json`` says of it."""
         names = [x.name for x in fields(self) if x.name not in ("link", "watched", "note")]
         link = next(name for name, link in LINKS.items() if link is self.link)
-        return {**{name: getattr(self, name) for name in names}, "link": link}
+        own = {name: getattr(self, name) for name in names}
+        return {**own, "ends": list(self.ends), "link": link}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Self:

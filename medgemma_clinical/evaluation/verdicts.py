@@ -183,11 +183,12 @@ def _without(metrics: Metrics, targets: Sequence[Target]) -> list[str]:
         if math.isnan(mean) or math.isnan(other):
             continue  # hidden, or too few rows
         texts.append(
-            f"The model says: the mean risk of {target.title} is {percent(mean)}, with it "
-            f"{percent(other)}, {100 * (mean - other):+.1f} percentage points. By weights the "
-            f"observed risk without it is {value_text(values.loc['observed'], '.1f', 100)} %: an "
-            f"approximation, as {percent(values.loc['weights_cut'].value)} of the weights were cut "
-            f"and the largest is {values.loc['largest_weight'].value:.1f}."
+            f"The model says: the mean risk of {target.title} is {percent(mean)}, that of "
+            f"{usual[target.horizon].title} is {percent(other)}, a difference of "
+            f"{100 * (mean - other):+.1f} percentage points. The observed risk of the former, "
+            f"estimated by weights, is approximately {value_text(values.loc['observed'], '.1f', 100)} %; "
+            f"{percent(values.loc['weights_cut'].value)} of the weights were cut, and the largest "
+            f"is {values.loc['largest_weight'].value:.1f}."
         )
     return texts
 
@@ -269,8 +270,8 @@ def literal_risks(risks: str, slope: Any, level: Any, ici: Any, ideal: Any) -> s
         faults.append("they are too low on average")
     differ = (
         f"they differ from the observed share by {100 * ici.value:.1f} percentage points on "
-        f"average, where calibrated ones would by {100 * ideal.value:.1f} (slope "
-        f"{value_text(slope, '.2f')}, 1 is ideal)."
+        f"average, where calibrated risks would differ by {100 * ideal.value:.1f} by chance "
+        f"(slope {value_text(slope, '.2f')}, 1 is ideal)."
     )
     subject = f"{risks[:1].upper()}{risks[1:]}"
     if faults:

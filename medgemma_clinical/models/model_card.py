@@ -38,6 +38,9 @@ MODEL_LIMITS = (
 
 RECOMMENDED = "Recommended (--use best)"
 
+CARD_METRICS = "auroc", "auprc", "brier", "oe"
+"""Metrics of all models that a card lists."""
+
 METRICS_OF = ("validation", "test", "folds")
 """Parts of ``metrics.json``; a model of all patients has the folds' in place of the others."""
 
@@ -85,7 +88,9 @@ def model_card(
         "config": shared,
         "threshold": rules[targets[0].name].threshold,
         "about": outcome_of(config).about,
-        "card_metrics": card_metrics(config),
+        "targets": targets,
+        "event": code(targets[0].title) if targets[0].horizon else targets[0].title,
+        "columns": {METRICS[name].title: name for name in CARD_METRICS},
         "monitor_rule": MonitorRule.checked(rule).words
         if (rule := config.get("monitor_rule"))
         else "",
@@ -101,12 +106,12 @@ def model_card(
 
 
 def card_metrics(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return titles and names of the metrics of all models that a card lists."""
+    """Return titles and names of ``CARD_METRICS`` of all targets."""
     targets = targets_of_config(config)
     return {
         f"{METRICS[name].title}{f' ({target.title})' if len(targets) > 1 else ''}": target.key(name)
         for target in targets
-        for name in ("auroc", "auprc", "brier", "oe")
+        for name in CARD_METRICS
     }
 
 

@@ -48,7 +48,6 @@ ELEMENTS = {  # in the schema's order; what no fact fills is for the owner
     "Resources": "PeerReviewedPublications PatientConsentOrDisclosure",
 }
 OWNER = "To be completed by the owner: "
-COUNTS = {"n": "rows", "patients": "patients", "events": "with the event"}
 TESTS = {"test": "test part of a split by patient", "folds": "cross-validation by patient"}
 NOT_XML = re.compile(r"[^\t\n\r -\uD7FF\uE000-\uFFFD\U00010000-\U0010FFFF]")
 """Characters that no XML file may hold. Source: XML 1.0, production 2."""
@@ -136,7 +135,9 @@ def _key_metrics(config: Mapping[str, Any]) -> dict[str, Any]:
         "FairnessEquity": {"Metrics by subgroup, from the table of the report": None},
         "SafetyReliability": {k: x for k, x in own.items() if isinstance(x, dict)},
     }
-    counts = [f"{x}: {count_text(tested[k])}" for k, x in COUNTS.items() if k in tested]
+    event = targets_of_config(config)[0].title
+    names = {"n": "rows", "patients": "patients", "events": f"with {event}"}
+    counts = [f"{x}: {count_text(tested[k])}" for k, x in names.items() if k in tested]
     known = {
         "TestType": f"Internal: {TESTS[part]}" if part else "Not tested",
         "TestingDataDescription": ", ".join(counts) or "None",

@@ -145,7 +145,7 @@ class TimeOutcome:
         others = ", ".join(events.names[1:])
         text = f"The risks are of {events.names[0]} by {', '.join(events.horizon_names)}"
         return [
-            text + (f", while others compete with it: {others}" if others else ""),
+            text + (f"; competing events: {others}" if others else ""),
             *filter(None, [events.assumption]),
         ]
 

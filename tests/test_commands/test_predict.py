@@ -18,11 +18,11 @@ from conftest import SAMPLE
 from language_models import TINY_MODEL
 from medgemma_clinical.commands import predictions, results
 from medgemma_clinical.data.overlap import TrainingPatients
-from medgemma_clinical.evaluation.decision import DecisionRule, choose_threshold
+from medgemma_clinical.evaluation.decision import choose_threshold
+from medgemma_clinical.evaluation.metrics import of_labels
 from medgemma_clinical.files import json_hash
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory, save_trajectory
-from medgemma_clinical.models.outcome import LabelOutcome
 from medgemma_clinical.models.trained_model import read_trained_config
 from predicting import SERIES, STAGES, command, predicted, read_predictions, refused, write_data
 from srtr_dataset import SRTRTrajectoryDataset
@@ -99,7 +99,7 @@ def test_ids_that_a_spreadsheet_would_run_stay_and_are_warned_of(
 def test_risks_are_written_with_six_digits_and_decided_as_written(risk, written, positive):
     columns = {"probability": [risk, np.nan], "prediction": [0, 0], "probability_age": [risk, 0.5]}
     table = pd.DataFrame({"id": ["a", "b"], **columns}).astype({"prediction": "Int64"})
-    found = predictions.as_written(table, DecisionRule(threshold=0.1))
+    found = predictions.as_written(table, 0.1)
     assert [*found] == [*table]
     assert found["probability"].tolist()[0] == written
     assert found["probability_age"].tolist() == [written, 0.5]
@@ -211,13 +211,13 @@ def test_a_checkpoint_without_its_training_patients_says_so(runs, table, tmp_pat
 def test_metrics_of_many_chunks_are_those_of_one(runs, strangers, tmp_path, monkeypatch):
     rows = strangers.assign(subject_id=[f"p{k % 17}" for k in range(len(strangers))])
     data, evaluated = write_data(rows, tmp_path / "rows.csv"), []
-    evaluate = LabelOutcome.evaluate
+    evaluate = predictions.evaluate
 
     def kept(table, *rule, **plan):
         evaluated.append(table)
         return evaluate(table, *rule, **plan)
 
-    monkeypatch.setattr(LabelOutcome, "evaluate", staticmethod(kept))
+    monkeypatch.setattr(predictions, "evaluate", kept)
     for name, size in (("one", 10_000), ("many", 30)):
         monkeypatch.setitem(MEMORY_ROWS, "trajectory", size)
         predicted(runs / "trajectory", data, tmp_path / f"{name}.csv")
@@ -419,11 +419,11 @@ def test_a_threshold_of_the_call_is_a_risk_or_chosen_on_the_validation_part(
     lines = predicted(runs / stage, data, out, "--threshold", "0.1", "--use", "blend")
     assert (lines["prediction"] == (lines["probability"] >= 0.1)).all()
     val = pd.read_csv(runs / stage / "predictions_val.csv")
-    labels, goal = val["label"].to_numpy(float), "specificity 0.7"
+    of_val, goal = of_labels(val["label"].to_numpy(float)), "specificity 0.7"
     for name in ("probability", "blend"):
         use = ("--use", name) if name == "blend" else ()
         lines = predicted(runs / stage, data, out, "--threshold", goal, *use)
-        threshold = choose_threshold(goal, labels, val[name].to_numpy())
+        threshold = choose_threshold(goal, of_val, val[name].to_numpy())
         assert (lines["prediction"] == (lines["probability"] >= threshold)).all()
         assert lines["prediction"].nunique() == 2
     page = out.with_suffix(".report.html").read_text()
@@ -469,7 +469,7 @@ def test_recalibration_and_threshold_lie_with_the_weights(stage, runs, table, tm
     folder = copy_of(runs, stage, tmp_path)
     data = write_data(table.head(6).drop(columns=LABEL), tmp_path / "few.csv")
     plain = predicted(folder, data, tmp_path / "1.csv")
-    decision = {"slope": 2.0, "intercept": 0.5, "threshold": 0.3}
+    decision = {"label": {"multiplier": 2.0, "shift": 0.5, "threshold": 0.3}}
     if stage == "trajectory":
         content = torch.load(tmp_path / TRAJECTORY_FILE, weights_only=True)
         content["config"]["decision"] = decision

@@ -1,6 +1,7 @@
 """report.html and the page of a comparison: what they say, hide, escape, and write as files."""
 
 import re
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from xml.etree import ElementTree
@@ -10,11 +11,12 @@ import pandas as pd
 import pytest
 from scipy.special import expit, logit
 
+import time_rows
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import evaluate
 from medgemma_clinical.evaluation.report import PATIENTS_NOTICE, comparison_page, write_report
 from medgemma_clinical.evaluation.tables import model_table
-from medgemma_clinical.evaluation.target import LABEL
+from medgemma_clinical.evaluation.target import DEPENDS, LABEL
 from medgemma_clinical.evaluation.topics.all_topics import prediction_topics
 from medgemma_clinical.evaluation.topics.cohort import case_mix_topic
 from medgemma_clinical.evaluation.topics.topic import NO_CURVES
@@ -40,6 +42,15 @@ def page(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def times(tmp_path_factory):
+    rows = time_rows.make_times()
+    targets = time_rows.weighed_targets(rows)
+    targets = (*targets[:-1], replace(targets[-1], note=DEPENDS))
+    shown = {"targets": targets, "config": time_rows.OUTCOME.config}
+    return write_page(tmp_path_factory.mktemp("times"), rows, **shown)
+
+
+@pytest.fixture(scope="module")
 def comparison(tmp_path_factory):
     path = tmp_path_factory.mktemp("comparison") / "compare.html"
     page = comparison_page(
@@ -59,12 +70,13 @@ def sections(source):
     return re.findall(r"<h2>(.*?)</h2>", source)
 
 
-def test_the_visible_text_is_approved(page, comparison, assert_approved):
+def test_the_visible_text_is_approved(page, times, comparison, assert_approved):
     assert_approved("report", Page(page).sentences)
+    assert_approved("times", Page(times).sentences)
     assert_approved("comparison", Page(comparison).sentences)
 
 
-@pytest.mark.parametrize("name", ["page", "comparison"])
+@pytest.mark.parametrize("name", ["page", "times", "comparison"])
 def test_a_page_is_whole_loads_nothing_and_escapes_what_a_user_writes(name, request):
     source = request.getfixturevalue(name)
     page = Page(source)
@@ -80,7 +92,7 @@ def test_a_page_is_whole_loads_nothing_and_escapes_what_a_user_writes(name, requ
     assert levels.count(1) == 1 == levels[0]
     assert all(later <= earlier + 1 for earlier, later in pairwise(levels))
     images = page.images()
-    assert len(images) == (6 if name == "page" else 1)
+    assert len(images) == {"page": 6, "times": 22, "comparison": 1}[name]
     assert all(20 < len(alt) < 160 for alt, _ in images)
 
 
@@ -115,6 +127,17 @@ def test_sections_stand_in_order_and_those_without_content_are_left_out(page, tm
     alone = write_page(tmp_path, make_rows(60, baselines=False), **bare)
     assert sections(alone) == [*SECTIONS[1:6], *SECTIONS[7:]]
     assert len(Page(alone).images()) == 5
+
+
+def test_topics_of_the_first_risk_are_open_and_those_of_further_ones_folded(times):
+    titles = [target.title for target in time_rows.TARGETS]
+    results = ["Discrimination", "Calibration", "Decision curve", "Baselines", "Subgroups"]
+    of_risks = [[f"{name}: {title}" for name in results] for title in titles]
+    first, *folded = re.split("<details>\n<summary>The same for .*?</summary>", times)
+    assert sections(first) == [SECTIONS[0], "Risks", *of_risks[0], "Over time"]
+    folded[-1], last = folded[-1].rsplit("</details>", 1)
+    assert [sections(part) for part in folded] == of_risks[1:]
+    assert sections(last) == SECTIONS[6:]
 
 
 def test_where_the_results_are_stage_1s_the_page_links_there_and_folds_them(page, tmp_path):

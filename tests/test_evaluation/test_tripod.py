@@ -6,6 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import time_rows
+from medgemma_clinical.evaluation.metrics_table import evaluate
+from medgemma_clinical.evaluation.tables import METRICS
 from pages import OUTCOME, make_rows, write_page
 
 LETTERS = {3: "abc", 5: "ab", 6: "abc", 8: "abc", 9: "abc", 12: "abcdefg", 18: "abcdef"}
@@ -39,6 +42,20 @@ def test_a_part_that_does_not_exist_is_left_out(filled):
     _, answers = filled(make_rows(60, baselines=False), **everyone)
     assert answers["12a"] == answers["20c"] == "**for the author**"
     assert "no other model" in answers["12e"]
+
+
+def test_times_have_the_performance_of_each_risk_and_say_what_it_means(filled):
+    rows = time_rows.make_times()
+    targets = time_rows.weighed_targets(rows)
+    _, answers = filled(rows, targets=targets)
+    metrics = evaluate(rows, 0, targets=targets)
+    for target in targets:
+        for name, title in (("auroc", "AUROC"), ("slope", "Calibration slope")):
+            text = METRICS[name].text(metrics.at(target).row(time_rows.MODEL, name))
+            assert f"{title} ({target.title}) {text}" in answers["23a"]
+        assert f"`{target.title}`" in answers["15"]
+    assert answers["12e"].count(time_rows.EVENTS.assumption) == 1
+    assert "by weights" in answers["12e"]
 
 
 def test_small_counts_are_hidden(filled):

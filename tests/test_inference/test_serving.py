@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
+from scipy.special import expit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from language_models import (
@@ -261,11 +262,11 @@ def load(place, stage):
     """Load a stage; the rule of stage 3 says yes for some rows, but not for those above 0.5."""
     trained = load_trained_model(place / stage, BUILDERS)
     if stage == "generative":
-        risks = np.sort(DecisionRule().probability(logits_of(trained))[ROWS])
+        risks = np.sort(expit(logits_of(trained))[ROWS])
         no = 3 if (risks < 0.5).sum() == 2 else 2
         lower, upper = risks[no - 1 : no + 1]
         assert upper - lower > 1e-3, "no rounding turns a verdict"
-        decision = asdict(DecisionRule(threshold=float(lower + upper) / 2))
+        decision = {"label": asdict(DecisionRule(threshold=float(lower + upper) / 2))}
         return replace(trained, config={**trained.config, "decision": decision})
     return trained
 
@@ -282,7 +283,7 @@ def logits_of(trained):
 
 
 def verdicts_of(trained):
-    return trained.rule.probability(logits_of(trained)) >= trained.rule.threshold
+    return expit(logits_of(trained)) >= trained.threshold(trained.name)
 
 
 def prompts_of(trained, dataset, rows=ROWS, batch_size=32):

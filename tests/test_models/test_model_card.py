@@ -12,10 +12,12 @@ from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 
+import time_rows
 from chai_card import read_facts
 from language_models import classifier_and_writer, data_of, llm_config, patients, stage1_for
 from medgemma_clinical import __version__
 from medgemma_clinical.commands.predict import FLAGS
+from medgemma_clinical.evaluation.metrics_table import evaluate
 from medgemma_clinical.models import checkpoints
 from medgemma_clinical.models.checkpoints import describe_data
 from medgemma_clinical.models.decoders import licence, terms_of
@@ -72,13 +74,33 @@ def finished():
     reports |= {f"{name}_share": metric(0.5) for name in shares}
     more = {
         "base_model": "google/medgemma-4b-pt",
-        "decision": {"slope": 1, "intercept": 0, "threshold": 0.31412},
+        "decision": {"label": {"multiplier": 1, "shift": 0, "threshold": 0.31412}},
         **HUB,
     }
     more["case_mix"] = {"rows": 640.0, "patients": 600.0, "prevalence": 0.25}
     more["best_model"] = "last value"
     more["metrics"] = run_metrics(reports={**reports, "inventing_share": metric(0.3)})
     return json.loads(json.dumps({**config, **more}))
+
+
+def metrics_of_times():
+    """What metrics.json says of risks by two horizons, with and without transplants."""
+    rows = time_rows.make_times()
+    targets = time_rows.weighed_targets(rows)
+    part = evaluate(rows, 0, [0.3] * len(targets), targets=targets).to_json()
+    parts = {"validation": part, "test": part, "targets": [x.to_json() for x in targets]}
+    return run_metrics(**parts)
+
+
+@pytest.fixture(scope="module")
+def stages_1():
+    """What a finished stage 1 says, of a label and of times."""
+    rule = {"multiplier": 1.0, "shift": 0.0, "threshold": 0.3}
+    rules = {target.name: rule for target in time_rows.TARGETS}
+    own = {"data_sha256": "0" * 64}
+    label = stage1_config(decision={"label": rule}, metrics=run_metrics(), **own)
+    times = stage1_config(decision=rules, metrics=metrics_of_times(), **own)
+    return label, {**times, **time_rows.OUTCOME.config}
 
 
 def header(config):
@@ -125,8 +147,11 @@ def test_the_terms_are_those_of_the_base_model(changes, named, key, notices, fin
 # ------------------------------------------------------------------ the text
 
 
-def test_cards_are_approved(finished, assert_approved):
-    """Of a finished stage 3, the lines that other models change, and the card of a stage 1."""
+def test_cards_are_approved(finished, stages_1, assert_approved):
+    """Of a finished stage 3, the lines that other models change, and the card of a stage 1.
+
+    Of times to events, the lines that differ from those of a label.
+    """
     finished = {**finished, "data_sha256": "0" * 64}
     alone = {"encoder": None, "members": 0, "num_prefix_tokens": 0, "stage1_logit": False}
     others = [{"base_weights": "random"}, {"shuffled": True, "stage1_logit": False}, alone]
@@ -140,15 +165,19 @@ def test_cards_are_approved(finished, assert_approved):
     everyone = {**finished, "metrics": {**parts, "folds": finished["metrics"]["test"]}}
     lines = difflib.ndiff(card.splitlines(), model_card(everyone).splitlines())
     text += ["==== of all patients", *(line for line in lines if line[0] in "+-")]
+    lines = difflib.ndiff(*(model_card(config).splitlines() for config in stages_1))
+    text += ["==== of times to events", *(line for line in lines if line[0] in "+-")]
     text += ["==== stage 1, unfinished", model_card(stage1_config(data_sha256="0" * 64))]
     assert_approved("model_card", "\n".join(text).replace(__version__, "VERSION"))
 
 
-def test_facts_are_approved(finished, assert_approved):
-    text = []
+def test_facts_are_approved(finished, stages_1, assert_approved):
+    text, (label, times) = [], (dict(facts_of(config)) for config in stages_1)
+    differ = [f"{key}: {x}" for key, x in times.items() if x != label[key]]
     unfinished = stage1_config(data_sha256="0" * 64)
     for config in (finished | {"data_sha256": "0" * 64}, unfinished):
         text += [f"==== {config['stage']}", *(f"{k}: {x}" for k, x in facts_of(config))]
+    text += ["==== of times to events, a line a kind", *differ]
     assert_approved("model_facts", "\n".join([*text, ""]).replace(__version__, "VERSION"))
 
 
@@ -220,15 +249,16 @@ def test_the_commands_of_a_card_are_the_programs(repo_id, finished):
 
 def test_small_counts_leave_neither_on_the_card_nor_in_the_configuration(finished):
     few = {**finished, "metrics": run_metrics(events=7, subgroups={"women": 7})}
-    few["metrics"]["calibration"] = {"method": "platt", "slope": 1.5, "before": metric(0.7)}
+    moves = {"label": [1.5, 0.2]}
+    few["metrics"]["calibration"] = {"method": "platt", "moves": moves, "before": metric(0.7)}
     card = model_card(few)
     assert "with the event: fewer than 11" in card
-    assert "| This model | \N{EN DASH} | \N{EN DASH} | \N{EN DASH} |" in card
+    assert "| This model |" + 4 * " \N{EN DASH} |" + "\n" in card
     assert "25.0 %" not in card, "a drawn part has the same share"
     shared = shareable(few, 11)
     assert not re.search(r"\b(7|0\.7|0\.4|0\.9|597)\b", json.dumps(shared["metrics"]))
     assert shared["metrics"]["threshold"] == few["metrics"]["threshold"]
-    assert shared["metrics"]["calibration"] == {"method": "platt", "slope": 1.5}
+    assert shared["metrics"]["calibration"] == {"method": "platt"}
     assert shareable(shared, 11) == shared
     assert model_card(shared) == card
     assert shareable(few, 0) == few
@@ -238,6 +268,18 @@ def test_small_counts_leave_neither_on_the_card_nor_in_the_configuration(finishe
     assert not re.search(r"\b(7|0\.7|0\.4|0\.9|25\.0)\b", " ".join(x for _, x in read_facts(facts)))
     assert model_facts(shared) == facts
     assert "with the event: 7<" in model_facts(few, min_cell=0)
+
+
+def test_few_events_by_one_horizon_hide_its_metrics_alone(stages_1):
+    _, times = stages_1
+    events = {name: times["metrics"]["test"][name] for name in ("events", "events_72h")}
+    card = model_card(times, min_cell=events["events"] + 1)
+    shown = {
+        target.title: f"| This model | `{target.title}` | 0." in card
+        for target in time_rows.TARGETS[:2]
+    }
+    assert shown == {"death by 24h": False, "death by 72h": True}
+    assert "with `death by 24h`: fewer than 54" in card
 
 
 # ------------------------------------------------------------------ markup from data

@@ -68,7 +68,10 @@ def overview(evaluated: Evaluated) -> Topic | None:
     meanings = {METRICS[name].title: METRICS[name].meaning for name in ORDER}
     return Topic(
         "Risks",
-        ["Who was not watched until a horizon counts by weights, not as without the event."],
+        [
+            f"{evaluated.noun.capitalize()} whose follow-up ends before a horizon do not count as "
+            "without the event: those that are watched for longer stand for them, by weights."
+        ],
         [Cells(table, "How good the risks are [95 %]", is_wide=True)],
         details=[Details("What the metrics are", terms=meanings)],
     )

@@ -133,13 +133,15 @@ def calibration_table(
         edges = np.quantile(risk, shares_below(target.labels(rows)))
         index = np.searchsorted(edges, risk)
     bins = [np.flatnonzero(index == k) for k in np.unique(index)]
-    patients = rows["patient"].to_numpy(str)
+    patients, is_known = rows["patient"].to_numpy(str), ~np.isnan(target.labels(rows))
 
     def share(draws: Array) -> dict[Any, Array]:
         known = [target.known(rows, draws, members) for members in bins]
         return {k: x.level(risk[bins[k]])["observed"] for k, x in enumerate(known)}
 
-    behind = {k: count_patients(patients, members) for k, members in enumerate(bins)}
+    behind = {
+        k: count_patients(patients, members[is_known[members]]) for k, members in enumerate(bins)
+    }
     table = with_interval(*bootstrap(patients, seed, share), behind)
     table.insert(0, "n", [len(members) for members in bins])
     table.insert(1, "predicted", [risk[members].mean() for members in bins])

@@ -94,9 +94,8 @@ def threshold_table(evaluated: Evaluated, thresholds: Sequence[float]) -> pd.Dat
         return values
 
     behind: dict[Any, int] = {}
-    for threshold in [] if evaluated.known.has_weights else thresholds:
-        case, positive = evaluated.known.case, risk >= threshold
-        of_shares = patients_behind_shares(case, positive, evaluated.patient)
+    for threshold in thresholds:
+        of_shares = patients_behind_shares(evaluated.labels, risk >= threshold, evaluated.patient)
         behind |= {(threshold, share): n for share, n in of_shares.items()}
     drawn = bootstrap(evaluated.patient, evaluated.seed, statistic)
     table = with_interval(*drawn, behind, evaluated.exact.widening)
