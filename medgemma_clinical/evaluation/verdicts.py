@@ -182,13 +182,14 @@ def _without(metrics: Metrics, targets: Sequence[Target]) -> list[str]:
         mean, other = values.loc["mean_risk"].value, beside.loc["mean_risk"].value
         if math.isnan(mean) or math.isnan(other):
             continue  # hidden, or too few rows
+        observed = value_text(values.loc["observed"], ".1f", 100)
+        cut, largest = (values.loc[name].value for name in ("weights_cut", "largest_weight"))
         texts.append(
             f"The model says: the mean risk of {target.title} is {percent(mean)}, that of "
             f"{usual[target.horizon].title} is {percent(other)}, a difference of "
             f"{100 * (mean - other):+.1f} percentage points. The observed risk of the former, "
-            f"estimated by weights, is approximately {value_text(values.loc['observed'], '.1f', 100)} %; "
-            f"{percent(values.loc['weights_cut'].value)} of the weights were cut, and the largest "
-            f"is {values.loc['largest_weight'].value:.1f}."
+            f"estimated by weights, is approximately {observed} %; {percent(cut)} of the weights "
+            f"were cut, and the largest is {largest:.1f}."
         )
     return texts
 
