@@ -19,16 +19,14 @@ from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import MODEL
 from medgemma_clinical.inference.hub import save_model, shared_copy
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
-from medgemma_clinical.models.hazards import Hazards
-from medgemma_clinical.models.outcome import TimeOutcome
 from medgemma_clinical.models.trained_model import read_model_sha256, read_trained_config
 from pages import Page
 from predicting import MARKER, predicted, refused, write_data
-from time_rows import EVENTS
+from time_rows import OUTCOME, TARGETS
 from trajectories import LABEL
 
 STAGE = STAGE_NAMES["trajectory"]
-REFERENCE = {"patients": 500, "intercept": 0.0, "slope": 1.0}
+REFERENCE = {"patients": 500, "shift": 0.0, "multiplier": 1.0}
 REFERENCE |= {"covariance": [[0.02, 0.01], [0.01, 0.01]], "edges": []}
 
 
@@ -159,6 +157,79 @@ def test_a_series_in_another_unit_stops(scored, checkpoint, tmp_path, capsys):
     assert (median["value"] > median["limit_high"].astype(float)).tolist() == [0, 0, 0, 1]
 
 
+# ------------------------------------------------------------------ times to events
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of_times(checkpoint, tmp_path_factory):
+    """A checkpoint whose risks are of an event by a horizon."""
+    content = torch.load(checkpoint, weights_only=True)
+    config = content["config"]
+    rules = {target.name: config["decision"]["label"] for target in TARGETS}
+    config |= {**OUTCOME.config, "decision": rules}
+    config["models"] = dict.fromkeys(config["models"], rules)
+    path = tmp_path_factory.mktemp("times") / TRAJECTORY_FILE
+    torch.save(content, path)
+    return path
+
+
+def outcomes_of_times(outcomes):
+    """Return outcomes by which some events are later, and some rows are not watched until 24 h."""
+    rng, n = np.random.default_rng(0), len(outcomes)
+    kind = np.where(outcomes["label"] == "1", rng.choice([1, 1, 2], n), rng.choice([0, 0, 0, 2], n))
+    hours = np.where(kind == 0, rng.choice([12.0, 24.0, 90.0, 91.0], n), rng.integers(1, 40, n))
+    table = outcomes.assign(event_hours=hours.astype(str), event=kind.astype(str))
+    table.loc[rng.random(n) < 0.02, ["event_hours", "event"]] = ""
+    table.loc[n - 1, ["event_hours", "event"]] = "3", "1"
+    return table.drop(columns="label")
+
+
+def test_times_are_judged_by_what_is_known_at_the_horizon(
+    scored, checkpoint_of_times, tmp_path, capsys, monkeypatch
+):
+    predictions, outcomes = scored[0], outcomes_of_times(scored[1])
+    hours, event = (pd.to_numeric(outcomes[name]) for name in ("event_hours", "event"))
+    labels = pd.Series(np.nan, outcomes.index)
+    labels[(event > 0) | (hours >= 24)] = 0.0
+    labels[(event == 1) & (hours <= 24)] = 1.0
+    is_last = outcomes["admitted"] == outcomes["admitted"].max()
+    assert (labels[is_last] == 1).any(), "an event is known earlier than its absence"
+    labels[is_last] = np.nan  # the horizon has not passed
+    now = pd.Timestamp(outcomes["admitted"].max(), tz="UTC") + pd.Timedelta(hours=23)
+    monkeypatch.setattr(reading, "latest_now", lambda: now)
+    lines, table = run(capsys, predictions, checkpoint_of_times, outcomes, tmp_path)
+    share = f"outcomes not known of {TARGETS[0].title}: {100 * labels.isna().mean():.1f} %"
+    assert share in lines
+    assert share in Page((tmp_path / "out" / "monitor.html").read_text()).text
+    risk, month = pd.read_csv(predictions)["probability"], outcomes["admitted"].str[:7]
+    for period, own in table.groupby("period"):
+        values = own.set_index("metric")["value"].replace("", np.nan).astype(float)
+        known = (month == period) & labels.notna()
+        assert (values["patients"], values["known"]) == ((month == period).sum(), known.sum())
+        assert values["oe"] == pytest.approx(labels[known].sum() / risk[known].sum())
+    as_labels = outcomes.drop(columns=["event_hours", "event"])
+    as_labels["label"] = labels.map({0.0: "0", 1.0: "1"}).fillna("")
+    _, again = run(capsys, predictions, checkpoint_of_times, as_labels, tmp_path)
+    pd.testing.assert_frame_equal(again, table)
+    later = now + pd.Timedelta(hours=2)
+    monkeypatch.setattr(reading, "latest_now", lambda: later)
+    lines, _ = run(capsys, predictions, checkpoint_of_times, outcomes, tmp_path)
+    assert share not in lines, "then it has"
+
+
+@pytest.mark.parametrize(("column", "cell"), [("event_hours", "-1"), ("event", "1.5")])
+def test_a_wrong_time_or_event_is_refused(
+    column, cell, scored, checkpoint_of_times, tmp_path, capsys
+):
+    outcomes = outcomes_of_times(scored[1])
+    outcomes.loc[4, column] = cell
+    words = words_of(scored[0], checkpoint_of_times, outcomes, tmp_path)
+    assert refused(capsys, words, column, "line 6", out=tmp_path / "out" / "monitor.html")
+    without = outcomes.drop(columns=column)
+    words = words_of(scored[0], checkpoint_of_times, without, tmp_path)
+    assert refused(capsys, words, "line 1", out=tmp_path / "out" / "monitor.html")
+
+
 # ------------------------------------------------------------------ dates
 
 
@@ -239,11 +310,11 @@ def test_copies_have_the_name_of_their_model_and_an_update_has_another(stage, ru
     for path in (runs / stage, tmp_path / "saved", tmp_path / "shared"):
         assert read_model_sha256(path) == trained.sha256
     config = trained.config
-    same = {"decision": {**config["decision"], "threshold": 0.123}}
+    own = config["decision"]["label"]
+    same = {"decision": {"label": {**own, "threshold": 0.123}}}
     assert replace(trained, config={**config, **same}).sha256 == trained.sha256
-    changes = [{"decision": {**config["decision"], "slope": 0.123}}]
+    changes = [{"decision": {"label": {**own, "multiplier": 0.123}}}]
     changes += [{"updated": {"model": "ensemble", "data_sha256": x}} for x in "ab"]
-    changes += [{"moves": {"ensemble": {"risk_24h": [1.0, 0.1]}}}]
     names = {replace(trained, config={**config, **change}).sha256 for change in changes}
     assert len(names - {trained.sha256}) == len(changes)
 
@@ -276,7 +347,7 @@ def test_alerts_and_net_benefit_are_at_the_threshold_of_the_predictions(
     assert refused(capsys, words_of(out, checkpoint, scored[1], tmp_path), "--threshold")
     _, table = run(capsys, out, checkpoint, scored[1], tmp_path, "--threshold", threshold)
     shares = table.loc[(table["metric"] == "positives") & (table["site"] == ""), "value"]
-    assert shares.astype(float).mean() == pytest.approx(100 * found["prediction"].mean(), abs=0.1)
+    assert shares.astype(float).mean() == pytest.approx(found["prediction"].mean(), abs=0.001)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +377,7 @@ def test_a_wrong_cell_is_refused_with_file_and_line(
 
 @pytest.mark.parametrize(
     "fault",
-    ["date", "site", "outcomes", "use", "calibration", "inputs", "times", "threshold", "file"],
+    ["date", "site", "outcomes", "use", "calibration", "inputs", "threshold", "file"],
 )
 def test_what_is_not_there_is_refused(fault, runs, scored, checkpoint, tmp_path, capsys):
     words = words_of(scored[0], checkpoint, scored[1], tmp_path)
@@ -324,12 +395,6 @@ def test_what_is_not_there_is_refused(fault, runs, scored, checkpoint, tmp_path,
         (tmp_path / "out").write_text("a file")
     elif fault == "calibration":
         words[words.index(str(checkpoint))] = str(runs / "trajectory")
-    elif fault == "times":
-        content, path = torch.load(checkpoint, weights_only=True), tmp_path / TRAJECTORY_FILE
-        hazards = Hazards(EVENTS, EVENTS.horizons, (1.0, 1.0))
-        content["config"] |= TimeOutcome(hazards).config
-        torch.save(content, path)
-        words[words.index(str(checkpoint))] = str(path)
     else:
         (tmp_path / "p.csv").write_bytes(scored[0].read_bytes())
         pd.read_csv(inputs_path(scored[0])).head(7).to_csv(tmp_path / "p.inputs.csv", index=False)

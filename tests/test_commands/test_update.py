@@ -58,7 +58,7 @@ def test_the_updated_model_loads_and_predicts_the_event_for_the_same_rows(
     used = use if use == "ensemble" else STAGE_NAMES[stage]
     calibrated = read_trained_config(new)["reference"]
     assert {*calibrated} == {used}, "the 20 held-out rows of the training are too few"
-    assert calibrated[used]["slope"] == pytest.approx(1, abs=0.05)
+    assert calibrated[used]["multiplier"] == pytest.approx(1, abs=0.05)
     assert calibrated[used]["patients"] == updated["patients"]
     trained = (runs / stage).parent / "trajectory"
     held_out = pd.concat(pd.read_csv(trained / f"predictions_{x}.csv") for x in ("val", "test"))

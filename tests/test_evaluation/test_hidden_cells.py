@@ -19,6 +19,7 @@ from medgemma_clinical.evaluation.topics.calibration import calibration_updates
 from medgemma_clinical.evaluation.updating import evaluate_updates
 from medgemma_clinical.models.model_card import shareable
 from pages import MODEL, Page, make_rows, write_page
+from time_rows import TARGETS, make_times
 
 MODELS = MODEL, "blend"
 SHARES = "sensitivity", "specificity", "ppv", "npv", "positives"
@@ -179,3 +180,21 @@ def test_ranges_over_folds_go_where_a_fold_has_few_events(events, shown):
     assert shareable(config, 11)["metrics"]["folds"] == known
     earlier = {k: x for k, x in metrics.to_json().items() if k != "fold_minority_patients"}
     assert suppress(earlier, 11)["auroc"]["min"] is None
+
+
+def test_a_target_with_few_of_a_kind_is_hidden_and_another_is_shown(tmp_path):
+    """At 72 h five are known to be free of the event."""
+    rows, (first, second) = make_times(600), TARGETS[:2]
+    free = np.flatnonzero(second.labels(rows) == 0)
+    rows = rows.drop(index=free[5:]).reset_index(drop=True)
+    assert (second.labels(rows) == 0).sum() == 5
+    assert np.isnan(second.labels(rows)).sum() > 11, "they do not count as free of it"
+    assert 11 <= (first.labels(rows) == 1).sum() < (first.labels(rows) == 0).sum()
+    source = write_page(tmp_path, rows, targets=TARGETS[:2], min_cell=11)
+    table = pd.read_csv(tmp_path / "figures" / "metrics.csv").set_index("metric")
+    is_second = table.index.str.endswith("_72h")
+    assert table[is_second]["value"].isna().all()
+    assert table["value"].drop(table.index[is_second])["auroc"].notna().all()
+    assert not [*(tmp_path / "figures").glob("*_72h*")]
+    assert f"Calibration: {first.title}" in source
+    assert f"Calibration: {second.title}" not in source
