@@ -167,7 +167,7 @@ def targets_of(events: CompetingEvents | None) -> tuple[Target, ...]:
 
 def targets_of_config(config: Mapping[str, Any]) -> tuple[Target, ...]:
     """Return the targets of a checkpoint's configuration."""
-    return targets_of(CompetingEvents.from_config(config["events"]) if "events" in config else None)
+    return targets_of(CompetingEvents.configured(config))
 
 
 def check_horizons(dataset: TrajectoryDataset) -> None:

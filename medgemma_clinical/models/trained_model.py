@@ -386,7 +386,7 @@ def check_stage1(checkpoint: TrajectoryCheckpoint, data: Data, flags: dict[str, 
     for key, value in stored.items():
         if value != actual[key]:
             raise InputError(f"{path}: trained on {key} {value}, the data have {actual[key]}")
-    events = CompetingEvents.from_config(config["events"]) if "events" in config else None
+    events = CompetingEvents.configured(config)
     if events != data.dataset.competing_events:
         both = events, data.dataset.competing_events
         trained, given = ("a label" if each is None else each.words for each in both)
