@@ -83,6 +83,24 @@ def test_imports_go_one_way_and_models_stay_with_the_models():
     graphlib.TopologicalSorter(own).prepare()  # raises where modules import each other
 
 
+KINDS = r'outcome_kind ==|isinstance\(.*(Label|Time)Outcome|competing_events is|"events" (not )?in '
+KINDS += "|has_curves|has_tripod"
+ASKING = re.compile(rf"{PACKAGE}/(data/|models/(outcome|hazards)|evaluation/(target|time_\w+))")
+
+
+def test_few_modules_ask_whether_labels_or_times_are_learned():
+    files = [*(ROOT / PACKAGE).rglob("*.py"), *(ROOT / PACKAGE).rglob("*.j2")]
+    files += [ROOT / "medgemma_trainer.py", ROOT / "dte_encoder.py"]
+    found = [
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in files
+        if not ASKING.match(str(path.relative_to(ROOT)))
+        for line in path.read_text().splitlines()
+        if re.search(KINDS, line)
+    ]
+    assert not found, "a target or an outcome answers"
+
+
 def test_the_script_shows_the_wiring():
     text = (ROOT / "medgemma_trainer.py").read_text()
     nodes = list(ast.walk(ast.parse(text)))
