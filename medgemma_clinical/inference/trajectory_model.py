@@ -66,7 +66,7 @@ def results_table(content: Mapping[str, Any], part: str) -> pd.DataFrame:
             values.columns = [name, f"{name}_low", f"{name}_high"]
             table = values.join(table)
         tables[target.name] = table.loc[metrics.models].rename_axis(index=None)
-    joined = table if len(tables) == 1 else pd.concat(tables)
+    joined = table if len(tables) == 1 else pd.concat(tables, names=["risk"])
     return joined.rename_axis(columns=part)
 
 

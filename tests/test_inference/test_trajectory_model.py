@@ -11,9 +11,12 @@ from sklearn.calibration import CalibratedClassifierCV, CalibrationDisplay
 from sklearn.frozen import FrozenEstimator
 from sklearn.metrics import RocCurveDisplay, roc_auc_score
 
+import time_rows
 from arrow_tables import ArrowStream
 from dataset_format import MIMICtrajectoryDataset, read_description
+from medgemma_clinical.evaluation.metrics_table import evaluate
 from medgemma_clinical.files import InputError
+from medgemma_clinical.inference.trajectory_model import RESULTS, results_table
 from medgemma_trainer import TrajectoryModel
 from predicting import MARKER, SERIES, STAGES, predicted, write_data
 
@@ -130,6 +133,25 @@ def test_the_metrics_of_the_run_come_along(stage, models, runs):
                 assert results.loc[name, "difference"] == pytest.approx(difference)
     with pytest.raises(ValueError, match="val"):
         model.results("val")
+
+
+def test_results_of_times_have_the_risk_in_their_index():
+    rows = time_rows.make_times()
+    targets = time_rows.weighed_targets(rows)
+    metrics = evaluate(rows, 0, targets=targets)
+    content = {"targets": [x.to_json() for x in targets], "test": metrics.to_json()}
+    found = results_table(json.loads(json.dumps(content)), "test")
+    assert found.index.names[0] == "risk"
+    assert found.index.tolist() == [(x.name, name) for x in targets for name in metrics.models]
+    for target in targets:
+        of_target = metrics.at(target)
+        for model in metrics.models:
+            line = found.loc[(target.name, model)]
+            for name in RESULTS:
+                assert line[name] == of_target.row(model, name)["value"]
+            assert line["difference"] == pytest.approx(
+                of_target.row(model, "auroc")["difference"], nan_ok=True
+            )
 
 
 def test_the_repr_says_stage_series_base_and_data(models, runs):
