@@ -16,6 +16,8 @@ Populations of known truth. Each line has the rule of this program beside the on
   true effect of a further site;
 - periods: risks of death by 72 hours, with transplants and without, by baselines of times minus the
   true ones, when a row that ends by any event counts a whole interval at risk;
+- interventions: metrics of the true risks without transplants, which the sickest have first, when
+  the weights are taken as known in the draws; O/E and slope must be 1;
 - monitoring: years in which O/E, AUROC or CUSUM of a model in use alarm, where its months are held
   to be equal.
 """
@@ -53,7 +55,13 @@ from medgemma_clinical.evaluation.metrics_table import (
 from medgemma_clinical.evaluation.pooling import random_effects
 from medgemma_clinical.evaluation.reference import reference
 from medgemma_clinical.evaluation.rules import decide_folds
-from medgemma_clinical.evaluation.target import LABEL
+from medgemma_clinical.evaluation.target import (
+    LABEL,
+    read_weights,
+    targets_of,
+    weighed,
+    weight_columns,
+)
 from medgemma_clinical.evaluation.time_baselines import (
     fit_period_trees,
     fit_regressions,
@@ -543,6 +551,56 @@ def simulate_monitoring(sets):
                 )
 
 
+HORIZON, ENDED = 72.0, 120.0
+EVENTS = CompetingEvents(("death", "transplant", "discharge"), (HORIZON,), (2,))
+
+
+def waiting(rows, selection, seed):
+    """Return inputs, hours, events and the true risks without transplants, and with them."""
+    rng = np.random.default_rng(seed)
+    x, z = rng.normal(size=(2, rows))
+    rates = [0.006 * np.exp(0.8 * x + 0.5 * z), 0.008 * np.exp(selection * x)]
+    rates = np.stack([*rates, 0.010 * np.exp(-0.5 * x), np.full(rows, 0.004)])
+    times = rng.exponential(1 / rates)
+    event = np.where(times.min(axis=0) > ENDED, 0, np.array([1, 2, 3, 0])[times.argmin(axis=0)])
+    totals = [rates[0] + rates[2], rates[:3].sum(axis=0)]
+    risks = [rates[0] / total * (1 - np.exp(-total * HORIZON)) for total in totals]
+    return np.stack([x, z], axis=1), times.min(axis=0).clip(max=ENDED), event, *risks
+
+
+def simulate_interventions(sets, rows=1500):
+    together, without = targets_of(EVENTS)
+    for selection in (0.4, 0.9, 1.4):
+        truth = {"oe": 1.0, "slope": 1.0, "observed": waiting(200_000, selection, 9)[3].mean()}
+        found = {"before": [], "now": []}
+        for seed in range(sets):
+            inputs, hours, event, risk, usual = waiting(rows, selection, 50 + seed)
+            table = predictions(np.zeros(rows)).drop(columns="label")
+            table = table.assign(event_hours=hours, event=event)
+            table[together.column("m")], table[without.column("m")] = usual, risk
+            now = weighed([without], table, lambda inputs=inputs: inputs, "km", seed)
+            before = read_weights([without], table.assign(**weight_columns(now)))
+            for when, targets in (("before", before), ("now", now)):
+                found[when].append(evaluate(table, seed, targets=targets).at(without).of("m"))
+        for when, tables in found.items():
+            lines = {name: pd.DataFrame([x.loc[name] for x in tables]) for name in truth}
+            shares = [
+                f"{name} {line['value'].mean():.3f}, interval holds "
+                f"{share(line['value'].size - missed(line, truth[name]), sets)}"
+                for name, line in lines.items()
+            ]
+            cut = np.mean([x.loc["weights_cut", "value"] for x in tables])
+            write(
+                f"interventions, selection {selection}, {when}: {'; '.join(shares)}; "
+                f"{100 * cut:.1f} % of weights cut"
+            )
+
+
+def missed(line, true):
+    """Return how many intervals do not hold the truth."""
+    return int(((line["low"] > true) | (line["high"] < true)).sum())
+
+
 SIMULATIONS = {
     "folds": simulate_folds,
     "fold_verdicts": simulate_fold_verdicts,
@@ -551,6 +609,7 @@ SIMULATIONS = {
     "updates": simulate_updates,
     "sites": simulate_sites,
     "periods": simulate_periods,
+    "interventions": simulate_interventions,
     "monitoring": simulate_monitoring,
 }
 
