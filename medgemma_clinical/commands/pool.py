@@ -83,7 +83,9 @@ def pool(paths: Sequence[Path], output_dir: Path) -> int:
 def model_of(content: Any) -> dict[str, Any]:
     """Return what the used model of an aggregate is, which all sites must have."""
     used = content["models"][0]
-    return {"name": used["name"], "sha256": used["sha256"], "outcome": content["outcome"]}
+    return {"name": used["name"], "sha256": used["sha256"], "outcome": content["outcome"]} | {
+        name: content[name] for name in ("target",) if name in content
+    }
 
 
 def read_aggregate(path: Path) -> Any:

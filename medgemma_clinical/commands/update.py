@@ -55,6 +55,7 @@ def write_update(
     logger.info("update of %s by its %s", used, method)
     labels = targets[0].labels(rows)
     about = {
+        "before": trained.sha256,
         "model": used,
         "method": method,
         "rows": len(rows),

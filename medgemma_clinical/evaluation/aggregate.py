@@ -143,6 +143,12 @@ def pool_sites(sites: Mapping[str, Any]) -> tuple[pd.DataFrame, pd.DataFrame, li
             text = "files without it, or with another one"
             notes.append(f"{model} is not pooled: {text}: {', '.join(others)}.")
             models = models[models["name"] != model]
+    notes += [
+        f"{site}: {100 * content['unknown']:.2g} % of the rows, of which {content['target']} is "
+        "unknown, are left out."
+        for site, content in sites.items()
+        if content.get("unknown")
+    ]
     columns = ["site", "name"]
     parts = [
         models[columns].assign(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy.special import expit, logit
 
@@ -280,17 +281,18 @@ class Link(NamedTuple):
     curve: Callable[[Array, Array, Array, Array], Array]
     # From outcomes and scaled risks (n,) to loss, negative slope and curvature, (n,) each.
     terms: Callable[[Array, Array], tuple[Array, Array, Array]]
-    # From calibrated risks and the outcomes' distances from their curve (n,) to drawn outcomes.
-    draw: Callable[[Array, Array, int, np.random.Generator], Array]
+    # From calibrated risks, the outcomes' distances from their curve (n,) and numbers (R, n) within
+    # 0 and 1 to outcomes (R, n).
+    draw: Callable[[Array, Array, Array], Array]
 
     def moved(self, risk: Array, slope: float | Array, shift: float | Array) -> Array:
         """Return risks (n,) whose scaled values are multiplied and shifted."""
         return self.risk(shift + slope * self.scale(risk))
 
 
-def draw_labels(risk: Array, away: Array, count: int, rng: np.random.Generator) -> Array:
-    """Return labels (count, n) of calibrated risks (n,)."""
-    return (rng.random((count, len(risk))) < risk).astype(np.float64)
+def draw_labels(risk: Array, away: Array, chances: Array) -> Array:
+    """Return labels (R, n) of calibrated risks (n,)."""
+    return (chances < risk).astype(np.float64)
 
 
 LOGIT = Link(log_odds, expit, fit_logistic, spline_curve, logistic_terms, draw_labels)
@@ -368,13 +370,18 @@ class Known:
         ends = [quantile(distance, draws, q)[:, 0] for q in (0.5, 0.9)]
         return dict(zip(DISTANCES, [mean, *ends], strict=True))
 
-    def ideal_distance(self, risk: Array, seed: int) -> float:
-        """Return the mean distance that calibrated risks of n such rows would show."""
-        outcome, rng = np.atleast_2d(self.fitted)[0], np.random.default_rng(seed)
-        order = np.lexsort([outcome, risk])  # so that the order of the rows changes nothing
-        outcome, risk, weights = outcome[order], risk[order], self.fitted_weights[:1, order]
+    def ideal_distance(self, risk: Array, patients: NDArray[np.generic], seed: int) -> float:
+        """Return the mean distance that calibrated risks of n such rows would show.
+
+        The rows of a patient (n,) have their outcomes together.
+        """
+        outcome, weights = np.atleast_2d(self.fitted)[0], self.fitted_weights[:1]
+        order = np.lexsort([outcome, risk])  # neither the rows' order nor names change anything
+        index = np.empty(len(risk), np.int64)
+        index[order], names = pd.factorize(patients[order])
+        chances = np.random.default_rng(seed).random((IDEAL_DRAWS, len(names)))[:, index]
         away = outcome - self.link.curve(outcome, risk, weights, risk)[0]
-        drawn = self.link.draw(risk, away, IDEAL_DRAWS, rng)
+        drawn = self.link.draw(risk, away, chances)
         distances = np.abs(self.link.curve(drawn, risk, weights, risk) - risk).mean(axis=1)
         defined = distances[np.isfinite(distances)]
         return float(defined.mean()) if len(defined) else np.nan

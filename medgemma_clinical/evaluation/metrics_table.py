@@ -399,7 +399,8 @@ class _View:
             found = self.known.distances(self.before if model == self.first else risk)
             found |= {} if model == self.first else self.known.calibration(risk)
             values |= self.of(model, {name: x.item() for name, x in found.items()})
-        of_first = {"ici_ideal": self.known.ideal_distance(self.before, seed)}
+        ideal = self.known.ideal_distance(self.before, self.rows["patient"].to_numpy(str), seed)
+        of_first = {"ici_ideal": ideal}
         if self.known.has_weights:
             of_first["effective_n"] = self.known.effective_n
             of_first["weights_cut"] = self.known.cut

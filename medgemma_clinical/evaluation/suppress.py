@@ -5,7 +5,7 @@ Counts become texts and metrics null, so that what was hidden once can be hidden
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from functools import partial
 from typing import Any
 
@@ -40,11 +40,12 @@ def suppress(part: Json, min_cell: int) -> Json:
         return part
     texts = {name: count_text(n, min_cell) for name, n in counts.items() if 0 < n < min_cell}
     models, hidden, spreads = part.get("models", {}), set[str](), set[str]()
+    few = few_endings(counts, min_cell)
     for end in endings:
-        minority = counts[f"{MINORITY}{end}"]
-        if 0 < minority < min_cell:  # the events may be many, and those without it few
-            texts.setdefault(f"events{end}", NOT_SHOWN)
-        if minority < min_cell:
+        if end in few:
+            # The events may be many, and those without it few, or the events of another target.
+            if counts[f"{MINORITY}{end}"]:
+                texts.setdefault(f"events{end}", NOT_SHOWN)
             hidden |= {f"{name}{end}" for name in NAMES}
         elif _has_few_at_threshold(part, end, min_cell):
             hidden |= {f"{name}{end}" for name in AT_THRESHOLD}
@@ -53,6 +54,22 @@ def suppress(part: Json, min_cell: int) -> Json:
             spreads |= {f"{name}{end}" for name in NAMES}
     part, *others = (hide(metrics, hidden, spreads) for metrics in (part, *models.values()))
     return {**part, **texts, "models": dict(zip(models, others, strict=True))}
+
+
+def few_endings(counts: Mapping[str, Any], min_cell: int) -> set[str]:
+    """Return the endings of the targets that fewer patients have, or lack, or that tell such."""
+    few: set[str] = set()
+    shown: list[int] = []
+    for name in [name for name in counts if name.startswith(MINORITY)]:
+        end = name.removeprefix(MINORITY)
+        events = counts[f"events{end}"]
+        # Who has the event by one horizon and not by another is a cell, too.
+        tells = any(0 < abs(events - other) < min_cell for other in shown)
+        if tells or counts[name] < min_cell:
+            few.add(end)
+        else:
+            shown.append(events)
+    return few
 
 
 def suppressed(metrics: Metrics, min_cell: int) -> Metrics:
@@ -79,7 +96,10 @@ def _has_few_at_threshold(part: Json, ending: str, min_cell: int) -> bool:
     """Return whether few of those predicted positive, or of the others, have or lack the event."""
     patients = min(part["n"], part["patients"])  # a row counts as a patient at most
     events = part[f"events{ending}"] / part["n"] * patients
-    for name, count in (("sensitivity", events), ("specificity", patients - events)):
+    others = patients - events
+    if f"effective_n{ending}" in part:  # of some the status is unknown
+        others = min(others, part[f"{MINORITY}{ending}"])
+    for name, count in (("sensitivity", events), ("specificity", others)):
         share = part.get(f"{name}{ending}", {}).get("value")
         if share is None or round(min(share, 1 - share) * count, 6) < min_cell:
             return True

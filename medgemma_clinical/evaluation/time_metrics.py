@@ -335,12 +335,12 @@ def neighbour_curve(outcome: Array, risk: Array, weights: Array, at: Array) -> A
     return curve[:, left] + share * (curve[:, right] - curve[:, left])
 
 
-def draw_outcomes(risk: Array, away: Array, count: int, rng: np.random.Generator) -> Array:
-    """Return outcomes (count, n) of calibrated risks (n,), as far away as those that are known.
+def draw_outcomes(risk: Array, away: Array, chances: Array) -> Array:
+    """Return outcomes (R, n) of calibrated risks (n,), as far away as those that are known.
 
     Source: Wu 1986, "Jackknife, bootstrap and other resampling methods in regression analysis".
     """
-    outcomes: Array = risk + rng.choice([-1.0, 1.0], (count, len(risk))) * away
+    outcomes: Array = risk + np.where(chances < 0.5, -away, away)
     return outcomes
 
 

@@ -258,7 +258,8 @@ def model_sha256(config: Config, weights: str) -> str:
     """
     updated = config.get("updated", {})
     stage = [weights, moves_of(rules_of(config)), config.get("residual_weight")]
-    return json_hash([stage, [updated.get(name) for name in ("model", "method", "data_sha256")]])
+    names = "before", "model", "method", "data_sha256"
+    return json_hash([stage, [updated.get(name) for name in names]])
 
 
 def check_no_control(path: Path, config: Config) -> None:

@@ -158,7 +158,7 @@ def test_the_ideal_distance_is_that_of_labels_drawn_by_the_risks():
         labels, risk, _ = simulate(np.random.default_rng(2), rows, slope=2.0)
         rng = np.random.default_rng(1)
         drawn = [plain_distances((rng.random(rows) < risk) * 1.0, risk)["ici"] for _ in range(100)]
-        ideal[rows] = of_labels(labels).ideal_distance(risk, 0)
+        ideal[rows] = of_labels(labels).ideal_distance(risk, np.arange(rows), 0)
         assert ideal[rows] == pytest.approx(np.mean(drawn), rel=0.15)
         assert ideal[rows] < distances(labels, risk)["ici"]
     assert ideal[1200] < 0.7 * ideal[300]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from medgemma_clinical.evaluation.metrics import Array, Known
 from medgemma_clinical.evaluation.metrics_table import Metrics
 from medgemma_clinical.evaluation.plots import Plot
-from medgemma_clinical.evaluation.suppress import suppressed
+from medgemma_clinical.evaluation.suppress import few_endings, suppressed
 from medgemma_clinical.evaluation.target import LABEL, Target
 from medgemma_clinical.evaluation.verdicts import Finding, at_threshold, primary_baseline
 
@@ -84,6 +84,7 @@ class Evaluated:
     thresholds: Sequence[float] = ()  # of the targets, where they differ
     # What the topics are about; another one than the first: see ``at``.
     target: Target = LABEL
+    few: bool | None = None
 
     def at(self, target: Target) -> Evaluated:
         """Return the same of one target, whose risks stand in the columns of the models."""
@@ -94,6 +95,7 @@ class Evaluated:
             rows=self.rows.assign(**models),
             exact=self.exact.at(target),
             threshold=thresholds[[x.name for x in self.targets].index(target.name)],
+            few=target.metric_ending in few_endings(self.exact.counts, self.min_cell),
             target=replace(target, column_ending="", metric_ending=""),
         )
 
@@ -110,7 +112,8 @@ class Evaluated:
     @property
     def has_few(self) -> bool:
         """Whether fewer patients than ``min_cell`` have, or lack, the event."""
-        return self.exact.counts["minority_patients"] < self.min_cell
+        few = "" in few_endings(self.exact.counts, self.min_cell)
+        return few if self.few is None else self.few
 
     @property
     def model(self) -> str:
