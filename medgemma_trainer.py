@@ -267,8 +267,8 @@ def read_dataset(args: Namespace, source: Path | pd.DataFrame | None = None) -> 
         advice = f"give the data by --{kind.source_flag}, or see sample data by the command demo"
         raise InputError(f"{problem}: {advice}")
     rows: TrajectoryDataset = kind(source, **flags.dataset_options(vars(args), FLAGS, DATASETS))
-    if rows.outcome_kind != "label":
-        flags.check_outcome(vars(args), FLAGS)
+    if args.mode == "generative" and not args.trajectory_only and rows.note_problem:
+        raise InputError(f"--mode generative: {rows.note_problem}")
     return rows
 
 

@@ -16,9 +16,6 @@ WAYS = {
 """Ways of training, each with the flag that chooses it. Beside these, ``Flag.unread`` names llm,
 stages 2 and 3, and text, stages 2 and 3 without stage 1."""
 
-TIMES_REFUSE = ("ablation", "calibrate", "monitor_rule")
-"""Flags that wait for labels."""
-
 
 def check_flags(args: Namespace, given: set[str], table: Table) -> None:
     """Refuse flags that do not fit each other; ``given`` are those that the user typed."""
@@ -52,11 +49,3 @@ def dataset_options(
         raise InputError(f"--{name}: not for --dataset {values['dataset']}: leave it out")
     given = {option: values[option] for option in kind.options}
     return {name: value for name, value in given.items() if value is not None}
-
-
-def check_outcome(values: Mapping[str, Any], table: Table) -> None:
-    """Refuse what is not there for times to events."""
-    if values["mode"] == "generative" and not values["trajectory_only"]:
-        raise InputError("--mode generative: not for times to events: use --mode classification")
-    if unread := changed(values, table, TIMES_REFUSE):
-        raise InputError(f"--{next(iter(unread))}: not for times to events: leave it out")

@@ -29,11 +29,6 @@ class CompetingEvents:
         lists = {name: tuple(stored[name]) for name in ("names", "horizons", "interventions")}
         return cls(**lists, unit=str(stored["unit"]))
 
-    @classmethod
-    def configured(cls, config: Mapping[str, Any]) -> Self | None:
-        """Return the events of a checkpoint's config; None of a label."""
-        return cls.from_config(config["events"]) if "events" in config else None
-
     @property
     def horizon_names(self) -> tuple[str, ...]:
         """The horizons as columns and metrics name them: 24h, 365d."""
@@ -81,3 +76,8 @@ class CompetingEvents:
         titles = [f"{self.names[0]} by {name}" for name in self.horizon_names]
         without = [f"{title} without {self.interventions_text}" for title in titles]
         return dict(zip(self.risk_names, [*titles, *without], strict=False))
+
+
+def words_of(events: CompetingEvents | None) -> str:
+    """Return what is learned, in words."""
+    return "a label" if events is None else events.words

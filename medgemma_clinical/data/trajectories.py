@@ -202,6 +202,13 @@ class TrajectoryDataset:
         return "label" if self.competing_events is None else "time"
 
     @property
+    def note_problem(self) -> str:
+        """Why no note states what comes true of a row; empty where one does."""
+        if self.competing_events is None:
+            return ""
+        return "not for times to events: use --mode classification"
+
+    @property
     def event_kinds(self) -> dict[str, NDArray[np.bool_]]:
         """Which rows (N,) have each of the events that compete, or none; empty of a label."""
         if self.competing_events is None or self.events is None:

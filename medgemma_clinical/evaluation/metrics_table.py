@@ -419,7 +419,7 @@ class _View:
                 found |= known.calibration(risk)
             values |= self.of(model, {name: float(x[0]) for name, x in found.items()})
         of_first = {"ici_ideal": known.ideal_distance(self.before, seed)}
-        if known.has_weights:
+        if known.has_weights or self.target.ends:
             of_first |= {"effective_n": known.effective_n, "weights_cut": known.cut}
             of_first["largest_weight"] = known.largest_weight
         values |= self.of(self.first, of_first)
