@@ -29,11 +29,6 @@ class CompetingEvents:
         lists = {name: tuple(stored[name]) for name in ("names", "horizons", "interventions")}
         return cls(**lists, unit=str(stored["unit"]))
 
-    @classmethod
-    def configured(cls, config: Mapping[str, Any]) -> Self | None:
-        """Return the events of a checkpoint's config; None of a label."""
-        return cls.from_config(config["events"]) if "events" in config else None
-
     @property
     def horizon_names(self) -> tuple[str, ...]:
         """The horizons as columns and metrics name them: 24h, 365d."""

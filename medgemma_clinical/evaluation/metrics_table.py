@@ -401,7 +401,7 @@ class _View:
             values |= self.of(model, {name: x.item() for name, x in found.items()})
         ideal = self.known.ideal_distance(self.before, self.rows["patient"].to_numpy(str), seed)
         of_first = {"ici_ideal": ideal}
-        if self.known.has_weights:
+        if self.known.has_weights or self.target.ends:
             of_first["effective_n"] = self.known.effective_n
             of_first["weights_cut"] = self.known.cut
             of_first["largest_weight"] = self.known.largest_weight

@@ -162,9 +162,14 @@ def targets_of(events: CompetingEvents | None) -> tuple[Target, ...]:
     return tuple(found)
 
 
+def events_of(config: Mapping[str, Any]) -> CompetingEvents | None:
+    """Return the events of a checkpoint's configuration; None of a label."""
+    return CompetingEvents.from_config(config["events"]) if "events" in config else None
+
+
 def targets_of_config(config: Mapping[str, Any]) -> tuple[Target, ...]:
     """Return the targets of a checkpoint's configuration."""
-    return targets_of(CompetingEvents.configured(config))
+    return targets_of(events_of(config))
 
 
 def check_horizons(dataset: TrajectoryDataset) -> None:

@@ -209,5 +209,7 @@ def test_the_box_says_both_risks_their_difference_and_the_planned_comparison(row
     table = metrics.table.copy()
     table.loc[(MODEL, WITHOUT.key("mean_risk")), "value"] = np.nan  # hidden
     fewer = sentences(replace(metrics, table=table), "At it", targets=targets)
+    nobody = evaluate(rows.assign(event=1.0), 0, THRESHOLD, targets=TARGETS)
+    assert "largest is 1.0" in str(sentences(nobody, "At it", targets=TARGETS))
     hidden = f"the mean risk of {WITHOUT.title}"
     assert [str(x) for x in fewer] == [text for text in texts if hidden not in text]
