@@ -123,10 +123,12 @@ def multiplicity_sentence(metrics: Metrics) -> str:
     )
 
 
-def counts_text(counts: Mapping[str, int], noun: str = "predictions") -> str:
+def counts_text(
+    counts: Mapping[str, int], noun: str = "predictions", event: str = LABEL.title
+) -> str:
     """Return how many rows, called ``noun``, there are, of how many patients, and the events."""
     rows = "" if counts["n"] == counts["patients"] else f"{counts['n']:,} {noun} of "
-    return f"{rows}{counts['patients']:,} patients, {counts['events']:,} with the event"
+    return f"{rows}{counts['patients']:,} patients, {counts['events']:,} with {event}"
 
 
 def sentences(
@@ -150,7 +152,8 @@ def sentences(
     findings += comparison(of_first)
     findings += [Finding(None, _calibration(metrics.at(target), target)) for target in targets]
     findings += [Finding(None, text) for text in _without(metrics, targets)]
-    certainty = _certainty(values.loc["auroc"], metrics.counts, noun, advice)
+    counted = counts_text(metrics.counts, noun, targets[0].title)
+    certainty = _certainty(values.loc["auroc"], counted, advice)
     notes = dict.fromkeys(target.note for target in targets)
     return [*findings, *(Finding(None, note) for note in notes if note), Finding(None, certainty)]
 
@@ -291,8 +294,8 @@ def _decision(values: Any, beginning: str, noun: str) -> str:
     )
 
 
-def _certainty(auroc: Any, counts: Mapping[str, int], noun: str, advice: str) -> str:
-    text = f"Tested on {counts_text(counts, noun)}"
+def _certainty(auroc: Any, counted: str, advice: str) -> str:
+    text = f"Tested on {counted}"
     if not math.isnan(auroc.low):
         half = (auroc.high - auroc.low) / 2
         text += f": chance alone may move the AUROC by about ±{half:.3f}"

@@ -9,7 +9,7 @@ NAMES = [flag.name for flag in rows_of(trainer.FLAGS)]
 
 def test_each_flag_is_one_row_and_the_lists_beside_it_name_flags():
     assert len({*NAMES}) == len(NAMES)
-    listed = run_folder.FREE | python.COMMAND_LINE_ALONE | {*python.OF_FOLDER, *flags.TIMES_REFUSE}
+    listed = run_folder.FREE | python.COMMAND_LINE_ALONE | {*python.OF_FOLDER}
     assert listed | trainer.STAGE_1_FILE <= {*NAMES}
     for flag in rows_of(trainer.FLAGS):
         assert {*flag.unread.split()} <= {*flags.WAYS, "llm", "text"}, flag.name
