@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 
-from medgemma_clinical.data.competing_events import CompetingEvents, words_of
+from medgemma_clinical.data.competing_events import words_of
 from medgemma_clinical.data.overlap import check_held_out
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
@@ -27,6 +27,7 @@ from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, WORDS,
 from medgemma_clinical.evaluation.decision import Rules, read_rules
 from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.rules import apply_rules, moves_of, rules_of
+from medgemma_clinical.evaluation.target import events_of
 from medgemma_clinical.files import InputError, json_hash, read_json
 from medgemma_clinical.models.checkpoints import (
     MERGED_MODEL,
@@ -387,7 +388,7 @@ def check_stage1(checkpoint: TrajectoryCheckpoint, data: Data, flags: dict[str, 
     for key, value in stored.items():
         if value != actual[key]:
             raise InputError(f"{path}: trained on {key} {value}, the data have {actual[key]}")
-    events, given = CompetingEvents.configured(config), data.dataset.competing_events
+    events, given = events_of(config), data.dataset.competing_events
     if events != given:
         raise InputError(f"{path}: trained on {words_of(events)}, the data have {words_of(given)}")
     inputs = {"facts": config["inputs"]["static"], **config["inputs"]}
