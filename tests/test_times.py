@@ -69,7 +69,8 @@ def metrics_file(times):
 def test_the_facts_of_a_run_name_each_horizon(times):
     facts = read_facts((times / "trajectory" / "model_facts.xml").read_text())
     assert "KeyMetrics/UsefulnessUsabilityEfficacy/Results/MetricResult/Label" in dict(facts)
-    assert {"AUROC 24h, this model", "O/E 72h, this model"} <= {text for _, text in facts}
+    shown = {"AUROC (death by 24h), this model", "O/E (death by 72h), this model"}
+    assert shown <= {text for _, text in facts}
     assert "transplant" in dict(facts)["TrustIngredients/AISystemFacts/OutcomesAndOutputs"]
 
 
@@ -94,16 +95,19 @@ def test_a_run_writes_the_risks_of_each_horizon_and_their_metrics(times):
     val = part(times, "val")
     case = (val["event"] == 1) & (val["event_hours"] <= 24)
     assert (val.loc[case, "probability"] >= metrics_file(times)["threshold"]).any()
-    assert not (times / "trajectory" / "tripod.md").exists()
+    assert [x["name"] for x in metrics_file(times)["targets"]] == RISKS
+    tripod = (times / "trajectory" / "tripod.md").read_text()
+    assert all(title in tripod for title in ("death by 24h", "death by 72h without transplant"))
     found = pd.Series({name: x["low"] for name, x in metrics.items() if name[:2] in ("ic", "e5")})
-    assert len(found) == 8
+    assert len(found) == 12
     assert found.isna().all()  # distances have no interval
     history = (times / "trajectory" / "history.jsonl").read_text().splitlines()
-    assert all(json.loads(line)["val_auroc"] is None for line in history)
+    aurocs = [json.loads(line)["val_auroc"] for line in history]
+    assert all(0 < auroc < 1 for auroc in aurocs)
     page = (times / "trajectory" / "report.html").read_text()
     events = CompetingEvents(("death", "transplant"), (24.0, 72.0), (2,))
     assert events.assumption in page
-    assert all(risk in page for risk in RISKS)
+    assert all(title in page for title in events.risk_titles.values())
 
 
 def test_predictions_of_rows_without_events_are_those_of_the_run(times, tmp_path):
@@ -142,9 +146,11 @@ def test_python_saves_and_lists_a_model_of_times_and_predicts_no_yes_or_no(times
     again = TrajectoryModel.from_pretrained(tmp_path / "saved").predictions(rows)
     pd.testing.assert_frame_equal(again, model.predictions(rows))
     card = (tmp_path / "saved" / "README.md").read_text()
-    assert "| O/E without_transplant_72h |" in card
-    assert card.count("\n| `") == len(model.trained.rules) - 1
-    assert model.results().loc["stage 1 (trajectory alone)", "auroc"] > 0.5
+    assert "death by 72h without transplant" in card
+    results = model.results()
+    assert [*results.index.unique(level=0)] == RISKS
+    expected = metrics_file(times)["test"]["auroc_72h"]["value"]
+    assert results.loc[("risk_72h", "stage 1 (trajectory alone)"), "auroc"] == expected
     above = model.predict_proba(rows)[:, 1] >= model.threshold
     assert (model.predict(rows) == above).all()
 
@@ -166,10 +172,8 @@ def test_what_happens_later_changes_no_prediction(times, tmp_path):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--calibrate", "platt"], "--calibrate"),
         (["--mode", "generative"], "--mode generative: not for times to events"),
         (["--horizon_hours", "24,1000"], "horizon 1000"),
-        (["--seeds", "2"], "--seeds"),
     ],
 )
 def test_what_times_do_not_have_is_refused_in_one_line(times, tmp_path, capsys, words, expected):
@@ -177,6 +181,32 @@ def test_what_times_do_not_have_is_refused_in_one_line(times, tmp_path, capsys, 
     line += [] if "--mode" in words else ["--trajectory_only"]
     line += [] if "--horizon_hours" in words else ["--horizon_hours", "24,72"]
     assert refused(capsys, [*map(str, line), *words], expected, out=tmp_path / "run")
+
+
+def test_several_runs_are_recalibrated_and_compared(times, tmp_path):
+    (tmp_path / "rule.toml").write_text("consecutive = 3\n")
+    words = ["--trajectory_only", "--data_path", times / "waiting.csv", "--output_dir", tmp_path]
+    words += ["--horizon_hours", "24,72", "--trajectory_epochs", 1, "--log_file", "none"]
+    words += ["--calibrate", "platt", "--seeds", 2, "--monitor_rule", tmp_path / "rule.toml"]
+    assert main([*map(str, words)]) == 0
+    for seed in (0, 1):
+        folder = tmp_path / f"seed_{seed}" / "trajectory"
+        moves = json.loads((folder / "metrics.json").read_text())["calibration"]["moves"]
+        val = pd.read_csv(folder / "predictions_val.csv")
+        values = metrics_at(val["event_hours"], val["event"], val["risk_24h"], 24)
+        if "risk_24h" in moves:  # it fits these rows by construction
+            assert (values["slope"], values["intercept"]) == pytest.approx((1, 0), abs=1e-6)
+        model = TrajectoryModel.from_pretrained(folder)
+        assert model.config["monitor_rule"]["consecutive"] == 3
+        rules = model.trained.rules[model.trained.name]
+        assert {*moves} == {name for name, rule in rules.items() if rule.is_moved}
+        test = pd.read_csv(folder / "predictions_test.csv")
+        rows = waiting().set_index("subject_id", drop=False).loc[test["id"]].drop(columns=EVENTS)
+        found = model.predictions(rows)
+        np.testing.assert_allclose(found[RISKS], test[RISKS], rtol=1e-5)
+    assert any(moves)
+    page = Page((tmp_path / "seeds_trajectory.html").read_text())
+    assert "death by 72h" in page.text
 
 
 @pytest.mark.parametrize("text", ["24,x", "72,24", "0,24", "24,24", "24,inf", ""])
@@ -215,9 +245,10 @@ def test_without_interventions_an_intervention_ends_the_record():
     rows, events = waiting(300), CompetingEvents(("death", "transplant"), (24.0,), (2,))
     rng = np.random.default_rng(0)
     risks = {f"m {name}": rng.uniform(0.05, 0.5, 300) for name in events.risk_names}
-    weights = {"uncensored risk_without_transplant_24h": rng.uniform(0.5, 1, 300)}
+    weights = {"uncensored_risk_without_transplant_24h": rng.uniform(0.5, 1, 300)}
     table = rows[EVENTS].assign(id=rows["subject_id"], patient=rows["subject_id"])
-    found = evaluate_times(table.assign(**risks, **weights), events, 0).of("m")["value"]
+    table = table.assign(**risks, **weights)
+    found = evaluate(table, 0, targets=read_weights(targets_of(events), table)).of("m")["value"]
     ended = rows["event"].replace(2, 0)
     risk, (censoring,) = risks["m risk_without_transplant_24h"], weights.values()
     expected = metrics_at(rows["event_hours"], ended, risk, 24, censoring=censoring)
@@ -250,7 +281,10 @@ def test_folds_predict_each_row_once_and_final_learns_from_all(folded):
     for k, part in table.groupby("fold"):
         own = pd.read_csv(folded / f"folds_trajectory/fold_{k}/trajectory/predictions_test.csv")
         shared = [name for name in own if name in table]
-        pd.testing.assert_frame_equal(part[shared].reset_index(drop=True), own[shared])
+        names = [*own[shared].select_dtypes("float").columns.difference(EVENTS)]
+        pd.testing.assert_frame_equal(part[names].rank(), own[names].rank().set_index(part.index))
+        others = own[shared].columns.difference(names)
+        pd.testing.assert_frame_equal(part[others].reset_index(drop=True), own[others])
         by_fold.append(
             metrics_at(part["event_hours"], part["event"], part["risk_72h"], 72)["auroc"]
         )
@@ -340,6 +374,9 @@ def test_no_row_counts_for_more_than_twenty():
     rows.loc[late, "event"], rows.loc[late, "event_hours"] = 1, 23.0
     about = Description(series="MELD", events=("death", "transplant"), interventions=(2,))
     data = MIMICtrajectoryDataset(rows, description=about, horizon_hours=[24.0])
-    chances = uncensored_columns(data.competing_events, data, "km", 0)
-    (column,) = chances.values()
-    assert column.min() == MIN_UNCENSORED
+    usual, without = targets_of(data.competing_events)
+    observed, (_, target) = observed_rows([usual, without], data, np.arange(400), "km", 0)
+    known = target.known(observed)
+    assert 1 < known.largest_weight <= 1 / MIN_UNCENSORED
+    assert target.watched.probability[known.weights[0] > 0].min() < 1 / known.largest_weight
+    assert known.cut > 0
