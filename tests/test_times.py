@@ -14,7 +14,8 @@ from dataset_format import Description, MIMICtrajectoryDataset
 from medgemma_clinical.commands import command_line
 from medgemma_clinical.commands.patients import patients_path
 from medgemma_clinical.data.competing_events import CompetingEvents
-from medgemma_clinical.evaluation.metrics_table import MODEL
+from medgemma_clinical.evaluation.metrics_table import MODEL, evaluate
+from medgemma_clinical.evaluation.target import observed_rows, read_weights, targets_of
 from medgemma_clinical.evaluation.time_metrics import MIN_UNCENSORED, metrics_at
 from medgemma_clinical.evaluation.verdicts import percent
 from medgemma_clinical.files import InputError
