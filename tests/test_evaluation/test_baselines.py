@@ -23,6 +23,7 @@ from medgemma_clinical.evaluation.baselines import (
     tune_baselines,
 )
 from medgemma_clinical.evaluation.simple_models import Regression, Trees, to_plain, word_table
+from medgemma_clinical.models.outcome import LABELS
 from trajectories import dataset_of
 
 WITHOUT_STATICS = ["last value", "number of observations", LOGISTIC, BOOSTING, "blend"]
@@ -293,6 +294,10 @@ def test_kept_baselines_give_the_same_risks_and_hold_no_extreme_value(fitted):
     assert kept.names == fitted.names == [*WITH_STATICS[:3], *kept.names[3:]]
     for name, risk in kept.risks(dataset).items():
         assert np.array_equal(risk, fitted.risks(dataset)[name]), name
+    forecasts, risks = kept.forecasts(dataset), kept.risks(dataset)
+    for name, (first, second) in kept.pairs.items():
+        blended = LABELS.risks(LABELS.blend(forecasts[first], forecasts[second]))[:, 0]
+        np.testing.assert_allclose(blended, risks[name], rtol=1e-12)
 
 
 @pytest.mark.parametrize("rows_of_one", [1, 45])

@@ -219,6 +219,7 @@ def test_a_blend_is_the_mean_of_the_hazards(fitted):
     models = fitted[2].risks(with_times(40, seed=7)[0])
     pair = models["logistic regression"], models["gradient boosting"]
     np.testing.assert_allclose(models["blend"], np.mean(pair, axis=0))
+    np.testing.assert_array_equal(fitted[0].blend(*pair), models["blend"])
 
 
 @pytest.mark.parametrize(
