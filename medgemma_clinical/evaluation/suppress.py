@@ -74,7 +74,7 @@ def few_endings(counts: Mapping[str, Any], min_cell: int) -> set[str]:
 
 def suppressed(metrics: Metrics, min_cell: int) -> Metrics:
     """Return metrics in which small counts, and what tells them, are hidden."""
-    return Metrics.from_json(suppress(metrics.to_json(), min_cell))
+    return Metrics.from_json(suppress(metrics.to_json(), min_cell)) if min_cell else metrics
 
 
 def hide(metrics: Json, hidden: Container[str], spreads: Container[str] = ()) -> Json:

@@ -1,5 +1,7 @@
 """Several runs: what is made of each seed and ablation variant, and how they are compared."""
 
+import contextlib
+import itertools
 import json
 import logging
 from argparse import Namespace
@@ -13,9 +15,10 @@ from sklearn.metrics import roc_auc_score
 
 import medgemma_trainer as trainer
 import stages
-from conftest import SAMPLE
+from conftest import SAMPLE, whole_reports
 from finished_runs import write_run
-from medgemma_clinical.commands import plan, run_folder, several
+from language_models import TINY_MODEL
+from medgemma_clinical.commands import plan, repeats, run_folder, several
 from medgemma_clinical.commands.compare import (
     built_in_models_notice,
     cost_of,
@@ -27,13 +30,15 @@ from medgemma_clinical.commands.run_folder import stage_folder
 from medgemma_clinical.commands.several import VARIANTS, run_ablation, run_seeds
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import MODEL, SHARED_TRAINING, Metrics
-from medgemma_clinical.evaluation.target import LABEL
+from medgemma_clinical.evaluation.target import LABEL, Target
+from medgemma_clinical.evaluation.time_metrics import metrics_at
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.model_card import built_in_sentence
 from pages import Page
 from predicting import refused
+from test_times import ABOUT, RISKS, waiting
 
-DRAWS = 20
+DRAWS, TUNES = 20, False
 DATASET = SimpleNamespace(outcome="Death")
 STAGE_1 = STAGE_NAMES["trajectory"]
 
@@ -320,3 +325,68 @@ def test_the_command_line_runs_each_seed_once(tmp_path, monkeypatch, capsys):
         value = results_of(place / "metrics.json")["test"]["auroc"]["value"]
         (line,) = (x for x in shown.splitlines() if f"{place.parent.name}/trajectory" in x)
         assert f"{value:.3f} [" in line
+
+
+ALONE, TESTED = "--trajectory_only", "trajectory/predictions_test.csv"
+ABLATION = "--ablation=stage 1,states held", f"--model_name={TINY_MODEL}"
+WAYS = [
+    ((ALONE, "--calibrate=platt"), "trajectory/metrics.json", TESTED),
+    (ABLATION, "ablation/ablation.json", TESTED),
+    ((ALONE, "--seeds=2"), "seeds_trajectory.json", f"seed_*/{TESTED}"),
+    (
+        (ALONE, "--folds=2", "--seeds=2"),
+        "repeats_trajectory/metrics.json",
+        "repeat_*/folds_trajectory/predictions_folds.csv",
+    ),
+]
+"""Flags, the metrics that they lead to, and the predictions that are behind these."""
+
+
+@pytest.mark.parametrize(("flags", "place", "behind"), WAYS)
+def test_runs_of_times_have_the_metrics_of_each_horizon(
+    flags, place, behind, tmp_path, monkeypatch
+):
+    monkeypatch.undo()
+    table = waiting(360).assign(split=["train"] * 160 + ["val"] * 100 + ["test"] * 100)
+    table.to_csv(tmp_path / "waiting.csv", index=False)
+    (tmp_path / "waiting.json").write_text(json.dumps({**ABOUT, "interventions": [2]}))
+    words = [f"--data_path={tmp_path}/waiting.csv", f"--output_dir={tmp_path}", *flags]
+    words += ["--horizon_hours=24,72", "--trajectory_epochs=3", "--encoder_lr=0.02"]
+    write_last = repeats.write_repeat_results
+
+    def write_whole(*args):
+        with whole_reports():
+            write_last(*args)
+
+    monkeypatch.setattr(repeats, "write_repeat_results", write_whole)
+    with whole_reports() if "--calibrate=platt" in flags else contextlib.nullcontext():
+        assert trainer.main([*words, "--log_file=none"]) == 0
+    content = results_of(tmp_path / place)
+    targets = [Target.from_json(entry) for entry in content["targets"]]
+    assert [target.name for target in targets] == RISKS
+    part = content.get("test", content.get("folds", content))
+    rows = [pd.read_csv(path) for path in sorted(tmp_path.glob(behind))]
+    parts = [own for x in rows for _, own in x.groupby(x.get("fold", pd.Series(0, x.index)))]
+    for target in targets[:2]:
+        watched = [(own["event_hours"], own["event"], own[target.name]) for own in parts]
+        aurocs = [metrics_at(*each, target.horizon)["auroc"] for each in watched]
+        assert part[target.key("auroc")]["value"] == pytest.approx(np.mean(aurocs))
+    for target, (name, own) in itertools.product(targets, part["models"].items()):
+        first, model = part[target.key("auroc")]["value"], own[target.key("auroc")]
+        if own["reference"] == part["model"]:
+            assert model["difference"] == pytest.approx(model["value"] - first), name
+    page = Page(next((tmp_path / place).parent.glob("[!.]*.html")).read_text()).text
+    assert all(target.title in page for target in targets)
+    if "--calibrate=platt" in flags:
+        assert {*content["calibration"]["moves"]} == {*RISKS}
+        for target in targets[::2]:  # a later risk is not below an earlier one, whatever fits best
+            slope, level = (content["validation"][target.key(x)] for x in ("slope", "intercept"))
+            assert (slope["value"], level["value"]) == pytest.approx((1, 0), abs=1e-6)
+    if flags == ABLATION:
+        runs = [str(tmp_path / x / "trajectory") for x in ("", "ablation/states_held")]
+        assert trainer.main(["compare", *runs, f"--output_dir={tmp_path}/compared"]) == 0
+        compared = results_of(tmp_path / "compared" / "compare.json")
+        variant = compared["models"]["ablation/states_held/trajectory"]
+        for target in targets:
+            name = target.key("auroc")
+            assert variant[name]["difference"] == part["models"]["states held"][name]["difference"]
