@@ -238,6 +238,12 @@ def test_a_population_of_known_risks(shift, slope):
     uncensored = metrics_at(*complete, risk, HORIZON)
     for name in ("auroc", "brier", "scaled_brier"):
         assert values[name] == pytest.approx(uncensored[name], abs=0.02), name
+    found, whole = (known_at(*x, HORIZON, ones(hours)) for x in ((hours, event), complete))
+    for name, share in found.shares(risk >= 0.2).items():
+        assert share == pytest.approx(whole.shares(risk >= 0.2)[name], abs=0.02), name
+    at = np.array([0.1, 0.2])
+    benefits = [known.net_benefit(risk, at) for known in (found, whole)]
+    np.testing.assert_allclose(*benefits, rtol=0, atol=0.01)
 
 
 def test_censoring_that_depends_on_the_risk_needs_its_own_probabilities():
