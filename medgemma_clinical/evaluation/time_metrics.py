@@ -11,13 +11,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from medgemma_clinical.evaluation.metrics import PRECISION, Array, Known, Link, quantile
+from medgemma_clinical.evaluation.metrics import PRECISION, Array, Known, Link
 
 MIN_UNCENSORED, MIN_AT_RISK = 0.05, 10
 """Share of rows that are uncensored, and number of rows at risk, that a horizon needs."""
 
-MAX_WEIGHT = 0.99
-"""Quantile at which the weights of a regression are cut."""
+MAX_WEIGHT = 20.0
+"""The weight at which those of a regression are cut: lower ones make risks look too low."""
 
 NEIGHBOURS, NEIGHBOUR_SHARE = 50, 0.05
 """Rows on either side, and at least this share of all, that the calibration error averages."""
@@ -133,9 +133,8 @@ def known_at(
         pseudo_values = _pseudo_values(table, event, draws)
         return Known(case, draws, draws * inverse, pseudo_values, draws, link)
     inverse = np.broadcast_to(has_status / uncensored, draws.shape)
-    limit = quantile(inverse, draws * has_status, MAX_WEIGHT).clip(max=1 / MIN_UNCENSORED)
-    cut = float((inverse[0] > limit[0])[has_status].mean())
-    weights = draws * np.minimum(inverse, limit)
+    cut = float((inverse[0] > MAX_WEIGHT)[has_status].mean())
+    weights = draws * np.minimum(inverse, MAX_WEIGHT)
     return Known(case, draws, weights, case, weights, link, cut)
 
 

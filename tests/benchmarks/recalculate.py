@@ -36,7 +36,7 @@ BY_DRAWS = {"end of an interval": 0.05, "ideal distance": 0.005}
 """The same of what other draws tell."""
 
 DRAWS, IDEAL_DRAWS = 400, 50
-MAX_WEIGHT, CUT = 20.0, 0.99
+MAX_WEIGHT = 20.0
 NEIGHBOURS, NEIGHBOUR_SHARE = 50, 0.05
 MIN_DIFFERENT = 20
 NO_RISKS = ["id", "label", "event_hours", "event", "patient", "fold", "model_sha256"]
@@ -78,9 +78,8 @@ def known_by(rows, target):
         weights = has_status / kaplan_meier(hours, event)
         return Known(case, weights, pseudo_values(hours, event, horizon), np.ones(len(rows)))
     weights = has_status / rows[column].to_numpy()
-    limit = min(np.quantile(weights[has_status], CUT), MAX_WEIGHT)
-    cut = np.mean(weights[has_status] > limit)
-    weights = weights.clip(max=limit)
+    cut = np.mean(weights[has_status] > MAX_WEIGHT)
+    weights = weights.clip(max=MAX_WEIGHT)
     return Known(case, weights, case, weights, cut)
 
 
