@@ -132,7 +132,7 @@ def known_at(
         inverse = has_status / table.uncensored[:, table.position].clip(TINY)
         pseudo_values = _pseudo_values(table, event, draws)
         return Known(case, draws, draws * inverse, pseudo_values, draws, link)
-    inverse = np.broadcast_to(has_status / uncensored, draws.shape)
+    inverse = np.broadcast_to(has_status / uncensored.clip(TINY), draws.shape)
     cut = float((inverse[0] > MAX_WEIGHT)[has_status].mean())
     weights = draws * np.minimum(inverse, MAX_WEIGHT)
     return Known(case, draws, weights, case, weights, link, cut)
