@@ -342,6 +342,7 @@ WAYS = [
 """Flags, the metrics that they lead to, and the predictions that are behind these."""
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize(("flags", "place", "behind"), WAYS)
 def test_runs_of_times_have_the_metrics_of_each_horizon(
     flags, place, behind, tmp_path, monkeypatch
