@@ -43,7 +43,7 @@ def write_aggregate(
     }
     risks = {name: rows[target.column(name)] for name in models}
     found = aggregate(rows.assign(patient=patients, label=labels, **risks), models)
-    unknown = float(f"{1 - len(rows) / everyone:.2g}")
+    unknown = round(20 * (1 - len(rows) / everyone)) / 20  # a count cannot be told
     if unknown:
         logger.info(
             "outcome not known by the horizon: %.2g %% of the rows, left out", 100 * unknown

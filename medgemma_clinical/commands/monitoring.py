@@ -176,7 +176,7 @@ def read_rows(
     target = targets_of_config(config)[0]
     dates = parsed(outcomes, args.outcomes, args.date, "date")
     check_dates(dates, everyone["date"].max(), f"{args.outcomes}: column {args.date}")
-    found = {"label": known_labels(outcomes, args.outcomes, target), "date": dates}
+    found = {**known_labels(outcomes, args.outcomes, target), "date": dates}
     of_ids = pd.DataFrame(found).set_index(outcomes["id"]).reindex(rows["id"]).set_axis(rows.index)
     counts = {
         "later predictions of the same id, left out": len(everyone) - len(rows),
@@ -192,12 +192,18 @@ def read_rows(
         label=of_ids["label"], date=of_ids["date"].fillna(rows["date"])
     )
     # An event is known earlier than its absence: before the horizon neither counts.
-    now = max(latest_now(), joined["date"].max())
-    waits = joined["date"] + pd.Timedelta(hours=target.horizon) > now
     if target.horizon:
+        now = max(pd.Timestamp.now("UTC"), joined["date"].max())
+        is_day = joined["date"] == joined["date"].dt.normalize()  # whose end counts
+        begin = joined["date"] + is_day * pd.Timedelta(days=1)
+        waits = begin + pd.Timedelta(hours=target.horizon) > now
+        ended = of_ids["ended"].fillna(value=False).astype(bool) & ~waits
         joined["label"] = joined["label"].mask(waits)
-        share = joined["label"].isna().mean()
-        notes.append(f"outcomes not known of {target.title}: {100 * share:.1f} %")
+        shares = {"not known yet": joined["label"].isna() & ~ended, "never known, left out": ended}
+        notes += [
+            f"{target.title}: {100 * share.mean():.1f} % {text}" for text, share in shares.items()
+        ]
+        joined, rows = joined[~ended], rows[~ended]
     if args.site is not None:
         source = outcomes if args.site in outcomes else rows
         if args.site not in source:
@@ -208,17 +214,23 @@ def read_rows(
     return joined, last, name, notes
 
 
-def known_labels(outcomes: pd.DataFrame, path: Path, target: Target) -> pd.Series[Any]:
-    """Return the column label, or what columns of times say of a target; NaN where unknown."""
-    if "label" in outcomes or not {target.event, "event_hours"} <= {*outcomes}:
+def known_labels(outcomes: pd.DataFrame, path: Path, target: Target) -> dict[str, pd.Series[Any]]:
+    """Return the column label, or what columns of times say of a target; NaN where unknown.
+
+    ``ended``: whose follow-up ended too early to know it ever.
+    """
+    kinds = {"event_hours": "hours", target.event: "event"}
+    if "label" in outcomes or not kinds.keys() & {*outcomes}:
         if "label" not in outcomes:
             raise InputError(f"{path}: line 1: no column label")
-        return parsed(outcomes, path, "label", "label")
-    kinds = {"event_hours": "hours", target.event: "event"}
+        labels = parsed(outcomes, path, "label", "label")
+        return {"label": labels, "ended": pd.Series(data=False, index=labels.index)}
+    if missing := [name for name in kinds if name not in outcomes]:
+        raise InputError(f"{path}: line 1: no column {missing[0]}")
     times = pd.DataFrame({k: parsed(outcomes, path, k, kind) for k, kind in kinds.items()})
     rows, labels = times.dropna(), pd.Series(np.nan, times.index)
     labels[rows.index] = target.labels(rows)
-    return labels
+    return {"label": labels, "ended": labels.isna() & times.notna().all(axis=1)}
 
 
 def check_dates(dates: pd.Series[Any], newest: pd.Timestamp, column: str) -> None:

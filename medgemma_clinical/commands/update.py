@@ -52,7 +52,7 @@ def write_update(
         f"{update.target.title}: {update.method}" if len(targets) > 1 else update.method
         for update in moved
     )
-    logger.info("update of %s by its %s", used, method)
+    logger.info("update of %s: %s", used, method)
     labels = targets[0].labels(rows)
     about = {
         "before": trained.sha256,

@@ -179,11 +179,11 @@ def fit_updates(known: Known, risk: Array) -> dict[str, tuple[float, float]]:
     models", Statistics in Medicine 23:2567.
     """
     updates = {NOT_UPDATED: (1.0, 0.0)}
-    if np.isfinite(level := known.fit_level(risk).item()):
-        updates[INTERCEPT] = 1.0, level
-    slope, shift = (x.item() for x in known.fit_line(risk))
-    if slope > 0:  # events become more frequent with the risk; NaN is not above 0
-        updates[BOTH] = slope, shift
+    slope = known.fit_line(risk)[0].item()
+    # Events become more frequent with the risk; NaN is not above 0.
+    for method, multiplier in ((INTERCEPT, 1.0), (BOTH, slope)):
+        if multiplier > 0 and np.isfinite(shift := known.mean_shift(risk, multiplier)):
+            updates[method] = multiplier, shift
     return updates
 
 
@@ -201,11 +201,12 @@ def choose_update(
         with_slope = (known.case * (known.weights[0] > 0)).sum() >= MIN_SLOPE_EVENTS
     updates, scaled = fit_updates(known, risk), known.link.scale(risk)
     one, none = np.ones((1, len(risk))), np.zeros_like(scaled)
-    if INTERCEPT not in updates:
+    level = known.fit_level(risk).item()
+    if INTERCEPT not in updates or not np.isfinite(level):
         return NOT_UPDATED, updates
-    _, level = updates[INTERCEPT]
     if with_slope and BOTH in updates:
-        both, fit = np.stack([one[0], scaled]), np.array(updates[BOTH][::-1])
+        fit = np.array([x.item() for x in known.fit_line(risk)[::-1]])
+        both = np.stack([one[0], scaled])
         # against no update, then against the intercept
         if not clustered_p_value(known, both, none, patients, fit, [0.0, 1.0], [0, 1]) < LEVEL:
             return NOT_UPDATED, updates

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import brentq
 from scipy.special import expit, logit
 
 Array = NDArray[np.float64]
@@ -22,6 +23,7 @@ CHUNK_CELLS = 2**20
 """Draws times rows that are held at a time: 8 MiB an array."""
 
 NEWTON_STEPS, PRECISION, MAX_STEP = 40, 1e-9, 1.0
+MAX_SHIFT = 50.0
 
 MIN_DIFFERENT = 20
 """Different risks that a calibration slope needs, such as those of the same risk in each fold."""
@@ -348,6 +350,20 @@ class Known:
         """Return the shift (R,) by which scaled risks (n,), times a slope, fit the outcome."""
         offset = slope * self.link.scale(risk)
         return self._fit(np.ones((1, len(risk))), [0.0], offset)[:, 0]
+
+    def mean_shift(self, risk: Array, multiplier: float) -> float:
+        """Return the shift by which scaled risks (n,), times a multiplier, have the mean of the
+        outcome in the first weighting; NaN where none does."""
+        outcome, weights = np.atleast_2d(self.fitted)[0], self.fitted_weights[0]
+        scaled = multiplier * self.link.scale(risk)
+
+        def excess(shift: float) -> float:
+            """Return the expected minus the observed events."""
+            return float(weights @ (self.link.risk(scaled + shift) - outcome))
+
+        if not excess(-MAX_SHIFT) < 0 < excess(MAX_SHIFT):
+            return np.nan
+        return float(brentq(excess, -MAX_SHIFT, MAX_SHIFT, xtol=PRECISION))
 
     def _fit(self, columns: Array, start: list[float], offset: Array | float) -> Array:
         """Fit the outcome in each weighting, from where the fit of all rows ends."""

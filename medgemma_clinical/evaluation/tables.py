@@ -45,7 +45,7 @@ METRICS = {
     ),
     "observed": Metric("Observed (%)", ".1f", "share of those with the event"),
     "mean_risk": Metric("Mean risk (%)", ".1f", "mean of the predicted risks"),
-    "oe": Metric("O/E", ".2f", "observed over expected events; 1 is ideal"),
+    "oe": Metric("O/E", ".2f", "observed over expected events, weighted alike; 1 is ideal"),
     "intercept": Metric(
         "Intercept",
         "+z.2f",
@@ -54,8 +54,8 @@ METRICS = {
     "slope": Metric("Slope", "z.2f", "1 is ideal; below, risks are too extreme; above, too alike"),
     "ici": Metric("ICI", ".3f", "mean distance of the risks from the calibration curve"),
     "ici_ideal": Metric("ICI if calibrated", ".3f", "what noise alone would show on these rows"),
-    "e50": Metric("E50", ".3f", "median of these distances"),
-    "e90": Metric("E90", ".3f", "90th percentile of these distances"),
+    "e50": Metric("E50", ".3f", "median distance from the calibration curve"),
+    "e90": Metric("E90", ".3f", "90th percentile of the distance"),
     "net_benefit": Metric(
         "Net benefit",
         "z.4f",

@@ -51,11 +51,11 @@ def metrics_at(
     Returns:
         ``auroc`` of rows with event 1 by the horizon against all other rows; ``auprc``;
         ``log_loss``; ``brier``; ``scaled_brier``, the gain over the observed risk as everyone's;
-        ``oe``, observed over mean risk; ``intercept``, with the slope held at 1, and ``slope`` on
-        the complementary log-log scale; ``ici``, ``e50``, ``e90``: mean, median and 90th percentile
-        of the distances between mean and observed risk of rows of similar risk; ``observed``, the
-        observed risk (Aalen-Johansen; a weighted share with ``censoring``); ``mean_risk``, the mean
-        of ``risk``; ``effective_n``, the number of rows that the weights are worth. NaN where
+        ``oe``, observed over mean risk, weighted alike; ``intercept``, with the slope held at 1,
+        and ``slope`` on the complementary log-log scale; ``ici``, ``e50``, ``e90``: mean, median
+        and 90th percentile of the distances between mean and observed risk of rows of similar risk;
+        ``observed``, the observed risk (Aalen-Johansen; a weighted share with ``censoring``);
+        ``mean_risk``, the mean of ``risk``; ``effective_n``, the number of rows that the weights are worth. NaN where
         undefined, such as the slope of few different risks.
 
     Raises:

@@ -46,7 +46,7 @@ class Update:
     @property
     def gain(self) -> str:
         """Change of the log loss in halves that the update has not seen, as text."""
-        return difference_text(self.table.loc[(CHOSEN, "log_loss")], "+.4f")
+        return difference_text(self.table.loc[(CHOSEN, "log_loss")], "+z.4f")
 
 
 def crosswise(

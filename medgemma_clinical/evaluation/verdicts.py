@@ -59,7 +59,7 @@ def difference_verdict(row: Any, minority: int) -> Verdict:
 
 
 def interval_text(
-    value: float, low: float, high: float, form: str = ".3f", scale: float = 1
+    value: float, low: float, high: float, form: str = "z.3f", scale: float = 1
 ) -> str:
     """Write ``value [low, high]``, each times ``scale``, or what of both is defined."""
     if math.isnan(value):
@@ -69,7 +69,7 @@ def interval_text(
     return texts[0] if math.isnan(low) else f"{texts[0]} [{texts[1]},\N{NO-BREAK SPACE}{texts[2]}]"
 
 
-def value_text(row: Any, form: str = ".3f", scale: float = 1) -> str:
+def value_text(row: Any, form: str = "z.3f", scale: float = 1) -> str:
     """Write value and interval of a line of a metrics table."""
     return interval_text(row.value, row.low, row.high, form, scale)
 
@@ -79,7 +79,7 @@ def json_text(metric: Mapping[str, Any], form: str = ".3f", scale: float = 1) ->
     return value_text(pd.Series(metric, dtype=float), form, scale)
 
 
-def difference_text(row: Any, form: str = "+.3f") -> str:
+def difference_text(row: Any, form: str = "+z.3f") -> str:
     """Write the difference of a line to its reference, with its interval."""
     return interval_text(row.difference, row.difference_low, row.difference_high, form)
 
@@ -189,8 +189,7 @@ def _without(metrics: Metrics, targets: Sequence[Target]) -> list[str]:
         cut, largest = (values.loc[name].value for name in ("weights_cut", "largest_weight"))
         texts.append(
             f"The model says: the mean risk of {target.title} is {percent(mean)}, that of "
-            f"{usual[target.horizon].title} is {percent(other)}, a difference of "
-            f"{100 * (mean - other):+.1f} percentage points. The observed risk of the former, "
+            f"{usual[target.horizon].title} is {percent(other)}. The observed risk of the former, "
             f"estimated by weights, is approximately {observed} %; {percent(cut)} of the weights "
             f"were cut, and the largest is {largest:.1f}."
         )

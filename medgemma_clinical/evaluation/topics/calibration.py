@@ -227,7 +227,7 @@ def calibration_updates(evaluated: Evaluated, tried: Sequence[Update] | None) ->
     numbers: dict[str, pd.DataFrame] = {}
     for update in tried:
         view = evaluated.at(update.target)
-        own = f" of {update.target.title}" if len(evaluated.targets) > 1 else ""
+        own = f" for {update.target.title}" if len(evaluated.targets) > 1 else ""
         log_loss: Any = update.table.loc[(CHOSEN, "log_loss")]
         shown = "" if log_loss["difference_high"] < 0 else "not "
         texts.append(f"Chosen{own}: {update.method}. The log loss is {shown}shown to fall.")
@@ -256,7 +256,7 @@ def update_cells(table: pd.DataFrame) -> pd.DataFrame:
         line["Slope"] = value_text(table.loc[(method, "slope")], ".2f")
         line["ICI"] = value_text(table.loc[(method, "ici")])
         line["Log loss [95 %]"] = value_text(loss, ".4f")
-        line["Change [95 %]"] = difference_text(loss, "+.4f")
+        line["Change [95 %]"] = difference_text(loss, "+z.4f")
         lines.append(line)
     cells = pd.DataFrame(lines)
     cells.loc[0, "Change [95 %]"] = ""  # not updated: the reference of the others
