@@ -78,7 +78,7 @@ def external(folder):
     tried = partial(calibration_updates, tried=evaluate_updates(rows, pages.MODEL, (LABEL,), 0))
     names = np.repeat(["a clinic of a longer name", "b", "c", "d"], 100)
     example = {"prompt": words, "target": words, "text": words.replace("21", "22")}
-    results = [*prediction_topics((LABEL,)), tried]
+    results = [*prediction_topics((LABEL,))[-3:], tried]
     pages.write_page(folder, rows, results=results, sites=names, example=example)
     return folder / "report.html"
 
@@ -158,7 +158,10 @@ def patients(folder):
 def times(folder):
     """A report on times to events."""
     rows = time_rows.make_times()
-    shown = {"targets": time_rows.weighed_targets(rows), "config": time_rows.OUTCOME.config}
+    shown = {
+        "targets": time_rows.weighed_targets(rows),
+        "config": {**time_rows.OUTCOME.config, "metrics": {}},
+    }
     pages.write_page(folder, rows, threshold=0.25, **shown)
     return folder / "report.html"
 

@@ -55,8 +55,8 @@ def metrics_at(
         and ``slope`` on the complementary log-log scale; ``ici``, ``e50``, ``e90``: mean, median
         and 90th percentile of the distances between mean and observed risk of rows of similar risk;
         ``observed``, the observed risk (Aalen-Johansen; a weighted share with ``censoring``);
-        ``mean_risk``, the mean of ``risk``; ``effective_n``, the number of rows that the weights are worth. NaN where
-        undefined, such as the slope of few different risks.
+        ``mean_risk``, the mean of ``risk``; ``effective_n``, the number of rows that the weights
+        are worth. NaN where undefined, such as the slope of few different risks.
 
     Raises:
         ValueError: the arrays do not fit together or hold impossible values, or the data cannot

@@ -46,7 +46,7 @@ def times(tmp_path_factory):
     rows = time_rows.make_times()
     targets = time_rows.weighed_targets(rows)
     targets = (*targets[:-1], replace(targets[-1], note=DEPENDS))
-    shown = {"targets": targets, "config": time_rows.OUTCOME.config}
+    shown = {"targets": targets, "config": {**time_rows.OUTCOME.config, "metrics": {}}}
     return write_page(tmp_path_factory.mktemp("times"), rows, **shown)
 
 
@@ -134,7 +134,7 @@ def test_topics_of_the_first_risk_are_open_and_those_of_further_ones_folded(time
     results = ["Discrimination", "Calibration", "Decision curve", "Baselines", "Subgroups"]
     of_risks = [[f"{name}: {title}" for name in results] for title in titles]
     first, *folded = re.split("<details>\n<summary>The same for .*?</summary>", times)
-    assert sections(first) == [SECTIONS[0], "Risks", *of_risks[0], "Over time"]
+    assert sections(first) == ["Risks", *of_risks[0], "Over time"]
     folded[-1], last = folded[-1].rsplit("</details>", 1)
     assert [sections(part) for part in folded] == of_risks[1:]
     assert sections(last) == SECTIONS[6:]

@@ -9,7 +9,6 @@ from functools import partial
 import pandas as pd
 
 from medgemma_clinical.evaluation.metrics import Array
-from medgemma_clinical.evaluation.metrics_table import ORDER
 from medgemma_clinical.evaluation.tables import METRICS
 from medgemma_clinical.evaluation.target import Target
 from medgemma_clinical.evaluation.topics.calibration import calibration_topic
@@ -25,6 +24,10 @@ from medgemma_clinical.evaluation.topics.topic import (
     TopicBuilder,
 )
 from medgemma_clinical.evaluation.verdicts import NO_VALUE
+
+SIDE_BY_SIDE = "auroc", "scaled_brier", "observed", "mean_risk", "oe", "slope", "ici", "ici_ideal"
+SIDE_BY_SIDE += "net_benefit", "effective_n", "weights_cut", "largest_weight"
+"""Metrics of which a page of several targets has a table; the others stand with each target."""
 
 
 def prediction_topics(
@@ -52,7 +55,7 @@ def prediction_topics(
 
 
 def overview(evaluated: Evaluated) -> Topic | None:
-    """Return the topic of the metrics of all targets side by side; None where there is one."""
+    """Return the topic of metrics of all targets side by side; None where there is one."""
     if len(evaluated.targets) == 1:
         return None
     columns = {}
@@ -60,12 +63,12 @@ def overview(evaluated: Evaluated) -> Topic | None:
         values = evaluated.at(target).metrics.of(evaluated.model)
         columns[target.title] = {
             METRICS[name].title: METRICS[name].text(values.loc[name])
-            for name in ORDER
+            for name in SIDE_BY_SIDE
             if name in values.index
         }
     table = pd.DataFrame(columns).fillna(NO_VALUE)
     table = table[(table != NO_VALUE).any(axis=1)].rename_axis("Metric").reset_index()
-    meanings = {METRICS[name].title: METRICS[name].meaning for name in ORDER}
+    meanings = {METRICS[name].title: METRICS[name].meaning for name in SIDE_BY_SIDE}
     return Topic(
         "Risks",
         [

@@ -29,7 +29,7 @@ MAX_BINS, EVENTS_A_BIN = 10, 5
 SHOWN_RISKS, CURVE_POINTS = (0.01, 0.99), 50
 """Quantiles of the risks between which the curve is drawn, and its points."""
 
-FITTED = "oe", "slope", "intercept", "ici", "ici_ideal"
+FITTED = "slope", "intercept", "ici"
 ABOUT_EXPECTED = (
     "Expected of the recalibrated model: near ideal by construction, as these rows chose its rule; "
     "the interval holds the error of the rule"
@@ -52,8 +52,10 @@ def calibration_topic(
     if len(expected):
         pooled += ", before the recalibration"
     weights = "effective_n", "weights_cut", "largest_weight"
-    cells = metric_table(metrics, [*FITTED, "scaled_brier", *weights])
-    further = metric_table(metrics, ["observed", "mean_risk", "e50", "e90", "brier", "log_loss"])
+    shown = "oe", "slope", "ici", "ici_ideal", *weights  # the intercept says what O/E says
+    cells = metric_table(metrics, shown)
+    beside = "observed", "mean_risk", "intercept", "e50", "e90"
+    further = metric_table(metrics, [*beside, "brier", "scaled_brier", "log_loss"])
     numbers = {"calibration": bins}
     if evaluated.min_cell:
         n = evaluated.min_cell
