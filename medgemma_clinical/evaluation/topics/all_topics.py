@@ -25,8 +25,10 @@ from medgemma_clinical.evaluation.topics.topic import (
 )
 from medgemma_clinical.evaluation.verdicts import NO_VALUE
 
-SIDE_BY_SIDE = "auroc", "scaled_brier", "observed", "mean_risk", "oe", "slope", "ici", "ici_ideal"
-SIDE_BY_SIDE += "net_benefit", "effective_n", "weights_cut", "largest_weight"
+SIDE_BY_SIDE = (
+    *("auroc", "scaled_brier", "observed", "mean_risk", "oe", "slope", "ici", "ici_ideal"),
+    *("net_benefit", "effective_n", "weights_cut", "largest_weight"),
+)
 """Metrics of which a page of several targets has a table; the others stand with each target."""
 
 
