@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -14,9 +15,10 @@ from dataset_format import Description, MIMICtrajectoryDataset
 from medgemma_clinical.commands import command_line
 from medgemma_clinical.commands.patients import patients_path
 from medgemma_clinical.data.competing_events import CompetingEvents
+from medgemma_clinical.evaluation.censoring import Watched
 from medgemma_clinical.evaluation.metrics_table import MODEL, evaluate
 from medgemma_clinical.evaluation.target import observed_rows, read_weights, targets_of
-from medgemma_clinical.evaluation.time_metrics import MIN_UNCENSORED, metrics_at
+from medgemma_clinical.evaluation.time_metrics import metrics_at
 from medgemma_clinical.evaluation.verdicts import percent
 from medgemma_clinical.files import InputError
 from medgemma_trainer import TrajectoryClassifier, TrajectoryModel, fit_trajectory, main
@@ -222,7 +224,7 @@ def test_horizons_that_do_not_rise_are_no_horizons(text):
 
 
 def test_weights_by_the_inputs_are_an_option(times, tmp_path):
-    rows, options = waiting(2000), {"trajectory_epochs": 1, "horizon_hours": [72]}
+    rows, options = waiting(4000), {"trajectory_epochs": 1, "horizon_hours": [72]}
     options["baselines"] = False
     found = [
         fit_trajectory(rows, **options, censoring=censoring).metrics["test"]
@@ -378,6 +380,9 @@ def test_no_row_counts_for_more_than_twenty():
     usual, without = targets_of(data.competing_events)
     observed, (_, target) = observed_rows([usual, without], data, np.arange(400), "km", 0)
     known = target.known(observed)
-    assert 1 < known.largest_weight <= 1 / MIN_UNCENSORED
-    assert target.watched.probability[known.weights[0] > 0].min() < 1 / known.largest_weight
+    assert known.largest_weight > 3
+    assert known.cut == 0
+    rarer = replace(target, watched=Watched(given=target.watched.probability / 10))
+    known = rarer.known(observed)
+    assert known.largest_weight == 20
     assert known.cut > 0

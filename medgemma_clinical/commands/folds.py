@@ -222,6 +222,7 @@ def evaluate_folds(
         "targets": [target.to_json() for target in targets],
         **pooled_epochs(folders),
         "threshold": thresholds[0],
+        "thresholds": thresholds,
         "calibration": {"method": args.calibrate, "moves": rules.moves_of(final[name])},
         "folds": metrics.to_json(),
         "decided": decided,

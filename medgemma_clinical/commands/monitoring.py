@@ -195,7 +195,7 @@ def read_rows(
     if target.horizon:
         now = max(pd.Timestamp.now("UTC"), joined["date"].max())
         is_day = joined["date"] == joined["date"].dt.normalize()  # whose end counts
-        begin = joined["date"] + is_day * pd.Timedelta(days=1)
+        begin = joined["date"] + pd.to_timedelta(is_day.astype(int), unit="D")
         waits = begin + pd.Timedelta(hours=target.horizon) > now
         ended = of_ids["ended"].fillna(value=False).astype(bool) & ~waits
         joined["label"] = joined["label"].mask(waits)

@@ -279,6 +279,7 @@ def metrics_content(
         "averaged_epochs": progress.averaged,
         "targets": [target.to_json() for target in decided.targets],
         "threshold": decided.rule.threshold,
+        "thresholds": decided.thresholds,  # of the targets
         "calibration": calibration,
         **{SCORED[part]: part_metrics.to_json() for part, part_metrics in metrics.items()},
         **weight,
