@@ -193,7 +193,7 @@ def read_rows(
     )
     # An event is known earlier than its absence: before the horizon neither counts.
     if target.horizon:
-        now = max(pd.Timestamp.now("UTC"), joined["date"].max())
+        now = max(present(), joined["date"].max())
         is_day = joined["date"] == joined["date"].dt.normalize()  # whose end counts
         begin = joined["date"] + pd.to_timedelta(is_day.astype(int), unit="D")
         waits = begin + pd.Timedelta(hours=target.horizon) > now
@@ -245,7 +245,12 @@ def check_dates(dates: pd.Series[Any], newest: pd.Timestamp, column: str) -> Non
 
 def latest_now() -> pd.Timestamp:
     """Return the local time where it is latest, as if it were UTC."""
-    return pd.Timestamp.now("UTC") + AHEAD
+    return present() + AHEAD
+
+
+def present() -> pd.Timestamp:
+    """Return the present time."""
+    return pd.Timestamp.now("UTC")
 
 
 def read_table(path: Path, columns: list[str]) -> pd.DataFrame:

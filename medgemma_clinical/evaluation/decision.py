@@ -179,11 +179,11 @@ def fit_updates(known: Known, risk: Array) -> dict[str, tuple[float, float]]:
     models", Statistics in Medicine 23:2567.
     """
     updates = {NOT_UPDATED: (1.0, 0.0)}
-    slope = known.fit_line(risk)[0].item()
-    # Events become more frequent with the risk; NaN is not above 0.
-    for method, multiplier in ((INTERCEPT, 1.0), (BOTH, slope)):
-        if multiplier > 0 and np.isfinite(shift := known.mean_shift(risk, multiplier)):
-            updates[method] = multiplier, shift
+    if np.isfinite(level := known.mean_shift(risk)):
+        updates[INTERCEPT] = 1.0, level
+    slope, shift = (x.item() for x in known.fit_line(risk))
+    if slope > 0:  # events become more frequent with the risk; NaN is not above 0
+        updates[BOTH] = slope, shift
     return updates
 
 

@@ -351,11 +351,13 @@ class Known:
         offset = slope * self.link.scale(risk)
         return self._fit(np.ones((1, len(risk))), [0.0], offset)[:, 0]
 
-    def mean_shift(self, risk: Array, multiplier: float) -> float:
-        """Return the shift by which scaled risks (n,), times a multiplier, have the mean of the
-        outcome in the first weighting; NaN where none does."""
+    def mean_shift(self, risk: Array) -> float:
+        """Return the shift by which scaled risks (n,) have the outcome's mean; NaN where none does.
+
+        Least squares would weigh high risks more.
+        """
         outcome, weights = np.atleast_2d(self.fitted)[0], self.fitted_weights[0]
-        scaled = multiplier * self.link.scale(risk)
+        scaled = self.link.scale(risk)
 
         def excess(shift: float) -> float:
             """Return the expected minus the observed events."""

@@ -221,7 +221,7 @@ def calibration_updates(evaluated: Evaluated, tried: Sequence[Update] | None) ->
         f"it is in new {noun} is estimated in halves: the risks of each half of the patients are "
         f"updated by a fit on the other half, {DIVISIONS} times. “{CHOSEN.capitalize()}” chooses "
         "in each half anew. Slope and ICI are those of each half by itself, averaged. Both halves "
-        "have the same share of events, which keeps the mean risk right whatever the update: "
+        "have the same share of events, which keeps the mean risk about right whatever the update: "
         "compare the log loss."
     )
     texts, tables = [text], []
