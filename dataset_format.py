@@ -474,7 +474,9 @@ COMMANDS: dict[str, tuple[Flag, ...]] = {
         Flag("columns", help="other names, as time=Drawn item=Analyte", repeat=True, several=True),
         Flag("prediction_time", str, "", "'COLUMN + 48 h' of --labels"),
         Flag("static", help="'age [years]=COLUMN' of --labels, repeatable", repeat=True),
+        Flag("sex", help="words of a sex, as 1=male 2=female", repeat=True, several=True),
         Flag("outcome_column", help="a label, repeatable; the first is the main", repeat=True),
+        Flag("end_time", str, "", "column of --labels: when the stay ended"),
         Flag("event_time", str, "", "column: time of the event, or of the end of the record"),
         Flag("event", str, "", "column of --labels: 0 (censored), 1, 2, ..., or words"),
         Flag("event_names", help="of 1, 2, ...: the words of --event", repeat=True, several=True),
@@ -494,10 +496,11 @@ COMMANDS: dict[str, tuple[Flag, ...]] = {
             LIMITS,
         ),
         Flag("bad_values", ("drop",), "", "leave out values that are no numbers"),
+        Flag("result_flags", help="letters behind numbers, as L", repeat=True, several=True),
         Flag("encoding", str, "", "of CSV tables that are not UTF-8 (default: cp1252)"),
         Flag("sheet", help="of an Excel file (default: first); again: the next", repeat=True),
         Flag("decimal", ("comma", "point"), "", "decimal sign; the other one groups thousands"),
-        Flag("equal_times", ("keep", "last", "mean"), "keep", "values of a series at one time"),
+        Flag("equal_times", ("keep", "last", "mean"), "", "different values of one time"),
         Flag("factor", help="'ITEM:UNIT=NUMBER', repeatable: convert a unit", repeat=True),
     ),
 }
@@ -611,7 +614,7 @@ def show_preview(arguments: dict[str, Any]) -> int:
     suggested = preview.suggested_flags(seen)
     shown = {"window_hours": "hours before the prediction time, of which values are read"}
     text = config.toml_text(flags, long_defaults(), seen.questions, suggested, shown)
-    path = (out.parent if out else Path()) / CONFIG
+    path = out.with_suffix(".toml") if out else Path(CONFIG)
     if not path.is_file() or path.read_text("utf-8") != text:
         for aside in move_aside([path]):
             logger.info("the earlier %s is now %s", path, aside)

@@ -57,6 +57,7 @@ MAX_VALUE = float(np.finfo(np.float32).max)
 MAX_HOUR = 1e6  # 114 years
 MAX_CELL = 2**26  # characters
 MAX_TEXT = 10**10  # bytes of the texts of a Parquet file
+MAX_DROPPED = 0.01  # share of a series' values that may be left out in silence
 MAX_EVENT = 99  # number of an event that nothing names
 BLOCK_ROWS = 50_000  # rows that are read and parsed at a time: bounds the memory
 
@@ -98,6 +99,8 @@ class Description:
     time_scale: float | None = None  # hours that are one unit of time to the encoder
     events: tuple[str, ...] = ()  # names of the events 1, 2, ...
     interventions: tuple[int, ...] = ()  # those that a treatment decision brings
+    dropped: dict[str, tuple[float, str]] = field(default_factory=dict)
+    """Of a series the share of values that could not be read, and the end where they lie."""
 
     def for_label(self, column: str) -> Description:
         """Return the description with the outcome of a label column, or of events, as its own."""
@@ -209,6 +212,8 @@ def _read_value(key: str, value: Any) -> Any:
         case "flow":
             known = [k for k in FLOW_COLUMNS[1:] if k != "patients" or k in value[0]]
             return tuple({"rule": x["rule"], **{k: int(x[k]) for k in known}} for x in value)
+        case "dropped":
+            return {name: (float(x["share"]), str(x["end"])) for name, x in value.items()}
         case "time_scale":
             return _range([0, value], both=True)[1]
         case "events":
@@ -580,6 +585,10 @@ def note_columns(
     inputs = {*COLUMNS, *outcome, site, *(feature.keys[0] for feature in series)}
     static = [name for name in columns if name.startswith(STATIC)]
     flags = {name for name in static if text_of(table, name).isin(["", *"01", "0.0", "1.0"]).all()}
+    for name, (share, end) in description.dropped.items():
+        if share > MAX_DROPPED:
+            where = f"; those that begin with a number lie at its {end} end" if end else ""
+            warnings.append(f"{name}: {share:.1%} of its values were not read{where}")
     if sites := [name for name in static if is_site(name, is_category=name in flags)]:
         warnings.append(f"{join_names(sites, 3)}: {SITE_INPUT}")
     extra = [name for name in columns if name not in inputs and not name.startswith(STATIC)]

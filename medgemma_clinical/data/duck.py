@@ -181,10 +181,10 @@ NOT_KNOWN = ("", "nan", "?", "-", "n/a", "na", "unknown", "unbekannt", "inconnu"
 """Words of a label, in small letters: 1, 0 and neither."""
 SAMPLE_ROWS = 1000  # of a column of times that are in ISO's order: the rest is taken to be so
 
-TEXTS = ("word", "id")
+TEXTS = ("word", "id", "written_id")
 LINE = "line of the file"  # a column that each table has: equal lines have equal numbers
 UNREADABLE = {
-    "word": "empty",
+    **dict.fromkeys(("word", "written_id"), "empty"),
     "id": f"empty, over {MAX_ID} characters, rounded (1.2E+16) or with control characters",
     "number": "not a number",
     "whole": "not a whole number",
@@ -202,7 +202,7 @@ class Column:
 
     # A key of UNREADABLE, or ``value``: a number or a text, ``text``: a whole one, ``zone``: of a
     # time, or ``line`` of LINE. A ``time`` is cut to seconds, an ``instant`` is not; the ``id``
-    # 10001.0 or 010001 is 10001.
+    # 10001.0 or 010001 is 10001, and the ``written_id`` 10001 or 010001.
     form: str
     may_be_empty: bool = False  # an empty word is an empty text
     optional: bool = False  # the file may lack it; its cells are empty then
@@ -220,7 +220,8 @@ class Column:
             return raw
         if self.form in TEXTS:
             word = f"coalesce(trim(left({raw}::VARCHAR, {MAX_WORD})), '')"
-            number = r"'^0*(\d+)(\.0+)?$', '\1'"
+            zeros = "0*" if self.form == "id" else ""
+            number = rf"'^{zeros}(\d+)(\.0+)?$', '\1'"
             return word if self.form == "word" else f"regexp_replace({word}, {number})"
         # As text 4.1 of 32 bits stays 4.1; without trim the reader itself would cast, and raise.
         cell = f"trim({raw}::VARCHAR)"
@@ -246,6 +247,8 @@ class Column:
             word = f"lower({cell})"
             return f"CASE WHEN {word} IN ({ones}) THEN 1 WHEN {word} {is_zero} THEN 0 END"
         if self.form == "value":
+            whole, cell = cell, f"without_flag({cell})"
+            flagged = f"CASE WHEN {self.stored} THEN false ELSE {cell} != {whole} END"
             pointed = (
                 f"CASE WHEN {self.stored} THEN {cell} ELSE with_point({cell}, '{self.decimal}') END"
             )
@@ -253,8 +256,8 @@ class Column:
             text = f"left(CASE WHEN is_limit({pointed}) THEN {pointed} ELSE {cell} END, {MAX_WORD})"
             text = f"CASE WHEN {number} IS NULL AND NOT {empty} THEN {text} END"
             sign = f"CASE WHEN {self.stored} THEN '' ELSE sign_of({cell}) END"
-            sign = f"'sign': {sign}, 'thousands': may_be_thousands({cell})"
-            return f"{{'number': {number}, 'text': {text}, {sign}}}"
+            signs = f"'sign': {sign}, 'thousands': may_be_thousands({cell})"
+            return f"{{'number': {number}, 'text': {text}, {signs}, 'flagged': {flagged}}}"
         number = f"nullif(TRY_CAST({cell} AS DOUBLE), 'nan'::DOUBLE)"  # NaN is above all numbers
         if self.form in ("number", "whole"):
             return number if self.form == "number" else f"TRY_CAST({number} AS BIGINT)"
@@ -417,7 +420,7 @@ def open_table(
 def read_header(text: TextIO) -> tuple[str, list[str]]:
     """Return the separator of a CSV, that of most columns, and their names."""
     headers = {}
-    for mark in ",;\t":
+    for mark in ",;\t|":
         text.seek(0)
         headers[mark] = [name.strip() for name in next(csv.reader(text, delimiter=mark), [])]
     return max(headers.items(), key=lambda pair: len(pair[1]))

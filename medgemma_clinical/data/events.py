@@ -14,6 +14,7 @@ import pandas as pd
 from medgemma_clinical.data import duck
 from medgemma_clinical.data.dka import MAIN_COLUMN, comparable
 from medgemma_clinical.data.feature import Feature
+from medgemma_clinical.data.questions import OpenQuestions, Question
 from medgemma_clinical.data.texts import NUMBER, plain
 from medgemma_clinical.files import InputError
 
@@ -23,6 +24,9 @@ SQL = Path(__file__).parent / "sql"
 NAME = re.compile(r"[^\[\],*=\x00-\x1f]*[^\[\],*=\s]")
 TITLE = re.compile(rf"({NAME.pattern})\s*(?:\[([^\[\],*\x00-\x1f]+)\]\s*)?")
 SUBJECT = duck.Column("id")
+# Columns of the labels beside those of a file, of which no name begins with a space.
+PATIENT = " patient"  # as it is written
+ENDED = " the stay ended before the prediction time"
 MAX_PAIRS = 200_000  # of a prediction and an event of its subject, joined at a time
 MAX_AT_MIDNIGHT = 0.1  # share of events above which they seem to have dates in place of times
 
@@ -140,18 +144,25 @@ def make_record(
     columns: Mapping[str, duck.Column],
     factors: Mapping[tuple[str, str], float],  # of values, by item and unit
 ) -> None:
-    """Make the view ``record`` of ``read``: subject, code, time, known, value, unit, converted."""
+    """Make the view ``record`` of ``read``: subject, code, time, known, value, unit, converted.
+
+    ``text`` is what stands in place of a value, ``scale`` what a value is multiplied by.
+    """
     rows = [(code, unit, factor) for (code, unit), factor in factors.items()]
     database.add("factors", pd.DataFrame(rows, columns=["code", "unit", "factor"]))
     cells = {role: f"read.{duck.quoted(name)}" for role, name in names.items()}
-    unit, value = cells.get("unit", "NULL::VARCHAR"), cells["value"]
+    value, text = cells["value"], "NULL::VARCHAR"
+    empty = "''" if "unit" in cells else "NULL"
+    units = f"nullif({cells.get('unit', empty)}, ''), nullif(unit_within({cells['item']}), '')"
+    unit = f"coalesce({units}, {empty})::VARCHAR"
     if columns[names["value"]].form == "value":
-        value = f"coalesce({value}.number, at_limit({value}.text))"
+        value, text = f"coalesce({value}.number, at_limit({value}.text))", f"{value}.text"
     database.run(
         f"CREATE VIEW record AS SELECT {cells['subject_id']} AS subject, {cells['item']} AS code, "
         f"{cells['time']} AS time, {cells.get('storetime', cells['time'])} AS known, "
         f"CASE WHEN isfinite({value}) THEN coalesce(tidy({value} * factor), {value}) END AS value, "
-        f"{unit} AS unit, factor IS NOT NULL AS converted FROM read LEFT JOIN factors "
+        f"{unit} AS unit, factor IS NOT NULL AS converted, {text} AS text, "
+        "coalesce(factor, 1) AS scale FROM read LEFT JOIN factors "
         f"ON comparable_unit(factors.code::VARCHAR) = comparable_unit({cells['item']}) "
         f"AND comparable_unit(factors.unit::VARCHAR) = comparable_unit({unit})"
     )
@@ -210,8 +221,10 @@ def make_trajectories(
     database: duck.Database, request: EventRequest, equal_times: str = "keep"
 ) -> pd.DataFrame:
     """Return each trajectory: number (of its prediction), series, observations, hours, text."""
-    database.set(max_pairs=MAX_PAIRS, hours_from=request.hours_from, equal_times=equal_times)
+    rule = equal_times or "keep"
+    database.set(max_pairs=MAX_PAIRS, hours_from=request.hours_from, equal_times=rule)
     database.run_file(SQL / "events.sql")
+    check_equal_times(database, equal_times)
     midnight, events = database.row(
         "SELECT count(*) FILTER (date_trunc('day', time) = time OR date_trunc('day', known) = "
         "known), count(*) FROM event"
@@ -226,6 +239,21 @@ def make_trajectories(
         trajectories = database.frame("FROM trajectory")
         batches.append(trajectories.astype({"text": object}))  # a copy shares the texts
     return pd.concat(batches, ignore_index=True)
+
+
+def check_equal_times(database: duck.Database, rule: str) -> None:
+    """Count different values of a series at one time; ask which counts where no rule says it."""
+    (count,) = database.row(
+        "SELECT count(*) FROM (SELECT person FROM event GROUP BY person, position, time "
+        "HAVING count(DISTINCT value) > 1)"
+    )
+    if count and rule:
+        logger.info("%s times with several values of a series: --equal_times %s", count, rule)
+    elif count:
+        problem = f"{count:,} times have several different values of a series"
+        asked = [Question(problem, "equal_times", ("last", "mean", "keep"))]
+        advice = "--equal_times last (stored), mean or keep"
+        raise OpenQuestions(f"{problem}: {advice}", asked)
 
 
 def make_rows(
@@ -245,7 +273,10 @@ def make_rows(
     tables = {name: table.set_index("number") for name, table in trajectories.groupby("series")}
     cells = [tables.get(feature.name, trajectories[:0].set_index("number")) for feature in series]
     fewest = request.min_observations
-    rules = {}
+    rules, is_patient = {}, pd.Series(data=True, index=labels.index)
+    if ENDED in labels:
+        rules[ENDED.strip()] = labels[ENDED].fillna(value=False).astype(bool)
+        is_patient = ~rules[ENDED.strip()]
     if parts is not None:
         rules["subject in no part of the split"] = ~labels["subject"].isin(parts.index)
     rules["no value of any series from the first window to the last"] = ~labels["measured"]
@@ -255,7 +286,8 @@ def make_rows(
     left, flow = duck.apply_rules(
         pd.DataFrame(rules), f"--labels {request.labels}", labels["subject"]
     )
-    lost = ~left if parts is None else ~left & labels["subject"].isin(parts.index)
+    lost = ~left & is_patient
+    lost &= parts is None or labels["subject"].isin(parts.index)
     if lost.any() and not keep_all:
         is_event = labels["label"].eq(1)
         patients = labels["subject"].nunique()
@@ -266,12 +298,14 @@ def make_rows(
         problem = f"are lost, with {too_few} of {series[0].name} in the window"
         hours = plain(request.window_hours)
         logger.info("%s %s: --window_hours %s sets its length", shares, problem, hours)
-    labels = labels if keep_all else labels[left]
+    kept = is_patient if keep_all else left
+    labels, left = labels[kept], left[kept]
     titles = [MAIN_COLUMN, *(f"trajectory_{feature.title}" for feature in series[1:])]
+    patients = labels.get(PATIENT, labels["subject"])
     rows = pd.DataFrame(
         {
-            "id": labels.get("id", labels["subject"] + " " + labels["shown"]),
-            "subject_id": labels["subject"],
+            "id": labels.get("id", patients + " " + labels["shown"]),
+            "subject_id": patients,
             "prediction_time": labels["shown"],
             **{title: table["text"] for title, table in zip(titles, cells, strict=True)},
             "prediction_hours": cells[0]["hours"],

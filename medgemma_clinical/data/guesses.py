@@ -98,7 +98,10 @@ def ask(
             free = [x for x in free if x.name not in files[1].header]  # as a stay number
             candidates = find_values(database, file, free, names, subjects[0])
         else:
-            candidates = find_labels(free) if k == 1 else find_notes(database, file, free, names)
+            if k == 1:
+                candidates = find_labels(free, cells_of[0])
+            else:
+                candidates = find_notes(database, file, free, names)
         candidates[SUBJECT_ROLES[k]] = subjects[k]
         optional = [role for role in OPTIONAL_ROLES[k] if role not in names]
         for role in dict.fromkeys((*missing, *optional)):
@@ -151,6 +154,29 @@ def ask_prediction_time(
     text = f"{file.path}: when is the risk wanted, at a moment that is known when it comes"
     text += f"; there is no {absent}" if absent else ""
     return Question(text, "prediction_time", tuple(f"{name}{later}" for name in found))
+
+
+def ask_end_time(
+    database: duck.Database, file: duck.TableFile, unread: Sequence[str], prediction_time: str
+) -> Question | None:
+    """Return the question whether the stay ends at a time that is not read, nearly always later.
+
+    ``prediction_time`` is SQL on raw cells.
+    """
+    ends = list[tuple[float, str]]()
+    for name in unread:
+        cell = f"trim({file.raw(name)}::VARCHAR)"
+        rows, filled, late, middle = database.row(
+            "SELECT count(*), count(time), count(*) FILTER (time >= predicted), avg(epoch(time)) "
+            f"FROM (SELECT {time_of(cell)} AS time, {prediction_time} AS predicted "
+            f"FROM {file.rows()})"
+        )
+        if filled >= MOST * rows and late >= MOST / 2 * rows:
+            ends.append((middle, name))
+    text = f"{file.path}: is this the end of the stay: rows that ended before the prediction time "
+    text += "are left out"
+    answers = tuple(name for _, name in sorted(ends, reverse=True))
+    return Question(text, "end_time", answers) if ends else None
 
 
 def ask_label(file: duck.TableFile, found: Sequence[str]) -> Question:
@@ -264,10 +290,19 @@ def is_stored(
     return bool(share and share > SURE and hours < MAX_HOURS)
 
 
-def find_labels(cells: Sequence[Cells]) -> dict[str, list[str]]:
-    """Return the candidates of each role of a table of patients."""
+def find_labels(cells: Sequence[Cells], values: Sequence[Cells]) -> dict[str, list[str]]:
+    """Return the candidates of each role of a table of patients, times near the values' first."""
     answers = [x.name for x in cells if x.is_mostly(x.answers) and x.different == 2]
-    return {"prediction_time": find_times(cells), "label": answers}
+    measured = [x.middle for x in values if x.is_mostly(x.times)]
+    times = [x for x in cells if x.is_mostly(x.times)]
+    rows = max((x.filled for x in cells), default=0)
+
+    def distance(x: Cells) -> tuple[bool, float]:
+        """Return what makes a column less likely: empty cells, and times far from the values'."""
+        return x.filled < MOST * rows, min((abs(x.middle - y) for y in measured), default=x.middle)
+
+    times.sort(key=distance)
+    return {"prediction_time": [x.name for x in times], "label": answers}
 
 
 def find_notes(

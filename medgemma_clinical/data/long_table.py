@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from medgemma_clinical.data import duck, events, guesses
@@ -43,20 +44,21 @@ from medgemma_clinical.data.roles import (
     OTHER_SEX,
     ROLES,
     SEX,
+    SEXES,
     SITE_INPUT,
     columns_alike,
     find_column,
     find_roles,
     is_site,
 )
-from medgemma_clinical.data.texts import NUMBER
+from medgemma_clinical.data.texts import NUMBER, plain
 from medgemma_clinical.files import InputError, did_you_mean, one_line, read_json
 
 logger = logging.getLogger(__name__)
 
 COMMAND, EVENT, CONTEXT = "from_long", "Event", "clinical_context"
 WRITTEN = ("id", "subject_id", "prediction_time", MAIN_COLUMN, HOURS, LABEL_COLUMN)
-TIMES = ("prediction_time", "time", "storetime", "event_time")
+TIMES = ("prediction_time", "time", "storetime", "event_time", "end_time")
 MAX_SERIES, MAX_CATEGORIES, MAX_WORDS, MAX_LETTERS = 100, 20, 10, 30
 LABEL = duck.Column("label", may_be_empty=True, advice="--positive WORD names that of 1")
 CENSORED = ("", "nan", "none", "censored", "alive", *duck.NO)
@@ -65,9 +67,12 @@ FACTOR = re.compile(rf"(.*):(.*)=\s*({NUMBER})\s*")
 NOT_LIKE = {*("table", "labels", "out", "memory_limit", "threads"), "like", "read_as", "no_labels"}
 # Columns beside those of a header, of which no name begins with a space.
 ZONE, KEPT, ID = " zone of the prediction time", " kept ", " id"
-END, CAUSE = " end", " cause"
+END, CAUSE, LEFT = " end", " cause", " end of the stay"
 MICRO = re.compile("\N{MICRO SIGN}|\N{GREEK SMALL LETTER MU}|\\bmc(?=g)")  # written u, too
 HOUR = duck.MICROSECONDS["hours"]
+MAX_RATIO, MIN_OF_UNIT, SURE = 5.0, 5, 4.0
+"""Medians of a series by unit that differ so many times are refused, each of so many values, where
+the difference is so many times what chance makes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +85,10 @@ class LongRequest(events.EventRequest):
     time_format: tuple[str, ...]
     no_labels: bool
     static: tuple[str, ...]
+    sex: tuple[str, ...]
     keep: tuple[str, ...]
     outcome_column: tuple[str, ...]
+    end_time: str
     event_time: str
     event: str
     event_names: tuple[str, ...]
@@ -91,6 +98,7 @@ class LongRequest(events.EventRequest):
     max_note_words: int
     below_limit: str
     bad_values: str
+    result_flags: tuple[str, ...]
     decimal: str
     positive: tuple[str, ...]
     encoding: str
@@ -123,7 +131,8 @@ class LongRequest(events.EventRequest):
             columns.setdefault("label", self.outcome_column[0])
         if self.prediction_time:
             columns["prediction_time"] = self.prediction_time_column()[0]
-        columns |= {role: name for role in EVENT_ROLES if (name := getattr(self, role))}
+        for role in ("end_time", *EVENT_ROLES):
+            columns |= {role: name} if (name := getattr(self, role)) else {}
         if bool(columns.get("event_time")) != bool(columns.get("event")):
             raise InputError("--event_time, --event: give both: when, and what happened then")
         return columns
@@ -138,6 +147,16 @@ class LongRequest(events.EventRequest):
         unread = set() if has_label or not has_events else {"label"}
         unread |= set() if has_events else {*EVENT_ROLES}
         return {"label", *EVENT_ROLES} if self.no_labels else unread
+
+    def sexes(self) -> dict[str, str]:
+        """Return the sex of each word of --sex, in small letters."""
+        sexes = dict[str, str]()
+        for text in self.sex:
+            word, _, sex = map(str.strip, text.lower().rpartition("="))
+            if not word or sex not in (*SEXES, "unknown"):
+                raise InputError(f"--sex {text}: write WORD=male, WORD=female or WORD=unknown")
+            sexes[word] = sex
+        return sexes
 
     def factors(self) -> dict[tuple[str, str], float]:
         """Return the factor of each item and unit."""
@@ -194,7 +213,7 @@ def make_long(
     if request.notes is None and any(role.startswith("notes.") for role in request.mapped()):
         logger.warning("warning: --like %s was made with notes: give those of now", request.like)
     with duck.open_database(request.out, request.memory_limit, request.threads) as database:
-        database.set(below_limit=request.below_limit)
+        database.set(below_limit=request.below_limit, result_flags=[*request.result_flags])
         reading.files = table, labels, *notes = files = open_tables(database, request)
         reading.columns = find_columns(database, files, request, guess=reading.guesses)
         names, label_names, *note_names = map(dict, reading.columns)
@@ -216,8 +235,9 @@ def make_long(
         events.name_codes(database, {"series": items})
         items = convert_units(database, items, factors, table.path)
         if not chosen_series:
-            by_item = [split_title(str(item.keys[0]))[1] for item in items]
-            items = [replace(x, unit=x.unit or y) for x, y in zip(items, by_item, strict=True)]
+            by_name = [split_title(str(item.keys[0]), "")[1] for item in items]
+            items = [replace(x, unit=x.unit or unit) for x, unit in zip(items, by_name, strict=True)]
+        check_medians(database, table.path)
         trajectories = events.make_trajectories(database, request, request.equal_times)
         series = items if chosen_series else choose_series(trajectories, items, table.path)
         reading.series = series
@@ -241,6 +261,7 @@ def make_long(
             keep_all=request.no_labels,
         )
         left_out = {"repeated": repeated, **count_left_out(database, table.path)}
+        dropped = count_dropped(database)
     about_events = dict[str, Any]()
     if EVENT_HOURS in rows:
         rows, later, about_events = finish_events(rows, label_names, request)
@@ -266,6 +287,7 @@ def make_long(
     hashes = {f"{folder}{x.path.name}": x.sha256 for folder, x in zip(folders, files, strict=False)}
     description = events.describe_rows(settled, series[0], usable, rows, flow)
     description["values"] = left_out
+    description["dropped"] = dropped
     description["labels"] = {name: {"outcome": column} for name, column in outcomes.items()}
     rows = rows if label else rows.drop(columns=LABEL_COLUMN)
     description |= about_events
@@ -303,6 +325,8 @@ def find_columns(
         names = find_roles(file.header, roles, mapped)
         names_of.append(names)
         missing = [r for r in roles if r not in names and (r not in OPTIONAL or mapped.get(r))]
+        if request.no_labels:  # new patients may still be there
+            missing = [role for role in missing if role != "end_time"]
         lacking.append(missing)
         absent = [name for role in missing if (name := mapped.get(role))]
         if missing and holds_data(file.header):  # none is guessed, and none is shown
@@ -463,6 +487,7 @@ def load_labels(
         for role, column in context.items()
     }
     columns |= {ID: duck.Column("word", source=names["id"])} if "id" in names else {}
+    columns[events.PATIENT] = duck.Column("written_id", source=names["labels.subject_id"])
     zone = "''"
     if time.zoned:
         columns[ZONE], zone = duck.Column("zone", source=names["prediction_time"]), f'"{ZONE}"'
@@ -472,6 +497,10 @@ def load_labels(
     _, delay = request.prediction_time_column()
     prediction_time = f"{duck.quoted(names['prediction_time'])} + to_microseconds({delay})"
     label_sql, event_sql = "NULL::INTEGER", dict[str, str]()
+    if "end_time" in names:
+        form = replace(times["end_time"], source=names["end_time"], may_be_empty=True)
+        columns[LEFT] = form
+        event_sql[events.ENDED] = f"{duck.quoted(LEFT)} < {prediction_time}"
     if "event" in names:
         cause, end = duck.quoted(CAUSE), duck.quoted(END)
         form = replace(times["event_time"], source=names["event_time"], may_be_empty=True)
@@ -479,11 +508,19 @@ def load_labels(
         # An empty cell is censored, but nothing is known where the time is empty, too.
         known = f"CASE WHEN {cause} > 0 OR {end} IS NOT NULL THEN {cause} END"
         hours = f"tidy((epoch_us({end}) - epoch_us({prediction_time})) / {HOUR})"
-        event_sql = {KEPT + EVENT_HOURS: hours, KEPT + EVENT_COLUMN: known}
+        event_sql |= {KEPT + EVENT_HOURS: hours, KEPT + EVENT_COLUMN: known}
         label_sql = f"({known} = 1)::INTEGER"  # is counted as the event
+    if reading.guesses and not {"end_time", "event_time"} & {*names}:
+        used = {*columns_read.values(), *kept}
+        unread = [name for name in file.header if name not in used]
+        predicted = time.typed(file.raw(names["prediction_time"]))
+        predicted += f" + to_microseconds({delay})"
+        if asked := guesses.ask_end_time(database, file, unread, predicted):
+            raise OpenQuestions(asked.text, [asked])
     duck.load_table(database, "answers", file, columns)
     select = {
         "subject": duck.quoted(names["labels.subject_id"]),
+        events.PATIENT: duck.quoted(events.PATIENT),
         "prediction_time": prediction_time,
         "label": duck.quoted(names["label"]) if "label" in names else label_sql,
         "zone": zone,
@@ -522,11 +559,13 @@ def check_texts(
     """Refuse what only a flag says how to read, log what is left out; return signs of decimals."""
     where = f"{file.path}, column {column}"
     texts = f"SELECT {item} AS item, unnest({duck.quoted(column)}) FROM {loaded}"
-    below, above, numeric, other, with_unit, commas, points = database.row(
-        "SELECT count(*) FILTER (is_limit(text) AND text[1] IN ('<', '≤')), "
+    total, flagged, below, above, numeric, other, with_unit, letters, commas, points = database.row(
+        "SELECT count(number) + count(text), count(*) FILTER (flagged), "
+        "count(*) FILTER (is_limit(text) AND text[1] IN ('<', '≤')), "
         "count(*) FILTER (is_limit(text) AND text[1] IN ('>', '≥')), "
         "count(*) FILTER (NOT is_limit(text) AND looks_numeric(text)), "
         "count(*) FILTER (NOT looks_numeric(text)), count(*) FILTER (holds_unit(text)), "
+        "list_distinct(list(letters_behind(text)) FILTER (letters_behind(text) != '')), "
         f"count(*) FILTER (sign = ','), count(*) FILTER (sign = '.') FROM ({texts})"
     )
     asked = list[tuple[str, str, str, tuple[str, ...]]]()  # problem, advice, flag, its values
@@ -547,29 +586,50 @@ def check_texts(
         advice = ": write the unit in a column of its own"
         problem = f"{duck.cells(with_unit)} with a unit behind the number"
         asked.append((problem, advice, "", ()))
-    if other > with_unit and not request.bad_values:
+    for word in sorted(letters or ()):
+        problem = f"numbers have {word} behind them, a unit or the laboratory's flag"
+        advice = f": --result_flags {word}, or a column of the unit"
+        asked.append((problem, advice, "result_flags", (word,)))
+    if other > with_unit and not request.bad_values and not letters:
         problem = f"{duck.cells(other)} not a number"
         asked.append((problem, ": --bad_values drop leaves it out", "bad_values", ("drop",)))
     if asked:
         problems = "; ".join(problem + advice for problem, advice, *_ in asked)
         questions = [Question(f"{where}: {x}", flag, values) for x, _, flag, values in asked]
         raise OpenQuestions(f"{where}: {problems}", questions)
+    if flagged:
+        logger.info("%s: %s numbers with a laboratory's flag are read", where, f"{flagged:,}")
     if below + above:
         counts = f"{below:,} values below a limit, {above:,} above one"
         logger.info("%s: %s: --below_limit %s", where, counts, request.below_limit)
     if numeric + other:
-        words = database.run(
-            "SELECT regexp_replace(text, '\\d+', '#', 'g') AS word, count(*) "
-            f"FROM ({texts}) WHERE NOT is_limit(text) AND length(text) <= {MAX_LETTERS} "
-            f"GROUP BY word ORDER BY 2 DESC, 1 LIMIT {MAX_WORDS + 1}"
-        ).fetchall()
-        if len(words) > MAX_WORDS:  # a rare one may be a remark on a patient
-            words = [(word, count) for word, count in words[:MAX_WORDS] if count > 1]
-        dropped = [f'{count:,} values "{one_line(word)}"' for word, count in words]
-        rest = numeric + other - sum(count for _, count in words)
-        dropped += [f"{rest:,} other texts"] if rest else []
-        logger.info("%s: dropped %s", where, ", ".join(dropped))
+        log_dropped(database, texts, where, total)
     return {name for name, count in (("comma", commas), ("point", points)) if count}
+
+
+def log_dropped(database: duck.Database, texts: str, where: str, total: int) -> None:
+    """Log the forms of the texts that are dropped, those of numbers all and as a warning."""
+    form = "regexp_replace(text, '\\d+', '#', 'g')"
+    numbers = f"regexp_replace({form}, '[[:alpha:]]{{3,}}', '...', 'g')"
+    is_number = "regexp_matches(text, '^[<>≤≥+-]*\\s*\\d')"
+    for form, condition, warns in ((numbers, is_number, True), (form, f"NOT {is_number}", False)):
+        words = database.run(
+            f"SELECT left({form}, {MAX_LETTERS + 1}) AS word, count(*) AS count FROM ({texts}) "
+            f"WHERE text IS NOT NULL AND NOT is_limit(text) AND {condition} "
+            "GROUP BY word ORDER BY count DESC, word"
+        ).fetchall()
+        count = sum(count for _, count in words)
+        shown = [x for x in words if len(x[0]) <= MAX_LETTERS][:MAX_WORDS]
+        if len(words) > MAX_WORDS:  # a rare one may be a remark on a patient
+            shown = [(word, count) for word, count in shown if count > 1]
+        listed = [f'{count:,} values "{one_line(word)}"' for word, count in shown]
+        rest = count - sum(count for _, count in shown)
+        listed += [f"{rest:,} other texts"] if rest else []
+        if count and warns:
+            share = f"{count:,} cells that begin with a number ({count / total:.1%})"
+            logger.warning("warning: %s: dropped %s: %s", where, share, ", ".join(listed))
+        elif count:
+            logger.info("%s: dropped %s", where, ", ".join(listed))
 
 
 def unclear_signs(database: duck.Database, texts: str, separator: str) -> list[str]:
@@ -581,7 +641,7 @@ def unclear_signs(database: duck.Database, texts: str, separator: str) -> list[s
         f"FROM ({texts}) GROUP BY item ORDER BY item"
     ).fetchall()
     commas, points, decimals = (sum(row[k] for row in rows) for k in (1, 2, 3))
-    is_text = separator in (";", "\t")  # where commas are free to be decimal
+    is_text = separator in (";", "\t", "|")  # where commas are free to be decimal
     if commas and (points or not is_text):
         counts = f"{commas:,} numbers have a comma and {points:,} a point"
         return [f"{counts}: --decimal comma or point says which is decimal"]
@@ -700,6 +760,14 @@ def find_positive(
             known = [text for word, _, text in words[::-1] if (word or "") not in duck.NOT_KNOWN]
             given = f"--positive {', '.join(request.positive)}: " if request.positive else ""
             problem = f"{given}{where}: {label.problem(count)}"
+            times, filled = database.row(
+                f"SELECT count({guesses.time_of(cell)}), count(nullif({cell}, '')) "
+                f"FROM {file.rows()}"
+            )
+            if times > guesses.MOST * filled:
+                problem = f"{where}: holds times, as of a death, not yes and no: write a column of "
+                problem += "1 where it comes by the end that is asked, or give --event_time"
+                raise InputError(problem)
             answers = tuple(known) if len(known) <= MAX_WORDS else ()
             asked = Question(problem, "positive", answers, of_cells=True)
             raise OpenQuestions(problem, [asked])
@@ -771,7 +839,6 @@ def finish_events(
     left, flow = duck.apply_rules(pd.DataFrame({rule: hours < 0}), where, rows["subject_id"])
     rows = rows[left].reset_index(drop=True)
     named = {str(k): name for k, name in enumerate(request.event_names, start=1)}
-    about: dict[str, Any] = {"events": named} if named else {}
     numbers = {name.lower(): int(k) for k, name in named.items()}
     largest = len(named) or int(rows[EVENT_COLUMN].fillna(0).max())
     numbers |= {str(k): k for k in range(1, largest + 1)}
@@ -782,6 +849,9 @@ def finish_events(
             problem = f"not the name or the number, 2 to {largest}, of an event"
             raise InputError(f"--interventions {text}: {problem}")
     brought = sorted({numbers[text.lower()] for text in request.interventions})
+    if named and request.outcome != EVENT:
+        named["1"] = request.outcome
+    about: dict[str, Any] = {"events": named} if named else {}
     return rows, flow, {**about, "interventions": brought, "horizon": ""}
 
 
@@ -797,17 +867,21 @@ def make_static(
     where, cell = f"{file.path}, column {column}", duck.quoted(column)
     word = f"lower(coalesce({cell}.text, plain({cell}.number)))"
     words = request.read_as.get("static", {}).get(feature.title)
+    is_sex, sexes = SEX.fullmatch(feature.name) is not None, request.sexes()
     if words is None:
         (numbers,) = database.row(f"SELECT count({cell}.number) FROM answers")
         select = f"SELECT DISTINCT {word} AS word FROM answers WHERE word IS NOT NULL ORDER BY 1"
-        words = [] if numbers else [text for (text,) in database.run(select).fetchall()]
+        is_number = numbers and not is_sex
+        words = [] if is_number else [text for (text,) in database.run(select).fetchall()]
+    if is_sex and (unknown := [x for x in words if x.isdigit() and x not in sexes]):
+        ask_sexes(where, unknown)
     if len(words) > MAX_CATEGORIES:
         raise InputError(f"{where}: {len(words):,} different texts, {MAX_CATEGORIES} may be")
     if not words:
         reading.signs |= check_texts(database, "answers", column, file, request)
         number = f"plain(coalesce({cell}.number, at_limit({cell}.text)))"
         return [(f"{STATIC}{feature.title}", number)], words
-    categories, columns = name_categories(feature.name, words)
+    categories, columns = name_categories(feature.name, words, sexes)
     is_category, sql = f"{word} IN ({', '.join(map(duck.literal, categories))})", []
     (count,) = database.row(f"SELECT count(*) FROM answers WHERE NOT {is_category}")
     if count:
@@ -820,14 +894,34 @@ def make_static(
     return sql, words
 
 
+def ask_sexes(where: str, words: Sequence[str]) -> None:
+    """Ask which numbers are which sex: registries differ."""
+    problem = f"{where}: which number is which sex"
+    example = " ".join(f"{word}={sex}" for word, sex in zip(words, SEXES, strict=False))
+    asked = []
+    for k, word in enumerate(words):
+        order = SEXES[k % 2 :] + SEXES[: k % 2]
+        asked.append(Question(problem, "sex", tuple(f"{word}={sex}" for sex in order)))
+    raise OpenQuestions(f"{problem}: --sex {example}, or the other way round", asked)
+
+
 def name_categories(
-    name: str, words: Sequence[str]
+    name: str, words: Sequence[str], sexes: Mapping[str, str]
 ) -> tuple[Sequence[str], list[tuple[str, Sequence[str]]]]:
     """Return the categories, and those that are 1 in each column: one column for two of them."""
     is_sex = SEX.fullmatch(name) is not None
-    male = "sex_male" if is_sex else f"{name.lower()}_male"
-    known = {*MALE, *FEMALE, *(OTHER_SEX if is_sex else ())}  # a third sex leaves the cell empty
-    pairs_of_words = ((duck.YES, duck.NO, {*duck.YES, *duck.NO}, name), (MALE, FEMALE, known, male))
+    title = "sex_male" if is_sex else f"{name.lower()}_male"
+    male, female = (
+        (*usual, *(word for word, sex in sexes.items() if is_sex and sex == named))
+        for usual, named in ((MALE, "male"), (FEMALE, "female"))
+    )
+    # A third sex leaves the cell empty.
+    others = {*OTHER_SEX, *sexes} if is_sex else set[str]()
+    known = {*male, *female, *others}
+    pairs_of_words = (
+        (male, female, known, title),
+        (duck.YES, duck.NO, {*duck.YES, *duck.NO}, name),
+    )
     for ones, zeros, allowed, title in pairs_of_words:
         if {*words} <= allowed:
             return (*ones, *zeros), [(f"{STATIC}{title}", ones)]
@@ -843,22 +937,27 @@ def name_categories(
 def find_items(database: duck.Database) -> list[Feature]:
     """Return each item as a feature, whatever its case, by its most frequent spelling."""
     spellings: dict[str, list[str]] = {}
-    select = "SELECT code FROM record GROUP BY code ORDER BY count(*) DESC, code"
-    for (code,) in database.run(select).fetchall():
-        spellings.setdefault(comparable(code), []).append(code)
-    names = {key: split_title(codes[0])[0] for key, codes in spellings.items()}
+    names = dict[str, str]()
+    select = "SELECT code, unit_within(code) FROM record GROUP BY code ORDER BY count(*) DESC, code"
+    for code, unit in database.run(select).fetchall():
+        key = comparable(code)
+        names.setdefault(key, split_title(code, unit)[0])
+        spellings.setdefault(key, []).append(code)
     counts = Counter(map(comparable, names.values()))
-    is_one = {key: counts[comparable(name)] == 1 for key, name in names.items()}
-    return [
-        Feature(names[key] if is_one[key] else codes[0], "", tuple(codes))
-        for key, codes in spellings.items()
-    ]
+    features = list[Feature]()
+    for key, name in names.items():
+        is_one = counts[comparable(name)] == 1
+        codes = spellings[key]
+        features.append(Feature(name if is_one else codes[0], "", tuple(codes)))
+    return features
 
 
-def split_title(item: str) -> tuple[str, str]:
-    """Return name and unit of an item such as ``Kreatinin [µmol/L]``."""
-    match = events.TITLE.fullmatch(item)
-    return (match[1], match[2] or "") if match else (item, "")
+def split_title(item: str, unit: str) -> tuple[str, str]:
+    """Return name and unit of an item such as ``Kreatinin [µmol/L]``, or with ``(unit)``."""
+    if match := events.TITLE.fullmatch(item):
+        name, unit = match[1], match[2] or unit
+        return name.removesuffix(f"({unit})").strip() if unit else name, unit
+    return item, ""
 
 
 def choose_series(
@@ -952,6 +1051,32 @@ def convert_units(
     return [replace(item, unit=units.get(item.name, item.unit)) for item in items]
 
 
+def check_medians(database: duck.Database, path: Path) -> None:
+    """Refuse a series whose values of two items or units differ manifold once they are converted."""
+    rows = database.frame(
+        "SELECT name, code, record.unit, count(*) AS n, "
+        "quantile_cont(ln(value), [0.25, 0.5, 0.75]) AS quartiles "
+        "FROM record JOIN named USING (code) WHERE value > 0 "
+        f"GROUP BY name, code, record.unit HAVING n >= {MIN_OF_UNIT} ORDER BY name, n DESC, code, 3"
+    )
+    for name, groups in rows.groupby("name"):
+        low, median, high = np.stack(groups["quartiles"].to_numpy()).T
+        variance = (high - low) ** 2 / groups["n"].to_numpy()  # of a median, by the quartiles
+        difference = np.abs(median[1:] - median[0])
+        chance = SURE * np.sqrt(variance[1:] + variance[0])
+        wrong = np.flatnonzero(difference > np.maximum(math.log(MAX_RATIO), chance))
+        if not len(wrong):
+            continue
+        texts = []
+        for k in (0, wrong[0] + 1):
+            code, unit = groups.iloc[k][["code", "unit"]]
+            of_unit = f" in {unit}" if unit else ""
+            texts.append(f"{plain(float(f'{math.exp(median[k]):.3g}'))} ({code}{of_unit})")
+        problem = f"{path}: {name}: values of one unit have the medians {' and '.join(texts)}"
+        advice = "correct --factor, or make two series of them"
+        raise OpenQuestions(f"{problem}: {advice}", [Question(problem, "factor")])
+
+
 def ratio_of_medians(database: duck.Database, name: str, unit: str, target: str) -> float:
     """Return the ratio of an item's medians in two units, 0 where there is none."""
     texts = ", ".join(
@@ -976,3 +1101,20 @@ def count_left_out(database: duck.Database, path: Path) -> dict[str, int]:
         if count:
             logger.info("%s: %d values %s", path, count, words)
     return counts
+
+
+def count_dropped(database: duck.Database) -> dict[str, dict[str, Any]]:
+    """Return the share of each series' values that is dropped, and the end where they lie."""
+    rows = database.run(
+        "SELECT name, avg((value IS NULL)::INTEGER) AS share, "
+        "median(scale * number_within(text)) FILTER (value IS NULL) AS dropped, "
+        "quantile_cont(value, 0.1) AS low, quantile_cont(value, 0.9) AS high "
+        "FROM record JOIN named USING (code) WHERE value IS NOT NULL OR text IS NOT NULL "
+        "GROUP BY name HAVING share > 0 ORDER BY name"
+    ).fetchall()
+    found = dict[str, dict[str, Any]]()
+    for name, share, dropped, low, high in rows:
+        is_end = None not in (dropped, low) and not low < dropped < high
+        end = ("low" if dropped <= low else "high") if is_end else ""
+        found[name] = {"share": round(share, 4), "end": end}
+    return found

@@ -18,7 +18,7 @@ from medgemma_clinical.data.texts import plain
 from medgemma_clinical.files import InputError, one_line
 
 ROWS, WIDTH, MAX_LINES = 3, 28, 10  # finished rows, characters of a cell, lines of a part
-SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
 
 @dataclass
@@ -142,7 +142,7 @@ def describe_file(seen: Preview, file: duck.TableFile, columns: Mapping[str, str
             texts[0] = f"  {role:<18} {one_line(seen.assumed.prediction_time)}"
         taken = {f"{role}={name}"}
         taken |= {seen.assumed.prediction_time} if role == "prediction_time" else {*()}
-        taken |= {name} if role == "label" else {*()}
+        taken |= {name} if role in ("label", "end_time") else {*()}
         asked = [x for x in seen.questions if taken & {*x.answers[:1]}]
         texts += ["guessed" if x.guessed else "asked below" for x in asked[:1]]
         lines.append(", ".join(texts))

@@ -30,6 +30,7 @@ LABEL_ROLES = {
     "prediction_time": ("prediction_time",),
     "label": ("label", "label_escalation", "outcome", "event"),
     "id": (),  # of a row, as a stay number
+    "end_time": (),  # of the stay
     "event_time": (),  # or the end of the record
     "event": (),  # its number or word, by then
 }
@@ -41,6 +42,7 @@ NOTE_ROLES = {
 }
 MALE = ("male", "m", "man", "männlich", "mann", "homme", "hombre", "uomo")
 FEMALE = ("female", "f", "w", "woman", "weiblich", "frau", "femme", "mujer", "donna")
+SEXES = ("male", "female")
 OTHER_SEX = ("d", "x", "o", "u", "diverse", "divers", "other", "unknown", "unbekannt")
 SEX = re.compile(r"sex|gender|geschlecht", re.IGNORECASE)
 SITE_COLUMN = re.compile(
@@ -54,7 +56,7 @@ SITE_INPUT = (
 )
 SEX_COLUMN = re.compile(r"static_(?:sex|gender|geschlecht)[ _](.+)", re.IGNORECASE)
 EVENT_ROLES = ("event_time", "event")
-OPTIONAL = ("unit", "storetime", "id", "notes.storetime", *EVENT_ROLES)
+OPTIONAL = ("unit", "storetime", "id", "notes.storetime", "end_time", *EVENT_ROLES)
 HINTS = {
     "prediction_time": ", or --prediction_time 'COLUMN + 48 h'",
     "label": ", or --event_time and --event, or --no_labels",

@@ -40,6 +40,32 @@ CREATE MACRO looks_numeric(cell) AS regexp_full_match(cell,
 CREATE MACRO holds_unit(cell) AS
     regexp_full_match(cell, '[<>≤≥]?=?\s*[+-]?[\d.,]*\d\s*(%|mmHg|[[:alpha:]µμ°]+/[[:alnum:]µμ.*²]+)');
 
+-- The unit behind the name of an item, as in Kreatinin (mg/dl) and Hb [g/L]; other words are none.
+CREATE MACRO unit_within(item) AS trim(regexp_extract(item,
+    '.[\[(]\s*(%|‰|mmHg|kPa|°[CF]|f[lL]|pg|ng|mg|kg|cm|sec?|[^\s()\[\]]{0,10}/\s*(\d*[mdcnfpuµμk]?[lLg]|h|min|d|24h|m2|m²|mmol|mol))\s*[\])]\s*$', 1));
+
+-- The letters behind a number, which may be a unit or a laboratory's flag: L of 2.3 L.
+CREATE MACRO letters_behind(cell) AS
+    regexp_extract(cell, '^[<>≤≥]?=?\s*[+-]?[\d.,]*\d\s*\(?([[:alpha:]]{1,2})\)?$', 1);
+
+-- A number without the flag of a laboratory beside it: 2,3 of 2,3 +, 2,3 H, 2,3* and ↑ 2,3; a sign
+-- needs a space, as 2+ is a grade and 2- may be negative. Any other cell stays as it is.
+CREATE MACRO without_signs(cell) AS regexp_replace(
+    regexp_replace(cell,
+        '(\s*([*!↑↓▲▼⬆⬇]+|[(\[](HH?|LL?|[*!]|\+{1,2}|-{1,2})[)\]]|HH?|LL)|\s+(\+{1,3}|-{1,3}))+$', ''),
+    '^([*!↑↓▲▼⬆⬇]+|[(\[](HH?|LL?|[*!]|\+{1,2}|-{1,2})[)\]])\s*', '');
+CREATE MACRO without_flag(cell) AS CASE
+    WHEN cell[1] BETWEEN '0' AND '9' AND cell[-1] BETWEEN '0' AND '9' THEN cell
+    WHEN list_contains(getvariable('result_flags'), letters_behind(cell))
+        THEN regexp_replace(cell, '\s*\(?[[:alpha:]]{1,2}\)?$', '')
+    WHEN looks_numeric(without_signs(cell)) THEN without_signs(cell)
+    ELSE cell
+END;
+
+-- The number in a text that is none, for its size: 2.3 of 2,3 ?.
+CREATE MACRO number_within(text) AS TRY_CAST(
+    replace(regexp_extract(text, '\d+([.,]\d+)?'), ',', '.') AS DOUBLE);
+
 -- The one sign of a number, and whether it may stand before thousands: 1,250.
 CREATE MACRO sign_of(cell) AS
     CASE WHEN looks_numeric(cell) THEN regexp_extract(cell, '^[^.,]*([.,])[^.,]*$', 1) ELSE '' END;
