@@ -464,7 +464,7 @@ COMMANDS: dict[str, tuple[Flag, ...]] = {
         Flag("list_codes", bool, help="print all codes with counts, make no file"),
     ),
     "from_long": (
-        Flag("preview", bool, help="show what would be read and made, write import.toml"),
+        Flag("preview", bool, help="show what would be read and made, write a TOML"),
         Flag("config", Path, help="flags of a TOML file, of which typed ones win"),
         Flag("table", Path, help="CSV, Excel or Parquet, one value a row"),
         Flag("labels", Path, help="table with patient, prediction time and label"),

@@ -100,7 +100,7 @@ def write_b(folder, patients=80, seed=11):
 
 
 def answer(path, **changed):
-    """Answer every open question of an import.toml by its first answer, some flags by hand."""
+    """Answer every open question of a preview's TOML by its first answer, some flags by hand."""
     lines, flag = [], ""
     for line in path.read_text(encoding="utf-8").splitlines()[2:]:
         is_first = " = " in line and not line.startswith(" ")

@@ -45,8 +45,8 @@ def test_a_german_export_goes_to_results_by_site_of_new_patients(from_long, tmp_
     files = ["--table=old/labor.csv", "--labels=old/patienten.csv"]
     from_long(*files, "--out=aki.csv", "--preview")
     static = ["age [years]=Alter", "sex=Geschlecht"]
-    answer(tmp_path / "import.toml", static=static, keep=["Klinik"])
-    from_long("--config", "import.toml")
+    answer(tmp_path / "aki.toml", static=static, keep=["Klinik"])
+    from_long("--config", "aki.toml")
     train("--trajectory_only", "--data_path=aki.csv", "--output_dir=runs")
     files = ["--table=new/labor.csv", "--labels=new/patienten.csv", "--like=aki.csv"]
     assert from_long(*files, "--out=new.csv") == 3
@@ -67,12 +67,12 @@ def test_an_export_with_notes_goes_to_a_model_that_reads_them(from_long, tmp_pat
     files = ["--table=lab.csv.gz", "--labels=cohort.xlsx", "--notes=notes.csv", "--out=b.csv"]
     from_long(*files, "--preview")
     answer(
-        tmp_path / "import.toml",
+        tmp_path / "b.toml",
         outcome_column=["ICU transfer <7d", "Died <30d"],
         static=["age [years]=Age at admission", "sex=Gender"],
         keep=["Klinik"],
     )
-    assert from_long("--config", "import.toml") == 2
+    assert from_long("--config", "b.toml") == 2
     rows = pd.read_csv("b.csv", dtype=str)
     assert rows["clinical_context"].str.startswith("Note (").sum() > len(rows) / 3
     assert {"label_died_30d", "static_sex_male", "Klinik"} <= {*rows}

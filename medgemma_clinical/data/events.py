@@ -218,13 +218,16 @@ def name_codes(database: duck.Database, features_of: Mapping[str, Sequence[Featu
 
 
 def make_trajectories(
-    database: duck.Database, request: EventRequest, equal_times: str = "keep"
+    database: duck.Database,
+    request: EventRequest,
+    equal_times: str = "keep",  # empty: asked where there are any
+    *,
+    is_stored: bool = False,  # whether a storetime is known
 ) -> pd.DataFrame:
     """Return each trajectory: number (of its prediction), series, observations, hours, text."""
     rule = equal_times or "keep"
     database.set(max_pairs=MAX_PAIRS, hours_from=request.hours_from, equal_times=rule)
     database.run_file(SQL / "events.sql")
-    check_equal_times(database, equal_times)
     midnight, events = database.row(
         "SELECT count(*) FILTER (date_trunc('day', time) = time OR date_trunc('day', known) = "
         "known), count(*) FROM event"
@@ -232,28 +235,29 @@ def make_trajectories(
     if midnight > MAX_AT_MIDNIGHT * events:
         problem = "a date without a time counts as known from the beginning of its day"
         logger.warning("warning: %d of %d events are at midnight: %s", midnight, events, problem)
-    batches = []
+    batches, several = [], 0
     for first, last in database.run("FROM batch ORDER BY first").fetchall() or [(0, 0)]:
         database.set(first=first, last=last)
         database.run_file(SQL / "trajectories.sql")
         trajectories = database.frame("FROM trajectory")
         batches.append(trajectories.astype({"text": object}))  # a copy shares the texts
+        (count,) = database.row(
+            "SELECT count(*) FROM (SELECT number FROM usable GROUP BY number, position, time "
+            "HAVING count(DISTINCT value) > 1)"
+        )
+        several += count
+    if several and not equal_times:
+        ask_equal_times(several, ("last", "mean", "keep") if is_stored else ("mean", "keep"))
+    if several:
+        logger.info("%s times with several values of a series: %s", f"{several:,}", rule)
     return pd.concat(batches, ignore_index=True)
 
 
-def check_equal_times(database: duck.Database, rule: str) -> None:
-    """Count different values of a series at one time; ask which counts where no rule says it."""
-    (count,) = database.row(
-        "SELECT count(*) FROM (SELECT person FROM event GROUP BY person, position, time "
-        "HAVING count(DISTINCT value) > 1)"
-    )
-    if count and rule:
-        logger.info("%s times with several values of a series: --equal_times %s", count, rule)
-    elif count:
-        problem = f"{count:,} times have several different values of a series"
-        asked = [Question(problem, "equal_times", ("last", "mean", "keep"))]
-        advice = "--equal_times last (stored), mean or keep"
-        raise OpenQuestions(f"{problem}: {advice}", asked)
+def ask_equal_times(count: int, rules: tuple[str, ...]) -> None:
+    """Ask which of several different values at one time counts."""
+    problem = f"{count:,} times have several different values of a series"
+    asked = [Question(problem, "equal_times", rules)]
+    raise OpenQuestions(f"{problem}: --equal_times {', '.join(rules)}", asked)
 
 
 def make_rows(

@@ -238,7 +238,9 @@ def make_long(
             by_name = [split_title(str(item.keys[0]), "")[1] for item in items]
             items = [replace(x, unit=x.unit or unit) for x, unit in zip(items, by_name, strict=True)]
         check_medians(database, table.path)
-        trajectories = events.make_trajectories(database, request, request.equal_times)
+        trajectories = events.make_trajectories(
+            database, request, request.equal_times, is_stored="storetime" in names
+        )
         series = items if chosen_series else choose_series(trajectories, items, table.path)
         reading.series = series
         columns = f"COLUMNS('(?s)^(number|{STATIC}.*|label_.*|{KEPT}.*)$')"
@@ -510,7 +512,7 @@ def load_labels(
         hours = f"tidy((epoch_us({end}) - epoch_us({prediction_time})) / {HOUR})"
         event_sql |= {KEPT + EVENT_HOURS: hours, KEPT + EVENT_COLUMN: known}
         label_sql = f"({known} = 1)::INTEGER"  # is counted as the event
-    if reading.guesses and not {"end_time", "event_time"} & {*names}:
+    if reading.guesses and not request.like and not {"end_time", "event_time"} & {*names}:
         used = {*columns_read.values(), *kept}
         unread = [name for name in file.header if name not in used]
         predicted = time.typed(file.raw(names["prediction_time"]))

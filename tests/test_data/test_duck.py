@@ -169,7 +169,7 @@ BAD = [  # change, place
     (edit("mEq/L,", f'mEq/L,"{SECRET}\n', 501), ", line 501: "),
     (edit('twice"', 'twice"\r'), ", line 300: "),
     (lambda text: "", ": "),
-    (lambda text: text.replace(",", "|"), ": no column item among 1: "),
+    (lambda text: text.replace(",", "^"), ": no column item among 1: "),
     (edit("value", "valu", 1), ": no column value among 7: "),
 ]
 

@@ -49,7 +49,7 @@ def make(request, tmp_path):
             return meds(mini.write_meds(folder), **flags)
         for name in ("context", "event"):
             flags.pop(name, None)
-        return long(mini, folder, **flags)
+        return long(mini, folder, **{"equal_times": "keep", **flags})
 
     make_them.command = request.param
     return make_them

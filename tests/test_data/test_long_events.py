@@ -187,7 +187,7 @@ def run(*words):
 
 
 def test_a_preview_asks_for_the_words_and_writes_a_file_that_runs(files, tmp_path, capsys):
-    out, config = tmp_path / "data.csv", tmp_path / "import.toml"
+    out, config = tmp_path / "data.csv", tmp_path / "data.toml"
     flags = {"event_time": "Ended", "event": "Why"}
     assert run(*files, *words_of(**flags), f"--out={out}", "--preview") == 0
     shown = capsys.readouterr().out

@@ -324,7 +324,8 @@ def test_days_or_months_come_first_in_a_whole_column_and_a_format_decides_where_
     for form, day in (("%d/%m/%Y %I:%M %p", "2024-08-03"), ("%m/%d/%Y %I:%M %p", "2024-01-10")):
         made = make(written(early, AMERICAN), written(patients, AMERICAN), time_format=(form,))
         assert made[0]["prediction_time"][0].startswith(day)
-    made = make(written(early, "%d.%m.%Y"), written(patients, "%d.%m.%Y"))  # nobody's month
+    days = {"equal_times": "keep"}
+    made = make(written(early, "%d.%m.%Y"), written(patients, "%d.%m.%Y"), **days)  # nobody's month
     assert made[0]["prediction_time"][0].startswith("2024-01-10")
     for form in ("%m/%d/%y %H:%M", "%d-%b-%Y %H:%M"):  # the year 2024, not 24
         assert trajectory(make(written(labs(), form), people())) == "1 (0h) -> 1.5 (12h)"
@@ -508,10 +509,10 @@ def test_an_export_with_every_trap_is_refused_or_read_right_in_each_cell(ending,
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("5.1 H", "x" * 31), ['2 values "#.# H", 1 values "called by Z", 2 other texts']),
+        (("5.1 ?", "x" * 31), ['number (25.0%): 2 values "#.# ?"', '1 values "called by Z", 2 other texts']),
         (tuple("abcdefghijkl"), ['2 values "j"', "5 other texts"]),
         (tuple("abcdefghi"), ['1 values "called by Z"']),
-        ((*"abcdefgh", "3 a", "4 b"), ['2 values "# a"', "1 other texts"]),
+        ((*"abcdefgh", "3 abc", "4 def"), ['4 values "# ..."', "called by Z"]),
     ],
 )
 def test_texts_that_are_dropped_are_listed_without_their_numbers(words, said, make, caplog):

@@ -1,4 +1,4 @@
-"""from_long --preview: one screen with all open questions, and import.toml, which --config runs."""
+"""from_long --preview: one screen with all open questions, and a TOML, which --config runs."""
 
 import re
 import tomllib
@@ -78,9 +78,9 @@ def test_a_german_export_is_shown_on_one_screen_with_all_open_questions(hospital
     folder, files, _ = hospital_a
     before = {*folder.iterdir()}
     shown = screen(capsys, *files, f"--out={folder / 'aki.csv'}")
-    assert {*folder.iterdir()} - before == {folder / "import.toml"}
+    assert {*folder.iterdir()} - before == {folder / "aki.toml"}
     assert len(shown.splitlines()) <= 40
-    assert asked(shown) == ["columns", "prediction_time", "below_limit", "bad_values"]
+    assert asked(shown) == ["columns", "prediction_time", "end_time", "below_limit", "bad_values"]
     for part in (
         "labor.csv: cp1252, separated by semicolons",
         "time               Entnahme, as %d.%m.%Y %H:%M, guessed",
@@ -123,7 +123,7 @@ def test_a_run_refuses_what_the_preview_asks_and_names_it(hospital_a, capsys):
     assert "--preview" in error
 
 
-# --------------------------------------------------------------------------- import.toml
+# --------------------------------------------------------------------------- the file
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
@@ -136,16 +136,16 @@ def test_the_file_of_a_preview_runs_to_the_bytes_of_the_typed_flags(by_hand, hos
     assert from_long(*files, *words_of(flags), f"--out={typed}") == 0
     assert from_long(*files, f"--out={out}", "--preview") == 0
     changed = {k: FLAGS_A[k] for k in ("static", "keep")}
-    changed |= {"prediction_time": '"Aufnahme + 48 h"', "window_hours": "48"}
-    answer(folder / "import.toml", **changed, **({"series": series} if by_hand else {}))
-    assert from_long("--config", folder / "import.toml", "--columns", "id=Fallnummer") == 0
+    changed |= {"prediction_time": '"Aufnahme + 48 h"', "window_hours": "48", "end_time": '""'}
+    answer(folder / "aki.toml", **changed, **({"series": series} if by_hand else {}))
+    assert from_long("--config", folder / "aki.toml", "--columns", "id=Fallnummer") == 0
     rows = pd.read_csv(out, dtype=str)
     main = "Kreatinin [µmol/L]" if by_hand else "CRP [mg/L]"
     kept = {pair: x for pair, x in truth.items() if (pair[0], main) in truth}
     kept = {pair: x for pair, x in kept.items() if not by_hand or pair[1] != "CRP [mg/L]"}
     read = values_of(rows, main, "id")
     assert {pair: sorted(x) for pair, x in read.items()} == kept
-    assert from_long("--config", folder / "import.toml") == 0
+    assert from_long("--config", folder / "aki.toml") == 0
     assert out.read_bytes() == typed.read_bytes()
 
 
@@ -155,8 +155,8 @@ def test_an_export_of_another_kind_runs_to_the_bytes_of_the_typed_flags(hospital
     assert from_long(*files, *words_of(FLAGS_B), f"--out={typed}") == 0
     assert from_long(*files, f"--out={out}", "--preview") == 0
     changed = {k: FLAGS_B[k] for k in ("keep", "outcome_column", "factor")}
-    answer(folder / "import.toml", **changed)
-    assert from_long("--config", folder / "import.toml") == 0
+    answer(folder / "b.toml", **changed)
+    assert from_long("--config", folder / "b.toml") == 0
     assert out.read_bytes() == typed.read_bytes()
     main = "CREA S/P"
     read = values_of(pd.read_csv(out, dtype=str).rename(columns=lambda x: x.split(" [")[0]), main)
@@ -173,20 +173,20 @@ def test_no_cell_of_a_patient_reaches_the_file(hospital_a, capsys):
     patients.to_csv(folder / "patienten.csv", sep=";", index=False, encoding="cp1252")
     shown = screen(capsys, *files, f"--out={folder / 'aki.csv'}", "--columns=label=AKI Stadium 3")
     assert "GEHEIM" in shown.partition("open questions")[2]
-    text = (folder / "import.toml").read_text()
+    text = (folder / "aki.toml").read_text()
     assert '# "VALUE",' in text
     assert not re.search(r"GEHEIM|-x-|hämolytisch|2019|1000\d\d", text)
 
 
 def test_an_earlier_file_is_moved_aside_unless_it_is_the_same(hospital_a, capsys):
     folder, files, _ = hospital_a
-    path, aside = folder / "import.toml", folder / "import.1.toml"
+    path, aside = folder / "aki.toml", folder / "aki.1.toml"
     path.write_text("# mine\n")
     words = (*files, f"--out={folder / 'aki.csv'}")
     assert str(aside) in screen(capsys, *words)
     assert aside.read_text() == "# mine\n"
     screen(capsys, *words)
-    assert len([*folder.glob("import*")]) == 2
+    assert len([*folder.glob("*.toml")]) == 2
 
 
 def test_without_an_output_the_file_stands_where_the_command_runs(
@@ -211,8 +211,8 @@ def test_a_line_that_no_flag_helps_ends_a_preview_with_what_is_known(hospital_a,
     said = capsys.readouterr()
     assert "time               Entnahme" in said.out
     assert said.err.count("\n") == 1
-    assert "import.toml" in said.err
-    assert '"time=Entnahme",  # guessed' in (folder / "import.toml").read_text()
+    assert "aki.toml" in said.err
+    assert '"time=Entnahme",  # guessed' in (folder / "aki.toml").read_text()
 
 
 def test_new_patients_are_previewed_like_the_earlier_ones(hospital_a, capsys):
@@ -221,7 +221,7 @@ def test_new_patients_are_previewed_like_the_earlier_ones(hospital_a, capsys):
     assert from_long(*files, *words_of(FLAGS_A), f"--out={old}") == 0
     shown = screen(capsys, *files, f"--out={new}", f"--like={old}", "--no_labels")
     assert asked(shown) == []
-    assert from_long("--config", folder / "import.toml") == 0
+    assert from_long("--config", folder / "new.toml") == 0
     rows, first = (pd.read_csv(path, dtype=str) for path in (new, old))
     rows = rows.dropna(subset="clinical_trajectory").drop(columns=["Klinik"])
     first = first.drop(columns=["label_escalation", "Klinik"])
@@ -312,13 +312,13 @@ def small(folder, table=None, people=None):
     ("change", "flag", "shown"),
     [
         (
-            {"table": {"Taken": ["4/3/2024 8:30 AM"] * 8}, "people": {"Admitted": "2024-03-04"}},
+            {"table": {"Taken": ["4/3/2024 8:30 AM", "4/3/2024 9:30 AM"] * 4}, "people": {"Admitted": "2024-03-04"}},
             "time_format",
             "'%d/%m/%Y %I:%M %p' (or %m/%d/%Y %I:%M %p)",
         ),
         ({"table": {"What": ["a, b", "a=1", "c", "c"] * 2}}, "series", "'a b=a, b', 'a 1=a=1':"),
         ({"people": {"Died": ["dead", "alive"]}}, "no_labels", "--positive"),
-        ({"people": {"Discharged": ["2024-03-09"] * 2}}, "prediction_time", "'Admitted + 24 h'"),
+        ({"people": {"Discharged": ["2024-03-09"] * 2}}, "end_time", "'Discharged': "),
         ({"table": {"Result (a)": 1, "Result (b)": 2}}, "columns", "'value=Result (a)' (or "),
     ],
 )
@@ -326,7 +326,7 @@ def test_what_is_unclear_is_asked_with_its_flag_and_answers(change, flag, shown,
     text = screen(capsys, *small(tmp_path, **change))
     assert {*asked(text)} == {flag, "prediction_time"}
     assert any(f"--{flag}" in line and shown in line for line in text.splitlines())
-    assert tomllib.loads((tmp_path / "import.toml").read_text())
+    assert tomllib.loads((tmp_path / "out.toml").read_text())
 
 
 def test_more_items_than_series_are_asked_for_in_one_line(tmp_path, capsys):
@@ -338,7 +338,7 @@ def test_more_items_than_series_are_asked_for_in_one_line(tmp_path, capsys):
     assert asked(text) == ["prediction_time", "series"]
     assert "and 97 more: " in text
     assert len(text.splitlines()) <= 40
-    assert (tmp_path / "import.toml").read_text().count('    # "') == 100
+    assert (tmp_path / "out.toml").read_text().count('    # "') == 100
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def test_a_factor_is_proposed_only_where_it_is_known(units, levels, number, tmp_
     assert ("factor" in asked(text)) == (number is not None)
     assert "2 rows of 2 patients, 1 events" in text
     if number:
-        assert f'# "x:{units[0]}={number}",' in (tmp_path / "import.toml").read_text()
+        assert f'# "x:{units[0]}={number}",' in (tmp_path / "out.toml").read_text()
 
 
 def test_a_patient_without_a_label_and_new_ones_without_notes_are_told(tmp_path, capsys):
@@ -371,7 +371,7 @@ def test_a_patient_without_a_label_and_new_ones_without_notes_are_told(tmp_path,
     assert "notes.storetime    Stored, guessed" in text
     assert "1 of 2 rows have no label" in text
     flags = ["--prediction_time=Admitted + 24 h", f"--notes={tmp_path / 'notes.csv'}"]
-    assert from_long(*words[:2], "--config", tmp_path / "import.toml", *flags) == 0
+    assert from_long(*words[:2], "--config", tmp_path / "out.toml", *flags) == 0
     contexts = pd.read_csv(tmp_path / "out.csv")["clinical_context"].fillna("").tolist()
     assert contexts == ["Note (2h): was well", ""]
     capsys.readouterr()
@@ -392,14 +392,14 @@ def test_two_tables_of_one_workbook_are_two_sheets(tmp_path, capsys):
     words = [f"--table={book}", f"--labels={book}", f"--out={tmp_path / 'out.csv'}"]
     text = screen(capsys, *words)
     assert "2 rows of 2 patients" in text
-    assert tomllib.loads((tmp_path / "import.toml").read_text())["sheet"] == ["labs", "people"]
+    assert tomllib.loads((tmp_path / "out.toml").read_text())["sheet"] == ["labs", "people"]
 
 
 def test_a_file_with_open_questions_and_a_table_with_a_title_say_what_to_do(tmp_path, capsys):
     words = small(tmp_path)
     screen(capsys, *words)
-    assert from_long("--config", tmp_path / "import.toml") == 2
-    assert f"remove the # of the answers in {tmp_path / 'import.toml'}" in capsys.readouterr().err
+    assert from_long("--config", tmp_path / "out.toml") == 2
+    assert f"remove the # of the answers in {tmp_path / 'out.toml'}" in capsys.readouterr().err
     text = (tmp_path / "labs.csv").read_text()
     (tmp_path / "labs.csv").write_text(f"Export of 2024,,,\n{text}")
     assert from_long(*words) == 2
@@ -409,7 +409,7 @@ def test_a_file_with_open_questions_and_a_table_with_a_title_say_what_to_do(tmp_
 def test_the_names_of_patients_are_no_items(tmp_path, capsys):
     words = small(tmp_path, table={"Name": ["Ada Z."] * 4 + ["Bo Y."] * 4})
     assert "item               What, guessed" in screen(capsys, *words)
-    assert "Ada" not in (tmp_path / "import.toml").read_text()
+    assert "Ada" not in (tmp_path / "out.toml").read_text()
 
 
 @pytest.mark.parametrize(
@@ -514,7 +514,7 @@ def test_the_patient_is_asked_for_even_where_one_column_may_be(tmp_path, capsys)
         table = pd.read_csv(tmp_path / f"{name}.csv").rename(columns={"MRN": "Case"})
         table.to_csv(tmp_path / f"{name}.csv", index=False)
     assert "--columns 'subject_id=Case': " in screen(capsys, *words)
-    assert '    # "subject_id=Case",' in (tmp_path / "import.toml").read_text()
+    assert '    # "subject_id=Case",' in (tmp_path / "out.toml").read_text()
 
 
 def test_a_column_of_results_is_found_where_no_other_is_missing(tmp_path, capsys):
@@ -527,10 +527,13 @@ def test_a_column_of_results_is_found_where_no_other_is_missing(tmp_path, capsys
     assert "not read           Back" in screen(capsys, *words)
 
 
+DAYS = ["2.3.2024", "3.3.2024"] * 4
+
+
 @pytest.mark.parametrize(
     ("change", "static", "key"),
     [
-        ({"people": {"Admitted": "03/02/2024"}, "table": {"Taken": "2.3.2024"}}, [], "time_format"),
+        ({"people": {"Admitted": "03/02/2024"}, "table": {"Taken": DAYS}}, [], "time_format"),
         (
             {"people": {"BMI": ["24.125", "31.5"]}, "table": {"Level": "1,5"}},
             ["bmi=BMI"],
@@ -553,8 +556,8 @@ def test_what_two_tables_write_in_two_ways_stays_as_it_is_found(change, static, 
     assert from_long(*words, *flags) == 0
     typed = (tmp_path / "out.csv").read_bytes()
     assert from_long(*words, *flags, "--preview") == 0
-    assert key not in tomllib.loads((tmp_path / "import.toml").read_text())
-    assert from_long("--config", tmp_path / "import.toml") == 0
+    assert key not in tomllib.loads((tmp_path / "out.toml").read_text())
+    assert from_long("--config", tmp_path / "out.toml") == 0
     assert (tmp_path / "out.csv").read_bytes() == typed
 
 
