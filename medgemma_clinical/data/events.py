@@ -305,11 +305,11 @@ def make_rows(
     kept = is_patient if keep_all else left
     labels, left = labels[kept], left[kept]
     titles = [MAIN_COLUMN, *(f"trajectory_{feature.title}" for feature in series[1:])]
-    patients = labels.get(PATIENT, labels["subject"])
+    written = labels[PATIENT] if PATIENT in labels else labels["subject"]
     rows = pd.DataFrame(
         {
-            "id": labels.get("id", patients + " " + labels["shown"]),
-            "subject_id": patients,
+            "id": labels.get("id", written + " " + labels["shown"]),
+            "subject_id": written,
             "prediction_time": labels["shown"],
             **{title: table["text"] for title, table in zip(titles, cells, strict=True)},
             "prediction_hours": cells[0]["hours"],

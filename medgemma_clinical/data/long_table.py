@@ -236,7 +236,9 @@ def make_long(
         items = convert_units(database, items, factors, table.path)
         if not chosen_series:
             by_name = [split_title(str(item.keys[0]), "")[1] for item in items]
-            items = [replace(x, unit=x.unit or unit) for x, unit in zip(items, by_name, strict=True)]
+            items = [
+                replace(x, unit=x.unit or unit) for x, unit in zip(items, by_name, strict=True)
+            ]
         check_medians(database, table.path)
         trajectories = events.make_trajectories(
             database, request, request.equal_times, is_stored="storetime" in names
@@ -611,10 +613,11 @@ def check_texts(
 
 def log_dropped(database: duck.Database, texts: str, where: str, total: int) -> None:
     """Log the forms of the texts that are dropped, those of numbers all and as a warning."""
-    form = "regexp_replace(text, '\\d+', '#', 'g')"
-    numbers = f"regexp_replace({form}, '[[:alpha:]]{{3,}}', '...', 'g')"
+    text_form = "regexp_replace(text, '\\d+', '#', 'g')"
+    number_form = f"regexp_replace({text_form}, '[[:alpha:]]{{3,}}', '...', 'g')"
     is_number = "regexp_matches(text, '^[<>≤≥+-]*\\s*\\d')"
-    for form, condition, warns in ((numbers, is_number, True), (form, f"NOT {is_number}", False)):
+    kinds = ((number_form, is_number, True), (text_form, f"NOT {is_number}", False))
+    for form, condition, warns in kinds:
         words = database.run(
             f"SELECT left({form}, {MAX_LETTERS + 1}) AS word, count(*) AS count FROM ({texts}) "
             f"WHERE text IS NOT NULL AND NOT is_limit(text) AND {condition} "
@@ -1054,16 +1057,18 @@ def convert_units(
 
 
 def check_medians(database: duck.Database, path: Path) -> None:
-    """Refuse a series whose values of two items or units differ manifold once they are converted."""
+    """Refuse a series whose items or units have very different medians once converted."""
     rows = database.frame(
         "SELECT name, code, record.unit, count(*) AS n, "
-        "quantile_cont(ln(value), [0.25, 0.5, 0.75]) AS quartiles "
+        "quantile_cont(ln(value), 0.25) AS low, median(ln(value)) AS middle, "
+        "quantile_cont(ln(value), 0.75) AS high "
         "FROM record JOIN named USING (code) WHERE value > 0 "
         f"GROUP BY name, code, record.unit HAVING n >= {MIN_OF_UNIT} ORDER BY name, n DESC, code, 3"
     )
     for name, groups in rows.groupby("name"):
-        low, median, high = np.stack(groups["quartiles"].to_numpy()).T
-        variance = (high - low) ** 2 / groups["n"].to_numpy()  # of a median, by the quartiles
+        median = groups["middle"].to_numpy()
+        spread = groups["high"].to_numpy() - groups["low"].to_numpy()
+        variance = spread**2 / groups["n"].to_numpy()  # of a median
         difference = np.abs(median[1:] - median[0])
         chance = SURE * np.sqrt(variance[1:] + variance[0])
         wrong = np.flatnonzero(difference > np.maximum(math.log(MAX_RATIO), chance))

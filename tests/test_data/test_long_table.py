@@ -509,7 +509,10 @@ def test_an_export_with_every_trap_is_refused_or_read_right_in_each_cell(ending,
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("5.1 ?", "x" * 31), ['number (25.0%): 2 values "#.# ?"', '1 values "called by Z", 2 other texts']),
+        (
+            ("5.1 ?", "x" * 31),
+            ['number (25.0%): 2 values "#.# ?"', '1 values "called by Z", 2 other texts'],
+        ),
         (tuple("abcdefghijkl"), ['2 values "j"', "5 other texts"]),
         (tuple("abcdefghi"), ['1 values "called by Z"']),
         ((*"abcdefgh", "3 abc", "4 def"), ['4 values "# ..."', "called by Z"]),

@@ -312,7 +312,10 @@ def small(folder, table=None, people=None):
     ("change", "flag", "shown"),
     [
         (
-            {"table": {"Taken": ["4/3/2024 8:30 AM", "4/3/2024 9:30 AM"] * 4}, "people": {"Admitted": "2024-03-04"}},
+            {
+                "table": {"Taken": ["4/3/2024 8:30 AM", "4/3/2024 9:30 AM"] * 4},
+                "people": {"Admitted": "2024-03-04"},
+            },
             "time_format",
             "'%d/%m/%Y %I:%M %p' (or %m/%d/%Y %I:%M %p)",
         ),

@@ -1,0 +1,287 @@
+"""What from_long would read wrong in silence: each rule on whole commands and a small export."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import dataset_format
+
+ADMITTED = pd.Timestamp("2024-03-02 08:00")
+LACTATE, CRP = "Laktat [mmol/l]", "CRP (mg/l)"
+SERIES = (f"Laktat [mmol/l]={LACTATE}", f"CRP [mg/l]={CRP}")
+
+
+def export(folder, sep=";", **people):
+    """Forty patients with two lactates and a CRP each; keywords are columns of the patients."""
+    rng, lines = np.random.default_rng(5), []
+    for p in range(40):
+        for hour, item, level in ((1, LACTATE, 1.0), (9, LACTATE, 1.2), (5, CRP, 20.0)):
+            text = f"{level * np.exp(0.5 * rng.normal()):.1f}".replace(".", ",")
+            lines.append((f"{p:08d}", ADMITTED + pd.Timedelta(hour, "h"), item, text))
+    labs = pd.DataFrame(lines, columns=["PID", "Zeit", "Untersuchung", "Ergebnis"])
+    table = {"PID": [f"{p:08d}" for p in range(40)], "Aufnahme": ADMITTED, "tot": [*"jnnn"] * 10}
+    table |= {"Alter": range(40, 80), **people}
+    write(folder, labs, sep)
+    pd.DataFrame(table).replace({"j": "ja", "n": "nein"}).to_csv(
+        folder / "patients.csv", index=False, sep=sep
+    )
+    return labs
+
+
+def write(folder, labs, sep=";"):
+    labs.to_csv(folder / "labs.csv", index=False, sep=sep)
+
+
+@pytest.fixture
+def make(tmp_path, capsys):
+    """Return the exit code, what was said, and the rows and description that were written."""
+
+    def run(*flags, out="out.csv", series=SERIES):
+        words = [f"--table={tmp_path / 'labs.csv'}", f"--labels={tmp_path / 'patients.csv'}"]
+        words += ["--columns", "subject_id=PID", "time=Zeit", "item=Untersuchung"]
+        words += ["value=Ergebnis", "label=tot", "--prediction_time=Aufnahme + 24 h"]
+        words += [f"--out={tmp_path / out}", *(f"--series={x}" for x in series), *flags]
+        capsys.readouterr()
+        code = dataset_format.main(["from_long", *words])
+        said = "".join(capsys.readouterr())
+        if code or "--preview" in flags:
+            return code, said, None, None
+        rows = pd.read_csv(tmp_path / out, dtype=str, keep_default_na=False)
+        about = json.loads((tmp_path / out).with_suffix(".json").read_text(encoding="utf-8"))
+        return code, said, rows, about
+
+    return run
+
+
+# --------------------------------------------------------------------------- flags of a laboratory
+
+
+MARKS = (
+    "{} +",
+    "{} ++",
+    "{} -",
+    "{} H",
+    "{}H",
+    "{} HH",
+    "{} LL",
+    "{}*",
+    "{} !",
+    "{} (L)",
+    "{} [H]",
+)
+MARKS += ("{} ↑", "↓ {}", "{} H*", "* {}")
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_a_number_with_a_laboratory_s_flag_is_the_number(mark, make, tmp_path):
+    labs = export(tmp_path)
+    _, _, plain, _ = make()
+    flagged = labs["Ergebnis"].str.replace(",", ".").astype(float) > 1
+    labs.loc[flagged, "Ergebnis"] = labs["Ergebnis"][flagged].map(mark.format)
+    write(tmp_path, labs)
+    code, said, rows, about = make()
+    assert code == 0
+    assert f"{flagged.sum()} numbers with a laboratory's flag" in said
+    pd.testing.assert_frame_equal(rows, plain)
+    assert about["dropped"] == {}
+
+
+@pytest.mark.parametrize("mark", ["{} L", "{} (C)", "{}g"])
+def test_a_letter_that_may_be_a_unit_is_a_question(mark, make, tmp_path):
+    labs = export(tmp_path)
+    _, _, plain, _ = make()
+    labs.loc[:9, "Ergebnis"] = labs.loc[:9, "Ergebnis"].map(mark.format)
+    write(tmp_path, labs)
+    letter = re.sub(r"\W", "", mark)
+    for flags in ([], ["--bad_values=drop"]):
+        code, said, *_ = make(*flags)
+        assert (code, f"--result_flags {letter}" in said) == (2, True)
+    assert f"--result_flags '{letter}'" in make("--preview")[1]
+    pd.testing.assert_frame_equal(make("--result_flags", letter)[2], plain)
+
+
+@pytest.mark.parametrize(
+    ("mark", "chosen", "end"),
+    [
+        ("{} ?", lambda x: x > 1.2, "high"),
+        ("{} ?", lambda x: x < 0.8, "low"),
+        ("{} ?", lambda x: x.index % 7 == 0, ""),
+        ("unlesbar", lambda x: x > 1.2, ""),
+    ],
+)
+def test_what_begins_with_a_number_is_listed_and_a_check_says_what_a_series_lost(
+    mark, chosen, end, make, tmp_path, capsys
+):
+    labs = export(tmp_path)
+    numbers = labs["Ergebnis"].str.replace(",", ".").astype(float)
+    dropped = pd.Series(chosen(numbers), labs.index) & (labs["Untersuchung"] == LACTATE)
+    labs.loc[dropped, "Ergebnis"] = labs["Ergebnis"][dropped].map(mark.format)
+    write(tmp_path, labs)
+    assert make()[0] == 2
+    code, said, _, about = make("--bad_values=drop")
+    warned = [line for line in said.splitlines() if "warning" in line and "dropped" in line]
+    assert code == 0
+    if "{}" in mark:
+        share = f"{dropped.sum()} cells that begin with a number ({dropped.mean():.1%})"
+        assert [share in line and '"#,# ?"' in line for line in warned] == [True]
+    else:
+        assert warned == []
+    share = dropped.sum() / (labs["Untersuchung"] == LACTATE).sum()
+    assert about["dropped"] == {"Laktat": {"share": pytest.approx(share, abs=1e-4), "end": end}}
+    capsys.readouterr()
+    assert dataset_format.main(["check", str(tmp_path / "out.csv")]) == 0
+    line = f"Laktat: {about['dropped']['Laktat']['share']:.1%} of its values were not read"
+    line += f"; those that begin with a number lie at its {end} end" if end else ""
+    assert f"{line}\n" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------- units and factors
+
+
+def test_factors_are_checked_after_they_are_applied(make, tmp_path):
+    labs = export(tmp_path)
+    _, _, plain, _ = make()
+    labs["Einheit"] = np.where(labs["Untersuchung"] == CRP, "mg/l", "mmol/l")
+    is_other = (labs["Untersuchung"] == CRP) & (labs.index % 2 == 0)
+    labs.loc[is_other, "Einheit"] = "mg/dl"
+    numbers = labs["Ergebnis"][is_other].str.replace(",", ".").astype(float) / 10
+    labs.loc[is_other, "Ergebnis"] = numbers.map("{:.2f}".format).str.replace(".", ",")
+    write(tmp_path, labs)
+    unit = "--columns=unit=Einheit"
+    assert make(unit)[0] == 2
+    code, said, *_ = make(unit, f"--factor={CRP}:mg/dl=1")
+    assert code == 2
+    assert all(text in said for text in ("CRP", "in mg/l", "in mg/dl", "--factor"))
+    pd.testing.assert_frame_equal(make(unit, f"--factor={CRP}:mg/dl=10")[2], plain)
+
+
+@pytest.mark.parametrize(
+    ("item", "unit"),
+    [
+        ("CRP (mg/l)", "mg/l"),
+        ("Leuko (10*3/µl)", "10*3/µl"),
+        ("Thrombo [/nl]", "/nl"),
+        ("O2 (%)", "%"),
+        ("CRP (Serum)", ""),
+        ("Quotient (Blut/Serum)", ""),
+    ],
+)
+def test_a_unit_in_parentheses_is_a_unit(item, unit, make, tmp_path):
+    """A series of another unit than its item says is refused."""
+    labs = export(tmp_path)
+    write(tmp_path, labs.replace({CRP: item}))
+    _, _, rows, _ = make(series=(SERIES[0], f"X={item}"))
+    assert (f"trajectory_X [{unit}]" if unit else "trajectory_X") in rows
+    assert make(series=(SERIES[0], f"X [kg/l]={item}"))[0] == (2 if unit else 0)
+
+
+# --------------------------------------------------------------------------- times
+
+
+def test_rows_whose_stay_ended_before_the_prediction_time_are_left_out(make, tmp_path):
+    ends = [ADMITTED + pd.Timedelta(h, "h") for h in (23, 24, 200, 300)] * 10
+    ends[2] = None
+    export(tmp_path, Entlassung=ends)
+    code, said, *_ = make("--preview")
+    assert code == 0
+    assert "--end_time 'Entlassung'" in said.partition("open questions")[2]
+    assert len(make()[2]) == 40, "nothing is left out unasked"
+    _, _, rows, about = make("--end_time=Entlassung")
+    assert [int(x) % 4 for x in rows["subject_id"]] == [1, 2, 3] * 10
+    assert about["flow"][0] | {"rule": ""} == {
+        "rule": "",
+        "removed": 10,
+        "left": 30,
+        "patients": 30,
+    }
+    # New patients may still be there: the column may be missing, and who left has no row.
+    like = [f"--like={tmp_path / 'out.csv'}", "--no_labels"]
+    assert len(make(*like, out="new.csv")[2]) == 30
+    export(tmp_path)
+    assert len(make(*like, out="new.csv")[2]) == 40
+
+
+def test_different_values_of_one_time_are_a_question(make, tmp_path):
+    labs = export(tmp_path)
+    labs["Freigabe"] = labs["Zeit"] + pd.Timedelta("1h")
+    again = labs[:3].assign(Freigabe=labs["Zeit"] + pd.Timedelta("2h"), Ergebnis="9,9")
+    late = labs[3:5].assign(Freigabe=labs["Zeit"] + pd.Timedelta("99h"), Ergebnis="9,9")
+    same = labs[6:9].assign(Freigabe=labs["Zeit"] + pd.Timedelta("3h"))
+    stored = "--columns=storetime=Freigabe"
+    write(tmp_path, pd.concat([labs, late, same]))
+    assert make(stored)[0] == 0, "a later correction is not known, and equal values are one"
+    write(tmp_path, pd.concat([labs, again, late, same]))
+    code, said, *_ = make(stored)
+    assert code == 2
+    assert "3 times" in said
+    assert "--equal_times 'last' (or mean, keep)" in make(stored, "--preview")[1]
+    cells = {
+        rule: make(stored, f"--equal_times={rule}")[2].loc[0, "trajectory_CRP [mg/l]"]
+        for rule in ("last", "mean", "keep")
+    }
+    assert cells["last"] == "9.9 (5h)"
+    assert cells["keep"].count("->") == 1
+    assert "->" not in cells["mean"]
+
+
+# --------------------------------------------------------------------------- patients
+
+
+def test_ids_keep_their_zeros_and_join_without_them(make, tmp_path):
+    labs = export(tmp_path)
+    write(tmp_path, labs.assign(PID=labs["PID"].str.lstrip("0").replace("", "0")))
+    _, _, rows, _ = make()
+    assert rows["subject_id"].tolist() == [f"{p:08d}" for p in range(40)]
+    assert [x.split()[0] for x in rows["id"]] == rows["subject_id"].tolist()
+
+
+@pytest.mark.parametrize("codes", [("1", "2"), ("0", "1"), ("1", "2", "9")])
+def test_sex_by_number_is_a_question_and_never_a_number(codes, make, tmp_path):
+    cells = [codes[p % len(codes)] for p in range(40)]
+    export(tmp_path, Geschlecht=cells)
+    static = "--static=sex=Geschlecht"
+    code, said, *_ = make(static)
+    assert code == 2
+    assert f"--sex {codes[0]}=" in said
+    assert "--sex" in make(static, "--preview")[1].partition("open questions")[2]
+    meaning = dict(zip(codes, ("female", "male", "unknown"), strict=False))
+    words = ["--sex", *(f"{word}={sex}" for word, sex in meaning.items())]
+    _, _, rows, _ = make(static, *words)
+    male = {"female": "0", "male": "1", "unknown": ""}
+    assert rows["static_sex_male"].tolist() == [male[meaning[x]] for x in cells]
+    _, _, new, _ = make(f"--like={tmp_path / 'out.csv'}", "--no_labels", out="new.csv")
+    assert new["static_sex_male"].tolist() == rows["static_sex_male"].tolist()
+
+
+def test_a_date_of_death_as_a_label_is_recognised(make, tmp_path):
+    export(tmp_path, Tod=[ADMITTED + pd.Timedelta("9D"), None] * 20)
+    code, said, *_ = make("--columns=label=Tod")
+    assert code == 2
+    assert "column Tod: holds times" in said
+
+
+def test_the_outcome_names_the_event_of_times(make, tmp_path):
+    ends = [ADMITTED + pd.Timedelta(30 + p, "h") for p in range(40)]
+    export(tmp_path, Ende=ends, Grund=[*("icu", "discharge")] * 20)
+    words = ["--event_time=Ende", "--event=Grund", "--event_names", "icu", "discharge"]
+    _, _, _, about = make(*words, "--outcome=ICU transfer")
+    assert about["events"] == {"1": "ICU transfer", "2": "discharge"}
+    dataset = dataset_format.MIMICtrajectoryDataset(
+        tmp_path / "out.csv", outcome_kind="time", horizon_hours=[48]
+    )
+    assert dataset.outcome == "ICU transfer"
+    assert dataset.competing_events.names[0] == "ICU transfer"
+
+
+def test_a_file_separated_by_bars_is_read_and_a_preview_stands_beside_its_output(make, tmp_path):
+    export(tmp_path)
+    _, _, plain, _ = make()
+    export(tmp_path, sep="|")
+    code, said, *_ = make("--preview", out="aki.csv")
+    assert code == 0
+    assert "separated by bars" in said
+    assert {x.name for x in tmp_path.glob("*.toml")} == {"aki.toml"}
+    pd.testing.assert_frame_equal(make()[2], plain)
