@@ -7,6 +7,7 @@ import contextlib
 import csv
 import glob
 import gzip
+import itertools
 import json
 import logging
 import os
@@ -154,6 +155,8 @@ MAX_WORD = 300  # characters kept of a unit, a code, a ward
 EXACT = 10**15  # Excel keeps 15 digits of a number
 BLOCK = 2**20  # characters of a CSV that is copied
 MAX_UNPACKED = 500 * 10**6  # bytes of an Excel file, of which each takes several in memory
+SEPARATORS = ",;\t|"
+LOOK = 50  # lines among which the header is sought
 WINDOWS = "cp1252"  # in which Excel writes a CSV that is not called UTF-8
 
 MOMENT = r"\d{4}-\d\d-\d\d([ T]\d{1,2}:\d\d(:\d\d(\.\d+)?)?)?"
@@ -163,6 +166,8 @@ ZONED = r"\d{4}-\d\d-\d\d[ T]\d{1,2}:\d\d(:\d\d(\.\d+)?)?( ?(Z|[+-]\d\d(:?\d\d)?
 """A time as text with its zone, as ISO 8601 writes it."""
 
 MICROSECONDS = {"minutes": 60_000_000, "hours": 3_600_000_000, "days": 86_400_000_000}
+EXCEL_DAYS = 20_000, 80_000  # from 1954 to 2119
+EXCEL_1970 = 25_569  # day 0 is 30 December 1899
 """Units of times that are numbers, counted from an arbitrary day."""
 
 CLOCKS = ("", " %H:%M", " %H:%M:%S", " %H:%M:%S.%f", " %I:%M %p", " %I:%M:%S %p", " %I:%M%p")
@@ -174,6 +179,9 @@ ORDERS = [
     for dates in (DAY_FIRST, MONTH_FIRST, YEAR_FIRST)
 ]
 """Formats of times that are not in ISO's form; the first of each stands for all."""
+ISO_FORMATS = tuple(
+    f"%Y-%m-%d{clock}" for clock in ("", " %H:%M", " %H:%M:%S", "T%H:%M:%S", "T%H:%M")
+)
 
 YES = ("yes", "y", "true", "1", "1.0", "ja", "j", "oui", "si", "sí", "sì")
 NO = ("no", "n", "false", "0", "0.0", "nein", "non")
@@ -190,6 +198,7 @@ UNREADABLE = {
     "whole": "not a whole number",
     "label": "neither 0 nor 1, Yes nor No",
     "event": "neither 0 nor the number of an event: --event_names gives the words of 1, 2, ...",
+    "excel": f"not a day of Excel between {EXCEL_DAYS[0]} and {EXCEL_DAYS[1]}",
     **dict.fromkeys(("time", "instant"), "not a time such as 2150-01-31 08:30:00, without zone"),
     "zoned": "not a time such as 2150-01-31T08:30:00+02:00",
     **dict.fromkeys(MICROSECONDS, "not a finite number"),
@@ -259,6 +268,10 @@ class Column:
             signs = f"'sign': {sign}, 'thousands': may_be_thousands({cell})"
             return f"{{'number': {number}, 'text': {text}, {signs}, 'flagged': {flagged}}}"
         number = f"nullif(TRY_CAST({cell} AS DOUBLE), 'nan'::DOUBLE)"  # NaN is above all numbers
+        if self.form == "excel":
+            seconds = f"round(({number} - {EXCEL_1970}) * 86400)"
+            is_day = f"{number} BETWEEN {EXCEL_DAYS[0]} AND {EXCEL_DAYS[1]}"
+            return f"CASE WHEN {is_day} THEN make_timestamp(({seconds} * 1000000)::BIGINT) END"
         if self.form in ("number", "whole"):
             return number if self.form == "number" else f"TRY_CAST({number} AS BIGINT)"
         return f"make_timestamp(TRY_CAST(round({number} * {MICROSECONDS[self.form]}) AS BIGINT))"
@@ -322,6 +335,7 @@ class TableFile:
     sheets: tuple[str, ...] = ()  # of Excel: the one that is read, and the others
     utf8: Path | None = None  # copy of a CSV in another encoding
     encoding: str = ""  # of a CSV
+    skipped: int = 0  # lines above the header
 
     @property
     def is_parquet(self) -> bool:
@@ -359,8 +373,8 @@ class TableFile:
         columns = ", ".join(f"'{k}': 'VARCHAR'" for k in range(len(self.header)))
         return (
             f"read_csv({path}, columns = {{{columns}}}, auto_detect = false, header = true, "
-            f"delim = '{self.separator}', quote = '\"', escape = '\"', strict_mode = true, "
-            "hive_partitioning = false)"
+            f"skip = {self.skipped}, delim = '{self.separator}', quote = '\"', escape = '\"', "
+            "strict_mode = true, hive_partitioning = false)"
         )
 
     def check_columns(self, columns: Mapping[str, Column]) -> None:
@@ -411,18 +425,38 @@ def open_table(
                 utf8 = database.folder / f"{sha256}.csv"
                 copy_as_utf8(path, found, utf8)
             with open_text(utf8 or path, "utf-8-sig") as text:
-                separator, header = read_header(text)
-            file = TableFile(path, header, sha256, separator, utf8=utf8, encoding=found)
+                skipped = lines_above(text)
+                separator, header = read_header(text, skipped)
+            if skipped:
+                logger.info("%s: %d lines above the header are left out", path, skipped)
+            file = TableFile(
+                path, header, sha256, separator, utf8=utf8, encoding=found, skipped=skipped
+            )
     file.check_columns(columns)
     return file
 
 
-def read_header(text: TextIO) -> tuple[str, list[str]]:
+def lines_above(text: TextIO) -> int:
+    """Return how many lines of a CSV stand above its header, the first of most filled cells."""
+    text.seek(0)
+    lines = [*itertools.islice(text, LOOK)]
+    best, skipped = 1, 0
+    for mark in SEPARATORS:
+        reader, begin = csv.reader(lines, delimiter=mark), 0
+        for row in reader:
+            if (filled := sum(map(bool, map(str.strip, row)))) > best:
+                best, skipped = filled, begin
+            begin = reader.line_num
+    return skipped
+
+
+def read_header(text: TextIO, skipped: int = 0) -> tuple[str, list[str]]:
     """Return the separator of a CSV, that of most columns, and their names."""
     headers = {}
-    for mark in ",;\t|":
+    for mark in SEPARATORS:
         text.seek(0)
-        headers[mark] = [name.strip() for name in next(csv.reader(text, delimiter=mark), [])]
+        rows = csv.reader(itertools.islice(text, skipped, None), delimiter=mark)
+        headers[mark] = [name.strip() for name in next(rows, [])]
     return max(headers.items(), key=lambda pair: len(pair[1]))
 
 
@@ -505,7 +539,12 @@ def read_sheet(
         raise InputError(f"{path}: not a whole Excel file") from error
     if len(names) > 1:
         logger.info("%s: sheet %r of %d is read", path, chosen, len(names))
-    header, sheet = [str(name).strip() for name in cells.iloc[:1].to_numpy().ravel()], cells[1:]
+    filled = cells.head(LOOK).notna() & (cells.head(LOOK) != "")
+    first = int(filled.sum(axis=1).argmax()) if len(cells) else 0
+    if first:
+        logger.info("%s: %d lines above the header are left out", path, first)
+    header = [str(name).strip() for name in cells.iloc[first : first + 1].to_numpy().ravel()]
+    sheet = cells[first + 1 :]
     is_number = sheet.map(lambda cell: isinstance(cell, int | float)).astype(bool)
     is_rounded = (sheet.where(is_number, 0).astype(float).abs() >= EXACT).any()
     texts = sheet.rename(columns=str).astype("string").join(is_number.add_prefix("number "))
@@ -527,6 +566,7 @@ def find_time(
     """Return how all times of a column are written: in ISO's order, as given, or in another one."""
     orders = [tuple(formats)] if formats else ORDERS
     iso = [Column("instant"), Column("instant", zoned=True)]
+    iso += [Column("excel")] if not file.separator else []
     zoned = [any("%z" in form for form in order) for order in orders]
     pairs = zip(orders, zoned, strict=True)
     ways = [*iso, *(Column("instant", formats=order, zoned=zone) for order, zone in pairs)]
@@ -539,22 +579,33 @@ def find_time(
         fit = [way for way, count in zip(ways, fits, strict=True) if count == total]
         if fit and fit[0] in iso:
             return fit[0]
+    is_mixed = not fit
+    if is_mixed:
+        fit = [Column("instant", formats=(*ISO_FORMATS, *order)) for order in ORDERS]
+        counts = ", ".join(f"count({way.typed('cell')})" for way in fit)
+        fit = [
+            way
+            for way, count in zip(
+                fit, database.row(f"SELECT {counts} FROM ({select})"), strict=True
+            )
+            if count == total
+        ]
     if not fit:
-        count = total - max(fits)
-        problem = f"{cells(count)} not a time such as 2150-01-31 08:30:00, as the others"
+        problem = (
+            f"{cells(total - max(fits))} not a time such as 2150-01-31 08:30:00, as the others"
+        )
         form = "--time_format '%d.%m.%Y %H:%M', or --time_unit of numbers"
-        used: list[str] = []
-        if formats:  # that another column has asked for
-            used = formats_used(database, file, name, find_time(database, file, name, (), ()))
-        asked = [Question(f"{where}: {problem}", "time_format", (x,)) for x in used]
-        asked = asked or [Question(f"{where}: {problem}", "time_format")]
+        asked = [Question(f"{where}: {problem}", "time_format")]
         raise OpenQuestions(f"{where}: {problem}: name the form, as {form}", asked)
     # Where each day may be a month, the first format of an earlier file decides.
     fit = [way for way in fit if [*way.formats[:1]] == [*earlier]] or fit
-    if len(fit) > 1:
+    if is_mixed or len(fit) > 1:
+        used_by = [formats_used(database, file, name, way) for way in fit]
         form = "--time_format '%d/%m/%Y' or '%m/%d/%Y', with %H:%M or %I:%M %p if they have a time"
         problem = f"{where}: the day or the month may come first"
-        used_by = [formats_used(database, file, name, way) for way in fit]
+        if is_mixed:
+            form = " ".join(f"--time_format '{x}'" for x in used_by[0])
+            problem = f"{where}: times have several forms, {' and '.join(used_by[0])}"
         count = min(map(len, used_by))
         answers = [tuple(forms[k] for forms in used_by) for k in range(count)]
         asked = [Question(problem, "time_format", of_one) for of_one in answers]

@@ -49,9 +49,12 @@ def time_of(cell: str) -> str:
     """Return SQL for the time of a cell in any form."""
     ways = [duck.Column("instant"), duck.Column("instant", zoned=True)]
     ways += [duck.Column("instant", formats=order) for order in duck.ORDERS]
+    sqls = [way.typed(cell) for way in ways]
+    is_serial = f"regexp_full_match({cell}, '\\d{{5}}\\.\\d+')"  # a whole one may be an id
+    sqls.append(f"CASE WHEN {is_serial} THEN {duck.Column('excel').typed(cell)} END")
     # Most cells are no times, and to try all forms on them is slow.
     may_be = f"length({cell}) BETWEEN 6 AND 40 AND {cell}[1] BETWEEN '0' AND '9'"
-    return f"CASE WHEN {may_be} THEN coalesce({', '.join(way.typed(cell) for way in ways)}) END"
+    return f"CASE WHEN {may_be} THEN coalesce({', '.join(sqls)}) END"
 
 
 def look(database: duck.Database, file: duck.TableFile, sample: str, limit: str) -> list[Cells]:

@@ -70,6 +70,7 @@ ZONE, KEPT, ID = " zone of the prediction time", " kept ", " id"
 END, CAUSE, LEFT = " end", " cause", " end of the stay"
 MICRO = re.compile("\N{MICRO SIGN}|\N{GREEK SMALL LETTER MU}|\\bmc(?=g)")  # written u, too
 HOUR = duck.MICROSECONDS["hours"]
+SAME = 0.8, 1.25  # ratio of medians within which two units are taken for one
 MAX_RATIO, MIN_OF_UNIT, SURE = 5.0, 5, 4.0
 """Medians of a series by unit that differ so many times are refused, each of so many values, where
 the difference is so many times what chance makes."""
@@ -339,8 +340,6 @@ def find_columns(
             flags = " ".join(f"{role}=?" for role in missing)
             flags += "".join(HINTS.get(role, "") for role in missing)
             columns = f"the columns are {join_names(file.header)}"
-            if sum(map(bool, file.header)) <= len(file.header) / 2:
-                columns = "row 1 is no header: remove the lines above that"
             if absent:
                 near = did_you_mean(absent[0], file.header, 0.4)
                 columns = f"there is no {join_names(absent)}{near or ':'} {columns}"
@@ -1044,12 +1043,16 @@ def convert_units(
             asked[text] = Question(f"{path}: {problem}", "factor")
             ratio = 0.0 if converted else ratio_of_medians(database, name, unit, target)
             if ratio:
-                known = {*unit_ratios(name), *prefix_ratios(unit, target)}
+                by_prefix = prefix_ratios(unit, target)
+                known = {*unit_ratios(name), *by_prefix}
                 known |= {1 / x for x in known}
                 near = [x for x in known if 0.7 < ratio / x < 1.4]
+                if not by_prefix and SAME[0] < ratio < SAME[1]:
+                    near = [1.0]
                 answer = f"{near[0]:.4g}" if len(near) == 1 else "NUMBER"
                 medians = f"{path}: {problem}, whose medians are as {ratio:.3g} to 1"
-                answers, assumed = (f"{code}:{unit}={x}" for x in (answer, f"{ratio:.4g}"))
+                answers = f"{code}:{unit}={answer}"
+                assumed = answers if len(near) == 1 else f"{code}:{unit}={ratio:.4g}"
                 asked[text] = Question(medians, "factor", (answers,), assumed)
     if asked:
         raise OpenQuestions(next(iter(asked)), [*asked.values()])

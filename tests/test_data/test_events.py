@@ -371,7 +371,7 @@ CELLS |= dict.fromkeys(("subject_id", "item"), "")
 @pytest.mark.parametrize(
     ("change", "flags", "named"),
     [
-        *((spoilt(*pair), {}, f"table.csv, column {pair[0]}: 1 cell") for pair in CELLS.items()),
+        *((spoilt(*pair), {}, f"table.csv, column {pair[0]}: ") for pair in CELLS.items()),
         (renamed(subject_id="who", item="what"), {}, "--columns subject_id=? item=?: "),
         (renamed(item="what"), {}, "subject_id, charttime, what"),
         (renamed(storetime="x"), {"equal_times": "last"}, "--equal_times last"),
