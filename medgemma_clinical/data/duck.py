@@ -437,16 +437,22 @@ def open_table(
 
 
 def lines_above(text: TextIO) -> int:
-    """Return how many lines of a CSV stand above its header, the first of most filled cells."""
+    """Return how many lines of a CSV stand above its header, the first row that is mostly filled.
+
+    The separator is that of the fullest row.
+    """
     text.seek(0)
-    lines = [*itertools.islice(text, LOOK)]
-    best, skipped = 1, 0
+    lines, most, skipped = [*itertools.islice(text, LOOK)], 0, 0
     for mark in SEPARATORS:
         reader, begin = csv.reader(lines, delimiter=mark), 0
+        rows = list[tuple[int, int]]()  # filled cells, and where the row begins
         for row in reader:
-            if (filled := sum(map(bool, map(str.strip, row)))) > best:
-                best, skipped = filled, begin
+            rows.append((sum(map(bool, map(str.strip, row))), begin))
             begin = reader.line_num
+        fullest = max((filled for filled, _ in rows), default=0)
+        if fullest > most:
+            most = fullest
+            skipped = next(begin for filled, begin in rows if filled > fullest / 2)
     return skipped
 
 
@@ -540,7 +546,8 @@ def read_sheet(
     if len(names) > 1:
         logger.info("%s: sheet %r of %d is read", path, chosen, len(names))
     filled = cells.head(LOOK).notna() & (cells.head(LOOK) != "")
-    first = int(filled.sum(axis=1).argmax()) if len(cells) else 0
+    counts = filled.sum(axis=1)
+    first = int((counts > counts.max() / 2).argmax()) if len(cells) else 0
     if first:
         logger.info("%s: %d lines above the header are left out", path, first)
     header = [str(name).strip() for name in cells.iloc[first : first + 1].to_numpy().ravel()]

@@ -1044,7 +1044,7 @@ def convert_units(
             ratio = 0.0 if converted else ratio_of_medians(database, name, unit, target)
             if ratio:
                 by_prefix = prefix_ratios(unit, target)
-                known = {*unit_ratios(name), *by_prefix}
+                known = {*(by_prefix or unit_ratios(name))}
                 known |= {1 / x for x in known}
                 near = [x for x in known if 0.7 < ratio / x < 1.4]
                 if not by_prefix and SAME[0] < ratio < SAME[1]:

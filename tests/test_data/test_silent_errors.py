@@ -285,3 +285,84 @@ def test_a_file_separated_by_bars_is_read_and_a_preview_stands_beside_its_output
     assert "separated by bars" in said
     assert {x.name for x in tmp_path.glob("*.toml")} == {"aki.toml"}
     pd.testing.assert_frame_equal(make()[2], plain)
+
+
+# --------------------------------------------------------------------------- forms of an export
+
+
+@pytest.mark.parametrize("sep", [";", "|", ","])
+def test_lines_above_the_header_are_left_out(sep, make, tmp_path):
+    export(tmp_path)
+    _, _, plain, _ = make()
+    for quoting, name in ((0, "labs.csv"), (1, "patients.csv")):
+        table = pd.read_csv(tmp_path / name, sep=";", dtype=str)
+        text = table.to_csv(index=False, sep=sep, quoting=quoting)
+        above = f"Export of 2024{sep * 3}\nby Z{sep * 3}\n\n"
+        (tmp_path / name).write_text(above + text, encoding="utf-8")
+    _, said, rows, _ = make("--decimal=comma")
+    assert said.count("3 lines above the header are left out") == 2
+    pd.testing.assert_frame_equal(rows, plain)
+    # A damaged line is still found where it is.
+    lines = (tmp_path / "labs.csv").read_text(encoding="utf-8").splitlines()
+    lines[40] += f"{sep}one cell too many"
+    (tmp_path / "labs.csv").write_text("\n".join(lines), encoding="utf-8")
+    code, said, *_ = make("--decimal=comma")
+    assert code == 2
+    assert "labs.csv, line 41: " in said
+
+
+def test_times_of_several_forms_are_asked_for_with_the_formats_that_read_all(make, tmp_path):
+    labs = export(tmp_path)
+    _, _, plain, _ = make()
+    german = labs["Zeit"].dt.strftime("%d.%m.%Y %H:%M")
+    other = labs["Zeit"].dt.strftime("%Y-%m-%d %H:%M:%S")
+    write(tmp_path, labs.assign(Zeit=german.where(labs.index % 3 > 0, other)))
+    code, said, *_ = make()
+    assert code == 2
+    answer = ["--time_format=%Y-%m-%d %H:%M:%S", "--time_format=%d.%m.%Y %H:%M"]
+    assert all(text.partition("=")[2] in said for text in answer)
+    assert "'%Y-%m-%d %H:%M:%S', '%d.%m.%Y %H:%M'" in make("--preview")[1]
+    pd.testing.assert_frame_equal(make(*answer)[2], plain)
+
+
+@pytest.mark.parametrize("above", [0, 2])
+def test_excel_s_serial_numbers_of_times_are_read(above, make, tmp_path):
+    pytest.importorskip("openpyxl")
+    labs = export(tmp_path)
+    _, _, plain, _ = make()
+    people = pd.read_csv(tmp_path / "patients.csv", sep=";", dtype=str)
+    people["Aufnahme"] = pd.to_datetime(people["Aufnahme"])
+    day = pd.Timestamp("1899-12-30")
+    for table, column, name in ((labs, "Zeit", "labs"), (people, "Aufnahme", "patients")):
+        table[column] = (table[column] - day) / pd.Timedelta("1D")
+        with pd.ExcelWriter(tmp_path / f"{name}.xlsx") as book:
+            table.to_excel(book, index=False, startrow=above)
+            if above:
+                book.sheets["Sheet1"].cell(1, 1, "Export of 2024")
+    words = [
+        f"--{name}={tmp_path / file}" for name, file in (("table", "labs"), ("labels", "patients"))
+    ]
+    _, _, rows, _ = make("--decimal=comma", *(f"{word}.xlsx" for word in words))
+    pd.testing.assert_frame_equal(rows, plain)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 10.0])
+def test_units_of_one_size_are_offered_as_one_and_a_preview_shows_what_will_be_written(
+    ratio, make, tmp_path
+):
+    labs = export(tmp_path)
+    labs["Einheit"] = np.where(labs.index % 2 == 0, "mmol/l", "mEq/L" if ratio == 1 else "mmol/dl")
+    is_other = labs["Einheit"] != "mmol/l"
+    numbers = labs["Ergebnis"].str.replace(",", ".").astype(float)
+    labs["Ergebnis"] = numbers.where(~is_other, (numbers / ratio).round(3)).astype(str)
+    write(tmp_path, labs)
+    series = (SERIES[0],)
+    unit = "--columns=unit=Einheit"
+    _, shown, *_ = make(unit, "--preview", series=series)
+    factor = f"--factor '{LACTATE}:{'mmol/l'}={1 / ratio:g}'"
+    factor_of_other = f"--factor '{LACTATE}:{labs['Einheit'][1]}={ratio:g}'"
+    answer = next(x for x in (factor, factor_of_other) if x in shown)
+    flag, text = answer.split(" ", 1)
+    _, _, rows, _ = make(unit, flag, text.strip("'"), series=series)
+    first = rows["clinical_trajectory"][0]
+    assert re.search(rf"clinical_trajectory +{re.escape(first[:25])}", shown)
