@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 SQL = Path(__file__).parent / "sql"
 NAME = re.compile(r"[^\[\],*=\x00-\x1f]*[^\[\],*=\s]")
-TITLE = re.compile(rf"({NAME.pattern})\s*(?:\[([^\[\],*\x00-\x1f]+)\]\s*)?")
+TITLE = re.compile(rf"({NAME.pattern})\s*(?:\[([^\[\],\x00-\x1f]+)\]\s*)?")
 SUBJECT = duck.Column("id")
 # Columns of the labels beside those of a file, of which no name begins with a space.
 PATIENT = " patient"  # as it is written
@@ -65,7 +65,7 @@ def is_name(name: str) -> bool:
 def check_name(where: str, name: str) -> None:
     """Refuse a name that a column of a series cannot have."""
     if not is_name(name):
-        words = "name and unit in words without comma, bracket, star and ="
+        words = "name and unit without comma and bracket, the name without star and ="
         raise InputError(f"{where}: write 'NAME [unit]=CODE', {words}")
 
 

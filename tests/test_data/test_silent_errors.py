@@ -176,6 +176,7 @@ def test_a_unit_in_parentheses_is_a_unit(item, unit, make, tmp_path):
     _, _, rows, _ = make(series=(SERIES[0], f"X={item}"))
     assert (f"trajectory_X [{unit}]" if unit else "trajectory_X") in rows
     assert make(series=(SERIES[0], f"X [kg/l]={item}"))[0] == (2 if unit else 0)
+    assert make(series=(SERIES[0], f"X [{unit or 'g'}]={item}"))[0] == 0
 
 
 # --------------------------------------------------------------------------- times
