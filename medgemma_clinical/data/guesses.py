@@ -8,6 +8,7 @@ from typing import Any
 
 from medgemma_clinical.data import duck
 from medgemma_clinical.data.questions import Question
+from medgemma_clinical.data.roles import EVENT_ROLES
 from medgemma_clinical.data.texts import plain
 from medgemma_clinical.files import did_you_mean
 
@@ -126,9 +127,11 @@ def ask(
                 text = f"{file.path}: which column is {role}"
                 text += ", the patient, not the stay" if is_subject else ""
                 text += f", as there is no {absent}" if absent else ""
-                answers = tuple(f"{role}={name}" for name in found)
+                is_flag = role in (*EVENT_ROLES, "end_time")
+                answers = tuple(name if is_flag else f"{role}={name}" for name in found)
                 guessed = len(found) == 1 and not absent and not is_subject
-                asked.append(Question(text, "columns", answers, guessed=guessed))
+                flag = role if is_flag else "columns"
+                asked.append(Question(text, flag, answers, guessed=guessed))
     return asked
 
 
@@ -305,7 +308,8 @@ def find_labels(cells: Sequence[Cells], values: Sequence[Cells]) -> dict[str, li
         return x.filled < MOST * rows, min((abs(x.middle - y) for y in measured), default=x.middle)
 
     times.sort(key=distance)
-    return {"prediction_time": [x.name for x in times], "label": answers}
+    ends = [x.name for x in sorted(times, key=lambda x: (distance(x)[0], -x.middle))]
+    return {"prediction_time": [x.name for x in times], "end_time": ends, "label": answers}
 
 
 def find_notes(
