@@ -25,6 +25,7 @@ from medgemma_clinical.data.dka import (
     NO_HEADER,
     STATIC,
     comparable,
+    description_path,
     holds_data,
     join_names,
 )
@@ -165,8 +166,11 @@ class Reading:
 
 
 def read_like(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the flags of an earlier output, unchecked, and ``read_as`` from its description."""
-    file = path.with_suffix(".json")
+    """Return the flags of an earlier output, unchecked, and ``read_as`` from its description.
+
+    ``path`` may also be the description itself, or the folder of a model with its ``import.json``.
+    """
+    file = path / "import.json" if path.is_dir() else description_path(path)
     try:
         content = read_json(file)
         arguments = dict(content["arguments"]) if content[duck.MADE_BY].endswith(COMMAND) else {}
