@@ -52,7 +52,13 @@ from medgemma_clinical.models.choices import DEMO, LLM_STAGES, LORA_RANK, MEMBER
 from medgemma_clinical.models.decoders import terms_of
 from medgemma_clinical.models.encoders import encoder_name
 from medgemma_clinical.models.language_model import HUB_ID, base_record, base_type
-from medgemma_clinical.models.model_card import describe_recipe, model_card, shareable
+from medgemma_clinical.models.model_card import (
+    TIMING,
+    describe_recipe,
+    model_card,
+    shareable,
+    shared_recipe,
+)
 from medgemma_clinical.models.model_facts import model_facts
 from medgemma_clinical.models.outcome import outcome_of
 from medgemma_clinical.models.trajectory import Stage1
@@ -180,7 +186,7 @@ def describe_data(data: Data) -> Config:
     mix = case_mix(demographics(dataset).iloc[train], row_medians(dataset).iloc[train])
     mix["last"] = describe(last_values(dataset).iloc[train])
     task = dataset.task_description()
-    timing = {name: task[name] for name in ("Prediction time", "Horizon")}
+    timing = {name: task[name] for name in TIMING}
     description = {**data.description(), "timing": timing, "recipe": {**dataset.recipe}}
     return cast(Config, {"version": __version__, **description, "case_mix": mix})
 
@@ -210,7 +216,7 @@ def check_config(path: Path, config: Any, stages: tuple[str, ...]) -> None:
         case_mix_cells({"all": mix, "last": mix.get("last", {})}, "rows")
         MonitorRule.checked(config.get("monitor_rule", {}))
         describe_threshold(config.get("threshold_choice"), "rows")
-        describe_recipe(config)
+        describe_recipe({**config, "recipe": shared_recipe(config)})
         encoder, base = config["encoder"], config.get("base_model", DEMO)
         counts = {name: config.get(name, 0) for name in BOUNDS}
         series = config["inputs"].get("series", config["features"])

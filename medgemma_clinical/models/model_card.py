@@ -46,6 +46,9 @@ RECOMMENDED = "Recommended (--use best)"
 CARD_METRICS = "auroc", "auprc", "brier", "oe"
 """Metrics of all models that a card lists."""
 
+TIMING = ("Prediction time", "Horizon")
+"""Lines of ``task_description`` that a checkpoint keeps."""
+
 METRICS_OF = ("validation", "test", "folds")
 """Parts of ``metrics.json``; a model of all patients has the folds' in place of the others."""
 
@@ -68,23 +71,25 @@ def shareable(config: Mapping[str, Any], min_cell: int) -> Any:
         "updated": updated,
         "case_mix": suppress_case_mix(config["case_mix"], min_cell, hide_events=hide_events),
         "metrics": {**_without_tables(metrics), **parts},
-        "recipe": _shared_recipe(config),
+        "recipe": shared_recipe(config),
     }
     return {**config, **{key: x for key, x in hidden.items() if key in config}}
 
 
-def _shared_recipe(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the recipe of the data without series and categories that may be of few patients."""
+def shared_recipe(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recipe without series, static features and categories of perhaps few patients."""
     recipe = config.get("recipe", {})
     arguments = {**recipe.get("arguments", {})}
     if read_as := arguments.get("read_as"):
         words = {k: _shared_words(k, x, config) for k, x in read_as.get("static", {}).items()}
         known = {title: categories for title, categories in words.items() if categories is not None}
         arguments["read_as"] = {**read_as, "static": known}
+        left_out = {name_of(title) for title in {*words} - {*known}}
+        arguments["static"] = [x for x in arguments["static"] if name_of(x) not in left_out]
     if arguments.get("series"):
         read = {comparable(name) for name in config["inputs"].get("series", config["features"])}
         first, *others = arguments["series"]
-        arguments["series"] = [first, *(x for x in others if "=" not in x or _series_of(x) in read)]
+        arguments["series"] = [first, *(x for x in others if "=" not in x or name_of(x) in read)]
     return {**recipe, "arguments": arguments} if recipe else {}
 
 
@@ -100,15 +105,15 @@ def _shared_words(
     entries = config["case_mix"].get("static", {})
     categories, columns = name_categories(split_title(title)[0], words)
     if {*categories} != {*words}:  # a word of each side makes the same column
-        return [categories[0], categories[-1]]
+        return [categories[0], categories[len(columns[0][1])]]
     large = [text for name, ones in columns for text in ones if "share" in entries.get(name, {})]
     if len(large) == len(columns):
         return words
     return [OTHER, *large] if len(large) > 1 else None  # two words alone would have one column
 
 
-def _series_of(text: str) -> str:
-    """Return the name of the series in ``NAME [unit]=CODE``, comparable."""
+def name_of(text: str) -> str:
+    """Return the comparable name in ``NAME [unit]=CODE``."""
     return comparable(split_title(text.partition("=")[0].strip())[0])
 
 
@@ -222,7 +227,8 @@ def describe_model(config: Mapping[str, Any]) -> dict[str, str]:
 def describe_recipe(config: Mapping[str, Any]) -> dict[str, str]:
     """Return when the question is asked, and from which items, of a model whose data say so."""
     arguments = config.get("recipe", {}).get("arguments", {})
-    lines = {str(name): str(text) for name, text in config.get("timing", {}).items()}
+    timing = config.get("timing", {})
+    lines = {name: str(timing[name]) for name in TIMING if name in timing}
     if "window_hours" in arguments:
         hours = str(arguments["window_hours"]).removesuffix(".0")
         lines["Window"] = f"{hours} hours up to the prediction time"
