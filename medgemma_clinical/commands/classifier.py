@@ -96,7 +96,7 @@ class TrajectoryClassifier(ClassifierMixin, BaseEstimator):
     def predict_proba(self, rows: pd.DataFrame | ArrowTable) -> NDArray[np.float64]:
         """Return the probabilities (N, 2) of each of ``classes_``."""
         check_is_fitted(self)
-        return self.model_.predict_proba(rows, description=self.description)
+        return self.model_.predict_proba(rows)
 
     def predict(self, rows: pd.DataFrame | ArrowTable) -> NDArray[Any]:
         """Return the likelier label of each row (N,); ``model_.predict`` goes by its threshold."""
