@@ -168,13 +168,14 @@ def test_the_estimators_description_survives_scikit_learn(made, caplog):
     assert "no description" not in caplog.text
 
 
-def test_every_function_that_takes_data_takes_a_description(made, run):
+def test_every_function_that_takes_data_takes_a_description(made, run, caplog):
     table, path = pd.read_csv(made), made.with_suffix(".json")
     options = {"model_name": "demo", "epochs": 1, "baselines": False}
     stage_2 = fit_classification(table, run, description=path, **options)
     assert names_of(stage_2) == NAMES
     found = cross_validate(table, 2, description=path, trajectory_epochs=1)
     assert len(found.predictions) == len(table)
+    assert "no description" not in caplog.text
     wrong = {**forms(made)["dict"], "unit": "mg/dl"}
     model = TrajectoryModel.from_pretrained(run)
     methods = ("predict_proba", "predict", "predictions", "risk_over_time", "plot_risk")

@@ -340,7 +340,7 @@ class TrajectoryModel:
             InputError: the row cannot be scored.
             ValueError: no row has this id.
         """
-        chunks, findings = self._read(rows, description, strict=False)
+        (chunks, findings), problem = self._read(rows, description, strict=False), ""
         for chunk in chunks:
             scorable = rows_as_read(chunk, self.config, findings)
             is_asked = (scorable.ids == str(id)) | (id is None)
@@ -352,8 +352,10 @@ class TrajectoryModel:
                 explanation = explain(row, dataset, self.trained, self.batch_size)
                 with plot_style():
                     return plot_patient(explanation, self.config["outcome"], self.threshold)[0]
-            for number in scorable.numbers[is_asked].tolist() if id is not None else []:
-                raise InputError(f"{findings.source}, row {number}: {findings.problems[number]}")
+            for number in scorable.numbers[is_asked][:1].tolist():
+                problem = f"{findings.source}, row {number}: {findings.problems[number]}"
+        if problem:
+            raise InputError(problem)
         raise ValueError(f"no row has the id {id}")
 
     @exact_kernels()
