@@ -100,7 +100,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         source: path of a CSV (.csv, .csv.gz) or Parquet file, or a table of the same columns: a
             DataFrame, or one of polars or pyarrow.
         max_len: the most recent observations kept; by default 20 of one series, 64 of several.
-        description: meaning of main series and label; by default read beside the file.
+        description: meaning of main series and label: a ``Description``, its JSON as a dict, or the
+            path of the JSON or of the table beside it; by default read beside the file.
         require_labels: refuse a table without any label; False where new patients are scored.
         series: names of the series to read, the main one first; None reads all. Rows without any
             value of them are left out.
@@ -131,7 +132,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         source: str | Path | pd.DataFrame | dka.ArrowTable,
         max_len: int | None = None,
         *,
-        description: Description | None = None,
+        description: dka.Meaning | None = None,
         require_labels: bool = True,
         series: Sequence[str] | None = None,
         label_column: str | None = None,
@@ -158,10 +159,10 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         labelled = require_labels or label != LABEL or is_time
         dka.check_header(table, one_line(findings.source), columns, labelled=labelled)
         flags = Description(series_name or "", unit or "", outcome=outcome or "")
-        description = description or read_description(source, findings)
-        description = dka.name_series(table, description, columns[-1], flags, findings)
+        about = read_description(source, findings, description)
+        about = dka.name_series(table, about, columns[-1], flags, findings)
         if is_time:
-            competing = dka.competing_events(table, description, horizon_hours, findings)
+            competing = dka.competing_events(table, about, horizon_hours, findings)
             self.competing_events = competing
             labels, _ = dka.events_of(table, len(competing.names), findings)
         elif horizon_hours is not None:
@@ -181,7 +182,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self.ids = dka.number_equal(dka.patients_of(table, findings)[1], findings)
         self.parts = dka.parts_of(table, findings)
         reading = {"max_len": max_len, "label_column": label, "site": site}
-        lengths = self._read(table, description, findings, series, reading)
+        lengths = self._read(table, about, findings, series, reading)
         if not len(self):
             raise InputError(f"{self.source}: no row holds a value of {', '.join(self.features)}")
         if without := len(table) - len(self):
@@ -213,6 +214,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self.assumed_time_scale = about.time_scale is None
         self.time_scale = about.time_scale or self.time_scale
         self.flow = pd.DataFrame(about.flow) if about.flow else None
+        if about.made_by.startswith("dataset_format.py "):
+            self.recipe = {"made_by": about.made_by, "arguments": about.arguments}
         self.measures = dka.find_features(table, about, series, self.source)
         self.features = tuple(feature.name for feature in self.measures)
         self.units = tuple(feature.unit or "" for feature in self.measures)
@@ -280,23 +283,24 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         config: Mapping[str, Any],
         findings: Findings,
         max_rows: int,
+        description: dka.Meaning | None = None,
     ) -> Iterator[ScoringRows]:
         """Read a file or DataFrame ``max_rows`` rows at a time, as a checkpoint's data were read.
 
-        Main series and outcome are taken to be those of the checkpoint, where no description says
-        them.
+        Main series and outcome are taken to be those of the checkpoint, where no description, by
+        default that beside the file, says them.
 
         Raises:
             InputError: the source lacks an input of the checkpoint, gives it another meaning, or
                 cannot be read.
         """
-        description, inputs = read_description(source, findings), config["inputs"]
+        about, inputs = read_description(source, findings, description), config["inputs"]
         baselines_read, reading = config.get("baseline_inputs", inputs), config["read_options"]
         label, site = reading.get("label_column", LABEL), reading.get("site")
         static_used = {*inputs["static"], *baselines_read["static"], *AGE, site}
         for k, (table, progress) in enumerate(dka.read_tables(source, max_rows)):
             if k == 0:
-                description, missing = dka.as_trained(table, description, config, findings)
+                about, missing = dka.as_trained(table, about, config, findings)
             static = {name for name in map(str, table) if name.startswith(dka.STATIC)}
             unused = {name for name in static - static_used if sex_of_column(name) is None}
             chunk = table.drop(columns=unused).assign(**dict.fromkeys(missing, ""))
@@ -308,7 +312,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
                 findings.counts[problem] += len(dka.labels_of(chunk, label)[1])
             ids = dka.number_equal(dka.patients_of(table, findings)[1], findings)
             dataset.ids, dataset.allow_duplicates = ids, None
-            lengths = dataset._read(chunk, description, findings, config["features"], reading)
+            lengths = dataset._read(chunk, about, findings, config["features"], reading)
             max_len = dataset.read_options["max_len"]
             is_read, column = table.index.isin(dataset.numbers), str(dataset.measures[0].keys[0])
             problem = "no series of this row holds a value"
@@ -628,10 +632,11 @@ def show_preview(arguments: dict[str, Any]) -> int:
 def make_like(earlier: Path, arguments: dict[str, Any]) -> int:
     """Make a DKA file, and warn of what does not fit the earlier one that it is read like."""
     out: Path = arguments["out"]
-    training = distributions.describe(medians_of(earlier)) if earlier.is_file() else None
+    is_table = earlier.is_file() and dka.description_path(earlier) != earlier
+    training = distributions.describe(medians_of(earlier)) if is_table else None
     code = make("from_long", arguments)
     if training is None:
-        logger.info("%s: no such file: the values are not compared with it", earlier)
+        logger.info("%s: no data file: the values are not compared with it", earlier)
     else:
         checks.log_warnings(distributions.compare(training, medians_of(out)), str(out))
     return code

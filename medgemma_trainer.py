@@ -64,7 +64,7 @@ from medgemma_clinical.commands.command_line import (
     parse_hours,
 )
 from medgemma_clinical.data.competing_events import OUTCOME_KINDS
-from medgemma_clinical.data.dka import LABEL, NAMING
+from medgemma_clinical.data.dka import LABEL, NAMING, Meaning
 from medgemma_clinical.data.texts import SERIES_TEXT
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models import choices
@@ -258,7 +258,11 @@ LARGEST_NORM = 1.0
 # --------------------------------------------------------------------------- what is read
 
 
-def read_dataset(args: Namespace, source: Path | pd.DataFrame | None = None) -> TrajectoryDataset:
+def read_dataset(
+    args: Namespace,
+    source: Path | pd.DataFrame | None = None,
+    description: Meaning | None = None,
+) -> TrajectoryDataset:
     """Read the data that the flags name, or a given source, with the flags that its kind knows."""
     kind = DATASETS[args.dataset]
     source = getattr(args, kind.source_flag) if source is None else source
@@ -266,7 +270,12 @@ def read_dataset(args: Namespace, source: Path | pd.DataFrame | None = None) -> 
         problem = f"--dataset {args.dataset}" if source is None else f"{source}: no such file"
         advice = f"give the data by --{kind.source_flag}, or see sample data by the command demo"
         raise InputError(f"{problem}: {advice}")
-    rows: TrajectoryDataset = kind(source, **flags.dataset_options(vars(args), FLAGS, DATASETS))
+    options = flags.dataset_options(vars(args), FLAGS, DATASETS)
+    if description is not None:
+        if args.dataset != "dka":
+            raise InputError(f"description: not for --dataset {args.dataset}: leave it out")
+        options["description"] = description
+    rows: TrajectoryDataset = kind(source, **options)
     if args.mode == "generative" and not args.trajectory_only and rows.note_problem:
         raise InputError(f"--mode generative: {rows.note_problem}")
     return rows

@@ -217,7 +217,12 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
 
     @classmethod
     def scoring_rows(
-        cls, source: Any, config: Mapping[str, Any], findings: Findings, max_rows: int
+        cls,
+        source: Any,
+        config: Mapping[str, Any],
+        findings: Findings,
+        max_rows: int,
+        description: Any = None,
     ) -> Iterator[ScoringRows]:
         """Read a folder as the checkpoint's was, also registrations without a known outcome.
 
@@ -227,6 +232,8 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
             InputError: the folder lacks the checkpoint's organ, or cannot be read.
         """
         organ = config["read_options"]["organ"]
+        if description is not None:
+            raise InputError(f"{findings.source}: SRTR's files need no description: leave it out")
         try:
             dataset = cls(source, **config["read_options"], require_labels=False)
         except InputError as error:

@@ -34,6 +34,7 @@ from medgemma_clinical.models.checkpoints import CONFIG, HASHED_FILES, describe_
 from medgemma_clinical.models.language_model import DEMO_FOLDER, base_record
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory_llm import LLMWriter
+from trajectories import GAP
 
 CPU = torch.device("cpu")
 LAYERS, VOCABULARY = 2, 512
@@ -105,7 +106,7 @@ def patients():
         part = "train" if k < 16 else "val" if k < 20 else "test"
         rows.append((f"patient {k}", series, k % 2, "known diabetes " * (k % 3), part))
     columns = ["subject_id", "clinical_trajectory", "label_escalation", "clinical_context", "split"]
-    dataset = MIMICtrajectoryDataset(pd.DataFrame(rows, columns=columns))
+    dataset = MIMICtrajectoryDataset(pd.DataFrame(rows, columns=columns), description=GAP)
     dataset.static_names = "static_bmi [kg/m2]", "static_admissions"
     dataset.static = rng.normal([27, 2], [4, 1], size=(len(rows), 2))
     dataset.static[2::5, 0] = dataset.static[1::3, 1] = np.nan

@@ -6,6 +6,7 @@ import logging
 import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -28,6 +29,7 @@ from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.files import file_hash
 from trajectories import GAP, LABEL, SERIES, dataset_of, table_of
 
+ENDS = (".json", ".csv")
 GLUCOSE, UREA = "trajectory_glucose [mg/dL]", "trajectory_Blood_urea"
 THREE = pd.DataFrame(
     {
@@ -211,6 +213,49 @@ def test_another_label_is_never_called_by_the_outcome_of_label_escalation():
     assert "Death" in found["label_death"].question
 
 
+BOOKS = {"subject_id": ["a", "b"], "id": [1, 2], "stay_id": [3, 4], "split": ["train", "val"]}
+MORE = {
+    "trajectory_lactate": ["1 (0h)"] * 2,
+    "static_age [years]": [1, 2],
+    "clinical_context": ["old", "young"],
+    "prediction_hours": [1, 2],
+    "label_death": [0, 1],
+    "age": [1, 2],
+}
+
+
+@pytest.mark.parametrize("name", [None, *MORE])
+@pytest.mark.parametrize("is_file", [True, False])
+def test_a_table_with_more_than_the_two_columns_is_not_taken_for_ketoacidosis(
+    name, is_file, tmp_path
+):
+    columns = {"label_escalation": [0, 1], **BOOKS, **({name: MORE[name]} if name else {})}
+    table = table_of(["1 (0h)"] * 2, **columns)
+    source = write_table(table, tmp_path / "data.csv") if is_file else table.set_index("id")
+    dataset = MIMICtrajectoryDataset(source)
+    text = " ".join([*dataset.task_description().values(), dataset.prompt(0), *dataset.warnings])
+    words = ("nion gap", "mEq/L", "scalat")
+    assert [word in text for word in words] == [name is None] * len(words)
+    assert ("Main series" in text, "Outcome" in text) == (name is not None,) * 2
+    assert any(("description=" in warning) == (not is_file) for warning in dataset.warnings)
+    unlabelled = MIMICtrajectoryDataset(table.drop(columns=LABEL), require_labels=False)
+    assert unlabelled.outcome == dataset.outcome
+
+
+def test_a_description_is_given_in_any_form_to_a_table(tmp_path):
+    path = write_table(THREE, tmp_path / "data.csv")
+    content = {"series": "Lactate", "unit": "mmol/L", "outcome": "Death", "arguments": {"x": (1,)}}
+    for given in (content, *(kind(path.with_suffix(x)) for kind in (str, Path) for x in ENDS)):
+        path.with_suffix(".json").write_text(json.dumps(content))
+        for source in (THREE, write_table(THREE, tmp_path / "other.csv")):
+            dataset = MIMICtrajectoryDataset(source, description=given)
+            assert (dataset.features[0], dataset.units[0]) == ("Lactate", "mmol/L")
+            assert (dataset.outcome, dataset.warnings) == ("Death", ())
+            assert dataset.description.arguments == {"x": [1]}
+    for wrong in (tmp_path / "none.json", tmp_path / "none.csv", {"serie": "x"}, 5, [], "a\0b"):
+        assert_refused(THREE, "none.json|description|a", description=wrong)
+
+
 NAMED = {"series_name": "Creatinine", "unit": "mg/dL"}
 
 
@@ -383,7 +428,8 @@ BAD_NAMES += ["trajectory_vitamin, 1 [u]", "trajectory_24", "trajectory_anion ga
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_a_series_column_that_cannot_be_read_is_refused(name):
-    assert_refused(table_of(["1 (0h)"], **{name: ["1 (0h)"]}), "column [tT]rajectory.*: ")
+    table = table_of(["1 (0h)"], **{name: ["1 (0h)"]})
+    assert_refused(table, "column [tT]rajectory.*: ", description=GAP)
 
 
 def test_series_are_found_by_their_columns_and_chosen_by_name():
@@ -543,11 +589,12 @@ def test_the_most_recent_observations_are_kept(caplog):
     long, shifted = (" -> ".join(f"{k} ({k + h}h)" for k in range(60)) for h in (0, 0.5))
     table = table_of([long, "1 (0h)"], trajectory_x=[shifted, ""])
     with caplog.at_level(logging.INFO):
-        dataset = MIMICtrajectoryDataset(table)
+        dataset = MIMICtrajectoryDataset(table, description=GAP)
     assert "1 of 2 patients" in caplog.text
     assert dataset.lengths.tolist() == [MAX_LEN_SEVERAL, 1]
     assert dataset.times[0] == 59.5 - (MAX_LEN_SEVERAL - 1) / 2
-    assert MIMICtrajectoryDataset(table, series=["Anion gap"]).lengths.tolist() == [20, 1]
+    one = MIMICtrajectoryDataset(table, description=GAP, series=["Anion gap"])
+    assert one.lengths.tolist() == [20, 1]
 
 
 def test_chosen_series_come_in_their_order_and_rows_without_them_are_left_out():
@@ -634,7 +681,7 @@ def test_any_column_of_0_and_1_is_the_label():
     ("choice", "text"), [("main", "Anion gap (mEq/L): 24 (0h) -> 20 (2h). "), ("none", "")]
 )
 def test_the_prompt_holds_the_series_that_were_chosen(choice, text):
-    prompt = MIMICtrajectoryDataset(THREE).prompt(0, PromptOptions(series=choice))
+    prompt = MIMICtrajectoryDataset(THREE, description=GAP).prompt(0, PromptOptions(series=choice))
     assert prompt == f"old. {text}Will care have to be escalated?\n"
 
 

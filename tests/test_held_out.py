@@ -16,7 +16,7 @@ from medgemma_clinical.models import language_model
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from medgemma_clinical.models.trained_model import check_stage1, load_trained_model
 from stages import STAGE_1, TINY, arguments, data_for, make_stage, parsed, stage1_of
-from trajectories import SERIES, table_of
+from trajectories import GAP, SERIES, table_of
 from visits import cohort
 
 NAMED = {"subject_id": [f"patient {k}" for k in range(60)]}
@@ -32,9 +32,9 @@ def many(**columns):
     return table_of([f"{a} (0h) -> {b} (3h) -> {c} (6h)" for a, b, c in values], **columns)
 
 
-def drawn(table, seed=0, most=0, max_len=20):
+def drawn(table, seed=0, most=0, max_len=20, description=None):
     options = {"prompts": PromptOptions(), "max_samples": most, "seed": seed}
-    return prepare_data(MIMICtrajectoryDataset(table, max_len), **options)
+    return prepare_data(MIMICtrajectoryDataset(table, max_len, description=description), **options)
 
 
 def stage1_file(folder, data, *flags):
@@ -147,7 +147,8 @@ def test_check_stage1__counts_held_out_patients_that_trained(trained, table, sam
 def test_check_stage1__warns_of_other_patients_without_names(
     trained, table, warned, tmp_path, caplog
 ):
-    path, data = stage1_file(tmp_path, drawn(trained)), drawn(table)
+    trained, data = (drawn(rows, description=GAP) for rows in (trained, table))
+    path = stage1_file(tmp_path, trained)
     caplog.clear()
     check_stage1(read_trajectory(path), data, {})
     assert [str(path) in line for line in caplog.messages] == [True] * warned

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -39,6 +40,7 @@ def place(tmp_path, monkeypatch):
 def test_snippets_of_readme_and_python_page():
     table = pd.read_csv(SAMPLE, nrows=200)
     table.head(160).to_csv("dka_training_data.csv", index=False)
+    shutil.copy(SAMPLE.with_suffix(".json"), "dka_training_data.json")
     table.tail(20).drop(columns="label_escalation").to_csv("new_patients.csv", index=False)
     table.tail(40).to_csv("other_hospital.csv", index=False)
     page = SNIPPET.findall((DOCS / "python.md").read_text(encoding="utf-8"))

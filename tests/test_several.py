@@ -70,7 +70,7 @@ def data(tmp_path_factory):
 
 def test_what_only_a_second_series_tells_is_learned(data, tmp_path):
     assert stage_1_auroc(data, tmp_path / "both", "--trajectory_epochs", "8") > 0.9
-    alone = ["--series", "anion gap", "--trajectory_epochs", "3"]
+    alone = ["--series", "main series", "--trajectory_epochs", "3"]
     assert 0.35 < stage_1_auroc(data, tmp_path / "one", *alone) < 0.65
 
 
@@ -82,9 +82,9 @@ def test_what_only_the_time_between_two_series_tells_is_learned(tmp_path):
 
 
 def test_the_flags_reach_the_data_set_and_the_prompt(data):
-    words = ["--data_path", str(data), "--series", "lactate, Anion gap", "--max_len", "2"]
+    words = ["--data_path", str(data), "--series", "lactate, Main series", "--max_len", "2"]
     args = arguments(*words, "--series_text", "last")
     dataset = trainer.read_dataset(args)
-    assert dataset.features == ("lactate", "Anion gap")
+    assert dataset.features == ("lactate", "Main series")
     assert dataset.lengths.max() == 2
     assert dataset.prompt(0, trainer.run_folder.prompt_options(args)).startswith("Last values: ")

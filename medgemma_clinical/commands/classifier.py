@@ -15,7 +15,7 @@ from sklearn.utils.multiclass import check_classification_targets, type_of_targe
 from sklearn.utils.validation import check_is_fitted
 
 from medgemma_clinical.commands.python import Training
-from medgemma_clinical.data.dka import ArrowTable, as_frame
+from medgemma_clinical.data.dka import ArrowTable, Meaning, as_frame
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.trajectory_model import TrajectoryModel
 
@@ -30,6 +30,8 @@ class TrajectoryClassifier(ClassifierMixin, BaseEstimator):
 
     Args:
         trajectory_epochs: and all others: the flags of the command line of the same name.
+        description: what series and label are: a ``Description``, its JSON as a dict, or the path
+            of the JSON or of the table beside it.
         random_state: ``--seed``; a number, a generator of numpy, or None for a new seed.
 
     Attributes:
@@ -53,6 +55,7 @@ class TrajectoryClassifier(ClassifierMixin, BaseEstimator):
     unit: str | None = None
     outcome: str | None = None
     allow_duplicates: bool = False
+    description: Meaning | None = None
     random_state: Any = 0
 
     def __sklearn_tags__(self) -> Tags:
@@ -79,8 +82,10 @@ class TrajectoryClassifier(ClassifierMixin, BaseEstimator):
             rows = rows.assign(**{self.label_column: codes})
         flags: dict[str, Any] = {"max_samples": 0, **self.get_params(deep=False)}
         kind, seed = self.training.model.datasets["dka"], flags.pop("random_state")
+        flags.pop("description")
         options = {name: flags.pop(name, None) for name in kind.options}
-        dataset = kind(rows, **{**options, "outcome_kind": "label"})  # times need fit_trajectory
+        options["outcome_kind"] = "label"  # times need fit_trajectory
+        dataset = kind(rows, description=self.description, **options)
         dataset.held_out = ("val",)
         drawn = not isinstance(seed, (int, np.integer))
         flags["seed"] = check_random_state(seed).randint(2**31) if drawn else seed

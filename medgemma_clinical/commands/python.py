@@ -25,6 +25,7 @@ from medgemma_clinical.commands.plan import active_cluster
 from medgemma_clinical.commands.prediction_files import FOLDS, read_table
 from medgemma_clinical.commands.run_folder import METRICS, folds_folder, stage_folder
 from medgemma_clinical.commands.run_log import check_output
+from medgemma_clinical.data.dka import Meaning
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import check_gpu, check_launch, exact_kernels, set_environment
 from medgemma_clinical.files import InputError, did_you_mean, owner_only, read_json
@@ -100,7 +101,7 @@ class Training:
 
     model: type[TrajectoryModel]
     table: Table
-    read: Callable[..., TrajectoryDataset]  # of arguments and a source
+    read: Callable[..., TrajectoryDataset]  # of arguments, a source and a description
     train_stage: Callable[..., TrajectoryModel | None]  # of arguments, data, a stage 1 and a trial
     train: Callable[[Namespace, TrajectoryDataset], int]  # returns an exit code
 
@@ -108,6 +109,7 @@ class Training:
         self,
         rows: Rows,
         *,
+        description: Meaning | None = None,
         test: bool = True,
         baselines: bool = True,
         on_epoch: Callable[[dict[str, Any]], Any] | None = None,
@@ -118,6 +120,9 @@ class Training:
         Args:
             rows: a table (a DataFrame, or one of polars or pyarrow) or a file in the DKA format, or
                 a data set.
+            description: what series and label of the rows are: a ``Description``, its JSON as a
+                dict, or the path of the JSON or of the table beside it; None reads the JSON beside
+                a file.
             test: False leaves the test part unread, as a search over settings has to.
             baselines: False fits none, which a search need not.
             on_epoch: gets the metrics of each epoch, as in ``history.jsonl``; a true value ends the
@@ -132,15 +137,15 @@ class Training:
             TypeError: there is no such flag.
             InputError: a flag or the data are wrong; the text says where, and what to do.
         """
-        return self._fit(
-            {"trajectory_only": True}, rows, None, flags, Trial(test, baselines, on_epoch)
-        )
+        trial = Trial(test, baselines, on_epoch)
+        return self._fit({"trajectory_only": True}, rows, description, None, flags, trial)
 
     def fit_classification(
         self,
         rows: Rows,
         encoder: TrajectoryModel | type | str | Path | None = None,
         *,
+        description: Meaning | None = None,
         test: bool = True,
         baselines: bool = True,
         on_epoch: Callable[[dict[str, Any]], Any] | None = None,
@@ -152,9 +157,10 @@ class Training:
             rows: as for ``fit_trajectory``.
             encoder: a trained stage 1, or where it lies; stays frozen. None, or the class of an
                 encoder of your own, trains a new one with it.
-            test: as for ``fit_trajectory``, with ``baselines`` and ``on_epoch``.
-            baselines: see ``test``.
-            on_epoch: see ``test``.
+            description: as for ``fit_trajectory``, with the next three.
+            test: see ``description``.
+            baselines: see ``description``.
+            on_epoch: see ``description``.
             **flags: as for ``fit_trajectory``, such as ``model_name``, ``epochs``, ``lora_rank``.
 
         Returns:
@@ -165,13 +171,14 @@ class Training:
             InputError: a flag, the data, stage 1 or the language model are wrong.
         """
         trial = Trial(test, baselines, on_epoch)
-        return self._fit({"mode": "classification"}, rows, encoder, flags, trial)
+        return self._fit({"mode": "classification"}, rows, description, encoder, flags, trial)
 
     def fit_generative(
         self,
         rows: Rows,
         encoder: TrajectoryModel | type | str | Path | None = None,
         *,
+        description: Meaning | None = None,
         test: bool = True,
         baselines: bool = True,
         on_epoch: Callable[[dict[str, Any]], Any] | None = None,
@@ -182,7 +189,7 @@ class Training:
         Arguments, result and errors are those of ``fit_classification``.
         """
         trial = Trial(test, baselines, on_epoch)
-        return self._fit({"mode": "generative"}, rows, encoder, flags, trial)
+        return self._fit({"mode": "generative"}, rows, description, encoder, flags, trial)
 
     def cross_validate(
         self,
@@ -191,6 +198,8 @@ class Training:
         stage: str = "trajectory",
         encoder: type | str | os.PathLike[str] | None = None,
         output_dir: str | os.PathLike[str] | None = None,
+        *,
+        description: Meaning | None = None,
         **flags: Any,
     ) -> CrossValidation:
         """Score every patient by a model that was trained on the others, in folds of patients.
@@ -205,6 +214,7 @@ class Training:
             encoder: of the other stages: path of each fold's trained stage 1, ``{fold}`` in place
                 of the fold's number. Or a class of your own for new ones.
             output_dir: run folder; the same call goes on there after a stop. None keeps nothing.
+            description: as for ``fit_trajectory``.
             **flags: those of the command line without dashes, as for ``fit_trajectory``;
                 ``leave_out="COLUMN"`` holds out each site of a column in place of folds, and
                 ``final=True`` with an ``output_dir`` also trains a model on all patients there.
@@ -227,7 +237,7 @@ class Training:
                 temporary = stack.enter_context(tempfile.TemporaryDirectory())
                 keywords |= {"output_dir": temporary, "log_file": "none"}
             args = stack.enter_context(self._fitting(chosen, keywords, OF_FOLDS))
-            read = partial(self._read_rows, rows, keywords)
+            read = partial(self._read_rows, rows, description, keywords)
             if run_folds(args, read, self.train) == EXIT_DONE:
                 folder = folds_folder(args)
                 return CrossValidation(read_table(folder / FOLDS), read_json(folder / METRICS))
@@ -254,6 +264,7 @@ class Training:
         self,
         stage: dict[str, Any],
         rows: Rows,
+        description: Meaning | None,
         encoder: TrajectoryModel | type | str | Path | None,
         keywords: dict[str, Any],
         trial: Trial,
@@ -265,7 +276,7 @@ class Training:
             keywords, encoder = {"encoder": encoder, **keywords}, None
         given = {} if encoder is None else {"ode_checkpoint": "encoder"}
         with self._fitting({**stage, **given}, keywords) as args:
-            dataset = self._read_rows(rows, keywords, args)
+            dataset = self._read_rows(rows, description, keywords, args)
             stage1 = None if encoder is None else read_encoder(encoder)
             model = self.train_stage(args, dataset, stage1, trial)
         return model or self.model.from_pretrained(stage_folder(args))
@@ -323,13 +334,18 @@ class Training:
             raise InputError(f"{', '.join(unused)}: give output_dir too, or leave it out")
 
     def _read_rows(
-        self, rows: Rows, keywords: Mapping[str, Any], args: Namespace
+        self,
+        rows: Rows,
+        description: Meaning | None,
+        keywords: Mapping[str, Any],
+        args: Namespace,
     ) -> TrajectoryDataset:
         """Read the rows of a training; return a data set as given."""
         source = as_source(rows)
         if not isinstance(source, TrajectoryDataset):
-            return self.read(args, source)
-        if late := sorted(set(source.options) & keywords.keys()):
+            return self.read(args, source, description)
+        given = {*keywords} if description is None else {*keywords, "description"}
+        if late := sorted({"description", *source.options} & given):
             raise InputError(f"the data set has been read: leave {', '.join(late)} out")
         args.dataset = source.name
         return source

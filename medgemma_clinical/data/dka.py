@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import itertools
+import json
 import os
 import re
 import zlib
@@ -64,12 +65,12 @@ BLOCK_ROWS = 50_000  # rows that are read and parsed at a time: bounds the memor
 # --------------------------------------------------------------------------- description
 
 ORIGIN = (
-    *("made_by", "rows", "values", "definitions", "arguments", "source", "tables_sha256"),
+    *("rows", "values", "definitions", "source", "tables_sha256"),
     *("versions", "licence", "license", "citation", "note"),
 )
 """Keys of the JSON file that say where data come from; nothing reads them."""
 
-OPTIONAL_TEXTS = ("unit", "prediction_time", "horizon", "csv_sha256")
+OPTIONAL_TEXTS = ("unit", "prediction_time", "horizon", "csv_sha256", "made_by")
 
 NAMING = {
     "series_name": "DKA without JSON: name of the main series",
@@ -101,6 +102,8 @@ class Description:
     interventions: tuple[int, ...] = ()  # those that a treatment decision brings
     dropped: dict[str, tuple[float, str]] = field(default_factory=dict)
     """Of a series the share of values that could not be read, and the end where they lie."""
+    made_by: str = ""  # command that made the table
+    arguments: dict[str, Any] = field(default_factory=dict)  # its flags, plain types
 
     def for_label(self, column: str) -> Description:
         """Return the description with the outcome of a label column, or of events, as its own."""
@@ -114,8 +117,9 @@ class Description:
         elif column not in self.labels:
             meaning["horizon"] = ""
         meaning |= self.labels.get(column, {})
-        usual = meaning["outcome"] == USUAL.outcome
-        question = USUAL.question if usual else f"Will the outcome {meaning['outcome']} occur?"
+        questions = {about.outcome: about.question for about in (USUAL, NEUTRAL)}
+        outcome = meaning["outcome"]
+        question = questions.get(outcome, f"Will the outcome {outcome} occur?")
         return replace(self, **meaning | {"question": meaning["question"] or question})
 
     def completed(
@@ -137,7 +141,16 @@ class Description:
 USUAL = Description(
     "Anion gap", "mEq/L", "Will care have to be escalated?", "Escalation", (-5.0, 60.0)
 )
-"""What a file holds that nothing describes."""
+"""What a file of the two columns holds that nothing describes."""
+
+NEUTRAL = Description("Main series", question="Will the outcome occur?", outcome="Outcome")
+"""The same of a file with more columns: it need not be of ketoacidosis."""
+
+BOOKKEEPING = re.compile(r"(?:.*_)?id|split|(?:unnamed: \d+)?", re.IGNORECASE)
+"""Columns beside the two that say nothing of patients: ids, the split, the index of pandas."""
+
+Meaning = Description | Mapping[str, Any] | str | os.PathLike[str]
+"""A description, its JSON as a dict, or the path of the JSON or of the table beside it."""
 
 
 def name_series(
@@ -148,10 +161,16 @@ def name_series(
     if len(guesses) < bool(flags.series or flags.unit) + bool(flags.outcome):
         problem = "each describes a column that no JSON file describes; a unit needs a name"
         raise InputError(f"{findings.source}: --series_name, --unit, --outcome: {problem}")
-    usual = USUAL if label == LABEL else replace(USUAL, outcome="")  # others are named by column
+    others = {*map(str, table)} - {MAIN_COLUMN, LABEL}
+    usual = USUAL if all(map(BOOKKEEPING.fullmatch, others)) else NEUTRAL
+    if label != LABEL:  # named by its column
+        usual = replace(usual, outcome="")
     about, guesses = about.completed(table, label, usual)
+    about = replace(about, outcome=about.outcome or usual.outcome)  # of rows without label, too
     if guesses:
         advice = "name it by --series_name, --unit and --outcome"
+        if findings.source == "DataFrame":
+            advice = "give the JSON or its path as description="
         findings.warnings[f"no description: {', '.join(guesses)}: {advice}"] = None
     return about
 
@@ -161,24 +180,40 @@ def description_path(path: Path) -> Path:
     return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).with_suffix(".json")
 
 
-def read_description(source: Any, findings: Findings | None = None) -> Description:
-    """Read the description beside a data file; without one it says nothing."""
-    if isinstance(source, pd.DataFrame):
+def read_description(
+    source: Any, findings: Findings | None = None, given: Meaning | None = None
+) -> Description:
+    """Return the description that is given, or beside a data file; without one it says nothing."""
+    if given is not None:
+        return as_description(given)
+    if isinstance(source, pd.DataFrame) or not os.path.lexists(description_path(Path(source))):
         return Description()
-    path = Path(source)
-    file = description_path(path)
-    if not os.path.lexists(file):
-        return Description()
+    about = as_description(source)
+    if findings and about.csv_sha256 and about.csv_sha256 != file_hash(Path(source)):
+        file, path = description_path(Path(source)), Path(source)
+        findings.warnings[f"{file.name} was made with another {path.name}: is it current?"] = None
+    return about
+
+
+def as_description(meaning: Meaning) -> Description:
+    """Return the description that a caller gives in any form."""
+    if isinstance(meaning, Description):
+        return meaning
+    where, form, content = "description", "a Description, a dict or a path", meaning
     try:
-        content = _read_keys(read_json(file), [key.name for key in fields(Description)])
+        if isinstance(meaning, (str, os.PathLike)):
+            path = description_path(Path(meaning))
+            where, form = str(path), "a JSON object in UTF-8"
+            content = read_json(path)
+        content = _read_keys(content, [key.name for key in fields(Description)])
         if ("series" in content) != ("unit" in content):
             raise InputError("key series: goes with the key unit, which is empty for none")
     except InputError as error:
-        raise InputError(f"{file}, {error}") from error
+        raise InputError(f"{where}, {error}") from error
+    except FileNotFoundError as error:
+        raise InputError(f"{where}: no such file: give the description or its path") from error
     except (ValueError, OSError, AttributeError) as error:
-        raise InputError(f"{file}: not a JSON object in UTF-8") from error
-    if findings and content.get("csv_sha256") and content["csv_sha256"] != file_hash(path):
-        findings.warnings[f"{file.name} was made with another {path.name}: is it current?"] = None
+        raise InputError(f"{where}: not {form}") from error
     return Description(**content)
 
 
@@ -221,6 +256,10 @@ def _read_value(key: str, value: Any) -> Any:
             if not 0 < len({*names}) == len(names) <= MAX_EVENT:
                 raise ValueError("no names, or equal ones")
             return tuple(names)
+        case "made_by" | "arguments":  # of any form: a user may have written them
+            if key == "made_by":
+                return value if isinstance(value, str) else ""
+            return json.loads(json.dumps(value)) if isinstance(value, dict) else {}
         case "interventions":
             if not all(isinstance(event, int) and event > 1 for event in value):
                 raise ValueError("not numbers of events behind the first")

@@ -19,6 +19,7 @@ class Findings:
 
     source: str
     strict: bool = True  # an unreadable row refuses the source
+    advice: str = ""  # what to do then
     # If not strict: the first problem of each unreadable row, by its number; no cell's content.
     problems: dict[int, str] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)  # rows by what there is to say of them
@@ -35,7 +36,7 @@ class Findings:
             count = f" ({len(rows):,} cells, the last in row {rows[-1]})" if len(rows) > 1 else ""
             where = f"{self.source}, row {rows[0]}" + (f", column {column}" if column else "")
             value = None if cells is None else cells[rows[0]]  # shown on request alone
-            raise InputError(f"{where}: {problem}{count}", value)
+            raise InputError(f"{where}: {problem}{count}{self.advice}", value)
         for row in rows:
             self.problems.setdefault(row, f"column {column}: {problem}" if column else problem)
 

@@ -26,6 +26,7 @@ from medgemma_clinical.data.dka import (
     NO_HEADER,
     STATIC,
     comparable,
+    description_path,
     holds_data,
     join_names,
 )
@@ -149,16 +150,6 @@ class LongRequest(events.EventRequest):
         unread |= set() if has_events else {*EVENT_ROLES}
         return {"label", *EVENT_ROLES} if self.no_labels else unread
 
-    def sexes(self) -> dict[str, str]:
-        """Return the sex of each word of --sex, in small letters."""
-        sexes = dict[str, str]()
-        for text in self.sex:
-            word, _, sex = map(str.strip, text.lower().rpartition("="))
-            if not word or sex not in (*SEXES, "unknown"):
-                raise InputError(f"--sex {text}: write WORD=male, WORD=female or WORD=unknown")
-            sexes[word] = sex
-        return sexes
-
     def factors(self) -> dict[tuple[str, str], float]:
         """Return the factor of each item and unit."""
         factors: dict[tuple[str, str], float] = {}
@@ -185,8 +176,11 @@ class Reading:
 
 
 def read_like(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the flags of an earlier output, unchecked, and ``read_as`` from its description."""
-    file = path.with_suffix(".json")
+    """Return the flags of an earlier output, unchecked, and ``read_as`` from its description.
+
+    ``path`` may also be the description itself, or the folder of a model with its ``import.json``.
+    """
+    file = path / "import.json" if path.is_dir() else description_path(path)
     try:
         content = read_json(file)
         arguments = dict(content["arguments"]) if content[duck.MADE_BY].endswith(COMMAND) else {}
@@ -236,7 +230,7 @@ def make_long(
         events.name_codes(database, {"series": items})
         items = convert_units(database, items, factors, table.path)
         if not chosen_series:
-            by_name = [split_title(str(item.keys[0]), "")[1] for item in items]
+            by_name = [split_title(str(item.keys[0]))[1] for item in items]
             items = [
                 replace(x, unit=x.unit or unit) for x, unit in zip(items, by_name, strict=True)
             ]
@@ -871,7 +865,7 @@ def make_static(
     where, cell = f"{file.path}, column {column}", duck.quoted(column)
     word = f"lower(coalesce({cell}.text, plain({cell}.number)))"
     words = request.read_as.get("static", {}).get(feature.title)
-    is_sex, sexes = SEX.fullmatch(feature.name) is not None, request.sexes()
+    is_sex, sexes = SEX.fullmatch(feature.name) is not None, read_sexes(request.sex)
     if words is None:
         (numbers,) = database.row(f"SELECT count({cell}.number) FROM answers")
         select = f"SELECT DISTINCT {word} AS word FROM answers WHERE word IS NOT NULL ORDER BY 1"
@@ -896,6 +890,17 @@ def make_static(
         one = f"({word} IN ({', '.join(map(duck.literal, ones))}))::INTEGER::VARCHAR"
         sql.append((name, f"CASE WHEN {is_category} THEN {one} END"))
     return sql, words
+
+
+def read_sexes(texts: Sequence[str]) -> dict[str, str]:
+    """Return the sex of each word of --sex, in small letters."""
+    sexes = dict[str, str]()
+    for text in texts:
+        word, _, sex = map(str.strip, text.lower().rpartition("="))
+        if not word or sex not in (*SEXES, "unknown"):
+            raise InputError(f"--sex {text}: write WORD=male, WORD=female or WORD=unknown")
+        sexes[word] = sex
+    return sexes
 
 
 def ask_sexes(where: str, words: Sequence[str]) -> None:
@@ -956,7 +961,7 @@ def find_items(database: duck.Database) -> list[Feature]:
     return features
 
 
-def split_title(item: str, unit: str) -> tuple[str, str]:
+def split_title(item: str, unit: str = "") -> tuple[str, str]:
     """Return name and unit of an item such as ``Kreatinin [µmol/L]``, or with ``(unit)``."""
     if match := events.TITLE.fullmatch(item):
         name, unit = match[1], match[2] or unit

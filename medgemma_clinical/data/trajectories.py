@@ -132,6 +132,8 @@ class TrajectoryDataset:
     checkpoint stores them to read other data in the same way."""
     main: int = 0  # position of the feature that stands for the others in texts
     has_patient_ids: bool = True  # False: the data name no patients, each row is one
+    recipe: Mapping[str, Any] = {}
+    """``arguments`` of the command that made the data, and its name ``made_by``; empty: unknown."""
     flow: pd.DataFrame | None = None  # how the data came to their rows, FLOW_COLUMNS
     warnings: tuple[str, ...] = ()  # suspected mistakes in the source, logged when it was read
 
@@ -155,7 +157,12 @@ class TrajectoryDataset:
 
     @classmethod
     def scoring_rows(
-        cls, source: Any, config: Mapping[str, Any], findings: Findings, max_rows: int
+        cls,
+        source: Any,
+        config: Mapping[str, Any],
+        findings: Findings,
+        max_rows: int,
+        description: Any = None,  # of a table that none lies beside
     ) -> Iterator[ScoringRows]:
         """Yield rows to be scored, read as by a checkpoint's ``config``; note unreadable rows."""
         raise NotImplementedError

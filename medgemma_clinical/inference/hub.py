@@ -34,7 +34,7 @@ from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 logger = logging.getLogger(__name__)
 
 SHARED_FILES = [TRAJECTORY_FILE, *checkpoints.HASHED_FILES, checkpoints.CONFIG]
-SHARED_FILES += [checkpoints.NOTICE, CARD, checkpoints.FACTS, BASELINES]
+SHARED_FILES += [checkpoints.NOTICE, CARD, checkpoints.FACTS, checkpoints.IMPORT, BASELINES]
 REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 """Form of a repository's id, which a path may have too."""
 

@@ -15,7 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.data import checks, distributions
-from medgemma_clinical.data.dka import as_frame
+from medgemma_clinical.data.dka import Meaning, as_frame
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import few_threads, show_progress
@@ -58,6 +58,7 @@ def scoring_rows(
     datasets: Mapping[str, type[TrajectoryDataset]],
     findings: Findings,
     max_rows: int,
+    description: Meaning | None = None,
 ) -> Iterator[ScoringRows]:
     """Read rows as the checkpoint reads them, ``max_rows`` at a time; a data set is taken whole.
 
@@ -65,11 +66,14 @@ def scoring_rows(
     """
     chunks: Iterable[ScoringRows]
     if isinstance(source, TrajectoryDataset):
+        if description is not None:
+            raise InputError("the data set has been read: leave description out")
         chunks = [_all_rows(source, config)]
     elif config["dataset"] not in datasets:
         raise InputError(f"{findings.source}: the model reads a data set {config['dataset']}")
     else:
-        chunks = datasets[config["dataset"]].scoring_rows(source, config, findings, max_rows)
+        reader = datasets[config["dataset"]]
+        chunks = reader.scoring_rows(source, config, findings, max_rows, description)
     medians: list[pd.DataFrame] = []
     for rows in chunks:
         if len(medians) * max_rows < MAX_COMPARED:  # files of any length fit

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from sklearn.utils import ClassifierTags, Tags, TargetTags
 from torch import Tensor
 
-from medgemma_clinical.data.dka import ArrowTable
+from medgemma_clinical.data.dka import ArrowTable, Meaning
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import exact_kernels, find_device, set_environment
@@ -76,8 +76,10 @@ class TrajectoryModel:
     Import it from ``medgemma_trainer``; load a model by ``from_pretrained`` or train one by
     ``fit_trajectory`` and its like. In all methods ``rows`` are N rows: a table (a DataFrame, or
     one of polars or pyarrow) or the path of a file in the format of the training data, or a data
-    set. A row that cannot be scored raises
-    ``InputError``; ``predictions`` alone lists it.
+    set. ``description`` says what series and label of a table are: a ``Description``, its JSON as
+    a dict, or the path of the JSON or of the file beside it; without one they are taken for those
+    of the training data. A row that cannot be scored raises ``InputError``; ``predictions`` alone
+    lists it.
 
     Attributes:
         trained: network, tokenizer and configuration.
@@ -220,27 +222,37 @@ class TrajectoryModel:
         )
 
     @exact_kernels()
-    def predict_proba(self, rows: Rows, model: str = "stage") -> NDArray[np.float64]:
+    def predict_proba(
+        self, rows: Rows, model: str = "stage", *, description: Meaning | None = None
+    ) -> NDArray[np.float64]:
         """Return the probabilities (N, 2) float64 of no event and of the event.
 
         ``model``: "stage"; "best", the recommended one, if there is one; "ensemble" or a baseline,
         by its name in ``results`` or the end of its column in ``predictions``.
         """
-        events = np.concatenate([scores.probability for scores in self._scores(rows, model)])
+        scores = self._scores(rows, model, description)
+        events = np.concatenate([of_rows.probability for of_rows in scores])
         return np.stack([1 - events, events], axis=1)
 
     @exact_kernels()
-    def predict(self, rows: Rows, model: str = "stage") -> NDArray[np.int64]:
+    def predict(
+        self, rows: Rows, model: str = "stage", *, description: Meaning | None = None
+    ) -> NDArray[np.int64]:
         """Return the predictions (N,) int64 of 0 and 1 by the threshold kept with the weights.
 
         ``model``: as for ``predict_proba``, with its own threshold.
         """
-        positive = [scores.positive for scores in self._scores(rows, model)]
+        positive = [scores.positive for scores in self._scores(rows, model, description)]
         return np.concatenate(positive).astype(np.int64)
 
     @exact_kernels()
     def predict_cumulative_incidence(
-        self, rows: Rows, hours: Sequence[float] | None = None, model: str = "stage"
+        self,
+        rows: Rows,
+        hours: Sequence[float] | None = None,
+        model: str = "stage",
+        *,
+        description: Meaning | None = None,
     ) -> pd.DataFrame:
         """Return how likely each event is by some hours, while the others compete with it.
 
@@ -249,6 +261,7 @@ class TrajectoryModel:
             hours: H numbers of hours from the prediction time, from 0 to the last horizon; None
                 takes the ends of the intervals in which the model has hazards.
             model: as for ``predict_proba``.
+            description: of a table.
 
         Returns:
             N x C x H lines: id, hour (float64), cause (name of the event), incidence (float64).
@@ -259,11 +272,13 @@ class TrajectoryModel:
 
         Source: Aalen and Johansen 1978, of the model's hazards.
         """
-        curves = [scores.curves(hours) for scores in self._scores(rows, model)]
+        curves = [scores.curves(hours) for scores in self._scores(rows, model, description)]
         return pd.concat(curves, ignore_index=True)
 
     @exact_kernels()
-    def predictions(self, rows: Rows, model: str = "stage") -> pd.DataFrame:
+    def predictions(
+        self, rows: Rows, model: str = "stage", *, description: Meaning | None = None
+    ) -> pd.DataFrame:
         """Return the table of ``predict``: N rows, with or without a score.
 
         Columns id, probability, prediction, of stage 3 report, problem, which is empty for a row
@@ -271,23 +286,24 @@ class TrajectoryModel:
         other model. Times to events have further columns; see docs/times.md. ``model``: as for
         ``predict_proba``.
         """
-        chunks, findings = self._read(rows, strict=False)
+        chunks, findings = self._read(rows, description, strict=False)
         options = self.trained, findings, self.batch_size, model
         tables = [prediction_table(chunk, *options)[0] for chunk in chunks]
         return pd.concat(tables, ignore_index=True)
 
     @exact_kernels()
-    def write_reports(self, rows: Rows) -> list[str]:
+    def write_reports(self, rows: Rows, *, description: Meaning | None = None) -> list[str]:
         """Return the reports of stage 3, N texts; their verdicts are those of ``predict``."""
         if self.stage != "generative":
             raise ValueError(f"write_reports needs a model of stage generative: {self.stage}")
         reports = [
-            with_risks(reports_of(x, self.trained, self.batch_size), x) for x in self._scores(rows)
+            with_risks(reports_of(x, self.trained, self.batch_size), x)
+            for x in self._scores(rows, "stage", description)
         ]
         return [text for texts in reports for text in texts]
 
     @exact_kernels()
-    def risk_over_time(self, rows: Rows) -> pd.DataFrame:
+    def risk_over_time(self, rows: Rows, *, description: Meaning | None = None) -> pd.DataFrame:
         """Return the risk after each observation, as if the prediction were made there.
 
         Early risks rest on fewer values, and a language model has learned from whole rows only.
@@ -299,57 +315,70 @@ class TrajectoryModel:
             id, hours (float64, on the row's clock), probability (float64), the last of which is
             that of ``predict_proba``.
         """
-        chunks, findings = self._read(rows, strict=True)
+        chunks, findings = self._read(rows, description, strict=True)
         tables = (risk_over_time(x, self.trained, findings, self.batch_size) for x in chunks)
         return pd.concat([table for chunk in tables for table in chunk], ignore_index=True)
 
-    def plot_risk(self, rows: Rows) -> Figure:
+    def plot_risk(self, rows: Rows, *, description: Meaning | None = None) -> Figure:
         """Return a figure of ``risk_over_time``, a line for each row."""
-        curves = self.risk_over_time(rows)
+        curves = self.risk_over_time(rows, description=description)
         with plot_style():
             return plot_risk_curves(curves, self.config["outcome"], self.threshold)
 
     @exact_kernels()
-    def plot_patient(self, rows: Rows, id: object = None) -> Figure:
+    def plot_patient(
+        self, rows: Rows, id: object = None, *, description: Meaning | None = None
+    ) -> Figure:
         """Return the figure of the patients' page: a row's series and, below, its risk over time.
 
         Args:
             rows: N rows, of which one is drawn.
-            id: of the row, as in ``predictions``; None draws the first one.
+            id: of the row, as in ``predictions``; None draws the first one that has a value.
+            description: of a table.
 
         Raises:
+            InputError: the row cannot be scored.
             ValueError: no row has this id.
         """
-        chunks, findings = self._read(rows, strict=True)
+        (chunks, findings), problem = self._read(rows, description, strict=False), ""
         for chunk in chunks:
-            position = np.flatnonzero((chunk.ids == str(id)) | (id is None))[:1]
+            scorable = rows_as_read(chunk, self.config, findings)
+            is_asked = (scorable.ids == str(id)) | (id is None)
+            position = np.flatnonzero(is_asked[scorable.positions])[:1]
             if len(position):
-                ids, numbers = chunk.ids[position], chunk.numbers[position]
-                rest = chunk.dataset.subset(position), np.zeros(1, dtype=np.int64), chunk.read
-                scorable = rows_as_read(ScoringRows(ids, numbers, *rest), self.config, findings)
-                row = {"id": ids[0], "probability": np.nan, "problem": ""}
-                explanation = explain(row, scorable.dataset, self.trained, self.batch_size)
+                name = scorable.ids[scorable.positions[position[0]]]
+                row = {"id": name, "probability": np.nan, "problem": ""}
+                dataset = scorable.dataset.subset(position)
+                explanation = explain(row, dataset, self.trained, self.batch_size)
                 with plot_style():
                     return plot_patient(explanation, self.config["outcome"], self.threshold)[0]
+            for number in scorable.numbers[is_asked][:1].tolist():
+                problem = f"{findings.source}, row {number}: {findings.problems[number]}"
+        if problem:
+            raise InputError(problem)
         raise ValueError(f"no row has the id {id}")
 
     @exact_kernels()
-    def prompt_embeds(self, rows: Rows) -> list[Tensor]:
+    def prompt_embeds(self, rows: Rows, *, description: Meaning | None = None) -> list[Tensor]:
         """Return the language model's input, N tensors (S, D) on the CPU; see docs/sharing.md."""
-        embeds = [prompt_embeds(x, self.trained, self.batch_size) for x in self._scores(rows)]
+        scores = self._scores(rows, "stage", description)
+        embeds = [prompt_embeds(x, self.trained, self.batch_size) for x in scores]
         return [vectors for chunk in embeds for vectors in chunk]
 
-    def _scores(self, rows: Rows, model: str = "stage") -> Iterator[Scores]:
-        chunks, findings = self._read(rows, strict=True)
+    def _scores(self, rows: Rows, model: str, description: Meaning | None) -> Iterator[Scores]:
+        chunks, findings = self._read(rows, description, strict=True)
         for chunk in chunks:
             yield score_rows(chunk, self.trained, findings, self.batch_size, model)
 
-    def _read(self, rows: Rows, *, strict: bool) -> tuple[Iterator[ScoringRows], Findings]:
+    def _read(
+        self, rows: Rows, description: Meaning | None, *, strict: bool
+    ) -> tuple[Iterator[ScoringRows], Findings]:
         source, max_rows = as_source(rows), MEMORY_ROWS[self.stage]
         name = source.source if isinstance(source, TrajectoryDataset) else str(source)
         name = "DataFrame" if isinstance(source, pd.DataFrame) else name
-        findings, datasets = Findings(name, strict=strict), self.datasets
-        return scoring_rows(source, self.config, datasets, findings, max_rows), findings
+        findings = Findings(name, strict, "; predictions(rows) lists such rows and scores the rest")
+        options = self.datasets, findings, max_rows, description
+        return scoring_rows(source, self.config, *options), findings
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the model, with its card, as a folder of your own: new, or of an earlier model.

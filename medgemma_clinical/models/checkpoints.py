@@ -52,7 +52,13 @@ from medgemma_clinical.models.choices import DEMO, LLM_STAGES, LORA_RANK, MEMBER
 from medgemma_clinical.models.decoders import terms_of
 from medgemma_clinical.models.encoders import encoder_name
 from medgemma_clinical.models.language_model import HUB_ID, base_record, base_type
-from medgemma_clinical.models.model_card import model_card
+from medgemma_clinical.models.model_card import (
+    TIMING,
+    describe_recipe,
+    model_card,
+    shareable,
+    shared_recipe,
+)
 from medgemma_clinical.models.model_facts import model_facts
 from medgemma_clinical.models.outcome import outcome_of
 from medgemma_clinical.models.trajectory import Stage1
@@ -69,6 +75,9 @@ ADAPTER_CONFIG = "adapter/adapter_config.json"
 ADAPTER_WEIGHTS = "adapter/adapter_model.safetensors"
 MODULE_WEIGHTS = "modules.safetensors"
 NOTICE, CARD, FACTS = "NOTICE", "README.md", "model_facts.xml"
+IMPORT = "import.json"
+"""File of the recipe of the training data, which ``from_long --like`` reads."""
+
 BASELINES, MAX_BASELINES = "baselines.json", 2**26
 """File of a stage's baselines, and its largest size in bytes."""
 
@@ -108,6 +117,8 @@ class Config(TypedDict, total=False):
     inputs: dict[str, Any]  # what stage 1 reads: ``static`` and ``series`` names, prediction_time
     outcome: str  # name of the label
     question: str  # that the prompt asks
+    timing: dict[str, str]  # prediction time and horizon, in words
+    recipe: dict[str, Any]  # of ``TrajectoryDataset``, where it is known
     has_patient_ids: bool  # whether the data name patients, or each row counts as one
     data_sha256: str  # of all that was read, before ``--max_samples``
     rows_sha256: str  # of labels, ids, patients and given split, whatever is read of the series
@@ -174,8 +185,10 @@ def describe_data(data: Data) -> Config:
     dataset, train = data.dataset, data.split["train"]
     mix = case_mix(demographics(dataset).iloc[train], row_medians(dataset).iloc[train])
     mix["last"] = describe(last_values(dataset).iloc[train])
-    description = cast(Config, data.description())
-    return {"version": __version__, **description, "case_mix": mix}
+    task = dataset.task_description()
+    timing = {name: task[name] for name in TIMING}
+    description = {**data.description(), "timing": timing, "recipe": {**dataset.recipe}}
+    return cast(Config, {"version": __version__, **description, "case_mix": mix})
 
 
 def describe_base(name: str) -> Config:
@@ -203,6 +216,7 @@ def check_config(path: Path, config: Any, stages: tuple[str, ...]) -> None:
         case_mix_cells({"all": mix, "last": mix.get("last", {})}, "rows")
         MonitorRule.checked(config.get("monitor_rule", {}))
         describe_threshold(config.get("threshold_choice"), "rows")
+        describe_recipe({**config, "recipe": shared_recipe(config)})
         encoder, base = config["encoder"], config.get("base_model", DEMO)
         counts = {name: config.get(name, 0) for name in BOUNDS}
         series = config["inputs"].get("series", config["features"])
@@ -362,9 +376,11 @@ def save_llm(folder: Path, model: TrajectoryLLM, config: Config) -> None:
 def write_card(
     folder: Path, config: Config, repo_id: str | None = None, min_cell: int = MIN_CELL
 ) -> None:
-    """Write the card of a model and its facts, without small counts."""
+    """Write the card of a model, its facts and the recipe of its data, without small counts."""
     write_text(folder / CARD, model_card(config, repo_id, min_cell))
     write_text(folder / FACTS, model_facts(config, min_cell))
+    if recipe := shareable(config, min_cell).get("recipe"):
+        write_json(folder / IMPORT, recipe)
 
 
 def write_config(folder: Path, config: Config) -> None:

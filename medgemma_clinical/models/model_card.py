@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from medgemma_clinical.data.dka import comparable
+from medgemma_clinical.data.long_table import name_categories, read_sexes, split_title
 from medgemma_clinical.data.small_cells import MIN_CELL, count_text
 from medgemma_clinical.data.texts import code
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
@@ -36,10 +38,16 @@ MODEL_LIMITS = (
     "as disease. Metrics of a small test part vary by chance: read the interval, not the value."
 )
 
+OTHER = "(other)"
+"""Stands for the categories of few patients in a recipe; no cell is expected to hold it."""
+
 RECOMMENDED = "Recommended (--use best)"
 
 CARD_METRICS = "auroc", "auprc", "brier", "oe"
 """Metrics of all models that a card lists."""
+
+TIMING = ("Prediction time", "Horizon")
+"""Lines of ``task_description`` that a checkpoint keeps."""
 
 METRICS_OF = ("validation", "test", "folds")
 """Parts of ``metrics.json``; a model of all patients has the folds' in place of the others."""
@@ -63,8 +71,51 @@ def shareable(config: Mapping[str, Any], min_cell: int) -> Any:
         "updated": updated,
         "case_mix": suppress_case_mix(config["case_mix"], min_cell, hide_events=hide_events),
         "metrics": {**_without_tables(metrics), **parts},
+        "recipe": shared_recipe(config),
     }
     return {**config, **{key: x for key, x in hidden.items() if key in config}}
+
+
+def shared_recipe(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recipe without series, static features and categories of perhaps few patients."""
+    recipe = config.get("recipe", {})
+    arguments = {**recipe.get("arguments", {})}
+    if read_as := arguments.get("read_as"):
+        words = {k: _shared_words(k, x, config) for k, x in read_as.get("static", {}).items()}
+        known = {title: categories for title, categories in words.items() if categories is not None}
+        arguments["read_as"] = {**read_as, "static": known}
+        left_out = {name_of(title) for title in {*words} - {*known}}
+        arguments["static"] = [x for x in arguments["static"] if name_of(x) not in left_out]
+    if arguments.get("series"):
+        read = {comparable(name) for name in config["inputs"].get("series", config["features"])}
+        first, *others = arguments["series"]
+        arguments["series"] = [first, *(x for x in others if "=" not in x or name_of(x) in read)]
+    return {**recipe, "arguments": arguments} if recipe else {}
+
+
+def _shared_words(
+    title: str, words: Sequence[str], config: Mapping[str, Any]
+) -> Sequence[str] | None:
+    """Return the categories of a static feature that ``MIN_CELL`` training patients have or lack.
+
+    Sex, yes and no stand in words of this program. None: new data are read by their own words.
+    """
+    if not words:  # numbers
+        return words
+    entries = config["case_mix"].get("static", {})
+    sexes = read_sexes(config["recipe"]["arguments"].get("sex", ()))
+    categories, columns = name_categories(split_title(title)[0], words, sexes)
+    if {*categories} != {*words}:  # a word of each side makes the same column
+        return [categories[0], categories[len(columns[0][1])]]
+    large = [text for name, ones in columns for text in ones if "share" in entries.get(name, {})]
+    if len(large) == len(columns):
+        return words
+    return [OTHER, *large] if len(large) > 1 else None  # two words alone would have one column
+
+
+def name_of(text: str) -> str:
+    """Return the comparable name in ``NAME [unit]=CODE``."""
+    return comparable(split_title(text.partition("=")[0].strip())[0])
 
 
 def _without_tables(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,6 +146,7 @@ def model_card(
         if (rule := config.get("monitor_rule"))
         else "",
         "model": describe_model(shared),
+        "recipe": describe_recipe(shared),
         "repo_id": repo_id,
         "source": json.dumps(repo_id or "FOLDER"),
         "series": [f"{name} ({units[name]})" if units[name] else name for name in series],
@@ -173,6 +225,23 @@ def describe_model(config: Mapping[str, Any]) -> dict[str, str]:
     return lines
 
 
+def describe_recipe(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return when the question is asked, and from which items, of a model whose data say so."""
+    arguments = config.get("recipe", {}).get("arguments", {})
+    timing = config.get("timing", {})
+    lines = {name: str(timing[name]) for name in TIMING if name in timing}
+    if "window_hours" in arguments:
+        hours = str(arguments["window_hours"]).removesuffix(".0")
+        lines["Window"] = f"{hours} hours up to the prediction time"
+    items: dict[str, list[str]] = {}
+    for text in arguments.get("series", ()):
+        title, _, item = map(str.strip, text.partition("="))
+        items.setdefault(title, []).append(item or title)
+    if items:
+        lines["Items"] = "; ".join(f"{title}: {', '.join(x)}" for title, x in items.items())
+    return lines
+
+
 def describe_recommended(config: Mapping[str, Any]) -> str:
     """Return the model that ``--use best`` means, which rows chose it, and how, or why none is."""
     metrics, name = config.get("metrics", {}), config["best_model"]
@@ -199,8 +268,8 @@ def describe_recommended(config: Mapping[str, Any]) -> str:
 
 def page_card(config: Mapping[str, Any], lines: Mapping[str, str]) -> dict[str, str]:
     """Return the description of a model for a page: ``lines`` first, versions last."""
-    sha256 = {"SHA-256 of the training data": config["data_sha256"]}
-    return {**lines, **describe_model(config), **sha256, **describe_program()}
+    sha256, program = {"SHA-256 of the training data": config["data_sha256"]}, describe_program()
+    return {**lines, **describe_model(config), **describe_recipe(config), **sha256, **program}
 
 
 def describe_weight(config: Mapping[str, Any]) -> str:

@@ -23,6 +23,7 @@ from medgemma_clinical.models.model_card import (
     card_metrics,
     choosing_rows,
     describe_model,
+    describe_recipe,
     shareable,
 )
 from medgemma_clinical.models.outcome import outcome_of
@@ -98,6 +99,8 @@ def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
         risk += f"; predicted from {threshold:.4g} on, {choice}"
     rule = config.get("monitor_rule")
     care = {} if rule is None else {"OngoingMaintenance": MonitorRule.checked(rule).words}
+    recipe = [f"{name}: {text}" for name, text in describe_recipe(config).items()]
+    source = f"--dataset {config['dataset']}, SHA-256 {config['data_sha256']}"
     base = ("Language model", "Its revision, or the SHA-256 of its files")
     return {
         "ModelName": f"{config['outcome']}, {model['Model']}",
@@ -113,7 +116,7 @@ def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
         "OutcomesAndOutputs": "; ".join([risk, *outcome.about]),
         "ModelType": "; ".join(model[x] for x in ("Model", "Stage 1") if x in model),
         "FoundationModels": ["; ".join(model[x] for x in base)] if base[0] in model else [],
-        "InputDataSource": f"{config['dataset']}, SHA-256 {config['data_sha256']}. {OWNER}source",
+        "InputDataSource": f"{'. '.join([*recipe, source])}. {OWNER}source",
         "OutputAndInputDataTypes": f"In: series {', '.join(series)}; static features "
         f"{', '.join(config['inputs']['static']) or 'none'}. Out: a probability from 0 to 1.",
         "DevelopmentDataCharacterization": f"Training part: {', '.join(counts) or 'not shown'}",

@@ -60,6 +60,7 @@ def test_the_parameters_are_flags_with_their_defaults():
     defaults = vars(parsed())
     parameters = TrajectoryClassifier().get_params()
     assert parameters.pop("random_state") == defaults["seed"]
+    assert parameters.pop("description") is None
     assert parameters == {name: defaults[name] for name in parameters}
 
 

@@ -12,7 +12,7 @@ from medgemma_clinical.data.overlap import (
     row_hashes,
 )
 from medgemma_clinical.files import InputError
-from trajectories import LABEL, SERIES, data_of, dataset_of, patients, table_of
+from trajectories import GAP, LABEL, SERIES, data_of, dataset_of, patients, table_of
 
 NAN = float("nan")
 
@@ -74,7 +74,9 @@ def test_copies_in_one_part_or_of_few_values_leak_nothing():
 def test_copies_are_numbered_as_in_the_file_also_when_rows_were_left_out():
     table = table_of(["", *ROWS, "", ROWS[1]], split=["train", *PARTS, "train", "test"])
     table[LABEL] = [0, *LABELS, 0, 1]
-    dataset = MIMICtrajectoryDataset(table.assign(trajectory_x="1 (0h)"), series=["Anion gap"])
+    dataset = MIMICtrajectoryDataset(
+        table.assign(trajectory_x="1 (0h)"), description=GAP, series=["Anion gap"]
+    )
     assert_refused(dataset.subset(np.arange(len(dataset))[::-1]), "rows 2 and 8 ")
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from dataset_format import Description, MIMICtrajectoryDataset
 from medgemma_clinical.data.texts import PromptOptions
-from trajectories import dataset_of, one_series, random_text, table_of
+from trajectories import GAP, dataset_of, one_series, random_text, table_of
 
 NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?")
 DEATH = Description(
@@ -88,7 +88,7 @@ def test_rate_and_direction_are_those_of_last_to_first(series, end):
 
 
 def test_a_single_value_computes_nothing_and_zero_has_no_sign():
-    dataset = one_row("-0 (0h)", trajectory_x="5 (1h)")
+    dataset = one_row("-0 (0h)", description=GAP, trajectory_x="5 (1h)")
     text = dataset.prompt(0, PromptOptions(computed=True))
     assert text.startswith("Anion gap (mEq/L): 0 (0h). lowest 0 mEq/L at 0 h, highest 0 mEq/L at")
     assert "x: 5 (1h). only one value. Will" in text

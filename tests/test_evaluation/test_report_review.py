@@ -10,14 +10,14 @@ from dataset_format import Description, MIMICtrajectoryDataset
 from medgemma_clinical.evaluation.report_review import ReportReview, review_report
 from srtr_dataset import SRTRTrajectoryDataset
 from srtr_files import SYNTHETIC, filler, history_row, removed, write_folder
-from trajectories import dataset_of, random_text, table_of
+from trajectories import GAP, dataset_of, random_text, table_of
 
 
 def one_row(series="24 (0h) -> 20 (2h) -> 12.5 (6h)", description=None, **cells):
     columns = {f"trajectory_{name}": cell for name, cell in cells.items()}
     context = "54-year-old woman, surgical ICU"
     table = table_of([series], clinical_context=context, label_escalation=1, **columns)
-    return MIMICtrajectoryDataset(table, description=description or Description())
+    return MIMICtrajectoryDataset(table, description=description or GAP)
 
 
 @cache

@@ -179,7 +179,7 @@ def test_what_cannot_be_read_is_refused_with_what_differs(models, runs, table, t
         (table.assign(**{"trajectory_Serum bicarbonate [mg/dL]": table[SERIES]}), "mmol/L"),
         (write_data(table, tmp_path / "unit.csv", unit="mg/dL"), "mg/dL"),
         (write_data(table, tmp_path / "outcome.csv", outcome="Stroke"), "Stroke"),
-        (MIMICtrajectoryDataset(table), "Anion gap"),
+        (MIMICtrajectoryDataset(table), "Main series"),
         (MIMICtrajectoryDataset(table, max_len=2, description=own), "max_len: 2"),
         (MIMICtrajectoryDataset(ageless, description=own), "static_age"),
         (None, "NoneType"),

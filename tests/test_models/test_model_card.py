@@ -79,6 +79,9 @@ def finished():
     }
     more["case_mix"] = {"rows": 640.0, "patients": 600.0, "prevalence": 0.25}
     more["best_model"] = "last value"
+    series = ["Anion gap [mEq/L]=AG", "Anion gap [mEq/L]=50868", "Lactate=LAC"]
+    arguments = {"window_hours": 24.0, "series": series}
+    more["recipe"] = {"made_by": "dataset_format.py from_long", "arguments": arguments}
     more["metrics"] = run_metrics(reports={**reports, "inventing_share": metric(0.3)})
     return json.loads(json.dumps({**config, **more}))
 
