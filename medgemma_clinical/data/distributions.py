@@ -173,7 +173,7 @@ def compare(
 ) -> list[str]:
     """Return what of ``row_medians`` does not fit the distributions of the training patients.
 
-    ``periods`` of the rows, where known, are named if another unit is seen in some of them.
+    Where the ``periods`` of the rows are known, those of another unit are named.
     """
     patients, problems = patient_medians(rows), []
     for kind in ("series", "static"):
@@ -181,19 +181,23 @@ def compare(
             if (kind, name) not in patients:
                 continue
             column = patients[kind, name].to_numpy(float)
-            change = find_unit_change(name, entry, column)
-            found, where = compare_column(name, entry, column, change), ""
+            change, where = find_unit_change(name, entry, column), ""
             if periods is not None:
                 by_period = unit_changes(name, entry, rows[kind, name], periods, change)
-                where = f"in {join_names([*by_period])} " if by_period else ""
-                if by_period and not change:
-                    found.append(f"{next(iter(by_period.values())).words}: {ASKS_UNIT}")
-            problems += [f"{name}: {where if ASKS_UNIT in text else ''}{text}" for text in found]
+                if 0 < len(by_period) < (periods.value_counts() >= MIN_MEASURED).sum():
+                    where = f" ({join_names([*by_period])})"
+                change = change or next(iter(by_period.values()), None)
+            found = compare_column(name, entry, column, change, where)
+            problems += [f"{name}: {problem}" for problem in found]
     return problems
 
 
 def compare_column(
-    name: str, entry: Mapping[str, Any], column: NDArray[np.float64], change: UnitChange | None
+    name: str,
+    entry: Mapping[str, Any],
+    column: NDArray[np.float64],
+    change: UnitChange | None,
+    where: str = "",
 ) -> list[str]:
     """Return what of one value a patient does not fit a stored distribution."""
     values, problems = column[~np.isnan(column)], []
@@ -205,7 +209,7 @@ def compare_column(
         shares = percent(share), percent(usual)
         problems.append("measured in {} of patients here, {} in training".format(*shares))
     if change:
-        problems.append(f"{change.words}: {ASKS_UNIT}")
+        problems.append(f"{change.words}{where}: {ASKS_UNIT}")
     elif n >= MIN_MEASURED and not _is_usual(entry, float(np.median(values))):
         here, there = f"{np.median(values):.3g}", "0 or 1"
         if "share" not in entry:
@@ -237,7 +241,8 @@ def usual_range(entry: Mapping[str, Any]) -> tuple[float, float]:
     reach = max(1.0, z(0.01) / z(levels[0]))
     ends = [middle + reach * (mean - middle) for mean in (means[0], means[-1])]
     if means[0] > 0:  # or of logarithms, where that is wider: troponins are skewed
-        ends += [middle * (mean / middle) ** reach for mean in (means[0], means[-1])]
+        center = math.exp(np.interp(0.5, levels, np.log(means)))
+        ends += [center * (mean / center) ** reach for mean in (means[0], means[-1])]
     return min(ends), max(ends)
 
 
@@ -320,6 +325,8 @@ def find_unit_change(
             if distances[k] <= spread and closer * max(NEAREST, distances[k]) < others[shift]:
                 share = 1.0 if is_whole else float(shares[k - 1])
                 found.append(UnitChange(conversion, share, np.abs(here - mixtures[k]).mean()))
+    # Lactates in mg/dL nearly fit a factor of 10.
+    found = [x for x in found if x.conversion.is_named] or found
     return min(found, key=lambda change: change.distance, default=None)
 
 
@@ -352,7 +359,8 @@ def _population_distance(
     z = (there - there[MIDDLE]) / spread
     steeper = max(0.2, np.polyfit(there, here, 1)[0]) if np.ptp(there) else 1.0
     stretched = there[MIDDLE] + np.outer([1.0, steeper], there - there[MIDDLE])
-    tilt, bend = TILTS[np.abs(TILTS[:, 0]) <= shift].T[:, :, None]
+    size = np.abs(TILTS[:, 0]) + 2 * TILTS[:, 1].clip(0)  # weights of both ends shift, too
+    tilt, bend = TILTS[size <= shift].T[:, :, None]
     clipped = np.clip(z, -4, 4)
     weighted = _weighted(there, np.exp(tilt * clipped + bend * clipped**2))
     distances = _distances(here - stretched, shift * spread)
