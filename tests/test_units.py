@@ -242,7 +242,7 @@ def halves(rows, seed, sizes=(600, 300)):
         ("creatinine", 88.4, "divided by 88.4"),
         ("glucose", 1 / 18.016, "multiplied by 18.02"),
         ("potassium", 10, "divided by 10"),
-        ("PCO2", 1 / 7.5, "multiplied by 7.501"),
+        ("paco2", 1 / 7.5, "multiplied by 7.501"),
     ],
 )
 def test_a_share_of_patients_is_found(chemistry, name, factor, remedy, share):

@@ -293,7 +293,7 @@ def find_unit_change(
     Quantiles of their logarithms are compared with those of the training patients, of whom all or
     a share have another unit, and with those of other populations.
     """
-    values = column[~np.isnan(column)]
+    values = column[np.isfinite(column)]
     logs = np.log(values[values > 0])
     if "share" in entry or len(entry["means"]) < MIN_GROUPS or len(logs) < MIN_MEASURED:
         return None
