@@ -633,18 +633,19 @@ def make_like(earlier: Path, arguments: dict[str, Any]) -> int:
     """Make a DKA file, and warn of what does not fit the earlier one that it is read like."""
     out: Path = arguments["out"]
     is_table = earlier.is_file() and dka.description_path(earlier) != earlier
-    training = distributions.describe(medians_of(earlier)) if is_table else None
+    training = distributions.describe(medians_of(earlier)[0]) if is_table else None
     code = make("from_long", arguments)
     if training is None:
         logger.info("%s: no data file: the values are not compared with it", earlier)
     else:
-        checks.log_warnings(distributions.compare(training, medians_of(out)), str(out))
+        checks.log_warnings(distributions.compare(training, *medians_of(out)), str(out))
     return code
 
 
-def medians_of(path: Path) -> pd.DataFrame:
-    """Return the medians of the rows of a DKA file, as ``distributions.row_medians`` does."""
+def medians_of(path: Path) -> tuple[pd.DataFrame, pd.Series[str] | None]:
+    """Return medians of rows as ``distributions.row_medians`` does, and months where known."""
     findings, tables = Findings(str(path), strict=False), list[pd.DataFrame]()
+    months = list[Any]()
     about = read_description(path)
     for table, _ in dka.read_tables(path):
         features = dka.find_features(table, about, None, str(path))
@@ -660,7 +661,9 @@ def medians_of(path: Path) -> pd.DataFrame:
                 dka.patients_of(table, findings)[0].to_numpy(str),
             )
         )
-    return pd.concat(tables)
+        if "prediction_time" in table:
+            months.append(table["prediction_time"].astype(str).str[:7])
+    return pd.concat(tables), pd.concat(months) if months else None
 
 
 def make(command: str, arguments: dict[str, Any]) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from medgemma_clinical.data.dka import comparable
 from medgemma_clinical.data.feature import Feature
@@ -49,16 +51,68 @@ FACTORS = {
 of urea 28.01 g/mol."""
 
 UNIT_RATIOS = {
-    r"crea|krea|creatinine?|kreatinin\w*|cr[eé]atinin\w*": (88.40,),  # umol/L to a mg/dL
-    r"glucose|glukose|glicose|glyc[eé]mie|blutzucker": (18.016,),  # mg/dL to a mmol/L
-    r"lactate?|laktat|lactato": (9.008,),  # mg/dL to a mmol/L
-    # mg/dL of nitrogen, and of urea, to a mmol/L of urea; urea to its nitrogen.
-    r"urea|bun|harnstoff\w*|ur[eé]e|ureia": (2.801, 6.006, 2.144),
-    r"h(a?e)?moglobin\w*|h(ä|é)moglobin\w*|hgb|hb": (10.0, 1.611, 16.11),  # g/L, g/dL, mmol/L
-    r"bilirubin\w*": (17.10,),  # umol/L to a mg/dL
+    r"crea|krea|creatinine?|kreatinin\w*|cr[eé]atinin\w*": (88.40,),  # 113.12 g/mol
+    r"gluc?k?ose|glucos[ai]o?|glicose|gl[yi]c[eéa]mi[ea]|blutzucker": (18.016,),  # 180.16
+    r"lactate?|laktat|l?attato|lactato|acide lactique": (9.008,),  # 90.08
+    # mg/dL of nitrogen (28.014), and of urea (60.06), to a mmol/L of urea; urea to its nitrogen.
+    r"urea|bun|harnstoff\w*|ur[eé]e|ureia|azotemia": (2.801, 6.006, 2.144),
+    r"h(a?e|ä|é)?moglobin\w*|emoglobina|hgb|hb": (10.0, 1.611, 16.11),  # monomer 16,114
+    r"bilirr?ubin\w*": (17.10,),  # 584.66
+    r"[ck]al[cz]ium|calcio": (4.008,),  # 40.078
+    r"magn[eé]sium|magnesio": (2.431,),  # 24.305
+    r"(an)?(ph|f)os(ph|f)at[eo]?|phosphor(e|us)?|f[oó]sforo": (3.097,),  # 30.974
+    r"uric acid|urate|harns(ä|ae)ure|acide urique|[aá]cido [uú]rico": (59.48,),  # 168.11
+    r"(\w* )?chol[eé]st[eé]rol\w*|cholesterin|colestero\w*|hdl|ldl": (38.67,),  # 386.65
+    r"triglyc[eé]rides?|triglyzeride?|triglic[eé]rid\w*": (88.54,),  # 885.4
+    r"ammoni(a|ak|ac|aca|um)|amon[ií]aco|nh3": (1.703,),  # 17.031
+    r"iron|eisen|fer|hierro|ferro|sideremia": (5.585,),  # 55.845
+    r"ferr?itin\w*": (2.247,),  # 445,000
+    r"copper|kupfer|cuivre|cobre|rame": (6.355,),  # 63.546
+    r"zink|zinco?": (6.538,),  # 65.38
+    r"(vitamine?|vitamina)? ?b ?12|[ck]obalamin\w*": (1.355,),  # 1,355.4
+    r"folate?|fols(ä|ae)ure|folic acid|acide folique|[aá]cido f[oó]lico|folatos?": (
+        2.266,
+    ),  # 441.4
+    r"vitamine? d3?|vitamina d3?|25 ?oh ?d3?|calcidiol": (2.496,),  # 400.64
+    r"[ck]ortisol\w*|cortisolo": (27.59,),  # 362.46
+    r"f?t4|thyrox\w*|tirox\w*": (12.87,),  # 776.87
+    r"f?t3|triiod?o?th?yronin\w*|trijodthyronin": (1.536,),  # 650.97
+    r"test[oó]st[eé]ron\w*": (3.467, 28.84),  # 288.42, of ng/mL and of ng/dL
+    r"o?estradiol\w*|östradiol|œstradiol": (3.671,),  # 272.38
+    r"progest[eé]ron\w*": (3.180,),  # 314.46
+    r"insulin\w*": (6.945, 6.0),  # pmol/L to a mIU/L, by the older and the newer standard
+    r"[cz] ?pepti\w*|peptide c": (3.020, 331.1),  # 3,020, of nmol/L and of pmol/L
+    r"bnp": (3.464,),  # 3,464
+    r"nt ?pro ?bnp": (8.457,),  # 8,457
+    r"digoxin\w*|digossina": (1.281,),  # 780.94
+    r"vancom[yi]cin\w*": (1.449,),  # 1,449.3
+    r"[pa]\w*racetamol\w*|acetaminophen": (6.616,),  # 151.16
+    r"salic[yi]lat\w*": (13.81,),  # 138.12
+    r"phenytoin\w*|ph[eé]nyto[iï]ne|fenito[ií]na": (3.964,),  # 252.27
+    r"valpro\w*": (6.934,),  # 144.21
+    r"ethanol|[eé]thanol|etanolo?|alcohol|alkohol|alcool": (4.607, 21.71),  # 46.068
+    r"theoph[yi]llin\w*|teofillina|teofilina|th[eé]ophylline": (5.550,),  # 180.16
+    r"homoc[yi]stein\w*|homocyst[eé]ine|omocisteina|homociste[ií]na": (7.397,),  # 135.18
+    r"fibrinog[eèé]n\w*": (34.00,),  # 340,000
+    r"[ck]arbama[zc]epin\w*": (4.232,),  # 236.27
+    r"lead|blei|plomb|plomo|piombo": (20.72,),  # 207.2
+    r"pth|parath\w*|paratormone": (9.425,),  # 9,425
+    r"aldosteron\w*|aldost[eé]rone": (27.74,),  # 360.44
+    # mmHg to a kPa; pounds to a kilogram; centimetres to an inch.
+    r"p(a|v)?[oc]o?2|\w* ?pressure|blutdruck|pression|presi[oó]n|\w*bp|map": (7.5006,),
+    r"weight|gewicht|poids|peso": (2.2046,),
+    r"height|gr(ö|oe)(ß|ss)e|taille|talla|altezza|statura": (2.54,),
 }
-"""Ratios of the units in use, by a word of a series' name, the whole of it.
-Source: molar masses as above; urea 60.06, bilirubin 584.7, haemoglobin's monomer 16,114 g/mol."""
+"""Ratios of the units in use, by words of a series' name.
+Source: molar masses in g/mol, behind each; CIPM, pounds of 0.45359237 kg, mmHg of 133.322 Pa."""
+
+SCALES = {
+    r"temp|temp[eé]ratur\w*": (1.8, 32.0, "°F", "°C"),
+    r"(hb ?)?a1c|glyc\w* h(a?e|ä)moglobin\w*": (10.93, -23.5, "mmol/mol", "%"),
+}
+"""Slope and offset from the last unit to the one before, by words of a name. Source: NGSP."""
+
+POWERS = 10.0, 100.0, 1000.0  # of any unit: dL and L, m and u, percent
 
 PREFIXES = {"": 1, "d": 1e-1, "c": 1e-2, "m": 1e-3, "u": 1e-6, "\N{MICRO SIGN}": 1e-6, "n": 1e-9}
 PREFIXES |= {"\N{GREEK SMALL LETTER MU}": 1e-6, "p": 1e-12, "k": 1e3}
@@ -78,13 +132,43 @@ def feature_of(analyte: Feature, gap_item: int, items: tuple[int | str, ...] = (
     return Feature(name, analyte.unit, (COMPUTED_GAP,), analyte.plausible)
 
 
+class Conversion(NamedTuple):
+    """From the unit of one cohort to that of another."""
+
+    slope: float
+    offset: float
+    remedy: str  # what undoes it
+    is_named: bool  # the table has it for this series
+
+    def of_logs(self, logs: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Convert logarithms; what has none any more is made very small."""
+        converted = self.slope * np.exp(logs) + self.offset
+        return np.log(np.maximum(converted, 1e-9))
+
+
+def conversions(name: str) -> list[Conversion]:
+    """Return the conversions between units in which a series may be given."""
+    named, found = unit_ratios(name), list[Conversion]()
+    for ratio in dict.fromkeys([*named, *POWERS]):
+        is_named = ratio in named
+        found.append(Conversion(ratio, 0.0, f"divided by {ratio:.4g}", is_named))
+        found.append(Conversion(1 / ratio, 0.0, f"multiplied by {ratio:.4g}", is_named))
+    for slope, offset, new, old in [SCALES[x] for x in _patterns_of(name, SCALES)]:
+        found.append(Conversion(slope, offset, f"converted from {new} to {old}", is_named=True))
+        words = f"converted from {old} to {new}"
+        found.append(Conversion(1 / slope, -offset / slope, words, is_named=True))
+    return found
+
+
 def unit_ratios(name: str) -> tuple[float, ...]:
     """Return the ratios of the units in which laboratories give a series, none where unknown."""
-    words = re.findall(r"\w+", comparable(name))
-    return next(
-        (x for pattern, x in UNIT_RATIOS.items() if any(re.fullmatch(pattern, w) for w in words)),
-        (),
-    )
+    return next((UNIT_RATIOS[x] for x in _patterns_of(name, UNIT_RATIOS)), ())
+
+
+def _patterns_of(name: str, table: Iterable[str]) -> list[str]:
+    """Return the patterns of which whole words of a name are one."""
+    words = " ".join(re.findall(r"\w+", comparable(name)))
+    return [pattern for pattern in table if re.search(rf"\b(?:{pattern})\b", words)]
 
 
 def prefix_ratios(unit: str, target: str) -> tuple[float, ...]:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.special import ndtri
 
-from medgemma_clinical.data.analytes import unit_ratios
+from medgemma_clinical.data.analytes import Conversion, conversions
+from medgemma_clinical.data.dka import join_names
 from medgemma_clinical.data.small_cells import MIN_CELL
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 
@@ -33,14 +36,32 @@ MIN_MEASURED = 20
 RARE = 10
 """A share measured that is so many times another one is reported."""
 
-COMPARED = (0.1, 0.25, 0.5, 0.75, 0.9)
-"""Levels at which a factor between two units is sought."""
+LEVELS = (np.arange(99) + 0.5) / 99
+LOWER, MIDDLE, UPPER = 15, 49, 83
+"""Levels of quantiles that are compared; of these the median, and a standard deviation off it."""
 
-CLOSER = 5
-"""A factor fits clearly better if the logarithms of quantiles lie so many times closer."""
+SHARES = np.arange(0.05, 0.96, 0.025)
+TILTS = np.array([(tilt, bend) for tilt in np.linspace(-2, 2, 9) for bend in (-0.5, 0.0, 0.5)])
+"""Shares of patients with another unit; weights of the patients of another population."""
+
+MIN_GROUPS, MIN_POSITIVE, MIN_CHANGED = 5, 0.8, 5
+"""Minimum of groups of training patients, of the share above 0, and of patients of another unit."""
 
 SMALL_RATIO, MIN_SMALL = 3.0, 60
 """Urea doubles in sicker patients, too: smaller ratios are sought in so many patients or more."""
+
+CLOSER, CLOSER_STRICT, CLOSER_SUSPECTED = 3.0, 4.0, 2.0
+"""Another unit has to lie so many times closer than another population; strictly, where chance
+offers much: small ratios, and powers of ten of a share; less, where all patients suggest it."""
+
+POPULATION_SHIFT, OWN_SHIFT = {True: 0.5, False: 1.0}, (0.5, 0.1)
+"""Shifts in standard deviations that are no unit of all patients, by whether the test has the ratio
+in our table; and of patients with another unit, in SD and as a share of its logarithm."""
+
+NEAREST = 0.005
+"""Smallest distance of logarithms: quantiles are rounded."""
+
+ASKS_UNIT = "is the unit right?"
 
 
 # ------------------------------------------------------------------ of a cohort
@@ -147,19 +168,37 @@ def quantile(entry: Mapping[str, Any], level: float) -> float:
 # ------------------------------------------------------------------ of two cohorts
 
 
-def compare(training: Distributions, rows: pd.DataFrame) -> list[str]:
-    """Return what of ``row_medians`` does not fit the distributions of the training patients."""
-    patients = patient_medians(rows)
-    return [
-        f"{name}: {problem}"
-        for kind in ("series", "static")
-        for name, entry in training.get(kind, {}).items()
-        if (kind, name) in patients
-        for problem in compare_column(name, entry, patients[kind, name].to_numpy(float))
-    ]
+def compare(
+    training: Distributions, rows: pd.DataFrame, periods: pd.Series[str] | None = None
+) -> list[str]:
+    """Return what of ``row_medians`` does not fit the distributions of the training patients.
+
+    Where the ``periods`` of the rows are known, those of another unit are named.
+    """
+    patients, problems = patient_medians(rows), []
+    for kind in ("series", "static"):
+        for name, entry in training.get(kind, {}).items():
+            if (kind, name) not in patients:
+                continue
+            column = patients[kind, name].to_numpy(float)
+            change, where = find_unit_change(name, entry, column), ""
+            if periods is not None:
+                by_period = unit_changes(name, entry, rows[kind, name], periods, change)
+                if 0 < len(by_period) < (periods.value_counts() >= MIN_MEASURED).sum():
+                    where = f" ({join_names([*by_period])})"
+                change = change or next(iter(by_period.values()), None)
+            found = compare_column(name, entry, column, change, where)
+            problems += [f"{name}: {problem}" for problem in found]
+    return problems
 
 
-def compare_column(name: str, entry: Mapping[str, Any], column: NDArray[np.float64]) -> list[str]:
+def compare_column(
+    name: str,
+    entry: Mapping[str, Any],
+    column: NDArray[np.float64],
+    change: UnitChange | None,
+    where: str = "",
+) -> list[str]:
     """Return what of one value a patient does not fit a stored distribution."""
     values, problems = column[~np.isnan(column)], []
     n, usual = len(values), entry["measured"]
@@ -169,13 +208,13 @@ def compare_column(name: str, entry: Mapping[str, Any], column: NDArray[np.float
     elif max(n, expected) >= MIN_MEASURED and not usual / RARE < share < usual * RARE:
         shares = percent(share), percent(usual)
         problems.append("measured in {} of patients here, {} in training".format(*shares))
-    if n >= MIN_MEASURED and not (
-        _is_usual(entry, float(np.median(values))) and not fits_a_factor(name, entry, values)
-    ):
+    if change:
+        problems.append(f"{change.words}{where}: {ASKS_UNIT}")
+    elif n >= MIN_MEASURED and not _is_usual(entry, float(np.median(values))):
         here, there = f"{np.median(values):.3g}", "0 or 1"
         if "share" not in entry:
             there = f"{quantile(entry, 0.5):.3g}"
-        problems.append(f"median {here} here, {there} in training: is the unit right?")
+        problems.append(f"median {here} here, {there} in training: {ASKS_UNIT}")
     return problems
 
 
@@ -200,19 +239,146 @@ def usual_range(entry: Mapping[str, Any]) -> tuple[float, float]:
     middle, z = quantile(entry, 0.5), NormalDist().inv_cdf
     # Few patients make large groups: their ends lie further in, by those of a normal distribution.
     reach = max(1.0, z(0.01) / z(levels[0]))
-    low, high = (middle + reach * (mean - middle) for mean in (means[0], means[-1]))
-    return low, high
+    ends = [middle + reach * (mean - middle) for mean in (means[0], means[-1])]
+    if means[0] > 0:  # or of logarithms, where that is wider: troponins are skewed
+        center = math.exp(np.interp(0.5, levels, np.log(means)))
+        ends += [center * (mean / center) ** reach for mean in (means[0], means[-1])]
+    return min(ends), max(ends)
 
 
-def fits_a_factor(name: str, entry: Mapping[str, Any], values: NDArray[np.float64]) -> bool:
-    """Return whether quantiles, times a factor between two units, are clearly closer."""
-    ratios = [x for x in unit_ratios(name) if x >= SMALL_RATIO or len(values) >= MIN_SMALL]
-    if not ratios or "share" in entry or len(entry["means"]) < len(COMPARED):
-        return False
-    here = np.quantile(values, COMPARED)
-    there = np.array([quantile(entry, level) for level in COMPARED])
-    if min(here[0], there[0]) <= 0:
-        return False
-    shift = np.log(there / here)
-    distances = [np.abs(shift - sign * math.log(x)).mean() for x in ratios for sign in (1, -1)]
-    return bool(CLOSER * min(distances) < np.abs(shift).mean())
+# ------------------------------------------------------------------ of two units
+
+
+@dataclass(frozen=True)
+class UnitChange:
+    """Another unit, of a share of patients, that explains their values."""
+
+    conversion: Conversion
+    share: float
+    distance: float  # of the logarithms of quantiles
+
+    @property
+    def words(self) -> str:
+        """What fits the training data, and how."""
+        if self.share == 1:
+            return f"the values fit the training data if {self.conversion.remedy}"
+        share = percent(_two_digits(self.share))
+        return f"about {share} of patients fit the training data if {self.conversion.remedy}"
+
+
+def unit_changes(
+    name: str,
+    entry: Mapping[str, Any],
+    column: pd.Series[float],  # of rows, whose index is the patient
+    periods: pd.Series[str],
+    suspected: UnitChange | None,  # of all patients
+) -> dict[str, UnitChange]:
+    """Return the periods in which another unit is seen."""
+    found = {}
+    for period, part in column.groupby(periods.to_numpy()):
+        values = np.asarray(part.groupby(level=0).median(), dtype=float)
+        if change := find_unit_change(name, entry, values, suspected):
+            found[str(period)] = change
+    return found
+
+
+def find_unit_change(
+    name: str,
+    entry: Mapping[str, Any],
+    column: NDArray[np.float64],
+    suspected: UnitChange | None = None,
+) -> UnitChange | None:
+    """Return the unit that explains values (patients,) far better than another population does.
+
+    Quantiles of their logarithms are compared with those of the training patients, of whom all or
+    a share have another unit, and with those of other populations.
+    """
+    values = column[np.isfinite(column)]
+    logs = np.log(values[values > 0])
+    if "share" in entry or len(entry["means"]) < MIN_GROUPS or len(logs) < MIN_MEASURED:
+        return None
+    is_positive = np.array(entry["means"]) > 0
+    if min(len(logs) / len(values), is_positive.mean()) < MIN_POSITIVE:
+        return None
+    there, here = _log_quantiles(entry), np.quantile(logs, LEVELS)
+    if np.abs(here - there).mean() < CLOSER * NEAREST:
+        return None
+    spread = _spread(there)
+    shares = SHARES[SHARES * len(logs) >= MIN_CHANGED]
+    others = {shift: _population_distance(here, there, shift) for shift in (0.5, 1.0, np.inf)}
+    found = list[UnitChange]()
+    for conversion in [suspected.conversion] if suspected else conversions(name):
+        changed = conversion.of_logs(there)
+        factor = abs(float(changed[MIDDLE] - there[MIDDLE]))
+        is_small, is_named = factor < math.log(SMALL_RATIO), conversion.is_named
+        if is_small and len(logs) < MIN_SMALL:
+            continue
+        mixtures = np.concatenate([changed[None], _mixtures(there, changed, shares)])
+        own_shift = 0.0 if is_small else min(OWN_SHIFT[0] * spread, OWN_SHIFT[1] * factor)
+        distances = _distances(here - mixtures, own_shift)
+        for k in {0, int(distances[1:].argmin()) + 1 if len(shares) else 0}:
+            is_whole = k == 0
+            closer = CLOSER if is_named or is_whole else CLOSER_STRICT
+            closer = CLOSER_STRICT if is_small else closer
+            closer = CLOSER_SUSPECTED if suspected else closer
+            shift = POPULATION_SHIFT[is_named] if is_whole else np.inf
+            if distances[k] <= spread and closer * max(NEAREST, distances[k]) < others[shift]:
+                share = 1.0 if is_whole else float(shares[k - 1])
+                found.append(UnitChange(conversion, share, np.abs(here - mixtures[k]).mean()))
+    # Lactates in mg/dL nearly fit a factor of 10.
+    found = [x for x in found if x.conversion.is_named] or found
+    return min(found, key=lambda change: change.distance, default=None)
+
+
+def _log_quantiles(entry: Mapping[str, Any]) -> NDArray[np.float64]:
+    """Return logarithms of the quantiles at ``LEVELS``; beyond the means, of a normal curve."""
+    means = np.array(entry["means"], dtype=float)
+    z, logs = ndtri(np.array(entry["levels"])[means > 0]), np.log(means[means > 0])
+    wanted, middle = ndtri(LEVELS), np.interp(0, z, logs)
+    quantiles = np.interp(wanted, z, logs)
+    for end, beyond in ((0, wanted < z[0]), (-1, wanted > z[-1])):
+        quantiles[beyond] = middle + (logs[end] - middle) * wanted[beyond] / z[end]
+    return np.maximum.accumulate(quantiles)
+
+
+def _spread(quantiles: NDArray[np.float64]) -> float:
+    return max(float(quantiles[UPPER] - quantiles[LOWER]) / 2, NEAREST)
+
+
+def _distances(rest: NDArray[np.float64], shift: float) -> NDArray[np.float64]:
+    """Return mean distances (k,) of quantiles (k, levels) that may be shifted by up to so much."""
+    shifts = np.clip(np.median(rest, axis=1), -shift, shift)
+    return np.abs(rest - shifts[:, None]).mean(axis=1)
+
+
+def _population_distance(
+    here: NDArray[np.float64], there: NDArray[np.float64], shift: float
+) -> float:
+    """Return how close another population comes that is shifted by so many SD at most."""
+    spread = _spread(there)
+    z = (there - there[MIDDLE]) / spread
+    steeper = max(0.2, np.polyfit(there, here, 1)[0]) if np.ptp(there) else 1.0
+    stretched = there[MIDDLE] + np.outer([1.0, steeper], there - there[MIDDLE])
+    size = np.abs(TILTS[:, 0]) + 2 * TILTS[:, 1].clip(0)  # weights of both ends shift, too
+    tilt, bend = TILTS[size <= shift].T[:, :, None]
+    clipped = np.clip(z, -4, 4)
+    weighted = _weighted(there, np.exp(tilt * clipped + bend * clipped**2))
+    distances = _distances(here - stretched, shift * spread)
+    return float(min(*distances, *_distances(here - weighted, 0.0)))
+
+
+def _mixtures(
+    there: NDArray[np.float64], changed: NDArray[np.float64], shares: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return quantiles of patients of whom a share has another unit, (shares, levels)."""
+    both = np.concatenate([there, changed])
+    order = np.argsort(both, kind="stable")
+    share = shares[:, None]
+    return _weighted(both[order], np.where(order < len(there), 1 - share, share))
+
+
+def _weighted(values: NDArray[np.float64], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the quantiles of rising values (n,) by weights (k, n)."""
+    levels = (weights.cumsum(axis=1) - weights / 2) / weights.sum(axis=1, keepdims=True)
+    quantiles = [np.interp(LEVELS, of_row, values) for of_row in levels]
+    return np.array(quantiles).reshape(len(weights), len(LEVELS))

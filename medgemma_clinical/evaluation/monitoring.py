@@ -21,9 +21,12 @@ from scipy.special import expit
 from scipy.stats import binomtest, rankdata
 
 from medgemma_clinical.data.distributions import (
+    ASKS_UNIT,
     MIN_MEASURED,
     RARE,
     compare_column,
+    find_unit_change,
+    unit_changes,
     usual_range,
 )
 from medgemma_clinical.evaluation.metrics import (
@@ -94,10 +97,11 @@ class MonitorRule:
             f"on the same side, in {self.consecutive} consecutive periods, or when a CUSUM of odds "
             f"{self.odds_ratio:g} times as high or low signals; refit when the AUROC lies below "
             f"its limit in {self.consecutive} consecutive periods; stop when an input is no longer "
-            f"measured or changes its unit. A period is judged once {100 * self.known:g} % of its "
-            "outcomes are known, and the last year counts. In at most "
-            f"{100 * self.false_alarms:g} % of stable years O/E, AUROC or CUSUM alarm; periods of "
-            f"such a year are assumed to differ by an SD of {self.period_sd:g} of the log-odds."
+            "measured or changes its unit, whose periods are not judged. A period is judged once "
+            f"{100 * self.known:g} % of its outcomes are known, and the last year counts. In at "
+            f"most {100 * self.false_alarms:g} % of stable years O/E, AUROC or CUSUM alarm; "
+            f"periods of such a year are assumed to differ by an SD of {self.period_sd:g} of the "
+            "log-odds."
         )
 
 
@@ -345,11 +349,14 @@ def compare_inputs(
     and ``Monitored.problems``.
     """
     entries = {name: x for kind in ("series", "static") for name, x in training[kind].items()}
+    entries = {name: x for name, x in entries.items() if name in inputs}
+    changes = dict[str, Any]()
+    for name, entry in entries.items():
+        of_all = find_unit_change(name, entry, inputs[name].to_numpy(float))
+        changes[name] = unit_changes(name, entry, inputs[name], periods, of_all)
     lines, problems = [], []
     for period, part in inputs.groupby(periods):
         for name, entry in entries.items():
-            if name not in part:
-                continue
             column = part[name].to_numpy(float)
             values, share = column[~np.isnan(column)], entry["measured"]
             measured = *_share(len(values), len(column)), share / RARE, min(1, share * RARE)
@@ -357,7 +364,8 @@ def compare_inputs(
             if len(values):
                 median = float(np.median(values)), np.nan, np.nan, *usual_range(entry)
                 lines.append((period, "", f"median: {name}", *median))
-            problems += [(period, name, text) for text in compare_column(name, entry, column)]
+            texts = compare_column(name, entry, column, changes[name].get(period))
+            problems += [(period, name, text) for text in texts]
     return pd.DataFrame(lines, columns=LINE), pd.DataFrame(problems, columns=PROBLEM)
 
 
@@ -446,8 +454,14 @@ def _actions(
     rule: MonitorRule,
 ) -> list[Action]:
     """Return the actions that apply."""
-    now = _named(problems[problems["period"].isin(checked[-1:])])
-    actions = [Action("stop", now)] if now else []
+    now = problems[problems["period"].isin(checked[-1:])]
+    # Outcomes of periods of another unit tell of the unit, not of the model.
+    wrong = problems[asks_unit(problems) & problems["period"].isin(of_judged["period"])]
+    periods = [*dict.fromkeys(wrong["period"])]
+    of_judged = of_judged.assign(value=of_judged["value"].mask(of_judged["period"].isin(periods)))
+    reason = _named(now if len(now) else wrong.drop_duplicates("name"))
+    reason += f"; not judged: {', '.join(periods)}" if periods else ""
+    actions = [Action("stop" if len(now) else "check the unit", reason)] if reason else []
     for name, changes in CHANGES.items():
         found = [run for x in changes for run in _runs_outside(of_judged, *x, rule.consecutive)]
         if name == "recalibrate":
@@ -458,6 +472,11 @@ def _actions(
             inputs = _inputs_words(problems, checked, [x for _, names in found for x in names])
             actions.append(Action(name, "; ".join(words for words, _ in found), inputs))
     return actions
+
+
+def asks_unit(problems: pd.DataFrame) -> pd.Series[bool]:
+    """Return which of ``PROBLEM`` are of units."""
+    return problems["problem"].astype(str).str.endswith(ASKS_UNIT)
 
 
 # ------------------------------------------------------------------ all together
@@ -506,7 +525,9 @@ def monitor(
     count = pd.DataFrame(counts)
     of_all = count[count["site"] == ""].set_index("period")["is_complete"]
     # Not to the first period that waits alone: some outcomes never come.
-    sums = _cusum_of(scored, [*of_all[of_all].index], reference, rule, levels.cusum)
+    wrong_unit = {*problems.loc[asks_unit(problems), "period"]}
+    clean = [period for period in of_all[of_all].index if period not in wrong_unit]
+    sums = _cusum_of(scored, clean, reference, rule, levels.cusum)
     last_year = [*of_all[of_all].index[-per_year:]]
     of_judged = table[(table["site"] == "") & table["period"].isin(last_year)]
     signals = sums[sums["period"].isin(last_year) & (sums["signal"] != "")]

@@ -152,9 +152,28 @@ def test_a_series_in_another_unit_stops(scored, checkpoint, tmp_path, capsys):
     inputs.loc[300:, "Serum bicarbonate"] *= 10
     inputs.to_csv(inputs_path(out), index=False)
     lines, table = run(capsys, out, checkpoint, scored[1], tmp_path)
-    assert lines[0].startswith("monitor: stop: Serum bicarbonate in 2026-04: median ")
+    assert lines[0].startswith("monitor: stop: Serum bicarbonate in 2026-04: the values fit ")
     median = table[table["metric"] == "median: Serum bicarbonate"]
     assert (median["value"] > median["limit_high"].astype(float)).tolist() == [0, 0, 0, 1]
+
+
+def test_no_update_is_advised_from_months_of_another_unit(scored, checkpoint, tmp_path, capsys):
+    """Too many events in two months: of other patients, or of risks by a wrong unit."""
+    outcomes = scored[1].copy()
+    outcomes.loc[200:, "label"] = np.where(np.arange(len(outcomes) - 200) % 3, "1", "0")
+    out = tmp_path / "out.csv"
+    out.write_bytes(scored[0].read_bytes())
+    inputs = pd.read_csv(inputs_path(scored[0]))
+    for begin, is_advised in ((len(inputs), True), (200, False)):
+        other = inputs.copy()
+        other.loc[begin:, "Serum bicarbonate"] *= np.where(
+            np.arange(len(inputs) - begin) % 2, 10, 1
+        )
+        other.to_csv(inputs_path(out), index=False)
+        lines, _ = run(capsys, out, checkpoint, outcomes, tmp_path)
+        assert any("recalibrate" in line for line in lines) == is_advised
+        assert any("--update" in line for line in lines) == is_advised
+        assert ("divided by 10" in lines[0]) != is_advised
 
 
 # ------------------------------------------------------------------ times to events

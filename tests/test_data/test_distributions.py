@@ -130,7 +130,7 @@ UNIT, NEVER, RARE = "is the unit right", "never measured", "of patients here"
         (drawn(400, 1, spread=0.8), drawn(200, 2, spread=0.8) * 2.144, "Harnstoff", [UNIT]),
         (drawn(400, 1, spread=0.8), drawn(200, 2, spread=0.8) / 2.801, "urea nitrogen", [UNIT]),
         (drawn(400, 1, spread=0.8), drawn(50, 2, spread=0.8) * 2.144, "urea", []),
-        (drawn(400, 1, spread=0.8), drawn(200, 2, spread=0.8) * 2.144, "ferritin", []),
+        (drawn(400, 1, spread=0.8), drawn(200, 2, spread=0.8) * 2.144, "platelets", []),
         (drawn(400, 1, spread=0.8), drawn(200, 2, spread=0.8) * 1.4, "urea", []),
         (drawn(400, 1, 1.5, 0.9), drawn(60, 2, 1.5, 0.9) * 9.008, "Lactate", [UNIT]),
         (drawn(400, 1, 120, 0.2), drawn(60, 2, 120, 0.2) / 10, "haemoglobin", [UNIT]),
@@ -157,8 +157,8 @@ def test_what_does_not_fit_is_named(old, new, name, expected):
 
 
 def test_the_message_names_both_medians():
-    problems = compare(describe(rows_of([91.0] * 200)), rows_of([1.0] * 20))
-    assert problems == ["creatinine: median 1 here, 91 in training: is the unit right?"]
+    problems = compare(describe(rows_of([91.0] * 200)), rows_of([7.0] * 20))
+    assert problems == ["creatinine: median 7 here, 91 in training: is the unit right?"]
 
 
 @pytest.mark.parametrize("path", [SAMPLE, CHEMISTRY])
@@ -186,4 +186,6 @@ def test_the_other_unit_of_an_analyte_is_seen_in_the_sample(name, chemistry):
         new = chemistry.iloc[order[-300:]].copy()
         new["series", name] *= factor
         (problem,) = compare(training, new)
-        assert problem.startswith(f"{name}: median")
+        assert problem.startswith(f"{name}: the values fit")
+        near = f"{max(factor, 1 / factor):.3g}"[:3]
+        assert near in problem

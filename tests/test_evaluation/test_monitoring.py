@@ -287,15 +287,16 @@ def test_a_change_is_told_beside_the_inputs_of_the_same_periods():
         "changed before": values.where(month != "2026-02", values / 18),
         "changed": values.where(~month.isin(["2026-08", "2026-09"]), values / 18),
     }
-    verdicts = {
-        name: monitored(rows, inputs, training).verdict.partition("recalibrate: ")
-        for name, inputs in texts.items()
-    }
-    assert all(word for _, word, _ in verdicts.values())
-    assert "glucose in 2026-08" in verdicts["changed"][0]
-    assert "2026-09" not in verdicts["changed"][0], "each input once"
-    for name in ("as in training", "changed before"):
-        assert verdicts[name][0].startswith("inputs fit")
+    found = {name: monitored(rows, inputs, training) for name, inputs in texts.items()}
+    assert found["as in training"].verdict.startswith("inputs fit")
+    for name, period in (("changed before", "2026-02"), ("changed", "2026-08")):
+        check, recalibrate = found[name].actions
+        assert check.name == "check the unit"
+        assert check.reason.startswith(f"glucose in {period}: the values fit")
+        assert check.reason.count("glucose") == 1, "each input once"
+        assert recalibrate.name == "recalibrate"
+        assert recalibrate.inputs.startswith("inputs fit")
+    assert "2026-08" not in " ".join(action.words for action in found["changed"].actions[1:])
     assert monitored(rows).verdict.startswith("inputs not checked")
 
 
@@ -321,7 +322,8 @@ def test_an_input_that_changes_its_unit_or_is_no_longer_measured_stops():
         assert name in found.verdict
         assert text in found.verdict
         repaired = spoilt.where(rows["date"] < "2026-11-15", values)
-        assert monitored(rows, repaired, training).verdict == "no action", "it is right again"
+        [*names] = [action.name for action in monitored(rows, repaired, training).actions]
+        assert names == (["check the unit"] if text == "unit" else []), "it is right again"
         lines, problems = compare_inputs(spoilt, period_names(rows["date"], "month"), training)
         assert {*problems["period"]} == {*period_names(rows["date"][recent], "month")}
         share = lines[lines["metric"] == f"measured: {name}"].set_index("period")["value"]
