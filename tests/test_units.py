@@ -254,6 +254,15 @@ def test_a_share_of_patients_is_found(chemistry, name, factor, remedy, share):
     assert found.share == pytest.approx(share, abs=0.08)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_factor_of_a_wide_series_is_found_in_all_patients(seed):
+    rng = np.random.default_rng(seed)
+    old, new = (40 * np.exp(rng.normal(size=n)) for n in (300, 200))
+    entry = describe(pd.DataFrame({("series", "CRP"): old}))["series"]["CRP"]
+    found = find_unit_change("CRP", entry, new * 1.15 / 10)
+    assert (found.conversion.remedy, found.share) == ("multiplied by 10", 1)
+
+
 def test_sicker_patients_have_no_other_unit():
     """Shifted, wider, or of another mixture of two groups, as troponins are."""
     rng = np.random.default_rng(0)
