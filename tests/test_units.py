@@ -283,7 +283,7 @@ def test_series_without_logarithms_do_not_matter():
     rng = np.random.default_rng(0)
     excess, urine = rng.normal(-2, 4, 300), np.where(np.arange(300) < 15, 0, rng.gamma(2, 50, 300))
     training = describe(pd.DataFrame({("series", "BE"): excess, ("series", "urine"): urine}))
-    assert find_unit_change("BE", training["series"]["BE"], excess * 10) is None
+    assert find_unit_change("BE", training["series"]["BE"], excess * 1000) is None
     assert find_unit_change("BE", training["series"]["BE"], np.zeros(50)) is None
     assert find_unit_change("urine", training["series"]["urine"], np.zeros(50)) is None
     found = find_unit_change("urine", training["series"]["urine"], urine[::2] / 1000)
