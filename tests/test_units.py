@@ -15,6 +15,7 @@ from medgemma_clinical.data.distributions import (
     describe,
     find_unit_change,
     row_medians,
+    unit_changes,
 )
 from medgemma_clinical.evaluation import monitoring
 
@@ -254,6 +255,16 @@ def test_a_share_of_patients_is_found(chemistry, name, factor, remedy, share):
     assert found.share == pytest.approx(share, abs=0.08)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_factor_of_a_wide_series_is_found_in_all_patients(seed):
+    rng = np.random.default_rng(seed)
+    old, new = (40 * np.exp(rng.normal(size=n)) for n in (300, 200))
+    old, new = old.clip(2.5, 250), new.clip(2.5, 250)  # limits of the assay
+    entry = describe(pd.DataFrame({("series", "CRP"): old}))["series"]["CRP"]
+    found = find_unit_change("CRP", entry, 5 * (new / 40) ** 0.8)  # narrower, too
+    assert (found.conversion.remedy, found.share) == ("multiplied by 10", 1)
+
+
 def test_sicker_patients_have_no_other_unit():
     """Shifted, wider, or of another mixture of two groups, as troponins are."""
     rng = np.random.default_rng(0)
@@ -274,10 +285,25 @@ def test_series_without_logarithms_do_not_matter():
     rng = np.random.default_rng(0)
     excess, urine = rng.normal(-2, 4, 300), np.where(np.arange(300) < 15, 0, rng.gamma(2, 50, 300))
     training = describe(pd.DataFrame({("series", "BE"): excess, ("series", "urine"): urine}))
-    assert find_unit_change("BE", training["series"]["BE"], excess * 10) is None
+    assert find_unit_change("BE", training["series"]["BE"], excess * 1000) is None
     assert find_unit_change("BE", training["series"]["BE"], np.zeros(50)) is None
     assert find_unit_change("urine", training["series"]["urine"], np.zeros(50)) is None
+    many_zeros = np.where(np.arange(300) < 150, 0, urine / 1000)
+    assert find_unit_change("urine", training["series"]["urine"], many_zeros) is None
     found = find_unit_change("urine", training["series"]["urine"], urine[::2] / 1000)
     assert found.conversion.remedy == "multiplied by 1000"
     for values in ([1e-300] * 40, [np.inf, *[1.0] * 30], [1e300] * 40, [-1.0] * 40, [np.nan] * 40):
         find_unit_change("urine", training["series"]["urine"], np.array(values))
+
+
+def test_a_unit_that_all_months_suggest_is_seen_in_small_ones():
+    rng, n = np.random.default_rng(0), 12 * 24
+    old, new = (np.exp(0.5 * rng.normal(size=size)) for size in (300, n))
+    entry = describe(pd.DataFrame({("series", "lactate"): old}))["series"]["lactate"]
+    months = pd.Series([f"2024-{k % 12 + 1:02d}" for k in range(n)])
+    inputs = pd.DataFrame({"lactate": new * np.where(np.arange(n) // 12 % 4, 1, 9.008)})
+    training = {"static": {}, "series": {"lactate": entry}}
+    _, problems = monitoring.compare_inputs(inputs, months, training)
+    assert len(problems) > len(unit_changes("lactate", entry, inputs["lactate"], months, None))
+    assert len(problems) >= 8
+    assert monitoring.compare_inputs(inputs * 0 + new[:, None], months, training)[1].empty

@@ -37,7 +37,6 @@ CASES = {
     "phosphate": 1 / 3.097,
     "bilirubin": 17.1,
     "urea": 6.006,
-    "urea nitrogen": 1 / 2.144,
     "alt": 10,
     "troponint": 1000,
 }

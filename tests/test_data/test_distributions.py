@@ -126,6 +126,7 @@ UNIT, NEVER, RARE = "is the unit right", "never measured", "of patients here"
         (drawn(21, 1), drawn(20, 2) / 88.4, "creatinine", []),  # their spread is not known
         (drawn(30, 1), drawn(60, 2) * 1.6, "creatinine", []),  # beyond the mean of the upper half
         (drawn(200, 1), drawn(200, 2) * 1.5, "creatinine", []),
+        (drawn(26, 1, 0.2, 1.9), drawn(30, 2, 2.0, 1.9), "troponin", []),  # so skewed are halves
         # Inside the middle 98 %: the factor between two units alone tells.
         (drawn(400, 1, spread=0.8), drawn(200, 2, spread=0.8) * 2.144, "Harnstoff", [UNIT]),
         (drawn(400, 1, spread=0.8), drawn(200, 2, spread=0.8) / 2.801, "urea nitrogen", [UNIT]),
