@@ -437,13 +437,13 @@ def open_table(
 
 
 def lines_above(text: TextIO) -> int:
-    """Return how many lines of a CSV stand above its header, the first row that is mostly filled.
-
-    The separator is that of the fullest row.
-    """
+    """Return how many lines of a CSV stand above its header, the first row that is mostly filled."""
     text.seek(0)
     lines, most, skipped = [*itertools.islice(text, LOOK)], 0, 0
-    for mark in SEPARATORS:
+    widths = {mark: len(next(csv.reader(lines, delimiter=mark), [])) for mark in SEPARATORS}
+    widest = max(widths.values())
+    # A title may have no separator; a cell of data may hold another one.
+    for mark in [mark for mark, width in widths.items() if width == widest]:
         reader, begin = csv.reader(lines, delimiter=mark), 0
         rows = list[tuple[int, int]]()  # filled cells, and where the row begins
         for row in reader:

@@ -16,6 +16,7 @@ SAMPLE = 2_000  # lines of a table that are looked at; of patients all are
 MOST, SURE, SHARED = 0.9, 0.99, 0.2  # shares of cells that decide what a column holds
 MIN_SHARED = 1.5  # patients that have an item, on average
 MAX_HOURS = 24 * 30  # from a sample to its result
+MAX_DAYS = 100  # between values and an admission, on average; a birth lies further off
 UNIT = r"%|\S{1,6}/\S{1,8}|mmHg|°C|fL|pg"
 OPTIONAL_ROLES = (("storetime", "unit"), (), ("notes.storetime",))
 SUBJECT_ROLES = ("subject_id", "labels.subject_id", "notes.subject_id")
@@ -303,9 +304,10 @@ def find_labels(cells: Sequence[Cells], values: Sequence[Cells]) -> dict[str, li
     times = [x for x in cells if x.is_mostly(x.times)]
     rows = max((x.filled for x in cells), default=0)
 
-    def distance(x: Cells) -> tuple[bool, float]:
-        """Return what makes a column less likely: empty cells, and times far from the values'."""
-        return x.filled < MOST * rows, min((abs(x.middle - y) for y in measured), default=x.middle)
+    def distance(x: Cells) -> tuple[bool, bool, float]:
+        """Return what makes a column less likely: empty cells, years from the values, late."""
+        days = min((abs(x.middle - y) for y in measured), default=0.0) / 86400
+        return x.filled < MOST * rows, days > MAX_DAYS, x.middle
 
     times.sort(key=distance)
     ends = [x.name for x in sorted(times, key=lambda x: (distance(x)[0], -x.middle))]

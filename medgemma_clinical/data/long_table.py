@@ -428,10 +428,24 @@ def load_values(
     columns[duck.LINE] = duck.Column("line", optional=True)
     log_columns(file, names)
     events.load_events(database, request, [file], names, columns, codes)
+    warn_of_zeros(database, file, names["subject_id"])
     repeated = drop_repeated(database, file.path)
     item = duck.quoted(names["item"])
     reading.signs |= check_texts(database, "read", names["value"], file, request, item)
     return repeated
+
+
+def warn_of_zeros(database: duck.Database, file: duck.TableFile, column: str) -> None:
+    """Warn of patients whose ids differ in leading zeros alone, and who are taken as one."""
+    raw = file.raw(column)
+    key, written = (duck.Column(form).typed(raw) for form in ("id", "written_id"))
+    (count,) = database.row(
+        f"SELECT count(*) FROM (SELECT {key} AS key FROM {file.rows()} GROUP BY key "
+        f"HAVING min({written}) != max({written}))"
+    )
+    if count:
+        where, problem = f"{file.path}, column {column}", "in leading zeros alone: taken as one"
+        logger.warning("warning: %s: ids of %s patients differ %s", where, f"{count:,}", problem)
 
 
 def drop_repeated(database: duck.Database, path: Path) -> int:
@@ -497,7 +511,9 @@ def load_labels(
     if "end_time" in names:
         form = replace(times["end_time"], source=names["end_time"], may_be_empty=True)
         columns[LEFT] = form
-        event_sql[events.ENDED] = f"{duck.quoted(LEFT)} < {prediction_time}"
+        # A date without a time stands for the whole day.
+        end = f"last_moment({duck.quoted(LEFT)})"
+        event_sql[events.ENDED] = f"{end} < {prediction_time}"
     if "event" in names:
         cause, end = duck.quoted(CAUSE), duck.quoted(END)
         form = replace(times["event_time"], source=names["event_time"], may_be_empty=True)
@@ -906,12 +922,15 @@ def read_sexes(texts: Sequence[str]) -> dict[str, str]:
 def ask_sexes(where: str, words: Sequence[str]) -> None:
     """Ask which numbers are which sex: registries differ."""
     problem = f"{where}: which number is which sex"
-    example = " ".join(f"{word}={sex}" for word, sex in zip(words, SEXES, strict=False))
     asked = []
     for k, word in enumerate(words):
-        order = SEXES[k % 2 :] + SEXES[: k % 2]
+        order = (*SEXES[k % 2 :], *SEXES[: k % 2], "unknown")
+        if len(words) > len(SEXES) and word not in ("1", "2"):
+            order = ("unknown", *SEXES)
         asked.append(Question(problem, "sex", tuple(f"{word}={sex}" for sex in order)))
-    raise OpenQuestions(f"{problem}: --sex {example}, or the other way round", asked)
+    example = " ".join(question.answers[0] for question in asked)
+    advice = f"--sex {example}, or another of male, female and unknown"
+    raise OpenQuestions(f"{problem}: {advice}", asked)
 
 
 def name_categories(
