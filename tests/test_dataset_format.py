@@ -234,7 +234,7 @@ def test_a_table_with_more_than_the_two_columns_is_not_taken_for_ketoacidosis(
     source = write_table(table, tmp_path / "data.csv") if is_file else table.set_index("id")
     dataset = MIMICtrajectoryDataset(source)
     text = " ".join([*dataset.task_description().values(), dataset.prompt(0), *dataset.warnings])
-    words = ("nion gap", "mEq/L", "scalat")
+    words = ("nion gap", "mEq/L", "Escalat")
     assert [word in text for word in words] == [name is None] * len(words)
     assert ("Main series" in text, "Outcome" in text) == (name is not None,) * 2
     assert any(("description=" in warning) == (not is_file) for warning in dataset.warnings)

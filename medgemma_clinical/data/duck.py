@@ -437,7 +437,7 @@ def open_table(
 
 
 def lines_above(text: TextIO) -> int:
-    """Return how many lines of a CSV stand above its header, the first row that is mostly filled."""
+    """Return how many lines of a CSV stand above its header, the first mostly filled row."""
     text.seek(0)
     lines, most, skipped = [*itertools.islice(text, LOOK)], 0, 0
     widths = {mark: len(next(csv.reader(lines, delimiter=mark), [])) for mark in SEPARATORS}

@@ -175,7 +175,8 @@ def command(what, folder):
         return [*words, "--mimic_dir", str(folder), "--compute_gap", "reported"]
     words += [word for item in ITEMS for word in ("--series", f"{item}={item}")]
     if what == "from_long":
-        return [*words, "--table", str(folder / "long.csv"), "--labels", str(folder / "labels.csv")]
+        words += ["--table", str(folder / "long.csv"), "--equal_times", "keep"]
+        return [*words, "--labels", str(folder / "labels.csv")]
     words += ["--meds_dir", str(folder), "--labels", str(folder / "labels.parquet")]
     return [*words, "--no_splits"]
 
