@@ -444,8 +444,8 @@ def warn_of_zeros(database: duck.Database, file: duck.TableFile, column: str) ->
         f"HAVING min({written}) != max({written}))"
     )
     if count:
-        where, problem = f"{file.path}, column {column}", "in leading zeros alone: taken as one"
-        logger.warning("warning: %s: ids of %s patients differ %s", where, f"{count:,}", problem)
+        text = "warning: %s, column %s: ids that differ in leading zeros alone, taken as one: %s"
+        logger.warning(text, file.path, column, f"{count:,}")
 
 
 def drop_repeated(database: duck.Database, path: Path) -> int:

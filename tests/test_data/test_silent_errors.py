@@ -205,6 +205,22 @@ def test_rows_whose_stay_ended_before_the_prediction_time_are_left_out(make, tmp
     assert len(make(*like, out="new.csv")[2]) == 40
 
 
+def test_an_end_without_a_time_is_the_end_of_its_day(make, tmp_path):
+    """Who left on the day of the prediction may have been there, the day before not."""
+    export(tmp_path, Entlassung=["2024-03-02", "2024-03-03", "2024-03-04", ""] * 10)
+    _, _, rows, _ = make("--end_time=Entlassung")
+    assert [int(x) % 4 for x in rows["subject_id"]] == [1, 2, 3] * 10
+
+
+def test_a_preview_asks_for_the_end_beside_the_time_it_proposes(make, tmp_path):
+    """The earlier of two times near the values is the admission, a birth lies years off."""
+    ends = [ADMITTED + pd.Timedelta(6 + p, "h") for p in range(40)]
+    export(tmp_path, Austritt=ends, Geburt=["1950-03-02"] * 40)
+    _, said, *_ = make("--prediction_time=", "--preview")
+    asked = said.partition("open questions")[2]
+    assert "--prediction_time 'Aufnahme + 24 h'" in asked
+
+
 def test_different_values_of_one_time_are_a_question(make, tmp_path):
     labs = export(tmp_path)
     labs["Freigabe"] = labs["Zeit"] + pd.Timedelta("1h")
@@ -234,9 +250,18 @@ def test_different_values_of_one_time_are_a_question(make, tmp_path):
 def test_ids_keep_their_zeros_and_join_without_them(make, tmp_path):
     labs = export(tmp_path)
     write(tmp_path, labs.assign(PID=labs["PID"].str.lstrip("0").replace("", "0")))
-    _, _, rows, _ = make()
+    _, said, rows, _ = make()
+    assert "leading zeros" not in said
     assert rows["subject_id"].tolist() == [f"{p:08d}" for p in range(40)]
     assert [x.split()[0] for x in rows["id"]] == rows["subject_id"].tolist()
+
+
+def test_ids_that_differ_in_zeros_alone_are_said_to_be_taken_as_one(make, tmp_path):
+    labs = export(tmp_path)
+    labs.loc[3:4, "PID"] = "1"
+    write(tmp_path, labs)
+    _, said, *_ = make()
+    assert "column PID: ids that differ in leading zeros alone, taken as one: 1\n" in said
 
 
 @pytest.mark.parametrize("codes", [("1", "2"), ("0", "1"), ("1", "2", "9")])
@@ -247,6 +272,7 @@ def test_sex_by_number_is_a_question_and_never_a_number(codes, make, tmp_path):
     code, said, *_ = make(static)
     assert code == 2
     assert f"--sex {codes[0]}=" in said
+    assert ("9=unknown" in said) == ("9" in codes)
     assert "--sex" in make(static, "--preview")[1].partition("open questions")[2]
     meaning = dict(zip(codes, ("female", "male", "unknown"), strict=False))
     words = ["--sex", *(f"{word}={sex}" for word, sex in meaning.items())]
