@@ -48,25 +48,15 @@ from medgemma_clinical.commands.command_line import (
     parse_hours,
     run_command,
 )
-from medgemma_clinical.data import (
-    checks,
-    distributions,
-    dka,
-    duck,
-    eicu,
-    long_table,
-    meds,
-    mimic,
-    preview,
-    texts,
-)
+from medgemma_clinical.data import checks, distributions, dka, texts
 from medgemma_clinical.data.analytes import GAP_ITEM
-from medgemma_clinical.data.cohort import COHORTS, DISCHARGED, ESCALATED, GAPS, OUTCOMES
 from medgemma_clinical.data.competing_events import OUTCOME_KINDS, CompetingEvents
 from medgemma_clinical.data.dka import LABEL, Description, read_description
 from medgemma_clinical.data.findings import Findings
+from medgemma_clinical.data.importers import duck, eicu, long_table, meds, mimic, preview
+from medgemma_clinical.data.importers.cohort import COHORTS, DISCHARGED, ESCALATED, GAPS, OUTCOMES
+from medgemma_clinical.data.importers.questions import OpenQuestions
 from medgemma_clinical.data.overlap import describe_copies
-from medgemma_clinical.data.questions import OpenQuestions
 from medgemma_clinical.data.roles import sex_of_column
 from medgemma_clinical.data.split import Split
 from medgemma_clinical.data.texts import Clause, PromptOptions, plain

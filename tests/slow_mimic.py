@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 
 import pandas as pd
 
-from medgemma_clinical.data.cohort import RULES
+from medgemma_clinical.data.importers.cohort import RULES
 from mimic_files import BICARBONATE, CHLORIDE, GAP, SODIUM
 
 COMPUTED = -1

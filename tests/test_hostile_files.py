@@ -17,7 +17,7 @@ import dataset_format
 import srtr_dataset
 from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.commands.several import auroc_of
-from medgemma_clinical.data import cohort, duck, mimic
+from medgemma_clinical.data.importers import cohort, duck, mimic
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.checkpoints import CONFIG, read_config
 from mimic_files import DEMO

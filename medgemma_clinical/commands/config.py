@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from medgemma_clinical.data.dka import join_names
-from medgemma_clinical.data.questions import Question
+from medgemma_clinical.data.importers.questions import Question
 from medgemma_clinical.files import InputError, did_you_mean, one_line
 
 KINDS = {bool: "true or false", tuple: "a list of texts", float: "a number", str: "a text"}

@@ -18,7 +18,7 @@ from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.compare import NOT_NAMED
 from medgemma_clinical.commands.config import read_toml
 from medgemma_clinical.commands.predictions import inputs_path
-from medgemma_clinical.data.duck import open_text, read_header
+from medgemma_clinical.data.importers.duck import open_text, read_header
 from medgemma_clinical.data.texts import formula_warning
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.decision import parse_threshold

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from medgemma_clinical.data.dka import comparable
-from medgemma_clinical.data.long_table import name_categories, read_sexes, split_title
+from medgemma_clinical.data.importers.long_table import name_categories, read_sexes, split_title
 from medgemma_clinical.data.small_cells import MIN_CELL, count_text
 from medgemma_clinical.data.texts import code
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES

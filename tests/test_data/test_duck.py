@@ -14,8 +14,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from medgemma_clinical.data import duck
-from medgemma_clinical.data.duck import KEY, NUMBER_OR_EMPTY, TIME, TIME_OR_EMPTY, Column
+from medgemma_clinical.data.importers import duck
+from medgemma_clinical.data.importers.duck import KEY, NUMBER_OR_EMPTY, TIME, TIME_OR_EMPTY, Column
 from medgemma_clinical.files import InputError, RunFault, locked
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +53,7 @@ def test_threads_are_at_most_the_cores_and_a_lack_of_memory_is_a_fault_of_the_ru
 FULL = """
 import resource, sys
 from pathlib import Path
-from medgemma_clinical.data.duck import open_database
+from medgemma_clinical.data.importers.duck import open_database
 resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
 with open_database(Path(sys.argv[1]) / "out.csv", "40MB", 1) as database:
     database.run(sys.argv[2])

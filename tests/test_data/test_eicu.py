@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from medgemma_clinical.data.cohort import ESCALATED, OUTCOMES
+from medgemma_clinical.data.importers.cohort import ESCALATED, OUTCOMES
 from mimic_files import GAP, Extracted, write_tables
 from slow_mimic import CHEMISTRY, COMPUTED, compare_with, read_slowly
 from table_requests import make_rows

@@ -30,7 +30,7 @@ from event_files import (
     random_events,
     write_table,
 )
-from medgemma_clinical.data import events
+from medgemma_clinical.data.importers import events
 from medgemma_clinical.files import InputError
 from table_requests import make_rows
 

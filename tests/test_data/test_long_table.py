@@ -11,7 +11,8 @@ import pytest
 
 import dataset_format
 from dataset_format import MIMICtrajectoryDataset
-from medgemma_clinical.data import duck, roles
+from medgemma_clinical.data import roles
+from medgemma_clinical.data.importers import duck
 from medgemma_clinical.files import InputError
 from table_requests import make_rows
 

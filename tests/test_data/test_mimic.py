@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from medgemma_clinical.data.cohort import OUTCOMES
-from medgemma_clinical.data.mimic import COLUMNS
+from medgemma_clinical.data.importers.cohort import OUTCOMES
+from medgemma_clinical.data.importers.mimic import COLUMNS
 from medgemma_clinical.files import InputError
 from mimic_files import (
     BICARBONATE,

@@ -10,7 +10,7 @@ import pytest
 import dataset_format
 from exports import answer, values_of, write_a, write_b
 from medgemma_clinical.commands import config
-from medgemma_clinical.data import duck, long_table, preview
+from medgemma_clinical.data.importers import duck, long_table, preview
 
 ROLES_A = ["subject_id=Pat.-Nr.", "time=Entnahme", "value=Ergebnis", "storetime=Befund"]
 FLAGS_A = {

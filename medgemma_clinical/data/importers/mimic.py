@@ -32,9 +32,10 @@ from typing import Any
 import pandas as pd
 
 from medgemma_clinical.data.analytes import ANALYTES, GAP_ITEM, feature_of
-from medgemma_clinical.data.cohort import CohortRequest, HospitalTables, make_cohort
 from medgemma_clinical.data.dka import comparable
-from medgemma_clinical.data.duck import (
+from medgemma_clinical.data.feature import Feature
+from medgemma_clinical.data.importers.cohort import CohortRequest, HospitalTables, make_cohort
+from medgemma_clinical.data.importers.duck import (
     KEY,
     KEY_OR_EMPTY,
     NUMBER,
@@ -48,8 +49,7 @@ from medgemma_clinical.data.duck import (
     open_database,
     open_table,
 )
-from medgemma_clinical.data.feature import Feature
-from medgemma_clinical.data.notes import add_notes, load_notes
+from medgemma_clinical.data.importers.notes import add_notes, load_notes
 from medgemma_clinical.files import InputError
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from medgemma_clinical.data import duck
+from medgemma_clinical.data.importers import duck
 
 logger = logging.getLogger(__name__)
 

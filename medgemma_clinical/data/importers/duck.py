@@ -29,7 +29,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from medgemma_clinical.data.findings import flow_lines
-from medgemma_clinical.data.questions import OpenQuestions, Question
+from medgemma_clinical.data.importers.questions import OpenQuestions, Question
 from medgemma_clinical.data.roles import MAX_ID, NO_ID
 from medgemma_clinical.files import (
     InputError,

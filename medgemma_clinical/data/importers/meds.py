@@ -11,11 +11,11 @@ from typing import Any
 
 import pandas as pd
 
-from medgemma_clinical.data import duck, events
 from medgemma_clinical.data.dka import EVENT, EVENT_HOURS, comparable, join_names
-from medgemma_clinical.data.events import SUBJECT
 from medgemma_clinical.data.feature import Feature
-from medgemma_clinical.data.notes import add_notes, load_notes
+from medgemma_clinical.data.importers import duck, events
+from medgemma_clinical.data.importers.events import SUBJECT
+from medgemma_clinical.data.importers.notes import add_notes, load_notes
 from medgemma_clinical.files import InputError, one_line
 
 logger = logging.getLogger(__name__)

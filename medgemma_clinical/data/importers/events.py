@@ -11,10 +11,10 @@ from typing import Any
 
 import pandas as pd
 
-from medgemma_clinical.data import duck
 from medgemma_clinical.data.dka import MAIN_COLUMN, comparable
 from medgemma_clinical.data.feature import Feature
-from medgemma_clinical.data.questions import OpenQuestions, Question
+from medgemma_clinical.data.importers import duck
+from medgemma_clinical.data.importers.questions import OpenQuestions, Question
 from medgemma_clinical.data.texts import NUMBER, plain
 from medgemma_clinical.files import InputError
 

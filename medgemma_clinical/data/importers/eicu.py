@@ -22,8 +22,14 @@ from typing import Any
 import pandas as pd
 
 from medgemma_clinical.data.analytes import CHEMISTRY
-from medgemma_clinical.data.cohort import COHORTS, SQL, CohortRequest, HospitalTables, make_cohort
-from medgemma_clinical.data.duck import (
+from medgemma_clinical.data.importers.cohort import (
+    COHORTS,
+    SQL,
+    CohortRequest,
+    HospitalTables,
+    make_cohort,
+)
+from medgemma_clinical.data.importers.duck import (
     KEY,
     KEY_OR_EMPTY,
     NUMBER_OR_EMPTY,

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from medgemma_clinical.data import analytes, duck
+from medgemma_clinical.data import analytes
 from medgemma_clinical.data.dka import EVENT, EVENT_COLUMNS, EVENT_HOURS
 from medgemma_clinical.data.feature import Feature
+from medgemma_clinical.data.importers import duck
 from medgemma_clinical.data.texts import plain
 from medgemma_clinical.files import InputError
 

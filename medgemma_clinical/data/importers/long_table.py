@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from medgemma_clinical.data import duck, events, guesses
 from medgemma_clinical.data.analytes import prefix_ratios, unit_ratios
 from medgemma_clinical.data.dka import EVENT as EVENT_COLUMN
 from medgemma_clinical.data.dka import (
@@ -32,8 +31,9 @@ from medgemma_clinical.data.dka import (
 )
 from medgemma_clinical.data.dka import LABEL as LABEL_COLUMN
 from medgemma_clinical.data.feature import Feature
-from medgemma_clinical.data.notes import NoteText, add_notes, load_notes
-from medgemma_clinical.data.questions import OpenQuestions, Question
+from medgemma_clinical.data.importers import duck, events, guesses
+from medgemma_clinical.data.importers.notes import NoteText, add_notes, load_notes
+from medgemma_clinical.data.importers.questions import OpenQuestions, Question
 from medgemma_clinical.data.roles import (
     EVENT_ROLES,
     FEMALE,

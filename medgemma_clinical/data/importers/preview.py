@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from medgemma_clinical.data import duck
 from medgemma_clinical.data.dka import MAIN_COLUMN, join_names, parse_series
 from medgemma_clinical.data.findings import Findings
-from medgemma_clinical.data.long_table import LongRequest, Reading, make_long, name_from
-from medgemma_clinical.data.questions import OpenQuestions, Question
+from medgemma_clinical.data.importers import duck
+from medgemma_clinical.data.importers.long_table import LongRequest, Reading, make_long, name_from
+from medgemma_clinical.data.importers.questions import OpenQuestions, Question
 from medgemma_clinical.data.texts import plain
 from medgemma_clinical.files import InputError, one_line
 

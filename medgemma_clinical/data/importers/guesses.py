@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from medgemma_clinical.data import duck
-from medgemma_clinical.data.questions import Question
+from medgemma_clinical.data.importers import duck
+from medgemma_clinical.data.importers.questions import Question
 from medgemma_clinical.data.roles import EVENT_ROLES
 from medgemma_clinical.data.texts import plain
 from medgemma_clinical.files import did_you_mean
