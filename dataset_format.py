@@ -36,15 +36,10 @@ from numpy.typing import NDArray
 from medgemma_clinical.__main__ import DATA_VERBS
 from medgemma_clinical.commands import config, logs
 from medgemma_clinical.commands.command_line import (
-    POSITIVE,
     SHOW_VALUES,
     VERSION,
-    WHOLE,
-    Flag,
     Help,
     Parser,
-    names,
-    number,
     parse_hours,
     run_command,
 )
@@ -66,6 +61,7 @@ from medgemma_clinical.data.trajectories import (
     TrajectoryDataset,
 )
 from medgemma_clinical.files import InputError, move_aside, one_line, write_text
+from medgemma_clinical.flags import POSITIVE, WHOLE, Flag, names, number
 from medgemma_clinical.training.signals import SIGNALS
 
 __all__ = ["Description", "InputError", "MIMICtrajectoryDataset", "main", "read_description"]

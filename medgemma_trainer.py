@@ -47,18 +47,12 @@ from medgemma_clinical.commands import flags
 from medgemma_clinical.commands.command_line import (
     CENSORING,
     MIN_CELL,
-    POSITIVE,
-    RATE,
     SEED,
     SHOW_VALUES,
-    WHOLE,
-    Flag,
     Table,
     changed,
     check_quantization,
     check_threshold,
-    names,
-    number,
     parse_days,
     parse_encoder,
     parse_hours,
@@ -67,6 +61,7 @@ from medgemma_clinical.data.competing_events import OUTCOME_KINDS
 from medgemma_clinical.data.dka import LABEL, NAMING, Meaning
 from medgemma_clinical.data.texts import SERIES_TEXT
 from medgemma_clinical.files import InputError
+from medgemma_clinical.flags import POSITIVE, RATE, WHOLE, Flag, names, number
 from medgemma_clinical.models import choices
 from srtr_dataset import ORGANS, SRTRTrajectoryDataset
 

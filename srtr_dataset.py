@@ -26,7 +26,6 @@ import pandas as pd
 from medgemma_clinical.commands.command_line import (
     SHOW_VALUES,
     VERSION,
-    Flag,
     Parser,
     parse_days,
     run_command,
@@ -43,6 +42,7 @@ from medgemma_clinical.data.srtr.saf import find_table
 from medgemma_clinical.data.texts import Clause, PromptOptions, plain
 from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
 from medgemma_clinical.files import InputError, one_line
+from medgemma_clinical.flags import Flag
 
 __all__ = ["ORGANS", "InputError", "SRTRTrajectoryDataset", "main"]
 

@@ -10,10 +10,8 @@ import os
 import re
 import socket
 import ssl
-import sys
 import traceback
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +24,7 @@ from medgemma_clinical.files import (
     one_line,
     owner_only,
 )
+from medgemma_clinical.flags import METAVARS, WHOLE, Flag, number
 from medgemma_clinical.models import choices
 from medgemma_clinical.training.signals import SIGNALS
 
@@ -35,45 +34,6 @@ EXIT_DONE, EXIT_INPUT, EXIT_FAULT, EXIT_INTERRUPTED = 0, 2, 3, 130
 
 VERSION = f"medgemma-clinical {__version__}"
 FLAG = re.compile(r"--\w+")
-
-
-@dataclass(frozen=True)
-class Flag:
-    """A flag of a command: a row of its table."""
-
-    name: str  # as the keyword of Python
-    form: Any = str  # an argparse type, ``bool`` of a switch, or a tuple of choices
-    default: Any = None
-    help: str = ""
-    unread: str = ""  # ways of training that do not read it: typed with one, it is refused
-    needs: str = ""  # "--a, --b or --c": what cannot be left out beside it
-    metavar: str | None = None
-    required: bool = False
-    several: bool = False  # takes one value or more
-    repeat: bool = False  # may be given several times; its value is a tuple
-    bare: Any = None  # its value where it is typed without one
-    positional: bool = False
-
-    def add_to(self, group: Any) -> None:
-        """Declare the flag in a parser or a group of one."""
-        options: dict[str, Any] = {"help": self.help, "default": self.default}
-        if self.form is bool:
-            options |= {"action": "store_true", "default": False}
-        elif isinstance(self.form, tuple):
-            options |= {"choices": self.form}
-        else:
-            options |= {"type": self.form, "metavar": self.metavar or METAVARS.get(self.form, "N")}
-        if self.repeat:
-            options |= {"action": Repeated, "default": ()}
-        if self.several:
-            options["nargs"] = "+"
-        if self.bare is not None:
-            options |= {"nargs": "?", "const": self.bare}
-        if self.positional:
-            options["metavar"] = self.name.upper()
-        else:
-            options["required"] = self.required
-        group.add_argument(self.name if self.positional else f"--{self.name}", **options)
 
 
 Table = Mapping[str, Sequence[Flag]]
@@ -178,46 +138,6 @@ def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def number(
-    kind: type, low: float, high: float = sys.float_info.max, *, open_low: bool = False
-) -> Callable[[str], Any]:
-    """Return an argparse type for finite numbers from ``low`` to ``high``."""
-
-    def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high or (open_low and value == low):
-            noun = "a whole number" if kind is int else "a number"
-            limits = f"{'above' if open_low else 'from'} {low:g}"
-            limits += "" if high == sys.float_info.max else f" to {high:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} must be {noun} {limits}")
-        return value
-
-    return convert
-
-
-POSITIVE, WHOLE = number(int, 1, 10**9), number(int, 0, 10**9)
-RATE = number(float, 0, 1, open_low=True)
-
-
-def names(text: str) -> list[str]:
-    """Split a comma-separated list of names."""
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-class Repeated(argparse.Action):
-    """Collect the values of a flag that may be given several times, in place of its default."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        """Add a value, or several."""
-        collected = getattr(namespace, self.dest)
-        collected = () if collected is self.default else collected
-        values = values if isinstance(values, list) else [values]
-        setattr(namespace, self.dest, (*collected, *values))
-
-
 def parse_hours(text: str) -> list[float]:
     """Read rising numbers above 0 with commas; used as an argparse type."""
     with contextlib.suppress(ValueError):
@@ -267,10 +187,8 @@ def check_quantization(text: str) -> str:
     return text
 
 
-METAVARS: dict[Any, str] = {str: "NAME", Path: "PATH", names: "NAME,NAME", check_threshold: "RISK"}
-METAVARS |= {parse_days: "DAYS,DAYS", parse_hours: "HOURS,HOURS", parse_encoder: "MODULE:CLASS"}
-METAVARS |= {check_quantization: "{nf4,none}"}
-"""What stands for a value in ``--help``, a number elsewhere."""
+METAVARS |= {check_threshold: "RISK", parse_days: "DAYS,DAYS", parse_hours: "HOURS,HOURS"}
+METAVARS |= {parse_encoder: "MODULE:CLASS", check_quantization: "{nf4,none}"}
 
 # Rows of several commands.
 SEED = Flag("seed", number(int, 0, 2**32 - 1), 0, "of split, weights, bootstrap")

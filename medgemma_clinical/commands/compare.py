@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from medgemma_clinical.commands.command_line import EXIT_DONE, SEED, Flag, Table
+from medgemma_clinical.commands.command_line import EXIT_DONE, SEED, Table
 from medgemma_clinical.commands.prediction_files import TEST, read_predictions, read_targets
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, MEANINGS, STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import MODEL, Metrics, evaluate
@@ -27,6 +27,7 @@ from medgemma_clinical.evaluation.target import (
 )
 from medgemma_clinical.evaluation.verdicts import counts_text
 from medgemma_clinical.files import InputError, make_output_dir, move_aside, read_json, write_json
+from medgemma_clinical.flags import Flag
 from medgemma_clinical.models.choices import DEMO
 from medgemma_clinical.models.terms import built_in_sentence
 from medgemma_clinical.provenance import HISTORY, describe_program, read_run

@@ -8,9 +8,10 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from medgemma_clinical.commands.command_line import EXIT_DONE, SEED, Flag, Table, build_parser
+from medgemma_clinical.commands.command_line import EXIT_DONE, SEED, Table, build_parser
 from medgemma_clinical.commands.logs import quiet_console
 from medgemma_clinical.files import read_json
+from medgemma_clinical.flags import Flag
 from medgemma_clinical.models.choices import DEMO
 from medgemma_clinical.provenance import PACKAGE
 

@@ -7,8 +7,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from medgemma_clinical.commands.command_line import EXIT_DONE, SHOW_VALUES, Flag, Table
+from medgemma_clinical.commands.command_line import EXIT_DONE, SHOW_VALUES, Table
 from medgemma_clinical.commands.predict import CHECKPOINT, ENCODER, MODEL_NAME
+from medgemma_clinical.flags import Flag
 
 logger = logging.getLogger(__name__)
 

@@ -10,11 +10,11 @@ from medgemma_clinical.commands.command_line import (
     OUTPUT_DIR,
     SEED,
     SHOW_VALUES,
-    Flag,
     Table,
     check_threshold,
 )
 from medgemma_clinical.commands.predict import CHECKPOINT
+from medgemma_clinical.flags import Flag
 
 FILE = Flag("predictions", Path, help="files of predict", several=True, positional=True)
 OUTCOMES = "CSV of id, label and a date"

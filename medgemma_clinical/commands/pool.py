@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medgemma_clinical.commands.command_line import EXIT_DONE, OUTPUT_DIR, Flag, Table
+from medgemma_clinical.commands.command_line import EXIT_DONE, OUTPUT_DIR, Table
 from medgemma_clinical.evaluation.aggregate import (
     count_problem,
     few_digits,
@@ -27,6 +27,7 @@ from medgemma_clinical.files import (
     read_json,
     write_json,
 )
+from medgemma_clinical.flags import Flag
 
 logger = logging.getLogger(__name__)
 

@@ -9,16 +9,14 @@ from typing import Any
 from medgemma_clinical.commands.command_line import (
     CENSORING,
     MIN_CELL,
-    POSITIVE,
     SEED,
     SHOW_VALUES,
-    Flag,
     Table,
     check_quantization,
     check_threshold,
-    names,
     parse_encoder,
 )
+from medgemma_clinical.flags import POSITIVE, Flag, names
 from medgemma_clinical.models import choices
 
 CHECKPOINT = Flag("checkpoint", Path, help="a stage folder, or stage 1's .pt", required=True)
