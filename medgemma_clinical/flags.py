@@ -61,7 +61,7 @@ class Flag:
         """Return the value of a TOML or JSON file, checked like a typed one."""
         where = f"{where}: {self.name}"
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        kinds = {bool: ("true or false", isinstance(value, bool))}
+        kinds: dict[Any, tuple[str, bool]] = {bool: ("true or false", isinstance(value, bool))}
         kinds |= dict.fromkeys((str, Path), ("a text", isinstance(value, str)))
         kind, is_right = kinds.get(self.form, ("a number", is_number))
         if isinstance(self.form, tuple):
