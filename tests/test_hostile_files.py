@@ -17,7 +17,7 @@ import dataset_format
 import srtr_dataset
 from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.commands.several import auroc_of
-from medgemma_clinical.data.importers import cohort, duck, mimic
+from medgemma_clinical.data.importers import cohort, mimic, output, tables
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.checkpoints import CONFIG, read_config
 from mimic_files import DEMO
@@ -69,10 +69,10 @@ def test_an_excel_file_that_unpacks_to_more_is_refused(tmp_path, monkeypatch):
             if name.endswith("sheet1.xml"):
                 text = text.replace(b"</sheetData>", b"<row/>" * 10**5 + b"</sheetData>")
             out.writestr(name, text)
-    monkeypatch.setattr(duck, "MAX_UNPACKED", 10**5)
-    duck.read_sheet(whole, "")
+    monkeypatch.setattr(tables, "MAX_UNPACKED", 10**5)
+    tables.read_sheet(tables.TableFile(whole, [], ""), "")
     with pytest.raises(InputError, match=re.escape(str(path))):
-        duck.read_sheet(path, "")
+        tables.read_sheet(tables.TableFile(path, [], ""), "")
 
 
 # --------------------------------------------------------------------------- JSON
@@ -119,9 +119,9 @@ SRTR = srtr_dataset.main, ["check", "--data_dir", "data.csv"]
         (dataset_format.checks, "summarize", CHECK, broken),
         (dataset_format, "MIMICtrajectoryDataset", CHECK, broken),
         (mimic, "make_cohort", MIMIC, broken),
-        (duck, "apply_rules", MIMIC, out_of_memory),
+        (output, "apply_rules", MIMIC, out_of_memory),
         (cohort, "describe_rows", MIMIC, broken),
-        (duck, "write_rows", MIMIC, broken),
+        (output, "write_rows", MIMIC, broken),
         (srtr_dataset, "SRTRTrajectoryDataset", SRTR, out_of_memory),
     ],
 )

@@ -18,7 +18,7 @@ from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.compare import NOT_NAMED
 from medgemma_clinical.commands.config import read_toml
 from medgemma_clinical.commands.predictions import inputs_path
-from medgemma_clinical.data.importers.duck import open_text, read_header
+from medgemma_clinical.data.importers import tables
 from medgemma_clinical.data.texts import formula_warning
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.decision import parse_threshold
@@ -256,8 +256,8 @@ def present() -> pd.Timestamp:
 def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
     """Read a CSV file as text; refuse one without some columns."""
     try:
-        with open_text(path, "utf-8-sig") as text:
-            separator, _ = read_header(text)
+        with tables.open_text(path, "utf-8-sig") as text:
+            separator, _, _ = tables.read_header(text)
             text.seek(0)
             table = pd.read_csv(text, dtype=str, keep_default_na=False, sep=separator)
     except OSError as error:

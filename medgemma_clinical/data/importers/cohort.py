@@ -14,9 +14,10 @@ import pandas as pd
 from medgemma_clinical.data import analytes
 from medgemma_clinical.data.dka import EVENT, EVENT_COLUMNS, EVENT_HOURS
 from medgemma_clinical.data.feature import Feature
-from medgemma_clinical.data.importers import duck
+from medgemma_clinical.data.importers import cells, duck, output, tables
 from medgemma_clinical.data.texts import plain
 from medgemma_clinical.files import InputError
+from medgemma_clinical.flags import HOURS, POSITIVE, TAKEN, Texts, name_tuple, one_or_some, row
 
 logger = logging.getLogger(__name__)
 
@@ -144,18 +145,23 @@ RULES = {
 # --------------------------------------------------------------------------- request and tables
 
 
+SOME = one_or_some(ESCALATED, tuple(OUTCOMES))
+
+
 @dataclass(frozen=True, kw_only=True)
-class CohortRequest(duck.TableRequest):
+class CohortRequest(output.TableRequest):
     """A request for rows from the tables of a hospital: cohort, series, times, outcome."""
 
-    cohort: str
-    series: tuple[str, ...]
-    window_hours: float
-    horizon_hours: float
-    min_observations: int
-    outcome: tuple[str, ...]
-    discharged: str
-    compute_gap: str
+    cohort: str = row(tuple(COHORTS), "dka", "admissions to take", TAKEN)
+    series: Texts = row(name_tuple, (), "NAME,NAME or all; the first is the main series", TAKEN)
+    window_hours: float = row(HOURS, 12.0, "hours from first value to prediction time", TAKEN)
+    horizon_hours: float = row(HOURS, 72.0, "hours from then to the end", TAKEN)
+    min_observations: int = row(POSITIVE, 2, "fewest values of the main series", TAKEN)
+    outcome: Texts = row(SOME, ESCALATED, f"{ESCALATED}, or some of {','.join(OUTCOMES)}", TAKEN)
+    discharged: str = row(
+        tuple(DISCHARGED), "not_escalated", "alive at the end: 0, or no row", TAKEN
+    )
+    compute_gap: str = row(tuple(GAPS), "always", "from Na, Cl, HCO3, or as reported", TAKEN)
 
     @property
     def gap_item(self) -> int:
@@ -178,7 +184,7 @@ class HospitalTables:
 
     command: str
     source: str  # of the data, with their terms
-    columns: Mapping[str, Mapping[str, duck.Column]]  # that are read of each table
+    columns: Mapping[str, Mapping[str, cells.Column]]  # that are read of each table
     labs: str  # table of laboratory values
     unique: Mapping[str, str]  # column of a table whose values name its rows
     cohorts = COHORTS
@@ -187,18 +193,20 @@ class HospitalTables:
     def __init__(self, database: duck.Database, flag: str, folder: Path) -> None:
         """Find all files, so that the absence of one shows before minutes are spent."""
         self.database, self.name = database, f"{flag} {folder}"
-        self.paths = {name: duck.find_file(folder, name, flag) for name in self.columns}
+        self.paths = {name: tables.find_file(folder, name, flag) for name in self.columns}
         self.hashes: dict[str, str] = {}
 
-    def load(self, name: str, keep: Sequence[str] = (), keys: Sequence[str] = ()) -> duck.TableFile:
+    def load(
+        self, name: str, keep: Sequence[str] = (), keys: Sequence[str] = ()
+    ) -> tables.TableFile:
         """Make a table of a file, named like it; ``{COLUMN}`` in ``keep`` is a typed cell."""
         columns = self.columns[name]
-        file = duck.open_table(self.database, self.paths[name], columns)
+        file = tables.open_table(self.database, self.paths[name], columns)
         self.hashes[name] = file.sha256
-        cells = {column: form.typed(file.raw(column)) for column, form in columns.items()}
-        conditions = [condition.format(**cells) for condition in keep]
+        typed = {column: form.typed(file.raw(column)) for column, form in columns.items()}
+        conditions = [condition.format(**typed) for condition in keep]
         table = name.rpartition("/")[2]
-        duck.load_table(self.database, table, file, columns, conditions, keys=keys)
+        tables.load_table(self.database, table, file, columns, conditions, keys=keys)
         if key := self.unique.get(name):
             rows, values = self.database.row(f"SELECT count(*), count(DISTINCT {key}) FROM {table}")
             if values < rows:
@@ -223,7 +231,7 @@ class HospitalTables:
 
 
 def make_cohort(
-    database: duck.Database, request: CohortRequest, tables: HospitalTables
+    database: duck.Database, request: CohortRequest, hospital: HospitalTables
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Make rows of the DKA format, by ascending patient and admission, and their description."""
     database.set(
@@ -235,12 +243,12 @@ def make_cohort(
         gap_item=request.gap_item,
         computed_gap=analytes.COMPUTED_GAP,
     )
-    tables.load_admissions()
+    hospital.load_admissions()
     database.run_file(SQL / "stays.sql")
-    features, left_out = read_values(database, request, tables)
+    features, left_out = read_values(database, request, hospital)
     for step in ("prediction_times", "outcome", "rules"):
         database.run_file(SQL / f"{step}.sql")
-    flow = select_admissions(database, request, tables)
+    flow = select_admissions(database, request, hospital)
     rows = make_cohort_rows(database, request, features)
     (discharged,) = database.row(
         "SELECT count(*) FILTER (discharged_alive) FROM kept JOIN outcomes USING (stay)"
@@ -254,14 +262,14 @@ def make_cohort(
         "discharged_alive": discharged,
     }
     counted_rows = {"flow": flow, "rows": counts, "values": dict(sorted(left_out.items()))}
-    return rows, describe_rows(request, tables, features, counted_rows)
+    return rows, describe_rows(request, hospital, features, counted_rows)
 
 
 def read_values(
-    database: duck.Database, request: CohortRequest, tables: HospitalTables
+    database: duck.Database, request: CohortRequest, hospital: HospitalTables
 ) -> tuple[list[Feature], dict[str, int]]:
     """Make the table converted; return the features, and counts of the values left out."""
-    wanted_features = tables.choose_features(request)
+    wanted_features = hospital.choose_features(request)
     item_of = {analytes.GAP_ITEM: request.gap_item}
     names = [
         (item_of.get(item, item), analyte.name, f" ({analyte.unit})" if analyte.unit else "")
@@ -270,12 +278,12 @@ def read_values(
     database.add("analytes", pd.DataFrame(names, columns=["item", "analyte", "shown_unit"]))
     items = [(k, item) for k, feature in enumerate(wanted_features) for item in feature.keys]
     database.add("series_items", pd.DataFrame(items, columns=["position", "item"]))
-    tables.load_labs(analytes.items_to_read(wanted_features) | set(analytes.ANALYTES))
+    hospital.load_labs(analytes.items_to_read(wanted_features) | set(analytes.ANALYTES))
     database.run_file(SQL / "values.sql")
     counts = database.frame("FROM value_counts").iloc[0]
     left_out = {str(reason): int(count) for reason, count in counts.items() if count}
 
-    path = tables.paths[tables.labs]
+    path = hospital.paths[hospital.labs]
     by_unit = "SELECT item, unit, count(*) AS count FROM measured GROUP BY ALL ORDER BY ALL"
     factors = analytes.find_factors(database.frame(by_unit), wanted_features, str(path))
     has_factor = factors["factor"].notna()
@@ -302,7 +310,7 @@ def read_values(
 
 
 def select_admissions(
-    database: duck.Database, request: CohortRequest, tables: HospitalTables
+    database: duck.Database, request: CohortRequest, hospital: HospitalTables
 ) -> list[dict[str, Any]]:
     """Make the table kept, and log how the admissions became rows."""
     applies = {
@@ -317,9 +325,9 @@ def select_admissions(
     rules = database.frame("FROM rules ORDER BY stay").set_index("stay")
     patients = rules.pop("subject_id")
     used = rules.drop(columns=unused).rename(columns=titles)
-    left, flow = duck.apply_rules(used, tables.name, patients)
+    left, flow = output.apply_rules(used, hospital.name, patients)
     database.add("kept", left[left].index.to_frame())
-    logger.info("cohort %s: %s", request.cohort, tables.cohorts[request.cohort])
+    logger.info("cohort %s: %s", request.cohort, hospital.cohorts[request.cohort])
     return flow
 
 
@@ -329,8 +337,8 @@ def make_cohort_rows(
     """Return the rows: identifiers, series, prediction time, context, static features, labels."""
     database.run_file(SQL / "rows.sql")
     titles = ["clinical_trajectory", *(f"trajectory_{feature.title}" for feature in features[1:])]
-    cells = database.frame("FROM cells").set_index(["stay", "position"])["cell"].unstack()
-    cells = cells.reindex(columns=range(len(titles))).set_axis(titles, axis="columns")
+    series = database.frame("FROM cells").set_index(["stay", "position"])["cell"].unstack()
+    series = series.reindex(columns=range(len(titles))).set_axis(titles, axis="columns")
     rows = database.frame("FROM row_columns ORDER BY stay").set_index("stay")
     if not request.events:
         rows = rows.drop(columns=[*EVENT_COLUMNS])
@@ -339,7 +347,7 @@ def make_cohort_rows(
     rows = rows.rename(columns={"unit": "care_unit"}).drop(columns="hours_since_admission")
     keys = ["subject_id", "hadm_id", "id", "care_unit"]
     middle = rows.drop(columns=[*keys, *outcomes])
-    rows = pd.concat([rows[keys], cells, middle, static, rows[outcomes]], axis="columns")
+    rows = pd.concat([rows[keys], series, middle, static, rows[outcomes]], axis="columns")
     flags = [name for name in (*outcomes, "static_sex_male") if name != EVENT_HOURS]
     return rows.reset_index(drop=True).astype(dict.fromkeys(flags, "Int8"))
 
@@ -365,7 +373,7 @@ def make_static_features(
 
 def describe_rows(
     request: CohortRequest,
-    tables: HospitalTables,
+    hospital: HospitalTables,
     features: Sequence[Feature],
     counts: dict[str, Any],
 ) -> dict[str, Any]:
@@ -399,17 +407,17 @@ def describe_rows(
         "references": {x.name: x.reference for x in further if x.reference},
         "prediction_time": (
             f"{plain(request.window_hours)} hours after the first value of each admission, for "
-            f"patients who are then in hospital; only values {tables.usable} are read"
+            f"patients who are then in hospital; only values {hospital.usable} are read"
         ),
         "horizon": f"{plain(request.horizon_hours)} hours from then on",
         **counts,
         "definitions": {
-            "cohort": tables.cohorts[request.cohort],
+            "cohort": hospital.cohorts[request.cohort],
             "anion_gap": GAPS[request.compute_gap],
             "discharge": DISCHARGED[request.discharged],
             "label_escalation": definition,
             **definitions,
         },
-        "source": tables.source,
-        **duck.describe_origin(request, tables.command, tables.hashes),
+        "source": hospital.source,
+        **output.describe_origin(request, hospital.command, hospital.hashes),
     }

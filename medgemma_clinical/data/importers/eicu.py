@@ -22,6 +22,7 @@ from typing import Any
 import pandas as pd
 
 from medgemma_clinical.data.analytes import CHEMISTRY
+from medgemma_clinical.data.importers import cells, duck
 from medgemma_clinical.data.importers.cohort import (
     COHORTS,
     SQL,
@@ -29,14 +30,7 @@ from medgemma_clinical.data.importers.cohort import (
     HospitalTables,
     make_cohort,
 )
-from medgemma_clinical.data.importers.duck import (
-    KEY,
-    KEY_OR_EMPTY,
-    NUMBER_OR_EMPTY,
-    WORD,
-    WORD_OR_EMPTY,
-    open_database,
-)
+from medgemma_clinical.flags import row
 
 ITEMS = {analyte.name.replace("urea nitrogen", "BUN"): analyte.keys[0] for analyte in CHEMISTRY}
 """MIMIC-IV's item of each labname. Others mean something else: bedside glucose is a finger prick,
@@ -49,31 +43,31 @@ STAYS = (
 
 COLUMNS = {
     "patient": {
-        "patientunitstayid": KEY,
-        "patienthealthsystemstayid": KEY,
-        "uniquepid": WORD,
-        "gender": WORD_OR_EMPTY,
-        "age": WORD_OR_EMPTY,
-        "hospitalid": KEY,
-        "hospitaladmitoffset": KEY,
-        "hospitaldischargeoffset": KEY,
-        "hospitaldischargestatus": WORD_OR_EMPTY,
-        "unittype": WORD_OR_EMPTY,
-        "unitstaytype": WORD_OR_EMPTY,
-        "unitdischargeoffset": KEY,
+        "patientunitstayid": cells.KEY,
+        "patienthealthsystemstayid": cells.KEY,
+        "uniquepid": cells.WORD,
+        "gender": cells.WORD_OR_EMPTY,
+        "age": cells.WORD_OR_EMPTY,
+        "hospitalid": cells.KEY,
+        "hospitaladmitoffset": cells.KEY,
+        "hospitaldischargeoffset": cells.KEY,
+        "hospitaldischargestatus": cells.WORD_OR_EMPTY,
+        "unittype": cells.WORD_OR_EMPTY,
+        "unitstaytype": cells.WORD_OR_EMPTY,
+        "unitdischargeoffset": cells.KEY,
     },
     "admissionDx": {
-        "patientunitstayid": KEY,
-        "admitdxenteredoffset": KEY,
-        "admitdxpath": WORD_OR_EMPTY,
+        "patientunitstayid": cells.KEY,
+        "admitdxenteredoffset": cells.KEY,
+        "admitdxpath": cells.WORD_OR_EMPTY,
     },
     "lab": {
-        "labname": WORD_OR_EMPTY,
-        "patientunitstayid": KEY,
-        "labresultoffset": KEY,
-        "labresultrevisedoffset": KEY_OR_EMPTY,
-        "labresult": NUMBER_OR_EMPTY,
-        "labmeasurenamesystem": WORD_OR_EMPTY,
+        "labname": cells.WORD_OR_EMPTY,
+        "patientunitstayid": cells.KEY,
+        "labresultoffset": cells.KEY,
+        "labresultrevisedoffset": cells.KEY_OR_EMPTY,
+        "labresult": cells.NUMBER_OR_EMPTY,
+        "labmeasurenamesystem": cells.WORD_OR_EMPTY,
     },
 }
 """Source: eicu-crd.mit.edu, version 2.0; an offset is minutes from the admission to the unit."""
@@ -90,7 +84,7 @@ DEFINITIONS = {name: f"{text}; {STAYS}" for name, text in COHORTS.items()} | {
 class EicuRequest(CohortRequest):
     """A request for rows from eICU."""
 
-    eicu_dir: Path
+    eicu_dir: Path = row(Path, None, "folder with patient, admissionDx and lab", required=True)
 
 
 class EicuTables(HospitalTables):
@@ -121,9 +115,9 @@ class EicuTables(HospitalTables):
 
 def make_eicu(request: EicuRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Make rows of the DKA format from eICU, and their description."""
-    with open_database(request.out, request.memory_limit, request.threads) as database:
-        tables = EicuTables(database, "--eicu_dir", request.eicu_dir)
-        rows, description = make_cohort(database, request, tables)
+    with duck.open_database(request.out, request.memory_limit, request.threads) as database:
+        hospital = EicuTables(database, "--eicu_dir", request.eicu_dir)
+        rows, description = make_cohort(database, request, hospital)
         hospitals = "SELECT hadm_id, min(hospitalid) AS hospital FROM unit_stays GROUP BY hadm_id"
         hospital_of = database.frame(hospitals).set_index("hadm_id")["hospital"]
         rows.insert(3, "hospital", rows["hadm_id"].map(hospital_of))

@@ -9,52 +9,52 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from medgemma_clinical.data.dka import MAIN_COLUMN, comparable
 from medgemma_clinical.data.feature import Feature
-from medgemma_clinical.data.importers import duck
+from medgemma_clinical.data.importers import cells, duck, output, tables
 from medgemma_clinical.data.importers.questions import OpenQuestions, Question
 from medgemma_clinical.data.texts import NUMBER, plain
 from medgemma_clinical.files import InputError
+from medgemma_clinical.flags import HOURS, POSITIVE, TAKEN, Texts, row, texts
 
 logger = logging.getLogger(__name__)
 
 SQL = Path(__file__).parent / "sql"
 NAME = re.compile(r"[^\[\],*=\x00-\x1f]*[^\[\],*=\s]")
 TITLE = re.compile(rf"({NAME.pattern})\s*(?:\[([^\[\],\x00-\x1f]+)\]\s*)?")
-SUBJECT = duck.Column("id")
+SUBJECT = cells.Id()
 # Columns of the labels beside those of a file, of which no name begins with a space.
 PATIENT = " patient"  # as it is written
-ENDED = " the stay ended before the prediction time"
+RULE = " rule "  # begins the name of a column that tells which rows a rule leaves out
+MICRO = re.compile("\N{MICRO SIGN}|\N{GREEK SMALL LETTER MU}|\\bmc(?=g)")  # written u, too
 MAX_PAIRS = 200_000  # of a prediction and an event of its subject, joined at a time
 MAX_AT_MIDNIGHT = 0.1  # share of events above which they seem to have dates in place of times
 
 
 @dataclass(frozen=True, kw_only=True)
-class EventRequest(duck.TableRequest):
+class EventRequest(output.TableRequest):
     """What every command needs that makes rows of labels and events."""
 
-    labels: Path
-    series: tuple[str, ...]
-    window_hours: float
-    hours_from: str
-    min_observations: int
-    outcome: str
-    question: str
+    labels: Path = row(Path, None, "labels as ACES writes them: Parquet", required=True)
+    series: Texts = texts("'NAME [unit]=CODE'; the first is the main series")
+    window_hours: float = row(HOURS, 24.0, "hours before the prediction time that are read", TAKEN)
+    hours_from: str = row(("window", "first"), "window", "hour 0: window or first value", TAKEN)
+    min_observations: int = row(POSITIVE, 1, "fewest values of the main series", TAKEN)
+    outcome: str = row(str, "Event", "meaning of label 1", TAKEN)
+    question: str = row(str, "", "question about a patient; by default from --outcome", TAKEN)
     prediction_time: str = ""  # a column and hours to add to it; by default a column of its own
-
-    def factors(self) -> dict[tuple[str, str], float]:
-        """Return the factor of each item and unit whose values are converted."""
-        return {}
 
 
 def make_feature(where: str, title: str, code: str) -> Feature:
-    """Return the feature of a title ``NAME [unit]`` and a code, by default its name."""
+    """Return the feature of a title ``NAME [unit]``, with its code if there is one."""
     match = TITLE.fullmatch(title)
     name, unit = match.groups("") if match else ("", "")
     check_name(where, name)
-    return Feature(name, unit, (code or name,))
+    return Feature(name, unit, (code,) if code else ())
 
 
 def is_name(name: str) -> bool:
@@ -70,13 +70,17 @@ def check_name(where: str, name: str) -> None:
 
 
 def parse_features(flag: str, texts: Iterable[str], *, code_needed: bool = True) -> list[Feature]:
-    """Read ``NAME [unit]=CODE`` of a flag, or NAME alone; a repeated name joins its codes."""
+    """Read ``NAME [unit]=CODE`` of a flag; a repeated name joins its codes.
+
+    ``NAME`` alone is its own code, ``NAME=`` has none: it is not measured.
+    """
     features: dict[str, Feature] = {}
     for text in texts:
-        title, _, code = map(str.strip, text.partition("="))
+        title, sign, code = map(str.strip, text.partition("="))
         if code_needed and not code:
             raise InputError(f"--{flag} {text}: write 'NAME [unit]=CODE'")
         feature = make_feature(f"--{flag} {text}", title, code)
+        feature = feature if sign else replace(feature, keys=(feature.name,))
         key = comparable(feature.name)
         earlier = features.setdefault(key, replace(feature, keys=()))
         if earlier.unit != feature.unit:
@@ -109,11 +113,12 @@ def any_code(code: str, codes: Iterable[Any], default: str) -> str:
 def load_events(
     database: duck.Database,
     request: EventRequest,
-    files: Iterable[duck.TableFile],
+    files: Iterable[tables.TableFile],
     names: Mapping[str, str],  # columns of subject_id, item, time, value; perhaps unit, storetime
-    columns: Mapping[str, duck.Column],
+    columns: Mapping[str, cells.Column],
     codes: Sequence[Any],  # read within the ``span`` of their subject; empty: all
     always: Sequence[str] = (),  # codes that are read at any time
+    factors: Mapping[tuple[str, str], float] | None = None,  # of values, by item and unit
 ) -> None:
     """Make the view ``record`` of the events of the subjects of --labels; refuse to find none."""
     keys = [names[role] for role in ("subject_id", "item", "time")]
@@ -126,7 +131,7 @@ def load_events(
             f"AND ({has_code}) OR {any_code(code, always, 'false')})"
         )
         join = f"LEFT JOIN span ON subject = {subject}"
-        duck.load_table(database, "loaded", file, columns, [keep], join, keys[:2])
+        tables.load_table(database, "loaded", file, columns, [keep], join, keys[:2])
         select = (
             f"SELECT count(DISTINCT subject), count(*), count(*) FILTER ({time} < opens), "
             f"count(*) FILTER ({time} > closes), count(*) FILTER (closes IS NULL)"
@@ -134,15 +139,15 @@ def load_events(
         counts.append(database.row(f"{select} FROM {file.rows()} {join} WHERE {has_code}"))
         append = "INSERT INTO read FROM loaded; DROP TABLE loaded"
         database.run(append if number else "ALTER TABLE loaded RENAME TO read")
-    make_record(database, names, columns, request.factors())
+    make_record(database, names, columns, factors or {})
     check_windows(database, request, [sum(column) for column in zip(*counts, strict=True)])
 
 
 def make_record(
     database: duck.Database,
     names: Mapping[str, str],
-    columns: Mapping[str, duck.Column],
-    factors: Mapping[tuple[str, str], float],  # of values, by item and unit
+    columns: Mapping[str, cells.Column],
+    factors: Mapping[tuple[str, str], float],  # infinite of what is left out
 ) -> None:
     """Make the view ``record`` of ``read``: subject, code, time, known, value, unit, converted.
 
@@ -150,20 +155,21 @@ def make_record(
     """
     rows = [(code, unit, factor) for (code, unit), factor in factors.items()]
     database.add("factors", pd.DataFrame(rows, columns=["code", "unit", "factor"]))
-    cells = {role: f"read.{duck.quoted(name)}" for role, name in names.items()}
-    value, text = cells["value"], "NULL::VARCHAR"
-    empty = "''" if "unit" in cells else "NULL"
-    units = f"nullif({cells.get('unit', empty)}, ''), nullif(unit_within({cells['item']}), '')"
+    sql = {role: f"read.{duck.quoted(name)}" for role, name in names.items()}
+    value, text = sql["value"], "NULL::VARCHAR"
+    empty = "''" if "unit" in sql else "NULL"
+    units = f"nullif({sql.get('unit', empty)}, ''), nullif(unit_within({sql['item']}), '')"
     unit = f"coalesce({units}, {empty})::VARCHAR"
-    if columns[names["value"]].form == "value":
+    if isinstance(columns[names["value"]], cells.Value):
         value, text = f"coalesce({value}.number, at_limit({value}.text))", f"{value}.text"
     database.run(
-        f"CREATE VIEW record AS SELECT {cells['subject_id']} AS subject, {cells['item']} AS code, "
-        f"{cells['time']} AS time, {cells.get('storetime', cells['time'])} AS known, "
-        f"CASE WHEN isfinite({value}) THEN coalesce(tidy({value} * factor), {value}) END AS value, "
+        f"CREATE VIEW record AS SELECT {sql['subject_id']} AS subject, {sql['item']} AS code, "
+        f"{sql['time']} AS time, {sql.get('storetime', sql['time'])} AS known, "
+        f"CASE WHEN isfinite({value}) AND isfinite(coalesce(factor, 1)) "
+        f"THEN coalesce(tidy({value} * factor), {value}) END AS value, "
         f"{unit} AS unit, factor IS NOT NULL AS converted, {text} AS text, "
         "coalesce(factor, 1) AS scale FROM read LEFT JOIN factors "
-        f"ON comparable_unit(factors.code::VARCHAR) = comparable_unit({cells['item']}) "
+        f"ON comparable_unit(factors.code::VARCHAR) = comparable_unit({sql['item']}) "
         f"AND comparable_unit(factors.unit::VARCHAR) = comparable_unit({unit})"
     )
 
@@ -209,9 +215,9 @@ def name_codes(database: duck.Database, features_of: Mapping[str, Sequence[Featu
         "ON is_code(present.code, wanted.code)"
     )
     unseen = "FROM wanted WHERE NOT EXISTS (FROM named WHERE is_code(named.code, wanted.code))"
-    for row in database.run(f"SELECT kind, title, code {unseen} ORDER BY ALL").fetchall():
+    for code in database.run(f"SELECT kind, title, code {unseen} ORDER BY ALL").fetchall():
         problem = "no subject of --labels has an event of this code in a window"
-        logger.warning("warning: --%s %s=%s: %s", *row, problem)
+        logger.warning("warning: --%s %s=%s: %s", *code, problem)
 
 
 # ---------------------------------------------------------------------------- rows
@@ -260,6 +266,29 @@ def ask_equal_times(count: int, rules: tuple[str, ...]) -> None:
     raise OpenQuestions(f"{problem}: --equal_times {', '.join(rules)}", asked)
 
 
+def first_event(
+    hours: NDArray[np.float64],  # (N, K) of each event, NaN where it did not come
+    are_dates: NDArray[np.bool_],  # (K,) whether an event has dates, of which ``hours`` is the end
+    end: NDArray[np.float64],  # (N,) of the record, NaN where it is not known
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return (N,) hours and number of what comes first, 0 at the end, NaN where nothing is known.
+
+    Of two at one time the one that is named first counts; a date may be any moment of its day.
+    """
+    moments = hours.copy()
+    for k in np.flatnonzero(are_dates):
+        others = np.delete(hours, k, axis=1)[:, ~np.delete(are_dates, k)]
+        day = hours[:, [k]]
+        within = np.where((others >= day - 24) & (others < day), others, np.inf)
+        moments[:, k] = np.fmin(hours[:, k], within.min(axis=1, initial=np.inf))
+    moments[np.isnan(hours)] = np.inf
+    first = moments.argmin(axis=1)
+    at = moments.min(axis=1)
+    has_event = np.isfinite(at)
+    event = np.where(has_event, first + 1.0, np.where(np.isnan(end), np.nan, 0.0))
+    return np.where(has_event, at, end), event
+
+
 def make_rows(
     database: duck.Database,
     request: EventRequest,
@@ -274,20 +303,24 @@ def make_rows(
     labels = database.frame(
         "SELECT *, person IN (SELECT person FROM event) AS measured FROM prediction ORDER BY number"
     ).set_index("number")
-    tables = {name: table.set_index("number") for name, table in trajectories.groupby("series")}
-    cells = [tables.get(feature.name, trajectories[:0].set_index("number")) for feature in series]
+    found = {name: table.set_index("number") for name, table in trajectories.groupby("series")}
+    by_series = [
+        found.get(feature.name, trajectories[:0].set_index("number")) for feature in series
+    ]
     fewest = request.min_observations
-    rules, is_patient = {}, pd.Series(data=True, index=labels.index)
-    if ENDED in labels:
-        rules[ENDED.strip()] = labels[ENDED].fillna(value=False).astype(bool)
-        is_patient = ~rules[ENDED.strip()]
+    rules = {
+        name.removeprefix(RULE): labels[name].fillna(value=False).astype(bool)
+        for name in map(str, labels)
+        if name.startswith(RULE)
+    }
+    is_patient = ~pd.DataFrame(rules, labels.index).any(axis=1)
     if parts is not None:
         rules["subject in no part of the split"] = ~labels["subject"].isin(parts.index)
     rules["no value of any series from the first window to the last"] = ~labels["measured"]
     too_few = "no value" if fewest == 1 else f"fewer than {fewest} values"
-    counts = cells[0]["observations"].reindex(labels.index)
+    counts = by_series[0]["observations"].reindex(labels.index)
     rules[f"{too_few} of {series[0].name} in the window"] = ~counts.ge(fewest)
-    left, flow = duck.apply_rules(
+    left, flow = output.apply_rules(
         pd.DataFrame(rules), f"--labels {request.labels}", labels["subject"]
     )
     lost = ~left & is_patient
@@ -311,8 +344,8 @@ def make_rows(
             "id": labels.get("id", written + " " + labels["shown"]),
             "subject_id": written,
             "prediction_time": labels["shown"],
-            **{title: table["text"] for title, table in zip(titles, cells, strict=True)},
-            "prediction_hours": cells[0]["hours"],
+            **{title: table["text"] for title, table in zip(titles, by_series, strict=True)},
+            "prediction_hours": by_series[0]["hours"],
             **static,
             "label_escalation": labels["label"].astype("Int8"),
         },

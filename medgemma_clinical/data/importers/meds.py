@@ -9,35 +9,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from medgemma_clinical.data.dka import EVENT, EVENT_HOURS, comparable, join_names
 from medgemma_clinical.data.feature import Feature
-from medgemma_clinical.data.importers import duck, events
+from medgemma_clinical.data.importers import cells, duck, events, output, tables
 from medgemma_clinical.data.importers.events import SUBJECT
-from medgemma_clinical.data.importers.notes import add_notes, load_notes
+from medgemma_clinical.data.importers.notes import NoteRequest, add_notes, load_notes
 from medgemma_clinical.files import InputError, one_line
+from medgemma_clinical.flags import TAKEN, Texts, row, texts
 
 logger = logging.getLogger(__name__)
 
-TIME = duck.Column("instant")
+TIME = cells.Instant()
 EVENTS = {
     "subject_id": SUBJECT,
-    "code": duck.WORD,
-    "time": duck.Column("instant", may_be_empty=True),
-    "numeric_value": duck.Column("number", may_be_empty=True, optional=True),
+    "code": cells.WORD,
+    "time": cells.Instant(may_be_empty=True),
+    "numeric_value": cells.Number(may_be_empty=True, optional=True),
 }
 """Source: MEDS 0.4.1, DataSchema."""
 
 ROLES = {"subject_id": "subject_id", "item": "code", "time": "time", "value": "numeric_value"}
 
 ANSWERS = ("boolean_value", "integer_value", "float_value")
-YES_OR_NO = duck.Column("label", may_be_empty=True, optional=True)
+YES_OR_NO = cells.Label(may_be_empty=True, optional=True)
 LABELS = {"subject_id": SUBJECT, "prediction_time": TIME, **dict.fromkeys(ANSWERS, YES_OR_NO)}
 """Source: MEDS 0.4.1, LabelSchema; a label fills one of its answers."""
 
-OPTIONAL_WORD = duck.Column("word", may_be_empty=True, optional=True)
-CODES = {"code": duck.WORD, "description": OPTIONAL_WORD, "valueuom": OPTIONAL_WORD}
+OPTIONAL_WORD = cells.Word(may_be_empty=True, optional=True)
+CODES = {"code": cells.WORD, "description": OPTIONAL_WORD, "valueuom": OPTIONAL_WORD}
 PERSON = ("MEDS_BIRTH", "GENDER//M", "GENDER//F")
 PART_OF_SPLIT = {"train": "train", "tuning": "val", "held_out": "test"}
 SPLITS = "metadata/subject_splits.parquet"
@@ -47,15 +49,15 @@ AUTOMATIC = ("age", "sex male")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MedsRequest(events.EventRequest):
+class MedsRequest(events.EventRequest, NoteRequest):
     """The flags of from_meds."""
 
-    meds_dir: Path
-    context: tuple[str, ...]
-    event: tuple[str, ...]
-    notes: tuple[str, ...]
-    max_note_words: int
-    no_splits: bool
+    meds_dir: Path = row(Path, None, "folder of MEDS with data/ and metadata/", required=True)
+    series: Texts = texts("'NAME [unit]=CODE' of --list_codes; first the main one", required=True)
+    context: Texts = texts("static 'NAME [unit]=CODE'")
+    event: Texts = texts("'NAME=CODE' whose time is written; first the one asked")
+    notes: Texts = texts("code of notes for the context")
+    no_splits: bool = row(bool, False, "ignore metadata/subject_splits.parquet", TAKEN)
 
 
 def make_meds(request: MedsRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
@@ -99,18 +101,20 @@ def make_meds(request: MedsRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
     description = events.describe_rows(request, series[0], "events", rows, flow)
     if ends:
         description["events"] = {str(k): end.title for k, end in enumerate(ends, start=1)}
-    return rows, description | duck.describe_origin(request, "from_meds", hashes)
+    return rows, description | output.describe_origin(request, "from_meds", hashes)
 
 
 def open_files(
-    database: duck.Database, path: Path, columns: Mapping[str, duck.Column]
-) -> dict[str, duck.TableFile]:
+    database: duck.Database, path: Path, columns: Mapping[str, cells.Column]
+) -> dict[str, tables.TableFile]:
     """Open the Parquet files of a folder, or the one file, each by its name in the folder."""
     paths = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not paths:
         raise InputError(f"{path}: no Parquet file in this folder")
     return {
-        file_path.relative_to(path.parent).as_posix(): duck.open_table(database, file_path, columns)
+        file_path.relative_to(path.parent).as_posix(): tables.open_table(
+            database, file_path, columns
+        )
         for file_path in paths
     }
 
@@ -126,7 +130,7 @@ def load_meds_labels(database: duck.Database, path: Path, hashes: dict[str, str]
         if not {*file.header} & {*ANSWERS}:
             raise InputError(f"{file.path}: no column {answers}")
         hashes[f"labels: {name}"] = file.sha256
-        duck.load_table(database, "answers", file, LABELS)
+        tables.load_table(database, "answers", file, LABELS)
         database.run(
             "INSERT INTO label (subject, prediction_time, label) "
             f"SELECT subject_id, prediction_time, coalesce({answers}) "
@@ -153,7 +157,7 @@ def check_units(database: duck.Database) -> None:
 
 def read_meds_notes(
     database: duck.Database,
-    files: Iterable[duck.TableFile],
+    files: Iterable[tables.TableFile],
     request: MedsRequest,
     contexts: pd.Series,
 ) -> pd.Series:
@@ -163,7 +167,7 @@ def read_meds_notes(
     if not texts:
         raise InputError(f"{request.meds_dir}: no shard has a column text_value for --notes")
     for file in texts:
-        keep = events.any_code(duck.WORD.typed(file.raw("code")), request.notes, "false")
+        keep = events.any_code(cells.WORD.typed(file.raw("code")), request.notes, "false")
         load_notes(database, file, names, SUBJECT, request.max_note_words, [keep])
     return add_notes(database, contexts, request.max_note_words)
 
@@ -181,50 +185,47 @@ def add_static_features(
 
 
 def read_ends(
-    database: duck.Database, files: Iterable[duck.TableFile], ends: Sequence[Feature]
+    database: duck.Database, files: Iterable[tables.TableFile], ends: Sequence[Feature]
 ) -> pd.DataFrame:
     """Return ``event_hours`` and ``event`` by number: what comes first, 0 for the last of a record.
 
     Of two at one time the one that is named first counts. Nothing is known without a later event.
     """
-    cases = [
-        f"WHEN {events.any_code('code', end.keys, 'false')} THEN {k}"
-        for k, end in enumerate(ends, start=1)
-    ]
+    is_end = [events.any_code("code", end.keys, "false") for end in ends]
+    columns = {"subject": "subject_id", "code": "code", "time": "time"}
+    hours = "tidy((epoch_us({}) - epoch_us(any_value(prediction_time))) / {})"
+    times = [f"min(time) FILTER ({sql})" for sql in is_end] + ["max(time)"]
+    hour = cells.MICROSECONDS["hours"]
+    selected = ", ".join(f"{hours.format(x, hour)} AS h{k}" for k, x in enumerate(times))
     parts = []
     for file in files:
-        columns = {"subject": "subject_id", "code": "code", "time": "time"}
-        cells = [f"{EVENTS[name].typed(file.raw(name))} AS {key}" for key, name in columns.items()]
-        hours = "tidy((epoch_us({}(time)) - epoch_us(any_value(prediction_time))) / {})"
-        first, last = (hours.format(name, duck.MICROSECONDS["hours"]) for name in ("min", "max"))
+        typed = [f"{EVENTS[name].typed(file.raw(name))} AS {key}" for key, name in columns.items()]
         select = (
-            f"SELECT number, CASE {' '.join(cases)} ELSE 0 END AS event, {first} AS first, "
-            f"{last} AS last FROM (SELECT {', '.join(cells)} FROM {file.rows()}) "
-            "JOIN prediction USING (subject) WHERE time > prediction_time GROUP BY ALL"
+            f"SELECT number, {selected} FROM (SELECT {', '.join(typed)} FROM {file.rows()}) "
+            "JOIN prediction USING (subject) WHERE time > prediction_time GROUP BY number"
         )
-        with duck.readable(file.path):
-            parts.append(database.frame(select))
-    later = pd.concat(parts)
-    last_hours = later.groupby("number")["last"].max()
-    seen = later[later["event"] > 0].sort_values(["first", "event"]).drop_duplicates("number")
-    seen = seen.set_index("number").reindex(last_hours.index)
+        with tables.readable(file.path):
+            parts.append(database.frame(select).set_index("number"))
+    groups = pd.concat(parts).groupby(level="number")
+    first, last = groups.min().to_numpy(float)[:, :-1], groups.max().to_numpy(float)[:, -1]
+    at, event = events.first_event(first, np.zeros(len(ends), bool), last)
     for k, end in enumerate(ends, start=1):
-        if not (seen["event"] == k).any():
+        if not (event == k).any():
             problem = "comes first for no subject of --labels after a prediction time"
             logger.warning("warning: --event %s: %s", end.title, problem)
-    event = seen["event"].fillna(0).astype("Int8")
-    return pd.DataFrame({EVENT_HOURS: seen["first"].fillna(last_hours), EVENT: event})
+    rows = {EVENT_HOURS: at, EVENT: pd.array(event, "Float64").astype("Int8")}
+    return pd.DataFrame(rows, groups.min().index)
 
 
 def read_parts(database: duck.Database, folder: Path, hashes: dict[str, str]) -> pd.Series:
     """Return the part of each subject."""
     path = folder / SPLITS
-    columns = {"subject_id": SUBJECT, "split": duck.WORD}
+    columns = {"subject_id": SUBJECT, "split": cells.WORD}
     if not path.is_file():
         raise InputError(f"{path}: no such file: --no_splits lets the trainer split")
-    file = duck.open_table(database, path, columns)
+    file = tables.open_table(database, path, columns)
     hashes[SPLITS] = file.sha256
-    duck.load_table(database, "split", file, columns)
+    tables.load_table(database, "split", file, columns)
     parts = database.frame("SELECT DISTINCT subject_id, split FROM split").set_index("subject_id")
     if parts.index.has_duplicates or not parts["split"].isin(PART_OF_SPLIT).all():
         problem = f"each subject needs one part of {', '.join(PART_OF_SPLIT)}"
@@ -241,10 +242,10 @@ def list_codes(meds_dir: Path, memory_limit: str, threads: int) -> int:
         for file in open_files(database, meds_dir / "data", EVENTS).values():
             code, subject = (EVENTS[name].typed(file.raw(name)) for name in ("code", "subject_id"))
             select = f"{code} AS code, count(*) AS events, count(DISTINCT {subject}) AS subjects"
-            with duck.readable(file.path):  # a subject lies in one file
+            with tables.readable(file.path):  # a subject lies in one file
                 counts.append(database.frame(f"SELECT {select} FROM {file.rows()} GROUP BY 1"))
         if path.is_file():
-            duck.load_table(database, "meanings", duck.open_table(database, path, CODES), CODES)
+            tables.load_table(database, "meanings", tables.open_table(database, path, CODES), CODES)
             text = "replace(trim(valueuom, '[]'), 'NULL', '') || '  ' || description"
             meanings = f"SELECT code, min(trim({text})) FROM meanings GROUP BY code"
             words = dict(database.run(meanings).fetchall())

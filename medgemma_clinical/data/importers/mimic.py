@@ -34,66 +34,58 @@ import pandas as pd
 from medgemma_clinical.data.analytes import ANALYTES, GAP_ITEM, feature_of
 from medgemma_clinical.data.dka import comparable
 from medgemma_clinical.data.feature import Feature
+from medgemma_clinical.data.importers import cells, duck, tables
 from medgemma_clinical.data.importers.cohort import CohortRequest, HospitalTables, make_cohort
-from medgemma_clinical.data.importers.duck import (
-    KEY,
-    KEY_OR_EMPTY,
-    NUMBER,
-    NUMBER_OR_EMPTY,
-    TIME,
-    TIME_OR_EMPTY,
-    WORD_OR_EMPTY,
-    Column,
-    Database,
-    find_file,
-    open_database,
-    open_table,
-)
-from medgemma_clinical.data.importers.notes import add_notes, load_notes
+from medgemma_clinical.data.importers.notes import NoteRequest, add_notes, load_notes
 from medgemma_clinical.files import InputError
+from medgemma_clinical.flags import TAKEN, row
 
 logger = logging.getLogger(__name__)
 
-OPTIONAL_WORD, OPTIONAL_TIME, OPTIONAL_NUMBER = (
-    Column(form, may_be_empty=True, optional=True) for form in ("word", "time", "number")
-)
+OPTIONAL_NUMBER = cells.Number(may_be_empty=True, optional=True)
+OPTIONAL_TIME = cells.Time(may_be_empty=True, optional=True)
+OPTIONAL_WORD = cells.Word(may_be_empty=True, optional=True)
 
-COLUMNS: dict[str, dict[str, Column]] = {
+COLUMNS: dict[str, dict[str, cells.Column]] = {
     "hosp/patients": {
-        "subject_id": KEY,
-        "gender": WORD_OR_EMPTY,
-        "anchor_age": NUMBER_OR_EMPTY,
-        "anchor_year": NUMBER_OR_EMPTY,
+        "subject_id": cells.KEY,
+        "gender": cells.WORD_OR_EMPTY,
+        "anchor_age": cells.NUMBER_OR_EMPTY,
+        "anchor_year": cells.NUMBER_OR_EMPTY,
     },
     "hosp/admissions": {
-        "subject_id": KEY,
-        "hadm_id": KEY,
-        "admittime": TIME,
-        "dischtime": TIME_OR_EMPTY,
-        "deathtime": TIME_OR_EMPTY,
-        "hospital_expire_flag": NUMBER_OR_EMPTY,
+        "subject_id": cells.KEY,
+        "hadm_id": cells.KEY,
+        "admittime": cells.TIME,
+        "dischtime": cells.TIME_OR_EMPTY,
+        "deathtime": cells.TIME_OR_EMPTY,
+        "hospital_expire_flag": cells.NUMBER_OR_EMPTY,
     },
     "icu/icustays": {
-        "hadm_id": KEY,
-        "intime": TIME_OR_EMPTY,
-        "outtime": TIME_OR_EMPTY,
-        "first_careunit": WORD_OR_EMPTY,
+        "hadm_id": cells.KEY,
+        "intime": cells.TIME_OR_EMPTY,
+        "outtime": cells.TIME_OR_EMPTY,
+        "first_careunit": cells.WORD_OR_EMPTY,
     },
-    "hosp/diagnoses_icd": {"hadm_id": KEY, "icd_code": WORD_OR_EMPTY, "icd_version": NUMBER},
+    "hosp/diagnoses_icd": {
+        "hadm_id": cells.KEY,
+        "icd_code": cells.WORD_OR_EMPTY,
+        "icd_version": cells.NUMBER,
+    },
     "hosp/d_labitems": {
-        "itemid": KEY,
-        "label": WORD_OR_EMPTY,
+        "itemid": cells.KEY,
+        "label": cells.WORD_OR_EMPTY,
         "fluid": OPTIONAL_WORD,
         "category": OPTIONAL_WORD,
     },
     "hosp/labevents": {
-        "itemid": KEY,
-        "subject_id": KEY,
-        "hadm_id": KEY_OR_EMPTY,
-        "charttime": TIME,
+        "itemid": cells.KEY,
+        "subject_id": cells.KEY,
+        "hadm_id": cells.KEY_OR_EMPTY,
+        "charttime": cells.TIME,
         "storetime": OPTIONAL_TIME,
-        "valuenum": NUMBER_OR_EMPTY,
-        "valueuom": WORD_OR_EMPTY,
+        "valuenum": cells.NUMBER_OR_EMPTY,
+        "valueuom": cells.WORD_OR_EMPTY,
         "ref_range_lower": OPTIONAL_NUMBER,
         "ref_range_upper": OPTIONAL_NUMBER,
     },
@@ -125,13 +117,12 @@ state."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class MimicRequest(CohortRequest):
+class MimicRequest(CohortRequest, NoteRequest):
     """A request for rows from MIMIC-IV."""
 
-    mimic_dir: Path
-    item: str
-    notes_dir: Path | None
-    max_note_words: int
+    mimic_dir: Path = row(Path, None, "folder of MIMIC-IV with hosp/ and icu/", required=True)
+    item: str = row(str, str(GAP_ITEM), "itemid of the series, or its name in d_labitems", TAKEN)
+    notes_dir: Path | None = row(Path, None, "folder note/ of MIMIC-IV-Note, for the context")
 
 
 class MimicTables(HospitalTables):
@@ -179,8 +170,8 @@ class MimicTables(HospitalTables):
         has_label = items["label"].map(comparable) == comparable(item_text)
         rows = items[(items["itemid"].astype(str) == item_text.strip()) | has_label]
         if len(rows) != 1:
-            cells = rows[["itemid", "fluid", "category"]].astype(str).values
-            several = "; ".join(", ".join(filter(None, row)) for row in cells)
+            details = rows[["itemid", "fluid", "category"]].astype(str).values
+            several = "; ".join(", ".join(filter(None, row)) for row in details)
             problem = f"several, name one by its itemid: {several}" if several else "no such item"
             raise InputError(f"{self.paths['hosp/d_labitems']}: --item {item_text}: {problem}")
         item = int(rows["itemid"].iloc[0])
@@ -193,11 +184,11 @@ def make_mimic(request: MimicRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Make rows of the DKA format from MIMIC-IV, and their description."""
     if request.series and request.item != str(GAP_ITEM):
         raise InputError(f"--item {request.item}: does not go with --series")
-    with open_database(request.out, request.memory_limit, request.threads) as database:
-        tables = MimicTables(database, "--mimic_dir", request.mimic_dir)
+    with duck.open_database(request.out, request.memory_limit, request.threads) as database:
+        hospital = MimicTables(database, "--mimic_dir", request.mimic_dir)
         folder = request.notes_dir
-        paths = [find_file(folder, name, "--notes_dir") for name in NOTES] if folder else []
-        rows, description = make_cohort(database, request, tables)
+        paths = [tables.find_file(folder, name, "--notes_dir") for name in NOTES] if folder else []
+        rows, description = make_cohort(database, request, hospital)
         if paths:
             contexts = rows["clinical_context"]
             rows["clinical_context"], hashes = read_notes(database, paths, request, contexts)
@@ -206,7 +197,7 @@ def make_mimic(request: MimicRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
 
 
 def read_notes(
-    database: Database, paths: Sequence[Path], request: MimicRequest, contexts: pd.Series
+    database: duck.Database, paths: Sequence[Path], request: MimicRequest, contexts: pd.Series
 ) -> tuple[pd.Series, dict[str, str]]:
     """Return the contexts with the notes of the patients, and the SHA-256 of each file."""
     database.run(
@@ -216,7 +207,7 @@ def read_notes(
     )
     hashes = {}
     for (name, columns), path in zip(NOTES.items(), paths, strict=True):
-        file = open_table(database, path, {})
+        file = tables.open_table(database, path, {})
         hashes[f"note/{name}"] = file.sha256
-        load_notes(database, file, columns, KEY, request.max_note_words)
+        load_notes(database, file, columns, cells.KEY, request.max_note_words)
     return add_notes(database, contexts, request.max_note_words), hashes

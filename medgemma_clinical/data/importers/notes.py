@@ -9,20 +9,26 @@ from pathlib import Path
 
 import pandas as pd
 
-from medgemma_clinical.data.importers import duck
+from medgemma_clinical.data.importers import cells, duck, output, tables
+from medgemma_clinical.flags import POSITIVE, TAKEN, row
 
 logger = logging.getLogger(__name__)
 
 CHARACTERS = 16  # of a word with its space, more than those of any text on average
 
 
-@dataclass(frozen=True)
-class NoteText(duck.Column):
+@dataclass(frozen=True, kw_only=True)
+class NoteRequest(output.TableRequest):
+    """What a command needs that reads notes."""
+
+    max_note_words: int = row(POSITIVE, 256, "latest words of notes in a context", TAKEN)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoteText(cells.Text):
     """A text with one space between two words, of which the end of ``max_words`` words is read."""
 
-    form: str = "word"
-    may_be_empty: bool = True
-    max_words: int = 0
+    max_words: int
 
     def typed(self, raw: str) -> str:
         """Return SQL for the end of a raw cell; a list of its words would need much memory."""
@@ -32,39 +38,39 @@ class NoteText(duck.Column):
 
 def load_notes(
     database: duck.Database,
-    file: duck.TableFile,
+    file: tables.TableFile,
     names: Mapping[str, str],
-    subject: duck.Column,
+    subject: cells.Column,
     max_words: int,
     keep: Sequence[str] = (),
-    times: Mapping[str, duck.Column] | None = None,  # charted and stored, by default in ISO's order
+    times: Mapping[str, cells.Instant] | None = None,  # of charted and stored
 ) -> None:
     """Add notes of the subjects in ``target`` to ``note``: subject, written, stay, text, words."""
-    time = duck.Column("instant", may_be_empty=True)
+    in_iso_order = dict.fromkeys(("charted", "stored"), cells.Instant())
+    time_forms = in_iso_order | dict(times or {})
     # No row of a stay gets a note of that ``stay``, such as its discharge summary.
-    forms = {"subject": subject, "charted": time, "stored": time, "stay": duck.KEY_OR_EMPTY}
-    forms |= {role: replace(form, may_be_empty=True) for role, form in (times or {}).items()}
+    forms = {"subject": subject, "stay": cells.KEY_OR_EMPTY}
+    forms |= {role: replace(form, may_be_empty=True) for role, form in time_forms.items()}
     columns = {names[role]: form for role, form in forms.items() if role in names}
     columns[names["text"]] = NoteText(max_words=max_words)
     file.check_columns(columns)
     typed = subject.typed(file.raw(names["subject"]))
     join = f"SEMI JOIN target ON target.subject::VARCHAR = ({typed})::VARCHAR"
-    duck.load_table(database, "loaded", file, columns, keep, join)
-    cells = {
-        role: duck.quoted(names[role]) if role in names else "NULL" for role in (*forms, "text")
-    }
-    text = cells["text"]
-    day = f"date_trunc('day', {cells['charted']})"
+    tables.load_table(database, "loaded", file, columns, keep, join)
+    subjects, stay, charted, stored, text = (
+        duck.quoted(names[role]) if role in names else "NULL"
+        for role in ("subject", "stay", "charted", "stored", "text")
+    )
     # A date without a time, and without a storing time, is known from the end of its day.
-    charted = f"{cells['charted']} + to_days(({cells['charted']} = {day})::INTEGER)"
-    charted = cells["charted"] if forms["charted"].zoned else charted
-    written_time = f"greatest({cells['charted']}, coalesce({cells['stored']}, {charted}))"
+    by_day = f"{charted} + to_days(({charted} = date_trunc('day', {charted}))::INTEGER)"
+    known = charted if time_forms["charted"].zoned else by_day
+    written_time = f"greatest({charted}, coalesce({stored}, {known}))"
     if times and "stored" in names:  # as of the values of from_long: empty means never
-        written_time = f"CASE WHEN {cells['stored']} IS NOT NULL THEN {written_time} END"
+        written_time = f"CASE WHEN {stored} IS NOT NULL THEN {written_time} END"
     database.run(
         "CREATE TABLE IF NOT EXISTS note "
         "(subject VARCHAR, written TIMESTAMP, stay BIGINT, text VARCHAR, words INTEGER); "
-        f"INSERT INTO note SELECT {cells['subject']}, {written_time}, {cells['stay']}, {text}, "
+        f"INSERT INTO note SELECT {subjects}, {written_time}, {stay}, {text}, "
         f"len({text}) - len(replace({text}, ' ', '')) + 1 FROM loaded WHERE {text} != ''; "
         "DROP TABLE loaded"
     )

@@ -13,10 +13,6 @@ CREATE MACRO zone_minutes(zone) AS CASE WHEN zone IN ('', 'Z') THEN 0 ELSE
     * (60 * CAST(zone[2:3] AS INTEGER) + coalesce(TRY_CAST(ltrim(zone[4:], ':') AS INTEGER), 0))
 END;
 
--- The last moment that a time may mean: of a date without a time the end of its day.
-CREATE MACRO last_moment(time) AS
-    CASE WHEN time = date_trunc('day', time) THEN time + INTERVAL 1 DAY ELSE time END;
-
 CREATE MACRO hours_between(early, late) AS date_diff('second', early, late) / 3600;
 
 -- One observation of the DKA format: 24 (2.5h).
