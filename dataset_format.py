@@ -20,7 +20,6 @@ care, with a warning.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import signal
 import sys
@@ -44,12 +43,11 @@ from medgemma_clinical.commands.command_line import (
     run_command,
 )
 from medgemma_clinical.data import checks, distributions, dka, texts
-from medgemma_clinical.data.analytes import GAP_ITEM
 from medgemma_clinical.data.competing_events import OUTCOME_KINDS, CompetingEvents
 from medgemma_clinical.data.dka import LABEL, Description, read_description
 from medgemma_clinical.data.findings import Findings
-from medgemma_clinical.data.importers import duck, eicu, long_table, meds, mimic, preview
-from medgemma_clinical.data.importers.cohort import COHORTS, DISCHARGED, ESCALATED, GAPS, OUTCOMES
+from medgemma_clinical.data.importers import eicu, long_table, meds, mimic, output, preview
+from medgemma_clinical.data.importers.long_request import Earlier, LongRequest, read_like
 from medgemma_clinical.data.importers.questions import OpenQuestions
 from medgemma_clinical.data.overlap import describe_copies
 from medgemma_clinical.data.roles import sex_of_column
@@ -61,7 +59,7 @@ from medgemma_clinical.data.trajectories import (
     TrajectoryDataset,
 )
 from medgemma_clinical.files import InputError, move_aside, one_line, write_text
-from medgemma_clinical.flags import POSITIVE, WHOLE, Flag, names, number
+from medgemma_clinical.flags import Flag, check_required, flags_of, names
 from medgemma_clinical.training.signals import SIGNALS
 
 __all__ = ["Description", "InputError", "MIMICtrajectoryDataset", "main", "read_description"]
@@ -69,9 +67,6 @@ __all__ = ["Description", "InputError", "MIMICtrajectoryDataset", "main", "read_
 logger = logging.getLogger(__name__)
 
 MAX_LEN, MAX_LEN_SEVERAL = 20, 64  # observations kept of one series, and of the union of several
-
-HOURS = number(float, 0, 10**6, open_low=True)
-
 
 # --------------------------------------------------------------------------- data set
 
@@ -369,54 +364,15 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
 # --------------------------------------------------------------------------- commands
 
 
-def outcome(text: str) -> tuple[str, ...]:
-    """Return escalation, or some of its components."""
-    components = name_tuple(text)
-    if components != (ESCALATED,) and not (components and {*components} <= OUTCOMES.keys()):
-        allowed = f"{ESCALATED}, or some of {', '.join(OUTCOMES)}"
-        raise argparse.ArgumentTypeError(f"{text!r} must be {allowed}")
-    return components
+REQUESTS: dict[str, tuple[type[output.TableRequest], Callable[[Any], Any]]] = {
+    "from_long": (LongRequest, long_table.make_long),
+    "from_mimic": (mimic.MimicRequest, mimic.make_mimic),
+    "from_eicu": (eicu.EicuRequest, eicu.make_eicu),
+    "from_meds": (meds.MedsRequest, meds.make_meds),
+}
+"""The request of each command that makes a DKA file, and what makes its rows."""
 
-
-def name_tuple(text: str) -> tuple[str, ...]:
-    """Split a comma-separated list of names."""
-    return tuple(names(text))
-
-
-OUTPUT = (
-    Flag("out", Path, None, "CSV to write; a JSON description comes beside it"),
-    Flag("memory_limit", str, "400MB", "memory for tables, beyond it disk is used"),
-    Flag("threads", WHOLE, 0, "threads that read (0 = all cores)"),
-)
-"""Flags of every command that makes a DKA file."""
-
-LIMITS = "of '<5': 2.5, 5, or no value; of '>5': 5, or no value"
-MIN_VALUES = "fewest values of the main series in the window"
-COHORT = (
-    Flag("cohort", tuple(COHORTS), "dka", "admissions to take"),
-    Flag("series", name_tuple, (), "series NAME,NAME or all; the first is the main series"),
-    Flag("window_hours", HOURS, 12.0, "hours from first value to prediction time"),
-    Flag("horizon_hours", HOURS, 72.0, "hours from then to the end"),
-    Flag("min_observations", POSITIVE, 2, "fewest values of the main series"),
-    Flag("outcome", outcome, ESCALATED, "escalation, or some of death,icu,unresolved"),
-    Flag("discharged", tuple(DISCHARGED), "not_escalated", "alive by the horizon: 0, or no row"),
-    Flag("compute_gap", tuple(GAPS), "always", "anion gap: from Na, Cl, HCO3, or as reported"),
-)
-"""Flags that choose the cohort of a hospital."""
-
-EVENTS = (
-    Flag("series", help="'NAME [unit]=CODE'; the first is the main series", repeat=True),
-    Flag("window_hours", HOURS, 24.0, "hours before the prediction time that are read"),
-    Flag("hours_from", ("window", "first"), "window", "hour 0: window or first value"),
-    Flag("min_observations", POSITIVE, 1, MIN_VALUES),
-    Flag("outcome", str, "Event", "meaning of label 1"),
-    Flag("question", str, "", "question about a patient; by default from --outcome"),
-)
-"""Flags that make rows of labels and events."""
-
-NOTE_WORDS = Flag("max_note_words", POSITIVE, 256, "latest words of notes in a context")
-
-COMMANDS: dict[str, tuple[Flag, ...]] = {
+OTHERS: dict[str, tuple[Flag, ...]] = {
     "check": (
         Flag("file", Path, help="CSV or Parquet in the DKA format", positional=True),
         Flag("series", names, help="read these series only"),
@@ -428,182 +384,83 @@ COMMANDS: dict[str, tuple[Flag, ...]] = {
         *(Flag(name, help=text) for name, text in dka.NAMING.items()),
         SHOW_VALUES,
     ),
-    "from_mimic": (
-        Flag("mimic_dir", Path, help="folder of MIMIC-IV with hosp/ and icu/", required=True),
-        *OUTPUT,
-        *COHORT,
-        Flag("item", str, str(GAP_ITEM), "itemid of the series, or its name in d_labitems"),
-        Flag("notes_dir", Path, help="folder note/ of MIMIC-IV-Note, for the context"),
-        NOTE_WORDS,
-    ),
-    "from_eicu": (
-        Flag("eicu_dir", Path, help="folder with patient, admissionDx and lab", required=True),
-        *OUTPUT,
-        *COHORT,
-    ),
-    "from_meds": (
-        Flag("meds_dir", Path, help="folder of MEDS with data/ and metadata/", required=True),
-        Flag("labels", Path, help="labels as ACES writes them: Parquet file or folder"),
-        *OUTPUT,
-        *EVENTS,
-        Flag("context", help="static 'NAME [unit]=CODE', repeatable", repeat=True),
-        Flag("event", help="'NAME=CODE' whose time is written; first the one asked", repeat=True),
-        Flag("notes", help="code of notes for the context, repeatable", repeat=True),
-        NOTE_WORDS,
-        Flag("no_splits", bool, help="ignore metadata/subject_splits.parquet"),
-        Flag("list_codes", bool, help="print all codes with counts, make no file"),
-    ),
     "from_long": (
         Flag("preview", bool, help="show what would be read and made, write a TOML"),
         Flag("config", Path, help="flags of a TOML file, of which typed ones win"),
-        Flag("table", Path, help="CSV, Excel or Parquet, one value a row"),
-        Flag("labels", Path, help="table with patient, prediction time and label"),
-        *OUTPUT,
-        Flag("like", Path, help="read as for this earlier output: its flags are the defaults"),
-        *EVENTS,
-        Flag("columns", help="other names, as time=Drawn item=Analyte", repeat=True, several=True),
-        Flag("prediction_time", str, "", "'COLUMN + 48 h' of --labels"),
-        Flag("static", help="'age [years]=COLUMN' of --labels, repeatable", repeat=True),
-        Flag("sex", help="words of a sex, as 1=male 2=female", repeat=True, several=True),
-        Flag("outcome_column", help="a label, repeatable; the first is the main", repeat=True),
-        Flag("end_time", str, "", "column of --labels: when the stay ended"),
-        Flag("event_time", str, "", "column: time of the event, or of the end of the record"),
-        Flag("event", str, "", "column of --labels: 0 (censored), 1, 2, ..., or words"),
-        Flag("event_names", help="of 1, 2, ...: the words of --event", repeat=True, several=True),
-        Flag("interventions", help="events by a treatment decision", repeat=True, several=True),
-        Flag("context_column", str, "", "column of --labels with a text for the context"),
-        Flag("notes", Path, help="table with patient, time and text, for the context"),
-        NOTE_WORDS,
-        Flag("keep", help="columns of --labels to carry along", repeat=True, several=True),
-        Flag("no_labels", bool, help="outcome not known: new patients"),
-        Flag("positive", help="word of label 1, all others being 0 (Yes)", repeat=True),
-        Flag("time_format", help="strptime format of times; by default found", repeat=True),
-        Flag("time_unit", tuple(duck.MICROSECONDS), "", "unit of times that are numbers"),
-        Flag(
-            "below_limit",
-            ("half", "value", "drop"),
-            "",
-            LIMITS,
-        ),
-        Flag("bad_values", ("drop",), "", "leave out values that are no numbers"),
-        Flag("result_flags", help="letters behind numbers, as L", repeat=True, several=True),
-        Flag("encoding", str, "", "of CSV tables that are not UTF-8 (default: cp1252)"),
-        Flag("sheet", help="of an Excel file (default: first); again: the next", repeat=True),
-        Flag("decimal", ("comma", "point"), "", "decimal sign; the other one groups thousands"),
-        Flag("equal_times", ("keep", "last", "mean"), "", "different values of one time"),
-        Flag("factor", help="'ITEM:UNIT=NUMBER', repeatable: convert a unit", repeat=True),
     ),
+    "from_meds": (Flag("list_codes", bool, help="print all codes with counts, make no file"),),
 }
-
-
-REQUESTS: dict[str, tuple[type[duck.TableRequest], Callable[[Any], Any]]] = {
-    "from_mimic": (mimic.MimicRequest, mimic.make_mimic),
-    "from_eicu": (eicu.EicuRequest, eicu.make_eicu),
-    "from_meds": (meds.MedsRequest, meds.make_meds),
-    "from_long": (long_table.LongRequest, long_table.make_long),
-}
-"""The request of each command that makes a DKA file, and what makes its rows."""
-
-
-CODES = "; --list_codes shows what can be a series"
-NEEDED = {
-    "from_mimic": {"out": ""},
-    "from_eicu": {"out": ""},
-    "from_meds": dict.fromkeys(("out", "labels", "series"), CODES),
-    "from_long": dict.fromkeys(("table", "labels", "out"), ""),
-}
-"""Flags without a default that are not typed with another way of use."""
+"""Flags that are of no request."""
 
 CONFIG = "import.toml"
-DESCRIBED = {"log_columns", "find_time", "copy_as_utf8", "read_sheet", "choose_series"}
-DESCRIBED |= {"apply_rules"}
+DESCRIBED = {"log", "find_time", "find_encoding", "open_table", "read_sheet", "find_series"}
+DESCRIBED |= {"copy_as_utf8"}
 """Functions that log what a preview shows in its own form."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return 0 when it is done, 2 for wrong input, 3 for a fault."""
-    arguments = vars(build_parser().parse_args(argv))
+    words = sys.argv[1:] if argv is None else argv
+    parsed, given = build_parser().parse_given(words)
+    arguments = vars(parsed)
     command = arguments.pop("command")
     with logs.command_logging():
         if command == "check":
             show_values = arguments.pop("show_values")
             return run_command(lambda: check(**arguments), show_values=show_values)
         if command == "from_long":
-            return run_command(lambda: from_long(argv))
+            typed = {name: x for name, x in arguments.items() if f"--{name}" in given}
+            return run_command(lambda: from_long(typed))
         return run_command(lambda: make(command, arguments))
 
 
-def from_long(argv: Sequence[str] | None) -> int:
+def from_long(typed: dict[str, Any]) -> int:
     """Make a DKA file from a long table, or preview it."""
-    arguments = complete(argv)
-    is_preview, earlier = arguments.pop("preview"), arguments["like"]
-    file = arguments.pop("config")
-    del arguments["command"]
+    is_preview, file = typed.pop("preview", False), typed.pop("config", None)
+    request = complete(typed, file)
     if is_preview:
-        return show_preview(arguments)
+        return show_preview(request)
     try:
-        return make_like(earlier, arguments) if earlier else make("from_long", arguments)
+        return make_like(request) if request.like else make_file(request, long_table.make_long)
     except OpenQuestions as error:
         advice = "--preview asks all such questions at once"
         advice = f"remove the # of the answers in {file}, or {advice}" if file else advice
         raise InputError(f"{error}; {advice}") from error
 
 
-def complete(argv: Sequence[str] | None) -> dict[str, Any]:
+def complete(typed: Mapping[str, Any], file: Path | None) -> LongRequest:
     """Return the flags of a from_long: those typed, or else of --config, or else of --like."""
-    typed, defaults = vars(build_parser().parse_args(argv)), long_defaults()
-    stored, columns = dict[str, Any](), list[str]()
-    if path := typed["config"]:
-        words = config.read_words(path, defaults)
-        parsed = parse([word for of_flag in words.values() for word in of_flag], f"--config {path}")
-        stored = {name: parsed[name] for name in words}
-    if earlier := typed["like"] or stored.get("like"):
-        flags, read_as = long_table.read_like(earlier)
-        words = {
-            name: [f"--{name}={x}" for x in (value if isinstance(value, list) else [value])]
-            for name, value in flags.items()
-        }
-        parsed = parse(
-            [word for of_flag in words.values() for word in of_flag], f"--like {earlier}"
-        )
-        columns += parsed["columns"]
-        stored = {**{name: parsed[name] for name in flags}, "read_as": read_as, **stored}
-    columns += [*stored.get("columns", ()), *typed["columns"]]  # a later one counts
-    return {**vars(build_parser(stored).parse_args(argv)), "columns": tuple(columns)}
+    stored = config.read_flags(file, LongRequest) if file else {}
+    given = {**stored, **typed}
+    earlier = read_like(given["like"]) if given.get("like") else Earlier()
+    form = {name: value for name, value in earlier.form.items() if name not in given}
+    earlier = replace(earlier, form=form)
+    values = {**earlier.values, **given, "earlier": earlier}
+    if given.get("label") and "outcome" not in given:
+        values.pop("outcome", None)  # the title of the label says what it is
+    for name in ("columns", "static", "event"):  # a later one of the same name counts
+        parts = [part.get(name, ()) for part in (earlier.values, stored, typed)]
+        texts = [text for part in parts for text in part]
+        if all("=" in text for text in texts):  # else --event is a column of its words
+            values[name] = tuple(texts)
+    return LongRequest(**values)
 
 
-def long_defaults() -> dict[str, Any]:
-    """Return the default of each flag of from_long that a file may hold."""
-    defaults = vars(build_parser().parse_args(["from_long"]))
-    return {
-        k: x for k, x in defaults.items() if k not in ("command", "config", "preview", "read_as")
-    }
-
-
-def parse(words: Sequence[str], where: str) -> dict[str, Any]:
-    """Return the flags of a from_long that a file holds, checked like typed ones."""
-    try:
-        return vars(build_parser().parse_known_args(["from_long", *words])[0])
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-
-
-def show_preview(arguments: dict[str, Any]) -> int:
+def show_preview(request: LongRequest) -> int:
     """Show what from_long would make, and write its flags with the open questions to a file."""
-    out: Path | None = arguments["out"]
-    check_needed("from_long", {**arguments, "out": True})
+    out = request.out
+    named = request if out else replace(request, out=Path("data.csv"))
+    check_required(named)
     if out:
-        duck.check_target(out)
+        output.check_target(out)
     with logs.collected() as records:
-        request = long_table.LongRequest(**{**arguments, "out": out or Path("data.csv")})
-        seen = preview.run(request, records.clear)
+        seen = preview.run(named, records.clear)
     notes = [record.getMessage() for record in records if record.funcName not in DESCRIBED]
     for line in preview.describe(seen, notes):
         logger.info(line)
-    flags = {**preview.settled_flags(seen), "out": out}
-    suggested = preview.suggested_flags(seen)
-    shown = {"window_hours": "hours before the prediction time, of which values are read"}
-    text = config.toml_text(flags, long_defaults(), seen.questions, suggested, shown)
+    text = config.toml_text(
+        replace(preview.settled(seen), out=out), seen.questions, preview.suggested(seen)
+    )
     path = out.with_suffix(".toml") if out else Path(CONFIG)
     if not path.is_file() or path.read_text("utf-8") != text:
         for aside in move_aside([path]):
@@ -615,16 +472,17 @@ def show_preview(arguments: dict[str, Any]) -> int:
     return 0
 
 
-def make_like(earlier: Path, arguments: dict[str, Any]) -> int:
+def make_like(request: LongRequest) -> int:
     """Make a DKA file, and warn of what does not fit the earlier one that it is read like."""
-    out: Path = arguments["out"]
+    earlier = Path(str(request.like))
     is_table = earlier.is_file() and dka.description_path(earlier) != earlier
     training = distributions.describe(medians_of(earlier)[0]) if is_table else None
-    code = make("from_long", arguments)
+    code = make_file(request, long_table.make_long)
     if training is None:
         logger.info("%s: no data file: the values are not compared with it", earlier)
     else:
-        checks.log_warnings(distributions.compare(training, *medians_of(out)), str(out))
+        warnings = distributions.compare(training, *medians_of(request.out))
+        checks.log_warnings(warnings, str(request.out))
     return code
 
 
@@ -657,30 +515,36 @@ def make(command: str, arguments: dict[str, Any]) -> int:
     if arguments.pop("list_codes", False):
         limits = {name: arguments[name] for name in ("meds_dir", "memory_limit", "threads")}
         return meds.list_codes(**limits)
-    check_needed(command, arguments)
     request, make_rows = REQUESTS[command]
-    return duck.make_file(request(**arguments), make_rows)
+    return make_file(request(**arguments), make_rows)
 
 
-def check_needed(command: str, arguments: Mapping[str, Any]) -> None:
-    """Refuse a command without a flag that it needs and that need not be typed."""
-    for name in NEEDED.get(command, ()):
-        if not arguments[name]:
-            raise InputError(f"--{name}: is needed{NEEDED[command][name]}")
+def make_file(request: output.TableRequest, make_rows: Callable[[Any], Any]) -> int:
+    """Make a DKA file of a request with all that it needs."""
+    check_required(request)
+    return output.make_file(request, make_rows)
 
 
-def build_parser(stored: Mapping[str, Any] | None = None) -> Parser:
-    """Build the parser of all commands; ``stored`` are other defaults of from_long."""
+def rows_of(command: str) -> list[Flag]:
+    """Return the flags of a command; those of a request may stand in a file in place of a line."""
+    rows = [*OTHERS.get(command, ())]
+    if command in REQUESTS:
+        flags = flags_of(REQUESTS[command][0]).values()
+        rows += [replace(flag, required=False) for flag in flags]
+    return rows
+
+
+def build_parser() -> Parser:
+    """Build the parser of all commands."""
     about = "Check a DKA trajectory file, or make one from clinical tables."
     parser = Parser("dataset_format.py", description=about, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=VERSION)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{check,from_long,...}")
-    for name, rows in COMMANDS.items():
+    for name in ("check", *REQUESTS):
         about = DATA_VERBS[name]
         command = commands.add_parser(name, help=about, allow_abbrev=False, formatter_class=Help)
-        for flag in rows:
+        for flag in rows_of(name):
             flag.add_to(command)
-    commands.choices["from_long"].set_defaults(**{"read_as": {}, **(stored or {})})
     return parser
 
 

@@ -41,7 +41,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from dataset_format import HOURS, MIMICtrajectoryDataset
+from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical import __main__ as verbs
 from medgemma_clinical.commands import flags
 from medgemma_clinical.commands.command_line import (
@@ -61,7 +61,7 @@ from medgemma_clinical.data.competing_events import OUTCOME_KINDS
 from medgemma_clinical.data.dka import LABEL, NAMING, Meaning
 from medgemma_clinical.data.texts import SERIES_TEXT
 from medgemma_clinical.files import InputError
-from medgemma_clinical.flags import POSITIVE, RATE, WHOLE, Flag, names, number
+from medgemma_clinical.flags import HOURS, POSITIVE, RATE, WHOLE, Flag, names, number
 from medgemma_clinical.models import choices
 from srtr_dataset import ORGANS, SRTRTrajectoryDataset
 

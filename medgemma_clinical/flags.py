@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,11 +94,19 @@ class Repeated(argparse.Action):
 # ---------------------------------------------------------------------------- requests
 
 
-def row(form: Any = str, default: Any = None, help: str = "", **options: Any) -> Any:
+Texts = tuple[str, ...]
+
+
+def row(form: Any, default: Any, about: str, stored: str = NEVER, **options: Any) -> Any:
     """Return a field of a request that is a flag named like it."""
-    empty = () if options.get("repeat") else False if form is bool else default
-    metadata = {"flag": Flag("", form, default, help, **options)}
-    return dataclasses.field(default=empty, metadata=metadata)
+    value = form(default) if isinstance(default, str) and callable(form) else default
+    metadata = {"flag": Flag("", form, default, about, stored=stored, **options)}
+    return dataclasses.field(default=value, metadata=metadata)
+
+
+def texts(about: str, stored: str = TAKEN, **options: Any) -> Any:
+    """Return a field of texts, a flag that may be given several times."""
+    return row(str, (), about, stored, repeat=True, **options)
 
 
 def flags_of(request: Any) -> dict[str, Flag]:
@@ -158,5 +166,19 @@ def name_tuple(text: str) -> tuple[str, ...]:
     return tuple(names(text))
 
 
+def one_or_some(one: str, some: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """Return an argparse type for one name, or a comma-separated list of others."""
+
+    def convert(text: str) -> tuple[str, ...]:
+        given = name_tuple(text)
+        if given != (one,) and not (given and {*given} <= {*some}):
+            allowed = f"{one}, or some of {', '.join(some)}"
+            raise argparse.ArgumentTypeError(f"{text!r} must be {allowed}")
+        return given
+
+    return convert
+
+
 METAVARS: dict[Any, str] = {str: "NAME", Path: "PATH", names: "NAME,NAME"}
+METAVARS[name_tuple] = "NAME,NAME"
 """What stands for a value in ``--help``, a number elsewhere; commands add their types."""

@@ -9,21 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from medgemma_clinical.data.dka import join_names
+from medgemma_clinical.data.importers.long_request import LongRequest
 from medgemma_clinical.data.importers.questions import Question
 from medgemma_clinical.files import InputError, did_you_mean, one_line
+from medgemma_clinical.flags import flags_of
 
-KINDS = {bool: "true or false", tuple: "a list of texts", float: "a number", str: "a text"}
 HEAD = """\
 # Flags of dataset_format.py from_long, for --config. Typed flags win; paths are as typed ones.
 # Remove the # of what is right.
 """
-
-
-def kind_of(default: Any) -> type:
-    """Return what a flag of a default takes in a file."""
-    if isinstance(default, int | float) and not isinstance(default, bool):
-        return float
-    return type(default) if isinstance(default, bool | tuple) else str
+SHOWN = {"window_hours": "  # hours before the prediction time, of which values are read"}
+"""Flags that are written with their default, too, and what they are."""
 
 
 def read_toml(path: Path, where: str) -> dict[str, Any]:
@@ -38,77 +34,61 @@ def read_toml(path: Path, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: not in TOML's form: {error}") from error
 
 
-def read_words(path: Path, defaults: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return each flag of a file as words of a command line; ``defaults`` are of all flags.
+def read_flags(path: Path, kind: type) -> dict[str, Any]:
+    """Return the flags of a request that a file holds.
 
     Raises:
         InputError: no such file, no TOML, an unknown key, or a value of another type.
     """
-    where = f"--config {path}"
+    where, rows = f"--config {path}", flags_of(kind)
     content = read_toml(path, where)
-    words = dict[str, list[str]]()
-    for name, value in content.items():
-        if name not in defaults:
-            near = (
-                did_you_mean(name, [*defaults]) or f": the keys are {join_names([*defaults], 99)}"
-            )
+    for name in content:
+        if name not in rows:
+            near = did_you_mean(name, [*rows]) or f": the keys are {join_names([*rows], 99)}"
             raise InputError(f"{where}: unknown key {name}{near}")
-        kind = kind_of(defaults[name])
-        texts = value if isinstance(value, list) else [value]
-        is_right = {
-            bool: isinstance(value, bool),
-            tuple: isinstance(value, list) and all(isinstance(x, str) for x in value),
-            float: isinstance(value, int | float) and not isinstance(value, bool),
-            str: isinstance(value, str),
-        }
-        if not is_right[kind]:
-            raise InputError(f"{where}: {name} must be {KINDS[kind]}")
-        if kind is bool:
-            words[name] = [f"--{name}"] if value else []
-        else:
-            words[name] = [f"--{name}={text}" for text in texts]
-    return words
+    flags = {name: rows[name].read(value, where) for name, value in content.items()}
+    return {name: value for name, value in flags.items() if value != ()}  # all are comments
 
 
 def toml_text(
-    flags: Mapping[str, Any],  # those that differ from ``defaults`` are written
-    defaults: Mapping[str, Any],
+    request: LongRequest,
     questions: Sequence[Question],
     suggested: Mapping[str, Sequence[str]],  # elements of lists, as comments
-    shown: Mapping[str, str],  # flags that are written with their default, too, and what they are
 ) -> str:
-    """Return a file of flags; what is open stands first, as comments."""
-    guesses = {(x.flag, answer) for x in questions if x.guessed for answer in x.answers[:1]}
-    asked = [x for x in questions if not x.guessed]
-    is_open = {name: any(x.flag == name for x in asked) for name in flags}
+    """Return a file of the flags that no other file says; what is open stands first."""
+    defaults, earlier = vars(type(request)()), request.earlier
+    is_open = {x.flag for x in questions if not x.guessed}
     lines = []
-    for name in sorted(defaults, key=lambda name: not is_open[name]):
-        value = flags[name]
-        comments = list(dict.fromkeys(comment(x, value) for x in asked if x.flag == name))
-        comments += [f"{quoted(text)}," for text in suggested.get(name, ())]
-        if isinstance(defaults[name], tuple):
-            marks = [",  # guessed" if (name, text) in guesses else "," for text in value]
-            cells = [f"    {quoted(x)}{mark}" for x, mark in zip(value, marks, strict=True)]
-            cells += [f"    # {text}" for text in comments]
-            lines += [f"{name} = [", *cells, "]"] if cells else []
-        elif value != defaults[name] or name in shown:
-            is_text = isinstance(value, str | Path)
-            text = quoted(str(value)) if is_text else json.dumps(value)
-            mark = "  # guessed" if (name, str(value)) in guesses else ""
-            mark = f"  # {shown[name]}" if name in shown else mark
+    for name, flag in sorted(flags_of(request).items(), key=lambda pair: pair[0] not in is_open):
+        value, asked = getattr(request, name), [x for x in questions if x.flag == name]
+        is_new = value != earlier.values.get(name, defaults[name]) or name in SHOWN
+        is_new &= name not in earlier.form or value != defaults[name]
+        if flag.repeat:
+            known = [x.answers[0] for x in asked if x.guessed]
+            known += earlier.values.get(name, ())
+            rows = [f"{quoted(x)}," for x in value if x not in known]
+            rows += [line(x, is_element=True) for x in asked]
+            rows += [f"# {quoted(text)}," for text in suggested.get(name, ())]
+            rows = [f"    {row}" for row in dict.fromkeys(rows)]
+            is_shown = is_new or asked or name in suggested
+            lines += [f"{name} = [", *rows, "]"] if rows and is_shown else []
+        elif is_new:
+            text = quoted(str(value)) if isinstance(value, str | Path) else json.dumps(value)
+            mark = "  # guessed" if asked else SHOWN.get(name, "")
             lines.append(f"{name} = {text}{mark}")
         else:
-            lines += [f"# {name} = {text}" for text in comments[:1]]
-    return HEAD + "".join(f"{line}\n" for line in lines)
+            lines += [f"# {name} = {line(x).removeprefix('# ')}" for x in asked[:1]]
+    return HEAD + "".join(f"{text}\n" for text in lines)
 
 
-def comment(question: Question, value: Any) -> str:
-    """Return the first answer of an open question, and behind it the others and the question."""
+def line(question: Question, *, is_element: bool = False) -> str:
+    """Return the first answer to a question, a comment with the others unless it is guessed."""
     answers = () if question.of_cells else question.answers
-    text = "true" if value is False else quoted(answers[0] if answers else "VALUE")
-    text += "," if isinstance(value, tuple) else ""
+    text = quoted(answers[0] if answers else "VALUE") + ("," if is_element else "")
+    text = "true" if answers == ("true",) else text
     others = f"or {join_names([*map(quoted, answers[1:])])}: " if answers[1:] else ""
-    return f"{text}  # {others}{one_line(question.text)}"
+    asked = f"# {text}  # {others}{one_line(question.text)}"
+    return f"{text}  # guessed" if question.guessed else asked
 
 
 def quoted(text: str) -> str:

@@ -119,6 +119,21 @@ PREFIXES |= {"\N{GREEK SMALL LETTER MU}": 1e-6, "p": 1e-12, "k": 1e3}
 QUANTITY = re.compile(rf"({'|'.join(sorted(PREFIXES, reverse=True))})(g|mol|[lL]|I?U|eq|Eq)(?=/|$)")
 
 EQUIVALENT = {"meq/l": 1.0, "mmol/l": 1.0}  # factors of units for ions of one charge
+COUNTS = {
+    **dict.fromkeys(("g/l", "109/l", "103/ul", "103/mm3", "k/ul", "tsd/ul", "/nl"), 1e9),
+    **dict.fromkeys(("t/l", "1012/l", "106/ul", "106/mm3", "m/ul", "mio/ul", "/pl"), 1e12),
+    **dict.fromkeys(("/ul", "/mm3", "cells/ul"), 1e6),
+}
+"""Cells a litre of units, in small letters and without signs of powers."""
+
+SYNONYMS = (
+    *(r"na|sodium|sodio|natrium|natr[ée]mie|natremia", r"cl|chlor\w*|cloro|cloruro"),
+    *(r"k|potas\w*|kalium|kali[ée]mie|kaliemia", r"hco3|bicarb\w*|total co2|tco2"),
+    *(r"crp|c ?reacti\w*|c réacti\w*|protéine c", r"pct|pro[ck]al[cz]itonin\w*", r"la[ck]t\w*"),
+    *(r"wbc|leu[ck]\w*|white \w*|gl[oó]bul[eo]s blan\w*", r"plt|platelet\w*|thrombo[zc]yt\w*"),
+    *(r"h[ae]?matocrit\w*|hkt|hct", r"alt|alat|gpt|sgpt", r"ast|asat|got|sgot"),
+)
+"""Words of the names of quantities that have no ratio of units."""
 
 ANALYTES = {int(item): analyte for analyte in CHEMISTRY for item in analyte.keys}
 
@@ -163,6 +178,11 @@ def conversions(name: str) -> list[Conversion]:
 def unit_ratios(name: str) -> tuple[float, ...]:
     """Return the ratios of the units in which laboratories give a series, none where unknown."""
     return next((UNIT_RATIOS[x] for x in _patterns_of(name, UNIT_RATIOS)), ())
+
+
+def pattern_of(name: str) -> str:
+    """Return what the names of one quantity share, in some languages; empty where unknown."""
+    return next(iter(_patterns_of(name, (*SYNONYMS, *UNIT_RATIOS))), "")
 
 
 def _patterns_of(name: str, table: Iterable[str]) -> list[str]:

@@ -41,10 +41,10 @@ NOTE_ROLES = {
     "notes.text": ("text", "note", "note_text", "report", "free_text"),
 }
 MALE = ("male", "m", "man", "männlich", "mann", "homme", "hombre", "uomo")
-FEMALE = ("female", "f", "w", "woman", "weiblich", "frau", "femme", "mujer", "donna")
+FEMALE = ("female", "f", "w", "v", "woman", "vrouw", "weiblich", "frau", "femme", "mujer", "donna")
 SEXES = ("male", "female")
 OTHER_SEX = ("d", "x", "o", "u", "diverse", "divers", "other", "unknown", "unbekannt")
-SEX = re.compile(r"sex|gender|geschlecht", re.IGNORECASE)
+SEX = re.compile(r"sexe?|sexo|sesso|gender|genre|geschlecht|geslacht", re.IGNORECASE)
 SITE_COLUMN = re.compile(
     r"(?:static_)?(?:hospital|site|cent(?:er|re)|clinic|facility|ward|department|klinik|krankenhaus|"
     r"station|abteilung)(?:[ _]?(?:id|name|code|no))?([ _].+)?",
@@ -54,7 +54,30 @@ SITE_INPUT = (
     "a hospital or ward is an input: a model of it cannot read the file of another hospital, which "
     "lacks its columns"
 )
-SEX_COLUMN = re.compile(r"static_(?:sex|gender|geschlecht)[ _](.+)", re.IGNORECASE)
+SEX_COLUMN = re.compile(
+    r"static_(?:sexe?|sexo|sesso|gender|genre|geschlecht|geslacht)[ _](.+)", re.IGNORECASE
+)
+WORDS = {
+    role: re.compile(words, re.IGNORECASE)
+    for role, words in {
+        "subject_id": r"pat|subject|person|mrn|\bpid|\bipp|\bnhc|bsn|case.?id",
+        "time": r"collect|taken|drawn|specim|sample|chart|draw|abnahme|entnahme|pr[ée]l[eè]v"
+        r"|extracc|afname|prelievo|toma|time|zeit|heure|hora|tijd",
+        "storetime": r"result|stor|report|releas|valid|verif|final|freigabe|befund|rendu|autoris"
+        r"|referto|uitslag|informe",
+        "item": r"item|test|analy|component|param|lab|untersuch|exam|prueba|bepaling|libell"
+        r"|determin|name|bezeich|omschr|descri",
+        "value": r"value|result|wert|ergebnis|valeur|r[ée]sultat|valor|risultato|uitslag|waarde",
+        "unit": r"unit|einheit|unidad|eenheid",
+        "prediction_time": r"admi|aufnahme|entr[ée]e|ingreso|ricovero|opname|begin|start|index"
+        r"|arriv",
+        "end_time": r"disch|entlass|sortie|\balta\b|dimission|ontslag|\bexit|\bend|leave|ende\b",
+        "age": r"\bage\b|alter\b|\bâge\b|edad|\bet[aà]\b|leeftijd",
+        "birth": r"birth|geb|naiss|nacim|nascita|\bdob\b",
+        "death": r"death|dea?d|died|tod|verst|d[ée]c[eè]s|fallec|defunc|decess|overl|exitus",
+    }.items()
+}
+"""Words in the names of columns, in some languages, by what these may hold."""
 EVENT_ROLES = ("event_time", "event")
 OPTIONAL = ("unit", "storetime", "id", "notes.storetime", "end_time", *EVENT_ROLES)
 HINTS = {
@@ -113,11 +136,6 @@ def from_long_command(header: Sequence[str], source: str) -> str:
     columns = find_roles(header, ROLES, {})
     if len({"subject_id", "time", "item", "value"} & columns.keys()) < 3 or "value" not in columns:
         return ""
-    role_columns = {
-        role: columns.get(role, "?") for role in ROLES if role in columns or role not in OPTIONAL
-    }
     table = "TABLE.csv" if source == "DataFrame" else source
-    words = ["python", "dataset_format.py", "from_long", "--table", table, "--columns"]
-    words += [f"{role}={name}" for role, name in role_columns.items()]
-    rest = "--labels PATIENTS.csv --prediction_time 'ADMITTED + 48 h' --out data.csv"
-    return f"{shlex.join(words)} {rest}"
+    words = ["python", "dataset_format.py", "from_long", "--preview", "--table", table]
+    return f"{shlex.join(words)} --labels PATIENTS.csv --out data.csv"

@@ -10,7 +10,8 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from medgemma_clinical.data.dka import comparable
-from medgemma_clinical.data.importers.long_table import name_categories, read_sexes, split_title
+from medgemma_clinical.data.importers.long_labels import name_categories, read_sexes
+from medgemma_clinical.data.importers.long_values import split_title
 from medgemma_clinical.data.small_cells import MIN_CELL, count_text
 from medgemma_clinical.data.texts import code
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
@@ -90,6 +91,9 @@ def shared_recipe(config: Mapping[str, Any]) -> dict[str, Any]:
         read = {comparable(name) for name in config["inputs"].get("series", config["features"])}
         first, *others = arguments["series"]
         arguments["series"] = [first, *(x for x in others if "=" not in x or name_of(x) in read)]
+        if medians := arguments.get("read_as", {}).get("medians"):
+            kept = {name: x for name, x in medians.items() if comparable(name) in read}
+            arguments["read_as"] = {**arguments["read_as"], "medians": kept}
     return {**recipe, "arguments": arguments} if recipe else {}
 
 

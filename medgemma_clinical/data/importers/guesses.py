@@ -1,158 +1,196 @@
-"""What columns of unknown names hold, guessed from their cells for a preview."""
+"""What columns of unknown names may hold, by their names and the form of their cells."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from medgemma_clinical.data.importers import duck
+from medgemma_clinical.data.importers import cells, duck, tables
+from medgemma_clinical.data.importers.long_request import LongRequest
 from medgemma_clinical.data.importers.questions import Question
-from medgemma_clinical.data.roles import EVENT_ROLES
+from medgemma_clinical.data.importers.sources import Seen, Source
+from medgemma_clinical.data.roles import EVENT_ROLES, OPTIONAL, SEX, WORDS
 from medgemma_clinical.data.texts import plain
 from medgemma_clinical.files import did_you_mean
 
 SAMPLE = 2_000  # lines of a table that are looked at; of patients all are
-MOST, SURE, SHARED = 0.9, 0.99, 0.2  # shares of cells that decide what a column holds
+MOST = 0.9  # share of cells that decides what a column holds
 MIN_SHARED = 1.5  # patients that have an item, on average
-MAX_HOURS = 24 * 30  # from a sample to its result
-MAX_DAYS = 100  # between values and an admission, on average; a birth lies further off
+DAYS = (30, 7, 90)  # proposed as the end of a label of dates
 UNIT = r"%|\S{1,6}/\S{1,8}|mmHg|°C|fL|pg"
-OPTIONAL_ROLES = (("storetime", "unit"), (), ("notes.storetime",))
 SUBJECT_ROLES = ("subject_id", "labels.subject_id", "notes.subject_id")
+STORED = ("storetime", "notes.storetime")
+OPTIONAL_ROLES = (("storetime", "unit"), (), ("notes.storetime",))
 
 
 @dataclass(frozen=True)
-class Cells:
+class Form:
     """Counts of the cells of a column."""
 
     name: str
+    rows: int
     filled: int
     times: int
     numbers: int
-    decimals: int
     units: int
     answers: int  # yes, no and the like
     different: int
     length: float
-    middle: float  # of the times, in seconds
 
     def is_mostly(self, count: int, share: float = MOST) -> bool:
         """Return whether a count is most of the cells that are not empty."""
         return self.filled > 0 and count >= share * self.filled
 
     @property
+    def is_time(self) -> bool:
+        """Whether the cells are times."""
+        return self.is_mostly(self.times)
+
+    @property
     def is_words(self) -> bool:
         """Whether the cells are words, neither times nor numbers."""
         return self.filled > 0 and max(self.times, self.numbers) < self.filled / 2
 
+    def means(self, *roles: str) -> bool:
+        """Return whether the name has a word of some roles."""
+        return any(WORDS[role].search(self.name) for role in roles)
+
 
 def time_of(cell: str) -> str:
     """Return SQL for the time of a cell in any form."""
-    ways = [duck.Column("instant"), duck.Column("instant", zoned=True)]
-    ways += [duck.Column("instant", formats=order) for order in duck.ORDERS]
+    ways = [cells.Instant(), cells.Instant(zoned=True)]
+    ways += [cells.Instant(formats=order) for order in cells.ORDERS]
     sqls = [way.typed(cell) for way in ways]
     is_serial = f"regexp_full_match({cell}, '\\d{{5}}\\.\\d+')"  # a whole one may be an id
-    sqls.append(f"CASE WHEN {is_serial} THEN {duck.Column('excel').typed(cell)} END")
+    sqls.append(f"CASE WHEN {is_serial} THEN {cells.ExcelDay().typed(cell)} END")
     # Most cells are no times, and to try all forms on them is slow.
     may_be = f"length({cell}) BETWEEN 6 AND 40 AND {cell}[1] BETWEEN '0' AND '9'"
     return f"CASE WHEN {may_be} THEN coalesce({', '.join(sqls)}) END"
 
 
-def look(database: duck.Database, file: duck.TableFile, sample: str, limit: str) -> list[Cells]:
-    """Copy some lines of a file into a table, and return counts of each column."""
-    with duck.readable(file.path):
-        database.run(f"CREATE TABLE {sample} AS FROM {file.rows()} {limit}")
-    words = ", ".join(map(duck.literal, (*duck.YES, *duck.NO)))
-    found = []
-    for name in dict.fromkeys(file.header):
-        cell = f"trim({file.raw(name)}::VARCHAR)"
+def look(database: duck.Database, source: Source, limit: str) -> list[Form]:
+    """Return the forms of the columns of a file, by some of its lines."""
+    words = ", ".join(map(duck.literal, (*cells.YES, *cells.NO)))
+    forms = []
+    with tables.readable(source.file.path):
+        database.run(f"CREATE OR REPLACE TABLE sample AS FROM {source.file.rows()} {limit}")
+    for name in dict.fromkeys(source.file.header):
+        cell = f"nullif(nullif(trim({source.file.raw(name)}::VARCHAR), ''), 'nan')"
         counts = database.row(
-            "SELECT count(*), count(time), count(*) FILTER (looks_numeric(cell)), "
-            r"count(*) FILTER (regexp_full_match(cell, '\D*\d+[.,]\d*[1-9]\d*\D*')), "
+            "SELECT count(*), count(cell), count(time), count(*) FILTER (looks_numeric(cell)), "
             f"count(*) FILTER (regexp_full_match(cell, '{UNIT}')), "
             f"count(*) FILTER (lower(cell) IN ({words})), count(DISTINCT lower(cell)), "
-            f"coalesce(avg(length(cell)), 0), coalesce(avg(epoch(time)), 0) FROM "
-            f"(SELECT {cell} AS cell, {time_of(cell)} AS time FROM {sample}) "
-            "WHERE lower(cell) NOT IN ('', 'nan')"
+            "coalesce(avg(length(cell)), 0) FROM "
+            f"(SELECT {cell} AS cell, {time_of(cell)} AS time FROM sample)"
         )
-        found.append(Cells(name, *counts))
-    return found
+        forms.append(Form(name, *counts))
+    return forms
 
 
 def ask(
     database: duck.Database,
-    files: Sequence[duck.TableFile],  # of values, of patients, perhaps of notes
-    names_of: Sequence[Mapping[str, str]],
-    lacking: Sequence[Sequence[str]],  # roles of each file without a column
-    request: Any,
+    seen: Seen,
+    lacking: Sequence[Sequence[str]],  # roles of each source without a column
+    request: LongRequest,
 ) -> list[Question]:
     """Return a question for each role without a column; that of one candidate is a guess."""
-    books = [(file, bool(missing)) for file, missing in zip(files, lacking, strict=True)]
-    if not request.sheet and any(file.sheets[1:] and missing for file, missing in books):
+    sources = seen.sources
+    books = [(source, bool(missing)) for source, missing in zip(sources, lacking, strict=True)]
+    if not request.sheet and any(x.file.sheets[1:] and missing for x, missing in books):
         return ask_sheets(books)
-    if not any(lacking) and {*files[0].header} <= {*names_of[0].values(), *files[1].header}:
+    labels, mapped, asked = sources[1].file, request.mapped(), list[Question]()
+    if not any(lacking) and not {*sources[0].unread} - {*labels.header}:
         return []  # no column is left for a role that may be missing
-    limits = ["" if k == 1 else f"LIMIT {SAMPLE}" for k in range(len(files))]
-    cells_of = [look(database, x, f"sample_{k}", limits[k]) for k, x in enumerate(files)]
-    mapped, asked = request.mapped(), list[Question]()
-    subjects = find_subjects(database, files, cells_of, names_of)
-    for k, (file, names, missing) in enumerate(zip(files, names_of, lacking, strict=True)):
-        free = [x for x in cells_of[k] if x.name not in {*names.values(), *subjects[k]}]
+    for k, (source, missing) in enumerate(zip(sources, lacking, strict=True)):
+        key = source.file.path, *source.file.sheets[:1]
+        if key not in seen.cells:
+            seen.cells[key] = look(database, source, "" if k == 1 else f"LIMIT {SAMPLE}")
+        forms = seen.cells[key]
+        file, subject = source.file, SUBJECT_ROLES[k]
+        others = [x.file.header for x in sources if x is not source]
+        candidates = {subject: find_subjects(forms, others)}
+        subject = source.names.get(subject, "".join(candidates[subject][:1]))
+        taken = {*source.names.values(), subject}
+        free = [x for x in forms if x.name not in taken]
         if k == 0:
-            free = [x for x in free if x.name not in files[1].header]  # as a stay number
-            candidates = find_values(database, file, free, names, subjects[0])
+            free = [x for x in free if x.name not in labels.header]  # as a stay number
+            candidates |= find_values(database, source, free, subject)
         else:
-            if k == 1:
-                candidates = find_labels(free, cells_of[0])
-            else:
-                candidates = find_notes(database, file, free, names)
-        candidates[SUBJECT_ROLES[k]] = subjects[k]
-        optional = [role for role in OPTIONAL_ROLES[k] if role not in names]
+            candidates |= find_labels(free) if k == 1 else find_notes(free, source)
+        optional = [role for role in OPTIONAL_ROLES[k] if role not in source.names]
         for role in dict.fromkeys((*missing, *optional)):
-            absent, found = mapped.get(role, ""), candidates.get(role, [])
+            found = candidates.get(role, [])
+            absent = mapped.get(role) or request.earlier.columns.get(role, "")
             if role in mapped and not absent:
                 continue  # the user says that there is none
             if absent:
-                hint = did_you_mean(absent, file.header, 0.4)
-                near = [x for x in file.header if hint and did_you_mean(absent, [x], 0.4) == hint]
+                near = [x.name for x in free if did_you_mean(absent, [x.name], 0.6)]
+                if role not in mapped and found:  # the form of the cells tells more
+                    near = [x for x in near if x in found]
                 found = list(dict.fromkeys((*near, *found)))
-            if role == "labels.subject_id" and found[:1] == subjects[0][:1]:
+            if role == "label" and absent and not found:  # words that --positive explains
+                found = [x.name for x in free if x.different == 2 and not SEX.search(x.name)]
+            if role == "labels.subject_id" and found[:1] == asked_subject(asked):
                 continue  # named alike: the answer to ``subject_id`` holds for both
             if role == "prediction_time":
                 asked.append(ask_prediction_time(file, found, absent, request))
-            elif role == "label" and len(found) != 1:
-                asked.append(ask_label(file, found))
+            elif role == "label" and (len(found) != 1 or any(x.title for x in request.outcomes())):
+                asked.append(ask_label(file, found, free, request))
             elif found or role in missing:
-                is_subject = role in SUBJECT_ROLES
-                text = f"{file.path}: which column is {role}"
-                text += ", the patient, not the stay" if is_subject else ""
-                text += f", as there is no {absent}" if absent else ""
-                is_flag = role in (*EVENT_ROLES, "end_time")
-                answers = tuple(name if is_flag else f"{role}={name}" for name in found)
-                guessed = len(found) == 1 and not absent and not is_subject
-                flag = role if is_flag else "columns"
-                asked.append(Question(text, flag, answers, guessed=guessed))
+                asked.append(ask_role(file, role, found, absent, is_typed=role in mapped))
     return asked
 
 
-def ask_sheets(books: Sequence[tuple[duck.TableFile, bool]]) -> list[Question]:
+def ask_role(
+    file: tables.TableFile, role: str, found: Sequence[str], absent: str, *, is_typed: bool
+) -> Question:
+    """Return the question which column a role has, a guess where one has its name and form."""
+    text = f"{file.path}: which column is {role}"
+    text += ", the patient, not the stay" if role in SUBJECT_ROLES else ""
+    text += f", as there is no {absent}" if absent else ""
+    if role in ("end_time", "event_time"):
+        return Question(text, role, tuple(found))
+    answers = [f"{role}={name}" for name in found]
+    if role in OPTIONAL and absent and not is_typed:
+        answers.append(f"{role}=")
+    is_sure = len(found) == 1 and not absent and role not in SUBJECT_ROLES
+    if role in STORED:
+        is_sure &= any(WORDS["storetime"].search(name) for name in found)
+    return Question(text, "columns", tuple(answers), guessed=is_sure)
+
+
+def times_of_some(seen: Seen, source: Source) -> list[str]:
+    """Return the columns of times of some rows that nothing reads, as far as a preview looked."""
+    forms = seen.cells.get((source.file.path, *source.file.sheets[:1]), [])
+    some = [x.name for x in forms if x.is_time and x.filled < MOST * x.rows]
+    return [name for name in some if name in source.unread]
+
+
+def asked_subject(asked: Sequence[Question]) -> list[str]:
+    """Return the first answer to which column is the patient, as a list."""
+    begin = f"{SUBJECT_ROLES[0]}="
+    answers = [x.answers[0] for x in asked if x.answers]
+    return [x.removeprefix(begin) for x in answers if x.startswith(begin)][:1]
+
+
+def ask_sheets(books: Sequence[tuple[Source, bool]]) -> list[Question]:
     """Return which sheet of each workbook is read, the largest where the first is no table."""
-    asked, taken = list[Question](), list[tuple[Any, str]]()
-    for file, missing in books:
-        sheets = [name for name in file.sheets if (file.path, name) not in taken]
+    asked, taken = list[Question](), list[tuple[object, str]]()
+    for source, missing in books:
+        path = source.file.path
+        sheets = [name for name in source.file.sheets if (path, name) not in taken]
         if sheets:
-            first = duck.largest_sheet(file.path, sheets) if missing else sheets[0]
-            taken.append((file.path, first))
+            first = tables.largest_sheet(path, sheets) if missing else sheets[0]
+            taken.append((path, first))
             answers = (first, *(name for name in sheets if name != first))
             ordinal = f", table {len(asked) + 1} of these" if len(asked) else ""
-            text = f"{file.path}: which sheet is read{ordinal}"
+            text = f"{path}: which sheet is read{ordinal}"
             asked.append(Question(text, "sheet", answers, guessed=True))
     return asked
 
 
 def ask_prediction_time(
-    file: duck.TableFile, found: Sequence[str], absent: str, request: Any
+    file: tables.TableFile, found: Sequence[str], absent: str, request: LongRequest
 ) -> Question:
     """Return the question when the risk is wanted, which is never a guess."""
     later = f" + {plain(request.window_hours)} h"
@@ -163,161 +201,108 @@ def ask_prediction_time(
     return Question(text, "prediction_time", tuple(f"{name}{later}" for name in found))
 
 
-def ask_end_time(
-    database: duck.Database, file: duck.TableFile, unread: Sequence[str], prediction_time: str
-) -> Question | None:
-    """Return the question whether the stay ends at a time that is not read, nearly always later.
-
-    ``prediction_time`` is SQL on raw cells.
-    """
-    ends = list[tuple[float, str]]()
-    for name in unread:
-        cell = f"trim({file.raw(name)}::VARCHAR)"
-        rows, filled, late, middle = database.row(
-            "SELECT count(*), count(time), count(*) FILTER (time >= predicted), avg(epoch(time)) "
-            f"FROM (SELECT {time_of(cell)} AS time, {prediction_time} AS predicted "
-            f"FROM {file.rows()})"
-        )
-        if filled >= MOST * rows and late >= MOST / 2 * rows:
-            ends.append((middle, name))
-    text = f"{file.path}: is this the end of the stay: rows that ended before the prediction time "
-    text += "are left out"
-    answers = tuple(name for _, name in sorted(ends, reverse=True))
-    return Question(text, "end_time", answers) if ends else None
+def ask_end_time(source: Source, request: LongRequest) -> Question | None:
+    """Return the question whether a column named like an end is the end of the stay."""
+    if request.like or {"end_time", "event_time"} & {*source.names}:
+        return None
+    found = [name for name in source.unread if WORDS["end_time"].search(name)]
+    text = f"{source.file.path}: is this the end of the stay: rows that ended before the prediction"
+    text += " time are left out"
+    return Question(text, "end_time", tuple(found)) if found else None
 
 
-def ask_label(file: duck.TableFile, found: Sequence[str]) -> Question:
-    """Return the question which column is the outcome."""
+def ask_label(
+    file: tables.TableFile, found: Sequence[str], free: Sequence[Form], request: LongRequest
+) -> Question:
+    """Return the question which column is the outcome: of yes and no, or of times of some rows."""
+    times = [x for x in free if x.is_time and x.filled < MOST * x.rows]
+    times.sort(key=lambda x: not x.means("death"))
+    if outcomes := [x for x in request.outcomes() if x.title]:
+        title, column = outcomes[0].title, outcomes[0].column
+        names = [x.name for x in times] if outcomes[0].is_dated else [*found]
+        text = f"{file.path}: which column is {title}, as there is no {column}"
+        return Question(text, "label", tuple(f"{title}={x}" for x in names))
     if found:
         return Question(f"{file.path}: which outcome is the label", "outcome_column", (*found,))
-    problem = f"{file.path}: no column of yes and no: --outcome_column, with --positive of words"
-    return Question(problem, "no_labels", ("true",))
+    problem = f"{file.path}: no column of yes and no"
+    if times:
+        titles = ["death" if x.means("death") else x.name for x in times]
+        pairs = zip(titles, times, strict=True)
+        answers = [f"{title} within {days} days={x.name}" for title, x in pairs for days in DAYS]
+        text = f"{problem}: by when comes which of these, or --event 'NAME={times[0].name}'"
+        return Question(text, "label", tuple(answers))
+    text = f"{problem}: --outcome_column, with --positive of words"
+    return Question(text, "no_labels", ("true",))
 
 
 # ---------------------------------------------------------------------------- candidates
 
 
-def find_subjects(
-    database: duck.Database,
-    files: Sequence[duck.TableFile],
-    cells_of: Sequence[Sequence[Cells]],
-    names_of: Sequence[Mapping[str, str]],
-) -> list[list[str]]:
-    """Return the columns of each file that may be the patient: those in both, of few first."""
-    may_be = []
-    for cells, names, role in zip(cells_of, names_of, SUBJECT_ROLES, strict=False):
-        ids = [x for x in cells if x.filled and not x.times and not x.decimals]
-        may_be.append([x for x in ids if x.name == names.get(role, x.name)])
-    patients, named = may_be[1], SUBJECT_ROLES[1] in names_of[1]
-    # A ward, or an age, is shared by many.
-    patients = [x for x in patients if named or x.different >= SHARED * x.filled]
-    found = []
-    for k in range(len(files)):
-        pairs = [(x, y) for x in may_be[k] for y in patients]
-        same = [(x, y) for x, y in pairs if x.name == y.name]
-        alike = [pair for pair in same or pairs if k == 1 or overlap(database, files, k, *pair)]
-        found.append([(x.name, y.name) for x, y in sorted(alike, key=lambda p: p[1].different)])
-    both = [y for _, y in found[0]]
-    found[1] = [(x, y) for x, y in found[1] if x == y and x in both]
-    found[1].sort(key=lambda pair: both.index(pair[0]))
-    return [list(dict.fromkeys(x for x, _ in pairs)) for pairs in found]
+def by_name(forms: Sequence[Form], *roles: str) -> list[str]:
+    """Return the names of the columns that are named like some roles, or else of all."""
+    return [x.name for x in forms if x.means(*roles)] or [x.name for x in forms]
 
 
-def overlap(
-    database: duck.Database, files: Sequence[duck.TableFile], k: int, one: Cells, other: Cells
-) -> bool:
-    """Return whether enough cells of a file are among those of the patients."""
-    cell = duck.Column("id").typed(files[k].raw(one.name))
-    patient = duck.Column("id").typed(files[1].raw(other.name))
-    (share,) = database.row(
-        f"SELECT avg(({cell} IN (SELECT {patient} FROM sample_1))::INTEGER) FROM sample_{k}"
-    )
-    return bool(share and share >= SHARED)
-
-
-def find_times(cells: Sequence[Cells]) -> list[str]:
-    """Return the columns of times, the earliest first."""
-    times = [x for x in cells if x.is_mostly(x.times)]
-    return [x.name for x in sorted(times, key=lambda x: x.middle)]
+def find_subjects(forms: Sequence[Form], others: Sequence[Sequence[str]]) -> list[str]:
+    """Return the columns that may be the patient: named so, and in the other tables, too."""
+    ids = [x for x in forms if x.filled and not x.is_time and not x.is_mostly(x.answers)]
+    shared = [x for x in ids if all(x.name in header for header in others)]
+    named = [x.name for x in ids if x.means("subject_id")]
+    both = by_name(shared, "subject_id")
+    return [*both, *(x.name for x in shared if x.name not in both)] or named
 
 
 def find_values(
-    database: duck.Database,
-    file: duck.TableFile,
-    cells: Sequence[Cells],
-    names: Mapping[str, str],
-    subjects: Sequence[str],
+    database: duck.Database, source: Source, forms: Sequence[Form], subject: str
 ) -> dict[str, list[str]]:
     """Return the candidates of each role of a table of values."""
-    times, found = find_times(cells), find_pair(database, file, "sample_0", cells, names, "")
-    numbers = [x for x in cells if x.name not in times and x.is_mostly(x.numbers, 0.5)]
-    found["value"] = [x.name for x in [y for y in numbers if y.decimals] or numbers]
-    found["unit"] = [x.name for x in cells if x.is_mostly(x.units, 0.5)][:1]
-    words = [x for x in cells if x.is_words and x.name not in found["unit"]]
+    found = find_pair(forms, "", source)
+    numbers = [x for x in forms if not x.is_time and x.is_mostly(x.numbers, 0.5)]
+    found["value"] = by_name(numbers, "value")
+    units = [x for x in forms if x.is_words and x.is_mostly(x.units, 0.5)]
+    found["unit"] = by_name(units, "unit")[:1]
+    words = [x for x in forms if x.is_words and x.name not in found["unit"]]
     words = [x for x in words if 1 < x.different <= x.filled / 2]
-    subject = names.get("subject_id", subjects[0] if subjects else "")
-    found["item"] = [x.name for x in words if is_shared(database, file, x.name, subject)]
+    words = [x for x in words if is_shared(database, source.file, x.name, subject)]
+    found["item"] = by_name(words, "item")
     return found
 
 
-def find_pair(
-    database: duck.Database,
-    file: duck.TableFile,
-    sample: str,
-    cells: Sequence[Cells],
-    names: Mapping[str, str],
-    prefix: str,  # of the roles
-) -> dict[str, list[str]]:
-    """Return the candidates of the time, and of the storing time where there is one."""
-    times, time, stored = find_times(cells), f"{prefix}time", f"{prefix}storetime"
-    pair = [names[time], *times] if time in names else times
-    if len(pair) == 2 and is_stored(database, file, sample, *pair):
-        return {time: pair[:1], stored: pair[1:]}
-    return {time: times}
-
-
-def is_shared(database: duck.Database, file: duck.TableFile, item: str, subject: str) -> bool:
+def is_shared(database: duck.Database, file: tables.TableFile, item: str, subject: str) -> bool:
     """Return whether patients share the words of a column; their own names are no items."""
     patient, word = (file.raw(name) for name in (subject, item))
     pairs, words = database.row(
-        f"SELECT count(DISTINCT ({patient}, {word})), count(DISTINCT {word}) FROM sample_0"
+        f"SELECT count(DISTINCT ({patient}, {word})), count(DISTINCT {word}) "
+        f"FROM (FROM {file.rows()} LIMIT {SAMPLE})"
     )
     return not subject or bool(pairs >= MIN_SHARED * words)
 
 
-def is_stored(
-    database: duck.Database, file: duck.TableFile, sample: str, first: str, second: str
-) -> bool:
-    """Return whether times are those of results: soon after the samples were taken."""
-    early, late = (time_of(f"trim({file.raw(name)}::VARCHAR)") for name in (first, second))
-    share, hours = database.row(
-        f"SELECT avg((early <= late)::INTEGER), median(date_diff('hour', early, late)) "
-        f"FROM (SELECT {early} AS early, {late} AS late FROM {sample})"
-    )
-    return bool(share and share > SURE and hours < MAX_HOURS)
+def find_pair(forms: Sequence[Form], prefix: str, source: Source) -> dict[str, list[str]]:
+    """Return the candidates of the time, and of the time of storing, which its name tells."""
+    times = [x for x in forms if x.is_time]
+    stored = [x.name for x in times if x.means("storetime")]
+    first = [x for x in times if x.name not in stored]
+    named = by_name(first, "time")
+    named += [x.name for x in first if x.name not in named]
+    rest = named if f"{prefix}time" in source.names else named[1:]
+    return {f"{prefix}time": named or stored, f"{prefix}storetime": stored or rest}
 
 
-def find_labels(cells: Sequence[Cells], values: Sequence[Cells]) -> dict[str, list[str]]:
-    """Return the candidates of each role of a table of patients, times near the values' first."""
-    answers = [x.name for x in cells if x.is_mostly(x.answers) and x.different == 2]
-    measured = [x.middle for x in values if x.is_mostly(x.times)]
-    times = [x for x in cells if x.is_mostly(x.times)]
-    rows = max((x.filled for x in cells), default=0)
-
-    def distance(x: Cells) -> tuple[bool, bool, float]:
-        """Return what makes a column less likely: empty cells, years from the values, late."""
-        days = min((abs(x.middle - y) for y in measured), default=0.0) / 86400
-        return x.filled < MOST * rows, days > MAX_DAYS, x.middle
-
-    times.sort(key=distance)
-    ends = [x.name for x in sorted(times, key=lambda x: (distance(x)[0], -x.middle))]
-    return {"prediction_time": [x.name for x in times], "end_time": ends, "label": answers}
+def find_labels(forms: Sequence[Form]) -> dict[str, list[str]]:
+    """Return the candidates of each role of a table of patients."""
+    answers = [x.name for x in forms if x.is_mostly(x.answers) and x.different == 2]
+    times = [x for x in forms if x.is_time]
+    whole = [x for x in times if x.filled >= MOST * x.rows] or times
+    order = ("prediction_time", "end_time", "birth")
+    whole.sort(key=lambda x: (not x.means(order[0]), x.means(*order[1:])))
+    ends = sorted(times, key=lambda x: not x.means("end_time"))
+    ids = [x.name for x in forms if x.different == x.rows and not x.is_time and not x.is_words]
+    roles = {"prediction_time": [x.name for x in whole], "label": answers, "id": ids}
+    return roles | {role: [x.name for x in ends] for role in ("end_time", EVENT_ROLES[0])}
 
 
-def find_notes(
-    database: duck.Database, file: duck.TableFile, cells: Sequence[Cells], names: Mapping[str, str]
-) -> dict[str, list[str]]:
+def find_notes(forms: Sequence[Form], source: Source) -> dict[str, list[str]]:
     """Return the candidates of each role of a table of notes."""
-    texts = sorted((x for x in cells if x.is_words), key=lambda x: -x.length)
-    found = find_pair(database, file, "sample_2", cells, names, "notes.")
-    return {**found, "notes.text": [x.name for x in texts[:1]]}
+    texts = sorted((x for x in forms if x.is_words), key=lambda x: -x.length)
+    return {**find_pair(forms, "notes.", source), "notes.text": [x.name for x in texts[:1]]}

@@ -11,9 +11,12 @@ import pandas as pd
 
 from medgemma_clinical.data.dka import MAIN_COLUMN, join_names, parse_series
 from medgemma_clinical.data.findings import Findings
-from medgemma_clinical.data.importers import duck
-from medgemma_clinical.data.importers.long_table import LongRequest, Reading, make_long, name_from
+from medgemma_clinical.data.importers import cells, tables
+from medgemma_clinical.data.importers.long_request import LongRequest
+from medgemma_clinical.data.importers.long_table import make_long
+from medgemma_clinical.data.importers.long_values import name_from
 from medgemma_clinical.data.importers.questions import OpenQuestions, Question
+from medgemma_clinical.data.importers.sources import Seen, Source
 from medgemma_clinical.data.texts import plain
 from medgemma_clinical.files import InputError, one_line
 
@@ -27,7 +30,7 @@ class Preview:
 
     request: LongRequest  # what is given, and guessed
     assumed: LongRequest  # with an answer to each open question, too
-    reading: Reading = field(default_factory=lambda: Reading(guesses=True))
+    seen: Seen = field(default_factory=Seen)
     questions: list[Question] = field(default_factory=list)
     rows: pd.DataFrame = field(default_factory=pd.DataFrame)
     about: Mapping[str, Any] = field(default_factory=dict)
@@ -42,81 +45,80 @@ class Preview:
 def answered(request: LongRequest, question: Question) -> LongRequest:
     """Return the flags with the first answer to a question."""
     current = getattr(request, question.flag)
-    answer = question.assumed or question.answers[0]
-    value: Any = (*current, answer) if isinstance(current, tuple) else answer
-    changed: dict[str, Any] = {question.flag: True if isinstance(current, bool) else value}
-    return replace(request, **changed)
+    answer: Any = question.assumed or question.answers[0]
+    if isinstance(current, bool):
+        answer = True
+    elif isinstance(current, tuple):
+        answer = (*current, answer)
+    return replace(request, **{question.flag: answer})
 
 
 def run(request: LongRequest, begin: Callable[[], None]) -> Preview:
     """Run until no question is left, each time with the first answers to those that are."""
-    seen = Preview(request, request)
+    shown = Preview(request, request)
     while True:
         begin()
-        seen.reading = Reading(guesses=True)
+        shown.seen = Seen(is_preview=True, cells=shown.seen.cells)
         try:
-            seen.rows, seen.about = make_long(seen.assumed, seen.reading)
-            return seen
+            shown.rows, shown.about = make_long(shown.assumed, shown.seen)
+            return shown
         except OpenQuestions as error:
-            fresh = [x for x in error.questions if x not in seen.questions]
-            seen.questions += fresh
+            fresh = [x for x in error.questions if x not in shown.questions]
+            shown.questions += fresh
             if not fresh or not all(x.answers for x in fresh):
-                seen.problem = str(error)
-                return seen
+                shown.problem = str(error)
+                return shown
             for question in fresh:
-                seen.assumed = answered(seen.assumed, question)
+                shown.assumed = answered(shown.assumed, question)
                 if question.guessed:
-                    seen.request = answered(seen.request, question)
+                    shown.request = answered(shown.request, question)
         except InputError as error:
-            seen.problem = str(error)
-            return seen
+            shown.problem = str(error)
+            return shown
 
 
-def settled_flags(seen: Preview) -> dict[str, Any]:
+def settled(shown: Preview) -> LongRequest:
     """Return the flags that are given, guessed or recognised."""
-    flags = {name: value for name, value in vars(seen.request).items() if name != "read_as"}
-    reading = seen.reading
-    flags["columns"] = tuple({text.partition("=")[0]: text for text in flags["columns"]}.values())
-    if not flags["series"] and not any(x.flag == "series" for x in seen.questions):
-        flags["series"] = tuple(f"{x.title}={key}" for x in reading.series for key in x.keys)
-    if any(file.encoding == duck.WINDOWS for file in reading.files):
-        flags["encoding"] = flags["encoding"] or duck.WINDOWS
-    if len(reading.signs) == 1:
-        flags["decimal"] = flags["decimal"] or min(reading.signs)
-    forms = list(dict.fromkeys(form for used in reading.formats.values() for form in used))
-    orders = [{*order} for order in duck.ORDERS if {*order} & {*forms}]
-    if len(orders) == 1 and {*forms} <= orders[0]:  # else one would read the times of the other
-        flags["time_format"] = flags["time_format"] or tuple(forms)
-    return flags
-
-
-def suggested_flags(seen: Preview) -> dict[str, list[str]]:
-    """Return elements of lists that the user may want: columns that are not read."""
-    unread = list[str]()
-    for file, columns in zip(seen.reading.files[1:2], seen.reading.columns[1:2], strict=False):
-        unread = [name for name in file.header if name not in columns.values()]
-    return {
-        "static": [f"{name_from(name)}={name}" for name in unread],
-        "keep": unread,
+    request, seen = shown.request, shown.seen
+    changes: dict[str, Any] = {
+        "columns": tuple({text.partition("=")[0]: text for text in request.columns}.values())
     }
+    is_asked = any(x.flag == "series" for x in shown.questions)
+    if not request.series and not request.earlier.series and not is_asked:
+        pairs = [(x.title, key) for x in seen.series for key in x.keys]
+        changes["series"] = tuple(f"{title}={key}" for title, key in pairs)
+    if any(source.file.encoding == tables.WINDOWS for source in seen.sources):
+        changes["encoding"] = request.encoding or tables.WINDOWS
+    if len(seen.signs) == 1:
+        changes["decimal"] = request.decimal or min(seen.signs)
+    forms = tuple(dict.fromkeys(form for used in seen.formats.values() for form in used))
+    orders = [{*order} for order in cells.ORDERS if {*order} & {*forms}]
+    if len(orders) == 1 and {*forms} <= orders[0]:  # else one would read the times of the other
+        changes["time_format"] = request.time_format or forms
+    return replace(request, **changes)
+
+
+def suggested(shown: Preview) -> dict[str, list[str]]:
+    """Return elements of lists that the user may want: columns of labels that are not read."""
+    unread = [name for source in shown.seen.sources[1:2] for name in source.unread]
+    return {"static": [f"{name_from(name)}={name}" for name in unread], "keep": unread}
 
 
 # ---------------------------------------------------------------------------- the screen
 
 
-def describe(seen: Preview, notes: Sequence[str]) -> list[str]:
+def describe(shown: Preview, notes: Sequence[str]) -> list[str]:
     """Return the lines of the screen; ``notes`` are what the run said."""
     lines = []
-    found = seen.reading.columns or [{} for _ in seen.reading.files]  # the run ended before
-    for file, columns in zip(seen.reading.files, found, strict=True):
-        lines += describe_file(seen, file, columns)
-    lines += describe_series(seen)
+    for source in shown.seen.sources:
+        lines += describe_source(shown, source)
+    lines += describe_series(shown)
     lines += cut(notes)
-    if len(seen.rows):
-        counts = [f"{seen.about['rows'][name]:,}" for name in ("rows", "patients", "events")]
+    if len(shown.rows):
+        counts = [f"{shown.about['rows'][name]:,}" for name in ("rows", "patients", "events")]
         lines.append(f"{counts[0]} rows of {counts[1]} patients, {counts[2]} events; the first:")
-        lines += describe_rows(seen.rows)
-    return lines + describe_questions(seen.open)
+        lines += describe_rows(shown.rows)
+    return lines + describe_questions(shown.open)
 
 
 def cut(lines: Sequence[str]) -> list[str]:
@@ -125,42 +127,42 @@ def cut(lines: Sequence[str]) -> list[str]:
     return [*lines[:MAX_LINES], f"  and {more:,} more"] if more > 1 else [*lines]
 
 
-def describe_file(seen: Preview, file: duck.TableFile, columns: Mapping[str, str]) -> list[str]:
+def describe_source(shown: Preview, source: Source) -> list[str]:
     """Return what a file is, and what its columns are taken for."""
+    file, kept = source.file, {f"keep {name}": name for name in source.kept}
     kind = "Parquet" if file.is_parquet else f"Excel, sheet {file.sheets[0]}" if file.sheets else ""
     if len(file.sheets) > 1:
         kind += f" (others: {join_names(file.sheets[1:])})"
     kind = kind or f"{file.encoding}, separated by {SEPARATORS[file.separator]}"
     lines = []
-    for role, name in columns.items():
+    for role, name in {**source.names, **source.taken, **kept}.items():
         texts = [f"  {role:<18} {one_line(name)}"]
-        if used := seen.reading.formats.get(role):
+        if role == "prediction_time" and shown.assumed.prediction_time:
+            texts[0] = f"  {role:<18} {one_line(shown.assumed.prediction_time)}"
+        if used := shown.seen.formats.get(role):
             texts.append(f"as {' or '.join(used)}")
-        if role == "value" and seen.reading.signs:
-            texts.append(f"decimal {' and '.join(sorted(seen.reading.signs))}")
-        if role == "prediction_time" and seen.assumed.prediction_time:
-            texts[0] = f"  {role:<18} {one_line(seen.assumed.prediction_time)}"
+        if role == "value" and shown.seen.signs:
+            texts.append(f"decimal {' and '.join(sorted(shown.seen.signs))}")
         taken = {f"{role}={name}"}
-        taken |= {seen.assumed.prediction_time} if role == "prediction_time" else {*()}
+        taken |= {shown.assumed.prediction_time} if role == "prediction_time" else {*()}
         taken |= {name} if role in ("label", "end_time") else {*()}
-        asked = [x for x in seen.questions if taken & {*x.answers[:1]}]
+        asked = [x for x in shown.questions if taken & {*x.answers[:1]}]
         texts += ["guessed" if x.guessed else "asked below" for x in asked[:1]]
         lines.append(", ".join(texts))
-    unread = [name for name in file.header if name not in columns.values()]
     hint = " (--static 'NAME [unit]=COLUMN' reads, --keep carries along)"
-    hint = hint if unread and "prediction_time" in columns else ""
-    if columns:  # else a problem names them, unless they are data
-        lines.append(f"  {'not read':<18} {join_names(unread) or 'nothing'}{hint}")
+    hint = hint if source.unread and "prediction_time" in source.names else ""
+    if source.names:  # else a problem names them, unless they are data
+        lines.append(f"  {'not read':<18} {join_names(source.unread) or 'nothing'}{hint}")
     return [f"{file.path}: {kind}", *lines]
 
 
-def describe_series(seen: Preview) -> list[str]:
+def describe_series(shown: Preview) -> list[str]:
     """Return name, unit, number and median of the values of each series, in the finished rows."""
-    if not len(seen.rows):
+    if not len(shown.rows):
         return []
-    series = seen.reading.series
+    series = shown.seen.series
     titles = [MAIN_COLUMN, *(f"trajectory_{feature.title}" for feature in series[1:])]
-    _, _, values = parse_series(seen.rows[titles].fillna(""), titles, Findings("rows"))
+    _, _, values = parse_series(shown.rows[titles].fillna(""), titles, Findings("rows"))
     lines = []
     for feature, column in zip(series, values.T, strict=True):
         known = column[~np.isnan(column)]
