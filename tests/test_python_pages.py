@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import tomllib
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -18,15 +19,15 @@ from conftest import SAMPLE
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "medgemma_clinical" / "docs"
 SNIPPET = re.compile(r"<!-- snippet -->\n```python\n(.*?)```", re.DOTALL)
-COMMAND = re.compile(
-    r"^(?:python ([\w/]+)\.py|medgemma-clinical) ((?:[^\n]*\\\n)*[^\n]*)", re.MULTILINE
-)
+ANSWERS = r"^```toml\n# ([\w.]+)\n((?:[^`\n]*\n)*)```"
+COMMAND = r"^(?:python ([\w/]+)\.py|medgemma-clinical) ((?:[^\n]*\\\n)*[^\n]*)"
+STEP = re.compile(f"{ANSWERS}|{COMMAND}", re.MULTILINE)
 MAIN = {
     "dataset_format": dataset_format.main,
     "medgemma_trainer": medgemma_trainer.main,
     "tests/benchmarks/spreadsheet": spreadsheet.main,
 }
-QUICK = {"--trajectory_only": "--trajectory_epochs=2", "--out .": "--rows=120"}
+QUICK = {"--trajectory_only": "--trajectory_epochs=2", "--out .": "--rows=400"}
 
 
 @pytest.fixture(autouse=True)
@@ -54,21 +55,40 @@ def test_snippets_of_readme_and_python_page():
 
 
 @pytest.mark.parametrize(
-    ("page", "begin", "end", "made"),
+    ("parts", "made"),
     [
-        ("tutorial-spreadsheet.md", "# Tutorial", "Continue with", "risks.patients.html"),
-        ("import.md", "## MEDS\n", "\n## ", "checkpoints_medgemma_dka/trajectory/report.html"),
+        (
+            [
+                ("tutorial-spreadsheet.md", "# Tutorial", "Continue with"),
+                ("external.md", "## 1. ", "has calibration"),
+            ],
+            ("risks.patients.html", "external_risks.report.html"),
+        ),
+        (
+            [("import.md", "## MEDS\n", "\n## ")],
+            ("checkpoints_medgemma_dka/trajectory/report.html",),
+        ),
     ],
 )
-def test_commands_of_a_page(page, begin, end, made):
+def test_commands_of_pages(parts, made):
     Path("tests").symlink_to(ROOT / "tests")
-    text = (DOCS / page).read_text(encoding="utf-8").split(begin)[1].split(end)[0]
-    for script, words in COMMAND.findall(text):
-        quick = [flag for known, flag in QUICK.items() if known in words]
-        assert (
-            MAIN[script or "medgemma_trainer"](shlex.split(words.replace("\\\n", " ")) + quick) == 0
-        )
-    assert Path(made).is_file()
+    for page, begin, end in parts:
+        text = (DOCS / page).read_text(encoding="utf-8").split(begin)[1].split(end)[0]
+        for name, answers, script, words in STEP.findall(text):
+            if name:
+                change_flags(Path(name), answers)
+                continue
+            quick = [flag for known, flag in QUICK.items() if known in words]
+            main = MAIN[script or "medgemma_trainer"]
+            assert main(shlex.split(words.replace("\\\n", " ")) + quick) == 0
+    assert all(Path(name).is_file() for name in made)
+
+
+def change_flags(path, answers):
+    """Change a previewed file to a page's answers, which a user types into it."""
+    flags = tomllib.loads(path.read_text(encoding="utf-8")) | tomllib.loads(answers)
+    lines = [f"{name} = {json.dumps(value)}" for name, value in flags.items()]
+    path.write_text("\n".join(lines), encoding="utf-8")
 
 
 def test_notebook_and_its_stored_outputs():

@@ -114,7 +114,7 @@ BAD_FILES = {
     "cut.csv.gz": (b"\x1f\x8b\x08\0\0", ""),
     "long": (
         f"Patient,Collected,Analyte,Result\n{MARKER},2024-01-20,x,{MARKER}\n".encode(),
-        "from_long, item=Analyte",
+        "from_long, --preview",
     ),
 }
 BAD_DESCRIPTIONS = {"deep": '{"series": ' + "[" * 100_000, "unknown": '{"no_such_key": 1}'}

@@ -378,7 +378,7 @@ CELLS |= dict.fromkeys(("subject_id", "item"), "")
         (renamed(), {"columns": ("value=valu",)}, "value=?"),
         (renamed(), {"columns": ("time=",)}, "--columns time="),
         (renamed(), {"columns": ("labels.subject_id=x",)}, "labels.csv"),
-        (lambda table: table.assign(item="x, fast", unit=""), {}, "table.csv, item x, fast: "),
+        (lambda table: table.assign(item="x, fast", unit=""), {}, "table.csv: item x, fast: "),
         (lambda table: table.loc[[0] * 101].assign(item=range(101)), {}, "101 items"),
     ],
 )
@@ -583,7 +583,7 @@ def test_a_damaged_shard_or_a_missing_flag_is_named_and_nothing_written(folder, 
     shard = folder / "data" / "tuning" / "0.parquet"
     shard.write_bytes(shard.read_bytes()[:-20])
     flags = ["--labels", str(folder / "task"), "--out", str(tmp_path / "out.csv"), "--series"]
-    for words, named in (([*flags, GAP_SERIES], "tuning/0.parquet"), (flags[:-1], "--series: ")):
+    for words, named in (([*flags, GAP_SERIES], "tuning/0.parquet"), (flags[:-1], "--series")):
         assert dataset_format.main(["from_meds", "--meds_dir", str(folder), *words]) == 2
         assert named in capsys.readouterr().err.splitlines()[-1]
     assert {path.name for path in tmp_path.iterdir()} <= {"meds", ".out.csv.lock"}

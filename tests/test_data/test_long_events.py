@@ -18,7 +18,7 @@ PATIENTS = 6
 ENDS = [80.0, 50.25, 30.0, 24.0, None, 23.5]  # hours; risks are wanted at 24 h
 EVENTS = ["", "Death", "transplant", "death", "", "death"]
 WORDS = ("death", "Transplant")
-FLAGS = {"event_time": "Ended", "event": "Why", "event_names": WORDS, "window_hours": 24.0}
+FLAGS = {"event_time": "Ended", "event": ("Why",), "event_names": WORDS, "window_hours": 24.0}
 
 
 def values(patients=PATIENTS, later=()):
@@ -88,9 +88,9 @@ def test_events_are_numbers_or_words(cells, names, events, make):
 @pytest.mark.parametrize(
     ("flags", "place"),
     [
-        ({"event": ""}, "--event_time, --event: "),
-        ({"event_time": ""}, "--event_time, --event: "),
-        ({"event": "Wy"}, "labels.csv: --columns event=.*Why"),
+        ({"event": ()}, "--event_time: "),
+        ({"event_time": ""}, "--event: "),
+        ({"event": ("Wy",)}, "labels.csv: --columns event=.*Why"),
         ({"event_time": "End"}, "labels.csv: --columns event_time=.*Ended"),
         ({"event_names": ("death", "transplant", "Death")}, "--event_names: "),
         ({"event_names": ("death", "transplant", "1")}, "--event_names: "),
@@ -145,7 +145,7 @@ def test_a_label_stands_beside_times_where_it_is_named(make, tmp_path):
 
 def test_an_event_column_is_a_label_as_before_where_no_time_is_given(make):
     labels = people().drop(columns="Why").assign(event=[0, 1, 0, 1, 0, 1])
-    rows, about = make(labels, event="", event_time="", event_names=())
+    rows, about = make(labels, event=(), event_time="", event_names=())
     assert rows["label_escalation"].tolist() == [0, 1, 0, 1, 0, 1]
     assert not {"events", "interventions"} & {*about}
 
