@@ -1007,7 +1007,8 @@ def test_new_patients_are_read_like_the_earlier_ones(tmp_path):
     assert dataset_format.main([*like, "--out", out[2], *typed, "--static", "ward="]) == 0
     dataset = MIMICtrajectoryDataset(out[2], require_labels=False)
     assert dataset.features == ("creatinine", "crea")
-    assert dataset.static_names == ("static_ward", "static_age [years]", "static_sex_male")
+    wards = [f"static_ward {name}" for name in ("ed", "icu", "ward")]
+    assert dataset.static_names == (*wards, "static_age [years]", "static_sex_male")
     assert pd.read_csv(out[2])["clinical_trajectory"][0].endswith("0.3 (24h)")
 
 
