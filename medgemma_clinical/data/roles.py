@@ -71,7 +71,8 @@ WORDS = {
         "unit": r"unit|einheit|unidad|eenheid",
         "prediction_time": r"admi|aufnahme|entr[ée]e|ingreso|ricovero|opname|begin|start|index"
         r"|arriv",
-        "end_time": r"disch|\bleft\b|depart|entlass|sortie|\balta\b|dimission|ontslag|\bexit|\bend|leave|ende\b",
+        "end_time": r"disch|\bleft\b|depart|entlass|sortie|\balta\b|dimission|ontslag|\bexit"
+        r"|\bend|leave|ende\b",
         "age": r"\bage\b|alter\b|\bâge\b|edad|\bet[aà]\b|leeftijd",
         "birth": r"birth|geb|naiss|nacim|nascita|\bdob\b",
         "death": r"death|dea?d|died|tod|verst|d[ée]c[eè]s|fallec|defunc|decess|overl|exitus",
