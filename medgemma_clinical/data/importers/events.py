@@ -49,24 +49,9 @@ class EventRequest(output.TableRequest):
     prediction_time: str = ""  # a column and hours to add to it; by default a column of its own
 
 
-def make_feature(where: str, title: str, code: str) -> Feature:
-    """Return the feature of a title ``NAME [unit]``, with its code if there is one."""
-    match = TITLE.fullmatch(title)
-    name, unit = match.groups("") if match else ("", "")
-    check_name(where, name)
-    return Feature(name, unit, (code,) if code else ())
-
-
 def is_name(name: str) -> bool:
     """Return whether a column of a series can have a name."""
     return NAME.fullmatch(name) is not None and re.fullmatch(NUMBER, name) is None
-
-
-def check_name(where: str, name: str) -> None:
-    """Refuse a name that a column of a series cannot have."""
-    if not is_name(name):
-        words = "name and unit without comma and bracket, the name without star and ="
-        raise InputError(f"{where}: write 'NAME [unit]=CODE', {words}")
 
 
 def parse_features(flag: str, texts: Iterable[str], *, code_needed: bool = True) -> list[Feature]:
@@ -77,10 +62,16 @@ def parse_features(flag: str, texts: Iterable[str], *, code_needed: bool = True)
     features: dict[str, Feature] = {}
     for text in texts:
         title, sign, code = map(str.strip, text.partition("="))
+        match = TITLE.fullmatch(title)
+        name, unit = match.groups("") if match else ("", "")
+        advice = f"--{flag} {text}: write 'NAME [unit]=CODE'"
         if code_needed and not code:
-            raise InputError(f"--{flag} {text}: write 'NAME [unit]=CODE'")
-        feature = make_feature(f"--{flag} {text}", title, code)
-        feature = feature if sign else replace(feature, keys=(feature.name,))
+            raise InputError(advice)
+        if not is_name(name):
+            words = "name and unit without comma and bracket, the name without star and ="
+            raise InputError(f"{advice}, {words}")
+        no_code = () if sign else (name,)
+        feature = Feature(name, unit, (code,) if code else no_code)
         key = comparable(feature.name)
         earlier = features.setdefault(key, replace(feature, keys=()))
         if earlier.unit != feature.unit:

@@ -228,11 +228,16 @@ def ask_label(
     if times:
         titles = ["death" if x.means("death") else x.name for x in times]
         pairs = zip(titles, times, strict=True)
-        answers = [f"{title} within {days} days={x.name}" for title, x in pairs for days in DAYS]
+        answers = [text for title, x in pairs for text in within_days(title, x.name)]
         text = f"{problem}: by when comes which of these, or --event 'NAME={times[0].name}'"
         return Question(text, "label", tuple(answers))
     text = f"{problem}: --outcome_column, with --positive of words"
     return Question(text, "no_labels", ("true",))
+
+
+def within_days(title: str, column: str) -> tuple[str, ...]:
+    """Return labels that are proposed of a column of dates."""
+    return tuple(f"{title} within {days} days={column}" for days in DAYS)
 
 
 # ---------------------------------------------------------------------------- candidates

@@ -265,7 +265,7 @@ def holds_times(taking: Taking, outcome: Outcome) -> bool:
     if not has_end:
         title = outcome.title or "NAME"
         problem = f"{file.path}, column {outcome.column}: holds times, not yes and no"
-        answers = tuple(f"{title} within {days} days={outcome.column}" for days in (30, 7, 90))
+        answers = guesses.within_days(title, outcome.column)
         advice = f"--label '{answers[0]}', or '{title} by END_COLUMN={outcome.column}'"
         asked = Question(f"{problem}: by when", "label", answers)
         raise OpenQuestions(f"{problem}: {advice}", [asked])
