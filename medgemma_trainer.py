@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -217,7 +218,7 @@ from medgemma_clinical.models import (
     text_batches,
     trained_model,
 )
-from medgemma_clinical.models.checkpoints import Config, TrajectoryCheckpoint, describe_data
+from medgemma_clinical.models.checkpoints import Config, TrajectoryCheckpoint
 from medgemma_clinical.models.outcome import first_auroc, fit_outcome, outcome_of, weighted
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory import Stage1, TrajectoryCollator, TrajectoryHead
@@ -228,6 +229,7 @@ from medgemma_clinical.training.loaders import part_batches
 from medgemma_clinical.training.signals import SIGNALS, Stopped
 from medgemma_clinical.training.stage import Stage
 from medgemma_clinical.training.state import (
+    NonFiniteLossError,
     TrainState,
     WeightAverage,
     read_state,
@@ -397,7 +399,7 @@ def make_stage1(args: Namespace, data: Data, checkpoint: TrajectoryCheckpoint | 
         if not encoder_class:
             encoder |= {"hidden_dim": 64, "solver": args.solver, "dynamics": args.dynamics}
         config: Config = {"encoder": encoder, "encoder_class": encoder_class}
-        config |= {"members": args.members, **describe_data(data)}
+        config |= {"members": args.members, **checkpoints.describe_data(data)}
         config |= cast(Config, fit_outcome(data).config)
         model = build_stage1(config, args.seed)
         model.fit_scales(data)
@@ -421,7 +423,6 @@ def trajectory_stage(args: Namespace, data: Data, model: Stage1) -> Stage:
         learning_rates={"members": args.encoder_lr},
         batches=part_batches(data.split, args.batch_size),
         collate=collate,
-        begin_epoch=collate.begin_epoch,
         batch_size=args.batch_size,
         lengths=data.dataset.lengths,
         epochs=args.trajectory_epochs,
@@ -429,14 +430,14 @@ def trajectory_stage(args: Namespace, data: Data, model: Stage1) -> Stage:
         config={
             "stage": "trajectory",
             **checkpoints.stage1_config(model),
-            **describe_data(data),
+            **checkpoints.describe_data(data),
             **rule_config(args.monitor_rule),
         },
         save=save,
-        centred=model.alone(),
-        targets=data.dataset.targets(),
-        train_patients=patients,
+        begin_epoch=collate.begin_epoch,
+        finish=lambda: center(model, data, collate, args.batch_size),
         auroc=auroc_of(data.dataset, model.outcome),
+        train_patients=patients,
     )
 
 
@@ -452,13 +453,14 @@ def llm_config(args: Namespace, data: Data, stage1: Stage1 | None, tokens: int) 
         "lora_rank": args.lora_rank,
         "lora_alpha": args.lora_alpha,
         "max_text_tokens": args.max_text_tokens,
-        **checkpoints.describe_base(args.model_name),
+        **cast(Config, language_model.base_record(args.model_name)),
+        "base_type": language_model.base_type(args.model_name),
         "num_prefix_tokens": tokens,
         "shuffled": args.soft_prompt == "shuffled",
         "stage1_logit": args.stage1_logit == "on" and stage1 is not None,
         "residual_weight": 1.0,
         "prompts": asdict(data.prompts),
-        **describe_data(data),
+        **checkpoints.describe_data(data),
         **rule_config(args.monitor_rule),
         **(text_only if stage1 is None else checkpoints.stage1_config(stage1)),
     }
@@ -603,7 +605,8 @@ def fit(
         losses = None if predictions is None else predictions.losses
         if state.keep_good(losses, stage.patience, stage.final_epochs):
             save_best(stage, state, folder)
-        exhausted = bool(progress.losses) and epoch - max(progress.lowest_epochs) >= stage.patience
+        lowest_epoch = max(progress.lowest_epochs) if progress.losses else epoch
+        exhausted = bool(epoch - lowest_epoch >= stage.patience)
         state.add_elapsed()
         run_log.record_epoch(stage, progress, predictions, folder, track, exhausted=exhausted)
         if predictions is not None:
@@ -615,7 +618,7 @@ def fit(
             save_state(stage, state)
     bar.close()
     state.set_best(lambda: score(stage, "val").losses)
-    center(stage)
+    stage.finish()
     run_log.record_average(progress, folder)
     if folder and distributed.processes().is_main_process:
         stage.save(folder, stage.config)
@@ -633,7 +636,7 @@ def backward(stage: Stage, state: TrainState, rows: list[int]) -> tuple[Tensor, 
     for part in passes:
         is_last = part is passes[-1]  # processes exchange gradients in the last one
         exchange = contextlib.nullcontext() if is_last else accelerator.no_sync(state.model)
-        with exchange, memory.advised(stage, part):
+        with exchange, memory.advised():
             output = state.model(send_to_device(stage.collate(part), accelerator.device))
             output.loss.sum().backward()
         losses.append(output.loss.detach().mean())
@@ -674,7 +677,9 @@ def validate(stage: Stage, state: TrainState) -> Predictions:
     """Score the validation part with the averaged weights."""
     with state.swapped_weights(state.average.weights):
         predictions = score(stage, "val")
-    state.progress.check_validation(predictions.loss)
+    if not math.isfinite(predictions.loss):  # no epoch can be chosen by it
+        epoch = state.progress.epoch + 1
+        raise NonFiniteLossError(f"the validation loss is {predictions.loss} in epoch {epoch}")
     return predictions
 
 
@@ -748,11 +753,10 @@ def training_state(stage: Stage, state: TrainState) -> dict[str, Any]:
     random, device = {"cpu": torch.get_rng_state()}, distributed.default_device()
     if device.type == "cuda":
         random["cuda"] = torch.cuda.get_rng_state(device)
-    names, weights = list(stage.trainable_parameters()), (p.detach() for p in state.parameters)
     return {
-        "weights": dict(zip(names, weights, strict=True)),
-        "average": dict(zip(names, state.average.weights, strict=True)),
-        "epochs": {k: dict(zip(names, kept, strict=True)) for k, kept in state.epochs.items()},
+        "weights": {name: p.detach() for name, p in stage.trainable_parameters().items()},
+        "average": state.average.weights,
+        "epochs": state.epochs,
         "optimizer": state.optimizer.state_dict(),
         "schedule": state.schedule.state_dict(),
         "progress": vars(state.progress),
@@ -769,8 +773,8 @@ def load_training_state(stage: Stage, state: TrainState, content: dict[str, Any]
         raise InputError("--resume: another model or number of processes: start without --resume")
     state.set_weights(content["weights"].values())
     device = distributed.default_device()
-    state.average.weights = [weight.to(device) for weight in content["average"].values()]
-    state.epochs = {epoch: [*weights.values()] for epoch, weights in content["epochs"].items()}
+    state.average.weights = [weight.to(device) for weight in content["average"]]
+    state.epochs = content["epochs"]
     state.optimizer.load_state_dict(content["optimizer"])
     state.schedule.load_state_dict(content["schedule"])
     vars(state.progress).update(content["progress"])

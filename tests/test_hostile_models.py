@@ -1,4 +1,4 @@
-"""Attacks by model files on the whole program: code, endless counts, paths in what is shared."""
+"""Attacks by model files on the whole program: code, paths in what is shared."""
 
 import io
 import json
@@ -58,9 +58,7 @@ def test_the_program__writes_paths_into_run_json_alone(place, runs, capsys):
     assert written <= files_with("gemma", out), "the name shows, its folder does not"
 
 
-def test_predict__refuses_a_folder_without_its_base_model_or_with_endless_counts(
-    place, stage, tmp_path, capsys
-):
+def test_predict__refuses_a_folder_without_its_base_model(place, stage, tmp_path, capsys):
     rows = pd.read_csv(place / "train.csv", nrows=6, dtype=str).drop(columns="label_escalation")
     data, out = write_data(rows, tmp_path / "new.csv"), tmp_path / "out.csv"
     assert trainer.main(command(stage, data, out)) == 0
@@ -72,10 +70,6 @@ def test_predict__refuses_a_folder_without_its_base_model_or_with_endless_counts
     moved = shutil.copytree(place / "models" / "gemma", tmp_path / "moved")
     assert trainer.main(command(stage, data, out, "--model_name", str(moved))) == 0
     pd.testing.assert_frame_equal(read_predictions(out), expected)
-    out.unlink()
-    inputs_path(out).unlink()
-    rehash(stage / "best", num_prefix_tokens=10**9)
-    assert refused(capsys, command(stage, data, out), str(stage), "num_prefix_tokens", out=out)
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -58,7 +58,7 @@ from medgemma_clinical.files import InputError, atomic, file_hash, locked, move_
 from medgemma_clinical.inference.hub import check_folder
 from medgemma_clinical.inference.scoring import count_implausible, prediction_table, scoring_rows
 from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS, TrajectoryModel
-from medgemma_clinical.models import trained_model
+from medgemma_clinical.models import checkpoints, trained_model
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, Config, read_trajectory
 from medgemma_clinical.models.model_card import choosing_rows, weight_0_sentence
 from medgemma_clinical.models.trained_model import TrainedModel
@@ -174,7 +174,7 @@ def held_out_risks(trained: TrainedModel, checkpoint: Path, choice: str) -> pd.D
     """Read labels and risks of the rows that chose a model's threshold from its run folder."""
     path = trained_model.checkpoint_path(checkpoint).absolute()
     is_stage_1 = trained.config["stage"] == "trajectory"
-    stage = trained_model.folder_of_stage_1(path) if is_stage_1 else path.parent
+    stage = checkpoints.folder_of_stage_1(path) if is_stage_1 else path.parent
     file = VAL
     if of_folds(trained.config):
         of_sites, of_patients = (stage.parent / f"{kind}_{stage.name}" for kind in KINDS)

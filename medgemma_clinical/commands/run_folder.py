@@ -33,7 +33,7 @@ from medgemma_clinical.provenance import (
     read_run,
     versions,
 )
-from medgemma_clinical.training.state import read_state, state_paths
+from medgemma_clinical.training.state import has_state, read_state
 from medgemma_clinical.training.trackers import Track, tracking
 
 logger = logging.getLogger(__name__)
@@ -215,7 +215,7 @@ def clean(folder: Path) -> None:
 def begin(folder: Path, run: dict[str, Any]) -> None:
     """Create the folder of a new run; move an earlier one aside."""
     for aside in files.move_aside(stage_paths(folder))[:1]:  # the folder; others have its number
-        hint = "; --resume would have continued it" if state_paths(state_folder(aside)) else ""
+        hint = "; --resume would have continued it" if has_state(state_folder(aside)) else ""
         logger.info("earlier result moved to %s%s", aside, hint)
     folder.mkdir()
     files.write_json(folder / "run.json", run)
@@ -224,7 +224,7 @@ def begin(folder: Path, run: dict[str, Any]) -> None:
 def check_run(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     """Return ``run.json`` of the run in a folder; refuse another command's and a damaged one."""
     old_run = read_run(folder)
-    if old_run is None or not ("results_sha256" in old_run or state_paths(state_folder(folder))):
+    if old_run is None or not ("results_sha256" in old_run or has_state(state_folder(folder))):
         raise InputError(f"{folder}: no run to resume: start it without --resume")
     old, new = old_run["arguments"], run["arguments"]
     changes = [
@@ -305,7 +305,7 @@ def interruptible(folder: Path, action: Callable[[], Any]) -> int:
     try:
         action()
     except KeyboardInterrupt as stop:
-        if state_paths(state_folder(folder)):
+        if has_state(state_folder(folder)):
             logger.error("interrupted: the same command with --resume continues in %s", folder)
         else:
             logger.error("interrupted before the first step: start the command again")

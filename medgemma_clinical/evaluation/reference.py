@@ -6,7 +6,6 @@ without, the event.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -50,17 +49,6 @@ def reference(known: Known, risk: Array, patients: NDArray[np.generic]) -> dict[
         "covariance": [[_rounded(x) for x in line] for line in covariance],
         "edges": large_bins(case, risk[has_status], patients[has_status], MIN_CELL, edges),
     }
-
-
-def check_reference(entry: Mapping[str, Any]) -> None:
-    """Raise an error of any type unless an entry has the form that ``reference`` gives it."""
-    fit = [entry[name] for name in ("shift", "multiplier", "patients")]
-    finite = [np.isfinite(numbers) for numbers in (fit, entry["covariance"], entry["edges"])]
-    shapes = [np.shape(numbers) for numbers in finite]
-    if shapes[:2] != [(3,), (2, 2)] or len(shapes[2]) != 1 or shapes[2] > DECILES.shape:
-        raise ValueError("numbers of another shape")
-    if not all(numbers.all() for numbers in finite):
-        raise ValueError("numbers that are not finite")
 
 
 def _rounded(number: float) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import re
@@ -42,8 +41,9 @@ HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 READ_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 """Files of a base model that are downloaded and read; pickled weights are not."""
 
-QUIET = ("bitsandbytes", "huggingface_hub", "httpx", "httpx2")
-"""Libraries whose log repeats an error, or reports no fault."""
+QUIET = dict.fromkeys(("bitsandbytes", "huggingface_hub", "httpx", "httpx2"), logging.CRITICAL)
+QUIET["transformers"] = logging.ERROR
+"""Libraries whose log repeats an error, or reports no fault, and from which level on it does."""
 
 
 def machine_defaults(
@@ -65,22 +65,16 @@ def machine_defaults(
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Silence messages that report no fault, for the length of a block."""
-    from transformers.utils import logging as model_logging
-
-    verbosity = model_logging.get_verbosity()
-    logs = [logging.getLogger(name) for name in QUIET]
-    levels = [log.level for log in logs]
-    model_logging.set_verbosity_error()
-    for log in logs:
-        log.setLevel(logging.CRITICAL)
+    before = {name: logging.getLogger(name).level for name in QUIET}
+    for name, level in QUIET.items():
+        logging.getLogger(name).setLevel(level)
     try:
         with warnings.catch_warnings():  # peft reads a property that transformers renamed
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             yield
     finally:
-        model_logging.set_verbosity(verbosity)
-        for log, level in zip(logs, levels, strict=True):
-            log.setLevel(level)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def find_model(name: str, revision: str | None = None) -> Path:
@@ -190,32 +184,32 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def check_base_model(name: str, folder: Path) -> None:
-    """Refuse a model that reads text both ways, or is quantised."""
+    """Refuse an adapter, and a model that reads text both ways or is quantised."""
     config = base_config(name, folder)
     text = config.get("text_config") or config
-    quantizations = [part.get("quantization_config") for part in (config, text)]
+    problem = ""
     if (folder / "adapter_config.json").exists():
-        raise InputError(f"--model_name {name}: holds an adapter: give its base model")
-    if text.get("use_bidirectional_attention") in (True, "all"):  # "vision": of images alone
-        raise InputError(f"--model_name {name}: an embedding model: give one that writes text")
-    if any(quantization is not None for quantization in quantizations):
-        raise InputError(f"--model_name {name}: quantised already: give the original weights")
+        problem = "holds an adapter: give its base model"
+    elif text.get("use_bidirectional_attention") in (True, "all"):  # "vision": of images alone
+        problem = "an embedding model: give one that writes text"
+    elif config.get("quantization_config") or text.get("quantization_config"):
+        problem = "quantised already: give the original weights"
+    if problem:
+        raise InputError(f"--model_name {name}: {problem}")
 
 
 def base_config(name: str, folder: Path) -> dict[str, Any]:
     """Return the content of a base model's config.json."""
     try:
-        config: dict[str, Any] = read_json(folder / "config.json")
-        if all(isinstance(part, dict) for part in (config, config.get("text_config") or {})):
-            return config
-    except (OSError, json.JSONDecodeError, AttributeError) as error:
+        config: dict[str, Any] = {**read_json(folder / "config.json")}
+    except (OSError, ValueError, TypeError) as error:
         raise InputError(f"--model_name {name}: no config.json of a model") from error
-    raise InputError(f"--model_name {name}: no config.json of a model")
+    return config
 
 
-def base_type(name: str, revision: str | None = None) -> str:
+def base_type(name: str) -> str:
     """Return the ``model_type`` of a base model."""
-    return str(base_config(name, find_model(name, revision)).get("model_type"))[:80]
+    return str(base_config(name, find_model(name)).get("model_type"))[:80]
 
 
 def draw_model(config: Any, **options: Any) -> PreTrainedModel:
@@ -232,26 +226,29 @@ def base_name(name: str) -> str:
     return one_line(os.path.basename(os.path.abspath(name))) if os.path.isdir(name) else name
 
 
-def base_record(name: str, revision: str | None = None) -> dict[str, str | None]:
+def base_record(name: str) -> dict[str, str | None]:
     """Return a checkpoint's record of its base model: name, hash of a folder, hub's commit."""
-    in_folder, commit = os.path.isdir(name) and name != DEMO, None
-    if not in_folder and name != DEMO:
-        commit = find_model(name, revision).name
-    digest = content_hash(Path(name)) if in_folder else None
+    digest = commit = None
+    if os.path.isdir(name) and name != DEMO:
+        digest = content_hash(Path(name))
+    elif name != DEMO:
+        commit = find_model(name).name
     return {"base_model": base_name(name), "base_sha256": digest, "base_revision": commit}
 
 
 def content_hash(folder: Path) -> str:
     """Return the SHA-256 of a folder's model files; the weights are read once a process."""
-    endings = (".json", ".safetensors", ".model", ".jinja")
-    files = [p for p in folder.iterdir() if p.suffix in endings and p.is_file()]
-    return json_hash(
-        {p.name: _known_hash(p, p.stat().st_size, p.stat().st_mtime_ns) for p in files}
-    )
+    hashes = {}
+    for path in folder.iterdir():
+        if path.suffix in (".json", ".safetensors", ".model", ".jinja") and path.is_file():
+            status = path.stat()
+            hashes[path.name] = cached_hash(path, status.st_size, status.st_mtime_ns)
+    return json_hash(hashes)
 
 
 @cache
-def _known_hash(path: Path, size: int, changed: int) -> str | None:
+def cached_hash(path: Path, size: int, changed: int) -> str | None:
+    """Return the SHA-256 of a file, known as long as its size and time stay as they are."""
     return file_hash(path)
 
 

@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from medgemma_clinical.data.competing_events import words_of
 from medgemma_clinical.data.overlap import check_held_out
@@ -29,22 +30,8 @@ from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.rules import apply_rules, moves_of, rules_of
 from medgemma_clinical.evaluation.target import events_of
 from medgemma_clinical.files import InputError, json_hash, read_json
-from medgemma_clinical.models.checkpoints import (
-    MERGED_MODEL,
-    MODULE_WEIGHTS,
-    TRAJECTORY_FILE,
-    Config,
-    TrajectoryCheckpoint,
-    hash_weights,
-    is_merged,
-    load_modules,
-    load_trajectory,
-    read_baselines,
-    read_config,
-    read_trajectory,
-    read_weights,
-    weights_sha256,
-)
+from medgemma_clinical.models import checkpoints
+from medgemma_clinical.models.checkpoints import Config, TrajectoryCheckpoint
 from medgemma_clinical.models.choices import LLM_STAGES
 from medgemma_clinical.models.language_model import base_name, base_record
 from medgemma_clinical.models.outcome import (
@@ -88,26 +75,30 @@ class TrainedModel:
     def checkpoint(self) -> TrajectoryCheckpoint:
         """Return a stage 1 as ``read_trajectory`` returns that of a file."""
         assert self.train_patients is not None
-        weights, digest = self.model.state_dict(), weights_sha256(self.model)
         return TrajectoryCheckpoint(
-            self.config, weights, self.train_patients, Path("the encoder"), digest
+            config=self.config,
+            weights=self.model.state_dict(),
+            train_patients=self.train_patients,
+            path=Path("the encoder"),
+            sha256=checkpoints.weights_sha256(self.model),
         )
 
     def identity(self) -> dict[str, str | None]:
         """Return hashes that are equal where copies give equal risks: the stage's, the others'."""
-        rules = {name: moves_of(rules) for name, rules in self.rules.items()}
-        own = [weights_sha256(self.model), rules.pop(self.name), self.config.get("residual_weight")]
-        hashes: dict[str, str | None] = {"sha256": json_hash(own), "baselines_sha256": None}
+        moves = {name: moves_of(rules) for name, rules in self.rules.items()}
+        weights = checkpoints.weights_sha256(self.model)
+        stage = [weights, moves.pop(self.name), self.config.get("residual_weight")]
+        hashes: dict[str, str | None] = {"sha256": json_hash(stage), "baselines_sha256": None}
         if self.baselines:  # of which a copy lacks the words
-            file = replace(self.baselines, words=None).sha256
-            rules.pop(WORDS, None)
-            hashes["baselines_sha256"] = json_hash([file, rules])
+            baselines = replace(self.baselines, words=None).sha256
+            moves.pop(WORDS, None)
+            hashes["baselines_sha256"] = json_hash([baselines, moves])
         return hashes
 
     @cached_property
     def sha256(self) -> str:
         """The hash that a table of predictions names it by."""
-        return model_sha256(self.config, weights_sha256(self.model))
+        return model_sha256(self.config, checkpoints.weights_sha256(self.model))
 
     @property
     def name(self) -> str:
@@ -117,10 +108,11 @@ class TrainedModel:
     @cached_property
     def rules(self) -> dict[str, Rules]:
         """The decision rules of each model that gives a risk: the stage, baselines, ensemble."""
-        names = [*self.baselines.names, ENSEMBLE] if self.baselines else []
-        stored = self.config.get("models", {})
-        rules = {name: read_rules(stored[name]) for name in names}
-        return {self.name: rules_of(self.config), **rules}
+        rules: dict[str, Rules] = {self.name: rules_of(self.config)}
+        if self.baselines:
+            for name in (*self.baselines.names, ENSEMBLE):
+                rules[name] = read_rules(self.config["models"][name])
+        return rules
 
     def threshold(self, name: str) -> float:
         """Return the first risk from which on a model predicts the event."""
@@ -137,13 +129,11 @@ class TrainedModel:
 
     def columns(self, used: str) -> dict[str, str]:
         """Return the columns of predictions by those of a table of risks; the used model first."""
-        names = [used, *(name for name in self.rules if name != used)]
-        endings = {name: "" if name == used else f"_{self.ending(name)}" for name in names}
-        return {
-            target.column(name): f"{target.output}{ending}"
-            for name, ending in endings.items()
-            for target in self.outcome.targets
-        }
+        columns = {target.column(used): target.output for target in self.outcome.targets}
+        for name in self.rules:
+            for target in self.outcome.targets if name != used else ():
+                columns[target.column(name)] = f"{target.output}_{self.ending(name)}"
+        return columns
 
     def model_named(self, use: str) -> str:
         """Return the model that ``stage``, ``best``, a name or the end of its columns means."""
@@ -151,9 +141,9 @@ class TrainedModel:
         for name in self.rules:
             if self.ending(name) == wanted:
                 return name
-        suffixes = map(self.ending, self.rules)
+        choices = ", ".join(["best", *map(self.ending, self.rules)])
         problem = "no such model" if self.baselines else "this copy of the model has no baselines"
-        raise InputError(f"--use {use}: {problem}: choose from {', '.join(['best', *suffixes])}")
+        raise InputError(f"--use {use}: {problem}: choose from {choices}")
 
     @few_threads()
     def forecasts(self, dataset: TrajectoryDataset, forecast: Array) -> dict[str, Array]:
@@ -171,11 +161,11 @@ class TrainedModel:
         self, name: str, forecast: Array, ids: NDArray[Any], hours: Sequence[float] | None = None
     ) -> pd.DataFrame:
         """Return the cumulative incidences of a model: columns id, hour, cause, incidence."""
-        until, events, found = self.outcome.curves(forecast, hours, self.rules[name])
+        until, events, incidence = self.outcome.curves(forecast, hours, self.rules[name])
         index = pd.MultiIndex.from_product([range(len(ids)), events, until])
         table = index.to_frame(index=False, name=["id", "cause", "hour"])
         table["id"] = ids[table["id"]]
-        return table.assign(incidence=found.ravel())[["id", "hour", "cause", "incidence"]]
+        return table.assign(incidence=incidence.ravel())[["id", "hour", "cause", "incidence"]]
 
     def risk_columns(self, name: str, forecast: Array, ending: str) -> dict[str, Array]:
         """Return the risks of a model by their columns in predictions, (n,) each."""
@@ -204,52 +194,49 @@ def column_ending(name: str, stage: str) -> str:
     return "stage" if name == stage else re.sub(r"\W+", "_", name)
 
 
-def folder_of_stage_1(file: Path) -> Path:
-    """Return the folder that belongs to a file of stage 1; what was moved aside has a number."""
-    return file.with_name(file.stem.replace(Path(TRAJECTORY_FILE).stem, "trajectory"))
-
-
-def file_of_stage_1(folder: Path) -> Path:
-    """Return the file that belongs to a folder of stage 1, the inverse of ``folder_of_stage_1``."""
-    return folder.with_name(folder.name.replace("trajectory", Path(TRAJECTORY_FILE).stem) + ".pt")
+# ------------------------------------------------------------------ where a model lies
 
 
 def checkpoint_path(path: Path) -> Path:
     """Return the checkpoint that ``path`` means: stage 1's file, or the folder of stage 2 or 3."""
-    beside = file_of_stage_1(path.absolute())
     if path.is_file():
         return path
     if (path / "best").is_dir():
         return path / "best"
-    if (path / MODULE_WEIGHTS).is_file():
+    if (path / checkpoints.MODULE_WEIGHTS).is_file():
         return path
-    if path.is_dir() and beside.is_file():
-        return beside
-    shared = path / TRAJECTORY_FILE  # in a run's folder, one of several models
+    file = checkpoints.file_of_stage_1(path.absolute())
+    if path.is_dir() and file.is_file():
+        return file
+    shared = path / checkpoints.TRAJECTORY_FILE  # in a run's folder, one of several models
     if shared.is_file() and not any((path / stage).is_dir() for stage in LLM_STAGES):
         return shared
     problem = "holds no trained model" if path.exists() else "no such file or folder"
     raise InputError(
         f"--checkpoint {path}: {problem}: name the folder trajectory, classification or "
-        f"generative of a run, or its {TRAJECTORY_FILE}"
+        f"generative of a run, or its {checkpoints.TRAJECTORY_FILE}"
     )
 
 
 def read_trained_config(path: Path) -> Config:
     """Return a checkpoint's configuration without loading a language model."""
     best = checkpoint_path(path)
-    return read_trajectory(best).config if best.is_file() else read_config(best)
+    if best.is_file():
+        return checkpoints.read_trajectory(best).config
+    return checkpoints.read_config(best)
 
 
 def read_model_sha256(path: Path) -> str:
     """Return ``TrainedModel.sha256`` of a checkpoint without loading a language model."""
     best = checkpoint_path(path)
-    with damage_refused(best):
-        if best.is_file():
-            checkpoint = read_trajectory(best)
-            return model_sha256(checkpoint.config, hash_weights(checkpoint.weights))
-        config = read_config(best)
-        return model_sha256(config, hash_weights(read_weights(best, config)))
+    if best.is_file():
+        stage1 = checkpoints.read_trajectory(best)
+        return model_sha256(stage1.config, checkpoints.hash_weights(stage1.weights))
+    config = checkpoints.read_config(best)
+    weights = load_file(best / checkpoints.MODULE_WEIGHTS)
+    if not checkpoints.is_merged(config):
+        weights |= load_file(best / checkpoints.ADAPTER_WEIGHTS)
+    return model_sha256(config, checkpoints.hash_weights(weights))
 
 
 def model_sha256(config: Config, weights: str) -> str:
@@ -263,13 +250,30 @@ def model_sha256(config: Config, weights: str) -> str:
     return json_hash([stage, [updated.get(name) for name in names]])
 
 
-def check_no_control(path: Path, config: Config) -> None:
-    """Refuse a control, which is trained to be compared with and never to be used."""
-    if config.get("shuffled") or config.get("base_weights") == "random":
-        raise InputError(
-            f"--checkpoint {path}: a control of --ablation, with soft tokens of other patients or "
-            "random weights: take another model"
-        )
+# ------------------------------------------------------------------ loading
+
+
+@contextlib.contextmanager
+def damage_refused(path: Path) -> Iterator[None]:
+    """Refuse a checkpoint from which no model can be built."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise InputError(f"{path}: damaged: its configuration is incomplete") from error
+    except (RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and "loading state_dict" not in str(error):
+            raise
+        raise InputError(f"{path}: damaged, or not made from this base model") from error
+
+
+def rebuild_stage1(checkpoint: TrajectoryCheckpoint, builders: Builders) -> Stage1:
+    """Return stage 1 with the weights of its checkpoint, every key."""
+    with damage_refused(checkpoint.path):
+        model = builders.stage1(checkpoint.config)
+        model.load_state_dict(checkpoint.weights)
+    return model
 
 
 def load_trained_model(
@@ -287,60 +291,48 @@ def load_trained_model(
     """
     best, device = checkpoint_path(path), device or default_device()
     # torch's random generators stay as they are.
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), damage_refused(best):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         if best.is_file():
-            checkpoint = read_trajectory(best)
-            stage1, patients = rebuild_stage1(checkpoint, builders), checkpoint.train_patients
-            baselines = read_baselines(best, checkpoint.config)
-            stage1 = stage1.to(device).eval()
+            checkpoint = checkpoints.read_trajectory(best)
+            stage1 = rebuild_stage1(checkpoint, builders).to(device).eval()
+            baselines = checkpoints.read_baselines(best, checkpoint.config)
+            patients = checkpoint.train_patients
             return TrainedModel(stage1, checkpoint.config, None, patients, baselines)
-        stored = read_config(best)
+        stored = checkpoints.read_config(best)
         check_no_control(path, stored)
-        baselines = read_baselines(best, stored)
-        overrides = {"quantization": quantization, "precision": precision}
-        config = {**stored, **{name: x for name, x in overrides.items() if x is not None}}
+        config = {**stored}
+        config["quantization"] = quantization or stored["quantization"]
+        config["precision"] = precision or stored["precision"]
         name = model_name or base_folder(best, stored)
         check_base(best, stored, name)
-        model, tokenizer = builders.llm(
-            config,
-            builders.stage1(config) if config["encoder"] else None,
-            name,
-            device=device,
-            revision=config["base_revision"] if model_name is None else None,
-            adapter=None if is_merged(config) else best / "adapter",
-            attention=attention,
-        )
-        load_modules(model, best)
+        baselines = checkpoints.read_baselines(best, stored)
+        with damage_refused(best):
+            model, tokenizer = builders.llm(
+                config,
+                builders.stage1(config) if config["encoder"] else None,
+                name,
+                device=device,
+                revision=config["base_revision"] if model_name is None else None,
+                adapter=None if checkpoints.is_merged(stored) else best / "adapter",
+                attention=attention,
+            )
+            checkpoints.load_modules(model, best)
     return TrainedModel(model.to(device).eval(), stored, tokenizer, None, baselines)
 
 
-@contextlib.contextmanager
-def damage_refused(path: Path) -> Iterator[None]:
-    """Refuse a configuration from which no model can be built."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise InputError(f"{path}: damaged: its configuration is incomplete") from error
-    except (RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
-            raise
-        raise InputError(f"{path}: its adapter does not fit this base model") from error
-
-
-def rebuild_stage1(checkpoint: TrajectoryCheckpoint, builders: Builders) -> Stage1:
-    """Return stage 1 with the weights of its checkpoint."""
-    with damage_refused(checkpoint.path):
-        model = builders.stage1(checkpoint.config)
-    load_trajectory(model, checkpoint)
-    return model
+def check_no_control(path: Path, config: Config) -> None:
+    """Refuse a control, which is trained to be compared with and never to be used."""
+    if config.get("shuffled") or config.get("base_weights") == "random":
+        raise InputError(
+            f"--checkpoint {path}: a control of --ablation, with soft tokens of other patients or "
+            "random weights: take another model"
+        )
 
 
 def base_folder(best: Path, config: Config) -> str:
     """Return where a checkpoint's base model lies: the hub's id, or a folder of this machine."""
-    if is_merged(config):
-        return str(best / MERGED_MODEL)
+    if checkpoints.is_merged(config):
+        return str(best / checkpoints.MERGED_MODEL)
     base, folder = str(config["base_model"]), ""
     if config["base_sha256"] is None:
         return base
@@ -362,6 +354,9 @@ def check_base(best: Path, config: Config, name: str) -> None:
     if base != name and not (stored and digest):
         text = "%s was trained on %s: make sure that %s is the same"
         logger.warning(text, best, base, base_name(name))
+
+
+# ------------------------------------------------------------------ stage 1 below stages 2 and 3
 
 
 def stage1_risks(

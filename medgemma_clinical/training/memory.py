@@ -29,6 +29,11 @@ MEMORY_MARGIN = 0.05
 RECOMPUTE_TOKENS = 512
 """Smaller passes take longer than gradient checkpointing: each pass unpacks all weights again."""
 
+FULL_ADVICE = (
+    "free some, then --resume; of stages 2 and 3 also with a smaller --batch_size, a larger "
+    "--gradient_accumulation of the same product, and --gradient_checkpointing"
+)
+
 
 def recompute(stage: Stage) -> None:
     """Compute layers again in the backward pass, from the largest passes on."""
@@ -60,22 +65,14 @@ def restore_passes(stage: Stage, passes: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def advised(stage: Stage, rows: list[int]) -> Iterator[None]:
-    """Name what ``--resume`` accepts where a pass of these rows no longer fits the memory."""
+def advised() -> Iterator[None]:
+    """Name what ``--resume`` accepts where a pass no longer fits the memory."""
     try:
         yield
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        advice, batches = "free some, then --resume", stage.batches["train"]
-        if isinstance(stage.model, TrajectoryLLM):
-            step_rows = batches.batch_size // batches.n_processes
-            longest = int(stage.lengths[longest_rows(stage, "train", 1)].max())
-            limit = len(rows) * int(stage.lengths[rows].max()) // (2 * longest)
-            size = max(d for d in range(1, max(1, limit) + 1) if step_rows % d == 0)
-            advice += f", with --batch_size {size} --gradient_accumulation {step_rows // size}"
-            advice += "" if stage.recomputes else " or --gradient_checkpointing"
-        raise RunFault(f"the GPU's memory is full: {advice}") from error
+        raise RunFault(f"the GPU's memory is full: {FULL_ADVICE}") from error
 
 
 def check_memory(stage: Stage, device: torch.device) -> None:
@@ -87,8 +84,10 @@ def check_memory(stage: Stage, device: torch.device) -> None:
     if device.type == "cuda":
         # Processes decide together here; in the middle of a step they could not.
         longest = longest_rows(stage, "train", stage.batch_size)
-        while not _fits(stage, rows := stage.passes(longest)[0], device):
+        rows = stage.passes(longest)[0]
+        while not _fits(stage, rows, device):
             reduce_passes(stage, rows)
+            rows = stage.passes(longest)[0]
     longest = longest_rows(stage, "val", stage.batches["val"].batch_size)
     for _ in outputs(model, [longest] if longest else [], stage.collate):
         pass

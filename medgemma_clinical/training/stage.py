@@ -35,20 +35,23 @@ class Stage:
     patience: int  # epochs without a lower validation loss after which training stops
     config: Config  # of the checkpoint; the decision rule joins it with the results
     save: Callable[[Path, Config], None]  # writes the weights and a config as the best
-    text: TextCollator | None = None  # the tokenised rows; None without language model
-    # Columns (N,) of a table of predictions, by the stage 1 below a language model.
-    stage1_risks: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
-    targets: Any = None  # of all rows, what stage 1 learns of them
-    # From predictions to the AUROC of the first risk.
-    auroc: Callable[[Predictions], float] = lambda predictions: math.nan
-    centred: Sequence[
-        Any
-    ] = ()  # models whose logits are shifted to the events of the training part
-    train_patients: NDArray[np.int64] | None = None  # hashes, of stage 1 only
-    max_tokens: int | None = None  # rows times tokens of the longest in one pass, if limited
     final_epochs: list[int] | None = None  # that are averaged, where there is no validation part
-    # Receives the seed, the number of an epoch, and which members of stage 1 still learn.
+
+    # What happens before an epoch: gets the seed, its number, and which members of stage 1 learn.
     begin_epoch: Callable[[int, int, list[bool]], None] = lambda seed, epoch, learn: None
+    finish: Callable[[], None] = lambda: None  # what happens to the best weights at the end
+    auroc: Callable[[Predictions], float] = lambda predictions: math.nan  # of the first risk
+
+    # Stage 1 alone.
+    train_patients: NDArray[np.int64] | None = None  # hashes
+
+    # Stages 2 and 3 alone.
+    text: TextCollator | None = None  # the tokenised rows
+    # Columns (N,) of a table of predictions, by the frozen stage 1 below the language model.
+    stage1_risks: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    # How a step fits the memory; see ``memory``.
+    max_tokens: int | None = None  # rows times tokens of the longest in one pass, if limited
     recomputes: bool = False  # gradient checkpointing is on
 
     @property

@@ -1,12 +1,9 @@
-"""What changes as a stage learns, and its checkpoints on the disk."""
+"""What changes as a stage learns, and its checkpoint on the disk."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
 import itertools
-import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,17 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from medgemma_clinical.evaluation.metrics import Array
-from medgemma_clinical.files import InputError, RunFault, atomic
-
-logger = logging.getLogger(__name__)
+from medgemma_clinical.files import InputError, RunFault
+from medgemma_clinical.models.checkpoints import read_tensors, write_tensors
 
 AVERAGE_DECAY = 0.998
 """The weights that are evaluated and kept are an exponential average over about 500 steps."""
@@ -42,13 +40,10 @@ SKIPPED_ADVICE = (
     "version, --precision fp32, or another --batch_size"
 )
 
-STATE_FORMAT = 10
+STATE_FORMAT = 11
 """Rises when older states can no longer be resumed."""
 
-NEWEST, PREVIOUS = "newest.state", "previous.state"
-DIGEST_BYTES = hashlib.sha256().digest_size
-"""Names of a stage's two states; a file holds the SHA-256 of its content, then the content."""
-
+STATE_FILE = "newest.state"
 START_AGAIN = "start again without --resume"
 
 
@@ -63,14 +58,14 @@ class WeightAverage:
     ``ExponentialMovingAverage``.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], decay: float = AVERAGE_DECAY) -> None:
-        self.parameters, self.decay = list(parameters), decay
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = list(parameters)
         # torch's ``AveragedModel`` would copy the frozen language model as well.
         self.weights = copies(self.parameters)
 
     def update(self, step: int) -> None:
         """Move the averages towards the parameters after the optimizer's step number ``step``."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+        decay = min(AVERAGE_DECAY, (1 + step) / (10 + step))
         get_ema_multi_avg_fn(decay)(self.weights, self.parameters, step)
 
 
@@ -99,55 +94,47 @@ class Progress:
 
     def count(self, loss: float, terms: float, norm: float) -> bool:
         """Count a step of a loss over so many terms; return whether it is taken, or skipped."""
-        is_finite = math.isfinite(loss) and math.isfinite(norm)
-        self.batches, self.steps = self.batches + 1, self.steps + 1
-        if is_finite:
-            self.loss, self.terms, self.skipped_in_a_row = self.loss + loss, self.terms + terms, 0
-        else:
-            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        self.batches += 1
+        self.steps += 1
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.loss += loss
+            self.terms += terms
+            self.skipped_in_a_row = 0
+            return True
+        self.skipped += 1
+        self.skipped_in_a_row += 1
         if self.skipped_in_a_row == MAX_SKIPPED:
             raise NonFiniteLossError(
                 f"the loss is {loss / terms}, its gradient {norm} in epoch {self.epoch + 1}, the "
                 f"{MAX_SKIPPED}th time in a row: {SKIPPED_ADVICE}; what earlier epochs reached is "
                 "kept"
             )
-        return is_finite
-
-    def check_validation(self, loss: float) -> None:
-        """Refuse a validation loss by which no epoch can be chosen."""
-        if not math.isfinite(loss):
-            raise NonFiniteLossError(f"the validation loss is {loss} in epoch {self.epoch + 1}")
+        return False
 
     @property
-    def lowest(self) -> list[float]:
-        """The lowest validation loss of each member; none before the first epoch ends."""
-        return [min(losses) for losses in zip(*self.losses, strict=True)]
+    def limits(self) -> Array:
+        """The highest loss (N,) of each member that is good."""
+        lowest: Array = np.min(self.losses, axis=0)
+        return lowest * (1 + LOSS_TOLERANCE)
 
     @property
-    def lowest_epochs(self) -> list[int]:
-        """The first epoch of each member that has its lowest loss."""
-        return [losses.index(min(losses)) + 1 for losses in zip(*self.losses, strict=True)]
-
-    @property
-    def limits(self) -> list[float]:
-        """The highest loss of each member that is good."""
-        return [lowest * (1 + LOSS_TOLERANCE) for lowest in self.lowest]
+    def lowest_epochs(self) -> NDArray[np.int64]:
+        """The first epoch (N,) of each member that has its lowest loss."""
+        return np.argmin(self.losses, axis=0) + 1
 
     def good_epochs(self) -> list[list[int]]:
         """Return the epochs of each member whose loss is near its lowest."""
-        pairs = zip(zip(*self.losses, strict=True), self.limits, strict=True)
-        return [
-            [epoch for epoch, loss in enumerate(losses, 1) if loss <= limit]
-            for losses, limit in pairs
-        ]
+        is_good = np.array(self.losses) <= self.limits  # (epochs, N)
+        return [(np.flatnonzero(epochs) + 1).tolist() for epochs in is_good.T]
 
-    def learning(self, patience: int) -> list[bool]:
-        """Return for each member whether its patience lasts in the current epoch."""
-        return [self.epoch - lowest < patience for lowest in self.lowest_epochs]
+    def learning(self, patience: int) -> NDArray[np.bool_]:
+        """Return for each member whether its patience lasts in the current epoch, (N,)."""
+        return self.epoch - self.lowest_epochs < patience
 
     def next_epoch(self) -> None:
         """Count an epoch and begin the next."""
-        self.epoch, self.batches, self.skipped = self.epoch + 1, 0, 0
+        self.epoch += 1
+        self.batches = self.skipped = 0
         self.loss = self.terms = self.seconds = 0.0
 
 
@@ -213,26 +200,24 @@ class TrainState:
         """Return for each member of stage 1 whether its patience lasts in this epoch."""
         # Several processes wait for the gradients of all members: there all learn on.
         if not self.progress.losses or self.accelerator.num_processes > 1:
-            return [True for _ in {*self.members}]
-        return self.progress.learning(patience)
+            return [True] * (1 + max(self.members))
+        return self.progress.learning(patience).tolist()
 
     def keep_good(
         self, losses: Array | None, patience: int, final_epochs: Sequence[int] | None
     ) -> bool:
-        """Keep the averaged weights of the epochs that are good for some member.
+        """Keep the averaged weights of this epoch if it is good for some member; return whether.
 
         ``losses`` (N,) are those of the validation part; without one the good epochs are those that
-        the folds chose, or the last one. A member whose patience has ended keeps its own. Return
-        whether this epoch is among them.
+        the folds chose, or the last one. A member whose patience has ended keeps its own.
         """
         progress, epoch = self.progress, self.progress.epoch + 1
         if losses is None:
-            chosen = [k for k in final_epochs or [epoch] if k <= epoch] or [epoch]
-            progress.averaged = [chosen for _ in {*self.members}]
+            chosen = [k for k in final_epochs or () if k <= epoch] or [epoch]
+            progress.averaged = [chosen] * (1 + max(self.members))
         else:
-            learns = progress.learning(patience) if epoch > 1 else itertools.repeat(True)
-            pairs = zip(losses.tolist(), learns, strict=False)
-            progress.losses.append([loss if learned else math.inf for loss, learned in pairs])
+            learns = progress.learning(patience) if progress.losses else True
+            progress.losses.append(np.where(learns, losses, math.inf).tolist())
             progress.averaged = progress.good_epochs()
         good = {*itertools.chain(*progress.averaged)}
         if epoch in good:
@@ -245,10 +230,9 @@ class TrainState:
         progress = self.progress
         self.set_weights(self.mean_weights())
         if progress.losses:
-            lowest_epochs = progress.lowest_epochs
-            for member, loss in enumerate(validate()):
-                if not loss <= progress.limits[member]:
-                    progress.averaged[member] = [lowest_epochs[member]]
+            is_good = validate() <= progress.limits  # (N,), False where a loss is no number
+            for member in np.flatnonzero(~is_good):
+                progress.averaged[member] = [int(progress.lowest_epochs[member])]
             self.set_weights(self.mean_weights())
 
     def mean_weights(self) -> list[Tensor]:
@@ -287,40 +271,25 @@ def copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in tensors]
 
 
-def state_paths(folder: Path) -> list[Path]:
-    """Return the files of the two latest states of a stage that exist, the newest first."""
-    return [path for name in (NEWEST, PREVIOUS) if (path := folder / name).exists()]
-
-
-def read_content(path: Path) -> bytes | None:
-    """Return the content of a state's file behind its SHA-256; None where it is damaged."""
-    data = path.read_bytes()
-    digest, content = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
-    return content if hashlib.sha256(content).digest() == digest else None
+def has_state(folder: Path) -> bool:
+    """Return whether a stage's training can be resumed."""
+    return (folder / STATE_FILE).exists()
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write the newest state; the one before stays beside it, a damaged one does not."""
-    buffer = io.BytesIO()
-    torch.save({"format": STATE_FORMAT, **state}, buffer)
+    """Write a state in place of the one before."""
     folder.mkdir(exist_ok=True)
-    newest = folder / NEWEST
-    with atomic(newest) as temporary:
-        digest = hashlib.sha256(buffer.getbuffer()).digest()
-        temporary.write_bytes(digest + buffer.getbuffer())
-        if newest.exists() and read_content(newest) is not None:
-            newest.replace(folder / PREVIOUS)
+    write_tensors(folder / STATE_FILE, {"format": STATE_FORMAT, **state})
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Read the newest state that is intact; code that a file may carry does not run."""
-    for path in state_paths(folder):
-        if (content := read_content(path)) is None:
-            logger.warning("%s: damaged: resuming from the one before", path)
-            continue
-        buffer = io.BytesIO(content)
-        state: dict[str, Any] = torch.load(buffer, map_location="cpu", weights_only=True)
-        if state.pop("format") != STATE_FORMAT:
-            raise InputError(f"{path}: of another version: {START_AGAIN}")
-        return state
-    raise InputError(f"--resume {folder}: no intact state: {START_AGAIN}")
+    """Read the state of a training; code that a file may carry does not run."""
+    path = folder / STATE_FILE
+    try:
+        state = read_tensors(path)
+        is_readable = state.pop("format") == STATE_FORMAT
+    except Exception as error:  # torch.load has no error of its own
+        raise InputError(f"--resume {path}: no state, or damaged: {START_AGAIN}") from error
+    if not is_readable:
+        raise InputError(f"{path}: of another version: {START_AGAIN}")
+    return state

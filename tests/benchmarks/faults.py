@@ -35,7 +35,7 @@ from language_models import TINY_MODEL  # noqa: E402
 from medgemma_clinical.commands.run_folder import state_folder  # noqa: E402
 from medgemma_clinical.files import PARTIAL, REPLACED  # noqa: E402
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE  # noqa: E402
-from medgemma_clinical.training.state import state_paths  # noqa: E402
+from medgemma_clinical.training.state import has_state  # noqa: E402
 
 SAMPLE = ROOT / "medgemma_clinical" / "sample" / "physionet2012_bicarbonate.csv"
 SHARED = "--min_cell 0 --log_file none --save_every 3 --patience 2"
@@ -137,7 +137,7 @@ def judge(kind, stage, words, folder, expected, size, draw):
     expected_codes = {"disk full": {0, 2, 3}, "signals": {143, 130, -signal.SIGINT}}
     if code not in expected_codes.get(kind, {0, -signal.SIGKILL}) or "raceback" in error:
         return f"wrong: ended with {code}: {error}"
-    begun, outcome = bool(state_paths(state_folder(folder / stage))), "the same result"
+    begun, outcome = has_state(state_folder(folder / stage)), "the same result"
     code, error = wait(start([*words, "--resume"], folder), folder)
     if (code, begun, error.count("\n")) == (2, False, 1):  # as a user would, start again
         outcome = "never began"

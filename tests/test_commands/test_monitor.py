@@ -437,23 +437,6 @@ def test_tables_of_outcomes_may_have_the_separators_of_other_tables(mark, scored
     pd.testing.assert_frame_equal(found.drop(columns="note"), scored[1])
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"reference": {STAGE: REFERENCE | {"covariance": [[float("nan")] * 2] * 2}}},
-        {"case_mix": 5},
-        {"monitor_rule": {"<script>": 1}},
-        {"threshold_choice": "<script>"},
-    ],
-    ids=lambda change: next(iter(change)),
-)
-def test_a_damaged_checkpoint_gives_no_verdict(change, scored, checkpoint, tmp_path, capsys):
-    content, path = torch.load(checkpoint, weights_only=True), tmp_path / TRAJECTORY_FILE
-    torch.save({**content, "config": {**content["config"], **change}}, path)
-    words = words_of(scored[0], path, scored[1], tmp_path, "--use", "stage")
-    assert refused(capsys, words, path, out=tmp_path / "out" / "monitor.html")
-
-
 # ------------------------------------------------------------------ the rule
 
 

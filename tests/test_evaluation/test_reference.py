@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression
 
 from medgemma_clinical.data.small_cells import MIN_CELL, count_patients
 from medgemma_clinical.evaluation.metrics import log_odds, of_labels
-from medgemma_clinical.evaluation.reference import check_reference, reference
+from medgemma_clinical.evaluation.reference import reference
 from time_rows import MODEL, TARGETS, make_times
 
 
@@ -67,7 +67,6 @@ def test_rows_of_times_count_by_the_weights_of_what_is_known():
     target, rows = TARGETS[0], make_times(20_000)
     risk, known = rows[target.column(MODEL)].to_numpy(), target.known(rows)
     entry = reference(known, risk, rows["patient"].to_numpy(str))
-    check_reference(entry)
     assert entry["patients"] == (known.weights[0] > 0).sum() < len(rows)
     fit = LogisticRegression(C=np.inf, tol=1e-10)
     fit.fit(log_odds(risk)[:, None], known.case, sample_weight=known.weights[0])

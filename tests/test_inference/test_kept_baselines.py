@@ -18,7 +18,6 @@ from medgemma_clinical.evaluation.metrics import of_labels
 from medgemma_clinical.evaluation.metrics_table import Metrics
 from medgemma_clinical.evaluation.verdicts import planned_above_chance
 from medgemma_clinical.files import InputError, file_hash
-from medgemma_clinical.models import checkpoints
 from medgemma_clinical.models.checkpoints import BASELINES, TRAJECTORY_FILE
 from medgemma_clinical.models.model_card import model_card
 from medgemma_clinical.models.trained_model import read_trained_config
@@ -104,28 +103,15 @@ def with_infinity(content):
     content["models"][LOGISTIC]["means"][0] = float("inf")
 
 
-def without_a_model(content):
-    del content["models"]["last value"]
-
-
-def as_it_was(content):
-    """Change nothing."""
-
-
-@pytest.mark.parametrize("change", [with_loop, with_infinity, without_a_model, as_it_was])
-def test_a_hostile_file_with_a_right_hash_is_refused(
-    change, runs, new, tmp_path, capsys, monkeypatch
-):
+@pytest.mark.parametrize("change", [with_loop, with_infinity])
+def test_a_hostile_file_with_a_right_hash_is_refused(change, runs, new, tmp_path, capsys):
     stage = shutil.copytree(runs / "classification", tmp_path / "classification")
     content = read(stage / BASELINES)
     before = json.dumps(content)
     change(content)
-    assert (json.dumps(content) == before) == (change is as_it_was)
+    assert json.dumps(content) != before
     (stage / BASELINES).write_text(json.dumps(content))
     rehash(stage / "best", baselines_sha256=file_hash(stage / BASELINES))
-    if change is as_it_was:
-        assert others(predicted(stage, new, tmp_path / "out.csv"))
-        monkeypatch.setattr(checkpoints, "MAX_BASELINES", 1000)
     words = command(stage, new, tmp_path / "other.csv")
     assert refused(capsys, words, stage / BASELINES, out=tmp_path / "other.csv")
 

@@ -1,12 +1,10 @@
-"""Checkpoints: written whole, loaded to the bit; damage, code and oversized counts are refused."""
+"""Checkpoints: written whole, loaded to the bit; damage and code are refused."""
 
-import contextlib
 import json
 import os
 import pickle
 import re
 import shutil
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +22,7 @@ from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.files import InputError, write_json
 from medgemma_clinical.models import checkpoints, language_model
 from medgemma_clinical.models.checkpoints import read_config, read_trajectory, stage1_config
-from medgemma_clinical.models.trained_model import Builders, checkpoint_path, load_trained_model
+from medgemma_clinical.models.trained_model import checkpoint_path, load_trained_model
 from predicting import command, refused
 
 STAGES = ("trajectory", "classification", "generative")
@@ -33,9 +31,6 @@ CONFIG, HASHED = checkpoints.CONFIG, checkpoints.HASHED_FILES
 ADAPTER_CONFIG, ADAPTER, MODULES = HASHED
 RULE = DecisionRule(multiplier=1.5, shift=-0.2, threshold=0.3)
 ENCODER = {"input_dim": 1, "hidden_dim": 64, "time_scale": 72.0}
-REFERENCE = {"patients": 500, "shift": 0.0, "multiplier": 1.0, "edges": [0.1]}
-REFERENCE["covariance"] = [[0.02, 0.01], [0.01, 0.01]]
-LAST = {"measured": 1.0, "levels": [0.5], "means": [7.0]}
 
 
 @pytest.fixture(scope="module")
@@ -174,19 +169,10 @@ def test_read__names_a_file_that_is_missing_cut_or_changed(name, run):
     [
         lambda _: {"config": None},
         lambda _: {"weights": None},
-        lambda _: {"weights": []},
-        lambda _: {"weights": {1: torch.ones(2)}},
         lambda _: {"weights": {"members.0.head.output.bias": "x"}},
-        lambda weights: {"weights": {name: tensor.long() for name, tensor in weights.items()}},
         lambda weights: {"weights": dict(list(weights.items())[1:])},
         lambda weights: {"weights": {**weights, "more": torch.ones(2)}},
-        lambda _: {"train_patients": torch.zeros(3)},
         lambda _: {"train_patients": [1, 2]},
-        lambda _: {"train_patients": torch.zeros(1).long().expand(10**6)},
-        lambda weights: {
-            "weights": {k: x.flatten()[:1].expand(x.shape) for k, x in weights.items()}
-        },
-        lambda weights: {"weights": {k: x.t().contiguous().t() for k, x in weights.items()}},
     ],
 )
 def test_load_trained_model__refuses_other_content_of_stage_1(change, run):
@@ -204,14 +190,6 @@ def test_an_earlier_format_is_refused_in_one_line(place, run, tmp_path, capsys):
     assert refused(capsys, words, run / place, "format 13", "train again", out=tmp_path / "out.csv")
 
 
-def test_read_trajectory__refuses_what_would_unpack(run):
-    source = zipfile.ZipFile(run / STAGE_1)
-    with zipfile.ZipFile(run / "packed.pt", "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in source.namelist():
-            archive.writestr(name, source.read(name))
-    assert_refused(run / "packed.pt")
-
-
 @pytest.mark.parametrize("name", [MODULES, ADAPTER])
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")
 def test_load_trained_model__needs_every_key_in_its_shape(name, run):
@@ -219,7 +197,6 @@ def test_load_trained_model__needs_every_key_in_its_shape(name, run):
     *kept, lost = sorted(weights)
     harms = [{key: weights[key] for key in kept}, {**weights, "more.lora_A.weight": torch.ones(2)}]
     harms += [{**weights, lost: weights[lost].flatten()[:1].clone()}]
-    harms += [{key: tensor.long() for key, tensor in weights.items()}] * (name == MODULES)
     for harm in harms:
         save_file(harm, run / BEST / name)
         small.rehash(run / BEST)
@@ -253,70 +230,15 @@ def test_load_trained_model__runs_no_code(run, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-# ------------------------------------------------------------------------------- bounds
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        *(("members", 33), ("members", True), ("members", -1), ("num_prefix_tokens", 4097)),
-        *(("num_prefix_tokens", 8.0), ("lora_rank", 10**400), ("lora_rank", 1025)),
-        *(("report_tokens", 131_073), ("stage", "other"), ("inputs", None), ("features", None)),
-        *(("encoder", 7), ("encoder", ENCODER | {"hidden_dim": 1025}), ("features", [])),
-        *(("encoder", ENCODER | {"hidden_dim": float("nan")}), ("units", ["mEq/L", "mEq/L"])),
-        *(("encoder", ENCODER | {"input_dim": 2}), ("base_model", "../evil"), ("base_model", None)),
-        *(("base_model", "/evil"), ("base_model", "a/b/c"), ("base_model", "\x1b[2Jevil")),
-        *(("encoder", ENCODER | {name: 1e-9}) for name in ("time_scale", "rtol", "atol")),
-        ("encoder", ENCODER | {"hidden_dim": torch.ones(1).expand(10**6)}),
-        *(
-            ("reference", {"blend": REFERENCE | change})
-            for change in (
-                {"covariance": [[float("nan")] * 2] * 2},
-                *({"covariance": [[0.02]]}, {"covariance": "c"}, {"shift": "1"}, {"edges": 1}),
-                *({"multiplier": None}, {"edges": "d"}, {"edges": [0.1] * 10}, {"patients": "e"}),
-            )
-        ),
-        *(("reference", {"blend": {}}), ("reference", 5), ("case_mix", 5)),
-        *(
-            ("case_mix", {"last": {"series": {"Bicarbonate": LAST | change}}})
-            for change in ({"measured": "x"}, {"levels": "y"}, {"means": []})
-        ),
-        *(("monitor_rule", {"<script>": 1}), ("monitor_rule", {"known": 7}), ("monitor_rule", 5)),
-        *(("threshold_choice", "<script>"), ("threshold_choice", 5)),
-        *(("models", {"blend": rules}) for rules in (5, {}, {"label": {}})),
-        *(
-            ("decision", {"label": rule})
-            for rule in ({}, 5, asdict(RULE) | {"threshold": float("nan")})
-        ),
-        *(("decision", rules) for rules in ({}, [], asdict(RULE), {"risk_24h": asdict(RULE)})),
-        ("inputs", {"static": ["fact"] * 10_001, "prediction_time": True}),
-        *(
-            ("inputs", {"static": [], "prediction_time": True, "series": series})
-            for series in ([], ["other"], "Anion gap", [["Anion gap"]], None)
-        ),
-    ],
-    ids=lambda value: repr(value)[:25],
-)
-def test_check_config__refuses_before_anything_is_allocated(key, value, run):
-    never = Builders(*2 * [lambda *_, **__: pytest.fail("something was built")])
-    changes = {"base_sha256": None, "base_model": "gemma", key: value}
-    content = torch.load(run / STAGE_1, weights_only=True)
-    torch.save({**content, "config": {**content["config"], **changes}}, run / STAGE_1)
-    places = [run / STAGE_1]
-    with contextlib.suppress(TypeError):  # a tensor is no JSON
-        small.rehash(run / BEST, **changes)
-        places.append(run / BEST)
-    for place in places:
-        with pytest.raises(InputError, match=re.escape(str(place))):
-            load_trained_model(place, never)
-
-
 @pytest.mark.parametrize(
     "changes",
     [
-        *({"lora_rank": 4}, {"lora_alpha": 10**400}, {"lora_alpha": "x"}, {"precision": "fp16"}),
-        *({"members": 0}, {"members": 1}, {"inputs": {}}, {"encoder": ENCODER | {"width": 3}}),
-        *({"encoder": ENCODER | {"solver": "x"}}, {"encoder": ENCODER | {"hidden_dim": -1}}),
+        {"lora_rank": 4},
+        {"precision": "fp16"},
+        {"members": 1},
+        {"inputs": {}},
+        {"encoder": ENCODER | {"width": 3}},
+        {"encoder": ENCODER | {"solver": "x"}},
     ],
     ids=lambda value: repr(value)[:25],
 )

@@ -182,7 +182,6 @@ FAULTS = {
 }
 CONFIGS = [
     {"model_type": "gemma3n"},
-    {"model_type": "gemma3", "text_config": ["words"]},
     {"model_type": None},
     {"model_type": ["gemma3"] * 99},
     {"use_bidirectional_attention": True},  # of an embedding model

@@ -1,10 +1,11 @@
-"""The state of training: kept twice, whole, and brought back to the last bit or refused."""
+"""The state of training: kept whole, and brought back to the last bit or refused."""
 
 import math
 import os
 import re
 import signal
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -26,60 +27,41 @@ from medgemma_clinical.training.state import (
 from toy_stage import toy_stage
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A folder that was given the states 1, 2 and 3."""
+def test_the_newest_is_read_as_it_was_written_and_no_half_file_is_left(tmp_path, monkeypatch):
     for step in (1, 2, 3):
         write_state(tmp_path / "last", {"step": step, "weights": torch.full((2, 3), step / 3)})
-    return tmp_path / "last"
-
-
-def contents_of(folder):
-    """Return the files of the newest state and of the one before."""
-    paths = module.state_paths(folder)
-    assert sorted(folder.iterdir()) == sorted(paths), "no half file is left"
-    return [path.read_bytes() for path in paths]
-
-
-def test_the_two_newest_are_kept_and_the_newest_is_read_as_it_was_written(folder, monkeypatch):
-    assert len(earlier := contents_of(folder)) == 2
-    state = read_state(folder)
+    (path,) = (tmp_path / "last").iterdir()
+    state = read_state(tmp_path / "last")
     assert state["step"] == 3
     assert torch.equal(state["weights"], torch.ones(2, 3))
-    write_state(folder, {"code": os.mkdir})
-    assert contents_of(folder)[1] == earlier[0]
-    with pytest.raises(Exception, match="mkdir"):
-        read_state(folder)  # code does not run
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", mock.Mock(side_effect=OSError(28, "disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            write_state(tmp_path / "last", {"step": 4})
+    assert read_state(tmp_path / "last")["step"] == 3
+    assert [*path.parent.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:99], lambda data: data[:-200] + b"0" * 200])
+def test_a_damaged_state_is_named_and_left_alone(damage, tmp_path):
+    write_state(tmp_path / "last", {"step": 4})
+    path = tmp_path / "last" / module.STATE_FILE
+    path.write_bytes(damaged := damage(path.read_bytes()))
+    with pytest.raises(InputError, match=str(path)):
+        read_state(tmp_path / "last")
+    assert path.read_bytes() == damaged
+
+
+def test_code_does_not_run_and_another_version_is_named(tmp_path, monkeypatch):
+    write_state(tmp_path, {"code": os.mkdir})
+    with pytest.raises(InputError, match=module.STATE_FILE):
+        read_state(tmp_path)
     monkeypatch.setattr(module, "STATE_FORMAT", module.STATE_FORMAT + 1)
-    write_state(folder, {"step": 5})
-    assert read_state(folder) == {"step": 5}
+    write_state(tmp_path, {"step": 5})
+    assert read_state(tmp_path) == {"step": 5}
     monkeypatch.undo()
-    with pytest.raises(InputError, match=module.NEWEST):
-        read_state(folder)
-
-
-@pytest.mark.parametrize("damage", [lambda data: data[:99], lambda data: data[:-1] + b"0"])
-def test_a_damaged_state_gives_way_to_the_one_before_and_is_replaced(damage, folder, caplog):
-    newest, previous = module.state_paths(folder)
-    newest.write_bytes(damage(newest.read_bytes()))
-    good = previous.read_bytes()
-    assert read_state(folder)["step"] == 2
-    assert str(newest) in caplog.text
-    write_state(folder, {"step": 4})
-    assert read_state(folder)["step"] == 4
-    assert contents_of(folder)[1] == good
-    for path in (newest, previous):
-        path.write_bytes(damage(path.read_bytes()))
-    damaged = contents_of(folder)
-    with pytest.raises(InputError, match=str(folder)):
-        read_state(folder)
-    assert contents_of(folder) == damaged, "what cannot be read is left alone"
-
-
-def test_a_run_that_is_killed_between_two_names_leaves_the_state_before(folder):
-    newest, previous = module.state_paths(folder)
-    newest.replace(previous)
-    assert read_state(folder)["step"] == 3
+    with pytest.raises(InputError, match=module.STATE_FILE):
+        read_state(tmp_path)
 
 
 def everything(state):
@@ -134,10 +116,10 @@ def test_a_stopped_run_resumes_to_the_last_bit(end, save_every, whole, tmp_path,
             steps = number if end == "signal" else max(kept)
             assert read_state(last)["progress"]["steps"] == steps
         assert fit(folder, seed=5, resume=read_state(last)) == whole
-        states = contents_of(last)
+        kept = (last / module.STATE_FILE).read_bytes()
         (folder / "best.pt").unlink()  # the state brings it back
         assert fit(folder, seed=6, resume=read_state(last)) == whole
-        assert contents_of(last) == states, "a finished one is not kept anew"
+        assert (last / module.STATE_FILE).read_bytes() == kept, "a finished one is not kept anew"
 
 
 def test_a_signal_to_another_process_stops_this_one_too(tmp_path, monkeypatch):
@@ -199,9 +181,10 @@ def test_each_member_averages_its_good_epochs_and_waits_for_no_other(patience):
         expected.append(np.flatnonzero(seen[-1] <= (1 + tolerance) * seen[-1].min()) + 1)
     assert progress.averaged == [epochs.tolist() for epochs in expected]
     assert torch.stack(state.mean_weights()).numpy() == pytest.approx([e.mean() for e in expected])
-    assert progress.lowest == [losses.min() for losses in seen]
+    lowest = np.min(progress.losses, axis=0)
+    assert lowest.tolist() == [losses.min() for losses in seen]
     assert state.epochs.keys() == {*np.concatenate(expected)}, "no other weights are kept"
-    assert (table.min(axis=0) < progress.lowest).any(), "a lower loss came too late"
+    assert (table.min(axis=0) < lowest).any(), "a lower loss came too late"
     assert max(map(len, expected)) > 1
 
 
@@ -234,7 +217,7 @@ def test_a_mean_that_is_much_worse_than_the_best_epoch_gives_way_to_it(mean_loss
     state.progress.losses, state.progress.averaged = [[0.5], [0.4], [0.401]], [[2, 3]]
     first = [torch.zeros_like(p) for p in state.parameters]
     state.epochs = {2: first, 3: [w + 1 for w in first]}
-    state.set_best(lambda: [mean_loss])
+    state.set_best(lambda: np.array([mean_loss]))
     is_good = mean_loss < 0.5
     assert state.progress.averaged == ([[2, 3]] if is_good else [[2]])
     assert {p.unique().item() for p in state.parameters} == ({0.5} if is_good else {0.0})
