@@ -1,4 +1,4 @@
-"""The wheel in an environment of its own, and requirements.txt against what is imported."""
+"""Source and wheel as they are given away, in an environment of their own; what they require."""
 
 import ast
 import json
@@ -7,8 +7,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import tomllib
 import venv
-from importlib.metadata import packages_distributions
+from importlib.metadata import distributions, packages_distributions
 
 import pytest
 
@@ -17,20 +19,34 @@ from medgemma_clinical.commands.demo import SAMPLE_DATA
 from medgemma_clinical.provenance import ROOT, TOP_LEVEL
 
 PARTS = (*TOP_LEVEL, "pyproject.toml", "requirements.txt", "README.md", "LICENSE")
+BUILD = "import sys; sys.path.insert(0, '.ci'); from build_backend import build_sdist as build; "
+BUILD += "build(sys.argv[1])"
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """An environment that holds the wheel, and all else from the environment of the tests."""
+def sdist(tmp_path_factory):
+    """The source as it is given away, made of a checkout with a test."""
     folder = tmp_path_factory.mktemp("package")
-    shutil.copytree(ROOT / "medgemma_clinical", folder / "source" / "medgemma_clinical")
-    for part in PARTS:  # a build leaves files beside its source
+    for name in ("medgemma_clinical", ".ci"):  # a build leaves files beside its source
+        shutil.copytree(ROOT / name, folder / "source" / name)
+    for part in PARTS:
         shutil.copy(ROOT / part, folder / "source")
+    (folder / "source" / "tests").mkdir()
+    shutil.copy(__file__, folder / "source" / "tests")
+    subprocess.run([sys.executable, "-c", BUILD, folder], cwd=folder / "source", check=True)
+    (path,) = folder.glob("*.tar.gz")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(sdist):
+    """An environment with the wheel of that source, and all else from that of the tests."""
+    folder = sdist.parent
     venv.create(folder / "venv")
     python, pip = folder / "venv" / "bin" / "python", [sys.executable, "-m", "pip", "-q"]
     alone = ["--no-deps", "--no-index"]
     build = [*alone, "--no-build-isolation", "-w", folder]
-    subprocess.run([*pip, "wheel", folder / "source", *build], check=True)
+    subprocess.run([*pip, "wheel", sdist, *build], check=True)
     subprocess.run([*pip, "--python", python, "install", *alone, *folder.glob("*.whl")], check=True)
     (site,) = (folder / "venv").glob("lib/*/site-packages")
     others = "\n".join(path for path in sys.path if path.endswith("-packages"))
@@ -42,9 +58,16 @@ def installed(tmp_path_factory):
 
 
 def beside_code(package):
-    """Return the paths within a package of all files but code, and of the docs the pages alone."""
+    """Return the paths within a package of all files but code: docs, notebook, samples, pages."""
     files = {path.relative_to(package) for path in package.rglob("*") if path.is_file()}
-    return {path for path in files if path.suffix not in (".py", ".pyc", ".ipynb")}
+    return {path for path in files if path.suffix not in (".py", ".pyc")}
+
+
+def test_the_source_holds_no_test(sdist):
+    with tarfile.open(sdist) as archive:
+        names = [name.partition("/")[2] for name in archive.getnames()]
+    assert {*PARTS, "medgemma_clinical/docs/quickstart.ipynb"} <= {*names}
+    assert not [name for name in names if "test" in name]
 
 
 @pytest.mark.slow
@@ -58,8 +81,13 @@ def test_the_program_of_the_wheel_trains_on_the_sample_and_all_else_is_there_too
     environment = {**os.environ, "PYTHONPATH": ""}
     command = [installed / "medgemma-clinical", *words]
     subprocess.run(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, check=True)
-    known = json.loads((tmp_path / "run" / "trajectory" / "run.json").read_text())
-    assert (known["versions"]["medgemma-clinical"], known["git_commit"]) == (__version__, None)
+    run = json.loads((tmp_path / "run" / "trajectory" / "run.json").read_text())
+    assert (run["versions"]["medgemma-clinical"], run["git_commit"]) == (__version__, None)
+
+
+def requirements(lines):
+    """Return the names of requirements, in lower case; each has a version."""
+    return {re.match(r"([\w-]+)[=>]=\d", line)[1].lower().replace("_", "-") for line in lines}
 
 
 def test_requirements_name_what_is_imported():
@@ -70,8 +98,18 @@ def test_requirements_name_what_is_imported():
             names = [getattr(node, "module", None) or alias.name for alias in node.names]
             imported |= {name.partition(".")[0] for name in names}
     imported -= {*sys.stdlib_module_names, "medgemma_clinical", *(x[:-3] for x in TOP_LEVEL)}
-    needed = {packages_distributions()[name][0].lower() for name in imported}
-    lines = (ROOT / "requirements.txt").read_text().splitlines()  # each has a lower bound
-    named = {re.match(r"([\w-]+)>=\d", line)[1] for line in lines}
+    needed = {packages_distributions()[name][0].lower().replace("_", "-") for name in imported}
+    named = requirements((ROOT / "requirements.txt").read_text().splitlines())
     # transformers loads the former for NF4; the latter reads tables of a caller who has it.
     assert named - {"bitsandbytes"} == needed - {"pyarrow"}
+
+
+def test_the_constraints_of_ci_fix_all_that_is_required_and_what_is_installed_alone():
+    constraints = (ROOT / ".ci" / "constraints.txt").read_text().splitlines()[1:]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    required = (ROOT / "requirements.txt").read_text().splitlines()
+    fixed = requirements(constraints)
+    assert fixed >= requirements([*required, *project["optional-dependencies"]["test"]])
+    if sys.version_info[:2] == (3, 11):  # others need fewer
+        installed = {x.metadata["Name"].lower().replace("_", "-") for x in distributions()}
+        assert fixed <= installed

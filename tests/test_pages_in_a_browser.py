@@ -5,6 +5,7 @@ Needs ``pip install playwright`` and a Chromium: the system's, or that of ``play
 
 import importlib.util
 import io
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -46,17 +47,23 @@ MAX_HEIGHT = 6000
 """Pixels of a page on a screen of 1280."""
 
 
+def no_browser(problem):
+    """Skip the pages, or fail where the caller promises a browser."""
+    leave = pytest.fail if "BROWSER_EXPECTED" in os.environ else pytest.skip
+    leave(f"pages not looked at: {problem}")
+
+
 @pytest.fixture(scope="module")
 def browser():
     if importlib.util.find_spec("playwright") is None:
-        pytest.skip("pages not looked at: playwright is missing (pip install playwright)")
+        no_browser("playwright is missing (pip install playwright)")
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as started:
         own = started.chromium.executable_path
         path = next(filter(None, map(shutil.which, NAMES)), own)
         if not Path(path).exists():
-            pytest.skip("pages not looked at: no Chromium (apt install chromium)")
+            no_browser("no Chromium (apt install chromium)")
         opened = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield opened
         opened.close()
