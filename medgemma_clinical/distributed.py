@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import gc
 import glob
-import logging
 import os
+import re
+import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import huggingface_hub.constants
 import numpy as np
@@ -23,16 +24,10 @@ from tqdm.auto import tqdm
 
 from medgemma_clinical.files import InputError, RunFault, is_out_of_memory
 
-logger = logging.getLogger(__name__)
-
 GPUS = "/dev/nvidia[0-9]*"
 """Linux shows NVIDIA's GPUs here, whatever torch thinks of them."""
 
-SHARDING = {
-    "ACCELERATE_USE_FSDP": "FSDP",
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-}
+SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 """What accelerate's launcher sets for ways of training that cut a model into parts."""
 
 LONGEST_WAIT = timedelta(hours=2)
@@ -102,24 +97,13 @@ def leave_together() -> None:
 
 
 def check_launch() -> None:
-    """Refuse a launch that cuts the model into parts; warn of one with fewer processes than asked.
-
-    Each process trains the whole model.
-    """
+    """Refuse a launch that cuts the model into parts: each process trains all of it."""
     for variable, way in SHARDING.items():
         if os.environ.get(variable, "").lower() == "true":
             raise InputError(
-                f"accelerate's configuration asks for {way}, and each process of this program "
-                "trains a whole model: give distributed_type: MULTI_GPU there (see "
-                "medgemma_clinical/docs/training.md)"
+                f"accelerate's configuration asks for {way}: give distributed_type: MULTI_GPU "
+                "there (see medgemma_clinical/docs/training.md)"
             )
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    # accelerate sets an address for several processes, and starts one unless MPI starts them.
-    if on_cpu and "MASTER_ADDR" in os.environ and processes().num_processes == 1:
-        logger.warning(
-            "warning: accelerate has started one process, as it does on CPUs: "
-            "start several by torchrun --nproc_per_node N medgemma_trainer.py ..."
-        )
 
 
 @contextlib.contextmanager
@@ -128,9 +112,9 @@ def exact_kernels(*, deterministic: bool = False) -> Iterator[None]:
 
     Source: PyTorch's notes on reproducibility.
     """
-    precision, strict = torch.get_float32_matmul_precision(), cast(Any, torch.utils.deterministic)
-    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-    before, filled = torch.are_deterministic_algorithms_enabled(), strict.fill_uninitialized_memory
+    precision = torch.get_float32_matmul_precision()
+    cudnn_attention = torch.backends.cuda.cudnn_sdp_enabled()
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
     # NVIDIA's containers ask for TF32, with ten bits.
     torch.set_float32_matmul_precision("highest")
     # On Hopper cards it has given NaN gradients for masked batches.
@@ -138,14 +122,12 @@ def exact_kernels(*, deterministic: bool = False) -> Iterator[None]:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True)
-        strict.fill_uninitialized_memory = False  # takes time, and nothing here reads such memory
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(precision)
-        torch.backends.cuda.enable_cudnn_sdp(cudnn)
-        torch.use_deterministic_algorithms(before)
-        strict.fill_uninitialized_memory = filled
+        torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
+        torch.use_deterministic_algorithms(was_deterministic)
 
 
 @contextlib.contextmanager
@@ -161,8 +143,8 @@ def computing(*, deterministic: bool = False) -> Iterator[None]:
 def stage1_threads() -> int:
     """Return the threads that stage 1 computes with: those of OMP_NUM_THREADS, else one."""
     # Its steps are small: more threads gain little, and beside other work each step waits for all.
-    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # of nested loops a list
-    return max(1, int(first)) if first.isdecimal() else 1
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # of nested loops a list
+    return max(1, int(asked)) if asked.isdecimal() else 1
 
 
 @contextlib.contextmanager
@@ -171,13 +153,14 @@ def few_threads(*, stage1: bool = True) -> Iterator[None]:
     if not stage1:
         yield
         return
-    before, threads = torch.get_num_threads(), stage1_threads()
+    threads_before = torch.get_num_threads()
+    threads = stage1_threads()
     torch.set_num_threads(threads)
     try:
         with threadpool_limits(threads):  # of numpy, which stands behind the regressions
             yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads_before)
 
 
 def show_progress(items: Iterable[Any], title: str, total: int, done: int = 0) -> tqdm[Any]:
@@ -208,6 +191,7 @@ def compute_batches(
         waiting = [batch]
         while waiting:
             rows = waiting.pop()
+            half = len(rows) // 2
             if len(rows) <= max_rows:
                 try:
                     result = compute(rows)
@@ -216,11 +200,11 @@ def compute_batches(
                         raise
                     if len(rows) == 1:
                         raise RunFault(TOO_LONG) from error
+                    max_rows = len(rows) - half
                 else:
                     yield rows, result
                     continue
-                max_rows = -(-len(rows) // 2)
-            waiting += [rows[len(rows) // 2 :], rows[: len(rows) // 2]]
+            waiting += [rows[half:], rows[:half]]
 
 
 def reset_peak_memory() -> None:
@@ -233,32 +217,28 @@ def reset_peak_memory() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_mib() -> float | None:
+def peak_mib() -> float:
     """Return the most memory that the GPU has held, without one the process, in MiB."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    return _host_peak_mib()
+    return process_peak_mib()
 
 
-def _host_peak_mib() -> float | None:
-    """Return the peak of the process, None where the system does not tell it."""
+def process_peak_mib() -> float:
+    """Return the most memory that the process has held; on Linux since it was forgotten."""
     status = Path("/proc/self/status")
     if status.exists():
-        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    try:
-        import resource  # absent on Windows
-    except ImportError:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+        (peak,) = re.findall(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE)
+        return int(peak) / 2**10
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in KiB, but on macOS
+    return peak_bytes / 2**20 if sys.platform == "darwin" else peak_bytes / 2**10
 
 
 def peak_memory() -> str:
     """Describe the most memory that the process, and its GPU, have held."""
-    shown = ""
+    text = f"peak memory {process_peak_mib():,.0f} MiB"
     if torch.cuda.is_available():
-        used, size = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
-        shown = f", GPU {used / 2**20:,.0f} of {size / 2**20:,.0f} MiB"
-    host = _host_peak_mib()
-    return f"peak memory {'unknown' if host is None else f'{host:,.0f} MiB'}{shown}"
+        used = torch.cuda.max_memory_allocated() / 2**20
+        size = torch.cuda.mem_get_info()[1] / 2**20
+        text += f", GPU {used:,.0f} of {size:,.0f} MiB"
+    return text

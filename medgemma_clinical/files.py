@@ -19,7 +19,13 @@ PARTIAL, REPLACED = ".partial", ".old"
 """Endings of hidden names: a file that is being written, and a folder that it replaces."""
 
 READING_ERRORS = (
-    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError),
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
 )
 """What reading a damaged JSON file can raise."""
 
@@ -36,8 +42,9 @@ class InputError(ValueError):
         """Return the text, with the cell's content where that is asked for, or how to ask."""
         if self.value is None:
             return str(self)
-        shown = f": it holds {self.value!r}" if show_value else " (--show_values shows the cell)"
-        return f"{self}{shown}"
+        if show_value:
+            return f"{self}: it holds {self.value!r}"
+        return f"{self} (--show_values shows the cell)"
 
 
 class RunFault(RuntimeError):
@@ -46,18 +53,21 @@ class RunFault(RuntimeError):
 
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether memory was lacking, to torch, DuckDB, or cuBLAS for its workspace."""
-    kind, cublas_failed = type(error).__name__, "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
-    return isinstance(error, MemoryError) or "OutOfMemory" in kind or cublas_failed
+    return (
+        isinstance(error, MemoryError)
+        or "OutOfMemory" in type(error).__name__
+        or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+    )
 
 
 @contextlib.contextmanager
 def owner_only() -> Iterator[None]:
     """Let new files belong to their owner alone for the length of a block: they hold patients."""
-    own_mask = os.umask(0o077)
+    mask_before = os.umask(0o077)
     try:
         yield
     finally:
-        os.umask(own_mask)
+        os.umask(mask_before)
 
 
 def one_line(text: str) -> str:
@@ -67,9 +77,9 @@ def one_line(text: str) -> str:
 
 def did_you_mean(name: str, names: Iterable[str], likeness: float = 0.6) -> str:
     """Return a question that offers the nearest of some names, empty where none is near."""
-    by_lower_case = {x[:200].lower(): x for x in names}
+    by_lower_case = {x[:200].lower(): x[:200] for x in names}
     near = difflib.get_close_matches(name[:200].lower(), by_lower_case, 1, likeness)
-    return f": did you mean {one_line(by_lower_case[near[0]][:200])}?" if near else ""
+    return f": did you mean {one_line(by_lower_case[near[0]])}?" if near else ""
 
 
 def file_hash(path: Path) -> str | None:
@@ -93,13 +103,14 @@ def partial_path(path: Path) -> Path:
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path whose content replaces that of ``path`` if the block succeeds."""
-    temporary, replaced = partial_path(path), path.with_name(f".{path.name}{REPLACED}")
+    temporary = partial_path(path)
+    replaced = path.with_name(f".{path.name}{REPLACED}")
     remove(temporary)
     try:
         yield temporary
         # The content reaches the disk before its name: a loss of power leaves no half file.
-        for each in [*temporary.rglob("*"), temporary]:
-            _sync(each)
+        for written in [*temporary.rglob("*"), temporary]:
+            _sync(written)
         if path.is_dir():  # a folder cannot be replaced in one step; see ``clean``
             remove(replaced)
             path.rename(replaced)
@@ -164,8 +175,6 @@ def write_json(path: Path, content: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file in UTF-8, with or without byte order mark."""
-    if path.exists() and not path.is_file():  # a pipe would wait for ever
-        raise json.JSONDecodeError("no file", "", 0)
     try:
         return json.loads(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -190,9 +199,8 @@ def locked(path: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise InputError(
-            f"{path}: another run is at work there: wait, or choose another"
-        ) from error
+        problem = "another run is at work there: wait, or choose another"
+        raise InputError(f"{path}: {problem}") from error
     try:
         yield
     finally:

@@ -15,14 +15,19 @@ from medgemma_clinical import __version__
 from medgemma_clinical.files import InputError, read_json
 
 PACKAGES = (
-    *("torch", "transformers", "peft", "bitsandbytes", "torchdiffeq", "scikit-learn", "lightgbm"),
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "torchdiffeq",
+    "scikit-learn",
+    "lightgbm",
 )
 PACKAGE = Path(__file__).parent
 ROOT = PACKAGE.parent
 """The folder of the program: the four top-level files and this package."""
 
 TOP_LEVEL = ("dataset_format.py", "dte_encoder.py", "medgemma_trainer.py", "srtr_dataset.py")
-
 
 RUN_FORMAT = 5
 """Of ``run.json``; rises when runs of older versions can no longer be resumed."""
@@ -47,8 +52,8 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 
 def versions() -> dict[str, str]:
     """Return the versions of the program, of Python and of what else a result depends on."""
-    own = {"medgemma-clinical": __version__, "python": sys.version.split()[0]}
-    return {**own, **{name: metadata.version(name) for name in PACKAGES}}
+    program = {"medgemma-clinical": __version__, "python": sys.version.split()[0]}
+    return program | {name: metadata.version(name) for name in PACKAGES}
 
 
 @cache
@@ -57,16 +62,18 @@ def git_commit() -> str | None:
     if not shutil.which("git"):
         return None
     command = ["git", "-C", str(ROOT), "rev-parse", "--show-toplevel", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
     # An installed program may lie in an environment within another checkout.
-    return found[1] if len(found) == 2 and Path(found[0]).samefile(ROOT) else None
+    return lines[1] if len(lines) == 2 and Path(lines[0]).samefile(ROOT) else None
 
 
 def code_files() -> list[Path]:
     """Return the program's own modules, SQL and page templates."""
-    own = [path for ending in ("py", "sql", "j2") for path in PACKAGE.rglob(f"*.{ending}")]
     # An installed program lies beside the modules of other packages: name its own.
-    return sorted([*(ROOT / name for name in TOP_LEVEL), *own])
+    paths = [ROOT / name for name in TOP_LEVEL]
+    for ending in ("py", "sql", "j2"):
+        paths += PACKAGE.rglob(f"*.{ending}")
+    return sorted(paths)
 
 
 @cache

@@ -105,9 +105,3 @@ def test_a_json_file_that_cannot_be_read_is_one_kind_of_error(text, tmp_path):
     (tmp_path / "data.json").write_bytes(text)
     with pytest.raises(json.JSONDecodeError):
         read_json(tmp_path / "data.json")
-
-
-def test_a_pipe_is_no_json_file(tmp_path):
-    os.mkfifo(tmp_path / "data.json")
-    with pytest.raises(json.JSONDecodeError):
-        read_json(tmp_path / "data.json")

@@ -36,7 +36,8 @@ def risk_over_time(
     for start in range(0, len(dataset), ROWS_AT_ONCE):
         part = dataset.subset(np.arange(start, min(start + ROWS_AT_ONCE, len(dataset))))
         cut, owner = prefixes(part)
-        ids, numbers = rows.ids[start + owner], rows.numbers[start + owner]
+        ids = rows.ids[start + owner]
+        numbers = rows.numbers[start + owner]
         prefix_rows = ScoringRows(ids, numbers, cut, np.arange(len(owner)), rows.read)
         scores = score_rows(prefix_rows, trained, findings, batch_size)
         hours = cut.prediction_times()
@@ -50,8 +51,9 @@ def prefixes(dataset: TrajectoryDataset) -> tuple[TrajectoryDataset, NDArray[np.
     """
     lengths = dataset.lengths
     later = dataset.prediction_times() > dataset.times[dataset.offsets[1:] - 1]  # (N,)
-    owner = np.repeat(np.arange(len(dataset)), lengths + later)
-    starts = np.cumsum(lengths + later) - (lengths + later)
+    steps = lengths + later
+    owner = np.repeat(np.arange(len(dataset)), steps)
+    starts = np.cumsum(steps) - steps
     step = np.arange(len(owner)) - starts[owner]  # (M,) 0 for the first observation
     copies = dataset.subset(owner)
     cut = copies.up_to(step + 1)
@@ -103,10 +105,17 @@ def curves_after(rows: ScoringRows, trained: TrainedModel, batch_size: int) -> C
 
 def static_read(dataset: TrajectoryDataset, trained: TrainedModel) -> dict[str, str]:
     """Return the static features of the first row as text, those of value 0 together."""
-    values = zip(dataset.static_inputs, dataset.static_values()[0].tolist(), strict=True)
-    features = {name.removeprefix("static_"): value for name, value in values}
-    texts = {name: short_number(value) for name, value in features.items() if value != 0}
-    texts["0 or no"] = ", ".join(name for name, value in features.items() if value == 0)
+    texts: dict[str, str] = {}
+    zeros: list[str] = []
+    values = dataset.static_values()[0].tolist()
+    for column, value in zip(dataset.static_inputs, values, strict=True):
+        name = column.removeprefix("static_")
+        if value == 0:
+            zeros.append(name)
+        else:
+            texts[name] = short_number(value)
+    if zeros:
+        texts["0 or no"] = ", ".join(zeros)
     if isinstance(trained.model, TrajectoryLLM) and trained.prompts.context:
         texts["context that the language model reads"] = dataset.contexts[0]
     return {name: text for name, text in texts.items() if text}
@@ -114,8 +123,9 @@ def static_read(dataset: TrajectoryDataset, trained: TrainedModel) -> dict[str, 
 
 def short_number(value: float) -> str:
     """Write a number with one decimal at most, a small one with two significant digits."""
-    rounded = round(value, 1) if abs(value) >= 1 else float(f"{value:.2g}")
-    return "unknown" if np.isnan(value) else plain(rounded)
+    if np.isnan(value):
+        return "unknown"
+    return plain(round(value, 1) if abs(value) >= 1 else float(f"{value:.2g}"))
 
 
 def training_spreads(dataset: TrajectoryDataset, trained: TrainedModel) -> NDArray[np.float64]:
@@ -127,8 +137,8 @@ def training_spreads(dataset: TrajectoryDataset, trained: TrainedModel) -> NDArr
     member, names = stage1.members[0], dataset.summary_names()
     assert isinstance(member, TrajectoryMember)
     spreads = member.head.summary_scaler.std.double().numpy(force=True)
-    last = spreads[[names.index(f"{name} last") for name in dataset.features]]
-    return np.where(np.isfinite(last), last, np.nan)
+    columns = [names.index(f"{name} last") for name in dataset.features]
+    return np.where(np.isfinite(spreads[columns]), spreads[columns], np.nan)
 
 
 def risks_without_series(
@@ -138,15 +148,18 @@ def risks_without_series(
     measured = np.array([f for f, _, _ in dataset.measured(0)])
     if len(measured) == 1:
         return {}  # nothing would be left
-    copies, positions = dataset.subset(np.zeros_like(measured)), np.arange(len(measured))
+    copies = dataset.subset(np.zeros_like(measured))
+    positions = np.arange(len(measured))
     owner = np.repeat(positions, copies.lengths)
     copies.values[np.arange(len(owner)), measured[owner]] = np.nan
     copies.keep_observations(np.asarray(~np.isnan(copies.values).all(axis=1)))
     names = np.array(dataset.features)[measured]
     rows = ScoringRows(names, positions, copies, positions, len(positions))
     scores = score_rows(rows, trained, Findings(dataset.source, strict=False), batch_size)
-    risks = zip(names[scores.rows.positions].tolist(), scores.probability.tolist(), strict=True)
-    return dict.fromkeys(names.tolist()) | dict(risks)
+    scored_names = names[scores.rows.positions].tolist()
+    risks: dict[str, float | None] = dict.fromkeys(names.tolist())
+    risks.update(zip(scored_names, scores.probability.tolist(), strict=True))
+    return risks
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ of known patients, can be guessed from them.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import re
@@ -33,15 +34,24 @@ from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 
 logger = logging.getLogger(__name__)
 
-SHARED_FILES = [TRAJECTORY_FILE, *checkpoints.HASHED_FILES, checkpoints.CONFIG]
-SHARED_FILES += [checkpoints.NOTICE, CARD, checkpoints.FACTS, checkpoints.IMPORT, BASELINES]
+SHARED_FILES = [
+    TRAJECTORY_FILE,
+    *checkpoints.HASHED_FILES,
+    checkpoints.CONFIG,
+    checkpoints.NOTICE,
+    CARD,
+    checkpoints.FACTS,
+    checkpoints.IMPORT,
+    BASELINES,
+]
 REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 """Form of a repository's id, which a path may have too."""
 
 
 def find_checkpoint(checkpoint: str | os.PathLike[str], revision: str | None) -> Path:
     """Return the path of a trained model, downloaded where ``checkpoint`` is a repository's id."""
-    path, repo_id = Path(checkpoint), os.fspath(checkpoint)
+    path = Path(checkpoint)
+    repo_id = os.fspath(checkpoint)
     if os.path.lexists(path) or not REPO_ID.fullmatch(repo_id):
         if revision is not None:
             raise InputError(f"{path}: is not of the hub: leave revision out")
@@ -54,8 +64,13 @@ def check_folder(folder: Path, config: Config) -> None:
     """Refuse a folder that ``save_model`` would not write, or a model that it does not write."""
     if checkpoints.is_merged(config):
         raise InputError("an export, which holds a whole language model: copy its folder instead")
-    files = files_of(folder) if folder.is_dir() else {""}
-    if os.path.lexists(folder) and (files - {*SHARED_FILES} or (files and CARD not in files)):
+    if not os.path.lexists(folder):
+        return
+    files = {""}
+    if folder.is_dir():
+        paths = (path for path in folder.rglob("*") if not path.is_dir())
+        files = {path.relative_to(folder).as_posix() for path in paths}
+    if files - {*SHARED_FILES} or (files and CARD not in files):
         raise InputError(f"{folder}: exists and holds other files: name a new folder")
 
 
@@ -63,9 +78,9 @@ def save_model(
     trained: TrainedModel, folder: Path, min_cell: int = MIN_CELL, repo_id: str | None = None
 ) -> None:
     """Write a model as a folder that loads again, new or in place of an earlier model."""
-    config, model = trained.config, trained.model
-    check_folder(folder, config)
-    config, baselines = checkpoints.without_baselines(config), trained.baselines
+    check_folder(folder, trained.config)
+    config = checkpoints.without_baselines(trained.config)
+    baselines = trained.baselines
     if baselines is not None:
         baselines = replace(baselines, words=None)  # a word may be a name
         models = stored({name: trained.rules[name] for name in (*baselines.names, ENSEMBLE)})
@@ -73,13 +88,14 @@ def save_model(
         config["baseline_inputs"] = baselines.inputs
     folder.parent.mkdir(parents=True, exist_ok=True)
     with owner_only(), atomic(folder) as temporary:
-        if isinstance(model, TrajectoryLLM):
-            checkpoints.save_llm(temporary, model, config)
+        if isinstance(trained.model, TrajectoryLLM):
+            checkpoints.save_llm(temporary, trained.model, config)
         else:
             assert trained.train_patients is not None
             temporary.mkdir()
+            weights = trained.model.state_dict()
             path = temporary / TRAJECTORY_FILE
-            checkpoints.save_trajectory(path, model.state_dict(), config, trained.train_patients)
+            checkpoints.save_trajectory(path, weights, config, trained.train_patients)
         checkpoints.write_card(temporary, config, repo_id, min_cell)
         if baselines is not None:
             write_text(temporary / BASELINES, baselines.to_json())
@@ -92,7 +108,8 @@ def shared_copy(
     repo_id: str | None = None,  # of the hub, where the copy goes there
 ) -> None:
     """Write what others may get of a model: no hash or word of a patient, and no small counts."""
-    min_cell, names = 0 if allow_small_cells else MIN_CELL, columns_of_few(trained)
+    min_cell = 0 if allow_small_cells else MIN_CELL
+    names = columns_of_few(trained)
     if names and not allow_small_cells:
         raise InputError(
             f"{repo_id or folder}: fewer than {MIN_CELL} training patients stand behind a mean of "
@@ -104,32 +121,29 @@ def shared_copy(
         text = "%s: without baselines, which may tell of fewer than %d patients"
         logger.info(text, repo_id or folder, min_cell)
         baselines = None
-    config, no_patients = shareable(trained.config, min_cell), np.empty(0, np.int64)
-    shared = replace(trained, config=config, train_patients=no_patients, baselines=baselines)
+    shared = replace(
+        trained,
+        config=shareable(trained.config, min_cell),
+        train_patients=np.empty(0, np.int64),
+        baselines=baselines,
+    )
     save_model(shared, folder, min_cell, repo_id)
 
 
 def columns_of_few(trained: TrainedModel) -> list[str]:
     """Return the columns of a model's scalers with a mean of fewer than ``MIN_CELL`` patients."""
     features, inputs = trained.config["features"], trained.config["inputs"]
-    columns = {"scaler": features, "static_scaler": inputs["static"]}
-    columns["summary_scaler"] = summary_names(features, prediction_time=inputs["prediction_time"])
-    few = {
-        name: None
-        for path, scaler in trained.model.named_modules()
-        if isinstance(scaler, Scaler)
-        for name, keeps_few in zip(
-            columns[path.rpartition(".")[2]], scaler.means_of_few(), strict=True
-        )
-        if keeps_few
+    columns = {
+        "scaler": features,
+        "static_scaler": inputs["static"],
+        "summary_scaler": summary_names(features, prediction_time=inputs["prediction_time"]),
     }
-    return list(few)
-
-
-def files_of(folder: Path) -> set[str]:
-    """Return the paths, within a folder, of all that is no folder there."""
-    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    return {path.relative_to(folder).as_posix() for path in paths}
+    few: list[str] = []
+    for path, scaler in trained.model.named_modules():
+        if isinstance(scaler, Scaler):
+            names = columns[path.rpartition(".")[2]]
+            few += itertools.compress(names, scaler.means_of_few())
+    return list(dict.fromkeys(few))
 
 
 def push_model(

@@ -60,10 +60,7 @@ def scoring_rows(
     max_rows: int,
     description: Meaning | None = None,
 ) -> Iterator[ScoringRows]:
-    """Read rows as the checkpoint reads them, ``max_rows`` at a time; a data set is taken whole.
-
-    Warns, once all are read, of what does not fit the training data.
-    """
+    """Read rows as the checkpoint reads them, ``max_rows`` at a time; a data set is taken whole."""
     chunks: Iterable[ScoringRows]
     if isinstance(source, TrajectoryDataset):
         if description is not None:
@@ -85,36 +82,41 @@ def scoring_rows(
 
 
 def _all_rows(source: TrajectoryDataset, config: Config) -> ScoringRows:
-    """Return the rows of a data set, with the checkpoint's question."""
-    check_dataset(source, config)
-    dataset, positions = copy.copy(source), np.arange(len(source))
-    dataset.question = config["question"]
-    return ScoringRows(source.ids, positions, dataset, positions, len(source))
-
-
-def check_dataset(dataset: TrajectoryDataset, config: Config) -> None:
-    """Check that a data set was read as the data of a checkpoint were."""
-    options = {**dataset.read_options, "outcome": dataset.outcome}
-    options |= {"features": list(dataset.features), "units": list(dataset.units)}
-    expected = config["read_options"] | {
-        name: config[name] for name in ("features", "units", "outcome")
+    """Return the rows of a data set that was read as the checkpoint's data were."""
+    options = {
+        **source.read_options,
+        "features": list(source.features),
+        "units": list(source.units),
+        "outcome": source.outcome,
+    }
+    expected = {
+        **config["read_options"],
+        "features": config["features"],
+        "units": config["units"],
+        "outcome": config["outcome"],
     }
     for name, value in expected.items():
         if name != "label_column" and options.get(name) != value:
             problem = f"its {name}: {options.get(name)}, the model reads {value}"
-            raise InputError(f"{dataset.source}: {problem}")
+            raise InputError(f"{source.source}: {problem}")
+    dataset = copy.copy(source)
+    dataset.question = config["question"]
+    positions = np.arange(len(source))
+    return ScoringRows(source.ids, positions, dataset, positions, len(source))
 
 
 def count_implausible(dataset: TrajectoryDataset, findings: Findings) -> None:
     """Count the rows with a value outside the limits that are declared for its series."""
     owner = np.repeat(np.arange(len(dataset)), dataset.lengths)
     for f, (name, unit) in enumerate(zip(dataset.features, dataset.units, strict=True)):
-        if limits := dataset.limits(f):
-            low, high = limits
-            outside = (dataset.values[:, f] < low) | (dataset.values[:, f] > high)
-            allowed = f"{low:g} to {high:g} {unit}".rstrip()
-            problem = f"hold values of {name} outside {allowed}: is the unit right?"
-            findings.counts[problem] += len(np.unique(owner[outside]))
+        limits = dataset.limits(f)
+        if limits is None:
+            continue
+        low, high = limits
+        outside = (dataset.values[:, f] < low) | (dataset.values[:, f] > high)
+        allowed = f"{low:g} to {high:g} {unit}".rstrip()
+        problem = f"hold values of {name} outside {allowed}: is the unit right?"
+        findings.counts[problem] += len(np.unique(owner[outside]))
 
 
 def rows_as_read(rows: ScoringRows, config: Config, findings: Findings) -> ScoringRows:
@@ -191,16 +193,15 @@ def score_rows(
         text = text_collator(rows.dataset, trained)
     lengths = rows.dataset.lengths if text is None else text.lengths()
     batches = LengthBatches(np.arange(len(lengths)), batch_size, lengths, shuffle=False)
-    found = np.empty((len(lengths), trained.outcome.width))
+    computed = np.empty((len(lengths), trained.outcome.width))
     with few_threads(stage1=isinstance(model, Stage1)):
         for batch, output in outputs(model, batches, text or rows.dataset.collate):
             index = batch["index"].numpy()
-            found[index] = output.outputs.double().numpy(force=True)
-    finite = np.asarray(np.isfinite(found).all(axis=1))
+            computed[index] = output.outputs.double().numpy(force=True)
+    finite = np.asarray(np.isfinite(computed).all(axis=1))
     rows = rows.without(~finite, "no finite score: its values are too extreme", findings)
-    places = np.flatnonzero(finite)
-    forecast = trained.outcome.forecast(found[finite])
-    return Scores(rows, forecast, text, places, trained, used)
+    forecast = trained.outcome.forecast(computed[finite])
+    return Scores(rows, forecast, text, np.flatnonzero(finite), trained, used)
 
 
 def text_collator(dataset: TrajectoryDataset, trained: TrainedModel) -> TextCollator | None:
@@ -217,15 +218,15 @@ def text_collator(dataset: TrajectoryDataset, trained: TrainedModel) -> TextColl
     )
 
 
-def reports_of(scores: Scores, trained: TrainedModel, batch_size: int) -> list[str]:
+def reports_of(scores: Scores, batch_size: int) -> list[str]:
     """Return the reports that stage 3 writes for scored rows, M texts, as it writes them."""
     if scores.text is None:
         return []
-    rows, max_tokens = scores.positions, trained.config["report_tokens"]
-    assert isinstance(trained.model, LLMWriter)
-    reports = write_in_batches(
-        trained.model, scores.text, rows, scores.positive, max_tokens, batch_size
-    )
+    model = scores.trained.model
+    assert isinstance(model, LLMWriter)
+    max_tokens = scores.trained.config["report_tokens"]
+    rows = scores.positions
+    reports = write_in_batches(model, scores.text, rows, scores.positive, max_tokens, batch_size)
     return [reports[i] for i in rows.tolist()]
 
 
@@ -233,8 +234,10 @@ def with_risks(reports: list[str], scores: Scores) -> list[str]:
     """Return written reports, M texts, with the risk and its side of the threshold."""
     outcome = scores.rows.dataset.outcome
     threshold = scores.trained.threshold(scores.used)
-    pairs = zip(reports, scores.probability.tolist(), strict=True)
-    return [state_risk(text, outcome, risk, threshold) for text, risk in pairs]
+    return [
+        state_risk(text, outcome, risk, threshold)
+        for text, risk in zip(reports, scores.probability.tolist(), strict=True)
+    ]
 
 
 def write_in_batches(
@@ -275,24 +278,25 @@ def prediction_table(
     Takes the problems of these rows out of the findings.
     """
     scores = score_rows(rows, trained, findings, batch_size, use)
-    scored_rows = scores.rows
-    positive = pd.array(scores.positive.astype(np.int64), dtype="Int64")
-    columns: dict[str, Any] = {"probability": scores.probability, "prediction": positive}
-    columns |= trained.risk_columns(scores.used, scores.forecast, "")
-    writes = isinstance(trained.model, LLMWriter)
-    if writes:
-        reports = reports_of(scores, trained, batch_size)
+    dataset, positions = scores.rows.dataset, scores.rows.positions
+    columns: dict[str, Any] = {
+        "probability": scores.probability,
+        "prediction": pd.array(scores.positive.astype(np.int64), dtype="Int64"),
+        **trained.risk_columns(scores.used, scores.forecast, ""),
+    }
+    reports: list[str] | None = None
+    if isinstance(trained.model, LLMWriter):
+        reports = reports_of(scores, batch_size)
         columns["report"] = np.array(with_risks(reports, scores), dtype=object)
-    table = pd.DataFrame(columns, index=scored_rows.positions).reindex(range(len(rows.ids)))
+    table = pd.DataFrame(columns, index=positions).reindex(range(len(rows.ids)))
     table.insert(0, "id", rows.ids)
     table["problem"] = [findings.problems.pop(number, "") for number in rows.numbers.tolist()]
-    if writes:
-        texts = enumerate(reports)
-        parses = [review_report(scored_rows.dataset, i, text).parses for i, text in texts]
-        table.loc[scored_rows.positions[~np.array(parses, dtype=bool)], "problem"] = NO_FORM
-        findings.counts[f"have a score, but {NO_FORM}"] += len(parses) - sum(parses)
+    for i, text in enumerate(reports or ()):
+        if not review_report(dataset, i, text).parses:
+            table.loc[positions[i], "problem"] = NO_FORM
+            findings.counts[f"have a score, but {NO_FORM}"] += 1
     risks: dict[str, Array] = {}
     for model, forecast in scores.forecasts.items():
         if model != trained.name or scores.used != trained.name:
             risks |= trained.risk_columns(model, forecast, f"_{trained.ending(model)}")
-    return table.join(pd.DataFrame(risks, index=scored_rows.positions)), scores
+    return table.join(pd.DataFrame(risks, index=positions)), scores

@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,17 +24,8 @@ from torch import Tensor
 from medgemma_clinical.distributed import peak_memory, processes
 from medgemma_clinical.files import InputError, RunFault, atomic, locked, write_text
 from medgemma_clinical.inference.scoring import Scores
-from medgemma_clinical.models.checkpoints import (
-    MERGED_MODEL,
-    MODULE_WEIGHTS,
-    NOTICE,
-    Config,
-    is_merged,
-    read_config,
-    without_baselines,
-    write_card,
-    write_config,
-)
+from medgemma_clinical.models import checkpoints
+from medgemma_clinical.models.checkpoints import MERGED_MODEL, MODULE_WEIGHTS, Config
 from medgemma_clinical.models.decoders import terms_of
 from medgemma_clinical.models.language_model import base_record, quiet_libraries
 from medgemma_clinical.models.text_batches import chat_turns
@@ -61,12 +51,9 @@ number of layers: each adds a rounding error to the states, and such errors are 
 
 
 @torch.no_grad()
-def prompt_embeds(scores: Scores, trained: TrainedModel, batch_size: int) -> list[Tensor]:
-    """Embed <bos> [soft tokens] [text] of each scored row: (S, D) on the CPU, scaled as it is read.
-
-    In stage 3 the text ends with the verdict that the decision rule takes.
-    """
-    model, text = trained.model, scores.text
+def prompt_embeds(scores: Scores, batch_size: int) -> list[Tensor]:
+    """Embed <bos> [soft tokens] [text], in stage 3 [verdict], of each row: (S, D) on the CPU."""
+    model, text = scores.trained.model, scores.text
     if not isinstance(model, TrajectoryLLM):
         raise InputError("stage 1 has no language model, and no prompts: name stage 2 or 3")
     if text is None:  # there are no rows
@@ -76,10 +63,12 @@ def prompt_embeds(scores: Scores, trained: TrainedModel, batch_size: int) -> lis
     verdicts[scores.positions] = scores.positive
     embedded: dict[int, Tensor] = {}
     for positions in LengthBatches(scores.positions, batch_size, lengths, shuffle=False):
-        writes = isinstance(model, LLMWriter)
-        # Greedy decoding alone would say yes from 0.5 on, whatever the threshold.
-        batch = text.with_verdicts(positions, verdicts[positions]) if writes else text(positions)
-        batch = send_to_device(batch, trained.device)
+        if isinstance(model, LLMWriter):
+            # Greedy decoding alone would say yes from 0.5 on, whatever the threshold.
+            batch = text.with_verdicts(positions, verdicts[positions])
+        else:
+            batch = text(positions)
+        batch = send_to_device(batch, scores.trained.device)
         sequence = model.embed(batch, model.trajectory(batch))
         for row, vectors, mask in zip(positions, sequence.embeddings, sequence.mask, strict=True):
             embedded[row] = vectors[mask].cpu()
@@ -106,8 +95,8 @@ def export_merged(
         del trained  # one model is in memory at a time
         merged = load_trained_model(temporary, builders, device=cpu)
         llm = cast("PreTrainedModel", merged.model.llm)
-        apart = (proof_logits(merged) - logits) / logits.std(dim=1, keepdim=True)
-        difference = float(apart.abs().amax())
+        differences = (proof_logits(merged) - logits) / logits.std(dim=1, keepdim=True)
+        difference = float(differences.abs().amax())
         allowed = MERGE_TOLERANCE[llm.dtype] * math.sqrt(llm.config.num_hidden_layers)
         if not difference <= allowed:  # NaN fails
             raise RunFault(
@@ -125,7 +114,7 @@ def check_mergeable(checkpoint: Path) -> Path:
     best = checkpoint_path(checkpoint)
     problem = "stage 1 has no language model to merge: name a folder of stage 2 or 3"
     if not best.is_file():
-        if not is_merged(read_config(best)):
+        if not checkpoints.is_merged(checkpoints.read_config(best)):
             return best
         problem = "an export, whose adapter is merged already: copy the folder"
     raise InputError(f"--checkpoint {checkpoint}: {problem}")
@@ -137,8 +126,8 @@ def proof_logits(trained: TrainedModel) -> Tensor:
     llm = cast("PreTrainedModel", trained.model.llm)
     generator = torch.Generator().manual_seed(0)
     shape = (PROOF_ROWS, PROOF_TOKENS)
-    ids = torch.randint(llm.config.vocab_size, shape, generator=generator).to(trained.device)
-    states = llm.get_decoder()(input_ids=ids).last_hidden_state[:, -1]  # (R, D)
+    ids = torch.randint(llm.config.vocab_size, shape, generator=generator)
+    states = llm.get_decoder()(input_ids=ids.to(trained.device)).last_hidden_state[:, -1]  # (R, D)
     logits: Tensor = llm.get_output_embeddings()(states)
     return logits.float().cpu()
 
@@ -159,7 +148,8 @@ def write_merged(folder: Path, best: Path, trained: TrainedModel) -> None:
     """Write the merged model of a checkpoint, and what stands beside it; change its weights."""
     from transformers import GenerationConfig
 
-    config, tokenizer = trained.config, cast(Any, trained.tokenizer)
+    config = trained.config
+    tokenizer = cast(Any, trained.tokenizer)
     llm = cast("PeftModel", trained.model.llm)
     merged = merge_adapter(llm, config["quantization"], best / "adapter")
     for settings in (vars(merged.config), tokenizer.init_kwargs):
@@ -176,11 +166,14 @@ def write_merged(folder: Path, best: Path, trained: TrainedModel) -> None:
     tokenizer.save_pretrained(folder / MERGED_MODEL)
     shutil.copyfile(best / MODULE_WEIGHTS, folder / MODULE_WEIGHTS)
     for path in (folder, folder / MERGED_MODEL):  # either may be passed on alone
-        write_text(path / NOTICE, terms_of(config).notice)
-    own_keys = ("base_model", "base_sha256", "base_revision", "quantization", "precision")
-    stored: Mapping[str, Any] = config
-    origin = {"merged_from": {key: stored[key] for key in own_keys}}
-    base: dict[str, Any] = {**base_record(str(folder / MERGED_MODEL)), "quantization": "none"}
-    base["precision"] = "fp32" if merged.dtype == torch.float32 else "bf16"
-    write_config(folder, cast(Config, {**without_baselines(config), **base, **origin}))
-    write_card(folder, cast(Config, config | origin))
+        write_text(path / checkpoints.NOTICE, terms_of(config).notice)
+    keys = ("base_model", "base_sha256", "base_revision", "quantization", "precision")
+    origin = {"merged_from": {key: cast(Any, config)[key] for key in keys}}
+    base = {
+        **base_record(str(folder / MERGED_MODEL)),
+        "quantization": "none",
+        "precision": "fp32" if merged.dtype == torch.float32 else "bf16",
+    }
+    exported = checkpoints.without_baselines(config) | base | origin
+    checkpoints.write_config(folder, cast(Config, exported))
+    checkpoints.write_card(folder, cast(Config, config | origin))

@@ -18,24 +18,12 @@ from medgemma_clinical.data.dka import ArrowTable, Meaning
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import exact_kernels, find_device, set_environment
+from medgemma_clinical.evaluation import patients
 from medgemma_clinical.evaluation.metrics_table import DIFFERENCE, VALUE, Metrics
-from medgemma_clinical.evaluation.patients import plot_patient, plot_risk_curves
 from medgemma_clinical.evaluation.plots import plot_style
 from medgemma_clinical.evaluation.target import Target
 from medgemma_clinical.files import InputError
-from medgemma_clinical.inference.explain import explain, risk_over_time
-from medgemma_clinical.inference.hub import find_checkpoint, push_model, save_model, shared_copy
-from medgemma_clinical.inference.scoring import (
-    Scores,
-    as_source,
-    prediction_table,
-    reports_of,
-    rows_as_read,
-    score_rows,
-    scoring_rows,
-    with_risks,
-)
-from medgemma_clinical.inference.serving import prompt_embeds
+from medgemma_clinical.inference import explain, hub, scoring, serving
 from medgemma_clinical.models.checkpoints import Config, TrajectoryCheckpoint
 from medgemma_clinical.models.choices import ATTENTIONS, PRECISIONS, QUANTIZATIONS
 from medgemma_clinical.models.encoders import register
@@ -50,15 +38,15 @@ BATCH_ROWS = {"trajectory": 256, "classification": 32, "generative": 32}
 MEMORY_ROWS = {"trajectory": 20_000, "classification": 2_000, "generative": 2_000}
 """Rows of a file in memory at a time."""
 
-
-RESULTS = "auroc", "auprc", "brier", "oe", "slope"
+RESULTS = ("auroc", "auprc", "brier", "oe", "slope")
 """Metrics of ``TrajectoryModel.results``."""
 
 
 def results_table(content: Mapping[str, Any], part: str) -> pd.DataFrame:
     """Return a part of ``metrics.json`` as ``TrajectoryModel.results`` describes it."""
-    targets, tables = [Target.from_json(x) for x in content["targets"]], {}
-    for target in targets:
+    tables: dict[str, pd.DataFrame] = {}
+    for stored in content["targets"]:
+        target = Target.from_json(stored)
         metrics = Metrics.from_json(content[part]).at(target)
         table = metrics.metric("auroc")[DIFFERENCE]
         for name in reversed(RESULTS):
@@ -137,7 +125,7 @@ class TrajectoryModel:
         if encoder is not None:
             register(encoder)
         trained = load_trained_model(
-            find_checkpoint(checkpoint, revision),
+            hub.find_checkpoint(checkpoint, revision),
             cls.builders,
             model_name,
             quantization,
@@ -230,8 +218,8 @@ class TrajectoryModel:
         ``model``: "stage"; "best", the recommended one, if there is one; "ensemble" or a baseline,
         by its name in ``results`` or the end of its column in ``predictions``.
         """
-        scores = self._scores(rows, model, description)
-        events = np.concatenate([of_rows.probability for of_rows in scores])
+        chunks = self._scores(rows, model, description)
+        events = np.concatenate([scores.probability for scores in chunks])
         return np.stack([1 - events, events], axis=1)
 
     @exact_kernels()
@@ -242,8 +230,8 @@ class TrajectoryModel:
 
         ``model``: as for ``predict_proba``, with its own threshold.
         """
-        positive = [scores.positive for scores in self._scores(rows, model, description)]
-        return np.concatenate(positive).astype(np.int64)
+        chunks = self._scores(rows, model, description)
+        return np.concatenate([scores.positive for scores in chunks]).astype(np.int64)
 
     @exact_kernels()
     def predict_cumulative_incidence(
@@ -272,8 +260,8 @@ class TrajectoryModel:
 
         Source: Aalen and Johansen 1978, of the model's hazards.
         """
-        curves = [scores.curves(hours) for scores in self._scores(rows, model, description)]
-        return pd.concat(curves, ignore_index=True)
+        chunks = self._scores(rows, model, description)
+        return pd.concat([scores.curves(hours) for scores in chunks], ignore_index=True)
 
     @exact_kernels()
     def predictions(
@@ -287,8 +275,12 @@ class TrajectoryModel:
         ``predict_proba``.
         """
         chunks, findings = self._read(rows, description, strict=False)
-        options = self.trained, findings, self.batch_size, model
-        tables = [prediction_table(chunk, *options)[0] for chunk in chunks]
+        tables = []
+        for chunk in chunks:
+            table, _ = scoring.prediction_table(
+                chunk, self.trained, findings, self.batch_size, model
+            )
+            tables.append(table)
         return pd.concat(tables, ignore_index=True)
 
     @exact_kernels()
@@ -296,11 +288,11 @@ class TrajectoryModel:
         """Return the reports of stage 3, N texts; their verdicts are those of ``predict``."""
         if self.stage != "generative":
             raise ValueError(f"write_reports needs a model of stage generative: {self.stage}")
-        reports = [
-            with_risks(reports_of(x, self.trained, self.batch_size), x)
-            for x in self._scores(rows, "stage", description)
-        ]
-        return [text for texts in reports for text in texts]
+        texts: list[str] = []
+        for scores in self._scores(rows, "stage", description):
+            reports = scoring.reports_of(scores, self.batch_size)
+            texts += scoring.with_risks(reports, scores)
+        return texts
 
     @exact_kernels()
     def risk_over_time(self, rows: Rows, *, description: Meaning | None = None) -> pd.DataFrame:
@@ -316,14 +308,16 @@ class TrajectoryModel:
             that of ``predict_proba``.
         """
         chunks, findings = self._read(rows, description, strict=True)
-        tables = (risk_over_time(x, self.trained, findings, self.batch_size) for x in chunks)
-        return pd.concat([table for chunk in tables for table in chunk], ignore_index=True)
+        tables: list[pd.DataFrame] = []
+        for chunk in chunks:
+            tables += explain.risk_over_time(chunk, self.trained, findings, self.batch_size)
+        return pd.concat(tables, ignore_index=True)
 
     def plot_risk(self, rows: Rows, *, description: Meaning | None = None) -> Figure:
         """Return a figure of ``risk_over_time``, a line for each row."""
         curves = self.risk_over_time(rows, description=description)
         with plot_style():
-            return plot_risk_curves(curves, self.config["outcome"], self.threshold)
+            return patients.plot_risk_curves(curves, self.config["outcome"], self.threshold)
 
     @exact_kernels()
     def plot_patient(
@@ -340,18 +334,20 @@ class TrajectoryModel:
             InputError: the row cannot be scored.
             ValueError: no row has this id.
         """
-        (chunks, findings), problem = self._read(rows, description, strict=False), ""
+        chunks, findings = self._read(rows, description, strict=False)
+        problem = ""
         for chunk in chunks:
-            scorable = rows_as_read(chunk, self.config, findings)
+            scorable = scoring.rows_as_read(chunk, self.config, findings)
             is_asked = (scorable.ids == str(id)) | (id is None)
             position = np.flatnonzero(is_asked[scorable.positions])[:1]
             if len(position):
                 name = scorable.ids[scorable.positions[position[0]]]
                 row = {"id": name, "probability": np.nan, "problem": ""}
                 dataset = scorable.dataset.subset(position)
-                explanation = explain(row, dataset, self.trained, self.batch_size)
+                explanation = explain.explain(row, dataset, self.trained, self.batch_size)
+                outcome = self.config["outcome"]
                 with plot_style():
-                    return plot_patient(explanation, self.config["outcome"], self.threshold)[0]
+                    return patients.plot_patient(explanation, outcome, self.threshold)[0]
             for number in scorable.numbers[is_asked][:1].tolist():
                 problem = f"{findings.source}, row {number}: {findings.problems[number]}"
         if problem:
@@ -361,24 +357,31 @@ class TrajectoryModel:
     @exact_kernels()
     def prompt_embeds(self, rows: Rows, *, description: Meaning | None = None) -> list[Tensor]:
         """Return the language model's input, N tensors (S, D) on the CPU; see docs/sharing.md."""
-        scores = self._scores(rows, "stage", description)
-        embeds = [prompt_embeds(x, self.trained, self.batch_size) for x in scores]
-        return [vectors for chunk in embeds for vectors in chunk]
+        prompts: list[Tensor] = []
+        for scores in self._scores(rows, "stage", description):
+            prompts += serving.prompt_embeds(scores, self.batch_size)
+        return prompts
 
-    def _scores(self, rows: Rows, model: str, description: Meaning | None) -> Iterator[Scores]:
+    def _scores(
+        self, rows: Rows, model: str, description: Meaning | None
+    ) -> Iterator[scoring.Scores]:
         chunks, findings = self._read(rows, description, strict=True)
         for chunk in chunks:
-            yield score_rows(chunk, self.trained, findings, self.batch_size, model)
+            yield scoring.score_rows(chunk, self.trained, findings, self.batch_size, model)
 
     def _read(
         self, rows: Rows, description: Meaning | None, *, strict: bool
     ) -> tuple[Iterator[ScoringRows], Findings]:
-        source, max_rows = as_source(rows), MEMORY_ROWS[self.stage]
-        name = source.source if isinstance(source, TrajectoryDataset) else str(source)
-        name = "DataFrame" if isinstance(source, pd.DataFrame) else name
+        source = scoring.as_source(rows)
+        if isinstance(source, TrajectoryDataset):
+            name = source.source
+        else:
+            name = "DataFrame" if isinstance(source, pd.DataFrame) else str(source)
         findings = Findings(name, strict, "; predictions(rows) lists such rows and scores the rest")
-        options = self.datasets, findings, max_rows, description
-        return scoring_rows(source, self.config, *options), findings
+        chunks = scoring.scoring_rows(
+            source, self.config, self.datasets, findings, MEMORY_ROWS[self.stage], description
+        )
+        return chunks, findings
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the model, with its card, as a folder of your own: new, or of an earlier model.
@@ -386,13 +389,13 @@ class TrajectoryModel:
         Identifiers and outcomes of training patients can be recovered from it: give away a copy of
         ``save_shared``.
         """
-        save_model(self.trained, Path(folder))
+        hub.save_model(self.trained, Path(folder))
 
     def save_shared(
         self, folder: str | os.PathLike[str], *, allow_small_cells: bool = False
     ) -> None:
         """Write the files that ``push_to_hub`` uploads as a folder: new, or of an earlier model."""
-        shared_copy(self.trained, Path(folder), allow_small_cells)
+        hub.shared_copy(self.trained, Path(folder), allow_small_cells)
 
     def push_to_hub(
         self,
@@ -418,7 +421,7 @@ class TrajectoryModel:
         Returns:
             Address of the commit.
         """
-        return push_model(
+        return hub.push_model(
             self.trained, repo_id, private, revision, commit_message, token, allow_small_cells
         )
 

@@ -25,12 +25,8 @@ from medgemma_clinical.inference.hub import (
     shared_copy,
 )
 from medgemma_clinical.models import trained_model
-from medgemma_clinical.models.checkpoints import (
-    BASELINES,
-    LLM_STAGES,
-    TRAJECTORY_FILE,
-    read_trajectory,
-)
+from medgemma_clinical.models.checkpoints import BASELINES, TRAJECTORY_FILE, read_trajectory
+from medgemma_clinical.models.choices import LLM_STAGES
 from medgemma_clinical.models.trained_model import load_trained_model
 from medgemma_trainer import TrajectoryModel, fit_classification, fit_trajectory
 from predicting import MARKER, VALUES

@@ -292,7 +292,7 @@ def prompts_of(trained, dataset, rows=ROWS, batch_size=32):
     chosen = dataset.subset(np.asarray(rows))
     scoring = ScoringRows(chosen.ids, positions, chosen, positions, len(rows))
     scores = score_rows(scoring, trained, Findings("patients"), batch_size)
-    return prompt_embeds(scores, trained, batch_size)
+    return prompt_embeds(scores, batch_size)
 
 
 @torch.no_grad()
