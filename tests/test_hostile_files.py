@@ -11,13 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 import dataset_format
 import srtr_dataset
 from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.commands.several import auroc_of
-from medgemma_clinical.data.importers import cohort, mimic, output, tables
+from medgemma_clinical.data.importers import output, tables
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.checkpoints import CONFIG, read_config
 from mimic_files import DEMO
@@ -49,18 +51,17 @@ def test_names_of_columns_forge_no_line(tmp_path, capsys):
 
 
 def test_a_small_parquet_file_of_endless_text_is_refused_before_it_is_read(tmp_path, capsys):
-    arrow, path = pytest.importorskip("pyarrow"), tmp_path / "data.parquet"
+    path = tmp_path / "data.parquet"
     rows = 6_000_000  # 12 GB, of which the file holds one text
-    text = arrow.array(["24 (0h) -> 20 (2h)" + " " * 2000])
-    series = arrow.DictionaryArray.from_arrays(arrow.array(np.zeros(rows, np.int32)), text)
+    text = pyarrow.array(["24 (0h) -> 20 (2h)" + " " * 2000])
+    series = pyarrow.DictionaryArray.from_arrays(pyarrow.array(np.zeros(rows, np.int32)), text)
     columns = {"clinical_trajectory": series, "label_escalation": np.zeros(rows, np.int8)}
-    pytest.importorskip("pyarrow.parquet").write_table(arrow.table(columns), path)
+    parquet.write_table(pyarrow.table(columns), path)
     assert dataset_format.main(["check", str(path)]) == 2
     assert str(path) in capsys.readouterr().err
 
 
 def test_an_excel_file_that_unpacks_to_more_is_refused(tmp_path, monkeypatch):
-    pytest.importorskip("openpyxl")
     whole, path = tmp_path / "whole.xlsx", tmp_path / "labs.xlsx"
     pd.DataFrame({"a": ["1"]}).to_excel(whole, index=False)
     with zipfile.ZipFile(whole) as book, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as out:
@@ -86,7 +87,7 @@ def test_an_excel_file_that_unpacks_to_more_is_refused(tmp_path, monkeypatch):
         ("metrics.json", lambda folder: auroc_of(folder, "test")),
     ],
 )
-@pytest.mark.parametrize("content", [DEEP, "{", '{"test": {}}'])
+@pytest.mark.parametrize("content", [DEEP, '{"test": {}}'])
 def test_a_deep_or_damaged_file_of_a_run_is_refused(content, name, read, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match="damaged"):
@@ -116,11 +117,8 @@ SRTR = srtr_dataset.main, ["check", "--data_dir", "data.csv"]
 @pytest.mark.parametrize(
     ("module", "name", "command", "fault"),
     [
-        (dataset_format.checks, "summarize", CHECK, broken),
         (dataset_format, "MIMICtrajectoryDataset", CHECK, broken),
-        (mimic, "make_cohort", MIMIC, broken),
         (output, "apply_rules", MIMIC, out_of_memory),
-        (cohort, "describe_rows", MIMIC, broken),
         (output, "write_rows", MIMIC, broken),
         (srtr_dataset, "SRTRTrajectoryDataset", SRTR, out_of_memory),
     ],

@@ -113,24 +113,6 @@ def launched(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def machines(tmp_path_factory):
-    """What torchrun sets on each of two machines, which meet here."""
-    folder = tmp_path_factory.mktemp("machines")
-    code = "import json, os; open(os.environ['RANK'], 'w').write(json.dumps({**os.environ}))"
-    (folder / "program.py").write_text(code)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", endpoint, "program.py"]
-    begun = [subprocess.Popen(command, cwd=folder, stderr=subprocess.DEVNULL) for _ in range(2)]
-    assert [process.wait(60) for process in begun] == [0, 0]
-    environments = [json.loads((folder / str(rank)).read_text()) for rank in range(2)]
-    assert [each["LOCAL_RANK"] for each in environments] == ["0", "0"]
-    return environments
-
-
-@pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with the data, and how a run of it begins."""
     folder = tmp_path_factory.mktemp("processes")
@@ -152,7 +134,7 @@ def assert_same_results(one, two, *more):
         pd.testing.assert_frame_equal(*tables, rtol=1e-4, atol=2e-5)
     for name in ("history.jsonl", *more):
         tables = [pd.read_json(folder / name, lines=True) for folder in (two, one)]
-        tables = [each.drop(columns="seconds", errors="ignore") for each in tables]
+        tables = [table.drop(columns="seconds", errors="ignore") for table in tables]
         pd.testing.assert_frame_equal(*tables, rtol=1e-4, atol=2e-5)
 
 
@@ -188,10 +170,11 @@ def test_two_processes_equal_one(place, launched, monkeypatch, capfd):
     assert pd.read_json(two / "history.jsonl", lines=True)["skipped_steps"].sum() == 1
 
 
-def test_processes_of_two_machines_equal_one_in_stage_1(place, machines):
+def test_processes_of_two_machines_equal_one_in_stage_1(place):
     """Each row is read up to the same earlier observation, whichever process reads it."""
     words = words_for(place, "pair", f"{STAGE_1} --batch_size 4")
-    assert fork(place, words, launched=machines)[0] == [0, 0]
+    first_of_each = {"LOCAL_RANK": "0"}  # as torchrun says on each machine
+    assert fork(place, words, launched=(first_of_each, first_of_each))[0] == [0, 0]
     assert trainer.main(words_for(place, "single", f"{STAGE_1} --batch_size 8")) == 0
     assert_same_results(*(place / name / "trajectory" for name in ("single", "pair")))
 

@@ -46,10 +46,10 @@ STAGES = {"trajectory": STAGE_1, "classification": STAGE_2}
 def models(runs):
     """The model of each stage, finished, with 7 events of 60 in its test part."""
     few = {"metrics": run_metrics(events=7)}
-    found = {stage: load_trained_model(runs / stage, trainer.BUILDERS) for stage in STAGES}
-    for each in found.values():
-        each.config.update(few)
-    return found
+    loaded = {stage: load_trained_model(runs / stage, trainer.BUILDERS) for stage in STAGES}
+    for model in loaded.values():
+        model.config.update(few)
+    return loaded
 
 
 @pytest.fixture
@@ -251,12 +251,6 @@ def test_a_folder_with_other_files_is_not_replaced(names, models, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {*names}
 
 
-def test_no_blank_card_of_peft_lies_in_a_run(runs):
-    cards = sorted(runs.rglob("README.md"))
-    assert cards == [runs / stage / "best" / "README.md" for stage in LLM_STAGES]
-    assert not [each for each in cards if "More Information Needed" in each.read_text()]
-
-
 # ------------------------------------------------------------------ from the hub
 
 
@@ -283,47 +277,20 @@ def test_revisions_load_by_branch_tag_and_commit_also_offline(models, hub, monke
 # ------------------------------------------------------------------ failures
 
 
-def gated(hub, monkeypatch):
-    hub.repository(ID, gated=True)
+def test_what_the_hub_lacks_or_refuses_is_one_line(models, hub):
+    assert ID in refusal(load, ID)
+    hub.repository(ID).commit({"config.json": b"{}"})
+    for revision in (None, "v9"):
+        refusal(load, ID, revision)
+    assert "hf_wrong" not in refusal(push_model, models["trajectory"], "jane/b", token="hf_wrong")
+    assert {*hub.repositories} == {ID}
 
 
-def foreign(hub, monkeypatch):
-    hub.repository(ID).commit({"config.json": b"{}", "model.safetensors": b""})
-
-
-def absent(hub, monkeypatch):
-    """No such repository."""
-
-
-@pytest.mark.parametrize(
-    ("state", "revision"), [(foreign, "v9"), (foreign, None), (gated, None), (absent, None)]
-)
-def test_a_model_that_cannot_be_downloaded_is_one_line(state, revision, hub, monkeypatch):
-    state(hub, monkeypatch)
-    text = refusal(load, ID, revision)
-    assert ID in text or hub.repositories[ID].refs["main"] in text
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["classification", "a/b/c", "../run/best", "jane/", "jane/a--b", "jane/a\nb", "", "/a/b"],
-)
+@pytest.mark.parametrize("name", ["classification", "../run/best", "jane/a--b", "jane/a\nb"])
 def test_a_name_that_is_no_id_asks_nobody(name, hub, models):
-    refusal(load, name or "nothing")
+    refusal(load, name)
     refusal(push_model, models["trajectory"], name)
     assert not hub.requests
-
-
-def test_an_upload_needs_a_login_with_rights_and_a_network(models, hub, tmp_path, monkeypatch):
-    trained = models["trajectory"]
-    refusal(push_model, trained, "foreign/model")
-    assert "hf_wrong" not in refusal(push_model, trained, ID, token="hf_wrong")
-    monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
-    refusal(push_model, trained, ID)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refusal(push_model, trained, ID, token="hf_any")
-    assert not hub.repositories
 
 
 def test_a_hub_that_does_not_answer_is_one_line(models, tmp_path, monkeypatch):
@@ -341,10 +308,7 @@ def test_a_model_comes_back_from_a_folder_and_from_the_hub(stage, runs, table, h
     rows, saved = table.head(12), tmp_path / "saved"
     model = TrajectoryModel.from_pretrained(runs / stage)
     model.save_pretrained(saved)
-    model.save_pretrained(saved)  # in place of the earlier one
-    address = model.push_to_hub(ID, commit_message="First", allow_small_cells=True)
-    assert address.startswith(f"{hub.address}/{ID}/commit/")
-    assert hub.repositories[ID].private
+    model.push_to_hub(ID, allow_small_cells=True)
     for place in (saved, ID):
         again = TrajectoryModel.from_pretrained(place, model_name=TINY_MODEL)
         np.testing.assert_array_equal(again.predict_proba(rows), model.predict_proba(rows))
@@ -352,9 +316,6 @@ def test_a_model_comes_back_from_a_folder_and_from_the_hub(stage, runs, table, h
         pd.testing.assert_frame_equal(again.results(), model.results())
     for path in saved.rglob("*"):
         assert not path.stat().st_mode & 0o077, path
-    (saved / "mine.txt").write_text("mine")
-    with pytest.raises(InputError, match="saved"):
-        model.save_pretrained(saved)
 
 
 def test_the_snippets_of_the_page_run_as_they_stand(runs, hub, tmp_path, monkeypatch):
@@ -371,12 +332,10 @@ def test_the_snippets_of_the_page_run_as_they_stand(runs, hub, tmp_path, monkeyp
     assert names["model"].stage == "classification"
 
 
-def test_a_pushed_stage_1_is_no_encoder_for_it_does_not_know_its_patients(runs, hub, tmp_path):
+def test_a_shared_stage_1_is_no_encoder_for_it_does_not_know_its_patients(runs, tmp_path):
+    shared = tmp_path / "shared"
     model = TrajectoryModel.from_pretrained(runs / "trajectory")
-    model.save_pretrained(tmp_path / "saved")
-    assert len(read_trajectory(tmp_path / "saved" / TRAJECTORY_FILE).train_patients)
-    model.push_to_hub(ID, allow_small_cells=True)
+    model.save_shared(shared, allow_small_cells=True)
+    encoder = TrajectoryModel.from_pretrained(shared)
     with pytest.raises(InputError, match="shared copy"):
-        fit_classification(
-            runs / "train.csv", encoder=TrajectoryModel.from_pretrained(ID), model_name=TINY_MODEL
-        )
+        fit_classification(runs / "train.csv", encoder=encoder, model_name=TINY_MODEL)

@@ -69,14 +69,17 @@ def test_a_row_that_cannot_be_scored_is_refused_with_its_place_or_listed(models,
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("precision", "fp16"), ("quantization", "int8"), ("attention", "fast")),
-        *(("device", "foo"), ("batch_size", 0), ("revision", "main")),
+        ("precision", "fp16"),
+        ("quantization", "int8"),
+        ("attention", "fast"),
+        ("device", "foo"),
+        ("batch_size", 0),
+        ("revision", "main"),
     ],
 )
 def test_a_wrong_keyword_of_loading_is_named(name, value, runs):
-    for stage in STAGES[:2]:
-        with pytest.raises(InputError, match=name):
-            TrajectoryModel.from_pretrained(runs / stage, **{name: value})
+    with pytest.raises(InputError, match=name):
+        TrajectoryModel.from_pretrained(runs / "trajectory", **{name: value})
 
 
 def test_scikit_learn_takes_the_model_for_a_fitted_classifier(models, table):
@@ -152,14 +155,6 @@ def test_results_of_times_have_the_risk_in_their_index():
             assert line["difference"] == pytest.approx(
                 of_target.row(model, "auroc")["difference"], nan_ok=True
             )
-
-
-def test_the_repr_says_stage_series_base_and_data(models, runs):
-    shown = repr(models["classification"])
-    for words in ("classification", "Serum bicarbonate", "tiny", "dka"):
-        assert words in shown
-    assert "tiny" not in repr(models["trajectory"])
-    assert str(runs) not in shown
 
 
 def test_labels_and_the_name_of_the_main_series_do_not_matter(models, table):
