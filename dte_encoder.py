@@ -206,8 +206,6 @@ class ClinicalODERNN(nn.Module):
             )
         if observed.dtype != torch.bool or not observed.any():
             raise ValueError("observed must be bool, and true somewhere in the training split")
-        if groups is not None and groups.shape != values.shape[:-1]:
-            raise ValueError(f"groups {tuple(groups.shape)}: one for each row of values")
         not_finite = (observed & ~values.isfinite()).reshape(-1, self.input_dim).any(0)
         if not_finite.any():
             raise ValueError(f"a value of feature {int(not_finite.nonzero()[0])} is not finite")

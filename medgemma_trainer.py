@@ -283,15 +283,20 @@ def read_dataset(
 
 def build_stage1(config: Config, seed: int = 0) -> Stage1:
     """Encoder and head of each member: series -> states (B, L + 1, 64) -> logit (B,)."""
-    inputs, members = config["inputs"], []
+    inputs, outcome = config["inputs"], outcome_of(config)
     summaries = summary_names(config["features"], prediction_time=inputs["prediction_time"])
-    outcome = outcome_of(config)
-    sizes = {"summaries": len(summaries), "static": len(inputs["static"]), "width": outcome.width}
+    encoder_class = encoders.find_encoder(config.get("encoder_class"), ClinicalODERNN)
+    members = []
     for member in range(config["members"]):
         torch.manual_seed(distributed.derived_seed(seed, member))  # no two members start alike
-        encoder_class = encoders.find_encoder(config.get("encoder_class"), ClinicalODERNN)
         encoder = encoder_class(**config["encoder"])
-        head = TrajectoryHead(encoder.hidden_dim, **sizes, dropout=encoder.dropout)
+        head = TrajectoryHead(
+            encoder.hidden_dim,
+            summaries=len(summaries),
+            static=len(inputs["static"]),
+            dropout=encoder.dropout,
+            width=outcome.width,
+        )
         members.append((encoder, head))
     return Stage1(members, outcome)
 
@@ -335,12 +340,11 @@ def build_llm(
         attention=attention,
     )
     torch.manual_seed(seed)
-    targets = decoders.decoder_of(llm.config.model_type).lora_targets
     lora = LoraConfig(  # Source: Hu et al. 2021, "LoRA"
         r=config["lora_rank"],
         lora_alpha=config["lora_alpha"],
         lora_dropout=dropout,
-        target_modules=targets,  # the projections of each layer
+        target_modules=decoders.decoder_of(llm.config.model_type).lora_targets,
         task_type="CAUSAL_LM",
     )
     with language_model.quiet_libraries():
@@ -354,9 +358,13 @@ def build_llm(
         scale = language_model.embedding_rms(llm, tokenizer, config["question"])
         projection = SoftPrompt(stage1.encoder.hidden_dim, width, scale)
     _, no, yes = text_batches.verdict_words(tokenizer)
-    options: dict[str, Any] = {"tokens": tokens, "bos": tokenizer.bos_token_id}
-    options |= {"verdict": (yes[0], no[0]), "adds_stage1": config["stage1_logit"]}
-    options["residual_weight"] = config["residual_weight"]
+    options: dict[str, Any] = {
+        "tokens": tokens,
+        "bos": tokenizer.bos_token_id,
+        "verdict": (yes[0], no[0]),
+        "adds_stage1": config["stage1_logit"],
+        "residual_weight": config["residual_weight"],
+    }
     if config["stage"] == "generative":  # lm_head writes the report
         return LLMWriter(stage1, projection, llm, **options), tokenizer
     outcome = outcome_of(config)
@@ -394,13 +402,20 @@ def make_stage1(args: Namespace, data: Data, checkpoint: TrajectoryCheckpoint | 
         return None
     else:
         data.check_inputs()
-        encoder: dict[str, Any] = {"input_dim": len(data.dataset.features)}
-        encoder |= {"time_scale": data.time_scale(args.time_scale), "dropout": args.dropout}
+        encoder = {
+            "input_dim": len(data.dataset.features),
+            "time_scale": data.time_scale(args.time_scale),
+            "dropout": args.dropout,
+        }
         if not encoder_class:
             encoder |= {"hidden_dim": 64, "solver": args.solver, "dynamics": args.dynamics}
-        config: Config = {"encoder": encoder, "encoder_class": encoder_class}
-        config |= {"members": args.members, **checkpoints.describe_data(data)}
-        config |= cast(Config, fit_outcome(data).config)
+        config: Config = {
+            "encoder": encoder,
+            "encoder_class": encoder_class,
+            "members": args.members,
+            **checkpoints.describe_data(data),
+            **cast(Config, fit_outcome(data).config),
+        }
         model = build_stage1(config, args.seed)
         model.fit_scales(data)
         for member in model.members:
@@ -470,9 +485,9 @@ def llm_stage(
     args: Namespace, data: Data, stage1: Any, checkpoint: TrajectoryCheckpoint | None
 ) -> Stage:
     """Stages 2 and 3: LoRA, projection and stage 2's head learn; stage 1 too if not frozen."""
-    dataset, device, donors = data.dataset, distributed.default_device(), None
-    risks: dict[str, Any] = {}
+    dataset, device = data.dataset, distributed.default_device()
     decoders.check_tested(args.model_name, allow_untested=args.allow_untested_model)
+    donors = None
     if args.soft_prompt == "shuffled":
         donors = text_batches.other_patients(data.split, dataset.groups, args.seed)
     tokens = 0 if args.soft_prompt == "off" else args.num_prefix_tokens
@@ -495,10 +510,11 @@ def llm_stage(
         answers=args.mode == "generative",
         max_tokens=args.max_text_tokens,
     )
+    text.donors = donors
+    risks: dict[str, Any] = {}
     if checkpoint is not None:
         text.encode(stage1, model.tokens, device)  # frozen: once for the whole run
         risks = trained_model.stage1_risks(checkpoint, text)
-    text.donors = donors
     if args.gradient_checkpointing:
         language_model.set_checkpointing(model.llm)
     if args.compile_layers:
@@ -507,8 +523,12 @@ def llm_stage(
         config["report_tokens"] = text.report_tokens()
     else:
         model.start_at(dataset.targets()[data.split["train"]])
-    rates = {"projection": args.projection_lr, "llm": args.adapter_lr}
-    rates |= {"stage1": args.encoder_lr, "head": args.head_lr}
+    rates = {
+        "stage1": args.encoder_lr,
+        "projection": args.projection_lr,
+        "llm": args.adapter_lr,
+        "head": args.head_lr,
+    }
     # Grouped by text alone: soft tokens count observations, so batches would differ in risk.
     words = text.lengths()
     return Stage(
@@ -699,12 +719,13 @@ def decide(
     observed, targets = observed_rows(outcome.targets, dataset, val.rows, args.censoring, args.seed)
     weight = None
     if stage.config.get("stage1_logit"):
-        learned, patients = dataset.targets()[val.rows], observed["patient"].to_numpy(str)
-        losses, auroc = (
-            partial(outcome.row_losses, learned),
+        weight = decision.fit_residual_weight(
+            val.offset,
+            val.outputs,
+            observed["patient"].to_numpy(str),
+            partial(outcome.row_losses, dataset.targets()[val.rows]),
             partial(first_auroc, outcome, observed),
         )
-        weight = decision.fit_residual_weight(val.offset, val.outputs, patients, losses, auroc)
     val = weighted(val, weight)
     table = results.risk_table(stage, val, observed, {})
     rules = fit_rules(table, [name], targets, options)
@@ -713,15 +734,16 @@ def decide(
     # All processes have decided this; the first one writes the rest.
     if not len(data.split["test"]) or not distributed.processes().is_main_process:
         return decided
-    train, settings, beside = data.split["train"], None, {}
+    settings, forecasts = None, {}
     if with_baselines:  # here they have learned from the training part alone
+        train = data.split["train"]
         with distributed.few_threads():
-            given = dataset, train, data.usable_static
-            settings = tune_baselines(*given, outcome.fits(dataset, train))
-            fitted = fit_baselines(dataset, train, settings, outcome.fits(dataset, train))
-            beside = fitted.forecasts(dataset, val.rows)
-    table = results.risk_table(stage, val, observed, beside)
-    models = [x for x in targets[0].models(table) if x not in STAGE_NAMES.values()]
+            fits = outcome.fits(dataset, train)
+            settings = tune_baselines(dataset, train, data.usable_static, fits)
+            baselines = fit_baselines(dataset, train, settings, fits)
+            forecasts = baselines.forecasts(dataset, val.rows)
+    table = results.risk_table(stage, val, observed, forecasts)
+    models = [model for model in targets[0].models(table) if model not in STAGE_NAMES.values()]
     rules |= fit_rules(table, models, targets, options)
     table = apply_rules(table, rules, targets)
     metrics = evaluate(table, args.seed, decided.thresholds, primary=args.primary, targets=targets)
@@ -782,8 +804,11 @@ def load_training_state(stage: Stage, state: TrainState, content: dict[str, Any]
     torch.set_rng_state(random["cpu"])
     if "cuda" in random:
         torch.cuda.set_rng_state(random["cuda"], device)
-    position = state.progress.epoch + 1, state.progress.batches, state.progress.steps
-    logger.info("resuming in epoch %d after %d of its steps, %d steps in all", *position)
+    progress = state.progress
+    logger.info(
+        f"resuming in epoch {progress.epoch + 1} after {progress.batches} of its steps, "
+        f"{progress.steps} steps in all"
+    )
 
 
 # --------------------------------------------------------------------------- one run

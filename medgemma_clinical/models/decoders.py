@@ -65,8 +65,10 @@ TESTED = (
 
 def decoder_of(kind: str) -> Decoder:
     """Return what is known of a ``model_type``; of one that is not tested all layers learn."""
-    known = (decoder for decoder in TESTED if kind in decoder.types)
-    return next(known, Decoder((kind,), (), "", "all-linear"))
+    for decoder in TESTED:
+        if kind in decoder.types:
+            return decoder
+    return Decoder((kind,), (), "", "all-linear")
 
 
 def check_tested(name: str, *, allow_untested: bool) -> None:

@@ -12,7 +12,7 @@ F features, N steps of all patients together.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -71,12 +71,10 @@ class Plan:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Plan:
         """Return the plan with its tensors on a device, as ``Tensor.to`` does."""
-        members = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {
-            name: member.to(device, non_blocking=non_blocking)
-            for name, member in members.items()
-            if isinstance(member, Tensor)
-        }
+        moved: dict[str, Any] = {}
+        for name, member in vars(self).items():
+            if isinstance(member, Tensor):
+                moved[name] = member.to(device, non_blocking=non_blocking)
         return replace(self, **moved)
 
 
@@ -205,13 +203,10 @@ def check_shapes(
     if times.ndim != 2 or 0 in times.shape:
         raise ValueError(f"times must be (B, L) and not empty, got {tuple(times.shape)}")
     shape = (*times.shape, n_features)
-    for name, tensor in (("values", values), ("observed", observed)):
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}")
-    if observed.dtype != torch.bool:
-        raise ValueError(f"observed must be bool, got {observed.dtype}")
-    if until is not None and tuple(until.shape) != (len(times),):
-        raise ValueError(f"until must be {(len(times),)}, got {tuple(until.shape)}")
+    if values.shape != shape or observed.shape != shape or observed.dtype != torch.bool:
+        raise ValueError(f"values, and observed, which is bool, must be {shape}")
+    if until is not None and until.shape != shape[:1]:
+        raise ValueError(f"until must be {shape[:1]}, got {tuple(until.shape)}")
     for name, hours in (("times", times), ("until", until)):
         if hours is not None and hours.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"the states have no derivative by {name}: call {name}.detach()")

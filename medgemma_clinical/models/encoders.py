@@ -34,10 +34,11 @@ def register(encoder: type | str) -> str:
         needed = ", ".join((*MEMBERS, *METHODS))
         raise InputError(f"encoder {name}: not a torch.nn.Module with {needed}")
     if encoder.__module__ == "__main__" and name not in ENCODERS:
-        text = (
+        logger.warning(
             "encoder %s: folds and the command line cannot load a class of a script or notebook: "
+            "put it into a module of its own",
+            name,
         )
-        logger.warning(f"{text}put it into a module of its own", name)
     ENCODERS[name] = encoder
     return name
 
@@ -46,14 +47,14 @@ def _import(name: str) -> type:
     module, _, member = name.partition(":")
     sys.path.append(os.getcwd())  # as ``python -m`` does, but behind all that is installed
     try:
-        found = getattr(importlib.import_module(module), member)
+        encoder = getattr(importlib.import_module(module), member)
     except (ImportError, AttributeError, ValueError) as error:
         raise InputError(f"encoder {name}: no such package.module:Class ({error})") from error
     finally:
         sys.path.remove(os.getcwd())
-    if not isinstance(found, type):
+    if not isinstance(encoder, type):
         raise InputError(f"encoder {name}: not a class")
-    return found
+    return encoder
 
 
 def find_encoder(name: str | None, default: type[nn.Module]) -> Any:

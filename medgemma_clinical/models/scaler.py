@@ -104,9 +104,9 @@ def bin_owners(patients: NDArray[np.generic]) -> tuple[Tensor, int]:
             starts.append(end)
     if len(starts) > 1 and count_patients(patients, slice(starts[-1], n)) < MIN_CELL:
         starts.pop()
-    pairs = zip(starts, [*starts[1:], n], strict=True)
-    fewest = min(count_patients(patients, slice(*pair)) for pair in pairs)
-    return torch.from_numpy(np.searchsorted(starts, np.arange(n), side="right") - 1), fewest
+    owner = np.searchsorted(starts, np.arange(n), side="right") - 1
+    fewest = min(count_patients(patients, owner == k) for k in range(len(starts)))
+    return torch.from_numpy(owner), fewest
 
 
 def bin_means(ordered: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
