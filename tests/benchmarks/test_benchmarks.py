@@ -12,6 +12,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import aggregates
+import censoring
 import classical
 import competing
 import encoder
@@ -21,6 +22,7 @@ import model_types
 import monitor
 import mutants
 import nafld
+import numpy as np
 import pandas as pd
 import phrasings
 import physionet2012
@@ -37,6 +39,7 @@ import threads
 import times
 import torch
 import train_writer
+from common import SAMPLE
 from phrasings import TESTING, TRAINING, Patient, phrase
 from safetensors.torch import load_file
 
@@ -47,6 +50,8 @@ from language_models import TINY_MODEL
 from medgemma_clinical.evaluation import baselines, metrics, monitoring
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.time_metrics import aalen_johansen
+
+pytestmark = [pytest.mark.benchmark, pytest.mark.slow]
 
 MAIN = medgemma_trainer.main
 PROCESS = SimpleNamespace(submit=lambda f, *a: SimpleNamespace(result=lambda: f(*a)))
@@ -383,3 +388,20 @@ def test_mutants_run_tests_says_whether_one_failed(tmp_path, broken):
     )
     done = subprocess.run(command, cwd=tmp_path, env=os.environ | scripts, capture_output=True)
     assert done.stdout == f"{broken}\n".encode()
+
+
+def test_the_benchmark_of_censoring_prints_every_metric(tmp_path, capsys):
+    table = pd.read_csv(SAMPLE, dtype=str).head(400)
+    data, outcomes = tmp_path / "data.csv", tmp_path / "outcomes.csv"
+    table.to_csv(data, index=False)
+    rng = np.random.default_rng(0)
+    hours, event = rng.exponential(100, 400), 2 - table["label_escalation"].astype(int)
+    hours[0] = -1  # was not there any more
+    columns = {"subject_id": table["subject_id"], "event_hours": hours, "event": event}
+    pd.DataFrame(columns).iloc[:390].to_csv(outcomes, index=False)
+    words = ["--data", str(data), "--outcomes", str(outcomes), "--horizon_hours", "96"]
+    assert censoring.main([*words, "--censorings", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "389 rows" in out
+    rows = re.findall(r"^\| (\w+)((?: \| -?[\d.]+(?: \([\d.]+\))?){5}) \|$", out, re.MULTILINE)
+    assert [name for name, _ in rows] == censoring.METRICS
