@@ -72,6 +72,10 @@ class Column:
         """What a cell is that cannot be read."""
         return "empty"
 
+    def steps(self, raw: str) -> dict[str, str]:
+        """Return SQL that ``typed`` needs many times, by the name it has there, in this order."""
+        return {}
+
     def typed(self, raw: str) -> str:
         """Return SQL for the value of a raw cell, NULL (of a text: empty) where there is none."""
         return self.sql.format(raw=raw, cell=trimmed(raw))
@@ -244,19 +248,35 @@ class Value(Text):
     decimal: str = ""  # sign of decimals, ``comma`` or ``point``; empty: either
     stored: str = "false"  # SQL for whether a cell is stored as a number, not as a text
 
-    def typed(self, raw: str) -> str:
-        """Return SQL for number, text, sign, thousands and flagged."""
-        whole = trimmed(raw)
-        cell = f"without_flag({whole})"
-        flagged = f"CASE WHEN {self.stored} THEN false ELSE {cell} != {whole} END"
+    def steps(self, raw: str) -> dict[str, str]:
+        """Return SQL for the whole cell, without a flag, and with a decimal point."""
+        # Within each other these macros are a hundred times as long, and slow to plan.
+        whole, cell, pointed = value_steps(raw)
         with_point = f"with_point({cell}, '{self.decimal}')"
-        pointed = f"CASE WHEN {self.stored} THEN {cell} ELSE {with_point} END"
+        return {
+            whole: trimmed(raw),
+            cell: f"without_flag({whole})",
+            pointed: f"CASE WHEN {self.stored} THEN {cell} ELSE {with_point} END",
+        }
+
+    def typed(self, raw: str) -> str:
+        """Return SQL for number, text, sign, thousands and flagged, of the steps."""
+        whole, cell, pointed = value_steps(raw)
         number, empty = NUMBER.typed(pointed), f"lower({cell}) IN ('', 'nan')"
         text = f"left(CASE WHEN is_limit({pointed}) THEN {pointed} ELSE {cell} END, {MAX_WORD})"
         text = f"CASE WHEN {number} IS NULL AND NOT {empty} THEN {text} END"
         sign = f"CASE WHEN {self.stored} THEN '' ELSE sign_of({cell}) END"
-        signs = f"'sign': {sign}, 'thousands': may_be_thousands({cell})"
-        return f"{{'number': {number}, 'text': {text}, {signs}, 'flagged': {flagged}}}"
+        flagged = f"CASE WHEN {self.stored} THEN false ELSE {cell} != {whole} END"
+        return (
+            f"{{'number': {number}, 'text': {text}, 'sign': {sign}, "
+            f"'thousands': may_be_thousands({cell}), 'flagged': {flagged}}}"
+        )
+
+
+def value_steps(raw: str) -> list[str]:
+    """Return the quoted names of the steps of a raw cell."""
+    column = raw.strip('"')
+    return [duck.quoted(f"{step} {column}") for step in ("whole", "cell", "pointed")]
 
 
 KEY, KEY_OR_EMPTY = Whole(), Whole(may_be_empty=True)

@@ -406,10 +406,15 @@ def load_table(
     conditions = " AND ".join(f"({' OR '.join([condition, *wrong_keys])})" for condition in keep)
     typed = ", ".join(f"{form.typed(raw[c])} AS {duck.quoted(c)}" for c, form in columns.items())
     flags = ", ".join(f"'{k}': {sql}" for k, sql in enumerate(is_wrong.values()))
+    rows = f"{file.rows()} {join} WHERE {conditions or 'true'}"
+    steps = dict[str, str]()
+    for column, form in columns.items():
+        steps |= form.steps(raw[column])
+    for step, sql in steps.items():
+        rows = f"(SELECT *, {sql} AS {step} FROM {rows})"
     with readable(file.path):
         database.run(
-            f'CREATE TABLE {name} AS SELECT {typed}, {{{flags}}} AS "is wrong" '
-            f"FROM {file.rows()} {join} WHERE {conditions or 'true'}",
+            f'CREATE TABLE {name} AS SELECT {typed}, {{{flags}}} AS "is wrong" FROM {rows}',
             title=f"reading {file.path.name}",
         )
     counts = ", ".join(f"""count(*) FILTER ("is wrong"['{k}'])""" for k in range(len(is_wrong)))
