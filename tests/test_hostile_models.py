@@ -1,7 +1,5 @@
 """Attacks by model files on the whole program: code, paths in what is shared."""
 
-import io
-import json
 import shutil
 
 import pandas as pd
@@ -9,10 +7,9 @@ import pytest
 
 import medgemma_trainer as trainer
 from conftest import whole_reports
-from language_models import bring_code, edit_json, rehash, save_text_checkpoint
+from language_models import save_text_checkpoint
 from medgemma_clinical.commands.predictions import inputs_path
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
-from medgemma_clinical.models.language_model import content_hash
 from predicting import STAGES, command, read_predictions, refused, write_data
 
 
@@ -70,24 +67,3 @@ def test_predict__refuses_a_folder_without_its_base_model(place, stage, tmp_path
     moved = shutil.copytree(place / "models" / "gemma", tmp_path / "moved")
     assert trainer.main(command(stage, data, out, "--model_name", str(moved))) == 0
     pd.testing.assert_frame_equal(read_predictions(out), expected)
-
-
-@pytest.mark.parametrize("whole", [True, False])
-def test_the_program__runs_no_code_of_a_base_model(
-    whole, place, stage, tmp_path, monkeypatch, capsys
-):
-    base, ran = shutil.copytree(place / "models" / "gemma", tmp_path / "gemma"), tmp_path / "ran"
-    bring_code(base, ran, whole=whole)
-    rehash(stage / "best", base_sha256=content_hash(base))
-    arguments = json.loads((stage / "run.json").read_text())["arguments"]
-    edit_json(stage / "run.json", arguments={**arguments, "model_name": str(base)})
-    monkeypatch.setattr("builtins.input", lambda *_: "y")
-    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 99))
-    training = ["--data_path", str(place / "train.csv"), "--dry_run", "--max_samples", "40"]
-    training += ["--model_name", str(base), "--soft_prompt", "off"]
-    for words in (training, command(stage, place / "train.csv", tmp_path / "out.csv")):
-        if whole:
-            assert trainer.main(words) == 0
-        else:
-            assert refused(capsys, words, "--model_name")
-    assert not ran.exists()

@@ -81,6 +81,11 @@ class TrajectoryHead(nn.Module):
         table = torch.cat([masked(self.summary_scaler, summaries), static], dim=1)
         return torch.stack([state_logit, self.summaries(table)], dim=1)
 
+    def biases(self) -> list[Tensor]:
+        """Return what is added to the logits of each head, (Q,) each."""
+        last: Any = self.summaries[-1]
+        return [self.output.bias, last.bias]
+
 
 def network(
     inputs: int,
@@ -165,8 +170,9 @@ class Stage1(nn.Module):
     def forward(self, batch: Batch) -> Output:
         """Return each member's loss (sum over B) and, but in training, the mean logit."""
         logits, targets = self.read(batch)[1], batch["outcomes"]
-        size, has_earlier = len(targets), logits.shape[1] > len(targets)
+        size = len(targets)
         if self.training:
+            has_earlier = logits.shape[1] > size
             # The risk at an earlier observation counts as much as that at the prediction time.
             both = torch.cat([targets, batch["prefix_outcomes"]]) if has_earlier else targets
             loss = training_loss(self.outcome, logits, both) / (1 + has_earlier)
@@ -196,8 +202,8 @@ class Stage1(nn.Module):
                 raise InputError(f"{error} (features: {names})") from error
             member.head.summary_scaler.fit(summaries, patients)
             member.head.static_scaler.fit(static, patients)
-            for layer in (member.head.output, member.head.summaries[-1]):
-                layer.bias.data.copy_(start)
+            for bias in member.head.biases():
+                bias.data.copy_(start)
 
     def alone(self) -> list[Stage1]:
         """Return each member as a model of its own, of the same weights."""
@@ -209,8 +215,8 @@ class Stage1(nn.Module):
         """Add numbers (Q,) to the logits of each member."""
         member: Any
         for member in self.members:
-            for layer in (member.head.output, member.head.summaries[-1]):
-                layer.bias += logits.to(layer.bias)
+            for bias in member.head.biases():
+                bias += logits.to(bias)
 
     def check_gaps(self, dataset: TrajectoryDataset) -> None:
         """Raise an ``InputError`` where the encoder does not accept a data set's longest gap."""

@@ -39,9 +39,6 @@ def test_each_patient_takes_the_steps_of_its_own_gaps(options, seed):
     assert dict(zip(places, plan.observation_index.tolist(), strict=True)) == ended
 
 
-# ---------------------------------------------------------------- inputs of an observation
-
-
 # ---------------------------------------------------------------- a plan holds its whole batch
 
 
