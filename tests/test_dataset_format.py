@@ -5,7 +5,6 @@ import json
 import logging
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -398,19 +397,6 @@ def test_a_hospital_among_the_inputs_brings_a_warning(column, cells, warns, tmp_
     for source in (table, write_table(table, tmp_path / "data.csv")):
         warnings = MIMICtrajectoryDataset(source, description=GAP).warnings
         assert [column in text for text in warnings] == [True] * warns
-
-
-def test_keys_of_columns_that_the_file_lacks_are_warnings():
-    description = replace(
-        GAP,
-        limits={"lactat": (0, 9), "lactate": (0, 9), "anion gap": (0, 9)},
-        references={"ph": (7.35, None), "lactate": (None, 2)},
-        labels={"label_deth": {"outcome": "Death"}, "label_death": {}},
-    )
-    columns = {"trajectory_Lactate": ["1 (0h)"], "label_death": [1], "subject_id": ["a"]}
-    dataset = MIMICtrajectoryDataset(table_of(["1 (0h)"], **columns), description=description)
-    keys = [text.split()[1] for text in dataset.warnings]
-    assert keys == ["labels.label_deth", "limits.lactat", "limits.anion", "references.ph"]
 
 
 def test_a_column_twice_is_refused_unless_it_is_not_read(tmp_path):

@@ -57,7 +57,6 @@ NO_NAME = re.compile(
 MAX_VALUE = float(np.finfo(np.float32).max)
 MAX_HOUR = 1e6  # 114 years
 MAX_CELL = 2**26  # characters
-MAX_TEXT = 10**10  # bytes of the texts of a Parquet file
 MAX_DROPPED = 0.01  # share of a series' values that may be left out in silence
 MAX_EVENT = 99  # number of an event that nothing names
 BLOCK_ROWS = 50_000  # rows that are read and parsed at a time: bounds the memory
@@ -107,20 +106,26 @@ class Description:
 
     def for_label(self, column: str) -> Description:
         """Return the description with the outcome of a label column, or of events, as its own."""
-        name = column.removeprefix("label_").replace("_", " ").strip() or column
-        meaning: dict[str, Any] = {"outcome": name[:1].upper() + name[1:], "question": ""}
+        outcome, question = self._meaning(column)
+        stated = self.labels.get(column, {})
+        outcome = stated.get("outcome", outcome)
+        question = stated.get("question", question)
+        if not question:
+            usual = {about.outcome: about.question for about in (USUAL, NEUTRAL)}
+            question = usual.get(outcome, f"Will the outcome {outcome} occur?")
+        is_described = column in (LABEL, *self.labels) or (column == EVENT and bool(self.events))
+        horizon = self.horizon if is_described else ""
+        return replace(self, outcome=outcome, question=question, horizon=horizon)
+
+    def _meaning(self, column: str) -> tuple[str, str]:
+        """Return outcome and question of a column, but for what ``labels`` says of it."""
         if column == LABEL:
-            meaning = {"outcome": self.outcome or USUAL.outcome, "question": self.question}
-        elif column == EVENT and self.events:
-            question = self.question if self.outcome == self.events[0] else ""
-            meaning = {"outcome": self.events[0], "question": question}
-        elif column not in self.labels:
-            meaning["horizon"] = ""
-        meaning |= self.labels.get(column, {})
-        questions = {about.outcome: about.question for about in (USUAL, NEUTRAL)}
-        outcome = meaning["outcome"]
-        question = questions.get(outcome, f"Will the outcome {outcome} occur?")
-        return replace(self, **meaning | {"question": meaning["question"] or question})
+            return self.outcome or USUAL.outcome, self.question
+        if column == EVENT and self.events:
+            first = self.events[0]
+            return first, self.question if self.outcome == first else ""
+        name = column.removeprefix("label_").replace("_", " ").strip() or column
+        return name[:1].upper() + name[1:], ""
 
     def completed(
         self, table: pd.DataFrame, label: str, other: Description
@@ -369,20 +374,10 @@ def _read_parquet(
     path: Path, file: BinaryIO, max_rows: int, columns: Sequence[str] | None
 ) -> Iterator[tuple[pd.DataFrame, int]]:
     try:
-        from pyarrow import ArrowException, compute, parquet  # no requirement
+        from pyarrow import ArrowException, parquet  # no requirement
     except ImportError as error:
         raise InputError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
     try:
-        # A text that a dictionary holds once may stand in millions of rows.
-        schema = [x for x in parquet.ParquetFile(file).schema if x.converted_type == "UTF8"]
-        texts = [x.name for x in schema if x.path == x.name in (columns or [x.name])]
-        packed, length = parquet.ParquetFile(file, read_dictionary=texts), 0
-        for block in packed.iter_batches(max_rows, columns=texts):
-            for text in block.columns:
-                lengths = compute.binary_length(text.dictionary).take(text.indices)
-                length += compute.sum(lengths).as_py() or 0
-            if length > MAX_TEXT:
-                raise InputError(f"{path}: over {MAX_TEXT // 10**9} GB of text: give it in parts")
         source, size, rows = parquet.ParquetFile(file), path.stat().st_size, 0
         for block in source.iter_batches(max_rows, columns=columns or None):
             table = _frame_of(block)
@@ -604,32 +599,21 @@ def note_columns(
     findings: Findings,
     site: str | None = None,
 ) -> None:
-    """Warn of keys without a column and of misspelt columns; note the columns that are not read."""
-    columns, series = [*map(str, table)], find_features(table, description, None, "")
-    further = {comparable(feature.name) for feature in series if feature.keys != (MAIN_COLUMN,)}
-    described = {"labels": columns, "limits": further, "references": further}
-    keys = [
-        f"{key}.{name}"
-        for key, names in described.items()
-        for name in getattr(description, key)
-        if name not in names
-    ]
-    if description.series and MAIN_COLUMN not in columns:
-        keys.append("series")
-    if description.events and EVENT not in columns:
-        keys.append("events")
-    warnings = [f"key {key} of the JSON file: no such column" for key in keys]
+    """Warn of what a table lacks or should not hold; note the columns that are not read."""
+    columns = [*map(str, table)]
+    series = find_features(table, description, None, "")
+    static = [name for name in columns if name.startswith(STATIC)]
+    warnings = []
     if not set(PATIENTS) & set(columns):
         warnings.append("no column subject_id: each row is a patient of its own")
-    inputs = {*COLUMNS, *outcome, site, *(feature.keys[0] for feature in series)}
-    static = [name for name in columns if name.startswith(STATIC)]
-    flags = {name for name in static if text_of(table, name).isin(["", *"01", "0.0", "1.0"]).all()}
     for name, (share, end) in description.dropped.items():
         if share > MAX_DROPPED:
             where = f"; those that begin with a number lie at its {end} end" if end else ""
             warnings.append(f"{name}: {share:.1%} of its values were not read{where}")
+    flags = {name for name in static if text_of(table, name).isin(["", *"01", "0.0", "1.0"]).all()}
     if sites := [name for name in static if is_site(name, is_category=name in flags)]:
         warnings.append(f"{join_names(sites, 3)}: {SITE_INPUT}")
+    inputs = {*COLUMNS, *outcome, site, *(feature.keys[0] for feature in series)}
     extra = [name for name in columns if name not in inputs and not name.startswith(STATIC)]
     if extra:
         findings.notes[f"columns not read: {join_names(extra, 10)}"] = None
