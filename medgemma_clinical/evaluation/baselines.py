@@ -24,11 +24,15 @@ from medgemma_clinical.data.small_cells import MIN_CELL, minority_patients
 from medgemma_clinical.data.trajectories import Rows, TrajectoryDataset
 from medgemma_clinical.evaluation.metrics import Array, log_odds
 from medgemma_clinical.evaluation.simple_models import (
+    INTERVAL,
     WORD,
     Regression,
+    Tree,
     Trees,
     Words,
-    read_names,
+    from_plain,
+    kept_text,
+    read_numbers,
     to_plain,
     word_table,
 )
@@ -43,7 +47,7 @@ STAGE_NAMES = {
 
 LOGISTIC, BOOSTING, BLEND = "logistic regression", "gradient boosting", "blend"
 WITH_STATICS, STATICS_ALONE = " with statics", "statics alone"
-WORDS = "words of the context"
+WORDS, NULL = "words of the context", "Aalen-Johansen"
 ENSEMBLE = "ensemble"
 
 STATISTICS = "first, last, lowest, highest and mean value, slope, count and span of each series"
@@ -108,16 +112,14 @@ Folds = list[tuple[NDArray[np.int64], NDArray[np.int64]]]
 
 @dataclass(frozen=True)
 class Baselines:
-    """Fitted baselines, which give the risks of any rows."""
+    """Fitted baselines, which predict any rows."""
 
-    regression: ClassVar[Any] = Regression
-    trees: ClassVar[Any] = Trees
-
-    models: dict[str, Any]  # of both classes
+    models: dict[str, Any]  # a ``Regression`` or ``Trees`` by name
     words: Words | None
     inputs: dict[str, Any]  # what they read beside the series, as in ``Data.description``
     tuned: bool | None = None  # penalties and sizes, in folds; None in files that do not say it
     leaf_patients: int = 0  # fewest training patients behind a leaf; 0: not counted
+    null: Array | None = None  # (C, J) hazards of everyone; None of a label
 
     @property
     def pairs(self) -> dict[str, tuple[str, str]]:
@@ -127,32 +129,33 @@ class Baselines:
 
     @property
     def names(self) -> list[str]:
-        """The names of all baselines and blends, as ``risks`` gives them."""
-        return [*self.models, *([WORDS] if self.words else []), *self.pairs]
+        """The names of all baselines and blends, as ``forecasts`` gives them."""
+        null = [] if self.null is None else [NULL]
+        words = [WORDS] if self.words else []
+        return [*null, *self.models, *words, *self.pairs]
 
     def risks(self, dataset: TrajectoryDataset, rows: Rows = slice(None)) -> dict[str, Array]:
-        """Return probabilities (n,) of baselines, then blends; NaN where the data lack columns."""
-        risks = self.risks_of_models(self.table(dataset).iloc[rows])
-        if self.words:
-            risks[WORDS] = self.words.risks(dataset.contexts[rows])
-        return risks | {name: blend(risks[a], risks[b]) for name, (a, b) in self.pairs.items()}
+        """Return the probabilities (n,) of baselines, then blends; of times hazards (n, C, J).
 
-    def forecasts(self, dataset: TrajectoryDataset, rows: Rows = slice(None)) -> dict[str, Array]:
-        """Return ``risks`` as the model's outcome combines them: log-odds (n,)."""
-        return {name: log_odds(risk) for name, risk in self.risks(dataset, rows).items()}
-
-    def risks_of_models(self, table: pd.DataFrame) -> dict[str, Array]:
-        """Return what each of ``models`` says of the rows of a table; NaN where it lacks columns.
-
-        All columns are there for some rows, or for none.
+        NaN where the data lack columns, which are there for some rows, or for none.
         """
-        risks = {}
+        table = self.table(dataset).iloc[rows].assign(**{INTERVAL: 0.0})
+        risks = {} if self.null is None else {NULL: np.tile(self.null, (len(table), 1, 1))}
         for name, model in self.models.items():
             missing = {*model.columns} - {*table.columns}
-            known = table.reindex(columns=[*table, *missing])
-            found = model.risks(known)
-            risks[name] = np.full_like(found, np.nan) if missing else found
-        return risks
+            risk = model.risks(table.reindex(columns=[*table, *missing]))
+            risks[name] = np.full_like(risk, np.nan) if missing else risk
+        if self.words:
+            risks[WORDS] = self.words.risks(dataset.contexts[rows])
+        blended = blend if self.null is None else blend_hazards
+        return risks | {name: blended(risks[a], risks[b]) for name, (a, b) in self.pairs.items()}
+
+    def forecasts(self, dataset: TrajectoryDataset, rows: Rows = slice(None)) -> dict[str, Array]:
+        """Return ``risks`` as the model's outcome combines them: of a label log-odds (n,)."""
+        risks = self.risks(dataset, rows)
+        if self.null is not None:
+            return risks
+        return {name: log_odds(risk) for name, risk in risks.items()}
 
     def table(self, dataset: TrajectoryDataset) -> pd.DataFrame:
         """Return all columns that baselines may read, N rows, whatever the stage reads."""
@@ -166,9 +169,11 @@ class Baselines:
 
     def to_json(self) -> str:
         """Return the text of the file, in which each number is exact."""
-        models = {name: to_plain(model) for name, model in self.models.items()}
-        words = self.words and to_plain(self.words)
-        content = {**vars(self), "models": models, "words": words}
+        content: dict[str, Any] = {**vars(self)}
+        content["models"] = {name: to_plain(model) for name, model in self.models.items()}
+        content["words"] = self.words and to_plain(self.words)
+        if self.null is None:
+            del content["null"]
         return json.dumps(content, default=np.ndarray.tolist) + "\n"
 
     @property
@@ -178,23 +183,13 @@ class Baselines:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Check and return; see ``simple_models``."""
-        return cls(**cls.from_plain(json.loads(text)))
-
-    @classmethod
-    def from_plain(cls, content: Mapping[str, Any]) -> dict[str, Any]:
-        """Return checked fields of the class."""
-        models = {
-            name: (cls.trees if "text" in fitted else cls.regression).from_json(fitted)
-            for name, fitted in content["models"].items()
-        }
-        words = content["words"] and Words.from_json(content["words"])
-        static, time = read_names(content["inputs"]["static"]), content["inputs"]["prediction_time"]
-        if (tuned := content.get("tuned")) not in (None, True, False):
-            raise ValueError(f"tuned: {tuned!r}")
-        inputs = {"static": static, "prediction_time": bool(time)}
-        fitted = {"models": models, "words": words, "inputs": inputs, "tuned": tuned}
-        return {**fitted, "leaf_patients": int(content.get("leaf_patients", 0))}
+        """Read what ``to_json`` has written."""
+        content: dict[str, Any] = json.loads(text)
+        content["models"] = {name: from_plain(x) for name, x in content["models"].items()}
+        content["words"] = content["words"] and from_plain(content["words"])
+        if "null" in content:
+            content["null"] = read_numbers(content["null"])
+        return cls(**content)
 
 
 @dataclass(frozen=True)
@@ -211,29 +206,32 @@ class Settings:
 class LabelFits:
     """How baselines are fitted to labels."""
 
-    always: ClassVar[tuple[str, ...]] = ()  # baselines that read nothing
+    null: ClassVar[Array | None] = None
+    reads_words: ClassVar[bool] = True
     labels: Array  # (n,)
     patients: NDArray[Any]  # (n,)
-
-    def vocabulary(self, contexts: NDArray[np.object_]) -> list[str]:
-        """Return the frequent words."""
-        return frequent_words(contexts)
 
     def tune_trees(self, values: Array, folds: Folds) -> dict[str, Any]:
         """Return the settings whose log loss in the folds is the lowest."""
         return tuned_trees(values, self.labels, folds)
 
-    def tune_penalty(self, values: Any, folds: Folds, *, words: bool = False) -> float:
+    def tune_penalty(self, values: Array, folds: Folds) -> float:
         """Return the penalty whose log loss in the folds is the lowest."""
-        model = word_regression() if words else regression()
-        return tuned_penalty(model, values, self.labels, folds)
+        return tuned_penalty(regression(), values, self.labels, folds)
 
     def fit_trees(
         self, values: Array, settings: Mapping[str, Any], columns: list[str]
     ) -> tuple[Trees, int]:
-        """Return trees with large leaves."""
+        """Return boosted trees, and the fewest patients behind a leaf: ``MIN_CELL`` if possible."""
         patients = pd.factorize(self.patients)[0]
-        return fit_large_leaves(values, self.labels, settings, patients, columns)
+        min_rows = TREES["min_data_in_leaf"]
+        while True:
+            size = {**settings, "min_data_in_leaf": min_rows}
+            fitted = Trees(columns, kept_text(fit_trees(values, self.labels, size)))
+            fewest = min(leaf_patients(tree, values, patients) for tree in fitted.forests[0])
+            if fewest >= MIN_CELL or min_rows > len(values):
+                return fitted, fewest
+            min_rows *= 2
 
     def fit_regression(
         self, values: Array, penalty: float | None, columns: list[str]
@@ -241,15 +239,12 @@ class LabelFits:
         """Return a logistic regression."""
         return Regression.of(regression(penalty).fit(values, self.labels), columns)
 
-    def fit_words(self, seen: Any, penalty: float | None, vocabulary: list[str]) -> Words:
-        """Return a logistic regression on a ``word_table``."""
-        fitted = word_regression(penalty).fit(seen, self.labels)
-        scaler, model = (step for _, step in fitted.steps)
-        return Words(vocabulary, scaler.scale_, model.coef_[0], model.intercept_)
 
-    def collect(self, **fitted: Any) -> Baselines:
-        """Return all baselines."""
-        return Baselines(**fitted)
+def leaf_patients(tree: Tree, values: Array, patients: NDArray[np.int64]) -> int:
+    """Return the fewest of patients (N,), numbers from 0, behind a leaf of a tree."""
+    is_there = np.zeros((len(tree.leaf), patients.max() + 1), dtype=bool)
+    is_there[tree.leaves(values), patients] = True
+    return int(is_there.sum(axis=1).min())
 
 
 def label_fits(dataset: TrajectoryDataset, rows: NDArray[np.int64]) -> LabelFits:
@@ -265,8 +260,9 @@ def tune_baselines(
 ) -> Settings:
     """Choose the settings of the baselines in folds of some rows, where these are enough."""
     fits = fits or label_fits(dataset, train)
-    words = fits.vocabulary(dataset.contexts[train])
-    folds = tuning_folds(dataset.labels[train], dataset.groups[train])
+    contexts, labels = dataset.contexts[train], dataset.labels[train]
+    vocabulary = frequent_words(contexts) if fits.reads_words else []
+    folds = tuning_folds(labels, dataset.groups[train])
     tables = {
         name: table.to_numpy()[train] for name, table in baseline_tables(dataset, static).items()
     }
@@ -276,10 +272,10 @@ def tune_baselines(
     if folds:
         for name in tables.keys() - boosted:
             penalties[name] = fits.tune_penalty(tables[name], folds)
-    if words and folds:
-        table = word_table(words, dataset.contexts[train])
-        penalties[WORDS] = fits.tune_penalty(table, folds, words=True)
-    return Settings([*static], words, penalties, trees)
+        if vocabulary:
+            seen = word_table(vocabulary, contexts)
+            penalties[WORDS] = tuned_penalty(word_regression(), seen, labels, folds)
+    return Settings([*static], vocabulary, penalties, trees)
 
 
 def fit_baselines(
@@ -287,7 +283,7 @@ def fit_baselines(
     rows: NDArray[np.int64],
     settings: Settings,
     fits: Any = None,  # of the same rows, by default to their labels
-) -> Any:
+) -> Baselines:
     """Fit the baselines on some rows."""
     fits = fits or label_fits(dataset, rows)
     models: dict[str, Any] = {}
@@ -295,21 +291,18 @@ def fit_baselines(
     for name, table in baseline_tables(dataset, settings.static).items():
         values, columns = table.to_numpy()[rows], [*table.columns]
         if name.startswith(BOOSTING):
-            models[name], leaf_patients = fits.fit_trees(values, settings.trees, columns)
-            fewest.append(leaf_patients)
+            models[name], patients = fits.fit_trees(values, settings.trees, columns)
+            fewest.append(patients)
         else:
             models[name] = fits.fit_regression(values, settings.penalties.get(name), columns)
     words = None
     if settings.vocabulary:
         seen = word_table(settings.vocabulary, dataset.contexts[rows])
-        words = fits.fit_words(seen, settings.penalties.get(WORDS), settings.vocabulary)
-    return fits.collect(
-        models=models,
-        words=words,
-        inputs={"static": settings.static, "prediction_time": dataset.hours_read is not None},
-        tuned=bool(settings.penalties),
-        leaf_patients=min(fewest),
-    )
+        model = word_regression(settings.penalties.get(WORDS))
+        scaler, fitted = (step for _, step in model.fit(seen, dataset.labels[rows]).steps)
+        words = Words(settings.vocabulary, scaler.scale_, fitted.coef_[0], fitted.intercept_)
+    inputs = {"static": settings.static, "prediction_time": dataset.hours_read is not None}
+    return Baselines(models, words, inputs, bool(settings.penalties), min(fewest), fits.null)
 
 
 def baseline_tables(dataset: TrajectoryDataset, static: Sequence[str]) -> dict[str, pd.DataFrame]:
@@ -323,14 +316,18 @@ def baseline_tables(dataset: TrajectoryDataset, static: Sequence[str]) -> dict[s
 
 
 def baseline_names(
-    dataset: TrajectoryDataset, train: NDArray[np.int64], static: Sequence[str], fits: Any = None
+    dataset: TrajectoryDataset, train: NDArray[np.int64], static: Sequence[str], fits: Any
 ) -> list[str]:
     """Return the names of the baselines that ``fit_baselines`` fits, where it can; in no order."""
     load_lightgbm()
-    fits = fits or label_fits(dataset, train)
-    names = [*fits.always, *baseline_tables(dataset, static), BLEND]
-    names += [BLEND + WITH_STATICS] if static else []
-    return [*names, WORDS] if fits.vocabulary(dataset.contexts[train]) else names
+    names = [*baseline_tables(dataset, static), BLEND]
+    if static:
+        names.append(BLEND + WITH_STATICS)
+    if fits.null is not None:
+        names.append(NULL)
+    if fits.reads_words and frequent_words(dataset.contexts[train]):
+        names.append(WORDS)
+    return names
 
 
 def tuning_folds(labels: Array, groups: NDArray[Any]) -> Folds:
@@ -445,31 +442,16 @@ def fit_trees(
     return lightgbm.train({**TREES, **objective, **size}, table, settings["trees"])
 
 
-def fit_large_leaves(
-    values: Array,
-    labels: Array,
-    settings: Mapping[str, Any],
-    patients: NDArray[np.int64],  # (N,) numbers from 0
-    columns: Sequence[str],
-) -> tuple[Trees, int]:
-    """Return boosted trees, and the fewest patients behind a leaf: ``MIN_CELL`` where there are."""
-    min_rows = TREES["min_data_in_leaf"]
-    while True:
-        settings = {**settings, "min_data_in_leaf": min_rows}
-        fitted = Trees.of(fit_trees(values, labels, settings), columns)
-        fewest = len(labels)
-        for tree in fitted.trees:
-            is_there = np.zeros((len(tree.leaf), patients.max() + 1), dtype=bool)
-            is_there[tree.leaves(values), patients] = True
-            fewest = min(fewest, int(is_there.sum(axis=1).min()))
-        if fewest >= MIN_CELL or min_rows > len(labels):
-            return fitted, fewest
-        min_rows *= 2
-
-
 def blend(*risks: Array) -> Array:
     """Return the probabilities (n,) whose log-odds are the mean of those of several, (n,) each."""
     blended: Array = expit(np.mean([log_odds(risk) for risk in risks], axis=0))
+    return blended
+
+
+def blend_hazards(*hazards: Array) -> Array:
+    """Return the mean hazards of several models, (n, C, J) each."""
+    # The mean of logarithms is lower, and so would be the risks.
+    blended: Array = np.mean(hazards, axis=0)
     return blended
 
 

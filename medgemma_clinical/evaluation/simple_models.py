@@ -1,6 +1,6 @@
 """Fitted simple models as plain numbers: kept as JSON, computed here, by no library's reader.
 
-Each has ``risks``, and ``from_json``, which reads what ``to_plain`` gives and refuses all else.
+Letters: N rows, K columns, M marks, C events of times, J intervals of follow-up.
 """
 
 from __future__ import annotations
@@ -22,6 +22,12 @@ from medgemma_clinical.evaluation.metrics import Array
 WORD = r"[^\W\d_]{2,}"
 """Pattern of a word; numbers are none."""
 
+INTERVAL = "interval of follow-up"
+"""Column of the boosted trees of times."""
+
+SMALLEST, LARGEST = 1e-9, 100.0
+"""Bounds of the cumulative hazard of an event in an interval."""
+
 END_OF_TREES = "\n\nend of trees\n"
 
 OF_ROWS = re.compile(
@@ -31,47 +37,64 @@ EXTREMES = re.compile(r"(?<=[= ])\[\S+:\S+\]")
 """What LightGBM's text tells of training rows, and no prediction needs: lines, and the lowest and
 highest value of a column."""
 
-MAX_TREES, MAX_LEAVES = 1000, 255
-"""Bounds of what a file may hold: each split takes a pass over the rows."""
-
 LEFT, NAN = 2, 8
 """Bits of LightGBM's decision type: missing values go left; a branch of their own knows them."""
 
 
-def read_array(values: Any, *shape: int) -> Array:
-    """Return finite numbers of a shape."""
-    array = np.array(values, np.float64)
-    if array.shape != shape or not np.isfinite(array).all():
-        raise ValueError(f"not finite numbers of the shape {shape}")
-    return array
-
-
-def read_names(values: Any) -> list[str]:
-    """Return different names."""
-    if not isinstance(values, list) or not all(isinstance(name, str) for name in values):
-        raise TypeError("not a list of names")
-    if len({*values}) < len(values):
-        raise ValueError("the same name twice")
-    return values
+def hazards_of(log_hazards: Array) -> Array:
+    """Return cumulative hazards within bounds."""
+    hazards: Array = np.exp(log_hazards.clip(*np.log([SMALLEST, LARGEST])))
+    return hazards
 
 
 def to_plain(model: Any) -> dict[str, Any]:
     """Return a model as lists of numbers, names and text."""
-    values = {field.name: getattr(model, field.name) for field in fields(model)}
-    return {name: x.tolist() if isinstance(x, np.ndarray) else x for name, x in values.items()}
+    plain = {}
+    for field in fields(model):
+        value = getattr(model, field.name)
+        if value is not None:
+            plain[field.name] = value.tolist() if isinstance(value, np.ndarray) else value
+    return plain
+
+
+def read_numbers(values: Any) -> Array:
+    """Return finite numbers."""
+    array = np.array(values, np.float64)
+    if not np.isfinite(array).all():
+        raise ValueError("numbers that are not finite")
+    return array
+
+
+def from_plain(content: Mapping[str, Any]) -> Regression | Trees | Words:
+    """Return the model that ``to_plain`` gave."""
+    kind: Any = Regression
+    if "text" in content:
+        kind = Trees
+    elif "vocabulary" in content:
+        kind = Words
+    texts = ("columns", "marked", "vocabulary", "text")
+    model: Regression | Trees | Words = kind(
+        **{name: x if name in texts else read_numbers(x) for name, x in content.items()}
+    )
+    if isinstance(model, Trees) and not all(model.forests):
+        raise ValueError("no trees")
+    return model
 
 
 @dataclass(frozen=True)
 class Regression:
-    """A logistic regression on K columns, unknown values filled in by means and marked."""
+    """A regression on K columns, unknown values filled in by means and marked.
+
+    It is logistic; of times a Poisson regression of each event, with an intercept an interval.
+    """
 
     columns: list[str]
     means: Array  # (K,)
     marked: list[str]  # the M columns whose lack is a further column
     center: Array  # (K + M,)
     scale: Array  # (K + M,)
-    coefficients: Array  # (K + M,)
-    intercept: Array  # (1,)
+    coefficients: Array  # (K + M,), or (C, K + M)
+    intercept: Array  # (1,), or (C, J)
 
     @classmethod
     def of(cls, pipeline: Any, columns: Sequence[str]) -> Self:
@@ -89,35 +112,16 @@ class Regression:
         marked = [columns[k] for k in marks]
         return cls([*columns], means, marked, np.zeros(size), np.ones(size), weights, intercept)
 
-    def scaled(self, table: pd.DataFrame) -> Array:
-        """Return what is weighed, (N, K + M)."""
+    def risks(self, table: pd.DataFrame) -> Array:
+        """Return the risk (N,), or hazards (N, C, J), of rows of a table that has the columns."""
         values = table[self.columns].to_numpy(np.float64)
         unknown = table[self.marked].isna().to_numpy(np.float64)
         filled = np.hstack([np.where(np.isnan(values), self.means, values), unknown])
-        scaled: Array = (filled - self.center) / self.scale
-        return scaled
-
-    def risks(self, table: pd.DataFrame) -> Array:
-        """Return the probability (N,) of each row of a table that has the columns."""
-        risks: Array = expit(self.scaled(table) @ self.coefficients + self.intercept)
+        total = ((filled - self.center) / self.scale) @ self.coefficients.T
+        if self.coefficients.ndim == 2:
+            return hazards_of(total[..., None] + self.intercept)
+        risks: Array = expit(total + self.intercept)
         return risks
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Check and return; see the module."""
-        columns, marked = read_names(content["columns"]), read_names(content["marked"])
-        size = len(columns) + len(marked)
-        center, scale = (read_array(content[name], size) for name in ("center", "scale"))
-        if not {*marked} <= {*columns} or not (scale > 0).all():
-            raise ValueError("an unknown marked column, or a scale that is not above 0")
-        means = read_array(content["means"], len(columns))
-        weights = cls.read_weights(content, size)
-        return cls(columns, means, marked, center, scale, *weights)
-
-    @classmethod
-    def read_weights(cls, content: Mapping[str, Any], size: int) -> tuple[Array, Array]:
-        """Check and return coefficients and intercept."""
-        return read_array(content["coefficients"], size), read_array(content["intercept"], 1)
 
 
 @dataclass(frozen=True)
@@ -134,16 +138,6 @@ class Words:
         table = word_table(self.vocabulary, texts)
         risks: Array = expit(table @ (self.coefficients / self.scale) + self.intercept)
         return risks
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Check and return; see the module."""
-        words = read_names(content["vocabulary"])
-        names = ("scale", "coefficients")
-        scale, weights = (read_array(content[name], len(words)) for name in names)
-        if not words or not (scale > 0).all():
-            raise ValueError("no word, or a scale that is not above 0")
-        return cls(words, scale, weights, read_array(content["intercept"], 1))
 
 
 def word_table(vocabulary: Sequence[str], texts: NDArray[np.object_]) -> Any:
@@ -174,70 +168,65 @@ class Tree(NamedTuple):
 
 @dataclass(frozen=True)
 class Trees:
-    """Boosted trees on K columns, in LightGBM's text form; its C++ reader never sees a file."""
+    """Boosted trees on K columns, in LightGBM's text form; its C++ reader never sees a file.
+
+    Of times each event has trees; their last column is the interval.
+    """
 
     columns: list[str]
-    text: str
-
-    @classmethod
-    def of(cls, booster: Any, columns: Sequence[str]) -> Self:
-        """Return a fitted LightGBM, without counts and extreme values of the training rows."""
-        text = booster.model_to_string().partition(END_OF_TREES)[0] + END_OF_TREES
-        return cls([*columns], EXTREMES.sub("none", OF_ROWS.sub("", text)))
+    text: str | list[str]  # of times one an event
+    intercept: Array | None = None  # (C, J) log-hazards of times to which the trees of a row add
 
     @cached_property
-    def trees(self) -> list[Tree]:
-        """The trees, checked."""
-        blocks = self.text.removesuffix(END_OF_TREES).split("\nTree=")[1:]
-        if len(blocks) > MAX_TREES:
-            raise ValueError("too many trees")
-        return [_read_tree(block, len(self.columns)) for block in blocks]
+    def forests(self) -> list[list[Tree]]:
+        """The trees of a label, or of each event, checked."""
+        texts = [self.text] if isinstance(self.text, str) else self.text
+        return [read_forest(text, len(self.columns)) for text in texts]
 
     def totals(self, table: pd.DataFrame) -> Array:
-        """Return the sum (N,) of all trees for each row of a table that has the columns."""
+        """Return the sums (N, C) of all trees of an event; C is 1 of a label."""
         values = table[self.columns].to_numpy(np.float64)
-        total = np.zeros(len(values))
-        for tree in self.trees:
-            total += tree.leaf[tree.leaves(values)]
-        return total
+        totals = np.zeros((len(values), len(self.forests)))
+        for event, forest in enumerate(self.forests):
+            for tree in forest:
+                totals[:, event] += tree.leaf[tree.leaves(values)]
+        return totals
 
     def risks(self, table: pd.DataFrame) -> Array:
-        """Return the probability (N,) of each row of a table that has the columns."""
-        risks: Array = expit(self.totals(table))
-        return risks
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Check and return; see the module."""
-        model = cls(read_names(content["columns"]), content["text"])
-        if not model.trees:
-            raise ValueError("no trees")
-        return model
+        """Return the risk (N,), or hazards (N, C, J), of rows of a table that has the columns."""
+        if self.intercept is None:
+            risks: Array = expit(self.totals(table)[:, 0])
+            return risks
+        intervals = range(self.intercept.shape[1])
+        totals = [self.totals(table.assign(**{INTERVAL: k})) for k in intervals]
+        return hazards_of(np.stack(totals, axis=2) + self.intercept)
 
 
-def _read_tree(block: str, columns: int) -> Tree:
-    """Return a tree of LightGBM's text: no loop, no categories, nothing out of range."""
-    fields = dict(line.split("=", 1) for line in block.split("\n")[1:] if line)
-    words = {name: text.split() for name, text in fields.items()}
-    leaf = read_array(words["leaf_value"], len(words["leaf_value"]))
-    splits = len(leaf) - 1
-    if splits >= MAX_LEAVES:
-        raise ValueError("too many leaves")
-    names = ("split_feature", "decision_type", "left_child", "right_child")
-    feature, kind, left, right = (np.array(words[name], np.int64) for name in names)
-    # Known or not is a split of its own, at infinity.
-    threshold = np.nan_to_num(np.array(words["threshold"], np.float64), nan=np.nan)
-    threshold = read_array(threshold, splits)
-    own, children = np.arange(splits), np.stack([left, right])
-    allowed = (
-        splits >= 0 and fields["num_cat"] == fields["is_linear"] == "0",
-        feature.shape == kind.shape == left.shape == (splits,),
-        ((feature >= 0) & (feature < columns) & np.isin(kind, [0, LEFT, NAN, NAN | LEFT])).all(),
-        ((children >= -splits - 1) & (children < splits)).all(),
-        ((children < 0) | (children > own)).all(),
-    )
-    if not all(allowed):
-        raise ValueError("a tree out of range")
-    # Without the bit, no training row lacked the value, and LightGBM reads 0 in its place.
-    missing = np.where(kind & NAN, (kind & LEFT) > 0, threshold >= 0)
-    return Tree(feature, threshold, missing, left, right, leaf)
+def kept_text(booster: Any) -> str:
+    """Return a fitted LightGBM as text, without counts and extreme values of the training rows."""
+    text = booster.model_to_string().partition(END_OF_TREES)[0] + END_OF_TREES
+    return EXTREMES.sub("none", OF_ROWS.sub("", text))
+
+
+def read_forest(text: str, columns: int) -> list[Tree]:
+    """Return the trees of LightGBM's text: no categories, no loop, nothing out of range."""
+    trees = []
+    for block in text.removesuffix(END_OF_TREES).split("\nTree=")[1:]:
+        lines = dict(line.split("=", 1) for line in block.split("\n")[1:] if line)
+        feature, kind, left, right = (
+            np.array(lines[name].split(), np.int64)
+            for name in ("split_feature", "decision_type", "left_child", "right_child")
+        )
+        leaf = np.array(lines["leaf_value"].split(), np.float64)
+        # Known or not is a split of its own, at infinity.
+        threshold = np.nan_to_num(np.array(lines["threshold"].split(), np.float64))
+        children, count = np.stack([left, right]), len(leaf) - 1
+        is_later = (children < 0) | (children > np.arange(count))
+        is_there = (children >= ~count) & (children < count)
+        is_column = (feature >= 0) & (feature < columns)
+        if not (is_later & is_there & is_column).all():
+            raise ValueError("a tree out of range")
+        # Without the bit, no training row lacked the value, and LightGBM reads 0 in its place.
+        missing = np.where(kind & NAN, (kind & LEFT) > 0, threshold >= 0)
+        trees.append(Tree(feature, threshold, missing, left, right, leaf))
+    return trees

@@ -6,9 +6,8 @@ Letters: N rows, C events, K intervals, P columns, M rows of which each is a row
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, ClassVar, NamedTuple, Self
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,44 +16,26 @@ from sklearn.impute import SimpleImputer
 from sklearn.linear_model import PoissonRegressor
 from sklearn.preprocessing import StandardScaler
 
-from medgemma_clinical.data.trajectories import Rows, TrajectoryDataset
 from medgemma_clinical.evaluation.baselines import (
-    BLEND,
-    BOOSTING,
-    ENSEMBLE,
-    LOGISTIC,
     PENALTIES,
     PENALTY,
     SIZES,
-    STATISTICS,
-    Baselines,
     Folds,
     fit_trees,
     tuned_trees,
 )
 from medgemma_clinical.evaluation.metrics import Array
-from medgemma_clinical.evaluation.simple_models import Regression, Trees, read_array, read_names
+from medgemma_clinical.evaluation.simple_models import (
+    INTERVAL,
+    SMALLEST,
+    Regression,
+    Trees,
+    kept_text,
+)
 from medgemma_clinical.evaluation.time_metrics import aalen_johansen
-
-NULL = "Aalen-Johansen"
-"""The baseline that gives everyone the same risks."""
-
-TIME_MEANINGS = {
-    NULL: "the same risks for everyone",
-    LOGISTIC: f"a Poisson regression of each event in each interval of follow-up on {STATISTICS}",
-    BOOSTING: f"decision trees of each event in each interval of follow-up on {STATISTICS}",
-    BLEND: f"the mean hazards of {LOGISTIC} and {BOOSTING}",
-    ENSEMBLE: "the mean hazards of this model and of the blend with the most inputs",
-}
-
-INTERVAL = "interval of follow-up"
-"""Column of boosted trees."""
 
 POISSON = {"objective": "poisson", "metric": "poisson", "poisson_max_delta_step": 1e-6}
 """Trees of events per exposure, by Newton's steps as those of labels: LightGBM halves them."""
-
-SMALLEST, LARGEST = 1e-9, 100.0
-"""Bounds of the cumulative hazard of an event in an interval."""
 
 SHORTEST = 1e-6
 """Least exposure of a row with an event: one may come as an interval begins."""
@@ -90,153 +71,48 @@ def rates_of(events: Array | NDArray[np.bool_], exposure: Array) -> Array:
     return SMALLEST + np.divide(events, exposure, out=rates, where=exposure > 0)
 
 
-def hazards_of(log_hazards: Array) -> Array:
-    """Return cumulative hazards within bounds."""
-    hazards: Array = np.exp(log_hazards.clip(*np.log([SMALLEST, LARGEST])))
-    return hazards
-
-
-class PeriodRegression(Regression):
-    """A Poisson regression of each of C events, with an intercept for each of K intervals."""
-
-    def risks(self, table: pd.DataFrame) -> Array:
-        """Return cumulative hazards (N, C, K) of the rows of a table that has the columns."""
-        return hazards_of((self.scaled(table) @ self.coefficients.T)[..., None] + self.intercept)
-
-    @classmethod
-    def read_weights(cls, content: Mapping[str, Any], size: int) -> tuple[Array, Array]:
-        """Check and return coefficients (C, P) and intercepts (C, K)."""
-        levels = content["intercept"]
-        weights = read_array(content["coefficients"], len(levels), size)
-        return weights, read_array(levels, len(levels), len(levels[0]))
-
-
-@dataclass(frozen=True)
-class PeriodTrees:
-    """Boosted trees of each event; the last column is the interval."""
-
-    columns: list[str]
-    text: list[str]  # of each event, as in ``Trees``
-    intercept: Array  # (C, K) log-hazards to which the trees of a row add
-
-    @cached_property
-    def events(self) -> list[Trees]:
-        """The trees of each event, checked."""
-        models = [Trees(self.columns, text) for text in self.text]
-        if not all(model.trees for model in models):
-            raise ValueError("no trees")
-        return models
-
-    def risks(self, table: pd.DataFrame) -> Array:
-        """Return cumulative hazards (N, C, K) of the rows of a table that has the columns."""
-        intervals = [table.assign(**{INTERVAL: k}) for k in range(self.intercept.shape[1])]
-        totals = np.array([[model.totals(x) for x in intervals] for model in self.events])
-        return hazards_of(totals.transpose(2, 0, 1) + self.intercept)
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Self:
-        """Check and return; see ``simple_models``."""
-        text, levels = [*map(str, content["text"])], content["intercept"]
-        intercept = read_array(levels, len(text), len(levels[0]))
-        model = cls(read_names(content["columns"]), text, intercept)
-        assert model.events
-        return model
-
-
-@dataclass(frozen=True)
-class TimeBaselines(Baselines):
-    """Fitted baselines, which give the cumulative hazards of any rows."""
-
-    regression: ClassVar[Any] = PeriodRegression
-    trees: ClassVar[Any] = PeriodTrees
-
-    null: Array = field(kw_only=True)  # (C, K) of everyone
-
-    @property
-    def names(self) -> list[str]:
-        """The names of all baselines and blends, as ``risks`` gives them."""
-        return [NULL, *super().names]
-
-    def risks(self, dataset: TrajectoryDataset, rows: Rows = slice(None)) -> dict[str, Array]:
-        """Return hazards (n, C, K) of baselines, then blends; NaN where the data lack columns."""
-        table = self.table(dataset).iloc[rows].assign(**{INTERVAL: 0.0})
-        hazards = {NULL: np.tile(self.null, (len(table), 1, 1)), **self.risks_of_models(table)}
-        blends = {k: blend_hazards(hazards[a], hazards[b]) for k, (a, b) in self.pairs.items()}
-        return hazards | blends
-
-    def forecasts(self, dataset: TrajectoryDataset, rows: Rows = slice(None)) -> dict[str, Array]:
-        """Return ``risks``, which are hazards."""
-        return self.risks(dataset, rows)
-
-    @classmethod
-    def from_plain(cls, content: Mapping[str, Any]) -> dict[str, Any]:
-        """Return checked fields of the class."""
-        null = np.array(content["null"], np.float64)
-        read = super().from_plain(content) | {"null": read_array(null, *null.shape)}
-        shapes = {model.intercept.shape for model in read["models"].values()}
-        if not (null > 0).all() or shapes != {null.shape}:
-            raise ValueError("hazards of different shapes, or not above 0")
-        return read
-
-
-def blend_hazards(*hazards: Array) -> Array:
-    """Return the mean hazards of several models, (n, C, K) each."""
-    # The mean of logarithms is lower, and so would be the risks.
-    blended: Array = np.mean(hazards, axis=0)
-    return blended
-
-
 @dataclass(frozen=True)
 class PeriodFits:
     """How baselines are fitted to times of events that compete."""
 
-    always: ClassVar[tuple[str, ...]] = (NULL,)
-    hours: Array  # (n,) until the event or the end of follow-up
-    event: Array  # (n,)
+    reads_words: ClassVar[bool] = False
     periods: Periods
-    cuts: Sequence[float]  # (K,) ends of the intervals
-
-    def vocabulary(self, contexts: NDArray[np.object_]) -> list[str]:
-        """Return nothing: no baseline of times reads words."""
-        return []
+    null: Array  # (C, K) hazards of everyone
 
     def tune_trees(self, values: Array, folds: Folds) -> dict[str, Any]:
         """Return the settings of the trees of each event."""
         expected = self.periods.exposure @ self.periods.level[0]
         # A size is chosen by event 1 and with each row once; each event has its own number.
         rates = rates_of(self.periods.is_event[:, 0].max(axis=1), expected)
-        found = tuned_trees(values, rates, folds, expected, POISSON)
-        sizes = [{name: found[name] for name in SIZES[0]}]
+        chosen = tuned_trees(values, rates, folds, expected, POISSON)
+        sizes = [{name: chosen[name] for name in SIZES[0]}]
         row, long, targets = person_periods(values, self.periods)
-        within = [
-            (np.flatnonzero(np.isin(row, a)), np.flatnonzero(np.isin(row, b))) for a, b in folds
-        ]
+        within = []
+        for train, test in folds:
+            parts = np.isin(row, train), np.isin(row, test)
+            within.append((np.flatnonzero(parts[0]), np.flatnonzero(parts[1])))
         return {
             str(event): tuned_trees(long, rates, within, expected, POISSON, sizes)
             for event, (rates, expected) in enumerate(targets, 1)
         }
 
-    def tune_penalty(self, values: Any, folds: Folds, *, words: bool = False) -> float:
+    def tune_penalty(self, values: Array, folds: Folds) -> float:
         """Return the penalty with the highest likelihood of event 1 in the folds."""
         losses = np.sum([fold_losses(values, self.periods, *fold) for fold in folds], axis=0)
         return float(PENALTIES[PENALTY][int(losses.argmin())])
 
     def fit_trees(
         self, values: Array, settings: Mapping[str, Any], columns: list[str]
-    ) -> tuple[PeriodTrees, int]:
-        """Return the trees of each event."""
+    ) -> tuple[Trees, int]:
+        """Return the trees of each event; the patients behind a leaf are not counted."""
         return fit_period_trees(values, self.periods, settings, columns), 0
 
     def fit_regression(
         self, values: Array, penalty: float | None, columns: list[str]
-    ) -> PeriodRegression:
+    ) -> Regression:
         """Return a Poisson regression of each event."""
         penalties = [1.0 if penalty is None else penalty]
         return next(fit_regressions(values, self.periods, penalties, columns))
-
-    def collect(self, **fitted: Any) -> TimeBaselines:
-        """Return all baselines."""
-        return TimeBaselines(**fitted, null=null_hazards(self.hours, self.event, self.cuts))
 
 
 def fold_losses(
@@ -257,19 +133,19 @@ def fold_losses(
 
 def fit_period_trees(
     values: Array, periods: Periods, settings: Mapping[str, Any], columns: Sequence[str]
-) -> PeriodTrees:
+) -> Trees:
     """Return the trees of each event, of given settings, fitted on rows of values (N, P)."""
     _, values, targets = person_periods(values, periods)
     columns, texts = [*columns, INTERVAL], []
     for size, (rates, expected) in zip(settings.values(), targets, strict=True):
         booster = fit_trees(values, rates, size, expected, POISSON)
-        texts.append(Trees.of(booster, columns).text)
-    return PeriodTrees(columns, texts, np.log(periods.level))
+        texts.append(kept_text(booster))
+    return Trees(columns, texts, np.log(periods.level))
 
 
 def fit_regressions(
     values: Array, periods: Periods, penalties: Sequence[float], columns: Sequence[Any]
-) -> Iterator[PeriodRegression]:
+) -> Iterator[Regression]:
     """Yield the regression of each penalty, fitted on the periods of rows of values (N, P)."""
     imputer = SimpleImputer(add_indicator=True, keep_empty_features=True)
     scaler = StandardScaler()
@@ -284,7 +160,7 @@ def fit_regressions(
             for model, is_event in zip(models, events, strict=True)
         ]
         weights, intercepts = map(np.array, zip(*fitted, strict=True))
-        yield PeriodRegression([*columns], *scales, weights, intercepts)
+        yield Regression([*columns], *scales, weights, intercepts)
 
 
 def fit_event(

@@ -35,7 +35,6 @@ from medgemma_clinical.models import model_card
 from medgemma_clinical.models.decoders import terms_of
 from medgemma_clinical.models.encoders import encoder_name
 from medgemma_clinical.models.model_facts import model_facts
-from medgemma_clinical.models.outcome import outcome_of
 from medgemma_clinical.models.trajectory import Stage1
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 
@@ -210,7 +209,7 @@ def read_baselines(path: Path, config: Config) -> Baselines | None:
         content = file.read_bytes()
         if hashlib.sha256(content).hexdigest() != config["baselines_sha256"]:
             raise ValueError("another content")
-        return outcome_of(config).read_baselines(content.decode())
+        return Baselines.from_json(content.decode())
     except files.READING_ERRORS as error:
         raise InputError(
             f"{file}: damaged, of an earlier version, or not of {path}: restore it, or copy the "

@@ -20,7 +20,7 @@ from scipy.special import expit
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.evaluation import baselines, time_baselines
-from medgemma_clinical.evaluation.baselines import ENSEMBLE, Baselines
+from medgemma_clinical.evaluation.baselines import ENSEMBLE
 from medgemma_clinical.evaluation.decision import Predictions, Rules
 from medgemma_clinical.evaluation.metrics import Array, log_odds, of_labels, row_losses
 from medgemma_clinical.evaluation.target import LABEL, Target, targets_of
@@ -48,7 +48,6 @@ class LabelOutcome:
     config: ClassVar[dict[str, Any]] = {}  # keys of a checkpoint by which the kind is known again
     about: ClassVar[list[str]] = []  # what a card says of it
     curve_end: ClassVar[float] = 0.0  # hours up to which the risk has a curve
-    read_baselines = Baselines.from_json
 
     # ------------------------------------------------------------------ what is learned
 
@@ -190,14 +189,8 @@ class TimeOutcome:
         watched = self.hazards.watched(self.hazards.tensor(targets))
         periods = time_baselines.periods_of(watched.exposure.numpy(), watched.is_event.numpy())
         _, hours, event = targets.T
-        return time_baselines.PeriodFits(hours, event, periods, self.hazards.cuts)
-
-    def read_baselines(self, text: str) -> Baselines:
-        """Check and return the baselines of a file."""
-        read = time_baselines.TimeBaselines.from_json(text)
-        if read.null.shape != (len(self.hazards.events.names), len(self.hazards.cuts)):
-            raise ValueError("other events or intervals")
-        return read
+        null = time_baselines.null_hazards(hours, event, self.hazards.cuts)
+        return time_baselines.PeriodFits(periods, null)
 
     # ------------------------------------------------------------------ forecasts
 
@@ -208,7 +201,7 @@ class TimeOutcome:
 
     def blend(self, *forecasts: Array) -> Array:
         """Return the mean of several forecasts, (n, C, K)."""
-        return time_baselines.blend_hazards(*forecasts)
+        return baselines.blend_hazards(*forecasts)
 
     def risks(self, forecast: Array) -> Array:
         """Return the risks (n, T) of the targets."""
