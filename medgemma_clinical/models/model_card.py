@@ -15,10 +15,7 @@ from medgemma_clinical.data.importers.long_values import split_title
 from medgemma_clinical.data.small_cells import MIN_CELL, count_text
 from medgemma_clinical.data.texts import code
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
-from medgemma_clinical.evaluation.decision import (
-    MIN_CHOOSING_EVENTS,
-    describe_threshold,
-)
+from medgemma_clinical.evaluation.decision import MIN_CHOOSING_EVENTS, describe_threshold
 from medgemma_clinical.evaluation.monitoring import MonitorRule
 from medgemma_clinical.evaluation.rules import moves_of, rules_of
 from medgemma_clinical.evaluation.suppress import NOT_SHOWN, suppress
@@ -131,8 +128,6 @@ def model_card(
     config: Mapping[str, Any], repo_id: str | None = None, min_cell: int = MIN_CELL
 ) -> str:
     """Return a checkpoint's card without small counts; a run that lasts has no ``metrics``."""
-    units = dict(zip(config["features"], config["units"], strict=True))
-    series = config["inputs"].get("series", config["features"])
     shared = shareable(config, min_cell)
     rows = choosing_rows(config)
     rules, targets = rules_of(config), targets_of_config(config)
@@ -146,14 +141,12 @@ def model_card(
         "targets": targets,
         "event": code(targets[0].title) if targets[0].horizon else targets[0].title,
         "columns": {METRICS[name].title: name for name in CARD_METRICS},
-        "monitor_rule": MonitorRule.checked(rule).words
-        if (rule := config.get("monitor_rule"))
-        else "",
+        "monitor_rule": describe_monitor_rule(config),
         "model": describe_model(shared),
         "recipe": describe_recipe(shared),
         "repo_id": repo_id,
         "source": json.dumps(repo_id or "FOLDER"),
-        "series": [f"{name} ({units[name]})" if units[name] else name for name in series],
+        "series": series_with_units(config, "{} ({})"),
         "texts": {"limits": MODEL_LIMITS, "not_a_device": NOT_A_DEVICE, "licence": licence(config)},
         **{"code": code, "names": names, "number": count_text, "interval": json_text},
     }
@@ -227,6 +220,19 @@ def describe_model(config: Mapping[str, Any]) -> dict[str, str]:
     if version := config.get("version"):
         lines["Trained with"] = f"medgemma-clinical {version}"
     return lines
+
+
+def series_with_units(config: Mapping[str, Any], form: str) -> list[str]:
+    """Return the series that are read; those with a unit in a form of both."""
+    units = dict(zip(config["features"], config["units"], strict=True))
+    series = config["inputs"].get("series", config["features"])
+    return [form.format(name, units[name]) if units[name] else name for name in series]
+
+
+def describe_monitor_rule(config: Mapping[str, Any]) -> str:
+    """Return the rule of ``monitor`` in sentences; empty where an earlier version kept none."""
+    rule = config.get("monitor_rule")
+    return MonitorRule.checked(rule).words if rule else ""
 
 
 def describe_recipe(config: Mapping[str, Any]) -> dict[str, str]:
