@@ -13,9 +13,9 @@ from typing import Any
 import pandas as pd
 
 from medgemma_clinical.commands.command_line import EXIT_DONE, SEED, Table
-from medgemma_clinical.commands.prediction_files import TEST, read_predictions, read_targets
+from medgemma_clinical.commands.prediction_files import read_predictions, read_targets
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, MEANINGS, STAGE_NAMES
-from medgemma_clinical.evaluation.metrics_table import MODEL, Metrics, evaluate
+from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
 from medgemma_clinical.evaluation.report import comparison_page, write_report
 from medgemma_clinical.evaluation.tables import model_table
 from medgemma_clinical.evaluation.target import (
@@ -45,8 +45,6 @@ FLAGS: Table = {
     ),
 }
 
-NOT_NAMED = f"has no column {MODEL}, so nothing tells that one model made it"
-
 
 def run(args: Namespace) -> int:
     """Compare finished stages."""
@@ -65,9 +63,6 @@ def compare(
     names = [x for x in targets[0].models(table) if x not in (next(iter(folders)), ENSEMBLE)]
     if primary and primary not in names:
         raise InputError(f"--primary {primary}: choose from {', '.join(names)}")
-    for folder in folders.values():
-        if MODEL not in pd.read_csv(folder / TEST, nrows=0):
-            logger.info("%s: %s", folder / TEST, NOT_NAMED)
     primary = primary or primary_of(runs[0])
     metrics = evaluate(table, seed, primary=primary, compared=[*folders], targets=targets)
     cost = {name: cost_of(folder) for name, folder in folders.items()}

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import shlex
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from medgemma_clinical.commands.command_line import EXIT_DONE
-from medgemma_clinical.commands.compare import NOT_NAMED
 from medgemma_clinical.commands.config import read_toml
+from medgemma_clinical.commands.prediction_files import parse, read_table
 from medgemma_clinical.commands.predictions import inputs_path
-from medgemma_clinical.data.importers import tables
 from medgemma_clinical.data.texts import formula_warning
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.decision import parse_threshold
-from medgemma_clinical.evaluation.metrics_table import named_model
+from medgemma_clinical.evaluation.metrics_table import MODEL, named_model
 from medgemma_clinical.evaluation.monitor_page import monitor_page
 from medgemma_clinical.evaluation.monitoring import MonitorRule, monitor
 from medgemma_clinical.evaluation.report import write_report
@@ -138,80 +136,120 @@ def read_rows(
     args: Namespace, config: Config
 ) -> tuple[pd.DataFrame, pd.DataFrame | None, str, list[str]]:
     """Return predictions with outcomes, last values, the model's name, and what was left out."""
-    tables, inputs, names = [], [], set[str]()
-    digest, notes = read_model_sha256(args.checkpoint), list[str]()
-    for path in args.predictions:
-        table = read_table(path, ["id", "probability", PREDICTED_AT])
-        try:
-            table, model = named_model(table)
-        except ValueError as error:
-            raise InputError(f"{path}: {error}: give the rows of one") from error
-        if model is None:
-            notes.append(f"{path.name} {NOT_NAMED}")
-        elif model != digest:
-            problem = f"is of another model than --checkpoint {args.checkpoint}"
-            raise InputError(f"{path}: {problem}: judge it by its own checkpoint")
-        column, name = risk_column(table, path, args.use, config)
-        names.add(name)
-        columns: dict[str, Any] = {"risk": parsed(table, path, column, "risk")}
-        columns["prediction"] = np.nan
-        if column == "probability" and "prediction" in table:
-            columns["prediction"] = parsed(table, path, "prediction", "label")
-        columns["date"] = parsed(table, path, PREDICTED_AT, "date")
-        tables.append(table.assign(**columns, unscored=columns["risk"].isna()))
-        if (beside := inputs_path(path)).is_file():
-            inputs.append(read_inputs(beside, table))
+    files = [read_scored(path, args.checkpoint, args.use, config) for path in args.predictions]
+    names = {file.name for file in files}
     if len(names) > 1:
         raise InputError(f"monitor: the risks are of {' and of '.join(names)}: give --use")
-    everyone = pd.concat(tables, ignore_index=True)
+    everyone = pd.concat([file.rows for file in files], ignore_index=True)
     if everyone["unscored"].all():
         raise InputError(f"{args.predictions[0]}: no row has a score")
-    last = pd.concat(inputs, ignore_index=True) if len(inputs) == len(tables) else None
+    last = None
+    if all(file.inputs is not None for file in files):
+        last = pd.concat([file.inputs for file in files], ignore_index=True)
     # A row without a score may have been predicted again, once its values had come.
     rows = everyone.sort_values(["unscored", "date"], kind="stable").drop_duplicates("id")
-    outcomes = read_table(args.outcomes, ["id", args.date])
-    if (twice := outcomes["id"].duplicated()).any():
-        line = int(twice.argmax()) + 2
-        raise InputError(f"{args.outcomes}: line {line}: an id that stands twice: leave one")
+
     target = targets_of_config(config)[0]
-    dates = parsed(outcomes, args.outcomes, args.date, "date")
-    check_dates(dates, everyone["date"].max(), f"{args.outcomes}: column {args.date}")
-    found = {**known_labels(outcomes, args.outcomes, target), "date": dates}
-    of_ids = pd.DataFrame(found).set_index(outcomes["id"]).reindex(rows["id"]).set_axis(rows.index)
+    outcomes = read_outcomes(args.outcomes, args.date, everyone["date"].max(), target)
+    of_rows = outcomes.reindex(rows["id"]).set_axis(rows.index)
+    is_early = of_rows["date"] < rows["date"] - YEAR
     counts = {
         "later predictions of the same id, left out": len(everyone) - len(rows),
-        "patients without a score": int(rows["unscored"].sum()),
-        "patients without a line of outcomes": int((~rows["id"].isin(outcomes["id"])).sum()),
-        "ids of outcomes without a prediction": int((~outcomes["id"].isin(rows["id"])).sum()),
-        "dates more than a year before their prediction": int(
-            (of_ids["date"] < rows["date"] - YEAR).sum()
-        ),
+        "patients without a score": rows["unscored"].sum(),
+        "patients without a line of outcomes": (~rows["id"].isin(outcomes.index)).sum(),
+        "ids of outcomes without a prediction": (~outcomes.index.isin(rows["id"])).sum(),
+        "dates more than a year before their prediction": is_early.sum(),
     }
+    notes = [file.note for file in files if file.note]
     notes += [f"{text}: {count:,}" for text, count in counts.items() if count]
+
     joined = rows[["risk", "prediction"]].assign(
-        label=of_ids["label"], date=of_ids["date"].fillna(rows["date"])
+        label=of_rows["label"], date=of_rows["date"].fillna(rows["date"])
     )
-    # An event is known earlier than its absence: before the horizon neither counts.
-    if target.horizon:
-        now = max(present(), joined["date"].max())
-        is_day = joined["date"] == joined["date"].dt.normalize()  # whose end counts
-        begin = joined["date"] + pd.to_timedelta(is_day.astype(int), unit="D")
-        waits = begin + pd.Timedelta(hours=target.horizon) > now
-        ended = of_ids["ended"].fillna(value=False).astype(bool) & ~waits
-        joined["label"] = joined["label"].mask(waits)
-        shares = {"not known yet": joined["label"].isna() & ~ended, "never known, left out": ended}
-        notes += [
-            f"{target.title}: {100 * share.mean():.1f} % {text}" for text, share in shares.items()
-        ]
-        joined, rows = joined[~ended], rows[~ended]
     if args.site is not None:
-        source = outcomes if args.site in outcomes else rows
-        if args.site not in source:
-            raise InputError(f"--site {args.site}: {args.outcomes}: line 1: no such column")
-        sites = source.set_index("id")[args.site].reindex(rows["id"]).set_axis(rows.index)
-        joined["site"] = sites.replace("", None).fillna("unknown")
+        joined["site"] = sites_of(rows, outcomes, args.site, args.outcomes)
+    if target.horizon:
+        joined["ended"] = of_rows["ended"].fillna(value=False).astype(bool)
+        joined, shares = after_horizon(joined, target)
+        notes += shares
+    if args.site is not None:
         notes += formula_warning(joined["site"])
-    return joined, last, name, notes
+    return joined, last, files[0].name, notes
+
+
+class Scored(NamedTuple):
+    """A file of predictions, and what lies beside it."""
+
+    rows: pd.DataFrame  # its columns, and risk, prediction, date, unscored
+    inputs: pd.DataFrame | None  # last values
+    name: str  # of the model
+    note: str
+
+
+def read_scored(path: Path, checkpoint: Path, use: str | None, config: Config) -> Scored:
+    """Read a file of predictions of a checkpoint."""
+    table = read_table(path, ["id", "probability", PREDICTED_AT])
+    try:
+        table, model = named_model(table)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}: give the rows of one") from error
+    note = ""
+    if model is None:
+        note = f"{path.name} has no column {MODEL}, so nothing tells that one model made it"
+    elif model != read_model_sha256(checkpoint):
+        problem = f"is of another model than --checkpoint {checkpoint}"
+        raise InputError(f"{path}: {problem}: judge it by its own checkpoint")
+    column, name = risk_column(table, path, use, config)
+    risk = parse(table, path, column, "risk")
+    prediction: Any = np.nan
+    if column == "probability" and "prediction" in table:
+        prediction = parse(table, path, "prediction", "label")
+    date = parse(table, path, PREDICTED_AT, "date")
+    rows = table.assign(risk=risk, prediction=prediction, date=date, unscored=risk.isna())
+    beside = inputs_path(path)
+    inputs = read_inputs(beside, table) if beside.is_file() else None
+    return Scored(rows, inputs, name, note)
+
+
+def read_outcomes(
+    path: Path, date_column: str, newest: pd.Timestamp, target: Target
+) -> pd.DataFrame:
+    """Return label, ``ended`` and date beside the columns of a file of outcomes, by id."""
+    table = read_table(path, ["id", date_column])
+    is_again = table["id"].duplicated()
+    if is_again.any():
+        line = int(is_again.argmax()) + 2
+        raise InputError(f"{path}: line {line}: an id that stands twice: leave one")
+    dates = parse(table, path, date_column, "date")
+    check_dates(dates, newest, f"{path}: column {date_column}")
+    labels = known_labels(table, path, target)
+    return table.assign(**labels, date=dates).set_index("id")
+
+
+def after_horizon(rows: pd.DataFrame, target: Target) -> tuple[pd.DataFrame, list[str]]:
+    """Leave out the status of rows whose horizon has not passed, and rows that ended early."""
+    # An event is known earlier than its absence: before the horizon neither counts.
+    now = max(present(), rows["date"].max())
+    is_day = rows["date"] == rows["date"].dt.normalize()  # whose end counts
+    begin = rows["date"] + pd.to_timedelta(is_day.astype(int), unit="D")
+    waits = begin + pd.Timedelta(hours=target.horizon) > now
+    ended = rows["ended"] & ~waits
+    rows = rows.assign(label=rows["label"].mask(waits))
+    shares = {
+        "not known yet": rows["label"].isna() & ~ended,
+        "never known, left out": ended,
+    }
+    notes = [f"{target.title}: {100 * share.mean():.1f} % {text}" for text, share in shares.items()]
+    return rows[~ended], notes
+
+
+def sites_of(rows: pd.DataFrame, outcomes: pd.DataFrame, column: str, path: Path) -> pd.Series[Any]:
+    """Return the site of each row by a column of the outcomes, or of the predictions."""
+    source = outcomes if column in outcomes else rows.set_index("id")
+    if column not in source:
+        raise InputError(f"--site {column}: {path}: line 1: no such column")
+    sites = source[column].reindex(rows["id"]).set_axis(rows.index)
+    return sites.replace("", None).fillna("unknown")
 
 
 def known_labels(outcomes: pd.DataFrame, path: Path, target: Target) -> dict[str, pd.Series[Any]]:
@@ -219,15 +257,15 @@ def known_labels(outcomes: pd.DataFrame, path: Path, target: Target) -> dict[str
 
     ``ended``: whose follow-up ended too early to know it ever.
     """
-    kinds = {"event_hours": "hours", target.event: "event"}
-    if "label" in outcomes or not kinds.keys() & {*outcomes}:
+    columns = {"event_hours": "event_hours", target.event: "event"}
+    if "label" in outcomes or not columns.keys() & {*outcomes}:
         if "label" not in outcomes:
             raise InputError(f"{path}: line 1: no column label")
-        labels = parsed(outcomes, path, "label", "label")
+        labels = parse(outcomes, path, "label", "label")
         return {"label": labels, "ended": pd.Series(data=False, index=labels.index)}
-    if missing := [name for name in kinds if name not in outcomes]:
+    if missing := [name for name in columns if name not in outcomes]:
         raise InputError(f"{path}: line 1: no column {missing[0]}")
-    times = pd.DataFrame({k: parsed(outcomes, path, k, kind) for k, kind in kinds.items()})
+    times = pd.DataFrame({k: parse(outcomes, path, k, form) for k, form in columns.items()})
     rows, labels = times.dropna(), pd.Series(np.nan, times.index)
     labels[rows.index] = target.labels(rows)
     return {"label": labels, "ended": labels.isna() & times.notna().all(axis=1)}
@@ -251,49 +289,6 @@ def latest_now() -> pd.Timestamp:
 def present() -> pd.Timestamp:
     """Return the present time."""
     return pd.Timestamp.now("UTC")
-
-
-def read_table(path: Path, columns: list[str]) -> pd.DataFrame:
-    """Read a CSV file as text; refuse one without some columns."""
-    try:
-        with tables.open_text(path, "utf-8-sig") as text:
-            separator, _, _ = tables.read_header(text)
-            text.seek(0)
-            table = pd.read_csv(text, dtype=str, keep_default_na=False, sep=separator)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or 'damaged'}") from error
-    except (ValueError, EOFError, csv.Error) as error:  # pandas' and Unicode's, too
-        raise InputError(f"{path}: not a CSV file in UTF-8") from error
-    if missing := [name for name in columns if name not in table]:
-        raise InputError(f"{path}: line 1: no column {missing[0]}")
-    return table
-
-
-YEARS = 1900, 2200
-RULES = {"risk": "a number from 0 to 1", "label": "0, 1 or empty", "date": "an ISO date"}
-RULES |= {"hours": "a number from 0 on, or empty", "event": "0, 1, 2, ... or empty"}
-
-
-def parsed(table: pd.DataFrame, path: Path, column: str, kind: str) -> pd.Series[Any]:
-    """Parse a column of text by ``RULES``; refuse the first cell that is of another form."""
-    cells = table[column]
-    if kind == "date":
-        values: Any = pd.to_datetime(cells, format="ISO8601", utc=True, errors="coerce")
-        wrong = ~values.dt.year.between(*YEARS)
-    else:
-        values = pd.to_numeric(cells, errors="coerce")
-        is_right = {
-            "label": values.isin([0, 1]),
-            "risk": values.between(0, 1),
-            "hours": values.between(0, np.inf, inclusive="left"),
-            "event": values.ge(0) & (values % 1 == 0),
-        }[kind]
-        wrong = ~is_right & (cells != "")
-    if wrong.any():
-        k = int(wrong.argmax())
-        text = f"{path}: line {k + 2}: column {column}: give {RULES[kind]}"
-        raise InputError(text, value=cells.iloc[k])
-    return values
 
 
 def read_inputs(path: Path, predictions: pd.DataFrame) -> pd.DataFrame:

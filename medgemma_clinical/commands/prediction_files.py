@@ -1,15 +1,19 @@
-"""The tables of predictions of a run folder: how they are written, and the one way to read them."""
+"""Tables of predictions: how runs write them, and the one way to read them and their outcomes."""
 
 from __future__ import annotations
 
+import csv
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from medgemma_clinical.data.importers import tables
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, best_blend
-from medgemma_clinical.evaluation.metrics_table import Metrics, named_model
+from medgemma_clinical.evaluation.metrics_table import MODEL, Metrics, named_model
 from medgemma_clinical.evaluation.target import NO_RISKS, Target, is_risk, weight_columns
 from medgemma_clinical.evaluation.verdicts import value_text
 from medgemma_clinical.files import InputError, read_json
@@ -19,6 +23,19 @@ logger = logging.getLogger(__name__)
 
 VAL, TEST = "predictions_val.csv", "predictions_test.csv"
 FOLDS, REPEATS = "predictions_folds.csv", "predictions_repeats.csv"
+
+TEXTS = ("id", "patient", MODEL)
+FORMS = {
+    "label": "0, 1 or empty",
+    "risk": "a number from 0 to 1",
+    "event_hours": "a number from 0 on, or empty",
+    "event": "0, 1, 2, ... or empty",
+    "fold": "0, 1, 2, ...",
+    "date": "an ISO date",
+}
+"""What a column of this name holds, and of any other name a risk."""
+
+YEARS = 1900, 2200
 
 
 def predictions_csv(table: pd.DataFrame, model: str, targets: Sequence[Target]) -> str:
@@ -33,14 +50,55 @@ def predictions_csv(table: pd.DataFrame, model: str, targets: Sequence[Target]) 
     return named[columns].to_csv(index=False)
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """Read a file of predictions as it is."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file: name the folder of a finished stage")
+def read_table(path: Path, needed: Sequence[str] = ()) -> pd.DataFrame:
+    """Read a CSV file as text; refuse one without some columns."""
     try:
-        return pd.read_csv(path, dtype={"id": str, "patient": str}, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a table of predictions") from error
+        with tables.open_text(path, "utf-8-sig") as text:
+            separator, _, _ = tables.read_header(text)
+            text.seek(0)
+            table = pd.read_csv(text, dtype=str, keep_default_na=False, sep=separator)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or 'damaged'}") from error
+    except (ValueError, EOFError, csv.Error) as error:  # pandas' and Unicode's, too
+        raise InputError(f"{path}: not a CSV file in UTF-8") from error
+    for name in needed:
+        if name not in table:
+            raise InputError(f"{path}: line 1: no column {name}")
+    return table
+
+
+def parse(table: pd.DataFrame, path: Path, column: str, form: str = "risk") -> pd.Series[Any]:
+    """Parse a column of text by its form in ``FORMS``; refuse the first cell of another form."""
+    cells = table[column]
+    if form == "date":
+        values: Any = pd.to_datetime(cells, format="ISO8601", utc=True, errors="coerce")
+        is_wrong = ~values.dt.year.between(*YEARS)
+    else:
+        values = pd.to_numeric(cells, errors="coerce")
+        if form == "label":
+            is_right = values.isin([0, 1])
+        elif form == "risk":
+            is_right = values.between(0, 1)
+        elif form == "event_hours":
+            is_right = values.between(0, np.inf, inclusive="left")
+        else:
+            is_right = values.ge(0) & (values % 1 == 0)
+        is_wrong = ~is_right & (cells != "")
+    if is_wrong.any():
+        row = int(is_wrong.argmax())
+        text = f"{path}: line {row + 2}: column {column}: give {FORMS[form]}"
+        raise InputError(text, value=cells.iloc[row])
+    return values
+
+
+def read_rows(path: Path, needed: Sequence[str] = ()) -> pd.DataFrame:
+    """Read predictions that a run has written: texts, numbers and risks."""
+    rows = read_table(path, ["id", "patient", *needed])
+    for name in rows.columns.difference([*TEXTS]):
+        rows[name] = parse(rows, path, name, name if name in FORMS else "risk")
+        if rows[name].isna().any():
+            raise InputError(f"{path}: column {name}: an empty cell")
+    return rows
 
 
 def read_targets(folder: Path, name: str = METRICS) -> tuple[Target, ...]:
@@ -62,29 +120,21 @@ def read_predictions(
     None: the file has no own model.
     """
     path = folder / name
-    table = read_table(path).drop(columns="fold", errors="ignore")
+    needed = [target.event for target in targets]
+    if model is not None:
+        needed += [target.output for target in targets]
+    table = read_rows(path, needed).drop(columns="fold", errors="ignore")
     try:
         table, _ = named_model(table)
-        if model is not None:
-            own = {target.output: target.column(model) for target in targets}
-            table = table.rename(columns=own, errors="raise")
-            table = table.drop(columns="probability", errors="ignore")
-        needed = ["id", "patient", *(target.event for target in targets)]
-        if missing := [name for name in needed if name not in table]:
-            raise KeyError(missing[0])
-        risks = [name for name in map(str, table) if is_risk(name)]
-        table = table[[*table.columns.difference(risks, sort=False), *risks]]
-        numbers = table.drop(columns=["id", "patient"]).astype(float)
-        is_known = table["label"].isin([0, 1]).all() if "label" in table else True
-        sound = numbers[risks].ge(0) & numbers[risks].le(1)
-        if not (sound.all(axis=None) and is_known and risks):
-            raise ValueError
-    except KeyError as error:
-        raise InputError(f"{path}: lacks a column: {error.args[0]}") from error
     except ValueError as error:
-        rule = "labels are 0 or 1, risks are numbers from 0 to 1, of one model"
-        raise InputError(f"{path}: not a table of predictions: {rule}") from error
-    return table.astype(numbers.dtypes)
+        raise InputError(f"{path}: {error}: train again") from error
+    if model is not None:
+        own = {target.output: target.column(model) for target in targets}
+        table = table.rename(columns=own).drop(columns="probability", errors="ignore")
+    risks = [column for column in map(str, table) if is_risk(column)]
+    happened = table.columns.difference(risks, sort=False)
+    numbers = table.columns.difference([*TEXTS], sort=False)
+    return table[[*happened, *risks]].astype(dict.fromkeys(numbers, float))
 
 
 def shared_models(tables: list[pd.DataFrame], target: Target) -> list[pd.DataFrame]:

@@ -22,7 +22,7 @@ from medgemma_clinical.commands.flags import check_flags
 from medgemma_clinical.commands.folds import run_folds
 from medgemma_clinical.commands.logs import recorded
 from medgemma_clinical.commands.plan import active_cluster
-from medgemma_clinical.commands.prediction_files import FOLDS, read_table
+from medgemma_clinical.commands.prediction_files import FOLDS, read_rows
 from medgemma_clinical.commands.run_folder import METRICS, folds_folder, stage_folder
 from medgemma_clinical.commands.run_log import check_output
 from medgemma_clinical.data.dka import Meaning
@@ -240,7 +240,7 @@ class Training:
             read = partial(self._read_rows, rows, description, keywords)
             if run_folds(args, read, self.train) == EXIT_DONE:
                 folder = folds_folder(args)
-                return CrossValidation(read_table(folder / FOLDS), read_json(folder / METRICS))
+                return CrossValidation(read_rows(folder / FOLDS), read_json(folder / METRICS))
         raise KeyboardInterrupt
 
     def with_flags(self, function: Callable[..., Any], way: str) -> Callable[..., Any]:

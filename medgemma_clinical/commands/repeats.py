@@ -12,7 +12,7 @@ import pandas as pd
 from medgemma_clinical.commands import folds, run_folder
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.plan import Train, carry_out, check_stage1, filled
-from medgemma_clinical.commands.prediction_files import FOLDS, REPEATS, predictions_csv, read_table
+from medgemma_clinical.commands.prediction_files import FOLDS, REPEATS, predictions_csv, read_rows
 from medgemma_clinical.commands.results import log_findings
 from medgemma_clinical.data.fold_split import draw_folds, foldable
 from medgemma_clinical.data.trajectories import TrajectoryDataset
@@ -150,7 +150,7 @@ def join_repeats(runs: Sequence[Namespace]) -> pd.DataFrame:
     """Return what happened and a column of risks a repeat, of the rows that all predicted."""
     risks = {}
     for k, run in enumerate(runs):
-        table = read_table(run_folder.folds_folder(run) / FOLDS)
+        table = read_rows(run_folder.folds_folder(run) / FOLDS)
         tested = [x for x in table if x in NO_RISKS and x not in ("fold", MODEL)]
         risks[f"repeat_{k}"] = table.set_index(tested)["probability"]
     return pd.concat(risks, axis=1, join="inner").reset_index()

@@ -12,7 +12,7 @@ import torch
 import medgemma_trainer as trainer
 from conftest import SAMPLE
 from medgemma_clinical.commands import monitoring as reading
-from medgemma_clinical.commands.monitoring import read_table
+from medgemma_clinical.commands.prediction_files import read_table
 from medgemma_clinical.commands.predictions import inputs_path
 from medgemma_clinical.evaluation import monitoring
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
