@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import pandas as pd
@@ -130,126 +130,195 @@ def write(
 
     The first process also gets the metrics, within the configuration, and the baselines.
     """
-    outcome, name, dataset = outcome_of(stage.config), STAGE_NAMES[stage.name], data.dataset
     config: Config = {**stage.config, **decided.config, "threshold_choice": args.threshold}
     if decided.weight is not None:
         cast(Any, stage.model).residual_weight = decided.weight
-    test = None if test is None else weighted(test, decided.weight)
-    writes = isinstance(stage.model, LLMWriter) and test is not None
-    risk = np.empty(0)
-    texts: dict[int, str] = {}
-    if writes and test is not None:  # all processes write
-        observed = dataset.observed(test.rows)
-        alone = apply_rules(
-            risk_table(stage, test, observed, {}), {name: decided.rules[name]}, decided.targets
-        )
-        risk = alone[name].to_numpy(float)
-        texts = generate_reports(stage, test.rows, risk >= decided.rule.threshold)
+    if test is not None:
+        test = weighted(test, decided.weight)
+    writing = None
+    if test is not None and isinstance(stage.model, LLMWriter):
+        writing = write_reports(stage, data, decided, test)  # all processes write
     if decided.table is None or decided.metrics is None:
         return config, None
-    tables, metrics, targets = {"val": decided.table}, {"val": decided.metrics}, decided.targets
-    lines: list[dict[str, Any]] = []
-    reports: dict[str, Any] | None = None
-    baselines = None
-    references: dict[str, Any] = {}
+    metrics = {"val": decided.metrics}
+    tested = None
     if test is not None:
-        observed, targets = observed_rows(
-            outcome.targets, dataset, test.rows, args.censoring, args.seed
-        )
-        beside = {}
-        if decided.settings is not None:
-            with few_threads():  # the validation part has chosen and now teaches, too
-                both = np.sort(np.concatenate([data.split["train"], data.split["val"]]))
-                fits = outcome.fits(dataset, both)
-                baselines = fit_baselines(dataset, both, decided.settings, fits)
-                beside = baselines.forecasts(dataset, test.rows)
-        table = apply_rules(risk_table(stage, test, observed, beside), decided.rules, targets)
-        metrics["test"] = evaluate(
-            table, args.seed, decided.thresholds, primary=args.primary, targets=targets
-        )
-        tables["test"] = table
-        if writes:
-            lines, reports = score_reports(
-                dataset, texts, test.rows, risk, decided.rule.threshold, args.seed
-            )
-        first = replace(targets[0], watched=None)
-        held_out = pd.concat(tables.values(), ignore_index=True)
-        references = rules_of_models.references(held_out, [*decided.rules], first)
+        tested = evaluate_test(stage, data, decided, test, writing, args)
+        metrics["test"] = tested.metrics
+    targets = decided.targets if tested is None else tested.targets
+    baselines = None if tested is None else tested.baselines
+    reports = None if tested is None else tested.reports
     rules = rules_of_models.stored(decided.rules)
-    del rules[name]
-    config |= {
-        "metrics": metrics_content(stage, progress, decided, metrics, reports, args.calibrate),
-        "models": rules,
-        "best_model": decided.best_model,
-        "reference": references,
-        **({"baseline_inputs": baselines.inputs} if baselines else {}),
-    }
+    del rules[STAGE_NAMES[stage.name]]
+    config["metrics"] = metrics_content(stage, progress, decided, metrics, reports, args.calibrate)
+    config["models"] = rules
+    config["best_model"] = decided.best_model
+    config["reference"] = {} if tested is None else references(decided, tested)
+    if baselines is not None:
+        config["baseline_inputs"] = baselines.inputs
     choice = decision.describe_threshold(args.threshold, "the validation part")
     beginning = at_threshold(decided.rule.threshold, choice)
-    log_results(metrics, targets, beginning, reports, dataset.noun)
+    log_results(metrics, targets, beginning, reports, data.dataset.noun)
     logger.info("recommended (--use best): %s", describe_recommended(config))
-    if folder and test is not None:
-        if baselines:
+    if folder is not None and tested is not None:
+        if baselines is not None:
             config["baselines_sha256"] = baselines.sha256
         save_model(folder, stage, config, baselines)
-        digest = model_sha256(config, weights_sha256(cast(Any, stage.model)))
-        for part, table in tables.items():
-            named = table.assign(**{MODEL: digest})
-            text = predictions_csv(named, name, {"val": decided.targets, "test": targets}[part])
-            write_text(folder / f"predictions_{part}.csv", text)
-        if writes:
-            text = "".join(json.dumps(line) + "\n" for line in lines)
-            write_text(folder / "generations_test.jsonl", text)
-        patients, threshold = demographics(dataset).iloc[test.rows], decided.rule.threshold
-        evaluated = Evaluated(
-            tables["test"],
-            metrics["test"],
-            patients,
-            args.seed,
-            threshold,
-            choice,
-            dataset.noun,
-            args.min_cell,
-            targets=targets,
-            thresholds=decided.thresholds,
-        )
-        methods, val = pages.training_methods(stage, data, run), metrics["val"]
-        is_shown = val.counts["minority_patients"] >= args.min_cell
-        example = None
-        if writes and args.show_values:
-            example = example_report(stage, data, test.rows, lines, args.seed)
-        stage1_page = None
-        if args.ode_checkpoint and config.get("residual_weight") == 0:
-            beside = Path(args.ode_checkpoint).absolute().parent == args.output_dir.absolute()
-            stage1_page = "../trajectory/report.html" if beside else ""
-        pages.write_training_page(
-            folder,
-            STAGE_NAMES[stage.name].capitalize(),
-            evaluated,
-            dataset,
-            config,
-            prediction_topics(
-                targets,
-                recalibration=methods["recalibration"] if args.calibrate == "platt" else "",
-            ),
-            split=data.split,
-            card=run_card(
-                stage,
-                progress,
-                config,
-                seed=args.seed,
-                tuned=baselines.tuned if baselines else None,
-                validation=val if is_shown else None,
-            ),
-            methods=methods,
-            history=progress.history if is_shown else [],
-            example=example,
-            stage1_page=stage1_page,
-            advice=few_events_advice(metrics["test"]),
-            list_patients=args.report_patients,
-        )
+        save_predictions(folder, stage, config, decided, tested)
+        write_page(folder, stage, data, decided, tested, config, progress, run, args)
         logger.info("report: %s; %s", folder / "report.html", peak_memory())
     return config, baselines
+
+
+class Writing(NamedTuple):
+    """The reports that stage 3 wrote of the test part, and the risks of their verdicts."""
+
+    texts: dict[int, str]  # by position in the data set
+    risk: NDArray[np.float64]  # (n,)
+
+
+def write_reports(
+    stage: Stage, data: Data, decided: Decided, test: decision.Predictions
+) -> Writing:
+    """Write the reports of the test part; each process must call."""
+    name = STAGE_NAMES[stage.name]
+    table = risk_table(stage, test, data.dataset.observed(test.rows), {})
+    alone = apply_rules(table, {name: decided.rules[name]}, decided.targets)
+    risk = alone[name].to_numpy(float)
+    texts = generate_reports(stage, test.rows, risk >= decided.rule.threshold)
+    return Writing(texts, risk)
+
+
+class Tested(NamedTuple):
+    """What the test part shows of a stage."""
+
+    rows: NDArray[np.int64]  # positions in the data set
+    table: pd.DataFrame  # of predictions
+    metrics: Metrics
+    targets: Sequence[Target]  # with the weights of these rows
+    baselines: Baselines | None
+    lines: list[dict[str, Any]]  # of ``generations_test.jsonl``
+    reports: dict[str, Any] | None  # metrics of written reports
+
+
+def evaluate_test(
+    stage: Stage,
+    data: Data,
+    decided: Decided,
+    test: decision.Predictions,
+    writing: Writing | None,
+    args: Namespace,
+) -> Tested:
+    """Evaluate a stage and its baselines on the test part."""
+    outcome, dataset = outcome_of(stage.config), data.dataset
+    observed, targets = observed_rows(
+        outcome.targets, dataset, test.rows, args.censoring, args.seed
+    )
+    baselines = None
+    forecasts: Mapping[str, Any] = {}
+    if decided.settings is not None:
+        # The validation part has chosen and now teaches, too.
+        rows = np.sort(np.concatenate([data.split["train"], data.split["val"]]))
+        with few_threads():
+            fits = outcome.fits(dataset, rows)
+            baselines = fit_baselines(dataset, rows, decided.settings, fits)
+            forecasts = baselines.forecasts(dataset, test.rows)
+    table = apply_rules(risk_table(stage, test, observed, forecasts), decided.rules, targets)
+    metrics = evaluate(table, args.seed, decided.thresholds, primary=args.primary, targets=targets)
+    lines: list[dict[str, Any]] = []
+    reports = None
+    if writing is not None:
+        threshold = decided.rule.threshold
+        lines, reports = score_reports(
+            dataset, writing.texts, test.rows, writing.risk, threshold, args.seed
+        )
+    return Tested(test.rows, table, metrics, targets, baselines, lines, reports)
+
+
+def references(decided: Decided, tested: Tested) -> dict[str, Any]:
+    """Return the calibration of each model on both held-out parts, which ``monitor`` reads."""
+    held_out = pd.concat([decided.table, tested.table], ignore_index=True)
+    first = replace(tested.targets[0], watched=None)
+    return rules_of_models.references(held_out, [*decided.rules], first)
+
+
+def save_predictions(
+    folder: Path, stage: Stage, config: Config, decided: Decided, tested: Tested
+) -> None:
+    """Write the predictions of both parts, and the reports of stage 3."""
+    name = STAGE_NAMES[stage.name]
+    digest = model_sha256(config, weights_sha256(cast(Any, stage.model)))
+    parts = {
+        "val": (cast(pd.DataFrame, decided.table), decided.targets),
+        "test": (tested.table, tested.targets),
+    }
+    for part, (table, targets) in parts.items():
+        text = predictions_csv(table.assign(**{MODEL: digest}), name, targets)
+        write_text(folder / f"predictions_{part}.csv", text)
+    if tested.reports is not None:
+        text = "".join(json.dumps(line) + "\n" for line in tested.lines)
+        write_text(folder / "generations_test.jsonl", text)
+
+
+def write_page(
+    folder: Path,
+    stage: Stage,
+    data: Data,
+    decided: Decided,
+    tested: Tested,
+    config: Config,
+    progress: Progress,
+    run: dict[str, Any],
+    args: Namespace,
+) -> None:
+    """Write ``report.html`` of a run, with its figures and ``tripod.md``."""
+    dataset, validation = data.dataset, cast(Metrics, decided.metrics)
+    evaluated = Evaluated(
+        tested.table,
+        tested.metrics,
+        demographics(dataset).iloc[tested.rows],
+        args.seed,
+        decided.rule.threshold,
+        decision.describe_threshold(args.threshold, "the validation part"),
+        dataset.noun,
+        args.min_cell,
+        targets=tested.targets,
+        thresholds=decided.thresholds,
+    )
+    methods = pages.training_methods(stage, data, run)
+    recalibration = methods["recalibration"] if args.calibrate == "platt" else ""
+    is_shown = validation.counts["minority_patients"] >= args.min_cell
+    example = None
+    if tested.reports is not None and args.show_values:
+        example = example_report(stage, data, tested.rows, tested.lines, args.seed)
+    stage1_page = None
+    if args.ode_checkpoint and config.get("residual_weight") == 0:
+        is_beside = Path(args.ode_checkpoint).absolute().parent == args.output_dir.absolute()
+        stage1_page = "../trajectory/report.html" if is_beside else ""
+    card = run_card(
+        stage,
+        progress,
+        config,
+        seed=args.seed,
+        tuned=tested.baselines.tuned if tested.baselines else None,
+        validation=validation if is_shown else None,
+    )
+    pages.write_training_page(
+        folder,
+        STAGE_NAMES[stage.name].capitalize(),
+        evaluated,
+        dataset,
+        config,
+        prediction_topics(tested.targets, recalibration=recalibration),
+        split=data.split,
+        card=card,
+        methods=methods,
+        history=progress.history if is_shown else [],
+        example=example,
+        stage1_page=stage1_page,
+        advice=few_events_advice(tested.metrics),
+        list_patients=args.report_patients,
+    )
 
 
 def save_model(folder: Path, stage: Stage, config: Config, baselines: Baselines | None) -> None:
