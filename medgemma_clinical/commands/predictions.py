@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from medgemma_clinical.commands.aggregate import write_aggregate
 from medgemma_clinical.commands.command_line import EXIT_DONE
@@ -73,14 +74,13 @@ def predict(request: Namespace, kind: type[TrajectoryModel]) -> int:
     if processes().num_processes > 1:
         raise InputError("predict runs in one process: start it by python, not accelerate")
     config = trained_model.read_trained_config(request.checkpoint)
-    datasets = kind.datasets
-    if config["dataset"] not in datasets:
+    if config["dataset"] not in kind.datasets:
         raise InputError(
             f"--checkpoint {request.checkpoint}: trained on --dataset {config['dataset']}, which "
             "this program does not have"
         )
     trained_model.check_no_control(request.checkpoint, config)
-    source = find_source(request, config, datasets)
+    source = find_source(request, config, kind.datasets)
     check_output(request, source)
     if request.update:
         check_folder(request.update, config)
@@ -88,11 +88,42 @@ def predict(request: Namespace, kind: type[TrajectoryModel]) -> int:
     reading: Config = {**config, "read_options": {**config["read_options"]}}
     if request.site is not None:
         reading["read_options"]["site"] = request.site
-    chunks = scoring_rows(source, reading, datasets, findings, MEMORY_ROWS[config["stage"]])
+    max_rows = MEMORY_ROWS[config["stage"]]
+    chunks = scoring_rows(source, reading, kind.datasets, findings, max_rows)
     first = next(chunks)  # faults of the input show before a language model is loaded
-    names = ("batch_size", "model_name", "quantization", "precision", "attention")
-    options = {name: getattr(request, name) for name in names}
-    model = kind.from_pretrained(request.checkpoint, **options)
+    model = load_model(request, kind)
+    chunks = log_progress(itertools.chain([first], chunks), source)
+    tally = write_predictions(request, chunks, model, findings)
+    findings.log()
+    if first.dataset.flow is not None:
+        for line in flow_lines(first.dataset.flow):
+            logger.info(line)
+    tally.log(model)
+    logger.info("predictions: %s; %s", request.predictions, peak_memory())
+    training = training_patients(model.trained, request.checkpoint)
+    rows = first.dataset.with_inputs(**config["inputs"])
+    labelled = report_labelled(tally, model, rows, request, training)
+    if request.explain:
+        explain_rows(tally.chosen, model, request, training)
+    trained, used = model.trained, tally.used
+    if request.update:
+        data_hash = file_hash(source)
+        write_update(request.update, trained, used, labelled.rows, labelled.updates, data_hash)
+    if request.aggregate:
+        write_aggregate(request.aggregate, trained, labelled.rows, used, labelled.primary)
+    return EXIT_DONE
+
+
+def load_model(request: Namespace, kind: type[TrajectoryModel]) -> TrajectoryModel:
+    """Load the model with the request's threshold; refuse what it cannot do."""
+    model = kind.from_pretrained(
+        request.checkpoint,
+        batch_size=request.batch_size,
+        model_name=request.model_name,
+        quantization=request.quantization,
+        precision=request.precision,
+        attention=request.attention,
+    )
     if request.threshold is not None:
         model.trained = with_threshold(model.trained, request.threshold, request.checkpoint)
     used = model.trained.model_named(request.use)
@@ -102,24 +133,7 @@ def predict(request: Namespace, kind: type[TrajectoryModel]) -> int:
         raise InputError(f"--primary {request.primary}: choose from {choices}")
     if request.explain and used != model.trained.name:
         raise InputError(f"--explain shows the risk of the stage itself: leave --use {used} out")
-    chunks = log_progress(itertools.chain([first], chunks), source)
-    tally = write_predictions(request, chunks, model, findings)
-    findings.log()
-    for line in [] if first.dataset.flow is None else flow_lines(first.dataset.flow):
-        logger.info(line)
-    tally.log(model)
-    logger.info("predictions: %s; %s", request.predictions, peak_memory())
-    training = training_patients(model.trained, request.checkpoint)
-    rows = first.dataset.with_inputs(**config["inputs"])
-    labelled = report_labelled(tally, model, rows, request, training)
-    if request.explain:
-        explain_rows(tally.chosen, model, request, training)
-    if request.update:
-        labels, hashed = (labelled.rows, labelled.updates), file_hash(source)
-        write_update(request.update, model.trained, used, *labels, hashed)
-    if request.aggregate:
-        write_aggregate(request.aggregate, model.trained, labelled.rows, used, labelled.primary)
-    return EXIT_DONE
+    return model
 
 
 def find_source(
@@ -261,30 +275,25 @@ class PredictionTally:
 
     def add(self, lines: pd.DataFrame, rows: ScoringRows) -> None:
         """Count the output lines; keep risks by model and hashes of the labelled rows."""
-        dataset = rows.dataset
         self.rows += len(lines)
         self.scored += len(rows.positions)
         if "prediction" in lines:
             self.positive = (self.positive or 0) + int(lines["prediction"].sum())
+        dataset = rows.dataset
         labelled = np.flatnonzero(~np.isnan(dataset.labels))
         if not len(labelled):
             return
-        about = demographics(dataset).iloc[labelled].reset_index(drop=True)
-        of_models = lines[[*self.columns.values()]].set_axis([*self.columns], axis=1)
-        risks = of_models.iloc[rows.positions[labelled]].reset_index(drop=True).astype(float)
         self.medians.append(row_medians(dataset).iloc[labelled])
         if any(target.horizon for target in self.targets):
             self.inputs.append(weighing_inputs(dataset, labelled))
-        observed = dataset.observed(labelled)
-        observed = observed.drop(columns=[*about.columns.intersection(observed.columns)])
-        self.labelled.append(
-            about.join(observed)
-            .join(risks)
-            .assign(
-                patient=patient_hashes(dataset, labelled),
-                rows=list(both_hashes(dataset, labelled)),
-            )
-        )
+        about = demographics(dataset).iloc[labelled].reset_index(drop=True)
+        happened = dataset.observed(labelled).drop(columns=[*about], errors="ignore")
+        risks = lines.iloc[rows.positions[labelled]][[*self.columns.values()]]
+        risks = risks.set_axis([*self.columns], axis=1).reset_index(drop=True).astype(float)
+        patients = patient_hashes(dataset, labelled)
+        hashes = list(both_hashes(dataset, labelled))
+        kept = about.join(happened).join(risks).assign(patient=patients, rows=hashes)
+        self.labelled.append(kept)
 
     def log(self, model: TrajectoryModel) -> None:
         """Log the counts, and what a user should know of the output."""
@@ -359,73 +368,89 @@ def report_labelled(
     if not tally.labelled:
         return Labelled(pd.DataFrame())
     labelled = pd.concat(tally.labelled, ignore_index=True)
-    hashes = labelled["patient"].to_numpy(), np.stack(labelled["rows"].tolist())
-    in_training = training.include(*hashes, has_ids=dataset.has_patient_ids)
-    new, medians = labelled[~in_training].reset_index(drop=True), pd.concat(tally.medians)
-    medians = medians[~in_training]
+    rows_hashes = np.stack(labelled["rows"].tolist())
+    in_training = training.include(
+        labelled["patient"].to_numpy(), rows_hashes, has_ids=dataset.has_patient_ids
+    )
+    new = labelled[~in_training].reset_index(drop=True)
     noun = "patients" if labelled["patient"].is_unique else dataset.row_noun
     overlap = Overlap(noun, int(in_training.sum()), len(new))
     note = overlap.sentence(model.config, training, 0)
-    targets = tally.targets
-    if problem := targets[0].problem(new):
+    if problem := tally.targets[0].problem(new):
         logger.info("%s No metrics: %s.", note, problem)
         return Labelled(new)
-    name, patients = tally.used, new["patient"].astype(str)
-    risks = new[[*tally.columns]].dropna(axis=1)  # NaN of a baseline that lacks a column
-    happened = new[[name for name in NO_RISKS if name in new]]
-    rows = happened.assign(id=patients, patient=patients).join(risks)
-    targets = weighed(
-        targets,
-        rows,
-        lambda: np.concatenate(tally.inputs)[~in_training],
-        request.censoring,
-        request.seed,
-    )
-    trained = model.config.get("metrics", {})
-    planned = (trained.get("test") or trained.get("folds") or {}).get("primary")
-    primary = request.primary or planned
-    thresholds = [rule.threshold for rule in tally.rules.values()]
-    metrics = evaluate(
-        rows, request.seed, thresholds, reference=name, primary=primary, targets=targets
-    )
-    updates = evaluate_updates(rows, name, targets, request.seed)
-    min_cell, threshold = request.min_cell, thresholds[0]
-    choice = decision.describe_threshold(
-        model.config.get("threshold_choice"), choosing_rows(model.config)
-    )
-    evaluated = Evaluated(
-        rows,
-        metrics,
-        new,
-        request.seed,
-        threshold,
-        choice,
-        noun,
-        min_cell,
-        targets=targets,
-        thresholds=thresholds,
-    )
+    evaluated = evaluate_labelled(tally, model.config, new, ~in_training, noun, request)
+    updates = evaluate_updates(evaluated.rows, tally.used, evaluated.targets, request.seed)
     first = ""
-    if model.stage == "generative" and name == model.trained.name:
-        first = right_answers(rows, name, threshold, request.seed, min_cell)
+    if model.stage == "generative" and tally.used == model.trained.name:
+        first = right_answers(
+            evaluated.rows, tally.used, evaluated.threshold, request.seed, request.min_cell
+        )
+    medians = pd.concat(tally.medians)[~in_training]
     page = cohort_page(
         evaluated,
         tally,
         model.config,
         dataset,
-        case_mix(new, medians, min_cell),
+        case_mix(new, medians, request.min_cell),
         overlap,
         updates,
         first=first,
-        last=overlap.sentence(model.config, training, min_cell),
+        last=overlap.sentence(model.config, training, request.min_cell),
         checkpoint=request.checkpoint.absolute().name,  # a page is shared: no path
     )
     path = report_path(request.predictions)
     write_report(path, page)
-    found = verdicts.sentences(metrics, evaluated.at_threshold, noun, targets=targets)
-    lines = "\n".join([*filter(None, [first, weight_0_sentence(model.config)]), *map(str, found)])
-    logger.info("\n%s\n%s\nreport: %s", lines, note, path)
+    metrics = evaluated.metrics
+    findings = verdicts.sentences(metrics, evaluated.at_threshold, noun, targets=evaluated.targets)
+    lines = [first, weight_0_sentence(model.config), *map(str, findings)]
+    text = "\n".join(filter(None, lines))
+    logger.info("\n%s\n%s\nreport: %s", text, note, path)
     return Labelled(new, metrics.primary, updates)
+
+
+def evaluate_labelled(
+    tally: PredictionTally,
+    config: Config,
+    new: pd.DataFrame,  # labelled rows that are not in the training data
+    is_new: NDArray[np.bool_],  # which of all labelled rows these are
+    noun: str,
+    request: Namespace,
+) -> Evaluated:
+    """Evaluate the models on new labelled rows."""
+    patients = new["patient"].astype(str)
+    happened = new[[name for name in NO_RISKS if name in new]]
+    risks = new[[*tally.columns]].dropna(axis=1)  # NaN of a baseline that lacks a column
+    rows = happened.assign(id=patients, patient=patients).join(risks)
+
+    def inputs() -> Array:
+        return np.concatenate(tally.inputs)[is_new]
+
+    targets = weighed(tally.targets, rows, inputs, request.censoring, request.seed)
+    trained = config.get("metrics", {})
+    planned = (trained.get("test") or trained.get("folds") or {}).get("primary")
+    thresholds = [rule.threshold for rule in tally.rules.values()]
+    metrics = evaluate(
+        rows,
+        request.seed,
+        thresholds,
+        reference=tally.used,
+        primary=request.primary or planned,
+        targets=targets,
+    )
+    choice = decision.describe_threshold(config.get("threshold_choice"), choosing_rows(config))
+    return Evaluated(
+        rows,
+        metrics,
+        new,
+        request.seed,
+        thresholds[0],
+        choice,
+        noun,
+        request.min_cell,
+        targets=targets,
+        thresholds=thresholds,
+    )
 
 
 def cohort_page(
