@@ -11,7 +11,6 @@ import tempfile
 import time
 from argparse import Namespace
 
-import joblib
 import numpy as np
 import pandas as pd
 import pytest
@@ -205,10 +204,9 @@ def test_a_fold_that_is_held_out_changes_nothing_that_the_others_teach(run, data
 # --------------------------------------------------------------------------- processes, stops
 
 
+@pytest.mark.slow
 def test_two_processes_find_to_the_bit_what_one_does(run, data, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(plan.joblib, "cpu_count", lambda: 2)
-    forked = joblib.parallel_config("multiprocessing")  # a new interpreter imports for 6 s
-    monkeypatch.setattr(plan.joblib, "parallel_config", lambda *_, **__: forked)
     assert trainer.main(command(data, tmp_path)) == 0
     shown = [line for line in capfd.readouterr().out.splitlines() if line.startswith("fold ")]
     assert sorted(line.split(":")[0] for line in shown) == [f"fold {k}" for k in range(K)]

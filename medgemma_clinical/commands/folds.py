@@ -260,14 +260,19 @@ def write_fold_results(args: Namespace, rows: TrajectoryDataset, fold: NDArray[n
     )
     before = {target: risks.before for target, risks in results.recalibrated.items()}
     topics = prediction_topics(targets, before, recalibration_words(config, args.calibrate))
-    shown = folds_sentence(evaluated.metrics, folds)
-    write_folds_page(folder, args, rows, results, evaluated, topics, last=[shown])
-    logger.info("")
-    words = evaluated.at_threshold, rows.noun
-    log_findings(metrics, verdicts.sentences(metrics, *words, targets=targets), targets)
+    summary = folds_sentence(metrics, folds)
+    write_folds_page(folder, args, rows, results, evaluated, topics, last=[summary])
+    log_evaluated(evaluated)
     logger.info("recommended (--use best): %s", describe_recommended(config))
-    first = folds_sentence(metrics, folds)
-    logger.info("%s\nreport: %s", first, folder / "report.html")
+    logger.info("%s\nreport: %s", summary, folder / "report.html")
+
+
+def log_evaluated(evaluated: Evaluated) -> None:
+    """Log the metrics of folds or repeats in sentences and a table."""
+    logger.info("")
+    metrics, targets = evaluated.metrics, evaluated.targets
+    words = evaluated.at_threshold, evaluated.noun
+    log_findings(metrics, verdicts.sentences(metrics, *words, targets=targets), targets)
 
 
 def join_folds(

@@ -6,20 +6,26 @@ import logging
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from medgemma_clinical.commands import folds, run_folder
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.plan import Train, carry_out, check_stage1, filled
 from medgemma_clinical.commands.prediction_files import FOLDS, REPEATS, predictions_csv, read_rows
-from medgemma_clinical.commands.results import log_findings
-from medgemma_clinical.data.fold_split import draw_folds, foldable
+from medgemma_clinical.data.fold_split import foldable
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes
-from medgemma_clinical.evaluation import verdicts
 from medgemma_clinical.evaluation.demographics import demographics
-from medgemma_clinical.evaluation.metrics_table import MODEL, compared_models, mean_of_repeats
+from medgemma_clinical.evaluation.metrics_table import (
+    MODEL,
+    Metrics,
+    compared_models,
+    mean_of_repeats,
+)
 from medgemma_clinical.evaluation.target import LABEL, NO_RISKS
 from medgemma_clinical.evaluation.topics.instability import (
     instability,
@@ -31,8 +37,6 @@ from medgemma_clinical.evaluation.topics.topic import Evaluated, TopicBuilder
 from medgemma_clinical.evaluation.verdicts import percent
 from medgemma_clinical.files import InputError, read_json, write_json, write_text
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
-from medgemma_clinical.models.outcome import outcome_of
-from medgemma_clinical.models.trained_model import read_trained_config
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +62,12 @@ def run_repeats(
     ]
     if code := carry_out([run for runs, _ in planned for run in runs], train):
         return code
-    for repeat, stage1, (_, fold) in zip(repeats, stages1, planned, strict=True):
+    fold_of_rows = [fold for _, fold in planned]
+    for repeat, stage1, fold in zip(repeats, stages1, fold_of_rows, strict=True):
         if code := folds.join_and_finish(repeat, rows, fold, stage1, train):
             return code
     if processes().is_main_process:
-        write_repeat_results(args, rows, repeats)
+        write_repeat_results(args, rows, repeats, fold_of_rows)
     processes().wait_for_everyone()
     return EXIT_DONE
 
@@ -78,72 +83,87 @@ def repeat_arguments(repeat: int, args: Namespace) -> Namespace:
 
 
 def write_repeat_results(
-    args: Namespace, rows: TrajectoryDataset, runs: Sequence[Namespace]
+    args: Namespace,
+    rows: TrajectoryDataset,
+    runs: Sequence[Namespace],
+    fold_of_rows: Sequence[NDArray[np.int64]],  # of each repeat (N,)
 ) -> None:
     """Write the risks of all repeats, how much they differ, and a page of their mean metrics."""
     contents = [read_json(run_folder.folds_folder(run) / run_folder.METRICS) for run in runs]
     folder = args.output_dir / f"repeats_{contents[0]['stage']}"
     folder.mkdir(exist_ok=True)
-    first_fold = run_folder.stage_folder(folds.fold_arguments(0, runs[0]))
-    targets = outcome_of(read_trained_config(first_fold)).targets
     joined = join_repeats(runs)
     risks = joined.filter(regex="^repeat_")
-    described = joined.assign(mean=risks.mean(axis=1), sd=risks.std(axis=1))
-    table = described[[*joined.columns.drop([*risks]), "mean", "sd", *risks]]
-    write_text(folder / REPEATS, predictions_csv(table, "mean", [LABEL]))
-    results = []
-    for run in runs:
-        fold = draw_folds(rows.groups, rows.labels, run.folds, run.seed)
-        results.append(folds.evaluate_folds(run, rows, fold, {*joined["id"]}, args.seed))
+    happened = joined.drop(columns=[*risks])
+    described = happened.assign(mean=risks.mean(axis=1), sd=risks.std(axis=1))
+    write_text(folder / REPEATS, predictions_csv(described.join(risks), "mean", [LABEL]))
+    ids = {*joined["id"]}
+    results = [
+        folds.evaluate_folds(run, rows, fold, ids, args.seed)
+        for run, fold in zip(runs, fold_of_rows, strict=True)
+    ]
     metrics = compared_models(mean_of_repeats([result.drawn for result in results]), args.primary)
-    seeds = [run.seed for run in runs]
-    thresholds = pd.Series([content["threshold"] for content in contents])
-    aurocs = [content["folds"]["auroc"]["value"] for content in contents]
-    by_repeat = pd.DataFrame({"seed": seeds, "threshold": thresholds, "auroc": aurocs})
+    by_repeat = pd.DataFrame(
+        {
+            "seed": [run.seed for run in runs],
+            "threshold": [content["threshold"] for content in contents],
+            "auroc": [content["folds"]["auroc"]["value"] for content in contents],
+        }
+    )
     measures = measure_instability(risks.to_numpy(float), by_repeat)
     content = {
         "stage": contents[0]["stage"],
         "n": len(joined),
-        "targets": [target.to_json() for target in targets],
+        "targets": [target.to_json() for target in results[0].targets],
         "folds": metrics.to_json(),
         "instability": measures,
         "repeats": by_repeat.to_dict("records"),
     }
     write_json(folder / run_folder.METRICS, content)
-    first = (
-        f"Folds and initial weights were drawn {len(seeds)} times, by seeds {seeds[0]} to "
-        f"{seeds[-1]}: each metric is the mean over the repeats, whose own pages "
-        "(repeat_0/, ...) have figures and subgroups. --final takes the folds of repeat 0."
-    )
-    ends = percent(thresholds.min()), percent(thresholds.max())
-    tested = results[0].table.drop(columns="fold")
-    mean = described.set_index("id")["mean"][tested["id"]]
-    evaluated = Evaluated(
-        tested.assign(**{targets[0].column(metrics.models[0]): mean.to_numpy()}),
-        metrics,
-        demographics(rows).iloc[results[0].positions],
-        args.seed,
-        float(thresholds.mean()),
-        f"the mean of those of the repeats ({ends[0]} to {ends[1]})",
-        rows.noun,
-        args.min_cell,
-        args.folds,
-        targets=results[0].targets,
-    )
+    mean_risk = described.set_index("id")["mean"]
+    evaluated = mean_evaluated(args, rows, results[0], metrics, mean_risk, by_repeat["threshold"])
     topics: list[TopicBuilder] = [
         repeat_metrics,
         partial(instability, table=joined, by_repeat=by_repeat),
     ]
+    summary = (
+        f"Folds and initial weights were drawn {len(runs)} times, by seeds {runs[0].seed} to "
+        f"{runs[-1].seed}: each metric is the mean over the repeats, whose own pages "
+        "(repeat_0/, ...) have figures and subgroups. --final takes the folds of repeat 0."
+    )
     title = f", {len(runs)} repeats"
     folds.write_folds_page(
-        folder, runs[0], rows, results[0], evaluated, topics, title=title, last=[first]
+        folder, runs[0], rows, results[0], evaluated, topics, title=title, last=[summary]
     )
-    logger.info("")
-    words = evaluated.at_threshold, rows.noun
-    findings = verdicts.sentences(metrics, *words, targets=evaluated.targets)
-    log_findings(metrics, findings, evaluated.targets)
+    folds.log_evaluated(evaluated)
     logger.info("\n%s", instability_cells(measures, rows.noun).to_string(index=False))
-    logger.info("%s\nreport: %s", first, folder / "report.html")
+    logger.info("%s\nreport: %s", summary, folder / "report.html")
+
+
+def mean_evaluated(
+    args: Namespace,
+    rows: TrajectoryDataset,
+    first: folds.FoldResults,  # of the first repeat
+    metrics: Metrics,
+    mean_risk: pd.Series[Any],  # by id
+    thresholds: pd.Series[Any],  # by repeat
+) -> Evaluated:
+    """Return the mean risks of the repeats as they are evaluated on a page."""
+    table = first.table.drop(columns="fold")
+    column = first.targets[0].column(metrics.models[0])
+    low, high = percent(thresholds.min()), percent(thresholds.max())
+    return Evaluated(
+        table.assign(**{column: mean_risk[table["id"]].to_numpy()}),
+        metrics,
+        demographics(rows).iloc[first.positions],
+        args.seed,
+        float(thresholds.mean()),
+        f"the mean of those of the repeats ({low} to {high})",
+        rows.noun,
+        args.min_cell,
+        args.folds,
+        targets=first.targets,
+    )
 
 
 def join_repeats(runs: Sequence[Namespace]) -> pd.DataFrame:
