@@ -40,7 +40,6 @@ BAD_CHECKPOINTS = {
     "kind": {"dataset": "sepsis"},
     "shuffled": {"shuffled": True},
     "random": {"base_weights": "random"},
-    "endless": {"num_prefix_tokens": 10**9},
 }
 BAD_RISKS = {"nan": "nan", "text": "much", "high": 7.0, "low": -0.1}
 BAD_TABLES = {
@@ -430,7 +429,6 @@ CASES = [
     *((PREDICT.format(f"checkpoints/{name}"), name) for name in ("cut", "shuffled", "random")),
     (PREDICT.format("checkpoints/base"), "--model_name"),
     (PREDICT.format("checkpoints/kind"), "sepsis"),
-    (PREDICT.format("checkpoints/endless"), "num_prefix_tokens"),
     *((PREDICT.format(each), each) for each in ("missing", "broken", "broken.pt", "folder")),
     (f"{PREDICT.format('run/trajectory')} --use ensemble", "--use ensemble"),
     *((f"load {each}", each) for each in ("missing", "broken", "broken.pt", "folder")),

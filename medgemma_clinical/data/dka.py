@@ -57,6 +57,7 @@ NO_NAME = re.compile(
 MAX_VALUE = float(np.finfo(np.float32).max)
 MAX_HOUR = 1e6  # 114 years
 MAX_CELL = 2**26  # characters
+MAX_TEXT = 10**10  # bytes of the texts of a Parquet file
 MAX_DROPPED = 0.01  # share of a series' values that may be left out in silence
 MAX_EVENT = 99  # number of an event that nothing names
 BLOCK_ROWS = 50_000  # rows that are read and parsed at a time: bounds the memory
@@ -374,10 +375,20 @@ def _read_parquet(
     path: Path, file: BinaryIO, max_rows: int, columns: Sequence[str] | None
 ) -> Iterator[tuple[pd.DataFrame, int]]:
     try:
-        from pyarrow import ArrowException, parquet  # no requirement
+        from pyarrow import ArrowException, compute, parquet  # no requirement
     except ImportError as error:
         raise InputError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
     try:
+        # A text that a dictionary holds once may stand in millions of rows.
+        schema = [x for x in parquet.ParquetFile(file).schema if x.converted_type == "UTF8"]
+        texts = [x.name for x in schema if x.path == x.name in (columns or [x.name])]
+        packed, length = parquet.ParquetFile(file, read_dictionary=texts), 0
+        for block in packed.iter_batches(max_rows, columns=texts):
+            for text in block.columns:
+                lengths = compute.binary_length(text.dictionary).take(text.indices)
+                length += compute.sum(lengths).as_py() or 0
+            if length > MAX_TEXT:
+                raise InputError(f"{path}: over {MAX_TEXT // 10**9} GB of text: give it in parts")
         source, size, rows = parquet.ParquetFile(file), path.stat().st_size, 0
         for block in source.iter_batches(max_rows, columns=columns or None):
             table = _frame_of(block)
