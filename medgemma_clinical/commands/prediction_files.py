@@ -52,6 +52,8 @@ def predictions_csv(table: pd.DataFrame, model: str, targets: Sequence[Target]) 
 
 def read_table(path: Path, needed: Sequence[str] = ()) -> pd.DataFrame:
     """Read a CSV file as text; refuse one without some columns."""
+    if not path.is_file():  # a pipe would wait for ever
+        raise InputError(f"{path}: no such file")
     try:
         with tables.open_text(path, "utf-8-sig") as text:
             separator, _, _ = tables.read_header(text)
