@@ -135,19 +135,19 @@ def write(
         cast(Any, stage.model).residual_weight = decided.weight
     if test is not None:
         test = weighted(test, decided.weight)
-    writing = None
+    lines: list[dict[str, Any]] = []
+    reports = None
     if test is not None and isinstance(stage.model, LLMWriter):
-        writing = write_reports(stage, data, decided, test)  # all processes write
+        lines, reports = write_reports(stage, data, decided, test, args.seed)
     if decided.table is None or decided.metrics is None:
         return config, None
     metrics = {"val": decided.metrics}
     tested = None
     if test is not None:
-        tested = evaluate_test(stage, data, decided, test, writing, args)
+        tested = evaluate_test(stage, data, decided, test, args)
         metrics["test"] = tested.metrics
     targets = decided.targets if tested is None else tested.targets
     baselines = None if tested is None else tested.baselines
-    reports = None if tested is None else tested.reports
     rules = rules_of_models.stored(decided.rules)
     del rules[STAGE_NAMES[stage.name]]
     config["metrics"] = metrics_content(stage, progress, decided, metrics, reports, args.calibrate)
@@ -164,29 +164,25 @@ def write(
         if baselines is not None:
             config["baselines_sha256"] = baselines.sha256
         save_model(folder, stage, config, baselines)
-        save_predictions(folder, stage, config, decided, tested)
-        write_page(folder, stage, data, decided, tested, config, progress, run, args)
+        save_predictions(folder, stage, config, decided, tested, lines)
+        write_page(folder, stage, data, decided, tested, lines, config, progress, run, args)
         logger.info("report: %s; %s", folder / "report.html", peak_memory())
     return config, baselines
 
 
-class Writing(NamedTuple):
-    """The reports that stage 3 wrote of the test part, and the risks of their verdicts."""
-
-    texts: dict[int, str]  # by position in the data set
-    risk: NDArray[np.float64]  # (n,)
-
-
 def write_reports(
-    stage: Stage, data: Data, decided: Decided, test: decision.Predictions
-) -> Writing:
-    """Write the reports of the test part; each process must call."""
-    name = STAGE_NAMES[stage.name]
+    stage: Stage, data: Data, decided: Decided, test: decision.Predictions, seed: int
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Write and score the reports of stage 3 on the test part; each process must call.
+
+    Return the lines of ``generations_test.jsonl``, and the metrics of the reports.
+    """
+    name, threshold = STAGE_NAMES[stage.name], decided.rule.threshold
     table = risk_table(stage, test, data.dataset.observed(test.rows), {})
     alone = apply_rules(table, {name: decided.rules[name]}, decided.targets)
     risk = alone[name].to_numpy(float)
-    texts = generate_reports(stage, test.rows, risk >= decided.rule.threshold)
-    return Writing(texts, risk)
+    texts = generate_reports(stage, test.rows, risk >= threshold)
+    return score_reports(data.dataset, texts, test.rows, risk, threshold, seed)
 
 
 class Tested(NamedTuple):
@@ -197,8 +193,6 @@ class Tested(NamedTuple):
     metrics: Metrics
     targets: Sequence[Target]  # with the weights of these rows
     baselines: Baselines | None
-    lines: list[dict[str, Any]]  # of ``generations_test.jsonl``
-    reports: dict[str, Any] | None  # metrics of written reports
 
 
 def evaluate_test(
@@ -206,7 +200,6 @@ def evaluate_test(
     data: Data,
     decided: Decided,
     test: decision.Predictions,
-    writing: Writing | None,
     args: Namespace,
 ) -> Tested:
     """Evaluate a stage and its baselines on the test part."""
@@ -225,14 +218,7 @@ def evaluate_test(
             forecasts = baselines.forecasts(dataset, test.rows)
     table = apply_rules(risk_table(stage, test, observed, forecasts), decided.rules, targets)
     metrics = evaluate(table, args.seed, decided.thresholds, primary=args.primary, targets=targets)
-    lines: list[dict[str, Any]] = []
-    reports = None
-    if writing is not None:
-        threshold = decided.rule.threshold
-        lines, reports = score_reports(
-            dataset, writing.texts, test.rows, writing.risk, threshold, args.seed
-        )
-    return Tested(test.rows, table, metrics, targets, baselines, lines, reports)
+    return Tested(test.rows, table, metrics, targets, baselines)
 
 
 def references(decided: Decided, tested: Tested) -> dict[str, Any]:
@@ -243,7 +229,12 @@ def references(decided: Decided, tested: Tested) -> dict[str, Any]:
 
 
 def save_predictions(
-    folder: Path, stage: Stage, config: Config, decided: Decided, tested: Tested
+    folder: Path,
+    stage: Stage,
+    config: Config,
+    decided: Decided,
+    tested: Tested,
+    lines: list[dict[str, Any]],  # of stage 3's reports
 ) -> None:
     """Write the predictions of both parts, and the reports of stage 3."""
     name = STAGE_NAMES[stage.name]
@@ -255,8 +246,8 @@ def save_predictions(
     for part, (table, targets) in parts.items():
         text = predictions_csv(table.assign(**{MODEL: digest}), name, targets)
         write_text(folder / f"predictions_{part}.csv", text)
-    if tested.reports is not None:
-        text = "".join(json.dumps(line) + "\n" for line in tested.lines)
+    if lines:
+        text = "".join(json.dumps(line) + "\n" for line in lines)
         write_text(folder / "generations_test.jsonl", text)
 
 
@@ -266,6 +257,7 @@ def write_page(
     data: Data,
     decided: Decided,
     tested: Tested,
+    lines: list[dict[str, Any]],  # of stage 3's reports
     config: Config,
     progress: Progress,
     run: dict[str, Any],
@@ -289,8 +281,8 @@ def write_page(
     recalibration = methods["recalibration"] if args.calibrate == "platt" else ""
     is_shown = validation.counts["minority_patients"] >= args.min_cell
     example = None
-    if tested.reports is not None and args.show_values:
-        example = example_report(stage, data, tested.rows, tested.lines, args.seed)
+    if lines and args.show_values:
+        example = example_report(stage, data, tested.rows, lines, args.seed)
     stage1_page = None
     if args.ode_checkpoint and config.get("residual_weight") == 0:
         is_beside = Path(args.ode_checkpoint).absolute().parent == args.output_dir.absolute()
