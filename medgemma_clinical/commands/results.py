@@ -40,7 +40,7 @@ from medgemma_clinical.evaluation.topics.topic import Evaluated
 from medgemma_clinical.evaluation.topics.written_reports import score_reports, written_sentence
 from medgemma_clinical.evaluation.verdicts import Finding, at_threshold, value_text
 from medgemma_clinical.files import InputError, write_json, write_text
-from medgemma_clinical.inference.scoring import write_in_batches
+from medgemma_clinical.inference import generation
 from medgemma_clinical.models.checkpoints import BASELINES, FACTS, Config, weights_sha256
 from medgemma_clinical.models.decoders import licence
 from medgemma_clinical.models.model_card import MODEL_LIMITS, describe_recommended
@@ -388,7 +388,8 @@ def generate_reports(
     assert text is not None
     max_tokens = stage.config["report_tokens"]
     share = processes().process_index, processes().num_processes
-    written = write_in_batches(model, text, rows, positive, max_tokens, share=share)
+    verdicts = dict(zip(rows.tolist(), positive.tolist(), strict=True))
+    written = generation.write_reports(model, text, verdicts, max_tokens, share=share)
     return dict(gather_object(list(written.items())))
 
 

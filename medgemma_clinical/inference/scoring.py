@@ -18,13 +18,13 @@ from medgemma_clinical.data import checks, distributions
 from medgemma_clinical.data.dka import Meaning, as_frame
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
-from medgemma_clinical.distributed import few_threads, show_progress
+from medgemma_clinical.distributed import few_threads
 from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.report_review import review_report
 from medgemma_clinical.evaluation.topics.written_reports import state_risk
 from medgemma_clinical.files import InputError
+from medgemma_clinical.inference.generation import write_reports
 from medgemma_clinical.models.checkpoints import Config
-from medgemma_clinical.models.generation import rows_at_once, write_reports
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trained_model import TrainedModel
 from medgemma_clinical.models.trajectory import Stage1
@@ -167,6 +167,11 @@ class Scores:
         """Whether the decision rule predicts the event, (M,)."""
         return self.probability >= self.trained.threshold(self.used)
 
+    @property
+    def verdicts(self) -> dict[int, bool]:
+        """``positive`` by position in ``text``."""
+        return dict(zip(self.positions.tolist(), self.positive.tolist(), strict=True))
+
 
 def score_rows(
     rows: ScoringRows,
@@ -225,9 +230,8 @@ def reports_of(scores: Scores, batch_size: int) -> list[str]:
     model = scores.trained.model
     assert isinstance(model, LLMWriter)
     max_tokens = scores.trained.config["report_tokens"]
-    rows = scores.positions
-    reports = write_in_batches(model, scores.text, rows, scores.positive, max_tokens, batch_size)
-    return [reports[i] for i in rows.tolist()]
+    reports = write_reports(model, scores.text, scores.verdicts, max_tokens, batch_size)
+    return [reports[i] for i in scores.verdicts]
 
 
 def with_risks(reports: list[str], scores: Scores) -> list[str]:
@@ -238,25 +242,6 @@ def with_risks(reports: list[str], scores: Scores) -> list[str]:
         state_risk(text, outcome, risk, threshold)
         for text, risk in zip(reports, scores.probability.tolist(), strict=True)
     ]
-
-
-def write_in_batches(
-    model: LLMWriter,
-    text: TextCollator,
-    rows: NDArray[np.int64],
-    positive: NDArray[np.bool_],
-    max_tokens: int,
-    batch_size: int = 1,
-    share: tuple[int, int] = (0, 1),
-) -> dict[int, str]:
-    """Write the reports of this process's share of rows (M,) behind their predictions (M,)."""
-    lengths = text.lengths()
-    verdicts = np.zeros(len(lengths), dtype=bool)
-    verdicts[rows] = positive
-    size = max(batch_size, rows_at_once(model, text, max_tokens))
-    batches = LengthBatches(rows, size, lengths, shuffle=False, share=share)
-    bar = show_progress(batches, "writing reports", len(batches))
-    return write_reports(model, text, bar, verdicts, max_tokens)
 
 
 def count_unknown_static(dataset: TrajectoryDataset, findings: Findings) -> None:

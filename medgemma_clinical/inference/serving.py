@@ -16,7 +16,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
@@ -58,21 +57,19 @@ def prompt_embeds(scores: Scores, batch_size: int) -> list[Tensor]:
         raise InputError("stage 1 has no language model, and no prompts: name stage 2 or 3")
     if text is None:  # there are no rows
         return []
-    lengths = text.lengths()
-    verdicts = np.zeros(len(lengths), dtype=bool)
-    verdicts[scores.positions] = scores.positive
+    verdicts = scores.verdicts
     embedded: dict[int, Tensor] = {}
-    for positions in LengthBatches(scores.positions, batch_size, lengths, shuffle=False):
+    for positions in LengthBatches(scores.positions, batch_size, text.lengths(), shuffle=False):
         if isinstance(model, LLMWriter):
             # Greedy decoding alone would say yes from 0.5 on, whatever the threshold.
-            batch = text.with_verdicts(positions, verdicts[positions])
+            batch = text.with_verdicts(positions, [verdicts[row] for row in positions])
         else:
             batch = text(positions)
         batch = send_to_device(batch, scores.trained.device)
         sequence = model.embed(batch, model.trajectory(batch))
         for row, vectors, mask in zip(positions, sequence.embeddings, sequence.mask, strict=True):
             embedded[row] = vectors[mask].cpu()
-    return [embedded[row] for row in scores.positions.tolist()]
+    return [embedded[row] for row in verdicts]
 
 
 def export_merged(

@@ -143,8 +143,8 @@ class TextCollator:
         """Return the batch of B positions: prompt, words before the verdict, answer if known."""
         return self._batch(indices, [self.answer_ids[i] for i in indices])
 
-    def with_verdicts(self, indices: Sequence[int], verdicts: NDArray[np.bool_]) -> TextBatch:
-        """Return the batch that generation continues behind ``verdicts``, (B,) bool."""
+    def with_verdicts(self, indices: Sequence[int], verdicts: Sequence[bool]) -> TextBatch:
+        """Return the batch of B positions that generation continues behind as many verdicts."""
         return self._batch(indices, [self.words[int(verdict)] for verdict in verdicts])
 
     def _batch(self, indices: Sequence[int], answers: list[list[int]]) -> TextBatch:

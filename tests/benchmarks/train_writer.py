@@ -11,7 +11,6 @@ of another seed have the expected form and true numbers.
 
 import argparse
 import logging
-import math
 import sys
 import time
 from pathlib import Path
@@ -33,7 +32,7 @@ from transformers import (
 from dataset_format import Description, MIMICtrajectoryDataset
 from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.evaluation.report_review import review_report
-from medgemma_clinical.models.generation import write_reports
+from medgemma_clinical.inference.generation import write_reports
 from medgemma_clinical.models.language_model import embedding_rms
 from medgemma_clinical.models.text_batches import TextCollator, verdict_words
 from medgemma_clinical.models.trajectory_llm import LLMWriter
@@ -163,9 +162,8 @@ def check(model, tokenizer, generator, tables=4):
     for _ in range(tables):
         table = made_up(generator)
         text = TextCollator(table, tokenizer, PROMPTS, answers=True)
-        parts = np.array_split(np.argsort(text.lengths()), math.ceil(len(table) / 16))
-        options = text, [part.tolist() for part in parts], table.labels == 1
-        for i, report in write_reports(writer, *options, text.report_tokens()).items():
+        verdicts = dict(enumerate((table.labels == 1).tolist()))
+        for i, report in write_reports(writer, text, verdicts, text.report_tokens()).items():
             review = review_report(table, i, report)
             parses.append(review.parses)
             stated, true = stated + review.stated, true + review.true

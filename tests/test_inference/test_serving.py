@@ -30,11 +30,11 @@ from medgemma_clinical.data.trajectories import ScoringRows
 from medgemma_clinical.evaluation.decision import DecisionRule
 from medgemma_clinical.files import InputError, RunFault
 from medgemma_clinical.inference import serving
+from medgemma_clinical.inference.generation import write_reports
 from medgemma_clinical.inference.scoring import score_rows
 from medgemma_clinical.inference.serving import export_merged, merge_adapter, prompt_embeds
 from medgemma_clinical.models import trained_model
 from medgemma_clinical.models.checkpoints import MERGED_MODEL, save_llm
-from medgemma_clinical.models.generation import write_reports
 from medgemma_clinical.models.text_batches import TextCollator, soft_tokens
 from medgemma_clinical.models.trained_model import load_trained_model
 from medgemma_clinical.models.trajectory_llm import LLMWriter
@@ -331,7 +331,8 @@ def test_embeddings_are_on_the_cpu_in_the_models_dtype_and_own_their_memory(run)
 def test_plain_transformers_writes_our_reports_from_the_prompts(run, out):
     trained = load(run, "generative")
     text, verdicts = collator(trained), verdicts_of(trained)
-    expected = write_reports(trained.model, text, [ROWS], verdicts, trained.config["report_tokens"])
+    chosen = {row: bool(verdicts[row]) for row in ROWS}
+    expected = write_reports(trained.model, text, chosen, trained.config["report_tokens"])
     assert len(set(expected.values())) == len(ROWS), "rows must differ to prove anything"
     export_merged(run / "generative", out, BUILDERS)
     merged = replace(load_trained_model(out, BUILDERS), config=trained.config)

@@ -11,7 +11,8 @@ from transformers import Gemma3TextConfig
 from language_models import body_inputs, classifier_and_writer, disturb_adapter, plain_sequence
 from medgemma_clinical.evaluation.report_review import review_report
 from medgemma_clinical.files import RunFault
-from medgemma_clinical.models.generation import rows_at_once, write_reports
+from medgemma_clinical.inference import generation
+from medgemma_clinical.inference.generation import rows_at_once, write_reports
 
 ROWS = [0, 3, 1, 2, 5]
 """Patients with 1, 9, 6, 2 and 5 observations."""
@@ -77,13 +78,14 @@ def test_write_reports__go_on_behind_the_verdicts_and_in_halves_without_memory(
 ):
     _, model, collate = parts
     dataset, write, sizes = collate.dataset, model.write, []
-    batches = [[3, 0, 11, 5, 2], [7, 12, 1]]
-    whole = write_reports(model, collate, batches, VERDICTS, 5)
-    assert sorted(whole) == [0, 1, 2, 3, 5, 7, 11, 12]
+    verdicts = {i: bool(VERDICTS[i]) for i in (3, 0, 11, 5, 2, 7, 12, 1)}
+    monkeypatch.setattr(generation, "CPU_ROWS", 5)
+    whole = write_reports(model, collate, verdicts, 5)
+    assert whole.keys() == verdicts.keys()
     for i, text in whole.items():
         assert text.startswith(f"{dataset.outcome}: {'yes' if VERDICTS[i] else 'no'}.")
         assert review_report(dataset, i, text).verdict == VERDICTS[i]
-        assert write_reports(model, collate, [[i]], VERDICTS, 5) == {i: text}
+        assert write_reports(model, collate, {i: verdicts[i]}, 5) == {i: text}
 
     def fits(batch, *more):
         sizes.append(len(batch["index"]))
@@ -93,11 +95,11 @@ def test_write_reports__go_on_behind_the_verdicts_and_in_halves_without_memory(
 
     monkeypatch.setattr(model, "write", fits)
     limit = 2
-    assert write_reports(model, collate, batches, VERDICTS, 5) == whole
+    assert write_reports(model, collate, verdicts, 5) == whole
     assert sizes == [5, 2, 3, 1, 2, 1, 2]  # what did not fit is not tried again
     limit = 0
     with pytest.raises(RunFault, match="--max_text_tokens"):
-        write_reports(model, collate, batches, VERDICTS, 5)
+        write_reports(model, collate, verdicts, 5)
 
 
 @pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, 96), (torch.bfloat16, 193)])

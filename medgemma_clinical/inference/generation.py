@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from numpy.typing import NDArray
 
-from medgemma_clinical.distributed import compute_batches
+from medgemma_clinical.distributed import compute_batches, show_progress
 from medgemma_clinical.models.language_model import cache_width
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory_llm import LLMWriter
+from medgemma_clinical.training.loaders import LengthBatches
 
 ROWS_AT_ONCE = (64, 512)
 """Fewest and most reports that a GPU writes at a time; a token of 64 takes it as long as of one."""
@@ -40,23 +40,29 @@ def rows_at_once(model: LLMWriter, collate: TextCollator, max_tokens: int) -> in
 
 def write_reports(
     model: LLMWriter,
-    collate: TextCollator,
-    batches: Iterable[list[int]],
-    verdicts: NDArray[np.bool_],
+    text: TextCollator,
+    verdicts: Mapping[int, bool],
     max_tokens: int,
+    batch_size: int = 1,
+    share: tuple[int, int] = (0, 1),
 ) -> dict[int, str]:
-    """Write a report behind each verdict, (N,) by position; return reports by position."""
+    """Write reports behind verdicts, both by position; ``share`` as in ``LengthBatches``."""
     device = next(model.parameters()).device
+    size = max(batch_size, rows_at_once(model, text, max_tokens))
+    rows = np.fromiter(verdicts, np.int64)
+    batches = LengthBatches(rows, size, text.lengths(), shuffle=False, share=share)
     texts: dict[int, str] = {}
 
     def write(rows: list[int]) -> list[list[int]]:
-        prompts = send_to_device(collate.with_verdicts(rows, verdicts[np.asarray(rows)]), device)
-        return model.write(prompts, max_tokens, collate.eos, collate.pad).tolist()
+        prompts = text.with_verdicts(rows, [verdicts[row] for row in rows])
+        written = model.write(send_to_device(prompts, device), max_tokens, text.eos, text.pad)
+        return written.tolist()
 
-    for rows, answers in compute_batches(batches, write):
+    bar = show_progress(batches, "writing reports", len(batches))
+    for rows_written, answers in compute_batches(bar, write):
         # The model continues the verdict's word: report and prediction never disagree.
-        heads = [collate.stem + collate.words[int(verdicts[row])] for row in rows]
+        heads = [text.stem + text.words[verdicts[row]] for row in rows_written]
         ids = [head + answer for head, answer in zip(heads, answers, strict=True)]
-        decoded = collate.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        texts.update(zip(rows, decoded, strict=True))
+        decoded = text.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        texts.update(zip(rows_written, decoded, strict=True))
     return texts
