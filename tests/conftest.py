@@ -94,6 +94,14 @@ def figures(monkeypatch):
     monkeypatch.setattr(Figure, "savefig", DRAW)
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items):
+    """Call each test slow that needs trained runs."""
+    for item in items:
+        if "runs" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_terminal_summary(terminalreporter):
     """Say in CI that no browser has looked at the pages."""
     skipped = terminalreporter.stats.get("skipped", [])

@@ -1,11 +1,14 @@
 """What a language model reads and learns to write, in three forms of data: approved texts."""
 
+import pytest
+
 from conftest import DATA, SAMPLE
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.data.texts import PromptOptions
 from srtr_dataset import SRTRTrajectoryDataset
 
 
+@pytest.mark.slow
 def test_prompts_and_notes_are_approved(assert_approved):
     several = MIMICtrajectoryDataset(DATA / "physionet2012_chemistry.csv.gz", max_len=6)
     datasets = {"one series": MIMICtrajectoryDataset(SAMPLE), "several series": several}

@@ -112,6 +112,7 @@ def test_no_text_steers_a_terminal_and_logging_of_a_caller_comes_back(tmp_path, 
     assert written.endswith("last \\x1b[0m\n")
 
 
+@pytest.mark.slow
 def test_a_log_of_ones_own_is_for_its_owner_alone_and_the_next_run_appends(data, tmp_path):
     log = tmp_path / "own.log"
     for runs in (1, 2):
@@ -122,6 +123,7 @@ def test_a_log_of_ones_own_is_for_its_owner_alone_and_the_next_run_appends(data,
     assert not list(tmp_path.glob("run/trajectory*/*.log"))
 
 
+@pytest.mark.slow
 def test_the_console_shows_six_epochs_and_the_last_and_the_log_each_of_them(data, tmp_path, capsys):
     words = words_for(data, log := tmp_path / "own.log")
     assert trainer.main([*words, "--trajectory_epochs", "13", "--patience", "13"]) == 0
@@ -134,6 +136,7 @@ def test_the_console_shows_six_epochs_and_the_last_and_the_log_each_of_them(data
     assert len(console.splitlines()) <= 40
 
 
+@pytest.mark.slow
 def test_a_file_name_that_is_no_text_ends_no_run(data, tmp_path):
     """Names in Latin-1, as an old archive unpacks them; the report comes after all epochs."""
     data = data.rename(tmp_path / os.fsdecode(b"Caf\xe9.csv"))

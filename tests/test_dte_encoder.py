@@ -64,6 +64,7 @@ APPROXIMATE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "alter", "dtype", "atol", "seed"),
     [
@@ -213,6 +214,7 @@ def test_a_solver_that_cannot_follow_the_states_is_named(solver):
         encoder(*make_batch())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [True, False])
 def test_a_compiled_encoder_breaks_its_graph_where_it_counts_steps(fused):
     encoder, graphs = make_encoder().eval(), []

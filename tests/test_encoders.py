@@ -16,6 +16,8 @@ from medgemma_clinical.models import encoders
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, read_trajectory
 from medgemma_trainer import TrajectoryModel, cross_validate, fit_classification, fit_trajectory
 
+pytestmark = pytest.mark.slow
+
 SHORT = {"min_cell": 0, "trajectory_epochs": 1}
 NAME = "gru_d:GRUD"
 

@@ -36,6 +36,8 @@ from srtr_files import synthetic_tables, write_folder
 from stages import arguments
 from trajectories import LABEL
 
+pytestmark = pytest.mark.slow
+
 SHORT = {"min_cell": 0, "trajectory_epochs": 1}
 LLM = {"min_cell": 0, "batch_size": 8, "model_name": TINY_MODEL, "epochs": 1}
 OWN = {"trajectory": ("encoder_lr", *SHORT), "generative": ("encoder_lr", "adapter_lr", *LLM)}

@@ -49,6 +49,8 @@ from stages import arguments, parsed, train_epoch
 from toy_stage import toy_stage
 from visits import LABEL, cohort
 
+pytestmark = pytest.mark.slow
+
 STAGE_1, K = STAGE_NAMES["trajectory"], 3
 FLAGS = {"trajectory_epochs": 3, "encoder_lr": 0.05, "series_name": "Urea", "outcome": "Death"}
 WORDS = [f"--{name}={value}" for name, value in FLAGS.items()]
@@ -204,7 +206,6 @@ def test_a_fold_that_is_held_out_changes_nothing_that_the_others_teach(run, data
 # --------------------------------------------------------------------------- processes, stops
 
 
-@pytest.mark.slow
 def test_two_processes_find_to_the_bit_what_one_does(run, data, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(plan.joblib, "cpu_count", lambda: 2)
     assert trainer.main(command(data, tmp_path)) == 0
@@ -241,7 +242,6 @@ def test_folds_share_the_cores_by_the_threads_of_each(given, expected, monkeypat
     assert tuple(begun) == expected
 
 
-@pytest.mark.slow
 def test_a_signal_ends_the_processes_of_the_folds_which_keep_their_states(
     data, tmp_path, monkeypatch
 ):
@@ -489,7 +489,6 @@ def test_each_site_is_held_out_in_turn(data, tmp_path, capsys, monkeypatch):
 # --------------------------------------------------------------------------- stages 2 and 3
 
 
-@pytest.mark.slow
 def test_the_folds_of_stage_2_read_the_stage_1_of_each(run, data, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "run")
     where = tmp_path / "run" / "folds_trajectory"

@@ -57,6 +57,7 @@ def test_flags_reach_the_extraction_and_the_data_set_reads_series_question_and_f
     assert demographics(dataset)["sex"].tolist() == ["woman"]
 
 
+@pytest.mark.slow
 def test_the_data_set_reads_when_an_open_gap_closes_where_times_are_asked_for(tmp_path):
     mini = Mini().admit(1).settling(1).admit(2, end=60).lab(2, 1, 20).lab(2, 4, 9)
     mini.admit(3, end=60, death=60).lab(3, 1, 20).lab(3, 4, 18)
@@ -84,6 +85,7 @@ def test_the_command_writes_files_for_their_owner_and_shows_no_bar_without_a_ter
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+@pytest.mark.slow
 def test_eicu_has_the_inputs_of_mimic(tmp_path):
     made = {}
     for source, folder in FOLDERS.items():

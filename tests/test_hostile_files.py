@@ -154,6 +154,7 @@ runpy.run_path("dataset_format.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="needs POSIX signals")
 @pytest.mark.parametrize(
     ("numbers", "ignored", "code"),

@@ -12,6 +12,8 @@ from medgemma_clinical.commands.predictions import inputs_path
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from predicting import STAGES, command, read_predictions, refused, write_data
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def place(runs, tmp_path_factory):

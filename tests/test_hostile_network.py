@@ -5,8 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from conftest import SAMPLE
 from language_models import save_text_checkpoint
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 

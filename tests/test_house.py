@@ -144,6 +144,7 @@ def start(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -156,6 +157,7 @@ def test_help_and_refused_flags_load_neither_torch_nor_scikit_learn(words, start
     start(words.split(), (*TORCH, "sklearn", "matplotlib"), code)
 
 
+@pytest.mark.slow
 def test_results_are_pooled_and_compared_without_torch(start, tmp_path):
     runs = [write_run(tmp_path / name / "trajectory", seed) for seed, name in enumerate("ab")]
     for name, rows in zip("ab", parts(make_rows(400), (200, 200)), strict=True):
@@ -165,6 +167,7 @@ def test_results_are_pooled_and_compared_without_torch(start, tmp_path):
     assert {"compare.html", "sites.html"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
+@pytest.mark.slow
 def test_stage_1_needs_no_language_model_and_lightgbm_only_to_fit_trees(start, dka_file, tmp_path):
     data = ["--data_path", dka_file]
     train = ["medgemma_trainer", "--trajectory_only", *data, "--trajectory_epochs", 1]

@@ -31,6 +31,7 @@ def table(monkeypatch):
     return table.assign(label_death=table["label_escalation"], label_escalation=0)
 
 
+@pytest.mark.slow
 def test_a_label_of_another_name_goes_from_training_to_prediction(table, tmp_path, capsys):
     data, folder = tmp_path / "data.csv", tmp_path / "runs"
     table.to_csv(data, index=False)
@@ -53,6 +54,7 @@ def test_a_label_of_another_name_goes_from_training_to_prediction(table, tmp_pat
     assert refused(capsys, stage_2, folder / TRAJECTORY_FILE, "label_column")
 
 
+@pytest.mark.slow
 def test_flags_name_what_no_description_says_from_training_to_prediction(table, tmp_path, capsys):
     named = ("--series_name", "Creatinine", "--unit", "mg/dL", "--outcome", "AKI")
     data, folder = tmp_path / "data.csv", tmp_path / "runs"

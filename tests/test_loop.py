@@ -97,6 +97,7 @@ def train_alone(model, stage, split):
     return metrics, [p.detach().clone() for p in parameters], good, lowest_epoch
 
 
+@pytest.mark.slow
 def test_each_member_trains_and_stops_as_if_it_were_alone(dka_file, tmp_path, monkeypatch):
     """By clipped AdamW on the schedule, with the mean of the weights of its own good epochs."""
     monkeypatch.setattr(state_module, "LOSS_TOLERANCE", TOLERANCE)
@@ -123,6 +124,7 @@ def test_each_member_trains_and_stops_as_if_it_were_alone(dka_file, tmp_path, mo
         np.testing.assert_allclose(list(line.values())[1:5], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_test_part_is_read_once_and_only_after_training(dka_file, tmp_path, monkeypatch):
     """With all bits of float32; a tracker gets each epoch and the final metrics as numbers."""
     events, tracker, read = [], MagicMock(), LengthBatches.__iter__

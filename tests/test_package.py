@@ -18,6 +18,8 @@ from medgemma_clinical import __version__
 from medgemma_clinical.commands.demo import SAMPLE_DATA
 from medgemma_clinical.provenance import ROOT, TOP_LEVEL
 
+pytestmark = pytest.mark.slow
+
 PARTS = (*TOP_LEVEL, "pyproject.toml", "requirements.txt", "README.md", "LICENSE")
 BUILD = "import sys; sys.path.insert(0, '.ci'); from build_backend import build_sdist as build; "
 BUILD += "build(sys.argv[1])"
@@ -70,7 +72,6 @@ def test_the_source_holds_no_test(sdist):
     assert not [name for name in names if "test" in name]
 
 
-@pytest.mark.slow
 def test_the_program_of_the_wheel_trains_on_the_sample_and_all_else_is_there_too(
     installed, tmp_path
 ):

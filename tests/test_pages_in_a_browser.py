@@ -40,7 +40,7 @@ from medgemma_clinical.evaluation.updating import evaluate_updates
 from test_evaluation.test_monitoring import cohort, development
 
 FIGURES = True
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 MAX_HEIGHT = 6000

@@ -10,6 +10,8 @@ from medgemma_clinical.commands import plan
 from medgemma_clinical.files import InputError
 from medgemma_trainer import cross_validate
 
+pytestmark = pytest.mark.slow
+
 FLAGS = {"folds": 2, "trajectory_epochs": 1, "max_samples": 120, "log_file": "none"}
 
 
@@ -19,7 +21,6 @@ def results_of(folder):
     return {path.relative_to(folder): path.read_bytes() for path in found}
 
 
-@pytest.mark.slow
 def test_a_dask_cluster_finds_to_the_byte_what_this_machine_does(tmp_path, caplog):
     distributed = pytest.importorskip("distributed")
     rows = pd.read_csv(SAMPLE)

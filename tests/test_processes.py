@@ -25,6 +25,8 @@ from medgemma_clinical.models import generation
 from medgemma_clinical.models.trajectory_llm import LLMWriter
 from medgemma_clinical.provenance import ROOT
 
+pytestmark = pytest.mark.slow
+
 SHARED = f"--model_name {TINY_MODEL} --epochs 2 --log_file none"
 DROPPED = f"{SHARED} --mode classification --batch_size 4 --lora_dropout 0.3 --save_every 1"
 WATCHED = f"{SHARED} --mode generative --lora_dropout 0 --gradient_accumulation 4 --members 2"

@@ -23,6 +23,8 @@ from medgemma_clinical.training.state import LOSS_TOLERANCE
 from predicting import STAGES, predicted, write_data
 from stages import arguments, data_for, make_stage
 
+pytestmark = pytest.mark.slow
+
 FILES = {"run.json", "history.jsonl", "metrics.json", "report.html", "baselines.json"}
 FILES |= {"predictions_val.csv", "predictions_test.csv", "figures", "tripod.md"}
 BEST = {"adapter", "modules.safetensors", "config.json", "README.md", "NOTICE", "model_facts.xml"}

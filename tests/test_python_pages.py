@@ -16,6 +16,8 @@ import dataset_format
 import medgemma_trainer
 from conftest import SAMPLE
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "medgemma_clinical" / "docs"
 SNIPPET = re.compile(r"<!-- snippet -->\n```python\n(.*?)```", re.DOTALL)

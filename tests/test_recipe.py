@@ -25,6 +25,8 @@ from medgemma_trainer import (
 from pages import Page
 from srtr_files import synthetic_tables, write_folder
 
+pytestmark = pytest.mark.slow
+
 NAMES = ("Laktat", "mmol/l", "Hospital death")
 RARE = ("zorp", "quux", "nadirin", "blip", "divers")
 """Categories and items of fewer than eleven patients."""

@@ -268,6 +268,7 @@ def bad_files():
                     yield pytest.param(command, name, place, id=f"{entry}-{name}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "name", "place"), list(bad_files()))
 def test_a_bad_file_is_named_with_row_and_column(command, name, place, world, capsys):
     program, *words = command.format(name if "." in name else f"{name}.csv").split()
@@ -547,6 +548,7 @@ def command_line(actions, rng):
     return words
 
 
+@pytest.mark.slow
 def test_random_command_lines_give_one_line_and_no_traceback(made, tmp_path, monkeypatch, capsys):
     """Refused ones leave everything as it was."""
 

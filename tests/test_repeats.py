@@ -25,6 +25,8 @@ from pages import Page
 from stages import arguments
 from visits import cohort
 
+pytestmark = pytest.mark.slow
+
 K, N, PATIENTS, SEED = 2, 3, 60, 4
 
 

@@ -24,6 +24,8 @@ from medgemma_clinical.training.loaders import LengthBatches
 from medgemma_clinical.training.state import read_state
 from predicting import refused
 
+pytestmark = pytest.mark.slow
+
 NO_DROPOUT = "--dropout 0 --lora_dropout 0"
 STAGES = {
     "trajectory": "--trajectory_only --trajectory_epochs 3 --members 2 --batch_size 8",

@@ -15,6 +15,8 @@ from exports import answer, write_a, write_b
 from language_models import TINY_MODEL
 from medgemma_clinical.evaluation import metrics
 
+pytestmark = pytest.mark.slow
+
 TINY = ["--trajectory_epochs", "1", "--log_file", "none"]
 
 
@@ -59,7 +61,6 @@ def test_a_german_export_goes_to_results_by_site_of_new_patients(from_long, tmp_
     assert all(site in page for site in ("Innere", "Chirurgie", "Intensiv"))
 
 
-@pytest.mark.slow
 def test_an_export_with_notes_goes_to_a_model_that_reads_them(from_long, tmp_path, monkeypatch):
     pytest.importorskip("openpyxl")
     write_b(tmp_path)

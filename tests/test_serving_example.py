@@ -16,6 +16,8 @@ from conftest import DATA
 from medgemma_clinical.files import InputError
 from medgemma_trainer import TrajectoryModel
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parent / "examples"
 MAPPING = EXAMPLES / "loinc.toml"
 JSON = {"content-type": "application/json; charset=utf-8"}

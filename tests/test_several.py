@@ -11,6 +11,8 @@ from medgemma_clinical.evaluation import baselines
 from stages import arguments
 from trajectories import LABEL, SERIES
 
+pytestmark = pytest.mark.slow
+
 ROWS, TRAIN, VAL = 560, 360, 60
 SECOND = "trajectory_lactate [mmol/L]"
 

@@ -4,6 +4,7 @@ import os
 
 import numpy as np
 import pandas as pd
+import pytest
 
 from medgemma_clinical.data.srtr.codes import CAND_COLUMNS, KEYS, ORGANS
 from medgemma_clinical.files import InputError
@@ -68,6 +69,7 @@ def read_or_refuse(folder, organ, *, may_refuse):
             raise
 
 
+@pytest.mark.slow
 def test_altered_tables_read_right_or_end_with_one_line(tmp_path):
     rng = np.random.default_rng(0)
     read_right = 0

@@ -2,12 +2,15 @@
 
 import json
 
+import pytest
+
 import medgemma_trainer
 from srtr_files import random_tables, write_folder
 
 WORDS = ["--trajectory_only", "--dataset", "srtr", "--log_file", "none"]
 
 
+@pytest.mark.slow
 def test_stage_1__learns_what_meld_decides(tmp_path):
     folder = write_folder(tmp_path / "saf", *random_tables(300, "liver", seed=11))
     words = [*WORDS, "--organ", "liver", "--data_dir", str(folder), "--trajectory_epochs", "6"]

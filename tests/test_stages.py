@@ -103,6 +103,7 @@ def test_a_stage_trains_its_parts_at_the_rates_of_their_flags(flags, rates, stag
         assert (f"members.{member}." in names[parameter]) if ONE in flags else member == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "facts", "time"),
     [
@@ -138,6 +139,7 @@ def states_of(stage, rows):
     return [len(plain_states(stage.model.stage1, batch, row)) for row in range(len(rows))]
 
 
+@pytest.mark.slow
 def test_the_number_of_soft_tokens_changes_nothing_but_their_number():
     whole = stage_of()
     (ids, eight, mask), states = decoder_inputs(whole), states_of(whole, ROWS)

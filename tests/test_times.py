@@ -25,6 +25,8 @@ from medgemma_trainer import TrajectoryClassifier, TrajectoryModel, fit_trajecto
 from pages import Page
 from predicting import predicted, refused
 
+pytestmark = pytest.mark.slow
+
 RISKS = ["risk_24h", "risk_72h", "risk_without_transplant_24h", "risk_without_transplant_72h"]
 EVENTS = ["event_hours", "event"]
 TUNES = False

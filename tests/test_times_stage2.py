@@ -27,6 +27,8 @@ from stages import arguments, data_for, make_stage, train_epoch
 from test_resume import stop
 from test_times import ABOUT, EVENTS, RISKS, waiting
 
+pytestmark = pytest.mark.slow
+
 STAGE_1, TUNES = "stage 1 (trajectory alone)", False
 ROWS = range(8)
 

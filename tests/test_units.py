@@ -19,6 +19,8 @@ from medgemma_clinical.data.distributions import (
 )
 from medgemma_clinical.evaluation import monitoring
 
+pytestmark = pytest.mark.slow
+
 SERIES = {  # median, SD of the logarithm, effect of severity
     "Kreatinin [mg/dl]": (1.1, 0.45, 0.3),
     "CRP [mg/l]": (40.0, 0.9, 0.3),

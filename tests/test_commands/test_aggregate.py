@@ -21,6 +21,8 @@ from pages import make_rows
 from predicting import SERIES, command, predicted, refused, write_data
 from site_files import make_site, parts
 
+pytestmark = pytest.mark.slow
+
 LABEL = "label_escalation"
 STAGE = STAGE_NAMES["trajectory"]
 DEEP = "[" * 100_000

@@ -14,6 +14,8 @@ from medgemma_clinical.files import InputError
 from medgemma_trainer import TrajectoryClassifier, fit_trajectory
 from stages import parsed
 
+pytestmark = pytest.mark.slow
+
 LABEL = "label_escalation"
 
 

@@ -16,6 +16,8 @@ from medgemma_trainer import TrajectoryModel
 from merged_models import save_base, save_stage
 from predicting import MARKER, predicted, refused, write_data
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(trainer.__file__).parent / "medgemma_clinical" / "docs" / "sharing.md"
 
 

@@ -25,6 +25,8 @@ from predicting import MARKER, predicted, refused, write_data
 from time_rows import OUTCOME, TARGETS
 from trajectories import LABEL
 
+pytestmark = pytest.mark.slow
+
 STAGE = STAGE_NAMES["trajectory"]
 REFERENCE = {"patients": 500, "shift": 0.0, "multiplier": 1.0}
 REFERENCE |= {"covariance": [[0.02, 0.01], [0.01, 0.01]], "edges": []}

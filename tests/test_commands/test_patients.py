@@ -15,6 +15,8 @@ from medgemma_trainer import TrajectoryModel
 from pages import Page
 from predicting import MARKER, SERIES, STAGES, predicted, spoil, write_data
 
+pytestmark = pytest.mark.slow
+
 
 def shown(out):
     """Return the ids that the page beside predictions shows, in order."""

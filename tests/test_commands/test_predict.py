@@ -28,6 +28,8 @@ from predicting import SERIES, STAGES, command, predicted, read_predictions, ref
 from srtr_dataset import SRTRTrajectoryDataset
 from srtr_files import random_tables, write_folder
 
+pytestmark = pytest.mark.slow
+
 LABEL = "label_escalation"
 
 # --------------------------------------------------------------------------- paths and stops

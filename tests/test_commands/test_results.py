@@ -25,6 +25,8 @@ from pages import Page
 from predicting import MARKER, STAGES, VALUES, predicted, write_data
 from stages import arguments, data_for, make_stage, patients, stage_of_patients
 
+pytestmark = pytest.mark.slow
+
 REPORTS = True
 PARTS = {"val": "validation", "test": "test"}
 STAGE_1 = STAGE_NAMES["trajectory"]

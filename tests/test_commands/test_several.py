@@ -38,6 +38,8 @@ from pages import Page
 from predicting import refused
 from test_times import ABOUT, RISKS, waiting
 
+pytestmark = pytest.mark.slow
+
 DRAWS, TUNES = 20, False
 DATASET = SimpleNamespace(outcome="Death")
 STAGE_1 = STAGE_NAMES["trajectory"]

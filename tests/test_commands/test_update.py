@@ -17,6 +17,8 @@ from medgemma_clinical.models.trained_model import read_trained_config
 from medgemma_trainer import TrajectoryModel
 from predicting import STAGES, command, predicted, refused, write_data
 
+pytestmark = pytest.mark.slow
+
 LABEL = "label_escalation"
 
 

@@ -162,6 +162,7 @@ def test_the_message_names_both_medians():
     assert problems == ["creatinine: median 7 here, 91 in training: is the unit right?"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [SAMPLE, CHEMISTRY])
 def test_held_out_patients_and_other_units_of_the_sample_fit(path):
     rows, rng = medians_of(path), np.random.default_rng(0)

@@ -48,6 +48,7 @@ with open_database(Path(sys.argv[1]) / "out.csv", "40MB", 1) as database:
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_not_taken_for_a_damaged_table(tmp_path):
     """A limit of the size of files stands for it."""
     command = [sys.executable, "-c", FULL, str(tmp_path), SPILLING]

@@ -255,6 +255,7 @@ def demo(tmp_path_factory):
     return tables, write_tables(tmp_path_factory.mktemp("eicu"), tables), times
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "request_",
     [

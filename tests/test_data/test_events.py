@@ -66,6 +66,7 @@ def four(*measured):
     return mini
 
 
+@pytest.mark.slow
 def test_what_looks_wrong_is_warned_of(make, caplog):
     in_storage = make.command == "from_long"
     few = Mini().ask(1, 30).measure(1, 24, 15)
@@ -170,6 +171,7 @@ def slowly(mini, series, *, stored, **flags):
     return found
 
 
+@pytest.mark.slow
 def test_a_loop_over_all_events_gives_the_same_rows(make):
     mini, stored = random_events(np.random.default_rng(1)), make.command == "from_long"
     whole = {"window_hours": 30.0, "hours_from": "first", "min_observations": 3}
@@ -187,6 +189,7 @@ def test_a_loop_over_all_events_gives_the_same_rows(make):
         assert 30 < len(expected) <= len(mini.labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["from_meds", "from_long"])
 def test_the_demo_gives_the_trajectories_of_from_mimic(command, tmp_path):
     mimic, labels = MEDS_DEMO.with_name("mimic_iv_demo"), MEDS_DEMO / "labels/hospital_mortality"
@@ -226,6 +229,7 @@ def after(mini, label, rng, *, stored):
     return changed
 
 
+@pytest.mark.slow
 def test_nothing_after_the_prediction_time_changes_an_input(make):
     rng = np.random.default_rng(3)
     mini = random_events(rng)
@@ -247,6 +251,7 @@ def test_nothing_after_the_prediction_time_changes_an_input(make):
             assert found["event_hours"].tolist() != ends.loc[[name], "event_hours"].tolist()
 
 
+@pytest.mark.slow
 def test_threads_memory_batches_and_the_order_of_rows_change_no_byte(make, monkeypatch):
     rng = np.random.default_rng(5)
     mini = random_events(rng)
@@ -312,6 +317,7 @@ def test_what_is_stored_after_the_prediction_time_is_not_known(tmp_path, caplog)
     assert "no storetime" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_factor_converts_the_values_of_a_unit_and_one_without_a_use_is_named(tmp_path, caplog):
     flags = {"factor": (f"{GLUCOSE}:mmol/L=18.016",), "series": (GAP, GLUCOSE)}
     rows, description = long_file(mixed(), tmp_path, **flags)
@@ -542,6 +548,7 @@ def test_age_is_in_full_years_and_not_told_above_89(tmp_path):
     assert rows["static_age [years]"].tolist() == ["90", "89", "59", ""]
 
 
+@pytest.mark.slow
 def test_codes_and_static_features_of_another_unit_are_refused(tmp_path):
     mini = with_parts().measure(1, 13, 90, "LAB//1//mg/dL").measure(1, 14, 5, "LAB//1//mmol/L")
     folder = mini.write_meds(tmp_path / "meds")

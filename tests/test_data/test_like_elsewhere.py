@@ -15,6 +15,8 @@ from medgemma_clinical.commands import config
 from medgemma_clinical.data.importers.long_request import LongRequest, read_like
 from medgemma_clinical.flags import FORM, NEVER, flags_of, stored
 
+pytestmark = pytest.mark.slow
+
 ADMITTED = pd.Timestamp("2024-03-02 08:00")
 PATIENTS = 40
 HERE = ("PID", "Zeit", "Untersuchung", "Ergebnis", "Einheit", "Aufnahme", "tot", "Alter", "Sex")

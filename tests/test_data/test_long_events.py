@@ -105,6 +105,7 @@ def test_flags_that_do_not_fit_are_refused(flags, place, make):
         make(people(Event="x"), **flags)
 
 
+@pytest.mark.slow
 def test_an_event_without_a_time_is_refused_and_other_times_as_any_column(make):
     with pytest.raises(InputError, match="column Ended: 1 cell "):
         make(people(events=["", "death", "", "", "death", ""]))
@@ -150,6 +151,7 @@ def test_an_event_column_is_a_label_as_before_where_no_time_is_given(make):
     assert not {"events", "interventions"} & {*about}
 
 
+@pytest.mark.slow
 def test_a_future_that_is_altered_changes_no_input(make):
     before, _ = make()
     table = values(later=(24.5, 30))
@@ -186,6 +188,7 @@ def run(*words):
     return dataset_format.main(["from_long", *map(str, words)])
 
 
+@pytest.mark.slow
 def test_a_preview_asks_for_the_words_and_writes_a_file_that_runs(files, tmp_path, capsys):
     out, config = tmp_path / "data.csv", tmp_path / "data.toml"
     flags = {"event_time": "Ended", "event": "Why"}
@@ -206,6 +209,7 @@ def test_a_preview_asks_for_the_words_and_writes_a_file_that_runs(files, tmp_pat
     assert out.read_bytes() == typed.read_bytes()
 
 
+@pytest.mark.slow
 def test_new_patients_are_read_like_an_earlier_file_with_or_without_their_events(files, tmp_path):
     earlier, out = tmp_path / "earlier.csv", tmp_path / "new.csv"
     assert run(*files, *words_of(**FLAGS, interventions="2"), f"--out={earlier}") == 0

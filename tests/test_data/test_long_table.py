@@ -16,6 +16,8 @@ from medgemma_clinical.data.importers import output
 from medgemma_clinical.files import InputError
 from table_requests import make_rows
 
+pytestmark = pytest.mark.slow
+
 START = pd.Timestamp("2024-01-20 08:00")
 SERIES = ("creatinine [mg/dL]=Creatinine",)
 STATIC = ("age [years]=Age (years)", "sex=Sex")

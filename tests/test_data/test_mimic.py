@@ -34,6 +34,7 @@ def demo():
     return read_tables(DEMO)
 
 
+@pytest.mark.slow
 def test_the_demo_is_read_as_a_slow_independent_reading_reads_it(demo):
     stays, _, _ = read_slowly(demo)
     rows = compare_with(stays, extracted(DEMO, [*OUTCOMES]), [*OUTCOMES])
@@ -120,6 +121,7 @@ REQUESTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(REQUESTS)))
 def test_random_hospitals_are_read_as_slowly_read(number, tmp_path):
     tables = random_hospital(np.random.default_rng(number))
@@ -177,6 +179,7 @@ def test_what_ends_an_open_gap_and_when_is_written_for_cohorts_with_ketoacidosis
 # --------------------------------------------------------------------------- same rows
 
 
+@pytest.mark.slow
 def test_any_form_order_and_limit_gives_the_same_rows(demo, tmp_path):
     kept = demo["hosp/patients"]["subject_id"].iloc[:40]
     some = {n: t[t["subject_id"].isin(kept)] if "subject_id" in t else t for n, t in demo.items()}
@@ -293,6 +296,7 @@ def test_bad_tables_are_refused_in_one_line(folder):
         path.write_text(text)
 
 
+@pytest.mark.slow
 def test_every_table_in_one_form_and_every_required_column_is_needed(folder):
     for name, columns in COLUMNS.items():
         path = folder / f"{name}.csv"

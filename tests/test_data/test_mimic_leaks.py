@@ -116,6 +116,7 @@ def demo(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(REQUESTS)))
 def test_nothing_after_the_prediction_time_changes_a_letter(number, demo, tmp_path):
     """Values and their times, order of diagnoses, transfers, deaths and discharges of the demo.

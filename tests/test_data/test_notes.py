@@ -34,6 +34,7 @@ def contexts(tmp_path):
     return build
 
 
+@pytest.mark.slow
 def test_notes_stand_in_order_with_their_hours_behind_the_context(contexts):
     mini = asked((29.5, "No  change.\nClear\tlungs."), (-20, "Was well."), (30, "On time."))
     note(note(mini, 1, 30.01, "Too late."), 1, 8, "Another kind", "OTHER//x")
@@ -85,6 +86,7 @@ def test_no_note_reaches_a_log(tmp_path, caplog):
     assert "SECRET" not in caplog.text + str(description)
 
 
+@pytest.mark.slow
 def test_nothing_written_later_changes_a_cell(contexts):
     rng = np.random.default_rng(6)
     mini = random_events(rng, subjects=20)
@@ -128,6 +130,7 @@ def hospital_contexts(folder, notes, form=".csv.gz", **flags):
     return extracted(folder, ("death",), notes_dir=folder, **flags)
 
 
+@pytest.mark.slow
 def test_notes_of_a_patient_follow_the_context_of_their_admissions(tmp_path):
     notes = [
         ("radiology", 5, "", 1009.5, 1010, 'IMPRESSION:\n  No "acute"  process,\nclear.'),
@@ -155,6 +158,7 @@ def test_notes_of_a_patient_follow_the_context_of_their_admissions(tmp_path):
     assert short.context(2) == f"{second}. Note (12h): in time, never stored"
 
 
+@pytest.mark.slow
 def test_notes_written_later_change_no_cell(tmp_path):
     rng = np.random.default_rng(2)
     notes = []

@@ -10,6 +10,8 @@ import pytest
 import dataset_format
 from exports import answer
 
+pytestmark = pytest.mark.slow
+
 ADMITTED = pd.Timestamp("2024-03-02 08:00")
 ASKED = ADMITTED + pd.Timedelta("24h")
 DAY, HOUR = pd.Timedelta("1D"), pd.Timedelta("1h")

@@ -10,6 +10,8 @@ import dataset_format
 from exports import answer, values_of, write_a, write_b
 from medgemma_clinical.data.importers import long_values, output, preview, sources, tables
 
+pytestmark = pytest.mark.slow
+
 ROLES_A = ["subject_id=Pat.-Nr.", "time=Entnahme", "value=Ergebnis", "storetime=Befund"]
 FLAGS_A = {
     "columns": [*ROLES_A, "label=AKI Stadium 3"],

@@ -9,6 +9,8 @@ import pytest
 
 import dataset_format
 
+pytestmark = pytest.mark.slow
+
 ADMITTED = pd.Timestamp("2024-03-02 08:00")
 LACTATE, CRP = "Laktat [mmol/l]", "CRP (mg/l)"
 SERIES = (f"Laktat [mmol/l]={LACTATE}", f"CRP [mg/l]={CRP}")

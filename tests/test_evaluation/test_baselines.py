@@ -82,6 +82,7 @@ def risks():
     return risks_of(dataset_of(**visits()), ["static_age"])
 
 
+@pytest.mark.slow
 def test_no_row_outside_of_the_training_part_changes_another_rows_risk(risks):
     rows = visits()
     altered = [*range(100, 110), *range(120, 150)]  # of val and of test
@@ -290,6 +291,7 @@ def test_a_kept_model_computes_what_its_library_does(kind):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_kept_baselines_give_the_same_risks_and_hold_no_extreme_value(fitted):
     dataset = dataset_of(**visits())
     text = fitted.to_json()
@@ -329,6 +331,7 @@ def test_each_leaf_stands_for_enough_patients_whatever_the_rows_of_one(rows_of_o
     assert max(len(tree.leaf) for tree in trees.forests[0]) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("needed", "tuned"), [(20, True), (80, False)])
 def test_baselines_keep_whether_their_settings_were_searched(needed, tuned, monkeypatch):
     monkeypatch.setattr(baselines, "MIN_TUNED", needed)

@@ -126,6 +126,7 @@ def rows_of(kind):
 CASES = [("usual", 0.03), *((k, 0.3137) for k in ("usual", "many", "tied", "repeated"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "threshold"), [*CASES, ("rare", 0.03), ("none missed", 0.12)])
 def test_no_text_table_or_figure_tells_a_small_count(kind, threshold, attack):
     """Nor does a difference of two of them; without hiding, they do."""

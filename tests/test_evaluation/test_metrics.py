@@ -56,6 +56,7 @@ def weightings(labels, count, seed=0):
     return weights
 
 
+@pytest.mark.slow
 @REPEATABLE
 @given(ROWS)
 def test_metrics_and_shares_equal_scikit_learn_on_repeated_rows(rows):

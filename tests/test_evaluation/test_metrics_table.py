@@ -51,6 +51,7 @@ VALUE = ["value", *INTERVAL]
 DIFFERENCE = ["difference", "difference_low", "difference_high"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("threshold", "splits"), [(0.3, 1), (None, 1), (None, 2)])
 def test_the_table_equals_a_loop_over_the_draws(threshold, splits):
     rows = blended()
@@ -116,6 +117,7 @@ def test_shares_of_events_and_counts_are_not_widened_and_a_widened_share_stays_a
     assert (after.low < before.low).iloc[:3].all()
 
 
+@pytest.mark.slow
 def test_noise_is_rarely_called_a_result_in_folds(monkeypatch):
     """Without widening 8 of these 100 intervals exclude 0.5, and 15 equal pairs differ."""
     monkeypatch.setattr(metrics_module, "REPLICATES", 200)
@@ -123,6 +125,7 @@ def test_noise_is_rarely_called_a_result_in_folds(monkeypatch):
     assert max(wrong.values()) <= 5, wrong
 
 
+@pytest.mark.slow
 def test_what_a_rule_of_the_folds_promises_holds_its_own_error(monkeypatch):
     monkeypatch.setattr(metrics_module, "REPLICATES", 200)
     found = simulations.recalibrated_folds(rows=800, slope=0.75, sets=40)
@@ -492,6 +495,7 @@ def test_a_good_model_of_a_rare_outcome_has_all_curves():
 # ------------------------------------------------------------------ coverage
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth_of_a_population(monkeypatch):
     monkeypatch.setattr(metrics_module, "REPLICATES", 200)
     shares = coverage(60, 400, rows_a_patient=4, seed=1)

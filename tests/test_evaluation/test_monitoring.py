@@ -149,6 +149,7 @@ def test_the_step_of_a_patient_is_the_likelihood_ratio_of_changed_odds():
 # ------------------------------------------------------------------ false alarms
 
 
+@pytest.mark.slow
 def test_stable_years_whose_months_differ_alarm_as_rarely_as_the_rule_says():
     """Hospitals of the benchmark; rules that hold the months for equal alarm more often."""
     shares = {}
@@ -170,6 +171,7 @@ def test_levels_hold_the_share_in_their_own_years():
 # ------------------------------------------------------------------ actions
 
 
+@pytest.mark.slow
 def test_a_stable_model_needs_no_action_and_late_outcomes_wait():
     rows = cohort()
     assert monitored(rows).verdict.startswith("no action")
@@ -225,6 +227,7 @@ def test_all_periods_of_a_run_on_one_side_are_named(values, side, periods):
         assert f"{first} to {last}" in words
 
 
+@pytest.mark.slow
 def test_outcomes_of_a_tenth_are_not_needed():
     rows = cohort()
     unknown = np.arange(len(rows)) % 80 < 8  # 8 of 80 in each month
@@ -233,6 +236,7 @@ def test_outcomes_of_a_tenth_are_not_needed():
     assert len(monitored(rows.assign(label=rows["label"].mask(unknown))).waiting) == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("odds_ratio", [2.5, 0.25])
 def test_changed_odds_recalibrate(odds_ratio):
     found = monitored(cohort(begin=6, odds_ratio=odds_ratio))
@@ -265,6 +269,7 @@ def test_what_happened_more_than_a_year_ago_is_over():
     assert found.verdict.startswith("no action")
 
 
+@pytest.mark.slow
 def test_no_action_names_what_is_not_judged_and_the_period_that_would_be():
     """30 a month with a useless model: fewer than ten events are expected by month, not quarter."""
     rows = cohort(size=30, begin=0, ranks=False)
@@ -277,6 +282,7 @@ def test_no_action_names_what_is_not_judged_and_the_period_that_would_be():
     assert "--period" not in few.verdict
 
 
+@pytest.mark.slow
 def test_a_change_is_told_beside_the_inputs_of_the_same_periods():
     rows, rng = cohort(begin=6, odds_ratio=3), np.random.default_rng(0)
     values = pd.DataFrame({"glucose": rng.normal(140, 30, len(rows))})
@@ -306,6 +312,7 @@ def test_slope_and_auroc_need_events():
     assert table.loc["oe", "value"].notna().all()
 
 
+@pytest.mark.slow
 def test_an_input_that_changes_its_unit_or_is_no_longer_measured_stops():
     rows, rng = cohort(), np.random.default_rng(0)
     values = pd.DataFrame(

@@ -19,6 +19,7 @@ REPORT = replace(
 REPORT = replace(REPORT, problem="the report breaks off", hours=ROW.times, risks=ROW.risks[:3])
 
 
+@pytest.mark.slow
 def test_the_page_says_what_it_holds_and_what_its_numbers_are_not(tmp_path, assert_approved):
     source = write_page(tmp_path, ROW, REPORT).read_text()
     assert_approved("patients", Page(source).sentences)

@@ -23,6 +23,7 @@ def reference_of(labels, risk, patients):
     return reference(of_labels(labels), risk, patients)
 
 
+@pytest.mark.slow
 def test_the_fit_is_logistic_and_its_covariance_that_of_cohorts_drawn_again():
     labels, risk, patients = cohort()
     entry = reference_of(labels, risk, patients)

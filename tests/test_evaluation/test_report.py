@@ -70,6 +70,7 @@ def sections(source):
     return re.findall(r"<h2>(.*?)</h2>", source)
 
 
+@pytest.mark.slow
 def test_the_visible_text_is_approved(page, times, comparison, assert_approved):
     assert_approved("report", Page(page).sentences)
     assert_approved("times", Page(times).sentences)
@@ -217,6 +218,7 @@ def test_the_rows_with_the_largest_errors_are_named_only_if_patients_are_listed(
     assert "MARKER-patient" not in source
 
 
+@pytest.mark.slow
 def test_small_counts_are_hidden(tmp_path):
     rows = make_rows(400)
     exact, hidden = write_page(tmp_path, rows), write_page(tmp_path, rows, min_cell=17)
@@ -234,6 +236,7 @@ def test_small_counts_are_hidden(tmp_path):
     assert names == [["Calibration", "in"], ["Learning", "curve"]]
 
 
+@pytest.mark.slow
 def test_shares_at_the_threshold_go_where_one_of_the_four_cells_is_small(tmp_path):
     rows = make_rows(400)
     event = rows["label"] == 1
@@ -258,6 +261,7 @@ def test_a_part_with_few_events_shows_no_metric_and_no_curve(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_each_figure_and_each_table_is_also_a_file(figures, tmp_path):
     old = tmp_path / "figures" / "old.svg"
     old.parent.mkdir()

@@ -140,6 +140,7 @@ NESTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["random", "kidney", "liver", *NESTED])
 def test_true_reports_are_wholly_true(name):
     cells, trends = NESTED.get(name, ({}, None))

@@ -103,6 +103,7 @@ def test_a_site_has_its_own_auroc_and_few_patients_have_none():
     assert np.isnan(found["prediction_low"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("min_cell", [0, 40])
 def test_the_page_shows_each_site_and_hides_small_counts(min_cell, tmp_path):
     rows = make_rows(700)

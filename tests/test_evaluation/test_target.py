@@ -286,6 +286,7 @@ def depends(seed, effect, patients):
     return CensoringRegression(hours, event == 0, *given).depends
 
 
+@pytest.mark.slow
 def test_censoring_is_not_said_to_depend_on_noise_and_a_strong_dependence_is_found():
     assert sum(depends(seed, 0.0, 60) for seed in range(100)) <= 9  # of 5 expected
     assert sum(depends(seed, 1.5, 100) for seed in range(10)) >= 9

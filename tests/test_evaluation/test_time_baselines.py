@@ -166,6 +166,7 @@ def fit_on(dataset):
     return outcome, settings, baselines.fit_baselines(dataset, rows, settings, fits)
 
 
+@pytest.mark.slow
 def test_baselines_find_the_risks_of_a_known_population(fitted):
     outcome, settings, models = fitted
     assert settings.trees.keys() == {"1", "2"}

@@ -135,6 +135,7 @@ def test_the_risk_without_an_intervention_takes_it_for_the_end_of_a_record(rows,
     assert view.metrics.row(MODEL, "auroc").value == pytest.approx(expected["auroc"])
 
 
+@pytest.mark.slow
 def test_a_report_has_these_sections_and_hides_small_counts(rows, metrics, tmp_path):
     found, topics = {}, all_topics.prediction_topics(weighed_targets(rows))
     for min_cell in (0, 10):
@@ -159,6 +160,7 @@ def test_a_report_has_these_sections_and_hides_small_counts(rows, metrics, tmp_p
     assert ["Over time" in found[k].text for k in found] == [True, False]
 
 
+@pytest.mark.slow
 def test_a_risk_that_is_not_measured_has_no_section(rows, metrics):
     table = metrics.table.copy()
     table.loc[(MODEL, ["oe", "oe_72h"]), "value"] = np.nan
@@ -170,6 +172,7 @@ def test_a_risk_that_is_not_measured_has_no_section(rows, metrics):
     assert "decision_curve" not in figures
 
 
+@pytest.mark.slow
 def test_a_site_has_its_own_metrics_at_each_horizon(rows, metrics):
     at = np.where(np.arange(len(rows)) % 3 == 0, "north", "south")
     view = evaluated(rows, metrics, sites=at)

@@ -28,6 +28,7 @@ def filled(tmp_path):
     return fill
 
 
+@pytest.mark.slow
 def test_each_item_stands_once_and_what_the_run_does_not_know_is_marked(filled, assert_approved):
     rule = pd.DataFrame({"rule": ["no | label"], "removed": [3], "left": [200]})
     text, answers = filled(flow=rule)
@@ -37,6 +38,7 @@ def test_each_item_stands_once_and_what_the_run_does_not_know_is_marked(filled, 
     assert not [words for words in ("None", "nan", "Undefined", "MARKER") if words in text]
 
 
+@pytest.mark.slow
 def test_a_part_that_does_not_exist_is_left_out(filled):
     everyone = {"split": {"all folds": np.arange(200)}, "parts": {}, "methods": {}, "flow": None}
     _, answers = filled(make_rows(60, baselines=False), **everyone)
@@ -44,6 +46,7 @@ def test_a_part_that_does_not_exist_is_left_out(filled):
     assert "no other model" in answers["12e"]
 
 
+@pytest.mark.slow
 def test_times_have_the_performance_of_each_risk_and_say_what_it_means(filled):
     rows = time_rows.make_times()
     targets = time_rows.weighed_targets(rows)
@@ -58,6 +61,7 @@ def test_times_have_the_performance_of_each_risk_and_say_what_it_means(filled):
     assert "by weights" in answers["12e"]
 
 
+@pytest.mark.slow
 def test_small_counts_are_hidden(filled):
     rows = make_rows(300)
     rows.loc[rows.index[rows["label"] == 1][10:], "label"] = 0

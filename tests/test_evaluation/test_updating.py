@@ -157,6 +157,7 @@ def test_a_known_move_is_undone(targets):
         assert np.abs(again - true).mean() < 0.02
 
 
+@pytest.mark.slow
 @KINDS
 def test_true_risks_stay_though_a_fit_to_the_same_rows_would_improve_them(targets):
     found = [evaluate_updates(cohort(targets, 400, k)[0], MODEL, targets, k) for k in range(8)]

@@ -201,6 +201,7 @@ def test_a_row_without_a_score_when_a_series_is_left_out_has_no_effect(several, 
     assert row.observations == ("Serum bicarbonate 20 mmol/L", last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES[1:])
 def test_without_soft_prompt_the_model_reads_the_text_alone(stage, models, table, monkeypatch):
     """Compared with a model whose projection is taken out."""

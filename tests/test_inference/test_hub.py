@@ -184,6 +184,7 @@ def test_a_public_repository_is_used_only_where_asked(models, hub):
     assert not [path for _, path in hub.requests[seen:] if "upload" in path or "commit" in path]
 
 
+@pytest.mark.slow
 def test_a_second_push_replaces_the_model_and_leaves_other_files(models, hub):
     push_model(models["trajectory"], ID)
     others = {"figure.png": b"png", "data/README.md": b"own"}
@@ -254,6 +255,7 @@ def test_a_folder_with_other_files_is_not_replaced(names, models, tmp_path):
 # ------------------------------------------------------------------ from the hub
 
 
+@pytest.mark.slow
 def test_revisions_load_by_branch_tag_and_commit_also_offline(models, hub, monkeypatch):
     push_model(models["trajectory"], ID)
     repository = hub.repositories[ID]
@@ -303,6 +305,7 @@ def test_a_hub_that_does_not_answer_is_one_line(models, tmp_path, monkeypatch):
 # ------------------------------------------------------------------ from Python
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["trajectory", *LLM_STAGES])
 def test_a_model_comes_back_from_a_folder_and_from_the_hub(stage, runs, table, hub, tmp_path):
     rows, saved = table.head(12), tmp_path / "saved"
@@ -318,6 +321,7 @@ def test_a_model_comes_back_from_a_folder_and_from_the_hub(stage, runs, table, h
         assert not path.stat().st_mode & 0o077, path
 
 
+@pytest.mark.slow
 def test_the_snippets_of_the_page_run_as_they_stand(runs, hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("checkpoints_medgemma_dka").symlink_to(runs)

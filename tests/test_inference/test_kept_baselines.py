@@ -25,6 +25,8 @@ from medgemma_trainer import TrajectoryModel, fit_trajectory
 from predicting import STAGES, command, predicted, refused, write_data
 from srtr_files import synthetic_tables, write_folder
 
+pytestmark = pytest.mark.slow
+
 STATICS = f"{LOGISTIC} with statics"
 
 

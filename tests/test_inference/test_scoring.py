@@ -20,6 +20,8 @@ from medgemma_clinical.inference.trajectory_model import MEMORY_ROWS
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 from predicting import MARKER, SERIES, STAGES, command, predicted, refused, spoil, write_data
 
+pytestmark = pytest.mark.slow
+
 STAGE_1 = STAGE_NAMES["trajectory"]
 
 

@@ -144,6 +144,7 @@ def test_a_model_of_text_alone_is_exported(base, out, tmp_path):
 # ------------------------------------------------------------------------------- the folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float32", "NF4 in bfloat16"])
 def test_the_folder_is_an_ordinary_one_of_transformers_and_names_nobody(kind, base, stages, out):
     export_merged(stages[kind], out, BUILDERS)
@@ -327,6 +328,7 @@ def test_embeddings_are_on_the_cpu_in_the_models_dtype_and_own_their_memory(run)
         assert prompt.untyped_storage().nbytes() == prompt.nbytes  # torch.save writes all of it
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_plain_transformers_writes_our_reports_from_the_prompts(run, out):
     trained = load(run, "generative")

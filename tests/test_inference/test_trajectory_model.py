@@ -20,6 +20,8 @@ from medgemma_clinical.inference.trajectory_model import RESULTS, results_table
 from medgemma_trainer import TrajectoryModel
 from predicting import MARKER, SERIES, STAGES, predicted, write_data
 
+pytestmark = pytest.mark.slow
+
 LABEL = "label_escalation"
 
 

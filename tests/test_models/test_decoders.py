@@ -34,6 +34,8 @@ from medgemma_clinical.models.language_model import cache_width, load_language_m
 from medgemma_clinical.models.terms import GEMMA_NOTICE, HAI_DEF_NOTICE
 from stages import arguments, data_for, make_stage
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.randint(6, 200, (2, 40), generator=torch.Generator().manual_seed(0))
 ROWS = [0, 3, 1, 2]
 

@@ -54,6 +54,7 @@ def test_a_plan_gives_its_batchs_states_whatever_becomes_of_the_tensors(options)
     assert all(torch.equal(found[name], slopes[name]) for name in found if name != "values")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"fused": False}, {"dynamics": "decay"}], ids=str)
 def test_with_a_plan_nothing_is_read_back_from_the_device(options):
     """On the meta device there is nothing to read: a read there fails."""

@@ -77,6 +77,7 @@ def test_loss__has_finite_gradients_at_extreme_logits():
         assert logits.grad.isfinite().all()
 
 
+@pytest.mark.slow
 def test_start_and_shift__recover_the_incidence_of_constant_hazards():
     targets = population(200_000)
     grid = Hazards.fitted(EVENTS, targets)

@@ -83,6 +83,7 @@ def assert_same_logits(model, folder, architecture):
     torch.testing.assert_close(model(input_ids=IDS).logits, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("published", PUBLISHED, ids=lambda model: model.name)
 def test_load__each_published_layout_gives_the_logits_of_its_own_class(published, tmp_path):
     folder = made.save_published(tmp_path / "model", published)
@@ -115,6 +116,7 @@ def test_demo__is_small_and_its_tokenizer_keeps_any_text():
     assert len(tokenizer.tokenize("120345")) == 6, "each digit is a token"
 
 
+@pytest.mark.slow
 def test_demo__copies_the_numbers_of_made_up_rows_into_reports():
     form, true = check(*load_both("demo"), np.random.default_rng(43), tables=2)
     assert form >= 0.9

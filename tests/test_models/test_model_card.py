@@ -288,6 +288,7 @@ def test_few_events_by_one_horizon_hide_its_metrics_alone(stages_1):
 # ------------------------------------------------------------------ markup from data
 
 
+@pytest.mark.slow
 @given(st.text())
 def test_a_text_as_code_is_one_span_on_one_line(text):
     shown = code(text)

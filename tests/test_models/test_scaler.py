@@ -94,6 +94,7 @@ def test_scores_at_the_knots_are_those_of_any_rising_function_of_the_values(chan
         np.testing.assert_allclose(scaler(scaler.knots.T), scaler.scores.T, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 2 * MIN_BIN - 1, 2 * MIN_BIN, BINS * MIN_BIN - 1, 1003])
 def test_each_value_moves_one_knot_by_a_small_share(n):
     values, moves = np.random.default_rng(2).permutation(n).astype(float), []

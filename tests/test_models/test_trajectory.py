@@ -239,6 +239,7 @@ def test_classifier__plan_and_company_change_no_logit_and_one_plan_serves_all(th
     torch.testing.assert_close(alone, together, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_pass_is_the_same_with_one_thread_and_two():
     table = np.random.default_rng(0).normal(20, 5, (400, 6)).round(3)
     dataset = dataset_of([" -> ".join(f"{v} ({k}h)" for k, v in enumerate(row)) for row in table])

@@ -226,6 +226,7 @@ def test_bf16__takes_no_mask_within_the_window_and_padding_still_changes_nothing
     torch.testing.assert_close(together, alone, rtol=0, atol=0.05 if precision == "bf16" else 1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_layers_compute_the_same_and_are_compiled_once_for_all_lengths():
     graphs, model = [], (parts := classifier_and_writer()).classifier.train()
 
