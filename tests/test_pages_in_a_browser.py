@@ -23,8 +23,8 @@ import site_files
 import time_rows
 from medgemma_clinical.data.competing_events import CompetingEvents
 from medgemma_clinical.data.distributions import describe
+from medgemma_clinical.evaluation import baselines
 from medgemma_clinical.evaluation.aggregate import pool_sites
-from medgemma_clinical.evaluation.baselines import MEANINGS
 from medgemma_clinical.evaluation.metrics_table import evaluate
 from medgemma_clinical.evaluation.monitor_page import monitor_page
 from medgemma_clinical.evaluation.monitoring import MonitorRule, monitor
@@ -72,7 +72,9 @@ def browser():
 def report(folder):
     """A report with all sections, many baselines, and long words."""
     rows = pages.make_rows()
-    rows = rows.assign(**{name: rows["blend"] for name in MEANINGS if name not in rows})
+    rows = rows.assign(
+        **{name: rows["blend"] for name in baselines.meanings(of_times=False) if name not in rows}
+    )
     card = {f"Line {k}": "Words of the model card that fill a line or two. " * 2 for k in range(12)}
     static = {"inputs": {"static": [f"static_{k}" for k in range(60)]}}
     pages.write_page(folder, rows, card=card, config=static, list_patients=True)
@@ -112,7 +114,7 @@ def comparison(folder):
         title="Models",
         sentences=["A sentence."],
         card={"Seed": "0"},
-        models=MEANINGS,
+        models=baselines.meanings(of_times=False),
         cost=cost,
         splits=table,
     )

@@ -14,7 +14,7 @@ import pandas as pd
 
 from medgemma_clinical.commands.command_line import EXIT_DONE, SEED, Table
 from medgemma_clinical.commands.prediction_files import read_predictions, read_targets
-from medgemma_clinical.evaluation.baselines import ENSEMBLE, MEANINGS, STAGE_NAMES
+from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, meanings
 from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
 from medgemma_clinical.evaluation.report import comparison_page, write_report
 from medgemma_clinical.evaluation.tables import model_table
@@ -156,7 +156,7 @@ def save_comparison(
     targets: Sequence[Target] = (LABEL,),
     *,
     card: dict[str, str],
-    meanings: Mapping[str, str] = MEANINGS,
+    variants: Mapping[str, str] = {},  # what they are
     sentences: Sequence[str] = (),
     **parts: Any,  # others of ``comparison_page``
 ) -> None:
@@ -171,12 +171,13 @@ def save_comparison(
     if unused := [name for name, numbers in cost.items() if numbers.get("residual_weight") == 0]:
         weight_note = f"The language model was not shown to add to stage 1 in: {', '.join(unused)}."
         sentences = [*sentences, weight_note]
+    words = {**meanings(of_times=targets[0].horizon > 0), **variants}
     shown = comparison_page(
         metrics,
         targets,
         sentences=sentences,
         card={**card, **describe_program()},
-        models={name: meanings[name] for name in metrics.models if name in meanings},
+        models={name: words[name] for name in metrics.models if name in words},
         cost=pd.DataFrame.from_dict(cost, orient="index"),
         **parts,
     )

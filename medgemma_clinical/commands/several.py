@@ -26,7 +26,7 @@ from medgemma_clinical.commands.prediction_files import (
 from medgemma_clinical.commands.results import baseline_names
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes
-from medgemma_clinical.evaluation.baselines import ENSEMBLE, MEANINGS, STAGE_NAMES
+from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import evaluate, evaluate_splits
 from medgemma_clinical.evaluation.target import read_weights, weight_columns
 from medgemma_clinical.evaluation.verdicts import value_text
@@ -148,7 +148,7 @@ def compare_variants(runs: dict[str, Run], outcome: str, args: Namespace, *, qui
             title=f"{ADDS}: {outcome}",
             card={"Seed": str(args.seed)},
             notice=compare.built_in_models_notice({"all": vars(args)}),
-            meanings=MEANINGS | VARIANTS_ARE,
+            variants=VARIANTS_ARE,
         )
 
 
@@ -233,7 +233,7 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
             f"{auroc['max']:.3f}, mean {value_text(auroc)}."
         ],
         card={"Seeds": f"{min(folders)} to {max(folders)}"},
-        meanings=MEANINGS | VARIANTS_ARE,
+        variants=VARIANTS_ARE,
         notice=compare.built_in_models_notice({"all": vars(args)}),
         splits=splits,
     )

@@ -51,22 +51,6 @@ WORDS, NULL = "words of the context", "Aalen-Johansen"
 ENSEMBLE = "ensemble"
 
 STATISTICS = "first, last, lowest, highest and mean value, slope, count and span of each series"
-MEANINGS = {
-    "last value": "the last value of each series alone",
-    "number of observations": "how often a patient was measured; where it does well, the measuring "
-    "itself gives the outcome away",
-    LOGISTIC: f"a weighted sum of {STATISTICS}",
-    BOOSTING: f"decision trees on {STATISTICS}",
-    BLEND: f"the mean log-odds of {LOGISTIC} and {BOOSTING}",
-    STATICS_ALONE: "a logistic regression on static features, such as age, without any series",
-    WORDS: "a logistic regression on which words a context holds, without its numbers",
-    **{
-        name + WITH_STATICS: f"{name} that also reads static features, such as age"
-        for name in (LOGISTIC, BOOSTING, BLEND)
-    },
-    ENSEMBLE: "the mean log-odds of this model and of the blend with the most inputs",
-}
-
 FOLDS, MIN_TUNED = 5, 100
 """Folds in which settings are tuned, and the training patients with, and without, the event from
 which on they are: with fewer a fold has too few events to tell settings apart."""
@@ -108,6 +92,33 @@ SMALL_DATA = 10_000
 
 Folds = list[tuple[NDArray[np.int64], NDArray[np.int64]]]
 """Positions within the training part: to fit on, to score."""
+
+
+def meanings(*, of_times: bool) -> dict[str, str]:
+    """Return what the models are whose names any run may have, of labels or of times."""
+    mean, regression = "the mean log-odds of", "logistic"
+    if of_times:
+        mean, regression = "the mean hazards of", "Poisson"
+    models = {
+        LOGISTIC: f"a weighted sum of {STATISTICS}",
+        BOOSTING: f"decision trees on {STATISTICS}",
+        BLEND: f"{mean} {LOGISTIC} and {BOOSTING}",
+    }
+    with_statics = {
+        name + WITH_STATICS: f"{name} that also reads static features, such as age"
+        for name in models
+    }
+    return {
+        "last value": "the last value of each series alone",
+        "number of observations": "how often a patient was measured; where it does well, the "
+        "measuring itself gives the outcome away",
+        **models,
+        STATICS_ALONE: f"a {regression} regression on static features, such as age, without any "
+        "series",
+        WORDS: "a logistic regression on which words a context holds, without its numbers",
+        **with_statics,
+        ENSEMBLE: f"{mean} this model and of the blend with the most inputs",
+    }
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 from sklearn.metrics import PrecisionRecallDisplay, RocCurveDisplay
 
 from medgemma_clinical.evaluation import plots
-from medgemma_clinical.evaluation.baselines import MEANINGS
+from medgemma_clinical.evaluation.baselines import meanings
 from medgemma_clinical.evaluation.metrics import Array, Known
 from medgemma_clinical.evaluation.tables import metric_table, model_cells
 from medgemma_clinical.evaluation.topics.topic import Cells, Details, Evaluated, Topic
@@ -76,7 +76,8 @@ def model_comparison(evaluated: Evaluated) -> Topic:
     numbers = {"models": cells}
     if len(cells) == 1:
         return Topic("Baselines", [f"None was scored on these {noun}."], numbers=numbers)
-    terms = {name: MEANINGS[name] for name in metrics.models if name in MEANINGS}
+    words = meanings(of_times=evaluated.target.horizon > 0)
+    terms = {name: words[name] for name in metrics.models if name in words}
     return Topic(
         "Baselines",
         [*filter(None, [multiplicity_sentence(metrics)])],
