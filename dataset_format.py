@@ -45,7 +45,7 @@ from medgemma_clinical.commands.command_line import (
 from medgemma_clinical.data import checks, distributions, dka, texts
 from medgemma_clinical.data.competing_events import OUTCOME_KINDS, CompetingEvents
 from medgemma_clinical.data.dka import LABEL, Description, read_description
-from medgemma_clinical.data.findings import Findings
+from medgemma_clinical.data.findings import Findings, log_warnings
 from medgemma_clinical.data.importers import eicu, long_table, meds, mimic, output, preview
 from medgemma_clinical.data.importers.long_request import Earlier, LongRequest, read_like
 from medgemma_clinical.data.importers.questions import OpenQuestions
@@ -197,7 +197,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self.flow = pd.DataFrame(about.flow) if about.flow else None
         if about.made_by.startswith("dataset_format.py "):
             self.recipe = {"made_by": about.made_by, "arguments": about.arguments}
-        self.measures = dka.find_features(table, about, series, self.source)
+        self.measures = tuple(dka.find_features(table, about, series, self.source))
         self.features = tuple(feature.name for feature in self.measures)
         self.units = tuple(feature.unit or "" for feature in self.measures)
         default = MAX_LEN if len(self.features) == 1 else MAX_LEN_SEVERAL
@@ -217,10 +217,6 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self.contexts = dka.text_of(table, "clinical_context").to_numpy(dtype=object)
         self.sites = None if site is None else dka.sites_of(table, site, self.source)
         self.static_names = tuple(name for name in map(str, table) if name.startswith(dka.STATIC))
-        names = [x.removeprefix(dka.STATIC) for x in self.static_names] + [*self.features]
-        written = [*names, *self.ids, *self.groups]
-        written += [] if self.sites is None else [*self.sites]
-        findings.warnings |= dict.fromkeys(texts.formula_warning(written))
         static = [dka.numbers_of(table, name, findings) for name in self.static_names]
         self.static = np.column_stack([np.empty((len(table), 0)), *static])
         columns = [str(feature.keys[0]) for feature in self.measures]
@@ -235,9 +231,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             findings.reject(early, dka.HOURS, problem, table[dka.HOURS])
         self.keep_observations(~table.index.isin(list(findings.problems))[row])
         lengths = self.lengths
-        # An array's integers hold no more than its length, whatever max_len was given.
-        latest = self.offsets[1:][self.owner] - min(max_len, len(row))
-        self.keep_observations(np.arange(len(self.times)) >= latest)
+        self.keep_latest(max_len)
         has_value = lengths > 0
         self.offsets = np.append(0, self.offsets[1:][has_value])
         for name in self.row_columns:
@@ -307,14 +301,6 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             dataset.features = tuple(config["features"])  # spelled as the model knows them
             numbers, positions = table.index.to_numpy(), np.flatnonzero(is_read)
             yield ScoringRows(ids, numbers, dataset, positions, progress)
-
-    def limits(self, feature: int) -> tuple[float, float] | None:
-        """Return the range that the description declares for a feature, None where it does not."""
-        return self.measures[feature].plausible
-
-    def reference(self, feature: int) -> texts.Reference | None:
-        """Return the reference range that the description gives, None where it gives none."""
-        return self.measures[feature].reference
 
     def task_description(self) -> dict[str, str]:
         """Return what is predicted, with the description's prediction time and horizon."""
@@ -482,7 +468,7 @@ def make_like(request: LongRequest) -> int:
         logger.info("%s: no data file: the values are not compared with it", earlier)
     else:
         warnings = distributions.compare(training, *medians_of(request.out))
-        checks.log_warnings(warnings, str(request.out))
+        log_warnings(warnings, str(request.out))
     return code
 
 

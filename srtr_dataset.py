@@ -189,10 +189,10 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         lengths = rows.groupby("PX_ID").size().to_numpy()
         if require_labels and (lengths > max_len).any():
             logger.info("%s: %s", self.source, checks.describe_cut(lengths, self.groups, max_len))
-        rows = rows.groupby("PX_ID").tail(max_len)
         self.times = rows["day"].to_numpy(np.float64) * HOURS_A_DAY
         self.values = rows[list(self.features)].to_numpy(np.float64)
-        self.offsets = np.concatenate([[0], np.minimum(lengths, max_len).cumsum()])
+        self.offsets = np.append(0, lengths.cumsum())
+        self.keep_latest(max_len)
         self.contexts = waiting_list.contexts(cohort, definition)
         static = waiting_list.static_features(cohort, definition)
         self.static_names, self.static = tuple(map(str, static)), static.to_numpy()
@@ -248,14 +248,6 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
             yield ScoringRows(chunk.ids, numbers, chunk, positions, start + len(chunk))
 
     # ------------------------------------------------------------------ meaning
-
-    def limits(self, feature: int) -> tuple[float, float]:
-        """Return the plausible range of a feature in a living adult."""
-        return self.measures[feature].plausible or (-np.inf, np.inf)
-
-    def reference(self, feature: int) -> texts.Reference | None:
-        """Return the reference range of a feature, None where adults have none of one source."""
-        return self.measures[feature].reference
 
     def task_description(self) -> dict[str, str]:
         """Return what is predicted, when, and the meaning of a transplant."""

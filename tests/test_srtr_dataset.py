@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import srtr_dataset
-from medgemma_clinical.data import checks
+from medgemma_clinical.data import training_data
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.evaluation.demographics import demographics
@@ -159,7 +159,7 @@ def test_removals_may_be_one_event(synthetic):
     assert together.competing_events.names == (*apart.competing_events.names[:2], "removal")
     assert together.read_options == {**apart.read_options, "removals": "together"}
     with pytest.raises(InputError, match=r"fewer than 10 patients .*--removals together"):
-        checks.check_events(apart, np.arange(5))
+        training_data.check_events(apart, np.arange(5))
 
 
 def test_what_is_read_of_times_is_plain_and_reads_other_folders_the_same_way(tmp_path):

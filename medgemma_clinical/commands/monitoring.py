@@ -17,7 +17,6 @@ from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.config import read_toml
 from medgemma_clinical.commands.prediction_files import parse, read_table
 from medgemma_clinical.commands.predictions import inputs_path
-from medgemma_clinical.data.texts import formula_warning
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.decision import parse_threshold
 from medgemma_clinical.evaluation.metrics_table import MODEL, named_model
@@ -172,8 +171,6 @@ def read_rows(
         joined["ended"] = of_rows["ended"].fillna(value=False).astype(bool)
         joined, shares = after_horizon(joined, target)
         notes += shares
-    if args.site is not None:
-        notes += formula_warning(joined["site"])
     return joined, last, files[0].name, notes
 
 

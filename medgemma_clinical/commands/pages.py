@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.sample_size import describe_sample_size
+from medgemma_clinical.data.checks import describe_sample_size
 from medgemma_clinical.data.texts import code
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset

@@ -15,9 +15,9 @@ from medgemma_clinical.commands.run_folder import log_path, write_history
 from medgemma_clinical.data.checks import (
     describe_split,
     describe_unusable,
-    log_warnings,
     summarize,
 )
+from medgemma_clinical.data.findings import log_warnings
 from medgemma_clinical.data.leaks import describe_leaks
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import default_device, peak_memory, processes

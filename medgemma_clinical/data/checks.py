@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.findings import flow_lines
+from medgemma_clinical.data.findings import flow_lines, log_warnings
 from medgemma_clinical.data.leaks import describe_leaks
-from medgemma_clinical.data.sample_size import describe_sample_size
 from medgemma_clinical.data.small_cells import count_patients, minority_patients
 from medgemma_clinical.data.split import Split
-from medgemma_clinical.data.texts import plain, with_space
+from medgemma_clinical.data.summaries import STATISTICS
+from medgemma_clinical.data.texts import WHOLE_PROMPT, plain, with_space
+from medgemma_clinical.data.training_data import Data, describe_long_spans, prepare_data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.files import InputError
 
@@ -27,17 +29,18 @@ MIN_COHORT_PATIENTS, MIN_TEST_EVENTS = 100, 10
 """Patients, and patients of the test part with and without the event, below which a check warns:
 with fewer, hardly any difference between models is larger than its interval."""
 
-MIN_EVENT_PATIENTS = 10
-"""Training patients that each of the competing events needs."""
-
 TEST_EVENTS = 200
 """Events of a test part below which folds are suggested. Source: Collins 2016, Stat Med 35:214."""
 
-MAX_SPANS = 10
-"""Median span in time scales beyond which a time scale that nobody chose does not fit."""
-
 MAX_IMPLAUSIBLE = 0.5
 """Share of a series' values from which on its unit counts as wrong."""
+
+SHRINKAGE, OPTIMISM, RISK_MARGIN = 0.9, 0.05, 0.05
+"""Least shrinkage factor, largest optimism in Nagelkerke's R2, half width of the interval of the
+overall risk."""
+
+EXPLAINED = 0.15
+"""Share of its maximum that Cox-Snell R2 is taken to reach where no earlier study says more."""
 
 
 def check(read: Callable[[], TrajectoryDataset], min_events: int = 0) -> int:
@@ -64,11 +67,9 @@ def _log_check(dataset: TrajectoryDataset, min_events: int) -> None:
     elif np.isnan(dataset.labels).all():
         obstacle = "no labels to train on"
     if not obstacle:
-        dataset = labelled_rows(dataset)
-        rows, split, unread_series = rows_as_read(dataset, dataset.split(SEED))
-        logger.info(describe_split(rows, split, SEED))
-        check_events(rows, split["train"])
-        further = [*describe_unusable(unread_series), *_check_parts(rows, split)]
+        data = prepare_data(dataset, max_samples=0, seed=SEED, prompts=WHOLE_PROMPT)
+        logger.info(describe_split(data.dataset, data.split, SEED))
+        further = [*describe_unusable(data.unusable_series), *_check_parts(data)]
         log_warnings(further)
         warnings += further
     ready = "ready to predict on" if obstacle else "ready"
@@ -76,55 +77,19 @@ def _log_check(dataset: TrajectoryDataset, min_events: int) -> None:
     logger.info("%s%s%s", ready, with_warnings, f", {obstacle}" if obstacle else "")
 
 
-def labelled_rows(dataset: TrajectoryDataset) -> TrajectoryDataset:
-    """Return the rows with a label, the only ones that a training sees; log how many lack one."""
-    has_label = ~np.isnan(dataset.labels)
-    if has_label.all():
-        return dataset
-    logger.info("%s: %d rows without a label are not used", dataset.source, int((~has_label).sum()))
-    return dataset.keep_rows(has_label, "without a label")
-
-
-def rows_as_read(
-    dataset: TrajectoryDataset,
-    split: Split,
-    series: Sequence[str] | None = None,  # of a stage 1; None: those that training can teach
-) -> tuple[TrajectoryDataset, Split, dict[str, str]]:
-    """Return the rows with the series that are read alone, their split, and why others are not."""
-    if series is None:
-        reasons = dataset.unusable_series(split["train"])
-        series = [name for name in dataset.features if name not in reasons]
-    else:
-        names = [name for name in dataset.features if name not in series]
-        reasons = dict.fromkeys(names, "stage 1 does not read it")
-    rows, split = dataset.with_series(series).keep_measured(split)
-    if lost := len(dataset) - len(rows):
-        text = "%s: %s rows hold no value of a series that is read, and are not used"
-        logger.info(text, dataset.source, f"{lost:,}")
-    return rows, split, reasons
-
-
-def log_warnings(warnings: Iterable[str], source: str = "") -> None:
-    """Log lines as warnings, with their source if there is one."""
-    for line in warnings:
-        logger.warning("warning: %s%s", f"{source}: " if source else "", line)
-
-
-def _check_parts(dataset: TrajectoryDataset, split: Split) -> list[str]:
+def _check_parts(data: Data) -> list[str]:
     """Log the sample size; warn of a test part of few events, and of suspect inputs."""
-    train, test, warnings = split["train"], split["test"], []
+    dataset, train, test = data.dataset, data.split["train"], data.split["test"]
+    warnings = []
     if minority_patients(dataset.labels[test], dataset.groups[test]) < MIN_TEST_EVENTS:
         problem = f"fewer than {MIN_TEST_EVENTS} patients of the test part have, or lack, the event"
         warnings.append(f"{problem}: its metrics will be undecided")
-    has_hours, unusable = dataset.prediction_hours is not None, dataset.unusable_static(train)
-    names = [name for name in dataset.static_names if name not in unusable]
-    inputs = dataset.with_inputs(names, prediction_time=has_hours)
-    logger.info("sample size: %s", describe_sample_size(inputs, names, train))
+    logger.info("sample size: %s", describe_sample_size(dataset, data.usable_static, train))
     if dataset.parts is None and dataset.labels[test].sum() < TEST_EVENTS:
         problem = f"fewer than {TEST_EVENTS} events in the test part"
         logger.info("%s: --folds 5 tests the model on each patient once", problem)
-    check_prediction_times(inputs, train)
-    return [*warnings, *describe_unusable(unusable), *describe_leaks(dataset, train)]
+    data.check_inputs()
+    return [*warnings, *describe_unusable(data.unusable_static), *describe_leaks(dataset, train)]
 
 
 # --------------------------------------------------------------------------- summary
@@ -217,48 +182,9 @@ def _percentiles(numbers: NDArray[Any]) -> str:
 # --------------------------------------------------------------------------- suspicions
 
 
-def check_events(dataset: TrajectoryDataset, train: NDArray[np.int64]) -> None:
-    """Refuse competing events of which a model could learn nothing."""
-    if dataset.competing_events is None:
-        return
-    _, hours, events = dataset.targets()[train].T
-    by_then = hours <= dataset.competing_events.horizons[-1]
-    for event, name in enumerate(dataset.competing_events.names, start=1):
-        patients = count_patients(dataset.groups[train], by_then & (events == event))
-        if patients < MIN_EVENT_PATIENTS:
-            raise InputError(
-                f"{dataset.source}: fewer than {MIN_EVENT_PATIENTS} patients of the training part "
-                f"have event {event}, {name}, by the last horizon: merge it: {dataset.merging}"
-            )
-
-
-def check_prediction_times(dataset: TrajectoryDataset, train: NDArray[np.int64]) -> None:
-    """Refuse prediction times that are read where no training patient has one."""
-    if dataset.hours_read is not None and np.isnan(dataset.hours_read[train]).all():
-        raise InputError(
-            f"{dataset.source}: no patient of the training part has a prediction time: fill the "
-            "column prediction_hours, or leave it unread by --prediction_time off"
-        )
-
-
 def describe_unusable(unusable: Mapping[str, str]) -> list[str]:
     """Warn of series or static features that no model reads; ``unusable`` says why."""
     return [f"{name} is not read: {reason}" for name, reason in unusable.items()]
-
-
-def describe_long_spans(dataset: TrajectoryDataset) -> list[str]:
-    """Warn of a time scale that nobody chose and that is far below the span of most rows."""
-    if not dataset.assumed_time_scale:
-        return []
-    median = float(np.median(dataset.prediction_times() - dataset.times[dataset.offsets[:-1]]))
-    scale, better = dataset.time_scale, f"{float(f'{median:.2g}'):.0f}"
-    if median <= MAX_SPANS * scale:
-        return []
-    return [
-        f"the median span of a row, {median:,.0f} h, is beyond {MAX_SPANS} time scales of "
-        f"{scale:g} h, which makes very many solver steps: train with --time_scale {better}, or "
-        f'write "time_scale": {better} in the JSON file beside the data'
-    ]
 
 
 def describe_cut(lengths: NDArray[Any], groups: NDArray[np.generic], max_len: int) -> str:
@@ -288,3 +214,37 @@ def implausible_series(dataset: TrajectoryDataset) -> list[str]:
                 f"{with_space(unit)}: {advice}"
             )
     return warnings
+
+
+# --------------------------------------------------------------------------- sample size
+
+
+def sample_sizes(
+    predictors: int, prevalence: float, r2: float | None = None
+) -> tuple[int, int, int]:
+    """Return the patients that shrinkage, optimism and overall risk need; ``r2`` is Cox-Snell's.
+
+    Source: Riley 2020, BMJ 368:m441; Riley 2019, Stat Med 38:1276.
+    """
+    q = 1 - prevalence
+    maximum = 1 - (prevalence**prevalence * q**q) ** 2
+    r2 = EXPLAINED * maximum if r2 is None else r2
+    factors = SHRINKAGE, r2 / (r2 + OPTIMISM * maximum)
+    shrunk, fitted = (predictors / ((s - 1) * math.log(1 - r2 / s)) for s in factors)
+    overall = (1.96 / RISK_MARGIN) ** 2 * prevalence * q
+    return math.ceil(shrunk), math.ceil(fitted), math.ceil(overall)
+
+
+def describe_sample_size(
+    dataset: TrajectoryDataset, static: Sequence[str], train: NDArray[np.int64]
+) -> str:
+    """Describe the patients that a logistic regression on series and ``static`` needs and has."""
+    unread_series = len(dataset.features) - len(dataset.series_read)
+    # Predictors are the columns of the baseline that reads both.
+    predictors = len(dataset.summary_names()) - unread_series * len(STATISTICS) + len(static)
+    prevalence = float(dataset.labels[train].mean())
+    needed, patients = sample_sizes(predictors, prevalence), count_patients(dataset.groups, train)
+    return (
+        f"a logistic regression on {predictors:,} predictors needs {max(needed):,} patients by "
+        f"Riley's criteria (event in {prevalence:.1%}), the training part has {patients:,}"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -44,11 +45,16 @@ class Findings:
         """Log notes, warnings and counts; problems are the caller's to report."""
         for note in self.notes:
             logger.info("%s: %s", self.source, note)
-        for warning in self.warnings:
-            logger.warning("warning: %s: %s", self.source, warning)
+        log_warnings(self.warnings, self.source)
         for text, rows in self.counts.items():
             if rows:
                 logger.info("%s: %s rows %s", self.source, f"{rows:,}", text)
+
+
+def log_warnings(warnings: Iterable[str], source: str = "") -> None:
+    """Log lines as warnings, with their source if there is one."""
+    for line in warnings:
+        logger.warning("warning: %s%s", f"{source}: " if source else "", line)
 
 
 def flow_lines(flow: pd.DataFrame) -> list[str]:

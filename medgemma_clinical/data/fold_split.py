@@ -8,9 +8,9 @@ import logging
 import numpy as np
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.checks import labelled_rows
 from medgemma_clinical.data.split import draw_split, patient_events
 from medgemma_clinical.data.texts import code
+from medgemma_clinical.data.training_data import labelled_rows
 from medgemma_clinical.data.trajectories import UNKNOWN, TrajectoryDataset
 from medgemma_clinical.files import InputError
 

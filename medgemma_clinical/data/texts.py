@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,9 +12,6 @@ from medgemma_clinical.files import one_line
 
 NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?"
 """A decimal number, as regular expression without groups."""
-
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
-"""Beginnings of a cell that a spreadsheet takes for a formula."""
 
 DIRECTIONS = ("level", "rising", "falling")  # words for a change by its sign: 0, 1 and -1 as index
 
@@ -127,17 +123,6 @@ def computed_text(
         clauses = full_clauses("", unit, times, values)[2:]
         return "".join(clause.text for clause in clauses).removeprefix(", ") + ". "
     return f"{direction(times, values).text if len(values) > 1 else 'only one value'}. "
-
-
-def is_formula(cell: str) -> bool:
-    """Return whether a spreadsheet would run a cell as a formula; a number such as -5 is none."""
-    return cell.startswith(FORMULA_STARTS) and re.fullmatch(NUMBER, cell) is None
-
-
-def formula_warning(names: Iterable[str]) -> list[str]:
-    """Return what to say of names that tables will hold, nothing where none is a formula."""
-    problem = "names begin like a formula, which a spreadsheet would run: import tables as text"
-    return [problem] if any(map(is_formula, names)) else []
 
 
 def plain(number: float) -> str:

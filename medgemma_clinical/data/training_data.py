@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medgemma_clinical.data import checks
+from medgemma_clinical.data.findings import log_warnings
 from medgemma_clinical.data.overlap import training_hashes
-from medgemma_clinical.data.split import Split
+from medgemma_clinical.data.small_cells import count_patients
+from medgemma_clinical.data.split import Split, check_outcomes
 from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.data.trajectories import MIN_TIME_SCALE, TrajectoryDataset
 from medgemma_clinical.files import InputError
+
+logger = logging.getLogger(__name__)
+
+MIN_EVENT_PATIENTS = 10
+"""Training patients that each of the competing events needs."""
+
+MAX_SPANS = 10
+"""Median span in time scales beyond which a time scale that nobody chose does not fit."""
+
+NO_VALUE = "without a value of a series that is read"
 
 
 @dataclass(frozen=True)
@@ -41,15 +53,20 @@ class Data:
     def time_scale(self, hours: float | None) -> float:
         """Return a new encoder's unit of time in hours; warn where the data's own does not fit."""
         if hours is None:
-            checks.log_warnings(checks.describe_long_spans(self.dataset), self.dataset.source)
+            log_warnings(describe_long_spans(self.dataset), self.dataset.source)
             hours = self.dataset.time_scale
         if hours < MIN_TIME_SCALE:
             raise InputError(f"--time_scale {hours:g}: give at least {MIN_TIME_SCALE:g} hours")
         return hours
 
     def check_inputs(self) -> None:
-        """Refuse prediction times that no training patient has."""
-        checks.check_prediction_times(self.dataset, self.split["train"])
+        """Refuse prediction times that are read where no training patient has one."""
+        hours = self.dataset.hours_read
+        if hours is not None and np.isnan(hours[self.split["train"]]).all():
+            raise InputError(
+                f"{self.dataset.source}: no patient of the training part has a prediction time: "
+                "fill the column prediction_hours, or leave it unread by --prediction_time off"
+            )
 
     def description(self) -> dict[str, Any]:
         """Return what a checkpoint stores of its data, without any patient in it."""
@@ -87,19 +104,90 @@ def prepare_data(
     prediction_time: bool = True,
 ) -> Data:
     """Take at most ``max_samples`` patients (0: all) of what was read, and split them."""
-    dataset = checks.labelled_rows(dataset)
-    data_sha256, rows_sha256 = dataset.fingerprint(), dataset.row_fingerprint()
+    dataset = labelled_rows(dataset)
     sample = dataset.sample_patients(max_samples, seed)
     split = sample.split(seed)
-    series = None if inputs is None else inputs.get("series", sample.features)
-    sample, split, unusable_series = checks.rows_as_read(sample, split, series)
-    checks.check_events(sample, split["train"])
-    unusable = sample.unusable_static(split["train"])
+    unusable_series = unread_series(sample, split, inputs)
+    series = [name for name in sample.features if name not in unusable_series]
+    sample, split = measured_rows(sample.with_series(series), split)
+    check_events(sample, split["train"])
+    unusable_static = sample.unusable_static(split["train"])
     if inputs is None:
-        names = [name for name in sample.static_names if static and name not in unusable]
+        names = [name for name in sample.static_names if static and name not in unusable_static]
         has_hours = sample.prediction_hours is not None
         inputs = {"static": names, "prediction_time": prediction_time and has_hours}
-    sample = sample.with_inputs(**inputs)
     reads_context = prompts.context and bool((dataset.contexts != "").any())
-    prompts = replace(prompts, context=reads_context)
-    return Data(sample, split, prompts, data_sha256, rows_sha256, unusable, unusable_series)
+    return Data(
+        sample.with_inputs(**inputs),
+        split,
+        replace(prompts, context=reads_context),
+        data_sha256=dataset.fingerprint(),
+        rows_sha256=dataset.row_fingerprint(),
+        unusable_static=unusable_static,
+        unusable_series=unusable_series,
+    )
+
+
+def labelled_rows(dataset: TrajectoryDataset) -> TrajectoryDataset:
+    """Return the rows with a label, the only ones that a training sees; log how many lack one."""
+    has_label = ~np.isnan(dataset.labels)
+    if has_label.all():
+        return dataset
+    logger.info("%s: %d rows without a label are not used", dataset.source, int((~has_label).sum()))
+    return dataset.keep_rows(has_label, "without a label")
+
+
+def unread_series(
+    dataset: TrajectoryDataset, split: Split, inputs: dict[str, Any] | None
+) -> dict[str, str]:
+    """Return the series that are not read, and why: of a stage 1, or else by the training part."""
+    if inputs is None:
+        return dataset.unusable_series(split["train"])
+    series = inputs.get("series", dataset.features)
+    return {x: "stage 1 does not read it" for x in dataset.features if x not in series}
+
+
+def measured_rows(dataset: TrajectoryDataset, split: Split) -> tuple[TrajectoryDataset, Split]:
+    """Return the rows that hold a value of a series that is read, and their split."""
+    has_value = dataset.lengths > 0
+    if has_value.all():
+        return dataset, split
+    rows = dataset.keep_rows(has_value, NO_VALUE)
+    position = np.cumsum(has_value) - 1
+    parts = {part: position[index[has_value[index]]] for part, index in split.items()}
+    filled_parts = {part: parts[part] for part in split if len(split[part])}
+    where = f"{dataset.source}, where rows {NO_VALUE} are left out"
+    check_outcomes(filled_parts, rows.groups, rows.labels, where)
+    text = "%s: %s rows hold no value of a series that is read, and are not used"
+    logger.info(text, dataset.source, f"{len(dataset) - len(rows):,}")
+    return rows, parts
+
+
+def check_events(dataset: TrajectoryDataset, train: NDArray[np.int64]) -> None:
+    """Refuse competing events of which a model could learn nothing."""
+    if dataset.competing_events is None:
+        return
+    _, hours, events = dataset.targets()[train].T
+    by_then = hours <= dataset.competing_events.horizons[-1]
+    for event, name in enumerate(dataset.competing_events.names, start=1):
+        patients = count_patients(dataset.groups[train], by_then & (events == event))
+        if patients < MIN_EVENT_PATIENTS:
+            raise InputError(
+                f"{dataset.source}: fewer than {MIN_EVENT_PATIENTS} patients of the training part "
+                f"have event {event}, {name}, by the last horizon: merge it: {dataset.merging}"
+            )
+
+
+def describe_long_spans(dataset: TrajectoryDataset) -> list[str]:
+    """Warn of a time scale that nobody chose and that is far below the span of most rows."""
+    if not dataset.assumed_time_scale:
+        return []
+    median = float(np.median(dataset.prediction_times() - dataset.times[dataset.offsets[:-1]]))
+    scale, better = dataset.time_scale, f"{float(f'{median:.2g}'):.0f}"
+    if median <= MAX_SPANS * scale:
+        return []
+    return [
+        f"the median span of a row, {median:,.0f} h, is beyond {MAX_SPANS} time scales of "
+        f"{scale:g} h, which makes very many solver steps: train with --time_scale {better}, or "
+        f'write "time_scale": {better} in the JSON file beside the data'
+    ]

@@ -17,9 +17,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.data.competing_events import CompetingEvents
+from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.small_cells import MIN_CELL, count_patients, patients_behind
-from medgemma_clinical.data.split import Split, check_outcomes, draw_split, given_split
+from medgemma_clinical.data.split import Split, draw_split, given_split
 from medgemma_clinical.data.summaries import summary_features, summary_names
 from medgemma_clinical.data.texts import (
     WHOLE_PROMPT,
@@ -118,6 +119,7 @@ class TrajectoryDataset:
 
     features: tuple[str, ...]  # F names
     units: tuple[str, ...]  # F units, empty where a feature has none
+    measures: tuple[Feature, ...] = ()  # F, with their ranges; empty where none are declared
     static_names: tuple[str, ...] = ()  # of all static features, ``static_NAME [unit]``
     static_inputs: tuple[str, ...] = ()  # K of them that a model reads; none before the choice
     series_inputs: tuple[str, ...] | None = None  # features that a model reads; None: all
@@ -141,11 +143,11 @@ class TrajectoryDataset:
 
     def limits(self, feature: int) -> tuple[float, float] | None:
         """Return the declared plausible range of a feature, None where none is declared."""
-        return None
+        return self.measures[feature].plausible if self.measures else None
 
     def reference(self, feature: int) -> Reference | None:
         """Return the reference range of a feature in a healthy adult, None where unknown."""
-        return None
+        return self.measures[feature].reference if self.measures else None
 
     def series_text(self, i: int, options: PromptOptions) -> str:
         """Return the series of row ``i`` in words, empty or with a space at the end."""
@@ -346,6 +348,12 @@ class TrajectoryDataset:
         self.offsets = np.concatenate([[0], np.cumsum(sizes)])
         self._summaries = None
 
+    def keep_latest(self, max_len: int) -> None:
+        """Keep the most recent observations of each row."""
+        # An array's integers hold no more than its length, whatever max_len was given.
+        first = self.offsets[1:][self.owner] - min(max_len, len(self.times))
+        self.keep_observations(np.arange(len(self.times)) >= first)
+
     def up_to(self, lengths: NDArray[np.int64]) -> Self:
         """Return the first ``lengths`` (N,) observations of each row, predicted at the last one."""
         beginning = copy.copy(self)
@@ -380,18 +388,6 @@ class TrajectoryDataset:
         counts = removed, len(self), self.n_patients
         line = pd.DataFrame([(rule, *counts)], columns=list(FLOW_COLUMNS))
         self.flow = line if self.flow is None else pd.concat([self.flow, line])
-
-    def keep_measured(self, split: Split) -> tuple[Self, Split]:
-        """Return the rows that hold a value of a series that is read, and their split."""
-        has_value, rule = self.lengths > 0, "without a value of a series that is read"
-        if has_value.all():
-            return self, split
-        rows, position = self.keep_rows(has_value, rule), np.cumsum(has_value) - 1
-        parts = {part: position[index[has_value[index]]] for part, index in split.items()}
-        filled_parts = {part: parts[part] for part in split if len(split[part])}
-        where = f"{self.source}, where rows {rule} are left out"
-        check_outcomes(filled_parts, rows.groups, rows.labels, where)
-        return rows, parts
 
     def split(self, seed: int) -> Split:
         """Divide the rows 80/10/10 by patient, stratified by event; ``parts`` overrides."""

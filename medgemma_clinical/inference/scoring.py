@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data import checks, distributions
+from medgemma_clinical.data import distributions
 from medgemma_clinical.data.dka import Meaning, as_frame
-from medgemma_clinical.data.findings import Findings
+from medgemma_clinical.data.findings import Findings, log_warnings
 from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import few_threads
 from medgemma_clinical.evaluation.metrics import Array
@@ -78,7 +78,7 @@ def scoring_rows(
             medians.append(distributions.row_medians(inputs))
         yield rows
     problems = distributions.compare(config.get("case_mix", {}), pd.concat(medians))
-    checks.log_warnings(problems, findings.source)
+    log_warnings(problems, findings.source)
 
 
 def _all_rows(source: TrajectoryDataset, config: Config) -> ScoringRows:

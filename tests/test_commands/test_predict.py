@@ -75,18 +75,14 @@ def test_an_existing_output_stays_when_the_run_fails(runs, table, tmp_path, monk
     assert out.read_text() == "earlier"
 
 
-@pytest.mark.parametrize("formula", ["=HYPERLINK(1)", "+A1", "-x", "@x", ""])
-def test_ids_that_a_spreadsheet_would_run_stay_and_are_warned_of(
-    formula, runs, table, tmp_path, capsys
-):
-    ids = ["-5", "+1e3", "a=b", "7", formula or "x"]
+def test_ids_stay_as_they_were_written(runs, table, tmp_path):
+    ids = ["-5", "+1e3", "a=b", "7", "=HYPERLINK(1)"]
     rows = table.head(5).drop(columns=LABEL).assign(id=ids)
     data, out = write_data(rows, tmp_path / "rows.csv"), tmp_path / "new.csv"
     found = predicted(runs / "trajectory", data, out)
     assert found["id"].tolist() == ids
     risks = found["probability"].tolist()
     assert risks == [float(f"{x:.6g}") for x in risks], "as monitor reads them"
-    assert ("like a formula" in capsys.readouterr().out) == bool(formula)
 
 
 @pytest.mark.parametrize(

@@ -7,18 +7,18 @@ import pandas as pd
 import pytest
 
 from dataset_format import InputError, MIMICtrajectoryDataset
-from medgemma_clinical.data.checks import (
-    check as run_check,
-)
+from medgemma_clinical.data.checks import check as run_check
 from medgemma_clinical.data.checks import (
     describe_cut,
-    describe_long_spans,
-    labelled_rows,
+    describe_sample_size,
+    sample_sizes,
     summarize,
 )
 from medgemma_clinical.data.dka import Description
 from medgemma_clinical.data.findings import flow_lines
 from medgemma_clinical.data.leaks import describe_leaks
+from medgemma_clinical.data.training_data import describe_long_spans, labelled_rows
+from medgemma_clinical.evaluation.baselines import LOGISTIC
 from trajectories import GAP, table_of
 
 SOUND = ["20 (0h) -> 21 (4h)"] * 200
@@ -88,8 +88,10 @@ def test_what_looks_wrong_is_a_warning(series, columns, words, checked):
 
 def test_a_given_split_is_shown_as_such_with_its_counts(checked):
     split = ["train"] * 12 + ["val", "val", "test", "test"]
-    (line,) = (m for m in checked(dataset_of(SOUND[:16], split=split))[0] if "column split" in m)
+    messages, _ = checked(dataset_of(SOUND[:16], split=split))
+    (line,) = (line for line in messages if "column split" in line)
     assert line.endswith("test 2 rows, 2 patients, 1 event")
+    assert not any("--folds" in line for line in messages)
 
 
 def test_without_labels_a_file_is_ready_to_predict_on_and_rows_without_one_are_counted(checked):
@@ -171,6 +173,29 @@ def test_lines_of_a_flow_leave_out_rules_that_remove_nothing():
     flow = pd.DataFrame({"rule": list("abc"), "removed": [0, 3, 1000], "left": [2003, 2000, 1000]})
     lines = [line.split() for line in flow_lines(flow)]
     assert lines == [["3", "out,", "2,000", "left:", "b"], ["1,000", "out,", "1,000", "left:", "c"]]
+
+
+def test_published_sample_sizes():
+    # pmsampsize(type = "b", csrsquared = 0.288, parameters = 24, prevalence = 0.174), its manual
+    assert sample_sizes(24, 0.174, 0.288) == (623, 662, 221)
+    assert max(sample_sizes(30, 0.05, 0.05)) == 5249  # pre-eclampsia, Riley 2020
+    maximum = 1 - np.exp(2 * (0.2 * np.log(0.2) + 0.8 * np.log(0.8)))  # of a constant risk
+    assert sample_sizes(10, 0.2) == sample_sizes(10, 0.2, 0.15 * maximum)
+
+
+def test_the_predictors_are_the_columns_of_the_logistic_regression_with_statics():
+    dataset = dataset_of(["20 (0h) -> 21 (4h)"] * 40, static_age=np.arange(40))
+    columns = dataset.baseline_inputs()[LOGISTIC].shape[1] + 1
+    text = describe_sample_size(dataset, ["static_age"], np.arange(30))
+    needed = max(sample_sizes(columns, 0.5))
+    assert f"on {columns} predictors needs {needed:,} patients" in text
+    assert text.endswith("the training part has 30")
+
+
+@pytest.mark.parametrize(("rows", "suggested"), [(3900, True), (4100, False)])
+def test_folds_are_suggested_where_a_drawn_test_part_has_few_events(rows, suggested, checked):
+    messages, _ = checked(dataset_of(["20 (0h)"] * rows))
+    assert any("--folds" in line for line in messages) == suggested
 
 
 @pytest.mark.parametrize(("hours", "warns"), [(43_812.5, True), (721, True), (720, False)])

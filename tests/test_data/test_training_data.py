@@ -167,3 +167,12 @@ def test_a_new_encoders_time_scale_is_the_users_or_the_datas(caplog):
     assert silent.time_scale(None) == 72.0
     (line,) = caplog.messages
     assert "--time_scale 20000" in line
+
+
+def test_prediction_times_that_no_training_patient_has_are_refused():
+    table = patients(60).assign(split=["train"] * 40 + ["val"] * 10 + ["test"] * 10)
+    held_out = table.assign(prediction_hours=[NAN] * 40 + [30.0] * 20)
+    data_of(table.assign(prediction_hours=[30.0] + [NAN] * 59)).check_inputs()
+    data_of(table).check_inputs()
+    with pytest.raises(InputError, match="column prediction_hours"):
+        data_of(held_out).check_inputs()

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataset_format import MIMICtrajectoryDataset
-from medgemma_clinical.data.checks import check_prediction_times
 from medgemma_clinical.data.summaries import SINCE_LAST, STATISTICS
 from medgemma_clinical.files import InputError
 from trajectories import dataset_of
@@ -185,15 +184,6 @@ def test_rows_up_to_an_observation_are_those_that_end_there_and_are_predicted_th
 def test_an_input_that_the_data_lack_is_refused(lacking):
     with pytest.raises(InputError, match=r"static_z|prediction_hours|reads z"):
         dataset_of(CELLS).with_inputs(**{"static": [], "prediction_time": False, **lacking})
-
-
-def test_prediction_times_that_no_training_patient_has_are_refused():
-    dataset = dataset_of(["1 (0h)"] * 40, prediction_hours=[5.0] + [NAN] * 39)
-    train, unread = np.arange(40), dataset.with_inputs([], prediction_time=False)
-    check_prediction_times(dataset, train)
-    with pytest.raises(InputError, match="column prediction_hours"):
-        check_prediction_times(dataset, train[1:])
-    check_prediction_times(unread, train[1:])
 
 
 def test_nothing_is_left_of_a_series_that_is_not_read():
