@@ -24,7 +24,6 @@ from medgemma_clinical.data.dka import (
     text_of,
 )
 from medgemma_clinical.data.findings import Findings
-from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.files import file_hash
 from trajectories import GAP, LABEL, SERIES, dataset_of, table_of
 
@@ -329,35 +328,6 @@ def test_without_the_patient_there_is_one_warning_and_none_of_a_column_that_is_n
     assert any("subjectid?" in text for text in dataset_of(["1 (0h)"], subjectid=1).warnings)
 
 
-@pytest.mark.parametrize("start", ["=", "@", "+", "-", ""])
-@pytest.mark.parametrize("kind", ["id", "subject_id", "ward", "static", "trajectory", "series"])
-def test_names_that_a_spreadsheet_would_run_are_warned_of_once(kind, start):
-    columns, name = {"subject_id": ["7", "8"], "id": ["7", "8"]}, f"{start}A1"
-    options = {"site": "ward"} if kind == "ward" else {}
-    if kind in ("id", "subject_id", "ward"):
-        columns[kind] = [name, "8"]
-    elif kind == "series":
-        options["description"] = Description(name, "mmol/L", outcome="Death")
-    else:
-        columns[f"{kind}_{name}"] = ["1 (0h)"] * 2 if kind == "trajectory" else ["1", "2"]
-    table = pd.DataFrame({SERIES: ["1 (0h)"] * 2, LABEL: ["0", "1"], **columns})
-    found = MIMICtrajectoryDataset(table, **options).warnings
-    assert sum("spreadsheet" in text for text in found) == bool(start)
-
-
-@pytest.mark.parametrize(
-    ("columns", "missing", "meant"),
-    [
-        (["age", "clinical_trajectorie", LABEL], SERIES, "clinical_trajectorie"),
-        ([SERIES, "30_day_mortality", "label_escalatoin"], LABEL, "label_escalatoin"),
-        ([SERIES, "30_day_mortality", "outcome"], LABEL, "30_day_mortality"),
-    ],
-)
-def test_a_missing_column_is_named_with_those_that_are_there(columns, missing, meant):
-    table = pd.DataFrame({name: ["1 (0h)" if name == SERIES else "0"] for name in columns})
-    assert_refused(table, rf"column {missing}: .*{meant}")
-
-
 def test_a_first_row_of_cells_is_not_shown(tmp_path):
     path = write(tmp_path / "data.csv", f'{SECRET}-a,"{SECRET} (0h) -> 1 (2h)",1\n'.encode() * 9)
     assert SECRET not in assert_refused(path, f"column {SERIES}: ")
@@ -620,13 +590,6 @@ def test_a_quiet_file_brings_no_notice_and_the_formats_defaults(caplog):
 # --------------------------------------------------------------------------- patients and labels
 
 
-def test_contexts_may_be_empty_and_one_long_one_costs_no_memory_for_every_row():
-    contexts = [None, "x" * 20_000, *["short"] * 998]
-    dataset = dataset_of(["1 (0h)"] * 1000, clinical_context=contexts)
-    assert dataset.contexts[0] == ""
-    assert dataset.contexts.nbytes < 1_000_000
-
-
 @pytest.mark.parametrize("column", ["id", "subject_id"])
 @pytest.mark.parametrize("name", ["A\rB", "x" * 301, "1.2345E+16"])
 def test_an_id_that_cannot_name_its_row_is_refused_and_never_breaks_a_line(column, name):
@@ -658,17 +621,6 @@ def test_any_column_of_0_and_1_is_the_label():
         assert_refused(table, "column death", label_column="death", require_labels=required)
     table = table_of(["1 (0h)"], static_b=[1])
     assert_refused(table, "column static_b: ", label_column="static_b")
-
-
-# --------------------------------------------------------------------------- prompts
-
-
-@pytest.mark.parametrize(
-    ("choice", "text"), [("main", "Anion gap (mEq/L): 24 (0h) -> 20 (2h). "), ("none", "")]
-)
-def test_the_prompt_holds_the_series_that_were_chosen(choice, text):
-    prompt = MIMICtrajectoryDataset(THREE, description=GAP).prompt(0, PromptOptions(series=choice))
-    assert prompt == f"old. {text}Will care have to be escalated?\n"
 
 
 # --------------------------------------------------------------------------- check

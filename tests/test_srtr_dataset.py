@@ -209,13 +209,6 @@ def test_horizons_and_choices_that_do_not_go_together_are_refused(flags, named):
         SRTRTrajectoryDataset(SYNTHETIC, "liver", **flags)
 
 
-def test_the_command_refuses_several_horizons_of_a_label(capsys):
-    words = ["check", "--data_dir", str(SYNTHETIC), "--horizon_days", "90,365"]
-    assert srtr_dataset.main(words) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: --horizon_days 90,365: ")
-
-
 def score(dataset, folder, **other):
     """What ``scoring_rows`` yields of a folder for a model trained on a data set."""
     config = {"read_options": dataset.read_options, "question": dataset.question}

@@ -3,7 +3,6 @@
 import logging
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from dataset_format import InputError, MIMICtrajectoryDataset
@@ -15,7 +14,6 @@ from medgemma_clinical.data.checks import (
     summarize,
 )
 from medgemma_clinical.data.dka import Description
-from medgemma_clinical.data.findings import flow_lines
 from medgemma_clinical.data.leaks import describe_leaks
 from medgemma_clinical.data.training_data import describe_long_spans, labelled_rows
 from medgemma_clinical.evaluation.baselines import LOGISTIC
@@ -167,12 +165,6 @@ def test_counts_and_percentiles_of_the_summary_are_exact():
     assert lines[3] == f"span in hours: {percentiles}"
     assert lines[4].startswith(f"Anion gap [mEq/L]: {percentiles}; in 101 of 101 patients")
     assert "in 3 of 101 patients" in lines[5]
-
-
-def test_lines_of_a_flow_leave_out_rules_that_remove_nothing():
-    flow = pd.DataFrame({"rule": list("abc"), "removed": [0, 3, 1000], "left": [2003, 2000, 1000]})
-    lines = [line.split() for line in flow_lines(flow)]
-    assert lines == [["3", "out,", "2,000", "left:", "b"], ["1,000", "out,", "1,000", "left:", "c"]]
 
 
 def test_published_sample_sizes():

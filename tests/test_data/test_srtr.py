@@ -357,66 +357,38 @@ def random_registrations(rng, organ, landmark, horizon, rows=2000):
 
 
 @pytest.mark.parametrize(
-    ("organ", "landmark", "horizon", "transplant"),
+    ("organ", "landmark", "horizon", "transplant", "kind"),
     [
-        ("liver", 90, 90, "negative"),
-        ("liver", 90, 90, "exclude"),
-        ("liver", 0, 1, "exclude"),
-        ("kidney", 365, 30, "negative"),
+        ("liver", 90, 90, "negative", "label"),
+        ("liver", 90, 90, "exclude", "label"),
+        ("liver", 0, 1, "exclude", "label"),
+        ("kidney", 365, 30, "negative", "label"),
+        ("liver", 0, 90, "negative", "time"),
+        ("kidney", 365, 90, "negative", "time"),
     ],
 )
 def test_apply_criteria_decides_as_a_slow_reading_of_each_registration(
-    organ, landmark, horizon, transplant
+    organ, landmark, horizon, transplant, kind
 ):
-    rng = np.random.default_rng(landmark)
+    rng, times = np.random.default_rng(landmark + 1), kind == "time"
     rows = random_registrations(rng, ORGANS[organ].code, landmark, horizon)
-    found = apply_criteria(table_of(*rows), CohortDefinition(organ, landmark, horizon, transplant))
+    definition = CohortDefinition(organ, landmark, horizon, transplant, kind)
+    registrations = apply_criteria(table_of(*rows), definition)
     history = pd.DataFrame({"PX_ID": range(len(rows)), "CANHX_BEGIN_DT": 0})
     words = {"landmark": landmark, "horizon": horizon, "exclude": transplant == "exclude"}
-    expected = decide_slowly(pd.DataFrame(rows), history, organ, **words)
-    reason = found["reason"].astype(object)
-    assert found["label"].where(reason == "", reason).to_dict() == expected
-    assert found["label"][reason.isin([CENSORED, TRANSPLANTED])].isna().all()
-    assert min(Counter(expected.values()).values()) >= 10
-
-
-@pytest.mark.parametrize(("organ", "landmark"), [("liver", 90), ("liver", 0), ("kidney", 365)])
-def test_ends_and_their_days_are_those_of_a_slow_reading_of_each_registration(organ, landmark):
-    rng = np.random.default_rng(landmark + 1)
-    rows = random_registrations(rng, ORGANS[organ].code, landmark, 90)
-    definition = CohortDefinition(organ, landmark, (30, 90), "negative", "time")
-    found = apply_criteria(table_of(*rows), definition)
-    history = pd.DataFrame({"PX_ID": range(len(rows)), "CANHX_BEGIN_DT": 0})
-    expected = decide_slowly(pd.DataFrame(rows), history, organ, landmark, times=True)
-    ends = zip(found["event"], found["event_days"], strict=True)
-    reasons = found["reason"].tolist()
-    ends = [reason or end for reason, end in zip(reasons, ends, strict=True)]
-    assert dict(zip(found.index, ends, strict=True)) == expected
-    assert (found["label"] == (found["event"] == 1)).all()
-    events = Counter(end[0] for end in expected.values() if isinstance(end, tuple))
-    assert min(events[event] for event in range(5)) >= 10
-    assert not {CENSORED, TRANSPLANTED} & {*reasons}
-
-
-@pytest.mark.parametrize(
-    ("end", "expected"),
-    [
-        (removed(8, 100, CAN_DEATH_DT=LISTED + 100), (1, 10)),
-        (removed(13, 100, PERS_SSA_DEATH_DT=LISTED + 100), (1, 10)),
-        (removed(4, 100, REC_TX_DT=LISTED + 100, PERS_OPTN_DEATH_DT=LISTED + 100), (2, 10)),
-        (removed(4, 100, REC_TX_DT=LISTED + 100, PERS_OPTN_DEATH_DT=LISTED + 101), (2, 10)),
-        (removed(23, 100, CAN_DEATH_DT=LISTED + 100), (2, 10)),
-        (removed(12, 100, PERS_SSA_DEATH_DT=LISTED + 101), (3, 10)),
-        (removed(7, 100), (4, 10)),
-        (removed(77, 100), (4, 10)),
-        (candidate(1, CAN_ENDWLFU=LISTED + 91, PERS_SSA_DEATH_DT=LISTED + 92), (0, 1)),
-        (candidate(1, CAN_ENDWLFU=LISTED + 4000), (0, 3910)),
-    ],
-)
-def test_the_first_of_what_ends_a_registration_is_its_event(end, expected):
-    definition = CohortDefinition("liver", 90, (90,), "negative", "time")
-    (found,) = apply_criteria(table_of(end), definition).to_dict("records")
-    assert (found["reason"], found["event"], found["event_days"]) == ("", *expected)
+    expected = decide_slowly(pd.DataFrame(rows), history, organ, **words, times=times)
+    ends = registrations["label"].tolist()
+    if times:
+        ends = list(zip(registrations["event"], registrations["event_days"], strict=True))
+        assert (registrations["label"] == (registrations["event"] == 1)).all()
+    reasons = registrations["reason"].tolist()
+    decided = [reason or end for reason, end in zip(reasons, ends, strict=True)]
+    assert dict(zip(registrations.index, decided, strict=True)) == expected
+    is_unknown = registrations["reason"].isin([CENSORED, TRANSPLANTED])
+    assert registrations["label"][is_unknown].isna().all()
+    kinds = Counter(end[0] if isinstance(end, tuple) else end for end in expected.values())
+    assert min(kinds.values()) >= 10
+    assert not times or {0, 1, 2, 3, 4} <= kinds.keys()
 
 
 def candidates_of(folder, *cand):

@@ -107,4 +107,10 @@ def test_options_of_the_prompt_leave_the_data_set_as_it_is():
     assert dataset.prompt(0, PromptOptions(latest=2)) == whole.replace("24 (0h) -> ", "")
     assert dataset.prompt(0, PromptOptions(latest=9)) == whole
     assert dataset.prompt(0, PromptOptions(context=False)) == whole.partition(". ")[2]
+    assert dataset.prompt(0, PromptOptions(series="none")) == (
+        f"54-year-old woman. {dataset.question}\n"
+    )
+    two = one_row("24 (0h)", description=GAP, trajectory_x="5 (1h)")
+    main = "Anion gap (mEq/L): 24 (0h). Will care have to be escalated?\n"
+    assert two.prompt(0, PromptOptions(series="main")) == main
     assert dataset.prompt(0) == whole
