@@ -42,7 +42,7 @@ from medgemma_clinical.commands.command_line import (
     parse_hours,
     run_command,
 )
-from medgemma_clinical.data import checks, distributions, dka, texts
+from medgemma_clinical.data import checks, distributions, dka, table_files, texts
 from medgemma_clinical.data.competing_events import OUTCOME_KINDS, CompetingEvents
 from medgemma_clinical.data.dka import LABEL, Description, read_description
 from medgemma_clinical.data.findings import Findings, log_warnings
@@ -52,6 +52,7 @@ from medgemma_clinical.data.importers.questions import OpenQuestions
 from medgemma_clinical.data.overlap import describe_copies
 from medgemma_clinical.data.roles import sex_of_column
 from medgemma_clinical.data.split import Split
+from medgemma_clinical.data.table_files import ArrowTable
 from medgemma_clinical.data.texts import Clause, PromptOptions, plain
 from medgemma_clinical.data.trajectories import (
     AGE,
@@ -110,7 +111,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
 
     def __init__(
         self,
-        source: str | Path | pd.DataFrame | dka.ArrowTable,
+        source: str | Path | pd.DataFrame | ArrowTable,
         max_len: int | None = None,
         *,
         description: dka.Meaning | None = None,
@@ -128,44 +129,36 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         """Read, check and sort the whole source."""
         if max_len is not None and max_len < 1:
             raise InputError(f"--max_len {max_len}: must be at least 1")
-        source = dka.as_frame(source)
-        label, is_frame = label_column or LABEL, isinstance(source, pd.DataFrame)
-        findings = Findings("DataFrame" if is_frame else str(source))
-        table = pd.concat([block for block, _ in dka.read_tables(source)])
+        source = table_files.as_frame(source)
+        findings = Findings("DataFrame" if isinstance(source, pd.DataFrame) else str(source))
+        where = one_line(findings.source)
+        table = pd.concat([block for block, _ in table_files.read_tables(source)])
+        label = label_column or LABEL
         if outcome_kind not in (None, "label", "time"):
             raise InputError(f"--outcome_kind {outcome_kind}: must be label or time")
         has_times = label == LABEL and LABEL not in table and {*dka.EVENT_COLUMNS} <= {*table}
         is_time = outcome_kind == "time" or (outcome_kind is None and has_times)
         columns = dka.EVENT_COLUMNS if is_time else (label,)
-        labelled = require_labels or label != LABEL or is_time
-        dka.check_header(table, one_line(findings.source), columns, labelled=labelled)
+        needs_columns = require_labels or label != LABEL or is_time
+        dka.check_header(table, where, columns, labelled=needs_columns)
         flags = Description(series_name or "", unit or "", outcome=outcome or "")
         about = read_description(source, findings, description)
         about = dka.name_series(table, about, columns[-1], flags, findings)
         if is_time:
-            competing = dka.competing_events(table, about, horizon_hours, findings)
-            self.competing_events = competing
-            labels, _ = dka.events_of(table, len(competing.names), findings)
+            self.competing_events = dka.competing_events(table, about, horizon_hours, findings)
         elif horizon_hours is not None:
             problem = f"the outcome is the label {label}: --outcome_kind time"
             raise InputError(f"--horizon_hours: {problem}")
-        else:
-            labels, wrong_labels = dka.labels_of(table, label)
-            wrong, problem = (
-                pd.Series(True, wrong_labels.index),
-                "not 0 or 1: write 1 for the event",
-            )
-            findings.reject(wrong, label, problem, wrong_labels)
-        if require_labels and np.isnan(labels).all():
-            where = f"{one_line(findings.source)}, column {columns[-1]}"
-            raise InputError(f"{where}: no row has a label")
         self.allow_duplicates = allow_duplicates
-        self.ids = dka.number_equal(dka.patients_of(table, findings)[1], findings)
         self.parts = dka.parts_of(table, findings)
-        reading = {"max_len": max_len, "label_column": label, "site": site}
-        lengths = self._read(table, about, findings, series, reading)
+        self.ids = dka.number_equal(dka.patients_of(table, findings)[1], findings)
+        lengths = self._read(
+            table, about, findings, series, label, max_len, site, refuse_labels=True
+        )
         if not len(self):
             raise InputError(f"{self.source}: no row holds a value of {', '.join(self.features)}")
+        if require_labels and np.isnan(self.labels).all():
+            raise InputError(f"{where}, column {columns[-1]}: no row has a label")
         if without := len(table) - len(self):
             findings.counts["without a value are left out"] += without
             self.add_rule("without a value", without)
@@ -179,39 +172,35 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
     def _read(
         self,
         table: pd.DataFrame,
-        description: Description,
+        about: Description,
         findings: Findings,
         series: Sequence[str] | None,
-        reading: Mapping[str, Any],
+        label: str,
+        max_len: int | None,
+        site: str | None,
+        *,
+        refuse_labels: bool = False,
     ) -> NDArray[np.int64]:
         """Read the rows that hold a value; return how many observations each had before the cut."""
-        label, site = reading.get("label_column", LABEL), reading.get("site")
-        competing = self.competing_events
-        if competing:
-            label, description = dka.EVENT, replace(description, events=competing.names)
         self.source = one_line(findings.source)
-        self.description = about = description.for_label(label)
-        self.question, self.outcome = about.question, about.outcome
-        self.assumed_time_scale = about.time_scale is None
-        self.time_scale = about.time_scale or self.time_scale
-        self.flow = pd.DataFrame(about.flow) if about.flow else None
-        if about.made_by.startswith("dataset_format.py "):
-            self.recipe = {"made_by": about.made_by, "arguments": about.arguments}
-        self.measures = tuple(dka.find_features(table, about, series, self.source))
+        self.read_options = {}
+        if self.competing_events is None:
+            self.read_options["label_column"] = label
+            self.labels = dka.labels_of(table, label, findings, refuse=refuse_labels)
+        else:
+            events = self.competing_events
+            label, about = dka.EVENT, replace(about, events=events.names)
+            horizons = list(events.horizons)
+            self.read_options |= {"outcome_kind": "time", "horizon_hours": horizons}
+            self.events, self.event_hours = dka.events_of(table, len(events.names), findings)
+            self.labels = np.where(np.isnan(self.events), np.nan, self.events == 1)
+        self._describe(about.for_label(label))
+        self.measures = tuple(dka.find_features(table, self.description, series, self.source))
         self.features = tuple(feature.name for feature in self.measures)
         self.units = tuple(feature.unit or "" for feature in self.measures)
-        default = MAX_LEN if len(self.features) == 1 else MAX_LEN_SEVERAL
-        max_len = reading["max_len"] or default
-        self.read_options = {"max_len": max_len}
+        max_len = max_len or (MAX_LEN if len(self.features) == 1 else MAX_LEN_SEVERAL)
+        self.read_options = {"max_len": max_len, **self.read_options}
         self.numbers = table.index.to_numpy()
-        if competing:
-            horizons, count = list(competing.horizons), len(competing.names)
-            self.read_options |= {"outcome_kind": "time", "horizon_hours": horizons}
-            self.events, self.event_hours = dka.events_of(table, count, findings)
-            self.labels = np.where(np.isnan(self.events), np.nan, self.events == 1)
-        else:
-            self.read_options["label_column"] = label
-            self.labels = dka.labels_of(table, label)[0]
         self.groups = dka.patients_of(table, findings)[0].to_numpy(dtype=np.str_)
         self.has_patient_ids = not set(dka.PATIENTS).isdisjoint(table)
         self.contexts = dka.text_of(table, "clinical_context").to_numpy(dtype=object)
@@ -238,6 +227,16 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             column = getattr(self, name)
             setattr(self, name, None if column is None else column[has_value])
         return lengths[has_value]
+
+    def _describe(self, about: Description) -> None:
+        """Take what a description says of the data as a whole."""
+        self.description = about
+        self.question, self.outcome = about.question, about.outcome
+        self.assumed_time_scale = about.time_scale is None
+        self.time_scale = about.time_scale or self.time_scale
+        self.flow = pd.DataFrame(about.flow) if about.flow else None
+        if about.made_by.startswith("dataset_format.py "):
+            self.recipe = {"made_by": about.made_by, "arguments": about.arguments}
 
     def split(self, seed: int) -> Split:
         """Divide the rows as every data set does, unless equal rows lie in two parts.
@@ -273,7 +272,7 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         baselines_read, reading = config.get("baseline_inputs", inputs), config["read_options"]
         label, site = reading.get("label_column", LABEL), reading.get("site")
         static_used = {*inputs["static"], *baselines_read["static"], *AGE, site}
-        for k, (table, progress) in enumerate(dka.read_tables(source, max_rows)):
+        for k, (table, progress) in enumerate(table_files.read_tables(source, max_rows)):
             if k == 0:
                 about, missing = dka.as_trained(table, about, config, findings)
             static = {name for name in map(str, table) if name.startswith(dka.STATIC)}
@@ -282,16 +281,16 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             dataset = cls.__new__(cls)
             if events := config.get("events"):
                 dataset.competing_events = CompetingEvents.from_config(events)
-            else:
-                problem = f"have a {label} that is neither 0 nor 1: taken as unknown"
-                findings.counts[problem] += len(dka.labels_of(chunk, label)[1])
             ids = dka.number_equal(dka.patients_of(table, findings)[1], findings)
-            dataset.ids, dataset.allow_duplicates = ids, None
-            lengths = dataset._read(chunk, about, findings, config["features"], reading)
-            max_len = dataset.read_options["max_len"]
-            is_read, column = table.index.isin(dataset.numbers), str(dataset.measures[0].keys[0])
+            dataset.ids = ids
+            dataset.allow_duplicates = None
+            max_len, series = reading["max_len"], config["features"]
+            lengths = dataset._read(chunk, about, findings, series, label, max_len, site)
+            is_read = table.index.isin(dataset.numbers)
             problem = "no series of this row holds a value"
+            column = str(dataset.measures[0].keys[0])
             findings.reject(pd.Series(~is_read, table.index), column, problem)
+            max_len = dataset.read_options["max_len"]
             longer = f"are longer than {max_len} observations: the most recent are kept"
             findings.counts[longer] += int((lengths > max_len).sum())
             # Checked above, so that no later value is scored.
@@ -299,8 +298,8 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
                 dataset.prediction_hours = None
             dataset.question, dataset.outcome = config["question"], config["outcome"]
             dataset.features = tuple(config["features"])  # spelled as the model knows them
-            numbers, positions = table.index.to_numpy(), np.flatnonzero(is_read)
-            yield ScoringRows(ids, numbers, dataset, positions, progress)
+            positions = np.flatnonzero(is_read)
+            yield ScoringRows(ids, table.index.to_numpy(), dataset, positions, progress)
 
     def task_description(self) -> dict[str, str]:
         """Return what is predicted, with the description's prediction time and horizon."""
@@ -477,7 +476,7 @@ def medians_of(path: Path) -> tuple[pd.DataFrame, pd.Series[str] | None]:
     findings, tables = Findings(str(path), strict=False), list[pd.DataFrame]()
     months = list[Any]()
     about = read_description(path)
-    for table, _ in dka.read_tables(path):
+    for table, _ in table_files.read_tables(path):
         features = dka.find_features(table, about, None, str(path))
         columns = [str(feature.keys[0]) for feature in features]
         owner, _, values = dka.parse_series(table, columns, findings)

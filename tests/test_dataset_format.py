@@ -16,14 +16,13 @@ from arrow_tables import ArrowStream
 from dataset_format import MAX_LEN_SEVERAL, Description, InputError, MIMICtrajectoryDataset
 from event_files import write_table
 from medgemma_clinical.data.dka import (
-    as_frame,
     find_features,
     numbers_of,
     read_description,
-    read_tables,
     text_of,
 )
 from medgemma_clinical.data.findings import Findings
+from medgemma_clinical.data.table_files import as_frame, read_tables
 from medgemma_clinical.files import file_hash
 from trajectories import GAP, LABEL, SERIES, dataset_of, table_of
 

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from dataset_format import InputError, MIMICtrajectoryDataset
-from medgemma_clinical.data import dka
+from medgemma_clinical.data import dka, table_files
 from medgemma_clinical.data.findings import Findings
 from slow_dka import HOURS, UNITS, observations, read_slowly, union
 from trajectories import LABEL, SERIES, dataset_of, one_series, table_of
@@ -237,7 +237,7 @@ def load(source, **options):
 
 @pytest.mark.parametrize("form", ["csv", "csv.gz", "CSV", "parquet", "DataFrame", "chunk"])
 def test_a_table_loads_with_what_it_holds_or_names_the_place(form, tmp_path, monkeypatch):
-    seen, read, chunk = Counter(), dka.read_tables, form == "chunk"
+    seen, read, chunk = Counter(), table_files.read_tables, form == "chunk"
     for seed in range(20):
         rng = Random(f"{form} {seed}")
         made = known_rows(rng, wrong=rng.random() < 0.5)
@@ -253,7 +253,7 @@ def test_a_table_loads_with_what_it_holds_or_names_the_place(form, tmp_path, mon
             assert found == with_bits(content, chunk)
             assert {*findings.problems} == {n for n, _ in wrong}
             continue
-        monkeypatch.setattr(dka, "read_tables", partial(read, max_rows=max_rows))
+        monkeypatch.setattr(table_files, "read_tables", partial(read, max_rows=max_rows))
         found = load(source, max_len=most)
         seen[type(found).__name__] += 1
         if isinstance(found, MIMICtrajectoryDataset):

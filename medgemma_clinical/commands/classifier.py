@@ -15,7 +15,8 @@ from sklearn.utils.multiclass import check_classification_targets, type_of_targe
 from sklearn.utils.validation import check_is_fitted
 
 from medgemma_clinical.commands.python import Training
-from medgemma_clinical.data.dka import ArrowTable, Meaning, as_frame
+from medgemma_clinical.data.dka import Meaning
+from medgemma_clinical.data.table_files import ArrowTable, as_frame
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.trajectory_model import TrajectoryModel
 

@@ -171,10 +171,7 @@ def quantile(entry: Mapping[str, Any], level: float) -> float:
 def compare(
     training: Distributions, rows: pd.DataFrame, periods: pd.Series[str] | None = None
 ) -> list[str]:
-    """Return what of ``row_medians`` does not fit the distributions of the training patients.
-
-    Where the ``periods`` of the rows are known, those of another unit are named.
-    """
+    """Return what of ``row_medians`` does not fit the training patients, by period where known."""
     patients, problems = patient_medians(rows), []
     for kind in ("series", "static"):
         for name, entry in training.get(kind, {}).items():
@@ -288,11 +285,9 @@ def find_unit_change(
     column: NDArray[np.float64],
     suspected: UnitChange | None = None,
 ) -> UnitChange | None:
-    """Return the unit that explains values (patients,) far better than another population does.
-
-    Quantiles of their logarithms are compared with those of the training patients, of whom all or
-    a share have another unit, and with those of other populations.
-    """
+    """Return the unit that explains values (patients,) far better than another population does."""
+    # By quantiles of logarithms: of the training patients, of whom all or a share have another
+    # unit, and of other populations.
     values = column[np.isfinite(column)]
     logs = np.log(values[values > 0])
     if "share" in entry or len(entry["means"]) < MIN_GROUPS or len(logs) < MIN_MEASURED:

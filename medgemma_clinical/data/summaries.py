@@ -21,12 +21,11 @@ def summary_names(features: Sequence[str], *, prediction_time: bool) -> list[str
 
 
 def summary_features(
-    times: NDArray[np.float64], values: NDArray[np.float64], lengths: NDArray[np.int64]
+    times: NDArray[np.float64],  # (M,) hours, ascending within a row
+    values: NDArray[np.float64],  # (M, F)
+    lengths: NDArray[np.int64],  # (N,) of the rows
 ) -> NDArray[np.float64]:
-    """Return ``STATISTICS`` of each feature of N trajectories, (N, 8 F), NaN if never measured.
-
-    ``times`` (M,) hours do not fall within a row; ``values`` (M, F), ``lengths`` (N,) of the rows.
-    """
+    """Return ``STATISTICS`` of each feature, (N, 8 F), NaN if never measured."""
     owner = np.repeat(np.arange(len(lengths)), lengths)
     columns: list[NDArray[np.float64]] = []
     for values_of_one in values.T:

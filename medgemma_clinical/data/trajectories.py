@@ -1,7 +1,6 @@
-"""The trajectory contract: irregular series with labels, patients and texts.
+"""The trajectory contract: irregular series with labels, patients and texts."""
 
-Shapes: N trajectories, B in a batch, L observations, F features, S summaries, K static features.
-"""
+# Shapes: N trajectories, B in a batch, L observations, F features, S summaries, K static features.
 
 from __future__ import annotations
 

@@ -15,8 +15,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medgemma_clinical.data import distributions
-from medgemma_clinical.data.dka import Meaning, as_frame
+from medgemma_clinical.data.dka import Meaning
 from medgemma_clinical.data.findings import Findings, log_warnings
+from medgemma_clinical.data.table_files import as_frame
 from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import few_threads
 from medgemma_clinical.evaluation.metrics import Array

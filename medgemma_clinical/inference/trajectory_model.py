@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from sklearn.utils import ClassifierTags, Tags, TargetTags
 from torch import Tensor
 
-from medgemma_clinical.data.dka import ArrowTable, Meaning
+from medgemma_clinical.data.dka import Meaning
 from medgemma_clinical.data.findings import Findings
+from medgemma_clinical.data.table_files import ArrowTable
 from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import exact_kernels, find_device, set_environment
 from medgemma_clinical.evaluation import patients

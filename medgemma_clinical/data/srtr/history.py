@@ -31,12 +31,12 @@ MAX_VALUE = 1e6
 
 
 def read_history(
-    path: Path, definition: CohortDefinition, cohort: pd.DataFrame, dialysis: str | None = None
+    path: Path,
+    definition: CohortDefinition,
+    cohort: pd.DataFrame,
+    dialysis: str | None = None,  # where the training data had it; None: by all rows of the table
 ) -> tuple[pd.DataFrame, str]:
-    """Read a cohort's history up to the landmark, one row a day, and return where dialysis is read.
-
-    ``dialysis`` is where the training data had it; None decides by all rows of the table.
-    """
+    """Read a cohort's history up to the landmark, one row a day, and where dialysis is read."""
     features = definition.organ.features
     column_of = {feature.name: str(feature.keys[0]) for feature in features}
     costs = {column: f"the history holds no {name}" for name, column in column_of.items()}

@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.data.dka import read_tables
 from medgemma_clinical.data.srtr.codes import DATE_ENDINGS, TEXT_COLUMNS
+from medgemma_clinical.data.table_files import read_tables
 from medgemma_clinical.files import InputError
 
 logger = logging.getLogger(__name__)
@@ -55,11 +55,11 @@ def find_table(folder: Path, name: str) -> Path:
     return paths[0]
 
 
-def read_saf(path: Path, columns: Mapping[str, str]) -> Iterator[pd.DataFrame]:
-    """Yield chunks of the columns that a table has, as ``decode`` reads them, and ``BAD_DATE``.
-
-    ``columns`` has what the absence of each costs, empty if required; a broken table is refused.
-    """
+def read_saf(
+    path: Path,
+    columns: Mapping[str, str],  # what the absence of each costs, empty if required
+) -> Iterator[pd.DataFrame]:
+    """Yield chunks of the columns that a table has, as ``decode`` reads them, and ``BAD_DATE``."""
     first = next(read_chunks(path, None, 1), pd.DataFrame())
     if first.empty:
         raise InputError(f"{path}: no rows below the header")
@@ -102,10 +102,8 @@ def _day(year: int) -> int:
 
 
 def decode(cells: pd.Series) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-    """Decode a column of any storage: (n,) values, NaN if empty or unread; (n,) which are unread.
-
-    Dates are days since 1960-01-01, words are in capitals, all else is a number (Y 1, N 0).
-    """
+    """Decode a column: (n,) values, NaN if empty or unread; (n,) which are unread."""
+    # Dates are days since 1960-01-01, words are in capitals, all else is a number (Y 1, N 0).
     position, distinct = pd.factorize(cells)  # distinct cells are few
     content = pd.Series(distinct)
     if not pd.api.types.is_numeric_dtype(content):
