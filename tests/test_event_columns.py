@@ -84,6 +84,8 @@ def test_a_label_is_learned_where_it_stands_and_times_where_they_are_asked_for()
     assert (label.events, label.competing_events) == (None, None)
     assert label.targets().tolist() == [1, 0, 0, 0]
     assert f"{LABEL} is taken for" not in "".join(time.warnings)
+    with pytest.raises(InputError, match="column event_hours: "):
+        read(table.drop(columns="event_hours"), outcome_kind="time")
 
 
 @pytest.mark.parametrize(
@@ -98,6 +100,7 @@ def test_a_label_is_learned_where_it_stands_and_times_where_they_are_asked_for()
         ({"event_hours": [9, -0.1, 3, NAN]}, "row 1, column event_hours: "),
         ({"event_hours": ["9", "soon", "3", ""]}, "row 1, column event_hours: "),
         ({"event": NAN, "event_hours": NAN}, "column event: "),
+        ({LABEL: 1}, "--horizon_hours: "),
     ],
 )
 def test_a_wrong_cell_is_refused_by_its_place(change, place):
@@ -118,13 +121,6 @@ def test_a_wrong_cell_is_refused_by_its_place(change, place):
 def test_an_option_that_does_not_fit_is_refused(options, place):
     with pytest.raises(InputError, match=place):
         read(events_table(), **options)
-
-
-def test_a_column_that_lacks_and_horizons_of_a_label_are_refused():
-    with pytest.raises(InputError, match="column event_hours: "):
-        read(events_table().drop(columns="event_hours"), outcome_kind="time")
-    with pytest.raises(InputError, match="--horizon_hours: "):
-        read(events_table(**{LABEL: 1}))
 
 
 # --------------------------------------------------------------------------- rows to score

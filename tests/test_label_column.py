@@ -17,6 +17,9 @@ STAGE_1 = ("--trajectory_only", "--trajectory_epochs", "1", "--log_file", "none"
 DEATH = ("--label_column", "label_death")
 
 
+REPORTS = True
+
+
 def words(data, folder, *more):
     return [*STAGE_1, "--data_path", str(data), "--output_dir", str(folder), *more]
 
