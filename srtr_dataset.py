@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from medgemma_clinical.commands.command_line import (
     SHOW_VALUES,
@@ -166,9 +167,9 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         cand = waiting_list.read_candidates(find_table(folder, f"cand_{suffix}"))
         table = waiting_list.apply_criteria(cand, definition)
         is_unknown = table["reason"].isin([waiting_list.TRANSPLANTED, waiting_list.CENSORED])
-        scored = (table["reason"] == "") | (is_unknown & (require_labels is not True))
+        may_stay = (table["reason"] == "") | (is_unknown & (require_labels is not True))
         history = find_table(folder, f"stathist_{suffix}")
-        rows, dialysis = read_history(history, definition, cand[scored], dialysis)
+        rows, dialysis = read_history(history, definition, cand[may_stay], dialysis)
         has_row = table.index.isin(rows["PX_ID"])
         if require_labels is None:
             require_labels = table.loc[has_row, "label"].sum() >= MIN_EVENTS
@@ -177,27 +178,38 @@ class SRTRTrajectoryDataset(TrajectoryDataset):
         table.loc[(table["reason"] == "") & ~has_row, "reason"] = waiting_list.NO_ROW
         in_cohort = table["reason"] == ""
         table["label"] = table["label"].where(in_cohort)
-        self.registrations, self.labels = table, table.loc[in_cohort, "label"].to_numpy(np.float64)
-        if definition.of_times:
-            ends = table[in_cohort]
-            self.events = ends["event"].to_numpy(np.float64)
-            self.event_hours = ends["event_days"].to_numpy(np.float64) * HOURS_A_DAY
+        self.registrations = table
+        self._take_outcomes(table[in_cohort])
         self._set_flow(MIN_EVENTS if require_labels else 0, cand["PERS_ID"])
-        cohort, rows = cand[in_cohort], rows[rows["PX_ID"].map(in_cohort)]
-        self.ids = cohort.index.to_numpy().astype(np.str_)
-        self.groups = cohort["PERS_ID"].to_numpy().astype(np.str_)
-        lengths = rows.groupby("PX_ID").size().to_numpy()
+        self._take_candidates(cand[in_cohort])
+        lengths = self._take_history(rows[rows["PX_ID"].map(in_cohort)], max_len)
         if require_labels and (lengths > max_len).any():
             logger.info("%s: %s", self.source, checks.describe_cut(lengths, self.groups, max_len))
+        return dialysis
+
+    def _take_outcomes(self, ends: pd.DataFrame) -> None:
+        self.labels = ends["label"].to_numpy(np.float64)
+        if self.definition.of_times:
+            self.events = ends["event"].to_numpy(np.float64)
+            self.event_hours = ends["event_days"].to_numpy(np.float64) * HOURS_A_DAY
+
+    def _take_candidates(self, cohort: pd.DataFrame) -> None:
+        self.ids = cohort.index.to_numpy().astype(np.str_)
+        self.groups = cohort["PERS_ID"].to_numpy().astype(np.str_)
+        self.contexts = waiting_list.contexts(cohort, self.definition)
+        static = waiting_list.static_features(cohort, self.definition)
+        self.static_names = tuple(map(str, static))
+        self.static = static.to_numpy()
+        self.prediction_hours = np.full(len(self), self.definition.landmark * HOURS_A_DAY)
+
+    def _take_history(self, rows: pd.DataFrame, max_len: int) -> NDArray[np.int64]:
+        """Fill the observations; return how many each registration had before the cut."""
         self.times = rows["day"].to_numpy(np.float64) * HOURS_A_DAY
         self.values = rows[list(self.features)].to_numpy(np.float64)
-        self.offsets = np.append(0, lengths.cumsum())
+        self.offsets = np.append(0, rows.groupby("PX_ID").size().cumsum())
+        lengths = self.lengths
         self.keep_latest(max_len)
-        self.contexts = waiting_list.contexts(cohort, definition)
-        static = waiting_list.static_features(cohort, definition)
-        self.static_names, self.static = tuple(map(str, static)), static.to_numpy()
-        self.prediction_hours = np.full(len(self), definition.landmark * HOURS_A_DAY)
-        return dialysis
+        return lengths
 
     def _set_flow(self, min_events: int, people: pd.Series) -> None:
         """Count what each rule removed; refuse a cohort of nobody or of too few events."""

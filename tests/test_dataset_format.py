@@ -606,6 +606,9 @@ def test_a_label_that_is_not_known_is_nan_and_one_at_least_is_required():
         place = f"row 1, column {LABEL}: "
         assert_refused(table.fillna("yes"), place, require_labels=required)
     np.testing.assert_array_equal(MIMICtrajectoryDataset(table).labels, [1, NAN])
+    chunks, findings = scored(table.fillna("yes"), inputs=NOTHING)
+    np.testing.assert_array_equal(chunks[0].dataset.labels, [1, NAN])
+    assert [*(+findings.counts).values()] == [1], "taken as unknown"
     for each, first in ((table, 1), (table.drop(columns=LABEL), NAN)):
         dataset = MIMICtrajectoryDataset(each, require_labels=False)
         np.testing.assert_array_equal(dataset.collate([0, 1])["labels"], [first, NAN])

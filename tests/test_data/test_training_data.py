@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from dataset_format import MIMICtrajectoryDataset
+from medgemma_clinical.data.checks import check
 from medgemma_clinical.data.texts import PromptOptions
 from medgemma_clinical.data.training_data import prepare_data
 from medgemma_clinical.files import InputError
@@ -174,5 +175,9 @@ def test_prediction_times_that_no_training_patient_has_are_refused():
     held_out = table.assign(prediction_hours=[NAN] * 40 + [30.0] * 20)
     data_of(table.assign(prediction_hours=[30.0] + [NAN] * 59)).check_inputs()
     data_of(table).check_inputs()
-    with pytest.raises(InputError, match="column prediction_hours"):
-        data_of(held_out).check_inputs()
+    for use in (
+        lambda: data_of(held_out).check_inputs(),
+        lambda: check(lambda: MIMICtrajectoryDataset(held_out)),
+    ):
+        with pytest.raises(InputError, match="column prediction_hours"):
+            use()
