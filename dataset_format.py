@@ -406,7 +406,9 @@ def from_long(typed: dict[str, Any]) -> int:
     if is_preview:
         return show_preview(request)
     try:
-        return make_like(request) if request.like else make_file(request, long_table.make_long)
+        if request.like:
+            return make_like(request)
+        return output.make_file(request, long_table.make_long)
     except OpenQuestions as error:
         advice = "--preview asks all such questions at once"
         advice = f"remove the # of the answers in {file}, or {advice}" if file else advice
@@ -462,7 +464,7 @@ def make_like(request: LongRequest) -> int:
     earlier = Path(str(request.like))
     is_table = earlier.is_file() and dka.description_path(earlier) != earlier
     training = distributions.describe(medians_of(earlier)[0]) if is_table else None
-    code = make_file(request, long_table.make_long)
+    code = output.make_file(request, long_table.make_long)
     if training is None:
         logger.info("%s: no data file: the values are not compared with it", earlier)
     else:
@@ -501,13 +503,7 @@ def make(command: str, arguments: dict[str, Any]) -> int:
         limits = {name: arguments[name] for name in ("meds_dir", "memory_limit", "threads")}
         return meds.list_codes(**limits)
     request, make_rows = REQUESTS[command]
-    return make_file(request(**arguments), make_rows)
-
-
-def make_file(request: output.TableRequest, make_rows: Callable[[Any], Any]) -> int:
-    """Make a DKA file of a request with all that it needs."""
-    check_required(request)
-    return output.make_file(request, make_rows)
+    return output.make_file(request(**arguments), make_rows)
 
 
 def rows_of(command: str) -> list[Flag]:

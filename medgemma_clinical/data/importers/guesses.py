@@ -95,50 +95,68 @@ def ask(
 ) -> list[Question]:
     """Return a question for each role without a column; that of one candidate is a guess."""
     sources = seen.sources
-    books = [(source, bool(missing)) for source, missing in zip(sources, lacking, strict=True)]
-    if not request.sheet and any(x.file.sheets[1:] and missing for x, missing in books):
-        return ask_sheets(books)
-    labels, mapped, asked = sources[1].file, request.mapped(), list[Question]()
-    if not any(lacking) and not {*sources[0].unread} - {*labels.header}:
+    if not request.sheet:
+        pairs = [*zip(sources, lacking, strict=True)]
+        if any(source.file.sheets[1:] and missing for source, missing in pairs):
+            return ask_sheets(pairs)
+    if not any(lacking) and not {*sources[0].unread} - {*sources[1].file.header}:
         return []  # no column is left for a role that may be missing
+    mapped, asked = request.mapped(), list[Question]()
     for k, (source, missing) in enumerate(zip(sources, lacking, strict=True)):
-        key = source.file.path, *source.file.sheets[:1]
-        if key not in seen.cells:
-            seen.cells[key] = look(database, source, "" if k == 1 else f"LIMIT {SAMPLE}")
-        forms = seen.cells[key]
-        file, subject = source.file, SUBJECT_ROLES[k]
-        others = [x.file.header for x in sources if x is not source]
-        candidates = {subject: find_subjects(forms, others)}
-        subject = source.names.get(subject, "".join(candidates[subject][:1]))
-        taken = {*source.names.values(), subject}
-        free = [x for x in forms if x.name not in taken]
-        if k == 0:
-            free = [x for x in free if x.name not in labels.header]  # as a stay number
-            candidates |= find_values(database, source, free, subject)
-        else:
-            candidates |= find_labels(free) if k == 1 else find_notes(free, source)
+        free, candidates = find_candidates(database, seen, k)
         optional = [role for role in OPTIONAL_ROLES[k] if role not in source.names]
         for role in dict.fromkeys((*missing, *optional)):
-            found = candidates.get(role, [])
             absent = mapped.get(role) or request.earlier.columns.get(role, "")
             if role in mapped and not absent:
                 continue  # the user says that there is none
+            names = candidates.get(role, [])
             if absent:
-                near = [x.name for x in free if did_you_mean(absent, [x.name], 0.6)]
-                if role not in mapped and found:  # the form of the cells tells more
-                    near = [x for x in near if x in found]
-                found = list(dict.fromkeys((*near, *found)))
-            if role == "label" and absent and not found:  # words that --positive explains
-                found = [x.name for x in free if x.different == 2 and not SEX.search(x.name)]
-            if role == "labels.subject_id" and found[:1] == asked_subject(asked):
+                names = near_first(absent, names, free, is_typed=role in mapped)
+            if role == "label" and absent and not names:  # words that --positive explains
+                names = [x.name for x in free if x.different == 2 and not SEX.search(x.name)]
+            if role == "labels.subject_id" and names[:1] == asked_subject(asked):
                 continue  # named alike: the answer to ``subject_id`` holds for both
+            is_titled = any(outcome.title for outcome in request.outcomes())
             if role == "prediction_time":
-                asked.append(ask_prediction_time(file, found, absent, request))
-            elif role == "label" and (len(found) != 1 or any(x.title for x in request.outcomes())):
-                asked.append(ask_label(file, found, free, request))
-            elif found or role in missing:
-                asked.append(ask_role(file, role, found, absent, is_typed=role in mapped))
+                asked.append(ask_prediction_time(source.file, names, absent, request))
+            elif role == "label" and (len(names) != 1 or is_titled):
+                asked.append(ask_label(source.file, names, free, request))
+            elif names or role in missing:
+                asked.append(ask_role(source.file, role, names, absent, is_typed=role in mapped))
     return asked
+
+
+def find_candidates(
+    database: duck.Database, seen: Seen, k: int
+) -> tuple[list[Form], dict[str, list[str]]]:
+    """Return the columns of source ``k`` that no role has, and the candidates of each role."""
+    source, role = seen.sources[k], SUBJECT_ROLES[k]
+    key = source.file.path, *source.file.sheets[:1]
+    if key not in seen.cells:
+        seen.cells[key] = look(database, source, "" if k == 1 else f"LIMIT {SAMPLE}")
+    headers = [x.file.header for x in seen.sources if x is not source]
+    subjects = find_subjects(seen.cells[key], headers)
+    subject = source.names.get(role, "".join(subjects[:1]))
+    free = [x for x in seen.cells[key] if x.name not in (*source.names.values(), subject)]
+    if k == 0:
+        labels = seen.sources[1].file.header
+        free = [x for x in free if x.name not in labels]  # as a stay number
+        candidates = find_values(database, source, free, subject)
+    elif k == 1:
+        candidates = find_labels(free)
+    else:
+        candidates = find_notes(free, source)
+    return free, {role: subjects} | candidates
+
+
+def near_first(
+    absent: str, names: Sequence[str], free: Sequence[Form], *, is_typed: bool
+) -> list[str]:
+    """Return candidates for a role, those that are named like its absent column first."""
+    near = [x.name for x in free if did_you_mean(absent, [x.name], 0.6)]
+    if names and not is_typed:  # the form of the cells tells more
+        near = [name for name in near if name in names]
+    return list(dict.fromkeys((*near, *names)))
 
 
 def ask_role(
@@ -173,19 +191,20 @@ def asked_subject(asked: Sequence[Question]) -> list[str]:
     return [x.removeprefix(begin) for x in answers if x.startswith(begin)][:1]
 
 
-def ask_sheets(books: Sequence[tuple[Source, bool]]) -> list[Question]:
+def ask_sheets(pairs: Sequence[tuple[Source, Sequence[str]]]) -> list[Question]:
     """Return which sheet of each workbook is read, the largest where the first is no table."""
     asked, taken = list[Question](), list[tuple[object, str]]()
-    for source, missing in books:
+    for source, missing in pairs:
         path = source.file.path
         sheets = [name for name in source.file.sheets if (path, name) not in taken]
-        if sheets:
-            first = tables.largest_sheet(path, sheets) if missing else sheets[0]
-            taken.append((path, first))
-            answers = (first, *(name for name in sheets if name != first))
-            ordinal = f", table {len(asked) + 1} of these" if len(asked) else ""
-            text = f"{path}: which sheet is read{ordinal}"
-            asked.append(Question(text, "sheet", answers, guessed=True))
+        if not sheets:
+            continue
+        first = tables.largest_sheet(path, sheets) if missing else sheets[0]
+        taken.append((path, first))
+        answers = (first, *(name for name in sheets if name != first))
+        ordinal = f", table {len(asked) + 1} of these" if asked else ""
+        text = f"{path}: which sheet is read{ordinal}"
+        asked.append(Question(text, "sheet", answers, guessed=True))
     return asked
 
 

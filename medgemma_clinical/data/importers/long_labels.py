@@ -11,18 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from medgemma_clinical.data.dka import EVENT as EVENT_COLUMN
-from medgemma_clinical.data.dka import (
-    EVENT_COLUMNS,
-    EVENT_HOURS,
-    HOURS,
-    MAIN_COLUMN,
-    MAX_EVENT,
-    STATIC,
-    comparable,
-    join_names,
-)
-from medgemma_clinical.data.dka import LABEL as LABEL_COLUMN
+from medgemma_clinical.data import dka, roles
 from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.importers import cells, duck, events, guesses, output, tables
 from medgemma_clinical.data.importers.long_request import LongRequest, Outcome
@@ -30,23 +19,12 @@ from medgemma_clinical.data.importers.long_values import MAX_LETTERS, MAX_WORDS,
 from medgemma_clinical.data.importers.notes import NoteText
 from medgemma_clinical.data.importers.questions import OpenQuestions, Question
 from medgemma_clinical.data.importers.sources import Seen, Source, check_alike, find_time
-from medgemma_clinical.data.roles import (
-    FEMALE,
-    MALE,
-    OTHER_SEX,
-    SEX,
-    SEXES,
-    SITE_INPUT,
-    WORDS,
-    find_column,
-    is_site,
-)
 from medgemma_clinical.files import InputError, did_you_mean, one_line
 
 logger = logging.getLogger(__name__)
 
 CONTEXT, MAX_CATEGORIES = "clinical_context", 20
-WRITTEN = ("id", "subject_id", "prediction_time", MAIN_COLUMN, HOURS, LABEL_COLUMN)
+WRITTEN = ("id", "subject_id", "prediction_time", dka.MAIN_COLUMN, dka.HOURS, dka.LABEL)
 LABEL = cells.Label(may_be_empty=True, advice="--positive WORD names that of 1")
 CENSORED = ("", "nan", "none", "censored", "alive", *cells.NO)
 HOUR = cells.MICROSECONDS["hours"]
@@ -76,7 +54,7 @@ class Taking:
     def find(self, flag: str, text: str, title: str = "", *, may_lack: bool = False) -> str | None:
         """Return the column that a flag names; what an earlier output names may be missing."""
         file = self.source.file
-        if (column := find_column(file.header, text)) is not None:
+        if (column := roles.find_column(file.header, text)) is not None:
             check_alike(file, f"--{flag} '{title}'" if title else f"--{flag}", column, text)
             return column
         begin = f"{title}=" if title else ""
@@ -84,12 +62,12 @@ class Taking:
         if may_lack and self.request.like:
             logger.warning("warning: %s: no such column", where)
             return None
-        self.problems.append(f"{where}: no such column among {join_names(file.header)}")
-        kinds = [kind for kind in (SEX, WORDS["age"]) if kind.search(text)]
+        self.problems.append(f"{where}: no such column among {dka.join_names(file.header)}")
+        kinds = [kind for kind in (roles.SEX, roles.WORDS["age"]) if kind.search(text)]
         near = [x for x in file.header if any(kind.search(x) for kind in kinds)]
         if flag == "event":
-            is_death = WORDS["death"].search(title) is not None
-            near = sorted(self.free, key=lambda x: is_death != bool(WORDS["death"].search(x)))
+            is_death = roles.WORDS["death"].search(title) is not None
+            near = sorted(self.free, key=lambda x: is_death != bool(roles.WORDS["death"].search(x)))
             near.sort(key=lambda x: title.lower() not in x.lower())
         free = [x for x in file.header if x not in self.source.names.values() and x not in near]
         near += [x for x in free if did_you_mean(text, [x], 0.6)]
@@ -190,14 +168,14 @@ def take_static(taking: Taking) -> dict[Feature, str]:
     last = dict[str, Feature]()
     for text in request.static:
         (feature,) = events.parse_features("static", [text], code_needed=False)
-        earlier = last.get(comparable(feature.name), feature)
-        last[comparable(feature.name)] = replace(feature, unit=feature.unit or earlier.unit)
+        earlier = last.get(dka.comparable(feature.name), feature)
+        last[dka.comparable(feature.name)] = replace(feature, unit=feature.unit or earlier.unit)
     found = dict[Feature, str]()
     for feature in last.values():
         if not feature.keys:
             words = request.earlier.static.get(feature.title, ())
             columns = name_categories(feature.name, words, {})[1] if words else []
-            names = [name for name, _ in columns] or [f"{STATIC}{feature.title}"]
+            names = [name for name, _ in columns] or [f"{dka.STATIC}{feature.title}"]
             taking.select |= dict.fromkeys(names, "NULL::VARCHAR")
             continue
         column = taking.find("static", str(feature.keys[0]), feature.title)
@@ -207,8 +185,8 @@ def take_static(taking: Taking) -> dict[Feature, str]:
             problem = f"{column} is read already"
             raise InputError(f"--static {feature.title}={column}: {file.path}: {problem}")
         found[feature] = column
-        if is_site(column) or is_site(feature.name):
-            logger.warning("warning: %s, column %s: %s", file.path, column, SITE_INPUT)
+        if roles.is_site(column) or roles.is_site(feature.name):
+            logger.warning("warning: %s, column %s: %s", file.path, column, roles.SITE_INPUT)
     for feature, column in found.items():
         taking.read(f"static {feature.name}", column, column, file.value(column, request.decimal))
     return found
@@ -233,7 +211,7 @@ def take_outcomes(taking: Taking) -> dict[str, str]:
         name = f"label_{words.removeprefix('label_')}"
         if outcomes.get(name) == outcome or outcome == outcomes["label"]:
             continue
-        if name in outcomes or name == LABEL_COLUMN or not words:
+        if name in outcomes or name == dka.LABEL or not words:
             where = f"--{flag} {outcome.column}: {file.path}"
             raise InputError(f"{where}: {name} is the name of two outcomes: rename one")
         outcomes[name], titles[name] = outcome, outcome.title or column
@@ -314,8 +292,8 @@ def take_events(taking: Taking) -> None:
         _, end = taking.read_time("event_time", names["event_time"])
         # An empty cell is censored, but nothing is known where the time is empty, too.
         known = f"CASE WHEN {cause} > 0 OR {end} IS NOT NULL THEN {cause} END"
-        select[KEPT + EVENT_HOURS] = f"tidy({hours.format(end)})"
-        select[KEPT + EVENT_COLUMN] = known
+        select[KEPT + dka.EVENT_HOURS] = f"tidy({hours.format(end)})"
+        select[KEPT + dka.EVENT] = known
         main = f"{known} = 1"
     elif dated := request.dated_events():
         ended = [role for role in ("event_time", "end_time") if role in names][:1]
@@ -353,7 +331,7 @@ def take_kept(taking: Taking, outcomes: Mapping[str, str]) -> None:
     source, request = taking.source, taking.request
     taken = [*WRITTEN, *outcomes, *([CONTEXT] if request.context_column or request.notes else [])]
     has_events = "event" in source.names or request.dated_events()
-    taken += EVENT_COLUMNS if has_events else ()
+    taken += dka.EVENT_COLUMNS if has_events else ()
     if request.context_column:
         column = taking.find("context_column", request.context_column)
         if column is not None:
@@ -364,8 +342,8 @@ def take_kept(taking: Taking, outcomes: Mapping[str, str]) -> None:
         column = taking.find("keep", text, may_lack=True)
         if column is None or column in source.kept:
             continue
-        key = comparable(column)
-        if key in map(comparable, taken) or key.startswith(("trajectory", "static ")):
+        key = dka.comparable(column)
+        if key in map(dka.comparable, taken) or key.startswith(("trajectory", "static ")):
             where = f"--keep {text}: {source.file.path}, column {column}"
             raise InputError(f"{where}: is a name of the output: rename it")
         source.kept.append(column)
@@ -384,7 +362,7 @@ def select_static(
         sql, words = make_static(taking, feature, column, seen)
         categories[feature.title] = words
         for name, column_sql in sql:
-            if comparable(name) in map(comparable, taking.select):
+            if dka.comparable(name) in map(dka.comparable, taking.select):
                 where = f"{taking.source.file.path}, column {column}"
                 problem = "is the name of two columns: rename a category or a static feature"
                 raise InputError(f"{where}: {name} {problem}")
@@ -399,7 +377,7 @@ def make_static(
     database, file, request = taking.database, taking.source.file, taking.request
     where, cell = f"{file.path}, column {column}", duck.quoted(column)
     word = f"lower(coalesce({cell}.text, plain({cell}.number)))"
-    is_sex, sexes = SEX.fullmatch(feature.name) is not None, read_sexes(request.sex)
+    is_sex, sexes = roles.SEX.fullmatch(feature.name) is not None, read_sexes(request.sex)
     (numbers,) = database.row(f"SELECT count({cell}.number) FROM answers")
     select = f"SELECT DISTINCT {word} AS word FROM answers WHERE word IS NOT NULL ORDER BY 1"
     is_number = numbers and not is_sex
@@ -407,20 +385,20 @@ def make_static(
     if is_sex and (unknown := [x for x in words if x.isdigit() and x not in sexes]):
         ask_sexes(where, unknown)
     words = [*request.earlier.static.get(feature.title, words)]
-    if is_sex and {*words} <= {*MALE, *FEMALE, *OTHER_SEX, *sexes}:
-        words = [*SEXES]  # whatever the words of another table are
+    if is_sex and {*words} <= {*roles.MALE, *roles.FEMALE, *roles.OTHER_SEX, *sexes}:
+        words = [*roles.SEXES]  # whatever the words of another table are
     if len(words) > MAX_CATEGORIES:
         raise InputError(f"{where}: {len(words):,} different texts, {MAX_CATEGORIES} may be")
     if not words:
         seen.signs |= check_texts(database, "answers", column, file, request)
         number = f"plain(coalesce({cell}.number, at_limit({cell}.text)))"
-        return [(f"{STATIC}{feature.title}", number)], words
+        return [(f"{dka.STATIC}{feature.title}", number)], words
     categories, columns = name_categories(feature.name, words, sexes)
     is_category, sql = f"{word} IN ({', '.join(map(duck.literal, categories))})", []
     (count,) = database.row(f"SELECT count(*) FROM answers WHERE NOT {is_category}")
     if count:
-        known = "neither female nor male" if SEX.fullmatch(feature.name) else "of no known category"
-        logger.warning("warning: %s: %s %s: empty", where, cells.count_cells(count), known)
+        problem = "neither female nor male" if is_sex else "of no known category"
+        logger.warning("warning: %s: %s %s: empty", where, cells.count_cells(count), problem)
     for name, ones in columns:
         logger.info("%s: %s is 1 for %s", where, name, one_line(", ".join(ones)))
         one = f"({word} IN ({', '.join(map(duck.literal, ones))}))::INTEGER::VARCHAR"
@@ -433,7 +411,7 @@ def read_sexes(texts: Sequence[str]) -> dict[str, str]:
     sexes = dict[str, str]()
     for text in texts:
         word, _, sex = map(str.strip, text.lower().rpartition("="))
-        if not word or sex not in (*SEXES, "unknown"):
+        if not word or sex not in (*roles.SEXES, "unknown"):
             raise InputError(f"--sex {text}: write WORD=male, WORD=female or WORD=unknown")
         sexes[word] = sex
     return sexes
@@ -444,9 +422,9 @@ def ask_sexes(where: str, words: Sequence[str]) -> None:
     problem = f"{where}: which number is which sex"
     asked = []
     for k, word in enumerate(words):
-        order = (*SEXES[k % 2 :], *SEXES[: k % 2], "unknown")
-        if len(words) > len(SEXES) and word not in ("1", "2"):
-            order = ("unknown", *SEXES)
+        order = (*roles.SEXES[k % 2 :], *roles.SEXES[: k % 2], "unknown")
+        if len(words) > len(roles.SEXES) and word not in ("1", "2"):
+            order = ("unknown", *roles.SEXES)
         asked.append(Question(problem, "sex", tuple(f"{word}={sex}" for sex in order)))
     example = " ".join(question.answers[0] for question in asked)
     advice = f"--sex {example}, or another of male, female and unknown"
@@ -457,14 +435,14 @@ def name_categories(
     name: str, words: Sequence[str], sexes: Mapping[str, str]
 ) -> tuple[Sequence[str], list[tuple[str, Sequence[str]]]]:
     """Return the categories, and those that are 1 in each column: one column for two of them."""
-    is_sex = SEX.fullmatch(name) is not None
+    is_sex = roles.SEX.fullmatch(name) is not None
     title = "sex_male" if is_sex else f"{name.lower()}_male"
     male, female = (
         (*usual, *(word for word, sex in sexes.items() if is_sex and sex == named))
-        for usual, named in ((MALE, "male"), (FEMALE, "female"))
+        for usual, named in ((roles.MALE, "male"), (roles.FEMALE, "female"))
     )
     # A third sex leaves the cell empty.
-    others = {*OTHER_SEX, *sexes} if is_sex else set[str]()
+    others = {*roles.OTHER_SEX, *sexes} if is_sex else set[str]()
     known = {*male, *female, *others}
     pairs_of_words = (
         (male, female, known, title),
@@ -472,11 +450,11 @@ def name_categories(
     )
     for ones, zeros, allowed, title in pairs_of_words:
         if {*words} <= allowed:
-            return (*ones, *zeros), [(f"{STATIC}{title}", ones)]
+            return (*ones, *zeros), [(f"{dka.STATIC}{title}", ones)]
     with_column = words[1:] if len(words) == 2 else words
     titles = [" ".join(re.sub(r"[\[\],*=]", " ", word).split()) for word in with_column]
     pairs = zip(titles, with_column, strict=True)
-    return words, [(f"{STATIC}{name} {title}", (word,)) for title, word in pairs]
+    return words, [(f"{dka.STATIC}{name} {title}", (word,)) for title, word in pairs]
 
 
 # ---------------------------------------------------------------------------- words
@@ -526,7 +504,7 @@ def log_labels(where: str, words: Sequence[tuple[str, int, str]], positive: Sequ
         if len(of_value) > MAX_WORDS:  # a rare one may be a remark on a patient
             of_value = [(word, count) for word, count in of_value if count > 1]
         shown = [f"{one_line(word[:MAX_LETTERS])} ({count:,})" for word, count in of_value]
-        logger.info("%s: %d is %s", where, value, join_names(shown, MAX_WORDS) or "no word")
+        logger.info("%s: %d is %s", where, value, dka.join_names(shown, MAX_WORDS) or "no word")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -543,7 +521,7 @@ class Cause(cells.Column):
         cell = f"lower(coalesce(trim({raw}::VARCHAR), ''))"
         words = {duck.literal(name.lower()): k for k, name in enumerate(self.names, start=1)}
         cases = " ".join(f"WHEN {cell} = {word} THEN {k}" for word, k in words.items())
-        number, largest = f"TRY_CAST({cell} AS DOUBLE)", len(self.names) or MAX_EVENT
+        number, largest = f"TRY_CAST({cell} AS DOUBLE)", len(self.names) or dka.MAX_EVENT
         is_number = f"{number} BETWEEN 1 AND {largest} AND {number} % 1 = 0"
         none = f"WHEN {cell} IN {CENSORED} THEN 0"
         return f"CASE {cases} {none} WHEN {is_number} THEN {number}::INTEGER END"
@@ -575,45 +553,60 @@ def finish_events(
 ) -> tuple[pd.DataFrame, list[dict[str, Any]], dict[str, Any]]:
     """Leave out rows whose record ended before; return them, their flow, and what events mean."""
     dated = [*request.dated_events()]
-    where = f"{request.labels}, column {names.get('event_time', join_names(dated))}"
+    where = f"{request.labels}, column {names.get('event_time', dka.join_names(dated))}"
     if dated:
-        of_events = [f"{HOURS_OF}{name}".removeprefix(KEPT) for name in dated]
-        of_dates = [f"{DATES_OF}{name}".removeprefix(KEPT) for name in dated]
-        end = END_HOURS.removeprefix(KEPT)
-        are_dates = rows[of_dates].max().to_numpy(float) > 0
-        at, event = events.first_event(
-            rows[of_events].to_numpy(float), are_dates, rows[end].to_numpy(float)
-        )
-        if unknown := int(np.isnan(event).sum()):
-            text = "warning: %s: %d rows have no event and no end: --event_time COLUMN of the end"
-            logger.warning(text, where, unknown)
-        rows = rows.drop(columns=[*of_events, *of_dates, end])
-        place = [*rows].index(LABEL_COLUMN)
-        rows.insert(place, EVENT_HOURS, at)
-        rows.insert(place + 1, EVENT_COLUMN, event)
-        if "label" not in names:
-            rows[LABEL_COLUMN] = pd.Series(event == 1, rows.index).astype("Int8")
-    rows[EVENT_COLUMN] = rows[EVENT_COLUMN].astype("Int8")
-    hours = rows[EVENT_HOURS]
-    if count := int((hours.isna() & rows[EVENT_COLUMN].notna()).sum()):
+        rows = choose_first(rows, dated, where, is_labelled="label" in names)
+    rows[dka.EVENT] = rows[dka.EVENT].astype("Int8")
+    hours = rows[dka.EVENT_HOURS]
+    if count := int((hours.isna() & rows[dka.EVENT].notna()).sum()):
         problem = f"{cells.count_cells(count)} empty where {names['event']} is an event"
         raise InputError(f"{where}: {problem}")
     rule = "the event, or the end of the record, before the prediction time"
     left, flow = output.apply_rules(pd.DataFrame({rule: hours < 0}), where, rows["subject_id"])
     rows = rows[left].reset_index(drop=True)
-    rows[EVENT_HOURS] = rows[EVENT_HOURS].round(8)  # the end of a day lies just before midnight
-    named = {str(k): name for k, name in enumerate(dated or request.event_names, start=1)}
-    numbers = {name.lower(): int(k) for k, name in named.items()}
-    largest = len(named) or int(rows[EVENT_COLUMN].fillna(0).max())
+    # The end of a day lies just before midnight.
+    rows[dka.EVENT_HOURS] = rows[dka.EVENT_HOURS].round(8)
+    largest = int(rows[dka.EVENT].fillna(0).max())
+    return rows, flow, describe_events(dated or request.event_names, largest, request)
+
+
+def choose_first(
+    rows: pd.DataFrame, dated: Sequence[str], where: str, *, is_labelled: bool
+) -> pd.DataFrame:
+    """Return rows with what comes first in place of the hours of each event, and of the end."""
+    hours = [f"{HOURS_OF}{name}".removeprefix(KEPT) for name in dated]
+    dates = [f"{DATES_OF}{name}".removeprefix(KEPT) for name in dated]
+    end = END_HOURS.removeprefix(KEPT)
+    are_dates = rows[dates].max().to_numpy(float) > 0
+    at, event = events.first_event(
+        rows[hours].to_numpy(float), are_dates, rows[end].to_numpy(float)
+    )
+    if unknown := int(np.isnan(event).sum()):
+        text = "warning: %s: %d rows have no event and no end: --event_time COLUMN of the end"
+        logger.warning(text, where, unknown)
+    rows = rows.drop(columns=[*hours, *dates, end])
+    position = [*rows].index(dka.LABEL)
+    rows.insert(position, dka.EVENT_HOURS, at)
+    rows.insert(position + 1, dka.EVENT, event)
+    if not is_labelled:
+        rows[dka.LABEL] = pd.Series(event == 1, rows.index).astype("Int8")
+    return rows
+
+
+def describe_events(names: Sequence[str], largest: int, request: LongRequest) -> dict[str, Any]:
+    """Return what a description says of the events 1, 2, ..., up to ``largest`` without names."""
+    largest = len(names) or largest
+    numbers = {name.lower(): k for k, name in enumerate(names, start=1)}
     numbers |= {str(k): k for k in range(1, largest + 1)}
-    if len(numbers) < len(named) + largest:
+    if len(numbers) < len(names) + largest:
         raise InputError("--event_names: each event needs a name of its own, which is no number")
     for text in request.interventions:
         if numbers.get(text.lower(), 0) < 2:
             problem = f"not the name or the number, 2 to {largest}, of an event"
             raise InputError(f"--interventions {text}: {problem}")
     brought = sorted({numbers[text.lower()] for text in request.interventions})
+    named = {str(k): name for k, name in enumerate(names, start=1)}
     if named and request.outcome != EVENT:
         named["1"] = request.outcome
     about: dict[str, Any] = {"events": named} if named else {}
-    return rows, flow, {**about, "interventions": brought, "horizon": ""}
+    return {**about, "interventions": brought, "horizon": ""}

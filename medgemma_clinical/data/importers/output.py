@@ -17,7 +17,7 @@ import pandas as pd
 
 from medgemma_clinical.data.findings import flow_lines
 from medgemma_clinical.files import InputError, atomic, file_hash, locked, remove
-from medgemma_clinical.flags import WHOLE, row, stored
+from medgemma_clinical.flags import WHOLE, check_required, row, stored
 from medgemma_clinical.provenance import code_hash
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ def make_file(
     request: TableRequest, make: Callable[[Any], tuple[pd.DataFrame, dict[str, Any]]]
 ) -> int:
     """Write the rows and the description that ``make`` returns, log their counts, and return 0."""
+    check_required(request)
     check_target(request.out)
     with locked(request.out):
         for left_over in request.out.parent.glob(f".{glob.escape(request.out.name)}.spill-*"):

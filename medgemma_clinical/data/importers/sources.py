@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from medgemma_clinical.data import roles
 from medgemma_clinical.data.dka import NO_HEADER, holds_data, join_names
 from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.importers import cells, duck, tables
 from medgemma_clinical.data.importers.long_request import LongRequest
 from medgemma_clinical.data.importers.questions import OpenQuestions, Question
-from medgemma_clinical.data.roles import (
-    HINTS,
-    LABEL_ROLES,
-    NOTE_ROLES,
-    OPTIONAL,
-    ROLES,
-    columns_alike,
-    find_column,
-    find_roles,
-)
 from medgemma_clinical.files import InputError, did_you_mean, one_line
 
 logger = logging.getLogger(__name__)
@@ -85,7 +76,7 @@ def fit_like(request: LongRequest, source: Source) -> LongRequest:
     if request.notes is None and any(role.startswith("notes.") for role in earlier.columns):
         logger.warning("warning: --like %s was made with notes: give those of now", request.like)
     names = [earlier.columns[role] for role in READ if role in earlier.columns]
-    absent = [name for name in names if not find_column(source.file.header, name)]
+    absent = [name for name in names if not roles.find_column(source.file.header, name)]
     if len(absent) > 1:  # tables of another form: one column may have a new name
         return replace(request, earlier=replace(earlier, times={}))
     return replace(request, **earlier.form)
@@ -95,41 +86,28 @@ def find_columns(
     sources: Sequence[Source], request: LongRequest
 ) -> tuple[list[list[str]], list[str]]:
     """Find the column of each role in each table; return those that are missing, and in words."""
-    mapped, problems, lacking = request.mapped(), list[str](), list[list[str]]()
-    label_roles = {r: n for r, n in LABEL_ROLES.items() if r not in request.unread_roles()}
-    subject = mapped.get("subject_id", request.earlier.columns.get("subject_id", ""))
-    label_roles["labels.subject_id"] = (subject, *label_roles["labels.subject_id"])
-    note_roles = {**NOTE_ROLES, "notes.subject_id": (subject, *NOTE_ROLES["notes.subject_id"])}
-    for source, roles in zip(sources, (ROLES, label_roles, note_roles), strict=False):
+    problems, lacking = list[str](), list[list[str]]()
+    for source, usual_names in zip(sources, usual_names_of(request), strict=False):
         file = source.file
-        earlier = {r: n for r, n in request.earlier.columns.items() if r in roles}
-        known = {r: n for r, n in earlier.items() if not n or find_column(file.header, n)}
-        names = find_roles(file.header, roles, {**known, **mapped})
-        wanted = {**earlier, **mapped}
-        missing = [r for r in roles if r not in names and (r not in OPTIONAL or wanted.get(r))]
+        earlier = {r: n for r, n in request.earlier.columns.items() if r in usual_names}
+        wanted = {**earlier, **request.mapped()}
+        present = {r: n for r, n in earlier.items() if not n or roles.find_column(file.header, n)}
+        names = roles.find_roles(file.header, usual_names, {**present, **request.mapped()})
+        missing = [role for role in usual_names if role not in names]
+        missing = [role for role in missing if role not in roles.OPTIONAL or wanted.get(role)]
         if request.no_labels:  # new patients may still be there
             missing = [role for role in missing if role != "end_time"]
         lacking.append(missing)
-        absent = [name for role in missing if (name := wanted.get(role))]
         if missing and holds_data(file.header):  # none is guessed, and none is shown
             if not file.sheets[1:]:
                 raise InputError(f"{file.path}: {NO_HEADER}")
-            sheets = f"other sheets, by --sheet, are {join_names(file.sheets[1:])}"
-            problems.append(f"{file.path}: {NO_HEADER}; {sheets}")
+            problems.append(f"{file.path}: {NO_HEADER}{other_sheets(file)}")
             continue
         source.names = names
         if missing:
-            flags = " ".join(f"{role}=?" for role in missing)
-            flags += "".join(HINTS.get(role, "") for role in missing)
-            columns = f"the columns are {join_names(file.header)}"
-            if absent:
-                near = did_you_mean(absent[0], file.header, 0.4)
-                columns = f"there is no {join_names(absent)}{near or ':'} {columns}"
-            if file.sheets[1:]:
-                columns += f"; other sheets, by --sheet, are {join_names(file.sheets[1:])}"
-            problems.append(f"{file.path}: --columns {flags}: {columns}")
+            problems.append(missing_columns(file, missing, wanted))
         for role, name in names.items():
-            check_alike(file, f"--columns {role}", name, wanted.get(role, ""), *roles[role])
+            check_alike(file, f"--columns {role}", name, wanted.get(role, ""), *usual_names[role])
             if name in file.rounded and role.removeprefix("notes.") not in (*TIMES, "value"):
                 problem = "numbers of 16 digits or more, which Excel has rounded: use texts, or CSV"
                 raise InputError(f"{file.path}, column {name}: {problem}")
@@ -138,9 +116,39 @@ def find_columns(
     return lacking, problems
 
 
+def usual_names_of(request: LongRequest) -> list[dict[str, tuple[str, ...]]]:
+    """Return the roles of the columns of each table with their usual names."""
+    subject = request.mapped().get("subject_id", request.earlier.columns.get("subject_id", ""))
+    unread = request.unread_roles()
+    of_labels = {role: names for role, names in roles.LABEL_ROLES.items() if role not in unread}
+    of_notes = {**roles.NOTE_ROLES}
+    for of_table, role in ((of_labels, "labels.subject_id"), (of_notes, "notes.subject_id")):
+        of_table[role] = (subject, *of_table[role])
+    return [roles.ROLES, of_labels, of_notes]
+
+
+def missing_columns(
+    file: tables.TableFile, missing: Sequence[str], wanted: Mapping[str, str]
+) -> str:
+    """Return in words which roles of a table have no column."""
+    flags = " ".join(f"{role}=?" for role in missing)
+    hints = "".join(roles.HINTS.get(role, "") for role in missing)
+    columns = f"the columns are {join_names(file.header)}"
+    if absent := [wanted[role] for role in missing if wanted.get(role)]:
+        near = did_you_mean(absent[0], file.header, 0.4)
+        columns = f"there is no {join_names(absent)}{near or ':'} {columns}"
+    return f"{file.path}: --columns {flags}{hints}: {columns}{other_sheets(file)}"
+
+
+def other_sheets(file: tables.TableFile) -> str:
+    """Return in words which other sheets an Excel file has, empty without any."""
+    sheets = file.sheets[1:]
+    return f"; other sheets, by --sheet, are {join_names(sheets)}" if sheets else ""
+
+
 def check_alike(file: tables.TableFile, flag: str, column: str, *names: str) -> None:
     """Refuse a column that others of the header are named like."""
-    if len(alike := columns_alike(file.header, column, *names)) > 1:
+    if len(alike := roles.columns_alike(file.header, column, *names)) > 1:
         where = f"{file.path}, column {column}"
         problem = f"the columns {join_names(alike)} are named alike"
         advice = f"remove one, or name one by {flag}=COLUMN"
