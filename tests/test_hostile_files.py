@@ -17,8 +17,8 @@ from pyarrow import parquet
 
 import dataset_format
 import srtr_dataset
+from medgemma_clinical.commands.prediction_files import auroc_of
 from medgemma_clinical.commands.run_folder import read_run
-from medgemma_clinical.commands.several import auroc_of
 from medgemma_clinical.data.importers import output, tables
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.checkpoints import CONFIG, read_config

@@ -14,23 +14,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.commands import pages, run_folder
+from medgemma_clinical.commands import pages, plan, prediction_files, run_folder
 from medgemma_clinical.commands.command_line import EXIT_DONE
-from medgemma_clinical.commands.plan import (
-    Run,
-    Train,
-    carry_out,
-    check_stage1,
-    filled,
-    run_or_continue,
-)
-from medgemma_clinical.commands.prediction_files import (
-    FOLDS,
-    predictions_csv,
-    read_predictions,
-    read_targets,
-    shared_models,
-)
 from medgemma_clinical.commands.results import log_findings, save_model
 from medgemma_clinical.data.fold_split import draw_folds, fold_dataset, foldable, site_folds
 from medgemma_clinical.data.training_data import Data
@@ -75,7 +60,9 @@ FOLD = "{fold}"
 Json = dict[str, Any]
 
 
-def run_folds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], train: Train) -> int:
+def run_folds(
+    args: Namespace, read: Callable[[Namespace], TrajectoryDataset], train: plan.Train
+) -> int:
     """Train the unfinished folds; evaluate each patient by the model that did not see it."""
     args = Namespace(**{**vars(args), "site": args.leave_out or args.site})
     stage1 = stage1_of_all(args)
@@ -84,13 +71,13 @@ def run_folds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], t
     if args.only_fold is not None:  # a task of a job array; the whole command joins the folds
         if args.only_fold >= len(runs):
             raise InputError(f"--only_fold {args.only_fold}: the folds are 0 to {len(runs) - 1}")
-        return carry_out(runs[args.only_fold :][:1], train)
-    return carry_out(runs, train) or join_and_finish(args, rows, fold, stage1, train)
+        return plan.carry_out(runs[args.only_fold :][:1], train)
+    return plan.carry_out(runs, train) or join_and_finish(args, rows, fold, stage1, train)
 
 
 def plan_folds(
     args: Namespace, rows: TrajectoryDataset, title: str = ""
-) -> tuple[list[Run], NDArray[np.int64]]:
+) -> tuple[list[plan.Run], NDArray[np.int64]]:
     """Return the runs of the folds, or of the sites, and the fold of each row, (N,)."""
     if args.leave_out:
         fold, names = site_folds(rows)
@@ -99,7 +86,7 @@ def plan_folds(
         fold = draw_folds(rows.groups, rows.labels, args.folds, args.seed, rows.source)
         titles, names = [f"{title}fold {k}" for k in range(args.folds)], [""] * args.folds
     runs = [
-        Run(titles[k], fold_arguments(k, args), fold_dataset(rows, fold, k, args.seed, name))
+        plan.Run(titles[k], fold_arguments(k, args), fold_dataset(rows, fold, k, args.seed, name))
         for k, name in enumerate(names)
     ]
     for run in runs:
@@ -112,7 +99,7 @@ def join_and_finish(
     rows: TrajectoryDataset,
     fold: NDArray[np.int64],
     stage1: Path | None,  # of all patients, below the stage 2 or 3 of ``--final``
-    train: Train,
+    train: plan.Train,
 ) -> int:
     """Write what finished folds say together; with ``--final`` train on all patients."""
     if processes().is_main_process:
@@ -129,14 +116,14 @@ def join_and_finish(
     everyone = copy.copy(rows)
     everyone.held_out = ()
     settings = {**vars(args), "final": final, "ode_checkpoint": stage1 or args.ode_checkpoint}
-    return run_or_continue(Run("all patients", Namespace(**settings), everyone), train)
+    return plan.run_or_continue(plan.Run("all patients", Namespace(**settings), everyone), train)
 
 
 def stage1_of_all(args: Namespace) -> Path | None:
     """Return the stage 1 of all patients beside that of the folds; refuse a missing one."""
     folder = run_folder.folds_folder(args).parent
     example = folder / f"folds_trajectory/fold_{FOLD}" / TRAJECTORY_FILE
-    check_stage1(args.ode_checkpoint, "--folds", FOLD, example)
+    plan.check_stage1(args.ode_checkpoint, "--folds", FOLD, example)
     if args.ode_checkpoint is None or not args.final:
         return None
     path = args.ode_checkpoint.absolute()
@@ -158,7 +145,7 @@ def fold_arguments(k: int, args: Namespace) -> Namespace:
     """Return the arguments of one fold's run: its folder, ``{fold}`` filled in."""
     folder = run_folder.folds_folder(args) / f"fold_{k}"
     alone = {"folds": None, "leave_out": None, "only_fold": None, "final": False}
-    return filled(args, FOLD, k, output_dir=folder, **alone)
+    return plan.filled(args, FOLD, k, output_dir=folder, **alone)
 
 
 # --------------------------------------------------------------------------- their results
@@ -239,7 +226,10 @@ def write_fold_results(args: Namespace, rows: TrajectoryDataset, fold: NDArray[n
     metrics, config, folds = results.metrics, results.config, len(results.tuned)
     folder = run_folder.folds_folder(args)
     name, targets = STAGE_NAMES[config["stage"]], results.targets
-    write_text(folder / FOLDS, predictions_csv(results.table, name, targets))
+    write_text(
+        folder / prediction_files.FOLDS,
+        prediction_files.predictions_csv(results.table, name, targets),
+    )
     write_json(folder / run_folder.METRICS, config["metrics"])
     choice = decision.describe_threshold(
         args.threshold, "these rows, whose metrics at it are optimistic"
@@ -284,9 +274,9 @@ def join_folds(
 ) -> tuple[pd.DataFrame, NDArray[np.int64], tuple[Target, ...]]:
     """Return the test predictions of all folds in the data's order, their positions in it, and
     what they are about."""
-    targets = read_targets(folders[0])
-    read = [read_predictions(path, name, targets) for path in folders]
-    tables = shared_models(read, targets[0])
+    targets = prediction_files.read_targets(folders[0])
+    read = [prediction_files.read_predictions(path, name, targets) for path in folders]
+    tables = prediction_files.shared_models(read, targets[0])
     table = pd.concat(tables, ignore_index=True)
     if ids is not None:
         table = table[table["id"].isin(ids)]

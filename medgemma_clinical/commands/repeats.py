@@ -12,10 +12,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.commands import folds, run_folder
+from medgemma_clinical.commands import folds, plan, prediction_files, run_folder
 from medgemma_clinical.commands.command_line import EXIT_DONE
-from medgemma_clinical.commands.plan import Train, carry_out, check_stage1, filled
-from medgemma_clinical.commands.prediction_files import FOLDS, REPEATS, predictions_csv, read_rows
 from medgemma_clinical.data.fold_split import foldable
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes
@@ -45,13 +43,13 @@ REPEAT = "{repeat}"
 
 
 def run_repeats(
-    args: Namespace, read: Callable[[Namespace], TrajectoryDataset], train: Train
+    args: Namespace, read: Callable[[Namespace], TrajectoryDataset], train: plan.Train
 ) -> int:
     """Run the unfinished repeats of ``--folds`` on the same patients; compare their risks."""
     if args.seeds == 1:
         raise InputError("--folds --seeds 1: nothing to compare: give --seeds 2 or more")
     example = args.output_dir / f"repeat_{REPEAT}/folds_trajectory/fold_{folds.FOLD}"
-    check_stage1(args.ode_checkpoint, "--folds --seeds", REPEAT, example / TRAJECTORY_FILE)
+    plan.check_stage1(args.ode_checkpoint, "--folds --seeds", REPEAT, example / TRAJECTORY_FILE)
     repeats = [repeat_arguments(repeat, args) for repeat in range(args.seeds)]
     stages1 = [folds.stage1_of_all(repeat) for repeat in repeats]
     # Drawn by the first seed: --max_samples takes the same patients in all repeats.
@@ -60,7 +58,7 @@ def run_repeats(
         folds.plan_folds(repeat, rows, f"repeat {k}, seed {repeat.seed}, ")
         for k, repeat in enumerate(repeats)
     ]
-    if code := carry_out([run for runs, _ in planned for run in runs], train):
+    if code := plan.carry_out([run for runs, _ in planned for run in runs], train):
         return code
     fold_of_rows = [fold for _, fold in planned]
     for repeat, stage1, fold in zip(repeats, stages1, fold_of_rows, strict=True):
@@ -79,7 +77,7 @@ def repeat_arguments(repeat: int, args: Namespace) -> Namespace:
     """
     folder, final = args.output_dir / f"repeat_{repeat}", args.final and repeat == 0
     changes = {"seed": args.seed + repeat, "seeds": None, "output_dir": folder, "final": final}
-    return filled(args, REPEAT, repeat, **changes)
+    return plan.filled(args, REPEAT, repeat, **changes)
 
 
 def write_repeat_results(
@@ -96,7 +94,10 @@ def write_repeat_results(
     risks = joined.filter(regex="^repeat_")
     happened = joined.drop(columns=[*risks])
     described = happened.assign(mean=risks.mean(axis=1), sd=risks.std(axis=1))
-    write_text(folder / REPEATS, predictions_csv(described.join(risks), "mean", [LABEL]))
+    write_text(
+        folder / prediction_files.REPEATS,
+        prediction_files.predictions_csv(described.join(risks), "mean", [LABEL]),
+    )
     ids = {*joined["id"]}
     results = [
         folds.evaluate_folds(run, rows, fold, ids, args.seed)
@@ -170,7 +171,7 @@ def join_repeats(runs: Sequence[Namespace]) -> pd.DataFrame:
     """Return what happened and a column of risks a repeat, of the rows that all predicted."""
     risks = {}
     for k, run in enumerate(runs):
-        table = read_rows(run_folder.folds_folder(run) / FOLDS)
+        table = prediction_files.read_rows(run_folder.folds_folder(run) / prediction_files.FOLDS)
         tested = [x for x in table if x in NO_RISKS and x not in ("fold", MODEL)]
         risks[f"repeat_{k}"] = table.set_index(tested)["probability"]
     return pd.concat(risks, axis=1, join="inner").reset_index()

@@ -13,16 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from medgemma_clinical.commands import compare, run_folder
+from medgemma_clinical.commands import compare, plan, prediction_files, run_folder
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.logs import quiet_console
-from medgemma_clinical.commands.plan import Run, Train, carry_out, check_stage1, filled
-from medgemma_clinical.commands.prediction_files import (
-    auroc_of,
-    read_predictions,
-    read_targets,
-    shared_models,
-)
 from medgemma_clinical.commands.results import baseline_names
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes
@@ -84,11 +77,11 @@ VARIANTS_ARE = {
 # --------------------------------------------------------------------------- --ablation
 
 
-def run_ablation(args: Namespace, dataset: TrajectoryDataset, train: Train) -> int:
+def run_ablation(args: Namespace, dataset: TrajectoryDataset, train: plan.Train) -> int:
     """Train the unfinished variants on one split and compare them; return the exit code."""
     check_variants(args, dataset)
     runs = plan_variants(args, dataset)
-    code = carry_out([*runs.values()], train)
+    code = plan.carry_out([*runs.values()], train)
     if code == EXIT_DONE and processes().is_main_process:
         compare_variants(runs, dataset.outcome, args, quiet=False)
     return code
@@ -104,11 +97,13 @@ def check_variants(args: Namespace, dataset: TrajectoryDataset) -> None:
         raise InputError(f"--ablation {', '.join(wrong)}: choose from {', '.join(VARIANTS)}")
 
 
-def plan_variants(args: Namespace, dataset: TrajectoryDataset, title: str = "") -> dict[str, Run]:
+def plan_variants(
+    args: Namespace, dataset: TrajectoryDataset, title: str = ""
+) -> dict[str, plan.Run]:
     """Return the run of each wanted variant by its name, stage 1 first: others build on it."""
     wanted = {STAGE_1_VARIANT, *(args.ablation or VARIANTS)}
     return {
-        name: Run(f"{title}{name}", variant_arguments(name, args), dataset)
+        name: plan.Run(f"{title}{name}", variant_arguments(name, args), dataset)
         for name in VARIANTS
         if name in wanted
     }
@@ -129,7 +124,9 @@ def reference_of(args: Namespace) -> str:
     return args.ablation[0] if args.ablation else STAGE_1_VARIANT
 
 
-def compare_variants(runs: dict[str, Run], outcome: str, args: Namespace, *, quiet: bool) -> None:
+def compare_variants(
+    runs: dict[str, plan.Run], outcome: str, args: Namespace, *, quiet: bool
+) -> None:
     """Compare the variants with the reference and the baselines; write ``ablation/``."""
     folder = args.output_dir / "ablation"
     folder.mkdir(exist_ok=True)
@@ -137,8 +134,14 @@ def compare_variants(runs: dict[str, Run], outcome: str, args: Namespace, *, qui
     table, targets = compare.join_predictions(folders)
     weights = pd.DataFrame(weight_columns(targets), table.index)
     write_text(folder / "predictions_test.csv", table.join(weights).to_csv(index=False))
-    plan: dict[str, Any] = {"primary": args.primary, "compared": [*VARIANTS]}
-    metrics = evaluate(table, args.seed, reference=reference_of(args), targets=targets, **plan)
+    metrics = evaluate(
+        table,
+        args.seed,
+        reference=reference_of(args),
+        primary=args.primary,
+        compared=[*VARIANTS],
+        targets=targets,
+    )
     with quiet_console() if quiet else contextlib.nullcontext():
         compare.save_comparison(
             folder / "ablation",
@@ -155,28 +158,30 @@ def compare_variants(runs: dict[str, Run], outcome: str, args: Namespace, *, qui
 # --------------------------------------------------------------------------- --seeds
 
 
-def run_seeds(args: Namespace, read: Callable[[Namespace], TrajectoryDataset], train: Train) -> int:
+def run_seeds(
+    args: Namespace, read: Callable[[Namespace], TrajectoryDataset], train: plan.Train
+) -> int:
     """Run the unfinished seeds from ``--seed`` on, each on its own split; pool the test parts."""
     example = args.output_dir / f"seed_{SEED}" / TRAJECTORY_FILE
-    check_stage1(args.ode_checkpoint, "--seeds", SEED, example)
+    plan.check_stage1(args.ode_checkpoint, "--seeds", SEED, example)
     one_source = not any(SEED in str(path) for path in (args.data_path, args.data_dir))
     dataset: TrajectoryDataset | None = None
-    runs: list[Run] = []
-    variants: dict[int, tuple[Namespace, dict[str, Run]]] = {}
+    runs: list[plan.Run] = []
+    variants: dict[int, tuple[Namespace, dict[str, plan.Run]]] = {}
     folders: dict[int, Path] = {}
     for seed in range(args.seed, args.seed + args.seeds):
         folder = args.output_dir / f"seed_{seed}"
-        seed_args = filled(args, SEED, seed, seed=seed, seeds=None, output_dir=folder)
+        seed_args = plan.filled(args, SEED, seed, seed=seed, seeds=None, output_dir=folder)
         dataset = dataset if dataset and one_source else read(seed_args)
         if args.ablation is None:
-            runs.append(Run(f"seed {seed}", seed_args, dataset))
+            runs.append(plan.Run(f"seed {seed}", seed_args, dataset))
             folders[seed] = run_folder.stage_folder(seed_args)
         else:
             check_variants(seed_args, dataset)
             planned = plan_variants(seed_args, dataset, f"seed {seed}, ")
             variants[seed], folders[seed] = (seed_args, planned), folder / "ablation"
             runs += planned.values()
-    if code := carry_out(runs, train):
+    if code := plan.carry_out(runs, train):
         return code
     if processes().is_main_process and dataset:
         for seed_args, planned in variants.values():
@@ -191,26 +196,28 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
     kind = paths[0].name
     if args.ablation is not None:
         reference, title, splits = reference_of(args), ADDS, None
-        targets = read_targets(paths[0], "ablation.json")
-        tables = [read_predictions(path, None, targets) for path in paths]
+        targets = prediction_files.read_targets(paths[0], "ablation.json")
+        tables = [prediction_files.read_predictions(path, None, targets) for path in paths]
         costs = [read_json(path / "ablation.json")["cost"] for path in paths]
     else:
         reference = STAGE_NAMES[kind]
         title = reference.capitalize()
-        aurocs = [
-            (seed, auroc_of(path, "validation"), auroc_of(path, "test"))
-            for seed, path in folders.items()
-        ]
-        columns = ["Seed", "Validation AUROC [95 %]", "Test AUROC [95 %]"]
-        splits = pd.DataFrame(aurocs, columns=columns)
-        targets = read_targets(paths[0])
-        tables = [read_predictions(path, reference, targets) for path in paths]
+        auroc_of = prediction_files.auroc_of
+        splits = pd.DataFrame(
+            {
+                "Seed": [*folders],
+                "Validation AUROC [95 %]": [auroc_of(path, "validation") for path in paths],
+                "Test AUROC [95 %]": [auroc_of(path, "test") for path in paths],
+            }
+        )
+        targets = prediction_files.read_targets(paths[0])
+        tables = [prediction_files.read_predictions(path, reference, targets) for path in paths]
         costs = [{reference: compare.cost_of(path)} for path in paths]
     # An ablation has its stage 1 beside it.
     runs = [path.parent / "trajectory" if args.ablation is not None else path for path in paths]
     trained = [read_json(run / "run.json")["split"]["train"]["n"] for run in runs]
     patients_a_row = np.mean([table["patient"].nunique() / len(table) for table in tables])
-    tables = shared_models(tables, targets[0])
+    tables = prediction_files.shared_models(tables, targets[0])
     targets = read_weights(targets, pd.concat(tables))
     metrics = evaluate_splits(
         tables,
