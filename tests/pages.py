@@ -81,11 +81,11 @@ def make_evaluated(
     rows, metrics=None, *, threshold=THRESHOLD, sites=None, targets=(LABEL,), **more
 ):
     """Predictions with their metrics."""
+    thresholds = [threshold] * len(targets)
     if metrics is None:
-        metrics = evaluate(rows, 0, [threshold] * len(targets), targets=targets)
+        metrics = evaluate(rows, 0, thresholds, targets=targets)
     patients, choice = make_patients(len(rows), sites), "chosen by a rule on some rows"
-    more["targets"] = targets
-    return Evaluated(rows, metrics, patients, 0, threshold, choice, **more)
+    return Evaluated(rows, metrics, patients, 0, thresholds, choice, targets=targets, **more)
 
 
 def case_mixes():

@@ -190,6 +190,18 @@ def test_the_pages_of_the_folds_say_what_their_intervals_leave_out_and_how_the_d
         assert fold_dataset(rows, fold, k, 0).describe_origin(0) in tripod
 
 
+def test_the_page_of_the_folds_hides_how_they_differ_where_one_has_few_events(run, data, tmp_path):
+    shutil.copytree(run / "folds_trajectory", tmp_path / "folds_trajectory")
+    shown = {}
+    for n in (0, 11):
+        args = arguments(*command(data, tmp_path, f"--folds={K}", f"--min_cell={n}"))
+        with whole_reports():
+            folds.write_fold_results(args, *rows_and_folds(data))
+        text = Page((tmp_path / "folds_trajectory" / "report.html").read_text()).text
+        shown[n] = f"over the {K} folds (AUROC " in text
+    assert shown == {0: True, 11: False}
+
+
 def test_a_fold_that_is_held_out_changes_nothing_that_the_others_teach(run, data, tmp_path):
     rows, fold = rows_and_folds(data)
     changed, held_out = copy.copy(rows), fold == 1

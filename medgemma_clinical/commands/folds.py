@@ -14,38 +14,20 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medgemma_clinical.commands import pages, plan, prediction_files, run_folder
+from medgemma_clinical.commands import pages, plan, prediction_files, results, run_folder
 from medgemma_clinical.commands.command_line import EXIT_DONE
-from medgemma_clinical.commands.results import log_findings, save_model
 from medgemma_clinical.data.fold_split import draw_folds, fold_dataset, foldable, site_folds
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import few_threads, processes
-from medgemma_clinical.evaluation import baselines, decision, rules, verdicts
+from medgemma_clinical.evaluation import baselines, decision, metrics_table, rules, verdicts
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, Baselines
-from medgemma_clinical.evaluation.decision import Recalibrated, read_rules
 from medgemma_clinical.evaluation.demographics import demographics
-from medgemma_clinical.evaluation.metrics_table import (
-    Drawn,
-    Metrics,
-    compared_models,
-    draw_metrics,
-)
-from medgemma_clinical.evaluation.target import (
-    Target,
-    is_risk,
-    observed_rows,
-    targets_of_config,
-)
+from medgemma_clinical.evaluation.target import is_risk, observed_rows, targets_of_config
 from medgemma_clinical.evaluation.topics.all_topics import prediction_topics
 from medgemma_clinical.evaluation.topics.topic import Evaluated, TopicBuilder
 from medgemma_clinical.files import InputError, file_hash, read_json, write_json, write_text
-from medgemma_clinical.models.checkpoints import (
-    BASELINES,
-    TRAJECTORY_FILE,
-    Config,
-    read_trajectory,
-)
+from medgemma_clinical.models.checkpoints import BASELINES, TRAJECTORY_FILE, Config, read_trajectory
 from medgemma_clinical.models.model_card import MODEL_LIMITS, describe_recommended
 from medgemma_clinical.models.outcome import outcome_of
 from medgemma_clinical.models.trained_model import read_trained_config
@@ -154,14 +136,11 @@ def fold_arguments(k: int, args: Namespace) -> Namespace:
 class FoldResults(NamedTuple):
     """The joint predictions of the folds, and what is made of them."""
 
-    table: pd.DataFrame
-    drawn: Drawn
-    metrics: Metrics
+    evaluated: Evaluated
+    drawn: metrics_table.Drawn
     config: Config
-    positions: NDArray[np.int64]  # of the predicted rows
     tuned: list[bool | None]  # whether the baselines of each fold were tuned
-    targets: tuple[Target, ...]
-    recalibrated: Mapping[str, Recalibrated]  # by target
+    recalibrated: Mapping[str, decision.Recalibrated]  # by target
 
 
 def evaluate_folds(
@@ -172,16 +151,29 @@ def evaluate_folds(
     seed: int | None = None,  # of the bootstrap, by default that of the folds
 ) -> FoldResults:
     """Evaluate the joint predictions of the folds, and decide by them."""
+    seed = args.seed if seed is None else seed
     runs = [fold_arguments(k, args) for k in range(fold.max() + 1)]
     folders = [run_folder.stage_folder(fold_args) for fold_args in runs]
     configs = [read_trained_config(path) for path in folders]
     stage = folders[0].name
     name = STAGE_NAMES[stage]
-    table, positions, targets = join_folds(folders, name, rows, args, ids)
+    tables, targets = prediction_files.read_runs(folders, name)
+    table = pd.concat(tables, ignore_index=True)
+    if ids is not None:
+        table = table[table["id"].isin(ids)]
+    # A row without a value of the series that its fold reads has no prediction.
+    positions = pd.Series(np.arange(len(rows)), rows.ids)[table["id"].tolist()].to_numpy()
+    table = table.iloc[np.argsort(positions)].reset_index(drop=True)
+    positions = np.sort(positions)
+    observed, targets = observed_rows(targets, rows, positions, args.censoring, args.seed)
+    table = observed.join(table[[column for column in map(str, table) if is_risk(column)]])
     fold_of_row = fold[positions]
     of_folds = [
-        {model: read_rules(x) for model, x in {name: c["decision"], **c["models"]}.items()}
-        for c in configs
+        {
+            model: decision.read_rules(stored)
+            for model, stored in {name: config["decision"], **config["models"]}.items()
+        }
+        for config in configs
     ]
     options = decision.DecisionOptions.chosen(args.calibrate, args.threshold, "tests")
     final, table, recalibrated = rules.decide_folds(table, of_folds, fold_of_row, targets, options)
@@ -189,15 +181,15 @@ def evaluate_folds(
     decided: Config = {"decision": models.pop(name), "models": models}
     decided["threshold_choice"] = options.threshold
     thresholds = [rule.threshold for rule in final[name].values()]
-    drawn = draw_metrics(
+    drawn = metrics_table.draw_metrics(
         table,
-        args.seed if seed is None else seed,
+        seed,
         thresholds,
         split=fold_of_row,
         targets=targets,
         recalibrated=recalibrated,
     )
-    metrics = compared_models(drawn, args.primary)
+    metrics = metrics_table.compared_models(drawn, args.primary)
     decided["best_model"] = rules.recommend(table, metrics, targets, name, [*models])
     decided["reference"] = rules.references(table, [name, *models], targets[0])
     contents = [read_json(path / run_folder.METRICS) for path in folders]
@@ -217,79 +209,54 @@ def evaluate_folds(
     config: Config = {**configs[0], **decided, "metrics": content}
     tuned = [read_json(path / BASELINES).get("tuned") for path in folders]
     table.insert([*table].index("patient") + 1, "fold", fold_of_row)
-    return FoldResults(table, drawn, metrics, config, positions, tuned, targets, recalibrated)
+    evaluated = Evaluated(
+        table,
+        metrics,
+        demographics(rows).iloc[positions],
+        seed,
+        thresholds,
+        decision.describe_threshold(
+            args.threshold, "these rows, whose metrics at it are optimistic"
+        ),
+        rows.noun,
+        args.min_cell,
+        folds=len(folders),
+        leaves_out=bool(args.leave_out),
+        targets=targets,
+    )
+    return FoldResults(evaluated, drawn, config, tuned, recalibrated)
 
 
 def write_fold_results(args: Namespace, rows: TrajectoryDataset, fold: NDArray[np.int64]) -> None:
     """Join the test predictions of the folds; write the result files."""
-    results = evaluate_folds(args, rows, fold)
-    metrics, config, folds = results.metrics, results.config, len(results.tuned)
+    joint = evaluate_folds(args, rows, fold)
+    evaluated, config = joint.evaluated, joint.config
     folder = run_folder.folds_folder(args)
-    name, targets = STAGE_NAMES[config["stage"]], results.targets
-    write_text(
-        folder / prediction_files.FOLDS,
-        prediction_files.predictions_csv(results.table, name, targets),
+    text = prediction_files.predictions_csv(
+        evaluated.rows, STAGE_NAMES[config["stage"]], evaluated.targets
     )
+    write_text(folder / prediction_files.FOLDS, text)
     write_json(folder / run_folder.METRICS, config["metrics"])
-    choice = decision.describe_threshold(
-        args.threshold, "these rows, whose metrics at it are optimistic"
-    )
-    evaluated = Evaluated(
-        results.table.drop(columns="fold"),
-        metrics,
-        demographics(rows).iloc[results.positions],
-        args.seed,
-        config["metrics"]["threshold"],
-        choice,
-        rows.noun,
-        args.min_cell,
-        folds,
-        bool(args.leave_out),
-        targets,
-        [rule["threshold"] for rule in config["decision"].values()],
-    )
-    before = {target: risks.before for target, risks in results.recalibrated.items()}
-    topics = prediction_topics(targets, before, recalibration_words(config, args.calibrate))
-    summary = folds_sentence(metrics, folds)
-    write_folds_page(folder, args, rows, results, evaluated, topics, last=[summary])
+    before = {target: risks.before for target, risks in joint.recalibrated.items()}
+    recalibration = recalibration_words(config, args.calibrate)
+    topics = prediction_topics(evaluated.targets, before, recalibration)
+    last = folds_sentence(evaluated.metrics, evaluated.folds)
+    write_folds_page(folder, args, rows, joint, evaluated, topics, last=last)
     log_evaluated(evaluated)
     logger.info("recommended (--use best): %s", describe_recommended(config))
+    summary = folds_sentence(evaluated.exact, evaluated.folds)
     logger.info("%s\nreport: %s", summary, folder / "report.html")
 
 
 def log_evaluated(evaluated: Evaluated) -> None:
     """Log the metrics of folds or repeats in sentences and a table."""
     logger.info("")
-    metrics, targets = evaluated.metrics, evaluated.targets
     words = evaluated.at_threshold, evaluated.noun
-    log_findings(metrics, verdicts.sentences(metrics, *words, targets=targets), targets)
+    findings = verdicts.sentences(evaluated.metrics, *words, targets=evaluated.targets)
+    results.log_findings(evaluated.metrics, findings, evaluated.targets)
 
 
-def join_folds(
-    folders: list[Path],
-    name: str,
-    rows: TrajectoryDataset,
-    args: Namespace,
-    ids: Collection[str] | None,
-) -> tuple[pd.DataFrame, NDArray[np.int64], tuple[Target, ...]]:
-    """Return the test predictions of all folds in the data's order, their positions in it, and
-    what they are about."""
-    targets = prediction_files.read_targets(folders[0])
-    read = [prediction_files.read_predictions(path, name, targets) for path in folders]
-    tables = prediction_files.shared_models(read, targets[0])
-    table = pd.concat(tables, ignore_index=True)
-    if ids is not None:
-        table = table[table["id"].isin(ids)]
-    # A row without a value of the series that its fold reads has no prediction.
-    positions = pd.Series(np.arange(len(rows)), rows.ids)[table["id"].tolist()].to_numpy()
-    table = table.iloc[np.argsort(positions)].reset_index(drop=True)
-    positions = np.sort(positions)
-    observed, targets = observed_rows(targets, rows, positions, args.censoring, args.seed)
-    risks = table[[column for column in map(str, table) if is_risk(column)]]
-    return observed.join(risks), positions, targets
-
-
-def folds_sentence(metrics: Metrics, folds: int) -> str:
+def folds_sentence(metrics: metrics_table.Metrics, folds: int) -> str:
     """Return how the metrics of the folds were made, in a sentence, and how the folds differ."""
     auroc = metrics.row(metrics.models[0], "auroc")
     hidden = np.isnan(auroc["min"])
@@ -322,42 +289,43 @@ def write_folds_page(
     folder: Path,
     args: Namespace,
     rows: TrajectoryDataset,
-    results: FoldResults,
+    joint: FoldResults,
     evaluated: Evaluated,
     topics: Sequence[TopicBuilder],
     *,
     title: str = "",  # ends the title
-    last: Sequence[str],
+    last: str,  # the sentence behind the findings
 ) -> None:
     """Write the page of folds or of their repeats."""
-    config, positions = results.config, results.positions
+    config: Config = {**joint.config, "data_sha256": rows.fingerprint()}
     kind = "each site held out" if args.leave_out else "each patient held out"
     epochs = describe_epochs(config["metrics"]["averaged_epochs"])
     selection = describe_selection(config["members"] if config["stage"] == "trajectory" else 1)
-    fingerprint, predicted = rows.fingerprint(), np.isin(np.arange(len(rows)), positions)
-    if not predicted.all():
+    is_predicted = np.isin(rows.ids, evaluated.rows["id"].to_numpy())
+    if not is_predicted.all():
         rule = "without a value of a series that their fold reads"
         rule = f"of sites that only train, or {rule}" if args.leave_out else rule
-        rows = rows.keep_rows(predicted, rule)
-    shown = folds_sentence(evaluated.metrics, evaluated.folds)
+        rows = rows.keep_rows(is_predicted, rule)
     pages.write_training_page(
         folder,
         f"{STAGE_NAMES[config['stage']].capitalize()}, {kind}{title}",
         evaluated,
         rows,
-        {**config, "data_sha256": fingerprint},
+        config,
         topics,
         split={"all folds": np.arange(len(rows))},
-        parts={},
         card={
             "Limits": MODEL_LIMITS,
             "Epochs": f"each fold has {selection}; --final averages {epochs}, by the folds' pooled "
             "validation loss",
-            "Baselines": f"in each fold {baselines.describe_tuning(results.tuned)}; those of "
+            "Baselines": f"in each fold {baselines.describe_tuning(joint.tuned)}; those of "
             "--final are tuned by the same rule, and fitted, on all patients",
             "Seed": str(args.seed),
         },
-        methods={"split": shown, "recalibration": recalibration_words(config, args.calibrate)},
+        methods={
+            "split": folds_sentence(evaluated.metrics, evaluated.folds),
+            "recalibration": recalibration_words(config, args.calibrate),
+        },
         last=last,
         list_patients=args.report_patients,
     )
@@ -389,7 +357,7 @@ def with_final_epochs(stage: Stage, args: Namespace) -> Stage:
 def write_final(
     stage: Stage, data: Data, folder: Path, args: Namespace
 ) -> tuple[Config, Baselines | None]:
-    """Write the model of all patients; return the same as ``results.write_results``."""
+    """Write the model of all patients; return the same as ``results.write``."""
     content = read_json(run_folder.folds_folder(args) / run_folder.METRICS)
     decided = content.pop("decided")
     config: Config = {**stage.config, **decided, "metrics": content}
@@ -407,5 +375,5 @@ def write_final(
     fitted = replace(fitted, models=models, words=words)  # those of all folds
     config["models"] = {name: decided["models"][name] for name in [*fitted.names, ENSEMBLE]}
     config |= {"baseline_inputs": fitted.inputs, "baselines_sha256": fitted.sha256}
-    save_model(folder, stage, config, fitted)
+    results.save_model(folder, stage, config, fitted)
     return config, fitted

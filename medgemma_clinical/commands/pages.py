@@ -14,30 +14,20 @@ from medgemma_clinical.data.checks import describe_sample_size
 from medgemma_clinical.data.texts import code
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.evaluation import verdicts
-from medgemma_clinical.evaluation.report import (
-    FEW,
-    PATIENTS_NOTICE,
-    build_topics,
-    fill_tripod,
-    folded,
-    report_card,
-    write_report,
-)
-from medgemma_clinical.evaluation.topics import cohort
+from medgemma_clinical.evaluation import report, verdicts
+from medgemma_clinical.evaluation.metrics_table import Metrics
+from medgemma_clinical.evaluation.report import build_topics, write_report
+from medgemma_clinical.evaluation.topics import cohort, written_reports
 from medgemma_clinical.evaluation.topics.topic import Evaluated, Page, Topic, TopicBuilder
-from medgemma_clinical.evaluation.topics.written_reports import (
-    example_topic,
-    suppress_reports,
-    written_reports,
-    written_sentence,
-)
 from medgemma_clinical.evaluation.verdicts import Finding
 from medgemma_clinical.models import model_card
 from medgemma_clinical.models.checkpoints import Config
 from medgemma_clinical.training.stage import Stage
 
 EXAMPLE = "The data of one patient stand here: share this page only if they are open."
+
+MIN_EVENTS = 30
+"""Patients with, and without, the event in a test part below which a run names ``--folds``."""
 
 
 def model_page(
@@ -49,33 +39,45 @@ def model_page(
     question: Mapping[str, str],
     findings: Sequence[Finding],
     card: Mapping[str, str],  # first lines on the model
-    first: Sequence[str] = (),  # sentences before the findings
-    last: Sequence[str] = (),
+    first: str,  # the sentence before the findings
+    last: str,
     notices: Sequence[str] = (),
 ) -> Page:
     """Return the page of a model on some rows, small counts of the configuration hidden."""
     shared = model_card.shareable(config, evaluated.min_cell)
     lines = model_card.page_card(shared, card)
-    recommended = lines.pop(model_card.RECOMMENDED, "")
-    first = [*first, model_card.weight_0_sentence(shared)]
-    last = [f"{model_card.RECOMMENDED}: {recommended}." if recommended else "", *last]
-    before, behind = ([Finding(None, x) for x in texts if x] for texts in (first, last))
+    before = [first, model_card.weight_0_sentence(shared)]
+    behind = [last]
+    if recommended := lines.pop(model_card.RECOMMENDED, ""):
+        behind.insert(0, f"{model_card.RECOMMENDED}: {recommended}.")
     about = Topic("", terms=question, note="Square brackets hold 95\xa0% intervals.")
     return Page(
         title,
-        [*before, *findings, *behind],
+        [*as_findings(before), *findings, *as_findings(behind)],
         [about, *topics],
-        report_card(evaluated, lines),
+        report.report_card(evaluated, lines),
         [*filter(None, [model_card.built_in_notice(config), *notices])],
     )
+
+
+def as_findings(sentences: Sequence[str]) -> list[Finding]:
+    """Return sentences, but for empty ones, as lines of the box of findings."""
+    return [Finding(None, sentence) for sentence in sentences if sentence]
 
 
 def result_words(evaluated: Evaluated, advice: str = "") -> list[Finding]:
     """Return the result on some rows in words; ``advice`` is what helps where events are few."""
     if evaluated.has_few:
-        return [Finding(None, FEW.format(evaluated.min_cell))]
+        return [Finding(None, report.FEW.format(evaluated.min_cell))]
     words = evaluated.at_threshold, evaluated.noun, advice
     return verdicts.sentences(evaluated.metrics, *words, targets=evaluated.targets)
+
+
+def few_events_advice(test: Metrics) -> str:
+    """Return the way out where the test part has few events, in words."""
+    if test.counts["minority_patients"] >= MIN_EVENTS:
+        return ""
+    return "These are few events: --folds 5 tests every patient once."
 
 
 def data_terms(dataset: TrajectoryDataset, config: Config) -> dict[str, str]:
@@ -100,48 +102,51 @@ def write_training_page(
     split: Mapping[str, NDArray[np.int64]],
     card: Mapping[str, str],
     methods: Mapping[str, str],  # what ``tripod.md`` says of the training
-    parts: Mapping[str, NDArray[np.int64]] | None = None,  # of Table 1; None: those of the split
     history: Sequence[Mapping[str, Any]] = (),
     example: Mapping[str, Any] | None = None,  # prompt, text and target of a row
     stage1_page: str | None = None,  # where the results are stage 1's: its page, empty if unknown
-    last: Sequence[str] = (),
-    advice: str = "",
+    last: str = "",  # a sentence behind the findings
     list_patients: bool = False,  # names the rows with the largest errors
 ) -> None:
     """Write the report on held-out rows of the data that the model was trained on."""
-    n, reports = evaluated.min_cell, config["metrics"].get("reports")
-    example = None if n else example
+    reports = config["metrics"].get("reports")
+    notices = [report.PATIENTS_NOTICE] if list_patients else []
+    advice = "" if evaluated.folds else few_events_advice(evaluated.exact)
     findings = result_words(evaluated, advice)
     topics = build_topics(evaluated, [] if evaluated.has_few else results)
     if stage1_page is not None:
-        topics = folded(findings, topics, "The results of stage 1, again")
+        topics = report.folded(findings, topics, "The results of stage 1, again")
         findings = [Finding(None, "See the report of stage 1.", stage1_page)]
+    if example and not evaluated.min_cell:
+        topics = [written_reports.example_topic(example), *topics]
+        notices.append(EXAMPLE)
+    of_reports = partial(written_reports.written_reports, reports=reports)
+    topics = build_topics(evaluated, [of_reports]) + topics
+    question, data = dataset.task_description(), data_terms(dataset, config)
     table = cohort.part_table(dataset.labels, dataset.groups, split, dataset.event_kinds)
-    table_one = cohort.table_one(dataset, split if parts is None else parts)
-    data, question = data_terms(dataset, config), dataset.task_description()
-    about_data: list[TopicBuilder] = [
-        *([cohort.largest_errors] if list_patients else []),
+    table_one = cohort.table_one(dataset, {} if evaluated.folds else split)
+    flow = dataset.flow
+    builders: list[TopicBuilder] = [
         partial(cohort.table_one_topic, exact=table_one, split=table),
-        partial(cohort.cohort, data=data, flow=dataset.flow, split=table, history=history),
+        partial(cohort.cohort, data=data, flow=flow, split=table, history=history),
     ]
+    if list_patients:
+        builders.insert(0, cohort.largest_errors)
     page = model_page(
         f"{title}: {dataset.outcome}",
         evaluated,
-        [
-            *build_topics(evaluated, [partial(written_reports, reports=reports)]),
-            *([example_topic(example)] if example else []),
-            *topics,
-            *build_topics(evaluated, about_data),
-        ],
+        topics + build_topics(evaluated, builders),
         config,
         question=question,
         findings=findings,
         card=card,
-        first=[written_sentence(suppress_reports(reports or {}, n))],
+        first=written_reports.written_sentence(
+            written_reports.suppress_reports(reports or {}, evaluated.min_cell)
+        ),
         last=last,
-        notices=[PATIENTS_NOTICE if list_patients else "", EXAMPLE if example else ""],
+        notices=notices,
     )
-    tripod = fill_tripod(
+    tripod = report.fill_tripod(
         page,
         evaluated,
         question=question,
@@ -155,19 +160,19 @@ def write_training_page(
 def training_methods(stage: Stage, data: Data, run: dict[str, Any]) -> dict[str, str]:
     """Return what ``tripod.md`` says of data and training, in sentences."""
     dataset, arguments = data.dataset, run["arguments"]
+    seed = arguments["seed"]
     rates = [f"{stage.learning_rates[part]:g} ({part})" for part in stage.learning_parts]
-    origin = dataset.describe_origin(arguments["seed"])
-    size = describe_sample_size(dataset, data.usable_static, data.split["train"])
     names = ["members", "dynamics", "solver", "dropout"]
-    names += [] if stage.text is None else ["lora_rank", "lora_alpha", "num_prefix_tokens"]
+    if stage.text is not None:
+        names += ["lora_rank", "lora_alpha", "num_prefix_tokens"]
     encoder = stage.config["encoder"] or {}  # of a stage 1 that was trained before, too
     settings = {**arguments, "members": stage.config["members"], **encoder}
     texts = [f"{name} {settings[name]}" for name in names]
     kept = dataset.read_options.get("max_len")
-    platt = "Platt's method on the validation part; all results are those after it."
-    return {
+    methods = {
         "preparation": f"Rows keep their latest {kept} observations." if kept else "",
-        "split": f"Each patient is in one of three parts ({origin}): the training part fits the "
+        "split": f"Each patient is in one of three parts ({dataset.describe_origin(seed)}): the "
+        "training part fits the "
         "weights, the validation part chooses epochs and threshold and also teaches the baselines "
         "once their settings are chosen, the test part was scored once.",
         "unusable": "; ".join(f"{code(k)} ({why})" for k, why in data.unusable),
@@ -175,7 +180,14 @@ def training_methods(stage: Stage, data: Data, run: dict[str, Any]) -> dict[str,
         f"lower validation loss; steps of {run['rows_a_step'] * run['processes']} rows; AdamW with "
         f"learning rates {', '.join(rates)}; {', '.join(texts)}. "
         "The program tunes none of these; run.json has every setting.",
-        "recalibration": platt if arguments["calibrate"] == "platt" else "None.",
-        # It tells the number of events.
-        **({} if arguments["min_cell"] else {"sample_size": size}),
+        "recalibration": "None.",
     }
+    if arguments["calibrate"] == "platt":
+        methods["recalibration"] = (
+            "Platt's method on the validation part; all results are those after it."
+        )
+    if not arguments["min_cell"]:  # it tells the number of events
+        methods["sample_size"] = describe_sample_size(
+            dataset, data.usable_static, data.split["train"]
+        )
+    return methods

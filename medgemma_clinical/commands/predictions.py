@@ -444,12 +444,11 @@ def evaluate_labelled(
         metrics,
         new,
         request.seed,
-        thresholds[0],
+        thresholds,
         choice,
         noun,
         request.min_cell,
         targets=targets,
-        thresholds=thresholds,
     )
 
 
@@ -504,8 +503,8 @@ def cohort_page(
             "Checkpoint": checkpoint,
             "Seed": f"{evaluated.seed}, of the intervals",
         },
-        first=[first],
-        last=[last],
+        first=first,
+        last=last,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,6 @@ from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.data.fold_split import foldable
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes
-from medgemma_clinical.evaluation.demographics import demographics
 from medgemma_clinical.evaluation.metrics_table import (
     MODEL,
     Metrics,
@@ -88,22 +88,22 @@ def write_repeat_results(
 ) -> None:
     """Write the risks of all repeats, how much they differ, and a page of their mean metrics."""
     contents = [read_json(run_folder.folds_folder(run) / run_folder.METRICS) for run in runs]
-    folder = args.output_dir / f"repeats_{contents[0]['stage']}"
+    stage = contents[0]["stage"]
+    folder = args.output_dir / f"repeats_{stage}"
     folder.mkdir(exist_ok=True)
     joined = join_repeats(runs)
     risks = joined.filter(regex="^repeat_")
-    happened = joined.drop(columns=[*risks])
-    described = happened.assign(mean=risks.mean(axis=1), sd=risks.std(axis=1))
-    write_text(
-        folder / prediction_files.REPEATS,
-        prediction_files.predictions_csv(described.join(risks), "mean", [LABEL]),
-    )
+    described = joined.drop(columns=[*risks])
+    described["mean"] = risks.mean(axis=1)
+    described["sd"] = risks.std(axis=1)
+    text = prediction_files.predictions_csv(described.join(risks), "mean", [LABEL])
+    write_text(folder / prediction_files.REPEATS, text)
     ids = {*joined["id"]}
-    results = [
+    of_repeats = [
         folds.evaluate_folds(run, rows, fold, ids, args.seed)
         for run, fold in zip(runs, fold_of_rows, strict=True)
     ]
-    metrics = compared_models(mean_of_repeats([result.drawn for result in results]), args.primary)
+    mean = mean_of_repeats([joint.drawn for joint in of_repeats])
     by_repeat = pd.DataFrame(
         {
             "seed": [run.seed for run in runs],
@@ -112,17 +112,21 @@ def write_repeat_results(
         }
     )
     measures = measure_instability(risks.to_numpy(float), by_repeat)
+    evaluated = mean_evaluated(
+        of_repeats[0].evaluated,
+        compared_models(mean, args.primary),
+        described.set_index("id")["mean"],
+        by_repeat["threshold"],
+    )
     content = {
-        "stage": contents[0]["stage"],
+        "stage": stage,
         "n": len(joined),
-        "targets": [target.to_json() for target in results[0].targets],
-        "folds": metrics.to_json(),
+        "targets": [target.to_json() for target in evaluated.targets],
+        "folds": evaluated.exact.to_json(),
         "instability": measures,
         "repeats": by_repeat.to_dict("records"),
     }
     write_json(folder / run_folder.METRICS, content)
-    mean_risk = described.set_index("id")["mean"]
-    evaluated = mean_evaluated(args, rows, results[0], metrics, mean_risk, by_repeat["threshold"])
     topics: list[TopicBuilder] = [
         repeat_metrics,
         partial(instability, table=joined, by_repeat=by_repeat),
@@ -134,7 +138,7 @@ def write_repeat_results(
     )
     title = f", {len(runs)} repeats"
     folds.write_folds_page(
-        folder, runs[0], rows, results[0], evaluated, topics, title=title, last=[summary]
+        folder, runs[0], rows, of_repeats[0], evaluated, topics, title=title, last=summary
     )
     folds.log_evaluated(evaluated)
     logger.info("\n%s", instability_cells(measures, rows.noun).to_string(index=False))
@@ -142,28 +146,20 @@ def write_repeat_results(
 
 
 def mean_evaluated(
-    args: Namespace,
-    rows: TrajectoryDataset,
-    first: folds.FoldResults,  # of the first repeat
+    first: Evaluated,  # the first repeat
     metrics: Metrics,
     mean_risk: pd.Series[Any],  # by id
     thresholds: pd.Series[Any],  # by repeat
 ) -> Evaluated:
     """Return the mean risks of the repeats as they are evaluated on a page."""
-    table = first.table.drop(columns="fold")
-    column = first.targets[0].column(metrics.models[0])
+    column = first.target.column(first.model)
     low, high = percent(thresholds.min()), percent(thresholds.max())
-    return Evaluated(
-        table.assign(**{column: mean_risk[table["id"]].to_numpy()}),
-        metrics,
-        demographics(rows).iloc[first.positions],
-        args.seed,
-        float(thresholds.mean()),
-        f"the mean of those of the repeats ({low} to {high})",
-        rows.noun,
-        args.min_cell,
-        args.folds,
-        targets=first.targets,
+    return replace(
+        first,
+        rows=first.rows.assign(**{column: mean_risk[first.rows["id"]].to_numpy()}),
+        exact=metrics,
+        thresholds=[float(thresholds.mean())] * len(first.targets),
+        threshold_choice=f"the mean of those of the repeats ({low} to {high})",
     )
 
 

@@ -196,11 +196,11 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
     kind = paths[0].name
     if args.ablation is not None:
         reference, title, splits = reference_of(args), ADDS, None
-        targets = prediction_files.read_targets(paths[0], "ablation.json")
-        tables = [prediction_files.read_predictions(path, None, targets) for path in paths]
+        tables, targets = prediction_files.read_runs(paths, None, "ablation.json")
         costs = [read_json(path / "ablation.json")["cost"] for path in paths]
+        runs = [path.parent / "trajectory" for path in paths]
     else:
-        reference = STAGE_NAMES[kind]
+        reference, runs = STAGE_NAMES[kind], paths
         title = reference.capitalize()
         auroc_of = prediction_files.auroc_of
         splits = pd.DataFrame(
@@ -210,14 +210,10 @@ def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
                 "Test AUROC [95 %]": [auroc_of(path, "test") for path in paths],
             }
         )
-        targets = prediction_files.read_targets(paths[0])
-        tables = [prediction_files.read_predictions(path, reference, targets) for path in paths]
+        tables, targets = prediction_files.read_runs(paths, reference)
         costs = [{reference: compare.cost_of(path)} for path in paths]
-    # An ablation has its stage 1 beside it.
-    runs = [path.parent / "trajectory" if args.ablation is not None else path for path in paths]
     trained = [read_json(run / "run.json")["split"]["train"]["n"] for run in runs]
     patients_a_row = np.mean([table["patient"].nunique() / len(table) for table in tables])
-    tables = prediction_files.shared_models(tables, targets[0])
     targets = read_weights(targets, pd.concat(tables))
     metrics = evaluate_splits(
         tables,

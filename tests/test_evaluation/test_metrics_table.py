@@ -450,7 +450,7 @@ def test_bins_of_tied_risks_hold_each_row_once(rows):
 def curve_of(rows):
     """Return the decision curve of a model and its planned comparison."""
     patients = pd.DataFrame(index=rows.index)
-    return decision_curve(Evaluated(rows, evaluate(rows, 0), patients, 0, 0.3, "set by the user"))
+    return decision_curve(Evaluated(rows, evaluate(rows, 0), patients, 0, [0.3], "set by the user"))
 
 
 def test_the_decision_curve_is_the_net_benefit_of_each_draw():

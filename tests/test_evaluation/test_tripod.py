@@ -40,7 +40,7 @@ def test_each_item_stands_once_and_what_the_run_does_not_know_is_marked(filled, 
 
 @pytest.mark.slow
 def test_a_part_that_does_not_exist_is_left_out(filled):
-    everyone = {"split": {"all folds": np.arange(200)}, "parts": {}, "methods": {}, "flow": None}
+    everyone = {"split": {"all folds": np.arange(200)}, "folds": 5, "methods": {}, "flow": None}
     _, answers = filled(make_rows(60, baselines=False), **everyone)
     assert answers["12a"] == answers["20c"] == "**for the author**"
     assert "no other model" in answers["12e"]

@@ -74,30 +74,37 @@ class Evaluated:
     exact: Metrics  # of all targets, or of the target
     patients: pd.DataFrame  # ``demographics`` of the rows
     seed: int  # of the bootstrap
-    threshold: float  # risk from which on the event is predicted
-    threshold_choice: str  # how it was chosen, on which rows
+    thresholds: Sequence[float]  # of the targets: risks from which on the event is predicted
+    threshold_choice: str  # how they were chosen, on which rows
     noun: str = "patients"  # what the rows are
     min_cell: int = 0  # smaller counts are hidden
     folds: int = 0  # models whose risks of their own folds are evaluated together; 0: one model
     leaves_out: bool = False  # each site is tested by a model of the other sites
     targets: Sequence[Target] = (LABEL,)
-    thresholds: Sequence[float] = ()  # of the targets, where they differ
-    # What the topics are about; another one than the first: see ``at``.
-    target: Target = LABEL
-    few: bool | None = None
+    few: bool | None = None  # set by ``at``
 
     def at(self, target: Target) -> Evaluated:
         """Return the same of one target, whose risks stand in the columns of the models."""
+        names = [each.name for each in self.targets]
         models = {name: self.rows[target.column(name)] for name in self.exact.models}
-        thresholds = self.thresholds or [self.threshold] * len(self.targets)
         return replace(
             self,
             rows=self.rows.assign(**models),
             exact=self.exact.at(target),
-            threshold=thresholds[[x.name for x in self.targets].index(target.name)],
+            thresholds=[self.thresholds[names.index(target.name)]],
+            targets=[replace(target, column_ending="", metric_ending="")],
             few=target.metric_ending in few_endings(self.exact.counts, self.min_cell),
-            target=replace(target, column_ending="", metric_ending=""),
         )
+
+    @property
+    def target(self) -> Target:
+        """What the first risk is about."""
+        return self.targets[0]
+
+    @property
+    def threshold(self) -> float:
+        """The threshold of the first target."""
+        return self.thresholds[0]
 
     @cached_property
     def metrics(self) -> Metrics:
