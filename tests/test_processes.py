@@ -21,7 +21,7 @@ import medgemma_trainer as trainer
 from conftest import sign_table
 from language_models import TINY_MODEL
 from medgemma_clinical import distributed
-from medgemma_clinical.models import generation
+from medgemma_clinical.inference import generation
 from medgemma_clinical.models.trajectory_llm import LLMWriter
 from medgemma_clinical.provenance import ROOT
 

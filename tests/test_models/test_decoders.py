@@ -20,8 +20,7 @@ from language_models import (
     plain_sequence,
 )
 from medgemma_clinical.files import InputError
-from medgemma_clinical.inference import hub
-from medgemma_clinical.models import generation
+from medgemma_clinical.inference import generation, hub
 from medgemma_clinical.models.checkpoints import ADAPTER_CONFIG, save_llm
 from medgemma_clinical.models.decoders import (
     LORA_TARGETS,
