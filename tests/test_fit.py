@@ -198,7 +198,7 @@ def test_fit__of_a_search_reads_no_test_part_fits_no_baseline_and_ends_when_told
     parts = ["train", "train", "train", "train", "val", "test"] * 10
     table = rows.sort_values(LABEL).assign(split=parts)
     changed = table.assign(**{LABEL: table[LABEL] ^ (table["split"] == "test")})
-    for module in (trainer, results):
+    for module in (trainer, results.baselines_of):
         monkeypatch.setattr(module, "fit_baselines", None)
     search = {"min_cell": 0, "trajectory_epochs": 4, "test": False, "baselines": False}
     history = []

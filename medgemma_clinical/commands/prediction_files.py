@@ -142,19 +142,21 @@ def read_predictions(
 def read_runs(
     folders: Sequence[Path], model: str | None, name: str = METRICS
 ) -> tuple[list[pd.DataFrame], tuple[Target, ...]]:
-    """Return the test predictions of runs of one model, and what they are about.
-
-    Models that some run lacks are left out.
-    """
+    """Return the test predictions of runs of one model, and what they are about."""
     targets = read_targets(folders[0], name)
     tables = [read_predictions(folder, model, targets) for folder in folders]
+    return shared_models(tables, targets[0]), targets
+
+
+def shared_models(tables: Sequence[pd.DataFrame], target: Target) -> list[pd.DataFrame]:
+    """Leave out models that are missing in some table, and log their names."""
     shared = [column for column in tables[0] if all(column in table for table in tables)]
-    if len({best_blend(targets[0].models(table)) for table in tables}) > 1:
+    if len({best_blend(target.models(table)) for table in tables}) > 1:
         shared = [column for column in shared if not str(column).startswith(ENSEMBLE)]
     left_out = sorted({str(column) for table in tables for column in table} - set(shared))
     if left_out:
         logger.info("not in every split, so not pooled: %s", ", ".join(left_out))
-    return [table[shared] for table in tables], targets
+    return [table[shared] for table in tables]
 
 
 def auroc_of(folder: Path, part: str) -> str:
