@@ -1,4 +1,17 @@
-"""The command from_eicu: the question of from_mimic, from tables of eICU made like MIMIC-IV's."""
+"""The command from_eicu: the question of from_mimic, from eICU's tables in the form of MIMIC-IV's.
+
+Population: hospital stays of adults (18, an age of "> 89" as 90), one row each, that begin with
+    the first stay in a unit: what happened in hospital before is not known. ``--cohort dka``:
+    APACHE's admission diagnosis of diabetic ketoacidosis, entered by the prediction time, so that,
+    unlike MIMIC-IV's codes, it is no hindsight; ``biochemical`` and ``all`` as in from_mimic.
+Prediction time: as in from_mimic, 12 hours after the first value of the main series.
+Read: laboratory values (``lab``) of this window, known when they were last revised and not before
+    the unit stay that files them begins; age, sex, unit, hours since that first stay. No notes.
+Label, times: as in from_mimic. A death is at the hospital discharge, since only that is known.
+    Stays in step-down units are no intensive care.
+Exclusions: before all others hospital stays of unknown discharge status or age; then those of
+    from_mimic in its order.
+"""
 
 from __future__ import annotations
 

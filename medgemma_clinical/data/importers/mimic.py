@@ -1,4 +1,25 @@
-"""The command from_mimic: escalation of care in adults with ketoacidosis, from MIMIC-IV."""
+"""The command from_mimic: escalation of care in adults with ketoacidosis, from MIMIC-IV.
+
+Population: hospital admissions of adults (18 at admission), one row each. ``--cohort dka``: coded
+    as ketoacidosis (ICD-9-CM 250.1x, ICD-10-CM E08.1x to E13.1x), in hindsight, since codes are
+    given at discharge; ``biochemical``: by values known at the prediction time, glucose above 250
+    mg/dL, bicarbonate at most 18 and gap above 12 mEq/L, any pH at most 7.30; ``all``.
+Prediction time: 12 hours (``--window_hours``) after the first value of the main series, the anion
+    gap without potassium unless another is chosen.
+Read: laboratory values charted within this window and stored by its end, from 24 hours before the
+    admission that they name; age, sex, ward and hours since admission; with ``--notes_dir`` notes
+    written by then, but for the discharge summary of the admission itself.
+Label: within the next 72 hours (``--horizon_hours``) any of death in this admission; a stay in
+    intensive care that begins, not asked of a patient who is there already; an anion gap above
+    12 mEq/L that stays or comes back. A discharge alive before is a competing event, 0.
+Times, but for ``all``: of a gap open at the prediction time, hours until it is first measured at
+    or below 12 mEq/L (1), else until death (2) or discharge alive (3) ends the admission.
+Exclusions, in this order: under 18 or of unknown age; not coded (``dka``); no value of the main
+    series known within a window; prediction time before the admission; dead by then; discharged by
+    then; fewer than two values (``--min_observations``); not in ketoacidosis (``biochemical``); in
+    intensive care (``--outcome icu`` alone); discharged alive within the horizon (``--discharged
+    exclude``); gap not measured again, where it is asked for and the patient stays in hospital.
+"""
 
 from __future__ import annotations
 

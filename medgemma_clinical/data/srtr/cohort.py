@@ -1,4 +1,23 @@
-"""The cohort of a landmark, as docs/srtr.md defines it: who still waits, and how each wait ends."""
+"""The cohort of a landmark: death or too sick for transplant, of who still waits.
+
+Population: registrations of adults (18 at listing, or of unknown age) on the waiting list of one
+    organ, kidney or liver, one row each; a candidate (PERS_ID) may have several.
+Prediction time: a landmark after listing, day 365 (kidney) or 90 (liver), ``--landmark_days``.
+Read: rows of STATHIST that began by the landmark, the last one before listing standing at day 0;
+    of CAND what is known at listing (age, sex, blood group, BMI, diabetes, earlier transplant), and
+    GFR and begin of dialysis where their date is not after the landmark.
+Label: within the next 365 (kidney) or 90 (liver) days, ``--horizon_days``, death on the list or
+    removal as too sick (CAN_REM_CD 8, 13). A transplant before is a competing event, 0; a death on
+    the day of the transplant is one of the procedure. A death after removal does not count.
+Times, with ``--outcome_kind time``: days from the landmark to that death or removal (1), a
+    transplant (2), removal as improved (3, CAN_REM_CD 12) or for another reason (4), whichever ends
+    the registration, by the same rules; 0 at the end of follow-up. Nobody is left out as
+    transplanted or censored.
+Exclusions, in this order: another organ; recipients of a living donor who were never listed; under
+    18; listed or removed in error; an impossible date; no day of listing or removal; ended by the
+    landmark; transplanted within the horizon (``--transplant exclude``); censored in it, by removal
+    for another reason or by the end of follow-up, label unknown; no history row by the landmark.
+"""
 
 from __future__ import annotations
 
