@@ -83,8 +83,8 @@ def test_imports_go_one_way_and_models_stay_with_the_models():
     graphlib.TopologicalSorter(own).prepare()  # raises where modules import each other
 
 
-KINDS = r'outcome_kind ==|isinstance\(.*(Label|Time)Outcome|competing_events is|"events" (not )?in '
-KINDS += "|has_curves|has_tripod"
+KINDS = r"outcome_kind ==|isinstance\(.*(LabelOutcome|Hazards)|competing_events is"
+KINDS += r'|"events" (not )?in |has_curves|has_tripod'
 ASKING = re.compile(rf"{PACKAGE}/(data/|models/(outcome|hazards)|evaluation/(target|time_\w+))")
 
 

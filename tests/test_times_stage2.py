@@ -19,7 +19,8 @@ from medgemma_clinical.commands.run_folder import given_stage1
 from medgemma_clinical.evaluation import decision, metrics
 from medgemma_clinical.evaluation.time_metrics import metrics_at
 from medgemma_clinical.files import InputError, read_json
-from medgemma_clinical.models.outcome import TimeOutcome, first_auroc, outcome_of
+from medgemma_clinical.models.hazards import Hazards
+from medgemma_clinical.models.outcome import first_auroc, outcome_of
 from medgemma_clinical.models.trained_model import check_stage1
 from medgemma_clinical.training.evaluate import score_batches
 from predicting import predicted, refused
@@ -107,8 +108,8 @@ def test_a_new_stage_2_and_one_of_weight_0_predict_what_stage_1_does(stage):
     assert torch.equal(found.outputs, found.offset)
     assert torch.equal(found.offset, moved.offset)
     for position, name in enumerate(RISKS):
-        hazards = model.outcome.hazards
-        risks = hazards.risks(hazards.cumulative(found.outputs.double()))[:, position]
+        hazards = model.outcome.cumulative(found.outputs.double())
+        risks = model.outcome.target_risks(hazards)[:, position]
         known = stage.stage1_risks[f"{STAGE_1} {name}"][list(ROWS)]
         np.testing.assert_array_equal(risks.detach(), known)
     model.residual_weight = 1.0
@@ -118,7 +119,7 @@ def test_a_new_stage_2_and_one_of_weight_0_predict_what_stage_1_does(stage):
 
 def test_a_number_of_one_cause_moves_its_hazards_alone_and_all_of_them(stage):
     model, batch = stage.model.eval(), stage.collate(ROWS)
-    intervals = len(model.outcome.hazards.cuts)
+    intervals = len(model.outcome.cuts)
     for cause in (0, 1):
         with torch.no_grad():
             model.head.bias.zero_()
@@ -126,7 +127,7 @@ def test_a_number_of_one_cause_moves_its_hazards_alone_and_all_of_them(stage):
             model.head.bias[cause] = 0.9
             after = model(batch).outputs
             model.head.bias.zero_()
-        hazards = [model.outcome.hazards.cumulative(x.detach()) for x in (before, after)]
+        hazards = [model.outcome.cumulative(x.detach()) for x in (before, after)]
         outputs = before.unflatten(1, (2, intervals + 1))
         z = outputs[:, cause, :-1] + outputs[:, cause, -1:] + 0.9
         torch.testing.assert_close(hazards[1][:, cause], functional.softplus(z))
@@ -147,8 +148,8 @@ def test_the_loss_is_that_of_the_hazards_and_reaches_the_adapter(times):
     assert any("lora_B" in name for name in parts)
     batch = stage.collate(ROWS)
     output = stage.model.eval()(batch)
-    hazards, targets = stage.model.outcome.hazards, batch["outcomes"]
-    expected = hazards.loss(output.outputs[None], targets).sum()
+    hazards, targets = stage.model.outcome, batch["outcomes"]
+    expected = hazards.relative_losses(output.outputs[None], targets).sum()
     torch.testing.assert_close(output.loss.sum(), expected)
     assert output.terms == len(ROWS)
 
@@ -160,7 +161,7 @@ def test_without_stage_1_everyone_starts_at_the_risk_of_the_training_part(times,
     stage = stage_of(words)
     found = score_batches(stage.model, stage.batches["train"], stage.collate)
     outcome = outcome_of(stage.config)
-    assert isinstance(outcome, TimeOutcome)
+    assert isinstance(outcome, Hazards)
     assert stage.model.head.bias.tolist() == [0, 0]
     risks = outcome.risks(outcome.forecast(found.outputs))
     table = waiting().iloc[found.rows]

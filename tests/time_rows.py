@@ -6,13 +6,12 @@ import pandas as pd
 from medgemma_clinical.data.competing_events import CompetingEvents
 from medgemma_clinical.evaluation.target import UNCENSORED, read_weights, targets_of
 from medgemma_clinical.models.hazards import Hazards
-from medgemma_clinical.models.outcome import TimeOutcome
 from pages import MODEL
 
 __all__ = ["EVENTS", "MODEL", "OUTCOME", "TARGETS", "make_times", "weighed_targets"]
 
 EVENTS = CompetingEvents(("death", "transplant"), (24.0, 72.0), (2,))
-OUTCOME = TimeOutcome(Hazards(EVENTS, (24.0, 72.0), (1.0, 1.0)))
+OUTCOME = Hazards(EVENTS, (24.0, 72.0), (1.0, 1.0))
 TARGETS = targets_of(EVENTS)
 
 

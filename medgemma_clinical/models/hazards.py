@@ -1,6 +1,7 @@
-"""Discrete-time hazards of events that compete: their loss, and the risks at each horizon.
+"""Times to events that compete, learned as discrete-time hazards: loss, risks at each horizon.
 
-Letters: B patients, N members, C causes (the events), K intervals, Q = C * (K + 1), R risks.
+Letters: B patients, N members, C causes (the events), K intervals, Q = C * (K + 1), n rows,
+T targets, H hours. A forecast is the cumulative hazards (n, C, K) of n rows.
 """
 
 from __future__ import annotations
@@ -17,8 +18,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from medgemma_clinical.data.competing_events import CompetingEvents
-
-Array = NDArray[np.float64]
+from medgemma_clinical.data.trajectories import TrajectoryDataset
+from medgemma_clinical.evaluation import baselines, time_baselines
+from medgemma_clinical.evaluation.decision import Rules
+from medgemma_clinical.evaluation.metrics import Array
+from medgemma_clinical.evaluation.target import Target, targets_of
+from medgemma_clinical.evaluation.time_metrics import CLOGLOG
 
 MAX_INTERVALS, EVENTS_AN_INTERVAL = 8, 20
 """Intervals up to the last horizon, and training events of the first cause that each needs."""
@@ -41,7 +46,7 @@ class Watched(NamedTuple):
 
 @dataclass(frozen=True)
 class Hazards:
-    """Cause-specific hazards, logistic in each of K intervals; Q outputs describe a row.
+    """The outcome of times: cause-specific hazards, logistic in each of K intervals.
 
     Of each cause K outputs are of an interval each, and one is added to all of them: few rows with
     a high hazard reach the late intervals, which learn from the early ones by it. A sum z gives
@@ -56,8 +61,6 @@ class Hazards:
     cuts: tuple[float, ...]  # (K,) hours at which the intervals end; all horizons are among them
     null: tuple[float, ...]  # (C,) mean loss of a row by the same hazards for everyone, by cause
     null_outputs: tuple[float, ...] = ()  # (Q,) that give these hazards
-
-    tensor = staticmethod(torch.from_numpy)
 
     @classmethod
     def fitted(cls, events: CompetingEvents, targets: Array) -> Self:
@@ -78,22 +81,49 @@ class Hazards:
         return cls(events, grid.cuts, tuple(null.tolist()), tuple(start.round(2).tolist()))
 
     @classmethod
-    def from_config(cls, stored: Mapping[str, Any]) -> Self:
-        """Read what ``config`` has written."""
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Read the keys of a checkpoint that ``config`` gives."""
+        stored = config["events"]
         lists = [tuple(stored.get(name, ())) for name in ("cuts", "null", "null_outputs")]
         return cls(CompetingEvents.from_config(stored), *lists)
 
     @property
     def config(self) -> dict[str, Any]:
-        """Plain types, for a checkpoint."""
+        """Keys of a checkpoint by which the kind is known again, plain types."""
         own = {"cuts": self.cuts, "null": self.null, "null_outputs": self.null_outputs}
         plain = {**asdict(self.events), **own}
-        return {name: list(x) if isinstance(x, tuple) else x for name, x in plain.items()}
+        return {"events": {k: list(x) if isinstance(x, tuple) else x for k, x in plain.items()}}
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """What is evaluated: event 1 by each horizon, then as if there were no intervention."""
+        return targets_of(self.events)
 
     @property
     def width(self) -> int:
         """Q."""
         return len(self.events.names) * (len(self.cuts) + 1)
+
+    @property
+    def residual_width(self) -> int:
+        """The numbers of a language model, one a cause."""
+        return len(self.events.names)
+
+    @property
+    def about(self) -> list[str]:
+        """What a card says of it."""
+        first, *others = self.events.names
+        text = f"The risks are of {first} by {', '.join(self.events.horizon_names)}"
+        if others:
+            text += f"; competing events: {', '.join(others)}"
+        return [text, self.events.assumption] if self.events.assumption else [text]
+
+    @property
+    def curve_end(self) -> float:
+        """Hours up to which the risk has a curve."""
+        return self.events.horizons[-1]
+
+    # ------------------------------------------------------------------ what is learned
 
     def cumulative(self, outputs: Tensor) -> Tensor:
         """Return the cumulative hazard (..., C, K) of each interval for outputs (..., Q)."""
@@ -113,7 +143,10 @@ class Hazards:
         return Watched(exposure.clamp(min=0), is_event)
 
     def added(self, numbers: Tensor) -> Tensor:
-        """Return the outputs (..., Q) that add a number (..., C) of each cause to all intervals."""
+        """Return the outputs (..., Q) that add a number (..., C) of each cause to all intervals.
+
+        A language model adds them to those of stage 1.
+        """
         return functional.pad(numbers[..., None], (len(self.cuts), 0)).flatten(-2)
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -124,10 +157,20 @@ class Hazards:
         losses = watched.exposure[:, None] * hazard - watched.is_event * log_hazard
         return losses.sum(dim=3)
 
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def relative_losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the loss (N, B) of outputs (N, B, Q), each cause relative to its null model."""
         losses = self.losses(outputs, targets)
         return (losses / losses.new_tensor(self.null)).sum(dim=2)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss (N,), a sum over B, of outputs (N, B, Q) and ``TARGETS`` (B, 3)."""
+        return self.relative_losses(outputs, targets).sum(dim=1)
+
+    def row_losses(self, targets: Array, outputs: Array) -> Array:
+        """Return the loss (N, n) of ``TARGETS`` (n, 3) and outputs (N, n, Q)."""
+        losses = self.relative_losses(torch.from_numpy(outputs), torch.from_numpy(targets))
+        rows: Array = losses.numpy()
+        return rows
 
     def start(self, targets: Array) -> Array:
         """Return the outputs (Q,) that are the same for everyone and fit ``TARGETS`` (n, 3)."""
@@ -173,10 +216,65 @@ class Hazards:
         before = torch.exp(total - total.cumsum(dim=-1))  # free of events at the begin of each
         return (before * hazard * -torch.expm1(-total) / total).sum(dim=-1)
 
-    def risks(self, hazard: Tensor) -> Tensor:
-        """Return the risks of event 1 (..., R), in the order of ``risk_names``."""
+    def target_risks(self, hazard: Tensor) -> Tensor:
+        """Return the risks (..., T) of the targets for hazards (..., C, K)."""
         horizons, interventions = self.events.horizons, self.events.interventions
         risks = [self.incidence(hazard, horizons)[..., 0, :]]
         if interventions:
             risks.append(self.incidence(hazard, horizons, interventions)[..., 0, :])
         return torch.cat(risks, dim=-1)
+
+    def logit(self, outputs: Tensor) -> Tensor:
+        """Return the log-odds (B,) float64 of the first risk for outputs (B, Q)."""
+        return self.target_risks(self.cumulative(outputs.double()))[:, 0].logit(eps=1e-12)
+
+    def fits(
+        self, dataset: TrajectoryDataset, rows: NDArray[np.int64]
+    ) -> time_baselines.PeriodFits:
+        """Return how baselines are fitted to some rows."""
+        targets = dataset.targets()[rows]
+        watched = self.watched(torch.from_numpy(targets))
+        periods = time_baselines.periods_of(watched.exposure.numpy(), watched.is_event.numpy())
+        _, hours, event = targets.T
+        null = time_baselines.null_hazards(hours, event, self.cuts)
+        return time_baselines.PeriodFits(periods, null)
+
+    # ------------------------------------------------------------------ forecasts
+
+    def forecast(self, outputs: Array) -> Array:
+        """Return the forecast (n, C, K) of outputs (n, Q)."""
+        forecast: Array = self.cumulative(torch.from_numpy(outputs)).numpy()
+        return forecast
+
+    def blend(self, *forecasts: Array) -> Array:
+        """Return the mean of several forecasts, (n, C, K)."""
+        return baselines.blend_hazards(*forecasts)
+
+    def risks(self, forecast: Array) -> Array:
+        """Return the risks (n, T) of the targets."""
+        risks: Array = self.target_risks(torch.from_numpy(forecast)).numpy()
+        return risks
+
+    def curves(
+        self, forecast: Array, hours: Sequence[float] | None, rules: Rules
+    ) -> tuple[Array, Sequence[str], Array]:
+        """Return some hours (H,), the C events, and their cumulative incidence (n, C, H).
+
+        None: the ends of the intervals. Between horizons a rule of the first event is interpolated.
+        """
+        events, last = self.events, self.cuts[-1]
+        until = np.array(self.cuts if hours is None else hours, dtype=np.float64)
+        if until.ndim != 1 or not ((until >= 0) & (until <= last)).all():
+            raise ValueError(f"hours: numbers from 0 to the last horizon, {last:g}")
+        incidence = self.incidence(torch.from_numpy(forecast), until.tolist()).numpy()
+        of_horizons = [rules[name] for name in events.horizon_risks]
+        if any(rule.is_moved for rule in of_horizons):
+            multiplier = np.interp(until, events.horizons, [x.multiplier for x in of_horizons])
+            shift = np.interp(until, events.horizons, [x.shift for x in of_horizons])
+            order = np.argsort(until)
+            first = CLOGLOG.moved(incidence[:, 0], multiplier, shift)[:, order]
+            first = np.maximum.accumulate(first, axis=1)[:, np.argsort(order)]
+            # The others share what it leaves.
+            incidence[:, 1:] *= ((1 - first) / (1 - incidence[:, 0]).clip(1e-12))[:, None]
+            incidence[:, 0] = first
+        return until, events.names, incidence

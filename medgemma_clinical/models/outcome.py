@@ -1,16 +1,17 @@
 """What differs between kinds of outcome: what is learned, and what the outputs of a model are.
 
-What is evaluated are the outcome's ``targets``. Letters: B patients, N members, Q outputs a
-patient, W outputs of a language model, n rows, T targets, C events, K intervals. A forecast is what
-a model says of n rows: log-odds (n,) of a label, cumulative hazards (n, C, K) of times.
+A label is a ``LabelOutcome``, times are their ``Hazards``. What is evaluated are the outcome's
+``targets``. Letters: B patients, N members, Q outputs a patient, W outputs of a language model,
+n rows, T targets, C events, K intervals. A forecast is what a model says of n rows: log-odds (n,)
+of a label, cumulative hazards (n, C, K) of times.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -19,23 +20,17 @@ from scipy.special import expit
 
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.evaluation import baselines, time_baselines
+from medgemma_clinical.evaluation import baselines
 from medgemma_clinical.evaluation.baselines import ENSEMBLE
 from medgemma_clinical.evaluation.decision import Predictions, Rules
 from medgemma_clinical.evaluation.metrics import Array, log_odds, of_labels, row_losses
-from medgemma_clinical.evaluation.target import LABEL, Target, targets_of
-from medgemma_clinical.evaluation.time_metrics import CLOGLOG
+from medgemma_clinical.evaluation.target import LABEL, Target
 from medgemma_clinical.files import InputError
 
 if TYPE_CHECKING:  # loads torch, which commands on files of results do without
     from torch import Tensor
 
     from medgemma_clinical.models.hazards import Hazards
-
-
-def prior_log_odds(prevalence: float) -> float:
-    """Return the log-odds of a share of events within (0, 1)."""
-    return math.log(prevalence / (1 - prevalence))
 
 
 class LabelOutcome:
@@ -62,7 +57,8 @@ class LabelOutcome:
 
     def start(self, targets: Array) -> Array:
         """Return the logit (1,) that is the same for everyone and fits labels (n,)."""
-        return np.array([prior_log_odds(float(targets.mean()))])
+        share = float(targets.mean())
+        return np.array([math.log(share / (1 - share))])
 
     def added(self, residual: Tensor) -> Tensor:
         """Return what a language model's logits (B, 1) add to stage 1's, (B, 1)."""
@@ -106,134 +102,7 @@ class LabelOutcome:
         raise InputError("no cumulative incidence: the model was trained on a label, not on times")
 
 
-@dataclass(frozen=True)
-class TimeOutcome:
-    """Times to events that compete."""
-
-    hazards: Hazards
-
-    @property
-    def targets(self) -> tuple[Target, ...]:
-        """What is evaluated: event 1 by each horizon, then as if there were no intervention."""
-        return targets_of(self.hazards.events)
-
-    @property
-    def width(self) -> int:
-        """Q."""
-        return self.hazards.width
-
-    @property
-    def residual_width(self) -> int:
-        """W, a number a cause."""
-        return len(self.hazards.events.names)
-
-    @property
-    def null_outputs(self) -> tuple[float, ...]:
-        """The outputs (Q,) to which those of text alone are added."""
-        return self.hazards.null_outputs
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """Keys of a checkpoint by which the kind is known again."""
-        return {"events": self.hazards.config}
-
-    @property
-    def about(self) -> list[str]:
-        """What a card says of it."""
-        events = self.hazards.events
-        others = ", ".join(events.names[1:])
-        text = f"The risks are of {events.names[0]} by {', '.join(events.horizon_names)}"
-        return [
-            text + (f"; competing events: {others}" if others else ""),
-            *filter(None, [events.assumption]),
-        ]
-
-    @property
-    def curve_end(self) -> float:
-        """Hours up to which the risk has a curve."""
-        return self.hazards.events.horizons[-1]
-
-    # ------------------------------------------------------------------ what is learned
-
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss (N,), a sum over B, of outputs (N, B, Q) and ``TARGETS`` (B, 3)."""
-        return self.hazards.loss(logits, targets).sum(dim=1)
-
-    def start(self, targets: Array) -> Array:
-        """Return the logits (Q,) that are the same for everyone and fit ``TARGETS`` (n, 3)."""
-        return self.hazards.start(targets)
-
-    def added(self, residual: Tensor) -> Tensor:
-        """Return the outputs (B, Q) that a language model's numbers (B, W) add to stage 1's."""
-        return self.hazards.added(residual)
-
-    def row_losses(self, targets: Array, outputs: Array) -> Array:
-        """Return the loss (N, n) of ``TARGETS`` (n, 3) and outputs (N, n, Q)."""
-        losses: Array = self.hazards.loss(*map(self.hazards.tensor, (outputs, targets))).numpy()
-        return losses
-
-    def shift(self, outputs: Array, targets: Array) -> Array:
-        """Return what makes outputs (n, Q) fit ``TARGETS`` (n, 3) on average, (Q,)."""
-        return self.hazards.shift(outputs, targets)
-
-    def logit(self, outputs: Tensor) -> Tensor:
-        """Return the log-odds (B,) float64 of the first risk for outputs (B, Q)."""
-        hazards = self.hazards.cumulative(outputs.double())
-        return self.hazards.risks(hazards)[:, 0].logit(eps=1e-12)
-
-    def fits(
-        self, dataset: TrajectoryDataset, rows: NDArray[np.int64]
-    ) -> time_baselines.PeriodFits:
-        """Return how baselines are fitted to some rows."""
-        targets = dataset.targets()[rows]
-        watched = self.hazards.watched(self.hazards.tensor(targets))
-        periods = time_baselines.periods_of(watched.exposure.numpy(), watched.is_event.numpy())
-        _, hours, event = targets.T
-        null = time_baselines.null_hazards(hours, event, self.hazards.cuts)
-        return time_baselines.PeriodFits(periods, null)
-
-    # ------------------------------------------------------------------ forecasts
-
-    def forecast(self, outputs: Array) -> Array:
-        """Return the forecast (n, C, K) of outputs (n, Q)."""
-        found: Array = self.hazards.cumulative(self.hazards.tensor(outputs)).numpy()
-        return found
-
-    def blend(self, *forecasts: Array) -> Array:
-        """Return the mean of several forecasts, (n, C, K)."""
-        return baselines.blend_hazards(*forecasts)
-
-    def risks(self, forecast: Array) -> Array:
-        """Return the risks (n, T) of the targets."""
-        found: Array = self.hazards.risks(self.hazards.tensor(forecast)).numpy()
-        return found
-
-    def curves(
-        self, forecast: Array, hours: Sequence[float] | None, rules: Rules
-    ) -> tuple[Array, Sequence[str], Array]:
-        """Return some hours (H,), the C events, and their cumulative incidence (n, C, H).
-
-        None: the ends of the intervals. Between horizons a rule of the first event is interpolated.
-        """
-        events, last = self.hazards.events, self.hazards.cuts[-1]
-        until = np.array(self.hazards.cuts if hours is None else hours, dtype=np.float64)
-        if until.ndim != 1 or not ((until >= 0) & (until <= last)).all():
-            raise ValueError(f"hours: numbers from 0 to the last horizon, {last:g}")
-        found = self.hazards.incidence(self.hazards.tensor(forecast), until.tolist()).numpy()
-        own = [rules[name] for name in events.horizon_risks]
-        if any(rule.is_moved for rule in own):
-            moves = np.array([(rule.multiplier, rule.shift) for rule in own]).T  # (2, horizons)
-            multiplier, shift = (np.interp(until, events.horizons, x) for x in moves)
-            order = np.argsort(until)
-            first = CLOGLOG.moved(found[:, 0], multiplier, shift)[:, order]
-            first = np.maximum.accumulate(first, axis=1)[:, np.argsort(order)]
-            # The others share what it leaves.
-            found[:, 1:] *= ((1 - first) / (1 - found[:, 0]).clip(1e-12))[:, None]
-            found[:, 0] = first
-        return until, events.names, found
-
-
-Outcome = LabelOutcome | TimeOutcome
+Outcome: TypeAlias = "LabelOutcome | Hazards"
 LABELS = LabelOutcome()
 
 
@@ -278,9 +147,7 @@ def fit_outcome(data: Data) -> Outcome:
         return LABELS
     from medgemma_clinical.models.hazards import Hazards
 
-    return TimeOutcome(
-        Hazards.fitted(dataset.competing_events, dataset.targets()[data.split["train"]])
-    )
+    return Hazards.fitted(dataset.competing_events, dataset.targets()[data.split["train"]])
 
 
 def outcome_of(config: Mapping[str, Any]) -> Outcome:
@@ -289,4 +156,4 @@ def outcome_of(config: Mapping[str, Any]) -> Outcome:
         return LABELS
     from medgemma_clinical.models.hazards import Hazards
 
-    return TimeOutcome(Hazards.from_config(config["events"]))
+    return Hazards.from_config(config)

@@ -460,7 +460,7 @@ def risk_distances(rows, intervals, rates, baseline, seed=1):
     watched = grid.watched(torch.from_numpy(np.column_stack([0 * hours, hours, event])))
     periods = periods_of(watched.exposure.numpy(), watched.is_event.numpy())
     found = BASELINES[baseline](pd.DataFrame({"x": x, "y": y}), periods)
-    found, distances = grid.risks(torch.from_numpy(found)).numpy().T, []
+    found, distances = grid.risks(found).T, []
     for risk, happening in zip(found, ([0, 1, 2], [0, 2]), strict=True):
         total = hazards[happening].sum(axis=0)
         true = hazards[0] / total * (1 - np.exp(-72 * total))

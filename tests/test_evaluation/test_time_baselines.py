@@ -20,7 +20,6 @@ from medgemma_clinical.evaluation.time_baselines import (
 )
 from medgemma_clinical.evaluation.time_metrics import aalen_johansen
 from medgemma_clinical.models.hazards import Hazards
-from medgemma_clinical.models.outcome import TimeOutcome
 
 CUTS = (24.0, 48.0, 72.0)
 
@@ -160,7 +159,7 @@ def fitted():
 
 def fit_on(dataset):
     rows = np.arange(len(dataset))
-    outcome = TimeOutcome(Hazards.fitted(dataset.competing_events, dataset.targets()))
+    outcome = Hazards.fitted(dataset.competing_events, dataset.targets())
     fits = outcome.fits(dataset, rows)
     settings = baselines.tune_baselines(dataset, rows, ["static_age [years]"], fits)
     return outcome, settings, baselines.fit_baselines(dataset, rows, settings, fits)
@@ -193,7 +192,7 @@ def test_trees_count_an_interval_by_the_share_of_it_that_was_watched():
     table["event"] = np.where(times.min(axis=0) < censored, 1 + times.argmin(axis=0), 0)
     options = {"outcome_kind": "time", "horizon_hours": [72.0]}
     dataset = MIMICtrajectoryDataset(table, **options)
-    grid = TimeOutcome(Hazards(dataset.competing_events, (72.0,), (1.0, 1.0)))
+    grid = Hazards(dataset.competing_events, (72.0,), (1.0, 1.0))
     rows, (found, _) = np.arange(800), periods(table["event_hours"], table["event"], (72.0,))
     fits = grid.fits(dataset, rows)
     settings = baselines.tune_baselines(dataset, rows, [], fits)
@@ -210,7 +209,7 @@ def test_kept_baselines_give_the_same_hazards(fitted):
     assert [*found] == [*expected] == models.names
     for name, hazards in expected.items():
         np.testing.assert_array_equal(found[name], hazards)
-        assert hazards.shape == (40, 2, len(outcome.hazards.cuts))
+        assert hazards.shape == (40, 2, len(outcome.cuts))
 
 
 def test_a_blend_is_the_mean_of_the_hazards(fitted):

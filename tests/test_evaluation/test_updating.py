@@ -32,11 +32,11 @@ from medgemma_clinical.evaluation.time_metrics import metrics_at
 from medgemma_clinical.evaluation.topics.calibration import calibration_updates
 from medgemma_clinical.evaluation.updating import CHOSEN, crosswise, evaluate_updates
 from medgemma_clinical.models.hazards import Hazards
-from medgemma_clinical.models.outcome import LABELS, TimeOutcome, risk_columns
+from medgemma_clinical.models.outcome import LABELS, risk_columns
 from pages import MODEL, Page, make_rows, write_page
 
 EVENTS = CompetingEvents(("death", "leaving"), (24.0, 72.0))
-OUTCOME = TimeOutcome(Hazards(EVENTS, EVENTS.horizons, (1.0, 1.0)))
+OUTCOME = Hazards(EVENTS, EVENTS.horizons, (1.0, 1.0))
 TIMES = targets_of(EVENTS)
 KINDS = pytest.mark.parametrize("targets", [(LABEL,), TIMES], ids=["label", "times"])
 
@@ -301,7 +301,7 @@ def test_two_updates_of_a_model_are_one_after_the_other_and_touch_no_other_model
 
 
 def test_moved_curves_do_not_fall_and_leave_room_for_all_events():
-    outcome = TimeOutcome(Hazards(EVENTS, (24.0, 48.0, 72.0), (1.0, 1.0)))
+    outcome = Hazards(EVENTS, (24.0, 48.0, 72.0), (1.0, 1.0))
     forecast = np.random.default_rng(0).exponential(1.0, (200, 2, 3))
     rules = {"risk_24h": DecisionRule(0.8, 1.5), "risk_72h": DecisionRule(1.3, -0.5)}
     hours = np.arange(0, 73, 4.0)
