@@ -707,7 +707,12 @@ def validate(stage: Stage, state: TrainState) -> Predictions:
 
 
 def decide(
-    stage: Stage, data: Data, val: Predictions, args: Namespace, *, with_baselines: bool
+    stage: Stage,
+    data: Data,
+    val: Predictions,
+    options: decision.EvaluationOptions,
+    *,
+    with_baselines: bool,
 ) -> results.Decided:
     """Choose what is chosen after training, by the validation part alone.
 
@@ -715,8 +720,8 @@ def decide(
     model, and the recommended one.
     """
     outcome, name, dataset = outcome_of(stage.config), STAGE_NAMES[stage.name], data.dataset
-    options = decision.DecisionOptions.chosen(args.calibrate, args.threshold)
-    observed, targets = observed_rows(outcome.targets, dataset, val.rows, args.censoring, args.seed)
+    of_rule, seed = options.decision(), options.seed
+    observed, targets = observed_rows(outcome.targets, dataset, val.rows, options.censoring, seed)
     weight = None
     if stage.config.get("stage1_logit"):
         weight = decision.fit_residual_weight(
@@ -728,9 +733,9 @@ def decide(
         )
     val = weighted(val, weight)
     table = results.risk_table(stage, val, observed, {})
-    rules = fit_rules(table, [name], targets, options)
+    rules = fit_rules(table, [name], targets, of_rule)
     decided = results.Decided(weight, rules, targets)
-    results.log_decisions(decided, options, observed)
+    results.log_decisions(decided, of_rule, observed)
     # All processes have decided this; the first one writes the rest.
     if not len(data.split["test"]) or not distributed.processes().is_main_process:
         return decided
@@ -744,9 +749,9 @@ def decide(
             forecasts = baselines.forecasts(dataset, val.rows)
     table = results.risk_table(stage, val, observed, forecasts)
     models = [model for model in targets[0].models(table) if model not in STAGE_NAMES.values()]
-    rules |= fit_rules(table, models, targets, options)
+    rules |= fit_rules(table, models, targets, of_rule)
     table = apply_rules(table, rules, targets)
-    metrics = evaluate(table, args.seed, decided.thresholds, primary=args.primary, targets=targets)
+    metrics = evaluate(table, seed, decided.thresholds, primary=options.primary, targets=targets)
     best = recommend(table, metrics, targets, name, models)
     return results.Decided(weight, rules, targets, settings, table, metrics, best)
 
@@ -838,7 +843,9 @@ def train_stage(
     if args.resume and run_folder.is_finished(folder, run_record):
         return None
     with distributed.few_threads(stage1=args.trajectory_only):
-        stage = folds.with_final_epochs(make_stage(args, data, checkpoint), args)
+        stage = make_stage(args, data, checkpoint)
+        if args.final:
+            stage = folds.with_final_epochs(stage, run_folder.folds_folder(args))
         stopped = read_state(run_folder.state_folder(folder)) if args.resume else None
         if stopped is not None:
             memory.restore_passes(stage, stopped["passes"])
@@ -865,17 +872,18 @@ def train_stage(
                 on_epoch=trial.on_epoch,
             )
             if args.final:  # trained on all patients: nothing is held out
-                config, baselines = folds.write_final(stage, data, folder, args)
+                joint = run_folder.folds_folder(args)
+                config, baselines = folds.write_final(stage, data, folder, joint)
             else:
                 val = score(stage, "val")
-                decided = decide(stage, data, val, args, with_baselines=trial.baselines)
+                options, progress = results.evaluation_options(args), state.progress
+                decided = decide(stage, data, val, options, with_baselines=trial.baselines)
                 # The only place where test patients are scored.
                 is_tested = trial.test and len(data.split["test"])
                 test = score(stage, "test") if is_tested else None
-                progress = state.progress
-                config, baselines = results.write(
-                    folder, stage, data, decided, test, progress, run_record, args
-                )
+                result = results.evaluate_run(stage, data, decided, test, progress, options)
+                results.write(folder, stage, data, result, progress, run_record)
+                config, baselines = result.config, result.baselines
             track(results.metrics_for_tracker(config), state.progress.steps)
             run_folder.finish_run(folder, stage.tokens, config.get("best_model"))
     model: Any = stage.model.eval()

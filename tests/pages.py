@@ -11,7 +11,7 @@ import pandas as pd
 from scipy.special import expit
 
 from conftest import whole_reports
-from medgemma_clinical.commands.pages import write_training_page
+from medgemma_clinical.commands.pages import TrainingReport
 from medgemma_clinical.data.trajectories import UNKNOWN
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, blend
 from medgemma_clinical.evaluation.metrics_table import evaluate
@@ -103,7 +103,7 @@ def case_mixes():
 def write_page(root, rows=None, evaluated=None, results=None, *, config=None, flow=FLOW, **more):
     """Write the report of a run with every section and return its source.
 
-    ``more``: of ``Evaluated`` and ``write_training_page``.
+    ``more``: of ``Evaluated`` and ``TrainingReport``.
     """
     rows = make_rows() if rows is None else rows
     own = ("min_cell", "threshold", "noun", "folds", "sites", "targets")
@@ -120,7 +120,7 @@ def write_page(root, rows=None, evaluated=None, results=None, *, config=None, fl
     parts = {"split": SPLIT, "card": {"Seed": "0"}, "methods": METHODS, "history": HISTORY} | more
     program = mock.patch.object(model_card, "describe_program", dict)  # the same in each version
     with whole_reports(), program:
-        write_training_page(root, "A model", evaluated, dataset, shown, results, **parts)
+        TrainingReport("A model", evaluated, dataset, shown, results, **parts).write(root)
     return (root / "report.html").read_text(encoding="utf-8")
 
 

@@ -196,7 +196,7 @@ def test_the_page_of_the_folds_hides_how_they_differ_where_one_has_few_events(ru
     for n in (0, 11):
         args = arguments(*command(data, tmp_path, f"--folds={K}", f"--min_cell={n}"))
         with whole_reports():
-            folds.write_fold_results(args, *rows_and_folds(data))
+            folds.write_fold_results(folds.plan_folds(args, rows_and_folds(data)[0])[1])
         text = Page((tmp_path / "folds_trajectory" / "report.html").read_text()).text
         shown[n] = f"over the {K} folds (AUROC " in text
     assert shown == {0: True, 11: False}
@@ -337,7 +337,7 @@ def test_a_final_model_is_given_all_epochs_of_the_pooled_curve(data, tmp_path):
     folder = trainer.run_folder.folds_folder(args)
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps({"averaged_epochs": [2, 3, 5]}))
-    assert folds.with_final_epochs(toy_stage(), args).final_epochs == [2, 3, 5]
+    assert folds.with_final_epochs(toy_stage(), folder).final_epochs == [2, 3, 5]
 
 
 def test_a_final_model_learns_from_all_patients_and_averages_the_epochs_of_the_folds(run, data):

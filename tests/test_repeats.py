@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-from argparse import Namespace
 from itertools import combinations
 from pathlib import Path
 
@@ -185,16 +184,13 @@ def test_the_same_command_goes_on_with_the_repeat_that_was_stopped(
 
 
 def test_rows_that_some_repeat_does_not_predict_are_left_out(run, tmp_path):
-    runs = []
-    for repeat in range(N):
-        args = Namespace(output_dir=tmp_path / str(repeat), trajectory_only=True, leave_out=None)
-        folder = tmp_path / str(repeat) / "folds_trajectory"
-        folder.mkdir(parents=True)
+    folders = [tmp_path / str(repeat) for repeat in range(N)]
+    for repeat, folder in enumerate(folders):
+        folder.mkdir()
         table = repeat_predictions(run, repeat).drop(index=[2 * repeat])
         table.to_csv(folder / "predictions_folds.csv", index=False)
-        runs.append(args)
     ids = repeat_predictions(run, 0)["id"].drop(index=[0, 2, 4])
-    assert repeats.join_repeats(runs)["id"].tolist() == ids.tolist()
+    assert repeats.join_repeats(folders)["id"].tolist() == ids.tolist()
 
 
 def test_a_repeat_has_its_folder_its_seed_and_its_stage_1():

@@ -6,7 +6,7 @@ import copy
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,12 @@ from medgemma_clinical.distributed import few_threads, processes
 from medgemma_clinical.evaluation import baselines, decision, metrics_table, rules, verdicts
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, Baselines
 from medgemma_clinical.evaluation.demographics import demographics
-from medgemma_clinical.evaluation.target import is_risk, observed_rows, targets_of_config
+from medgemma_clinical.evaluation.target import (
+    Target,
+    is_risk,
+    observed_rows,
+    targets_of_config,
+)
 from medgemma_clinical.evaluation.topics.all_topics import prediction_topics
 from medgemma_clinical.evaluation.topics.topic import Evaluated, TopicBuilder
 from medgemma_clinical.files import InputError, file_hash, read_json, write_json, write_text
@@ -36,10 +41,30 @@ from medgemma_clinical.training.state import Progress, describe_epochs, describe
 
 logger = logging.getLogger(__name__)
 
+OPTIMISTIC = "these rows, whose metrics at it are optimistic"
+"""The rows that choose a threshold."""
+
 FOLD = "{fold}"
 """Stands in a flag's value for the number of the fold."""
 
 Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FoldRuns:
+    """The runs of the folds of some rows, and what their joint results are made by."""
+
+    folder: Path  # of the joint results
+    stages: Sequence[Path]  # of each run
+    rows: TrajectoryDataset
+    fold: NDArray[np.int64]  # of each row, (N,)
+    leaves_out: bool
+    options: decision.EvaluationOptions
+
+    @property
+    def model(self) -> str:
+        """The name of the stage among models."""
+        return STAGE_NAMES[self.stages[0].name]
 
 
 def run_folds(
@@ -49,18 +74,18 @@ def run_folds(
     args = Namespace(**{**vars(args), "site": args.leave_out or args.site})
     stage1 = stage1_of_all(args)
     rows = foldable(read(args), args.max_samples, args.seed)
-    runs, fold = plan_folds(args, rows)
+    runs, folds = plan_folds(args, rows)
     if args.only_fold is not None:  # a task of a job array; the whole command joins the folds
         if args.only_fold >= len(runs):
             raise InputError(f"--only_fold {args.only_fold}: the folds are 0 to {len(runs) - 1}")
         return plan.carry_out(runs[args.only_fold :][:1], train)
-    return plan.carry_out(runs, train) or join_and_finish(args, rows, fold, stage1, train)
+    return plan.carry_out(runs, train) or join_and_finish(args, folds, stage1, train)
 
 
 def plan_folds(
     args: Namespace, rows: TrajectoryDataset, title: str = ""
-) -> tuple[list[plan.Run], NDArray[np.int64]]:
-    """Return the runs of the folds, or of the sites, and the fold of each row, (N,)."""
+) -> tuple[list[plan.Run], FoldRuns]:
+    """Return the runs of the folds, or of the sites."""
     if args.leave_out:
         fold, names = site_folds(rows)
         titles = [f"fold {k}, site {name}" for k, name in enumerate(names)]
@@ -73,29 +98,30 @@ def plan_folds(
     ]
     for run in runs:
         run_folder.given_stage1(run.args)  # a missing one shows before hours go into the others
-    return runs, fold
+    folder, stages = run_folder.folds_folder(args), [run_folder.stage_folder(x.args) for x in runs]
+    options = results.evaluation_options(args)
+    return runs, FoldRuns(folder, stages, rows, fold, bool(args.leave_out), options)
 
 
 def join_and_finish(
     args: Namespace,
-    rows: TrajectoryDataset,
-    fold: NDArray[np.int64],
+    folds: FoldRuns,
     stage1: Path | None,  # of all patients, below the stage 2 or 3 of ``--final``
     train: plan.Train,
 ) -> int:
     """Write what finished folds say together; with ``--final`` train on all patients."""
     if processes().is_main_process:
-        write_fold_results(args, rows, fold)
+        write_fold_results(folds)
     processes().wait_for_everyone()
     # Other results of the folds, known by their hash, make another run.
-    final = file_hash(run_folder.folds_folder(args) / run_folder.METRICS)
+    final = file_hash(folds.folder / run_folder.METRICS)
     if not args.final:
         earlier = (run_folder.read_run(run_folder.stage_folder(args)) or {}).get("arguments", {})
         if earlier.get("final") not in (None, False, final):
             text = "%s holds a model of all patients by other folds: --final trains it anew"
             logger.warning(text, run_folder.stage_folder(args))
         return EXIT_DONE
-    everyone = copy.copy(rows)
+    everyone = copy.copy(folds.rows)
     everyone.held_out = ()
     settings = {**vars(args), "final": final, "ode_checkpoint": stage1 or args.ode_checkpoint}
     return plan.run_or_continue(plan.Run("all patients", Namespace(**settings), everyone), train)
@@ -139,113 +165,120 @@ class FoldResults(NamedTuple):
     evaluated: Evaluated
     drawn: metrics_table.Drawn
     config: Config
-    tuned: list[bool | None]  # whether the baselines of each fold were tuned
     recalibrated: Mapping[str, decision.Recalibrated]  # by target
 
 
 def evaluate_folds(
-    args: Namespace,
-    rows: TrajectoryDataset,
-    fold: NDArray[np.int64],  # (N,)
+    folds: FoldRuns,
     ids: Collection[str] | None = None,  # of these rows alone
     seed: int | None = None,  # of the bootstrap, by default that of the folds
 ) -> FoldResults:
     """Evaluate the joint predictions of the folds, and decide by them."""
-    seed = args.seed if seed is None else seed
-    runs = [fold_arguments(k, args) for k in range(fold.max() + 1)]
-    folders = [run_folder.stage_folder(fold_args) for fold_args in runs]
-    configs = [read_trained_config(path) for path in folders]
-    stage = folders[0].name
-    name = STAGE_NAMES[stage]
-    tables, targets = prediction_files.read_runs(folders, name)
+    options = folds.options
+    seed = options.seed if seed is None else seed
+    configs = [read_trained_config(folder) for folder in folds.stages]
+    table, positions, targets = read_joint(folds, ids)
+    fold = folds.fold[positions]
+    of_folds = [stored_rules(folds.model, config) for config in configs]
+    of_rule = options.decision("tests")
+    final, table, recalibrated = rules.decide_folds(table, of_folds, fold, targets, of_rule)
+    own_rules = final[folds.model]
+    thresholds = [rule.threshold for rule in own_rules.values()]
+    drawn = metrics_table.draw_metrics(
+        table, seed, thresholds, fold, targets=targets, recalibrated=recalibrated
+    )
+    metrics = metrics_table.compared_models(drawn, options.primary)
+    decided = decide(folds, final, table, metrics, targets)
+    content = {
+        "stage": folds.stages[0].name,
+        "targets": [target.to_json() for target in targets],
+        **pooled_epochs(folds.stages),
+        "threshold": thresholds[0],
+        "thresholds": thresholds,
+        "calibration": {"method": options.calibrate, "moves": rules.moves_of(own_rules)},
+        "folds": metrics.to_json(),
+        "decided": decided,
+    }
+    table.insert([*table].index("patient") + 1, "fold", fold)
+    evaluated = Evaluated(
+        table,
+        metrics,
+        demographics(folds.rows).iloc[positions],
+        seed,
+        thresholds,
+        decision.describe_threshold(options.threshold, OPTIMISTIC),
+        folds.rows.noun,
+        options.min_cell,
+        folds=len(folds.stages),
+        leaves_out=folds.leaves_out,
+        targets=targets,
+    )
+    config: Config = {**configs[0], **decided, "metrics": content}
+    return FoldResults(evaluated, drawn, config, recalibrated)
+
+
+def read_joint(
+    folds: FoldRuns, ids: Collection[str] | None
+) -> tuple[pd.DataFrame, NDArray[np.int64], tuple[Target, ...]]:
+    """Return the test predictions of all folds, which of the rows they are, and their targets."""
+    tables, targets = prediction_files.read_runs(folds.stages, folds.model)
     table = pd.concat(tables, ignore_index=True)
     if ids is not None:
         table = table[table["id"].isin(ids)]
     # A row without a value of the series that its fold reads has no prediction.
-    positions = pd.Series(np.arange(len(rows)), rows.ids)[table["id"].tolist()].to_numpy()
+    positions = pd.Series(np.arange(len(folds.rows)), folds.rows.ids)[table["id"]].to_numpy()
     table = table.iloc[np.argsort(positions)].reset_index(drop=True)
     positions = np.sort(positions)
-    observed, targets = observed_rows(targets, rows, positions, args.censoring, args.seed)
-    table = observed.join(table[[column for column in map(str, table) if is_risk(column)]])
-    fold_of_row = fold[positions]
-    of_folds = [
-        {
-            model: decision.read_rules(stored)
-            for model, stored in {name: config["decision"], **config["models"]}.items()
-        }
-        for config in configs
-    ]
-    options = decision.DecisionOptions.chosen(args.calibrate, args.threshold, "tests")
-    final, table, recalibrated = rules.decide_folds(table, of_folds, fold_of_row, targets, options)
+    options = folds.options
+    observed, targets = observed_rows(
+        targets, folds.rows, positions, options.censoring, options.seed
+    )
+    risks = [column for column in map(str, table) if is_risk(column)]
+    return observed.join(table[risks]), positions, targets
+
+
+def stored_rules(stage: str, config: Config) -> dict[str, decision.Rules]:
+    """Return the rules of the models of a run, the stage's first."""
+    stored = {stage: config["decision"], **config["models"]}
+    return {model: decision.read_rules(rules_of_model) for model, rules_of_model in stored.items()}
+
+
+def decide(
+    folds: FoldRuns,
+    final: rules.RulesOfModels,
+    table: pd.DataFrame,
+    metrics: metrics_table.Metrics,
+    targets: Sequence[Target],
+) -> Config:
+    """Return what the configuration of a model of all patients has from the folds."""
     models = rules.stored(final)
-    decided: Config = {"decision": models.pop(name), "models": models}
-    decided["threshold_choice"] = options.threshold
-    thresholds = [rule.threshold for rule in final[name].values()]
-    drawn = metrics_table.draw_metrics(
-        table,
-        seed,
-        thresholds,
-        split=fold_of_row,
-        targets=targets,
-        recalibrated=recalibrated,
-    )
-    metrics = metrics_table.compared_models(drawn, args.primary)
-    decided["best_model"] = rules.recommend(table, metrics, targets, name, [*models])
-    decided["reference"] = rules.references(table, [name, *models], targets[0])
-    contents = [read_json(path / run_folder.METRICS) for path in folders]
+    decided: Config = {"decision": models.pop(folds.model), "models": models}
+    decided["threshold_choice"] = folds.options.threshold
+    decided["best_model"] = rules.recommend(table, metrics, targets, folds.model, [*models])
+    decided["reference"] = rules.references(table, [*final], targets[0])
+    contents = [read_json(folder / run_folder.METRICS) for folder in folds.stages]
     weights = [content["residual_weight"] for content in contents if "residual_weight" in content]
-    if len(weights) == len(folders):
+    if len(weights) == len(contents):
         decided["residual_weight"] = float(np.median(weights))
-    content = {
-        "stage": stage,
-        "targets": [target.to_json() for target in targets],
-        **pooled_epochs(folders),
-        "threshold": thresholds[0],
-        "thresholds": thresholds,
-        "calibration": {"method": args.calibrate, "moves": rules.moves_of(final[name])},
-        "folds": metrics.to_json(),
-        "decided": decided,
-    }
-    config: Config = {**configs[0], **decided, "metrics": content}
-    tuned = [read_json(path / BASELINES).get("tuned") for path in folders]
-    table.insert([*table].index("patient") + 1, "fold", fold_of_row)
-    evaluated = Evaluated(
-        table,
-        metrics,
-        demographics(rows).iloc[positions],
-        seed,
-        thresholds,
-        decision.describe_threshold(
-            args.threshold, "these rows, whose metrics at it are optimistic"
-        ),
-        rows.noun,
-        args.min_cell,
-        folds=len(folders),
-        leaves_out=bool(args.leave_out),
-        targets=targets,
-    )
-    return FoldResults(evaluated, drawn, config, tuned, recalibrated)
+    return decided
 
 
-def write_fold_results(args: Namespace, rows: TrajectoryDataset, fold: NDArray[np.int64]) -> None:
+def write_fold_results(folds: FoldRuns) -> None:
     """Join the test predictions of the folds; write the result files."""
-    joint = evaluate_folds(args, rows, fold)
+    joint = evaluate_folds(folds)
     evaluated, config = joint.evaluated, joint.config
-    folder = run_folder.folds_folder(args)
-    text = prediction_files.predictions_csv(
-        evaluated.rows, STAGE_NAMES[config["stage"]], evaluated.targets
-    )
-    write_text(folder / prediction_files.FOLDS, text)
-    write_json(folder / run_folder.METRICS, config["metrics"])
+    text = prediction_files.predictions_csv(evaluated.rows, folds.model, evaluated.targets)
+    write_text(folds.folder / prediction_files.FOLDS, text)
+    write_json(folds.folder / run_folder.METRICS, config["metrics"])
     before = {target: risks.before for target, risks in joint.recalibrated.items()}
-    recalibration = recalibration_words(config, args.calibrate)
+    recalibration = recalibration_words(config, folds.options.calibrate)
     topics = prediction_topics(evaluated.targets, before, recalibration)
     last = folds_sentence(evaluated.metrics, evaluated.folds)
-    write_folds_page(folder, args, rows, joint, evaluated, topics, last=last)
+    folds_report(folds, config, evaluated, topics, last).write(folds.folder)
     log_evaluated(evaluated)
     logger.info("recommended (--use best): %s", describe_recommended(config))
     summary = folds_sentence(evaluated.exact, evaluated.folds)
-    logger.info("%s\nreport: %s", summary, folder / "report.html")
+    logger.info("%s\nreport: %s", summary, folds.folder / "report.html")
 
 
 def log_evaluated(evaluated: Evaluated) -> None:
@@ -285,50 +318,53 @@ def recalibration_words(config: Config, calibrate: str) -> str:
     return "Risks are not recalibrated."
 
 
-def write_folds_page(
-    folder: Path,
-    args: Namespace,
-    rows: TrajectoryDataset,
-    joint: FoldResults,
-    evaluated: Evaluated,
+def folds_report(
+    folds: FoldRuns,
+    config: Config,
+    evaluated: Evaluated,  # the folds, or their repeats
     topics: Sequence[TopicBuilder],
-    *,
-    title: str = "",  # ends the title
     last: str,  # the sentence behind the findings
-) -> None:
-    """Write the page of folds or of their repeats."""
-    config: Config = {**joint.config, "data_sha256": rows.fingerprint()}
-    kind = "each site held out" if args.leave_out else "each patient held out"
+    title: str = "",  # ends the title
+) -> pages.TrainingReport:
+    """Return the report of folds or of their repeats."""
+    kind = "each site held out" if folds.leaves_out else "each patient held out"
     epochs = describe_epochs(config["metrics"]["averaged_epochs"])
     selection = describe_selection(config["members"] if config["stage"] == "trajectory" else 1)
-    is_predicted = np.isin(rows.ids, evaluated.rows["id"].to_numpy())
-    if not is_predicted.all():
-        rule = "without a value of a series that their fold reads"
-        rule = f"of sites that only train, or {rule}" if args.leave_out else rule
-        rows = rows.keep_rows(is_predicted, rule)
-    pages.write_training_page(
-        folder,
-        f"{STAGE_NAMES[config['stage']].capitalize()}, {kind}{title}",
-        evaluated,
-        rows,
-        config,
-        topics,
+    tuned = [read_json(folder / BASELINES).get("tuned") for folder in folds.stages]
+    rows = predicted_rows(folds, evaluated)
+    return pages.TrainingReport(
+        title=f"{folds.model.capitalize()}, {kind}{title}",
+        evaluated=evaluated,
+        dataset=rows,
+        config={**config, "data_sha256": folds.rows.fingerprint()},
+        results=topics,
         split={"all folds": np.arange(len(rows))},
         card={
             "Limits": MODEL_LIMITS,
             "Epochs": f"each fold has {selection}; --final averages {epochs}, by the folds' pooled "
             "validation loss",
-            "Baselines": f"in each fold {baselines.describe_tuning(joint.tuned)}; those of "
+            "Baselines": f"in each fold {baselines.describe_tuning(tuned)}; those of "
             "--final are tuned by the same rule, and fitted, on all patients",
-            "Seed": str(args.seed),
+            "Seed": str(folds.options.seed),
         },
         methods={
             "split": folds_sentence(evaluated.metrics, evaluated.folds),
-            "recalibration": recalibration_words(config, args.calibrate),
+            "recalibration": recalibration_words(config, folds.options.calibrate),
         },
         last=last,
-        list_patients=args.report_patients,
+        list_patients=folds.options.report_patients,
     )
+
+
+def predicted_rows(folds: FoldRuns, evaluated: Evaluated) -> TrajectoryDataset:
+    """Return the rows that have a prediction."""
+    is_predicted = np.isin(folds.rows.ids, evaluated.rows["id"].to_numpy())
+    if is_predicted.all():
+        return folds.rows
+    rule = "without a value of a series that their fold reads"
+    if folds.leaves_out:
+        rule = f"of sites that only train, or {rule}"
+    return folds.rows.keep_rows(is_predicted, rule)
 
 
 # --------------------------------------------------------------------------- all patients
@@ -346,19 +382,20 @@ def pooled_epochs(folders: Sequence[Path]) -> Json:
     return {"averaged_epochs": good, "validation_losses": pooled}
 
 
-def with_final_epochs(stage: Stage, args: Namespace) -> Stage:
-    """Let a ``--final`` average the epochs of the folds; the schedule stays that of a fold."""
-    if not args.final:
-        return stage
-    content = read_json(run_folder.folds_folder(args) / run_folder.METRICS)
+def with_final_epochs(stage: Stage, joint: Path) -> Stage:
+    """Let a ``--final`` average the epochs of the folds; the schedule stays that of a fold.
+
+    ``joint``: the folder of their joint results.
+    """
+    content = read_json(joint / run_folder.METRICS)
     return replace(stage, final_epochs=content["averaged_epochs"])
 
 
 def write_final(
-    stage: Stage, data: Data, folder: Path, args: Namespace
+    stage: Stage, data: Data, folder: Path, joint: Path
 ) -> tuple[Config, Baselines | None]:
-    """Write the model of all patients; return the same as ``results.write``."""
-    content = read_json(run_folder.folds_folder(args) / run_folder.METRICS)
+    """Write the model of all patients by the joint results of the folds; return its baselines."""
+    content = read_json(joint / run_folder.METRICS)
     decided = content.pop("decided")
     config: Config = {**stage.config, **decided, "metrics": content}
     if "residual_weight" in decided:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -91,70 +92,83 @@ def data_terms(dataset: TrajectoryDataset, config: Config) -> dict[str, str]:
     }
 
 
-def write_training_page(
-    folder: Path,
-    title: str,
-    evaluated: Evaluated,
-    dataset: TrajectoryDataset,
-    config: Config,
-    results: Sequence[TopicBuilder],  # on the risks
-    *,
-    split: Mapping[str, NDArray[np.int64]],
-    card: Mapping[str, str],
-    methods: Mapping[str, str],  # what ``tripod.md`` says of the training
-    history: Sequence[Mapping[str, Any]] = (),
-    example: Mapping[str, Any] | None = None,  # prompt, text and target of a row
-    stage1_page: str | None = None,  # where the results are stage 1's: its page, empty if unknown
-    last: str = "",  # a sentence behind the findings
-    list_patients: bool = False,  # names the rows with the largest errors
-) -> None:
-    """Write the report on held-out rows of the data that the model was trained on."""
-    reports = config["metrics"].get("reports")
-    notices = [report.PATIENTS_NOTICE] if list_patients else []
-    advice = "" if evaluated.folds else few_events_advice(evaluated.exact)
-    findings = result_words(evaluated, advice)
-    topics = build_topics(evaluated, [] if evaluated.has_few else results)
-    if stage1_page is not None:
-        topics = report.folded(findings, topics, "The results of stage 1, again")
-        findings = [Finding(None, "See the report of stage 1.", stage1_page)]
-    if example and not evaluated.min_cell:
-        topics = [written_reports.example_topic(example), *topics]
-        notices.append(EXAMPLE)
-    of_reports = partial(written_reports.written_reports, reports=reports)
-    topics = build_topics(evaluated, [of_reports]) + topics
-    question, data = dataset.task_description(), data_terms(dataset, config)
-    table = cohort.part_table(dataset.labels, dataset.groups, split, dataset.event_kinds)
-    table_one = cohort.table_one(dataset, {} if evaluated.folds else split)
-    flow = dataset.flow
-    builders: list[TopicBuilder] = [
-        partial(cohort.table_one_topic, exact=table_one, split=table),
-        partial(cohort.cohort, data=data, flow=flow, split=table, history=history),
-    ]
-    if list_patients:
-        builders.insert(0, cohort.largest_errors)
-    page = model_page(
-        f"{title}: {dataset.outcome}",
-        evaluated,
-        topics + build_topics(evaluated, builders),
-        config,
-        question=question,
-        findings=findings,
-        card=card,
-        first=written_reports.written_sentence(
-            written_reports.suppress_reports(reports or {}, evaluated.min_cell)
-        ),
-        last=last,
-        notices=notices,
-    )
-    tripod = report.fill_tripod(
-        page,
-        evaluated,
-        question=question,
-        data=data,
-        methods=methods,
-        has_sites=dataset.sites is not None,
-    )
-    write_report(folder / "report.html", page, folder=folder, tripod=tripod)
+@dataclass(frozen=True)
+class TrainingReport:
+    """The report on held-out rows of the data that a model was trained on."""
+
+    title: str
+    evaluated: Evaluated
+    dataset: TrajectoryDataset
+    config: Config
+    results: Sequence[TopicBuilder]  # on the risks
+    split: Mapping[str, NDArray[np.int64]]
+    card: Mapping[str, str]
+    methods: Mapping[str, str]  # what ``tripod.md`` says of the training
+    history: Sequence[Mapping[str, Any]] = ()
+    example: Mapping[str, Any] | None = None  # prompt, text and target of a row
+    stage1_page: str | None = None  # where the results are stage 1's: its page, empty if unknown
+    last: str = ""  # a sentence behind the findings
+    list_patients: bool = False  # names the rows with the largest errors
+
+    def write(self, folder: Path) -> None:
+        """Write ``report.html`` with its figures, and ``tripod.md``."""
+        page = self.page()
+        tripod = report.fill_tripod(
+            page,
+            self.evaluated,
+            question=self.dataset.task_description(),
+            data=data_terms(self.dataset, self.config),
+            methods=self.methods,
+            has_sites=self.dataset.sites is not None,
+        )
+        write_report(folder / "report.html", page, folder=folder, tripod=tripod)
+
+    def page(self) -> Page:
+        """Return the page."""
+        findings, results = self.result()
+        notices = [report.PATIENTS_NOTICE] if self.list_patients else []
+        reports = self.config["metrics"].get("reports")
+        topics = build_topics(
+            self.evaluated, [partial(written_reports.written_reports, reports=reports)]
+        )
+        if self.example and not self.evaluated.min_cell:
+            topics.append(written_reports.example_topic(self.example))
+            notices.append(EXAMPLE)
+        shown_reports = written_reports.suppress_reports(reports or {}, self.evaluated.min_cell)
+        return model_page(
+            f"{self.title}: {self.dataset.outcome}",
+            self.evaluated,
+            topics + results + build_topics(self.evaluated, self.cohort_topics()),
+            self.config,
+            question=self.dataset.task_description(),
+            findings=findings,
+            card=self.card,
+            first=written_reports.written_sentence(shown_reports),
+            last=self.last,
+            notices=notices,
+        )
+
+    def result(self) -> tuple[list[Finding], list[Topic]]:
+        """Return the result in words and topics; that of stage 1 is folded."""
+        advice = "" if self.evaluated.folds else few_events_advice(self.evaluated.exact)
+        findings = result_words(self.evaluated, advice)
+        topics = build_topics(self.evaluated, [] if self.evaluated.has_few else self.results)
+        if self.stage1_page is None:
+            return findings, topics
+        link = Finding(None, "See the report of stage 1.", self.stage1_page)
+        return [link], report.folded(findings, topics, "The results of stage 1, again")
+
+    def cohort_topics(self) -> list[TopicBuilder]:
+        """Return the builders of the topics on the data."""
+        dataset = self.dataset
+        parts = cohort.part_table(dataset.labels, dataset.groups, self.split, dataset.event_kinds)
+        groups = {} if self.evaluated.folds else self.split
+        data = data_terms(dataset, self.config)
+        return [
+            *([cohort.largest_errors] if self.list_patients else []),
+            partial(cohort.table_one_topic, exact=cohort.table_one(dataset, groups), split=parts),
+            partial(cohort.cohort, data=data, flow=dataset.flow, split=parts, history=self.history),
+        ]
 
 
 def training_methods(stage: Stage, data: Data, run: dict[str, Any]) -> dict[str, str]:

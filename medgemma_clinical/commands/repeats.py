@@ -7,11 +7,10 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from medgemma_clinical.commands import folds, plan, prediction_files, run_folder
 from medgemma_clinical.commands.command_line import EXIT_DONE
@@ -34,7 +33,7 @@ from medgemma_clinical.evaluation.topics.instability import (
 from medgemma_clinical.evaluation.topics.topic import Evaluated, TopicBuilder
 from medgemma_clinical.evaluation.verdicts import percent
 from medgemma_clinical.files import InputError, read_json, write_json, write_text
-from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
+from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, Config
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +59,13 @@ def run_repeats(
     ]
     if code := plan.carry_out([run for runs, _ in planned for run in runs], train):
         return code
-    fold_of_rows = [fold for _, fold in planned]
-    for repeat, stage1, fold in zip(repeats, stages1, fold_of_rows, strict=True):
-        if code := folds.join_and_finish(repeat, rows, fold, stage1, train):
+    of_repeats = [of_repeat for _, of_repeat in planned]
+    for repeat, of_repeat, stage1 in zip(repeats, of_repeats, stages1, strict=True):
+        if code := folds.join_and_finish(repeat, of_repeat, stage1, train):
             return code
     if processes().is_main_process:
-        write_repeat_results(args, rows, repeats, fold_of_rows)
+        stage = run_folder.stage_folder(args).name
+        write_repeat_results(args.output_dir / f"repeats_{stage}", of_repeats)
     processes().wait_for_everyone()
     return EXIT_DONE
 
@@ -80,46 +80,19 @@ def repeat_arguments(repeat: int, args: Namespace) -> Namespace:
     return plan.filled(args, REPEAT, repeat, **changes)
 
 
-def write_repeat_results(
-    args: Namespace,
-    rows: TrajectoryDataset,
-    runs: Sequence[Namespace],
-    fold_of_rows: Sequence[NDArray[np.int64]],  # of each repeat (N,)
-) -> None:
+def write_repeat_results(folder: Path, repeats: Sequence[folds.FoldRuns]) -> None:
     """Write the risks of all repeats, how much they differ, and a page of their mean metrics."""
-    contents = [read_json(run_folder.folds_folder(run) / run_folder.METRICS) for run in runs]
-    stage = contents[0]["stage"]
-    folder = args.output_dir / f"repeats_{stage}"
     folder.mkdir(exist_ok=True)
-    joined = join_repeats(runs)
+    joined = join_repeats([repeat.folder for repeat in repeats])
     risks = joined.filter(regex="^repeat_")
-    described = joined.drop(columns=[*risks])
-    described["mean"] = risks.mean(axis=1)
-    described["sd"] = risks.std(axis=1)
+    described = joined.drop(columns=[*risks]).assign(mean=risks.mean(axis=1), sd=risks.std(axis=1))
     text = prediction_files.predictions_csv(described.join(risks), "mean", [LABEL])
     write_text(folder / prediction_files.REPEATS, text)
-    ids = {*joined["id"]}
-    of_repeats = [
-        folds.evaluate_folds(run, rows, fold, ids, args.seed)
-        for run, fold in zip(runs, fold_of_rows, strict=True)
-    ]
-    mean = mean_of_repeats([joint.drawn for joint in of_repeats])
-    by_repeat = pd.DataFrame(
-        {
-            "seed": [run.seed for run in runs],
-            "threshold": [content["threshold"] for content in contents],
-            "auroc": [content["folds"]["auroc"]["value"] for content in contents],
-        }
-    )
+    by_repeat = describe_repeats(repeats)
     measures = measure_instability(risks.to_numpy(float), by_repeat)
-    evaluated = mean_evaluated(
-        of_repeats[0].evaluated,
-        compared_models(mean, args.primary),
-        described.set_index("id")["mean"],
-        by_repeat["threshold"],
-    )
+    first, evaluated = evaluate_repeats(repeats, described, by_repeat["threshold"])
     content = {
-        "stage": stage,
+        "stage": first["stage"],
         "n": len(joined),
         "targets": [target.to_json() for target in evaluated.targets],
         "folds": evaluated.exact.to_json(),
@@ -131,18 +104,45 @@ def write_repeat_results(
         repeat_metrics,
         partial(instability, table=joined, by_repeat=by_repeat),
     ]
+    seeds = by_repeat["seed"]
     summary = (
-        f"Folds and initial weights were drawn {len(runs)} times, by seeds {runs[0].seed} to "
-        f"{runs[-1].seed}: each metric is the mean over the repeats, whose own pages "
+        f"Folds and initial weights were drawn {len(repeats)} times, by seeds {seeds.iloc[0]} to "
+        f"{seeds.iloc[-1]}: each metric is the mean over the repeats, whose own pages "
         "(repeat_0/, ...) have figures and subgroups. --final takes the folds of repeat 0."
     )
-    title = f", {len(runs)} repeats"
-    folds.write_folds_page(
-        folder, runs[0], rows, of_repeats[0], evaluated, topics, title=title, last=summary
-    )
+    title = f", {len(repeats)} repeats"
+    folds.folds_report(repeats[0], first, evaluated, topics, summary, title).write(folder)
     folds.log_evaluated(evaluated)
-    logger.info("\n%s", instability_cells(measures, rows.noun).to_string(index=False))
+    noun = repeats[0].rows.noun
+    logger.info("\n%s", instability_cells(measures, noun).to_string(index=False))
     logger.info("%s\nreport: %s", summary, folder / "report.html")
+
+
+def describe_repeats(repeats: Sequence[folds.FoldRuns]) -> pd.DataFrame:
+    """Return seed, threshold and AUROC of each repeat."""
+    contents = [read_json(repeat.folder / run_folder.METRICS) for repeat in repeats]
+    return pd.DataFrame(
+        {
+            "seed": [repeat.options.seed for repeat in repeats],
+            "threshold": [content["threshold"] for content in contents],
+            "auroc": [content["folds"]["auroc"]["value"] for content in contents],
+        }
+    )
+
+
+def evaluate_repeats(
+    repeats: Sequence[folds.FoldRuns],
+    table: pd.DataFrame,  # id and mean risk of the rows that all repeats predict
+    thresholds: pd.Series[Any],  # by repeat
+) -> tuple[Config, Evaluated]:
+    """Return the configuration of the first repeat, and the mean over all of them."""
+    options = repeats[0].options
+    ids = {*table["id"]}
+    of_repeats = [folds.evaluate_folds(repeat, ids, options.seed) for repeat in repeats]
+    mean = mean_of_repeats([joint.drawn for joint in of_repeats])
+    metrics = compared_models(mean, options.primary)
+    first, risks = of_repeats[0], table.set_index("id")["mean"]
+    return first.config, mean_evaluated(first.evaluated, metrics, risks, thresholds)
 
 
 def mean_evaluated(
@@ -163,11 +163,11 @@ def mean_evaluated(
     )
 
 
-def join_repeats(runs: Sequence[Namespace]) -> pd.DataFrame:
+def join_repeats(folders: Sequence[Path]) -> pd.DataFrame:
     """Return what happened and a column of risks a repeat, of the rows that all predicted."""
     risks = {}
-    for k, run in enumerate(runs):
-        table = prediction_files.read_rows(run_folder.folds_folder(run) / prediction_files.FOLDS)
+    for k, folder in enumerate(folders):
+        table = prediction_files.read_rows(folder / prediction_files.FOLDS)
         tested = [x for x in table if x in NO_RISKS and x not in ("fold", MODEL)]
         risks[f"repeat_{k}"] = table.set_index(tested)["probability"]
     return pd.concat(risks, axis=1, join="inner").reset_index()

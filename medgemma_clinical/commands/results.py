@@ -24,6 +24,7 @@ from medgemma_clinical.evaluation import baselines as baselines_of
 from medgemma_clinical.evaluation import decision, verdicts
 from medgemma_clinical.evaluation import rules as rules_of_models
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES, Baselines
+from medgemma_clinical.evaluation.decision import EvaluationOptions
 from medgemma_clinical.evaluation.demographics import demographics
 from medgemma_clinical.evaluation.metrics_table import MODEL, Metrics, evaluate
 from medgemma_clinical.evaluation.tables import model_table
@@ -101,46 +102,57 @@ class RunResults(NamedTuple):
     """What held-out parts show of a stage, in the first process; the others know ``config``."""
 
     config: Config
+    decided: Decided
     tested: Evaluated | None = None  # on the test part
     baselines: Baselines | None = None
     lines: Sequence[dict[str, Any]] = ()  # of stage 3's reports
+
+
+def evaluation_options(args: Namespace) -> EvaluationOptions:
+    """Return what flags choose of the evaluation."""
+    return EvaluationOptions(
+        seed=args.seed,
+        censoring=args.censoring,
+        calibrate=args.calibrate,
+        threshold=args.threshold,
+        primary=args.primary,
+        min_cell=args.min_cell,
+        report_patients=args.report_patients,
+    )
 
 
 def write(
     folder: Path | None,
     stage: Stage,
     data: Data,
-    decided: Decided,
-    test: decision.Predictions | None,  # None leaves the test part for a later call
+    result: RunResults,
     progress: Progress,
     run: dict[str, Any],
-    args: Namespace,
-) -> tuple[Config, Baselines | None]:
-    """Write and log the results of a stage; each process must call.
-
-    The first process also gets the metrics, within the configuration, and the baselines.
-    """
-    result = evaluate_run(stage, data, decided, test, progress, args)
-    if folder is not None and result.tested is not None:
-        if result.baselines is not None:
-            result.config["baselines_sha256"] = result.baselines.sha256
-        save_model(folder, stage, result.config, result.baselines)
-        save_predictions(folder, stage, decided, result)
-        write_page(folder, stage, data, decided, result, progress, run, args)
-        logger.info("report: %s; %s", folder / "report.html", peak_memory())
-    return result.config, result.baselines
+) -> None:
+    """Write the results of a stage in its folder."""
+    if folder is None or result.tested is None:
+        return
+    if result.baselines is not None:
+        result.config["baselines_sha256"] = result.baselines.sha256
+    save_model(folder, stage, result.config, result.baselines)
+    save_predictions(folder, stage, result)
+    run_report(stage, data, result, progress, run).write(folder)
+    logger.info("report: %s; %s", folder / "report.html", peak_memory())
 
 
 def evaluate_run(
     stage: Stage,
     data: Data,
     decided: Decided,
-    test: decision.Predictions | None,
+    test: decision.Predictions | None,  # None leaves the test part for a later call
     progress: Progress,
-    args: Namespace,
+    options: EvaluationOptions,
 ) -> RunResults:
-    """Evaluate a stage on the test part, and log the results; each process must call."""
-    config: Config = {**stage.config, **decided.config, "threshold_choice": args.threshold}
+    """Evaluate a stage on the test part, and log the results; each process must call.
+
+    The first process also gets the metrics, within the configuration, and the baselines.
+    """
+    config: Config = {**stage.config, **decided.config, "threshold_choice": options.threshold}
     if decided.weight is not None:
         cast(Any, stage.model).residual_weight = decided.weight
     lines: list[dict[str, Any]] = []
@@ -148,14 +160,14 @@ def evaluate_run(
     if test is not None:
         test = outcomes.weighted(test, decided.weight)
         if isinstance(stage.model, LLMWriter):
-            lines, reports = write_reports(stage, data, decided, test, args.seed)
+            lines, reports = write_reports(stage, data, decided, test, options.seed)
     if decided.table is None or decided.metrics is None:
-        return RunResults(config)
+        return RunResults(config, decided)
     metrics = {"val": decided.metrics}
     targets = decided.targets
     tested, baselines, reference = None, None, {}
     if test is not None:
-        tested, baselines = evaluate_test(stage, data, decided, test, args)
+        tested, baselines = evaluate_test(stage, data, decided, test, options)
         metrics["test"] = tested.exact
         targets = tested.targets
         held_out = pd.concat([decided.table, tested.rows], ignore_index=True)
@@ -163,17 +175,19 @@ def evaluate_run(
         reference = rules_of_models.references(held_out, [*decided.rules], first)
     models = rules_of_models.stored(decided.rules)
     del models[STAGE_NAMES[stage.name]]
-    config["metrics"] = metrics_content(stage, progress, decided, metrics, reports, args.calibrate)
+    config["metrics"] = metrics_content(
+        stage, progress, decided, metrics, reports, options.calibrate
+    )
     config["models"] = models
     config["best_model"] = decided.best_model
     config["reference"] = reference
     if baselines is not None:
         config["baseline_inputs"] = baselines.inputs
-    choice = decision.describe_threshold(args.threshold, CHOOSING)
+    choice = decision.describe_threshold(options.threshold, CHOOSING)
     beginning = verdicts.at_threshold(decided.thresholds[0], choice)
     log_results(metrics, targets, beginning, reports, data.dataset.noun)
     logger.info("recommended (--use best): %s", describe_recommended(config))
-    return RunResults(config, tested, baselines, lines)
+    return RunResults(config, decided, tested, baselines, lines)
 
 
 def write_reports(
@@ -203,12 +217,16 @@ def write_reports(
 
 
 def evaluate_test(
-    stage: Stage, data: Data, decided: Decided, test: decision.Predictions, args: Namespace
+    stage: Stage,
+    data: Data,
+    decided: Decided,
+    test: decision.Predictions,
+    options: EvaluationOptions,
 ) -> tuple[Evaluated, Baselines | None]:
     """Evaluate a stage and its baselines on the test part; return also the baselines."""
     outcome, dataset = outcomes.outcome_of(stage.config), data.dataset
     observed, targets = observed_rows(
-        outcome.targets, dataset, test.rows, args.censoring, args.seed
+        outcome.targets, dataset, test.rows, options.censoring, options.seed
     )
     baselines = None
     forecasts: Mapping[str, Any] = {}
@@ -221,24 +239,26 @@ def evaluate_test(
             forecasts = baselines.forecasts(dataset, test.rows)
     table = risk_table(stage, test, observed, forecasts)
     table = rules_of_models.apply_rules(table, decided.rules, targets)
-    metrics = evaluate(table, args.seed, decided.thresholds, primary=args.primary, targets=targets)
+    metrics = evaluate(
+        table, options.seed, decided.thresholds, primary=options.primary, targets=targets
+    )
     evaluated = Evaluated(
         table,
         metrics,
         demographics(dataset).iloc[test.rows],
-        args.seed,
+        options.seed,
         decided.thresholds,
-        decision.describe_threshold(args.threshold, CHOOSING),
+        decision.describe_threshold(options.threshold, CHOOSING),
         dataset.noun,
-        args.min_cell,
+        options.min_cell,
         targets=targets,
     )
     return evaluated, baselines
 
 
-def save_predictions(folder: Path, stage: Stage, decided: Decided, result: RunResults) -> None:
+def save_predictions(folder: Path, stage: Stage, result: RunResults) -> None:
     """Write the predictions of both parts, and the reports of stage 3."""
-    tested = cast(Evaluated, result.tested)
+    decided, tested = result.decided, cast(Evaluated, result.tested)
     digest = model_sha256(result.config, weights_sha256(cast(Any, stage.model)))
     parts = {
         "val": (cast(pd.DataFrame, decided.table), decided.targets),
@@ -253,48 +273,44 @@ def save_predictions(folder: Path, stage: Stage, decided: Decided, result: RunRe
         write_text(folder / "generations_test.jsonl", text)
 
 
-def write_page(
-    folder: Path,
-    stage: Stage,
-    data: Data,
-    decided: Decided,
-    result: RunResults,
-    progress: Progress,
-    run: dict[str, Any],
-    args: Namespace,
-) -> None:
-    """Write ``report.html`` of a run, with its figures and ``tripod.md``."""
-    tested, validation = cast(Evaluated, result.tested), cast(Metrics, decided.metrics)
+def run_report(
+    stage: Stage, data: Data, result: RunResults, progress: Progress, run: dict[str, Any]
+) -> pages.TrainingReport:
+    """Return the report of a run."""
+    tested, validation = cast(Evaluated, result.tested), cast(Metrics, result.decided.metrics)
+    arguments = run["arguments"]
     methods = pages.training_methods(stage, data, run)
-    recalibration = methods["recalibration"] if args.calibrate == "platt" else ""
+    recalibration = methods["recalibration"] if arguments["calibrate"] == "platt" else ""
     stage1_page = None
-    if args.ode_checkpoint and decided.weight == 0:
-        is_beside = Path(args.ode_checkpoint).absolute().parent == args.output_dir.absolute()
+    if arguments["ode_checkpoint"] and result.decided.weight == 0:
+        is_beside = (
+            Path(arguments["ode_checkpoint"]).absolute().parent
+            == Path(arguments["output_dir"]).absolute()
+        )
         stage1_page = "../trajectory/report.html" if is_beside else ""
     card = describe_training(stage, progress)
     if result.baselines:
         card["Baselines"] = baselines_of.describe_tuning([result.baselines.tuned])
-    is_shown = validation.counts["minority_patients"] >= args.min_cell
+    is_shown = validation.counts["minority_patients"] >= tested.min_cell
     if is_shown:
         card["Validation AUROC"] = value_text(validation.row(validation.models[0], "auroc"))
-    card |= {"Seed": str(args.seed), "Licence": licence(result.config)}
+    card |= {"Seed": str(tested.seed), "Licence": licence(result.config)}
     example = None
-    if result.lines and args.show_values:
-        example = example_report(stage, data, result.lines, args.seed)
-    pages.write_training_page(
-        folder,
-        STAGE_NAMES[stage.name].capitalize(),
-        tested,
-        data.dataset,
-        result.config,
-        prediction_topics(tested.targets, recalibration=recalibration),
+    if result.lines and arguments["show_values"]:
+        example = example_report(stage, data, result.lines, tested.seed)
+    return pages.TrainingReport(
+        title=STAGE_NAMES[stage.name].capitalize(),
+        evaluated=tested,
+        dataset=data.dataset,
+        config=result.config,
+        results=prediction_topics(tested.targets, recalibration=recalibration),
         split=data.split,
         card=card,
         methods=methods,
         history=progress.history if is_shown else [],
         example=example,
         stage1_page=stage1_page,
-        list_patients=args.report_patients,
+        list_patients=arguments["report_patients"],
     )
 
 

@@ -147,10 +147,23 @@ class DecisionOptions:
     recalibration: str = "none"  # or platt, a method, or tests: these choose the method
     threshold: str | None = None  # as ``--threshold`` is written; None: Youden's
 
-    @classmethod
-    def chosen(cls, calibrate: str, threshold: str | None, auto: str = "none") -> DecisionOptions:
-        """Return what ``--calibrate`` and ``--threshold`` choose, and what "auto" means here."""
-        return cls(auto if calibrate == "auto" else calibrate, threshold)
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How predictions are evaluated and shown, by the flags of the same names."""
+
+    seed: int
+    censoring: str
+    calibrate: str
+    threshold: str | None
+    primary: str | None
+    min_cell: int
+    report_patients: bool
+
+    def decision(self, auto: str = "none") -> DecisionOptions:
+        """Return what is chosen of a decision rule, and what "auto" means here."""
+        recalibration = auto if self.calibrate == "auto" else self.calibrate
+        return DecisionOptions(recalibration, self.threshold)
 
 
 def fit_rule(

@@ -265,7 +265,8 @@ def test_the_chosen_weight_is_kept_with_the_model_and_makes_its_predictions():
         args = arguments("--model_name", TINY_MODEL, *flags)
         data = data_for(args, patients())
         data.split["test"] = data.split["test"][:0]
-        decided = trainer.decide(stage, data, raw, args, with_baselines=False)
+        options = results.evaluation_options(args)
+        decided = trainer.decide(stage, data, raw, options, with_baselines=False)
         assert (decided.weight is not None) == weighs
         weight = decided.weight if weighs else 1.0
         assert (0 < weight < 1) == weighs
