@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from medgemma_clinical import files
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.config import read_toml
 from medgemma_clinical.commands.prediction_files import parse, read_table
@@ -21,10 +22,11 @@ from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.decision import parse_threshold
 from medgemma_clinical.evaluation.metrics_table import MODEL, named_model
 from medgemma_clinical.evaluation.monitor_page import monitor_page
-from medgemma_clinical.evaluation.monitoring import MonitorRule, monitor
+from medgemma_clinical.evaluation.monitoring import Levels, MonitorRule, monitor
 from medgemma_clinical.evaluation.report import write_report
 from medgemma_clinical.evaluation.target import Target, targets_of_config
-from medgemma_clinical.files import InputError, locked, make_output_dir, move_aside, write_text
+from medgemma_clinical.evaluation.topics.topic import Page
+from medgemma_clinical.files import InputError
 from medgemma_clinical.models.checkpoints import Config
 from medgemma_clinical.models.model_card import page_card
 from medgemma_clinical.models.trained_model import (
@@ -36,6 +38,7 @@ from medgemma_clinical.models.trained_model import (
 
 logger = logging.getLogger(__name__)
 
+PAGE = "monitor.html"
 PREDICTED_AT = "predicted_at"
 AHEAD = pd.Timedelta(hours=14)  # of UTC, the first time zone
 YEAR = pd.Timedelta(days=366)
@@ -56,8 +59,14 @@ def read_rule(path: Path | None) -> MonitorRule:
 def run_monitor(args: Namespace, datasets: Mapping[str, Any]) -> int:
     """Write ``monitor.html`` and ``monitor.csv``; log the verdict first."""
     config = read_trained_config(args.checkpoint)
-    rows, inputs, name, notes = read_rows(args, config)
-    stage = STAGE_NAMES[config["stage"]]
+    scored = read_scored(args.predictions, args.checkpoint, args.use, config)
+    target, name = targets_of_config(config)[0], scored.name
+    outcomes = read_outcomes(args.outcomes, args.date, scored.rows["date"].max(), target)
+    rows, notes = join_outcomes(scored.rows, outcomes, target)
+    if args.site is not None:
+        ids = scored.rows.loc[rows.index]
+        rows["site"] = sites_of(ids, outcomes, args.site, args.outcomes)
+    notes = [*scored.notes, *notes]
     reference = config.get("reference", {}).get(name)
     if reference is None:
         raise InputError(
@@ -65,56 +74,83 @@ def run_monitor(args: Namespace, datasets: Mapping[str, Any]) -> int:
             "held-out patients had, or lacked, the event, or an earlier version wrote it: train "
             "again, with --folds where there are few"
         )
-    rule = MonitorRule.checked(config.get("monitor_rule", {}))
-    own_rule = config["decision"] if name == stage else config["models"][name]
-    threshold = own_rule[targets_of_config(config)[0].name]["threshold"]
-    if args.threshold is not None:
-        goal, threshold = parse_threshold(args.threshold)
+    threshold = threshold_of(config, name, args.threshold)
+    check_predictions(rows, threshold)
+    result = monitor(
+        rows,
+        scored.inputs,
+        threshold=threshold,
+        reference=reference,
+        training=config["case_mix"].get("last", {"series": {}, "static": {}}),
+        rule=rule_of(config),
+        period=args.period,
+        seed=args.seed,
+    )
+    card = page_card(config, describe(result.levels, rule_of(config), reference, threshold))
+    page = monitor_page(result, f"{config['outcome']}: {name} after go-live", notes, card)
+    asides = write(args.output_dir, page, result.table)
+    logger.info("monitor: %s", result.verdict)
+    lines = [f"also: {action.words}" for action in result.actions[1:]]
+    if any(x.name == "recalibrate" for x in result.actions):  # a page is shared: no path
+        lines.append(f"to recalibrate: {update_command(args.checkpoint, config, name, datasets)}")
+    lines += [*notes, *(f"earlier file moved to {path}" for path in asides)]
+    logger.info("%s", "\n".join([*lines, f"page: {args.output_dir / PAGE}"]))
+    return EXIT_DONE
+
+
+def rule_of(config: Config) -> MonitorRule:
+    """Return the rule that a checkpoint stores."""
+    return MonitorRule.checked(config.get("monitor_rule", {}))
+
+
+def threshold_of(config: Config, name: str, given: str | None) -> float:
+    """Return the threshold of a model; ``given`` is that of ``predict``."""
+    if given is not None:
+        goal, threshold = parse_threshold(given)
         if goal:
-            raise InputError(f"--threshold '{args.threshold}': give the risk")
-    alerts = rows["prediction"].dropna()
-    if others := int((alerts != (rows["risk"] >= threshold)[alerts.index]).sum()):
+            raise InputError(f"--threshold '{given}': give the risk")
+        return threshold
+    is_stage = name == STAGE_NAMES[config["stage"]]
+    stored = config["decision"] if is_stage else config["models"][name]
+    return float(stored[targets_of_config(config)[0].name]["threshold"])
+
+
+def check_predictions(rows: pd.DataFrame, threshold: float) -> None:
+    """Refuse predictions by another threshold."""
+    predicted = rows["prediction"].dropna()
+    if others := int((predicted != (rows["risk"] >= threshold)[predicted.index]).sum()):
         raise InputError(
             f"monitor: {others:,} predictions are not by the threshold {threshold:.4g}: give "
             "that of predict by --threshold, or leave out the files of another model"
         )
-    result = monitor(
-        rows,
-        inputs,
-        threshold=threshold,
-        reference=reference,
-        training=config["case_mix"].get("last", {"series": {}, "static": {}}),
-        rule=rule,
-        period=args.period,
-        seed=args.seed,
-    )
-    level = f"{100 * result.levels.oe:.2g} % (O/E and others), {100 * result.levels.auroc:.2g} %"
-    card = {
+
+
+def describe(
+    levels: Levels, rule: MonitorRule, reference: Mapping[str, Any], threshold: float
+) -> dict[str, str]:
+    """Return what the page says of rule, limits and development cohort."""
+    level = f"{100 * levels.oe:.2g} % (O/E and others), {100 * levels.auroc:.2g} %"
+    return {
         "Rule, fixed at training": rule.words,
         "Limits": f"Beyond each lie {level} (AUROC) of simulated stable periods; CUSUM limit "
-        f"{result.levels.cusum:.3g}. O/E, AUROC or CUSUM alarm in "
-        f"{100 * result.levels.false_alarms:.2g} % of simulated stable years",
+        f"{levels.cusum:.3g}. O/E, AUROC or CUSUM alarm in "
+        f"{100 * levels.false_alarms:.2g} % of simulated stable years",
         "Development cohort": f"{reference['patients']:,} held-out patients: log-odds "
         f"multiplied by {reference['multiplier']:.2f} and shifted by {reference['shift']:+.2f}",
         "Slope and AUROC": f"Of periods with at least {rule.min_expected} expected events",
         "Threshold": f"{threshold:.4g}",
     }
-    page = monitor_page(
-        result, f"{config['outcome']}: {name} after go-live", notes, page_card(config, card)
-    )
-    paths = [args.output_dir / f"monitor.{ending}" for ending in ("html", "csv")]
-    make_output_dir(args.output_dir)
-    with locked(paths[0]):
-        asides = move_aside(paths)
+
+
+def write(folder: Path, page: Page, table: pd.DataFrame) -> list[Path]:
+    """Write page and table; return where earlier ones were moved."""
+    files.make_output_dir(folder)
+    paths = [folder / PAGE, folder / "monitor.csv"]
+    with files.locked(paths[0]):
+        asides = files.move_aside(paths)
         write_report(paths[0], page)
-        write_text(paths[1], result.table.to_csv(index=False))
-    logger.info("monitor: %s", result.verdict)
-    lines = [f"also: {action.words}" for action in result.actions[1:]]
-    if any(x.name == "recalibrate" for x in result.actions):  # a page is shared: no path
-        lines.append(f"to recalibrate: {update_command(args.checkpoint, config, name, datasets)}")
-    lines += [*notes, *(f"earlier file moved to {path}" for path in asides), f"page: {paths[0]}"]
-    logger.info("%s", "\n".join(lines))
-    return EXIT_DONE
+        files.write_text(paths[1], table.to_csv(index=False))
+    return asides
 
 
 def update_command(checkpoint: Path, config: Config, name: str, datasets: Mapping[str, Any]) -> str:
@@ -131,68 +167,40 @@ def update_command(checkpoint: Path, config: Config, name: str, datasets: Mappin
 # ------------------------------------------------------------------ what is read
 
 
-def read_rows(
-    args: Namespace, config: Config
-) -> tuple[pd.DataFrame, pd.DataFrame | None, str, list[str]]:
-    """Return predictions with outcomes, last values, the model's name, and what was left out."""
-    files = [read_scored(path, args.checkpoint, args.use, config) for path in args.predictions]
-    names = {file.name for file in files}
+class Scored(NamedTuple):
+    """Predictions of one model, and what lies beside them."""
+
+    rows: pd.DataFrame  # columns of the files, and risk, prediction, date, unscored
+    inputs: pd.DataFrame | None  # last values; None where a file has none
+    name: str  # of the model
+    notes: list[str]
+
+
+def read_scored(paths: Sequence[Path], checkpoint: Path, use: str | None, config: Config) -> Scored:
+    """Read files of predictions of a checkpoint."""
+    scored = [read_file(path, checkpoint, use, config) for path in paths]
+    names = {file.name for file in scored}
     if len(names) > 1:
         raise InputError(f"monitor: the risks are of {' and of '.join(names)}: give --use")
-    everyone = pd.concat([file.rows for file in files], ignore_index=True)
-    if everyone["unscored"].all():
-        raise InputError(f"{args.predictions[0]}: no row has a score")
-    last = None
-    if all(file.inputs is not None for file in files):
-        last = pd.concat([file.inputs for file in files], ignore_index=True)
-    # A row without a score may have been predicted again, once its values had come.
-    rows = everyone.sort_values(["unscored", "date"], kind="stable").drop_duplicates("id")
-
-    target = targets_of_config(config)[0]
-    outcomes = read_outcomes(args.outcomes, args.date, everyone["date"].max(), target)
-    of_rows = outcomes.reindex(rows["id"]).set_axis(rows.index)
-    is_early = of_rows["date"] < rows["date"] - YEAR
-    counts = {
-        "later predictions of the same id, left out": len(everyone) - len(rows),
-        "patients without a score": rows["unscored"].sum(),
-        "patients without a line of outcomes": (~rows["id"].isin(outcomes.index)).sum(),
-        "ids of outcomes without a prediction": (~outcomes.index.isin(rows["id"])).sum(),
-        "dates more than a year before their prediction": is_early.sum(),
-    }
-    notes = [file.note for file in files if file.note]
-    notes += [f"{text}: {count:,}" for text, count in counts.items() if count]
-
-    joined = rows[["risk", "prediction"]].assign(
-        label=of_rows["label"], date=of_rows["date"].fillna(rows["date"])
-    )
-    if args.site is not None:
-        joined["site"] = sites_of(rows, outcomes, args.site, args.outcomes)
-    if target.horizon:
-        joined["ended"] = of_rows["ended"].fillna(value=False).astype(bool)
-        joined, shares = after_horizon(joined, target)
-        notes += shares
-    return joined, last, files[0].name, notes
+    rows = pd.concat([file.rows for file in scored], ignore_index=True)
+    if rows["unscored"].all():
+        raise InputError(f"{paths[0]}: no row has a score")
+    inputs = None
+    if all(file.inputs is not None for file in scored):
+        inputs = pd.concat([file.inputs for file in scored], ignore_index=True)
+    return Scored(rows, inputs, scored[0].name, [note for file in scored for note in file.notes])
 
 
-class Scored(NamedTuple):
-    """A file of predictions, and what lies beside it."""
-
-    rows: pd.DataFrame  # its columns, and risk, prediction, date, unscored
-    inputs: pd.DataFrame | None  # last values
-    name: str  # of the model
-    note: str
-
-
-def read_scored(path: Path, checkpoint: Path, use: str | None, config: Config) -> Scored:
+def read_file(path: Path, checkpoint: Path, use: str | None, config: Config) -> Scored:
     """Read a file of predictions of a checkpoint."""
     table = read_table(path, ["id", "probability", PREDICTED_AT])
     try:
         table, model = named_model(table)
     except ValueError as error:
         raise InputError(f"{path}: {error}: give the rows of one") from error
-    note = ""
+    notes = []
     if model is None:
-        note = f"{path.name} has no column {MODEL}, so nothing tells that one model made it"
+        notes = [f"{path.name} has no column {MODEL}, so nothing tells that one model made it"]
     elif model != read_model_sha256(checkpoint):
         problem = f"is of another model than --checkpoint {checkpoint}"
         raise InputError(f"{path}: {problem}: judge it by its own checkpoint")
@@ -205,7 +213,35 @@ def read_scored(path: Path, checkpoint: Path, use: str | None, config: Config) -
     rows = table.assign(risk=risk, prediction=prediction, date=date, unscored=risk.isna())
     beside = inputs_path(path)
     inputs = read_inputs(beside, table) if beside.is_file() else None
-    return Scored(rows, inputs, name, note)
+    return Scored(rows, inputs, name, notes)
+
+
+def join_outcomes(
+    everyone: pd.DataFrame,  # of ``Scored``
+    outcomes: pd.DataFrame,  # by id
+    target: Target,
+) -> tuple[pd.DataFrame, list[str]]:
+    """Return a prediction of each id with its outcome, and what was left out."""
+    # A row without a score may have been predicted again, once its values had come.
+    rows = everyone.sort_values(["unscored", "date"], kind="stable").drop_duplicates("id")
+    of_rows = outcomes.reindex(rows["id"]).set_axis(rows.index)
+    is_early = of_rows["date"] < rows["date"] - YEAR
+    counts = {
+        "later predictions of the same id, left out": len(everyone) - len(rows),
+        "patients without a score": rows["unscored"].sum(),
+        "patients without a line of outcomes": (~rows["id"].isin(outcomes.index)).sum(),
+        "ids of outcomes without a prediction": (~outcomes.index.isin(rows["id"])).sum(),
+        "dates more than a year before their prediction": is_early.sum(),
+    }
+    notes = [f"{text}: {count:,}" for text, count in counts.items() if count]
+    joined = rows[["risk", "prediction"]].assign(
+        label=of_rows["label"], date=of_rows["date"].fillna(rows["date"])
+    )
+    if not target.horizon:
+        return joined, notes
+    joined["ended"] = of_rows["ended"].fillna(value=False).astype(bool)
+    joined, shares = after_horizon(joined, target)
+    return joined, [*notes, *shares]
 
 
 def read_outcomes(

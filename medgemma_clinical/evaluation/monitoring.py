@@ -499,49 +499,70 @@ def monitor(
     rows["period"] = period_names(rows["date"], period)
     scored = rows[rows["risk"].notna()]
     size = int(scored["period"].value_counts().median())
-    all_risks = scored["risk"].to_numpy(float)
-    levels = alarm_levels(all_risks, size, per_year, reference, rule, rng)
+    risk = scored["risk"].to_numpy(float)
+    levels = alarm_levels(risk, size, per_year, reference, rule, rng)
     tables, counts = [], []
     for site, of_site in [("", scored), *(scored.groupby("site") if "site" in scored else ())]:
         for name, part in of_site.groupby("period"):
-            labels, risk = part["label"].to_numpy(float), part["risk"].to_numpy(float)
-            known = ~np.isnan(labels)
-            table = measure(labels, risk, threshold, seed)
-            if known.any():
-                table = table.join(period_limits(risk[known], reference, levels, rule, rng))
-            if not has_ranks(risk[known], reference, rule):
-                table.loc[[*RANKED]] = np.nan
-            about = {"period": name, "site": site}
-            numbers = {"patients": len(part), "known": int(known.sum())}
-            for counted, number in numbers.items():
-                table.loc[counted, "value"] = number
-            tables.append(table.rename_axis("metric").reset_index().assign(**about))
-            counts.append({**about, **numbers, "is_complete": known.mean() >= rule.known})
-    problems = pd.DataFrame(columns=PROBLEM)
+            measured = _with_limits(part, threshold, seed, reference, levels, rule, rng)
+            tables.append(measured.assign(period=name, site=site))
+            is_complete = part["label"].notna().mean() >= rule.known
+            count = {"period": name, "site": site, **_counts(part), "is_complete": is_complete}
+            counts.append(count)
+    problems, checked = pd.DataFrame(columns=PROBLEM), []
     if inputs is not None:
         lines, problems = compare_inputs(inputs.loc[rows.index], rows["period"], training)
         tables.append(lines)
+        sizes = rows["period"].value_counts(sort=False)
+        checked = [*sizes[sizes >= MIN_MEASURED].index]
     table = pd.concat(tables).reindex(columns=LINE).replace([np.inf, -np.inf], np.nan)
-    count = pd.DataFrame(counts)
-    of_all = count[count["site"] == ""].set_index("period")["is_complete"]
+    of_parts = pd.DataFrame(counts)
+    of_all = of_parts[of_parts["site"] == ""].set_index("period")["is_complete"]
+    complete = [*of_all[of_all].index]
     # Not to the first period that waits alone: some outcomes never come.
     wrong_unit = {*problems.loc[asks_unit(problems), "period"]}
-    clean = [period for period in of_all[of_all].index if period not in wrong_unit]
+    clean = [name for name in complete if name not in wrong_unit]
     sums = _cusum_of(scored, clean, reference, rule, levels.cusum)
-    last_year = [*of_all[of_all].index[-per_year:]]
+    last_year = complete[-per_year:]
     of_judged = table[(table["site"] == "") & table["period"].isin(last_year)]
     signals = sums[sums["period"].isin(last_year) & (sums["signal"] != "")]
-    sizes = rows["period"].value_counts(sort=False)
-    checked = [] if inputs is None else [*sizes[sizes >= MIN_MEASURED].index]
     actions = _actions(of_judged, signals, problems, checked, rule)
-    not_judged = []
-    unranked = (
-        of_judged.loc[of_judged["metric"] == "auroc", "value"].isna().to_numpy().astype(float)
-    )
-    if len(unranked) and _longest(unranked[None], rule.consecutive)[0]:
+    not_judged = [] if checked else ["inputs not checked"]
+    if _lacks_ranks(of_judged, rule):
         longer = _longer(scored, period, reference, rule)
-        not_judged.append(f"slope and AUROC not judged: {longer}")
-    if not checked:
-        not_judged.append("inputs not checked")
+        not_judged.insert(0, f"slope and AUROC not judged: {longer}")
     now = checked[-1] if checked else ""
-    return Monitored(table, count, sums, levels, problems, now, actions, "; ".join(not_judged))
+    return Monitored(table, of_parts, sums, levels, problems, now, actions, "; ".join(not_judged))
+
+
+def _with_limits(
+    rows: pd.DataFrame,  # of a period
+    threshold: float,
+    seed: int,
+    reference: Mapping[str, Any],
+    levels: Levels,
+    rule: MonitorRule,
+    rng: Generator,
+) -> pd.DataFrame:
+    """Return ``measure`` with the counts and limits of a period, a row a metric."""
+    labels, risk = rows["label"].to_numpy(float), rows["risk"].to_numpy(float)
+    of_known = risk[~np.isnan(labels)]
+    table = measure(labels, risk, threshold, seed)
+    if len(of_known):
+        table = table.join(period_limits(of_known, reference, levels, rule, rng))
+    if not has_ranks(of_known, reference, rule):
+        table.loc[[*RANKED]] = np.nan
+    for name, number in _counts(rows).items():
+        table.loc[name, "value"] = number
+    return table.rename_axis("metric").reset_index()
+
+
+def _counts(rows: pd.DataFrame) -> dict[str, int]:
+    """Return the counts of the rows of a period."""
+    return {"patients": len(rows), "known": int(rows["label"].notna().sum())}
+
+
+def _lacks_ranks(lines: pd.DataFrame, rule: MonitorRule) -> bool:
+    """Return whether an action would need the AUROC of periods that have none."""
+    lacks = lines.loc[lines["metric"] == "auroc", "value"].isna().to_numpy().astype(float)
+    return bool(len(lacks) and _longest(lacks[None], rule.consecutive)[0])
