@@ -38,9 +38,9 @@ def write_update(
     if updates is None:
         need = f"{2 * MINORITY_PATIENTS} new patients with the event and as many without it"
         raise InputError(f"--update {folder}: takes {need}: only the predictions were written")
-    targets = trained.outcome.targets
+    has_several = len(trained.outcome.targets) > 1
     for update in updates:
-        own = f" of {update.target.title}" if len(targets) > 1 else ""
+        own = f" of {update.target.title}" if has_several else ""
         text = "change of the log loss%s by an update, in halves that it has not seen: %s"
         logger.info(text, own, update.gain)
     moved = [update for update in updates if update.method != NOT_UPDATED]
@@ -48,13 +48,35 @@ def write_update(
         text = "--update %s: not written: these rows show no need to update %s"
         logger.warning(text, folder, used)
         return
-    method = ", ".join(
-        f"{update.target.title}: {update.method}" if len(targets) > 1 else update.method
-        for update in moved
-    )
+    methods = {update.target.title: update.method for update in moved}
+    named = [f"{title}: {method}" for title, method in methods.items()]
+    method = ", ".join(named if has_several else methods.values())
     logger.info("update of %s: %s", used, method)
-    labels = targets[0].labels(rows)
-    about = {
+    updated = updated_model(trained, used, moved, rows, method, data_sha256)
+    with owner_only(), atomic(folder) as whole:
+        save_model(updated, whole)
+        for aside in move_aside([folder]):  # a failure leaves the earlier model in its place
+            logger.info("earlier model moved to %s", aside)
+    logger.info("updated model: %s", folder)
+
+
+def updated_model(
+    trained: TrainedModel,
+    used: str,
+    updates: Sequence[Update],
+    rows: pd.DataFrame,
+    method: str,
+    data_sha256: str | None,
+) -> TrainedModel:
+    """Return a model whose rule is updated, which knows the rows as training data."""
+    labels = trained.outcome.targets[0].labels(rows)
+    train_patients = trained.train_patients
+    if train_patients is not None:
+        hashes = rows["patient"].to_numpy(), np.stack(rows["rows"].tolist())
+        train_patients = add_training_rows(train_patients, *hashes, np.nan_to_num(labels))
+    has_hashes = trained.train_patients is not None and len(trained.train_patients) > 0
+    config = updated_config(trained, used, updates, rows)
+    config["updated"] = {
         "before": trained.sha256,
         "model": used,
         "method": method,
@@ -62,21 +84,10 @@ def write_update(
         "patients": int(rows["patient"].nunique()),
         "events": int(np.nansum(labels)),
         "data_sha256": data_sha256,
+        # Whether the hashes of training patients are those of all.
+        "complete": has_hashes and trained.config.get("updated", {}).get("complete", True),
     }
-    train_patients = trained.train_patients
-    if train_patients is not None:
-        hashes = rows["patient"].to_numpy(), np.stack(rows["rows"].tolist())
-        train_patients = add_training_rows(train_patients, *hashes, np.nan_to_num(labels))
-    config = updated_config(trained, used, moved, rows)
-    has_hashes = trained.train_patients is not None and len(trained.train_patients) > 0
-    # Whether the hashes of training patients are those of all.
-    complete = has_hashes and trained.config.get("updated", {}).get("complete", True)
-    config["updated"] = {**about, "complete": complete}
-    with owner_only(), atomic(folder) as whole:
-        save_model(replace(trained, config=config, train_patients=train_patients), whole)
-        for aside in move_aside([folder]):  # a failure leaves the earlier model in its place
-            logger.info("earlier model moved to %s", aside)
-    logger.info("updated model: %s", folder)
+    return replace(trained, config=config, train_patients=train_patients)
 
 
 def updated_config(
