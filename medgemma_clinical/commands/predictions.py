@@ -295,6 +295,16 @@ class PredictionTally:
         kept = about.join(happened).join(risks).assign(patient=patients, rows=hashes)
         self.labelled.append(kept)
 
+    def flow(self, overlap: Overlap) -> pd.DataFrame:
+        """Return how many rows lack a score or a label, or are in the training data."""
+        labelled, new = len(overlap.is_new), int(overlap.is_new.sum())
+        steps = [
+            ("without a score", self.rows - self.scored, self.scored),
+            ("without a label", self.scored - labelled, labelled),
+            ("in the training data", labelled - new, new),
+        ]
+        return pd.DataFrame(steps, columns=list(FLOW_COLUMNS[:3]))
+
     def log(self, model: TrajectoryModel) -> None:
         """Log the counts, and what a user should know of the output."""
         if "decision" not in model.config:
@@ -368,41 +378,25 @@ def report_labelled(
     if not tally.labelled:
         return Labelled(pd.DataFrame())
     labelled = pd.concat(tally.labelled, ignore_index=True)
-    rows_hashes = np.stack(labelled["rows"].tolist())
-    in_training = training.include(
-        labelled["patient"].to_numpy(), rows_hashes, has_ids=dataset.has_patient_ids
-    )
-    new = labelled[~in_training].reset_index(drop=True)
-    noun = "patients" if labelled["patient"].is_unique else dataset.row_noun
-    overlap = Overlap(noun, int(in_training.sum()), len(new))
-    note = overlap.sentence(model.config, training, 0)
+    overlap = find_overlap(labelled, dataset, model.config, training)
+    new = labelled[overlap.is_new].reset_index(drop=True)
+    note = overlap.sentence(0)
     if problem := tally.targets[0].problem(new):
         logger.info("%s No metrics: %s.", note, problem)
         return Labelled(new)
-    evaluated = evaluate_labelled(tally, model.config, new, ~in_training, noun, request)
-    updates = evaluate_updates(evaluated.rows, tally.used, evaluated.targets, request.seed)
+    evaluated = evaluate_labelled(tally, new, overlap, request)
+    metrics, targets = evaluated.metrics, evaluated.targets
+    updates = evaluate_updates(evaluated.rows, tally.used, targets, request.seed)
     first = ""
     if model.stage == "generative" and tally.used == model.trained.name:
         first = right_answers(
             evaluated.rows, tally.used, evaluated.threshold, request.seed, request.min_cell
         )
-    medians = pd.concat(tally.medians)[~in_training]
-    page = cohort_page(
-        evaluated,
-        tally,
-        model.config,
-        dataset,
-        case_mix(new, medians, request.min_cell),
-        overlap,
-        updates,
-        first=first,
-        last=overlap.sentence(model.config, training, request.min_cell),
-        checkpoint=request.checkpoint.absolute().name,  # a page is shared: no path
-    )
+    checkpoint = request.checkpoint.absolute().name  # a page is shared: no path
     path = report_path(request.predictions)
-    write_report(path, page)
-    metrics = evaluated.metrics
-    findings = verdicts.sentences(metrics, evaluated.at_threshold, noun, targets=evaluated.targets)
+    write_report(path, cohort_page(evaluated, tally, dataset, overlap, updates, first, checkpoint))
+    words = evaluated.at_threshold, evaluated.noun
+    findings = verdicts.sentences(metrics, *words, targets=targets)
     lines = [first, weight_0_sentence(model.config), *map(str, findings)]
     text = "\n".join(filter(None, lines))
     logger.info("\n%s\n%s\nreport: %s", text, note, path)
@@ -411,10 +405,8 @@ def report_labelled(
 
 def evaluate_labelled(
     tally: PredictionTally,
-    config: Config,
     new: pd.DataFrame,  # labelled rows that are not in the training data
-    is_new: NDArray[np.bool_],  # which of all labelled rows these are
-    noun: str,
+    overlap: Overlap,
     request: Namespace,
 ) -> Evaluated:
     """Evaluate the models on new labelled rows."""
@@ -424,9 +416,10 @@ def evaluate_labelled(
     rows = happened.assign(id=patients, patient=patients).join(risks)
 
     def inputs() -> Array:
-        return np.concatenate(tally.inputs)[is_new]
+        return np.concatenate(tally.inputs)[overlap.is_new]
 
     targets = weighed(tally.targets, rows, inputs, request.censoring, request.seed)
+    config = overlap.config
     trained = config.get("metrics", {})
     planned = (trained.get("test") or trained.get("folds") or {}).get("primary")
     thresholds = [rule.threshold for rule in tally.rules.values()]
@@ -446,7 +439,7 @@ def evaluate_labelled(
         request.seed,
         thresholds,
         choice,
-        noun,
+        overlap.noun,
         request.min_cell,
         targets=targets,
     )
@@ -455,44 +448,35 @@ def evaluate_labelled(
 def cohort_page(
     evaluated: Evaluated,
     tally: PredictionTally,
-    config: Config,
     dataset: TrajectoryDataset,
-    mix: dict[str, Any],  # ``case_mix`` of the evaluated rows
     overlap: Overlap,
     updates: Any,
-    *,
     first: str,  # the sentence before the findings
-    last: str,
     checkpoint: str,
 ) -> Page:
     """Return the page of an external cohort."""
-    name, source, noun = tally.used, Path(dataset.source).name, overlap.noun
-    labelled = overlap.old + overlap.new
-    flow = [
-        ("without a score", tally.rows - tally.scored, tally.scored),
-        ("without a label", tally.scored - labelled, labelled),
-        ("in the training data", overlap.old, overlap.new),
-    ]
+    config, source = overlap.config, Path(dataset.source).name
     changes = describe_moves(tally.rules, tally.targets)
     recalibration = f"The risks were recalibrated on {choosing_rows(config)}: {changes}."
     results: list[TopicBuilder] = [
         *prediction_topics(evaluated.targets, recalibration=recalibration if changes else ""),
         partial(calibration_updates, tried=updates),
     ]
+    medians = pd.concat(tally.medians)[overlap.is_new]
+    mix = case_mix(evaluated.patients, medians, evaluated.min_cell)
     data = {
         "Source": source,
-        "Scored": f"{len(evaluated.rows):,} {noun} with a score and a label",
+        "Scored": f"{len(evaluated.rows):,} {overlap.noun} with a score and a label",
         "Missing values": "masked, never filled in",
     }
-    counts = pd.DataFrame(flow, columns=list(FLOW_COLUMNS[:3]))
     builders: list[TopicBuilder] = [
         *([] if evaluated.has_few else results),
         partial(case_mix_topic, development=config["case_mix"], here=mix),
-        partial(cohort, data=data, flow=counts),
+        partial(cohort, data=data, flow=tally.flow(overlap)),
     ]
     moved = "; an earlier update moved it." if config.get("updated") else "."
     return model_page(
-        f"{config['outcome']}: {name} on the {noun} of {source}",
+        f"{config['outcome']}: {tally.used} on the {overlap.noun} of {source}",
         evaluated,
         build_topics(evaluated, builders),
         config,
@@ -504,36 +488,48 @@ def cohort_page(
             "Seed": f"{evaluated.seed}, of the intervals",
         },
         first=first,
-        last=last,
+        last=overlap.sentence(evaluated.min_cell),
     )
 
 
 class Overlap(NamedTuple):
-    """How many of the labelled rows are in the training data."""
+    """Which of the labelled rows are in the training data of a model."""
 
+    is_new: NDArray[np.bool_]  # (n,)
     noun: str  # what the rows are
-    old: int
-    new: int
+    config: Config
+    training: TrainingPatients
 
-    def sentence(self, config: Config, training: TrainingPatients, min_cell: int) -> str:
+    def sentence(self, min_cell: int) -> str:
         """Return the counts in words, and whether the metrics may be optimistic."""
-        complete = config.get("updated", {}).get("complete", True)
-        if not len(training.hashes) or not complete:
+        complete = self.config.get("updated", {}).get("complete", True)
+        if not len(self.training.hashes) or not complete:
             return (
                 f"The checkpoint does not hold its training data: if these {self.noun} are in "
                 "them, the metrics are optimistic."
             )
-        count, total = count_text(self.old, min_cell), self.old + self.new
+        old = int((~self.is_new).sum())
+        count = count_text(old, min_cell)
         which = f"{count.capitalize()} {self.noun} are"
         if not min_cell:  # beside the patients that were tested, the total tells a small count
-            which = f"Of {total:,} {self.noun} {count} are"
+            which = f"Of {len(self.is_new):,} {self.noun} {count} are"
         text = f"{which} in the training data and left out of the metrics."
-        if not self.old or of_folds(config):
+        if not old or of_folds(self.config):
             return text
         return (
             f"{text} Others of these data may have chosen the epochs and taught the baselines: the "
             "metrics may be optimistic."
         )
+
+
+def find_overlap(
+    labelled: pd.DataFrame, dataset: TrajectoryDataset, config: Config, training: TrainingPatients
+) -> Overlap:
+    """Return which labelled rows are in the training data."""
+    patients, rows = labelled["patient"], np.stack(labelled["rows"].tolist())
+    is_old = training.include(patients.to_numpy(), rows, has_ids=dataset.has_patient_ids)
+    noun = "patients" if patients.is_unique else dataset.row_noun
+    return Overlap(~is_old, noun, config, training)
 
 
 def of_folds(config: Config) -> bool:
