@@ -269,23 +269,16 @@ def read_values(
     database: duck.Database, request: CohortRequest, hospital: HospitalTables
 ) -> tuple[list[Feature], dict[str, int]]:
     """Make the table converted; return the features, and counts of the values left out."""
-    wanted_features = hospital.choose_features(request)
-    item_of = {analytes.GAP_ITEM: request.gap_item}
-    names = [
-        (item_of.get(item, item), analyte.name, f" ({analyte.unit})" if analyte.unit else "")
-        for item, analyte in analytes.ANALYTES.items()
-    ]
-    database.add("analytes", pd.DataFrame(names, columns=["item", "analyte", "shown_unit"]))
-    items = [(k, item) for k, feature in enumerate(wanted_features) for item in feature.keys]
-    database.add("series_items", pd.DataFrame(items, columns=["position", "item"]))
-    hospital.load_labs(analytes.items_to_read(wanted_features) | set(analytes.ANALYTES))
+    features = hospital.choose_features(request)
+    add_items(database, request, features)
+    hospital.load_labs(analytes.items_to_read(features) | set(analytes.ANALYTES))
     database.run_file(SQL / "values.sql")
     counts = database.frame("FROM value_counts").iloc[0]
     left_out = {str(reason): int(count) for reason, count in counts.items() if count}
 
     path = hospital.paths[hospital.labs]
     by_unit = "SELECT item, unit, count(*) AS count FROM measured GROUP BY ALL ORDER BY ALL"
-    factors = analytes.find_factors(database.frame(by_unit), wanted_features, str(path))
+    factors = analytes.find_factors(database.frame(by_unit), features, str(path))
     has_factor = factors["factor"].notna()
     database.add("factors", factors[has_factor])
     database.run_file(SQL / "gaps.sql")
@@ -294,19 +287,33 @@ def read_values(
         left_out[f"of {name} in no unit or an unknown one"] = int(count)
     for reason, count in left_out.items():
         logger.info("%s: %d values %s", path, count, reason)
+    unit_of = factors[has_factor].groupby("item")["unit"].min().to_dict()
+    return describe_features(database, features, unit_of), left_out
 
-    unit_of = factors[has_factor].groupby("item")["unit"].min()
-    range_rows = database.run("FROM reference_ranges").fetchall()
-    ranges = {item: (low, high) for item, low, high in range_rows}
-    features = [
-        replace(
-            feature,
-            unit=unit_of.get(feature.keys[0], "") if feature.unit is None else feature.unit,
-            reference=next((ranges[item] for item in feature.keys if item in ranges), None),
-        )
-        for feature in wanted_features
+
+def add_items(database: duck.Database, request: CohortRequest, features: Sequence[Feature]) -> None:
+    """Make the tables analytes and series_items: what the items of values are."""
+    item_of = {analytes.GAP_ITEM: request.gap_item}
+    names = [
+        (item_of.get(item, item), analyte.name, f" ({analyte.unit})" if analyte.unit else "")
+        for item, analyte in analytes.ANALYTES.items()
     ]
-    return features, left_out
+    database.add("analytes", pd.DataFrame(names, columns=["item", "analyte", "shown_unit"]))
+    items = [(k, item) for k, feature in enumerate(features) for item in feature.keys]
+    database.add("series_items", pd.DataFrame(items, columns=["position", "item"]))
+
+
+def describe_features(
+    database: duck.Database, features: Sequence[Feature], unit_of: Mapping[Any, str]
+) -> list[Feature]:
+    """Return the features with their units and the reference ranges of the laboratory."""
+    ranges = {item: (low, high) for item, low, high in database.rows("FROM reference_ranges")}
+    described = []
+    for feature in features:
+        unit = unit_of.get(feature.keys[0], "") if feature.unit is None else feature.unit
+        reference = next((ranges[item] for item in feature.keys if item in ranges), None)
+        described.append(replace(feature, unit=unit, reference=reference))
+    return described
 
 
 def select_admissions(
@@ -377,30 +384,18 @@ def describe_rows(
     features: Sequence[Feature],
     counts: dict[str, Any],
 ) -> dict[str, Any]:
-    """Describe the rows: texts of the data set, ``counted``, definitions, origin."""
+    """Describe the rows: texts of the data set, ``counts``, definitions, origin."""
     main, *further = features
-    components = [OUTCOMES[name] for name in request.components]
-    texts = zip(*(components if len(components) < len(OUTCOMES) else [ESCALATION]), strict=True)
-    outcome, question, definition = map(" or ".join, texts)
-    ask, until = "Will the patient", f"within {plain(request.horizon_hours)} hours?"
+    asked = [OUTCOMES[name] for name in request.components]
+    if len(asked) == len(OUTCOMES):
+        asked = [ESCALATION]
     begin, rest = main.name[:1], main.name[1:]
-    labels = {
-        f"label_{name}": {"outcome": text.outcome, "question": f"{ask} {text.question} {until}"}
-        for name, text in OUTCOMES.items()
-    }
-    definitions = {f"label_{name}": text.definition for name, text in OUTCOMES.items()}
-    about_events = dict[str, Any]()
-    if request.events:
-        about_events["events"] = {str(k): name for k, name in enumerate(request.events, start=1)}
-        labels[EVENT] = {"outcome": GAP_TIMES.outcome, "question": GAP_TIMES.question}
-        definitions[EVENT] = GAP_TIMES.definition
     return {
         "series": (begin.upper() if rest == rest.lower() else begin) + rest,  # pH stays
         "unit": main.unit,
-        "question": f"{ask} {question} {until}",
-        "outcome": outcome,
-        "labels": labels,
-        **about_events,
+        "question": ask(" or ".join(x.question for x in asked), request),
+        "outcome": " or ".join(x.outcome for x in asked),
+        **describe_outcomes(request),
         "plausible": main.plausible,
         "limits": {x.name: x.plausible for x in further},
         "reference": main.reference,
@@ -415,9 +410,28 @@ def describe_rows(
             "cohort": hospital.cohorts[request.cohort],
             "anion_gap": GAPS[request.compute_gap],
             "discharge": DISCHARGED[request.discharged],
-            "label_escalation": definition,
-            **definitions,
+            "label_escalation": " or ".join(x.definition for x in asked),
+            **{f"label_{name}": text.definition for name, text in OUTCOMES.items()},
+            **({EVENT: GAP_TIMES.definition} if request.events else {}),
         },
         "source": hospital.source,
         **output.describe_origin(request, hospital.command, hospital.hashes),
     }
+
+
+def ask(what: str, request: CohortRequest) -> str:
+    """Return the question about a patient."""
+    return f"Will the patient {what} within {plain(request.horizon_hours)} hours?"
+
+
+def describe_outcomes(request: CohortRequest) -> dict[str, Any]:
+    """Return what a description says of all labels, and of times to events."""
+    labels = {
+        f"label_{name}": {"outcome": text.outcome, "question": ask(text.question, request)}
+        for name, text in OUTCOMES.items()
+    }
+    if not request.events:
+        return {"labels": labels}
+    labels[EVENT] = {"outcome": GAP_TIMES.outcome, "question": GAP_TIMES.question}
+    events = {str(k): name for k, name in enumerate(request.events, start=1)}
+    return {"labels": labels, "events": events}

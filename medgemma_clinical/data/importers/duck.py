@@ -72,9 +72,13 @@ class Database:
         """Return the rows of a query."""
         return pd.DataFrame(self.run(sql).df())
 
+    def rows(self, sql: str) -> list[Any]:
+        """Return the rows of a query as tuples."""
+        return list(self.run(sql).fetchall())
+
     def row(self, sql: str) -> Any:
         """Return the one row of a query, as a tuple."""
-        (row,) = self.run(sql).fetchall()  # to the end: an open result blocks ``add``
+        (row,) = self.rows(sql)  # to the end: an open result blocks ``add``
         return row
 
     def add(self, name: str, table: pd.DataFrame) -> None:

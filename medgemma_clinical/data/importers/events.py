@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from medgemma_clinical.data.dka import MAIN_COLUMN, comparable
 from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.importers import cells, duck, output, tables
-from medgemma_clinical.data.importers.questions import OpenQuestions, Question
+from medgemma_clinical.data.importers.questions import Question, unclear
 from medgemma_clinical.data.texts import NUMBER, plain
 from medgemma_clinical.files import InputError
 from medgemma_clinical.flags import HOURS, POSITIVE, TAKEN, Texts, row, texts
@@ -206,7 +206,7 @@ def name_codes(database: duck.Database, features_of: Mapping[str, Sequence[Featu
         "ON is_code(present.code, wanted.code)"
     )
     unseen = "FROM wanted WHERE NOT EXISTS (FROM named WHERE is_code(named.code, wanted.code))"
-    for code in database.run(f"SELECT kind, title, code {unseen} ORDER BY ALL").fetchall():
+    for code in database.rows(f"SELECT kind, title, code {unseen} ORDER BY ALL"):
         problem = "no subject of --labels has an event of this code in a window"
         logger.warning("warning: --%s %s=%s: %s", *code, problem)
 
@@ -233,7 +233,7 @@ def make_trajectories(
         problem = "a date without a time counts as known from the beginning of its day"
         logger.warning("warning: %d of %d events are at midnight: %s", midnight, events, problem)
     batches, several = [], 0
-    for first, last in database.run("FROM batch ORDER BY first").fetchall() or [(0, 0)]:
+    for first, last in database.rows("FROM batch ORDER BY first") or [(0, 0)]:
         database.set(first=first, last=last)
         database.run_file(SQL / "trajectories.sql")
         trajectories = database.frame("FROM trajectory")
@@ -244,17 +244,13 @@ def make_trajectories(
         )
         several += count
     if several and not equal_times:
-        ask_equal_times(several, ("last", "mean", "keep") if is_stored else ("mean", "keep"))
+        choices = ("last", "mean", "keep") if is_stored else ("mean", "keep")
+        problem = f"{several:,} times have several different values of a series"
+        advice = f"--equal_times {', '.join(choices)}"
+        raise unclear([Question(problem, "equal_times", choices, advice=advice)])
     if several:
         logger.info("%s times with several values of a series: %s", f"{several:,}", rule)
     return pd.concat(batches, ignore_index=True)
-
-
-def ask_equal_times(count: int, rules: tuple[str, ...]) -> None:
-    """Ask which of several different values at one time counts."""
-    problem = f"{count:,} times have several different values of a series"
-    asked = [Question(problem, "equal_times", rules)]
-    raise OpenQuestions(f"{problem}: --equal_times {', '.join(rules)}", asked)
 
 
 def first_event(
@@ -294,63 +290,82 @@ def make_rows(
     labels = database.frame(
         "SELECT *, person IN (SELECT person FROM event) AS measured FROM prediction ORDER BY number"
     ).set_index("number")
-    found = {name: table.set_index("number") for name, table in trajectories.groupby("series")}
-    by_series = [
-        found.get(feature.name, trajectories[:0].set_index("number")) for feature in series
-    ]
-    fewest = request.min_observations
-    rules = {
-        name.removeprefix(RULE): labels[name].fillna(value=False).astype(bool)
-        for name in map(str, labels)
-        if name.startswith(RULE)
-    }
-    is_patient = ~pd.DataFrame(rules, labels.index).any(axis=1)
-    if parts is not None:
-        rules["subject in no part of the split"] = ~labels["subject"].isin(parts.index)
+    columns = columns_of_series(series, trajectories)
+    fewest, main = request.min_observations, series[0].name
+    too_few = f"no value of {main}" if fewest == 1 else f"fewer than {fewest} values of {main}"
+
+    rules = rules_of_labels(labels, parts)
+    is_candidate = ~rules.any(axis=1)
     rules["no value of any series from the first window to the last"] = ~labels["measured"]
-    too_few = "no value" if fewest == 1 else f"fewer than {fewest} values"
-    counts = by_series[0]["observations"].reindex(labels.index)
-    rules[f"{too_few} of {series[0].name} in the window"] = ~counts.ge(fewest)
-    left, flow = output.apply_rules(
-        pd.DataFrame(rules), f"--labels {request.labels}", labels["subject"]
-    )
-    lost = ~left & is_patient
-    lost &= parts is None or labels["subject"].isin(parts.index)
-    if lost.any() and not keep_all:
-        is_event = labels["label"].eq(1)
-        patients = labels["subject"].nunique()
-        gone = patients - labels["subject"][~lost].nunique()
-        shares = f"{lost.sum():,} of {len(lost):,} rows ({lost.mean():.1%})"
-        shares += f", {gone:,} of {patients:,} patients"
-        shares += f" and {(lost & is_event).sum():,} of {is_event.sum():,} events"
-        problem = f"are lost, with {too_few} of {series[0].name} in the window"
-        hours = plain(request.window_hours)
-        logger.info("%s %s: --window_hours %s sets its length", shares, problem, hours)
-    kept = is_patient if keep_all else left
+    counts = columns[MAIN_COLUMN]["observations"].reindex(labels.index)
+    rules[f"{too_few} in the window"] = ~counts.ge(fewest)
+    left, flow = output.apply_rules(rules, f"--labels {request.labels}", labels["subject"])
+    if not keep_all:
+        log_lost(labels, is_candidate & ~left, f"{too_few} in the window", request)
+
+    kept = is_candidate if keep_all else left
     labels, left = labels[kept], left[kept]
-    titles = [MAIN_COLUMN, *(f"trajectory_{feature.title}" for feature in series[1:])]
-    written = labels[PATIENT] if PATIENT in labels else labels["subject"]
-    rows = pd.DataFrame(
-        {
-            "id": labels.get("id", written + " " + labels["shown"]),
-            "subject_id": written,
-            "prediction_time": labels["shown"],
-            **{title: table["text"] for title, table in zip(titles, by_series, strict=True)},
-            "prediction_hours": by_series[0]["hours"],
-            **static,
-            "label_escalation": labels["label"].astype("Int8"),
-        },
-        index=labels.index,
-    )
-    if keep_all and not left.all():
-        rows.loc[~left, [*titles, "prediction_hours"]] = None
-        problem = f"{too_few} of {series[0].name}, as no row of a training has: kept without values"
+    rows = join_columns(labels, columns, static)
+    if not left.all():
+        rows.loc[~left, [*columns, "prediction_hours"]] = None
+        problem = f"{too_few}, as no row of a training has: kept without values"
         logger.warning("warning: %d rows have %s and risk", int((~left).sum()), problem)
     if parts is not None:
         rows["split"] = labels["subject"].map(parts)
     if unlabelled := int(rows["label_escalation"].isna().sum()):
         logger.info("%s of %s rows have no label", f"{unlabelled:,}", f"{len(rows):,}")
     return rows.reset_index(drop=True), flow
+
+
+def columns_of_series(
+    series: Sequence[Feature], trajectories: pd.DataFrame
+) -> dict[str, pd.DataFrame]:
+    """Return the trajectories of each series, by number of the prediction, by their column."""
+    titles = [MAIN_COLUMN, *(f"trajectory_{feature.title}" for feature in series[1:])]
+    return {
+        title: trajectories[trajectories["series"] == feature.name].set_index("number")
+        for title, feature in zip(titles, series, strict=True)
+    }
+
+
+def rules_of_labels(labels: pd.DataFrame, parts: pd.Series | None) -> pd.DataFrame:
+    """Return which labels each rule leaves out that asks for no value."""
+    rules = labels.filter(regex=f"^{RULE}").fillna(value=False).astype(bool)
+    rules.columns = rules.columns.str.removeprefix(RULE)
+    if parts is not None:
+        rules["subject in no part of the split"] = ~labels["subject"].isin(parts.index)
+    return rules
+
+
+def log_lost(labels: pd.DataFrame, is_lost: pd.Series, problem: str, request: EventRequest) -> None:
+    """Log how many rows, patients and events have too few values."""
+    if not is_lost.any():
+        return
+    is_event = labels["label"].eq(1)
+    patients = labels["subject"].nunique()
+    gone = patients - labels["subject"][~is_lost].nunique()
+    shares = f"{is_lost.sum():,} of {len(labels):,} rows ({is_lost.mean():.1%})"
+    shares += f", {gone:,} of {patients:,} patients"
+    shares += f" and {(is_lost & is_event).sum():,} of {is_event.sum():,} events"
+    hours = plain(request.window_hours)
+    logger.info("%s are lost, with %s: --window_hours %s sets its length", shares, problem, hours)
+
+
+def join_columns(
+    labels: pd.DataFrame, columns: Mapping[str, pd.DataFrame], static: pd.DataFrame
+) -> pd.DataFrame:
+    """Return the rows of the DKA format, by number of the prediction."""
+    patient = labels[PATIENT] if PATIENT in labels else labels["subject"]
+    cells_of_rows = {
+        "id": labels.get("id", patient + " " + labels["shown"]),
+        "subject_id": patient,
+        "prediction_time": labels["shown"],
+        **{title: table["text"] for title, table in columns.items()},
+        "prediction_hours": columns[MAIN_COLUMN]["hours"],
+        **static,
+        "label_escalation": labels["label"].astype("Int8"),
+    }
+    return pd.DataFrame(cells_of_rows, index=labels.index)
 
 
 def describe_rows(

@@ -17,7 +17,7 @@ from medgemma_clinical.data.importers import cells, duck, events, guesses, outpu
 from medgemma_clinical.data.importers.long_request import LongRequest, Outcome
 from medgemma_clinical.data.importers.long_values import MAX_LETTERS, MAX_WORDS, check_texts
 from medgemma_clinical.data.importers.notes import NoteText
-from medgemma_clinical.data.importers.questions import OpenQuestions, Question
+from medgemma_clinical.data.importers.questions import OpenQuestions, Question, unclear
 from medgemma_clinical.data.importers.sources import Seen, Source, check_alike, find_time
 from medgemma_clinical.files import InputError, did_you_mean, one_line
 
@@ -124,7 +124,7 @@ def load_labels(
     if taking.problems:
         raise OpenQuestions("; ".join(taking.problems), taking.asked)
     if seen.is_preview and (asked := guesses.ask_end_time(source, request)):
-        raise OpenQuestions(asked.text, [asked])
+        raise unclear([asked])
     source.log()
     tables.load_table(database, "answers", source.file, taking.columns)
     categories = select_static(taking, static, seen)
@@ -381,7 +381,7 @@ def make_static(
     (numbers,) = database.row(f"SELECT count({cell}.number) FROM answers")
     select = f"SELECT DISTINCT {word} AS word FROM answers WHERE word IS NOT NULL ORDER BY 1"
     is_number = numbers and not is_sex
-    words = [] if is_number else [text for (text,) in database.run(select).fetchall()]
+    words = [] if is_number else [text for (text,) in database.rows(select)]
     if is_sex and (unknown := [x for x in words if x.isdigit() and x not in sexes]):
         ask_sexes(where, unknown)
     words = [*request.earlier.static.get(feature.title, words)]
@@ -419,16 +419,16 @@ def read_sexes(texts: Sequence[str]) -> dict[str, str]:
 
 def ask_sexes(where: str, words: Sequence[str]) -> None:
     """Ask which numbers are which sex: registries differ."""
-    problem = f"{where}: which number is which sex"
-    asked = []
+    chosen = list[tuple[str, ...]]()
     for k, word in enumerate(words):
         order = (*roles.SEXES[k % 2 :], *roles.SEXES[: k % 2], "unknown")
         if len(words) > len(roles.SEXES) and word not in ("1", "2"):
             order = ("unknown", *roles.SEXES)
-        asked.append(Question(problem, "sex", tuple(f"{word}={sex}" for sex in order)))
-    example = " ".join(question.answers[0] for question in asked)
+        chosen.append(tuple(f"{word}={sex}" for sex in order))
+    example = " ".join(answers[0] for answers in chosen)
     advice = f"--sex {example}, or another of male, female and unknown"
-    raise OpenQuestions(f"{problem}: {advice}", asked)
+    problem = "which number is which sex"
+    raise unclear([Question(problem, "sex", x, advice=advice) for x in chosen], where)
 
 
 def name_categories(
@@ -471,7 +471,7 @@ def find_positive(taking: Taking, columns: Sequence[str]) -> dict[str, cells.Col
         raw, where = file.raw(column), f"{file.path}, column {column}"
         cell = f"trim({raw}::VARCHAR)"
         select = f"SELECT lower({cell}) AS word, count(*) AS count, min({cell}) FROM {file.rows()}"
-        words = database.run(f"{select} GROUP BY 1 ORDER BY count DESC, word").fetchall()
+        words = database.rows(f"{select} GROUP BY 1 ORDER BY count DESC, word")
         held = {word for word, *_ in words}
         own = tuple(x for x in request.positive if x.strip().lower() in held)
         unused -= {x.strip().lower() for x in own}
@@ -486,8 +486,7 @@ def find_positive(taking: Taking, columns: Sequence[str]) -> dict[str, cells.Col
             given = f"--positive {', '.join(request.positive)}: " if request.positive else ""
             problem = f"{given}{where}: {label.problem(count)}"
             answers = tuple(known) if len(known) <= MAX_WORDS else ()
-            asked = Question(problem, "positive", answers, of_cells=True)
-            raise OpenQuestions(problem, [asked])
+            raise unclear([Question(problem, "positive", answers, of_cells=True)])
         if own:
             log_labels(where, words, own)
     if unused and not request.like:
@@ -533,15 +532,14 @@ def find_causes(
     """Return how the events of a column are read; refuse words that nothing names."""
     cause, raw = Cause(source=column, names=request.event_names), file.raw(column)
     select = f"SELECT min(trim({raw}::VARCHAR)), count(*) AS count FROM {file.rows()}"
-    words = database.run(
+    words = database.rows(
         f"{select} WHERE {cause.is_wrong(raw)} GROUP BY lower(trim({raw}::VARCHAR)) "
         "ORDER BY count DESC, 1"
-    ).fetchall()
+    )
     if words:
         problem = f"{file.path}, column {column}: {cause.problem(sum(n for _, n in words))}"
         answers = [(word,) for word, _ in words] if len(words) <= MAX_WORDS else [()]
-        asked = [Question(problem, "event_names", answer, of_cells=True) for answer in answers]
-        raise OpenQuestions(problem, asked)
+        raise unclear([Question(problem, "event_names", x, of_cells=True) for x in answers])
     return cause
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,59 +41,54 @@ def make_long(
     long_values.wanted_series(request)  # wrong flags are refused before the tables are read
     request.factors()
     with duck.open_database(request.out, request.memory_limit, request.threads) as database:
-        seen.sources = sources.open_sources(database, request)
-        request = sources.fit_like(request, seen.sources[0])
-        database.set(below_limit=request.below_limit, result_flags=[*request.result_flags])
-        lacking, problems = sources.find_columns(seen.sources, request)
-        asked = guesses.ask(database, seen, lacking, request) if seen.is_preview else []
-        if problems or asked:
-            raise OpenQuestions("; ".join(problems), asked)
-        sources.find_times(database, seen.sources, request, seen)
+        request = find_sources(database, request, seen)
         # The tables label, prediction and span, of which windows.sql tells.
         categories, titles = long_labels.load_labels(database, seen.sources, request, seen)
         sources.check_zones(seen.sources)
-        values, labels, *notes = seen.sources
         # The view record of the values, and the table named of their series.
-        repeated = long_values.load_values(database, values, request, seen)
-        series = long_values.choose_series(database, values, request)
-        series = seen.series = long_values.convert_units(database, series, request)
-        long_values.check_medians(database, request.table)
+        repeated = long_values.load_series(database, request, seen)
         # events.sql and trajectories.sql.
+        is_stored = "storetime" in seen.sources[0].names
         trajectories = events.make_trajectories(
-            database, request, request.equal_times, is_stored="storetime" in values.names
+            database, request, request.equal_times, is_stored=is_stored
         )
-        static = read_static(database, titles, request)
-        for source in notes:
-            add_context(database, static, source, request)
+        static = read_static(database, titles, request, seen.sources[2:])
         rows, flow = events.make_rows(
-            database, request, series, trajectories, static, keep_all=request.no_labels
+            database, request, seen.series, trajectories, static, keep_all=request.no_labels
         )
-        left_out = {"repeated": repeated} | long_values.count_left_out(database, request.table)
-        dropped = long_values.count_dropped(database)
-        medians = long_values.find_medians(database)
-    about_events = dict[str, Any]()
-    if "event" in labels.names or (request.dated_events() and not request.no_labels):
-        rows, later, about_events = long_labels.finish_events(rows, labels.names, request)
+        about_values, medians = long_values.describe_values(database, request.table, repeated)
+    names, about_events = seen.sources[1].names, dict[str, Any]()
+    if "event" in names or (request.dated_events() and not request.no_labels):
+        rows, later, about_events = long_labels.finish_events(rows, names, request)
         flow = [*flow, *later]
-    description = describe(request, seen, rows, flow, about_events)
-    if "label" not in labels.names:
-        rows = rows.drop(columns=LABEL_COLUMN)
-    description |= {"values": left_out, "dropped": dropped}
+    description = describe(request, seen, rows, flow, about_events) | about_values
     description["labels"] = {name: {"outcome": title} for name, title in titles.items()}
-    description["arguments"]["read_as"] = {
-        "times": {
-            role: column.formats[:1]
-            for source in seen.sources
-            for role, column in source.times.items()
-        },
-        "static": categories,
-        "medians": medians,
-    }
+    times = {role: form.formats[:1] for x in seen.sources for role, form in x.times.items()}
+    read_as = {"times": times, "static": categories, "medians": medians}
+    description["arguments"]["read_as"] = read_as
+    if "label" not in names:
+        rows = rows.drop(columns=LABEL_COLUMN)
     return rows, description
 
 
+def find_sources(database: duck.Database, request: LongRequest, seen: Seen) -> LongRequest:
+    """Find the tables, their columns and the forms of their times; return the flags with --like."""
+    seen.sources = sources.open_sources(database, request)
+    request = sources.fit_like(request, seen.sources[0])
+    database.set(below_limit=request.below_limit, result_flags=[*request.result_flags])
+    lacking, problems = sources.find_columns(seen.sources, request)
+    asked = guesses.ask(database, seen, lacking, request) if seen.is_preview else []
+    if problems or asked:
+        raise OpenQuestions("; ".join(problems), asked)
+    sources.find_times(database, seen.sources, request, seen)
+    return request
+
+
 def read_static(
-    database: duck.Database, titles: dict[str, str], request: LongRequest
+    database: duck.Database,
+    titles: dict[str, str],  # of further labels
+    request: LongRequest,
+    notes: Sequence[Source],
 ) -> pd.DataFrame:
     """Return what comes along of each prediction, by its number."""
     columns = f"COLUMNS('(?s)^(number|{STATIC}.*|label_.*|{KEPT}.*)$')"
@@ -103,6 +99,8 @@ def read_static(
     if CONTEXT in static and request.context_column:
         words = static[CONTEXT].str.rstrip(". ").str.split()
         static[CONTEXT] = words.str[-request.max_note_words :].str.join(" ")
+    for source in notes:
+        add_context(database, static, source, request)
     return static
 
 
@@ -142,24 +140,29 @@ def describe(
         usable = "values"
         problem = "no storetime: values count as known when measured"
         logger.warning("warning: %s: %s", values.file.path, problem)
-    label = labels.names.get("label", "")
-    titles = [x.title for x in request.outcomes() if x.title and label][:1]
-    if label and find_column(LABEL_ROLES["label"], label) is None:
-        titles.append(label)
-    if not label:
-        titles = [about_events.get("events", {}).get("1", EVENT)]
-    roles = {name: column for x in (labels, values, *notes[:1]) for name, column in x.names.items()}
+    outcome = request.outcome
+    if outcome == EVENT:
+        outcome = name_outcome(request, labels.names.get("label", ""), about_events)
+    columns = labels.names | values.names | (notes[0].names if notes else {})
+    pairs = [(feature.title, key) for feature in seen.series for key in feature.keys or ("",)]
     settled = replace(
         request,
-        outcome=titles[0] if titles and request.outcome == EVENT else request.outcome,
-        columns=tuple(f"{role}={name}" for role, name in roles.items()),
-        series=tuple(
-            f"{feature.title}={key}" for feature in seen.series for key in feature.keys or ("",)
-        ),
+        outcome=outcome,
+        columns=tuple(f"{role}={name}" for role, name in columns.items()),
+        series=tuple(f"{title}={key}" for title, key in pairs),
     )
     folders = ("", "labels/", "notes/")
     files = [source.file for source in seen.sources]
     hashes = {f"{folder}{x.path.name}": x.sha256 for folder, x in zip(folders, files, strict=False)}
     description = events.describe_rows(settled, seen.series[0], usable, rows, flow)
-    description |= about_events
-    return description | output.describe_origin(settled, COMMAND, hashes)
+    return description | about_events | output.describe_origin(settled, COMMAND, hashes)
+
+
+def name_outcome(request: LongRequest, column: str, about_events: dict[str, Any]) -> str:
+    """Return what label 1 means: a title, an unusual name of its column, or the first event."""
+    if not column:
+        return str(about_events.get("events", {}).get("1", EVENT))
+    titles = [x.title for x in request.outcomes() if x.title]
+    if titles:
+        return titles[0]
+    return EVENT if find_column(LABEL_ROLES["label"], column) else column

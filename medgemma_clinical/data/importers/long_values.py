@@ -7,11 +7,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 
 from medgemma_clinical.data import analytes
 from medgemma_clinical.data.dka import comparable, join_names
@@ -19,7 +20,7 @@ from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.importers import cells, duck, events, tables
 from medgemma_clinical.data.importers.events import MICRO
 from medgemma_clinical.data.importers.long_request import LongRequest, alike
-from medgemma_clinical.data.importers.questions import OpenQuestions, Question
+from medgemma_clinical.data.importers.questions import OpenQuestions, Question, unclear
 from medgemma_clinical.data.importers.sources import Seen, Source
 from medgemma_clinical.data.texts import plain
 from medgemma_clinical.files import InputError, did_you_mean, one_line
@@ -38,6 +39,20 @@ SPECIAL = re.compile(
 MAX_RATIO, MIN_OF_UNIT, SURE = 5.0, 5, 4.0
 """Medians of a series by unit that differ so many times are refused, each of so many values, where
 the difference is so many times what chance makes."""
+
+
+def load_series(database: duck.Database, request: LongRequest, seen: Seen) -> int:
+    """Make the view ``record`` and the table ``named`` of the series; return how many lines repeat.
+
+    ``seen`` keeps the series in their units.
+    """
+    source = seen.sources[0]
+    repeated = load_values(database, source, request, seen)
+    series = wanted_series(request) or find_series(database, source.file.path)
+    events.name_codes(database, {"series": series})
+    seen.series = convert_units(database, series, request)
+    check_medians(database, request.table)
+    return repeated
 
 
 def load_values(database: duck.Database, source: Source, request: LongRequest, seen: Seen) -> int:
@@ -69,11 +84,11 @@ def load_values(database: duck.Database, source: Source, request: LongRequest, s
 
 def log_unread(database: duck.Database, source: Source) -> None:
     """Log the items that are of no series, those of most values first."""
-    rows = database.run(
+    rows = database.rows(
         f"SELECT code, n FROM ({count_items(source)}) WHERE NOT EXISTS "
         f"(SELECT 1 FROM read WHERE {duck.quoted(source.names['item'])} = code) "
         "ORDER BY n DESC, code"
-    ).fetchall()
+    )
     texts = [f"{one_line(code)} ({n:,} values)" for code, n in rows]
     if texts:
         logger.info("%s: items not read: %s", source.file.path, join_names(texts, MAX_WORDS))
@@ -112,6 +127,21 @@ def drop_repeated(database: duck.Database, path: Path) -> int:
 # ---------------------------------------------------------------------------- cells
 
 
+class TextCounts(NamedTuple):
+    """Counts of the cells of a column of values, and the letters behind numbers."""
+
+    total: int  # numbers and texts
+    flagged: int
+    below: int
+    above: int
+    numeric: int  # look like numbers of another form
+    other: int
+    with_unit: int
+    letters: Sequence[str]
+    commas: int
+    points: int
+
+
 def check_texts(
     database: duck.Database,
     loaded: str,
@@ -123,57 +153,78 @@ def check_texts(
     """Refuse what only a flag says how to read, log what is left out; return signs of decimals."""
     where = f"{file.path}, column {column}"
     texts = f"SELECT {item} AS item, unnest({duck.quoted(column)}) FROM {loaded}"
-    total, flagged, below, above, numeric, other, with_unit, letters, commas, points = database.row(
+    counts = count_texts(database, texts)
+    asked = ask_decimal(database, texts, counts, file.separator, request)
+    asked += ask_texts(counts, request)
+    if asked:
+        raise unclear(asked, where)
+    if counts.flagged:
+        logger.info(
+            "%s: %s numbers with a laboratory's flag are read", where, f"{counts.flagged:,}"
+        )
+    if counts.below + counts.above:
+        at_limits = f"{counts.below:,} values below a limit, {counts.above:,} above one"
+        logger.info("%s: %s: --below_limit %s", where, at_limits, request.below_limit)
+    if counts.numeric + counts.other:
+        log_dropped(database, texts, where, counts.total)
+    signs = {"comma": counts.commas, "point": counts.points}
+    return {name for name, count in signs.items() if count}
+
+
+def count_texts(database: duck.Database, texts: str) -> TextCounts:
+    """Count the cells of each form."""
+    row = database.row(
         "SELECT count(number) + count(text), count(*) FILTER (flagged), "
         "count(*) FILTER (is_limit(text) AND text[1] IN ('<', '≤')), "
         "count(*) FILTER (is_limit(text) AND text[1] IN ('>', '≥')), "
         "count(*) FILTER (NOT is_limit(text) AND looks_numeric(text)), "
         "count(*) FILTER (NOT looks_numeric(text)), count(*) FILTER (holds_unit(text)), "
-        "list_distinct(list(letters_behind(text)) FILTER (letters_behind(text) != '')), "
+        "coalesce(list_distinct(list(letters_behind(text)) "
+        "FILTER (letters_behind(text) != '')), []), "
         f"count(*) FILTER (sign = ','), count(*) FILTER (sign = '.') FROM ({texts})"
     )
-    asked = list[tuple[str, str, str, tuple[str, ...]]]()  # problem, advice, flag, its values
-    signs = ("comma", "point") if commas > points else ("point", "comma")
-    unclear = [] if request.decimal else unclear_signs(database, texts, file.separator)
-    asked += [(text, "", "decimal", signs) for text in unclear]
-    if numeric and not (request.decimal and request.bad_values):
-        forms = (
-            f"SELECT regexp_replace(text, '\\d', '#', 'g') AS form FROM ({texts}) "
-            "WHERE NOT is_limit(text) AND looks_numeric(text) GROUP BY 1 ORDER BY count(*) DESC, 1"
-        )
-        shown = join_names([f"'{form}'" for (form,) in database.run(forms).fetchall()], 3)
-        problem = f"{numeric:,} cells look like numbers of another form, as {shown}"
-        if request.decimal:
-            asked.append((problem, ": write all alike", "bad_values", ("drop",)))
-        else:
-            asked.append((problem, ": --decimal comma or point", "decimal", signs))
-    if below + above and not request.below_limit:
-        flag = ': --below_limit half, value or drop (of "<5": 2.5, 5 or empty)'
-        problem = f"{cells.count_cells(below + above)} at a limit"
-        asked.append((problem, flag, "below_limit", ("half", "value", "drop")))
-    if with_unit:
-        advice = ": write the unit in a column of its own"
-        problem = f"{cells.count_cells(with_unit)} with a unit behind the number"
-        asked.append((problem, advice, "", ()))
-    for word in sorted(letters or ()):
+    return TextCounts(*row)
+
+
+def ask_decimal(
+    database: duck.Database, texts: str, counts: TextCounts, separator: str, request: LongRequest
+) -> list[Question]:
+    """Ask for the sign of decimals where the numbers do not tell, and what other ones are."""
+    signs = ("comma", "point") if counts.commas > counts.points else ("point", "comma")
+    unclear_texts = [] if request.decimal else unclear_signs(database, texts, separator)
+    asked = [Question(text, "decimal", signs) for text in unclear_texts]
+    if not counts.numeric or (request.decimal and request.bad_values):
+        return asked
+    forms = database.rows(
+        f"SELECT regexp_replace(text, '\\d', '#', 'g') AS form FROM ({texts}) "
+        "WHERE NOT is_limit(text) AND looks_numeric(text) GROUP BY 1 ORDER BY count(*) DESC, 1"
+    )
+    shown = join_names([f"'{form}'" for (form,) in forms], 3)
+    problem = f"{counts.numeric:,} cells look like numbers of another form, as {shown}"
+    if request.decimal:
+        return [*asked, Question(problem, "bad_values", ("drop",), advice="write all alike")]
+    return [*asked, Question(problem, "decimal", signs, advice="--decimal comma or point")]
+
+
+def ask_texts(counts: TextCounts, request: LongRequest) -> list[Question]:
+    """Ask what the texts of a column of values are: limits, units, flags, other words."""
+    asked = list[Question]()
+    if (limits := counts.below + counts.above) and not request.below_limit:
+        problem = f"{cells.count_cells(limits)} at a limit"
+        advice = '--below_limit half, value or drop (of "<5": 2.5, 5 or empty)'
+        asked.append(Question(problem, "below_limit", ("half", "value", "drop"), advice=advice))
+    if counts.with_unit:
+        problem = f"{cells.count_cells(counts.with_unit)} with a unit behind the number"
+        asked.append(Question(problem, "", advice="write the unit in a column of its own"))
+    for word in sorted(counts.letters):
         problem = f"numbers have {word} behind them, a unit or the laboratory's flag"
-        advice = f": --result_flags {word}, or a column of the unit"
-        asked.append((problem, advice, "result_flags", (word,)))
-    if other > with_unit and not request.bad_values and not letters:
-        problem = f"{cells.count_cells(other)} not a number"
-        asked.append((problem, ": --bad_values drop leaves it out", "bad_values", ("drop",)))
-    if asked:
-        problems = "; ".join(problem + advice for problem, advice, *_ in asked)
-        questions = [Question(f"{where}: {x}", flag, values) for x, _, flag, values in asked]
-        raise OpenQuestions(f"{where}: {problems}", questions)
-    if flagged:
-        logger.info("%s: %s numbers with a laboratory's flag are read", where, f"{flagged:,}")
-    if below + above:
-        counts = f"{below:,} values below a limit, {above:,} above one"
-        logger.info("%s: %s: --below_limit %s", where, counts, request.below_limit)
-    if numeric + other:
-        log_dropped(database, texts, where, total)
-    return {name for name, count in (("comma", commas), ("point", points)) if count}
+        advice = f"--result_flags {word}, or a column of the unit"
+        asked.append(Question(problem, "result_flags", (word,), advice=advice))
+    if counts.other > counts.with_unit and not request.bad_values and not counts.letters:
+        problem = f"{cells.count_cells(counts.other)} not a number"
+        advice = "--bad_values drop leaves it out"
+        asked.append(Question(problem, "bad_values", ("drop",), advice=advice))
+    return asked
 
 
 def log_dropped(database: duck.Database, texts: str, where: str, total: int) -> None:
@@ -183,11 +234,11 @@ def log_dropped(database: duck.Database, texts: str, where: str, total: int) -> 
     is_number = "regexp_matches(text, '^[<>≤≥+-]*\\s*\\d')"
     kinds = ((number_form, is_number, True), (text_form, f"NOT {is_number}", False))
     for form, condition, warns in kinds:
-        words = database.run(
+        words = database.rows(
             f"SELECT left({form}, {MAX_LETTERS + 1}) AS word, count(*) AS count FROM ({texts}) "
             f"WHERE text IS NOT NULL AND NOT is_limit(text) AND {condition} "
             "GROUP BY word ORDER BY count DESC, word"
-        ).fetchall()
+        )
         count = sum(count for _, count in words)
         shown = [x for x in words if len(x[0]) <= MAX_LETTERS][:MAX_WORDS]
         if len(words) > MAX_WORDS:  # a rare one may be a remark on a patient
@@ -204,12 +255,12 @@ def log_dropped(database: duck.Database, texts: str, where: str, total: int) -> 
 
 def unclear_signs(database: duck.Database, texts: str, separator: str) -> list[str]:
     """Return what is unclear of the signs of numbers: decimals, or between thousands."""
-    rows = database.run(
+    rows = database.rows(
         "SELECT item, count(*) FILTER (sign = ','), count(*) FILTER (sign = '.'), "
         "count(*) FILTER (sign != '' AND NOT thousands), "
         "count(*) FILTER (sign = '' AND (number IS NOT NULL OR is_limit(text))) "
         f"FROM ({texts}) GROUP BY item ORDER BY item"
-    ).fetchall()
+    )
     commas, points, decimals = (sum(row[k] for row in rows) for k in (1, 2, 3))
     is_text = separator in (";", "\t", "|")  # where commas are free to be decimal
     if commas and (points or not is_text):
@@ -246,42 +297,43 @@ def wanted_series(request: LongRequest) -> list[Feature]:
     return series + list(by_name.values())
 
 
-def choose_series(database: duck.Database, source: Source, request: LongRequest) -> list[Feature]:
-    """Return the series, and make the table ``named`` of their items."""
-    series = wanted_series(request) or find_series(database, source.file.path)
-    events.name_codes(database, {"series": series})
-    return series
-
-
 def ask_absent(database: duck.Database, source: Source, series: Sequence[Feature]) -> None:
     """Ask for the items of the series of --like of which the table has none."""
     path = source.file.path
     with tables.readable(path):
-        rows = database.run(f"{count_items(source)} ORDER BY n DESC, code").fetchall()
-    codes = [code for code, _ in rows]
+        codes = [code for code, _ in database.rows(f"{count_items(source)} ORDER BY n DESC, code")]
     present = set(map(comparable, codes))
-    keys = {feature.name: [*map(str, feature.keys)] for feature in series}
-    absent = [x for x in series if keys[x.name] and not present & {*map(comparable, keys[x.name])}]
-    absent = [x for x in absent if not any(key.endswith("*") for key in keys[x.name])]
+    absent = [x for x in series if is_absent(x, present)]
     if not absent:
         return
-    taken = {comparable(key) for x in series if x not in absent for key in keys[x.name]}
+    taken = {comparable(str(key)) for x in series if x not in absent for key in x.keys}
     items = [code for code in codes if comparable(code) not in taken][:MAX_ITEMS]
-    asked = list[Question]()
-    for feature in absent:
-        none, title = join_names(keys[feature.name]), feature.title
-        problem = f"{path}: which items are {feature.name}: none is {none}"
-        is_known, kind = bool(analytes.pattern_of(feature.name)), kind_of_item(feature.name)
-        hint = "" if is_known else did_you_mean(feature.name, items, 0.5) or ""
-        near = [code for code in items if kind_of_item(split_title(code)[0]) == kind]
-        near += [code for code in items if code not in near and f" {code}?" in hint]
-        answers = [(f"{title}={code}", f"{title}=") for code in near[:MAX_WORDS]]
-        asked += [Question(problem, "series", pair) for pair in answers]
-        asked += [] if answers else [Question(problem, "series", (f"{title}=",))]
+    asked = [question for x in absent for question in ask_items(str(path), x, items)]
     problem = f"{path}: no item of {join_names([x.title for x in absent])}"
     first = absent[0].title
     advice = f"--series '{first}=ITEM', or '{first}=' of one that is not measured here"
     raise OpenQuestions(f"{problem}: {advice}; the items are {join_names(items, 12)}", asked)
+
+
+def is_absent(series: Feature, present: set[str]) -> bool:
+    """Return whether a table has none of the items of a series; one with a star has some."""
+    keys = [str(key) for key in series.keys]
+    has_star = any(key.endswith("*") for key in keys)
+    return bool(keys) and not has_star and present.isdisjoint(map(comparable, keys))
+
+
+def ask_items(where: str, series: Feature, items: Sequence[str]) -> list[Question]:
+    """Return the questions which items are a series, those of its quantity first."""
+    problem = (
+        f"{where}: which items are {series.name}: none is {join_names([*map(str, series.keys)])}"
+    )
+    is_known, kind = bool(analytes.pattern_of(series.name)), kind_of_item(series.name)
+    hint = "" if is_known else did_you_mean(series.name, items, 0.5)
+    near = [code for code in items if kind_of_item(split_title(code)[0]) == kind]
+    near += [code for code in items if code not in near and f" {code}?" in hint]
+    none = f"{series.title}="
+    answers = [[f"{none}{code}", none] for code in near[:MAX_WORDS]] or [[none]]
+    return [Question(problem, "series", tuple(answer)) for answer in answers]
 
 
 def kind_of_item(name: str) -> str:
@@ -292,8 +344,32 @@ def kind_of_item(name: str) -> str:
     return f"{special} {analytes.pattern_of(name) or ''.join(first)}"
 
 
+@dataclass(frozen=True, eq=False)
+class Item:
+    """An item of the table, whatever its case, as a series: its keys are its spellings."""
+
+    series: Feature
+    size: int  # number of its values
+    middle: float  # their median, in the unit of most of them
+
+
 def find_series(database: duck.Database, path: Path) -> list[Feature]:
-    """Return each item with values in the windows, whatever its case, that of most values first."""
+    """Return each item with values in the windows as a series, that of most values first."""
+    items = read_items(database)
+    mains = find_synonyms(items)
+    # What may be one series counts as one: the main series is that of most values.
+    sizes = Counter[Item]()
+    for item in items:
+        sizes[mains.get(item, item)] += item.size
+    rank = {item: k for k, item in enumerate(items)}
+    items.sort(key=lambda x: (-sizes[mains.get(x, x)], rank[mains.get(x, x)]))
+    check_items(items, mains, path)
+    logger.info("series: %s", join_names([item.series.title for item in items]))
+    return [item.series for item in items]
+
+
+def read_items(database: duck.Database) -> list[Item]:
+    """Return the items with values in the windows, those of most values first."""
     rows = database.frame(
         "SELECT code, any_value(unit_within(code)) AS within, count(*) AS n, "
         "CASE WHEN converted THEN '' ELSE coalesce(unit, '') END AS unit, median(value) AS middle "
@@ -301,64 +377,63 @@ def find_series(database: duck.Database, path: Path) -> list[Feature]:
         "AND time BETWEEN opens AND prediction_time AND known <= prediction_time "
         "GROUP BY code, 4 ORDER BY n DESC, code, unit"
     )
-    rows["key"] = rows["code"].map(lambda code: comparable(MICRO.sub("u", code)))
-    totals = rows.groupby("key")["n"].sum().sort_values(ascending=False, kind="stable")
-    spellings, names = dict[str, list[str]](), dict[str, tuple[str, str]]()
-    for key in totals.index:
-        of_item = rows[rows["key"] == key]
-        counts = of_item.groupby("code")["n"].sum().sort_values(ascending=False, kind="stable")
-        spellings[key] = [*counts.index]
-        names[key] = split_title(spellings[key][0], of_item["within"].iloc[0])
-    shared = Counter(comparable(name) for name, _ in names.values())
-    items, middles = list[Feature](), list[float]()
-    for key, codes in spellings.items():
-        of_item, (name, unit) = rows[rows["key"] == key], names[key]
-        name = name if shared[comparable(name)] == 1 else codes[0]
-        unit = next((x for x in of_item["unit"] if x), unit)
-        by_sign = {MICRO.sub("u", code).lower(): code for code in codes[::-1]}
-        items.append(Feature(name, unit, tuple([*by_sign.values()][::-1])))
-        middles.append(float(of_item["middle"].iloc[0]))
-    # What may be one series counts as one: the main series is that of most values.
-    synonyms = find_synonyms(items, middles)
-    main_of, sizes = [synonyms.get(k, k) for k in range(len(items))], Counter[int]()
-    for main, n in zip(main_of, totals, strict=True):
-        sizes[main] += int(n)
-    order = sorted(range(len(items)), key=lambda k: (-sizes[main_of[k]], main_of[k], k))
-    items, middles = [items[k] for k in order], [middles[k] for k in order]
+    key = rows["code"].map(lambda code: comparable(MICRO.sub("u", code)))
+    items = [make_item(of_item) for _, of_item in rows.groupby(key)]
+    shared = Counter(comparable(item.series.name) for item in items)
+    for k, item in enumerate(items):
+        if shared[comparable(item.series.name)] > 1:  # without its unit it is named like another
+            items[k] = replace(item, series=replace(item.series, name=str(item.series.keys[0])))
+    return sorted(items, key=lambda item: -item.size)
+
+
+def make_item(rows: pd.DataFrame) -> Item:
+    """Return the item of its rows: one a spelling and unit, that of most values first."""
+    sizes = rows.groupby("code")["n"].sum().sort_values(ascending=False, kind="stable")
+    codes = [str(code) for code in sizes.index]
+    name, unit = split_title(codes[0], rows["within"].iloc[0])
+    unit = next((x for x in rows["unit"] if x), unit)
+    by_sign = dict[str, str]()
+    for code in codes:
+        by_sign.setdefault(MICRO.sub("u", code).lower(), code)
+    series = Feature(name, unit, tuple(by_sign.values()))
+    return Item(series, int(sizes.sum()), float(rows["middle"].iloc[0]))
+
+
+def check_items(items: Sequence[Item], mains: Mapping[Item, Item], path: Path) -> None:
+    """Refuse items of which each as a series is no sure guess."""
     if not 1 <= len(items) <= MAX_SERIES:
         problem = f"{len(items):,} items have values in the windows, and 1 to {MAX_SERIES} may be"
         asked = ask_series(items[:MAX_SERIES], f"{path}: {problem}", {}, guess=False)
         raise OpenQuestions(f"{path}: {problem}: choose by --series", asked)
-    mains = find_synonyms(items, middles)
-    unnamed = [item.name for item in items if not events.is_name(item.name)]
-    problems = []
-    if unnamed:
+    problems = list[str]()
+    if unnamed := [x.series.name for x in items if not events.is_name(x.series.name)]:
         example = f"--series '{name_from(unnamed[0])} [unit]={unnamed[0]}'"
         problems.append(f"item {join_names(unnamed)}: not the name of a column: as {example}")
-    for k, main in mains.items():
-        example = f"--series '{name_from(items[main].name)}={items[k].keys[0]}'"
-        problems.append(f"is {items[k].name} the series {items[main].name}: as {example}")
+    for item in items:
+        if item in mains:
+            main = mains[item].series.name
+            example = f"--series '{name_from(main)}={item.series.keys[0]}'"
+            problems.append(f"is {item.series.name} the series {main}: as {example}")
     if problems:
         text = f"{path}: {'; '.join(problems)}; name all series that are read"
         raise OpenQuestions(text, ask_series(items, str(path), mains, guess=True))
-    logger.info("series: %s", join_names([item.title for item in items]))
-    return items
 
 
-def find_synonyms(items: Sequence[Feature], middles: Sequence[float]) -> dict[int, int]:
+def find_synonyms(items: Sequence[Item]) -> dict[Item, Item]:
     """Return which item may be the same quantity as which earlier one."""
-    mains, first = dict[int, int](), dict[str, int]()
-    for k, item in enumerate(items):
-        main = first.setdefault(kind_of_item(item.name), k)
-        if main == k:
-            continue
-        ratio = middles[k] / middles[main] if middles[main] else 0.0
-        known = (1.0, *analytes.unit_ratios(item.name))
-        known += ratios(item.unit or "", items[main].unit or "")
-        limit = KNOWN_SYNONYMS if analytes.pattern_of(item.name) else SYNONYMS
-        if any(1 / limit < ratio / x**sign < limit for x in known for sign in (1, -1)):
-            mains[k] = main
-    return mains
+    first = dict[str, Item]()
+    pairs = [(item, first.setdefault(kind_of_item(item.series.name), item)) for item in items]
+    return {item: main for item, main in pairs if item is not main and may_be_one(item, main)}
+
+
+def may_be_one(item: Item, main: Item) -> bool:
+    """Return whether the medians of two items are near, as they are or by a known factor."""
+    name = item.series.name
+    ratio = item.middle / main.middle if main.middle else 0.0
+    factors = (1.0, *analytes.unit_ratios(name))
+    factors += ratios(item.series.unit or "", main.series.unit or "")
+    limit = KNOWN_SYNONYMS if analytes.pattern_of(name) else SYNONYMS
+    return any(1 / limit < ratio / x**sign < limit for x in factors for sign in (1, -1))
 
 
 def split_title(item: str, unit: str = "") -> tuple[str, str]:
@@ -376,20 +451,21 @@ def name_from(item: str) -> str:
 
 
 def ask_series(
-    items: Sequence[Feature], where: str, mains: Mapping[int, int], *, guess: bool
+    items: Sequence[Item], where: str, mains: Mapping[Item, Item], *, guess: bool
 ) -> list[Question]:
     """Return a question for each item, which series it is: that of its name, or a synonym's."""
     asked = []
-    titles = [replace(item, name=name_from(item.name)).title for item in items]
-    for k, item in enumerate(items):
-        main = mains.get(k, k)
-        problem, is_guess = where, guess and events.is_name(item.name)
-        if main != k:
-            is_guess, problem = False, f"{where}: is {item.name} the series {items[main].name}"
+    for item in items:
+        name, candidates = item.series.name, [item]
+        is_guess, problem = guess and events.is_name(name), where
+        if item in mains:
+            candidates = [mains[item], item]
+            is_guess, problem = False, f"{where}: is {name} the series {mains[item].series.name}"
         elif guess and not is_guess:
-            problem = f"{where}: {item.name} is not the name of a column"
-        for key in item.keys:
-            answers = tuple(dict.fromkeys(f"{titles[i]}={key}" for i in (main, k)))
+            problem = f"{where}: {name} is not the name of a column"
+        titles = [replace(x.series, name=name_from(x.series.name)).title for x in candidates]
+        for key in item.series.keys:
+            answers = tuple(dict.fromkeys(f"{title}={key}" for title in titles))
             asked.append(Question(problem, "series", answers, guessed=is_guess))
     return asked
 
@@ -424,37 +500,46 @@ def convert_units(
     database: duck.Database, series: Sequence[Feature], request: LongRequest
 ) -> list[Feature]:
     """Return the series with their one unit; refuse two units, warn of a factor without a use."""
-    path, factors = request.table, request.factors()
-    rows = database.run(
+    factors, groups = request.factors(), read_groups(database)
+    warn_of_unused(factors, groups)
+    units, asked = dict[str, str](), list[tuple[str, Question]]()
+    for name in dict.fromkeys(x.name for x in groups):
+        of_series = [x for x in groups if x.name == name and x.middle is not None]
+        if not of_series:
+            continue
+        where, first = f"{request.table}: {name}", of_series[0]
+        if first.converted and not first.wanted:
+            problem = "all values are converted: give the unit"
+            raise InputError(f"{request.table}: {problem} by --series '{name} [unit]'")
+        units[name] = first.wanted or first.unit
+        usual = request.earlier.medians.get(name)
+        asked += ask_factors(where, units[name], of_series, factors, usual)
+    if asked:
+        texts = dict.fromkeys(text for text, _ in asked)
+        raise OpenQuestions("; ".join(texts), [question for _, question in asked])
+    return [replace(x, unit=units.get(x.name, x.unit)) for x in series]
+
+
+def read_groups(database: duck.Database) -> list[Group]:
+    """Return the values of each series by item and unit, those that are not converted first."""
+    rows = database.rows(
         "SELECT name, any_value(named.unit), converted, min(code), min(record.unit), median(value) "
         "FROM record JOIN named USING (code) "
         "WHERE record.unit IS NOT NULL AND (value IS NOT NULL OR isinf(scale)) "
         "GROUP BY name, converted, comparable_unit(code), comparable_unit(record.unit) "
         "ORDER BY name, converted, min(record.unit) = '', count(*) DESC, 4, 5"
-    ).fetchall()
-    groups = [Group(*row) for row in rows]
+    )
+    return [Group(*row) for row in rows]
+
+
+def warn_of_unused(factors: Mapping[tuple[str, str], float], groups: Sequence[Group]) -> None:
+    """Warn of a factor whose item and unit no value has."""
     for item, unit in factors:
         units = [x.unit for x in groups if alike((x.code,), (item,))]
         if not any(alike((unit,), (other,)) for other in units):
-            units_text = join_names([x or "no unit" for x in units]) or "no value of it"
-            problem = f"no value in a window has this item and this unit: there is {units_text}"
+            present = join_names([x or "no unit" for x in units]) or "no value of it"
+            problem = f"no value in a window has this item and this unit: there is {present}"
             logger.warning("warning: --factor '%s:%s=': %s", item, unit, problem)
-    found, asked = dict[str, str](), list[tuple[str, Question]]()
-    for name in dict.fromkeys(x.name for x in groups):
-        of_series = [x for x in groups if x.name == name and x.middle is not None]
-        if not of_series:
-            continue
-        wanted, first = of_series[0].wanted, of_series[0]
-        if first.converted and not wanted:
-            problem = "all values are converted: give the unit"
-            raise InputError(f"{path}: {problem} by --series '{name} [unit]'")
-        found[name] = wanted or first.unit
-        usual = request.earlier.medians.get(name)
-        asked += ask_factors(f"{path}: {name}", found[name], of_series, factors, usual)
-    if asked:
-        texts = dict.fromkeys(text for text, _ in asked)
-        raise OpenQuestions("; ".join(texts), [question for _, question in asked])
-    return [replace(x, unit=found.get(x.name, x.unit)) for x in series]
 
 
 def ask_factors(
@@ -468,30 +553,48 @@ def ask_factors(
 
     What their texts tell is proposed, 1 for medians alike, or a known ratio near that of medians.
     """
-    asked, read = list[tuple[str, Question]](), list[tuple[float, float]]()
+    asked = list[tuple[str, Question]]()
     right = [x for x in groups if alike((x.unit,), (target,)) != x.converted]
     middle = right[0].middle if right else usual
-    read += [(x.middle, 1.0) for x in right if x.middle and not x.converted]
+    read = [(x.middle, 1.0) for x in right if x.middle and not x.converted]
     for group in groups:
-        code, unit = group.code, group.unit
         if group in right:
             continue
         if group.converted:
-            factor = next(x for pair, x in factors.items() if alike(pair, (code, unit)))
-            problem = f"{where} is in {unit} already"
-            text = f"{problem}: --factor '{code}:{unit}={plain(factor)}' converts it once more"
-            asked += [(text, Question(problem, ""))] if factor != 1 else []
+            asked += ask_converted(where, group, factors)
             continue
         ratio = middle / group.middle if middle and group.middle else 0.0
         factor = propose_factor(group, target, ratio, read)
-        answers = (f"{code}:{unit}={factor:.4g}",) if factor else ()
-        read += [(group.middle, factor)] if factor and group.middle else []
-        problem = f"{where} has values in {target} and in {unit or 'no unit'}"
-        text = f"{problem}: --factor '{code}:{unit}=NUMBER' converts"
-        problem += f", whose medians are as {ratio:.3g} to 1" if ratio else ""
-        problem += "" if factor else ": a number in place of drop converts"
-        asked.append((text, Question(problem, "factor", (*answers, f"{code}:{unit}=drop"))))
+        if factor and group.middle:
+            read.append((group.middle, factor))
+        asked.append(ask_factor(where, target, group, ratio, factor))
     return asked
+
+
+def ask_converted(
+    where: str, group: Group, factors: Mapping[tuple[str, str], float]
+) -> list[tuple[str, Question]]:
+    """Return what to refuse of values that a factor, but for 1, takes out of their unit."""
+    code, unit = group.code, group.unit
+    factor = next(x for pair, x in factors.items() if alike(pair, (code, unit)))
+    if factor == 1:
+        return []
+    problem = f"{where} is in {unit} already"
+    text = f"{problem}: --factor '{code}:{unit}={plain(factor)}' converts it once more"
+    return [(text, Question(problem, ""))]
+
+
+def ask_factor(
+    where: str, target: str, group: Group, ratio: float, factor: float
+) -> tuple[str, Question]:
+    """Return what to refuse and ask of values in another unit; a ratio or factor of 0: unknown."""
+    item = f"{group.code}:{group.unit}"
+    problem = f"{where} has values in {target} and in {group.unit or 'no unit'}"
+    text = f"{problem}: --factor '{item}=NUMBER' converts"
+    answers = (f"{item}={factor:.4g}", f"{item}=drop") if factor else (f"{item}=drop",)
+    problem += f", whose medians are as {ratio:.3g} to 1" if ratio else ""
+    problem += "" if factor else ": a number in place of drop converts"
+    return text, Question(problem, "factor", answers)
 
 
 def propose_factor(
@@ -519,29 +622,36 @@ def propose_factor(
 def check_medians(database: duck.Database, path: Path) -> None:
     """Refuse a series whose items or units have very different medians once converted."""
     rows = database.frame(
-        "SELECT name, code, record.unit, count(*) AS n, "
-        "quantile_cont(ln(value), 0.25) AS low, median(ln(value)) AS middle, "
-        "quantile_cont(ln(value), 0.75) AS high "
+        "SELECT name, code, record.unit, count(*) AS n, median(ln(value)) AS middle, "
+        "quantile_cont(ln(value), 0.75) - quantile_cont(ln(value), 0.25) AS spread "
         "FROM record JOIN named USING (code) WHERE value > 0 "
         f"GROUP BY name, code, record.unit HAVING n >= {MIN_OF_UNIT} ORDER BY name, n DESC, code, 3"
     )
     for name, groups in rows.groupby("name"):
-        median = groups["middle"].to_numpy()
-        spread = groups["high"].to_numpy() - groups["low"].to_numpy()
-        variance = spread**2 / groups["n"].to_numpy()  # of a median
-        difference = np.abs(median[1:] - median[0])
-        chance = SURE * np.sqrt(variance[1:] + variance[0])
-        wrong = np.flatnonzero(difference > np.maximum(math.log(MAX_RATIO), chance))
-        if not len(wrong):
-            continue
-        texts = []
-        for k in (0, wrong[0] + 1):
-            code, unit = groups.iloc[k][["code", "unit"]]
-            of_unit = f" in {unit}" if unit else ""
-            texts.append(f"{plain(float(f'{math.exp(median[k]):.3g}'))} ({code}{of_unit})")
-        problem = f"{path}: {name}: values of one unit have the medians {' and '.join(texts)}"
-        advice = "correct --factor, or make two series of them"
-        raise OpenQuestions(f"{problem}: {advice}", [Question(problem, "factor")])
+        variance = groups["spread"] ** 2 / groups["n"]  # of a median
+        difference = (groups["middle"] - groups["middle"].iloc[0]).abs()
+        chance = SURE * np.sqrt(variance + variance.iloc[0])
+        wrong = groups[difference > np.maximum(math.log(MAX_RATIO), chance)]
+        if len(wrong):
+            medians = " and ".join(map(median_text, (groups.iloc[0], wrong.iloc[0])))
+            problem = f"{name}: values of one unit have the medians {medians}"
+            advice = "correct --factor, or make two series of them"
+            raise unclear([Question(problem, "factor", advice=advice)], str(path))
+
+
+def median_text(group: pd.Series) -> str:
+    """Return the median of a group of values with its item and unit."""
+    median = plain(float(f"{math.exp(group['middle']):.3g}"))
+    unit = f" in {group['unit']}" if group["unit"] else ""
+    return f"{median} ({group['code']}{unit})"
+
+
+def describe_values(
+    database: duck.Database, path: Path, repeated: int
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Return what a description says of values that are left out, and the medians of the series."""
+    left_out = {"repeated": repeated} | count_left_out(database, path)
+    return {"values": left_out, "dropped": count_dropped(database)}, find_medians(database)
 
 
 def count_left_out(database: duck.Database, path: Path) -> dict[str, int]:
@@ -560,13 +670,13 @@ def count_left_out(database: duck.Database, path: Path) -> dict[str, int]:
 
 def count_dropped(database: duck.Database) -> dict[str, dict[str, Any]]:
     """Return the share of each series' values that is dropped, and the end where they lie."""
-    rows = database.run(
+    rows = database.rows(
         "SELECT name, avg((value IS NULL)::INTEGER) AS share, "
         "median(scale * number_within(text)) FILTER (value IS NULL) AS dropped, "
         "quantile_cont(value, 0.1) AS low, quantile_cont(value, 0.9) AS high "
         "FROM record JOIN named USING (code) WHERE value IS NOT NULL OR text IS NOT NULL "
         "GROUP BY name HAVING share > 0 ORDER BY name"
-    ).fetchall()
+    )
     found = dict[str, dict[str, Any]]()
     for name, share, dropped, low, high in rows:
         is_end = None not in (dropped, low) and not low < dropped < high
@@ -577,8 +687,8 @@ def count_dropped(database: duck.Database) -> dict[str, dict[str, Any]]:
 
 def find_medians(database: duck.Database) -> dict[str, float]:
     """Return the median of the values of each series, for the units of a later import."""
-    select = (
-        "SELECT name, median(value) FROM record JOIN named USING (code) WHERE value IS NOT NULL"
+    rows = database.rows(
+        "SELECT name, median(value) FROM record JOIN named USING (code) "
+        "WHERE value IS NOT NULL GROUP BY name ORDER BY name"
     )
-    rows = database.run(f"{select} GROUP BY name ORDER BY name").fetchall()
     return {name: float(f"{median:.3g}") for name, median in rows}

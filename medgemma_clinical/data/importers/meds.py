@@ -64,44 +64,42 @@ def make_meds(request: MedsRequest) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Return the rows of the DKA format, and their description."""
     series = events.parse_features("series", request.series)
     context = events.parse_features("context", request.context)
+    ends = events.parse_features("event", request.event)
     for feature in context:
         if comparable(feature.name) in AUTOMATIC:
             problem = "age and sex are in the context by themselves: give another name"
             raise InputError(f"--context {feature.title}: {problem}")
-    ends = events.parse_features("event", request.event)
     hashes: dict[str, str] = {}
     with duck.open_database(request.out, request.memory_limit, request.threads) as database:
         load_meds_labels(database, request.labels, hashes)
         events.add_windows(database, request)
         files = open_files(database, request.meds_dir / "data", EVENTS)
         hashes |= {name: file.sha256 for name, file in files.items()}
+        shards = [*files.values()]
         codes = [code for feature in (*series, *context) for code in feature.keys]
-        events.load_events(database, request, files.values(), ROLES, EVENTS, codes, PERSON)
+        events.load_events(database, request, shards, ROLES, EVENTS, codes, PERSON)
         events.name_codes(database, {"series": series, "context": context})
         check_units(database)
         trajectories = events.make_trajectories(database, request)
-        database.run_file(events.SQL / "meds.sql")
-        static = database.frame("FROM context ORDER BY number").set_index("number")
-        if request.notes:
-            contexts = static["clinical_context"]
-            static["clinical_context"] = read_meds_notes(
-                database, files.values(), request, contexts
-            )
-        static = static.replace("", None).dropna(axis="columns", how="all")
-        add_static_features(database, static, context)
+        static = read_static(database, shards, request, context)
         if ends:
-            static = static.join(read_ends(database, files.values(), ends))
+            static = static.join(read_ends(database, shards, ends))
         parts = None if request.no_splits else read_parts(database, request.meds_dir, hashes)
         rows, flow = events.make_rows(database, request, series, trajectories, static, parts)
-        for name, codes_of_series in database.run(
-            "SELECT name, list(code ORDER BY code) FROM named WHERE kind = 'series' "
-            "GROUP BY name, position ORDER BY position"
-        ).fetchall():
-            logger.info("series %s: %s", name, one_line(join_names(codes_of_series)))
+        log_codes(database)
     description = events.describe_rows(request, series[0], "events", rows, flow)
     if ends:
         description["events"] = {str(k): end.title for k, end in enumerate(ends, start=1)}
     return rows, description | output.describe_origin(request, "from_meds", hashes)
+
+
+def log_codes(database: duck.Database) -> None:
+    """Log the codes of each series."""
+    for name, codes in database.rows(
+        "SELECT name, list(code ORDER BY code) FROM named WHERE kind = 'series' "
+        "GROUP BY name, position ORDER BY position"
+    ):
+        logger.info("series %s: %s", name, one_line(join_names(codes)))
 
 
 def open_files(
@@ -140,14 +138,14 @@ def load_meds_labels(database: duck.Database, path: Path, hashes: dict[str, str]
 
 def check_units(database: duck.Database) -> None:
     """Refuse a feature with a unit whose codes end in another one: ``LAB//50868//mEq/L``."""
-    for kind, name, unit, codes in database.run(
+    for kind, name, unit, codes in database.rows(
         "SELECT kind, name, unit, list(code ORDER BY code) "
         "FROM (SELECT *, lower(split_part(code, '//', -1)) AS ending FROM named) "
         "WHERE len(split(code, '//')) > 2 AND (kind = 'series' OR unit != '') "
         "GROUP BY kind, name, unit, position "
         "HAVING count(DISTINCT ending) > 1 OR unit != '' AND min(ending) != lower(unit) "
         "ORDER BY kind DESC, position"
-    ).fetchall():
+    ):
         endings = join_names(sorted({code.rpartition("//")[2] for code in codes}))
         problem = f"the codes {join_names(codes)} are in {endings}"
         raise InputError(
@@ -155,13 +153,33 @@ def check_units(database: duck.Database) -> None:
         )
 
 
-def read_meds_notes(
+def read_static(
     database: duck.Database,
-    files: Iterable[tables.TableFile],
+    files: Sequence[tables.TableFile],
     request: MedsRequest,
-    contexts: pd.Series,
-) -> pd.Series:
-    """Return the contexts with the notes that were written by their prediction times."""
+    context: Sequence[Feature],
+) -> pd.DataFrame:
+    """Return context and static columns by number of the prediction."""
+    database.run_file(events.SQL / "meds.sql")
+    static = database.frame("FROM context ORDER BY number").set_index("number")
+    if request.notes:
+        load_meds_notes(database, files, request)
+        contexts = static["clinical_context"]
+        static["clinical_context"] = add_notes(database, contexts, request.max_note_words)
+    static = static.replace("", None).dropna(axis="columns", how="all")
+    values = database.frame("SELECT number, position, plain(value) AS value FROM static_value")
+    for position, feature in enumerate(context):
+        column = values[values["position"] == position].set_index("number")["value"]
+        if column.isna().all() and not feature.unit:  # a code without numbers: its presence
+            column = pd.Series(static.index.isin(column.index).astype(int), static.index)
+        static[f"static_{feature.title}"] = column
+    return static
+
+
+def load_meds_notes(
+    database: duck.Database, files: Sequence[tables.TableFile], request: MedsRequest
+) -> None:
+    """Load the notes of all files."""
     names = {"subject": "subject_id", "charted": "time", "text": "text_value"}
     texts = [file for file in files if "text_value" in file.header]  # optional in MEDS
     if not texts:
@@ -169,19 +187,6 @@ def read_meds_notes(
     for file in texts:
         keep = events.any_code(cells.WORD.typed(file.raw("code")), request.notes, "false")
         load_notes(database, file, names, SUBJECT, request.max_note_words, [keep])
-    return add_notes(database, contexts, request.max_note_words)
-
-
-def add_static_features(
-    database: duck.Database, static: pd.DataFrame, context: Sequence[Feature]
-) -> None:
-    """Add a column for each feature of the context."""
-    values = database.frame("SELECT number, position, plain(value) AS value FROM static_value")
-    for position, feature in enumerate(context):
-        column = values[values["position"] == position].set_index("number")["value"]
-        if column.isna().all() and not feature.unit:  # a code without numbers: its presence
-            column = pd.Series(static.index.isin(column.index).astype(int), static.index)
-        static[f"static_{feature.title}"] = column
 
 
 def read_ends(
@@ -248,7 +253,7 @@ def list_codes(meds_dir: Path, memory_limit: str, threads: int) -> int:
             tables.load_table(database, "meanings", tables.open_table(database, path, CODES), CODES)
             text = "replace(trim(valueuom, '[]'), 'NULL', '') || '  ' || description"
             meanings = f"SELECT code, min(trim({text})) FROM meanings GROUP BY code"
-            words = dict(database.run(meanings).fetchall())
+            words = dict(database.rows(meanings))
     table = pd.concat(counts).groupby("code", as_index=False).sum()
     table = table.sort_values("events", ascending=False, kind="stable")
     logger.info("%15s %15s  code, unit, description", "events", "subjects")

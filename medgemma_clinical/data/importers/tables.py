@@ -23,7 +23,7 @@ import duckdb
 import pandas as pd
 
 from medgemma_clinical.data.importers import cells, duck
-from medgemma_clinical.data.importers.questions import OpenQuestions, Question
+from medgemma_clinical.data.importers.questions import OpenQuestions, Question, unclear
 from medgemma_clinical.files import InputError, file_hash, one_line
 
 logger = logging.getLogger(__name__)
@@ -213,10 +213,9 @@ def check_damage(path: Path) -> None:
             damaged += bad
     if whole > damaged:  # cp1252 is hardly ever UTF-8 as well
         problem = f"damaged characters in a file in UTF-8 ({damaged:,}, {whole:,} are whole)"
-        problem = f"{path}, line {first}: {problem}"
         advice = f"correct it, or name its encoding, as --encoding {WINDOWS}"
-        asked = Question(problem, "encoding", (WINDOWS,))
-        raise OpenQuestions(f"{problem}: {advice}", [asked])
+        asked = [Question(problem, "encoding", (WINDOWS,), advice=advice)]
+        raise unclear(asked, f"{path}, line {first}")
 
 
 def copy_as_utf8(path: Path, encoding: str, copy: Path) -> None:
@@ -300,39 +299,55 @@ def find_time(
     iso = [cells.Instant(), cells.Instant(zoned=True)]
     iso += [] if file.separator else [cells.ExcelDay()]
     given = [cells.Instant(formats=tuple(formats), zoned="%z" in " ".join(formats))]
+    sure = iso + (given if formats else [])
     # Of a column in another form the given formats still tell whether the day comes first.
     kin = [order for order in cells.ORDERS if {*order} & {*formats}] or cells.ORDERS
-    sure = iso + (given if formats else [])
     ways = sure + [cells.Instant(formats=order) for order in kin]
     for limit in (SAMPLE, ""):
         with readable(file.path):
             fit, unread = find_fitting(database, file.filled(name, limit), ways)
         if fit and fit[0] in sure and (not limit or fit[0] in iso):
             return fit[0]
-    is_mixed = not fit
-    if is_mixed:
-        ways = [cells.Instant(formats=(*cells.ISO_FORMATS, *order)) for order in cells.ORDERS]
-        fit, _ = find_fitting(database, file.filled(name), ways)
     if not fit:
-        times = "not a time such as 2150-01-31 08:30:00, as the others"
-        problem = f"{where}: {cells.count_cells(unread)} {times}"
-        form = "--time_format '%d.%m.%Y %H:%M', or --time_unit of numbers"
-        asked = [Question(problem, "time_format")]
-        raise OpenQuestions(f"{problem}: name the form, as {form}", asked)
+        raise mixed_times(database, file, name, unread)
     # Where each day may be a month, the first format of an earlier file decides.
     fit = [way for way in fit if [*way.formats[:1]] == [*earlier]] or fit
-    if is_mixed or len(fit) > 1:
+    if len(fit) > 1:
+        advice = (
+            "--time_format '%d/%m/%Y' or '%m/%d/%Y', with %H:%M or %I:%M %p if they have a time"
+        )
         used_by = [formats_used(database, file, name, way) for way in fit]
-        form = "--time_format '%d/%m/%Y' or '%m/%d/%Y', with %H:%M or %I:%M %p if they have a time"
-        problem = f"{where}: the day or the month may come first"
-        if is_mixed:
-            form = " ".join(f"--time_format '{x}'" for x in used_by[0])
-            problem = f"{where}: times have several forms, {' and '.join(used_by[0])}"
-        asked = [Question(problem, "time_format", forms) for forms in zip(*used_by, strict=False)]
-        raise OpenQuestions(f"{problem}: say {form}", asked)
+        raise ask_format("the day or the month may come first", used_by, f"say {advice}", where)
     if fit[0].formats in cells.ORDERS:
         logger.info("%s: times as %s", where, fit[0].formats[0])
     return fit[0]
+
+
+def mixed_times(database: duck.Database, file: TableFile, name: str, unread: int) -> OpenQuestions:
+    """Return the refusal of a column that no one form reads: of several forms, or of no times."""
+    where = f"{file.path}, column {name}"
+    ways = [cells.Instant(formats=(*cells.ISO_FORMATS, *order)) for order in cells.ORDERS]
+    fit, _ = find_fitting(database, file.filled(name), ways)
+    if not fit:
+        times = "not a time such as 2150-01-31 08:30:00, as the others"
+        form = "name the form, as --time_format '%d.%m.%Y %H:%M', or --time_unit of numbers"
+        problem = f"{cells.count_cells(unread)} {times}"
+        return unclear([Question(problem, "time_format", advice=form)], where)
+    used_by = [formats_used(database, file, name, way) for way in fit]
+    problem = f"times have several forms, {' and '.join(used_by[0])}"
+    form = " ".join(f"--time_format '{x}'" for x in used_by[0])
+    return ask_format(problem, used_by, f"say {form}", where)
+
+
+def ask_format(
+    problem: str, used_by: Sequence[Sequence[str]], advice: str, where: str
+) -> OpenQuestions:
+    """Return the refusal of times that several lists of formats read."""
+    asked = [
+        Question(problem, "time_format", formats, advice=advice)
+        for formats in zip(*used_by, strict=False)
+    ]
+    return unclear(asked, where)
 
 
 def find_fitting(
@@ -354,21 +369,25 @@ def formats_used(
     database: duck.Database, file: TableFile, name: str, column: cells.Instant
 ) -> list[str]:
     """Return the formats that times have: one if it reads them all."""
-
-    def match(forms: Sequence[str], limit: str = "") -> tuple[list[str], bool]:
-        """Return those of some formats that times have, and whether they read all."""
-        ways = [replace(column, formats=(form,)) for form in forms]
-        ways.append(replace(column, formats=tuple(forms)))
-        total, *counts, read = count_read(database, file.filled(name, limit), ways)
-        pairs = [*zip(forms, counts, strict=True)]
-        whole = [form for form, count in pairs if count == total]
-        return whole[:1] or [form for form, count in pairs if count], read == total
-
     if not column.formats:
         return []
-    sampled, _ = match(column.formats, SAMPLE)
-    used, is_whole = match(sampled)
-    return used if is_whole else match(column.formats)[0]
+    sampled, _ = match_formats(database, file.filled(name, SAMPLE), column, column.formats)
+    used, is_whole = match_formats(database, file.filled(name), column, sampled)
+    if is_whole:
+        return used
+    return match_formats(database, file.filled(name), column, column.formats)[0]
+
+
+def match_formats(
+    database: duck.Database, filled: str, column: cells.Instant, formats: Sequence[str]
+) -> tuple[list[str], bool]:
+    """Return those of some formats that times have, and whether they read all."""
+    ways = [replace(column, formats=(form,)) for form in formats]
+    ways.append(replace(column, formats=tuple(formats)))
+    total, *counts, read = count_read(database, filled, ways)
+    pairs = [*zip(formats, counts, strict=True)]
+    whole = [form for form, count in pairs if count == total]
+    return whole[:1] or [form for form, count in pairs if count], read == total
 
 
 @contextlib.contextmanager
