@@ -72,32 +72,18 @@ MAX_LEN, MAX_LEN_SEVERAL = 20, 64  # observations kept of one series, and of the
 # --------------------------------------------------------------------------- data set
 
 
-class MIMICtrajectoryDataset(TrajectoryDataset):
-    """Trajectories of patients in diabetic ketoacidosis, in the DKA format of one or more series.
-
-    The observations of a row are the union of the times of its series; what was not measured at a
-    time is NaN there.
+class DKARows(TrajectoryDataset):
+    """The rows of a table in the DKA format that hold a value of a series, and their texts.
 
     Args:
-        source: path of a CSV (.csv, .csv.gz) or Parquet file, or a table of the same columns: a
-            DataFrame, or one of polars or pyarrow.
-        max_len: the most recent observations kept; by default 20 of one series, 64 of several.
-        description: meaning of main series and label: a ``Description``, its JSON as a dict, or the
-            path of the JSON or of the table beside it; by default read beside the file.
-        require_labels: refuse a table without any label; False where new patients are scored.
-        series: names of the series to read, the main one first; None reads all. Rows without any
-            value of them are left out.
-        label_column: the column of 0 and 1 to learn; None is ``label_escalation``.
-        allow_duplicates: accept a split that has equal rows in two parts.
-        site: column that names the hospital or unit of each row, for results by site.
-        series_name, unit, outcome: main series and label 1, where no description says them.
-        outcome_kind: ``label``, or ``time`` of competing events; None: a label where its column
-            stands.
-        horizon_hours: hours from the prediction time, rising, at which risks are wanted; of times.
-
-    Raises:
-        InputError: names file, row and column of the first unreadable cell. Rows count as a
-            spreadsheet shows them: the header is row 1 (for a DataFrame or Parquet: from 0).
+        table: rows of a file, its header checked; unreadable rows are left out.
+        about: meaning of main series and outcome.
+        findings: what shows in the cells.
+        ids: (rows of the table,) their names.
+        series, label, max_len, site: as of ``MIMICtrajectoryDataset``.
+        events: of times to competing events; None: the outcome is the label.
+        parts: (rows of the table,) of the split, where the table has them.
+        refuse_labels: refuse a label that is neither 0 nor 1, in place of leaving it unknown.
     """
 
     name = "dka"
@@ -106,100 +92,51 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         *("series", "max_len", "label_column", "allow_duplicates", "site", *dka.NAMING),
         *("outcome_kind", "horizon_hours"),
     )
-    row_columns = (*TrajectoryDataset.row_columns, "numbers")
+    row_columns = (*TrajectoryDataset.row_columns, "numbers", "full_lengths")
     time_scale = 72.0  # hours; resolution of ketoacidosis takes one to three days
 
     def __init__(
         self,
-        source: str | Path | pd.DataFrame | ArrowTable,
-        max_len: int | None = None,
-        *,
-        description: dka.Meaning | None = None,
-        require_labels: bool = True,
-        series: Sequence[str] | None = None,
-        label_column: str | None = None,
-        allow_duplicates: bool | None = None,
-        site: str | None = None,
-        series_name: str | None = None,
-        unit: str | None = None,
-        outcome: str | None = None,
-        outcome_kind: str | None = None,
-        horizon_hours: Sequence[float] | None = None,
-    ) -> None:
-        """Read, check and sort the whole source."""
-        if max_len is not None and max_len < 1:
-            raise InputError(f"--max_len {max_len}: must be at least 1")
-        source = table_files.as_frame(source)
-        findings = Findings("DataFrame" if isinstance(source, pd.DataFrame) else str(source))
-        where = one_line(findings.source)
-        table = pd.concat([block for block, _ in table_files.read_tables(source)])
-        label = label_column or LABEL
-        if outcome_kind not in (None, "label", "time"):
-            raise InputError(f"--outcome_kind {outcome_kind}: must be label or time")
-        has_times = label == LABEL and LABEL not in table and {*dka.EVENT_COLUMNS} <= {*table}
-        is_time = outcome_kind == "time" or (outcome_kind is None and has_times)
-        columns = dka.EVENT_COLUMNS if is_time else (label,)
-        needs_columns = require_labels or label != LABEL or is_time
-        dka.check_header(table, where, columns, labelled=needs_columns)
-        flags = Description(series_name or "", unit or "", outcome=outcome or "")
-        about = read_description(source, findings, description)
-        about = dka.name_series(table, about, columns[-1], flags, findings)
-        if is_time:
-            self.competing_events = dka.competing_events(table, about, horizon_hours, findings)
-        elif horizon_hours is not None:
-            problem = f"the outcome is the label {label}: --outcome_kind time"
-            raise InputError(f"--horizon_hours: {problem}")
-        self.allow_duplicates = allow_duplicates
-        self.parts = dka.parts_of(table, findings)
-        self.ids = dka.number_equal(dka.patients_of(table, findings)[1], findings)
-        lengths = self._read(
-            table, about, findings, series, label, max_len, site, refuse_labels=True
-        )
-        if not len(self):
-            raise InputError(f"{self.source}: no row holds a value of {', '.join(self.features)}")
-        if require_labels and np.isnan(self.labels).all():
-            raise InputError(f"{where}, column {columns[-1]}: no row has a label")
-        if without := len(table) - len(self):
-            findings.counts["without a value are left out"] += without
-            self.add_rule("without a value", without)
-        max_len = self.read_options["max_len"]
-        if (lengths > max_len).any():
-            findings.notes[checks.describe_cut(lengths, self.groups, max_len)] = None
-        dka.note_columns(table, columns, self.description, findings, site)
-        self.warnings = tuple(findings.warnings)
-        findings.log()
-
-    def _read(
-        self,
         table: pd.DataFrame,
         about: Description,
         findings: Findings,
+        *,
+        ids: NDArray[np.str_],
         series: Sequence[str] | None,
         label: str,
         max_len: int | None,
         site: str | None,
-        *,
+        events: CompetingEvents | None,
+        parts: NDArray[np.str_] | None = None,
         refuse_labels: bool = False,
-    ) -> NDArray[np.int64]:
-        """Read the rows that hold a value; return how many observations each had before the cut."""
+    ) -> None:
+        """Read all columns, then drop the rows that are not read."""
         self.source = one_line(findings.source)
-        self.read_options = {}
-        if self.competing_events is None:
-            self.read_options["label_column"] = label
+        self.ids, self.parts, self.competing_events = ids, parts, events
+        if events is None:
             self.labels = dka.labels_of(table, label, findings, refuse=refuse_labels)
+            self._describe(about.for_label(label))
         else:
-            events = self.competing_events
-            label, about = dka.EVENT, replace(about, events=events.names)
-            horizons = list(events.horizons)
-            self.read_options |= {"outcome_kind": "time", "horizon_hours": horizons}
             self.events, self.event_hours = dka.events_of(table, len(events.names), findings)
             self.labels = np.where(np.isnan(self.events), np.nan, self.events == 1)
-        self._describe(about.for_label(label))
+            self._describe(replace(about, events=events.names).for_label(dka.EVENT))
         self.measures = tuple(dka.find_features(table, self.description, series, self.source))
         self.features = tuple(feature.name for feature in self.measures)
         self.units = tuple(feature.unit or "" for feature in self.measures)
         max_len = max_len or (MAX_LEN if len(self.features) == 1 else MAX_LEN_SEVERAL)
-        self.read_options = {"max_len": max_len, **self.read_options}
+        self.read_options = {"max_len": max_len}
+        if events is None:
+            self.read_options["label_column"] = label
+        else:
+            self.read_options |= {"outcome_kind": "time", "horizon_hours": list(events.horizons)}
+        self._read_columns(table, site, findings)
+        self._read_series(table, findings)
+        self.full_lengths = self.lengths  # (N,) observations before the cut
+        self.keep_latest(max_len)
+        self._drop_empty()
+
+    def _read_columns(self, table: pd.DataFrame, site: str | None, findings: Findings) -> None:
+        """Read what there is once a row: patient, context, site, static features."""
         self.numbers = table.index.to_numpy()
         self.groups = dka.patients_of(table, findings)[0].to_numpy(dtype=np.str_)
         self.has_patient_ids = not set(dka.PATIENTS).isdisjoint(table)
@@ -208,6 +145,9 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self.static_names = tuple(name for name in map(str, table) if name.startswith(dka.STATIC))
         static = [dka.numbers_of(table, name, findings) for name in self.static_names]
         self.static = np.column_stack([np.empty((len(table), 0)), *static])
+
+    def _read_series(self, table: pd.DataFrame, findings: Findings) -> None:
+        """Read the observations of rows without a problem, and the prediction time."""
         columns = [str(feature.keys[0]) for feature in self.measures]
         row, self.times, self.values = dka.parse_series(table, columns, findings)
         self.offsets = np.append(0, np.cumsum(np.bincount(row, minlength=len(table))))
@@ -219,14 +159,14 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             problem = "before the last observation of the row"
             findings.reject(early, dka.HOURS, problem, table[dka.HOURS])
         self.keep_observations(~table.index.isin(list(findings.problems))[row])
-        lengths = self.lengths
-        self.keep_latest(max_len)
-        has_value = lengths > 0
+
+    def _drop_empty(self) -> None:
+        """Drop the rows without an observation."""
+        has_value = self.lengths > 0
         self.offsets = np.append(0, self.offsets[1:][has_value])
         for name in self.row_columns:
             column = getattr(self, name)
             setattr(self, name, None if column is None else column[has_value])
-        return lengths[has_value]
 
     def _describe(self, about: Description) -> None:
         """Take what a description says of the data as a whole."""
@@ -237,69 +177,6 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
         self.flow = pd.DataFrame(about.flow) if about.flow else None
         if about.made_by.startswith("dataset_format.py "):
             self.recipe = {"made_by": about.made_by, "arguments": about.arguments}
-
-    def split(self, seed: int) -> Split:
-        """Divide the rows as every data set does, unless equal rows lie in two parts.
-
-        Raises:
-            InputError: equal rows lie in two parts; or as ``TrajectoryDataset.split``.
-        """
-        split = super().split(seed)
-        copies = "" if self.allow_duplicates else describe_copies(self, split, self.numbers)
-        if copies:
-            raise InputError(f"{self.source}: {copies}, or accept them by --allow_duplicates")
-        return split
-
-    @classmethod
-    def scoring_rows(
-        cls,
-        source: Path | pd.DataFrame,
-        config: Mapping[str, Any],
-        findings: Findings,
-        max_rows: int,
-        description: dka.Meaning | None = None,
-    ) -> Iterator[ScoringRows]:
-        """Read a file or DataFrame ``max_rows`` rows at a time, as a checkpoint's data were read.
-
-        Main series and outcome are taken to be those of the checkpoint, where no description, by
-        default that beside the file, says them.
-
-        Raises:
-            InputError: the source lacks an input of the checkpoint, gives it another meaning, or
-                cannot be read.
-        """
-        about, inputs = read_description(source, findings, description), config["inputs"]
-        baselines_read, reading = config.get("baseline_inputs", inputs), config["read_options"]
-        label, site = reading.get("label_column", LABEL), reading.get("site")
-        static_used = {*inputs["static"], *baselines_read["static"], *AGE, site}
-        for k, (table, progress) in enumerate(table_files.read_tables(source, max_rows)):
-            if k == 0:
-                about, missing = dka.as_trained(table, about, config, findings)
-            static = {name for name in map(str, table) if name.startswith(dka.STATIC)}
-            unused = {name for name in static - static_used if sex_of_column(name) is None}
-            chunk = table.drop(columns=unused).assign(**dict.fromkeys(missing, ""))
-            dataset = cls.__new__(cls)
-            if events := config.get("events"):
-                dataset.competing_events = CompetingEvents.from_config(events)
-            ids = dka.number_equal(dka.patients_of(table, findings)[1], findings)
-            dataset.ids = ids
-            dataset.allow_duplicates = None
-            max_len, series = reading["max_len"], config["features"]
-            lengths = dataset._read(chunk, about, findings, series, label, max_len, site)
-            is_read = table.index.isin(dataset.numbers)
-            problem = "no series of this row holds a value"
-            column = str(dataset.measures[0].keys[0])
-            findings.reject(pd.Series(~is_read, table.index), column, problem)
-            max_len = dataset.read_options["max_len"]
-            longer = f"are longer than {max_len} observations: the most recent are kept"
-            findings.counts[longer] += int((lengths > max_len).sum())
-            # Checked above, so that no later value is scored.
-            if not inputs["prediction_time"] and not baselines_read["prediction_time"]:
-                dataset.prediction_hours = None
-            dataset.question, dataset.outcome = config["question"], config["outcome"]
-            dataset.features = tuple(config["features"])  # spelled as the model knows them
-            positions = np.flatnonzero(is_read)
-            yield ScoringRows(ids, table.index.to_numpy(), dataset, positions, progress)
 
     def task_description(self) -> dict[str, str]:
         """Return what is predicted, with the description's prediction time and horizon."""
@@ -344,6 +221,174 @@ class MIMICtrajectoryDataset(TrajectoryDataset):
             else:
                 clauses.append(Clause(". ", self.features[f], ["not measured"]))
         return clauses
+
+
+class MIMICtrajectoryDataset(DKARows):
+    """Trajectories of patients in diabetic ketoacidosis, in the DKA format of one or more series.
+
+    The observations of a row are the union of the times of its series; what was not measured at a
+    time is NaN there.
+
+    Args:
+        source: path of a CSV (.csv, .csv.gz) or Parquet file, or a table of the same columns: a
+            DataFrame, or one of polars or pyarrow.
+        max_len: the most recent observations kept; by default 20 of one series, 64 of several.
+        description: meaning of main series and label: a ``Description``, its JSON as a dict, or the
+            path of the JSON or of the table beside it; by default read beside the file.
+        require_labels: refuse a table without any label; False where new patients are scored.
+        series: names of the series to read, the main one first; None reads all. Rows without any
+            value of them are left out.
+        label_column: the column of 0 and 1 to learn; None is ``label_escalation``.
+        allow_duplicates: accept a split that has equal rows in two parts.
+        site: column that names the hospital or unit of each row, for results by site.
+        series_name, unit, outcome: main series and label 1, where no description says them.
+        outcome_kind: ``label``, or ``time`` of competing events; None: a label where its column
+            stands.
+        horizon_hours: hours from the prediction time, rising, at which risks are wanted; of times.
+
+    Raises:
+        InputError: names file, row and column of the first unreadable cell. Rows count as a
+            spreadsheet shows them: the header is row 1 (for a DataFrame or Parquet: from 0).
+    """
+
+    def __init__(
+        self,
+        source: str | Path | pd.DataFrame | ArrowTable,
+        max_len: int | None = None,
+        *,
+        description: dka.Meaning | None = None,
+        require_labels: bool = True,
+        series: Sequence[str] | None = None,
+        label_column: str | None = None,
+        allow_duplicates: bool | None = None,
+        site: str | None = None,
+        series_name: str | None = None,
+        unit: str | None = None,
+        outcome: str | None = None,
+        outcome_kind: str | None = None,
+        horizon_hours: Sequence[float] | None = None,
+    ) -> None:
+        """Read, check and sort the whole source."""
+        if max_len is not None and max_len < 1:
+            raise InputError(f"--max_len {max_len}: must be at least 1")
+        source = table_files.as_frame(source)
+        findings = Findings("DataFrame" if isinstance(source, pd.DataFrame) else str(source))
+        where = one_line(findings.source)
+        table = pd.concat([block for block, _ in table_files.read_tables(source)])
+        label = label_column or LABEL
+        if outcome_kind not in (None, "label", "time"):
+            raise InputError(f"--outcome_kind {outcome_kind}: must be label or time")
+        has_times = label == LABEL and LABEL not in table and {*dka.EVENT_COLUMNS} <= {*table}
+        is_time = outcome_kind == "time" or (outcome_kind is None and has_times)
+        columns = dka.EVENT_COLUMNS if is_time else (label,)
+        needs_columns = require_labels or label != LABEL or is_time
+        dka.check_header(table, where, columns, labelled=needs_columns)
+        flags = Description(series_name or "", unit or "", outcome=outcome or "")
+        about = read_description(source, findings, description)
+        about = dka.name_series(table, about, columns[-1], flags, findings)
+        events = None
+        if is_time:
+            events = dka.competing_events(table, about, horizon_hours, findings)
+        elif horizon_hours is not None:
+            problem = f"the outcome is the label {label}: --outcome_kind time"
+            raise InputError(f"--horizon_hours: {problem}")
+        self.allow_duplicates = allow_duplicates
+        parts = dka.parts_of(table, findings)
+        super().__init__(
+            table,
+            about,
+            findings,
+            ids=dka.number_equal(dka.patients_of(table, findings)[1], findings),
+            series=series,
+            label=label,
+            max_len=max_len,
+            site=site,
+            events=events,
+            parts=parts,
+            refuse_labels=True,
+        )
+        if not len(self):
+            raise InputError(f"{self.source}: no row holds a value of {', '.join(self.features)}")
+        if require_labels and np.isnan(self.labels).all():
+            raise InputError(f"{where}, column {columns[-1]}: no row has a label")
+        if without := len(table) - len(self):
+            findings.counts["without a value are left out"] += without
+            self.add_rule("without a value", without)
+        max_len = self.read_options["max_len"]
+        if (self.full_lengths > max_len).any():
+            cut = checks.describe_cut(self.full_lengths, self.groups, max_len)
+            findings.notes[cut] = None
+        dka.note_columns(table, columns, self.description, findings, site)
+        self.warnings = tuple(findings.warnings)
+        findings.log()
+
+    def split(self, seed: int) -> Split:
+        """Divide the rows as every data set does, unless equal rows lie in two parts.
+
+        Raises:
+            InputError: equal rows lie in two parts; or as ``TrajectoryDataset.split``.
+        """
+        split = super().split(seed)
+        copies = "" if self.allow_duplicates else describe_copies(self, split, self.numbers)
+        if copies:
+            raise InputError(f"{self.source}: {copies}, or accept them by --allow_duplicates")
+        return split
+
+    @classmethod
+    def scoring_rows(
+        cls,
+        source: Path | pd.DataFrame,
+        config: Mapping[str, Any],
+        findings: Findings,
+        max_rows: int,
+        description: dka.Meaning | None = None,
+    ) -> Iterator[ScoringRows]:
+        """Read a file or DataFrame ``max_rows`` rows at a time, as a checkpoint's data were read.
+
+        Main series and outcome are taken to be those of the checkpoint, where no description, by
+        default that beside the file, says them.
+
+        Raises:
+            InputError: the source lacks an input of the checkpoint, gives it another meaning, or
+                cannot be read.
+        """
+        about, inputs = read_description(source, findings, description), config["inputs"]
+        baselines_read, reading = config.get("baseline_inputs", inputs), config["read_options"]
+        label, site = reading.get("label_column", LABEL), reading.get("site")
+        static_used = {*inputs["static"], *baselines_read["static"], *AGE, site}
+        events = CompetingEvents.from_config(config["events"]) if config.get("events") else None
+        for k, (table, progress) in enumerate(table_files.read_tables(source, max_rows)):
+            if k == 0:
+                about, missing = dka.as_trained(table, about, config, findings)
+            static = {name for name in map(str, table) if name.startswith(dka.STATIC)}
+            unused = {name for name in static - static_used if sex_of_column(name) is None}
+            chunk = table.drop(columns=unused).assign(**dict.fromkeys(missing, ""))
+            ids = dka.number_equal(dka.patients_of(table, findings)[1], findings)
+            dataset = DKARows(
+                chunk,
+                about,
+                findings,
+                ids=ids,
+                series=config["features"],
+                label=label,
+                max_len=reading["max_len"],
+                site=site,
+                events=events,
+            )
+            is_read = table.index.isin(dataset.numbers)
+            problem = "no series of this row holds a value"
+            column = str(dataset.measures[0].keys[0])
+            findings.reject(pd.Series(~is_read, table.index), column, problem)
+            max_len = dataset.read_options["max_len"]
+            longer = f"are longer than {max_len} observations: the most recent are kept"
+            findings.counts[longer] += int((dataset.full_lengths > max_len).sum())
+            # Checked above, so that no later value is scored.
+            if not inputs["prediction_time"] and not baselines_read["prediction_time"]:
+                dataset.prediction_hours = None
+            dataset.question, dataset.outcome = config["question"], config["outcome"]
+            dataset.features = tuple(config["features"])  # spelled as the model knows them
+            positions = np.flatnonzero(is_read)
+            yield ScoringRows(ids, table.index.to_numpy(), dataset, positions, progress)
 
 
 # --------------------------------------------------------------------------- commands

@@ -298,31 +298,44 @@ def find_unit_change(
     there, here = _log_quantiles(entry), np.quantile(logs, LEVELS)
     if np.abs(here - there).mean() < CLOSER * NEAREST:
         return None
-    spread = _spread(there)
-    shares = SHARES[SHARES * len(logs) >= MIN_CHANGED]
     others = {shift: _population_distance(here, there, shift) for shift in (0.5, 1.0, np.inf)}
+    closer = CLOSER_SUSPECTED if suspected else None
     found = list[UnitChange]()
     for conversion in [suspected.conversion] if suspected else conversions(name):
-        changed = conversion.of_logs(there)
-        factor = abs(float(changed[MIDDLE] - there[MIDDLE]))
-        is_small, is_named = factor < math.log(SMALL_RATIO), conversion.is_named
-        if is_small and len(logs) < MIN_SMALL:
-            continue
-        mixtures = np.concatenate([changed[None], _mixtures(there, changed, shares)])
-        own_shift = 0.0 if is_small else min(OWN_SHIFT[0] * spread, OWN_SHIFT[1] * factor)
-        distances = _distances(here - mixtures, own_shift)
-        for k in {0, int(distances[1:].argmin()) + 1 if len(shares) else 0}:
-            is_whole = k == 0
-            closer = CLOSER if is_named or is_whole else CLOSER_STRICT
-            closer = CLOSER_STRICT if is_small else closer
-            closer = CLOSER_SUSPECTED if suspected else closer
-            shift = POPULATION_SHIFT[is_named] if is_whole else np.inf
-            if distances[k] <= spread and closer * max(NEAREST, distances[k]) < others[shift]:
-                share = 1.0 if is_whole else float(shares[k - 1])
-                found.append(UnitChange(conversion, share, np.abs(here - mixtures[k]).mean()))
+        found += _changes_by(conversion, here, there, len(logs), others, closer)
     # Lactates in mg/dL nearly fit a factor of 10.
     found = [x for x in found if x.conversion.is_named] or found
     return min(found, key=lambda change: change.distance, default=None)
+
+
+def _changes_by(
+    conversion: Conversion,
+    here: NDArray[np.float64],  # (levels,) logarithms
+    there: NDArray[np.float64],
+    n: int,  # values here
+    others: Mapping[float, float],  # distances of other populations by their shift
+    closer: float | None,  # how many times closer another unit has to lie; None: by its kind
+) -> list[UnitChange]:
+    """Return the unit of all patients, and of a share, where it is far closer than others."""
+    changed, spread = conversion.of_logs(there), _spread(there)
+    factor = abs(float(changed[MIDDLE] - there[MIDDLE]))
+    is_small = factor < math.log(SMALL_RATIO)
+    if is_small and n < MIN_SMALL:
+        return []
+    shares = SHARES[SHARES * n >= MIN_CHANGED]
+    mixtures = np.concatenate([changed[None], _mixtures(there, changed, shares)])
+    own_shift = 0.0 if is_small else min(OWN_SHIFT[0] * spread, OWN_SHIFT[1] * factor)
+    distances = _distances(here - mixtures, own_shift)
+    found = list[UnitChange]()
+    for k in {0, int(distances[1:].argmin()) + 1 if len(shares) else 0}:
+        is_whole = k == 0
+        is_strict = is_small or not (conversion.is_named or is_whole)
+        times = closer or (CLOSER_STRICT if is_strict else CLOSER)
+        shift = POPULATION_SHIFT[conversion.is_named] if is_whole else np.inf
+        if distances[k] <= spread and times * max(NEAREST, distances[k]) < others[shift]:
+            share = 1.0 if is_whole else float(shares[k - 1])
+            found.append(UnitChange(conversion, share, np.abs(here - mixtures[k]).mean()))
+    return found
 
 
 def _log_quantiles(entry: Mapping[str, Any]) -> NDArray[np.float64]:

@@ -579,9 +579,9 @@ def as_trained(
     table: pd.DataFrame, about: Description, config: Mapping[str, Any], findings: Findings
 ) -> tuple[Description, list[str]]:
     """Complete a description from a checkpoint's; return it and the columns of absent series."""
-    label, source = config["read_options"].get("label_column", LABEL), findings.source
+    source = findings.source
     events = tuple(config["events"]["names"]) if config.get("events") else ()
-    label = EVENT if events else label
+    label = EVENT if events else config["read_options"].get("label_column", LABEL)
     check_header(table, source, (label,), labelled=False)
     trained = [Feature(*pair) for pair in zip(config["features"], config["units"], strict=True)]
     features = {comparable(x.name): x for x in find_features(table, about, None, source)}
@@ -595,30 +595,43 @@ def as_trained(
         features[comparable(about.series)] = replace(unnamed, name=about.series, unit=about.unit)
     if config.get("prompts", {}).get("context") and "clinical_context" not in table:
         findings.warnings["no column clinical_context: the model reads an empty text"] = None
-    missing = []
-    for series in trained:
-        column, feature = f"trajectory_{series.title}", features.get(comparable(series.name))
-        if feature is None:
-            if series.name in config["inputs"].get("series", config["features"]):
-                names = join_names([x.name for x in features.values()])
-                raise InputError(
-                    f"{source}, column {column}: the model reads it, the table has only {names}"
-                )
-            missing.append(column)
-        elif feature.unit != series.unit:
-            units = f"in {feature.unit or 'no unit'}, the model reads {series.unit or 'no unit'}"
-            raise InputError(f"{source}, column {feature.keys[0]}: {series.name} is {units}")
-    inputs = list(config["inputs"]["static"])
-    if config["inputs"]["prediction_time"]:
-        inputs.append(HOURS)
-    for name in inputs:
-        if name not in table:
-            same = [x for x in map(str, table) if x.partition(" [")[0] == name.partition(" [")[0]]
-            problem = f", not {same[0]}" if same else "; its cells may be empty where unknown"
-            raise InputError(f"{source}, column {name}: the model reads it{problem}")
+    missing = absent_series(trained, features, config, source)
+    check_static(table, config["inputs"], source)
     outcome, expected = about.for_label(label).outcome, config["outcome"]
     if events and about.events:
         outcome, expected = join_names(about.events), join_names(events)
     if label in table and outcome != expected:
         raise InputError(f"{source}, column {label}: is {outcome}, the model predicts {expected}")
     return about, missing
+
+
+def absent_series(
+    trained: Sequence[Feature],
+    features: Mapping[str, Feature],  # of the table, by comparable name
+    config: Mapping[str, Any],
+    source: str,
+) -> list[str]:
+    """Return the columns of series that a table lacks; refuse one that is read, or another unit."""
+    missing, read = list[str](), config["inputs"].get("series", config["features"])
+    for series in trained:
+        column, feature = f"trajectory_{series.title}", features.get(comparable(series.name))
+        if feature is None and series.name in read:
+            names = join_names([x.name for x in features.values()])
+            problem = f"the model reads it, the table has only {names}"
+            raise InputError(f"{source}, column {column}: {problem}")
+        if feature is None:
+            missing.append(column)
+        elif feature.unit != series.unit:
+            units = f"in {feature.unit or 'no unit'}, the model reads {series.unit or 'no unit'}"
+            raise InputError(f"{source}, column {feature.keys[0]}: {series.name} is {units}")
+    return missing
+
+
+def check_static(table: pd.DataFrame, inputs: Mapping[str, Any], source: str) -> None:
+    """Refuse a table without a static feature, or the prediction time, that a model reads."""
+    hours = [HOURS] if inputs["prediction_time"] else []
+    for name in [*inputs["static"], *hours]:
+        if name not in table:
+            same = [x for x in map(str, table) if x.partition(" [")[0] == name.partition(" [")[0]]
+            problem = f", not {same[0]}" if same else "; its cells may be empty where unknown"
+            raise InputError(f"{source}, column {name}: the model reads it{problem}")
