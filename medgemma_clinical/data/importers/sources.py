@@ -164,10 +164,14 @@ def find_times(
 ) -> None:
     """Find how the times of each role are read; ask for all that are unclear in one line."""
     problems, asked = list[str](), list[Question]()
+    forms = request.time_format, request.time_unit
     for source in (*sources[1::-1], *sources[2:]):
         for role in [x for x in source.names if x.removeprefix("notes.") in TIMES]:
             try:
-                source.times[role] = find_time(database, source, role, request)
+                key = source.file.path, source.file.sheets[:1], source.names[role], role, forms
+                if key not in seen.cells:
+                    seen.cells[key] = find_time(database, source, role, request)
+                source.times[role] = seen.cells[key]
             except OpenQuestions as error:
                 problems.append(str(error))
                 answers = [x.answers for x in asked if x.answers]
@@ -177,10 +181,12 @@ def find_times(
     if seen.is_preview:
         for source in sources:
             for role, form in source.times.items():
-                key = source.file.path, source.names[role], form
-                if key not in seen.cells:
-                    seen.cells[key] = tables.formats_used(database, source.file, key[1], form)
-                seen.formats[role] = seen.cells[key]
+                name = source.names[role]
+                of_column = source.file.path, name, form
+                if of_column not in seen.cells:
+                    used = tables.formats_used(database, source.file, name, form)
+                    seen.cells[of_column] = used
+                seen.formats[role] = seen.cells[of_column]
 
 
 def find_time(

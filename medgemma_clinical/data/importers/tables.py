@@ -303,13 +303,16 @@ def find_time(
     # Of a column in another form the given formats still tell whether the day comes first.
     kin = [order for order in cells.ORDERS if {*order} & {*formats}] or cells.ORDERS
     ways = sure + [cells.Instant(formats=order) for order in kin]
-    for limit in (SAMPLE, ""):
-        with readable(file.path):
-            fit, unread = find_fitting(database, file.filled(name, limit), ways)
-        if fit and fit[0] in sure and (not limit or fit[0] in iso):
+    with readable(file.path):
+        fit, _ = find_fitting(database, file.filled(name, SAMPLE), ways)
+        if fit and fit[0] in iso:
             return fit[0]
+        # What does not read the first cells does not read all.
+        fit, _ = find_fitting(database, file.filled(name), fit or ways)
+    if fit and fit[0] in sure:
+        return fit[0]
     if not fit:
-        raise mixed_times(database, file, name, unread)
+        raise mixed_times(database, file, name, ways)
     # Where each day may be a month, the first format of an earlier file decides.
     fit = [way for way in fit if [*way.formats[:1]] == [*earlier]] or fit
     if len(fit) > 1:
@@ -323,12 +326,15 @@ def find_time(
     return fit[0]
 
 
-def mixed_times(database: duck.Database, file: TableFile, name: str, unread: int) -> OpenQuestions:
+def mixed_times(
+    database: duck.Database, file: TableFile, name: str, ways: Sequence[cells.Instant]
+) -> OpenQuestions:
     """Return the refusal of a column that no one form reads: of several forms, or of no times."""
-    where = f"{file.path}, column {name}"
-    ways = [cells.Instant(formats=(*cells.ISO_FORMATS, *order)) for order in cells.ORDERS]
-    fit, _ = find_fitting(database, file.filled(name), ways)
+    where, filled = f"{file.path}, column {name}", file.filled(name)
+    joined = [cells.Instant(formats=(*cells.ISO_FORMATS, *order)) for order in cells.ORDERS]
+    fit, _ = find_fitting(database, filled, joined)
     if not fit:
+        _, unread = find_fitting(database, filled, ways)
         times = "not a time such as 2150-01-31 08:30:00, as the others"
         form = "name the form, as --time_format '%d.%m.%Y %H:%M', or --time_unit of numbers"
         problem = f"{cells.count_cells(unread)} {times}"
