@@ -1,6 +1,7 @@
 """Another hospital's tables for the same model, items that are one, and flags declared once."""
 
 import json
+import shutil
 import tomllib
 from dataclasses import fields
 from pathlib import Path
@@ -12,7 +13,14 @@ import pytest
 import dataset_format
 from exports import answer
 from medgemma_clinical.commands import config
+from medgemma_clinical.data.feature import Feature
 from medgemma_clinical.data.importers.long_request import LongRequest, read_like
+from medgemma_clinical.data.importers.long_values import (
+    Group,
+    Item,
+    find_synonyms,
+    propose_factor,
+)
 from medgemma_clinical.flags import FORM, NEVER, flags_of, stored
 
 pytestmark = pytest.mark.slow
@@ -49,6 +57,10 @@ def write(folder, name, levels, columns, sexes, words, decimal, seed=1):
     people |= {"Gruppe": [*"abca"] * 10} if columns[5] == "Aufnahme" else {}
     labs.to_csv(folder / f"{name}_labs.csv", index=False, sep=";")
     pd.DataFrame(people).to_csv(folder / f"{name}_people.csv", index=False, sep=";")
+    return flags_of_tables(folder, name)
+
+
+def flags_of_tables(folder, name):
     return [f"--table={folder / f'{name}_labs.csv'}", f"--labels={folder / f'{name}_people.csv'}"]
 
 
@@ -64,18 +76,29 @@ def read(path):
     return pd.read_csv(path, dtype=str, keep_default_na=False)
 
 
-@pytest.fixture
-def model(tmp_path):
-    """The flags of two hospitals' tables, and of the first one's import."""
-    here = write(tmp_path, "here", LEVELS, HERE, ["m", "w"], [*"xyyy"], ",")
-    there = write(tmp_path, "there", OTHER, THERE, ["1", "2"], ["Y", "N", "N", "N"], ".", 2)
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """A folder with two hospitals' tables, and the import of the first one's in model.csv."""
+    folder = tmp_path_factory.mktemp("model")
+    here = write(folder, "here", LEVELS, HERE, ["m", "w"], [*"xyyy"], ",")
+    write(folder, "there", OTHER, THERE, ["1", "2"], ["Y", "N", "N", "N"], ".", 2)
     words = ["--columns", *(f"{x}={y}" for x, y in zip(ROLES, HERE, strict=False))]
     words += ["--prediction_time=Aufnahme + 24 h", "--outcome_column=tot", "--positive=x"]
     words += ["--static=Alter [years]=Alter", "--static=Sex=Sex", "--static=group=Gruppe"]
     words += ["--decimal=comma", *(f"--series={title(name)}={name}" for name in LEVELS)]
-    out = tmp_path / "model.csv"
-    assert run(*here, *words, "--window_hours=30", f"--out={out}") == 0
-    return out, here, there
+    assert run(*here, *words, "--window_hours=30", f"--out={folder / 'model.csv'}") == 0
+    return folder
+
+
+@pytest.fixture
+def model(imported, tmp_path):
+    """The first hospital's import, and the flags of both hospitals' tables."""
+    shutil.copytree(imported, tmp_path, dirs_exist_ok=True)
+    return (
+        tmp_path / "model.csv",
+        flags_of_tables(tmp_path, "here"),
+        flags_of_tables(tmp_path, "there"),
+    )
 
 
 ROLES = ("subject_id", "time", "item", "value", "unit")
@@ -246,7 +269,7 @@ def test_dates_of_another_hospital_are_typed_or_asked_for(flags, model, tmp_path
     assert read(path.with_suffix(".csv")).equals(read(typed))
 
 
-@pytest.mark.parametrize("kept", [1, 2, 3, 4])
+@pytest.mark.parametrize("kept", [2, 3, 4])
 def test_the_form_of_cells_is_taken_from_tables_of_the_same_columns(kept, model, tmp_path):
     """One column may have a new name."""
     out, *_ = model
@@ -262,46 +285,7 @@ def test_the_form_of_cells_is_taken_from_tables_of_the_same_columns(kept, model,
         assert run(*new, f"--like={out}", *words, "--decimal=comma", f"--out={path}") == 2
 
 
-AMERICAN = "%m/%d/%Y %H:%M", "%m/%d/%Y %I:%M %p"
-
-
-@pytest.mark.parametrize(
-    ("given", "of_labs", "of_people"),
-    [
-        (AMERICAN[0], AMERICAN[0], AMERICAN[1]),
-        (AMERICAN[1], AMERICAN[0], AMERICAN[1]),
-        ("%d/%m/%Y %H:%M", "%d/%m/%Y %H:%M", "%d/%m/%Y %I:%M %p"),
-        ("%d.%m.%Y %H:%M", "%d/%m/%Y %H:%M", "%d.%m.%Y %H:%M"),
-        ("%Y%m%d%H%M", "%Y%m%d%H%M", "%Y-%m-%d %H:%M:%S"),
-    ],
-)
-def test_a_format_of_one_column_leaves_the_other_to_be_found(given, of_labs, of_people, tmp_path):
-    """Each day may be a month: the format that is given tells it of the other column, too."""
-    words = write(tmp_path, "one", LEVELS, THERE, ["F", "M"], ["Y", "N", "N", "N"], ".")
-    words += [*GIVEN[:8], f"--out={tmp_path / 'one.csv'}"]
-    assert run(*words) == 0
-    expected = read(tmp_path / "one.csv")
-    for name, column, form in (("labs", "TAKEN", of_labs), ("people", "ADMITTED", of_people)):
-        table = pd.read_csv(tmp_path / f"one_{name}.csv", sep=";", dtype=str)
-        table[column] = pd.to_datetime(table[column]).dt.strftime(form)
-        table.to_csv(tmp_path / f"one_{name}.csv", index=False, sep=";")
-    assert run(*words) == 2
-    assert run(*words, f"--time_format={given}") == 0
-    assert read(tmp_path / "one.csv").equals(expected)
-
-
 # --------------------------------------------------------------------------- one quantity
-
-
-def preview(folder, levels, capsys):
-    """What a preview of some items asks and writes, and the code of the run without an answer."""
-    words = write(folder, "one", levels, THERE, ["F", "M"], ["Y", "N", "N", "N"], ".")
-    words += [*GIVEN[:8], f"--out={folder / 'one.csv'}", "--equal_times=keep"]
-    code = run(*words)
-    capsys.readouterr()
-    assert run(*words, "--preview") == 0
-    asked = capsys.readouterr().out.partition("open questions")[2]
-    return code, asked, (folder / "one.toml").read_text()
 
 
 @pytest.mark.parametrize(
@@ -309,7 +293,7 @@ def preview(folder, levels, capsys):
     [
         (("Creatinine", "CREATININE, SERUM"), (1.0, 1.1), True),
         (("Natrium", "Sodium"), (140, 141), True),
-        (("CRP", "Protéine C-réactive"), (20, 45), True),  # wide, and known as one quantity
+        (("CRP", "Prot\u00e9ine C-r\u00e9active"), (20, 45), True),  # known as one quantity
         (("Widget", "Widget two"), (1.0, 1.2), True),
         (("Widget", "Widget two"), (1.0, 2.0), False),
         (("Creatinine", "Creatinine urine"), (1.0, 1.1), False),
@@ -317,48 +301,59 @@ def preview(folder, levels, capsys):
         (("Sodium", "Potassium"), (4, 4), False),
     ],
 )
-def test_items_of_one_quantity_are_asked_and_never_guessed(
-    names, middles, is_asked, tmp_path, capsys
-):
-    levels = {name: (middle, "u") for name, middle in zip(names, middles, strict=True)}
-    code, asked, text = preview(tmp_path, levels, capsys)
-    assert (code, "is " in asked and " the series " in asked) == (
-        (2, True) if is_asked else (0, False)
-    )
-    if is_asked:
-        assert len(tomllib.loads(text)["series"]) < 2
-        answer(tmp_path / "one.toml")
-        assert run("--config", tmp_path / "one.toml") == 0
-        rows = read(tmp_path / "one.csv")
-        assert not [name for name in rows if name.startswith("trajectory_")]
-        assert rows["clinical_trajectory"].str.count("->").eq(3).all()
+def test_items_of_one_quantity_are_found(names, middles, is_asked):
+    pairs = zip(names, middles, strict=True)
+    items = [Item(Feature(name, "u", (name,)), 9, middle) for name, middle in pairs]
+    assert find_synonyms(items) == ({items[1]: items[0]} if is_asked else {})
 
 
-def test_the_file_of_a_preview_keeps_its_main_series(tmp_path, capsys):
-    levels = {"Acid, alpha": (1.0, "u"), "Zinc": (9, "u")}
-    code, _, text = preview(tmp_path, levels, capsys)
-    assert code == 2
-    assert "is not the name of a column" in text
+def test_items_of_one_quantity_are_asked_and_never_guessed(tmp_path, capsys):
+    """An item whose name no column can have stays the main series."""
+    levels = {"Creatinine": (1.0, "u"), "CREATININE, SERUM": (1.1, "u"), "Zinc": (9, "u")}
+    words = write(tmp_path, "one", levels, THERE, ["F", "M"], ["Y", "N", "N", "N"], ".")
+    words += [*GIVEN[:8], f"--out={tmp_path / 'one.csv'}", "--equal_times=keep"]
+    assert run(*words) == 2
+    capsys.readouterr()
+    assert run(*words, "--preview") == 0
+    assert "is CREATININE, SERUM the series Creatinine" in capsys.readouterr().out
+    text = (tmp_path / "one.toml").read_text()
+    assert tomllib.loads(text)["series"] == ["Creatinine [u]=Creatinine", "Zinc [u]=Zinc"]
     answer(tmp_path / "one.toml")
     assert run("--config", tmp_path / "one.toml") == 0
-    about = json.loads((tmp_path / "one.json").read_text())
-    assert about["series"] == "Acid alpha"
+    rows = read(tmp_path / "one.csv")
+    assert [*rows.filter(like="trajectory_")] == ["trajectory_Zinc [u]"]
+    assert rows["clinical_trajectory"].str.count("->").eq(3).all()
+
+
+@pytest.mark.parametrize(
+    ("units", "middles", "factor"),
+    [
+        (("mg/dL", "mg/L"), (15.0, 155), 0.1),  # prefixes
+        (("\N{MICRO SIGN}mol/L", "nmol/L"), (1.5, 1400), 0.001),
+        (("mg/dL", "U/L"), (1.5, 2.0), 0),  # nothing says how
+        (("mg/dL", "mg/L"), (1.5, 1.6), 0),  # values that do not fit it
+        (("G/L", "10*3/uL"), (9, 9), 1),
+        (("K/uL", "10^9/L"), (9, 9), 1),
+        (("10*3/uL", "/mm3"), (9, 9000), 0.001),
+        (("u", "v"), (9, 10.5), 1),
+        (("u", "v"), (9, 14), 0),
+        (("u", ""), (9, 12), 1),  # none is written
+        (("mg/dL", ""), (20, 2000), 0),
+    ],
+)
+def test_a_factor_is_proposed_only_where_it_is_known(units, middles, factor):
+    group = Group("x", units[0], False, "x", units[1], middles[1])
+    ratio = middles[0] / middles[1]
+    proposed = propose_factor(group, units[0], ratio, [(middles[0], 1.0)])
+    assert proposed == pytest.approx(factor)
 
 
 @pytest.mark.parametrize(
     ("units", "middles", "first"),
-    [
-        (("G/L", "10*3/uL"), (9, 9), "=1'"),
-        (("K/uL", "10^9/L"), (9, 9), "=1'"),
-        (("10*3/uL", "/mm3"), (9, 9000), "=0.001'"),
-        (("u", "v"), (9, 10.5), "=1'"),
-        (("u", "v"), (9, 14), "=drop'"),
-        (("u", ""), (9, 12), "=1'"),  # none is written
-        (("mg/dL", ""), (20, 2000), "=drop'"),
-    ],
+    [(("10*3/uL", "/mm3"), (9, 9000), "=0.001'"), (("u", "v"), (9, 14), "=drop'")],
 )
 def test_a_factor_is_proposed_or_the_values_are_left_out(units, middles, first, tmp_path, capsys):
-    """A preview takes no number that no answer gives."""
+    """A preview takes no number that no answer gives, and shows what will be written."""
     labs = []
     for unit, middle in zip(units, middles, strict=True):
         write(tmp_path, "one", {"x": (middle, unit)}, THERE, ["F", "M"], ["Y", "N"] * 2, ".")

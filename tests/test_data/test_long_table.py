@@ -17,6 +17,7 @@ from medgemma_clinical.files import InputError
 from table_requests import make_rows
 
 pytestmark = pytest.mark.slow
+pytest.importorskip("openpyxl")
 
 START = pd.Timestamp("2024-01-20 08:00")
 SERIES = ("creatinine [mg/dL]=Creatinine",)
@@ -98,16 +99,13 @@ def test_lines_that_appear_twice_are_dropped_with_a_count(make, caplog):
     assert "4 lines are repeated" in caplog.text
 
 
-def test_what_a_window_loses_is_said_with_its_events_and_the_flag(make, caplog):
+def test_what_a_window_loses_is_counted_with_its_events(make, caplog):
     caplog.set_level(logging.INFO)
     late = START + pd.Timedelta("9D")
     patients = people(4, Admitted=[START, late, START, late], **{"AKI stage 3": list("1100")})
     make(labs(patients=4), patients)
-    lost = "2 of 4 rows (50.0%), 2 of 4 patients and 1 of 2 events are lost"
-    assert f"{lost}, with no value of creatinine in the window: --window_hours 48" in caplog.text
-    caplog.clear()
-    make(labs(), people())
-    assert "lost" not in caplog.text
+    (said,) = [line for line in caplog.messages if "--window_hours" in line]
+    assert re.findall(r"(\d+) of (\d)", said) == [("2", "4"), ("2", "4"), ("1", "2")]
 
 
 @pytest.mark.parametrize(
@@ -115,8 +113,6 @@ def test_what_a_window_loses_is_said_with_its_events_and_the_flag(make, caplog):
     [
         ("subject_id", "charttime", "itemid", "valuenum"),
         ("PATIENT ID", "Date", "Test_Name", "Result (mg/dL)"),
-        ("MRN", "DateTime", "PARAMETER", "Value"),
-        ("RecordID", "Time", "Lab", "Result"),
     ],
 )
 def test_columns_are_found_by_their_usual_names(names, make):
@@ -132,17 +128,6 @@ def test_all_missing_columns_are_asked_for_in_one_line(make):
         assert asked in str(caught.value)
     columns = ("time=When", "item=What,label=AKI stage 3")
     assert trajectory(make(table, people(), columns=columns)) == "1 (0h) -> 1.5 (12h)"
-
-
-def test_what_is_read_and_what_is_not_is_said(make, caplog):
-    caplog.set_level(logging.INFO)
-    late = labs("2", "3", "4").assign(Ward="x")  # 48 h is within, both ends included
-    made = make(late, people(), window_hours=36.0)
-    assert trajectory(made) == "1.5 (0h) -> 2 (12h) -> 3 (24h) -> 4 (36h)"
-    text = caplog.text
-    assert "columns not read: Ward" in text
-    assert "columns not read: Age (years), Sex" in text
-    assert "of 10 values 2 lie before the windows (36 hours" in text
 
 
 @pytest.mark.parametrize(
@@ -185,29 +170,27 @@ def test_a_name_is_found_whatever_its_case_and_signs_the_same_text_first():
     assert roles.find_column(["a"], "", "b") is None
 
 
-@pytest.mark.parametrize("ending", [".csv", ".xlsx"])
 @pytest.mark.parametrize(
-    ("names", "flags", "place"),
+    ("names", "flags", "ending", "place"),
     [
-        (("Result", "Result"), (), "labs.*, column Result: "),
-        (("Result (mg/dL)", "Result (mmol/L)"), (), r"labs.*, column Result \(mg/dL\): "),
-        (("Result (mg/dL)", "Result (mmol/L)"), ("value=Result (mmol/L)",), ""),
-        (("value", "Value"), (), ""),  # the usual name itself
-        (("Result", "Ward", "Ward"), (), ""),
+        (("Result", "Result"), (), ".csv", "labs.*, column Result: "),
+        (("Result", "Result"), (), ".xlsx", "labs.*, column Result: "),
+        (("Result (mg/dL)", "Result (mmol/L)"), (), ".csv", r"labs.*, column Result \(mg/dL\): "),
+        (("Result (mg/dL)", "Result (mmol/L)"), ("value=Result (mmol/L)",), ".csv", ""),
+        (("value", "Value"), (), ".csv", ""),  # the usual name itself
+        (("Result", "Ward", "Ward"), (), ".csv", ""),
     ],
 )
-def test_a_column_that_is_read_has_a_name_of_its_own(names, flags, place, ending, make):
-    if ending == ".xlsx":
-        pytest.importorskip("openpyxl")
+def test_a_column_that_is_read_has_a_name_of_its_own(names, flags, ending, place, make):
     table = labs().assign(**{f"other{k}": "9" for k in range(len(names) - 1)})
     table = table.set_axis([*table.columns[:3], *names], axis="columns")
-    flags = (*FLAGS["columns"], *flags)
+    columns = (*FLAGS["columns"], *flags)
     if place:
         with pytest.raises(InputError, match=place):
-            make(table, people(), ending, columns=flags)
+            make(table, people(), ending, columns=columns)
     else:
-        read = "9 (0h) -> 9 (12h)" if len(flags) > 1 else "1 (0h) -> 1.5 (12h)"
-        assert trajectory(make(table, people(), ending, columns=flags)) == read
+        read = "9 (0h) -> 9 (12h)" if flags else "1 (0h) -> 1.5 (12h)"
+        assert trajectory(make(table, people(), ending, columns=columns)) == read
 
 
 LONG, WRONG_ID = 10**16 + 3, r"column Patient: \d cells? "
@@ -217,150 +200,100 @@ LONG, WRONG_ID = 10**16 + 3, r"column Patient: \d cells? "
     ("ids", "ending", "place"),
     [
         (["x" * 301, "x" * 302], ".csv", WRONG_ID),
-        (["x" * 299 + "1", "x" * 299 + "2"], ".csv", ""),
         (["A\tB", "C"], ".csv", WRONG_ID),
         (["1,2E+16", "1"], ".csv", WRONG_ID),
         ([LONG, LONG + 16], ".xlsx", "column Patient: "),
+        (["x" * 299 + "1", "x" * 299 + "2"], ".csv", ""),
         ([str(LONG), str(LONG + 1)], ".xlsx", ""),
         ([LONG, LONG + 1], ".csv", ""),
     ],
 )
 def test_a_patient_keeps_the_whole_of_an_id_or_is_refused(ids, ending, place, make):
-    pytest.importorskip("openpyxl")
     table, patients = labs(), people()
     table["Patient"] = table["Patient"].map(dict(zip(patients["Patient"], ids, strict=True)))
     patients["Patient"] = ids
-    for labels in (patients, people()):
-        if place:
-            with pytest.raises(InputError, match=place):
-                make(table, labels, ending)
     if not place:
         rows, _ = make(table, patients, ending)
         assert rows["subject_id"].tolist() == [*map(str, ids)]
+        return
+    for labels in (patients, people()):
+        with pytest.raises(InputError, match=place):
+            make(table, labels, ending)
 
 
 # --------------------------------------------------------------------------- cells
 
 
-@pytest.mark.parametrize(
-    "form",
-    [
-        *("%Y-%m-%d %H:%M:%S", "%d.%m.%Y %H:%M", "%-d/%-m/%Y %H:%M", "%d-%m-%Y %H:%M:%S"),
-        *(AMERICAN, "%m/%d/%Y %H:%M", "%m-%d-%Y %I:%M %p", "%-m/%-d/%Y %-I:%M%p"),
-        "%Y/%m/%d %H:%M",
-    ],
-)
-def test_times_are_read_in_the_usual_forms(form, make):
-    made = make(written(labs(), form), written(people(), form))
-    assert trajectory(made) == "1 (0h) -> 1.5 (12h)"
-    assert made[0]["prediction_time"].tolist() == ["2024-01-22T08:00:00"] * 2
-
-
-def in_berlin(table):
+def in_berlin(table, form="%Y-%m-%dT%H:%M:%S%z"):
     times = table.select_dtypes("datetime")
     zoned = {name: times[name].dt.tz_localize("Europe/Berlin") for name in times}
-    return table.assign(**{name: [x.isoformat() for x in zoned[name]] for name in zoned})
+    return table.assign(**{name: zoned[name].dt.strftime(form) for name in zoned})
 
 
-@pytest.mark.parametrize(
-    ("form", "flags", "shown"),
-    [
-        (lambda text: text, {}, "2024-04-01T08:00:00+01:00"),
-        (lambda text: text.str[:-3] + text.str[-2:], {}, "2024-04-01T08:00:00+0100"),
-        (
-            lambda text: pd.to_datetime(text, utc=True).dt.strftime("%Y-%m-%d %H:%M:%SZ"),
-            {},
-            "2024-04-01T07:00:00Z",
-        ),
-        (
-            lambda text: text.str.replace("T", " at "),
-            {"time_format": ("%Y-%m-%d at %H:%M:%S%z",)},
-            "2024-04-01T08:00:00+01:00",
-        ),
-    ],
-)
-def test_times_with_a_zone_count_true_hours_and_keep_their_zone(form, flags, shown, make):
+@pytest.mark.parametrize("form", ["%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%d at %H:%M:%S%z"])
+def test_times_with_a_zone_count_true_hours_and_keep_their_zone(form, make):
     """The clocks of Berlin went forward on 31 March 2024 at 2."""
     start = pd.Timestamp("2024-03-30 08:00")
-    table = in_berlin(labs("2", "3").assign(Collected=lambda t: t["Collected"] - START + start))
-    patients = in_berlin(people(Admitted=start))
-    table["Collected"], patients["Admitted"] = form(table["Collected"]), form(patients["Admitted"])
-    made = make(table, patients, **flags)
+    table = labs("2", "3").assign(Collected=lambda t: t["Collected"] - START + start)
+    flags = {"time_format": (form,)} if "at" in form else {}
+    made = make(in_berlin(table, form), in_berlin(people(Admitted=start), form), **flags)
     assert trajectory(made) == "1 (0h) -> 1.5 (12h) -> 2 (23h) -> 3 (35h)"
+    shown = "2024-04-01T08:00:00+0100"
     assert made[0]["prediction_time"].tolist() == [shown] * 2
     assert made[0]["id"].tolist() == [f"P0 {shown}", f"P1 {shown}"]
 
 
-@pytest.mark.parametrize("zoned", ["labs", "patients", "cell"])
+@pytest.mark.parametrize("zoned", ["patients", "cell"])
 def test_times_with_a_zone_beside_others_without_are_refused(zoned, make):
     table, patients = labs(), people()
-    if zoned == "labs":
-        table = in_berlin(table)
-    elif zoned == "patients":
+    if zoned == "patients":
         patients = in_berlin(patients)
     else:
         table = in_berlin(table)
-        table.loc[1, "Collected"] = table.loc[1, "Collected"][:-6]
+        table.loc[1, "Collected"] = table.loc[1, "Collected"][:-5]
     with pytest.raises(InputError, match=r"(labs|patients).csv.* column (Collected|Admitted): "):
         make(table, patients)
 
 
-def test_one_late_day_of_a_long_column_decides(make):
-    table = labs(patients=800).assign(Collected="3/4/2024")
-    table.loc[1500, "Collected"] = "3/14/2024"
-    made = make(table, people(800, Admitted="2024-03-12"))
-    assert made[1]["arguments"]["read_as"]["times"]["time"] == ("%m/%d/%Y",)
+def labels_of(rows, name):
+    read = rows[name].astype(object)
+    return read.where(read.notna(), None).tolist()
 
 
-def test_days_or_months_come_first_in_a_whole_column_and_a_format_decides_where_either_may(make):
-    early = labs().assign(Collected=lambda table: table["Collected"] - pd.Timedelta("12D"))
-    patients = people(Admitted=START - pd.Timedelta("12D"))
-    mixed = written(labs(), "%d/%m/%Y %H:%M")
-    mixed.loc[1, "Collected"] = "01/20/2024 20:00"
-    refused = ((written(early, AMERICAN), "month may"), (mixed, "1 cell"))
-    for table, named in refused:
-        with pytest.raises(
-            InputError, match=f"labs.csv, column Collected: .*{named}.*--time_format"
-        ):
-            make(table, patients)
-    for form, day in (("%d/%m/%Y %I:%M %p", "2024-08-03"), ("%m/%d/%Y %I:%M %p", "2024-01-10")):
-        made = make(written(early, AMERICAN), written(patients, AMERICAN), time_format=(form,))
-        assert made[0]["prediction_time"][0].startswith(day)
-    days = {"equal_times": "keep"}
-    made = make(written(early, "%d.%m.%Y"), written(patients, "%d.%m.%Y"), **days)  # nobody's month
-    assert made[0]["prediction_time"][0].startswith("2024-01-10")
-    for form in ("%m/%d/%y %H:%M", "%d-%b-%Y %H:%M"):  # the year 2024, not 24
-        assert trajectory(make(written(labs(), form), people())) == "1 (0h) -> 1.5 (12h)"
-    short = written(labs(), "%d %b %y, %H:%M")
-    made = make(short, people(), time_format=("%d.%m.%Y", "%d %b %y, %H:%M"))
-    assert trajectory(made) == "1 (0h) -> 1.5 (12h)"
+YES_AND_NO = {
+    "a": (["No", "Yes", "", "yes"], [0, 1, None, 1]),
+    "b": (["n", "Y", "?", "0"], [0, 1, None, 0]),
+    "c": (["FALSE", "true", "0", "1.0"], [0, 1, 0, 1]),
+    "d": (["nein", "Ja", "unbekannt", ""], [0, 1, None, None]),
+    "e": (["non", "oui", "S\u00ed", "si"], [0, 1, 1, 1]),
+}
+CODED = {
+    "a": (["home", "Died ", "ward", "?"], [0, 1, 0, None]),
+    "b": (["1", "2", "3", "it's"], [0, 1, 0, 1]),
+}
 
 
 @pytest.mark.parametrize(
-    ("cells", "positive", "labels"),
+    ("columns", "positive"), [(YES_AND_NO, ()), (CODED, ("died", "2", "It's"))]
+)
+def test_labels_may_be_words(columns, positive, make):
+    patients = people(4, **{name: cells for name, (cells, _) in columns.items()})
+    flags = {"outcome_column": (*columns,), "columns": (), "positive": positive}
+    rows, _ = make(labs(patients=4), patients, **flags)
+    for name, (_, labels) in columns.items():
+        assert labels_of(rows, "label_escalation" if name == "a" else f"label_{name}") == labels
+
+
+@pytest.mark.parametrize(
+    ("positive", "place"),
     [
-        (("No", "Yes"), (), [0, 1]),
-        (("n", "Y"), (), [0, 1]),
-        (("FALSE", "true"), (), [0, 1]),
-        (("0", "1.0"), (), [0, 1]),
-        (("nein", "Ja", "unbekannt", ""), (), [0, 1, None, None]),
-        (("non", "oui"), (), [0, 1]),
-        (("No", "Sí", "si"), (), [0, 1, 1]),
-        (("home", "Died ", "ward", "?"), ("died",), [0, 1, 0, None]),
-        (("1", "2", "3", "it's"), ("2", "It's"), [0, 1, 0, 1]),
-        (("home", "died"), (), "column AKI stage 3: 2 cells .*--positive"),
-        (("home", "died"), ("dead",), "--positive dead: .*column AKI stage 3: "),
+        ((), "column AKI stage 3: 2 cells .*--positive"),
+        (("dead",), "--positive dead: .*column AKI stage 3: "),
     ],
 )
-def test_labels_may_be_words(cells, positive, labels, make):
-    table, patients = labs(patients=len(cells)), people(len(cells), **{"AKI stage 3": cells})
-    if isinstance(labels, str):
-        with pytest.raises(InputError, match=labels):
-            make(table, patients, positive=positive)
-    else:
-        rows, _ = make(table, patients, positive=positive)
-        read = rows["label_escalation"].astype(object)
-        assert read.where(read.notna(), None).tolist() == labels
+def test_words_of_a_label_that_nothing_explains_are_refused(positive, place, make):
+    with pytest.raises(InputError, match=place):
+        make(labs(), people(**{"AKI stage 3": ["home", "died"]}), positive=positive)
 
 
 UNCLEAR = "column Result: .*--decimal"
@@ -373,7 +306,6 @@ THREE_DIGITS = "column Result: .* of Creatinine .*--decimal"
     ("sep", "cells", "flags", "read"),
     [
         (";", ("2,25", "<0,5"), {}, "2.25 (24h) -> 0.25 (36h)"),
-        ("\t", ("2,25", "<0,5"), {}, "2.25 (24h) -> 0.25 (36h)"),
         ("\t", ("2.25", "7"), {}, "2.25 (24h) -> 7 (36h)"),
         (";", ("4,1", "s. Bem."), DROP, "1 (12h) -> 4.1 (24h)"),
         (";", ("0,250", "900"), {}, "0.25 (24h) -> 900 (36h)"),
@@ -383,11 +315,9 @@ THREE_DIGITS = "column Result: .* of Creatinine .*--decimal"
         (";", ("2 x positive", "9"), DROP, "1 (12h) -> 9 (36h)"),
         (";", ("2,25", "2.25"), {}, UNCLEAR),
         (",", ("2,25", "7"), {}, UNCLEAR),  # within quotes
-        (",", ("2,25", "7"), {"decimal": "comma"}, "2.25 (24h) -> 7 (36h)"),
         (",", ("2,250", "7"), {"decimal": "point"}, "2250 (24h) -> 7 (36h)"),
         (";", ("1,250", "900"), {}, THREE_DIGITS),
         (";", ("1.234", "900"), DROP, THREE_DIGITS),
-        ("\t", ("1,200", "7"), {}, THREE_DIGITS),
         (",", ("1.234", "900"), {}, THREE_DIGITS),
         (";", ("1,250", "900"), {"decimal": "comma"}, "1.25 (24h) -> 900 (36h)"),
         (";", ("1,250", "1,250.5"), {"decimal": "point"}, "1250 (24h) -> 1250.5 (36h)"),
@@ -395,7 +325,6 @@ THREE_DIGITS = "column Result: .* of Creatinine .*--decimal"
         (";", ("150.000", "250.000", "180.000"), {}, UNCLEAR),  # nothing else has decimals
         (";", ("7,350", "7,412", "7,300"), {}, PH),  # potassium has
         (",", ("1,234,567", "7"), DROP, UNCLEAR),
-        (",", ("1 234", "7"), DROP, UNCLEAR),
         (",", ("1 234", "7"), {"decimal": "point"}, "1234 (24h) -> 7 (36h)"),
         (";", ("4.1", "4,5"), {"decimal": "comma"}, "column Result: 2 cells look like numbers"),
         (";", ("4.1", "4,5"), {"decimal": "comma", **DROP}, "1 (12h) -> 4.5 (36h)"),
@@ -413,54 +342,46 @@ def test_decimals_and_thousands_are_read_as_said_or_as_nothing_contradicts(
         table = pd.concat([table, potassium.assign(Analyte="Potassium")])
     flags = {"sep": sep, "below_limit": "half", "series": (*SERIES, "K=Potassium"), **flags}
     if read.startswith("column"):
-        with pytest.raises(InputError, match=read) as caught:
+        with pytest.raises(InputError, match=read):
             make(table, people(), **flags)
-        assert "--bad_values" not in str(caught.value)
     else:
         assert trajectory(make(table, people(), **flags)).endswith(read)
 
 
 @pytest.mark.parametrize(
-    ("flags", "read", "said"),
+    ("flags", "read"),
     [
-        ({"below_limit": "half", "bad_values": "drop"}, "0.15 (24h) -> 500 (36h)", "half"),
-        (
-            {"below_limit": "value", "bad_values": "drop"},
-            "0.3 (24h) -> 500 (36h)",
-            "2 values below a limit, 2 above",
-        ),
-        ({"below_limit": "drop", "bad_values": "drop"}, "1.5 (12h)", "--below_limit drop"),
-        ({"bad_values": "drop"}, None, "4 cells are at a limit: --below_limit"),
-        ({"below_limit": "half"}, None, "2 cells are not a number: --bad_values"),
+        ({"below_limit": "half", **DROP}, "0.15 (24h) -> 500 (36h)"),
+        ({"below_limit": "value", **DROP}, "0.3 (24h) -> 500 (36h)"),
+        ({"below_limit": "drop", **DROP}, "1.5 (12h)"),
+        (DROP, "4 cells are at a limit: --below_limit"),
+        ({"below_limit": "half"}, "2 cells are not a number: --bad_values"),
     ],
 )
-def test_limits_and_other_texts_are_read_as_the_flags_say(flags, read, said, make, caplog):
+def test_limits_and_other_texts_are_read_as_the_flags_say(flags, read, make, caplog):
     caplog.set_level(logging.INFO)
     table = labs("< 0.3", ">=500", "hemolyzed", "")
-    if read is None:
-        with pytest.raises(InputError, match=said) as caught:
+    if "cells" in read:
+        with pytest.raises(InputError, match=read) as caught:
             make(table, people(), **flags)
         assert "hemolyzed" not in str(caught.value)
-    else:
-        made = make(table, people(), **flags)
-        assert trajectory(made).endswith(read)
-        assert made[1]["values"]["without a number"] == 2 + 4 * (flags["below_limit"] == "drop")
-        assert 'dropped 2 values "hemolyzed"' in caplog.text
-        assert said in caplog.text
+        return
+    made = make(table, people(), **flags)
+    assert trajectory(made).endswith(read)
+    assert made[1]["values"]["without a number"] == 2 + 4 * (flags["below_limit"] == "drop")
+    assert 'dropped 2 values "hemolyzed"' in caplog.text
 
 
-@pytest.mark.parametrize("decimal", ["", "comma"])
 @pytest.mark.parametrize("ending", [".xlsx", ".parquet"])
-def test_a_number_that_is_stored_as_such_has_no_sign_to_ask_for(ending, decimal, make):
+def test_a_number_that_is_stored_as_such_has_no_sign_to_ask_for(ending, make):
     """A table with decimal commas may come with an Excel file of patients."""
-    pytest.importorskip("openpyxl")
     table = labs(patients=1).assign(Result=[1.234, 900])
-    made = make(table, people(1, BMI=24.125), ending, static=("bmi=BMI",), decimal=decimal)
+    made = make(table, people(1, BMI=24.125), ending, static=("bmi=BMI",), decimal="comma")
     assert trajectory(made) == "1.234 (0h) -> 900 (12h)"
     assert made[0]["static_bmi"].tolist() == ["24.125"]
 
 
-def german_export(patients=40):
+def german_export(patients=20):
     """A laboratory's table as texts, and the numbers that they stand for by patient and item."""
     rng, rows, numbers = np.random.default_rng(5), [], {}
     forms = {
@@ -482,12 +403,11 @@ def german_export(patients=40):
     return table.sample(frac=1, random_state=1), numbers
 
 
-@pytest.mark.parametrize(("ending", "sep"), [(".csv", ";"), (".csv", "\t"), (".xlsx", "")])
+@pytest.mark.parametrize(("ending", "sep"), [(".csv", ";"), (".xlsx", "")])
 def test_an_export_with_every_trap_is_refused_or_read_right_in_each_cell(ending, sep, make):
-    pytest.importorskip("openpyxl")
     table, numbers = german_export()
-    smoking = ["None", "NA", "Raucher", "nie"] * 10
-    patients = people(40, Raucher=smoking).rename(columns={"Patient": "Pat.-Nr."})
+    smoking = ["None", "NA", "Raucher", "nie"] * 5
+    patients = people(20, Raucher=smoking).rename(columns={"Patient": "Pat.-Nr."})
     names = ("subject_id=Pat.-Nr.", "time=Entnahme", "item=Parameter", "value=Ergebnis")
     flags = {"columns": (*FLAGS["columns"], *names), "series": (), "static": ("smoking=Raucher",)}
     flags |= {"below_limit": "half", **DROP, "sep": sep}
@@ -511,12 +431,8 @@ def test_an_export_with_every_trap_is_refused_or_read_right_in_each_cell(ending,
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (
-            ("5.1 ?", "x" * 31),
-            ['number (25.0%): 2 values "#.# ?"', '1 values "called by Z", 2 other texts'],
-        ),
+        (("5.1 ?", "x" * 31), ['2 values "#.# ?"', '1 values "called by Z", 2 other texts']),
         (tuple("abcdefghijkl"), ['2 values "j"', "5 other texts"]),
-        (tuple("abcdefghi"), ['1 values "called by Z"']),
         ((*"abcdefgh", "3 abc", "4 def"), ['4 values "# ..."', "called by Z"]),
     ],
 )
@@ -532,63 +448,60 @@ def test_texts_that_are_dropped_are_listed_without_their_numbers(words, said, ma
 
 
 @pytest.mark.parametrize(
-    ("units", "factor", "read"),
+    ("units", "factor", "series", "read"),
     [
-        (("mg/dL", "mg/dl"), (), "1 (0h) -> 1.5 (12h)"),
-        (("MG/DL", "mg/dl"), (), "1 (0h) -> 1.5 (12h)"),
-        (("µmol/L", "\u03bcmol/l"), ("creatinine:UMOL/L=9",), "1 (0h) -> 1.5 (12h)"),
-        (("mg/dL", "umol/L"), ("creatinine:UMOL/l=2",), "1 (0h) -> 3 (12h)"),
-        (("mg/dL", "mg/l"), (), "labs.csv: "),
+        (("MG/DL", "mg/dl"), (), (), "1 (0h) -> 1.5 (12h)"),
+        (("\u00b5mol/L", "\u03bcmol/l"), ("creatinine:UMOL/L=9",), (), "1 (0h) -> 1.5 (12h)"),
+        (("mg/dL", "umol/L"), ("creatinine:UMOL/l=2",), ("x=creatinine",), "1 (0h) -> 3 (12h)"),
+        (("mg/dL", "mg/l"), (), ("x=creatinine",), "labs.csv: "),
+        (("mg/dL", "mg/l"), (), (), "labs.csv: "),
     ],
 )
-def test_units_and_items_that_differ_in_case_alone_are_one(units, factor, read, make):
+def test_units_and_items_that_differ_in_case_alone_are_one(units, factor, series, read, make):
     table = labs().assign(Unit=[*units] * 2, Analyte=["Creatinine", "CREATININE"] * 2)
-    columns = (*FLAGS["columns"], "unit=Unit")
-    for series in (("crea=creatinine",), ()):
-        if read.startswith("labs"):
-            with pytest.raises(InputError, match=read):
-                make(table, people(), columns=columns, series=series)
-        else:
-            made = make(table, people(), columns=columns, series=series, factor=factor)
-            assert trajectory(made) == read
-            assert made[1]["unit"] in units
+    flags = {"columns": (*FLAGS["columns"], "unit=Unit"), "series": series, "factor": factor}
+    if read.startswith("labs"):
+        with pytest.raises(InputError, match=read):
+            make(table, people(), **flags)
+    else:
+        made = make(table, people(), **flags)
+        assert trajectory(made) == read
+        assert made[1]["unit"] in units
 
 
 # --------------------------------------------------------------------------- static features
 
 
-@pytest.mark.parametrize(
-    ("cells", "columns"),
-    [
-        (["61", "70.5", ""], {"static_x [u]": ["61", "70.5", None]}),
-        (["Yes", "no", ""], {"static_x": ["1", "0", None]}),
-        (["ja", "Nein", ""], {"static_x": ["1", "0", None]}),
-        (["F", "male", "M"], {"static_x_male": ["0", "1", "1"]}),
-        (["W", "männlich", "m"], {"static_x_male": ["0", "1", "1"]}),
-        (["d", "m", "w"], {"static_x d": [*"100"], "static_x m": [*"010"], "static_x w": [*"001"]}),
-        (["Ward", "ICU", "icu"], {"static_x ward": ["1", "0", "0"]}),
-        (
-            ["b", "a", "c"],
-            {f"static_x {k}": [*v] for k, v in {"a": "010", "b": "100", "c": "001"}.items()},
-        ),
-    ],
-)
-def test_static_features_are_numbers_or_columns_of_their_categories(cells, columns, make, caplog):
-    caplog.set_level(logging.INFO)
-    made = make(labs(patients=3), people(3, Other=cells), static=("x [u]=other",))
-    static = made[0].filter(like="static_").astype(object)
-    assert static.where(static.notna(), None).to_dict("list") == columns
-    assert all("[u]" in name or f"{name} is 1 for" in caplog.text for name in columns)
+CATEGORIES = {
+    "x": (["61", "70.5", ""], {"static_x [u]": ["61", "70.5", None]}),
+    "a": (["Yes", "no", ""], {"static_a": ["1", "0", None]}),
+    "b": (["ja", "Nein", ""], {"static_b": ["1", "0", None]}),
+    "c": (["F", "male", "M"], {"static_c_male": ["0", "1", "1"]}),
+    "d": (["W", "m\u00e4nnlich", "m"], {"static_d_male": ["0", "1", "1"]}),
+    "e": (
+        ["d", "m", "w"],
+        {"static_e d": [*"100"], "static_e m": [*"010"], "static_e w": [*"001"]},
+    ),
+    "f": (["Ward", "ICU", "icu"], {"static_f ward": ["1", "0", "0"]}),
+}
 
 
-@pytest.mark.parametrize("name", ["sex", "Gender", "Geschlecht"])
+def test_static_features_are_numbers_or_columns_of_their_categories(make):
+    cells = {f"Of {name}": cells for name, (cells, _) in CATEGORIES.items()}
+    static = tuple(f"{name}{' [u]' * (name == 'x')}=of {name}" for name in CATEGORIES)
+    rows, _ = make(labs(patients=3), people(3, **cells), static=static)
+    read = rows.filter(like="static_").astype(object)
+    expected = {name: x for _, columns in CATEGORIES.values() for name, x in columns.items()}
+    assert read.where(read.notna(), None).to_dict("list") == expected
+
+
 @pytest.mark.parametrize(
-    ("cells", "male"),
+    ("name", "cells", "male"),
     [
-        (("m", "w", "d", ""), ["1", "0", None, None]),
-        (("male", "female", "diverse", "M"), ["1", "0", None, "1"]),
-        (("Frau", "weiblich", "unbekannt", "F"), ["0", "0", None, "0"]),
-        (("femme", "homme", "mujer", "Donna"), ["0", "1", "0", "0"]),
+        ("sex", ("m", "w", "d", ""), ["1", "0", None, None]),
+        ("Gender", ("male", "female", "diverse", "M"), ["1", "0", None, "1"]),
+        ("Geschlecht", ("Frau", "weiblich", "unbekannt", "F"), ["0", "0", None, "0"]),
+        ("sex", ("femme", "homme", "mujer", "Donna"), ["0", "1", "0", "0"]),
     ],
 )
 def test_sex_is_one_column_whatever_its_words(name, cells, male, make):
@@ -673,17 +586,16 @@ def test_an_outcome_that_cannot_be_read_is_refused(names, place, make):
         make(labs(), people(**columns), columns=(), outcome_column=names)
 
 
-@pytest.mark.parametrize("zoned", [False, True])
 @pytest.mark.parametrize(
-    ("flags", "contexts"),
+    ("flags", "contexts", "zoned"),
     [
-        ({"context_column": "Remark"}, ["St. p. sepsis", ""]),
-        ({"notes": True}, ["Note (-2h): a b. Note (48h): c d", "Note (0h): e"]),
+        ({"context_column": "Remark", "max_note_words": 1}, ["sepsis", ""], False),
+        ({"notes": True}, ["Note (-2h): a b. Note (48h): c d", "Note (0h): e"], True),
         (
             {"notes": True, "context_column": "Remark", "max_note_words": 3},
             ["St. p. sepsis. Note (-2h): b. Note (48h): c d", "Note (0h): e"],
+            False,
         ),
-        ({"context_column": "Remark", "max_note_words": 1}, ["sepsis", ""]),
     ],
 )
 def test_texts_and_notes_become_the_context(flags, contexts, zoned, tmp_path, make):
@@ -700,8 +612,6 @@ def test_texts_and_notes_become_the_context(flags, contexts, zoned, tmp_path, ma
     rows, about = make(table, patients, columns=columns, **flags)
     assert rows["clinical_context"].tolist() == contexts
     assert ("notes/notes.csv" in about["tables_sha256"]) == ("notes" in flags)
-    rows, _ = make(table, patients, **flags | {"notes": None, "context_column": ""})
-    assert "clinical_context" not in rows
 
 
 @pytest.mark.parametrize(
@@ -720,7 +630,7 @@ def test_a_text_that_cannot_be_found_is_refused(flags, place, tmp_path, make):
         make(labs(), people(**{"Clinical context": "x"}), **flags)
 
 
-@pytest.mark.parametrize("name", ["Ward", "id", "Static_x", "Trajectory_y", "label escalation"])
+@pytest.mark.parametrize("name", ["Ward", "id", "Trajectory_y", "label escalation"])
 def test_a_column_is_kept_if_the_table_has_it_and_the_output_has_no_other(name, make):
     columns = {} if name == "Ward" else {name: "x"}
     with pytest.raises(InputError, match=rf"--keep {name}: .*patients.csv"):
@@ -728,23 +638,18 @@ def test_a_column_is_kept_if_the_table_has_it_and_the_output_has_no_other(name, 
 
 
 @pytest.mark.parametrize(
-    ("static", "column", "named"),
+    ("static", "cells", "named"),
     [
-        ("x=Nothing", {}, "--static x=Nothing"),
-        ("x=Admitted", {}, "--static x=Admitted"),
-        ("x=Sex,y=Sex", {}, "--static y=Sex"),
-        ("x=Other", {"Other": ["7", "some"]}, "column Other: 1 cell is not a number: --bad_values"),
-        ("x=Other", {"Other": ["7", "<5"]}, "column Other: 1 cell is at a limit: --below_limit"),
+        (("x=Nothing",), ["1", "1"], "--static x=Nothing"),
+        (("x=Admitted",), ["1", "1"], "--static x=Admitted"),
+        (("x=Sex", "y=Sex"), ["1", "1"], "--static y=Sex"),
+        (("x=Other",), ["7", "some"], "column Other: 1 cell is not a number: --bad_values"),
+        (("x=Other",), ["7", "<5"], "column Other: 1 cell is at a limit: --below_limit"),
     ],
 )
-def test_static_features_that_cannot_be_read_are_refused(static, column, named, make):
+def test_static_features_that_cannot_be_read_are_refused(static, cells, named, make):
     with pytest.raises(InputError, match=named):
-        make(labs(), people(**{"Other": 1, **column}), static=tuple(static.split(",")))
-    if column:
-        made = make(
-            labs(), people(**column), static=(static,), below_limit="half", bad_values="drop"
-        )
-        assert made[0]["static_x"].tolist()[0] == "7"
+        make(labs(), people(Other=cells), static=static)
 
 
 @pytest.mark.parametrize(
@@ -783,45 +688,39 @@ def test_a_hospital_among_the_static_features_brings_a_warning(static, warns, ma
 # --------------------------------------------------------------------------- new patients
 
 
-@pytest.mark.parametrize("ending", [".csv", ".csv.gz", ".parquet", ".xlsx"])
-def test_every_kind_of_file_gives_the_same_rows(ending, make):
-    if ending == ".xlsx":
-        pytest.importorskip("openpyxl")
-    flags = {"static": STATIC, "below_limit": "half"}
-    expected, _ = make(labs("<0.3"), people(), **flags)
-    rows, _ = make(labs("<0.3"), people(), ending, **flags)
-    pd.testing.assert_frame_equal(rows, expected)
+def test_every_kind_of_file_gives_the_same_rows(make):
+    flags = {"static": (*STATIC, "smoking=Smoking"), "below_limit": "half"}
+    tables = labs("<0.3", patients=3), people(3, Smoking=["None", "NA", "Former"])
+    expected, _ = make(*tables, **flags)
+    words = {"static_smoking none", "static_smoking na", "static_smoking former"}
+    assert words <= {*expected}, "None and NA are words"
+    for ending in (".csv.gz", ".parquet", ".xlsx"):
+        pd.testing.assert_frame_equal(make(*tables, ending, **flags)[0], expected)
 
 
 @pytest.mark.parametrize(
     ("encoding", "flag", "place"),
     [
-        *(("cp1252", "", ""), ("utf-8", "", ""), ("utf-8-sig", "cp1252", ""), ("utf-16", "", "")),
+        *(("cp1252", "", ""), ("utf-8-sig", "cp1252", ""), ("utf-16", "", "")),
         ("mac_roman", "mac_roman", ""),
         ("gbk", "", "labs.csv.gz: "),
         ("cp1252", "cp9", "--encoding cp9: "),
     ],
 )
-def test_a_csv_is_read_in_the_encoding_that_it_has(encoding, flag, place, tmp_path, capsys):
-    item = "\u4e02" if encoding == "gbk" else "Kreatinin [µmol/L] hämolytisch"
-    table = labs().assign(Analyte=item).rename(columns={"Result": "Résultat"})
+def test_a_csv_is_read_in_the_encoding_that_it_has(encoding, flag, place, tmp_path):
+    item = "\u4e02" if encoding == "gbk" else "Kreatinin [\u00b5mol/L] h\u00e4molytisch"
+    table = labs().assign(Analyte=item).rename(columns={"Result": "R\u00e9sultat"})
     paths = {"table": tmp_path / "labs.csv.gz", "labels": tmp_path / "patients.csv"}
     for path, content in zip(paths.values(), (table, people()), strict=True):
         content.to_csv(path, index=False, encoding=encoding, sep=";")
-    words = [f"--{name}={path}" for name, path in paths.items()]
-    words += ["--columns", "value=Résultat", "label=AKI stage 3", "--series", f"crea={item}"]
-    words += ["--prediction_time", "Admitted + 48 h", "--window_hours", "48"]
-    words += ["--encoding", flag, "--out", str(tmp_path / "out.csv")]
+    flags = {**FLAGS, "columns": ("value=R\u00e9sultat", "label=AKI stage 3")}
+    flags |= {"series": (f"crea={item}",), "encoding": flag, "out": tmp_path / "out.csv"}
     if place:
-        assert dataset_format.main(["from_long", *words]) == 2
-        assert place in capsys.readouterr().err
+        with pytest.raises(InputError, match=place):
+            make_rows("from_long", **paths, **flags)
     else:
-        assert dataset_format.main(["from_long", *words]) == 0
-        assert len(pd.read_csv(tmp_path / "out.csv")) == 2
-        assert (f"read as {flag or encoding}" in capsys.readouterr().out) == (
-            encoding[:5] != "utf-8"
-        )
-    assert not [*tmp_path.glob("*spill*"), *tmp_path.glob(".*.csv")]
+        assert trajectory(make_rows("from_long", **paths, **flags)) == "1 (0h) -> 1.5 (12h)"
+    assert {*tmp_path.iterdir()} == {*paths.values()}
 
 
 def test_excel_is_refused_in_one_line_where_it_cannot_be_read(tmp_path, make, monkeypatch):
@@ -835,16 +734,6 @@ def test_excel_is_refused_in_one_line_where_it_cannot_be_read(tmp_path, make, mo
         paths["table"].write_bytes(b"PK\x05\x06" + bytes(18))  # an empty archive
         with pytest.raises(InputError, match=named):
             make_rows("from_long", **paths, out=tmp_path / "out.csv", **FLAGS)
-
-
-WORDS = ["None", "NA", "Former"]
-
-
-@pytest.mark.parametrize("ending", [".csv", ".xlsx"])
-def test_a_cell_that_says_none_is_a_word_in_every_kind_of_file(ending, make):
-    pytest.importorskip("openpyxl")
-    made = make(labs(patients=3), people(3, Smoking=WORDS), ending, static=("smoking=Smoking",))
-    assert {*made[0].filter(like="static_")} == {f"static_smoking {w.lower()}" for w in WORDS}
 
 
 @pytest.mark.parametrize(
@@ -861,7 +750,6 @@ def test_a_cell_that_says_none_is_a_word_in_every_kind_of_file(ending, make):
 def test_an_excel_file_is_read_at_the_sheet_of_its_turn(
     table, labels, sheets, place, tmp_path, caplog
 ):
-    pytest.importorskip("openpyxl")
     caplog.set_level(logging.INFO)
     info = pd.DataFrame({"Read me": ["of 2024"]})
     books = {
@@ -910,42 +798,46 @@ def test_a_new_patient_without_values_keeps_a_row_and_has_no_risk(make, caplog, 
     assert dataset_format.main(["check", str(tmp_path / "new.csv")]) == 0
 
 
+def crea(folder, name, patients, factor):
+    """Write the tables of some patients; return their flags."""
+    rng = np.random.default_rng(patients)
+    values = labs("2", patients=patients)
+    level = factor * np.repeat(np.exp(rng.normal(0, 0.2, patients)), 3)
+    values["Result"] = (values["Result"].astype(float) * level).round(3)
+    table = save(values.assign(Analyte="crea"), folder / f"{name}_labs.csv")
+    labels = save(people(patients), folder / f"{name}_people.csv")
+    return [f"--table={table}", f"--labels={labels}"]
+
+
 @pytest.mark.parametrize(
     ("patients", "factor", "earlier", "warns"),
     [
-        (20, 88.4, True, True),
-        (20, 1, True, False),
-        (19, 88.4, True, False),
-        (20, 88.4, False, False),  # the earlier file is not at hand
+        (20, 88.4, "old.csv", True),
+        (20, 1, "old.csv", False),
+        (19, 88.4, "old.csv", False),
+        (20, 88.4, "old.json", False),  # the earlier file is not at hand
     ],
 )
 def test_new_values_are_compared_with_the_earlier_file(
-    patients, factor, earlier, warns, tmp_path, capsys
+    patients, factor, earlier, warns, crea_of_60, tmp_path, capsys
 ):
-    rng = np.random.default_rng(0)
-
-    def files(name, patients, factor):
-        values = labs("2", patients=patients)
-        level = factor * np.repeat(np.exp(rng.normal(0, 0.2, patients)), 3)
-        values["Result"] = (values["Result"].astype(float) * level).round(3)
-        values["Analyte"] = "crea"
-        tables = {f"{name}_labs": values, f"{name}_people": people(patients)}
-        return [str(save(table, tmp_path / f"{key}.csv")) for key, table in tables.items()]
-
-    old, new = files("old", 60, 1), files("new", patients, factor)
-    out = [str(tmp_path / name) for name in ("old.csv", "new.csv")]
-    words = ["from_long", "--columns", "label=AKI stage 3", "--prediction_time", "Admitted + 48 h"]
-    words += ["--window_hours", "48", "--table", old[0], "--labels", old[1], "--out", out[0]]
-    assert dataset_format.main(words) == 0
-    if not earlier:
-        Path(out[0]).unlink()
+    words = crea(tmp_path, "new", patients, factor)
+    words += [f"--like={crea_of_60 / earlier}", "--no_labels", f"--out={tmp_path / 'new.csv'}"]
     capsys.readouterr()
-    words = ["from_long", "--table", new[0], "--labels", new[1], "--like", out[0], "--no_labels"]
-    assert dataset_format.main([*words, "--out", out[1]]) == 0
+    assert dataset_format.main(["from_long", *words]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "is the unit right" in line]
     assert len(lines) == warns
     assert all("new.csv: crea: " in line and "divided by 88.4" in line for line in lines)
-    assert len(pd.read_csv(out[1])) == patients
+    assert len(pd.read_csv(tmp_path / "new.csv")) == patients
+
+
+@pytest.fixture(scope="module")
+def crea_of_60(tmp_path_factory):
+    """A folder with the import of sixty patients, in old.csv."""
+    folder = tmp_path_factory.mktemp("crea")
+    words = ["from_long", *crea(folder, "old", 60, 1), *PREDICTED, "--columns=label=AKI stage 3"]
+    assert dataset_format.main([*words, f"--out={folder / 'old.csv'}"]) == 0
+    return folder
 
 
 def test_new_patients_are_read_like_the_earlier_ones(tmp_path):
@@ -1014,33 +906,37 @@ def test_new_patients_are_read_like_the_earlier_ones(tmp_path):
     assert pd.read_csv(out[2])["clinical_trajectory"][0].endswith("0.3 (24h)")
 
 
+@pytest.fixture(scope="module")
+def earlier_output(tmp_path_factory):
+    """Two tables, and the description of their import."""
+    folder = tmp_path_factory.mktemp("earlier")
+    paths = {"table": save(labs(), folder / "t.csv"), "labels": save(people(), folder / "l.csv")}
+    _, about = make_rows("from_long", **paths, out=folder / "old.csv", **FLAGS)
+    return [f"--{name}={path}" for name, path in paths.items()], about
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("window_hours", 1e300),
         ("window_hours", None),
         ("time_unit", "years"),
-        ("equal_times", "median"),
-        ("decimal", ";"),
         ("min_observations", 0),
         ("columns", [1]),
         ("series", [{"a": 1}]),
         ("factor", ["x"]),
         ("read_as", {"times": 5}),
-        ("read_as", ["static"]),
         ("read_as", {"static": {"x": 5}}),
         ("memory_limit", "all"),  # of a machine, not taken
     ],
 )
-def test_flags_of_an_earlier_output_are_checked_like_typed_ones(key, value, tmp_path, capsys):
-    paths = {"table": labs(), "labels": people()}
-    paths = {name: save(table, tmp_path / f"{name}.csv") for name, table in paths.items()}
-    rows, about = make_rows("from_long", **paths, out=tmp_path / "old.csv", **FLAGS)
-    rows.to_csv(tmp_path / "old.csv")
-    about["arguments"][key] = value
-    (tmp_path / "old.json").write_text(json.dumps(about))
-    words = [f"--{name}={path}" for name, path in paths.items()]
-    words += [f"--like={tmp_path / 'old.csv'}", f"--out={tmp_path / 'new.csv'}"]
+def test_flags_of_an_earlier_output_are_checked_like_typed_ones(
+    key, value, earlier_output, tmp_path, capsys
+):
+    words, about = earlier_output
+    altered = {**about, "arguments": {**about["arguments"], key: value}}
+    (tmp_path / "old.json").write_text(json.dumps(altered))
+    words = [*words, f"--like={tmp_path / 'old.csv'}", f"--out={tmp_path / 'new.csv'}"]
     assert dataset_format.main(["from_long", *words]) == (0 if key == "memory_limit" else 2)
     error = capsys.readouterr().err
     assert key == "memory_limit" or (error.count("\n") == 1 and (key in error or key == "read_as"))

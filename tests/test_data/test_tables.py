@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from medgemma_clinical.data.importers import cells, duck, tables
+from medgemma_clinical.data.importers.questions import OpenQuestions
 from medgemma_clinical.files import InputError
 
 
@@ -153,6 +154,11 @@ CELLS = [
     (cells.Id(), ["10001.0", "001", "1.5", "a.0"], ["10001", "1", "1.5", "a.0"]),
     (cells.Counted("hours"), ["0.5", "24"], ["1970-01-01 00:30:00", "1970-01-02 00:00:00"]),
     (cells.Time(), ["2150-01-01T10:00:00.75"], ["2150-01-01 10:00:00"]),
+    (
+        cells.Instant(zoned=True),
+        ["2024-04-01T08:00:00+01:00", "2024-04-01T08:00:00+0100", "2024-04-01 07:00Z"],
+        ["2024-04-01 07:00:00"] * 3,
+    ),
     (cells.Instant(), [" 2150-01-01 9:30:00.25 "], ["2150-01-01 09:30:00.250000"]),
 ]
 
@@ -179,3 +185,60 @@ def test_a_time_with_a_zone_or_words_is_refused(form, database, tmp_path):
     for name in ("t.csv", "t.parquet"):
         with pytest.raises(InputError, match=rf"{name}, column time: 7 cells "):
             read(database, tmp_path / name, columns={"time": form})
+
+
+# --------------------------------------------------------------------------- forms of times
+
+MOMENT = pd.Timestamp("2024-01-20 08:00")
+EARLY = pd.Timestamp("2024-03-04 08:00")  # either may be the month
+AMERICAN = "%m/%d/%Y %H:%M", "%m/%d/%Y %I:%M %p"
+
+
+def times_of(database, folder, texts, *formats):
+    """The first time of a column, and how it is read."""
+    pd.DataFrame({"t": texts}).to_csv(folder / "t.csv", index=False, sep=";")
+    file = tables.open_table(database, folder / "t.csv", {})
+    form = tables.find_time(database, file, "t", formats, ())
+    (first,) = database.row(f"SELECT min({form.typed(file.raw('t'))}) FROM {file.rows()}")
+    return first, form
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        *("%Y-%m-%d %H:%M:%S", "%d.%m.%Y %H:%M", "%-d/%-m/%Y %H:%M", "%d-%m-%Y %H:%M:%S"),
+        *("%-m/%-d/%Y %-I:%M %p", "%m/%d/%Y %H:%M", "%m-%d-%Y %I:%M %p", "%-m/%-d/%Y %-I:%M%p"),
+        *("%Y/%m/%d %H:%M", "%m/%d/%y %H:%M", "%d-%b-%Y %H:%M"),  # the year 2024, not 24
+    ],
+)
+def test_times_are_read_in_the_usual_forms(form, database, tmp_path):
+    assert times_of(database, tmp_path, [MOMENT.strftime(form)])[0] == MOMENT
+
+
+@pytest.mark.parametrize(
+    ("given", "form"),
+    [
+        (AMERICAN[0], AMERICAN[1]),
+        (AMERICAN[1], AMERICAN[0]),
+        ("%d/%m/%Y %H:%M", "%d/%m/%Y %I:%M %p"),
+        ("%d.%m.%Y %H:%M", "%d/%m/%Y %H:%M"),
+        ("%Y%m%d%H%M", "%Y%m%d%H%M"),
+        ("%Y%m%d%H%M", "%Y-%m-%d %H:%M:%S"),
+        ("%d/%m/%Y", "%d.%m.%Y %H:%M"),
+    ],
+)
+def test_a_format_of_one_column_tells_of_another_what_comes_first(given, form, database, tmp_path):
+    assert times_of(database, tmp_path, [EARLY.strftime(form)], given)[0] == EARLY
+
+
+def test_one_late_day_of_a_long_column_decides(database, tmp_path):
+    texts = ["3/4/2024"] * 1500
+    with pytest.raises(
+        OpenQuestions, match=r"t\.csv, column t: .*month may.*--time_format"
+    ) as found:
+        times_of(database, tmp_path, texts)
+    asked = [question.answers for question in found.value.questions]
+    assert asked == [("%d/%m/%Y", "%m/%d/%Y")]
+    assert times_of(database, tmp_path, [*texts, "3/14/2024"])[1].formats[0] == "%m/%d/%Y"
+    with pytest.raises(OpenQuestions, match=r"t\.csv, column t: 1 cell .*--time_format"):
+        times_of(database, tmp_path, [*texts, "3/14/2024", "14/3/2024"])
