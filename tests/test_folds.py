@@ -29,6 +29,7 @@ from medgemma_clinical.data.overlap import patient_hashes
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES, describe_tuning
 from medgemma_clinical.evaluation.decision import (
     BOTH,
+    TESTS,
     DecisionOptions,
     DecisionRule,
     choose_threshold,
@@ -431,7 +432,7 @@ def test_a_fold_is_recalibrated_by_the_others_and_a_final_model_by_all():
         table[name] = expit(shifts[fold] + multipliers[fold] * logit(risk))
         for k, rule in enumerate(rules):
             rule[name] = {"label": DecisionRule(multipliers[k], shifts[k])}
-    options = DecisionOptions("platt", "sensitivity 0.8")
+    options = DecisionOptions(BOTH, "sensitivity 0.8")
     found, crossed, recalibrated = decide_folds(table, rules, fold, [TARGET], options)
     assert recalibrated["label"].before == pytest.approx(risks[STAGE_1])
     assert recalibrated["label"].rule == found[STAGE_1]["label"]
@@ -460,7 +461,7 @@ def test_all_folds_are_recalibrated_as_the_model_of_all_patients_is():
     table = pd.DataFrame({"id": patients, "label": labels, "patient": patients})
     table[STAGE_1] = expit(odds)
     rules = [{STAGE_1: {"label": DecisionRule()}}] * 3
-    found, crossed, _ = decide_folds(table, rules, fold, [TARGET], DecisionOptions("tests"))
+    found, crossed, _ = decide_folds(table, rules, fold, [TARGET], DecisionOptions(TESTS))
     rule = found[STAGE_1]["label"]
     assert rule.multiplier < 0.6
     for k in range(3):

@@ -180,7 +180,7 @@ def evaluate_folds(
     table, positions, targets = read_joint(folds, ids)
     fold = folds.fold[positions]
     of_folds = [stored_rules(folds.model, config) for config in configs]
-    of_rule = options.decision("tests")
+    of_rule = options.decision(decision.TESTS)
     final, table, recalibrated = rules.decide_folds(table, of_folds, fold, targets, of_rule)
     own_rules = final[folds.model]
     thresholds = [rule.threshold for rule in own_rules.values()]

@@ -90,7 +90,7 @@ def log_decisions(
         logger.info(text, decided.weight, how, patients.nunique())
     own = next(iter(decided.rules.values()))
     for target in decided.targets:
-        if options.recalibration == "platt" and not own[target.name].is_moved:
+        if options.method == decision.BOTH and not own[target.name].is_moved:
             logger.warning(
                 "%s: not recalibrated: on the validation part events do not become more frequent "
                 "with the risk, or the risks separate them completely",

@@ -15,7 +15,7 @@ from scipy.special import expit, logit
 from scipy.stats import norm
 
 from medgemma_clinical.data.small_cells import count_patients
-from medgemma_clinical.evaluation.metrics import Array, fit_logistic, log_odds, of_labels
+from medgemma_clinical.evaluation.metrics import LOGIT, Array, log_odds, newton_steps, of_labels
 from medgemma_clinical.evaluation.pooling import random_effects
 
 BOUNDS = {"auroc": (0, 1), "oe": (0.001, 1000), "intercept": (-1000, 1000), "slope": (-1000, 1000)}
@@ -106,7 +106,7 @@ def standard_errors(
         "intercept": 1 / np.sqrt(information),
     }
     ones, turned = np.ones((1, len(odds))), values["slope"] * odds
-    level = fit_logistic(expected, ones, ones, [0.0], turned)[0, 0]
+    level = newton_steps(LOGIT, expected, ones, ones, [0.0], turned)[0, 0]
     expected = expit(level + turned)
     weights = expected * (1 - expected)
     centred = odds - weights @ odds / weights.sum()

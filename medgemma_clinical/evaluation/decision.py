@@ -31,6 +31,9 @@ NOT_UPDATED, INTERCEPT, BOTH = "not updated", "intercept", "intercept and slope"
 METHODS = (NOT_UPDATED, INTERCEPT, BOTH)
 """What of a rule is recalibrated."""
 
+TESTS = "tests"
+"""In place of one of ``METHODS``: a closed test chooses it."""
+
 MIN_SLOPE_EVENTS = 100
 """Events from which on a slope is tried: with fewer it is too uncertain to improve the risks."""
 
@@ -144,7 +147,7 @@ class Predictions:
 class DecisionOptions:
     """What the user chose of a decision rule."""
 
-    recalibration: str = "none"  # or platt, a method, or tests: these choose the method
+    method: str = NOT_UPDATED  # of ``METHODS``, or ``TESTS``
     threshold: str | None = None  # as ``--threshold`` is written; None: Youden's
 
 
@@ -160,10 +163,10 @@ class EvaluationOptions:
     min_cell: int
     report_patients: bool
 
-    def decision(self, auto: str = "none") -> DecisionOptions:
+    def decision(self, auto: str = NOT_UPDATED) -> DecisionOptions:
         """Return what is chosen of a decision rule, and what "auto" means here."""
-        recalibration = auto if self.calibrate == "auto" else self.calibrate
-        return DecisionOptions(recalibration, self.threshold)
+        methods = {"none": NOT_UPDATED, "platt": BOTH, "auto": auto}
+        return DecisionOptions(methods[self.calibrate], self.threshold)
 
 
 def fit_rule(
@@ -174,13 +177,11 @@ def fit_rule(
     Source: Platt 1999, without the smoothed targets: the logistic fit whose slope and intercept
     measure calibration.
     """
-    rule = DecisionRule()
-    if options.recalibration == "tests":
+    if options.method == TESTS:
         method, updates = choose_update(known, risk, patients)
-        rule = DecisionRule(*updates[method])
-    elif options.recalibration not in ("none", NOT_UPDATED):
-        method = BOTH if options.recalibration == "platt" else options.recalibration
-        rule = DecisionRule(*fit_updates(known, risk).get(method, (1.0, 0.0)))
+    else:
+        method, updates = options.method, fit_updates(known, risk)
+    rule = DecisionRule(*updates.get(method, updates[NOT_UPDATED]))
     threshold = choose_threshold(options.threshold, known, rule.risk(risk, known.link))
     return replace(rule, threshold=threshold)
 
@@ -250,8 +251,7 @@ def clustered_p_value(
     # Wald statistics with clustered and with usual errors scale the ratio.
     wald = [distance @ np.linalg.solve(v[chosen], distance) for v in (clustered, bread)]
     losses = [
-        weights @ known.link.terms(outcome, offset + np.asarray(x) @ columns)[0]
-        for x in (null, fit)
+        weights @ known.link.loss(outcome, offset + np.asarray(x) @ columns) for x in (null, fit)
     ]
     with np.errstate(invalid="ignore"):
         ratio = 2 * (losses[0] - losses[1]) * wald[0] / wald[1]
@@ -271,7 +271,7 @@ def clustered_covariance(
 
     Source: Liang and Zeger 1986, "Longitudinal data analysis using generalized linear models".
     """
-    _, slope, curvature = link.terms(outcome, offset + fit @ columns)
+    slope, curvature, _ = link.terms(outcome, offset + fit @ columns)
     bread = np.linalg.inv((weights * curvature * columns) @ columns.T).astype(np.float64)
     sums = patient_sums(weights * slope * columns, patients)  # (patients, p)
     meat: Array = (sums.T @ sums) * (len(sums) / (len(sums) - 1))

@@ -6,6 +6,7 @@ weighting a call; tests hold both equal.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,7 +23,10 @@ REPLICATES = 1000
 CHUNK_CELLS = 2**20
 """Draws times rows that are held at a time: 8 MiB an array."""
 
-NEWTON_STEPS, PRECISION, MAX_STEP = 40, 1e-9, 1.0
+PRECISION, MAX_STEP = 1e-9, 1.0
+NEAR = 0.3
+"""Step below which the loss's own curvature saves steps; far from the minimum it leads astray."""
+
 MAX_SHIFT = 50.0
 
 MIN_DIFFERENT = 20
@@ -145,8 +149,8 @@ def spline_curve(labels: Array, risk: Array, weights: Array, at: Array) -> Array
         np.sqrt(len(risk)) * points @ np.linalg.pinv(triangle),
     )
     once, none = np.ones((1, len(risk))), np.zeros(basis.shape[1])
-    start = fit_logistic(np.atleast_2d(labels)[0], basis.T, once, none)[0]
-    curve: Array = expit(fit_logistic(labels, basis.T, weights, start) @ points.T)
+    start = newton_steps(LOGIT, np.atleast_2d(labels)[0], basis.T, once, none)[0]
+    curve: Array = expit(newton_steps(LOGIT, labels, basis.T, weights, start) @ points.T)
     return curve
 
 
@@ -209,35 +213,63 @@ def patient_sums(values: Array, patients: NDArray[np.generic]) -> Array:
     return sums
 
 
-def fit_logistic(
-    labels: Array, columns: Array, weights: Array, start: ArrayLike, offset: Array | float = 0.0
+def newton_steps(
+    link: Link,
+    outcome: Array,
+    columns: Array,
+    weights: Array,
+    start: ArrayLike,
+    offset: Array | float = 0.0,
 ) -> Array:
-    """Fit log-odds = offset + coefficients @ columns by Newton's method.
+    """Fit scaled risks = offset + coefficients @ columns by Newton's method.
 
-    ``columns`` (p, n) are at about unit scale, ``offset`` is (n,). Returns the coefficients (R, p)
-    under all weightings (R, n), or of all ``labels`` (R, n), NaN where no finite fit exists, as
-    where the classes are separated.
+    Outcomes are (n,) or (R, n), ``columns`` (p, n) at about unit scale, ``offset`` (n,). Returns
+    the coefficients (R, p) under all weightings (R, n), NaN where no finite fit exists, as where
+    the classes are separated.
     """
-    size = len(columns)
-    pairs = (columns[:, None] * columns).reshape(size**2, -1).T  # (n, p * p)
-    count = max(len(weights), len(np.atleast_2d(labels)))
-    fitted = np.tile(np.asarray(start, dtype=np.float64), (count, 1))
-    steps = np.zeros_like(fitted)
-    for _ in range(NEWTON_STEPS):
-        # (R, n); expit by its tanh, which is faster in the bootstrap's inner loop
-        risk = 0.5 + 0.5 * np.tanh((fitted @ columns + offset) / 2)
-        score = (weights * (labels - risk)) @ columns.T  # (R, p)
-        curvature = ((weights * risk * (1 - risk)) @ pairs).reshape(-1, size, size)
-        with np.errstate(invalid="ignore"):
-            singular = ~(np.abs(np.linalg.det(curvature)) > 0)  # NaN too
-        curvature[singular] = np.eye(size)
-        steps = np.linalg.solve(curvature, score[:, :, None])[:, :, 0].astype(np.float64)
-        steps[singular] = np.nan
-        fitted += steps.clip(-MAX_STEP, MAX_STEP)
-        if not (np.abs(steps) > PRECISION).any():  # NaN compares false and stays NaN
+    pairs = (columns[:, None] * columns).reshape(-1, columns.shape[1]).T  # (n, p * p)
+    outcome, weights = np.broadcast_arrays(np.atleast_2d(outcome), weights)
+    fitted = np.tile(np.asarray(start, dtype=np.float64), (len(weights), 1))
+    active = np.arange(len(weights))
+    for _ in range(link.max_steps):
+        scaled = fitted[active] @ columns + offset
+        slope, curvature, own_curvature = link.terms(outcome[active], scaled)
+        score = (weights[active] * slope) @ columns.T
+        steps = _solve((weights[active] * curvature) @ pairs, score)
+        if own_curvature is not None:
+            near = np.flatnonzero((np.abs(steps) < NEAR).all(axis=1))
+            exact = (weights[active[near]] * own_curvature[near]) @ pairs
+            convex = _is_convex(exact)
+            steps[near[convex]] = _solve(exact[convex], score[near[convex]])
+        fitted[active] += steps.clip(-MAX_STEP, MAX_STEP)
+        active = active[(np.abs(steps) > PRECISION).any(axis=1)]  # NaN is false and stays NaN
+        if not len(active):
             break
-    fitted[~(np.abs(steps) <= PRECISION).all(axis=1)] = np.nan
+    fitted[active] = np.nan
     return fitted
+
+
+def _squares(curvature: Array) -> Array:
+    """Return curvatures (R, p * p) as matrices (R, p, p)."""
+    size = math.isqrt(curvature.shape[1])
+    return curvature.reshape(-1, size, size)
+
+
+def _is_convex(curvature: Array) -> NDArray[np.bool_]:
+    """Return whether curvatures (R, p * p) are those of a minimum."""
+    lowest = np.linalg.eigvalsh(_squares(curvature))[:, 0]
+    return np.asarray(lowest > 0)
+
+
+def _solve(curvature: Array, score: Array) -> Array:
+    """Return steps (R, p) from curvatures (R, p * p) and scores (R, p); NaN where singular."""
+    matrices = _squares(curvature).copy()
+    with np.errstate(invalid="ignore"):
+        singular = ~(np.abs(np.linalg.det(matrices)) > 0)  # NaN too
+    matrices[singular] = np.eye(score.shape[1])
+    steps = np.linalg.solve(matrices, score[:, :, None])[:, :, 0].astype(np.float64)
+    steps[singular] = np.nan
+    return steps
 
 
 def net_benefit(labels: Array, risk: Array, thresholds: Array, weights: Array) -> Array:
@@ -264,10 +296,13 @@ def net_benefit(labels: Array, risk: Array, thresholds: Array, weights: Array) -
     return benefit / weights.sum(axis=1, keepdims=True)
 
 
-def logistic_terms(outcome: Array, scaled: Array) -> tuple[Array, Array, Array]:
-    """Return loss, its negative slope and its curvature (n,) at log-odds (n,)."""
-    risk = expit(scaled)
-    return row_losses(outcome, scaled), outcome - risk, risk * (1 - risk)
+Terms = tuple[Array, Array, Array | None]
+
+
+def logistic_terms(outcome: Array, scaled: Array) -> Terms:
+    """Return the ``Link.terms`` of the cross-entropy at log-odds."""
+    risk = 0.5 + 0.5 * np.tanh(scaled / 2)  # expit, faster in the bootstrap's inner loop
+    return outcome - risk, risk * (1 - risk), None
 
 
 class Link(NamedTuple):
@@ -275,14 +310,14 @@ class Link(NamedTuple):
 
     scale: Callable[[Array], Array]  # of risks
     risk: Callable[[Array], Array]  # the inverse
-    # From outcomes (n,) or (R, n), columns (p, n), weights (R, n), start (p,) and offset (n,) to
-    # coefficients (R, p).
-    fit: Callable[..., Array]
+    # Of outcomes and scaled risks, (..., n) each.
+    loss: Callable[[Array, Array], Array]
+    # The loss's negative slope, its expected curvature, and its own where that is another.
+    terms: Callable[[Array, Array], Terms]
+    max_steps: int  # of Newton's method; no finite fit takes more
     # From outcomes, risks (n,), weights (R, n) and risks (G,) to the outcomes that go with the
     # latter, (R, G).
     curve: Callable[[Array, Array, Array, Array], Array]
-    # From outcomes and scaled risks (n,) to loss, negative slope and curvature, (n,) each.
-    terms: Callable[[Array, Array], tuple[Array, Array, Array]]
     # From calibrated risks, the outcomes' distances from their curve (n,) and numbers (R, n) within
     # 0 and 1 to outcomes (R, n).
     draw: Callable[[Array, Array, Array], Array]
@@ -297,7 +332,7 @@ def draw_labels(risk: Array, away: Array, chances: Array) -> Array:
     return (chances < risk).astype(np.float64)
 
 
-LOGIT = Link(log_odds, expit, fit_logistic, spline_curve, logistic_terms, draw_labels)
+LOGIT = Link(log_odds, expit, row_losses, logistic_terms, 40, spline_curve, draw_labels)
 
 
 @dataclass(frozen=True)
@@ -370,9 +405,10 @@ class Known:
     def _fit(self, columns: Array, start: list[float], offset: Array | float) -> Array:
         """Fit the outcome in each weighting, from where the fit of all rows ends."""
         once = np.ones((1, columns.shape[1]))
-        first = self.link.fit(np.atleast_2d(self.fitted)[0], columns, once, start, offset)[0]
+        outcome = np.atleast_2d(self.fitted)[0]
+        first = newton_steps(self.link, outcome, columns, once, start, offset)[0]
         begin = first if np.isfinite(first).all() else start
-        return self.link.fit(self.fitted, columns, self.fitted_weights, begin, offset)
+        return newton_steps(self.link, self.fitted, columns, self.fitted_weights, begin, offset)
 
     def distances(self, risk: Array) -> dict[str, Array]:
         """Return mean, median and 90th percentile (R,) of the distances from the curve.

@@ -43,7 +43,7 @@ def fit_rules(
         for target in targets:
             own = options
             if methods is not None:
-                own = replace(options, recalibration=methods[model, target.name])
+                own = replace(options, method=methods[model, target.name])
             risk = table[target.column(model)].to_numpy(float)[part]
             known = target.known(table, part=part)
             rules[model][target.name] = decision.fit_rule(known, risk, patients, own)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from medgemma_clinical.evaluation.metrics import PRECISION, Array, Known, Link
+from medgemma_clinical.evaluation.metrics import Array, Known, Link, Terms
 
 MIN_UNCENSORED, MIN_AT_RISK = 0.05, 10
 """Share of rows that are uncensored, and number of rows at risk, that a horizon needs."""
@@ -21,8 +21,6 @@ MAX_WEIGHT = 20.0
 
 NEIGHBOURS, NEIGHBOUR_SHARE = 50, 0.05
 """Rows on either side, and at least this share of all, that the calibration error averages."""
-
-MAX_STEPS, MAX_STEP, NEAR = 100, 1.0, 0.3
 
 MAX_CLOGLOG = 6.0
 """Beyond it 1 - exp(-exp(x)) is 1 in float64."""
@@ -255,58 +253,22 @@ def inverse_cloglog(scaled: Array) -> Array:
     return risk
 
 
-def cloglog_terms(outcome: Array, scaled: Array) -> tuple[Array, Array, Array]:
-    """Return half the squared distance, its negative slope and its expected curvature, (n,)."""
-    exponential = np.exp(scaled.clip(max=MAX_CLOGLOG))
-    residual, change = outcome + np.expm1(-exponential), exponential * np.exp(-exponential)
-    return residual**2 / 2, change * residual, change**2
+def squared_distance(outcome: Array, scaled: Array) -> Array:
+    """Return half the squared distance (..., n) of outcomes from scaled risks."""
+    loss: Array = (outcome - inverse_cloglog(scaled.clip(max=MAX_CLOGLOG))) ** 2 / 2
+    return loss
 
 
-def fit_cloglog(
-    outcome: Array, columns: Array, weights: Array, start: ArrayLike, offset: Array | float = 0.0
-) -> Array:
-    """Fit 1 - exp(-exp(offset + coefficients @ columns)) to outcomes (R, n) by least squares.
-
-    ``columns`` (p, n) are at about unit scale. Returns the coefficients (R, p) by Gauss-Newton
-    steps, near the end by Newton steps; NaN where no finite fit exists.
+def cloglog_terms(outcome: Array, scaled: Array) -> Terms:
+    """Return the ``Link.terms`` of ``squared_distance``.
 
     Source: ``geese`` of R's geepack with Gaussian variance, as van Geloven et al. 2022 use it.
     """
-    pairs = (columns[:, None] * columns).reshape(-1, columns.shape[1]).T  # (n, p * p)
-    outcome, weights = np.broadcast_arrays(np.atleast_2d(outcome), weights)
-    fitted = np.tile(np.asarray(start, dtype=np.float64), (len(weights), 1))
-    active = np.arange(len(weights))
-    for _ in range(MAX_STEPS):
-        exponential = np.exp((fitted[active] @ columns + offset).clip(max=MAX_CLOGLOG))
-        residual = outcome[active] + np.expm1(-exponential)
-        change = exponential * np.exp(-exponential)  # the derivative
-        weighted = weights[active] * change
-        score = (weighted * residual) @ columns.T
-        curvature = (weighted * change) @ pairs
-        steps = _solve(curvature, score)
-        # The residuals' own curvature saves most steps, but leads astray far from the minimum.
-        curvature -= (weighted * residual * (1 - exponential)) @ pairs
-        near = np.flatnonzero((np.abs(steps) < NEAR).all(axis=1))
-        squares = curvature[near].reshape(len(near), *2 * [len(columns)])
-        near = near[(np.linalg.eigvalsh(squares) > 0).all(axis=1)]
-        steps[near] = _solve(curvature[near], score[near])
-        fitted[active] += steps.clip(-MAX_STEP, MAX_STEP)
-        active = active[(np.abs(steps) > PRECISION).any(axis=1)]  # NaN is false and stays NaN
-        if not len(active):
-            break
-    fitted[active] = np.nan
-    return fitted
-
-
-def _solve(curvature: Array, score: Array) -> Array:
-    """Return steps (R, p) from curvatures (R, p * p) and scores (R, p); NaN where singular."""
-    size = score.shape[1]
-    matrices = curvature.reshape(-1, size, size).copy()
-    singular = ~(np.abs(np.linalg.det(matrices)) > 0)  # NaN too
-    matrices[singular] = np.eye(size)
-    steps = np.linalg.solve(matrices, score[:, :, None])[:, :, 0].astype(np.float64)
-    steps[singular] = np.nan
-    return steps
+    exponential = np.exp(scaled.clip(max=MAX_CLOGLOG))
+    residual = outcome + np.expm1(-exponential)
+    change = exponential * np.exp(-exponential)  # the derivative of the risk
+    slope, curvature = change * residual, change**2
+    return slope, curvature, curvature - slope * (1 - exponential)
 
 
 def neighbour_curve(outcome: Array, risk: Array, weights: Array, at: Array) -> Array:
@@ -343,4 +305,12 @@ def draw_outcomes(risk: Array, away: Array, chances: Array) -> Array:
     return outcomes
 
 
-CLOGLOG = Link(cloglog, inverse_cloglog, fit_cloglog, neighbour_curve, cloglog_terms, draw_outcomes)
+CLOGLOG = Link(
+    cloglog,
+    inverse_cloglog,
+    squared_distance,
+    cloglog_terms,
+    100,
+    neighbour_curve,
+    draw_outcomes,
+)

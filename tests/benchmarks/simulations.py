@@ -41,8 +41,14 @@ from medgemma_clinical.data.fold_split import draw_folds
 from medgemma_clinical.evaluation import baselines, metrics_table, monitoring
 from medgemma_clinical.evaluation import metrics as metrics_module
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
-from medgemma_clinical.evaluation.decision import BOTH, DecisionOptions, DecisionRule, fit_updates
-from medgemma_clinical.evaluation.metrics import Known, fit_logistic, of_labels
+from medgemma_clinical.evaluation.decision import (
+    BOTH,
+    TESTS,
+    DecisionOptions,
+    DecisionRule,
+    fit_updates,
+)
+from medgemma_clinical.evaluation.metrics import LOGIT, Known, newton_steps, of_labels
 from medgemma_clinical.evaluation.metrics_table import (
     DIFFERENCE,
     EXPECTED,
@@ -155,7 +161,7 @@ def out_of_fold(x, labels, fold):
     columns, risk = np.column_stack([np.ones(len(x)), x]).T, np.zeros(len(labels))
     for k in np.unique(fold):
         learned, start = np.ones((1, (fold != k).sum())), np.zeros(len(columns))
-        fitted = fit_logistic(labels[fold != k], columns[:, fold != k], learned, start)
+        fitted = newton_steps(LOGIT, labels[fold != k], columns[:, fold != k], learned, start)
         risk[fold == k] = expit(fitted[0] @ columns[:, fold == k])
     return risk
 
@@ -260,7 +266,7 @@ def recalibrated_folds(rows, slope, sets):
         labels = rng.random(rows) < expit(-1.75 * (1 - slope) + slope * odds)
         table = predictions(labels, **{stage: expit(odds)})
         rules = [{stage: {"label": DecisionRule()}}] * 5
-        options = DecisionOptions("tests")
+        options = DecisionOptions(TESTS)
         final, table, recalibrated = decide_folds(table, rules, fold, [LABEL], options)
         rule = final[stage]["label"]
         drawn = draw_metrics(table, seed, rule.threshold, split=fold, recalibrated=recalibrated)

@@ -20,6 +20,7 @@ from medgemma_clinical.evaluation.decision import (
     MIN_CHOOSING_EVENTS,
     NOT_UPDATED,
     RESIDUAL_WEIGHTS,
+    TESTS,
     DecisionOptions,
     DecisionRule,
     choose_threshold,
@@ -80,16 +81,16 @@ def test_a_goal_is_reached_by_the_threshold_that_is_best_for_the_other_share(row
     assert choose_threshold(None, of_labels(0 * labels), risk) == 0.5, "one class"
 
 
-def rule_of(labels, odds, recalibration):
+def rule_of(labels, odds, method):
     """Fit a rule where each row is a patient."""
-    patients, options = np.arange(len(labels)), DecisionOptions(recalibration)
+    patients, options = np.arange(len(labels)), DecisionOptions(method)
     return fit_rule(of_labels(labels), expit(odds), patients, options)
 
 
 def test_recalibration_mends_an_overconfident_model():
     (truth, labels), (new_truth, new_labels) = drawn(0), drawn(1)
     sure, new_sure = 3 * truth + 1, 3 * new_truth + 1
-    before, after, tested = (rule_of(labels, sure, kind) for kind in ("none", "platt", "tests"))
+    before, after, tested = (rule_of(labels, sure, x) for x in (NOT_UPDATED, BOTH, TESTS))
     assert tested == after
     assert (before.method, after.method) == (NOT_UPDATED, BOTH)
     assert (after.multiplier, after.shift) == pytest.approx((1 / 3, -1 / 3), abs=0.08)
@@ -106,16 +107,16 @@ def test_recalibration_mends_an_overconfident_model():
 def test_a_reversed_or_separated_validation_part_is_not_recalibrated(case):
     truth, labels = drawn(4, 400)
     odds = -truth if case == "reversed" else np.where(labels == 1, 1, -1) + truth / 100
-    assert not rule_of(labels, odds, "platt").is_moved
+    assert not rule_of(labels, odds, BOTH).is_moved
 
 
 @pytest.mark.parametrize(("events", "method"), [(99, INTERCEPT), (100, BOTH)])
 def test_tests_choose_a_slope_from_a_hundred_events_on_and_else_an_intercept(events, method):
     truth, labels = drawn(7, 3000)
     kept = (labels == 0) | (labels.cumsum() <= events)
-    assert rule_of(labels[kept], 3 * truth[kept], "tests").method == method
+    assert rule_of(labels[kept], 3 * truth[kept], TESTS).method == method
     truth, labels = drawn(2)
-    assert not rule_of(labels, truth, "tests").is_moved
+    assert not rule_of(labels, truth, TESTS).is_moved
 
 
 UNSOUND = [("multiplier", 0.0), ("multiplier", -1.0), ("multiplier", "steep")]
