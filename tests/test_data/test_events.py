@@ -72,20 +72,23 @@ def test_what_looks_wrong_is_warned_of(make, caplog):
     few = Mini().ask(1, 30).measure(1, 24, 15)
     for hour in range(10, 19):
         few.measure(1, hour, 15)
-    midnight = Mini().ask(1, 30).measure(1, 12 if in_storage else 24, 15, stored=24)
-    with caplog.at_level(logging.WARNING):
-        for mini, flags, warning in (
-            (few, {}, None),
-            (midnight, {}, "midnight"),
-            (simple(), {"series": (GAP_SERIES, "lactate=lac*")}, "--series lactate=lac*"),
-            (four(9, 1), {}, "3 of the 4 subjects"),
-            (four(9, 1, 2), {}, None),
-        ):
-            make(mini, **flags)
-            lines = [line.getMessage() for line in caplog.records if "storetime" not in line.msg]
-            assert len(lines) == bool(warning)
-            assert not lines or (warning in lines[0] and lines[0].startswith("warning: "))
-            caplog.clear()
+    midnight = four(9, 1).measure(1, 12 if in_storage else 24, 15, stored=24)
+    for mini, flags, warnings in (
+        (few, {}, []),
+        (four(9, 1, 2), {}, []),
+        (
+            midnight,
+            {"series": (GAP_SERIES, "lactate=lac*")},
+            ["--series lactate=lac*", "midnight", "3 of the 4 subjects"],
+        ),
+    ):
+        caplog.clear()
+        make(mini, **flags)
+        records = [x for x in caplog.records if x.levelno >= logging.WARNING]
+        lines = [x.getMessage() for x in records if "storetime" not in x.msg]
+        assert len(lines) == len(warnings)
+        assert all(line.startswith("warning: ") for line in lines)
+        assert all(any(text in line for line in lines) for text in warnings)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +176,7 @@ def slowly(mini, series, *, stored, **flags):
 
 @pytest.mark.slow
 def test_a_loop_over_all_events_gives_the_same_rows(make):
-    mini, stored = random_events(np.random.default_rng(1)), make.command == "from_long"
+    mini, stored = random_events(np.random.default_rng(1), 20), make.command == "from_long"
     whole = {"window_hours": 30.0, "hours_from": "first", "min_observations": 3}
     requests = [({}, False), (whole, True)]
     requests += [({"equal_times": "last"}, True), ({"equal_times": "mean"}, False)] * stored
@@ -186,7 +189,7 @@ def test_a_loop_over_all_events_gives_the_same_rows(make):
         columns = ["id", "label_escalation", "prediction_hours", *rows.filter(like="trajectory")]
         expected = slowly(mini, series, stored=stored, **flags)
         assert rows[columns].astype(object).fillna("").to_numpy().tolist() == expected
-        assert 30 < len(expected) <= len(mini.labels)
+        assert 20 < len(expected) <= len(mini.labels)
 
 
 @pytest.mark.slow
@@ -232,13 +235,13 @@ def after(mini, label, rng, *, stored):
 @pytest.mark.slow
 def test_nothing_after_the_prediction_time_changes_an_input(make):
     rng = np.random.default_rng(3)
-    mini = random_events(rng)
+    mini = random_events(rng, 20)
     context = (f"lactate [mmol/L]={LACTATE}", "insulin=DRUG*")
     flags = {"series": SERIES, "context": context, "event": (f"lactate={LACTATE}",)}
     if make.command == "from_long":
         flags["equal_times"] = "last"
     rows = make(mini, **flags).set_index("id").drop(columns="label_escalation")
-    assert len(rows) > 30
+    assert len(rows) > 20
     ends = rows.reindex(columns=["event_hours", "event"])
     rows = rows.drop(columns=[*ends], errors="ignore")
     labels = {name_of(label): label for label in mini.labels}
@@ -254,7 +257,7 @@ def test_nothing_after_the_prediction_time_changes_an_input(make):
 @pytest.mark.slow
 def test_threads_memory_batches_and_the_order_of_rows_change_no_byte(make, monkeypatch):
     rng = np.random.default_rng(5)
-    mini = random_events(rng)
+    mini = random_events(rng, 15)
     for event in mini.events[::3]:  # several values at one time
         mini.events.append({**event, "value": event["value"] and event["value"] / 3})
     shuffled = dataclasses.replace(mini, events=[*mini.events], labels=[*mini.labels])
@@ -288,20 +291,13 @@ def no_unit():
 LABELS = two().label_table()
 
 
-def test_without_series_all_items_are_read_the_most_measured_first(tmp_path):
-    mini = two().measure(2, 13, 110, GLUCOSE).measure(1, 14, 120, GLUCOSE)
+def test_without_series_all_items_are_read_whatever_their_case_the_most_measured_first(tmp_path):
+    mini = two().measure(2, 13, 110, GLUCOSE).measure(1, 14, 120, GLUCOSE.upper(), unit="mg/dL")
     for hour in range(40, 60):  # later than the prediction times
         mini.measure(1, hour, 16)
     rows = long(mini, tmp_path)
     assert rows["clinical_trajectory"][0] == "100 (7h) -> 120 (8h)"
     assert rows[f"trajectory_{GAP} [mEq/L]"].tolist() == ["15 (6h)", "14 (6h)"]
-
-
-def test_items_that_differ_in_case_are_one_series_and_not_every_item_can_be_one(tmp_path):
-    mini = Mini().ask(1, 30)
-    for hour, item in enumerate(("Sodium", "sodium", "SODIUM"), 12):
-        mini.measure(1, hour, hour, item, unit="")
-    assert long(mini, tmp_path)["clinical_trajectory"][0] == "12 (6h) -> 13 (7h) -> 14 (8h)"
 
 
 def test_what_is_stored_after_the_prediction_time_is_not_known(tmp_path, caplog):
@@ -353,10 +349,10 @@ def test_units_that_contradict_are_refused_by_name(mini, factor, series, named, 
 
 def test_columns_have_the_names_that_are_given(tmp_path):
     names = {"subject_id": "patient no", "charttime": "drawn", "item": 'the "test"'}
-    names |= {"unit": "units", "value": "valuenum"}
-    table = two().long().rename(columns=names).assign(value="a text beside it")
+    table = two().long().rename(columns={**names, "value": "valuenum"})
     labels = two().label_table("died").rename(columns={"subject_id": "subject"})
     columns = ("subject_id=patient no", "time=drawn", 'item=the "test"', "unit=", "label=died")
+    table = table.assign(value="a text beside it")
     rows = long(table, tmp_path, labels, columns=(*columns, "labels.subject_id=subject"))
     assert rows["clinical_trajectory"].tolist() == ["15 (6h)", "14 (6h)"]
     assert f"trajectory_{GLUCOSE}" in rows, "without a unit"
@@ -379,13 +375,11 @@ CELLS |= dict.fromkeys(("subject_id", "item"), "")
     [
         *((spoilt(*pair), {}, f"table.csv, column {pair[0]}: ") for pair in CELLS.items()),
         (renamed(subject_id="who", item="what"), {}, "--columns subject_id=? item=?: "),
-        (renamed(item="what"), {}, "subject_id, charttime, what"),
         (renamed(storetime="x"), {"equal_times": "last"}, "--equal_times last"),
         (renamed(), {"columns": ("value=valu",)}, "value=?"),
         (renamed(), {"columns": ("time=",)}, "--columns time="),
         (renamed(), {"columns": ("labels.subject_id=x",)}, "labels.csv"),
         (lambda table: table.assign(item="x, fast", unit=""), {}, "table.csv: item x, fast: "),
-        (lambda table: table.loc[[0] * 101].assign(item=range(101)), {}, "101 items"),
     ],
 )
 def test_a_table_that_cannot_be_read_is_refused_by_place(change, flags, named, tmp_path):
@@ -394,15 +388,14 @@ def test_a_table_that_cannot_be_read_is_refused_by_place(change, flags, named, t
     assert not any(cell and cell in str(caught.value) for cell in CELLS.values())
 
 
-@pytest.mark.parametrize(("unit", "hours"), [("minutes", 1 / 60), ("days", 24)])
-def test_times_may_be_numbers(unit, hours, tmp_path):
+def test_times_may_be_numbers(tmp_path):
     mini = Mini().ask(1, 30.5).measure(1, 6.5, 15).measure(1, 30.5, 16).measure(1, 30.6, 17)
     table, labels = mini.long(), mini.label_table()
     for frame, column in ((table, "charttime"), (table, "storetime"), (labels, "prediction_time")):
-        frame[column] = (frame[column] - EPOCH) / pd.Timedelta(hours, "h")
-    rows = long(table, tmp_path, labels, time_unit=unit)
+        frame[column] = (frame[column] - EPOCH) / pd.Timedelta("1D")
+    rows = long(table, tmp_path, labels, time_unit="days")
     assert rows["clinical_trajectory"][0] == "15 (0h) -> 16 (24h)"
-    assert float(rows["prediction_time"][0]) == pytest.approx(30.5 / hours)
+    assert float(rows["prediction_time"][0]) == pytest.approx(30.5 / 24)
     assert rows["id"][0] == f"1 {rows['prediction_time'][0]}"
 
 
