@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import re
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -74,6 +73,23 @@ VARIANTS_ARE = {
 }
 
 
+class Compared(NamedTuple):
+    """How the runs of a command are compared."""
+
+    outcome: str
+    reference: str  # the variant, or the baseline, with which variants are compared
+    seed: int
+    primary: str | None
+    notice: str
+
+
+def compared_by(args: Namespace, outcome: str) -> Compared:
+    """Return how the flags of a command compare its runs."""
+    reference = args.ablation[0] if args.ablation else STAGE_1_VARIANT
+    notice = compare.built_in_models_notice({"all": vars(args)})
+    return Compared(outcome, reference, args.seed, args.primary, notice)
+
+
 # --------------------------------------------------------------------------- --ablation
 
 
@@ -83,7 +99,7 @@ def run_ablation(args: Namespace, dataset: TrajectoryDataset, train: plan.Train)
     runs = plan_variants(args, dataset)
     code = plan.carry_out([*runs.values()], train)
     if code == EXIT_DONE and processes().is_main_process:
-        compare_variants(runs, dataset.outcome, args, quiet=False)
+        compare_variants(runs, args.output_dir / "ablation", compared_by(args, dataset.outcome))
     return code
 
 
@@ -119,16 +135,8 @@ def variant_arguments(name: str, args: Namespace) -> Namespace:
     return Namespace(**{**vars(args), "ablation": None, **changes})
 
 
-def reference_of(args: Namespace) -> str:
-    """Return the model with which variants are compared."""
-    return args.ablation[0] if args.ablation else STAGE_1_VARIANT
-
-
-def compare_variants(
-    runs: dict[str, plan.Run], outcome: str, args: Namespace, *, quiet: bool
-) -> None:
+def compare_variants(runs: Mapping[str, plan.Run], folder: Path, compared: Compared) -> None:
     """Compare the variants with the reference and the baselines; write ``ablation/``."""
-    folder = args.output_dir / "ablation"
     folder.mkdir(exist_ok=True)
     folders = {name: run_folder.stage_folder(run.args) for name, run in runs.items()}
     table, targets = compare.join_predictions(folders)
@@ -136,23 +144,22 @@ def compare_variants(
     write_text(folder / "predictions_test.csv", table.join(weights).to_csv(index=False))
     metrics = evaluate(
         table,
-        args.seed,
-        reference=reference_of(args),
-        primary=args.primary,
+        compared.seed,
+        reference=compared.reference,
+        primary=compared.primary,
         compared=[*VARIANTS],
         targets=targets,
     )
-    with quiet_console() if quiet else contextlib.nullcontext():
-        compare.save_comparison(
-            folder / "ablation",
-            metrics,
-            {name: compare.cost_of(folder) for name, folder in folders.items()},
-            targets,
-            title=f"{ADDS}: {outcome}",
-            card={"Seed": str(args.seed)},
-            notice=compare.built_in_models_notice({"all": vars(args)}),
-            variants=VARIANTS_ARE,
-        )
+    compare.save_comparison(
+        folder / "ablation",
+        metrics,
+        {name: compare.cost_of(folder) for name, folder in folders.items()},
+        targets,
+        title=f"{ADDS}: {compared.outcome}",
+        card={"Seed": str(compared.seed)},
+        notice=compared.notice,
+        variants=VARIANTS_ARE,
+    )
 
 
 # --------------------------------------------------------------------------- --seeds
@@ -167,7 +174,7 @@ def run_seeds(
     one_source = not any(SEED in str(path) for path in (args.data_path, args.data_dir))
     dataset: TrajectoryDataset | None = None
     runs: list[plan.Run] = []
-    variants: dict[int, tuple[Namespace, dict[str, plan.Run]]] = {}
+    variants: dict[int, dict[str, plan.Run]] = {}
     folders: dict[int, Path] = {}
     for seed in range(args.seed, args.seed + args.seeds):
         folder = args.output_dir / f"seed_{seed}"
@@ -178,68 +185,71 @@ def run_seeds(
             folders[seed] = run_folder.stage_folder(seed_args)
         else:
             check_variants(seed_args, dataset)
-            planned = plan_variants(seed_args, dataset, f"seed {seed}, ")
-            variants[seed], folders[seed] = (seed_args, planned), folder / "ablation"
-            runs += planned.values()
+            variants[seed] = plan_variants(seed_args, dataset, f"seed {seed}, ")
+            runs += variants[seed].values()
+            folders[seed] = folder / "ablation"
     if code := plan.carry_out(runs, train):
         return code
     if processes().is_main_process and dataset:
-        for seed_args, planned in variants.values():
-            compare_variants(planned, dataset.outcome, seed_args, quiet=True)
-        pool_seeds(folders, dataset.outcome, args)
+        compared = compared_by(args, dataset.outcome)
+        with quiet_console():
+            for seed, of_seed in variants.items():
+                compare_variants(of_seed, folders[seed], compared._replace(seed=seed))
+        pool_seeds(folders, args.output_dir, compared)
     return EXIT_DONE
 
 
-def pool_seeds(folders: dict[int, Path], outcome: str, args: Namespace) -> None:
+def pool_seeds(folders: dict[int, Path], output_dir: Path, compared: Compared) -> None:
     """Write the metrics of all splits; ``folders`` are of the stage or the ablation, by seed."""
-    paths = list(folders.values())
+    paths = [*folders.values()]
     kind = paths[0].name
-    if args.ablation is not None:
-        reference, title, splits = reference_of(args), ADDS, None
+    if kind == "ablation":
+        reference, title, by_split = compared.reference, ADDS, None
+        runs = [path.parent / "trajectory" for path in paths]
         tables, targets = prediction_files.read_runs(paths, None, "ablation.json")
         costs = [read_json(path / "ablation.json")["cost"] for path in paths]
-        runs = [path.parent / "trajectory" for path in paths]
     else:
         reference, runs = STAGE_NAMES[kind], paths
         title = reference.capitalize()
         auroc_of = prediction_files.auroc_of
-        splits = pd.DataFrame(
-            {
-                "Seed": [*folders],
-                "Validation AUROC [95 %]": [auroc_of(path, "validation") for path in paths],
-                "Test AUROC [95 %]": [auroc_of(path, "test") for path in paths],
-            }
-        )
+        by_split = pd.DataFrame({"Seed": [*folders]})
+        by_split["Validation AUROC [95 %]"] = [auroc_of(path, "validation") for path in paths]
+        by_split["Test AUROC [95 %]"] = [auroc_of(path, "test") for path in paths]
         tables, targets = prediction_files.read_runs(paths, reference)
         costs = [{reference: compare.cost_of(path)} for path in paths]
-    trained = [read_json(run / "run.json")["split"]["train"]["n"] for run in runs]
-    patients_a_row = np.mean([table["patient"].nunique() / len(table) for table in tables])
     targets = read_weights(targets, pd.concat(tables))
     metrics = evaluate_splits(
         tables,
-        args.seed,
+        compared.seed,
         reference,
         targets=targets,
-        trained=float(patients_a_row * np.mean(trained)),
-        primary=args.primary,
+        trained=trained_patients(runs, tables),
+        primary=compared.primary,
         compared=[*VARIANTS],
     )
     auroc = metrics.row(reference, "auroc")
     compare.save_comparison(
-        args.output_dir / f"seeds_{kind}",
+        output_dir / f"seeds_{kind}",
         metrics,
         {name: mean_cost([cost[name] for cost in costs]) for name in costs[0]},
         targets,
-        title=f"{title}, in {len(folders)} splits of the data: {outcome}",
+        title=f"{title}, in {len(folders)} splits of the data: {compared.outcome}",
         sentences=[
             f"Over {len(folders)} splits the test AUROC of {reference} is {auroc['min']:.3f} to "
             f"{auroc['max']:.3f}, mean {value_text(auroc)}."
         ],
         card={"Seeds": f"{min(folders)} to {max(folders)}"},
         variants=VARIANTS_ARE,
-        notice=compare.built_in_models_notice({"all": vars(args)}),
-        splits=splits,
+        notice=compared.notice,
+        splits=by_split,
     )
+
+
+def trained_patients(runs: Sequence[Path], tables: Sequence[pd.DataFrame]) -> float:
+    """Return the mean number of patients in the training parts of several runs."""
+    rows = [read_json(run / "run.json")["split"]["train"]["n"] for run in runs]
+    patients_a_row = np.mean([table["patient"].nunique() / len(table) for table in tables])
+    return float(patients_a_row * np.mean(rows))
 
 
 def mean_cost(costs: list[dict[str, float | None]]) -> dict[str, float | None]:
