@@ -15,15 +15,8 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from medgemma_clinical import __version__
-from medgemma_clinical.files import (
-    InputError,
-    RunFault,
-    did_you_mean,
-    is_out_of_memory,
-    one_line,
-    owner_only,
-)
+from medgemma_clinical import __version__, files
+from medgemma_clinical.files import InputError, RunFault
 from medgemma_clinical.flags import METAVARS, WHOLE, Flag, number
 from medgemma_clinical.models import choices
 from medgemma_clinical.training.signals import SIGNALS
@@ -101,7 +94,8 @@ class Parser(argparse.ArgumentParser):
                 action.required = True
         if unknown:
             word = unknown[0].partition("=")[0]
-            self.error(f"unrecognised {word}{did_you_mean(word, FLAG.findall(self.format_help()))}")
+            hint = files.did_you_mean(word, FLAG.findall(self.format_help()))
+            self.error(f"unrecognised {word}{hint}")
         lacking = [x.option_strings[-1] for x in needed if getattr(parsed, x.dest, None) is None]
         if lacking:
             self.error(f"needs {', '.join(lacking)}")
@@ -203,7 +197,7 @@ SHOW_VALUES = Flag("show_values", bool, help="errors show the cell, stage 3's re
 def run_command(action: Callable[[], int], *, show_values: bool = False) -> int:
     """Run one command; an error becomes an exit code and a line, with its cell if wanted."""
     try:
-        with owner_only():
+        with files.owner_only():
             return action()
     except KeyboardInterrupt as stop:
         logger.error("interrupted: nothing more was written")
@@ -224,12 +218,12 @@ def describe_fault(error: Exception) -> str:
     kind = type(error).__name__
     if isinstance(error, RunFault):
         return str(error)
-    if is_out_of_memory(error):
+    if files.is_out_of_memory(error):
         return f"{kind}: free memory, or use less data or a smaller model"
     if isinstance(error, (ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)):
         return f"the network fails ({kind}): try again, or work offline"
     if isinstance(error, OSError) and error.errno:
-        return f"{one_line(str(error.filename or kind))}: {os.strerror(error.errno)}"
+        return f"{files.one_line(str(error.filename or kind))}: {os.strerror(error.errno)}"
     frame = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{kind} in {Path(frame.filename).name}, line {frame.lineno}"
     if "WORLD_SIZE" in os.environ:

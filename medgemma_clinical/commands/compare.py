@@ -18,13 +18,7 @@ from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, meanin
 from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
 from medgemma_clinical.evaluation.report import comparison_page, write_report
 from medgemma_clinical.evaluation.tables import model_table
-from medgemma_clinical.evaluation.target import (
-    LABEL,
-    NO_RISKS,
-    Target,
-    is_risk,
-    read_weights,
-)
+from medgemma_clinical.evaluation.target import LABEL, NO_RISKS, Target, is_risk, read_weights
 from medgemma_clinical.evaluation.verdicts import counts_text
 from medgemma_clinical.files import InputError, make_output_dir, move_aside, read_json, write_json
 from medgemma_clinical.flags import Flag

@@ -16,19 +16,12 @@ import torch
 from joblib import parallel
 from tqdm.auto import tqdm
 
+from medgemma_clinical import distributed
 from medgemma_clinical.commands import run_folder
 from medgemma_clinical.commands.command_line import EXIT_DONE, EXIT_INTERRUPTED
 from medgemma_clinical.commands.logs import RUN_LOG, command_logging, quiet_console, recorded
 from medgemma_clinical.commands.prediction_files import auroc_of
 from medgemma_clinical.data.trajectories import TrajectoryDataset
-from medgemma_clinical.distributed import (
-    exact_kernels,
-    processes,
-    reset_peak_memory,
-    set_environment,
-    show_progress,
-    stage1_threads,
-)
 from medgemma_clinical.files import InputError, RunFault, owner_only
 from medgemma_clinical.training.signals import begin_process
 
@@ -75,17 +68,17 @@ def check_stage1(path: Path | None, flags: str, mark: str, example: Path) -> Non
 
 def carry_out(runs: Sequence[Run], train: Train) -> int:
     """Train each run that is not finished; return the first exit code that is no success."""
-    with show_progress((), "runs", len(runs)) as bar:
-        cluster = active_cluster()
-        if cluster and processes().num_processes == 1:
+    with distributed.show_progress((), "runs", len(runs)) as bar:
+        cluster, n_processes = active_cluster(), distributed.processes().num_processes
+        if cluster and n_processes == 1:
             # A warning: without logging of the user's own nothing below it is shown.
             text = "%d runs go to the workers of joblib's %s: the rows of patients travel there"
             logger.warning(text, len(runs), cluster)
             tasks = (joblib.delayed(run_on_cluster)(run, train) for run in runs)
             return first_code(parallel_codes(-1)(tasks), bar)
         # Each has the threads of a stage 1 alone: no result depends on the number of processes.
-        jobs = min(len(runs), joblib.cpu_count() // stage1_threads())
-        alone = jobs <= 1 or torch.cuda.is_available() or processes().num_processes > 1
+        jobs = min(len(runs), joblib.cpu_count() // distributed.stage1_threads())
+        alone = jobs <= 1 or torch.cuda.is_available() or n_processes > 1
         if alone or not all(run.args.trajectory_only for run in runs):
             return first_code((run_or_continue(run, train) for run in runs), bar)
         return run_in_parallel(runs, train, jobs, bar)
@@ -118,7 +111,7 @@ def first_code(codes: Iterable[int], bar: tqdm[Run]) -> int:
 
 def run_in_parallel(runs: Sequence[Run], train: Train, jobs: int, bar: tqdm[Run]) -> int:
     """Train runs of stage 1 in processes of this machine."""
-    begin, threads = partial(begin_process, train.__module__), stage1_threads()
+    begin, threads = partial(begin_process, train.__module__), distributed.stage1_threads()
     is_shown = any(handler.get_name() == "console" for handler in logging.root.handlers)
     try:
         with joblib.parallel_config("loky", initializer=begin, inner_max_num_threads=threads):
@@ -136,16 +129,16 @@ def run_in_parallel(runs: Sequence[Run], train: Train, jobs: int, bar: tqdm[Run]
 
 def run_apart(run: Run, train: Train, is_shown: bool) -> int:
     """Train in a process of its own; ``is_shown``: on the console."""
-    set_environment()
-    kernels = exact_kernels(deterministic=run.args.deterministic)
+    distributed.set_environment()
+    kernels = distributed.exact_kernels(deterministic=run.args.deterministic)
     with owner_only(), kernels, command_logging(first=is_shown):
         return run_or_continue(run, train)
 
 
 def run_on_cluster(run: Run, train: Train) -> int:
     """Train in a worker that is not ours: its signals and its logging stay as they are."""
-    set_environment()
-    kernels = exact_kernels(deterministic=run.args.deterministic)
+    distributed.set_environment()
+    kernels = distributed.exact_kernels(deterministic=run.args.deterministic)
     with ONE_TRAINING, owner_only(), kernels, recorded():
         return run_or_continue(run, train)
 
@@ -156,7 +149,7 @@ def run_or_continue(run: Run, train: Train) -> int:
     try:
         with quiet_console():
             if (done_part := run_folder.progress_of(run.args, run.dataset)) != "all":
-                reset_peak_memory()
+                distributed.reset_peak_memory()
                 resumed = Namespace(**{**vars(run.args), "resume": done_part == "part"})
                 code = train(resumed, run.dataset)
     except InputError as error:

@@ -8,25 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from medgemma_clinical import files
 from medgemma_clinical.commands.command_line import EXIT_DONE, OUTPUT_DIR, Table
-from medgemma_clinical.evaluation.aggregate import (
-    count_problem,
-    few_digits,
-    pool_sites,
-    read_models,
-)
+from medgemma_clinical.evaluation import aggregate
 from medgemma_clinical.evaluation.report import write_report
 from medgemma_clinical.evaluation.sites_page import pooled_cells, pooled_words, sites_page
-from medgemma_clinical.files import (
-    READING_ERRORS,
-    InputError,
-    locked,
-    make_output_dir,
-    move_aside,
-    one_line,
-    read_json,
-    write_json,
-)
+from medgemma_clinical.files import InputError
 from medgemma_clinical.flags import Flag
 
 logger = logging.getLogger(__name__)
@@ -55,7 +42,7 @@ def pool(paths: Sequence[Path], output_dir: Path) -> int:
     """Pool the aggregates of several sites; write ``sites.json`` and ``sites.html``."""
     sites: dict[str, Any] = {}
     for path in paths:
-        site, content = one_line(path.stem), read_aggregate(path)
+        site, content = files.one_line(path.stem), read_aggregate(path)
         for other, earlier in sites.items():
             if site == other or content["models"] == earlier["models"]:
                 raise InputError(f"pool {path}: the same as {other}: give each site once")
@@ -64,16 +51,18 @@ def pool(paths: Sequence[Path], output_dir: Path) -> int:
         sites[site] = content
     if len(sites) < 2:
         raise InputError("pool: name the files of two sites or more")
-    estimates, pooled, notes = pool_sites(sites)
+    estimates, pooled, notes = aggregate.pool_sites(sites)
     model = model_of(content)
-    make_output_dir(output_dir)
+    files.make_output_dir(output_dir)
     table, page = output_dir / "sites.json", output_dir / "sites.html"
-    with locked(page):
-        for aside in move_aside([table, page]):
+    with files.locked(page):
+        for aside in files.move_aside([table, page]):
             logger.info("earlier file moved to %s", aside)
         results = {"pooled": pooled.reset_index(), "sites": estimates}
-        tables = {name: few_digits(found.to_dict("records")) for name, found in results.items()}
-        write_json(table, {"format": FORMAT, "model": model, **tables, "left_out": notes})
+        tables = {
+            name: aggregate.few_digits(found.to_dict("records")) for name, found in results.items()
+        }
+        files.write_json(table, {"format": FORMAT, "model": model, **tables, "left_out": notes})
         write_report(page, sites_page(sites, estimates, pooled, notes))
     cells = pooled_cells(pooled.loc[model["name"]]).to_string(index=False)
     text = pooled_words(pooled, len(sites)) or cells
@@ -94,15 +83,15 @@ def read_aggregate(path: Path) -> Any:
     try:
         if path.stat().st_size > MAX_SIZE:
             raise ValueError
-        content = read_json(path)
+        content = files.read_json(path)
         if (version := content["format"]) != FORMAT:
             raise InputError(f"pool {path}: of format {version!s:.20}, not {FORMAT}")
-        read_models(content)
-        if problem := count_problem(content):
+        aggregate.read_models(content)
+        if problem := aggregate.count_problem(content):
             raise InputError(f"pool {path}: {problem}: leave it out")
     except InputError:
         raise
-    except READING_ERRORS as error:
+    except files.READING_ERRORS as error:
         text = "not a file of predict --aggregate, or damaged"
         raise InputError(f"pool {path}: {text}: leave it out") from error
     return content

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from medgemma_clinical import files
+from medgemma_clinical import files, provenance
 from medgemma_clinical.commands.command_line import EXIT_DONE, EXIT_INTERRUPTED
 from medgemma_clinical.commands.logs import RUN_LOG, check_log_file
 from medgemma_clinical.data.texts import PromptOptions
@@ -24,15 +24,7 @@ from medgemma_clinical.files import InputError
 from medgemma_clinical.models import checkpoints
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, TrajectoryCheckpoint
 from medgemma_clinical.models.language_model import base_record
-from medgemma_clinical.provenance import (
-    HISTORY,
-    METRICS,
-    RUN_FORMAT,
-    code_hash,
-    git_commit,
-    read_run,
-    versions,
-)
+from medgemma_clinical.provenance import HISTORY, METRICS, RUN_FORMAT, read_run
 from medgemma_clinical.training.state import has_state, read_state
 from medgemma_clinical.training.trackers import Track, tracking
 
@@ -151,9 +143,9 @@ def run_record(args: Namespace, data: Data, stage1: TrajectoryCheckpoint | None)
     run = {
         "format": RUN_FORMAT,
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "versions": versions(),
-        "git_commit": git_commit(),
-        "code_sha256": code_hash(),
+        "versions": provenance.versions(),
+        "git_commit": provenance.git_commit(),
+        "code_sha256": provenance.code_hash(),
         "processes": processes().num_processes,
         "rows_a_step": args.batch_size * accumulate,
         "seed": args.seed,

@@ -12,11 +12,7 @@ from typing import Any
 import numpy as np
 
 from medgemma_clinical.commands.run_folder import log_path, write_history
-from medgemma_clinical.data.checks import (
-    describe_split,
-    describe_unusable,
-    summarize,
-)
+from medgemma_clinical.data.checks import describe_split, describe_unusable, summarize
 from medgemma_clinical.data.findings import log_warnings
 from medgemma_clinical.data.leaks import describe_leaks
 from medgemma_clinical.data.training_data import Data

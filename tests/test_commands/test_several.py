@@ -70,7 +70,7 @@ def unbegun(monkeypatch):
     for name in ("given_stage1", "run_data", "run_record"):
         monkeypatch.setattr(run_folder, name, lambda *_: None)
     monkeypatch.setattr(run_folder, "progress_in", lambda folder, facts: "none")
-    monkeypatch.setattr(plan, "reset_peak_memory", lambda: None)  # collects garbage
+    monkeypatch.setattr(plan.distributed, "reset_peak_memory", lambda: None)  # collects garbage
 
 
 def results_of(path):
@@ -191,7 +191,7 @@ def test_every_variant_has_its_flags_and_stands_beside_stage_1_and_the_baselines
     tmp_path, monkeypatch, caplog
 ):
     made, forgotten = [], []
-    monkeypatch.setattr(plan, "reset_peak_memory", lambda: forgotten.append(1))
+    monkeypatch.setattr(plan.distributed, "reset_peak_memory", lambda: forgotten.append(1))
     with caplog.at_level(logging.INFO):
         assert run_ablation(arguments(tmp_path, ablation=[]), DATASET, fake_train(made)) == 0
     assert len({stage_folder(own) for own in made}) == len(VARIANTS) == len(forgotten)
