@@ -876,7 +876,7 @@ def train_stage(
                 config, baselines = folds.write_final(stage, data, folder, joint)
             else:
                 val = score(stage, "val")
-                options, progress = results.evaluation_options(args), state.progress
+                options, progress = decision.EvaluationOptions.of(args), state.progress
                 decided = decide(stage, data, val, options, with_baselines=trial.baselines)
                 # The only place where test patients are scored.
                 is_tested = trial.test and len(data.split["test"])

@@ -20,15 +20,10 @@ from medgemma_clinical.data.fold_split import draw_folds, fold_dataset, foldable
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import few_threads, processes
-from medgemma_clinical.evaluation import baselines, decision, metrics_table, rules, verdicts
+from medgemma_clinical.evaluation import baselines, decision, metrics_table, rules
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, Baselines
 from medgemma_clinical.evaluation.demographics import demographics
-from medgemma_clinical.evaluation.target import (
-    Target,
-    is_risk,
-    observed_rows,
-    targets_of_config,
-)
+from medgemma_clinical.evaluation.target import Target, is_risk, observed_rows, targets_of_config
 from medgemma_clinical.evaluation.topics.all_topics import prediction_topics
 from medgemma_clinical.evaluation.topics.topic import Evaluated, TopicBuilder
 from medgemma_clinical.files import InputError, file_hash, read_json, write_json, write_text
@@ -99,7 +94,7 @@ def plan_folds(
     for run in runs:
         run_folder.given_stage1(run.args)  # a missing one shows before hours go into the others
     folder, stages = run_folder.folds_folder(args), [run_folder.stage_folder(x.args) for x in runs]
-    options = results.evaluation_options(args)
+    options = decision.EvaluationOptions.of(args)
     return runs, FoldRuns(folder, stages, rows, fold, bool(args.leave_out), options)
 
 
@@ -179,7 +174,8 @@ def evaluate_folds(
     configs = [read_trained_config(folder) for folder in folds.stages]
     table, positions, targets = read_joint(folds, ids)
     fold = folds.fold[positions]
-    of_folds = [stored_rules(folds.model, config) for config in configs]
+    stored = [{folds.model: config["decision"], **config["models"]} for config in configs]
+    of_folds = [{name: decision.read_rules(x) for name, x in own.items()} for own in stored]
     of_rule = options.decision(decision.TESTS)
     final, table, recalibrated = rules.decide_folds(table, of_folds, fold, targets, of_rule)
     own_rules = final[folds.model]
@@ -237,12 +233,6 @@ def read_joint(
     return observed.join(table[risks]), positions, targets
 
 
-def stored_rules(stage: str, config: Config) -> dict[str, decision.Rules]:
-    """Return the rules of the models of a run, the stage's first."""
-    stored = {stage: config["decision"], **config["models"]}
-    return {model: decision.read_rules(rules_of_model) for model, rules_of_model in stored.items()}
-
-
 def decide(
     folds: FoldRuns,
     final: rules.RulesOfModels,
@@ -284,9 +274,7 @@ def write_fold_results(folds: FoldRuns) -> None:
 def log_evaluated(evaluated: Evaluated) -> None:
     """Log the metrics of folds or repeats in sentences and a table."""
     logger.info("")
-    words = evaluated.at_threshold, evaluated.noun
-    findings = verdicts.sentences(evaluated.metrics, *words, targets=evaluated.targets)
-    results.log_findings(evaluated.metrics, findings, evaluated.targets)
+    results.log_findings(evaluated.metrics, pages.sentences(evaluated), evaluated.targets)
 
 
 def folds_sentence(metrics: metrics_table.Metrics, folds: int) -> str:

@@ -22,19 +22,14 @@ from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.decision import parse_threshold
 from medgemma_clinical.evaluation.metrics_table import MODEL, named_model
 from medgemma_clinical.evaluation.monitor_page import monitor_page
-from medgemma_clinical.evaluation.monitoring import Levels, MonitorRule, monitor
+from medgemma_clinical.evaluation.monitoring import MonitorRule, monitor
 from medgemma_clinical.evaluation.report import write_report
 from medgemma_clinical.evaluation.target import Target, targets_of_config
 from medgemma_clinical.evaluation.topics.topic import Page
 from medgemma_clinical.files import InputError
+from medgemma_clinical.models import trained_model
 from medgemma_clinical.models.checkpoints import Config
 from medgemma_clinical.models.model_card import page_card
-from medgemma_clinical.models.trained_model import (
-    column_ending,
-    read_model_sha256,
-    read_trained_config,
-    wanted_model,
-)
 
 logger = logging.getLogger(__name__)
 
@@ -44,21 +39,18 @@ AHEAD = pd.Timedelta(hours=14)  # of UTC, the first time zone
 YEAR = pd.Timedelta(days=366)
 
 
-def read_rule(path: Path | None) -> MonitorRule:
-    """Return the rule of ``--monitor_rule``; the default one without a file."""
-    if path is None:
-        return MonitorRule()
+def rule_config(path: Path | None) -> Config:
+    """Return what a checkpoint stores of ``--monitor_rule``, without a file the default."""
+    content = {} if path is None else read_toml(path, f"--monitor_rule {path}")
     try:
-        return MonitorRule.checked(read_toml(path, where := f"--monitor_rule {path}"))
-    except InputError:
-        raise
+        return {"monitor_rule": asdict(MonitorRule.checked(content))}
     except ValueError as error:
-        raise InputError(f"{where}: {error}") from error
+        raise InputError(f"--monitor_rule {path}: {error}") from error
 
 
 def run_monitor(args: Namespace, datasets: Mapping[str, Any]) -> int:
     """Write ``monitor.html`` and ``monitor.csv``; log the verdict first."""
-    config = read_trained_config(args.checkpoint)
+    config = trained_model.read_trained_config(args.checkpoint)
     scored = read_scored(args.predictions, args.checkpoint, args.use, config)
     target, name = targets_of_config(config)[0], scored.name
     outcomes = read_outcomes(args.outcomes, args.date, scored.rows["date"].max(), target)
@@ -74,6 +66,7 @@ def run_monitor(args: Namespace, datasets: Mapping[str, Any]) -> int:
             "held-out patients had, or lacked, the event, or an earlier version wrote it: train "
             "again, with --folds where there are few"
         )
+    rule = MonitorRule.checked(config.get("monitor_rule", {}))
     threshold = threshold_of(config, name, args.threshold)
     check_predictions(rows, threshold)
     result = monitor(
@@ -82,12 +75,20 @@ def run_monitor(args: Namespace, datasets: Mapping[str, Any]) -> int:
         threshold=threshold,
         reference=reference,
         training=config["case_mix"].get("last", {"series": {}, "static": {}}),
-        rule=rule_of(config),
+        rule=rule,
         period=args.period,
         seed=args.seed,
     )
-    card = page_card(config, describe(result.levels, rule_of(config), reference, threshold))
-    page = monitor_page(result, f"{config['outcome']}: {name} after go-live", notes, card)
+    card = {
+        "Rule, fixed at training": rule.words,
+        "Limits": result.levels.words,
+        "Development cohort": f"{reference['patients']:,} held-out patients: log-odds "
+        f"multiplied by {reference['multiplier']:.2f} and shifted by {reference['shift']:+.2f}",
+        "Slope and AUROC": f"Of periods with at least {rule.min_expected} expected events",
+        "Threshold": f"{threshold:.4g}",
+    }
+    title = f"{config['outcome']}: {name} after go-live"
+    page = monitor_page(result, title, notes, page_card(config, card))
     asides = write(args.output_dir, page, result.table)
     logger.info("monitor: %s", result.verdict)
     lines = [f"also: {action.words}" for action in result.actions[1:]]
@@ -96,11 +97,6 @@ def run_monitor(args: Namespace, datasets: Mapping[str, Any]) -> int:
     lines += [*notes, *(f"earlier file moved to {path}" for path in asides)]
     logger.info("%s", "\n".join([*lines, f"page: {args.output_dir / PAGE}"]))
     return EXIT_DONE
-
-
-def rule_of(config: Config) -> MonitorRule:
-    """Return the rule that a checkpoint stores."""
-    return MonitorRule.checked(config.get("monitor_rule", {}))
 
 
 def threshold_of(config: Config, name: str, given: str | None) -> float:
@@ -125,23 +121,6 @@ def check_predictions(rows: pd.DataFrame, threshold: float) -> None:
         )
 
 
-def describe(
-    levels: Levels, rule: MonitorRule, reference: Mapping[str, Any], threshold: float
-) -> dict[str, str]:
-    """Return what the page says of rule, limits and development cohort."""
-    level = f"{100 * levels.oe:.2g} % (O/E and others), {100 * levels.auroc:.2g} %"
-    return {
-        "Rule, fixed at training": rule.words,
-        "Limits": f"Beyond each lie {level} (AUROC) of simulated stable periods; CUSUM limit "
-        f"{levels.cusum:.3g}. O/E, AUROC or CUSUM alarm in "
-        f"{100 * levels.false_alarms:.2g} % of simulated stable years",
-        "Development cohort": f"{reference['patients']:,} held-out patients: log-odds "
-        f"multiplied by {reference['multiplier']:.2f} and shifted by {reference['shift']:+.2f}",
-        "Slope and AUROC": f"Of periods with at least {rule.min_expected} expected events",
-        "Threshold": f"{threshold:.4g}",
-    }
-
-
 def write(folder: Path, page: Page, table: pd.DataFrame) -> list[Path]:
     """Write page and table; return where earlier ones were moved."""
     files.make_output_dir(folder)
@@ -160,7 +139,7 @@ def update_command(checkpoint: Path, config: Config, name: str, datasets: Mappin
     words += [f"--{flag}", "LABELLED_ROWS", "--predictions", "UPDATE.csv"]
     words += ["--update", str(checkpoint.with_name(f"{checkpoint.stem}_updated"))]
     if name != STAGE_NAMES[config["stage"]]:
-        words += ["--use", column_ending(name, STAGE_NAMES[config["stage"]])]
+        words += ["--use", trained_model.column_ending(name, STAGE_NAMES[config["stage"]])]
     return shlex.join(words)
 
 
@@ -201,7 +180,7 @@ def read_file(path: Path, checkpoint: Path, use: str | None, config: Config) -> 
     notes = []
     if model is None:
         notes = [f"{path.name} has no column {MODEL}, so nothing tells that one model made it"]
-    elif model != read_model_sha256(checkpoint):
+    elif model != trained_model.read_model_sha256(checkpoint):
         problem = f"is of another model than --checkpoint {checkpoint}"
         raise InputError(f"{path}: {problem}: judge it by its own checkpoint")
     column, name = risk_column(table, path, use, config)
@@ -338,20 +317,18 @@ def risk_column(
 ) -> tuple[str, str]:
     """Return the column of a model's risks, and its name; without ``use`` that of probability."""
     stage, output = STAGE_NAMES[config["stage"]], targets_of_config(config)[0].output
-    columns = {name: f"{output}_{column_ending(name, stage)}" for name in config.get("models", {})}
-    columns[stage] = f"{output}_stage" if f"{output}_stage" in table else "probability"
+    names = [*config.get("models", {}), stage]
+    endings = {name: trained_model.column_ending(name, stage) for name in names}
+    columns = {name: f"{output}_{ending}" for name, ending in endings.items()}
+    if columns[stage] not in table:
+        columns[stage] = "probability"
     columns = {name: column for name, column in columns.items() if column in table}
     if use is None:
         chosen = [x for x in columns if table[columns[x]].equals(table["probability"])]
     else:
-        wanted = column_ending(wanted_model(config, use), stage)
-        chosen = [x for x in columns if column_ending(x, stage) == wanted]
+        wanted = trained_model.column_ending(trained_model.wanted_model(config, use), stage)
+        chosen = [x for x in columns if endings[x] == wanted]
     if not chosen:
-        choices = ", ".join(column_ending(name, stage) for name in columns)
+        choices = ", ".join(endings[name] for name in columns)
         raise InputError(f"{path}: no column of this model: choose by --use from {choices}")
     return columns[chosen[-1]], chosen[-1]
-
-
-def rule_config(path: Path | None) -> Config:
-    """Return what a checkpoint stores of ``--monitor_rule``."""
-    return {"monitor_rule": asdict(read_rule(path))}

@@ -70,6 +70,11 @@ def result_words(evaluated: Evaluated, advice: str = "") -> list[Finding]:
     """Return the result on some rows in words; ``advice`` is what helps where events are few."""
     if evaluated.has_few:
         return [Finding(None, report.FEW.format(evaluated.min_cell))]
+    return sentences(evaluated, advice)
+
+
+def sentences(evaluated: Evaluated, advice: str = "") -> list[Finding]:
+    """Return the metrics of some rows in words."""
     words = evaluated.at_threshold, evaluated.noun, advice
     return verdicts.sentences(evaluated.metrics, *words, targets=evaluated.targets)
 

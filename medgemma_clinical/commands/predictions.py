@@ -17,16 +17,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medgemma_clinical.commands import pages, patients, prediction_files
 from medgemma_clinical.commands.aggregate import write_aggregate
 from medgemma_clinical.commands.command_line import EXIT_DONE
-from medgemma_clinical.commands.pages import model_page, result_words
-from medgemma_clinical.commands.patients import (
-    ChosenRow,
-    choose_rows,
-    explain_rows,
-    patients_path,
-)
-from medgemma_clinical.commands.prediction_files import FOLDS, VAL, read_predictions
 from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.commands.update import write_update
 from medgemma_clinical.data.distributions import last_values, row_medians
@@ -36,7 +29,7 @@ from medgemma_clinical.data.overlap import TrainingPatients, both_hashes, patien
 from medgemma_clinical.data.small_cells import count_text
 from medgemma_clinical.data.trajectories import FLOW_COLUMNS, ScoringRows, TrajectoryDataset
 from medgemma_clinical.distributed import peak_memory, processes, show_progress
-from medgemma_clinical.evaluation import decision, verdicts
+from medgemma_clinical.evaluation import decision
 from medgemma_clinical.evaluation.demographics import demographics
 from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.metrics_table import MODEL, evaluate
@@ -65,8 +58,6 @@ from medgemma_clinical.models.model_card import choosing_rows, weight_0_sentence
 from medgemma_clinical.models.trained_model import TrainedModel
 
 logger = logging.getLogger(__name__)
-
-KINDS = "leave_out", "folds"
 
 
 def predict(request: Namespace, kind: type[TrajectoryModel]) -> int:
@@ -104,7 +95,7 @@ def predict(request: Namespace, kind: type[TrajectoryModel]) -> int:
     rows = first.dataset.with_inputs(**config["inputs"])
     labelled = report_labelled(tally, model, rows, request, training)
     if request.explain:
-        explain_rows(tally.chosen, model, request, training)
+        patients.explain_rows(tally.chosen, model, request, training)
     trained, used = model.trained, tally.used
     if request.update:
         data_hash = file_hash(source)
@@ -189,12 +180,13 @@ def held_out_risks(trained: TrainedModel, checkpoint: Path, choice: str) -> pd.D
     path = trained_model.checkpoint_path(checkpoint).absolute()
     is_stage_1 = trained.config["stage"] == "trajectory"
     stage = checkpoints.folder_of_stage_1(path) if is_stage_1 else path.parent
-    file = VAL
+    file = prediction_files.VAL
     if of_folds(trained.config):
-        of_sites, of_patients = (stage.parent / f"{kind}_{stage.name}" for kind in KINDS)
-        stage, file = of_sites if of_sites.is_dir() else of_patients, FOLDS
+        of_sites = stage.with_name(f"leave_out_{stage.name}")
+        of_patients = stage.with_name(f"folds_{stage.name}")
+        stage, file = of_sites if of_sites.is_dir() else of_patients, prediction_files.FOLDS
     try:
-        return read_predictions(stage, trained.name, trained.outcome.targets, file)
+        return prediction_files.read_predictions(stage, trained.name, trained.outcome.targets, file)
     except InputError as error:
         raise InputError(f"--threshold '{choice}': {error}, or give a risk") from error
 
@@ -266,7 +258,7 @@ class PredictionTally:
     labelled: list[pd.DataFrame] = field(default_factory=list)  # of each chunk, see ``add``
     medians: list[pd.DataFrame] = field(default_factory=list)  # of the same rows
     inputs: list[Array] = field(default_factory=list)  # on which the end of follow-up may depend
-    chosen: list[ChosenRow] = field(default_factory=list)  # of the page of patients
+    chosen: list[patients.ChosenRow] = field(default_factory=list)  # of the page of patients
 
     @property
     def threshold(self) -> float:
@@ -290,9 +282,9 @@ class PredictionTally:
         happened = dataset.observed(labelled).drop(columns=[*about], errors="ignore")
         risks = lines.iloc[rows.positions[labelled]][[*self.columns.values()]]
         risks = risks.set_axis([*self.columns], axis=1).reset_index(drop=True).astype(float)
-        patients = patient_hashes(dataset, labelled)
-        hashes = list(both_hashes(dataset, labelled))
-        kept = about.join(happened).join(risks).assign(patient=patients, rows=hashes)
+        kept = about.join(happened).join(risks)
+        kept["patient"] = patient_hashes(dataset, labelled)
+        kept["rows"] = list(both_hashes(dataset, labelled))
         self.labelled.append(kept)
 
     def flow(self, overlap: Overlap) -> pd.DataFrame:
@@ -340,20 +332,18 @@ def write_predictions(
                 table.to_csv(file, index=False, header=tally.rows == 0)
             tally.add(lines, scores.rows)
             if request.explain:
-                tally.chosen = choose_rows(tally.chosen, lines, scores.rows, request.patients)
-        for aside in move_aside([*outputs(path), report_path(path), patients_path(path)]):
+                tally.chosen = patients.choose_rows(
+                    tally.chosen, lines, scores.rows, request.patients
+                )
+        for aside in move_aside([*outputs(path), report_path(path), patients.patients_path(path)]):
             logger.info("earlier file moved to %s", aside)
     return tally
 
 
-def six_digits(risk: float) -> float:
-    """Return a risk with six significant digits: a model of 32 bits has no more."""
-    return float(f"{risk:.6g}")
-
-
 def as_written(lines: pd.DataFrame, threshold: float) -> pd.DataFrame:
     """Return predictions with the digits of their file, and the decisions on these risks."""
-    risks = lines.select_dtypes("float").map(six_digits)
+    # A model of 32 bits has no more than six digits.
+    risks = lines.select_dtypes("float").map(lambda risk: float(f"{risk:.6g}"))
     positive = risks["probability"].to_numpy() >= threshold
     decided = pd.Series(positive, lines.index, dtype="Int64")
     return lines.assign(**risks, prediction=decided.where(risks["probability"].notna()))
@@ -385,8 +375,7 @@ def report_labelled(
         logger.info("%s No metrics: %s.", note, problem)
         return Labelled(new)
     evaluated = evaluate_labelled(tally, new, overlap, request)
-    metrics, targets = evaluated.metrics, evaluated.targets
-    updates = evaluate_updates(evaluated.rows, tally.used, targets, request.seed)
+    updates = evaluate_updates(evaluated.rows, tally.used, evaluated.targets, request.seed)
     first = ""
     if model.stage == "generative" and tally.used == model.trained.name:
         first = right_answers(
@@ -395,12 +384,10 @@ def report_labelled(
     checkpoint = request.checkpoint.absolute().name  # a page is shared: no path
     path = report_path(request.predictions)
     write_report(path, cohort_page(evaluated, tally, dataset, overlap, updates, first, checkpoint))
-    words = evaluated.at_threshold, evaluated.noun
-    findings = verdicts.sentences(metrics, *words, targets=targets)
-    lines = [first, weight_0_sentence(model.config), *map(str, findings)]
+    lines = [first, weight_0_sentence(model.config), *map(str, pages.sentences(evaluated))]
     text = "\n".join(filter(None, lines))
     logger.info("\n%s\n%s\nreport: %s", text, note, path)
-    return Labelled(new, metrics.primary, updates)
+    return Labelled(new, evaluated.metrics.primary, updates)
 
 
 def evaluate_labelled(
@@ -410,10 +397,10 @@ def evaluate_labelled(
     request: Namespace,
 ) -> Evaluated:
     """Evaluate the models on new labelled rows."""
-    patients = new["patient"].astype(str)
+    names = new["patient"].astype(str)
     happened = new[[name for name in NO_RISKS if name in new]]
     risks = new[[*tally.columns]].dropna(axis=1)  # NaN of a baseline that lacks a column
-    rows = happened.assign(id=patients, patient=patients).join(risks)
+    rows = happened.assign(id=names, patient=names).join(risks)
 
     def inputs() -> Array:
         return np.concatenate(tally.inputs)[overlap.is_new]
@@ -475,13 +462,13 @@ def cohort_page(
         partial(cohort, data=data, flow=tally.flow(overlap)),
     ]
     moved = "; an earlier update moved it." if config.get("updated") else "."
-    return model_page(
+    return pages.model_page(
         f"{config['outcome']}: {tally.used} on the {overlap.noun} of {source}",
         evaluated,
         build_topics(evaluated, builders),
         config,
         question=dataset.task_description(),
-        findings=result_words(evaluated),
+        findings=pages.result_words(evaluated),
         card={
             "Limits": f"The model was not changed for these rows{moved}",
             "Checkpoint": checkpoint,
@@ -526,9 +513,9 @@ def find_overlap(
     labelled: pd.DataFrame, dataset: TrajectoryDataset, config: Config, training: TrainingPatients
 ) -> Overlap:
     """Return which labelled rows are in the training data."""
-    patients, rows = labelled["patient"], np.stack(labelled["rows"].tolist())
-    is_old = training.include(patients.to_numpy(), rows, has_ids=dataset.has_patient_ids)
-    noun = "patients" if patients.is_unique else dataset.row_noun
+    names, rows = labelled["patient"], np.stack(labelled["rows"].tolist())
+    is_old = training.include(names.to_numpy(), rows, has_ids=dataset.has_patient_ids)
+    noun = "patients" if names.is_unique else dataset.row_noun
     return Overlap(~is_old, noun, config, training)
 
 

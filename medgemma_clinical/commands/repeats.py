@@ -17,19 +17,9 @@ from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.data.fold_split import foldable
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes
-from medgemma_clinical.evaluation.metrics_table import (
-    MODEL,
-    Metrics,
-    compared_models,
-    mean_of_repeats,
-)
+from medgemma_clinical.evaluation.metrics_table import MODEL, compared_models, mean_of_repeats
 from medgemma_clinical.evaluation.target import LABEL, NO_RISKS
-from medgemma_clinical.evaluation.topics.instability import (
-    instability,
-    instability_cells,
-    measure_instability,
-    repeat_metrics,
-)
+from medgemma_clinical.evaluation.topics import instability
 from medgemma_clinical.evaluation.topics.topic import Evaluated, TopicBuilder
 from medgemma_clinical.evaluation.verdicts import percent
 from medgemma_clinical.files import InputError, read_json, write_json, write_text
@@ -89,8 +79,9 @@ def write_repeat_results(folder: Path, repeats: Sequence[folds.FoldRuns]) -> Non
     text = prediction_files.predictions_csv(described.join(risks), "mean", [LABEL])
     write_text(folder / prediction_files.REPEATS, text)
     by_repeat = describe_repeats(repeats)
-    measures = measure_instability(risks.to_numpy(float), by_repeat)
-    first, evaluated = evaluate_repeats(repeats, described, by_repeat["threshold"])
+    measures = instability.measure_instability(risks.to_numpy(float), by_repeat)
+    mean_risk = described.set_index("id")["mean"]
+    first, evaluated = evaluate_repeats(repeats, mean_risk, by_repeat["threshold"])
     content = {
         "stage": first["stage"],
         "n": len(joined),
@@ -101,8 +92,8 @@ def write_repeat_results(folder: Path, repeats: Sequence[folds.FoldRuns]) -> Non
     }
     write_json(folder / run_folder.METRICS, content)
     topics: list[TopicBuilder] = [
-        repeat_metrics,
-        partial(instability, table=joined, by_repeat=by_repeat),
+        instability.repeat_metrics,
+        partial(instability.instability, table=joined, by_repeat=by_repeat),
     ]
     seeds = by_repeat["seed"]
     summary = (
@@ -114,7 +105,7 @@ def write_repeat_results(folder: Path, repeats: Sequence[folds.FoldRuns]) -> Non
     folds.folds_report(repeats[0], first, evaluated, topics, summary, title).write(folder)
     folds.log_evaluated(evaluated)
     noun = repeats[0].rows.noun
-    logger.info("\n%s", instability_cells(measures, noun).to_string(index=False))
+    logger.info("\n%s", instability.instability_cells(measures, noun).to_string(index=False))
     logger.info("%s\nreport: %s", summary, folder / "report.html")
 
 
@@ -132,35 +123,25 @@ def describe_repeats(repeats: Sequence[folds.FoldRuns]) -> pd.DataFrame:
 
 def evaluate_repeats(
     repeats: Sequence[folds.FoldRuns],
-    table: pd.DataFrame,  # id and mean risk of the rows that all repeats predict
+    mean_risk: pd.Series[Any],  # by id, of the rows that all repeats predict
     thresholds: pd.Series[Any],  # by repeat
 ) -> tuple[Config, Evaluated]:
     """Return the configuration of the first repeat, and the mean over all of them."""
     options = repeats[0].options
-    ids = {*table["id"]}
+    ids = {*mean_risk.index}
     of_repeats = [folds.evaluate_folds(repeat, ids, options.seed) for repeat in repeats]
     mean = mean_of_repeats([joint.drawn for joint in of_repeats])
-    metrics = compared_models(mean, options.primary)
-    first, risks = of_repeats[0], table.set_index("id")["mean"]
-    return first.config, mean_evaluated(first.evaluated, metrics, risks, thresholds)
-
-
-def mean_evaluated(
-    first: Evaluated,  # the first repeat
-    metrics: Metrics,
-    mean_risk: pd.Series[Any],  # by id
-    thresholds: pd.Series[Any],  # by repeat
-) -> Evaluated:
-    """Return the mean risks of the repeats as they are evaluated on a page."""
+    first = of_repeats[0].evaluated
     column = first.target.column(first.model)
     low, high = percent(thresholds.min()), percent(thresholds.max())
-    return replace(
+    evaluated = replace(
         first,
         rows=first.rows.assign(**{column: mean_risk[first.rows["id"]].to_numpy()}),
-        exact=metrics,
+        exact=compared_models(mean, options.primary),
         thresholds=[float(thresholds.mean())] * len(first.targets),
         threshold_choice=f"the mean of those of the repeats ({low} to {high})",
     )
+    return of_repeats[0].config, evaluated
 
 
 def join_repeats(folders: Sequence[Path]) -> pd.DataFrame:

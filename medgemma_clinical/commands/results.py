@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from argparse import Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,19 +105,6 @@ class RunResults(NamedTuple):
     tested: Evaluated | None = None  # on the test part
     baselines: Baselines | None = None
     lines: Sequence[dict[str, Any]] = ()  # of stage 3's reports
-
-
-def evaluation_options(args: Namespace) -> EvaluationOptions:
-    """Return what flags choose of the evaluation."""
-    return EvaluationOptions(
-        seed=args.seed,
-        censoring=args.censoring,
-        calibrate=args.calibrate,
-        threshold=args.threshold,
-        primary=args.primary,
-        min_cell=args.min_cell,
-        report_patients=args.report_patients,
-    )
 
 
 def write(
@@ -283,10 +269,8 @@ def run_report(
     recalibration = methods["recalibration"] if arguments["calibrate"] == "platt" else ""
     stage1_page = None
     if arguments["ode_checkpoint"] and result.decided.weight == 0:
-        is_beside = (
-            Path(arguments["ode_checkpoint"]).absolute().parent
-            == Path(arguments["output_dir"]).absolute()
-        )
+        own = Path(arguments["ode_checkpoint"]).absolute().parent
+        is_beside = own == Path(arguments["output_dir"]).absolute()
         stage1_page = "../trajectory/report.html" if is_beside else ""
     card = describe_training(stage, progress)
     if result.baselines:

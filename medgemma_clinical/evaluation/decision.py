@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -162,6 +162,11 @@ class EvaluationOptions:
     primary: str | None
     min_cell: int
     report_patients: bool
+
+    @classmethod
+    def of(cls, flags: Any) -> Self:
+        """Return what the arguments of a command choose."""
+        return cls(**{x.name: getattr(flags, x.name) for x in fields(cls)})
 
     def decision(self, auto: str = NOT_UPDATED) -> DecisionOptions:
         """Return what is chosen of a decision rule, and what "auto" means here."""

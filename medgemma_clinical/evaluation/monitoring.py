@@ -123,6 +123,16 @@ class Levels(NamedTuple):
     cusum: float  # limit of the sum
     false_alarms: float  # share of the simulated years with an alarm
 
+    @property
+    def words(self) -> str:
+        """The levels in sentences."""
+        level = f"{100 * self.oe:.2g} % (O/E and others), {100 * self.auroc:.2g} %"
+        return (
+            f"Beyond each lie {level} (AUROC) of simulated stable periods; CUSUM limit "
+            f"{self.cusum:.3g}. O/E, AUROC or CUSUM alarm in "
+            f"{100 * self.false_alarms:.2g} % of simulated stable years"
+        )
+
 
 class Action(NamedTuple):
     """What a rule says is to be done, and why."""

@@ -12,7 +12,7 @@ import medgemma_trainer as trainer
 from language_models import TINY_MODEL
 from medgemma_clinical.commands import pages, results, run_folder
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, describe_tuning
-from medgemma_clinical.evaluation.decision import Predictions, choose_threshold
+from medgemma_clinical.evaluation.decision import EvaluationOptions, Predictions, choose_threshold
 from medgemma_clinical.evaluation.metrics import of_labels
 from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
 from medgemma_clinical.evaluation.target import LABEL
@@ -265,7 +265,7 @@ def test_the_chosen_weight_is_kept_with_the_model_and_makes_its_predictions():
         args = arguments("--model_name", TINY_MODEL, *flags)
         data = data_for(args, patients())
         data.split["test"] = data.split["test"][:0]
-        options = results.evaluation_options(args)
+        options = EvaluationOptions.of(args)
         decided = trainer.decide(stage, data, raw, options, with_baselines=False)
         assert (decided.weight is not None) == weighs
         weight = decided.weight if weighs else 1.0
