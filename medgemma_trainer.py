@@ -181,7 +181,7 @@ if __name__ == "__main__":  # help and wrong flags answer before torch is loaded
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, reduce, send_to_device, set_seed
+from accelerate.utils import reduce, send_to_device, set_seed
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
@@ -232,7 +232,9 @@ from medgemma_clinical.training.state import (
     NonFiniteLossError,
     TrainState,
     WeightAverage,
+    load_training_state,
     read_state,
+    training_state,
     warmup_and_cosine,
     write_state,
 )
@@ -481,6 +483,17 @@ def llm_config(args: Namespace, data: Data, stage1: Stage1 | None, tokens: int) 
     }
 
 
+def text_collator(args: Namespace, data: Data, tokenizer: Any) -> TextCollator:
+    """Return what makes batches of prompts, in stage 3 with the reports to learn."""
+    return TextCollator(
+        data.dataset,
+        tokenizer,
+        data.prompts,
+        answers=args.mode == "generative",
+        max_tokens=args.max_text_tokens,
+    )
+
+
 def llm_stage(
     args: Namespace, data: Data, stage1: Any, checkpoint: TrajectoryCheckpoint | None
 ) -> Stage:
@@ -488,7 +501,7 @@ def llm_stage(
     dataset, device = data.dataset, distributed.default_device()
     decoders.check_tested(args.model_name, allow_untested=args.allow_untested_model)
     donors = None
-    if args.soft_prompt == "shuffled":
+    if args.soft_prompt == "shuffled":  # refuses too few patients before the model is loaded
         donors = text_batches.other_patients(data.split, dataset.groups, args.seed)
     tokens = 0 if args.soft_prompt == "off" else args.num_prefix_tokens
     soft = text_batches.soft_tokens(dataset, tokens)
@@ -503,13 +516,7 @@ def llm_stage(
         dropout=args.lora_dropout,
         seed=args.seed,
     )
-    text = TextCollator(
-        dataset,
-        tokenizer,
-        data.prompts,
-        answers=args.mode == "generative",
-        max_tokens=args.max_text_tokens,
-    )
+    text = text_collator(args, data, tokenizer)
     text.donors = donors
     risks: dict[str, Any] = {}
     if checkpoint is not None:
@@ -601,23 +608,8 @@ def fit(
     while not progress.over:
         epoch = progress.epoch + 1
         bar.set_description_str(f"{stage.name}, epoch {epoch}/{epochs}", refresh=False)
-        # Train: all of the epoch, or what a stopped run has left of it.
-        batches.set_epoch(seed, epoch, progress.batches)
-        stage.begin_epoch(seed, epoch, state.learning(stage.patience))
-        stage.model.train()
-        state.optimizer.zero_grad()
         with SIGNALS.deferred():
-            for number, rows in enumerate(batches):
-                begun = time.perf_counter()
-                loss, terms = backward(stage, state, rows)
-                stop = step(state, loss, terms)
-                bar.update()
-                if (epoch, number) == (1, 1):  # the first step warms up
-                    run_log.log_epoch_time(stage, time.perf_counter() - begun, rows)
-                if stop or (save_every and progress.steps % save_every == 0):
-                    save_state(stage, state)
-                if stop:
-                    raise Stopped(SIGNALS.received or signal.SIGTERM)
+            train_epoch(stage, state, seed, save_every, bar)
             save_state(stage, state)
         predictions = validate(stage, state) if len(stage.batches["val"].rows) else None
         # Keep the epochs whose validation loss is within ``LOSS_TOLERANCE`` of the lowest, and stop
@@ -643,6 +635,27 @@ def fit(
     if folder and distributed.processes().is_main_process:
         stage.save(folder, stage.config)
     return state
+
+
+def train_epoch(stage: Stage, state: TrainState, seed: int, save_every: int, bar: Any) -> None:
+    """Take the steps of an epoch: all of them, or what a stopped run has left."""
+    progress, batches = state.progress, stage.batches["train"]
+    epoch = progress.epoch + 1
+    batches.set_epoch(seed, epoch, progress.batches)
+    stage.begin_epoch(seed, epoch, state.learning(stage.patience))
+    stage.model.train()
+    state.optimizer.zero_grad()
+    for done, rows in enumerate(batches):
+        begun = time.perf_counter()
+        loss, terms = backward(stage, state, rows)
+        stop = step(state, loss, terms)
+        bar.update()
+        if (epoch, done) == (1, 1):  # the first step warms up
+            run_log.log_epoch_time(stage, time.perf_counter() - begun, rows)
+        if stop or (save_every and progress.steps % save_every == 0):
+            save_state(stage, state)
+        if stop:
+            raise Stopped(SIGNALS.received or signal.SIGTERM)
 
 
 def backward(stage: Stage, state: TrainState, rows: list[int]) -> tuple[Tensor, int]:
@@ -773,47 +786,6 @@ def save_state(stage: Stage, state: TrainState) -> None:
         content = training_state(stage, state)
         if distributed.processes().is_main_process:
             write_state(state.folder, content)
-
-
-def training_state(stage: Stage, state: TrainState) -> dict[str, Any]:
-    """Return all that resumes training to the bit; each process brings its generators."""
-    random, device = {"cpu": torch.get_rng_state()}, distributed.default_device()
-    if device.type == "cuda":
-        random["cuda"] = torch.cuda.get_rng_state(device)
-    return {
-        "weights": {name: p.detach() for name, p in stage.trainable_parameters().items()},
-        "average": state.average.weights,
-        "epochs": state.epochs,
-        "optimizer": state.optimizer.state_dict(),
-        "schedule": state.schedule.state_dict(),
-        "progress": vars(state.progress),
-        "random": gather_object([random]),
-        "passes": {"max_tokens": stage.max_tokens, "recomputes": stage.recomputes},
-    }
-
-
-def load_training_state(stage: Stage, state: TrainState, content: dict[str, Any]) -> None:
-    """Restore a state of ``training_state``, random generators included, to the bit."""
-    expected = {name: p.shape for name, p in stage.trainable_parameters().items()}
-    same_shapes = {name: weight.shape for name, weight in content["weights"].items()} == expected
-    if not same_shapes or len(content["random"]) != state.accelerator.num_processes:
-        raise InputError("--resume: another model or number of processes: start without --resume")
-    state.set_weights(content["weights"].values())
-    device = distributed.default_device()
-    state.average.weights = [weight.to(device) for weight in content["average"]]
-    state.epochs = content["epochs"]
-    state.optimizer.load_state_dict(content["optimizer"])
-    state.schedule.load_state_dict(content["schedule"])
-    vars(state.progress).update(content["progress"])
-    random = content["random"][state.accelerator.process_index]
-    torch.set_rng_state(random["cpu"])
-    if "cuda" in random:
-        torch.cuda.set_rng_state(random["cuda"], device)
-    progress = state.progress
-    logger.info(
-        f"resuming in epoch {progress.epoch + 1} after {progress.batches} of its steps, "
-        f"{progress.steps} steps in all"
-    )
 
 
 # --------------------------------------------------------------------------- one run

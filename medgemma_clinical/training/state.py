@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,15 +15,20 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from medgemma_clinical.distributed import default_device
 from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.files import InputError, RunFault
 from medgemma_clinical.models.checkpoints import read_tensors, write_tensors
+from medgemma_clinical.training.stage import Stage
+
+logger = logging.getLogger(__name__)
 
 AVERAGE_DECAY = 0.998
 """The weights that are evaluated and kept are an exponential average over about 500 steps."""
@@ -293,3 +299,46 @@ def read_state(folder: Path) -> dict[str, Any]:
     if not is_readable:
         raise InputError(f"{path}: of another version: {START_AGAIN}")
     return state
+
+
+def training_state(stage: Stage, state: TrainState) -> dict[str, Any]:
+    """Return all that resumes training to the bit; each process brings its generators."""
+    random, device = {"cpu": torch.get_rng_state()}, default_device()
+    if device.type == "cuda":
+        random["cuda"] = torch.cuda.get_rng_state(device)
+    return {
+        "weights": {name: p.detach() for name, p in stage.trainable_parameters().items()},
+        "average": state.average.weights,
+        "epochs": state.epochs,
+        "optimizer": state.optimizer.state_dict(),
+        "schedule": state.schedule.state_dict(),
+        "progress": vars(state.progress),
+        "random": gather_object([random]),
+        "passes": {"max_tokens": stage.max_tokens, "recomputes": stage.recomputes},
+    }
+
+
+def load_training_state(stage: Stage, state: TrainState, content: dict[str, Any]) -> None:
+    """Restore a state of ``training_state``, random generators included, to the bit."""
+    expected = {name: p.shape for name, p in stage.trainable_parameters().items()}
+    same_shapes = {name: weight.shape for name, weight in content["weights"].items()} == expected
+    if not same_shapes or len(content["random"]) != state.accelerator.num_processes:
+        raise InputError("--resume: another model or number of processes: start without --resume")
+    state.set_weights(content["weights"].values())
+    device = default_device()
+    state.average.weights = [weight.to(device) for weight in content["average"]]
+    state.epochs = content["epochs"]
+    state.optimizer.load_state_dict(content["optimizer"])
+    state.schedule.load_state_dict(content["schedule"])
+    vars(state.progress).update(content["progress"])
+    random = content["random"][state.accelerator.process_index]
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random:
+        torch.cuda.set_rng_state(random["cuda"], device)
+    progress = state.progress
+    logger.info(
+        "resuming in epoch %d after %d of its steps, %d steps in all",
+        progress.epoch + 1,
+        progress.batches,
+        progress.steps,
+    )

@@ -21,7 +21,9 @@ from medgemma_clinical.training.state import (
     Progress,
     TrainState,
     WeightAverage,
+    load_training_state,
     read_state,
+    training_state,
     write_state,
 )
 from toy_stage import toy_stage
@@ -134,11 +136,11 @@ def test_a_signal_to_another_process_stops_this_one_too(tmp_path, monkeypatch):
 def test_a_state_of_another_run_is_refused_before_it_is_used(other):
     stage = toy_stage()
     state = trainer.set_up(stage)
-    content, before = trainer.training_state(stage, state), everything(state)
+    content, before = training_state(stage, state), everything(state)
     content["weights"] = {name: w + 1 for name, w in content["weights"].items()} | other
     content["random"] *= 1 if other else 2  # of another number of processes
     with pytest.raises(InputError, match="--resume"):
-        trainer.load_training_state(stage, state, content)
+        load_training_state(stage, state, content)
     assert everything(state) == before
 
 
