@@ -301,7 +301,7 @@ def draw_metrics(
     models, patients = targets[0].models(rows), rows["patient"].to_numpy(str)
     first = reference or models[0]
     models = list(dict.fromkeys([first, *models]))
-    parts: list[Any] = [slice(None)]
+    parts: list[Any] = []
     if split is not None:
         parts = [np.flatnonzero(split == label) for label in np.unique(split)]
     thresholds = [] if threshold is None else np.atleast_1d(threshold).tolist()
@@ -313,23 +313,19 @@ def draw_metrics(
     def statistic(draws: Array) -> dict[Any, Array]:
         values: dict[Any, Array] = {}
         for view in views:
-            values |= view.ranking(draws, parts) | view.pooled(draws)
+            values |= view.ranking(draws, parts or [slice(None)]) | view.pooled(draws)
         return values
 
     # Patients are drawn once for all splits.
     value, drawn = bootstrap(patients, seed, statistic)
     behind: dict[Any, int] = {}
-    counts: dict[str, int] = {}
     for view in views:
         value = pd.concat([value, pd.Series(view.fixed(seed))])
         behind |= view.patients_behind(patients)
         if not view.is_measured:
             names = [view.target.key(name) for name in ORDER if name != "effective_n"]
             value[value.index.get_level_values(1).isin(names)] = np.nan
-        labels = view.target.labels(rows)
-        own = count_parts(labels, patients, parts if split is not None else [])
-        further = {view.target.key(x): own[x] for x in own if x not in ("n", "patients")}
-        counts |= further if counts else own
+    counts = count_targets(targets, rows, patients, parts)
     order = [(model, view.target.key(x)) for model in models for view in views for x in NAMES]
     value = value[[key for key in order if key in value.index]]
     of_parts = None
@@ -338,6 +334,23 @@ def draw_metrics(
         of_parts = spread([_joined([view.ranking(one, [p]) for view in views]) for p in parts])
     widening = widening_of(patients, split, trained)
     return Drawn(value, drawn, counts, behind, of_parts, widening, seed)
+
+
+def count_targets(
+    targets: Sequence[Target],
+    rows: pd.DataFrame,
+    patients: NDArray[np.str_],
+    parts: Sequence[NDArray[np.int64]],
+) -> dict[str, int]:
+    """Return ``count_parts`` of each target; rows and patients are the same for all."""
+    counts: dict[str, int] = {}
+    for target in targets:
+        of_target = count_parts(target.labels(rows), patients, parts)
+        if counts:
+            del of_target["n"], of_target["patients"]
+            of_target = {target.key(name): count for name, count in of_target.items()}
+        counts |= of_target
+    return counts
 
 
 def _joined(parts: Sequence[Mapping[Any, Array]]) -> dict[Any, Array]:

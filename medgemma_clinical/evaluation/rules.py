@@ -74,7 +74,7 @@ def decide_folds(
     fold: NDArray[np.int64],  # (n,)
     targets: Sequence[Target],
     options: DecisionOptions,
-) -> tuple[dict[str, Rules], pd.DataFrame, dict[str, Recalibrated]]:
+) -> tuple[RulesOfModels, pd.DataFrame, dict[str, Recalibrated]]:
     """Fit decision rules to out-of-fold predictions.
 
     All rows choose how each model is recalibrated. Returns the rules of the models, the table with
@@ -82,13 +82,7 @@ def decide_folds(
     target the first model's risks before the recalibration, with its rule.
     """
     models = [name for name in rules[0] if targets[0].column(name) in table]
-    raw = table.copy()  # before the own recalibration of each fold
-    for model, target in itertools.product(models, targets):
-        of_folds = pd.DataFrame([asdict(of_fold[model][target.name]) for of_fold in rules])
-        multiplier, shift = of_folds[["multiplier", "shift"]].to_numpy(float)[fold].T
-        column = target.column(model)
-        risk = table[column].to_numpy(float)
-        raw[column] = target.link.moved(risk, 1 / multiplier, -shift / multiplier)
+    raw = without_rules(table, models, rules, fold, targets)
     of_all = fit_rules(raw, models, targets, options)
     methods = {(m, t): rule.method for m, own in of_all.items() for t, rule in own.items()}
     parts = []
@@ -96,23 +90,37 @@ def decide_folds(
         others = fit_rules(raw, models, targets, options, np.flatnonzero(fold != k), methods)
         parts.append(apply_rules(raw[fold == k], others, targets))
     crossed = pd.concat(parts).sort_index()
-    final: dict[str, Rules] = {}
-    for model in models:
-        final[model] = {}
-        for target in targets:
+    for target in targets:
+        known = target.known(table)
+        for model in models:
             risk = crossed[target.column(model)].to_numpy(float)
-            threshold = decision.choose_threshold(options.threshold, target.known(table), risk)
-            rule = replace(of_all[model][target.name], threshold=threshold)
-            final[model] = {**final[model], target.name: rule}
-    before = {
-        target.name: Recalibrated(
-            raw[target.column(models[0])].to_numpy(float),
-            final[models[0]][target.name],
-            target.link,
-        )
-        for target in targets
-    }
-    return final, crossed, before
+            threshold = decision.choose_threshold(options.threshold, known, risk)
+            rule = of_all[model][target.name]
+            of_all[model][target.name] = replace(rule, threshold=threshold)
+    before = {}
+    for target in targets:
+        risk = raw[target.column(models[0])].to_numpy(float)
+        before[target.name] = Recalibrated(risk, of_all[models[0]][target.name], target.link)
+    return of_all, crossed, before
+
+
+def without_rules(
+    table: pd.DataFrame,
+    models: Sequence[str],
+    rules: Sequence[RulesOfModels],  # of each fold
+    fold: NDArray[np.int64],  # (n,)
+    targets: Sequence[Target],
+) -> pd.DataFrame:
+    """Return the risks of folds before each fold's own recalibration."""
+    raw = table.copy()
+    for model, target in itertools.product(models, targets):
+        of_folds = [of_fold[model][target.name] for of_fold in rules]
+        multiplier = np.array([rule.multiplier for rule in of_folds])[fold]
+        shift = np.array([rule.shift for rule in of_folds])[fold]
+        column = target.column(model)
+        risk = table[column].to_numpy(float)
+        raw[column] = target.link.moved(risk, 1 / multiplier, -shift / multiplier)
+    return raw
 
 
 def recommend(

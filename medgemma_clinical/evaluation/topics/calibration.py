@@ -56,28 +56,11 @@ def calibration_topic(
     cells = metric_table(metrics, shown)
     beside = "observed", "mean_risk", "intercept", "e50", "e90"
     further = metric_table(metrics, [*beside, "brier", "scaled_brier", "log_loss"])
+    smooth = None
     numbers = {"calibration": bins}
-    if evaluated.min_cell:
-        n = evaluated.min_cell
-        caption = f"Calibration in bins of at least {n} patients with, and {n} without, the event"
-        figures = {"calibration": (plot_calibration(bins, bins[:0], None), caption)}
-    else:
+    if not evaluated.min_cell:
         smooth = smooth_curve(evaluated.rows, risk, target, evaluated.seed)
         numbers["calibration_curve"] = smooth
-        sizes = "bins of equal size; below, the risks"
-        caption = (
-            f"Calibration curve with its 95\xa0% band, and {sizes}. Where the band misses the "
-            "dotted line, the risks are off; where it holds it, no fault is shown"
-            if len(smooth)
-            else f"Calibration in {sizes}; too few events for a curve"
-        )
-        figures = {
-            "calibration": (plot_calibration(bins, smooth, risk), caption),
-            "risk_distribution": (
-                plot_risks(evaluated.labels, risk),
-                "Distribution of the risks by outcome",
-            ),
-        }
     return Topic(
         "Calibration",
         [
@@ -90,10 +73,35 @@ def calibration_topic(
             Cells(cells, f"How well risks agree with what was observed{pooled}"),
             *([Cells(expected, ABOUT_EXPECTED)] if len(expected) else []),
         ],
-        figures,
+        calibration_figures(evaluated, risk, bins, smooth),
         numbers,
         [Details("Further measures", table=Cells(further, "Further measures of the risks"))],
     )
+
+
+def calibration_figures(
+    evaluated: Evaluated,
+    risk: Array,  # (n,)
+    bins: pd.DataFrame,
+    smooth: pd.DataFrame | None,  # None where small counts are hidden: no row is drawn
+) -> dict[str, tuple[plots.Plot, str]]:
+    """Return the figures by name, with their captions."""
+    if smooth is None:
+        n = evaluated.min_cell
+        caption = f"Calibration in bins of at least {n} patients with, and {n} without, the event"
+        return {"calibration": (plot_calibration(bins, bins[:0], None), caption)}
+    sizes = "bins of equal size; below, the risks"
+    caption = f"Calibration in {sizes}; too few events for a curve"
+    if len(smooth):
+        caption = (
+            f"Calibration curve with its 95\xa0% band, and {sizes}. Where the band misses the "
+            "dotted line, the risks are off; where it holds it, no fault is shown"
+        )
+    distribution = plot_risks(evaluated.labels, risk)
+    return {
+        "calibration": (plot_calibration(bins, smooth, risk), caption),
+        "risk_distribution": (distribution, "Distribution of the risks by outcome"),
+    }
 
 
 def shares_below(labels: Array) -> Array:
