@@ -60,7 +60,7 @@ from medgemma_clinical.commands.command_line import (
 )
 from medgemma_clinical.data.competing_events import OUTCOME_KINDS
 from medgemma_clinical.data.dka import LABEL, NAMING, Meaning
-from medgemma_clinical.data.texts import SERIES_TEXT
+from medgemma_clinical.data.texts import SERIES_TEXT, TEXT_FEATURES
 from medgemma_clinical.files import InputError
 from medgemma_clinical.flags import HOURS, POSITIVE, RATE, WHOLE, Flag, names, number
 from medgemma_clinical.models import choices
@@ -80,6 +80,7 @@ BASE, CALIBRATE = "google/medgemma-4b-pt", ("auto", "none", "platt")
 # Ways of training (``flags.WAYS``) that do not read a flag, and what a flag needs.
 ABLATION = "stage1 folds leave_out dry_run"
 PLANNED, VARIED, VARIED_1 = "ablation dry_run", "stage1 ablation", "text ablation"
+OWN = "ablation"
 OF_FOLDS = "--folds or --leave_out"
 
 # Name, form, default, help, ways that do not read it, needs.
@@ -115,6 +116,8 @@ FLAGS: Table = {
         Flag("max_len", POSITIVE, None, "latest observations kept; 20, several series 64, SRTR 50"),
         Flag("series_text", SERIES_TEXT, "all", "series in the prompt", "stage1"),
         Flag("text_context", ("full", "none"), "full", "context in the prompt", "stage1"),
+        Flag("text_features", TEXT_FEATURES, "none", "text beside stage 1 and a regression", OWN),
+        Flag("text_model", str, None, "encoder of --text_features frozen: hub id or folder"),
         Flag("max_text_tokens", POSITIVE, None, "longer prompts lose the oldest values", "stage1"),
         Flag("max_samples", WHOLE, 10000, "max patients (0 = all)"),
         SHOW_VALUES,
@@ -219,7 +222,13 @@ from medgemma_clinical.models import (
     trained_model,
 )
 from medgemma_clinical.models.checkpoints import Config, TrajectoryCheckpoint
-from medgemma_clinical.models.outcome import first_auroc, fit_outcome, outcome_of, weighted
+from medgemma_clinical.models.outcome import (
+    first_auroc,
+    fit_outcome,
+    outcome_of,
+    weighted,
+    with_text,
+)
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory import Stage1, TrajectoryCollator, TrajectoryHead
 from medgemma_clinical.models.trajectory_llm import LLMClassifier, LLMWriter, SoftPrompt
@@ -735,19 +744,25 @@ def decide(
     outcome, name, dataset = outcome_of(stage.config), STAGE_NAMES[stage.name], data.dataset
     of_rule, seed = options.decision(), options.seed
     observed, targets = observed_rows(outcome.targets, dataset, val.rows, options.censoring, seed)
-    weight = None
-    if stage.config.get("stage1_logit"):
+    text = results.tuned_text(stage, data)
+    if text is not None:
+        fitted = results.fitted_text(stage, data, text, data.split["train"])
+        val = with_text(outcome, val, fitted.numbers(dataset, val.rows))
+    weight, losses = None, partial(outcome.row_losses, dataset.targets()[val.rows])
+    if text is not None:
+        weight = decision.fit_text_weight(val.offset, val.outputs, losses)
+    elif stage.config.get("stage1_logit"):
         weight = decision.fit_residual_weight(
             val.offset,
             val.outputs,
             observed["patient"].to_numpy(str),
-            partial(outcome.row_losses, dataset.targets()[val.rows]),
+            losses,
             partial(first_auroc, outcome, observed),
         )
     val = weighted(val, weight)
     table = results.risk_table(stage, val, observed, {})
     rules = fit_rules(table, [name], targets, of_rule)
-    decided = results.Decided(weight, rules, targets)
+    decided = results.Decided(weight, rules, targets, text)
     results.log_decisions(decided, of_rule, observed)
     # All processes have decided this; the first one writes the rest.
     if not len(data.split["test"]) or not distributed.processes().is_main_process:
@@ -757,7 +772,7 @@ def decide(
         train = data.split["train"]
         with distributed.few_threads():
             fits = outcome.fits(dataset, train)
-            settings = tune_baselines(dataset, train, data.usable_static, fits)
+            settings = tune_baselines(dataset, train, data.usable_static, fits, text=text)
             baselines = fit_baselines(dataset, train, settings, fits)
             forecasts = baselines.forecasts(dataset, val.rows)
     table = results.risk_table(stage, val, observed, forecasts)
@@ -766,7 +781,7 @@ def decide(
     table = apply_rules(table, rules, targets)
     metrics = evaluate(table, seed, decided.thresholds, primary=options.primary, targets=targets)
     best = recommend(table, metrics, targets, name, models)
-    return results.Decided(weight, rules, targets, settings, table, metrics, best)
+    return results.Decided(weight, rules, targets, text, settings, table, metrics, best)
 
 
 # --------------------------------------------------------------------------- training state
@@ -845,7 +860,7 @@ def train_stage(
             )
             if args.final:  # trained on all patients: nothing is held out
                 joint = run_folder.folds_folder(args)
-                config, baselines = folds.write_final(stage, data, folder, joint)
+                config, baselines, text = folds.write_final(stage, data, folder, joint)
             else:
                 val = score(stage, "val")
                 options, progress = decision.EvaluationOptions.of(args), state.progress
@@ -855,12 +870,16 @@ def train_stage(
                 test = score(stage, "test") if is_tested else None
                 result = results.evaluate_run(stage, data, decided, test, progress, options)
                 results.write(folder, stage, data, result, progress, run_record)
-                config, baselines = result.config, result.baselines
+                config, baselines, text = result.config, result.baselines, result.text
             track(results.metrics_for_tracker(config), state.progress.steps)
             run_folder.finish_run(folder, stage.tokens, config.get("best_model"))
     model: Any = stage.model.eval()
     tokenizer, hashes = stage.text and stage.text.tokenizer, stage.train_patients
-    return TrajectoryModel(trained_model.TrainedModel(model, config, tokenizer, hashes, baselines))
+    return TrajectoryModel(
+        trained_model.TrainedModel(
+            model, config, tokenizer, hashes, baselines, text, args.text_model or ""
+        )
+    )
 
 
 def dry_run(stage: Stage, seed: int) -> None:

@@ -29,7 +29,7 @@ ROOT = PACKAGE.parent
 
 TOP_LEVEL = ("dataset_format.py", "dte_encoder.py", "medgemma_trainer.py", "srtr_dataset.py")
 
-RUN_FORMAT = 5
+RUN_FORMAT = 6
 """Of ``run.json``; rises when runs of older versions can no longer be resumed."""
 
 METRICS, HISTORY = "metrics.json", "history.jsonl"

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +95,14 @@ def model_names(runs: Sequence[Path]) -> list[str]:
     return [STAGE_NAMES.get(name, name) for name in names]
 
 
+def ensemble_of(name: str) -> str:
+    """Return the name of a run's ensemble among several."""
+    return f"{name}, {ENSEMBLE}"
+
+
 def join_predictions(
     folders: Mapping[str, Path],
+    ensembles: Collection[str] = (),  # runs whose ensemble is joined, too
 ) -> tuple[pd.DataFrame, tuple[Target, ...]]:
     """Join test predictions of the same patients by name; the baselines are the first stage's.
 
@@ -127,6 +133,10 @@ def join_predictions(
     risks = [table[own[name]] for name, table in tables.items()]
     joined = {column for columns in own.values() for column in columns}
     others = [x for x in map(str, first) if is_risk(x) and x not in joined]
+    for name in [name for name in tables if name in ensembles]:
+        names = {target.column(ENSEMBLE): target.column(ensemble_of(name)) for target in targets}
+        if {*names} <= {*tables[name]}:
+            risks.append(tables[name][[*names]].rename(columns=names))
     whole = pd.concat([first[tested], *risks, first[others]], axis=1)
     return whole, read_weights(targets, first)
 
@@ -163,7 +173,7 @@ def save_comparison(
     for aside in move_aside([table, page] if earlier != content else []):
         logger.info("an earlier result was moved to %s", aside)
     if unused := [name for name, numbers in cost.items() if numbers.get("residual_weight") == 0]:
-        weight_note = f"The language model was not shown to add to stage 1 in: {', '.join(unused)}."
+        weight_note = f"Text was not shown to add to stage 1 in: {', '.join(unused)}."
         sentences = [*sentences, weight_note]
     words = {**meanings(of_times=targets[0].horizon > 0), **variants}
     shown = comparison_page(

@@ -24,6 +24,7 @@ from medgemma_clinical.evaluation import baselines, decision, metrics_table, rul
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, Baselines
 from medgemma_clinical.evaluation.demographics import demographics
 from medgemma_clinical.evaluation.target import Target, is_risk, observed_rows, targets_of_config
+from medgemma_clinical.evaluation.text_features import TextModel
 from medgemma_clinical.evaluation.topics.all_topics import prediction_topics
 from medgemma_clinical.evaluation.topics.topic import Evaluated, TopicBuilder
 from medgemma_clinical.files import InputError, file_hash, read_json, write_json, write_text
@@ -381,24 +382,32 @@ def with_final_epochs(stage: Stage, joint: Path) -> Stage:
 
 def write_final(
     stage: Stage, data: Data, folder: Path, joint: Path
-) -> tuple[Config, Baselines | None]:
-    """Write the model of all patients by the joint results of the folds; return its baselines."""
+) -> tuple[Config, Baselines | None, TextModel | None]:
+    """Write the model of all patients by the joint results of the folds.
+
+    Return its configuration, baselines, and regression on texts.
+    """
     content = read_json(joint / run_folder.METRICS)
     decided = content.pop("decided")
     config: Config = {**stage.config, **decided, "metrics": content}
     if "residual_weight" in decided:
         stage.model.residual_weight = decided["residual_weight"]
     if not processes().is_main_process:
-        return config, None
+        return config, None, None
     rows = data.split["train"]
     fits = outcome_of(stage.config).fits(data.dataset, rows)
     with few_threads():
-        settings = baselines.tune_baselines(data.dataset, rows, data.usable_static, fits)
+        text = results.tuned_text(stage, data)
+        settings = baselines.tune_baselines(data.dataset, rows, data.usable_static, fits, text=text)
         fitted = baselines.fit_baselines(data.dataset, rows, settings, fits)
     models = {name: model for name, model in fitted.models.items() if name in config["models"]}
-    words = fitted.words if baselines.WORDS in config["models"] else None
-    fitted = replace(fitted, models=models, words=words)  # those of all folds
+    regression = (
+        fitted.text if {*baselines.text_names(fitted.text)} <= {*config["models"]} else None
+    )
+    fitted = replace(fitted, models=models, text=regression)  # those of all folds
     config["models"] = {name: decided["models"][name] for name in [*fitted.names, ENSEMBLE]}
     config |= {"baseline_inputs": fitted.inputs, "baselines_sha256": fitted.sha256}
-    results.save_model(folder, stage, config, fitted)
-    return config, fitted
+    if regression is not None:
+        config["text_sha256"] = regression.sha256
+    results.save_model(folder, stage, config, fitted, regression)
+    return config, fitted, regression

@@ -23,6 +23,7 @@ CHECKPOINT = Flag("checkpoint", Path, help="a stage folder, or stage 1's .pt", r
 USE = Flag("use", str, "stage", "stage, best or a baseline gives `probability`")
 ENCODER = Flag("encoder", parse_encoder, help="your own class that it was trained with")
 MODEL_NAME = Flag("model_name", str, help="where the base model lies, if it has moved")
+TEXT_MODEL = Flag("text_model", str, help="where the encoder of texts lies, if it has moved")
 
 FLAGS: Table = {
     "rows": (
@@ -53,6 +54,7 @@ FLAGS: Table = {
     "computation": (
         Flag("batch_size", POSITIVE, help="rows in one forward pass"),
         MODEL_NAME,
+        TEXT_MODEL,
         ENCODER,
         Flag("quantization", check_quantization, help="that of the training"),
         Flag("precision", choices.PRECISIONS, help="that of the training"),

@@ -111,6 +111,7 @@ def load_model(request: Namespace, kind: type[TrajectoryModel]) -> TrajectoryMod
         request.checkpoint,
         batch_size=request.batch_size,
         model_name=request.model_name,
+        text_model=request.text_model,
         quantization=request.quantization,
         precision=request.precision,
         attention=request.attention,

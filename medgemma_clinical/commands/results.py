@@ -13,14 +13,16 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import pandas as pd
 from accelerate.utils import gather_object
+from numpy.typing import NDArray
 
 from medgemma_clinical.commands import pages
 from medgemma_clinical.commands.prediction_files import predictions_csv
 from medgemma_clinical.commands.run_folder import METRICS
+from medgemma_clinical.data.small_cells import MIN_CELL
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.distributed import few_threads, peak_memory, processes
 from medgemma_clinical.evaluation import baselines as baselines_of
-from medgemma_clinical.evaluation import decision, verdicts
+from medgemma_clinical.evaluation import decision, text_features, verdicts
 from medgemma_clinical.evaluation import rules as rules_of_models
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES, Baselines
 from medgemma_clinical.evaluation.decision import EvaluationOptions
@@ -28,6 +30,7 @@ from medgemma_clinical.evaluation.demographics import demographics
 from medgemma_clinical.evaluation.metrics_table import MODEL, Metrics, evaluate
 from medgemma_clinical.evaluation.tables import model_table
 from medgemma_clinical.evaluation.target import Target, observed_rows
+from medgemma_clinical.evaluation.text_features import TextModel, TextSettings
 from medgemma_clinical.evaluation.topics.all_topics import prediction_topics
 from medgemma_clinical.evaluation.topics.topic import Evaluated
 from medgemma_clinical.evaluation.topics.written_reports import score_reports, written_sentence
@@ -35,7 +38,7 @@ from medgemma_clinical.evaluation.verdicts import Finding, value_text
 from medgemma_clinical.files import InputError, write_json, write_text
 from medgemma_clinical.inference import generation
 from medgemma_clinical.models import outcome as outcomes
-from medgemma_clinical.models.checkpoints import BASELINES, FACTS, Config, weights_sha256
+from medgemma_clinical.models.checkpoints import BASELINES, FACTS, TEXT, Config, weights_sha256
 from medgemma_clinical.models.decoders import licence
 from medgemma_clinical.models.model_card import MODEL_LIMITS, describe_recommended
 from medgemma_clinical.models.model_facts import model_facts
@@ -61,6 +64,7 @@ class Decided:
     weight: float | None  # of the language model beside stage 1; None where it adds none
     rules: Mapping[str, decision.Rules]  # of the models, the stage's first
     targets: Sequence[Target]
+    text: TextSettings | None = None  # of what stage 1 reads; None where it reads no text
     settings: Any = None  # of the baselines; None where there are none
     table: pd.DataFrame | None = None  # of predictions of the validation part
     metrics: Metrics | None = None
@@ -85,7 +89,7 @@ def log_decisions(
     """Log weight and recalibration of the stage."""
     if decided.weight is not None:
         how, patients = "chosen" if decided.weight else "not shown to add", observed["patient"]
-        text = "weight of the language model beside stage 1: %g, %s on %d validation patients"
+        text = "weight of what text adds beside stage 1: %g, %s on %d validation patients"
         logger.info(text, decided.weight, how, patients.nunique())
     own = next(iter(decided.rules.values()))
     for target in decided.targets:
@@ -104,7 +108,29 @@ class RunResults(NamedTuple):
     decided: Decided
     tested: Evaluated | None = None  # on the test part
     baselines: Baselines | None = None
+    text: TextModel | None = None  # of stage 1 or of a baseline
     lines: Sequence[dict[str, Any]] = ()  # of stage 3's reports
+
+
+def tuned_text(stage: Stage, data: Data) -> TextSettings | None:
+    """Return what is chosen of the text that stage 1 reads; None where it reads none."""
+    if stage.name != "trajectory" or data.text_features == "none":
+        return None
+    train = data.split["train"]
+    fits = outcomes.outcome_of(stage.config).fits(data.dataset, train)
+    with few_threads():
+        return baselines_of.text_settings(data.dataset, train, data.usable_static, fits)
+
+
+def fitted_text(
+    stage: Stage, data: Data, settings: TextSettings, rows: NDArray[np.int64]
+) -> TextModel:
+    """Return the regression on the texts of some rows."""
+    dataset = data.dataset
+    fits = outcomes.outcome_of(stage.config).fits(dataset, rows)
+    beside = baselines_of.beside_text(dataset, data.usable_static)
+    with few_threads():
+        return text_features.fit_text(dataset, rows, fits, settings, beside)
 
 
 def write(
@@ -120,7 +146,7 @@ def write(
         return
     if result.baselines is not None:
         result.config["baselines_sha256"] = result.baselines.sha256
-    save_model(folder, stage, result.config, result.baselines)
+    save_model(folder, stage, result.config, result.baselines, result.text)
     save_predictions(folder, stage, result)
     run_report(stage, data, result, progress, run).write(folder)
     logger.info("report: %s; %s", folder / "report.html", peak_memory())
@@ -142,18 +168,25 @@ def evaluate_run(
     if decided.weight is not None:
         cast(Any, stage.model).residual_weight = decided.weight
     lines: list[dict[str, Any]] = []
-    reports = None
+    reports = text = None
+    # The validation part has chosen and now teaches regressions, too.
+    taught = np.sort(np.concatenate([data.split["train"], data.split["val"]]))
+    if decided.text is not None:
+        text = fitted_text(stage, data, decided.text, taught)
+    if test is not None and text is not None:
+        numbers = text.numbers(data.dataset, test.rows)
+        test = outcomes.with_text(outcomes.outcome_of(stage.config), test, numbers)
     if test is not None:
         test = outcomes.weighted(test, decided.weight)
         if isinstance(stage.model, LLMWriter):
             lines, reports = write_reports(stage, data, decided, test, options.seed)
     if decided.table is None or decided.metrics is None:
-        return RunResults(config, decided)
+        return RunResults(config, decided, text=text)
     metrics = {"val": decided.metrics}
     targets = decided.targets
     tested, baselines, reference = None, None, {}
     if test is not None:
-        tested, baselines = evaluate_test(stage, data, decided, test, options)
+        tested, baselines = evaluate_test(stage, data, decided, test, options, text)
         metrics["test"] = tested.exact
         targets = tested.targets
         held_out = pd.concat([decided.table, tested.rows], ignore_index=True)
@@ -169,11 +202,14 @@ def evaluate_run(
     config["reference"] = reference
     if baselines is not None:
         config["baseline_inputs"] = baselines.inputs
+        text = baselines.text
     choice = decision.describe_threshold(options.threshold, CHOOSING)
     beginning = verdicts.at_threshold(decided.thresholds[0], choice)
     log_results(metrics, targets, beginning, reports, data.dataset.noun)
     logger.info("recommended (--use best): %s", describe_recommended(config))
-    return RunResults(config, decided, tested, baselines, lines)
+    if text is not None:
+        config["text_sha256"] = text.sha256
+    return RunResults(config, decided, tested, baselines, text, lines)
 
 
 def write_reports(
@@ -208,6 +244,7 @@ def evaluate_test(
     decided: Decided,
     test: decision.Predictions,
     options: EvaluationOptions,
+    text: TextModel | None,  # of training and validation part
 ) -> tuple[Evaluated, Baselines | None]:
     """Evaluate a stage and its baselines on the test part; return also the baselines."""
     outcome, dataset = outcomes.outcome_of(stage.config), data.dataset
@@ -217,11 +254,10 @@ def evaluate_test(
     baselines = None
     forecasts: Mapping[str, Any] = {}
     if decided.settings is not None:
-        # The validation part has chosen and now teaches, too.
         rows = np.sort(np.concatenate([data.split["train"], data.split["val"]]))
         with few_threads():
             fits = outcome.fits(dataset, rows)
-            baselines = baselines_of.fit_baselines(dataset, rows, decided.settings, fits)
+            baselines = baselines_of.fit_baselines(dataset, rows, decided.settings, fits, text)
             forecasts = baselines.forecasts(dataset, test.rows)
     table = risk_table(stage, test, observed, forecasts)
     table = rules_of_models.apply_rules(table, decided.rules, targets)
@@ -298,10 +334,18 @@ def run_report(
     )
 
 
-def save_model(folder: Path, stage: Stage, config: Config, baselines: Baselines | None) -> None:
+def save_model(
+    folder: Path,
+    stage: Stage,
+    config: Config,
+    baselines: Baselines | None,
+    text: TextModel | None,
+) -> None:
     """Write the best weights with their final configuration, baselines and metrics."""
     if baselines:
         write_text(folder / BASELINES, baselines.to_json())
+    if text:
+        write_text(folder / TEXT, text.to_json())
     stage.save(folder, config)
     if stage.name == "trajectory":  # stages 2 and 3 have theirs beside the card
         write_text(folder / FACTS, model_facts(config))
@@ -347,7 +391,7 @@ def risk_table(
     """
     outcome, name = outcomes.outcome_of(stage.config), STAGE_NAMES[stage.name]
     forecasts = outcomes.forecasts_of_models(
-        outcome, name, outcome.forecast(scored.outputs), beside
+        outcome, name, outcome.forecast(scored.outputs), beside, scored.share
     )
     columns = outcomes.risk_columns(outcome, {name: forecasts.pop(name)})
     columns |= {column: risk[scored.rows] for column, risk in stage.stage1_risks.items()}
@@ -358,12 +402,23 @@ def baseline_names(data: Data) -> list[str]:
     """Return the names of the baselines of some data."""
     train = data.split["train"]
     fits = outcomes.fit_outcome(data).fits(data.dataset, train)
-    return baselines_of.baseline_names(data.dataset, train, data.usable_static, fits)
+    return baselines_of.baseline_names(
+        data.dataset,
+        train,
+        data.usable_static,
+        fits,
+        with_text=data.text_features != "none",
+    )
 
 
 def check_primary(primary: str | None, data: Data) -> None:
     """Refuse a ``--primary`` that is none of the baselines of these data, before the training."""
     names = baseline_names(data)
+    if data.text_features != "none" and baselines_of.WITH_TEXT not in names:
+        raise InputError(
+            f"--text_features {data.text_features}: the texts of the training part share no word "
+            f"that {MIN_CELL} patients have, or too few patients have the event: leave it out"
+        )
     if primary is not None and primary not in names:
         raise InputError(f"--primary {primary}: choose from {', '.join(names)}")
 

@@ -21,7 +21,7 @@ from medgemma_clinical.data.training_data import Data, prepare_data
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import default_device, peak_mib, processes
 from medgemma_clinical.files import InputError
-from medgemma_clinical.models import checkpoints
+from medgemma_clinical.models import checkpoints, text_encoder
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE, TrajectoryCheckpoint
 from medgemma_clinical.models.language_model import base_record
 from medgemma_clinical.provenance import HISTORY, METRICS, RUN_FORMAT, read_run
@@ -31,15 +31,15 @@ from medgemma_clinical.training.trackers import Track, tracking
 logger = logging.getLogger(__name__)
 
 RESULTS = (
-    *(METRICS, HISTORY, "report.html", "tripod.md", "baselines.json", checkpoints.FACTS),
-    *("predictions_val.csv", "predictions_test.csv", "generations_test.jsonl"),
+    *(METRICS, HISTORY, "report.html", "tripod.md", checkpoints.BASELINES, checkpoints.TEXT),
+    *("predictions_val.csv", "predictions_test.csv", "generations_test.jsonl", checkpoints.FACTS),
 )
 """What a finished run leaves in its folder beside the best weights."""
 
 FREE = {"ablation", "seeds", "folds", "leave_out", "data_path", "data_dir", "site", "show_values"}
 FREE |= {"allow_duplicates", "batch_size", "gradient_accumulation", "gradient_checkpointing"}
 FREE |= {"ode_checkpoint", "allow_untested_model", "output_dir", "report_patients", "min_cell"}
-FREE |= {"log_file", "report_to", "resume", "save_every"}
+FREE |= {"log_file", "report_to", "resume", "save_every", "text_model"}
 """Flags that may change at ``--resume``: files are known by content, batches by their product."""
 
 MATERIAL = {
@@ -48,6 +48,7 @@ MATERIAL = {
     "stage_1_sha256": "--ode_checkpoint is another file",
     "base_revision": "--model_name is of another revision",
     "base_sha256": "--model_name is another model",
+    "text_encoder": "--text_model is another model",
     "rows_a_step": "--batch_size times --gradient_accumulation differs",
     "processes": "the number of processes differs",
 }
@@ -122,14 +123,26 @@ def run_data(
 ) -> Data:
     """Prepare the data of a run; the stage 1 below a language model decides the inputs."""
     return prepare_data(
-        dataset,
+        with_text_states(args, dataset),
         max_samples=args.max_samples,
         seed=args.seed,
         prompts=prompt_options(args),
         inputs=stage1.config["inputs"] if stage1 else None,
         static=args.facts == "on",
         prediction_time=args.prediction_time == "on",
+        text_features=args.text_features,
     )
+
+
+def with_text_states(args: Namespace, dataset: TrajectoryDataset) -> TrajectoryDataset:
+    """Return a data set with the states that a run reads of texts; without those of others."""
+    if args.text_features != "frozen":
+        return text_encoder.without_states(dataset)
+    if not args.text_model:
+        raise InputError("--text_features frozen: name the language encoder by --text_model")
+    cache = args.output_dir and args.output_dir / text_encoder.CACHE
+    record = text_encoder.encoder_record(args.text_model)
+    return text_encoder.with_states(dataset, args.text_model, record, cache)
 
 
 # --------------------------------------------------------------------------- run.json
@@ -152,6 +165,7 @@ def run_record(args: Namespace, data: Data, stage1: TrajectoryCheckpoint | None)
         "stage_1_sha256": stage1.sha256 if stage1 else None,
         "base_revision": base.get("base_revision"),
         "base_sha256": base.get("base_sha256"),
+        "text_encoder": {**data.dataset.text_encoder},
         "device": str(default_device()),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "data": data.description(),

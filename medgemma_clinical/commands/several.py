@@ -18,6 +18,7 @@ from medgemma_clinical.commands.logs import quiet_console
 from medgemma_clinical.commands.results import baseline_names
 from medgemma_clinical.data.trajectories import TrajectoryDataset
 from medgemma_clinical.distributed import processes
+from medgemma_clinical.evaluation import baselines
 from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES
 from medgemma_clinical.evaluation.metrics_table import evaluate, evaluate_splits
 from medgemma_clinical.evaluation.target import read_weights, weight_columns
@@ -32,7 +33,7 @@ SEED = "{seed}"
 
 ADDS = "What each part of the model adds"
 
-STAGE_1_VARIANT = "stage 1"
+STAGE_1_VARIANT, WORDS, FROZEN = "stage 1", "stage 1 + words", "stage 1 + frozen text"
 ALONE = {"trajectory_only": True}
 ON_STAGE_1 = {"ode_checkpoint": TRAJECTORY_FILE}
 SOFT_PROMPT = {**ON_STAGE_1, "series_text": "none", "stage1_logit": "off"}
@@ -41,6 +42,8 @@ RANDOM = {"base_weights": "random", "quantization": "none"}  # packed weights ca
 VARIANTS: dict[str, dict[str, Any]] = {
     STAGE_1_VARIANT: ALONE,
     "stage 1 without facts": {**ALONE, "facts": "off"},
+    WORDS: {**ALONE, "text_features": "words"},
+    FROZEN: {**ALONE, "text_features": "frozen"},
     "states decay": {**ALONE, "dynamics": "decay"},
     "states held": {**ALONE, "dynamics": "none"},
     "facts as text": {"soft_prompt": "off", "series_text": "none"},
@@ -55,9 +58,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 """Flags of the compared models; without ``trajectory_only`` a model of stage 2. A path lies below
 the output folder."""
 
+ON_TOP = (WORDS, FROZEN, "text + logit", "soft prompt + logit", "text + soft prompt + logit")
+"""Variants with text on top of stage 1, which are also shown on top of it and the blend."""
+
+COMPARED = [*VARIANTS, *map(compare.ensemble_of, ON_TOP)]
+
 VARIANTS_ARE = {
     STAGE_1_VARIANT: "reads series and static features; no language model",
     "stage 1 without facts": "reads the series alone",
+    WORDS: "stage 1, to which what a regression on the words of the context says is added",
+    FROZEN: "stage 1, to which what a regression on a language encoder's states says is added",
     "states decay": "stage 1 whose state decays between two observations, without the ODE",
     "states held": "stage 1 whose state stays the same between two observations, without the ODE",
     "facts as text": "a language model that reads the context of a patient, and no series",
@@ -117,12 +127,20 @@ def plan_variants(
     args: Namespace, dataset: TrajectoryDataset, title: str = ""
 ) -> dict[str, plan.Run]:
     """Return the run of each wanted variant by its name, stage 1 first: others build on it."""
-    wanted = {STAGE_1_VARIANT, *(args.ablation or VARIANTS)}
+    wanted = {STAGE_1_VARIANT, *(args.ablation or usual_variants(args, dataset))}
     return {
         name: plan.Run(f"{title}{name}", variant_arguments(name, args), dataset)
         for name in VARIANTS
         if name in wanted
     }
+
+
+def usual_variants(args: Namespace, dataset: TrajectoryDataset) -> list[str]:
+    """Return the variants that these data and flags allow."""
+    left_out = {*([] if args.text_model else [FROZEN])}
+    if baselines.WORDS not in baseline_names(run_folder.run_data(args, dataset, None)):
+        left_out |= {WORDS, FROZEN}
+    return [name for name in VARIANTS if name not in left_out]
 
 
 def variant_arguments(name: str, args: Namespace) -> Namespace:
@@ -139,7 +157,7 @@ def compare_variants(runs: Mapping[str, plan.Run], folder: Path, compared: Compa
     """Compare the variants with the reference and the baselines; write ``ablation/``."""
     folder.mkdir(exist_ok=True)
     folders = {name: run_folder.stage_folder(run.args) for name, run in runs.items()}
-    table, targets = compare.join_predictions(folders)
+    table, targets = compare.join_predictions(folders, ensembles=ON_TOP)
     weights = pd.DataFrame(weight_columns(targets), table.index)
     write_text(folder / "predictions_test.csv", table.join(weights).to_csv(index=False))
     metrics = evaluate(
@@ -147,7 +165,7 @@ def compare_variants(runs: Mapping[str, plan.Run], folder: Path, compared: Compa
         compared.seed,
         reference=compared.reference,
         primary=compared.primary,
-        compared=[*VARIANTS],
+        compared=COMPARED,
         targets=targets,
     )
     compare.save_comparison(
@@ -225,7 +243,7 @@ def pool_seeds(folders: dict[int, Path], output_dir: Path, compared: Compared) -
         targets=targets,
         trained=trained_patients(runs, tables),
         primary=compared.primary,
-        compared=[*VARIANTS],
+        compared=COMPARED,
     )
     auroc = metrics.row(reference, "auroc")
     compare.save_comparison(

@@ -21,6 +21,9 @@ Reference = tuple[float | None, float | None]
 SERIES_TEXT = ("all", "main", "last", "none")
 """How much of the series a prompt holds: all in full, the main one, last values, nothing."""
 
+TEXT_FEATURES = ("words", "frozen", "none")
+"""What stage 1 and a regression read of texts: their words, an encoder's states, nothing."""
+
 
 @dataclass(frozen=True)
 class PromptOptions:

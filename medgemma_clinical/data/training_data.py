@@ -39,6 +39,7 @@ class Data:
     rows_sha256: str  # of labels, ids, patients and given split
     unusable_static: dict[str, str] = field(default_factory=dict)  # no model can learn; and why
     unusable_series: dict[str, str] = field(default_factory=dict)  # blank; and why
+    text_features: str = "none"  # what stage 1 and a regression read of texts
 
     @property
     def usable_static(self) -> list[str]:
@@ -83,6 +84,7 @@ class Data:
             },
             "outcome": dataset.outcome,
             "question": dataset.question,
+            "text_features": self.text_features,
             "has_patient_ids": dataset.has_patient_ids,
             "data_sha256": self.data_sha256,
             "rows_sha256": self.rows_sha256,
@@ -102,8 +104,14 @@ def prepare_data(
     inputs: dict[str, Any] | None = None,  # of a stage 1; None: those that training can teach
     static: bool = True,
     prediction_time: bool = True,
+    text_features: str = "none",
 ) -> Data:
     """Take at most ``max_samples`` patients (0: all) of what was read, and split them."""
+    if text_features != "none" and not (dataset.contexts != "").any():
+        raise InputError(
+            f"--text_features {text_features}: {dataset.source} holds no text: fill the column "
+            "clinical_context, or leave the flag out"
+        )
     dataset = labelled_rows(dataset)
     sample = dataset.sample_patients(max_samples, seed)
     split = sample.split(seed)
@@ -125,6 +133,7 @@ def prepare_data(
         rows_sha256=dataset.row_fingerprint(),
         unusable_static=unusable_static,
         unusable_series=unusable_series,
+        text_features=text_features,
     )
 
 

@@ -88,7 +88,7 @@ class TrajectoryDataset:
 
     row_columns: ClassVar[tuple[str, ...]] = (
         *("labels", "ids", "groups", "contexts", "parts", "static", "prediction_hours"),
-        *("sites", "events", "event_hours", "entry_hours", "_summaries"),
+        *("sites", "events", "event_hours", "entry_hours", "text_states", "_summaries"),
     )
     """Attributes with one entry a row; a subclass that has more names them too."""
 
@@ -113,6 +113,9 @@ class TrajectoryDataset:
     """(N,) hours from the prediction time to the event, or to the end of the record."""
     entry_hours: NDArray[np.float64] | None = None  # (N,) from which on events are seen; None: 0
     sites: NDArray[np.str_] | None = None  # (N,) hospitals or units, where they were asked for
+    text_states: NDArray[np.float32] | None = None
+    """(N, D) mean last hidden state of each context by an encoder; NaN where it is empty."""
+    text_encoder: Mapping[str, str | None] = {}  # its record; empty: none has read the contexts
     held_out: tuple[str, ...] = ("val", "test")  # parts of a drawn split; the other rows train
     _summaries: NDArray[np.float64] | None = None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -13,7 +12,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import expit
-from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.impute import SimpleImputer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
@@ -22,19 +20,23 @@ from sklearn.preprocessing import StandardScaler
 
 from medgemma_clinical.data.small_cells import MIN_CELL, minority_patients
 from medgemma_clinical.data.trajectories import Rows, TrajectoryDataset
-from medgemma_clinical.evaluation.metrics import Array, log_odds
+from medgemma_clinical.evaluation.metrics import Array, log_odds, row_losses
 from medgemma_clinical.evaluation.simple_models import (
     INTERVAL,
-    WORD,
     Regression,
     Tree,
     Trees,
-    Words,
     from_plain,
     kept_text,
     read_numbers,
     to_plain,
-    word_table,
+)
+from medgemma_clinical.evaluation.text_features import (
+    TextModel,
+    TextSettings,
+    can_read_text,
+    fit_text,
+    tune_text,
 )
 from medgemma_clinical.files import InputError
 
@@ -47,7 +49,8 @@ STAGE_NAMES = {
 
 LOGISTIC, BOOSTING, BLEND = "logistic regression", "gradient boosting", "blend"
 WITH_STATICS, STATICS_ALONE = " with statics", "statics alone"
-WORDS, NULL = "words of the context", "Aalen-Johansen"
+WORDS, FROZEN, WITH_TEXT = "words of the context", "frozen text", "regression with text"
+NULL = "Aalen-Johansen"
 ENSEMBLE = "ensemble"
 
 STATISTICS = "first, last, lowest, highest and mean value, slope, count and span of each series"
@@ -84,9 +87,6 @@ many may be no better."""
 USUAL_TREES: dict[str, Any] = {**SIZES[0], "trees": 150}
 """Where there are too few patients to choose."""
 
-MIN_WORD_SHARE, MAX_WORDS = 0.01, 1_000
-"""Share of the training contexts that must hold, and lack, a word that is read; the most words."""
-
 SMALL_DATA = 10_000
 """Training rows up to which trees learn slowly: few rows overfit, many need more trees."""
 
@@ -115,8 +115,12 @@ def meanings(*, of_times: bool) -> dict[str, str]:
         **models,
         STATICS_ALONE: f"a {regression} regression on static features, such as age, without any "
         "series",
-        WORDS: "a logistic regression on which words a context holds, without its numbers",
+        WORDS: f"a {regression} ridge regression on the words and pairs of words of a text, "
+        "without its numbers",
+        FROZEN: f"a {regression} ridge regression on what a language encoder, which is not "
+        "trained, makes of a text",
         **with_statics,
+        WITH_TEXT: f"{LOGISTIC} that also reads static features and what the text alone predicts",
         ENSEMBLE: f"{mean} this model and of the blend with the most inputs",
     }
 
@@ -126,11 +130,11 @@ class Baselines:
     """Fitted baselines, which predict any rows."""
 
     models: dict[str, Any]  # a ``Regression`` or ``Trees`` by name
-    words: Words | None
     inputs: dict[str, Any]  # what they read beside the series, as in ``Data.description``
     tuned: bool | None = None  # penalties and sizes, in folds; None in files that do not say it
     leaf_patients: int = 0  # fewest training patients behind a leaf; 0: not counted
     null: Array | None = None  # (C, J) hazards of everyone; None of a label
+    text: TextModel | None = None  # kept in a file of its own, as it holds patients' words
 
     @property
     def pairs(self) -> dict[str, tuple[str, str]]:
@@ -142,8 +146,7 @@ class Baselines:
     def names(self) -> list[str]:
         """The names of all baselines and blends, as ``forecasts`` gives them."""
         null = [] if self.null is None else [NULL]
-        words = [WORDS] if self.words else []
-        return [*null, *self.models, *words, *self.pairs]
+        return [*null, *self.models, *text_names(self.text), *self.pairs]
 
     def risks(self, dataset: TrajectoryDataset, rows: Rows = slice(None)) -> dict[str, Array]:
         """Return the probabilities (n,) of baselines, then blends; of times hazards (n, C, J).
@@ -156,8 +159,11 @@ class Baselines:
             missing = {*model.columns} - {*table.columns}
             risk = model.risks(table.reindex(columns=[*table, *missing]))
             risks[name] = np.full_like(risk, np.nan) if missing else risk
-        if self.words:
-            risks[WORDS] = self.words.risks(dataset.contexts[rows])
+        if self.text:
+            numbers = self.text.numbers(dataset, rows)
+            alone, *beside = text_names(self.text)
+            risks[alone] = self.text.risks(numbers)
+            risks |= {name: self.text.risks_beside(table, numbers) for name in beside}
         blended = blend if self.null is None else blend_hazards
         return risks | {name: blended(risks[a], risks[b]) for name, (a, b) in self.pairs.items()}
 
@@ -181,8 +187,8 @@ class Baselines:
     def to_json(self) -> str:
         """Return the text of the file, in which each number is exact."""
         content: dict[str, Any] = {**vars(self)}
+        del content["text"]
         content["models"] = {name: to_plain(model) for name, model in self.models.items()}
-        content["words"] = self.words and to_plain(self.words)
         if self.null is None:
             del content["null"]
         return json.dumps(content, default=np.ndarray.tolist) + "\n"
@@ -197,7 +203,6 @@ class Baselines:
         """Read what ``to_json`` has written."""
         content: dict[str, Any] = json.loads(text)
         content["models"] = {name: from_plain(x) for name, x in content["models"].items()}
-        content["words"] = content["words"] and from_plain(content["words"])
         if "null" in content:
             content["null"] = read_numbers(content["null"])
         return cls(**content)
@@ -208,9 +213,9 @@ class Settings:
     """What was chosen on the training part, before any model is fitted on all rows that may be."""
 
     static: list[str]  # features that these rows can teach
-    vocabulary: list[str]
     penalties: dict[str, float]  # of the regressions, by name; empty: not tuned
     trees: dict[str, Any]  # of all boosted trees
+    text: TextSettings | None = None  # None: no text is read
 
 
 @dataclass(frozen=True)
@@ -218,9 +223,21 @@ class LabelFits:
     """How baselines are fitted to labels."""
 
     null: ClassVar[Array | None] = None
-    reads_words: ClassVar[bool] = True
     labels: Array  # (n,)
     patients: NDArray[Any]  # (n,)
+
+    def of(self, rows: NDArray[np.int64]) -> LabelFits:
+        """Return those of some rows."""
+        return LabelFits(self.labels[rows], self.patients[rows])
+
+    def fit_text(self, table: Any, penalty: float) -> tuple[Array, Array]:
+        """Return the coefficients (1, W) and the level (1, 1) of a ridge regression on texts."""
+        model = LogisticRegression(C=penalty, max_iter=2000).fit(table, self.labels)
+        return model.coef_, model.intercept_[:, None]
+
+    def text_loss(self, numbers: Array, level: Array) -> float:
+        """Return the log loss, a sum, of what texts add (n, 1) to a level (1, 1)."""
+        return float(row_losses(self.labels, (numbers + level)[:, 0]).sum())
 
     def tune_trees(self, values: Array, folds: Folds) -> dict[str, Any]:
         """Return the settings whose log loss in the folds is the lowest."""
@@ -268,12 +285,12 @@ def tune_baselines(
     train: NDArray[np.int64],
     static: Sequence[str],
     fits: Any = None,  # of the same rows, by default to their labels
+    *,
+    text: TextSettings | None = None,  # of ``text_settings``, where something reads text
 ) -> Settings:
     """Choose the settings of the baselines in folds of some rows, where these are enough."""
     fits = fits or label_fits(dataset, train)
-    contexts, labels = dataset.contexts[train], dataset.labels[train]
-    vocabulary = frequent_words(contexts) if fits.reads_words else []
-    folds = tuning_folds(labels, dataset.groups[train])
+    folds = tuning_folds(dataset.labels[train], dataset.groups[train])
     tables = {
         name: table.to_numpy()[train] for name, table in baseline_tables(dataset, static).items()
     }
@@ -283,10 +300,16 @@ def tune_baselines(
     if folds:
         for name in tables.keys() - boosted:
             penalties[name] = fits.tune_penalty(tables[name], folds)
-        if vocabulary:
-            seen = word_table(vocabulary, contexts)
-            penalties[WORDS] = tuned_penalty(word_regression(), seen, labels, folds)
-    return Settings([*static], vocabulary, penalties, trees)
+    text = text or tune_text(dataset, train, fits, folds, None)
+    return Settings([*static], penalties, trees, text)
+
+
+def text_settings(
+    dataset: TrajectoryDataset, train: NDArray[np.int64], static: Sequence[str], fits: Any
+) -> TextSettings | None:
+    """Choose the settings of regressions on texts, also of the one with other columns."""
+    folds = tuning_folds(dataset.labels[train], dataset.groups[train])
+    return tune_text(dataset, train, fits, folds, beside_text(dataset, static))
 
 
 def fit_baselines(
@@ -294,6 +317,7 @@ def fit_baselines(
     rows: NDArray[np.int64],
     settings: Settings,
     fits: Any = None,  # of the same rows, by default to their labels
+    text: TextModel | None = None,  # of the same rows, where it is fitted already
 ) -> Baselines:
     """Fit the baselines on some rows."""
     fits = fits or label_fits(dataset, rows)
@@ -306,18 +330,28 @@ def fit_baselines(
             fewest.append(patients)
         else:
             models[name] = fits.fit_regression(values, settings.penalties.get(name), columns)
-    words = None
-    if settings.vocabulary:
-        seen = word_table(settings.vocabulary, dataset.contexts[rows])
-        model = word_regression(settings.penalties.get(WORDS))
-        scaler, fitted = (step for _, step in model.fit(seen, dataset.labels[rows]).steps)
-        words = Words(settings.vocabulary, scaler.scale_, fitted.coef_[0], fitted.intercept_)
     inputs = {"static": settings.static, "prediction_time": dataset.hours_read is not None}
-    return Baselines(models, words, inputs, bool(settings.penalties), min(fewest), fits.null)
+    if text is None and settings.text is not None:
+        text = fit_text(dataset, rows, fits, settings.text, beside_text(dataset, settings.static))
+    tuned = bool(settings.penalties)
+    return Baselines(models, inputs, tuned, min(fewest), fits.null, text)
+
+
+def beside_text(dataset: TrajectoryDataset, static: Sequence[str]) -> pd.DataFrame:
+    """Return the columns (N rows) that the regression with text reads beside the text."""
+    tables = baseline_tables(dataset, static)
+    return tables[LOGISTIC + (WITH_STATICS if static else "")]
+
+
+def text_names(text: TextModel | None) -> list[str]:
+    """Return the names of the baselines that read a text."""
+    if text is None:
+        return []
+    return [FROZEN if text.reading.encoder else WORDS, *([WITH_TEXT] if text.beside else [])]
 
 
 def baseline_tables(dataset: TrajectoryDataset, static: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """Return the table (N rows) of each baseline but the words and the blends."""
+    """Return the table (N rows) of each baseline but those of text and the blends."""
     inputs, statics = {**dataset.baseline_inputs()}, dataset.static_table(static)
     if static:
         inputs[STATICS_ALONE] = statics
@@ -327,7 +361,12 @@ def baseline_tables(dataset: TrajectoryDataset, static: Sequence[str]) -> dict[s
 
 
 def baseline_names(
-    dataset: TrajectoryDataset, train: NDArray[np.int64], static: Sequence[str], fits: Any
+    dataset: TrajectoryDataset,
+    train: NDArray[np.int64],
+    static: Sequence[str],
+    fits: Any,
+    *,
+    with_text: bool = False,
 ) -> list[str]:
     """Return the names of the baselines that ``fit_baselines`` fits, where it can; in no order."""
     load_lightgbm()
@@ -336,8 +375,9 @@ def baseline_names(
         names.append(BLEND + WITH_STATICS)
     if fits.null is not None:
         names.append(NULL)
-    if fits.reads_words and frequent_words(dataset.contexts[train]):
-        names.append(WORDS)
+    if can_read_text(dataset, train):
+        names.append(FROZEN if dataset.text_encoder else WORDS)
+        names += [WITH_TEXT] if with_text else []
     return names
 
 
@@ -368,30 +408,10 @@ def regression(penalty: float | None = None) -> Any:
     return make_pipeline(imputer, StandardScaler(), model)
 
 
-def word_regression(penalty: float | None = None) -> Any:
-    """Return a logistic regression on a sparse table of words."""
-    model = LogisticRegression(C=penalty or 1.0, max_iter=2000)
-    return make_pipeline(StandardScaler(with_mean=False), model)
-
-
 def tuned_penalty(model: Any, values: Any, labels: Array, folds: Folds) -> float:
     """Return the penalty whose log loss in the folds is the lowest."""
     search = GridSearchCV(model, PENALTIES, scoring="neg_log_loss", cv=folds, refit=False)
     return float(search.fit(values, labels).best_params_[PENALTY])
-
-
-def frequent_words(contexts: NDArray[np.object_]) -> list[str]:
-    """Return the words that are frequent in the training contexts, at most ``MAX_WORDS``."""
-    counter = CountVectorizer(
-        binary=True,
-        min_df=MIN_WORD_SHARE,
-        max_df=1 - MIN_WORD_SHARE,
-        max_features=MAX_WORDS,
-        token_pattern=WORD,
-    )
-    with contextlib.suppress(ValueError):  # no word, or none that is frequent
-        return counter.fit(contexts).get_feature_names_out().tolist()
-    return []
 
 
 def load_lightgbm() -> Any:

@@ -135,7 +135,8 @@ class Predictions:
     losses: Array  # (N,) mean over all terms, of each member
     outputs: Array  # (n, Q) the log-odds of a label, or hazards
     rows: NDArray[np.int64]  # (n,) positions in the data set
-    offset: Array  # (n, Q) the share of ``outputs`` that is not a language model's
+    offset: Array  # (n, Q) the share of ``outputs`` that is not a language model's or text's
+    share: Array | None = None  # (n, Q) what text adds, once its weight is known
 
     @property
     def loss(self) -> float:
@@ -301,6 +302,19 @@ def fit_residual_weight(
     improves = auroc(tried[index]) > auroc(offset)
     # 0 where the AUROC does not improve: on this part a language model never harms.
     return float(RESIDUAL_WEIGHTS[index]) if improves else 0.0
+
+
+def fit_text_weight(
+    offset: Array,  # (n, Q) stage 1's outputs
+    outputs: Array,  # (n, Q) with all that a regression on text adds
+    losses: Callable[[Array], Array],  # (weights, n) of outputs (weights, n, Q)
+) -> float:
+    """Choose the weight of what a ridge regression adds: that with the lowest loss.
+
+    Its penalty has shrunk it already: a smaller weight loses more by far than noise costs.
+    """
+    tried = offset + RESIDUAL_WEIGHTS[:, None, None] * (outputs - offset)
+    return float(RESIDUAL_WEIGHTS[losses(tried).mean(axis=1).argmin()])
 
 
 def recommended_model(

@@ -15,12 +15,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import expit
-from sklearn.feature_extraction.text import CountVectorizer
 
 from medgemma_clinical.evaluation.metrics import Array
-
-WORD = r"[^\W\d_]{2,}"
-"""Pattern of a word; numbers are none."""
 
 INTERVAL = "interval of follow-up"
 """Column of the boosted trees of times."""
@@ -65,15 +61,11 @@ def read_numbers(values: Any) -> Array:
     return array
 
 
-def from_plain(content: Mapping[str, Any]) -> Regression | Trees | Words:
+def from_plain(content: Mapping[str, Any]) -> Regression | Trees:
     """Return the model that ``to_plain`` gave."""
-    kind: Any = Regression
-    if "text" in content:
-        kind = Trees
-    elif "vocabulary" in content:
-        kind = Words
-    texts = ("columns", "marked", "vocabulary", "text")
-    model: Regression | Trees | Words = kind(
+    kind: Any = Trees if "text" in content else Regression
+    texts = ("columns", "marked", "text")
+    model: Regression | Trees = kind(
         **{name: x if name in texts else read_numbers(x) for name, x in content.items()}
     )
     if isinstance(model, Trees) and not all(model.forests):
@@ -122,27 +114,6 @@ class Regression:
             return hazards_of(total[..., None] + self.intercept)
         risks: Array = expit(total + self.intercept)
         return risks
-
-
-@dataclass(frozen=True)
-class Words:
-    """A logistic regression on which words a text holds."""
-
-    vocabulary: list[str]  # W words
-    scale: Array  # (W,)
-    coefficients: Array  # (W,)
-    intercept: Array  # (1,)
-
-    def risks(self, texts: NDArray[np.object_]) -> Array:
-        """Return the probability (N,) of each text."""
-        table = word_table(self.vocabulary, texts)
-        risks: Array = expit(table @ (self.coefficients / self.scale) + self.intercept)
-        return risks
-
-
-def word_table(vocabulary: Sequence[str], texts: NDArray[np.object_]) -> Any:
-    """Return which words each text holds, a sparse (N, W) of 0 and 1."""
-    return CountVectorizer(vocabulary=vocabulary, binary=True, token_pattern=WORD).transform(texts)
 
 
 class Tree(NamedTuple):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -30,6 +30,7 @@ from medgemma_clinical.evaluation.simple_models import (
     SMALLEST,
     Regression,
     Trees,
+    hazards_of,
     kept_text,
 )
 from medgemma_clinical.evaluation.time_metrics import aalen_johansen
@@ -75,9 +76,28 @@ def rates_of(events: Array | NDArray[np.bool_], exposure: Array) -> Array:
 class PeriodFits:
     """How baselines are fitted to times of events that compete."""
 
-    reads_words: ClassVar[bool] = False
     periods: Periods
     null: Array  # (C, K) hazards of everyone
+
+    def of(self, rows: NDArray[np.int64]) -> PeriodFits:
+        """Return those of some rows."""
+        return PeriodFits(self.periods.of(rows), self.null)
+
+    def fit_text(self, table: Any, penalty: float) -> tuple[Array, Array]:
+        """Return coefficients (C, W) and levels (C, K) of ridge regressions on texts (N, W)."""
+        exposure, events = self.periods.exposure, self.periods.is_event.swapaxes(0, 1)
+        fitted = [
+            fit_event(poisson_regressor(), table, exposure, is_event, penalty)
+            for is_event in events
+        ]
+        coefficients, levels = zip(*fitted, strict=True)
+        return np.array(coefficients), np.array(levels)
+
+    def text_loss(self, numbers: Array, level: Array) -> float:
+        """Return the negative log-likelihood of event 1 by what texts add (N, C) to a level."""
+        log_hazards = (numbers[..., None] + level)[:, 0]
+        exposure, is_event = self.periods.exposure, self.periods.is_event[:, 0]
+        return float((exposure * hazards_of(log_hazards) - is_event * log_hazards).sum())
 
     def tune_trees(self, values: Array, folds: Folds) -> dict[str, Any]:
         """Return the settings of the trees of each event."""
@@ -153,7 +173,7 @@ def fit_regressions(
     marked = [columns[k] for k in imputer.indicator_.features_]
     scales = imputer.statistics_, marked, scaler.mean_, scaler.scale_
     exposure, events = periods.exposure, periods.is_event.swapaxes(0, 1)
-    models = [PoissonRegressor(max_iter=1000, tol=1e-5, warm_start=True) for _ in events]
+    models = [poisson_regressor() for _ in events]
     for penalty in penalties:
         fitted = [
             fit_event(model, scaled, exposure, is_event, penalty)
@@ -163,9 +183,14 @@ def fit_regressions(
         yield Regression([*columns], *scales, weights, intercepts)
 
 
+def poisson_regressor() -> PoissonRegressor:
+    """Return a regression that begins where it was before."""
+    return PoissonRegressor(max_iter=1000, tol=1e-5, warm_start=True)
+
+
 def fit_event(
     model: PoissonRegressor,
-    scaled: Array,
+    scaled: Any,  # (N, P), may be sparse
     exposure: Array,
     is_event: NDArray[np.bool_],
     penalty: float,

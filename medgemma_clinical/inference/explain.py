@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from medgemma_clinical.data.texts import plain
 from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
 from medgemma_clinical.evaluation.patients import Curves, Explanation
 from medgemma_clinical.inference.scoring import rows_as_read, score_rows, text_collator
+from medgemma_clinical.models import checkpoints
 from medgemma_clinical.models.trained_model import TrainedModel
 from medgemma_clinical.models.trajectory import TrajectoryMember
 from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
@@ -26,6 +27,9 @@ ROWS_AT_ONCE = 500
 
 CURVE_POINTS = 50
 """Of the cumulative incidences of a patient."""
+
+MAX_EFFECTS, WINDOW_WORDS = 8, 8
+"""Words, or windows, of a text that are named, and the words by which a window is named."""
 
 
 def risk_over_time(
@@ -83,8 +87,11 @@ def explain(
         observations=tuple(map(dataset.observation_text, range(len(dataset.times)))),
         hours=curve["hours"].to_numpy(),
         risks=curve["probability"].to_numpy(),
-        static=static_read(dataset, trained),
-        without=risks_without_series(dataset, trained, batch_size),
+        static={**static_read(dataset, trained), **text_effects(dataset, trained)},
+        without={
+            **risks_without_series(dataset, trained, batch_size),
+            **risk_without_text(rows, trained, batch_size),
+        },
         without_soft_prompt=risk_without_soft_prompt(dataset, trained),
         curves=curves_after(rows, trained, batch_size),
         report=row.get("report"),
@@ -118,7 +125,46 @@ def static_read(dataset: TrajectoryDataset, trained: TrainedModel) -> dict[str, 
         texts["0 or no"] = ", ".join(zeros)
     if isinstance(trained.model, TrajectoryLLM) and trained.prompts.context:
         texts["context that the language model reads"] = dataset.contexts[0]
+    elif checkpoints.adds_text(trained.config):
+        texts["text that is read"] = dataset.contexts[0]
     return {name: text for name, text in texts.items() if text}
+
+
+def text_effects(dataset: TrajectoryDataset, trained: TrainedModel) -> dict[str, str]:
+    """Return the words, or the windows, of the first row's text that move stage 1's risk most."""
+    if not checkpoints.adds_text(trained.config):
+        return {}
+    assert trained.text is not None
+    weight, reading = trained.config["residual_weight"], trained.text.reading
+    coefficients = weight * trained.text.coefficients[0]
+    if not reading.encoder:
+        weights = reading.table(dataset, slice(0, 1)).toarray()[0]
+        names: Sequence[str] = reading.vocabulary
+        effects = weights * coefficients
+    else:
+        encoder = trained.loaded_encoder()
+        windows = encoder.windows([dataset.contexts[0]])
+        if not windows:
+            return {}
+        sizes = np.array([len(window.ids) for window in windows])
+        states = (encoder.means(windows).astype(np.float64) - reading.center) * reading.scale
+        names = [encoder.words(window, WINDOW_WORDS) for window in windows]
+        effects = sizes / sizes.sum() * (states @ coefficients)
+    order = np.argsort(-np.abs(effects))[:MAX_EFFECTS]
+    texts = [f"{names[k]} {effects[k]:+.2f}" for k in order if effects[k]]
+    return {"What in the text moved the risk most, by log-odds": "; ".join(texts) or "nothing"}
+
+
+def risk_without_text(
+    rows: ScoringRows, trained: TrainedModel, batch_size: int
+) -> dict[str, float | None]:
+    """Return the risk of the first row with a usual text; empty where text adds nothing."""
+    if not checkpoints.adds_text(trained.config):
+        return {}
+    scores = score_rows(rows, trained, Findings(rows.dataset.source), batch_size)
+    assert scores.share is not None
+    forecast = trained.outcome.moved(scores.stage_forecast, -scores.share)
+    return {"text": float(trained.risks(trained.name, forecast)[0, 0])}
 
 
 def short_number(value: float) -> str:

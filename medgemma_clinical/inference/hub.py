@@ -25,7 +25,7 @@ from medgemma_clinical.evaluation.baselines import ENSEMBLE
 from medgemma_clinical.evaluation.rules import stored
 from medgemma_clinical.files import InputError, atomic, owner_only, write_text
 from medgemma_clinical.models import checkpoints
-from medgemma_clinical.models.checkpoints import BASELINES, CARD, TRAJECTORY_FILE, Config
+from medgemma_clinical.models.checkpoints import BASELINES, CARD, TEXT, TRAJECTORY_FILE, Config
 from medgemma_clinical.models.decoders import terms_of
 from medgemma_clinical.models.model_card import shareable
 from medgemma_clinical.models.scaler import Scaler
@@ -43,6 +43,7 @@ SHARED_FILES = [
     checkpoints.FACTS,
     checkpoints.IMPORT,
     BASELINES,
+    TEXT,
 ]
 REPO_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 """Form of a repository's id, which a path may have too."""
@@ -80,9 +81,11 @@ def save_model(
     """Write a model as a folder that loads again, new or in place of an earlier model."""
     check_folder(folder, trained.config)
     config = checkpoints.without_baselines(trained.config)
-    baselines = trained.baselines
+    baselines, text = trained.baselines, trained.text
+    if text is not None:
+        config["text_sha256"] = text.sha256
     if baselines is not None:
-        baselines = replace(baselines, words=None)  # a word may be a name
+        baselines = replace(baselines, text=text)
         models = stored({name: trained.rules[name] for name in (*baselines.names, ENSEMBLE)})
         config |= {"baselines_sha256": baselines.sha256, "models": models}
         config["baseline_inputs"] = baselines.inputs
@@ -99,16 +102,25 @@ def save_model(
         checkpoints.write_card(temporary, config, repo_id, min_cell)
         if baselines is not None:
             write_text(temporary / BASELINES, baselines.to_json())
+        if text is not None:
+            write_text(temporary / TEXT, text.to_json())
 
 
 def shared_copy(
     trained: TrainedModel,
     folder: Path,
     allow_small_cells: bool = False,
+    share_text: bool = False,
     repo_id: str | None = None,  # of the hub, where the copy goes there
 ) -> None:
     """Write what others may get of a model: no hash or word of a patient, and no small counts."""
     min_cell = 0 if allow_small_cells else MIN_CELL
+    text = trained.text if share_text else None
+    if checkpoints.adds_text(trained.config) and text is None:
+        raise InputError(
+            f"{repo_id or folder}: its risks also rest on words of patients' texts: pass "
+            "share_text=True to share them, or train again without --text_features"
+        )
     names = columns_of_few(trained)
     if names and not allow_small_cells:
         raise InputError(
@@ -118,14 +130,15 @@ def shared_copy(
         )
     baselines = trained.baselines
     if baselines is not None and baselines.leaf_patients < min_cell:
-        text = "%s: without baselines, which may tell of fewer than %d patients"
-        logger.info(text, repo_id or folder, min_cell)
+        message = "%s: without baselines, which may tell of fewer than %d patients"
+        logger.info(message, repo_id or folder, min_cell)
         baselines = None
     shared = replace(
         trained,
         config=shareable(trained.config, min_cell),
         train_patients=np.empty(0, np.int64),
         baselines=baselines,
+        text=text,
     )
     save_model(shared, folder, min_cell, repo_id)
 
@@ -154,6 +167,7 @@ def push_model(
     commit_message: str | None = None,
     token: str | None = None,
     allow_small_cells: bool = False,
+    share_text: bool = False,
 ) -> str:
     """Upload a shared copy in place of an earlier model's files; see ``push_to_hub``."""
     if not REPO_ID.fullmatch(repo_id):
@@ -165,7 +179,7 @@ def push_model(
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
-        shared_copy(trained, folder, allow_small_cells, repo_id)
+        shared_copy(trained, folder, allow_small_cells, share_text, repo_id)
         with hub_errors(repo_id):
             api.create_repo(repo_id, private=private, exist_ok=True)
             if private and not api.repo_info(repo_id).private:

@@ -137,11 +137,12 @@ class Scores:
     positions: NDArray[np.int64]  # (M,) of the rows in ``text``
     trained: TrainedModel
     used: str  # name of the model whose risk is the probability
+    share: Array | None = None  # (M, Q) what text adds to stage 1's outputs; None: nothing
 
     @cached_property
     def forecasts(self) -> dict[str, Array]:
         """What each model says: the stage, the baselines, the ensemble."""
-        return self.trained.forecasts(self.rows.dataset, self.stage_forecast)
+        return self.trained.forecasts(self.rows.dataset, self.stage_forecast, self.share)
 
     @property
     def forecast(self) -> Array:
@@ -184,6 +185,7 @@ def score_rows(
     """Score rows by the model ``use``; ``findings`` get the problem of each row without a score."""
     used = trained.model_named(use)
     rows = rows_as_read(rows, trained.config, findings)
+    rows = replace(rows, dataset=trained.with_text(rows.dataset))
     count_unknown_static(rows.dataset, findings)
     model = trained.model
     stage1 = model if isinstance(model, Stage1) else model.stage1
@@ -200,14 +202,20 @@ def score_rows(
     lengths = rows.dataset.lengths if text is None else text.lengths()
     batches = LengthBatches(np.arange(len(lengths)), batch_size, lengths, shuffle=False)
     computed = np.empty((len(lengths), trained.outcome.width))
+    share = np.zeros_like(computed)
     with few_threads(stage1=isinstance(model, Stage1)):
         for batch, output in outputs(model, batches, text or rows.dataset.collate):
             index = batch["index"].numpy()
             computed[index] = output.outputs.double().numpy(force=True)
+            if output.offset is not None:
+                share[index] = computed[index] - output.offset.double().numpy(force=True)
+    if (added := trained.text_share(rows.dataset)) is not None:
+        computed, share = computed + added, added
     finite = np.asarray(np.isfinite(computed).all(axis=1))
     rows = rows.without(~finite, "no finite score: its values are too extreme", findings)
     forecast = trained.outcome.forecast(computed[finite])
-    return Scores(rows, forecast, text, np.flatnonzero(finite), trained, used)
+    kept = share[finite] if trained.adds_late else None
+    return Scores(rows, forecast, text, np.flatnonzero(finite), trained, used, kept)
 
 
 def text_collator(dataset: TrajectoryDataset, trained: TrainedModel) -> TextCollator | None:

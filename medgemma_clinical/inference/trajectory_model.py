@@ -95,6 +95,7 @@ class TrajectoryModel:
         precision: str | None = None,
         attention: str = "sdpa",
         encoder: type | str | None = None,
+        text_model: str | None = None,
     ) -> Self:
         """Load a trained model.
 
@@ -109,6 +110,7 @@ class TrajectoryModel:
             precision: "bf16" or "fp32"; None takes that of the training.
             attention: "sdpa" or "eager", as in transformers.
             encoder: class of your own that it was trained with, which no checkpoint can import.
+            text_model: path of the language encoder of ``--text_features frozen``, if it has moved.
 
         Raises:
             InputError: there is no trained model, or it cannot be loaded.
@@ -133,6 +135,7 @@ class TrajectoryModel:
             precision,
             None if device is None else find_device(device),
             attention,
+            text_model,
         )
         return cls(trained, batch_size)
 
@@ -393,10 +396,14 @@ class TrajectoryModel:
         hub.save_model(self.trained, Path(folder))
 
     def save_shared(
-        self, folder: str | os.PathLike[str], *, allow_small_cells: bool = False
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        allow_small_cells: bool = False,
+        share_text: bool = False,
     ) -> None:
         """Write the files that ``push_to_hub`` uploads as a folder: new, or of an earlier model."""
-        hub.shared_copy(self.trained, Path(folder), allow_small_cells)
+        hub.shared_copy(self.trained, Path(folder), allow_small_cells, share_text)
 
     def push_to_hub(
         self,
@@ -407,6 +414,7 @@ class TrajectoryModel:
         commit_message: str | None = None,
         token: str | None = None,
         allow_small_cells: bool = False,
+        share_text: bool = False,
     ) -> str:
         """Upload the model with its card: never predictions, logs or ids; see docs/sharing.md.
 
@@ -418,12 +426,21 @@ class TrajectoryModel:
             token: of the hub; None takes that of the login.
             allow_small_cells: upload exact counts, and a model that reads prediction times which
                 fewer than 11 training patients have.
+            share_text: upload regressions on texts, whose words patients' texts hold; those of
+                fewer than 11 training patients are not among them.
 
         Returns:
             Address of the commit.
         """
         return hub.push_model(
-            self.trained, repo_id, private, revision, commit_message, token, allow_small_cells
+            self.trained,
+            repo_id,
+            private,
+            revision,
+            commit_message,
+            token,
+            allow_small_cells,
+            share_text,
         )
 
     def checkpoint(self) -> TrajectoryCheckpoint:

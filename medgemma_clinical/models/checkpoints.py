@@ -12,10 +12,10 @@ import hashlib
 import io
 import logging
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict, TypeVar, cast
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from medgemma_clinical.data.small_cells import MIN_CELL
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.evaluation.baselines import Baselines
 from medgemma_clinical.evaluation.demographics import demographics
+from medgemma_clinical.evaluation.text_features import TextModel
 from medgemma_clinical.evaluation.topics.cohort import case_mix
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models import model_card
@@ -40,7 +41,9 @@ from medgemma_clinical.models.trajectory_llm import TrajectoryLLM
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT_FORMAT = 14
+Content = TypeVar("Content")
+
+CHECKPOINT_FORMAT = 15
 """Rises when the program and its older checkpoints no longer fit each other."""
 
 TRAJECTORY_FILE, TRAJECTORY_FOLDER = "medgemma_trajectory_best.pt", "trajectory"
@@ -54,8 +57,8 @@ NOTICE, CARD, FACTS = "NOTICE", "README.md", "model_facts.xml"
 IMPORT = "import.json"
 """File of the recipe of the training data, which ``from_long --like`` reads."""
 
-BASELINES = "baselines.json"
-"""File of a stage's baselines."""
+BASELINES, TEXT = "baselines.json", "text.json"
+"""Files of a stage's baselines, and of its regression on texts, which holds patients' words."""
 
 HASHED_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODULE_WEIGHTS)
 """Files that decide a prediction; other files beside them do not matter."""
@@ -105,7 +108,7 @@ class Config(TypedDict, total=False):
     num_prefix_tokens: int  # maximum soft tokens of a row, 0 for none
     shuffled: bool  # soft tokens of other patients: a control
     stage1_logit: bool  # whether stage 1's logit is added
-    residual_weight: float  # of the language model's own logit beside it
+    residual_weight: float  # of the language model's own logit beside it; in stage 1 of the text's
     prompts: dict[str, Any]  # ``PromptOptions``
     max_text_tokens: int | None  # of a longer prompt the oldest values are left out
     report_tokens: int  # maximum tokens of a written report, stage 3
@@ -121,6 +124,8 @@ class Config(TypedDict, total=False):
     metrics: dict[str, Any]  # content of ``metrics.json``
     baseline_inputs: dict[str, Any]  # what the baselines read, as ``inputs``
     baselines_sha256: str  # of ``baselines.json`` beside the checkpoint
+    text_features: str  # what stage 1 and a regression read of texts: words, frozen or none
+    text_sha256: str  # of ``text.json`` beside the checkpoint
     updated: dict[str, Any]  # rows and method of ``--update``
 
     # config.json alone.
@@ -196,20 +201,42 @@ def file_of_stage_1(folder: Path) -> Path:
 
 def read_baselines(path: Path, config: Config) -> Baselines | None:
     """Return the checked baselines beside a checkpoint; None where this copy has none."""
-    if "baselines_sha256" not in config:
-        return None
-    file = path.parent / BASELINES
-    stage_folder = folder_of_stage_1(path) if path.is_file() else path
-    if (stage_folder / BASELINES).is_file():
-        file = stage_folder / BASELINES
-    if not file.is_file():
+    content = read_beside(path, BASELINES, config.get("baselines_sha256"), Baselines.from_json)
+    if content is None and "baselines_sha256" in config:
         logger.info("%s: without %s: neither baselines nor ensemble", path, BASELINES)
+    return content
+
+
+def read_text(path: Path, config: Config) -> TextModel | None:
+    """Return the checked regression on texts beside a checkpoint; None where there is none."""
+    text = read_beside(path, TEXT, config.get("text_sha256"), TextModel.from_json)
+    if text is None and adds_text(config):
+        raise InputError(f"{path}: its risks also rest on {TEXT}, which is not there: restore it")
+    return text
+
+
+def adds_text(config: Config) -> bool:
+    """Return whether what texts say is part of the risks of a stage 1."""
+    return config.get("stage") == "trajectory" and config.get("residual_weight", 0.0) > 0
+
+
+def read_beside(
+    path: Path, name: str, sha256: str | None, read: Callable[[str], Content]
+) -> Content | None:
+    """Return a checked file beside a checkpoint; None where it has none of this hash or copy."""
+    if sha256 is None:
+        return None
+    file = path.parent / name
+    stage_folder = folder_of_stage_1(path) if path.is_file() else path
+    if (stage_folder / name).is_file():
+        file = stage_folder / name
+    if not file.is_file():
         return None
     try:
         content = file.read_bytes()
-        if hashlib.sha256(content).hexdigest() != config["baselines_sha256"]:
+        if hashlib.sha256(content).hexdigest() != sha256:
             raise ValueError("another content")
-        return Baselines.from_json(content.decode())
+        return read(content.decode())
     except files.READING_ERRORS as error:
         raise InputError(
             f"{file}: damaged, of an earlier version, or not of {path}: restore it, or copy the "
@@ -218,8 +245,8 @@ def read_baselines(path: Path, config: Config) -> Baselines | None:
 
 
 def without_baselines(config: Config) -> Config:
-    """Return the configuration of a copy that holds no baselines."""
-    keys = ("baselines_sha256", "baseline_inputs", "models")
+    """Return the configuration of a copy that holds no baselines and no regression on texts."""
+    keys = ("baselines_sha256", "baseline_inputs", "models", "text_sha256")
     return cast(Config, {name: x for name, x in config.items() if name not in keys})
 
 

@@ -44,6 +44,13 @@ class Watched(NamedTuple):
     is_event: Tensor  # (B, C, K) whether the row ended there by this cause
 
 
+def inverse_softplus(hazards: Array) -> Array:
+    """Return the sums whose softplus are cumulative hazards."""
+    hazards = hazards.clip(SMALLEST)
+    sums: Array = hazards + np.log(-np.expm1(-hazards))
+    return sums
+
+
 @dataclass(frozen=True)
 class Hazards:
     """The outcome of times: cause-specific hazards, logistic in each of K intervals.
@@ -183,8 +190,7 @@ class Hazards:
     def shift(self, outputs: Array, targets: Array) -> Array:
         """Return what makes the outputs (n, Q) of each cause fit ``TARGETS`` on average, (Q,)."""
         exposure, is_event = (x.numpy() for x in self.watched(torch.from_numpy(targets)))
-        cumulative = self.cumulative(torch.from_numpy(outputs)).clamp(min=SMALLEST).numpy()
-        z = cumulative + np.log(-np.expm1(-cumulative))  # the inverse of softplus
+        z = inverse_softplus(self.forecast(outputs))
 
         def excess(shift: float, cause: int) -> float:
             """Return the expected minus the observed events of a cause."""
@@ -245,6 +251,13 @@ class Hazards:
         """Return the forecast (n, C, K) of outputs (n, Q)."""
         forecast: Array = self.cumulative(torch.from_numpy(outputs)).numpy()
         return forecast
+
+    def moved(self, forecast: Array, share: Array) -> Array:
+        """Return the forecast (n, C, K) whose outputs rise by a share (n, Q)."""
+        of_cause = share.reshape(len(share), -1, len(self.cuts) + 1)
+        z = inverse_softplus(forecast) + of_cause[..., :-1] + of_cause[..., -1:]
+        hazards: Array = np.logaddexp(0, z)
+        return hazards
 
     def blend(self, *forecasts: Array) -> Array:
         """Return the mean of several forecasts, (n, C, K)."""

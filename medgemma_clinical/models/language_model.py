@@ -77,7 +77,7 @@ def quiet_libraries() -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-def find_model(name: str, revision: str | None = None) -> Path:
+def find_model(name: str, revision: str | None = None, flag: str = "--model_name") -> Path:
     """Return the folder of a base model; one of the hub is downloaded, with its progress."""
     if name == DEMO:
         return DEMO_FOLDER
@@ -85,7 +85,7 @@ def find_model(name: str, revision: str | None = None) -> Path:
         return Path(name)
     if "/" not in name or not HUB_ID.fullmatch(name):
         problem = f"no such folder; a model of the hub is named as in google/{name}"
-        raise InputError(f"--model_name {name}: {problem}")
+        raise InputError(f"{flag} {name}: {problem}")
     try:
         with quiet_libraries():
             return Path(snapshot_download(name, revision=revision, allow_patterns=READ_FILES))
@@ -94,7 +94,7 @@ def find_model(name: str, revision: str | None = None) -> Path:
         if not isinstance(error, (GatedRepoError, RepositoryNotFoundError)):
             problem = f"not in the cache, and the hub does not answer ({type(error).__name__})"
             advice = f"{problem}: try again online; before the first download {advice}"
-        raise InputError(f"--model_name {name}: {advice}; {DEMO} needs no download") from error
+        raise InputError(f"{flag} {name}: {advice}; {DEMO} needs no download") from error
 
 
 def load_language_model(
@@ -226,13 +226,13 @@ def base_name(name: str) -> str:
     return one_line(os.path.basename(os.path.abspath(name))) if os.path.isdir(name) else name
 
 
-def base_record(name: str) -> dict[str, str | None]:
+def base_record(name: str, flag: str = "--model_name") -> dict[str, str | None]:
     """Return a checkpoint's record of its base model: name, hash of a folder, hub's commit."""
     digest = commit = None
     if os.path.isdir(name) and name != DEMO:
         digest = content_hash(Path(name))
     elif name != DEMO:
-        commit = find_model(name).name
+        commit = find_model(name, flag=flag).name
     return {"base_model": base_name(name), "base_sha256": digest, "base_revision": commit}
 
 

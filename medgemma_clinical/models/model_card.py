@@ -192,6 +192,10 @@ def card_header(config: Mapping[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------ a model in words
 
 
+TEXT_READ = {"words": "words and pairs of words", "frozen": "states of a language encoder"}
+"""What stage 1 reads of a text, by ``--text_features``."""
+
+
 def describe_model(config: Mapping[str, Any]) -> dict[str, str]:
     """Return the description of a model's parts for a card or a page."""
     lines = {"Model": STAGE_NAMES[config["stage"]]}
@@ -211,6 +215,8 @@ def describe_model(config: Mapping[str, Any]) -> dict[str, str]:
         dynamics = f", dynamics {dynamics}" if dynamics else ""
         name = config.get("encoder_class") or "ClinicalODERNN"
         lines["Stage 1"] = f"encoder {name}{dynamics}, members {config['members']}"
+    if (text := config.get("text_features", "none")) != "none" and base is None:
+        lines["Text"] = f"{TEXT_READ[text]}; weight beside stage 1: {describe_weight(config)}"
     if "best_model" in config:
         lines[RECOMMENDED] = describe_recommended(config)
     if updated := config.get("updated"):
@@ -283,8 +289,8 @@ def page_card(config: Mapping[str, Any], lines: Mapping[str, str]) -> dict[str, 
 
 
 def describe_weight(config: Mapping[str, Any]) -> str:
-    """Return the weight of the language model of stage 2 or 3 beside stage 1's logit, in words."""
-    if not config["stage1_logit"]:
+    """Return the weight of text, or of a language model, beside stage 1's logit, in words."""
+    if config["stage"] != "trajectory" and not config["stage1_logit"]:
         return "stage 1's logit is not added"
     if "folds" in (metrics := config.get("metrics", {})):
         return f"{config['residual_weight']:g}, the folds' median"
@@ -299,7 +305,8 @@ def weight_0_sentence(config: Mapping[str, Any]) -> str:
     """Return the sentence of a page about a language model of weight 0; else nothing."""
     if config.get("residual_weight") != 0:
         return ""
-    return "The language model was not shown to add to stage 1, so each risk is that of stage 1."
+    part = "text" if config["stage"] == "trajectory" else "language model"
+    return f"The {part} was not shown to add to stage 1, so each risk is that of stage 1."
 
 
 def built_in_notice(config: Mapping[str, Any]) -> str:

@@ -86,6 +86,10 @@ class LabelOutcome:
         """Return the forecast (n,) of logits (n, 1)."""
         return outputs[:, 0]
 
+    def moved(self, forecast: Array, share: Array) -> Array:
+        """Return the forecast (n,) whose logits rise by a share (n, 1)."""
+        return forecast + share[:, 0]
+
     def blend(self, *forecasts: Array) -> Array:
         """Return the mean of several forecasts, (n,)."""
         return log_odds(baselines.blend(*map(expit, forecasts)))
@@ -107,21 +111,43 @@ LABELS = LabelOutcome()
 
 
 def weighted(predictions: Predictions, weight: float | None) -> Predictions:
-    """Return the predictions of stage 1 and a language model of this weight; None: unchanged."""
+    """Return the predictions of stage 1 and what text adds by this weight; None: unchanged."""
     if weight is None:
         return predictions
-    added = weight * (predictions.outputs - predictions.offset)
-    return replace(predictions, outputs=predictions.offset + added)
+    share = weight * (predictions.outputs - predictions.offset)
+    return replace(predictions, outputs=predictions.offset + share, share=share)
+
+
+def with_text(outcome: Outcome, predictions: Predictions, numbers: Array) -> Predictions:
+    """Return the predictions of stage 1 to which what texts say (n, W) is added."""
+    outputs = predictions.outputs
+    return replace(predictions, outputs=outputs + text_share(outcome, numbers), offset=outputs)
+
+
+def text_share(outcome: Outcome, numbers: Array) -> Array:
+    """Return what the numbers (n, W) of texts add to the outputs of stage 1, (n, Q)."""
+    import torch  # a stage has loaded it; see above
+
+    share: Array = outcome.added(torch.from_numpy(numbers)).numpy()
+    return share
 
 
 def forecasts_of_models(
-    outcome: Outcome, stage: str, forecast: Array, beside: Mapping[str, Array]
+    outcome: Outcome,
+    stage: str,
+    forecast: Array,
+    beside: Mapping[str, Array],
+    share: Array | None = None,
 ) -> dict[str, Array]:
-    """Return the forecasts of stage, baselines, and the ensemble of stage and best blend."""
-    found = {stage: forecast, **beside}
+    """Return the forecasts of stage, baselines, and the ensemble of stage and best blend.
+
+    A share (n, Q) of text in the stage's outputs is added to the blend, too: it counts in full.
+    """
+    forecasts = {stage: forecast, **beside}
     if best := baselines.best_blend(beside):
-        found[ENSEMBLE] = outcome.blend(forecast, beside[best])
-    return found
+        other = beside[best] if share is None else outcome.moved(beside[best], share)
+        forecasts[ENSEMBLE] = outcome.blend(forecast, other)
+    return forecasts
 
 
 def risk_columns(outcome: Outcome, forecasts: Mapping[str, Array]) -> dict[str, Array]:

@@ -24,13 +24,19 @@ from medgemma_clinical.data.overlap import check_held_out
 from medgemma_clinical.data.training_data import Data
 from medgemma_clinical.data.trajectories import PromptOptions, TrajectoryDataset
 from medgemma_clinical.distributed import default_device, few_threads
-from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, WORDS, Baselines
+from medgemma_clinical.evaluation.baselines import (
+    ENSEMBLE,
+    STAGE_NAMES,
+    Baselines,
+    text_names,
+)
 from medgemma_clinical.evaluation.decision import Rules, read_rules
 from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.rules import apply_rules, moves_of, rules_of
 from medgemma_clinical.evaluation.target import events_of
+from medgemma_clinical.evaluation.text_features import TextModel
 from medgemma_clinical.files import InputError, json_hash, read_json
-from medgemma_clinical.models import checkpoints
+from medgemma_clinical.models import checkpoints, text_encoder
 from medgemma_clinical.models.checkpoints import Config, TrajectoryCheckpoint
 from medgemma_clinical.models.choices import LLM_STAGES
 from medgemma_clinical.models.language_model import base_name, base_record
@@ -39,6 +45,7 @@ from medgemma_clinical.models.outcome import (
     forecasts_of_models,
     outcome_of,
     risk_columns,
+    text_share,
 )
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trajectory import Stage1
@@ -66,6 +73,8 @@ class TrainedModel:
     tokenizer: PreTrainedTokenizerBase | None = None  # None for stage 1
     train_patients: NDArray[np.int64] | None = None  # of stage 1 alone
     baselines: Baselines | None = None
+    text: TextModel | None = None  # a regression on texts
+    text_model: str = ""  # where the language encoder lies whose states it reads
 
     @property
     def device(self) -> torch.device:
@@ -87,12 +96,12 @@ class TrainedModel:
         """Return hashes that are equal where copies give equal risks: the stage's, the others'."""
         moves = {name: moves_of(rules) for name, rules in self.rules.items()}
         weights = checkpoints.weights_sha256(self.model)
-        stage = [weights, moves.pop(self.name), self.config.get("residual_weight")]
+        stage = [weights, moves.pop(self.name), *late_parts(self.config)]
         hashes: dict[str, str | None] = {"sha256": json_hash(stage), "baselines_sha256": None}
-        if self.baselines:  # of which a copy lacks the words
-            baselines = replace(self.baselines, words=None).sha256
-            moves.pop(WORDS, None)
-            hashes["baselines_sha256"] = json_hash([baselines, moves])
+        if self.baselines:
+            for name in text_names(self.text):  # which a shared copy lacks
+                moves.pop(name, None)
+            hashes["baselines_sha256"] = json_hash([self.baselines.sha256, moves])
         return hashes
 
     @cached_property
@@ -145,11 +154,57 @@ class TrainedModel:
         problem = "no such model" if self.baselines else "this copy of the model has no baselines"
         raise InputError(f"--use {use}: {problem}: choose from {choices}")
 
+    def with_text(self, dataset: TrajectoryDataset) -> TrajectoryDataset:
+        """Return a data set whose texts are read as the regression on texts needs them."""
+        if self.text is None or not self.text.reading.encoder:
+            return dataset
+        return text_encoder.with_states(dataset, self.encoder_name, self.encoder_record)
+
+    @property
+    def encoder_record(self) -> dict[str, str | None]:
+        """The record of the language encoder whose states are read."""
+        assert self.text is not None
+        return {**self.text.reading.encoder}
+
+    @cached_property
+    def encoder_name(self) -> str:
+        """The id, or the checked folder, of the language encoder."""
+        record = self.encoder_record
+        name = self.text_model or str(record["base_model"])
+        digest = text_encoder.encoder_record(name)["base_sha256"] if os.path.isdir(name) else None
+        if digest != record["base_sha256"]:
+            problem = "differs from the encoder of the training" if digest else "is not its folder"
+            raise InputError(f"--text_model {name}: {problem}: give that of {record['base_model']}")
+        return name
+
+    def loaded_encoder(self) -> text_encoder.TextEncoder:
+        """Return the language encoder."""
+        revision = self.encoder_record["base_revision"]
+        return text_encoder.load_encoder(self.encoder_name, revision, default_device())
+
+    @property
+    def adds_late(self) -> bool:
+        """Whether text, read by a language model or a regression, adds to stage 1's outputs."""
+        return checkpoints.adds_text(self.config) or bool(self.config.get("stage1_logit"))
+
+    def text_share(self, dataset: TrajectoryDataset) -> Array | None:
+        """Return what texts add to the outputs of stage 1, (n, Q); None where they add nothing."""
+        if not checkpoints.adds_text(self.config):
+            return None
+        assert self.text is not None
+        weight = self.config["residual_weight"]
+        return weight * text_share(self.outcome, self.text.numbers(dataset))
+
     @few_threads()
-    def forecasts(self, dataset: TrajectoryDataset, forecast: Array) -> dict[str, Array]:
-        """Return what each model says of n rows; ``forecast`` is the stage's own."""
+    def forecasts(
+        self, dataset: TrajectoryDataset, forecast: Array, share: Array | None
+    ) -> dict[str, Array]:
+        """Return what each model says of n rows.
+
+        ``forecast`` is the stage's own, ``share`` (n, Q) what text adds to the outputs in it.
+        """
         beside = self.baselines.forecasts(dataset) if self.baselines else {}
-        return forecasts_of_models(self.outcome, self.name, forecast, beside)
+        return forecasts_of_models(self.outcome, self.name, forecast, beside, share)
 
     def risks(self, name: str, forecast: Array) -> Array:
         """Return the delivered risks (n, T) of a model."""
@@ -245,9 +300,15 @@ def model_sha256(config: Config, weights: str) -> str:
     An update makes another model of it, a threshold does not.
     """
     updated = config.get("updated", {})
-    stage = [weights, moves_of(rules_of(config)), config.get("residual_weight")]
+    stage = [weights, moves_of(rules_of(config)), *late_parts(config)]
     names = "before", "model", "method", "data_sha256"
     return json_hash([stage, [updated.get(name) for name in names]])
+
+
+def late_parts(config: Config) -> list[Any]:
+    """Return weight and hash of what is added to stage 1's outputs."""
+    text = [config["text_sha256"]] if checkpoints.adds_text(config) else []
+    return [config.get("residual_weight"), *text]
 
 
 # ------------------------------------------------------------------ loading
@@ -284,6 +345,7 @@ def load_trained_model(
     precision: str | None = None,
     device: torch.device | None = None,
     attention: str = "sdpa",
+    text_model: str | None = None,
 ) -> TrainedModel:
     """Load a trained model, every key of it, from a stage's folder, ``best`` or stage 1's file.
 
@@ -295,9 +357,10 @@ def load_trained_model(
         if best.is_file():
             checkpoint = checkpoints.read_trajectory(best)
             stage1 = rebuild_stage1(checkpoint, builders).to(device).eval()
-            baselines = checkpoints.read_baselines(best, checkpoint.config)
-            patients = checkpoint.train_patients
-            return TrainedModel(stage1, checkpoint.config, None, patients, baselines)
+            beside = read_beside(best, checkpoint.config, text_model)
+            return TrainedModel(
+                stage1, checkpoint.config, None, checkpoint.train_patients, **beside
+            )
         stored = checkpoints.read_config(best)
         check_no_control(path, stored)
         config = {**stored}
@@ -305,7 +368,7 @@ def load_trained_model(
         config["precision"] = precision or stored["precision"]
         name = model_name or base_folder(best, stored)
         check_base(best, stored, name)
-        baselines = checkpoints.read_baselines(best, stored)
+        beside = read_beside(best, stored, text_model)
         with damage_refused(best):
             model, tokenizer = builders.llm(
                 config,
@@ -317,7 +380,27 @@ def load_trained_model(
                 attention=attention,
             )
             checkpoints.load_modules(model, best)
-    return TrainedModel(model.to(device).eval(), stored, tokenizer, None, baselines)
+    return TrainedModel(model.to(device).eval(), stored, tokenizer, None, **beside)
+
+
+def read_beside(best: Path, config: Config, text_model: str | None) -> dict[str, Any]:
+    """Return the parts of a trained model that lie beside its checkpoint."""
+    baselines, text = checkpoints.read_baselines(best, config), checkpoints.read_text(best, config)
+    if baselines is not None:
+        baselines = replace(baselines, text=text)
+    name = text_model or ""
+    if text is not None and text.reading.encoder.get("base_sha256") and not name:
+        name = argument_of(best, "text_model")
+    return {"baselines": baselines, "text": text, "text_model": name}
+
+
+def argument_of(best: Path, name: str) -> str:
+    """Return an argument of the run that left a checkpoint, empty where it is not known."""
+    # A checkpoint holds no path; ``run.json`` does.
+    folder = checkpoints.folder_of_stage_1(best) if best.is_file() else best.parent
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        return str(read_json(folder / "run.json")["arguments"][name])
+    return ""
 
 
 def check_no_control(path: Path, config: Config) -> None:
@@ -333,12 +416,10 @@ def base_folder(best: Path, config: Config) -> str:
     """Return where a checkpoint's base model lies: the hub's id, or a folder of this machine."""
     if checkpoints.is_merged(config):
         return str(best / checkpoints.MERGED_MODEL)
-    base, folder = str(config["base_model"]), ""
+    base = str(config["base_model"])
     if config["base_sha256"] is None:
         return base
-    # A checkpoint holds no path; the ``run.json`` beside ``best`` does.
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        folder = str(read_json(best.parent / "run.json")["arguments"]["model_name"])
+    folder = argument_of(best, "model_name")
     if not os.path.isdir(folder):
         raise InputError(f"{best}: its base model is a folder, {base}: give it by --model_name")
     return folder
@@ -374,6 +455,11 @@ def stage1_risks(
 def check_stage1(checkpoint: TrajectoryCheckpoint, data: Data, flags: dict[str, Any]) -> None:
     """Check that stage 1 fits data and flags, and was not trained on held-out patients."""
     config, path = checkpoint.config, checkpoint.path
+    if checkpoints.adds_text(config):
+        raise InputError(
+            f"{path}: its risks also rest on texts, which the language model reads itself: train "
+            "stage 1 without --text_features"
+        )
     description = data.description()
     stored: dict[str, Any] = {key: config[key] for key in ("features", "units", "outcome")}
     actual = {key: description[key] for key in stored}

@@ -63,6 +63,8 @@ def test_a_copy_to_give_away_scores_and_aggregates_as_the_run_does(stage, runs, 
         found.append(table)
         sites.append((tmp_path / f"{name}.json").read_text())
     assert {"probability_stage", "probability_ensemble"} <= {*found[0]}
+    words = found[0].pop("probability_words_of_the_context")  # which is not given away
+    assert words.notna().all()
     pd.testing.assert_frame_equal(*found, check_exact=True)
     assert sites[0] == sites[1]
 

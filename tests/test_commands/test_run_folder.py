@@ -27,6 +27,7 @@ def facts_of(**arguments):
     arguments = {"seed": 0, "output_dir": "a", "encoder_lr": None, "model_name": "m", **arguments}
     numbers = {"format": RUN_FORMAT, "processes": 1, "rows_a_step": 16, "time_scale": 72.0}
     hashes = {"stage_1_sha256": None, "base_revision": None, "base_sha256": None}
+    hashes["text_encoder"] = {}
     software = {"versions": {"torch": "2.5"}, "code_sha256": "c"}
     return {"arguments": arguments, "data": {"data_sha256": "d"}, **numbers, **hashes, **software}
 

@@ -193,7 +193,9 @@ def test_every_variant_has_its_flags_and_stands_beside_stage_1_and_the_baselines
     made, forgotten = [], []
     monkeypatch.setattr(plan.distributed, "reset_peak_memory", lambda: forgotten.append(1))
     with caplog.at_level(logging.INFO):
-        assert run_ablation(arguments(tmp_path, ablation=[]), DATASET, fake_train(made)) == 0
+        assert (
+            run_ablation(arguments(tmp_path, ablation=[*VARIANTS]), DATASET, fake_train(made)) == 0
+        )
     assert len({stage_folder(own) for own in made}) == len(VARIANTS) == len(forgotten)
     assert len({str({**vars(own), "output_dir": None}) for own in made}) == len(VARIANTS)
     content = results_of(tmp_path / "ablation" / "ablation.json")
@@ -208,6 +210,20 @@ def test_every_variant_has_its_flags_and_stands_beside_stage_1_and_the_baselines
         assert row["difference"] == pytest.approx(auroc - reference), "the row minus the reference"
         assert f"{name}: test AUROC " in caplog.text
     assert "Death" in (tmp_path / "ablation" / "ablation.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "left_out"),
+    [("minilm", True, []), (None, True, ["frozen"]), ("minilm", False, ["frozen", "words"])],
+)
+def test_variants_with_text_need_text_and_an_encoder(model, words, left_out, tmp_path, monkeypatch):
+    names = ["words of the context"] if words else []
+    monkeypatch.setattr(several, "baseline_names", lambda data: names)
+    monkeypatch.setattr(several.run_folder, "run_data", lambda *args: None)
+    usual = several.usual_variants(arguments(tmp_path, text_model=model), DATASET)
+    missing = {*VARIANTS} - {*usual}
+    assert len(missing) == len(left_out)
+    assert all(any(word in name for name in missing) for word in left_out)
 
 
 @pytest.mark.parametrize("names", [["text", "nothing"], ["nothing"], ["text", "last value"]])

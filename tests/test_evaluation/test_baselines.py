@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from unittest import mock
 
 import lightgbm
@@ -16,7 +17,9 @@ from medgemma_clinical.evaluation import baselines
 from medgemma_clinical.evaluation.baselines import (
     BOOSTING,
     ENSEMBLE,
+    FROZEN,
     LOGISTIC,
+    WITH_TEXT,
     Baselines,
     fit_baselines,
     tune_baselines,
@@ -27,7 +30,6 @@ from medgemma_clinical.evaluation.simple_models import (
     from_plain,
     kept_text,
     to_plain,
-    word_table,
 )
 from medgemma_clinical.models.outcome import LABELS
 from trajectories import dataset_of
@@ -93,7 +95,12 @@ def test_no_row_outside_of_the_training_part_changes_another_rows_risk(risks):
         rows["static_age"][k] = 700
         rows["clinical_context"][k] = "alien with trauma and without sepsis"
     after = risks_of(dataset_of(**rows), ["static_age"])
-    assert set(after) == set(risks) == set(WITH_STATICS) == set(MEANINGS) - {ENSEMBLE}
+    assert (
+        set(after)
+        == set(risks)
+        == set(WITH_STATICS)
+        == set(MEANINGS) - {ENSEMBLE, FROZEN, WITH_TEXT}
+    )
     for name, each in risks.items():
         for part in ("val", "test"):
             assert len(each[part]) == len(SPLIT[part])
@@ -120,19 +127,6 @@ def test_each_baseline_reads_its_own_inputs(risks):
     for ending in ("", " with statics"):
         pair = [logit(found[name + ending]) for name in (LOGISTIC, BOOSTING)]
         assert logit(found[f"blend{ending}"]) == pytest.approx(np.mean(pair, axis=0))
-
-
-def test_words_are_those_that_one_in_a_hundred_training_contexts_holds():
-    contexts = np.array(
-        ["Fever", "fever, 40 C", "x", "", *["rare"] * 1, *["cough"] * 145, "new"], object
-    )
-    words = baselines.frequent_words(contexts[:150])
-    assert words == ["cough", "fever"]
-    assert word_table(words, contexts[[0, 1, 2, 3, 4, 5, 150]]).toarray().tolist() == [
-        *[[0, 1], [0, 1], [0, 0], [0, 0], [0, 0], [1, 0], [0, 0]]
-    ]
-    for nothing in (["", "7"] * 75, [f"only{'x' * k}" for k in range(150)]):
-        assert baselines.frequent_words(np.array(nothing, object)) == []
 
 
 def test_a_blend_of_certain_risks_is_finite():
@@ -296,7 +290,10 @@ def test_a_kept_model_computes_what_its_library_does(kind):
 def test_kept_baselines_give_the_same_risks_and_hold_no_extreme_value(fitted):
     dataset = dataset_of(**visits())
     text = fitted.to_json()
-    kept, bounds = Baselines.from_json(text), re.findall(r"feature_infos=(.*?)\\n", text)
+    kept, bounds = (
+        replace(Baselines.from_json(text), text=fitted.text),
+        re.findall(r"feature_infos=(.*?)\\n", text),
+    )
     assert {*" ".join(bounds).split()} == {"none"}
     assert kept.names == fitted.names == [*WITH_STATICS[:3], *kept.names[3:]]
     for name, risk in kept.risks(dataset).items():
@@ -316,7 +313,7 @@ def test_each_leaf_stands_for_enough_patients_whatever_the_rows_of_one(rows_of_o
         "subject_id": [*map(str, range(160)), *["one"] * rows_of_one],
     }
     dataset = dataset_of(**table)
-    settings = baselines.Settings([], [], {}, {**baselines.USUAL_TREES, "learning_rate": 0.1})
+    settings = baselines.Settings([], {}, {**baselines.USUAL_TREES, "learning_rate": 0.1})
     fitted = fit_baselines(dataset, np.arange(len(dataset)), settings)
     (trees,) = (model for name, model in fitted.models.items() if name == BOOSTING)
     values = fitted.table(dataset)[trees.columns].to_numpy()

@@ -25,7 +25,7 @@ from medgemma_clinical.inference.hub import (
     shared_copy,
 )
 from medgemma_clinical.models import trained_model
-from medgemma_clinical.models.checkpoints import BASELINES, TRAJECTORY_FILE, read_trajectory
+from medgemma_clinical.models.checkpoints import BASELINES, TEXT, TRAJECTORY_FILE, read_trajectory
 from medgemma_clinical.models.choices import LLM_STAGES
 from medgemma_clinical.models.trained_model import load_trained_model
 from medgemma_trainer import TrajectoryModel, fit_classification, fit_trajectory
@@ -99,7 +99,7 @@ def test_exactly_the_files_of_a_checkpoint_are_sent_and_nothing_of_a_patient(
     config = load(tmp_path / "sent").config
     sent = hub.received_bytes() + json.dumps(config).encode()
     assert b"AUROC" in sent, "the card is there, so the search can find something"
-    vocabulary = models[stage].baselines.words.vocabulary
+    vocabulary = models[stage].text.reading.vocabulary
     assert len(vocabulary) > 10
     assert not [word for word in vocabulary if f'"{word}"'.encode() in sent]
     places = str(runs), runs.name, "train.csv", tempfile.gettempdir()
@@ -207,18 +207,21 @@ def test_a_shared_folder_and_a_saved_one_hold_the_model_of_the_run(stage, models
     for name, write in (("shared", shared_copy), ("saved", save_model)):
         for _ in range(2):  # its own earlier files are replaced
             write(models[stage], tmp_path / "new" / name)
-        assert files_in(tmp_path / "new" / name) == STAGES[stage]
+        own = {TEXT} if name == "saved" else set()
+        assert files_in(tmp_path / "new" / name) == STAGES[stage] | own
     saved, shared = load(tmp_path / "new" / "saved"), load(tmp_path / "new" / "shared")
     assert same_weights(saved, models[stage])
     assert same_weights(shared, models[stage])
     known = {k: x for k, x in models[stage].config.items() if "sha256" not in k}
-    known["models"] = {k: x for k, x in known["models"].items() if k != WORDS}
     assert {k: x for k, x in saved.config.items() if "sha256" not in k} == known
+    assert saved.config["models"].keys() - shared.config["models"].keys() == {WORDS}
+    assert saved.text.to_json() == models[stage].text.to_json()
+    assert shared.text is None
     for kind in ("series", "static"):
         assert shared.config["case_mix"][kind] == known["case_mix"][kind]
     assert known["case_mix"]["series"]["Serum bicarbonate"]["measured"] == 1
     for copy in (saved, shared):
-        assert copy.baselines.to_json() == replace(models[stage].baselines, words=None).to_json()
+        assert copy.baselines.to_json() == models[stage].baselines.to_json()
     if stage == "trajectory":
         np.testing.assert_array_equal(saved.train_patients, models[stage].train_patients)
         assert len(shared.train_patients) == 0

@@ -78,17 +78,19 @@ def test_a_file_beside_its_folder_has_the_baselines_and_alone_has_none(
         assert refused(capsys, command(alone, new, tmp_path / "o.csv", "--use", use), "--use")
 
 
-def test_a_saved_model_has_all_but_the_words(runs, new, tmp_path):
+def test_a_saved_model_has_all_and_a_shared_one_lacks_the_words(runs, new, tmp_path):
     model = TrajectoryModel.from_pretrained(runs / "classification")
+    expected, words = model.predictions(new), "probability_words_of_the_context"
+    assert words in expected
     model.save_pretrained(tmp_path / "saved")
     saved = TrajectoryModel.from_pretrained(tmp_path / "saved", model_name=TINY_MODEL)
-    expected = model.predictions(new)
-    found, words = saved.predictions(new), "probability_words_of_the_context"
-    assert words in expected
-    pd.testing.assert_frame_equal(found, expected.drop(columns=words))
-    vocabulary = model.trained.baselines.words.vocabulary
-    text = (tmp_path / "saved" / BASELINES).read_text()
+    pd.testing.assert_frame_equal(saved.predictions(new), expected)
+    model.save_shared(tmp_path / "shared")
+    shared = TrajectoryModel.from_pretrained(tmp_path / "shared", model_name=TINY_MODEL)
+    pd.testing.assert_frame_equal(shared.predictions(new), expected.drop(columns=words))
+    vocabulary = model.trained.text.reading.vocabulary
     assert len(vocabulary) > 10
+    text = (tmp_path / "shared" / BASELINES).read_text()
     assert not [word for word in vocabulary if f'"{word}"' in text]
 
 
