@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import aggregates
@@ -40,7 +41,6 @@ import times
 import torch
 import train_writer
 from common import SAMPLE
-from phrasings import TESTING, TRAINING, Patient, phrase
 from safetensors.torch import load_file
 
 import decoders
@@ -260,30 +260,61 @@ def test_physionet2012(tmp_path, capsys):
         assert out.count(model) == 3  # the fold, and AUROC and AUPRC of all
 
 
-def test_phrasings_do_not_depend_on_the_label(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(phrasings, "search", lambda model, *_: model)
-    words = ["--rows", "90", "--seeds", "1", "--model_name", TINY_MODEL, "--epochs", "1"]
-    phrasings.main(["--out", str(tmp_path), *words])
-    assert phrasings.TRUE_SERIES in capsys.readouterr().out
-    written = pd.read_csv(tmp_path / "split_0.csv")
-    patients = list(map(phrasings.parse, phrasings.read_table(90)["clinical_context"]))
-    rows = list(zip(patients, written["split"], written["clinical_context"], strict=True))
-    for patient, part, text in rows:
-        own = TESTING if part == "test" else TRAINING
-        assert text in {phrase(each, patient, unit) for each in own for unit in phrasings.UNITS}
-    assert phrasings.rewrite(patients, written["split"], 0) == [text for *_, text in rows]
+def test_phrasings_compares_all_models_and_makes_no_run_again(tmp_path, capsys):
+    words = ["--sizes", "40", "--rows", "60", "--seeds", "1", "--text_model", TINY_MODEL]
+    words += ["--out", str(tmp_path), "--model_name", TINY_MODEL, "--epochs", "1"]
+    phrasings.main(words)
+    out = capsys.readouterr().out
+    frozen = f"stage 1 + {Path(TINY_MODEL).name}"
+    models = [phrasings.STAGE1, phrasings.WITH_WORDS, frozen, phrasings.TUNED, phrasings.TUNED_ON]
+    for model in (*models, phrasings.SOFT, phrasings.KNOWN, phrasings.TRUE):
+        assert f"| 40 | {model} | " in out
+    assert (tmp_path / "learning_curve.svg").is_file()
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("predictions_test.csv")}
+    assert len(written) == 6
+    phrasings.main(words)
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+
+    data = tmp_path / "data_0"
+    listed, notes = pd.read_csv(data / "patients_40.csv"), pd.read_csv(data / "notes.csv")
+    assert listed["split"].value_counts().to_dict() == {"test": 60, "train": 32, "val": 8}
+    with pytest.raises(AssertionError):  # a note of the future that is in no context
+        phrasings.check_contexts(data / "40.csv", listed, notes.assign(storetime="2026-01-01"))
 
 
-@pytest.mark.parametrize("phrasing", [*TRAINING, *TESTING])
-def test_phrasing_tells_each_value_and_no_wrong_one(phrasing):
-    patient, unit = Patient(41, man=True, unit="medical ICU", kg=100), "coronary care unit"
-    text = phrase(phrasing, patient, unit)
-    for other in ({"age": 73}, {"man": False}, {"unit": "surgical ICU"}, {"kg": 62}, {"kg": None}):
-        assert phrase(phrasing, patient._replace(**other), unit) != text
-    denied = r"\b(no|not a) woman\b|\bnot (\w+ ){0,3}(CCU|coronary care|cardiol)"
-    said = re.sub(denied, "", text, flags=re.IGNORECASE)
-    wrong = r"\b(woman|she|her|lady|female|F)(?=\b|\d)|CCU|coronary|cardiol"
-    assert not re.search(wrong, said, re.IGNORECASE)
+@pytest.mark.parametrize("unseen", [0, 1])
+def test_notes_by_the_prediction_time_tell_each_finding_in_the_phrasings_of_the_part(unseen):
+    _, patients, notes, truth = phrasings.draw_patients(0, 200, 800, unseen)
+    until = notes["subject_id"].map(patients.set_index("subject_id")["prediction_time"])
+    texts = notes[notes["storetime"] <= until].groupby("subject_id")["text"].agg(" ".join)
+    sentences = {
+        phrasings.say(form, name): (finding, kind, k)
+        for language, forms in phrasings.FORMS.items()
+        for kind in ("present", "absent", "family", "plan")
+        for k in (0, 1)
+        for form in forms[kind][k]
+        for finding, about in phrasings.FINDINGS.items()
+        for name in (getattr(about, language)[1:] if k else getattr(about, language)[:1])
+    }
+    for patient, part in zip(truth["patient"], patients["split"], strict=True):
+        said = [sentences[x] for x in re.split(r"(?<=\.) ", texts[patient]) if x in sentences]
+        assert {k for *_, k in said} == {unseen if part == "test" else 0}
+        has = truth.loc[truth["patient"] == patient, [*phrasings.FINDINGS]].iloc[0]
+        assert {finding for finding, kind, _ in said if kind == "present"} == {*has[has == 1].index}
+    assert truth[phrasings.TRUE].mean() == pytest.approx(0.25, abs=0.03)
+    assert patients["label"].mean() == pytest.approx(truth[phrasings.TRUE].mean(), abs=0.03)
+
+
+def test_phrasings_of_test_rows_are_those_of_no_other_row():
+    for language, forms in phrasings.FORMS.items():
+        names = [getattr(about, language) for about in phrasings.FINDINGS.values()]
+        trained = {name.lower() for name, *_ in names}
+        tested = {name.lower() for _, *others in names for name in others}
+        assert not [(x, y) for x in trained for y in tested if x in y or y in x]
+        assert len(trained) == len(names)
+        assert len(tested) == 2 * len(names)
+        for first, second in forms.values():
+            assert not {*first} & {*second}
 
 
 def test_train_writer(tmp_path, monkeypatch, capsys):
