@@ -10,7 +10,8 @@ stored after the prediction time tell the outcome, and must not be read. Names o
 of sentences of the test rows occur in no other row, or with ``--unseen 0``, a control, in all.
 
 Each size is a number of labelled patients, a fifth of whom validate; smaller ones are parts of
-larger ones, and each seed draws new patients. A run that is finished in DIR is not made again.
+larger ones, and each seed draws new patients, as does another largest size. A run that is finished
+in DIR is not made again.
 """
 
 import argparse
