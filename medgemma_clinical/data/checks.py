@@ -89,7 +89,8 @@ def _check_parts(data: Data) -> list[str]:
         problem = f"fewer than {TEST_EVENTS} events in the test part"
         logger.info("%s: --folds 5 tests the model on each patient once", problem)
     data.check_inputs()
-    return [*warnings, *describe_unusable(data.unusable_static), *describe_leaks(dataset, train)]
+    leaks = describe_leaks(dataset, train, whole_texts=True)
+    return [*warnings, *describe_unusable(data.unusable_static), *leaks]
 
 
 # --------------------------------------------------------------------------- summary

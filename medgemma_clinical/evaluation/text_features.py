@@ -7,9 +7,7 @@ intervals of follow-up.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -19,10 +17,10 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.sparse import csr_matrix
 from scipy.special import expit
-from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.model_selection import StratifiedGroupKFold
 
 from medgemma_clinical.data.small_cells import MIN_CELL, count_patients, minority_patients
+from medgemma_clinical.data.terms import frequent_terms, term_vectorizer
 from medgemma_clinical.data.trajectories import Rows, TrajectoryDataset
 from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.simple_models import (
@@ -32,12 +30,6 @@ from medgemma_clinical.evaluation.simple_models import (
     read_numbers,
     to_plain,
 )
-
-WORD, CLAUSE_END = re.compile(r"[^\W\d_]{2,}"), re.compile(r"[.;:!?\n]")
-"""A word, of which numbers are none, and what parts clauses: no pair of words lies across it."""
-
-MAX_WORDS = 5_000
-"""The most words and pairs that are read, the most frequent ones."""
 
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 """Inverse penalties of the ridge regression that are tried in folds."""
@@ -73,8 +65,8 @@ class Reading:
             scale = 1 / (spread * np.sqrt(len(spread)))
             return cls([], dataset.text_encoder, np.nanmean(states, axis=0), scale)
         texts = dataset.contexts[rows]
-        vocabulary = frequent_words(texts, dataset.groups[rows])
-        frequencies = word_vectorizer(vocabulary).fit(texts).idf_
+        vocabulary = frequent_terms(texts, dataset.groups[rows])
+        frequencies = term_vectorizer(vocabulary).fit(texts).idf_
         # Rounded, so that they tell no count of rows.
         scale = np.array([float(f"{x:.3g}") for x in frequencies])
         return cls(vocabulary, {}, np.zeros(len(vocabulary)), scale)
@@ -85,44 +77,12 @@ class Reading:
             texts = dataset.contexts[rows]
             if not len(texts):  # which the vectorizer refuses
                 return csr_matrix((0, len(self.vocabulary)))
-            vectorizer = word_vectorizer(self.vocabulary)
+            vectorizer = term_vectorizer(self.vocabulary)
             vectorizer.idf_ = self.scale
             return vectorizer.transform(texts)
         assert dataset.text_states is not None
         states = dataset.text_states[rows].astype(np.float64)
         return np.nan_to_num((states - self.center) * self.scale)  # no text: as the mean
-
-
-def terms(text: str) -> list[str]:
-    """Return the words of a text and the pairs of words within a clause, in lower case."""
-    found = []
-    for clause in CLAUSE_END.split(text.lower()):
-        words = WORD.findall(clause)
-        found += [*words, *map(" ".join, itertools.pairwise(words))]
-    return found
-
-
-def frequent_words(texts: NDArray[np.object_], groups: NDArray[Any]) -> list[str]:
-    """Return the words and pairs that enough patients' texts hold, and lack: a rare one is a name.
-
-    ``groups`` are the patients (N,).
-    """
-    counter = CountVectorizer(binary=True, analyzer=terms)
-    try:
-        holds = counter.fit_transform(texts)
-    except ValueError:  # no word
-        return []
-    names, owners = np.unique(groups, return_inverse=True)
-    of_patient = csr_matrix((np.ones(len(texts)), (owners, np.arange(len(texts)))))
-    patients = np.asarray((of_patient @ holds > 0).sum(axis=0)).ravel()
-    enough = (patients >= MIN_CELL) & (patients <= len(names) - MIN_CELL)
-    order = np.argsort(-patients[enough], kind="stable")[:MAX_WORDS]
-    return sorted(counter.get_feature_names_out()[enough][order].tolist())
-
-
-def word_vectorizer(vocabulary: Sequence[str]) -> Any:
-    """Return what makes weights of words and pairs, a row of them of length 1, or 0 without any."""
-    return TfidfVectorizer(vocabulary=vocabulary, sublinear_tf=True, analyzer=terms)
 
 
 def can_read_text(dataset: TrajectoryDataset, rows: NDArray[np.int64]) -> bool:
@@ -132,7 +92,7 @@ def can_read_text(dataset: TrajectoryDataset, rows: NDArray[np.int64]) -> bool:
         return False
     if dataset.text_encoder:
         return count_patients(groups, dataset.contexts[rows] != "") >= MIN_CELL
-    return bool(frequent_words(dataset.contexts[rows], groups))
+    return bool(frequent_terms(dataset.contexts[rows], groups))
 
 
 # ------------------------------------------------------------------ the regression

@@ -141,6 +141,26 @@ def test_an_input_that_tells_the_label_is_a_warning_that_names_it(name, checked)
         assert word in line
 
 
+def test_texts_whose_words_together_tell_the_label_are_a_warning(checked):
+    words = np.array([f"{a} {b}" for a in ("pale", "warm") for b in ("calm", "dull")], object)
+    first = RNG.integers(0, 2, 200)
+    texts = words[2 * first + (first ^ DIES)]  # a pair tells it, and no word alone
+    _, warnings = checked(dataset_of(SOUND, clinical_context=texts))
+    (line,) = [line for line in warnings if "known at the prediction time" in line]
+    assert "clinical_context: " in line
+    assert "'" not in line
+    _, warnings = checked(dataset_of(SOUND, clinical_context=RNG.permutation(texts)))
+    assert not [line for line in warnings if "clinical_context" in line]
+
+
+@pytest.mark.parametrize("words", ["Pat. is verstorben.", "now Comfort Care only", "EXPIRED"])
+def test_texts_that_may_state_what_came_later_are_counted(words):
+    texts = np.where(np.arange(200) < 3, words, "was well, mother died of cancer")
+    (line,) = describe_leaks(dataset_of(SOUND, clinical_context=texts), np.arange(200))
+    assert "3 training rows" in line
+    assert describe_leaks(dataset_of(SOUND, clinical_context=texts), np.arange(3, 200)) == []
+
+
 def test_a_suspicion_needs_ten_patients_with_and_without_the_event_and_knows_the_training_part():
     few = np.where(np.arange(200) < 9, 1, 0)
     dataset, train = dataset_of(SOUND, label_escalation=few, static_died=few), np.arange(200)

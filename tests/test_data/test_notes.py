@@ -86,6 +86,17 @@ def test_no_note_reaches_a_log(tmp_path, caplog):
     assert "SECRET" not in caplog.text + str(description)
 
 
+@pytest.mark.parametrize("title", ["DISCHARGE SUMMARY: ", "Entlassbrief vom 3.4.: ", "Epikrise "])
+def test_a_discharge_summary_of_unknown_storing_time_is_left_out_and_counted(
+    title, contexts, caplog
+):
+    with caplog.at_level("INFO"):
+        texts = contexts(asked((8, f"{title} died"), (9, "was well"), (31, "later"), (40, "died")))
+    assert texts.iloc[0] == "Note (3h): was well"
+    assert "left out 1 discharge summaries" in caplog.text
+    assert "left out 2 notes written later, and 0 of the admission" in caplog.text
+
+
 @pytest.mark.slow
 def test_nothing_written_later_changes_a_cell(contexts):
     rng = np.random.default_rng(6)

@@ -11,6 +11,7 @@ import pytest
 from scipy.stats import rankdata
 
 from medgemma_clinical.data.small_cells import MIN_CELL
+from medgemma_clinical.data.terms import frequent_terms, terms
 from medgemma_clinical.evaluation import baselines, text_features
 from medgemma_clinical.evaluation.baselines import (
     FROZEN,
@@ -21,7 +22,7 @@ from medgemma_clinical.evaluation.baselines import (
     text_settings,
     tune_baselines,
 )
-from medgemma_clinical.evaluation.text_features import Reading, TextModel, frequent_words
+from medgemma_clinical.evaluation.text_features import Reading, TextModel
 from medgemma_clinical.evaluation.time_baselines import PeriodFits, periods_of
 from trajectories import dataset_of
 
@@ -86,11 +87,11 @@ def auroc(score, labels):
 def test_words_and_pairs_are_those_of_eleven_patients_who_have_and_lack_them():
     texts = [*["fever high"] * MIN_CELL, *["fever"] * 20, *["rare"] * (MIN_CELL - 1), "fever 40"]
     groups = np.array([f"p{k}" for k in range(len(texts))])
-    assert frequent_words(np.array(texts, object), groups) == ["fever high", "high"]
+    assert frequent_terms(np.array(texts, object), groups) == ["fever high", "high"]
     groups[:MIN_CELL] = "p0"  # eleven rows, and one patient
-    assert frequent_words(np.array(texts, object), groups) == []
+    assert frequent_terms(np.array(texts, object), groups) == []
     for nothing in ("", "7 . 8"):
-        assert frequent_words(np.full(40, nothing, object), np.arange(40).astype(str)) == []
+        assert frequent_terms(np.full(40, nothing, object), np.arange(40).astype(str)) == []
 
 
 def plain_table(reading, texts):
@@ -109,7 +110,7 @@ def plain_table(reading, texts):
 
 
 def test_a_pair_of_words_lies_within_a_clause():
-    assert text_features.terms("No Fever; übel: 7 h, kein Schmerz.\nx") == [
+    assert terms("No Fever; übel: 7 h, kein Schmerz.\nx") == [
         *("no", "fever", "no fever", "übel", "kein", "schmerz", "kein schmerz")
     ]
 

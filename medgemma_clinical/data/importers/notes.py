@@ -14,7 +14,19 @@ from medgemma_clinical.flags import POSITIVE, TAKEN, row
 
 logger = logging.getLogger(__name__)
 
+SUMMARY = r"(?i)\b(discharge summary|entlass(ungs)?(brief|bericht)|epikrise)"
+"""How a discharge summary begins. Where no storing time is known, its time may be the admission."""
+
 CHARACTERS = 16  # of a word with its space, more than those of any text on average
+
+
+LEFT_OUT = (
+    "SELECT count(*) FILTER (NOT of_stay), count(*) FILTER (of_stay) FROM ("
+    "SELECT note.stay IS NOT NULL AND EXISTS (FROM target WHERE target.subject::VARCHAR = "
+    "note.subject AND target.stay = note.stay) AS of_stay FROM note WHERE note.rowid NOT IN "
+    "(SELECT note_id FROM seen))"
+)
+"""Notes that stand in no context: written later, or of a stay that is asked about."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +68,15 @@ def load_notes(
     file.check_columns(columns)
     typed = subject.typed(file.raw(names["subject"]))
     join = f"SEMI JOIN target ON target.subject::VARCHAR = ({typed})::VARCHAR"
+    if not {"stored", "stay"} & {*names}:
+        beginning = f"left(coalesce({file.raw(names['text'])}::VARCHAR, ''), 200)"
+        is_summary = f"regexp_matches({beginning}, '{SUMMARY}')"
+        conditions = " AND ".join(f"({condition})" for condition in (*keep, is_summary))
+        (count,) = database.row(f"SELECT count(*) FROM {file.rows()} {join} WHERE {conditions}")
+        if count:
+            text = "%s: left out %d discharge summaries, as no time of storing is known"
+            logger.warning(text, file.path, count)
+        keep = [*keep, f"NOT {is_summary}"]
     tables.load_table(database, "loaded", file, columns, keep, join)
     subjects, stay, charted, stored, text = (
         duck.quoted(names[role]) if role in names else "NULL"
@@ -83,5 +104,8 @@ def add_notes(database: duck.Database, contexts: pd.Series, max_words: int) -> p
     pieces = database.frame("SELECT number, text FROM noted ORDER BY number, position DESC")
     notes = pieces.groupby("number")["text"].agg(" ".join).reindex(contexts.index)
     logger.info("%d of %d prediction times have notes", notes.notna().sum(), len(notes))
+    later, of_stay = database.row(LEFT_OUT)
+    text = "left out %d notes written later, and %d of the admission that is predicted"
+    logger.info(text, later, of_stay)
     pairs = zip(contexts.fillna(""), notes.fillna(""), strict=True)
     return pd.Series([". ".join(filter(None, pair)) for pair in pairs], contexts.index)
