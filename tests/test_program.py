@@ -25,7 +25,7 @@ from stages import arguments, data_for, make_stage
 
 pytestmark = pytest.mark.slow
 
-FILES = {"run.json", "history.jsonl", "metrics.json", "report.html", "baselines.json"}
+FILES = {"run.json", "history.jsonl", "metrics.json", "report.html", "baselines.json", "text.json"}
 FILES |= {"predictions_val.csv", "predictions_test.csv", "figures", "tripod.md"}
 BEST = {"adapter", "modules.safetensors", "config.json", "README.md", "NOTICE", "model_facts.xml"}
 EXTRA = {"classification": {"best"}, "generative": {"best", "generations_test.jsonl"}}

@@ -111,7 +111,8 @@ class TrainingReport:
     methods: Mapping[str, str]  # what ``tripod.md`` says of the training
     history: Sequence[Mapping[str, Any]] = ()
     example: Mapping[str, Any] | None = None  # prompt, text and target of a row
-    stage1_page: str | None = None  # where the results are stage 1's: its page, empty if unknown
+    is_stage1_again: bool = False  # a language model of weight 0: the results are stage 1's
+    stage1_page: str = ""  # its page, empty if unknown
     last: str = ""  # a sentence behind the findings
     list_patients: bool = False  # names the rows with the largest errors
 
@@ -158,7 +159,7 @@ class TrainingReport:
         advice = "" if self.evaluated.folds else few_events_advice(self.evaluated.exact)
         findings = result_words(self.evaluated, advice)
         topics = build_topics(self.evaluated, [] if self.evaluated.has_few else self.results)
-        if self.stage1_page is None:
+        if not self.is_stage1_again:
             return findings, topics
         link = Finding(None, "See the report of stage 1.", self.stage1_page)
         return [link], report.folded(findings, topics, "The results of stage 1, again")

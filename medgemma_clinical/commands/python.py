@@ -8,7 +8,7 @@ import os
 import tempfile
 import threading
 from argparse import Namespace
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -43,7 +43,7 @@ COMMAND_LINE_ALONE |= {"data_path", "data_dir", "show_values", "folds", "leave_o
 COMMAND_LINE_ALONE |= {"ode_checkpoint"}
 """Flags that are no keywords."""
 
-OF_FOLDS = {"folds", "leave_out", "final", "ode_checkpoint"}
+OF_FOLDS = {"folds", "leave_out", "final"}
 """Those of them that ``cross_validate`` takes."""
 
 OF_FOLDER = ("report_patients", "log_file", "report_to", "resume", "save_every")
@@ -236,7 +236,7 @@ class Training:
             if output_dir is None:
                 temporary = stack.enter_context(tempfile.TemporaryDirectory())
                 keywords |= {"output_dir": temporary, "log_file": "none"}
-            args = stack.enter_context(self._fitting(chosen, keywords, OF_FOLDS))
+            args = stack.enter_context(self._fitting(chosen, keywords, for_folds=True))
             read = partial(self._read_rows, rows, description, keywords)
             if run_folds(args, read, self.train) == EXIT_DONE:
                 folder = folds_folder(args)
@@ -283,10 +283,14 @@ class Training:
 
     @contextlib.contextmanager
     def _fitting(
-        self, stage: dict[str, Any], keywords: dict[str, Any], more: Collection[str] = ()
+        self, stage: dict[str, Any], keywords: dict[str, Any], *, for_folds: bool = False
     ) -> Iterator[Namespace]:
         """Check the keywords of a training, and yield its arguments for the length of it."""
-        self._check_keywords(keywords, "mode" in stage, more)
+        self._check_names(keywords, for_folds=for_folds)
+        self._check_stage(keywords, has_llm="mode" in stage)
+        unused = [name for name in OF_FOLDER if keywords.get(name)]
+        if keywords.get("output_dir") is None and unused:
+            raise InputError(f"{', '.join(unused)}: give output_dir too, or leave it out")
         if isinstance(keywords.get("encoder"), type):
             keywords = {**keywords, "encoder": register(keywords["encoder"])}
         set_environment()
@@ -314,24 +318,24 @@ class Training:
             finally:
                 IN_FIT.reset(within)
 
-    def _check_keywords(
-        self, keywords: Mapping[str, Any], has_llm: bool, more: Collection[str]
-    ) -> None:
-        """Refuse keywords that are no flags, or flags of another stage."""
+    def _check_names(self, keywords: Mapping[str, Any], *, for_folds: bool) -> None:
+        """Refuse keywords that are no flags of a training, or of one without folds."""
+        names = {flag.name for flag in rows_of(self.table)} - COMMAND_LINE_ALONE
+        if for_folds:
+            names |= {*OF_FOLDS, "ode_checkpoint"}
+        for name in sorted({*keywords} - names):
+            if name in OF_FOLDS:
+                raise TypeError(f"{name!r}: cross_validate takes it")
+            raise TypeError(f"unexpected keyword {name!r}{did_you_mean(name, [*names])}")
+
+    def _check_stage(self, keywords: Mapping[str, Any], *, has_llm: bool) -> None:
+        """Refuse flags of another stage."""
         way, other = ("llm", "stage 1") if has_llm else ("stage1", "stages 2 and 3")
         flags = {flag.name: flag for flag in rows_of(self.table)}
-        names = {*flags} - COMMAND_LINE_ALONE | {*more}
         for name in sorted(keywords):
-            if name in OF_FOLDS - {"ode_checkpoint"} and not more:
-                raise TypeError(f"{name!r}: cross_validate takes it")
-            if name not in names:
-                raise TypeError(f"unexpected keyword {name!r}{did_you_mean(name, [*names])}")
             if way in flags[name].unread.split():
                 hint = ": stage 1 takes trajectory_epochs" if name == "epochs" else ""
                 raise TypeError(f"{name} is for {other}{hint}")
-        unused = [name for name in OF_FOLDER if keywords.get(name)]
-        if keywords.get("output_dir") is None and unused:
-            raise InputError(f"{', '.join(unused)}: give output_dir too, or leave it out")
 
     def _read_rows(
         self,

@@ -303,10 +303,11 @@ def run_report(
     arguments = run["arguments"]
     methods = pages.training_methods(stage, data, run)
     recalibration = methods["recalibration"] if arguments["calibrate"] == "platt" else ""
-    stage1_page = None
+    is_stage1_again, stage1_page = False, ""
     if arguments["ode_checkpoint"] and result.decided.weight == 0:
         own = Path(arguments["ode_checkpoint"]).absolute().parent
         is_beside = own == Path(arguments["output_dir"]).absolute()
+        is_stage1_again = True
         stage1_page = "../trajectory/report.html" if is_beside else ""
     card = describe_training(stage, progress)
     if result.baselines:
@@ -329,6 +330,7 @@ def run_report(
         methods=methods,
         history=progress.history if is_shown else [],
         example=example,
+        is_stage1_again=is_stage1_again,
         stage1_page=stage1_page,
         list_patients=arguments["report_patients"],
     )

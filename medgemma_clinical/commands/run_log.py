@@ -33,38 +33,55 @@ MAX_SHOWN = 6
 
 def log_run_summary(stage: Stage, data: Data, seed: int, *, facts: bool) -> None:
     """Log data, split, model and length of the training; ``facts``: stage 1 may read them."""
-    dataset, batches = data.dataset, stage.batches["train"]
-    for line in [*summarize(dataset), describe_split(dataset, data.split, seed)]:
-        logger.info(line)
-    log_warnings(describe_leaks(dataset, data.split["train"]), dataset.source)
-    log_warnings(describe_unusable(data.unusable_series), dataset.source)
-    if "members" in stage.learning_rates or "stage1" in stage.learning_rates:
-        if facts:
-            log_warnings(describe_unusable(data.unusable_static), dataset.source)
-        until = "last observation" if dataset.hours_read is None else "prediction time"
-        names = ", ".join(dataset.static_inputs) or "none"
-        logger.info("stage 1 reads the series up to the %s, and static features: %s", until, names)
+    log_data(data, seed)
+    if {"members", "stage1"} & {*stage.learning_rates}:  # there is a stage 1
+        log_stage1_inputs(data, facts=facts)
     learns = (
         f"{part} {sum(p.numel() for p in parameters):,} at rate {stage.learning_rates[part]:g}"
         for part, parameters in stage.learning_parts.items()
     )
     logger.info("stage %s, trainable parameters: %s", stage.name, ", ".join(learns))
-    if stage.text is not None:
-        tokens, soft = stage.lengths[batches.rows], stage.config["num_prefix_tokens"]
-        logger.info(
-            f"tokens: {tokens.sum():,} an epoch, of a patient median {np.median(tokens):.0f}, "
-            f"longest {tokens.max()}, up to {soft} of them soft"
-        )
-        if count := stage.text.shortened:
-            logger.info(f"{count:,} prompts were too long and lost their oldest values")
+    log_tokens(stage)
     epochs = f"at most {stage.epochs} epochs"
     if stage.final_epochs:
         final = describe_epochs(stage.final_epochs)
         epochs = f"{max(stage.final_epochs)} epochs, by the folds' losses; averaged: {final}"
     logger.info(
-        f"batch size {stage.batch_size}, {len(batches)} steps an epoch, {epochs}, on "
-        f"{default_device()}, processes: {processes().num_processes}"
+        f"batch size {stage.batch_size}, {len(stage.batches['train'])} steps an epoch, {epochs}, "
+        f"on {default_device()}, processes: {processes().num_processes}"
     )
+
+
+def log_data(data: Data, seed: int) -> None:
+    """Log what the data hold, their split, and what looks wrong."""
+    dataset = data.dataset
+    for line in [*summarize(dataset), describe_split(dataset, data.split, seed)]:
+        logger.info(line)
+    log_warnings(describe_leaks(dataset, data.split["train"]), dataset.source)
+    log_warnings(describe_unusable(data.unusable_series), dataset.source)
+
+
+def log_stage1_inputs(data: Data, *, facts: bool) -> None:
+    """Log what stage 1 reads."""
+    dataset = data.dataset
+    if facts:
+        log_warnings(describe_unusable(data.unusable_static), dataset.source)
+    until = "last observation" if dataset.hours_read is None else "prediction time"
+    names = ", ".join(dataset.static_inputs) or "none"
+    logger.info("stage 1 reads the series up to the %s, and static features: %s", until, names)
+
+
+def log_tokens(stage: Stage) -> None:
+    """Log how many tokens a language model reads."""
+    if stage.text is None:
+        return
+    tokens, soft = stage.lengths[stage.batches["train"].rows], stage.config["num_prefix_tokens"]
+    logger.info(
+        f"tokens: {tokens.sum():,} an epoch, of a patient median {np.median(tokens):.0f}, "
+        f"longest {tokens.max()}, up to {soft} of them soft"
+    )
+    if count := stage.text.shortened:
+        logger.info(f"{count:,} prompts were too long and lost their oldest values")
 
 
 def log_epoch_time(stage: Stage, seconds: float, rows: Sequence[int]) -> None:

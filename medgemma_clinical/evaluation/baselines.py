@@ -36,6 +36,7 @@ from medgemma_clinical.evaluation.text_features import (
     TextSettings,
     can_read_text,
     fit_text,
+    kind_of,
     tune_text,
 )
 from medgemma_clinical.files import InputError
@@ -50,6 +51,8 @@ STAGE_NAMES = {
 LOGISTIC, BOOSTING, BLEND = "logistic regression", "gradient boosting", "blend"
 WITH_STATICS, STATICS_ALONE = " with statics", "statics alone"
 WORDS, FROZEN, WITH_TEXT = "words of the context", "frozen text", "regression with text"
+TEXT_ALONE = {"words": WORDS, "frozen": FROZEN}
+"""The baseline of each kind of reading."""
 NULL = "Aalen-Johansen"
 ENSEMBLE = "ensemble"
 
@@ -347,7 +350,7 @@ def text_names(text: TextModel | None) -> list[str]:
     """Return the names of the baselines that read a text."""
     if text is None:
         return []
-    return [FROZEN if text.reading.encoder else WORDS, *([WITH_TEXT] if text.beside else [])]
+    return [TEXT_ALONE[text.reading.kind], *([WITH_TEXT] if text.beside else [])]
 
 
 def baseline_tables(dataset: TrajectoryDataset, static: Sequence[str]) -> dict[str, pd.DataFrame]:
@@ -376,7 +379,7 @@ def baseline_names(
     if fits.null is not None:
         names.append(NULL)
     if can_read_text(dataset, train):
-        names.append(FROZEN if dataset.text_encoder else WORDS)
+        names.append(TEXT_ALONE[kind_of(dataset)])
         names += [WITH_TEXT] if with_text else []
     return names
 

@@ -327,6 +327,7 @@ def draw_metrics(
             value[value.index.get_level_values(1).isin(names)] = np.nan
     counts = count_targets(targets, rows, patients, parts)
     order = [(model, view.target.key(x)) for model in models for view in views for x in NAMES]
+    assert {*value.index} <= {*order}, "a metric that ``ORDER`` lacks"
     value = value[[key for key in order if key in value.index]]
     of_parts = None
     if split is not None:

@@ -40,6 +40,9 @@ USUAL_PENALTY = 1.0
 CROSS_FITS = 5
 """Folds in which a training text's number comes from the texts of other patients."""
 
+WORDS, FROZEN = "words", "frozen"
+"""Kinds of readings, as ``--text_features`` names them."""
+
 Folds = Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]
 
 
@@ -55,10 +58,15 @@ class Reading:
     center: Array  # (W,) what is taken off states
     scale: Array  # (W,) of words the inverse document frequency
 
+    @property
+    def kind(self) -> str:
+        """``words`` or ``frozen``."""
+        return FROZEN if self.encoder else WORDS
+
     @classmethod
     def fitted(cls, dataset: TrajectoryDataset, rows: NDArray[np.int64]) -> Self:
         """Return the reading that suits the texts of some rows."""
-        if dataset.text_encoder:
+        if kind_of(dataset) == FROZEN:
             assert dataset.text_states is not None
             states = dataset.text_states[rows].astype(np.float64)
             spread = np.nanstd(states, axis=0).clip(1e-6)
@@ -73,7 +81,7 @@ class Reading:
 
     def table(self, dataset: TrajectoryDataset, rows: Rows = slice(None)) -> Any:
         """Return the table (n, W) of the texts of some rows, sparse of words."""
-        if not self.encoder:
+        if self.kind == WORDS:
             texts = dataset.contexts[rows]
             if not len(texts):  # which the vectorizer refuses
                 return csr_matrix((0, len(self.vocabulary)))
@@ -85,12 +93,17 @@ class Reading:
         return np.nan_to_num((states - self.center) * self.scale)  # no text: as the mean
 
 
+def kind_of(dataset: TrajectoryDataset) -> str:
+    """Return what can be read of the texts of a data set: their words, or an encoder's states."""
+    return FROZEN if dataset.text_encoder else WORDS
+
+
 def can_read_text(dataset: TrajectoryDataset, rows: NDArray[np.int64]) -> bool:
     """Return whether a regression on the texts of some rows can be fitted."""
     groups = dataset.groups[rows]
     if minority_patients(dataset.labels[rows], groups) < CROSS_FITS:
         return False
-    if dataset.text_encoder:
+    if kind_of(dataset) == FROZEN:
         return count_patients(groups, dataset.contexts[rows] != "") >= MIN_CELL
     return bool(frequent_terms(dataset.contexts[rows], groups))
 

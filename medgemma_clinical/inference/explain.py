@@ -16,6 +16,7 @@ from medgemma_clinical.data.findings import Findings
 from medgemma_clinical.data.texts import plain
 from medgemma_clinical.data.trajectories import ScoringRows, TrajectoryDataset
 from medgemma_clinical.evaluation.patients import Curves, Explanation
+from medgemma_clinical.evaluation.text_features import WORDS
 from medgemma_clinical.inference.scoring import rows_as_read, score_rows, text_collator
 from medgemma_clinical.models import checkpoints
 from medgemma_clinical.models.trained_model import TrainedModel
@@ -137,7 +138,7 @@ def text_effects(dataset: TrajectoryDataset, trained: TrainedModel) -> dict[str,
     assert trained.text is not None
     weight, reading = trained.config["residual_weight"], trained.text.reading
     coefficients = weight * trained.text.coefficients[0]
-    if not reading.encoder:
+    if reading.kind == WORDS:
         weights = reading.table(dataset, slice(0, 1)).toarray()[0]
         names: Sequence[str] = reading.vocabulary
         effects = weights * coefficients

@@ -34,7 +34,7 @@ from medgemma_clinical.evaluation.decision import Rules, read_rules
 from medgemma_clinical.evaluation.metrics import Array
 from medgemma_clinical.evaluation.rules import apply_rules, moves_of, rules_of
 from medgemma_clinical.evaluation.target import events_of
-from medgemma_clinical.evaluation.text_features import TextModel
+from medgemma_clinical.evaluation.text_features import WORDS, TextModel
 from medgemma_clinical.files import InputError, json_hash, read_json
 from medgemma_clinical.models import checkpoints, text_encoder
 from medgemma_clinical.models.checkpoints import Config, TrajectoryCheckpoint
@@ -156,7 +156,7 @@ class TrainedModel:
 
     def with_text(self, dataset: TrajectoryDataset) -> TrajectoryDataset:
         """Return a data set whose texts are read as the regression on texts needs them."""
-        if self.text is None or not self.text.reading.encoder:
+        if self.text is None or self.text.reading.kind == WORDS:
             return dataset
         return text_encoder.with_states(dataset, self.encoder_name, self.encoder_record)
 

@@ -18,6 +18,7 @@ import argparse
 import itertools
 import math
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -47,6 +48,7 @@ from medgemma_clinical.evaluation.tables import METRICS
 from medgemma_clinical.evaluation.target import LABEL
 from medgemma_clinical.evaluation.verdicts import difference_text
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
+from medgemma_clinical.models.text_encoder import CACHE
 
 STAGE1, WITH_WORDS = "stage 1", "stage 1 + words"
 TUNED, TUNED_ON, SOFT = "LoRA on the text", "LoRA on the text + stage 1", "soft prompt + stage 1"
@@ -302,11 +304,16 @@ def list_models(arguments, flags, out):
     return models
 
 
-def run_models(path, out, seed, models):
+def run_models(path, out, seed, models, sizes):
     """Train what is not trained yet; return the test risks of all models and their baselines."""
     risks = None
     for model, flags in models.items():
         began, folder = time.perf_counter(), out / re.sub(r"\W+", "_", model)
+        states = folder / f"seed_{seed}" / CACHE
+        largest = out.parent / str(max(sizes)) / states.relative_to(out)
+        if largest.is_file() and not states.is_file():  # of the same texts
+            states.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(largest, states)
         train(*flags, "--data_path", path, "--seed", seed, "--seeds", 1, "--output_dir", folder)
         write(f"{path.stem} patients, seed {seed}, {model}: {time.perf_counter() - began:.0f} s")
         stage = "trajectory" if "--trajectory_only" in flags else "classification"
@@ -391,10 +398,10 @@ def main(argv=None):
     for seed in seeds:
         folder = arguments.out / f"data_{seed}"
         truth = build(folder, seed, sizes, arguments.rows, arguments.unseen)
-        for size in sizes:
+        for size in reversed(sizes):
             path = folder / f"{size}.csv"
             out = arguments.out / str(size)
-            risks = run_models(path, out, seed, list_models(arguments, flags, out))
+            risks = run_models(path, out, seed, list_models(arguments, flags, out), sizes)
             for table in (known_findings(path, truth), truth[["patient", TRUE]]):
                 risks = risks.merge(table, on="patient", validate="1:1")
             tables[size].append(risks)

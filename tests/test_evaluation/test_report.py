@@ -143,7 +143,7 @@ def test_topics_of_the_first_risk_are_open_and_those_of_further_ones_folded(time
 
 def test_where_the_results_are_stage_1s_the_page_links_there_and_folds_them(page, tmp_path):
     for link in ("../trajectory/report.html", ""):
-        source = write_page(tmp_path, stage1_page=link)
+        source = write_page(tmp_path, is_stage1_again=True, stage1_page=link)
         folded = source[source.index("<details>") : source.rindex("</details>")]
         assert sections(folded) == ["In words", *SECTIONS[1:7]]
         assert sections(source.replace(folded, "")) == [SECTIONS[0], *SECTIONS[7:]]
