@@ -19,12 +19,15 @@ Populations of known truth. Each line has the rule of this program beside the on
 - interventions: metrics of the true risks without transplants, which the sickest have first, when
   the weights are taken as known in the draws; O/E and slope must be 1;
 - monitoring: years in which O/E, AUROC or CUSUM of a model in use alarm, where its months are held
-  to be equal.
+  to be equal;
+- text_weight: log loss and AUROC in new rows of a regression on a series, to which what a text says
+  is added with the weight of the lowest validation loss, or by the rule for language models.
 """
 
 import argparse
 import itertools
 import sys
+from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -35,9 +38,11 @@ from scipy.optimize import brentq
 from scipy.special import expit, logit
 from scipy.stats import rankdata, t
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
 
 from medgemma_clinical.data.competing_events import CompetingEvents
 from medgemma_clinical.data.fold_split import draw_folds
+from medgemma_clinical.data.terms import frequent_terms, term_vectorizer
 from medgemma_clinical.evaluation import baselines, metrics_table, monitoring
 from medgemma_clinical.evaluation import metrics as metrics_module
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
@@ -46,9 +51,11 @@ from medgemma_clinical.evaluation.decision import (
     TESTS,
     DecisionOptions,
     DecisionRule,
+    fit_residual_weight,
+    fit_text_weight,
     fit_updates,
 )
-from medgemma_clinical.evaluation.metrics import LOGIT, Known, newton_steps, of_labels
+from medgemma_clinical.evaluation.metrics import LOGIT, Known, newton_steps, of_labels, row_losses
 from medgemma_clinical.evaluation.metrics_table import (
     DIFFERENCE,
     EXPECTED,
@@ -68,6 +75,7 @@ from medgemma_clinical.evaluation.target import (
     weighed,
     weight_columns,
 )
+from medgemma_clinical.evaluation.text_features import USUAL_PENALTY, tuned_penalty
 from medgemma_clinical.evaluation.time_baselines import (
     fit_period_trees,
     fit_regressions,
@@ -602,6 +610,78 @@ def simulate_interventions(sets, rows=1500):
             )
 
 
+TEXT_WORDS, TEXT_TESTED = 12, 4_000
+"""Findings of which a text speaks, and rows that measure."""
+
+
+def draw_texts(seed, rows, effect):
+    """Draw series (n,), labels and texts: of findings, affirmed, denied or not named, and noise."""
+    rng = np.random.default_rng(seed)
+    beta = effect * rng.choice([-1, 1], TEXT_WORDS) * rng.uniform(0, 1.5, TEXT_WORDS)
+    has, series = rng.random((rows, TEXT_WORDS)) < 0.3, rng.normal(size=rows)
+    odds = (has - 0.3) @ beta + 0.8 * series - 1.2
+    labels = (rng.random(rows) < expit(odds)).astype(float)
+    texts = []
+    for row in has:
+        said = [f"{'' if x else 'no '}finding{chr(97 + k)}" for k, x in enumerate(row)]
+        named = itertools.compress(said, rng.random(TEXT_WORDS) < 0.8)
+        noise = [f"word{chr(97 + k)}" for k in rng.integers(0, 26, 30)]
+        texts.append(". ".join([*named, *noise]))
+    return series, labels, np.array(texts, object)
+
+
+def simulate_text_weight(sets):
+    """Compare weights of what a text adds, where it says something and where it says nothing."""
+    for effect, rows in itertools.product((1.0, 0.0), (300, 1000, 2500)):
+        found = []
+        for seed in range(sets):
+            series, labels, texts = draw_texts(seed, rows + TEXT_TESTED, effect)
+            train, val = np.arange(9 * rows // 10), np.arange(9 * rows // 10, rows)
+            patients = np.arange(len(labels)).astype(str)
+            vocabulary = frequent_terms(texts[train], patients[train])
+            table = term_vectorizer(vocabulary).fit(texts[train]).transform(texts)
+            fits = baselines.LabelFits(labels[train], patients[train])
+            folds = baselines.tuning_folds(labels[train], patients[train])
+            penalty = tuned_penalty(fits, table[train], folds) if folds else USUAL_PENALTY
+            numbers = table @ fits.fit_text(table[train], penalty)[0].T
+            numbers -= numbers[train].mean()
+            model = LogisticRegression().fit(series[train, None], labels[train])
+            offset = model.decision_function(series[:, None])[:, None]
+            both = offset[val], offset[val] + numbers[val]
+            weights = {
+                "none": 0.0,
+                "lowest loss": fit_text_weight(*both, partial(text_losses, labels[val])),
+                "as of a language model": fit_residual_weight(
+                    *both,
+                    patients[val],
+                    partial(text_losses, labels[val]),
+                    partial(text_auroc, labels[val]),
+                ),
+                "1": 1.0,
+            }
+            new = slice(rows, None)
+            risks = {name: (offset + w * numbers)[new, 0] for name, w in weights.items()}
+            found.append(
+                {
+                    name: (row_losses(labels[new], x).mean(), roc_auc_score(labels[new], x))
+                    for name, x in risks.items()
+                }
+            )
+        means = {name: np.mean([x[name] for x in found], axis=0) for name in found[0]}
+        text = "; ".join(f"{name} {loss:.4f}, {auroc:.3f}" for name, (loss, auroc) in means.items())
+        write(f"text_weight, {rows} rows, {'effects' if effect else 'noise'}: {text}")
+
+
+def text_losses(labels, outputs):
+    """Return the log loss (weights, n) of logits (weights, n, 1)."""
+    return row_losses(labels, outputs[..., 0])
+
+
+def text_auroc(labels, outputs):
+    """Return the AUROC of logits (n, 1)."""
+    return roc_auc_score(labels, outputs[:, 0])
+
+
 def missed(line, true):
     """Return how many intervals do not hold the truth."""
     return int(((line["low"] > true) | (line["high"] < true)).sum())
@@ -617,6 +697,7 @@ SIMULATIONS = {
     "periods": simulate_periods,
     "interventions": simulate_interventions,
     "monitoring": simulate_monitoring,
+    "text_weight": simulate_text_weight,
 }
 
 
