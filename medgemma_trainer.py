@@ -284,6 +284,8 @@ def read_dataset(
             raise InputError(f"description: not for --dataset {args.dataset}: leave it out")
         options["description"] = description
     rows: TrajectoryDataset = kind(source, **options)
+    if args.text_features == "frozen":  # once, whatever runs this command makes
+        rows = run_folder.with_text_states(args, rows)
     if args.mode == "generative" and not args.trajectory_only and rows.note_problem:
         raise InputError(f"--mode generative: {rows.note_problem}")
     return rows
@@ -745,11 +747,12 @@ def decide(
     of_rule, seed = options.decision(), options.seed
     observed, targets = observed_rows(outcome.targets, dataset, val.rows, options.censoring, seed)
     text = results.tuned_text(stage, data)
-    if text is not None:
+    adds_text = text is not None and stage.name == "trajectory"
+    if text is not None and adds_text:
         fitted = results.fitted_text(stage, data, text, data.split["train"])
         val = with_text(outcome, val, fitted.numbers(dataset, val.rows))
     weight, losses = None, partial(outcome.row_losses, dataset.targets()[val.rows])
-    if text is not None:
+    if adds_text:
         weight = decision.fit_text_weight(val.offset, val.outputs, losses)
     elif stage.config.get("stage1_logit"):
         weight = decision.fit_residual_weight(

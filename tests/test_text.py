@@ -133,6 +133,27 @@ def test_a_model_predicts_what_its_test_showed(run, tmp_path):
             np.testing.assert_allclose(found.loc[expected.index, column], expected, atol=1e-6)
 
 
+def test_a_model_with_text_is_compared_with_a_regression_that_reads_it(run):
+    assert metrics(run)["test"]["primary"] == WITH_TEXT
+
+
+def test_rows_without_a_text_are_counted(words, tmp_path, capsys):
+    rows = tmp_path / "new.csv"
+    table(20, seed=4).drop(columns="clinical_context").to_csv(rows, index=False)
+    capsys.readouterr()
+    predicted(words / "trajectory", rows, tmp_path / "out.csv")
+    assert "20 rows lack a text" in " ".join(capsys.readouterr().out.split())
+
+
+def test_stage_2_has_the_regression_with_text_beside_it(data, tmp_path):
+    line = ["--data_path", data, "--soft_prompt", "off", "--series_text", "none", "--epochs", 1]
+    line += ["--model_name", TINY_MODEL, "--output_dir", tmp_path, "--log_file", "none"]
+    assert main([*map(str, line), "--text_features", "words"]) == 0
+    content = json.loads((tmp_path / "classification" / "metrics.json").read_text())
+    assert {ALONE, WITH_TEXT} <= content["test"]["models"].keys()
+    assert "residual_weight" not in content
+
+
 def test_risks_are_those_of_stage_1_and_the_weighted_text(words):
     model = TrajectoryModel.from_pretrained(words / "trajectory")
     rows = table(30, seed=3)
@@ -248,6 +269,12 @@ def test_the_model_of_all_patients_has_the_text_of_all(data, tmp_path):
     assert model.trained.text.reading.vocabulary
     found = model.predictions(table(20, seed=6))
     assert f"probability_{WITH_TEXT.replace(' ', '_')}" in found
+
+
+def test_folds_read_the_texts_once(data, tmp_path):
+    words = ["--text_features", "frozen", "--text_model", TINY_MODEL, "--folds", 2]
+    assert train(tmp_path, data, *words, "--trajectory_epochs", 1) == 0
+    assert [*tmp_path.rglob(CACHE)] == [tmp_path / CACHE]
 
 
 def test_words_and_windows_that_moved_a_risk_are_named_to_the_owner(run, tmp_path):

@@ -22,6 +22,7 @@ FLAGS: Table = {
         Flag("out", Path, help="folder to write", required=True),
         MODEL_NAME,
         ENCODER,
+        Flag("share_text", bool, help="shared: with regressions on texts, which hold their words"),
         SHOW_VALUES,
     ),
 }
@@ -38,6 +39,6 @@ def run(args: Namespace, trainer: Any) -> int:
             return EXIT_DONE
         kind = trainer.TrajectoryModel
         model = kind.from_pretrained(args.checkpoint, model_name=args.model_name)
-        model.save_shared(args.out)
+        model.save_shared(args.out, share_text=args.share_text)
         logger.info("export: %s", args.out)
     return EXIT_DONE

@@ -64,7 +64,7 @@ class Decided:
     weight: float | None  # of the language model beside stage 1; None where it adds none
     rules: Mapping[str, decision.Rules]  # of the models, the stage's first
     targets: Sequence[Target]
-    text: TextSettings | None = None  # of what stage 1 reads; None where it reads no text
+    text: TextSettings | None = None  # of what stage 1 and a baseline read; None without text
     settings: Any = None  # of the baselines; None where there are none
     table: pd.DataFrame | None = None  # of predictions of the validation part
     metrics: Metrics | None = None
@@ -113,8 +113,8 @@ class RunResults(NamedTuple):
 
 
 def tuned_text(stage: Stage, data: Data) -> TextSettings | None:
-    """Return what is chosen of the text that stage 1 reads; None where it reads none."""
-    if stage.name != "trajectory" or data.text_features == "none":
+    """Return what is chosen of the text that stage 1 and a baseline read; None without text."""
+    if data.text_features == "none":
         return None
     train = data.split["train"]
     fits = outcomes.outcome_of(stage.config).fits(data.dataset, train)
@@ -173,7 +173,7 @@ def evaluate_run(
     taught = np.sort(np.concatenate([data.split["train"], data.split["val"]]))
     if decided.text is not None:
         text = fitted_text(stage, data, decided.text, taught)
-    if test is not None and text is not None:
+    if test is not None and text is not None and stage.name == "trajectory":
         numbers = text.numbers(data.dataset, test.rows)
         test = outcomes.with_text(outcomes.outcome_of(stage.config), test, numbers)
     if test is not None:

@@ -69,6 +69,8 @@ def log_stage1_inputs(data: Data, *, facts: bool) -> None:
     until = "last observation" if dataset.hours_read is None else "prediction time"
     names = ", ".join(dataset.static_inputs) or "none"
     logger.info("stage 1 reads the series up to the %s, and static features: %s", until, names)
+    if data.text_features != "none":
+        logger.info("texts are read as %s", data.text_features)
 
 
 def log_tokens(stage: Stage) -> None:

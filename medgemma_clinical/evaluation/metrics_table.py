@@ -15,7 +15,7 @@ from scipy.stats import binomtest
 
 from medgemma_clinical.data.small_cells import count_patients, minority_patients
 from medgemma_clinical.evaluation import metrics as of_risks
-from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, best_blend
+from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, WITH_TEXT, best_blend
 from medgemma_clinical.evaluation.decision import Recalibrated
 from medgemma_clinical.evaluation.metrics import Array, bootstrap_weights
 from medgemma_clinical.evaluation.target import LABEL, Target
@@ -271,7 +271,7 @@ def evaluate(
     threshold: float | Sequence[float] | None = None,  # of each target; gives shares
     reference: str | None = None,  # by default the first model
     split: NDArray[np.generic] | None = None,  # (n,) K folds, over whose metrics means are taken
-    primary: str | None = None,  # by default the blend that reads most
+    primary: str | None = None,  # by default the regression with text, or the blend that reads most
     compared: Sequence[str] = (),  # planned comparisons beside stages and ensemble
     trained: float | None = None,  # patients that a model learned from: see ``widening_of``
     *,
@@ -462,7 +462,8 @@ def compared_models(
     if drawn.of_parts is not None:
         table[SPREAD] = drawn.of_parts
     table["reference"] = [references[model] for model, _ in table.index]
-    primary = primary if primary in models else best
+    if primary not in models:  # a model that reads text is compared with one that does
+        primary = WITH_TEXT if WITH_TEXT in models else best
     plan = {primary, ENSEMBLE, *STAGE_NAMES.values(), *compared}
     planned = [name for name in models if name in plan and name != first]
     table = table.rename_axis(["model", "metric"]).loc[models]

@@ -118,8 +118,8 @@ def shared_copy(
     text = trained.text if share_text else None
     if checkpoints.adds_text(trained.config) and text is None:
         raise InputError(
-            f"{repo_id or folder}: its risks also rest on words of patients' texts: pass "
-            "share_text=True to share them, or train again without --text_features"
+            f"{repo_id or folder}: its risks also rest on a regression on patients' texts: share "
+            "it by share_text=True (--share_text), or train again without --text_features"
         )
     names = columns_of_few(trained)
     if names and not allow_small_cells:

@@ -25,6 +25,7 @@ from medgemma_clinical.evaluation.report_review import review_report
 from medgemma_clinical.evaluation.topics.written_reports import state_risk
 from medgemma_clinical.files import InputError
 from medgemma_clinical.inference.generation import write_reports
+from medgemma_clinical.models import checkpoints
 from medgemma_clinical.models.checkpoints import Config
 from medgemma_clinical.models.text_batches import TextCollator
 from medgemma_clinical.models.trained_model import TrainedModel
@@ -187,6 +188,9 @@ def score_rows(
     rows = rows_as_read(rows, trained.config, findings)
     rows = replace(rows, dataset=trained.with_text(rows.dataset))
     count_unknown_static(rows.dataset, findings)
+    if checkpoints.adds_text(trained.config):
+        missing = "lack a text that the model reads: their risks are those of rows without one"
+        findings.counts[missing] += int((rows.dataset.contexts == "").sum())
     model = trained.model
     stage1 = model if isinstance(model, Stage1) else model.stage1
     if stage1 is not None:

@@ -173,8 +173,9 @@ class TrainedModel:
         name = self.text_model or str(record["base_model"])
         digest = text_encoder.encoder_record(name)["base_sha256"] if os.path.isdir(name) else None
         if digest != record["base_sha256"]:
-            problem = "differs from the encoder of the training" if digest else "is not its folder"
-            raise InputError(f"--text_model {name}: {problem}: give that of {record['base_model']}")
+            problem = "is not the encoder of the training" if digest else "no such folder"
+            place = record["base_model"]
+            raise InputError(f"{name}: {problem}: say by --text_model where {place} lies")
         return name
 
     def loaded_encoder(self) -> text_encoder.TextEncoder:

@@ -153,6 +153,13 @@ def test_texts_whose_words_together_tell_the_label_are_a_warning(checked):
     assert not [line for line in warnings if "clinical_context" in line]
 
 
+def test_a_leak_that_several_words_share_is_found(checked):
+    told = np.array(["arrest", "asystole", "coded", "blue", "pressors", "maximal"])
+    texts = [f"was seen {told[k % 6]}" if dies else "was seen" for k, dies in enumerate(DIES)]
+    _, warnings = checked(dataset_of(SOUND, clinical_context=texts))
+    assert [line for line in warnings if "clinical_context: its words" in line]
+
+
 @pytest.mark.parametrize("words", ["Pat. is verstorben.", "now Comfort Care only", "EXPIRED"])
 def test_texts_that_may_state_what_came_later_are_counted(words):
     texts = np.where(np.arange(200) < 3, words, "was well, mother died of cancer")
