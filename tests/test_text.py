@@ -9,6 +9,7 @@ from scipy.special import expit, logit
 
 from conftest import whole_reports
 from language_models import TINY_MODEL
+from medgemma_clinical.commands import results
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.checkpoints import TEXT, TRAJECTORY_FILE
 from medgemma_clinical.models.text_encoder import CACHE
@@ -191,6 +192,22 @@ def test_texts_of_the_test_part_teach_nothing(words, data, tmp_path):
         before, after = (x / "trajectory" / name for x in (words, tmp_path))
         assert before.read_bytes() == after.read_bytes(), name
     assert metrics(words)["residual_weight"] == metrics(tmp_path)["residual_weight"]
+
+
+def test_the_weight_is_chosen_by_a_regression_on_the_training_part_alone(
+    data, tmp_path, monkeypatch
+):
+    seen, fit = [], results.fitted_text
+
+    def spied(stage, data, settings, rows):
+        seen.append(({*rows.tolist()}, data.split))
+        return fit(stage, data, settings, rows)
+
+    monkeypatch.setattr(results, "fitted_text", spied)
+    assert train(tmp_path, data, "--text_features", "words", "--trajectory_epochs", 1) == 0
+    (choosing, split), (kept, _) = seen
+    assert choosing == {*split["train"].tolist()}
+    assert kept == choosing | {*split["val"].tolist()}, "what has chosen then teaches"
 
 
 def test_a_stage_1_without_its_text_is_refused_and_an_altered_one_too(words, tmp_path, capsys):
