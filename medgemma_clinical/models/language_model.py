@@ -97,6 +97,19 @@ def find_model(name: str, revision: str | None = None, flag: str = "--model_name
         raise InputError(f"{flag} {name}: {advice}; {DEMO} needs no download") from error
 
 
+@contextlib.contextmanager
+def loading(flag: str, advice: str = "") -> Iterator[None]:
+    """Silence the libraries that load a model, and refuse what they cannot load in one line."""
+    try:
+        with quiet_libraries():
+            yield
+    except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:  # the libraries raise anything on files of another kind
+        text = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{flag}: cannot be loaded: {text}{advice}") from error
+
+
 def load_language_model(
     name: str,
     *,
@@ -115,21 +128,15 @@ def load_language_model(
     folder = find_model(name, revision)
     check_base_model(name, folder)
     options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention}
-    try:
-        with quiet_libraries():
-            config = text_config(folder)
-            if weights == "random":
-                model = draw_model(config, **options).to(device)
-            else:
-                options |= {"quantization_config": nf4, "device_map": {"": device}}
-                model = load_text_model(folder, config, **options)
-            tokenizer = load_tokenizer(folder)
-    except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
-        raise
-    except Exception as error:  # the libraries raise anything on files of another kind
-        text = " ".join(str(error).split())[:200] or type(error).__name__
-        advice = "; python -m bitsandbytes checks whether this machine can quantise" if nf4 else ""
-        raise InputError(f"--model_name {name}: cannot be loaded: {text}{advice}") from error
+    advice = "; python -m bitsandbytes checks whether this machine can quantise" if nf4 else ""
+    with loading(f"--model_name {name}", advice):
+        config = text_config(folder)
+        if weights == "random":
+            model = draw_model(config, **options).to(device)
+        else:
+            options |= {"quantization_config": nf4, "device_map": {"": device}}
+            model = load_text_model(folder, config, **options)
+        tokenizer = load_tokenizer(folder)
     return model.requires_grad_(False).eval(), tokenizer
 
 

@@ -55,30 +55,24 @@ class TextEncoder:
         from transformers import AutoConfig, AutoModel, AutoTokenizer  # they take seconds
 
         folder = language_model.find_model(name, revision, "--text_model")
-        try:
-            with language_model.quiet_libraries():
-                config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-                config = config.get_text_config()
-                if config.is_encoder_decoder:
-                    raise ValueError("an encoder with a decoder: give one of both alone")
-                model, info = AutoModel.from_pretrained(
-                    folder,
-                    config=config,
-                    key_mapping={r"^(model\.)?language_model\.(model\.)?": ""},  # if multimodal
-                    use_safetensors=True,
-                    trust_remote_code=False,
-                    output_loading_info=True,
-                    dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-                )
-                tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        with language_model.loading(f"--text_model {name}"):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            config = config.get_text_config()
+            if config.is_encoder_decoder:
+                raise ValueError("an encoder with a decoder: give one of both alone")
+            model, info = AutoModel.from_pretrained(
+                folder,
+                config=config,
+                key_mapping={r"^(model\.)?language_model\.(model\.)?": ""},  # if multimodal
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+            )
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             missing = [key for key in info["missing_keys"] if "pooler" not in key]
             if missing:
                 raise ValueError(f"missing weights, such as {min(missing)}")
-        except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
-            raise
-        except Exception as error:  # the libraries raise anything on files of another kind
-            text = " ".join(str(error).split())[:200] or type(error).__name__
-            raise InputError(f"--text_model {name}: cannot be loaded: {text}") from error
         self.model = model.requires_grad_(False).eval().to(device)
         self.tokenizer = tokenizer
         mark = tokenizer("a", add_special_tokens=False)["input_ids"]
