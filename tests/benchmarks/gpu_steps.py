@@ -16,13 +16,13 @@ from memory import MIB, SHAPES, text_config
 from transformers import Gemma3ForCausalLM
 
 import medgemma_trainer as trainer
-from decoders import save_decoder
 from medgemma_clinical.distributed import default_device, exact_kernels
 from medgemma_clinical.evaluation import metrics
 from medgemma_clinical.models.checkpoints import TRAJECTORY_FILE
 from medgemma_clinical.models.language_model import DEMO_FOLDER
 from medgemma_clinical.training.signals import Stopped
 from medgemma_clinical.training.state import read_state
+from small_decoders import save_decoder
 
 PATIENTS, TOY_PATIENTS, TRAINED = 500, 30, 120
 """Rows of the data, and how many the runs of the program take."""

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma4Config, Gemma4ForConditionalGeneration
 
 import decoders
-from decoders import KINDS, Case, attempt, save_decoder
+from decoders import Case, attempt
 from language_models import (
     CPU,
     classifier_and_writer,
@@ -31,6 +31,7 @@ from medgemma_clinical.models.decoders import (
 )
 from medgemma_clinical.models.language_model import cache_width, load_language_model
 from medgemma_clinical.models.terms import GEMMA_NOTICE, HAI_DEF_NOTICE
+from small_decoders import KINDS, save_decoder, save_model
 from stages import arguments, data_for, make_stage
 
 pytestmark = pytest.mark.slow
@@ -181,7 +182,7 @@ def stage_on(base, *more):
 
 
 def test_a_type_that_is_not_tested_needs_a_flag_and_is_warned_of_once(tmp_path, caplog):
-    base = decoders.save_model(tmp_path / "base", "olmo3", {}, "base model")
+    base = save_model(tmp_path / "base", "olmo3", {}, "base model")
     with pytest.raises(InputError, match=r"--model_name .*olmo3.*--allow_untested_model"):
         stage_on(base)
     assert [
