@@ -13,7 +13,7 @@ from medgemma_clinical.commands import results
 from medgemma_clinical.files import InputError
 from medgemma_clinical.models.checkpoints import TEXT, TRAJECTORY_FILE
 from medgemma_clinical.models.text_encoder import CACHE
-from medgemma_trainer import TrajectoryModel, main
+from medgemma_trainer import TrajectoryClassifier, TrajectoryModel, main
 from predicting import predicted, refused
 from test_times import ABOUT, waiting
 
@@ -136,6 +136,23 @@ def test_a_model_predicts_what_its_test_showed(run, tmp_path):
 
 def test_a_model_with_text_is_compared_with_a_regression_that_reads_it(run):
     assert metrics(run)["test"]["primary"] == WITH_TEXT
+
+
+def test_an_ablation_shows_the_regression_with_text_of_its_variants(data, tmp_path):
+    variant = "stage 1 + words"
+    words = ["--data_path", data, "--output_dir", tmp_path, "--trajectory_epochs", 2]
+    words += ["--ablation", f"stage 1,{variant}", "--log_file", "none"]
+    with whole_reports():
+        assert main([*map(str, words)]) == 0
+    content = json.loads((tmp_path / "ablation" / "ablation.json").read_text())["models"]
+    names = [variant, f"{variant}, {WITH_TEXT}", f"{variant}, ensemble"]
+    assert all(content[name]["auroc"]["difference"] > 0.05 for name in names)
+
+
+def test_the_classifier_of_scikit_learn_reads_texts():
+    own = TrajectoryClassifier(trajectory_epochs=2, text_features="words").fit(table())
+    rows = table(300, seed=4)
+    assert auroc(pd.Series(own.predict_proba(rows)[:, 1]), rows["label_escalation"]) > 0.7
 
 
 def test_rows_without_a_text_are_counted(words, tmp_path, capsys):

@@ -51,6 +51,8 @@ class TrajectoryClassifier(ClassifierMixin, BaseEstimator):
     time_scale: float | None = None
     series: Sequence[str] | None = None
     max_len: int | None = None
+    text_features: str = "none"
+    text_model: str | None = None
     label_column: str = "label_escalation"
     series_name: str | None = None
     unit: str | None = None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 from argparse import Namespace
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pandas as pd
 
 from medgemma_clinical.commands.command_line import EXIT_DONE, SEED, Table
 from medgemma_clinical.commands.prediction_files import read_predictions, read_targets
-from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, meanings
+from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, WITH_TEXT, meanings
 from medgemma_clinical.evaluation.metrics_table import Metrics, evaluate
 from medgemma_clinical.evaluation.report import comparison_page, write_report
 from medgemma_clinical.evaluation.tables import model_table
@@ -95,14 +96,18 @@ def model_names(runs: Sequence[Path]) -> list[str]:
     return [STAGE_NAMES.get(name, name) for name in names]
 
 
-def ensemble_of(name: str) -> str:
-    """Return the name of a run's ensemble among several."""
-    return f"{name}, {ENSEMBLE}"
+BESIDE = (ENSEMBLE, WITH_TEXT)
+"""What differs between runs of one split, though it bears one name."""
+
+
+def beside_runs(names: Iterable[str]) -> list[str]:
+    """Return the names of ``BESIDE`` of several runs."""
+    return [f"{name}, {beside}" for name in names for beside in BESIDE]
 
 
 def join_predictions(
     folders: Mapping[str, Path],
-    ensembles: Collection[str] = (),  # runs whose ensemble is joined, too
+    with_beside: Collection[str] = (),  # runs of which ``BESIDE`` is joined, too
 ) -> tuple[pd.DataFrame, tuple[Target, ...]]:
     """Join test predictions of the same patients by name; the baselines are the first stage's.
 
@@ -133,10 +138,10 @@ def join_predictions(
     risks = [table[own[name]] for name, table in tables.items()]
     joined = {column for columns in own.values() for column in columns}
     others = [x for x in map(str, first) if is_risk(x) and x not in joined]
-    for name in [name for name in tables if name in ensembles]:
-        names = {target.column(ENSEMBLE): target.column(ensemble_of(name)) for target in targets}
-        if {*names} <= {*tables[name]}:
-            risks.append(tables[name][[*names]].rename(columns=names))
+    for name, beside in itertools.product([x for x in tables if x in with_beside], BESIDE):
+        columns = {each.column(beside): each.column(f"{name}, {beside}") for each in targets}
+        if {*columns} <= {*tables[name]}:
+            risks.append(tables[name][[*columns]].rename(columns=columns))
     whole = pd.concat([first[tested], *risks, first[others]], axis=1)
     return whole, read_weights(targets, first)
 

@@ -59,9 +59,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 the output folder."""
 
 ON_TOP = (WORDS, FROZEN, "text + logit", "soft prompt + logit", "text + soft prompt + logit")
-"""Variants with text on top of stage 1, which are also shown on top of it and the blend."""
+"""Variants with text on top of stage 1, of which the ensemble with the blend and the
+regression with text are shown, too."""
 
-COMPARED = [*VARIANTS, *map(compare.ensemble_of, ON_TOP)]
+COMPARED = [*VARIANTS, *compare.beside_runs(ON_TOP)]
 
 VARIANTS_ARE = {
     STAGE_1_VARIANT: "reads series and static features; no language model",
@@ -157,7 +158,7 @@ def compare_variants(runs: Mapping[str, plan.Run], folder: Path, compared: Compa
     """Compare the variants with the reference and the baselines; write ``ablation/``."""
     folder.mkdir(exist_ok=True)
     folders = {name: run_folder.stage_folder(run.args) for name, run in runs.items()}
-    table, targets = compare.join_predictions(folders, ensembles=ON_TOP)
+    table, targets = compare.join_predictions(folders, with_beside=ON_TOP)
     weights = pd.DataFrame(weight_columns(targets), table.index)
     write_text(folder / "predictions_test.csv", table.join(weights).to_csv(index=False))
     metrics = evaluate(
