@@ -1,14 +1,15 @@
-"""The first session on a GPU, in ten minutes: does everything work on CUDA, how fast, how large?
+"""The first session on a GPU: does everything work on CUDA, how fast, how large?
 
     python tests/benchmarks/gpu.py
+    python tests/benchmarks/gpu.py --only stage2 --only speed2       # and what these steps need
     python tests/benchmarks/gpu.py --toy            # two narrow layers, also without a GPU
     python tests/benchmarks/gpu.py --toy --model_type qwen3          # of another type of model
 
-Needs no network and no weights: random ones in the shape of MedGemma-4B are written to a temporary
-folder (8 GB, TMPDIR says where). Each step runs in a process of its own, so that a fault of the
-card, an exhausted memory or a hanging step leaves the others alone. A step passes, fails or is
-skipped; a finding deserves attention without being a failure. At the end it prints a table. Exit
-code 1 if a step failed.
+Needs no network, no weights and no pytest: random weights in the shape of MedGemma-4B are written
+to a temporary folder (8 GB, TMPDIR says where). Each step runs in a process of its own, so that a
+fault of the card, an exhausted memory or a hanging step leaves the others alone. A line is printed
+as each step ends, a table of all at the end. A "finding" in it deserves attention without being a
+failure. Exit code 1 if a step failed.
 
 It takes about ten minutes on an A100 or H100 (estimated).
 """
@@ -42,30 +43,39 @@ MODULES = ("gpu_steps", "gpu_kernels")
 TIMEOUT = 600.0
 """Seconds after which a step counts as hanging."""
 
-STEPS = {
-    "Machine": ("gpu_steps.describe_machine",),
-    "Random weights": ("gpu_steps.write_models",),
-    "Gradients, cuDNN attention off": ("gpu_kernels.compare_gradients", False),
-    "Gradients, cuDNN attention on": ("gpu_kernels.compare_gradients", True),
-    "Products in NF4": ("gpu_kernels.compare_products",),
-    "Stage 1 trained": ("gpu_steps.train_stage1",),
-    "Stage 2 trained": ("gpu_steps.train_llm", "classification"),
-    "Stage 2 predicts": ("gpu_steps.predict",),
-    "Stage 3 trained": ("gpu_steps.train_llm", "generative"),
-    "Stage 2, dry run": ("gpu_steps.dry_run", "classification"),
-    "Stage 3, dry run": ("gpu_steps.dry_run", "generative"),
-    "Stage 2, speed and memory": ("gpu_kernels.measure_llm", "classification"),
-    "Stage 3, speed and memory": ("gpu_kernels.measure_llm", "generative"),
-    "Stage 2, compiled layers": ("gpu_kernels.measure_compiled",),
-    "Reports in a batch and one by one": ("gpu_steps.compare_reports",),
-    "Stage 2 resumed": ("gpu_steps.resume", "classification"),
-    "Stage 3 resumed": ("gpu_steps.resume", "generative"),
-    "Stage 1, speed": ("gpu_kernels.measure_stage1",),
-    "Two processes": ("gpu_steps.compare_processes",),
-}
-"""Function of each step and its arguments after the plan; the most important first.
 
-A function returns its result as text, and after it the findings."""
+class Step(NamedTuple):
+    """A function, its arguments after the plan, and the earlier steps whose files it reads.
+
+    It returns its figures, each a text, or raises.
+    """
+
+    function: str
+    arguments: tuple = ()
+    needs: tuple = ("models",)
+
+
+STEPS = {
+    "machine": Step("gpu_steps.describe_machine", needs=()),
+    "models": Step("gpu_steps.write_models", needs=()),
+    "attention": Step("gpu_kernels.compare_attention", needs=()),
+    "products": Step("gpu_kernels.compare_products"),
+    "stage1": Step("gpu_steps.train_stage1"),
+    "stage2": Step("gpu_steps.train_llm", ("classification",), ("models", "stage1")),
+    "predict": Step("gpu_steps.predict", needs=("models", "stage1", "stage2")),
+    "stage3": Step("gpu_steps.train_llm", ("generative",), ("models", "stage1")),
+    "speed2": Step("gpu_kernels.measure_llm", ("classification",)),
+    "speed3": Step("gpu_kernels.measure_llm", ("generative",)),
+    "reports": Step("gpu_kernels.measure_reports"),
+    "small_card": Step("gpu_steps.train_on_small_card", needs=("models", "stage1")),
+    "compiled": Step("gpu_kernels.measure_compiled"),
+    "left_padding": Step("gpu_steps.compare_reports"),
+    "resume2": Step("gpu_steps.resume", ("classification",)),
+    "resume3": Step("gpu_steps.resume", ("generative",)),
+    "speed1": Step("gpu_kernels.measure_stage1", needs=()),
+    "processes": Step("gpu_steps.compare_processes"),
+}
+"""The most important first."""
 
 
 class Plan(NamedTuple):
@@ -76,23 +86,30 @@ class Plan(NamedTuple):
     model_type: str = "gemma3_text"
 
 
+def with_needs(names):
+    """Return the names of the machine's step, of these and of what they need, in their order."""
+    wanted = {"machine", *names}
+    for name in names:
+        wanted.update(STEPS[name].needs)
+    return [name for name in STEPS if name in wanted]
+
+
 def attempt(step, plan, sender):
-    """Run a step; send its state, result, findings, and the traceback of a failure."""
+    """Run a step; send its state, its figures or why there are none, and a failure's traceback."""
     output = io.StringIO()
-    name, *arguments = step
+    module, _, function = step.function.partition(".")
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            module, _, function = name.partition(".")
             work = getattr(importlib.import_module(module), function)
             with exact_kernels():
-                result, *findings = work(plan, *arguments)
-        sender.send(("passed", result, findings, ""))
+                figures = work(plan, *step.arguments)
+        sender.send(("passed", "; ".join(figures), ""))
     except SkipTest as reason:
-        sender.send(("skipped", str(reason), [], ""))
+        sender.send(("skipped", str(reason), ""))
     except BaseException as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         printed = "\n".join(output.getvalue().splitlines()[-40:])
-        sender.send(("failed", reason, [], f"{printed}\n{traceback.format_exc()}"))
+        sender.send(("failed", reason, f"{printed}\n{traceback.format_exc()}"))
 
 
 def run_apart(step, plan):
@@ -103,10 +120,10 @@ def run_apart(step, plan):
     sender.close()
     try:
         known = receiver.poll(TIMEOUT)
-        outcome = receiver.recv() if known else ("failed", f"hangs: {TIMEOUT:.0f} s", [], "")
+        outcome = receiver.recv() if known else ("failed", f"hangs: {TIMEOUT:.0f} s", "")
     except EOFError:
         child.join()
-        outcome = ("failed", f"the process ended with {child.exitcode}", [], "")
+        outcome = ("failed", f"the process ended with {child.exitcode}", "")
     child.kill()
     child.join()
     return outcome
@@ -114,6 +131,8 @@ def run_apart(step, plan):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    help_only = f"a step, repeatable: {', '.join(STEPS)}"
+    parser.add_argument("--only", action="append", choices=STEPS, metavar="STEP", help=help_only)
     parser.add_argument("--toy", action="store_true", help="two narrow layers, also without a GPU")
     parser.add_argument("--model_type", default="gemma3_text", help="with --toy: as in config.json")
     arguments = parser.parse_args(argv)
@@ -122,22 +141,21 @@ def main(argv=None):
     if torch.version.cuda is None:  # once, not in each step
         for module in MODULES:
             importlib.import_module(module)
-    lines, failed, found = ["| Step | Result | Measured |", "|---|---|---|"], [], []
+    lines, states = ["| Step | State | Seconds | Figures |", "|---|---|---|---|"], {}
     with tempfile.TemporaryDirectory() as folder:
         plan = Plan(Path(folder), arguments.toy, arguments.model_type)
-        for name, step in STEPS.items():
-            began = time.perf_counter()
-            state, result, findings, trace = run_apart(step, plan)
+        for name in with_needs(arguments.only or STEPS):
+            began, trace = time.perf_counter(), ""
+            lacking = [need for need in STEPS[name].needs if states[need] != "passed"]
+            if lacking:
+                states[name], text = "skipped", f"needs {', '.join(lacking)}"
+            else:
+                states[name], text, trace = run_apart(STEPS[name], plan)
             seconds = time.perf_counter() - began
-            write(f"{trace}{name}: {state}, {seconds:.1f} s: {result}")
-            lines.append(f"| {name} | {state}, {seconds:.0f} s | {result.replace('|', '/')} |")
-            found += findings
-            failed += [name] if state == "failed" else []
+            write(f"{trace}{name}: {states[name]}, {seconds:.1f} s: {text}")
+            lines.append(f"| {name} | {states[name]} | {seconds:.0f} | {text.replace('|', '/')} |")
     write("\n" + "\n".join(lines))
-    for title, each in (("Findings", found), ("Failed", failed)):
-        if each:
-            write(f"\n{title}:\n" + "\n".join(f"- {text}" for text in each))
-    return 1 if failed else 0
+    return 1 if "failed" in states.values() else 0
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import itertools
 import statistics
 import time
+from typing import NamedTuple
 
 import torch
 from accelerate.utils import send_to_device
@@ -15,10 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Gemma3ForCausalLM
 
 import medgemma_trainer as trainer
-from medgemma_clinical.distributed import default_device
+from medgemma_clinical.distributed import default_device, peak_mib
+from medgemma_clinical.inference.generation import write_reports
 from medgemma_clinical.models.decoders import decoder_of
 from medgemma_clinical.models.language_model import DTYPES, compile_layers, set_checkpointing
-from medgemma_clinical.models.trajectory_llm import adapters_in
+from medgemma_clinical.models.trajectory_llm import IGNORED, adapters_in
 
 LENGTHS = (24, 192, 320, 193)
 """Positions of a row, the first within the window. cuDNN's gradients are NaN where 64 positions are
@@ -31,7 +33,9 @@ HEADS = {
 }
 TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-3}
 PRODUCT_TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 1e-4}
-"""Share of its norm by which a gradient may differ, and a product of packed weights."""
+"""Share of its norm by which the attention's result may differ, and a product of packed weights."""
+
+PADDING = ("not padded", "padded", "padded on the left")
 
 PRODUCT_ROWS = (1, 16, 300, 1400, 5000)
 """Rows of a product: bitsandbytes chooses among kernels by their number."""
@@ -46,33 +50,21 @@ FACTOR = 1.2
 """A measured peak that differs by this factor from the computed one is a finding."""
 
 
-def compare_gradients(plan, cudnn):
-    """Compare gradients by the attention of the card with those by plain matrices.
-
-    The program switches cuDNN's attention off: a fault is a failure without it, a finding with it.
-    """
-    if cudnn:
-        skip_without_gpu()
-    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+def compare_attention(plan):
+    """Compare gradients and states by the attention of the card with those by plain matrices."""
     dtype = DTYPES[stage_maker("--data_path", SAMPLE)[0].precision]
     worst, faults = 0.0, []
     for shape, heads in HEADS.items():
         sizes = {**heads, "vocab_size": VOCABULARY, "sliding_window": WINDOW}
         model = small_model(text_config(2, **(sizes | NARROW if plan.toy else sizes)), dtype)
         lengths = LENGTHS[-1:] if plan.toy else LENGTHS
-        for length, padded in itertools.product(lengths, (True, False)):
-            try:
-                apart = gradient_difference(model, length, padded)
-            except RuntimeError as error:  # such as "no valid execution plan"
-                apart, name = float("nan"), " ".join(str(error).split())[:200]
-            else:
-                name = f"{shape}, {length} positions{', padded' * padded}: {apart:.1%} apart"
+        for length, padding in itertools.product(lengths, PADDING):
+            apart = attention_difference(model, length, padding)
             worst = max(worst, apart)
             if not apart <= TOLERANCE[dtype]:  # also where it is NaN
-                faults.append(name)
-    assert cudnn or not faults, "; ".join(faults)
-    result = f"largest difference {worst:.1e} of the norm in {str(dtype)[6:]}"
-    return [result, *(f"cuDNN attention on: {fault}; the program keeps it off" for fault in faults)]
+                faults.append(f"{shape}, {length} positions, {padding}: {apart:.1%} apart")
+    assert not faults, "; ".join(faults)
+    return [f"largest difference {worst:.1e} of the norm in {str(dtype)[6:]}"]
 
 
 def small_model(config, dtype):
@@ -87,31 +79,40 @@ def small_model(config, dtype):
     return model.to(default_device())
 
 
-def gradient_difference(model, length, padded):
+def attention_difference(model, length, padding):
     """Return how far the adapter's gradient is from that by plain matrices, relative to its norm.
 
-    Of four rows each is shorter than the one before, unless they are not padded.
+    Of four rows each is shorter than the one before, unless they are not padded. On the left, as
+    reports are written, padding sees nothing at all; there the last states are compared.
     """
     device, shape = default_device(), (4, length, model.config.hidden_size)
     draw = torch.Generator(device).manual_seed(1)
     embeddings = torch.randn(shape, generator=draw, device=device, dtype=model.dtype)
     direction = torch.randn(shape[-1], generator=draw, device=device)
-    lengths = length - 16 * padded * torch.arange(4, device=device)
+    shorter = 0 if padding == "not padded" else length // 8
+    lengths = length - shorter * torch.arange(4, device=device)
     mask = (torch.arange(length, device=device) < lengths[:, None]).long()
+    last = lengths - 1
+    left = padding == "padded on the left"
+    if left:
+        mask, last = mask.flip(1), torch.full_like(last, length - 1)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    free = length <= WINDOW and model.dtype == torch.bfloat16  # as ``TrajectoryLLM.read`` does
-    keys = {"attention_mask": None if free else mask, "use_cache": False}
+    # As ``TrajectoryLLM.read`` does.
+    unmasked = length <= WINDOW and model.dtype == torch.bfloat16 and not left
+    keys = {"attention_mask": None if unmasked else mask, "use_cache": False}
 
-    def gradient():
+    def compute():
         with adapters_in(model.dtype, device):
             hidden = model.get_decoder()(inputs_embeds=embeddings, **keys).last_hidden_state
-        last = hidden[torch.arange(4, device=device), lengths - 1].float()
-        found = torch.autograd.grad((last * direction).sum(), parameters)
+        states = hidden[torch.arange(4, device=device), last].float()
+        if left:
+            return states.detach()
+        found = torch.autograd.grad((states * direction).sum(), parameters)
         return torch.cat([each.flatten() for each in found])
 
-    found = gradient()
+    found = compute()
     with sdpa_kernel(SDPBackend.MATH):
-        plain = gradient()
+        plain = compute()
     return float((found - plain).norm() / plain.norm())
 
 
@@ -148,7 +149,27 @@ def compare_products(plan):
     return [f"{len(packed)} kinds, up to {rows:,} rows: largest difference {worst:.1e}"]
 
 
-def time_steps(stage, count, repeats):
+def stage_loss(model, batch):
+    """Return the loss of the program's stage, and its terms."""
+    output = model(batch)
+    return output.loss, output.terms
+
+
+def usual_loss(model, batch):
+    """Return the loss of all text tokens by logits everywhere, as TRL's usual QLoRA has it."""
+    sequence = model.embed(batch, model.trajectory(batch))
+    embeddings, mask = sequence.embeddings, sequence.mask
+    targets = torch.full(mask.shape, IGNORED, device=mask.device)
+    row, position = batch["text_mask"].nonzero(as_tuple=True)
+    targets[row, sequence.text_start[row] + position] = batch["input_ids"][row, position]
+    with adapters_in(embeddings.dtype, embeddings.device):
+        options = {"attention_mask": mask.long(), "use_cache": False}
+        logits = model.llm(inputs_embeds=embeddings, **options).logits[:, :-1]
+    logits, targets = logits.flatten(0, 1).float(), targets[:, 1:].flatten()
+    return functional.cross_entropy(logits, targets, reduction="sum"), len(row)
+
+
+def time_steps(stage, count, repeats, loss_of=stage_loss):
     """Take training steps; return seconds per step, their batches, and peak bytes beyond before."""
     gpu, state = torch.cuda.is_available(), trainer.set_up(stage)
     state.model.train()
@@ -161,9 +182,9 @@ def time_steps(stage, count, repeats):
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
         for batch in batches:
-            output = state.model(batch)
-            output.loss.backward()
-            trainer.step(state, output.loss.detach(), output.terms)
+            loss, terms = loss_of(state.model, batch)
+            loss.backward()
+            trainer.step(state, loss.detach(), terms)
         if gpu:
             torch.cuda.synchronize()
         took.append((time.perf_counter() - began) / len(batches))
@@ -172,64 +193,102 @@ def time_steps(stage, count, repeats):
 
 def measure_stage1(plan):
     """Time stage 1 at two batch sizes."""
-    lines = []
+    figures = []
     for size in (16, 256):
         words = ["--trajectory_only", "--data_path", SAMPLE, "--batch_size", size]
         steps = 1 if plan.toy else STAGE1_STEPS
         took, _, _ = time_steps(stage_maker(*words)[2](), steps, REPEATS)
-        lines.append(f"batch {size}: {spread([1000 * turn for turn in took], 2)} ms per step")
-    return ["; ".join(lines)]
+        figures.append(f"batch {size}: {spread([1000 * turn for turn in took], 2)} ms per step")
+    return figures
+
+
+def frozen_stage(plan, mode, *more):
+    """Return flags and stage of a run with ``--ode_checkpoint``: stage 1 is read once, ahead."""
+    args, _, make = stage_maker(*words_of(plan, mode, "model", *more))
+    stage = make()
+    model = stage.model.to(default_device())
+    model.stage1.requires_grad_(False)
+    stage.text.encode(model.stage1, model.tokens, default_device())
+    return args, stage
+
+
+class Speed(NamedTuple):
+    """Of steps: median seconds, positions of a mean and of the largest batch, peak bytes."""
+
+    seconds: float
+    tokens: float
+    largest: int
+    peak: int  # 0 without a GPU
+
+    def memory(self):
+        """Return MiB per token."""
+        return self.peak / self.largest / MIB
+
+    def __str__(self):
+        text = f"{self.seconds:.3f} s per step, {self.tokens / self.seconds:,.0f} tokens per second"
+        return text + (f", {self.memory():.2f} MiB per token" if self.peak else "")
+
+
+def measure_steps(plan, stage, loss_of=stage_loss):
+    """Return the ``Speed`` of steps of stage 2 or 3."""
+    steps, repeats = (1, 1) if plan.toy else (LLM_STEPS, REPEATS)
+    took, batches, peak = time_steps(stage, steps, repeats, loss_of)
+    tokens = [positions(batch) for batch in batches]
+    return Speed(statistics.median(took), statistics.mean(tokens), max(tokens), peak)
 
 
 def measure_llm(plan, mode):
-    """Time stage 2 or 3 and measure its memory, without and with gradient checkpointing."""
-    args, _, make = stage_maker(*words_of(plan, mode, "model"))
-    computed = measure(args.precision) if torch.cuda.is_available() and not plan.toy else None
-    stage = make()
-    model = stage.model.to(default_device())
-    model.stage1.requires_grad_(False)  # as a run with --ode_checkpoint
-    stage.text.encode(model.stage1, model.tokens, default_device())
-    lines, findings = [f"{args.precision}, batch {args.batch_size}"], []
-    for checkpointing in (False, True):
-        if checkpointing:
-            set_checkpointing(model.llm)
-        steps, repeats = (1, 1) if plan.toy else (LLM_STEPS, REPEATS)
-        took, batches, peak = time_steps(stage, steps, repeats)
-        rate = sum(map(positions, batches)) / len(batches) / statistics.median(took)
-        name = f"{'with' if checkpointing else 'without'} checkpointing"
-        lines.append(f"{name}: {spread(took, 3)} s per step, {rate:,.0f} tokens per second")
-        if computed:
-            tokens = max(map(positions, batches))
-            expected = computed.peak[checkpointing] + UNPACKED / tokens
-            expected += computed.loss / tokens if mode == "generative" else 0
-            shown = f"{peak / tokens / MIB:.2f} MiB per token ({expected / MIB:.2f} computed)"
-            lines[-1] += f", {shown}"
-            if not 1 / FACTOR <= peak / tokens / expected <= FACTOR:
-                findings.append(f"{mode}, {name}: peak {shown}")
-    return ["; ".join(lines), *findings]
+    """Time stage 2 or 3 and measure its memory, without and with checkpointing, and TRL's QLoRA."""
+    args, stage = frozen_stage(plan, mode)
+    plain = measure_steps(plan, stage)
+    set_checkpointing(stage.model.llm)
+    checkpointed = measure_steps(plan, stage)
+    usual = measure_steps(plan, stage, usual_loss)
+    figures = [
+        f"{args.precision}, batch {args.batch_size}",
+        f"without checkpointing: {plain}",
+        f"with checkpointing: {checkpointed}",
+        f"TRL's usual QLoRA: {usual}, {usual.seconds / plain.seconds:.2f} times as long",
+    ]
+    if plain.peak and not plan.toy:
+        computed = measure(args.precision)
+        loss = computed.loss if mode == "generative" else 0
+        for checkpointing, speed in ((False, plain), (True, checkpointed)):
+            expected = computed.peak[checkpointing] + (UNPACKED + loss) / speed.largest
+            differs = not 1 / FACTOR <= speed.memory() * MIB / expected <= FACTOR
+            figures.append(f"{'finding: ' * differs}{expected / MIB:.2f} MiB per token computed")
+    return figures
 
 
 def measure_compiled(plan):
     """Time stage 2 with compiled layers, and compare its loss with that of plain ones."""
     skip_without_gpu()
-    lines, losses = [], []
-    for compiled in (False, True):
-        _, _, make = stage_maker(*words_of(plan, "classification", "model"))
-        stage = make()
-        model = stage.model.to(default_device())
-        model.stage1.requires_grad_(False)
-        stage.text.encode(model.stage1, model.tokens, default_device())
-        if compiled:
-            compile_layers(model.llm)
-        batch = send_to_device(stage.collate(next(iter(stage.batches["val"]))), default_device())
+    _, stage = frozen_stage(plan, "classification")
+    model = stage.model
+    batch = send_to_device(stage.collate(next(iter(stage.batches["val"]))), default_device())
+
+    def loss():
         with torch.no_grad():
-            losses.append(float(model.eval()(batch).loss))
-        took, batches, peak = time_steps(stage, 1 if plan.toy else LLM_STEPS, REPEATS)
-        rate = sum(map(positions, batches)) / len(batches) / statistics.median(took)
-        name = "compiled" if compiled else "plain"
-        lines.append(f"{name}: {rate:,.0f} tokens per second, {peak / MIB:,.0f} MiB")
-    lines.append(f"losses {losses[0]:.4f} and {losses[1]:.4f}")
-    return ["; ".join(lines)]
+            return float(model.eval()(batch).loss)
+
+    plain, loss_before = measure_steps(plan, stage), loss()
+    compile_layers(model.llm)
+    loss_behind = loss()
+    figures = [f"plain: {plain}", f"compiled: {measure_steps(plan, stage)}"]
+    return [*figures, f"losses {loss_before:.4f} and {loss_behind:.4f}"]
+
+
+def measure_reports(plan):
+    """Time the reports that stage 3 writes; random weights end few of them early."""
+    _, stage = frozen_stage(plan, "generative", "--max_samples", 0)
+    model, text = stage.model, stage.text
+    rows = dict.fromkeys(range(len(text.prompt_ids)), True)
+    write_reports(model, text, {0: True}, 2)  # warms up
+    began = time.perf_counter()
+    write_reports(model, text, rows, text.report_tokens())
+    rate = len(rows) / (time.perf_counter() - began)
+    speed = f"{rate:.2f} reports per second, of up to {text.report_tokens()} tokens"
+    return [f"{len(rows)} reports: {speed}", f"peak {peak_mib():,.0f} MiB"]
 
 
 def positions(batch):

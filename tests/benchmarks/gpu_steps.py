@@ -1,4 +1,4 @@
-"""The steps of gpu.py that run the program: three stages, prediction, dry runs, resuming."""
+"""The steps of gpu.py that run the program: stages, prediction, a small card, resuming."""
 
 import contextlib
 import json
@@ -33,6 +33,9 @@ STOP_AFTER = 5
 SAME_RISK = 0.02
 """Largest difference of a probability between batches of other shapes."""
 
+SMALL_CARD, LARGE_BATCH = 6 * 2**30, 256
+"""Bytes that hold a 4B model and little else, and rows of a step that do not fit beside it."""
+
 VOCABULARY, WINDOW = 512, 32
 """Of the demo's tokenizer and of the shallow model: texts are longer."""
 
@@ -54,7 +57,7 @@ def run(*words):
 def words_of(plan, mode, model, *more):
     """Return the flags of a short run of stage 2 or 3 in NF4 on a model of ``write_models``."""
     words = ["--mode", mode, "--model_name", plan.folder / model, "--quantization", "nf4"]
-    words += ["--data_path", plan.folder / "data.csv", "--log_file", "none", "--batch_size", 4]
+    words += ["--data_path", plan.folder / "data.csv", "--log_file", "none", "--batch_size", 16]
     return [*words, "--epochs", 1, "--max_samples", TRAINED, *more]
 
 
@@ -111,17 +114,35 @@ def train_stage1(plan):
     return [check_run(plan.folder / "runs" / "trajectory")]
 
 
-def train_llm(plan, mode):
+def train_llm(plan, mode, *more, output="runs"):
     """Train stage 2 or 3 for an epoch on stage 1's encoder; stage 3 also writes reports."""
-    folder = plan.folder / "runs"
-    more = ["--ode_checkpoint", folder / TRAJECTORY_FILE, "--output_dir", folder]
-    printed = run(*words_of(plan, mode, "model", *more))
+    folder, stage1 = plan.folder / output, plan.folder / "runs" / TRAJECTORY_FILE
+    words = ["--ode_checkpoint", stage1, "--output_dir", folder, *more]
+    printed = run(*words_of(plan, mode, "model", *words))
     config = json.loads((folder / mode / "best" / "config.json").read_text())
     assert config["quantization"] == "nf4", config["quantization"]
-    result = check_run(folder / mode)
+    figures = [check_run(folder / mode)]
     if torch.cuda.is_available():
-        result += f", peak {torch.cuda.max_memory_allocated() / MIB:,.0f} MiB"
-    return [result, *(line for line in printed.splitlines() if line.startswith("memory: "))]
+        figures.append(f"peak {torch.cuda.max_memory_allocated() / MIB:,.0f} MiB")
+    return figures + [line for line in printed.splitlines() if line.startswith("memory: ")]
+
+
+def train_on_small_card(plan):
+    """Train stage 2 where its batch does not fit: passes become smaller, then recompute."""
+    skip_without_gpu()
+    if plan.toy:
+        raise SkipTest("two narrow layers fit any card")
+
+    def small_info(*_):
+        return SMALL_CARD - torch.cuda.memory_reserved(), SMALL_CARD
+
+    torch.cuda.set_per_process_memory_fraction(SMALL_CARD / torch.cuda.mem_get_info()[1])
+    more = ["--batch_size", LARGE_BATCH, "--max_samples", 0]
+    with mock.patch.object(torch.cuda, "mem_get_info", small_info):
+        figures = train_llm(plan, "classification", *more, output="small_card")
+    for line in ("tokens a pass from now on", "gradient checkpointing is on from now on"):
+        assert any(line in figure for figure in figures), f"no line {line!r}: {figures}"
+    return figures
 
 
 def check_run(folder):
@@ -159,16 +180,6 @@ def predict(plan):
     return [f"{len(found)} rows; those of the run's test part within {apart:.1e}"]
 
 
-def dry_run(plan, mode):
-    """Measure stage 2 or 3 at batch 4 by ``--dry_run``, which must write nothing."""
-    folder = plan.folder / "dry"
-    printed = run(*words_of(plan, mode, "model", "--dry_run", "--output_dir", folder))
-    lines = [line for line in printed.splitlines() if line.startswith("dry run: ")]
-    assert lines, "no line of a dry run"
-    assert not folder.exists(), "a dry run has written"
-    return [lines[-1].removeprefix("dry run: ")]
-
-
 def compare_reports(plan):
     """Write reports of unequal prompts in one batch and one by one, in float32: the same."""
     more = ["--quantization", "none", "--precision", "fp32"]
@@ -196,7 +207,7 @@ def compare_reports(plan):
 
 def resume(plan, mode):
     """Stop a stage within its epoch, resume it, and compare with the undisturbed run."""
-    args, _, make = stage_maker(*words_of(plan, mode, "shallow"))
+    args, _, make = stage_maker(*words_of(plan, mode, "shallow", "--batch_size", 4))
     step = trainer.step
 
     def stopping(state, *rest):

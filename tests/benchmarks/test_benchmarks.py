@@ -18,6 +18,7 @@ import classical
 import competing
 import encoder
 import gpu
+import gpu_kernels
 import memory
 import model_types
 import monitor
@@ -46,7 +47,7 @@ from safetensors.torch import load_file
 import decoders
 import medgemma_trainer
 from dataset_format import MIMICtrajectoryDataset
-from language_models import TINY_MODEL
+from language_models import TINY_MODEL, classifier_and_writer, plain_sequence
 from medgemma_clinical.evaluation import baselines, metrics, monitoring
 from medgemma_clinical.evaluation.baselines import STAGE_NAMES
 from medgemma_clinical.evaluation.time_metrics import aalen_johansen
@@ -372,28 +373,77 @@ def test_gpu_toy(monkeypatch, capsys):
         return sent[0]
 
     monkeypatch.setattr(gpu, "run_apart", apart)
-    again = ("Stage 3, dry run", "Stage 2, speed and memory", "Stage 3 resumed")
+    again = ("speed2", "resume3")
     steps = {name: step for name, step in gpu.STEPS.items() if name not in again}
     monkeypatch.setattr(gpu, "STEPS", steps)
     assert gpu.main(["--toy"]) == 0
-    states = re.findall(r"^\| ([^|]+) \| (\w+), ", capsys.readouterr().out, re.MULTILINE)
-    assert [name for name, _ in states] == list(steps)
-    skipped = {name for name, state in states if state == "skipped"}
-    of_cards = {"Gradients, cuDNN attention on", "Two processes", "Stage 2, compiled layers"}
-    assert skipped <= of_cards
+    states = gpu_states(capsys)
+    assert [*states] == list(steps)
+    skipped = {name for name, state in states.items() if state == "skipped"}
+    assert skipped <= {"small_card", "compiled", "processes"}
+
+
+def gpu_states(capsys):
+    """Return the state of each step by the printed table."""
+    rows = re.findall(r"^\| (\w+) \| (\w+) \| \d+ \| ", capsys.readouterr().out, re.MULTILINE)
+    return dict(rows)
+
+
+def test_gpu_starts_where_pytest_is_not_installed():
+    """As after ``pip install -e .``."""
+    script = Path(gpu.__file__)
+    lines = ["import runpy, sys", "sys.modules['pytest'] = None"]
+    lines += [f"sys.argv = [{str(script)!r}, '--toy', '--only', 'products']"]
+    lines += [f"sys.path.insert(0, {str(script.parent)!r})"]
+    lines += [f"runpy.run_path({str(script)!r}, run_name='__main__')"]
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=script.parents[2])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.findall(r"^\| (\w+) \| passed", done.stdout, re.M) == [
+        "machine",
+        "models",
+        "products",
+    ]
 
 
 def test_gpu_step_that_fails_leaves_the_others_alone(monkeypatch, capsys):
     faults = {"dies": lambda _: os._exit(7), "hangs": lambda _: time.sleep(60)}
     faults |= {"breaks": lambda _: 1 / 0, "works": lambda _: ["1 MiB", "finding"]}
     monkeypatch.setitem(sys.modules, "faulty", SimpleNamespace(**faults))
-    monkeypatch.setattr(gpu, "STEPS", {name: (f"faulty.{name}",) for name in faults})
+    steps = {name: gpu.Step(f"faulty.{name}", needs=()) for name in faults}
+    steps |= {"machine": steps["works"], "waits": gpu.Step("faulty.works", needs=("works", "dies"))}
+    monkeypatch.setattr(gpu, "STEPS", steps)
     monkeypatch.setattr(gpu, "TIMEOUT", 1.0)
     assert gpu.main(["--toy"]) == 1
-    out = capsys.readouterr().out
-    states = re.findall(r"^\| \w+ \| (\w+), ", out, re.MULTILINE)
-    assert states == ["failed", "failed", "failed", "passed"]
-    assert "- finding" in out
+    expected = dict.fromkeys(("dies", "hangs", "breaks"), "failed")
+    expected |= {"works": "passed", "machine": "passed", "waits": "skipped"}
+    assert gpu_states(capsys) == expected
+    assert gpu.main(["--toy", "--only", "works"]) == 0
+    assert [*gpu_states(capsys)] == ["works", "machine"]
+    assert gpu.main(["--toy", "--only", "waits", "--only", "hangs"]) == 1
+    assert [*gpu_states(capsys)] == ["dies", "hangs", "works", "machine", "waits"]
+    with pytest.raises(SystemExit):
+        gpu.main(["--only", "nothing"])
+
+
+def test_gpu_rival_predicts_every_token_of_the_text():
+    """The loss of TRL's QLoRA, in a padded batch and by the logits of each row alone."""
+    parts = classifier_and_writer()
+    model, collate = parts.writer, parts.collate
+    rows = [0, 3, 1, 2]
+    loss, terms = gpu_kernels.usual_loss(model, collate(rows))
+    expected = []
+    for row in rows:
+        batch = collate([row])
+        ids = batch["input_ids"][0]
+        logits = model.llm(inputs_embeds=plain_sequence(model, batch, 0)).logits[0]
+        losses = torch.nn.functional.cross_entropy(
+            logits[-len(ids) - 1 : -1], ids, reduction="none"
+        )
+        expected.append(losses)
+    expected = torch.cat(expected)
+    assert terms == len(expected)
+    torch.testing.assert_close(loss, expected.sum())
 
 
 def test_mutants_differ_by_one_operator_and_are_found_again(capsys, monkeypatch):
