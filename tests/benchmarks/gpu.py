@@ -33,11 +33,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch
 from common import write
 
+import medgemma_trainer  # noqa: F401  (once, not in each step)
 from medgemma_clinical.distributed import exact_kernels
 
 FORK = multiprocessing.get_context("fork")
-"""This process must not touch the card: its children could not use it. bitsandbytes touches it when
-it is imported, so the modules of the steps are imported in the children."""
+"""This process must not touch the card: its children could not use it. bitsandbytes, and peft with
+it, touch it when they are imported, so the modules of the steps are imported in the children."""
 
 MODULES = ("gpu_steps", "gpu_kernels")
 TIMEOUT = 600.0
@@ -79,11 +80,12 @@ STEPS = {
 
 
 class Plan(NamedTuple):
-    """What the steps share: a folder, whether the models have two narrow layers, their type."""
+    """What the steps share: a folder and the flags."""
 
     folder: Path
-    toy: bool = False
-    model_type: str = "gemma3_text"
+    toy: bool
+    model_type: str
+    batch_size: int
 
 
 def with_needs(names):
@@ -133,17 +135,18 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     help_only = f"a step, repeatable: {', '.join(STEPS)}"
     parser.add_argument("--only", action="append", choices=STEPS, metavar="STEP", help=help_only)
+    parser.add_argument("--batch_size", type=int, default=16, help="of stages 2 and 3")
     parser.add_argument("--toy", action="store_true", help="two narrow layers, also without a GPU")
     parser.add_argument("--model_type", default="gemma3_text", help="with --toy: as in config.json")
     arguments = parser.parse_args(argv)
     if not arguments.toy and arguments.model_type != "gemma3_text":
         parser.error("--model_type needs --toy")
-    if torch.version.cuda is None:  # once, not in each step
+    if torch.version.cuda is None:  # also once
         for module in MODULES:
             importlib.import_module(module)
     lines, states = ["| Step | State | Seconds | Figures |", "|---|---|---|---|"], {}
     with tempfile.TemporaryDirectory() as folder:
-        plan = Plan(Path(folder), arguments.toy, arguments.model_type)
+        plan = Plan(Path(folder), arguments.toy, arguments.model_type, arguments.batch_size)
         for name in with_needs(arguments.only or STEPS):
             began, trace = time.perf_counter(), ""
             lacking = [need for need in STEPS[name].needs if states[need] != "passed"]

@@ -169,14 +169,14 @@ def usual_loss(model, batch):
     return functional.cross_entropy(logits, targets, reduction="sum"), len(row)
 
 
-def time_steps(stage, count, repeats, loss_of=stage_loss):
+def time_steps(stage, count, loss_of=stage_loss):
     """Take training steps; return seconds per step, their batches, and peak bytes beyond before."""
     gpu, state = torch.cuda.is_available(), trainer.set_up(stage)
     state.model.train()
     made = map(stage.collate, itertools.islice(stage.batches["train"], count))
     batches = [send_to_device(batch, default_device()) for batch in made]
     took, before = [], 0
-    for turn in range(1 + repeats):  # the first one warms up
+    for turn in range(1 + REPEATS):  # the first one warms up
         if turn == 1 and gpu:
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
@@ -196,8 +196,7 @@ def measure_stage1(plan):
     figures = []
     for size in (16, 256):
         words = ["--trajectory_only", "--data_path", SAMPLE, "--batch_size", size]
-        steps = 1 if plan.toy else STAGE1_STEPS
-        took, _, _ = time_steps(stage_maker(*words)[2](), steps, REPEATS)
+        took, _, _ = time_steps(stage_maker(*words)[2](), 1 if plan.toy else STAGE1_STEPS)
         figures.append(f"batch {size}: {spread([1000 * turn for turn in took], 2)} ms per step")
     return figures
 
@@ -231,8 +230,7 @@ class Speed(NamedTuple):
 
 def measure_steps(plan, stage, loss_of=stage_loss):
     """Return the ``Speed`` of steps of stage 2 or 3."""
-    steps, repeats = (1, 1) if plan.toy else (LLM_STEPS, REPEATS)
-    took, batches, peak = time_steps(stage, steps, repeats, loss_of)
+    took, batches, peak = time_steps(stage, 1 if plan.toy else LLM_STEPS, loss_of)
     tokens = [positions(batch) for batch in batches]
     return Speed(statistics.median(took), statistics.mean(tokens), max(tokens), peak)
 

@@ -57,8 +57,9 @@ def run(*words):
 def words_of(plan, mode, model, *more):
     """Return the flags of a short run of stage 2 or 3 in NF4 on a model of ``write_models``."""
     words = ["--mode", mode, "--model_name", plan.folder / model, "--quantization", "nf4"]
-    words += ["--data_path", plan.folder / "data.csv", "--log_file", "none", "--batch_size", 16]
-    return [*words, "--epochs", 1, "--max_samples", TRAINED, *more]
+    words += ["--data_path", plan.folder / "data.csv", "--log_file", "none"]
+    words += ["--batch_size", plan.batch_size, "--epochs", 1, "--max_samples", TRAINED]
+    return [*words, *more]
 
 
 def describe_machine(plan):
