@@ -610,6 +610,7 @@ def fit(
     state.folder = run_folder.state_folder(folder) if folder else None
     if resume is not None:
         load_training_state(stage, state, resume)
+        resume.clear()  # a copy on the host, which the caller holds until the training ends
         save_best(stage, state, folder)
         run_folder.write_history(folder, progress.history)
     else:

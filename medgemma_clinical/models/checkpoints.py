@@ -9,7 +9,6 @@ folder holds a whole language model in adapter's place.
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 import zipfile
 from collections.abc import Callable, Mapping
@@ -254,11 +253,14 @@ def without_baselines(config: Config) -> Config:
 
 
 def write_tensors(path: Path, content: dict[str, Any]) -> None:
-    """Write plain types and tensors."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    with files.atomic(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())  # a full disk is then an OSError as everywhere
+    """Write plain types and tensors, one tensor after the other."""
+    with files.atomic(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # a full disk, which torch hides
+                raise error.__context__ from None
+            raise
 
 
 def read_tensors(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import resource
 import signal
 from types import SimpleNamespace
 from unittest import mock
@@ -42,6 +43,19 @@ def test_the_newest_is_read_as_it_was_written_and_no_half_file_is_left(tmp_path,
             write_state(tmp_path / "last", {"step": 4})
     assert read_state(tmp_path / "last")["step"] == 3
     assert [*path.parent.iterdir()] == [path]
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_tensor_is_an_error_of_the_file(tmp_path):
+    write_state(tmp_path, {"step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    try:
+        with pytest.raises(OSError, match=module.STATE_FILE):
+            write_state(tmp_path, {"step": 2, "weights": torch.zeros(2**20)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert read_state(tmp_path)["step"] == 1
+    assert len([*tmp_path.iterdir()]) == 1
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[:99], lambda data: data[:-200] + b"0" * 200])
