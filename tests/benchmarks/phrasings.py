@@ -16,6 +16,7 @@ in DIR is not made again.
 
 import argparse
 import itertools
+import json
 import math
 import re
 import shutil
@@ -35,6 +36,7 @@ from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.commands.prediction_files import read_predictions, shared_models
 from medgemma_clinical.evaluation.baselines import (
     BLEND,
+    ENSEMBLE,
     FOLDS,
     FROZEN,
     LOGISTIC,
@@ -315,15 +317,19 @@ def run_models(path, out, seed, models, sizes):
             states.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(largest, states)
         train(*flags, "--data_path", path, "--seed", seed, "--seeds", 1, "--output_dir", folder)
-        write(f"{path.stem} patients, seed {seed}, {model}: {time.perf_counter() - began:.0f} s")
         stage = "trajectory" if "--trajectory_only" in flags else "classification"
-        table = read_predictions(folder / f"seed_{seed}" / stage, model, [LABEL])
+        found = folder / f"seed_{seed}" / stage
+        weight = json.loads((found / "metrics.json").read_text()).get("residual_weight")
+        seconds = f"{time.perf_counter() - began:.0f} s"
+        write(f"{path.stem} patients, seed {seed}, {model}: {seconds}, weight {weight}")
+        table = read_predictions(found, model, [LABEL])
         if model == STAGE1:
-            baselines = [name for name in (LOGISTIC, BLEND, WORDS) if name in table]
+            baselines = [name for name in (LOGISTIC, BLEND, WORDS, ENSEMBLE) if name in table]
             risks = table[["id", "label", "patient", model, *baselines]]
             continue
         reading = model.removeprefix(f"{STAGE1} + ")
-        names = {name: f"{name}, {reading}" for name in (FROZEN, WITH_TEXT) if name in table}
+        others = (FROZEN, WITH_TEXT, ENSEMBLE)
+        names = {name: f"{name}, {reading}" for name in others if name in table}
         added = table[["id", model, *names]].rename(columns=names)
         risks = risks.merge(added, on="id", validate="1:1")
     return risks

@@ -111,7 +111,7 @@ def main(argv=None):
         for title, cells in found.items():
             shown.setdefault(title, {})[data.name.partition(".")[0]] = cells
     for title, by_file in shown.items():
-        lines = pd.DataFrame(by_file).fillna("–")
+        lines = pd.DataFrame(by_file).fillna("")
         heads = [title, *lines.columns]
         write("\n".join(f"| {' | '.join(x)} |" for x in (heads, ["---"] * len(heads))))
         write("\n".join(f"| {name} | {' | '.join(row)} |" for name, *row in lines.itertuples()))
