@@ -263,15 +263,15 @@ def write_tensors(path: Path, content: dict[str, Any]) -> None:
             raise
 
 
-def read_tensors(path: Path) -> dict[str, Any]:
+def read_tensors(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     """Read what ``write_tensors`` wrote; torch has no error of its own for a file of another kind.
 
-    Code that the file may carry does not run.
+    Code that the file may carry does not run. ``mapped`` tensors stay in the file until their use.
     """
     with zipfile.ZipFile(path) as archive:
         if archive.testzip():  # torch.load compares no checksums
             raise ValueError("damaged")
-    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     return content
 
 

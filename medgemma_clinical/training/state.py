@@ -24,7 +24,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from medgemma_clinical.distributed import default_device
 from medgemma_clinical.evaluation.metrics import Array
-from medgemma_clinical.files import InputError, RunFault
+from medgemma_clinical.files import InputError, RunFault, remove
 from medgemma_clinical.models.checkpoints import read_tensors, write_tensors
 from medgemma_clinical.training.stage import Stage
 
@@ -46,7 +46,7 @@ SKIPPED_ADVICE = (
     "version, --precision fp32, or another --batch_size"
 )
 
-STATE_FORMAT = 11
+STATE_FORMAT = 12
 """Rises when older states can no longer be resumed."""
 
 STATE_FILE = "newest.state"
@@ -191,7 +191,7 @@ class TrainState:
     average: WeightAverage
     progress: Progress = field(default_factory=Progress)
     epochs: dict[int, list[Tensor]] = field(default_factory=dict)  # weights that may be averaged
-    folder: Path | None = None  # of the states that are written; None in memory
+    folder: Path | None = None  # of states and ``epochs``; None: both are in memory alone
     last_tick: float = field(default_factory=time.perf_counter)  # of ``add_elapsed``
 
     def by_member(self) -> list[list[nn.Parameter]]:
@@ -227,12 +227,26 @@ class TrainState:
             progress.averaged = progress.good_epochs()
         good = {*itertools.chain(*progress.averaged)}
         if epoch in good:
-            self.epochs[epoch] = [weight.cpu().clone() for weight in self.average.weights]
+            self.epochs[epoch] = self.kept_weights(epoch)
         self.epochs = {k: weights for k, weights in self.epochs.items() if k in good}
         return epoch in good
 
+    def kept_weights(self, epoch: int) -> list[Tensor]:
+        """Return the averaged weights for good: those of a file that the first process writes."""
+        if self.folder is None:
+            return [weight.cpu().clone() for weight in self.average.weights]
+        path = epoch_file(self.folder, epoch)
+        if self.accelerator.is_main_process:
+            write_tensors(path, {"weights": self.average.weights})
+        self.accelerator.wait_for_everyone()
+        weights: list[Tensor] = read_tensors(path, mapped=True)["weights"]
+        return weights
+
     def set_best(self, validate: Callable[[], Array]) -> None:
-        """Set the mean weights of the good epochs; the best where a member's mean is not good."""
+        """Set the mean weights of the good epochs; the best where a member's mean is not good.
+
+        The weights of single epochs are let go, so that their files can be removed.
+        """
         progress = self.progress
         self.set_weights(self.mean_weights())
         if progress.losses:
@@ -240,6 +254,7 @@ class TrainState:
             for member in np.flatnonzero(~is_good):
                 progress.averaged[member] = [int(progress.lowest_epochs[member])]
             self.set_weights(self.mean_weights())
+        self.epochs = {}
 
     def mean_weights(self) -> list[Tensor]:
         """Return the mean of the weights of each member's averaged epochs."""
@@ -282,23 +297,37 @@ def has_state(folder: Path) -> bool:
     return (folder / STATE_FILE).exists()
 
 
+def epoch_file(folder: Path, epoch: int) -> Path:
+    """Return the file of the averaged weights of an epoch."""
+    return folder / f"epoch_{epoch}.weights"
+
+
 def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write a state in place of the one before."""
+    """Write a state in place of the one before; the files of ``epochs`` stay, others go."""
     folder.mkdir(exist_ok=True)
     write_tensors(folder / STATE_FILE, {"format": STATE_FORMAT, **state})
+    # Until now a kill would have left the state before, which needs its own.
+    named = [epoch_file(folder, epoch) for epoch in state["epochs"]]
+    for path in folder.glob("epoch_*.weights"):
+        if path not in named:
+            remove(path)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Read the state of a training; code that a file may carry does not run."""
+    """Read the state of a training, ``epochs`` with their weights; code in a file does not run."""
     path = folder / STATE_FILE
     try:
         state = read_tensors(path)
         is_readable = state.pop("format") == STATE_FORMAT
+        weights = {}
+        for epoch in state["epochs"] if is_readable else ():
+            path = epoch_file(folder, epoch)
+            weights[epoch] = read_tensors(path, mapped=True)["weights"]
     except Exception as error:  # torch.load has no error of its own
         raise InputError(f"--resume {path}: no state, or damaged: {START_AGAIN}") from error
     if not is_readable:
         raise InputError(f"{path}: of another version: {START_AGAIN}")
-    return state
+    return {**state, "epochs": weights}
 
 
 def training_state(stage: Stage, state: TrainState) -> dict[str, Any]:
@@ -309,7 +338,7 @@ def training_state(stage: Stage, state: TrainState) -> dict[str, Any]:
     return {
         "weights": {name: p.detach() for name, p in stage.trainable_parameters().items()},
         "average": state.average.weights,
-        "epochs": state.epochs,
+        "epochs": [*state.epochs],
         "optimizer": state.optimizer.state_dict(),
         "schedule": state.schedule.state_dict(),
         "progress": vars(state.progress),

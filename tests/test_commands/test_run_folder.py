@@ -45,7 +45,7 @@ def run_steps(folder):
     (folder.parent / TRAJECTORY_FILE).write_text("best")
     (folder / "history.jsonl").write_text("{}\n")
     for step in range(2):
-        write_state(state_folder(folder), {"step": step})
+        write_state(state_folder(folder), {"step": step, "epochs": []})
 
 
 def begin(folder, facts=FACTS, *, resume=False):

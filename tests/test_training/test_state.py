@@ -5,6 +5,7 @@ import os
 import re
 import resource
 import signal
+import zipfile
 from types import SimpleNamespace
 from unittest import mock
 
@@ -32,7 +33,8 @@ from toy_stage import toy_stage
 
 def test_the_newest_is_read_as_it_was_written_and_no_half_file_is_left(tmp_path, monkeypatch):
     for step in (1, 2, 3):
-        write_state(tmp_path / "last", {"step": step, "weights": torch.full((2, 3), step / 3)})
+        weights = torch.full((2, 3), step / 3)
+        write_state(tmp_path / "last", {"step": step, "weights": weights, "epochs": []})
     (path,) = (tmp_path / "last").iterdir()
     state = read_state(tmp_path / "last")
     assert state["step"] == 3
@@ -40,18 +42,18 @@ def test_the_newest_is_read_as_it_was_written_and_no_half_file_is_left(tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", mock.Mock(side_effect=OSError(28, "disk full")))
         with pytest.raises(OSError, match="disk full"):
-            write_state(tmp_path / "last", {"step": 4})
+            write_state(tmp_path / "last", {"step": 4, "epochs": []})
     assert read_state(tmp_path / "last")["step"] == 3
     assert [*path.parent.iterdir()] == [path]
 
 
 def test_a_disk_that_is_full_in_the_middle_of_a_tensor_is_an_error_of_the_file(tmp_path):
-    write_state(tmp_path, {"step": 1})
+    write_state(tmp_path, {"step": 1, "epochs": []})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
     try:
         with pytest.raises(OSError, match=module.STATE_FILE):
-            write_state(tmp_path, {"step": 2, "weights": torch.zeros(2**20)})
+            write_state(tmp_path, {"step": 2, "weights": torch.zeros(2**20), "epochs": []})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert read_state(tmp_path)["step"] == 1
@@ -60,7 +62,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_tensor_is_an_error_of_the_file(t
 
 @pytest.mark.parametrize("damage", [lambda data: data[:99], lambda data: data[:-200] + b"0" * 200])
 def test_a_damaged_state_is_named_and_left_alone(damage, tmp_path):
-    write_state(tmp_path / "last", {"step": 4})
+    write_state(tmp_path / "last", {"step": 4, "epochs": []})
     path = tmp_path / "last" / module.STATE_FILE
     path.write_bytes(damaged := damage(path.read_bytes()))
     with pytest.raises(InputError, match=str(path)):
@@ -69,12 +71,12 @@ def test_a_damaged_state_is_named_and_left_alone(damage, tmp_path):
 
 
 def test_code_does_not_run_and_another_version_is_named(tmp_path, monkeypatch):
-    write_state(tmp_path, {"code": os.mkdir})
+    write_state(tmp_path, {"code": os.mkdir, "epochs": []})
     with pytest.raises(InputError, match=module.STATE_FILE):
         read_state(tmp_path)
     monkeypatch.setattr(module, "STATE_FORMAT", module.STATE_FORMAT + 1)
-    write_state(tmp_path, {"step": 5})
-    assert read_state(tmp_path) == {"step": 5}
+    write_state(tmp_path, {"step": 5, "epochs": []})
+    assert read_state(tmp_path) == {"step": 5, "epochs": {}}
     monkeypatch.undo()
     with pytest.raises(InputError, match=module.STATE_FILE):
         read_state(tmp_path)
@@ -131,11 +133,39 @@ def test_a_stopped_run_resumes_to_the_last_bit(end, save_every, whole, tmp_path,
             kept = [k for k in range(number) if k % 5 == 0 or (save_every and k % 2 == 0)]
             steps = number if end == "signal" else max(kept)
             assert read_state(last)["progress"]["steps"] == steps
+        (last / "epoch_9.weights").touch()  # what no state names is removed
         assert fit(folder, seed=5, resume=read_state(last)) == whole
         kept = (last / module.STATE_FILE).read_bytes()
+        assert {p.name for p in last.iterdir()} == {module.STATE_FILE, "epoch_3.weights"}
         (folder / "best.pt").unlink()  # the state brings it back
         assert fit(folder, seed=6, resume=read_state(last)) == whole
         assert (last / module.STATE_FILE).read_bytes() == kept, "a finished one is not kept anew"
+
+
+def test_the_state_does_not_grow_with_good_epochs_whose_files_it_needs(tmp_path, monkeypatch):
+    records, write = [], trainer.write_state
+
+    def written(folder, content):
+        write(folder, content)
+        with zipfile.ZipFile(folder / module.STATE_FILE) as archive:
+            records.append(len(archive.namelist()))
+
+    monkeypatch.setattr(module, "LOSS_TOLERANCE", 9.0)
+    monkeypatch.setattr(trainer, "write_state", written)
+    mean = trainer.fit(toy_stage(epochs=6), 7, tmp_path)
+    assert mean.progress.averaged == [[1, 2, 3, 4, 5, 6]]
+    assert len({*records[1:]}) == 1, "the moments come with the first step"
+    alone = trainer.fit(toy_stage(epochs=6), 7)
+    assert all(map(torch.equal, mean.parameters, alone.parameters)), "in memory it is the same"
+    path, state = tmp_path / "last" / "epoch_2.weights", read_state(tmp_path / "last")
+    assert [*state["epochs"]] == [1, 2, 3, 4, 5, 6]
+    weight = state["epochs"][2][0].numpy().tobytes()
+    path.write_bytes(path.read_bytes().replace(weight, weight[::-1]))
+    with pytest.raises(InputError, match=path.name):
+        read_state(path.parent)
+    path.unlink()
+    with pytest.raises(InputError, match=path.name):
+        read_state(path.parent)
 
 
 def test_a_signal_to_another_process_stops_this_one_too(tmp_path, monkeypatch):
@@ -180,11 +210,18 @@ def test_the_average_follows_the_weights_over_at_most_500_steps():
     assert average.weights[0].item() == pytest.approx(expected, abs=1e-4)
 
 
+def rule_state(members):
+    """Return a state in memory that knows the rule of selection alone."""
+    state = SimpleNamespace(progress=Progress(), members=members, epochs={}, folder=None)
+    state.kept_weights = lambda epoch: TrainState.kept_weights(state, epoch)
+    return state
+
+
 @pytest.mark.parametrize("patience", [1, 2, 4])
 def test_each_member_averages_its_good_epochs_and_waits_for_no_other(patience):
     table, tolerance = np.random.default_rng(0).integers(300, 330, (30, 60)), module.LOSS_TOLERANCE
-    state = SimpleNamespace(progress=(progress := Progress()), members=range(60), epochs={})
-    state.mean_weights = lambda: TrainState.mean_weights(state)
+    state = rule_state(range(60))
+    progress, state.mean_weights = state.progress, lambda: TrainState.mean_weights(state)
     for epoch, losses in enumerate(table.astype(float), 1):
         state.average = SimpleNamespace(weights=[torch.tensor(float(epoch))] * 60)
         kept = TrainState.keep_good(state, losses, patience, None)
@@ -205,7 +242,7 @@ def test_each_member_averages_its_good_epochs_and_waits_for_no_other(patience):
 
 
 def test_weights_of_epochs_that_are_no_longer_good_are_let_go():
-    state, kept = SimpleNamespace(progress=Progress(), members=[0], epochs={}), []
+    state, kept = rule_state([0]), []
     state.average = SimpleNamespace(weights=[torch.zeros(1)])
     for loss in (1.0, 0.5, 0.505, 0.3):
         TrainState.keep_good(state, np.array([loss]), 9, None)
@@ -216,7 +253,8 @@ def test_weights_of_epochs_that_are_no_longer_good_are_let_go():
 
 @pytest.mark.parametrize(("final", "averaged"), [([2, 3, 5], [[2, 3, 5]] * 2), (None, [[5]] * 2)])
 def test_without_validation_part_the_epochs_of_the_folds_are_averaged_or_the_last(final, averaged):
-    state = SimpleNamespace(progress=(progress := Progress()), members=[0, 1], epochs={})
+    state = rule_state([0, 1])
+    progress = state.progress
     for epoch in range(1, 6):
         state.average = SimpleNamespace(weights=[torch.tensor(float(epoch))] * 2)
         TrainState.keep_good(state, None, 9, final)
