@@ -1,36 +1,28 @@
-"""Compare stage 1 with its baselines on all signals of PhysioNet 2012, fold by fold.
+"""Make the table of all signals of PhysioNet 2012, for the trainer and `stage1.py`.
 
-    python tests/benchmarks/physionet2012.py --folder DIR [--folds FILE.json] [flags of the trainer]
-    python tests/benchmarks/physionet2012.py --folder DIR --out FILE.csv    # writes the table alone
+    python tests/benchmarks/physionet2012.py --folder DIR --out FILE.csv
 
-DIR holds the PhysioNet/CinC Challenge 2012 as it comes: ``set-a`` with one file a stay, and
-``Outcomes-a.txt``; sets b and c where they are there. All 37 series are read, the last value of
-each hour, and age, sex, weight and type of unit as static features. FILE.json lists RecordIDs: per
-fold ``train``, ``val`` and ``test`` (or ``train_ids``, ...), or the test part alone, and a tenth of
-the other stays validates. Without it five folds are drawn. Prints AUROC and AUPRC of each fold.
+DIR holds the PhysioNet/CinC Challenge 2012 as it comes: ``set-a`` with one file a stay, or
+``set-a.tar.gz``, and ``Outcomes-a.txt``; sets b and c where they are there. All 37 series are read
+until hour 48, the last value of each hour, and age, sex, weight and type of unit as static
+features. `public_folds.py` trains on it in published folds.
 """
 
 import argparse
 import json
 import sys
-import tempfile
-import time
+import tarfile
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-import torch
-from common import machine, members_table, train_stage1, write
-from sklearn.model_selection import StratifiedKFold, train_test_split
-
-from medgemma_clinical.evaluation.metrics import metrics
-from medgemma_clinical.evaluation.target import LABEL
+from common import write
 
 MAIN, WEIGHT = "HCO3", "Weight"
 GENERAL = ["RecordID", "Age", "Gender", "Height", "ICUType"]
 """Parameters at 00:00 that are no series; the weight is both."""
 
 UNITS = {1: "coronary", 2: "cardiac_surgery", 3: "medical", 4: "surgical"}
+PREDICTION_MINUTE = 48 * 60
 DESCRIPTION = {
     "series": MAIN,
     "unit": "mmol/L",
@@ -43,11 +35,33 @@ DESCRIPTION = {
 }
 
 
+def read_set(path):
+    """Return Time, Parameter and Value of each stay of a set, a folder or a tar file."""
+    if path.is_dir():
+        return {int(stay.stem): pd.read_csv(stay) for stay in sorted(path.glob("*.txt"))}
+    stays = {}
+    with tarfile.open(path) as archive:
+        for member in archive:
+            name = Path(member.name)
+            if member.isfile() and name.suffix == ".txt" and name.stem.isdigit():
+                stays[int(name.stem)] = pd.read_csv(archive.extractfile(member))
+    return stays
+
+
+def find_sets(folder):
+    """Return the path of each set by its name, the folder where a tar file lies beside it."""
+    sets = {path.name.partition(".")[0]: path for path in folder.glob("set-?.tar*")}
+    sets |= {path.name: path for path in folder.glob("set-?") if path.is_dir()}
+    return dict(sorted(sets.items()))
+
+
 def read_sets(folder):
     """Return Time, Parameter and Value of all stays by RecordID, and whether each patient died."""
-    stays = {int(path.stem): pd.read_csv(path) for path in sorted(folder.glob("set-?/*.txt"))}
+    stays = {}
+    for path in find_sets(folder).values():
+        stays |= read_set(path)
     if not stays:
-        raise SystemExit(f"{folder}: holds no set-a/RecordID.txt, nor a set b or c")
+        raise SystemExit(f"{folder}: holds no set-a/RecordID.txt or set-a.tar.gz, nor a set b or c")
     tables = [pd.read_csv(path, index_col=0) for path in sorted(folder.glob("Outcomes-?.txt"))]
     return pd.concat(stays).droplevel(1), pd.concat(tables)["In-hospital_death"]
 
@@ -58,8 +72,10 @@ def dka_table(rows, died):
     general = rows[rows["Time"] == "00:00"].drop_duplicates(["subject_id", "Parameter"])
     general = general.pivot(index="subject_id", columns="Parameter", values="Value")
     general = general.where(general >= 0).reindex(columns=[*GENERAL, WEIGHT])
-    known = rows[(rows["Value"] >= 0) & ~rows["Parameter"].isin(GENERAL)]
-    hour = known["Time"].str.partition(":")[0].astype(int).rename("hour")
+    clock = rows["Time"].str.split(":", expand=True).astype(int)
+    by_then = 60 * clock[0] + clock[1] <= PREDICTION_MINUTE
+    known = rows[by_then & (rows["Value"] >= 0) & ~rows["Parameter"].isin(GENERAL)]
+    hour = clock.loc[known.index, 0].rename("hour")
     last = known.groupby(["subject_id", "Parameter", hour])["Value"].last().reset_index()
     last["piece"] = last["Value"].map("{:g}".format) + " (" + last["hour"].astype(str) + "h)"
     cells = last.groupby(["subject_id", "Parameter"])["piece"].agg(" -> ".join).unstack()
@@ -76,79 +92,22 @@ def dka_table(rows, died):
     return table.assign(label_escalation=died.reindex(table.index))
 
 
-def read_folds(path):
-    """Return the RecordIDs of each part of each fold."""
-    content = json.loads(path.read_text())
-    content = content.get("folds", content) if isinstance(content, dict) else content
-    folds = list(content.values()) if isinstance(content, dict) else content
-    parts = [fold if isinstance(fold, dict) else {"test": fold} for fold in folds]
-    return [{name.removesuffix("_ids"): ids for name, ids in each.items()} for each in parts]
-
-
-def draw_folds(labels, seed):
-    """Return five folds that are stratified by the label."""
-    folds = StratifiedKFold(5, shuffle=True, random_state=seed)
-    return [{"test": labels.index[test]} for _, test in folds.split(labels, labels)]
-
-
-def with_parts(table, fold, seed):
-    """Return the rows of a fold with the column ``split``."""
-    if "train" not in fold:
-        others = table.loc[table.index.difference(fold["test"]), "label_escalation"]
-        parts = train_test_split(others, test_size=0.1, stratify=others, random_state=seed)
-        fold = {"train": parts[0].index, "val": parts[1].index, **fold}
-    split = pd.concat(pd.Series(name, index=pd.Index(ids)) for name, ids in fold.items())
-    return table.join(split.rename("split"), how="inner")
-
-
 def write_table(table, path):
     """Write the table in the DKA format, and its description beside it."""
     table.to_csv(path)
     path.with_suffix(".json").write_text(json.dumps(DESCRIPTION))
 
 
-def fold_metrics(table, seed, flags):
-    """Train stage 1 with one and five members on a fold; return the test metrics by model."""
-    with tempfile.TemporaryDirectory() as folder:
-        write_table(table, data := Path(folder, "data.csv"))
-        train_stage1(data, seed, folder, "--members", 5, *flags)
-        rows = members_table(Path(folder, "trajectory"), data)
-    labels, everyone = rows["label"].to_numpy(float), np.ones((1, len(rows)))
-    found = {m: metrics(labels, rows[m].to_numpy(), everyone) for m in LABEL.models(rows)}
-    return pd.DataFrame(found).loc[["auroc", "auprc"]].map(np.ndarray.item).stack()
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--folds", type=Path)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments, flags = parser.parse_known_args(argv)
-    torch.set_num_threads(arguments.threads)
-    began, seed = time.perf_counter(), arguments.seed
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args(argv)
     rows, died = read_sets(arguments.folder)
     table, stays = dka_table(rows, died), rows.index.nunique()
-    labels = table["label_escalation"]
-    write(f"{stays:,} stays, {stays - len(table)} without any value; {labels.sum():,.0f} deaths")
-    if arguments.out:
-        write_table(table, arguments.out)
-        return 0
-    folds = read_folds(arguments.folds) if arguments.folds else draw_folds(labels, seed)
-    results = {}
-    for number, fold in enumerate(folds, 1):
-        own, listed = with_parts(table, fold, seed), np.concatenate(list(fold.values()))
-        write(
-            f"fold {number}: {own['split'].value_counts().to_dict()}; "
-            f"{(~np.isin(listed, own.index)).sum():,} of {len(listed):,} listed stays are not there"
-        )
-        results[number] = fold_metrics(own, seed, flags)
-        write(results[number].unstack(0).round(4).to_string())
-    shown = pd.DataFrame(results)
-    shown = shown.assign(mean=shown.mean(axis=1), sd=shown.std(axis=1))
-    write(f"{machine('torch', 'scikit-learn', threads=arguments.threads)}, seed {seed}")
-    write(f"{shown.round(4).to_string()}\n{time.perf_counter() - began:.0f} s in all")
+    deaths = table["label_escalation"].sum()
+    write(f"{stays:,} stays, {stays - len(table)} without any value; {deaths:,.0f} deaths")
+    write_table(table, arguments.out)
     return 0
 
 

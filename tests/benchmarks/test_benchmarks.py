@@ -4,8 +4,10 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -29,6 +31,7 @@ import pandas as pd
 import phrasings
 import physionet2012
 import pool
+import public_folds
 import pytest
 import reading
 import risk_over_time
@@ -227,39 +230,111 @@ STAY = """Time,Parameter,Value
 """
 
 
-def test_physionet2012(tmp_path, capsys):
-    (tmp_path / "set-b").mkdir()
-    values = "01:05,HCO3,2{1}\n01:07,HCO3,2{2}\n01:59,,1\n07:00,pH,-1\n"
-    for stay in range(60):
+def write_stays(folder, name, stays):
+    """Write made-up stays as PhysioNet 2012 has them; the first one has a weight only."""
+    (folder / f"set-{name}").mkdir(parents=True)
+    values = "01:05,HCO3,2{1}\n01:06,HR,{0}\n01:07,HCO3,2{2}\n01:59,,1\n07:00,pH,-1\n48:00,K,{2}\n"
+    for stay in stays:
         text = STAY + "02:00,Weight,70.25\n" + values * (stay > 0)
-        (tmp_path / f"set-b/{stay}.txt").write_text(text.format(stay, stay % 2, stay % 7))
-    died = pd.Series({stay: stay % 2 for stay in range(60)}, name="In-hospital_death")
-    died.rename_axis("RecordID").to_csv(tmp_path / "Outcomes-b.txt")
+        path = folder / f"set-{name}" / f"{stay}.txt"
+        path.write_text(text.format(stay, stay % 2, stay % 7))
+    died = pd.Series({stay: stay % 2 for stay in stays}, name="In-hospital_death")
+    died.rename_axis("RecordID").to_csv(folder / f"Outcomes-{name}.txt")
+
+
+def change_future(folder):
+    """Change and add values after hour 48 of all stays."""
+    for path in folder.glob("set-?/*.txt"):
+        later = "48:01,HCO3,9\n48:01,K,9\n60:00,pH,7.1\n"
+        path.write_text(path.read_text() + later)
+
+
+def test_physionet2012(tmp_path, capsys):
+    write_stays(tmp_path, "b", range(60))
     table = physionet2012.dka_table(*physionet2012.read_sets(tmp_path))
     assert table.index.tolist() == list(range(1, 60))  # stay 0 has a weight only
     row = table.loc[6]
     assert row["clinical_trajectory"] == "26 (1h)"
     assert row["trajectory_weight"] == "70.25 (2h)"
+    assert row["trajectory_k"] == "6 (48h)"
     assert row.filter(like="static_").fillna("").tolist() == [70, "", "", 0, 0, 1, 0]
 
-    path = tmp_path / "folds.json"
-    parts = {"train": range(24), "val": range(24, 40), "test": range(40, 999)}
-    given, sizes = {"train": 23, "val": 16, "test": 20}, {"train": 35, "val": 4, "test": 20}
-    named = {f"{name}_ids": list(ids) for name, ids in parts.items()}
-    forms = [[list(parts["test"])], sizes], [{"1": parts}, given], [{"folds": [named]}, given]
-    for content, counts in forms:
-        path.write_text(json.dumps(content, default=list))
-        fold = physionet2012.with_parts(table, physionet2012.read_folds(path)[0], 0)
-        assert fold["split"].value_counts().to_dict() == counts
+    change_future(tmp_path)
+    with tarfile.open(tmp_path / "set-b.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "set-b", "set-b")
+    shutil.rmtree(tmp_path / "set-b")
+    pd.testing.assert_frame_equal(
+        physionet2012.dka_table(*physionet2012.read_sets(tmp_path)), table
+    )
     physionet2012.main(["--folder", str(tmp_path), "--out", str(tmp_path / "all.csv")])
+    assert "60 stays, 1 without any value; 30 deaths" in capsys.readouterr().out
     assert len(MIMICtrajectoryDataset(tmp_path / "all.csv")) == 59
-    capsys.readouterr()
-    physionet2012.main(["--folder", str(tmp_path), "--folds", str(path)])
-    out = capsys.readouterr().out
-    assert "60 stays, 1 without any value; 30 deaths" in out
-    assert "940 of 999 listed stays are not there" in out
-    for model in ("gradient boosting", "ensemble with stage 1, 5 members"):
-        assert out.count(model) == 3  # the fold, and AUROC and AUPRC of all
+
+
+def fold_of(train, val, test):
+    return {"train_ids": [*train], "val_ids": [*val], "test_ids": [*test]}
+
+
+def test_public_folds(tmp_path):
+    for name, stays in {"a": range(30), "b": range(30, 60), "c": range(60, 90)}.items():
+        write_stays(tmp_path, name, stays)
+    path, out = tmp_path / "folds.json", tmp_path / "out"
+    folds = [
+        fold_of(range(40, 80), range(20, 40), range(20)),
+        fold_of(range(40), range(40, 60), range(60, 80)),
+    ]
+    path.write_text(json.dumps({"folds": folds, "n_folds": 2}))
+    words = ["--folder", str(tmp_path), "--folds", str(path), "--out", str(out)]
+    public_folds.main([*words, "--only_fold", "1"])
+    page = (out / "comparison.md").read_text()
+    assert public_folds.TRIAL in page
+    assert "0 listed, not in these sets; 1 without an outcome, or a value by hour 48; 10 in" in page
+    written = {path: path.stat().st_mtime_ns for path in out.rglob("predictions_test.csv")}
+
+    change_future(tmp_path)  # the finished fold is of the same data, and is not run again
+    public_folds.main(words)
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+    risks = pd.read_csv(out / "predictions.csv")
+    tested = risks.groupby("fold")["id"].agg(set).to_dict()
+    assert tested == {1: {*range(1, 20)}, 2: {*range(60, 80)}}
+    trained = pd.read_csv(out / "fold_2" / "data.csv", index_col="subject_id")["split"]
+    assert {*trained.index[trained == "train"]} == {*range(1, 40)}
+    assert {*trained.index[trained == "val"]} == {*range(40, 60)}
+    page = (out / "comparison.md").read_text()
+    assert public_folds.TRIAL not in page
+    model = "stage 1, 1 member"
+    of_folds = [public_folds.fold_metrics(rows).loc[model] for _, rows in risks.groupby("fold")]
+    texts = [f"{np.mean(x):.1f} ± {np.std(x, ddof=1):.1f}" for x in zip(*of_folds, strict=True)]
+    assert f"| {model} | `folds.json` | {' | '.join(texts)} | this run |" in page
+    assert "| DBVT | DBVT's five | 86.9 ± 1.4 | 56.1 ± 4.5 |  | README" in page
+
+    run = json.loads((out / "fold_1/seed_0/trajectory/run.json").read_text())
+    assert run["arguments"]["max_samples"] == 0  # the three sets have more than the default
+
+    shutil.rmtree(tmp_path / "set-c")
+    path.write_text(json.dumps({"folds": folds[:1], "n_folds": 1}))
+    public_folds.main(words)
+    page = (out / "comparison.md").read_text()
+    assert public_folds.TRIAL in page
+    assert "20 listed, not in these sets" in page
+    assert any(path.stat().st_mtime_ns != then for path, then in written.items())
+    for broken in ({"folds": [fold_of([1, 2], [3], [2])]}, {"folds": []}, [[1, 2]]):
+        path.write_text(json.dumps(broken))
+        with pytest.raises(SystemExit, match=re.escape(str(path))):
+            public_folds.main(words)
+
+
+def test_public_folds_has_the_auprc_of_both_papers():
+    # Ranked 1, 0, 1: precision 1, 1/2, 2/3 at recall 1/2, 1/2, 1.
+    labels, risks = [1, 0, 1], [0.9, 0.5, 0.1]
+    values = {name: metric(labels, risks) for name, metric in public_folds.METRICS.items()}
+    assert values == pytest.approx(
+        {
+            public_folds.AUROC: 1 / 2,
+            public_folds.TRAPEZOID: 1 / 2 + (1 / 2 + 2 / 3) / 2 / 2,
+            public_folds.PRECISION: 1 / 2 + 2 / 3 / 2,
+        }
+    )
 
 
 def test_phrasings_compares_all_models_and_makes_no_run_again(tmp_path, capsys):
