@@ -379,7 +379,10 @@ def build_llm(
         "residual_weight": config["residual_weight"],
     }
     if config["stage"] == "generative":  # lm_head writes the report
-        return LLMWriter(stage1, projection, llm, **options), tokenizer
+        writer = LLMWriter(stage1, projection, llm, **options)
+        if not decoders.is_tested(llm.config.model_type):
+            writer.check_logits(base)
+        return writer, tokenizer
     outcome = outcome_of(config)
     head = nn.Linear(width, outcome.residual_width)
     return LLMClassifier(stage1, projection, llm, head=head, outcome=outcome, **options), tokenizer

@@ -14,6 +14,13 @@ CHAT = """{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }
 {{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"""
 """Qwen3's, without tools: thinking is on unless it is switched off."""
 
+QWEN2 = """{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are Qwen, created by \
+Alibaba Cloud. You are a helpful assistant.<|im_end|>\n' }}{% endif %}\
+{% for message in messages %}\
+{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+"""Qwen2.5's, without tools: it has a system turn."""
+
 LLAMA = """{{ bos_token }}{{ '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' }}\
 {{ strftime_now('%d %b %Y') + '\n\n<|eot_id|>' }}{% for message in messages %}\
 {{ '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' + message.content | trim }}\
@@ -41,6 +48,13 @@ TEMPLATES = {  # template, its tokens, what stands before and behind a prompt, e
     "Qwen3": (
         *(CHAT, ["<|im_start|>", "<|im_end|>"], "<|im_start|>user\n"),
         "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        "<|im_end|>",
+    ),
+    "Qwen2.5": (
+        *(QWEN2, ["<|im_start|>", "<|im_end|>"]),
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+        "<|im_end|>\n<|im_start|>user\n",
+        "<|im_end|>\n<|im_start|>assistant\n",
         "<|im_end|>",
     ),
     "Llama 3.2": (

@@ -34,7 +34,12 @@ KINDS = {
         },
         "Gemma 4",
     ),
+    "gemma2": Kind(  # as 2B: limited scores and logits
+        {**HEADS, "sliding_window": 32, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 1.0},
+        "Gemma 3",
+    ),
     "llama": Kind({}, "Llama 3.2", ("pad_token",)),
+    "qwen2": Kind({"tie_word_embeddings": True}, "Qwen2.5", ("bos_token",)),
     "qwen3": Kind({"head_dim": 16, "tie_word_embeddings": True}, "Qwen3", ("bos_token",)),
     "mistral": Kind({"sliding_window": 32}, "Mistral", ("pad_token",)),
     "olmo2": Kind({}, "base model"),

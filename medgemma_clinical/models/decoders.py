@@ -20,6 +20,9 @@ from medgemma_clinical.models.terms import (
     LLAMA,
     NO_BASE,
     PHI,
+    QWEN_3B,
+    QWEN_72B,
+    TXGEMMA,
     Licence,
     Terms,
     apache,
@@ -50,7 +53,13 @@ TESTED = (
     Decoder(
         ("gemma4", "gemma4_text"), (HAI_DEF, apache("Gemma 4", "gemma-4")), "google/gemma-4-31B-it"
     ),
+    Decoder(("gemma2",), (TXGEMMA, GEMMA), "google/gemma-2-2b-it"),
     Decoder(("llama",), (LLAMA,), "meta-llama/Llama-3.2-1B-Instruct"),
+    Decoder(
+        ("qwen2",),
+        (QWEN_3B, QWEN_72B, apache("Qwen2", r"qwen2(?!.*-(3|72)b)")),
+        "Qwen/Qwen2.5-0.5B-Instruct",
+    ),
     Decoder(("qwen3",), (apache("Qwen3", "qwen3"),), "Qwen/Qwen3-0.6B"),
     Decoder(
         ("mistral",),
@@ -71,10 +80,15 @@ def decoder_of(kind: str) -> Decoder:
     return Decoder((kind,), (), "", "all-linear")
 
 
+def is_tested(kind: str) -> bool:
+    """Say whether the tests train models of a ``model_type``."""
+    return any(kind in decoder.types for decoder in TESTED)
+
+
 def check_tested(name: str, *, allow_untested: bool) -> None:
     """Refuse a base model of a type that is not tested, or warn of it where that is allowed."""
     kind = base_type(name)
-    if any(kind in decoder.types for decoder in TESTED):
+    if is_tested(kind):
         return
     tested = ", ".join(decoder.types[-1] for decoder in TESTED)
     problem = f"--model_name {name}: its type {kind} is not tested (tested: {tested})"

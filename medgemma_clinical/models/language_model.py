@@ -107,6 +107,8 @@ def loading(flag: str, advice: str = "") -> Iterator[None]:
         raise
     except Exception as error:  # the libraries raise anything on files of another kind
         text = " ".join(str(error).split())[:200] or type(error).__name__
+        if "scaled_dot_product_attention" in text:
+            text, advice = "its type has no sdpa attention: add --attention eager", ""
         raise InputError(f"{flag}: cannot be loaded: {text}{advice}") from error
 
 
@@ -131,12 +133,20 @@ def load_language_model(
     advice = "; python -m bitsandbytes checks whether this machine can quantise" if nf4 else ""
     with loading(f"--model_name {name}", advice):
         config = text_config(folder)
+        if getattr(config, "attn_logit_softcapping", None):  # sdpa cannot limit the scores
+            options["attn_implementation"] = "eager"
         if weights == "random":
             model = draw_model(config, **options).to(device)
         else:
             options |= {"quantization_config": nf4, "device_map": {"": device}}
             model = load_text_model(folder, config, **options)
         tokenizer = load_tokenizer(folder)
+    # By name: bitsandbytes must not be imported before its environment is set.
+    packed = [module for module in model.modules() if type(module).__name__ == "Linear4bit"]
+    for module in packed:  # repacked for a CPU, weights lose bits
+        module.support_avx512bf16_for_cpu = False
+    if nf4 and not packed:
+        raise InputError(f"--quantization nf4: packs no layer of {name}: use none")
     return model.requires_grad_(False).eval(), tokenizer
 
 
@@ -169,10 +179,6 @@ def load_text_model(folder: Path, config: Any, **options: Any) -> PreTrainedMode
     )
     if info["missing_keys"]:
         raise ValueError(f"missing weights, such as {min(info['missing_keys'])}")
-    for module in model.modules():
-        # By name: bitsandbytes must not be imported before its environment is set.
-        if type(module).__name__ == "Linear4bit":  # repacked for a CPU, weights lose bits
-            module.support_avx512bf16_for_cpu = False
     return model
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 NOT_A_DEVICE = "Research software. Not a medical device, not for clinical use."
@@ -68,6 +68,7 @@ HAI_DEF = Licence(
     HAI_DEF_NOTICE,
     {"license": "other", **HAI_DEF_NAME},
 )
+TXGEMMA = replace(HAI_DEF, model="TxGemma or derived from it", name="txgemma")
 GEMMA = Licence("a Gemma", "gemma", GEMMA_NOTICE, {"license": "gemma"})
 LLAMA = Licence(
     "a Llama or derived from it",
@@ -78,6 +79,23 @@ LLAMA = Licence(
 )
 PHI_NOTICE = f"Phi: Copyright (c) Microsoft Corporation, MIT License found at {MIT_LINK}"
 PHI = Licence("a Phi", "phi-?[34]", PHI_NOTICE, {"license": "mit"})
+# Source: Qwen Research License and Qwen License 3c (notice), 4b (built with).
+QWEN_NOTICE = (
+    "Built with Qwen. Qwen is licensed under the Qwen {} AGREEMENT, Copyright (c) Alibaba Cloud. "
+    "All Rights Reserved"
+)
+QWEN_3B = Licence(
+    "a Qwen2.5-3B",
+    r"qwen2\.5.*-3b",
+    QWEN_NOTICE.format("RESEARCH LICENSE"),
+    {"license": "other", "license_name": "qwen-research"},
+)
+QWEN_72B = Licence(
+    "a Qwen2.5-72B",
+    r"qwen2\.5.*-72b",
+    QWEN_NOTICE.format("LICENSE"),
+    {"license": "other", "license_name": "qwen"},
+)
 NO_BASE = Terms(
     "No weights of MedGemma or another model of Google are part of this model.",
     "No weights of MedGemma or another Gemma are part of this model or of its base.\n",

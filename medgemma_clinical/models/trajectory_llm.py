@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from medgemma_clinical.data.trajectories import Batch
-from medgemma_clinical.files import RunFault
+from medgemma_clinical.files import InputError, RunFault
 from medgemma_clinical.models.outcome import LABELS, Outcome
 from medgemma_clinical.models.trajectory import Output, Stage1
 
@@ -32,6 +32,9 @@ VERDICT_WEIGHT = 50
 
 LOSS_ROWS = 128
 """Answer tokens whose logits over the vocabulary are in memory at a time."""
+
+LOGIT_TOLERANCE = 0.02
+"""Of the logits that the loss reads from the model's own, of their size: bfloat16 rounds them."""
 
 
 class TrajectoryStates(NamedTuple):
@@ -233,8 +236,15 @@ class LLMClassifier(TrajectoryLLM):
         return Output(loss, len(outputs), self.outcome.logit(outputs), outputs, offset)
 
 
-def capped(logits: Tensor, cap: float | None) -> Tensor:
-    """Return logits as a model whose configuration limits them does; others as they are."""
+def head_logits(states: Tensor, weight: Tensor, config: Any) -> Tensor:
+    """Return the float32 logits (..., V) of states (..., D) by rows (V, D) of ``lm_head``.
+
+    They are scaled (Cohere, Granite) and limited (Gemma) as by the model's own forward.
+    """
+    logits = functional.linear(states, weight).float()
+    logits *= getattr(config, "logit_scale", None) or 1.0
+    logits /= getattr(config, "logits_scaling", None) or 1.0
+    cap = getattr(config, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
@@ -245,17 +255,17 @@ def answer_loss(
     boost: Tensor,
     importance: Tensor,
     yes: int,
-    cap: float | None = None,
+    config: Any,
 ) -> Tensor:
     """Return the weighted cross-entropy (sum over N) of states (N, D) by ``lm_head`` (V, D).
 
     ``boost`` (N,) is added to the logit of the id ``yes``, ``importance`` (N,) weighs each token,
-    ``cap`` limits the logits.
+    ``config`` is the language model's.
     """
 
     # Made twice, in chunks: all logits would be larger than all else that a step keeps.
     def chunk_loss(hidden: Tensor, targets: Tensor, boost: Tensor, importance: Tensor) -> Tensor:
-        logits = capped(functional.linear(hidden, weight).float(), cap)  # (rows, V)
+        logits = head_logits(hidden, weight, config)  # (rows, V)
         logits[:, yes] += boost
         losses = functional.cross_entropy(logits, targets, reduction="none")
         return (importance * losses).sum()
@@ -274,12 +284,25 @@ class LLMWriter(TrajectoryLLM):
     def residual(self, states: Tensor) -> Tensor:
         """Return the log-odds of yes against no in states (B, D): (B, 1) float32."""
         words = self.llm.get_output_embeddings().weight[list(self.verdict)].float()  # (2, D)
-        yes, no = capped(functional.linear(states, words), self.cap()).split(1, dim=1)
+        yes, no = head_logits(states, words, self.llm.config).split(1, dim=1)
         return yes - no
 
-    def cap(self) -> float | None:
-        """Return the limit of the logits, None for none."""
-        return getattr(self.llm.config, "final_logit_softcapping", None)
+    @torch.no_grad()
+    def check_logits(self, base: str) -> None:
+        """Refuse a model of which the loss reads other logits than its own forward computes."""
+        self.eval()
+        weight = self.llm.get_output_embeddings().weight
+        ids = torch.tensor([self.verdict * 4], device=weight.device)  # (1, T)
+        batch: Any = {"input_ids": ids, "text_mask": torch.ones_like(ids, dtype=torch.bool)}
+        hidden, _ = self.read(batch, None)
+        logits = head_logits(hidden, weight, self.llm.config)  # (1, S, V)
+        if self.bos is not None:
+            ids = functional.pad(ids, (1, 0), value=self.bos)
+        with adapters_in(weight.dtype, weight.device):
+            own = self.llm(input_ids=ids, use_cache=False).logits
+        if not (logits - own).norm() <= LOGIT_TOLERANCE * own.norm():  # NaN fails
+            problem = "the logits that stage 3 trains on are not those of the model's own forward"
+            raise InputError(f"--model_name {base}: {problem}: give another, or train stage 2")
 
     def forward(self, batch: TextBatch) -> Output:
         """Return the weighted cross-entropy (sum over N, zero without answers) and the log-odds."""
@@ -296,7 +319,7 @@ class LLMWriter(TrajectoryLLM):
             # It is one token among a hundred copied ones.
             torch.where(is_verdict, float(VERDICT_WEIGHT), 1.0),
             self.verdict[0],
-            self.cap(),
+            self.llm.config,
         )
         # Causal attention hides the report itself at the token before the verdict.
         residual = self.residual(at_verdict(hidden, text_start, batch))

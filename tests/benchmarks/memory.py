@@ -197,7 +197,7 @@ def answer_loss_peak(model, tokens=ANSWERS):
     targets = torch.empty(tokens, dtype=torch.long, device=META)
     ones = torch.empty(tokens, device=META)
     with LiveStorages(model) as storages:
-        answer_loss(hidden * 1, weight, targets, ones, ones, 0).backward()
+        answer_loss(hidden * 1, weight, targets, ones, ones, 0, model.config).backward()
     return storages.peak
 
 
