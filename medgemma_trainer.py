@@ -36,7 +36,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -61,7 +61,7 @@ from medgemma_clinical.commands.command_line import (
 from medgemma_clinical.data.competing_events import OUTCOME_KINDS
 from medgemma_clinical.data.dka import LABEL, NAMING, Meaning
 from medgemma_clinical.data.texts import SERIES_TEXT, TEXT_FEATURES
-from medgemma_clinical.files import InputError
+from medgemma_clinical.files import InputError, RunFault
 from medgemma_clinical.flags import HOURS, POSITIVE, RATE, WHOLE, Flag, names, number
 from medgemma_clinical.models import choices
 from srtr_dataset import ORGANS, SRTRTrajectoryDataset
@@ -241,8 +241,10 @@ from medgemma_clinical.training.state import (
     NonFiniteLossError,
     TrainState,
     WeightAverage,
+    generators,
     load_training_state,
     read_state,
+    set_generators,
     training_state,
     warmup_and_cosine,
     write_state,
@@ -662,7 +664,8 @@ def train_epoch(stage: Stage, state: TrainState, seed: int, save_every: int, bar
     state.optimizer.zero_grad()
     for done, rows in enumerate(batches):
         begun = time.perf_counter()
-        loss, terms = backward(stage, state, rows)
+        with saved_on_fault(stage, state):
+            loss, terms = backward(stage, state, rows)
         stop = step(state, loss, terms)
         bar.update()
         if (epoch, done) == (1, 1):  # the first step warms up
@@ -808,6 +811,19 @@ def save_state(stage: Stage, state: TrainState) -> None:
         content = training_state(stage, state)
         if distributed.processes().is_main_process:
             write_state(state.folder, content)
+
+
+@contextlib.contextmanager
+def saved_on_fault(stage: Stage, state: TrainState) -> Iterator[None]:
+    """Keep the steps before one for which memory is lacking; of several processes one may fail."""
+    before = generators()
+    try:
+        yield
+    except RunFault:
+        if state.accelerator.num_processes == 1:
+            set_generators(before)
+            save_state(stage, state)
+        raise
 
 
 # --------------------------------------------------------------------------- one run

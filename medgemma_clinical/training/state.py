@@ -330,11 +330,22 @@ def read_state(folder: Path) -> dict[str, Any]:
     return {**state, "epochs": weights}
 
 
+def generators() -> dict[str, Tensor]:
+    """Return the states of the random generators; a GPU's lies on the host."""
+    device = default_device()
+    random = {"cpu": torch.get_rng_state()}
+    return random | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+
+
+def set_generators(random: dict[str, Tensor]) -> None:
+    """Set the states of the random generators."""
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random:
+        torch.cuda.set_rng_state(random["cuda"], default_device())
+
+
 def training_state(stage: Stage, state: TrainState) -> dict[str, Any]:
     """Return all that resumes training to the bit; each process brings its generators."""
-    random, device = {"cpu": torch.get_rng_state()}, default_device()
-    if device.type == "cuda":
-        random["cuda"] = torch.cuda.get_rng_state(device)
     return {
         "weights": {name: p.detach() for name, p in stage.trainable_parameters().items()},
         "average": state.average.weights,
@@ -342,7 +353,7 @@ def training_state(stage: Stage, state: TrainState) -> dict[str, Any]:
         "optimizer": state.optimizer.state_dict(),
         "schedule": state.schedule.state_dict(),
         "progress": vars(state.progress),
-        "random": gather_object([random]),
+        "random": gather_object([generators()]),
         "passes": {"max_tokens": stage.max_tokens, "recomputes": stage.recomputes},
     }
 
@@ -360,10 +371,7 @@ def load_training_state(stage: Stage, state: TrainState, content: dict[str, Any]
     state.optimizer.load_state_dict(content["optimizer"])
     state.schedule.load_state_dict(content["schedule"])
     vars(state.progress).update(content["progress"])
-    random = content["random"][state.accelerator.process_index]
-    torch.set_rng_state(random["cpu"])
-    if "cuda" in random:
-        torch.cuda.set_rng_state(random["cuda"], device)
+    set_generators(content["random"][state.accelerator.process_index])
     progress = state.progress
     logger.info(
         "resuming in epoch %d after %d of its steps, %d steps in all",

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
 import medgemma_trainer as trainer
-from medgemma_clinical.files import InputError
+from medgemma_clinical.files import InputError, RunFault
 from medgemma_clinical.training import state as module
 from medgemma_clinical.training.signals import SIGNALS, Stopped
 from medgemma_clinical.training.state import (
@@ -140,6 +140,23 @@ def test_a_stopped_run_resumes_to_the_last_bit(end, save_every, whole, tmp_path,
         (folder / "best.pt").unlink()  # the state brings it back
         assert fit(folder, seed=6, resume=read_state(last)) == whole
         assert (last / module.STATE_FILE).read_bytes() == kept, "a finished one is not kept anew"
+
+
+def test_no_step_before_one_without_memory_is_lost(whole, tmp_path):
+    """The pass fails behind its dropout, which has drawn from the generator."""
+    stage, calls = toy_stage(), []
+
+    def without_memory(*_):
+        calls.append(1)
+        if stage.model.training and len(calls) == 10:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    stage.model.encoder.register_forward_hook(without_memory)
+    with pytest.raises(RunFault, match="memory"):
+        trainer.fit(stage, 7, tmp_path)
+    kept = read_state(tmp_path / "last")
+    assert kept["progress"]["batches"] > 0, "in the middle of an epoch"
+    assert fit(tmp_path, seed=5, resume=kept) == whole
 
 
 def test_the_state_does_not_grow_with_good_epochs_whose_files_it_needs(tmp_path, monkeypatch):
