@@ -922,6 +922,8 @@ def run(args: Namespace) -> int:
     """Train what the flags choose; return the exit code."""
     set_defaults(args)
     with SIGNALS.installed(), distributed.computing(deterministic=args.deterministic):
+        if args.compile_layers:
+            language_model.check_compiler()
         if args.folds and args.seeds:
             return repeats.run_repeats(args, read_dataset, train)
         if args.seeds:

@@ -27,6 +27,12 @@ from medgemma_clinical.files import InputError, RunFault, is_out_of_memory
 GPUS = "/dev/nvidia[0-9]*"
 """Linux shows NVIDIA's GPUs here, whatever torch thinks of them."""
 
+OLD_CARDS = 'pip install "torch==2.10.*" --index-url https://download.pytorch.org/whl/cu126'
+"""Installs kernels for Pascal and Volta, too.
+
+Source: torch.cuda.PYTORCH_RELEASES_CODE_CC.
+"""
+
 SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
 """What accelerate's launcher sets for ways of training that cut a model into parts."""
 
@@ -71,14 +77,14 @@ def find_device(name: str) -> torch.device:
     """Return a device by its name, as in ``torch.device``."""
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device, dtype=torch.float64)  # which Apple's GPUs lack
     except (RuntimeError, AssertionError, TypeError) as error:
         raise InputError(f"device {name!r}: not on this machine: give cpu or cuda") from error
     return device
 
 
 def check_gpu() -> None:
-    """Refuse the CPU where torch cannot use a GPU that is not hidden on purpose."""
+    """Refuse a GPU that torch cannot use, and the CPU in its place unless that is on purpose."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     unused = torch.version.cuda and not torch.cuda.is_available()
     if unused and not hidden and glob.glob(GPUS):
@@ -87,6 +93,22 @@ def check_gpu() -> None:
             "newer driver, or torch for an older one (medgemma_clinical/docs/training.md), or set "
             "CUDA_VISIBLE_DEVICES= to use the CPU"
         )
+    device = default_device()
+    try:
+        torch.ones(1, device=device).item()
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            return  # what needs the GPU says so; export does not
+        if "no kernel image" in str(error):
+            raise InputError(
+                f"torch {torch.__version__} has no kernels for {torch.cuda.get_device_name(device)}"
+                f": an older card needs {OLD_CARDS}, a newer one a newer torch"
+            ) from error
+        problem = str(error).partition("\n")[0]
+        raise InputError(
+            f"the GPU fails at its first use ({problem}): try PYTORCH_ALLOC_CONF="
+            "expandable_segments:False in the environment (medgemma_clinical/docs/faq.md)"
+        ) from error
 
 
 def leave_together() -> None:

@@ -30,6 +30,15 @@ READING_ERRORS = (
 """What reading a damaged JSON file can raise."""
 
 
+NO_MEMORY = (
+    "out of memory",  # CUDA's runtime and driver
+    "allocate memory",  # torch's allocator for the CPU
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",  # there was no room for its handle
+)
+"""What a RuntimeError of a library says where memory was lacking."""
+
+
 class InputError(ValueError):
     """A mistake in the user's input, in one line: what, where, what to do."""
 
@@ -52,12 +61,10 @@ class RunFault(RuntimeError):
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether memory was lacking, to torch, DuckDB, or cuBLAS for its workspace."""
-    return (
-        isinstance(error, MemoryError)
-        or "OutOfMemory" in type(error).__name__
-        or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
-    )
+    """Return whether memory was lacking, by an error's type or a RuntimeError's text."""
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
 
 
 @contextlib.contextmanager

@@ -48,7 +48,24 @@ CELL = "Jane Doe 77.123456"
         (OSError(errno.ENOSPC, CELL, "run.json"), "run.json: No space left on device"),
         (MemoryError(CELL), "free memory"),
         (torch.OutOfMemoryError(CELL), "free memory"),
-        (RuntimeError(f"CUBLAS_STATUS_ALLOC_FAILED {CELL}"), "free memory"),
+        *(
+            (RuntimeError(f"{text} {CELL}"), "free memory")
+            for text in (
+                "CUBLAS_STATUS_ALLOC_FAILED",
+                "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+                "CUDA driver error: out of memory",
+                "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory",
+            )
+        ),
+        (torch.AcceleratorError(f"CUDA error: out of memory {CELL}"), "free memory"),
+        *(
+            (torch.AcceleratorError(f"CUDA error: {text} {CELL}"), "AcceleratorError in test_")
+            for text in (
+                "an illegal memory access was encountered",
+                "device-side assert triggered",
+                "device not ready",
+            )
+        ),
         (RunFault("the loss is nan"), "the loss is nan"),
         (ConnectionResetError(CELL), "network"),
         (ssl.SSLError(CELL), "network"),

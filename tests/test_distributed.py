@@ -1,12 +1,17 @@
 """Devices, kernels, memory, seeds, and launches that are refused."""
 
+import importlib
+import os
+import platform
 import sys
 from datetime import timedelta
 
 import pytest
 import torch
+import torch._inductor.config
 from threadpoolctl import threadpool_info
 
+import medgemma_clinical
 import medgemma_trainer as trainer
 from medgemma_clinical import distributed
 from medgemma_clinical.commands import demo
@@ -47,6 +52,85 @@ def test_the_cpu_of_a_machine_with_a_gpu_is_refused_unless_wanted(tmp_path, monk
         distributed.check_gpu()
     monkeypatch.setattr(torch.version, "cuda", None)  # torch for CPUs
     distributed.check_gpu()
+
+
+NO_KERNEL = "CUDA error: no kernel image is available for execution on the device\nlaunch"
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (RuntimeError("CUDA driver error: device not ready"), "PYTORCH_ALLOC_CONF="),
+        (RuntimeError("CUDA driver error: unknown error"), "PYTORCH_ALLOC_CONF="),
+        (torch.AcceleratorError(NO_KERNEL), "Tesla V100"),
+        (torch.AcceleratorError("CUDA error: out of memory"), None),
+    ],
+    ids=str,
+)
+def test_a_gpu_that_fails_at_its_first_use_is_refused_in_one_line(
+    error, shown, tmp_path, monkeypatch, capsys
+):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "ones", fail)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla V100")
+    if shown is None:  # what needs the GPU says so
+        distributed.check_gpu()
+        return
+    for words in COMMANDS:
+        refused(words, shown, capsys)
+    with pytest.raises(InputError, match=shown):
+        trainer.fit_trajectory("x.csv")
+
+
+def test_a_device_without_double_precision_is_refused(monkeypatch):
+    """As Apple's GPUs are."""
+    empty = torch.empty
+
+    def without_double(*size, dtype=None, **options):
+        if dtype is torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64")
+        return empty(*size, dtype=dtype, **options)
+
+    assert distributed.find_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch, "empty", without_double)
+    with pytest.raises(InputError, match="cpu"):
+        distributed.find_device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("release", "given", "found"),
+    [
+        ("6.8.0-generic", {}, "expandable_segments:True"),
+        ("5.15.167.4-microsoft-standard-WSL2", {}, None),
+        ("4.4.0-19041-Microsoft", {}, None),
+        ("6.8.0-generic", {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, None),
+        ("6.8.0-generic", {"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+        ("5.15-microsoft", {"PYTORCH_ALLOC_CONF": "backend:native"}, "backend:native"),
+    ],
+)
+def test_segments_expand_but_under_wsl_and_where_the_user_decides(
+    release, given, found, monkeypatch
+):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(platform, "release", lambda: release)
+    importlib.reload(medgemma_clinical)
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == found
+
+
+@pytest.mark.slow
+def test_compiled_layers_without_a_compiler_are_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-compiler"))
+    refused("--compile_layers --data_path no.csv", "--compile_layers", capsys)
+    with pytest.raises(InputError, match="--compile_layers"):
+        trainer.fit_generative("no.csv", compile_layers=True)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

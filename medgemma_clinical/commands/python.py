@@ -34,7 +34,7 @@ from medgemma_clinical.inference.scoring import as_source
 from medgemma_clinical.inference.trajectory_model import Rows, TrajectoryModel, results_table
 from medgemma_clinical.models.checkpoints import TrajectoryCheckpoint, read_trajectory
 from medgemma_clinical.models.encoders import register
-from medgemma_clinical.models.language_model import machine_defaults
+from medgemma_clinical.models.language_model import check_compiler, machine_defaults
 from medgemma_clinical.models.trained_model import checkpoint_path
 from medgemma_clinical.training.signals import SIGNALS
 
@@ -302,6 +302,8 @@ class Training:
         )
         check_launch()
         check_gpu()
+        if args.compile_layers:
+            check_compiler()
         with FITTING:  # a fit of another thread waits
             if IN_FIT.get():
                 raise InputError("a model is being trained: on_epoch cannot train another")

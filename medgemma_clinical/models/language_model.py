@@ -16,7 +16,15 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-from medgemma_clinical.files import InputError, file_hash, json_hash, one_line, read_json
+from medgemma_clinical.distributed import default_device
+from medgemma_clinical.files import (
+    InputError,
+    file_hash,
+    is_out_of_memory,
+    json_hash,
+    one_line,
+    read_json,
+)
 from medgemma_clinical.models.choices import DEMO
 from medgemma_clinical.models.text_batches import chat_turns
 from medgemma_clinical.provenance import PACKAGE
@@ -103,9 +111,9 @@ def loading(flag: str, advice: str = "") -> Iterator[None]:
     try:
         with quiet_libraries():
             yield
-    except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
-        raise
     except Exception as error:  # the libraries raise anything on files of another kind
+        if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+            raise
         text = " ".join(str(error).split())[:200] or type(error).__name__
         if "scaled_dot_product_attention" in text:
             text, advice = "its type has no sdpa attention: add --attention eager", ""
@@ -126,6 +134,8 @@ def load_language_model(
 
     ``nf4`` None does not quantise; ``weights`` "random" draws them, for a control.
     """
+    from transformers import GenerationConfig
+
     assert nf4 is None or weights == "pretrained", "quantised weights cannot be random"
     folder = find_model(name, revision)
     check_base_model(name, folder)
@@ -147,6 +157,8 @@ def load_language_model(
         module.support_avx512bf16_for_cpu = False
     if nf4 and not packed:
         raise InputError(f"--quantization nf4: packs no layer of {name}: use none")
+    # What its files set, such as a penalty for repeated digits, would join the settings of a call.
+    model.generation_config = GenerationConfig()
     return model.requires_grad_(False).eval(), tokenizer
 
 
@@ -281,6 +293,16 @@ def set_checkpointing(model: PreTrainedModel) -> None:
     prefix = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     # The reentrant kind fails where embeddings come from outside of the model.
     getattr(model, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
+
+
+def check_compiler() -> None:
+    """Refuse ``--compile_layers`` on a machine where torch cannot compile."""
+    try:
+        torch.compile(torch.sin)(torch.ones(1, device=default_device()))
+    except RuntimeError as error:
+        problem = " ".join(str(error).split())[:200]
+        advice = "install a C++ compiler, for a GPU also triton, or leave it out"
+        raise InputError(f"--compile_layers: torch cannot compile: {advice}: {problem}") from error
 
 
 def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:

@@ -349,6 +349,7 @@ class LLMWriter(TrajectoryLLM):
         with (
             self.llm.get_output_embeddings().register_forward_pre_hook(pack),
             adapters_in(dtype, device),
+            torch.compiler.set_stance("force_eager"),  # layers that cache are compiled one by one
         ):
             ids: Tensor = self.llm.generate(
                 inputs_embeds=sequence.embeddings,

@@ -72,7 +72,7 @@ def advised() -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise RunFault(f"the GPU's memory is full: {FULL_ADVICE}") from error
+        raise RunFault(f"the memory is full: {FULL_ADVICE}") from error
 
 
 def check_memory(stage: Stage, device: torch.device) -> None:
@@ -98,15 +98,19 @@ def check_memory(stage: Stage, device: torch.device) -> None:
 def _fits(stage: Stage, rows: list[int], device: torch.device) -> bool:
     """Return whether every process passes such rows forward and backward."""
     failures = 0.0
+    train = stage.batches["train"].rows
+    shortest = [int(train[stage.lengths[train].argmin()])]
     stage.model.train()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:
+            # Its kernels are loaded before the card is full.
+            _pass(stage, shortest, device)
             parameters = stage.trainable_parameters().values()
             reserve = [torch.empty_like(p) for p in parameters for _ in range(KEPT_COPIES)]
             if device.type == "cuda":
                 size = int(MEMORY_MARGIN * torch.cuda.mem_get_info(device)[1])
                 reserve.append(torch.empty(size, dtype=torch.uint8, device=device))
-            stage.model(send_to_device(stage.collate(rows), device)).loss.sum().backward()
+            _pass(stage, rows, device)
             del reserve
         except RuntimeError as error:
             if not is_out_of_memory(error):
@@ -115,6 +119,11 @@ def _fits(stage: Stage, rows: list[int], device: torch.device) -> bool:
     stage.model.zero_grad()
     torch.cuda.empty_cache()
     return not reduce(torch.tensor(failures, device=device), "sum")
+
+
+def _pass(stage: Stage, rows: list[int], device: torch.device) -> None:
+    """Compute the gradients of some rows."""
+    stage.model(send_to_device(stage.collate(rows), device)).loss.sum().backward()
 
 
 def longest_rows(stage: Stage, part: str, number: int) -> list[int]:

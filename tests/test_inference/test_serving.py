@@ -348,3 +348,39 @@ def test_plain_transformers_writes_our_reports_from_the_prompts(run, out):
         report = tokenizer.decode(ids[0], skip_special_tokens=True)
         head = f"{trained.config['outcome']}: {'yes' if verdicts[row] else 'no'}."
         assert head + report == expected[row]
+
+
+SETTINGS = {
+    "repetition_penalty": 1.5,
+    "no_repeat_ngram_size": 2,
+    "suppress_tokens": [*range(30, 60)],
+    "num_beams": 4,
+    "min_new_tokens": 20,
+    "return_dict_in_generate": True,
+}
+"""What files of a base model can say of writing, and reports must not follow."""
+
+
+def written_ids(folder, end):
+    """Token ids that a model writes for some rows behind a yes, to one of the ids ``end``."""
+    trained = load_trained_model(folder, BUILDERS)
+    prompts = collator(trained).with_verdicts(ROWS, [True for _ in ROWS])
+    return trained.model.write(prompts, 20, end, pad=0).tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_in_files_of_the_base_model_change_no_report(name, file, run, out, tmp_path):
+    """Neither of the trained model nor of the exported one."""
+    end = written_ids(run / "generative", [-1])[0][5:6]
+    expected = written_ids(run / "generative", end)
+    assert expected[0].count(0) > 10, "a row ends before the last token"
+    base = save_base(tmp_path / "gemma", lively=True)
+    (base / "generation_config.json").unlink()
+    words = json.loads((base / file).read_text()) if file == "config.json" else {}
+    (base / file).write_text(json.dumps({**words, name: SETTINGS[name]}))
+    stage = save_stage(tmp_path / "run", "generative", base, change=0.5)
+    assert written_ids(stage, end) == expected
+    export_merged(stage, out, BUILDERS)
+    assert written_ids(out, end) == expected

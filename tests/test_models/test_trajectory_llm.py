@@ -246,3 +246,9 @@ def test_compiled_layers_compute_the_same_and_are_compiled_once_for_all_lengths(
         for found, gradient in zip(gradients(rows), expected, strict=True):
             assert_close(found, gradient)
     assert 0 < len(graphs) <= 2 * model.llm.config.num_hidden_layers
+    graphs.clear()
+    prompts = parts.collate.with_verdicts(ROWS, [True for _ in ROWS])
+    parts.writer.write(prompts, 3, eos=[-1], pad=0)
+    assert not graphs, "a report's layers, each with its cache, would be compiled one by one"
+    parts.classifier.eval()(parts.collate(ROWS))
+    assert graphs, "other passes are compiled afterwards, too"

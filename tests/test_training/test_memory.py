@@ -24,13 +24,13 @@ def checkpointing(stage):
 
 
 def limit_memory(stage, error=FULL, *, always=False):
-    """Let training fail without checkpointing, or always; return the rows of each try."""
+    """Let passes of several rows fail without checkpointing, or all; return the rows of each."""
     tries = []
 
     def fail(model, inputs):
         if model.training:
             tries.append(inputs[0]["index"].tolist())
-            if always or not checkpointing(stage):
+            if always or (len(tries[-1]) > 1 and not checkpointing(stage)):
                 raise error
 
     stage.model.register_forward_pre_hook(fail)
@@ -130,7 +130,26 @@ def test_a_trial_of_the_longest_rows_leaves_only_the_way_that_fits(limited, chec
     longest = memory.longest_rows(stage, "train", 3)
     assert set(longest) <= set(stage.batches["train"].rows)
     assert min(stage.lengths[longest]) == sorted(stage.lengths[stage.batches["train"].rows])[-3]
-    assert tries == [longest, longest][: 2 * limited], "cut, such passes would be small"
+    train = stage.batches["train"].rows
+    shortest = [train[stage.lengths[train].argmin()]]
+    # Two trials: cut, such passes would be small.
+    assert tries == [shortest, longest, shortest, longest][: 4 * limited]
+
+
+def test_kernels_are_loaded_by_the_shortest_row_before_the_card_is_full(check_on_gpu, monkeypatch):
+    stage, events, empty_like = toy_stage(), [], torch.empty_like
+
+    def reserve(parameter):
+        events.append("reserve")
+        return empty_like(parameter)
+
+    monkeypatch.setattr(torch, "empty_like", reserve)
+    stage.model.register_forward_pre_hook(lambda _, inputs: events.append(inputs[0]["tokens"]))
+    check_on_gpu(stage)
+    lengths = LENGTHS[stage.batches["train"].rows]
+    first, second = events[:2]
+    assert (first, second) == (lengths.min(), "reserve")
+    assert 8 * lengths.max() in events[2:]
 
 
 def test_large_passes_are_cut_and_layers_are_computed_again_instead_of_small_ones(
@@ -141,7 +160,7 @@ def test_large_passes_are_cut_and_layers_are_computed_again_instead_of_small_one
     stage.lengths = np.full_like(stage.lengths, 100)
     tries = limit_memory(stage)
     check_on_gpu(stage)
-    assert [len(rows) for rows in tries] == [8, 4, 2, 8]
+    assert [len(rows) for rows in tries] == [1, 8, 1, 4, 1, 2, 1, 8]
     assert (stage.recomputes, stage.max_tokens) == (True, None)
 
 
