@@ -177,20 +177,26 @@ def text_config(folder: Path) -> Any:
 
 
 def load_text_model(folder: Path, config: Any, **options: Any) -> PreTrainedModel:
-    """Load the language model of a folder; no code of a checkpoint runs."""
+    """Load the language model of a folder."""
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(
+    return load_weights(AutoModelForCausalLM, folder, config, "model.", **options)
+
+
+def load_weights(kind: Any, folder: Path, config: Any, prefix: str, **options: Any) -> Any:
+    """Load a model, whose weights' names begin with ``prefix``; no code of a checkpoint runs."""
+    model, info = kind.from_pretrained(
         folder,
         config=config,
-        key_mapping={r"^(model\.)?language_model\.(model\.)?": "model."},  # if multimodal
+        key_mapping={r"^(model\.)?language_model\.(model\.)?": prefix},  # if multimodal
         use_safetensors=True,
         trust_remote_code=False,
         output_loading_info=True,
         **options,
     )
-    if info["missing_keys"]:
-        raise ValueError(f"missing weights, such as {min(info['missing_keys'])}")
+    # Only encoders have a pooler, which nothing reads.
+    if missing := [name for name in info["missing_keys"] if "pooler" not in name]:
+        raise ValueError(f"missing weights, such as {min(missing)}")
     return model
 
 

@@ -60,19 +60,9 @@ class TextEncoder:
             config = config.get_text_config()
             if config.is_encoder_decoder:
                 raise ValueError("an encoder with a decoder: give one of both alone")
-            model, info = AutoModel.from_pretrained(
-                folder,
-                config=config,
-                key_mapping={r"^(model\.)?language_model\.(model\.)?": ""},  # if multimodal
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-            )
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+            model = language_model.load_weights(AutoModel, folder, config, "", dtype=dtype)
             tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            missing = [key for key in info["missing_keys"] if "pooler" not in key]
-            if missing:
-                raise ValueError(f"missing weights, such as {min(missing)}")
         self.model = model.requires_grad_(False).eval().to(device)
         self.tokenizer = tokenizer
         mark = tokenizer("a", add_special_tokens=False)["input_ids"]
