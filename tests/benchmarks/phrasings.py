@@ -318,19 +318,22 @@ def run_models(path, out, seed, models, sizes):
             shutil.copy(largest, states)
         train(*flags, "--data_path", path, "--seed", seed, "--seeds", 1, "--output_dir", folder)
         stage = "trajectory" if "--trajectory_only" in flags else "classification"
-        found = folder / f"seed_{seed}" / stage
-        weight = json.loads((found / "metrics.json").read_text()).get("residual_weight")
+        run = folder / f"seed_{seed}" / stage
+        weight = json.loads((run / "metrics.json").read_text()).get("residual_weight")
         seconds = f"{time.perf_counter() - began:.0f} s"
         write(f"{path.stem} patients, seed {seed}, {model}: {seconds}, weight {weight}")
-        table = read_predictions(found, model, [LABEL])
+        table = read_predictions(run, model, [LABEL])
+        # Not as ``ensemble``, which is always compared with the blend.
+        table = table.rename(columns={ENSEMBLE: f"{ENSEMBLE}, {model}"})
         if model == STAGE1:
-            baselines = [name for name in (LOGISTIC, BLEND, WORDS, ENSEMBLE) if name in table]
-            risks = table[["id", "label", "patient", model, *baselines]]
+            others = (LOGISTIC, BLEND, WORDS, f"{ENSEMBLE}, {model}")
+            found = [name for name in others if name in table]
+            risks = table[["id", "label", "patient", model, *found]]
             continue
         reading = model.removeprefix(f"{STAGE1} + ")
-        others = (FROZEN, WITH_TEXT, ENSEMBLE)
-        names = {name: f"{name}, {reading}" for name in others if name in table}
-        added = table[["id", model, *names]].rename(columns=names)
+        names = {name: f"{name}, {reading}" for name in (FROZEN, WITH_TEXT) if name in table}
+        own = [name for name in (model, f"{ENSEMBLE}, {model}") if name in table]
+        added = table[["id", *own, *names]].rename(columns=names)
         risks = risks.merge(added, on="id", validate="1:1")
     return risks
 
@@ -414,7 +417,8 @@ def main(argv=None):
     by_size = {}
     for size, of_seeds in tables.items():
         shared = shared_models(of_seeds, LABEL)
-        by_size[size], text = results_table(shared, size, (STAGE1, WITH_WORDS))
+        references = [name for name in (STAGE1, WITH_WORDS, BLEND) if name in shared[0]]
+        by_size[size], text = results_table(shared, size, references)
         write(f"{by_size[size].counts}\n{text}\n")
     draw_curves(by_size, arguments.out / "learning_curve.svg")
     return 0
