@@ -54,6 +54,9 @@ def run_monitor(args: Namespace, datasets: Mapping[str, Any]) -> int:
     scored = read_scored(args.predictions, args.checkpoint, args.use, config)
     target, name = targets_of_config(config)[0], scored.name
     outcomes = read_outcomes(args.outcomes, args.date, scored.rows["date"].max(), target)
+    if len(outcomes) and not outcomes.index.isin(scored.rows["id"]).any():
+        count = f"{args.outcomes}: none of its {len(outcomes):,} ids is that of a prediction"
+        raise InputError(f"{count}: name patients there as column id of the predictions does")
     rows, notes = join_outcomes(scored.rows, outcomes, target)
     if args.site is not None:
         ids = scored.rows.loc[rows.index]

@@ -159,7 +159,7 @@ def plot_cusum(monitored: Monitored) -> plots.Plot:
         axes.plot(dates, sums[name], **{**look, "label": f"{name} odds"})
     axes.axhline(monitored.levels.cusum, **plots.DOTTED, label="limit")
     axes.set(ylim=(0, None))
-    locator = AutoDateLocator(maxticks=MAX_TICKS)
+    locator = AutoDateLocator(minticks=2, maxticks=MAX_TICKS)
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
     signals = sums[sums["signal"] != ""]
