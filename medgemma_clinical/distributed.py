@@ -49,6 +49,10 @@ def set_environment() -> None:
     """Set what libraries read; whatever begins work calls it, an import does not."""
     # The hub learns nothing of the user.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # Nor does the hub's compiled code run: transformers would exchange layers for it, and
+    # bitsandbytes fetches it where transformers has brought ``kernels``.
+    os.environ["USE_HUB_KERNELS"] = "NO"
+    sys.modules["kernels"] = None  # type: ignore[assignment]
     # Python tells of the semaphores that it clears up after processes which a signal has ended.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
     huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True

@@ -10,7 +10,8 @@ and marked. In each fold the penalty (lasso or ridge) of the regressions is chos
 the training part, leaf size and number of columns of the forest by the Brier score in a fifth of
 it. Follow-up ends at the last horizon. The risks go to ``--risks`` and are read from there if the
 file exists; with ``--predictions``, the table of the folds of a run on the same file, the metrics
-of all models are printed, with paired differences from the ensemble.
+of all models are printed as means over the folds, with paired differences from the blend, and
+intervals as wide as those of folds.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from common import machine, needed, write
 
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.data.fold_split import draw_folds, foldable
-from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES
+from medgemma_clinical.evaluation.baselines import ENSEMBLE, STAGE_NAMES, best_blend
 from medgemma_clinical.evaluation.metrics_table import evaluate
 from medgemma_clinical.evaluation.tables import METRICS
 from medgemma_clinical.evaluation.target import targets_of
@@ -154,18 +155,20 @@ def of_stage(predictions, events):
     return table[["id", *given]]
 
 
-def metrics_table(metrics, targets):
-    """The metrics of each model at each horizon as Markdown, with differences from the first."""
+def metrics_table(metrics, targets, reference):
+    """The metrics of each model at each horizon as Markdown, with differences from one of them."""
     shown = ("auroc", "scaled_brier", "oe", "slope")
     heads = [METRICS[name].title for name in shown]
-    lines = [["Risk", "Model", *heads, "AUROC, difference", "Scaled Brier, difference"]]
+    differences = [f"{metric}, minus {reference}" for metric in ("AUROC", "Scaled Brier")]
+    lines = [["Risk", "Model", *heads, *differences]]
     lines.append(["---"] * len(lines[0]))
     for target in targets:
         for model in metrics.models:
             of_model = metrics.at(target).of(model)
             texts = [METRICS[name].text(of_model.loc[name]) for name in shown]
-            is_first = model == metrics.models[0]
-            texts += ["" if is_first else difference_text(of_model.loc[x]) for x in shown[:2]]
+            texts += [
+                "" if model == reference else difference_text(of_model.loc[x]) for x in shown[:2]
+            ]
             lines.append([target.name, model, *texts])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -190,7 +193,10 @@ def main(argv=None):
         if len(table) < len(fold):
             write(f"{len(fold) - len(table)} rows without a prediction of the run are left out")
     targets = targets_of(rows.competing_events)[: len(rows.competing_events.horizons)]
-    write(metrics_table(evaluate(table, 0, targets=targets), targets))
+    reference = best_blend(targets[0].models(table))
+    metrics = evaluate(table, 0, reference=reference, split=table["fold"], targets=targets)
+    write(f"{metrics.counts}, intervals {metrics.widening:.2f} times as wide as of rows")
+    write(metrics_table(metrics, targets, reference or metrics.models[0]))
     return 0
 
 
