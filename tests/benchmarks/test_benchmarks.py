@@ -30,6 +30,7 @@ import numpy as np
 import pandas as pd
 import phrasings
 import physionet2012
+import physionet2019
 import pool
 import public_folds
 import pytest
@@ -269,6 +270,48 @@ def test_physionet2012(tmp_path, capsys):
     physionet2012.main(["--folder", str(tmp_path), "--out", str(tmp_path / "all.csv")])
     assert "60 stays, 1 without any value; 30 deaths" in capsys.readouterr().out
     assert len(MIMICtrajectoryDataset(tmp_path / "all.csv")) == 59
+
+
+def write_hours(folder, name, hours, septic_from=None):
+    """Write a made-up stay as PhysioNet 2019 has it, HR 70 and up from hour 1 to the end."""
+    lines = ["HR|Temp|Age|Gender|Unit1|Unit2|HospAdmTime|ICULOS|SepsisLabel"]
+    for hour in range(1, hours + 1):
+        label = int(septic_from is not None and hour >= septic_from)
+        lines.append(f"{70 + hour}|NaN|61.5|1|NaN|NaN|-2.5|{hour}|{label}")
+    (folder / f"{name}.psv").write_text("\n".join(lines) + "\n")
+
+
+def test_physionet2019(tmp_path, capsys):
+    for name, hours, septic_from in (
+        *(("p1", 40, None), ("p2", 7, None), ("p3", 6, None)),
+        *(("p4", 9, 2), ("p5", 9, 1), ("p6", 30, 24), ("p7", 30, 25), ("other", 40, 30)),
+    ):
+        write_hours(tmp_path, name, hours, septic_from)
+    ids, out = tmp_path / "ids.csv", tmp_path / "sepsis.csv"
+    pd.DataFrame({"subject_id": [f"p{k}" for k in range(1, 8)]}).to_csv(ids, index=False)
+    words = ["--folder", str(tmp_path), "--out", str(out)]
+    physionet2019.main([*words, "--ids", str(ids)])
+    # Six hours, and septic at the first: left out. Sepsis six hours after its first label.
+    assert "7 stays, 2 left out; 2 septic within 24 h" in capsys.readouterr().out
+    table = pd.read_csv(out, index_col="subject_id")
+    told = table[["event_hours", "event", "label_sepsis_24h"]]
+    assert told.T.to_dict("list") == {
+        **{"p1": [34, 2, 0], "p2": [1, 2, 0]},
+        **{"p4": [2, 1, 1], "p6": [24, 1, 1], "p7": [25, 1, 0]},
+    }
+    assert table.loc["p2", "trajectory_hr"].endswith("75 (5h) -> 76 (6h)")
+    assert table.loc["p2", "static_hours_before_icu [h]"] == 2.5
+    assert "trajectory_temp" not in table
+
+    for path in tmp_path.glob("p*.psv"):
+        header, *lines = path.read_text().splitlines()
+        later = [line.replace("|NaN|61.5", "|39|62") for line in lines[6:]]
+        path.write_text("\n".join([header, *lines[:6], *later]))
+    physionet2019.main([*words, "--ids", str(ids)])
+    pd.testing.assert_frame_equal(pd.read_csv(out, index_col="subject_id"), table)
+    assert len(physionet2019.read_set(tmp_path)[0]) == 6
+    dataset = MIMICtrajectoryDataset(out, label_column="label_sepsis_24h")
+    assert dataset.labels.tolist() == [0, 0, 1, 1, 0]
 
 
 def fold_of(train, val, test):
