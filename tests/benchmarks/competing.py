@@ -93,8 +93,9 @@ def main(argv=None):
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--nafld", action="store_true")
-    for name in ("physionet2019", "physionet2012", "outcomes"):
-        parser.add_argument(f"--{name}", type=Path)
+    parser.add_argument("--physionet2019", type=Path)
+    parser.add_argument("--physionet2012", type=Path)
+    parser.add_argument("--outcomes", type=Path)
     args = parser.parse_args(argv)
     if bool(args.physionet2012) != bool(args.outcomes):
         parser.error("--physionet2012 and --outcomes belong together")
