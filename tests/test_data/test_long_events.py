@@ -58,8 +58,8 @@ def test_times_to_events_are_hours_from_the_prediction_time(make, caplog):
     assert (about["interventions"], about["outcome"]) == ([2], "death")
     assert "death" in about["question"]
     assert about["rows"] == {"rows": 5, "patients": 5, "events": 2}
-    last = about["flow"][-1]
-    assert (last["removed"], last["left"], last["patients"]) == (1, 5, 5)
+    past = about["flow"][0]
+    assert (past["removed"], past["left"], past["patients"]) == (1, 5, 5)
     assert sum("before the prediction time" in line for line in caplog.messages) == 1
     assert "storetime=storetime" in "".join(about["arguments"]["columns"])
 
@@ -211,6 +211,8 @@ def test_new_patients_are_read_like_an_earlier_file_with_or_without_their_events
     assert run(*files, *words_of(**FLAGS, interventions="2"), f"--out={earlier}") == 0
     assert run(*files, f"--like={earlier}", f"--out={out}") == 0
     assert out.read_bytes() == earlier.read_bytes()
+    assert run(*files, f"--like={earlier}", "--no_labels", f"--out={out}") == 0
+    assert pd.read_csv(out)["subject_id"].tolist() == [*range(5)], "one has died before"
     write_table(people().drop(columns=["Ended", "Why"]), tmp_path / "patients.csv")
     assert run(*files, f"--like={earlier}", "--no_labels", f"--out={out}") == 0
     rows = pd.read_csv(out)

@@ -13,6 +13,7 @@ import dataset_format
 from dataset_format import MIMICtrajectoryDataset
 from medgemma_clinical.data import roles
 from medgemma_clinical.data.importers import output
+from medgemma_clinical.data.small_cells import MIN_CELL
 from medgemma_clinical.files import InputError
 from table_requests import make_rows
 
@@ -369,7 +370,7 @@ def test_limits_and_other_texts_are_read_as_the_flags_say(flags, read, make, cap
     made = make(table, people(), **flags)
     assert trajectory(made).endswith(read)
     assert made[1]["values"]["without a number"] == 2 + 4 * (flags["below_limit"] == "drop")
-    assert 'dropped 2 values "hemolyzed"' in caplog.text
+    assert "dropped 2 other texts" in caplog.text
 
 
 @pytest.mark.parametrize("ending", [".xlsx", ".parquet"])
@@ -429,22 +430,24 @@ def test_an_export_with_every_trap_is_refused_or_read_right_in_each_cell(ending,
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("patients", "said"),
     [
-        (("5.1 ?", "x" * 31), ['2 values "#.# ?"', '1 values "called by Z", 2 other texts']),
-        (tuple("abcdefghijkl"), ['2 values "j"', "5 other texts"]),
-        ((*"abcdefgh", "3 abc", "4 def"), ['4 values "# ..."', "called by Z"]),
+        (MIN_CELL, '22 values "see #", 13 other texts'),
+        (MIN_CELL - 1, "32 other texts"),
     ],
 )
-def test_texts_that_are_dropped_are_listed_without_their_numbers(words, said, make, caplog):
-    """Where texts are many, one of a single value may be a remark on a patient."""
+def test_texts_that_are_dropped_are_named_where_many_patients_have_them(
+    patients, said, make, caplog
+):
+    """Other texts may be remarks on a patient, though they stand at several values."""
     caplog.set_level(logging.INFO)
-    table = labs(*words)
-    table.loc[0, "Result"] = "called by Z"
+    table = labs("see 12", "see 4", "5 m\u00fcller", "x" * 31, patients=patients)
+    table.loc[:1, "Result"] = "M\u00fcller called"
     times = {"window_hours": 999.0, "prediction_time": "Admitted + 9 d"}
-    make(table, people(), **DROP, **times)
-    assert all(text in caplog.text for text in said)
-    assert ("called by Z" in caplog.text) == ("called by Z" in str(said))
+    make(table, people(patients), **DROP, **times)
+    assert f"column Result: dropped {said}" in caplog.text
+    assert f'): {patients} values "# ..."' in caplog.text
+    assert "ller" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -98,7 +99,7 @@ def test_a_date_by_an_end_is_a_label(label, died, left, labels, make):
     _, _, rows, about = make({"Died": died, "Left": left}, f"--label={label}")
     found = {k: text for k, text in enumerate(labels) if text != "-"}
     assert read(rows, "label_escalation") == {k: (text,) for k, text in found.items()}
-    assert about["outcome"] == label.partition("=")[0]
+    assert about["outcome"] == label.partition("=")[0].partition(" by ")[0]
     assert about["flow"][0]["removed"] == labels.count("-")
 
 
@@ -109,6 +110,17 @@ def test_the_day_before_a_prediction_at_midnight_is_past(make):
     assert read(make(people, "--event=death=Died")[2], "event") == {1: ("1",), 2: ("1",)}
     people = {"Admitted": days(2, 2), "Left": days(2, 3), "Dead": ["no", "yes"]}
     assert [*read(make(people, "--outcome_column=Dead", "--end_time=Left")[2])] == [1]
+
+
+@pytest.mark.parametrize("flag", [f"--label={MONTH}", "--label=x by Left=Died", "--event=x=Died"])
+def test_a_past_outcome_leaves_out_new_patients_too_and_no_lost_event_is_past(flag, make):
+    people = {"Died": after(-3, 5, None), "Left": after(*[99] * 3)}
+    _, _, rows, _ = make(people, flag, "--no_labels")
+    assert [*read(rows)] == [1, 2]
+    assert all(re.match(INPUTS, name) for name in rows)
+    labs = values_of(pd.DataFrame({"MRN": ["P000", "P002"], "Admitted": ADMITTED}), (1, 2000))
+    _, said, *_ = make(people, flag, labs=labs)
+    assert "1 of 2 rows (50.0%), 1 of 2 patients and 1 of 1 events are lost" in said
 
 
 def test_a_date_has_the_zone_of_the_prediction(make):

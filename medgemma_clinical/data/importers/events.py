@@ -301,7 +301,8 @@ def make_rows(
     rules[f"{too_few} in the window"] = ~counts.ge(fewest)
     left, flow = output.apply_rules(rules, f"--labels {request.labels}", labels["subject"])
     if not keep_all:
-        log_lost(labels, is_candidate & ~left, f"{too_few} in the window", request)
+        lost = ~left[is_candidate]
+        log_lost(labels[is_candidate], lost, f"{too_few} in the window", request)
 
     kept = is_candidate if keep_all else left
     labels, left = labels[kept], left[kept]

@@ -19,6 +19,7 @@ from medgemma_clinical.data.importers.long_values import MAX_LETTERS, MAX_WORDS,
 from medgemma_clinical.data.importers.notes import NoteText
 from medgemma_clinical.data.importers.questions import OpenQuestions, Question, unclear
 from medgemma_clinical.data.importers.sources import Seen, Source, check_alike, find_time
+from medgemma_clinical.data.small_cells import MIN_CELL
 from medgemma_clinical.files import InputError, did_you_mean, one_line
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ KEPT = " kept "  # is written as it is
 EVENT = "Event"  # the outcome where nothing names it
 # Of dated events: their hours, whether these are ends of days, and the end of the record.
 HOURS_OF, DATES_OF, END_HOURS = f"{KEPT} hours of ", f"{KEPT} is a date ", f"{KEPT} end"
+IS_PAST = f"{events.RULE}the event, or the end of the record, before the prediction time"
 PREDICTED, LAST, ZONE = "predicted", "last_known", '" zone"'
 """In SQL on ``answers``: the prediction time, and the last time of the tables."""
 
@@ -214,7 +216,7 @@ def take_outcomes(taking: Taking) -> dict[str, str]:
         if name in outcomes or name == dka.LABEL or not words:
             where = f"--{flag} {outcome.column}: {file.path}"
             raise InputError(f"{where}: {name} is the name of two outcomes: rename one")
-        outcomes[name], titles[name] = outcome, outcome.title or column
+        outcomes[name], titles[name] = outcome, outcome.name or column
     dated = {name for name, outcome in outcomes.items() if holds_times(taking, outcome)}
     yes_or_no = {x.column: x for name, x in outcomes.items() if name not in dated}
     forms = find_positive(taking, [*yes_or_no])
@@ -283,6 +285,7 @@ def take_events(taking: Taking) -> None:
     """Take times to events: of a column that names them, or of a column of times of each."""
     request, names, select = taking.request, taking.source.names, taking.select
     if request.no_labels:
+        take_past(taking)
         return
     hours = f"(epoch_us({{}}) - epoch_us({PREDICTED})) / {HOUR}"
     if "event" in names:
@@ -292,6 +295,7 @@ def take_events(taking: Taking) -> None:
         _, end = taking.read_time("event_time", names["event_time"])
         # An empty cell is censored, but nothing is known where the time is empty, too.
         known = f"CASE WHEN {cause} > 0 OR {end} IS NOT NULL THEN {cause} END"
+        first = end
         select[KEPT + dka.EVENT_HOURS] = f"tidy({hours.format(end)})"
         select[KEPT + dka.EVENT] = known
         main = f"{known} = 1"
@@ -310,12 +314,28 @@ def take_events(taking: Taking) -> None:
             select[f"{HOURS_OF}{name}"] = hours.format(columns[-1])
             select[f"{DATES_OF}{name}"] = f"({late} != {at})::INTEGER"
         select[END_HOURS] = hours.format(ends[0]) if ends else "NULL::DOUBLE"
-        first = f"{columns[0]} <= least({', '.join(columns)})" if columns else "false"
-        main = f"coalesce({first}, false)"
+        first = f"least({', '.join(columns)})" if columns else "NULL::TIMESTAMP"
+        main = f"coalesce({columns[0]} <= {first}, false)" if columns else "false"
+        first = f"coalesce({first}, {ends[0]})" if ends else first
     else:
         return
+    select[IS_PAST] = f"{first} < {PREDICTED}"
     if "label" not in names:
         select["label"] = f"({main})::INTEGER"  # is counted as the event
+
+
+def take_past(taking: Taking) -> None:
+    """Leave out new patients whose outcome, or end, is known to lie before the prediction time."""
+    request, header = taking.request, taking.source.file.header
+    texts = {f"event {name}": text for name, text in request.dated_events().items()}
+    texts |= {"event_time": {**request.earlier.columns, **request.mapped()}.get("event_time", "")}
+    for outcome in request.outcomes()[:1]:
+        texts |= {"label": outcome.column} if outcome.is_dated else {}
+        texts |= {"end of label": outcome.until}
+    found = {role: roles.find_column(header, text) for role, text in texts.items() if text}
+    moments = [taking.read_time(role, column)[1] for role, column in found.items() if column]
+    if moments:
+        taking.select[IS_PAST] = f"least({', '.join(moments)}) < {PREDICTED}"
 
 
 def take_end(taking: Taking) -> None:
@@ -390,7 +410,8 @@ def make_static(
     if len(words) > MAX_CATEGORIES:
         raise InputError(f"{where}: {len(words):,} different texts, {MAX_CATEGORIES} may be")
     if not words:
-        seen.signs |= check_texts(database, "answers", column, file, request)
+        patient = duck.quoted(events.PATIENT)
+        seen.signs |= check_texts(database, "answers", column, file, request, patient=patient)
         number = f"plain(coalesce({cell}.number, at_limit({cell}.text)))"
         return [(f"{dka.STATIC}{feature.title}", number)], words
     categories, columns = name_categories(feature.name, words, sexes)
@@ -500,9 +521,11 @@ def log_labels(where: str, words: Sequence[tuple[str, int, str]], positive: Sequ
     known = [(word, count) for word, count, _ in words if (word or "") not in cells.NOT_KNOWN]
     for value in (1, 0):
         of_value = [(word, count) for word, count in known if (word in ones) == value]
-        if len(of_value) > MAX_WORDS:  # a rare one may be a remark on a patient
-            of_value = [(word, count) for word, count in of_value if count > 1]
-        shown = [f"{one_line(word[:MAX_LETTERS])} ({count:,})" for word, count in of_value]
+        # A rare one that nobody typed may be a remark on a patient.
+        named = [(word, count) for word, count in of_value if value or count >= MIN_CELL]
+        shown = [f"{one_line(word[:MAX_LETTERS])} ({count:,})" for word, count in named]
+        if rest := sum(n for _, n in of_value) - sum(n for _, n in named):
+            shown.append(f"other words ({rest:,})")
         logger.info("%s: %d is %s", where, value, dka.join_names(shown, MAX_WORDS) or "no word")
 
 
@@ -548,8 +571,8 @@ def find_causes(
 
 def finish_events(
     rows: pd.DataFrame, names: Mapping[str, str], request: LongRequest
-) -> tuple[pd.DataFrame, list[dict[str, Any]], dict[str, Any]]:
-    """Leave out rows whose record ended before; return them, their flow, and what events mean."""
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Return the rows with what came first, and what events mean."""
     dated = [*request.dated_events()]
     where = f"{request.labels}, column {names.get('event_time', dka.join_names(dated))}"
     if dated:
@@ -559,13 +582,10 @@ def finish_events(
     if count := int((hours.isna() & rows[dka.EVENT].notna()).sum()):
         problem = f"{cells.count_cells(count)} empty where {names['event']} is an event"
         raise InputError(f"{where}: {problem}")
-    rule = "the event, or the end of the record, before the prediction time"
-    left, flow = output.apply_rules(pd.DataFrame({rule: hours < 0}), where, rows["subject_id"])
-    rows = rows[left].reset_index(drop=True)
     # The end of a day lies just before midnight.
     rows[dka.EVENT_HOURS] = rows[dka.EVENT_HOURS].round(8)
     largest = int(rows[dka.EVENT].fillna(0).max())
-    return rows, flow, describe_events(dated or request.event_names, largest, request)
+    return rows, describe_events(dated or request.event_names, largest, request)
 
 
 def choose_first(

@@ -59,8 +59,7 @@ def make_long(
         about_values, medians = long_values.describe_values(database, request.table, repeated)
     names, about_events = seen.sources[1].names, dict[str, Any]()
     if "event" in names or (request.dated_events() and not request.no_labels):
-        rows, later, about_events = long_labels.finish_events(rows, names, request)
-        flow = [*flow, *later]
+        rows, about_events = long_labels.finish_events(rows, names, request)
     description = describe(request, seen, rows, flow, about_events) | about_values
     description["labels"] = {name: {"outcome": title} for name, title in titles.items()}
     times = {role: form.formats[:1] for x in seen.sources for role, form in x.times.items()}
@@ -162,7 +161,7 @@ def name_outcome(request: LongRequest, column: str, about_events: dict[str, Any]
     """Return what label 1 means: a title, an unusual name of its column, or the first event."""
     if not column:
         return str(about_events.get("events", {}).get("1", EVENT))
-    titles = [x.title for x in request.outcomes() if x.title]
+    titles = [x.name for x in request.outcomes() if x.title]
     if titles:
         return titles[0]
     return EVENT if find_column(LABEL_ROLES["label"], column) else column

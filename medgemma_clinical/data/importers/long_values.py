@@ -22,6 +22,7 @@ from medgemma_clinical.data.importers.events import MICRO
 from medgemma_clinical.data.importers.long_request import LongRequest, alike
 from medgemma_clinical.data.importers.questions import OpenQuestions, Question, unclear
 from medgemma_clinical.data.importers.sources import Seen, Source
+from medgemma_clinical.data.small_cells import MIN_CELL
 from medgemma_clinical.data.texts import plain
 from medgemma_clinical.files import InputError, did_you_mean, one_line
 
@@ -77,8 +78,15 @@ def load_values(database: duck.Database, source: Source, request: LongRequest, s
         log_unread(database, source)
     warn_of_zeros(database, file, names["subject_id"])
     repeated = drop_repeated(database, file.path)
-    item = duck.quoted(names["item"])
-    seen.signs |= check_texts(database, "read", names["value"], file, request, item)
+    seen.signs |= check_texts(
+        database,
+        "read",
+        names["value"],
+        file,
+        request,
+        patient=duck.quoted(names["subject_id"]),
+        item=duck.quoted(names["item"]),
+    )
     return repeated
 
 
@@ -148,11 +156,14 @@ def check_texts(
     column: str,
     file: tables.TableFile,
     request: LongRequest,
+    *,
+    patient: str,
     item: str = "NULL",
 ) -> set[str]:
     """Refuse what only a flag says how to read, log what is left out; return signs of decimals."""
     where = f"{file.path}, column {column}"
-    texts = f"SELECT {item} AS item, unnest({duck.quoted(column)}) FROM {loaded}"
+    cell = f"unnest({duck.quoted(column)})"
+    texts = f"SELECT {patient} AS patient, {item} AS item, {cell} FROM {loaded}"
     counts = count_texts(database, texts)
     asked = ask_decimal(database, texts, counts, file.separator, request)
     asked += ask_texts(counts, request)
@@ -228,25 +239,27 @@ def ask_texts(counts: TextCounts, request: LongRequest) -> list[Question]:
 
 
 def log_dropped(database: duck.Database, texts: str, where: str, total: int) -> None:
-    """Log the forms of the texts that are dropped, those of numbers all and as a warning."""
+    """Log the forms of the texts that are dropped, those of numbers as a warning.
+
+    Letters are shown of texts of many patients alone: a rare one may be a remark on one.
+    """
     text_form = "regexp_replace(text, '\\d+', '#', 'g')"
-    number_form = f"regexp_replace({text_form}, '[[:alpha:]]{{3,}}', '...', 'g')"
+    number_form = f"regexp_replace({text_form}, '\\p{{L}}{{3,}}', '...', 'g')"
     is_number = "regexp_matches(text, '^[<>≤≥+-]*\\s*\\d')"
-    kinds = ((number_form, is_number, True), (text_form, f"NOT {is_number}", False))
-    for form, condition, warns in kinds:
+    kinds = ((number_form, is_number, 1), (text_form, f"NOT {is_number}", MIN_CELL))
+    for form, condition, fewest in kinds:
         words = database.rows(
-            f"SELECT left({form}, {MAX_LETTERS + 1}) AS word, count(*) AS count FROM ({texts}) "
+            f"SELECT left({form}, {MAX_LETTERS + 1}) AS word, count(*) AS count, "
+            f"count(DISTINCT patient) >= {fewest} FROM ({texts}) "
             f"WHERE text IS NOT NULL AND NOT is_limit(text) AND {condition} "
             "GROUP BY word ORDER BY count DESC, word"
         )
-        count = sum(count for _, count in words)
-        shown = [x for x in words if len(x[0]) <= MAX_LETTERS][:MAX_WORDS]
-        if len(words) > MAX_WORDS:  # a rare one may be a remark on a patient
-            shown = [(word, count) for word, count in shown if count > 1]
-        listed = [f'{count:,} values "{one_line(word)}"' for word, count in shown]
-        rest = count - sum(count for _, count in shown)
+        count = sum(count for _, count, _ in words)
+        shown = [(x, n) for x, n, may_be in words if may_be and len(x) <= MAX_LETTERS][:MAX_WORDS]
+        listed = [f'{n:,} values "{one_line(word)}"' for word, n in shown]
+        rest = count - sum(n for _, n in shown)
         listed += [f"{rest:,} other texts"] if rest else []
-        if count and warns:
+        if count and fewest == 1:
             share = f"{count:,} cells that begin with a number ({count / total:.1%})"
             logger.warning("warning: %s: dropped %s: %s", where, share, ", ".join(listed))
         elif count:
