@@ -13,7 +13,7 @@ import pandas as pd
 
 from medgemma_clinical.data import dka, roles
 from medgemma_clinical.data.feature import Feature
-from medgemma_clinical.data.importers import cells, duck, events, guesses, output, tables
+from medgemma_clinical.data.importers import cells, duck, events, guesses, tables
 from medgemma_clinical.data.importers.long_request import LongRequest, Outcome
 from medgemma_clinical.data.importers.long_values import MAX_LETTERS, MAX_WORDS, check_texts
 from medgemma_clinical.data.importers.notes import NoteText
