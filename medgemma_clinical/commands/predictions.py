@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import logging
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -22,7 +22,7 @@ from medgemma_clinical.commands.aggregate import write_aggregate
 from medgemma_clinical.commands.command_line import EXIT_DONE
 from medgemma_clinical.commands.run_folder import read_run
 from medgemma_clinical.commands.update import write_update
-from medgemma_clinical.data.distributions import last_values, row_medians
+from medgemma_clinical.data.distributions import ASKS_UNIT, last_values, row_medians
 from medgemma_clinical.data.dka import description_path
 from medgemma_clinical.data.findings import Findings, flow_lines
 from medgemma_clinical.data.overlap import TrainingPatients, both_hashes, patient_hashes
@@ -93,7 +93,8 @@ def predict(request: Namespace, kind: type[TrajectoryModel]) -> int:
     logger.info("predictions: %s; %s", request.predictions, peak_memory())
     training = training_patients(model.trained, request.checkpoint)
     rows = first.dataset.with_inputs(**config["inputs"])
-    labelled = report_labelled(tally, model, rows, request, training)
+    units = [line for line in findings.misfits if line.endswith(ASKS_UNIT)]
+    labelled = report_labelled(tally, model, rows, request, training, units)
     if request.explain:
         patients.explain_rows(tally.chosen, model, request, training)
     trained, used = model.trained, tally.used
@@ -364,6 +365,7 @@ def report_labelled(
     dataset: TrajectoryDataset,
     request: Namespace,
     training: TrainingPatients,
+    units: Sequence[str],  # series that look as in another unit
 ) -> Labelled:
     """Evaluate labelled rows that are not in the training data; return them."""
     if not tally.labelled:
@@ -384,7 +386,8 @@ def report_labelled(
         )
     checkpoint = request.checkpoint.absolute().name  # a page is shared: no path
     path = report_path(request.predictions)
-    write_report(path, cohort_page(evaluated, tally, dataset, overlap, updates, first, checkpoint))
+    page = cohort_page(evaluated, tally, dataset, overlap, updates, first, checkpoint, units)
+    write_report(path, page)
     lines = [first, weight_0_sentence(model.config), *map(str, pages.sentences(evaluated))]
     text = "\n".join(filter(None, lines))
     logger.info("\n%s\n%s\nreport: %s", text, note, path)
@@ -441,6 +444,7 @@ def cohort_page(
     updates: Any,
     first: str,  # the sentence before the findings
     checkpoint: str,
+    units: Sequence[str],
 ) -> Page:
     """Return the page of an external cohort."""
     config, source = overlap.config, Path(dataset.source).name
@@ -477,6 +481,7 @@ def cohort_page(
         },
         first=first,
         last=overlap.sentence(evaluated.min_cell),
+        notices=units,
     )
 
 

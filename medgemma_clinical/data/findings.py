@@ -27,6 +27,7 @@ class Findings:
     notes: dict[str, None] = field(default_factory=dict)  # an ordered set
     warnings: dict[str, None] = field(default_factory=dict)
     ids: Counter[str] = field(default_factory=Counter)
+    misfits: list[str] = field(default_factory=list)  # to the training patients, logged at once
 
     def reject(
         self, bad: pd.Series, column: str, problem: str, cells: pd.Series | None = None

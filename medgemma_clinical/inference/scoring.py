@@ -79,8 +79,8 @@ def scoring_rows(
             inputs = rows.dataset.with_inputs(**config["inputs"])
             medians.append(distributions.row_medians(inputs))
         yield rows
-    problems = distributions.compare(config.get("case_mix", {}), pd.concat(medians))
-    log_warnings(problems, findings.source)
+    findings.misfits = distributions.compare(config.get("case_mix", {}), pd.concat(medians))
+    log_warnings(findings.misfits, findings.source)
 
 
 def _all_rows(source: TrajectoryDataset, config: Config) -> ScoringRows:

@@ -264,6 +264,7 @@ def test_values_in_another_unit_warn_and_stand_in_the_case_mix(
         return
     warnings(in_another_unit(strangers))
     page = (tmp_path / "out.report.html").read_text().replace("\xa0", " ")
+    assert "is the unit right?" in page
     cells = r"Serum bicarbonate</th><td>2\d.* to .*</td><td>(\d+) \((\d+) to (\d+)\)</td>"
     here = list(map(int, re.search(cells, page).groups()))
     dataset = trainer.MIMICtrajectoryDataset(in_another_unit(strangers))
