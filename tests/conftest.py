@@ -40,7 +40,7 @@ def pytest_addoption(parser):
     parser.addoption("--approve", action="store_true", help="accept what pages and prompts say now")
 
 
-DRAWS, DRAW = 30, Figure.savefig
+DRAWS, DRAW = 100, Figure.savefig
 
 
 def save_blank(figure, place, **_):
